@@ -1,0 +1,192 @@
+"""The frozen base and its tokenizer, quantised by bitsandbytes, and the LoRA adapter on it."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from finetune.config import ConfigError, LoraSettings, ModelSettings, QuantizationSettings, RunConfig, refusal
+from finetune.hub import BaseSource
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def on_gpu() -> bool:
+    """Whether there is a GPU to train on."""
+    return torch.cuda.is_available()
+
+
+def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
+    """The dtype of matrix products: on a CPU float32, unless bfloat16 is asked for by name."""
+    name = settings.bnb_4bit_compute_dtype
+    if not on_gpu():
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def autocast(settings: QuantizationSettings) -> torch.autocast:
+    """Mixed precision as training has it, for evaluation and generation; nothing on a CPU."""
+    dtype = compute_dtype(settings)
+    return torch.autocast("cuda", dtype=dtype, enabled=on_gpu() and dtype != torch.float32)
+
+
+def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig | None:
+    """The arguments of bitsandbytes, None for a base that is not quantised."""
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not settings.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=compute_dtype(settings),
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+    )
+
+
+def lora_config(settings: LoraSettings) -> "LoraConfig":
+    """The arguments of PEFT."""
+    from peft import LoraConfig
+
+    arguments: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": settings.r,
+        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": settings.target_modules,
+        "bias": settings.bias,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "init_lora_weights": settings.init_lora_weights,
+    }
+    try:
+        return LoraConfig(**arguments | settings.extra)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora.extra={settings.extra}: {error}") from None
+
+
+def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer, padding on the right with the end token: labels and masks tell padding from an end."""
+    with _readable(settings):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=settings.trust_remote_code
+        )
+    if tokenizer.eos_token is None:
+        raise refusal("model.name_or_path", settings.name_or_path, "its tokenizer has no end token")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    return tokenizer
+
+
+def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
+    """Refuse target modules that the base does not have, before its weights are loaded."""
+    if isinstance(lora.target_modules, str):
+        return  # all-linear, or a pattern that PEFT checks
+    with _readable(model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            there = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise refusal("lora.target_modules", target, f"matches no linear layer; allowed: {', '.join(there)}")
+
+
+def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
+    """The base with its weights, quantised and frozen, on the GPU if there is one.
+
+    Raises ConfigError where bitsandbytes or the model's files can't give what is asked.
+    """
+    quantized = quantization_config(config.quantization)
+    if quantized is not None:
+        _require_bitsandbytes(config.quantization)
+    extra = dict(config.model.extra)
+    if not on_gpu():
+        extra.pop("device_map", None)
+        log.info("no GPU: training on the CPU, in %s", str(compute_dtype(config.quantization)).removeprefix("torch."))
+    elif "device_map" not in extra:
+        extra["device_map"] = {"": torch.cuda.current_device()}
+    named = config.model.dtype
+    with _readable(config.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            attn_implementation=config.model.attn_implementation,
+            dtype=compute_dtype(config.quantization) if named == "auto" else getattr(torch, named),
+            quantization_config=quantized,
+            use_safetensors=True,
+            **extra,
+        )
+    for module in model.modules():
+        # On a CPU with AVX512_BF16 the first evaluation would repack 4-bit weights for inference, and from then
+        # on training would go through a product that has no gradient: silently nothing is learnt.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
+    """A fresh LoRA adapter in float32 on a base, drawn from the run's own seed."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, lora_config(lora))
+    except ValueError as error:
+        raise refusal("lora.target_modules", lora.target_modules, str(error)) from None
+
+
+def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """The adapter as plain PEFT reads it, the tokenizer beside it; whole or not at all."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft, save_embedding_layers=False)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def load_adapter(model: "PeftModel", folder: Path) -> None:
+    """Put saved adapter weights into a model that has the same adapter."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def _require_bitsandbytes(settings: QuantizationSettings) -> None:
+    key = "quantization.load_in_4bit" if settings.load_in_4bit else "quantization.load_in_8bit"
+    try:
+        import bitsandbytes.cextension as native
+    except ImportError as error:
+        raise refusal(key, True, f"bitsandbytes can't be imported ({error}); allowed here: quantization=none") from None
+    if "Mock" in type(native.lib).__name__:
+        raise refusal(key, True, "bitsandbytes has no library for this machine; allowed here: quantization=none")
+
+
+@contextlib.contextmanager
+def _readable(settings: ModelSettings) -> Iterator[None]:
+    """Say in one line what transformers says of a model folder that it can't read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise refusal("model.name_or_path", settings.name_or_path, f"can't be loaded: {reason}") from error

@@ -1,0 +1,224 @@
+"""What all commands share: Hydra's application, and errors that end in one clear line with exit code 1."""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from finetune.config import ConfigError, did_you_mean, looks_secret, refusal, secret_refusal
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+"""The config folder: inside the package in an installed wheel, beside it in a checkout."""
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has stopped cleanly."""
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command; any error becomes one line on stderr and exit code 1, the traceback with HYDRA_FULL_ERROR=1."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command()
+    except (Exception, KeyboardInterrupt) as error:
+        if full_error:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line for a user."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _hydra_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    message = " ".join(str(error).split())
+    if isinstance(error, ConfigError | Interrupted):
+        return message
+    return f"{type(error).__name__}: {message} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _hydra_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors of several lines as one, with the nearest names."""
+    from hydra.errors import MissingConfigException
+
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: no such choice; {did_you_mean(choice, error.options)}"
+    unknown = re.search(r"Could not override '([^']*)'", text)
+    if unknown:
+        return f"{unknown[1]}: no such key; {_known_keys(unknown[1])}"
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause).splitlines() and str(cause).splitlines()[0] not in text:
+        lines.append(str(cause).splitlines()[0])
+    noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "Set the environment variable")
+    return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(noise))
+
+
+def _known_keys(key: str) -> str:
+    """The keys beside an unknown one."""
+    from omegaconf import DictConfig, OmegaConf
+
+    *path, last = key.split(".")
+    node: Any = OmegaConf.load(CONF / "config.yaml")
+    for part in path:
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    return did_you_mean(last, [str(name) for name in node if name != "defaults"]) if node else "see --cfg job"
+
+
+def hydra_app(task: Callable[["DictConfig"], object]) -> None:
+    """Compose `conf/` with the command line and call the task with the result, as `hydra.main` does."""
+    run_command(lambda: _hydra_app(task))
+
+
+def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = refuse_flag  # type: ignore[method-assign]
+    overrides: list[str] = parser.parse_intermixed_args().overrides
+    _refuse_secret_overrides(overrides)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
+    folder = next((value for key, _, value in (text.partition("=") for text in overrides) if key == "resume"), "null")
+    if folder not in ("null", ""):
+        sys.argv[1:] = resumed_overrides(folder, overrides)
+    errors: list[BaseException] = []
+    hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
+    for error in errors:
+        raise error
+
+
+def _keeping_errors(task: Callable[["DictConfig"], object], errors: list[BaseException]) -> Callable[..., object]:
+    """The task of a single run, its error kept for `run_command`: Hydra would print a line of its own."""
+
+    def kept(composed: "DictConfig") -> object:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        if HydraConfig.get().mode != RunMode.RUN:
+            return task(composed)
+        try:
+            return task(composed)
+        except (Exception, KeyboardInterrupt) as error:
+            errors.append(error)
+            return None
+
+    return kept
+
+
+def resumed_overrides(folder: str, overrides: list[str]) -> list[str]:
+    """The command line that goes on with a run: its own overrides, in its own folder.
+
+    Raises ConfigError if the folder holds no run, or if what was asked for beside `resume` (or a changed
+    `conf/`) would make another run of it.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from finetune.config import RunConfig
+
+    saved = Path(folder) / ".hydra"
+    if not (saved / "config.yaml").is_file():
+        raise refusal("resume", folder, "must be a run folder, and this one has no .hydra/config.yaml")
+    sources = OmegaConf.load(saved / "hydra.yaml").hydra.runtime.config_sources
+    extra = [f"file://{source.path}" for source in sources if source.provider == "command-line"]
+    own = [text for text in OmegaConf.load(saved / "overrides.yaml") if not text.startswith("resume=")]
+    asked = own + overrides + [f"hydra.searchpath=[{','.join(extra)}]", f"hydra.run.dir={_quoted(folder)}"]
+
+    before = OmegaConf.load(saved / "config.yaml")
+    with initialize_config_dir(str(CONF)):
+        now = RunConfig.from_hydra(compose("config", asked)).to_dict()
+    then = RunConfig.from_hydra(before).to_dict()  # type: ignore[arg-type]
+    for key in ("resume", "tracker", "hub"):
+        then.pop(key), now.pop(key)
+    for key, value in _flat(now).items():
+        if _flat(then).get(key) != value:
+            raise refusal(key, value, f"the run in {folder} has {_flat(then).get(key)}; a run goes on as it began")
+    return asked
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+def refuse_flag(message: str) -> NoReturn:
+    """An argparse error handler that leaves printing and the exit code to `run_command`."""
+    raise ConfigError(f"{message}; see --help")
+
+
+def _refuse_secret_overrides(overrides: list[str]) -> None:
+    """Refuse credentials before Hydra writes its overrides into the run folder."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if looks_secret(key, value):
+            raise ConfigError(secret_refusal(key))
+
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for the small commands, whose errors are one line with exit code 1 as well."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.error = refuse_flag  # type: ignore[method-assign]
+    return parser
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' remarks to their own developers, and their bars where there is no terminal, off the screen.
+
+    Called before torch and transformers are imported.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bars()
+        disable_progress_bar()
+
+
+def note_traceback(error: BaseException) -> None:
+    """Keep the traceback of an unexpected error in the run's log, where it does not bury the one line."""
+    if not isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
+        text = "".join(traceback.format_exception(error))
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.emit(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))

@@ -1,0 +1,391 @@
+"""The border: a composed Hydra config becomes one frozen, typed, checked `RunConfig`; past it no DictConfig exists.
+
+What each key means and its unit stands beside it in `conf/config.yaml`; what it may be stands here. Every
+refusal is a `ConfigError` of one line that names the key, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class ConfigError(ValueError):
+    """Input that the user can mend. The message is one line: what is wrong, and what is allowed."""
+
+
+def refusal(key: str, value: object, allowed: str) -> ConfigError:
+    """The error for a value that a key cannot have."""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return ConfigError(f"{key}={shown}: {allowed}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The names nearest to a mistyped one, and all that exist."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"allowed: {', '.join(names)}"
+
+
+OptimizerName = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "sgd",
+]  # fmt: skip
+ScheduleName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+    "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+MetricName = Literal["eval/loss", "eval/accuracy", "train/loss", "train/seconds", "adapter/parameters"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section:
+    """A part of the config; `section` is the path that its keys have in it."""
+
+    section: ClassVar[str]
+
+    def require(self, field: str, holds: bool, allowed: str) -> None:
+        """Raise the refusal of a field's value unless the condition holds."""
+        if not holds:
+            path = f"{self.section}.{field}" if self.section else field
+            raise refusal(path, getattr(self, field), allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    section = "model"
+    name_or_path: str
+    revision: str | None
+    trust_remote_code: bool
+    attn_implementation: str | None
+    dtype: DtypeName
+    chat_template: str | None
+    extra: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.require("name_or_path", bool(self.name_or_path), "must be a hub id, a folder, or smollm2_135m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings(Section):
+    section = "quantization"
+    load_in_4bit: bool
+    load_in_8bit: bool
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_compute_dtype: DtypeName
+    bnb_4bit_use_double_quant: bool
+
+    def __post_init__(self) -> None:
+        both = self.load_in_4bit and self.load_in_8bit
+        self.require("load_in_8bit", not both, "load_in_4bit is true as well; a base is either 4-bit or 8-bit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Section):
+    section = "lora"
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    bias: Literal["none", "all", "lora_only"]
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+    extra: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.require("r", self.r >= 1, "must be a whole number of at least 1")
+        self.require("alpha", self.alpha > 0, "must be above 0")
+        self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
+        self.require("target_modules", bool(self.target_modules), "must be all-linear or a list of module names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Section):
+    section = "optimizer"
+    name: OptimizerName
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    lr_scheduler_type: ScheduleName
+    warmup_ratio: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+
+    def __post_init__(self) -> None:
+        self.require("learning_rate", self.learning_rate > 0, "must be above 0")
+        self.require("weight_decay", self.weight_decay >= 0, "must be at least 0")
+        self.require("max_grad_norm", self.max_grad_norm >= 0, "must be at least 0 (0: no clipping)")
+        self.require("warmup_ratio", 0 <= self.warmup_ratio < 1, "must be a share of all steps, in [0, 1)")
+        for field in ("adam_beta1", "adam_beta2"):
+            self.require(field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1")
+        self.require("adam_epsilon", self.adam_epsilon > 0, "must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings(Section):
+    section = "dataset"
+    path: str
+    name: str | None
+    split: str
+    format: Literal["auto", "text", "chat", "prompt_completion", "alpaca"]
+    text_field: str
+    max_length: int | None
+    packing: bool
+    limit: int | None
+    eval_fraction: float
+    eval_path: str | None
+    test_fraction: float
+    test_path: str | None
+    split_seed: int
+
+    def __post_init__(self) -> None:
+        self.require("path", bool(self.path), "must be a hub id, a file, a folder, or python_docs")
+        for field, least in (("max_length", 2), ("limit", 1)):
+            value = getattr(self, field)
+            self.require(field, value is None or value >= least, f"must be a whole number of at least {least}, or null")
+        for field in ("eval_fraction", "test_fraction"):
+            self.require(field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1 (0: no such rows)")
+        together = (0 if self.eval_path else self.eval_fraction) + (0 if self.test_path else self.test_fraction)
+        self.require(
+            "test_fraction", together < 1, f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
+        )
+        self.require("packing", not self.packing or self.max_length is not None, "needs dataset.max_length")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.eval_path is not None or self.eval_fraction > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(Section):
+    section = "trainer"
+    engine: Literal["trl"]
+    num_train_epochs: float
+    max_steps: int
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    group_by_length: bool
+    eval_steps: float
+    save_steps: float
+    logging_steps: int
+    early_stopping_patience: int | None
+    extra: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
+        self.require("max_steps", self.max_steps >= 1 or self.max_steps == -1, "must be at least 1, or -1: by epochs")
+        for field in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        ):
+            self.require(field, getattr(self, field) >= 1, "must be a whole number of at least 1")
+        for field in ("eval_steps", "save_steps"):
+            value = getattr(self, field)
+            whole_or_share = 0 <= value < 1 or (value >= 1 and value == int(value))
+            self.require(field, whole_or_share, "must be a whole number of steps, a share of them below 1, or 0: none")
+        patience = self.early_stopping_patience
+        self.require("early_stopping_patience", patience is None or patience >= 1, "must be at least 1, or null")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows in one optimizer step on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSettings(Section):
+    section = "tracker"
+    name: Literal["wandb", "tensorboard", "both", "none"]
+    project: str | None
+    entity: str | None
+    mode: Literal["auto", "online", "offline", "disabled"]
+    tags: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings(Section):
+    section = "hub"
+    push: bool
+    model_id: str | None
+    private: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """One run, whole: what `conf/` composed, checked once and trusted from here on."""
+
+    section = ""
+    name: str
+    seed: int
+    resume: str | None
+    objective: MetricName | list[MetricName]
+    objective_at: Literal["last", "best"]
+    sample_prompts: list[str] | None
+    sample_max_length: int
+    model: ModelSettings
+    quantization: QuantizationSettings
+    lora: LoraSettings
+    optimizer: OptimizerSettings
+    dataset: DatasetSettings
+    trainer: TrainerSettings
+    tracker: TrackerSettings
+    hub: HubSettings
+
+    def __post_init__(self) -> None:
+        plain_name = re.fullmatch(r"[\w.-]+", self.name) and self.name.strip(".")
+        self.require("name", bool(plain_name), "names a folder: letters, digits, '.', '_' and '-' only")
+        self.require("seed", 0 <= self.seed < 2**32, "must be a whole number from 0 to 4294967295")
+        self.require("sample_max_length", self.sample_max_length >= 1, "must be at least 1")
+        self.require("objective", bool(self.objective), "must be a metric's name, or a list of them")
+        if not self.dataset.holds_out:
+            needs = "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"
+            self.require("objective_at", self.objective_at == "last", needs)
+            self.trainer.require("early_stopping_patience", self.trainer.early_stopping_patience is None, needs)
+        if self.objective_at == "best" or self.trainer.early_stopping_patience:
+            by = "evaluations, so objective_at=best and early stopping go by one of eval/loss, eval/accuracy"
+            self.require("objective", self.objective in ("eval/loss", "eval/accuracy"), by)
+
+    @classmethod
+    def from_hydra(cls, composed: "DictConfig") -> "RunConfig":
+        """Check a composed config. Raises ConfigError for the first thing wrong with it."""
+        from omegaconf import OmegaConf
+
+        for key in sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigError(f"{key}: must be given, as {key}=…")
+        values = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(values, dict)
+        return cls.from_dict({str(key): value for key, value in values.items()})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`, checked as from Hydra."""
+        refuse_secrets(values)
+        return typing.cast(RunConfig, _build(cls, "", values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested plain values, as trackers and files take it."""
+        return dataclasses.asdict(self)
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of the metrics that the run returns; none without rows to measure an evaluation's on."""
+        names: list[str] = [self.objective] if isinstance(self.objective, str) else list(self.objective)
+        return [name for name in names if self.dataset.holds_out or not name.startswith("eval/")]
+
+
+_SECRET_KEY = re.compile(r"(^|[._])(token|hf_token|hub_token|use_auth_token|api_key|password|secret)$")
+
+
+def looks_secret(key: str, value: object) -> bool:
+    """Whether a config key asks for a credential and has one."""
+    return bool(_SECRET_KEY.search(key)) and isinstance(value, str) and bool(value)
+
+
+def refuse_secrets(values: Mapping[str, Any], path: str = "") -> None:
+    """Raise ConfigError if a credential stands in the config, where files and trackers would show it."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_secrets(value, f"{path}{key}.")
+        elif looks_secret(str(key), value):
+            raise ConfigError(secret_refusal(f"{path}{key}"))
+
+
+def secret_refusal(key: str) -> str:
+    """What to do with a credential, without showing it."""
+    return f"{key}: a credential in a config would be written to files; set HF_TOKEN or WANDB_API_KEY instead"
+
+
+def _build(cls: type, path: str, values: Any) -> Any:
+    """A settings dataclass from plain values: each key known and given, each value of its field's type."""
+    if not isinstance(values, Mapping):
+        raise refusal(path, values, "must be a group of keys")
+    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    prefix = f"{path}." if path else ""
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}")
+    for name in fields:
+        if name not in values:
+            raise ConfigError(f"{prefix}{name}: must be given")
+    return cls(**{name: _convert(hints[name], f"{prefix}{name}", values[name]) for name in fields})
+
+
+def _convert(hint: Any, path: str, value: Any) -> Any:
+    """A plain value as the type that the hint names, or a refusal that says what is allowed."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), path, value)
+    for option in _options(hint):
+        matches, converted = _try(option, value)
+        if matches:
+            return converted
+    words = [choice for option in _options(hint) for choice in _choices(option)]
+    if words and isinstance(value, str):
+        raise refusal(path, value, did_you_mean(value, words))
+    raise refusal(path, value, "must be " + " or ".join(_describe(option) for option in _options(hint)))
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+
+
+def _choices(option: Any) -> tuple[str, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+
+
+def _try(option: Any, value: Any) -> tuple[bool, Any]:
+    """Whether a value is of one plain type, and the value as that type."""
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return value in typing.get_args(option) and isinstance(value, str), value
+    if origin is list:
+        if not isinstance(value, list):
+            return False, None
+        items = [_try(typing.get_args(option)[0], item) for item in value]
+        return all(matches for matches, _ in items), [item for _, item in items]
+    if origin is dict:
+        return isinstance(value, Mapping), value
+    if option is float:  # a whole number will do; nan and inf never
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value), float(value) if number else None
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if option is str and isinstance(value, int) and not isinstance(value, bool):
+        return True, str(value)  # name=2026
+    if option is types.NoneType:
+        return value is None, None
+    return isinstance(value, option), value
+
+
+def _describe(option: Any) -> str:
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return f"one of {', '.join(typing.get_args(option))}"
+    if origin is list:
+        return f"a list, each item {_describe(typing.get_args(option)[0])}"
+    if origin is dict:
+        return "a group of keys"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[
+        option
+    ]

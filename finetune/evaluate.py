@@ -1,0 +1,36 @@
+"""A run's metrics on other data, beside its base's: `python -m finetune.evaluate RUN --data test.jsonl`."""
+
+import dataclasses
+
+from finetune.cli import command_parser, run_command
+
+
+def main() -> None:
+    """Read the command line, measure base and adapter on the rows, print both."""
+    parser = command_parser(__doc__ or "")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--data", required=True, help="a .jsonl .json .csv .parquet file, a folder, or a hub id")
+    arguments = parser.parse_args()
+    from finetune.data import load_all_rows, tokenize
+    from finetune.trained import load_run, read_run_config
+
+    config = read_run_config(arguments.run)
+    settings = dataclasses.replace(config.dataset, path=arguments.data, packing=False)
+    rows = load_all_rows("--data", settings)
+    from finetune.evaluation import evaluate
+
+    trained = load_run(arguments.run)
+    tokens = tokenize("test", rows, trained.tokenizer, settings)
+    batch = config.trainer.per_device_eval_batch_size
+    with trained.without_adapter():
+        base = evaluate(trained.model, tokens, batch, config.quantization)
+    adapter = evaluate(trained.model, tokens, batch, config.quantization)
+    print(f"{len(tokens)} rows, {adapter.tokens} answer tokens of {arguments.data}")
+    print(f"{'':12}{'base':>10}{'adapter':>10}{'change':>10}")
+    for name in ("loss", "perplexity", "accuracy"):
+        before, after = getattr(base, name), getattr(adapter, name)
+        print(f"{name:12}{before:10.4f}{after:10.4f}{(after / before - 1) if before else 0:+10.1%}")
+
+
+if __name__ == "__main__":
+    run_command(main)

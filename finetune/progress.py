@@ -1,0 +1,240 @@
+"""What an engine and the rest of a run tell each other while training goes on."""
+
+import logging
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from finetune.config import ConfigError, RunConfig
+from finetune.records import PROGRESS, Metrics, RunFolder, Stopwatch, read_json, write_json
+from finetune.trackers import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An evaluation: a point where a run reports its objective and may be stopped."""
+
+    index: int
+    """0 is before the first step."""
+    step: int
+    metrics: Metrics
+
+
+class Observer:
+    """Hears of every rung, and may stop the run there. This one lets it go on."""
+
+    def on_rung(self, rung: Rung) -> bool:
+        """Whether the run shall stop here, pruned."""
+        return False
+
+
+class Diverged(ConfigError):
+    """The loss or the gradient is no number any more."""
+
+
+def steps_of(setting: float, total: int) -> int:
+    """A number of steps from a setting that may be a share of them all; 0 stays 0: never."""
+    return max(1, math.ceil(setting * total)) if 0 < setting < 1 else int(setting)
+
+
+def total_steps(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of a run on so many rows (or packed sequences)."""
+    trainer = config.trainer
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    batches = math.ceil(rows / trainer.per_device_train_batch_size)
+    return math.ceil(trainer.num_train_epochs * math.ceil(batches / trainer.gradient_accumulation_steps))
+
+
+@dataclass
+class Progress:
+    """A run's state between steps beside weights and optimizer, saved with each checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    train_tokens: int = 0
+    """Trained so far, padding not counted."""
+    train_seconds: float = 0.0
+    """Spent on them: evaluations and checkpoints not counted."""
+    train_loss: float = math.nan
+    """As last logged."""
+    window_losses: list[float] = field(default_factory=list)
+    """Of the steps since the last logged line."""
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    silent_steps: int = 0
+    """Steps from the start whose gradient was exactly zero."""
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int = 0
+    rungs_without_better: int = 0
+    stop: str | None = None
+    """Why training ended before its last step: pruned, early, interrupted."""
+
+    def final_metrics(self, best: bool) -> Metrics:
+        """What the run ends with: its last evaluation, or its best."""
+        metrics: Metrics = {"train/loss": self.train_loss, "train/seconds": self.train_seconds}
+        rungs = [rung for rung in self.rungs if not best or rung["step"] == self.best_step]
+        return metrics | (rungs[-1]["metrics"] if rungs else {})
+
+    def save(self, checkpoint: Path) -> None:
+        """Keep the state in a checkpoint's folder."""
+        write_json(checkpoint / PROGRESS, asdict(self))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "Progress":
+        """The state that a checkpoint keeps; what ended the run then does not end it now."""
+        return cls(**read_json(checkpoint / PROGRESS) | {"stop": None})
+
+
+class Reporter:
+    """Takes each step's figures from an engine; logs, evaluates and decides whether to go on.
+
+    Both engines use it, so that what is logged and when does not depend on the engine.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        progress: Progress,
+        total: int,
+        folder: RunFolder,
+        tracker: Tracker,
+        observer: Observer,
+        evaluate: Callable[[], Metrics] | None,
+        keep_best: Callable[[], None],
+    ) -> None:
+        self.state, self.total = progress, total
+        self._config, self._folder, self._tracker, self._observer = config, folder, tracker, observer
+        self._evaluate, self._keep_best = evaluate, keep_best
+        self._eval_every = steps_of(config.trainer.eval_steps, total)
+        self._watch = Stopwatch()
+        self._interrupted = False
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """While training goes on: a progress bar on a terminal, and Ctrl-C or SIGTERM that end it cleanly.
+
+        They end it after the step in progress, with a checkpoint; a second one ends it at once.
+        """
+
+        def ask_to_stop(signal_number: int, frame: object) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        with _signals(ask_to_stop), logging_redirect_tqdm():
+            with tqdm(total=self.total, desc="training", unit="step", disable=not sys.stderr.isatty()) as self._bar:
+                yield
+
+    def begin(self, step: int) -> None:
+        """Evaluate before the first step; a resumed run already has."""
+        self._bar.update(step)
+        if step == 0:
+            self._rung(0)
+        self._watch.lap()
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the training time: a checkpoint was written."""
+        self._watch.lap()
+
+    def step(self, step: int, loss: float, grad_norm: float | None, learning_rate: float, tokens: int) -> None:
+        """Take an optimizer step's figures: mean loss of its tokens, gradient norm before clipping, tokens trained."""
+        state, seconds = self.state, self._watch.lap()
+        state.step = step
+        state.train_tokens += tokens
+        state.train_seconds += seconds
+        state.window_losses.append(loss)
+        state.window_tokens += tokens
+        state.window_seconds += seconds
+        self._refuse_sickness(step, loss, grad_norm)
+        self._bar.update()
+        if step % self._config.trainer.logging_steps == 0 or step == self.total:
+            metrics = {
+                "train/loss": math.fsum(state.window_losses) / len(state.window_losses),
+                "train/learning_rate": learning_rate,
+                "train/tokens_per_second": state.window_tokens / max(state.window_seconds, 1e-9),
+            }
+            if grad_norm is not None:
+                metrics["train/grad_norm"] = grad_norm
+            state.train_loss = metrics["train/loss"]
+            self._log(step, metrics)
+            self._bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", tokens_per_second=f"{metrics['train/tokens_per_second']:.0f}")  # fmt: skip
+            if self._bar.disable:
+                log.info("step %d/%d  loss %.3f  %.0f tokens/s", step, self.total, metrics["train/loss"], metrics["train/tokens_per_second"])  # fmt: skip
+            state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
+        if step == self.total or (self._eval_every and step % self._eval_every == 0):
+            self._rung(step)
+        if self._interrupted and step < self.total:
+            state.stop = "interrupted"
+        self._watch.lap()
+
+    def _refuse_sickness(self, step: int, loss: float, grad_norm: float | None) -> None:
+        rate = self._config.optimizer.learning_rate
+        if not math.isfinite(loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
+            raise Diverged(f"optimizer.learning_rate={rate}: training diverged at step {step} (loss {loss}); lower it")
+        if grad_norm == 0 and self.state.silent_steps == step - 1:
+            self.state.silent_steps = step
+            if step == 3:
+                raise RuntimeError("no gradient reaches the adapter: the first three steps had a gradient norm of 0")
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        self._folder.log(step, metrics)
+        self._tracker.log(step, metrics)
+
+    def _rung(self, step: int) -> None:
+        if self._evaluate is None:
+            return
+        state, metrics = self.state, self._evaluate()
+        names = self._config.objectives
+        if len(names) == 1 and names[0] in metrics:
+            metrics["objective"] = metrics[names[0]]
+        rung = Rung(len(state.rungs), step, metrics)
+        state.rungs.append(asdict(rung))
+        self._log(step, metrics)
+        log.info("step %d/%d  held-out loss %.4f", step, self.total, metrics["eval/loss"])
+        if not math.isfinite(metrics["eval/loss"]):
+            raise Diverged(f"eval/loss={metrics['eval/loss']} at step {step}: lower optimizer.learning_rate")
+        self._note_best(step, metrics)
+        patience = self._config.trainer.early_stopping_patience
+        if self._observer.on_rung(rung):
+            state.stop = "pruned"
+        elif patience is not None and state.rungs_without_better >= patience and step < self.total:
+            state.stop = "early"
+
+    def _note_best(self, step: int, metrics: Metrics) -> None:
+        state, value = self.state, metrics.get("objective")
+        if value is None:
+            return
+        smaller_is_better = self._config.objective != "eval/accuracy"
+        if state.best is None or (value < state.best if smaller_is_better else value > state.best):
+            state.best, state.best_step, state.rungs_without_better = value, step, 0
+            if self._config.objective_at == "best":
+                self._keep_best()
+        else:
+            state.rungs_without_better += 1
+
+
+@contextmanager
+def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

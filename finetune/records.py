@@ -1,0 +1,178 @@
+"""What a run leaves in its folder, written so that a kill at any instant loses nothing that was finished."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetune.config import ConfigError
+
+Metrics = dict[str, float]
+
+RECORDED_PACKAGES = (
+    "accelerate", "bitsandbytes", "datasets", "hydra-core", "numpy", "optuna", "peft", "tokenizers", "torch",
+    "transformers", "trl", "wandb",
+)  # fmt: skip
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+class RunFolder:
+    """One run's folder: its lock, its metrics line by line, its result.
+
+    The lock is the system's (`flock`): it is held as long as the process lives and no longer, so a held
+    lock tells that the run's owner is alive.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / "best"
+        self.result = self.path / "result.json"
+        self.samples = self.path / "samples.json"
+        self._metrics = self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. Raises ConfigError if another process does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another process is training in this folder") from None
+            yield
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append metrics of an optimizer step as one line."""
+        with open(self._metrics, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(_plain({"step": step, **metrics})) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines that are whole; a kill may have torn the last."""
+        if not self._metrics.exists():
+            return []
+        rows = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after a step: the run goes on from its checkpoint there and logs it again."""
+        if not self._metrics.exists():
+            return
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        draft = self._metrics.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(draft, self._metrics)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [path for path in checkpoints_in(self.checkpoints) if (path / PROGRESS).exists()]
+        return whole[-1] if whole else None
+
+
+PROGRESS = "progress.json"
+"""The run's state beside weights and optimizer; written last into a checkpoint."""
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All checkpoints, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in checkpoints_in(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def discard_if_untouched(folder: str | Path) -> None:
+    """Remove a folder that Hydra made for a run that never began, and its empty parents."""
+    path = Path(folder)
+    if not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
+        return
+    shutil.rmtree(path)
+    for parent in (path.parent, path.parent.parent):
+        with contextlib.suppress(OSError):  # not empty: another run's
+            parent.rmdir()
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that a result depends on."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        asked = subprocess.run(command, capture_output=True, text=True)
+        if asked.returncode == 0:
+            return asked.stdout.strip()
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process had: on the GPU if there is one, else resident in the host's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Stopwatch:
+    """Seconds of what is measured, apart from what is not: evaluations, checkpoints."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed

@@ -1,0 +1,48 @@
+"""The same prompts answered before and after training, so that a reader sees what was learnt."""
+
+from typing import TYPE_CHECKING
+
+from finetune.config import RunConfig
+from finetune.data import Rows, first_question
+from finetune.generate import answer
+from finetune.records import RunFolder, read_json, write_json
+from finetune.trackers import Sample, Tracker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_PROMPTS = 2
+"""How many held-out questions are asked where the config names no prompts."""
+
+
+class Samples:
+    """A run's `samples.json`: a list of `prompt`, `before` and `after`."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, rows: Rows, model: "PeftModel", tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        self._config, self._file, self._model, self._tokenizer = config, folder.samples, model, tokenizer
+        questions = [first_question(row) for row in rows.evaluation or rows.train]
+        held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
+        self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
+
+    def before(self) -> None:
+        """Ask the fresh adapter, which answers as its base; a resumed run has asked already."""
+        if self._prompts and not self._file.exists():
+            answers = self._answers()
+            rows = [{"prompt": prompt, "before": text} for prompt, text in zip(self._prompts, answers, strict=True)]
+            write_json(self._file, rows)
+
+    def after(self, tracker: Tracker, step: int) -> None:
+        """Ask the trained adapter, and show both answers."""
+        rows: list[Sample] = read_json(self._file) or []
+        if rows:
+            for row, text in zip(rows, self._answers(), strict=True):
+                row["after"] = text
+            write_json(self._file, rows)
+            tracker.samples(step, rows)
+
+    def _answers(self) -> list[str]:
+        config = self._config
+        return answer(self._model, self._tokenizer, self._prompts, config.sample_max_length, config.quantization)

@@ -1,0 +1,192 @@
+"""Where metrics are shown: Weights & Biases, TensorBoard, both, or nowhere. A tracker never ends a run."""
+
+import json
+import logging
+import netrc
+import os
+import urllib.parse
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from finetune.config import RunConfig, TrackerSettings
+from finetune.records import Metrics, RunFolder, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, str]
+"""A `prompt`, the base's answer `before` training, and the answer `after` it."""
+
+WANDB_PATIENCE = 20
+"""Seconds to wait for W&B's server before a run goes on offline."""
+
+
+class Tracker:
+    """Shows nothing; the others show what they are told."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Show metrics of an optimizer step."""
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        """Show answers before and after."""
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """Close, with the run's final state."""
+
+    def where(self) -> list[str]:
+        """Lines that tell the user where to look."""
+        return []
+
+
+class WandbTracker(Tracker):
+    """One W&B run: live with a key, else on disk with the one command that syncs it."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, run_id: str) -> None:
+        import wandb
+
+        settings = config.tracker
+        mode = _wandb_mode(settings)
+        arguments: dict[str, Any] = {
+            "project": settings.project or os.environ.get("WANDB_PROJECT") or "finetune",
+            "entity": settings.entity,
+            "name": os.environ.get("WANDB_NAME") or config.name,
+            "tags": settings.tags or None,
+            "id": run_id,
+            "resume": "allow" if mode == "online" else None,
+            "dir": str(folder.path),
+            "config": config.to_dict(),
+            "job_type": "run",
+            "reinit": "create_new",
+        }
+        quiet = wandb.Settings(
+            console="off", silent=True, init_timeout=WANDB_PATIENCE, x_disable_stats=mode != "online"
+        )
+        try:
+            self._run = wandb.init(mode=mode, settings=quiet, **arguments)
+        except Exception as error:
+            log.warning("W&B: %s; this run is kept offline", " ".join(str(error).split())[:200])
+            mode = "offline"
+            self._run = wandb.init(mode=mode, settings=quiet, **arguments | {"resume": None})
+        self._online = mode == "online"
+        for metric, best in (("eval/loss", "min"), ("eval/accuracy", "max")):
+            self._run.define_metric(metric, summary=f"{best},last")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(metrics, step=step)
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        import wandb
+
+        columns = ["prompt", "before", "after"]
+        rows = [[sample.get(column, "") for column in columns] for sample in samples]
+        self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=step)
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        self._run.summary.update({"status": status, **summary})
+        self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
+
+    def where(self) -> list[str]:
+        if self._online:
+            return [f"W&B: {self._run.url}"]
+        folder = os.path.relpath(os.path.dirname(self._run.dir))
+        return [f"W&B: offline; wandb sync {folder}"] if os.path.isdir(folder) else []
+
+
+def _wandb_mode(settings: TrackerSettings) -> str:
+    """Online only with a key, so that nothing ever asks for one."""
+    if settings.mode != "auto":
+        return settings.mode
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    """A key in the environment, or that `wandb login` left in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class TensorboardTracker(Tracker):
+    """TensorBoard event files in the run folder."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder.path / "tensorboard"
+        self._writer = SummaryWriter(str(self._folder))
+        self._writer.add_text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        for sample in samples:
+            text = f"**before:** {sample['before']}\n\n**after:** {sample['after']}"
+            self._writer.add_text(f"samples/{sample['prompt']}", text, step)
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        self._writer.add_text("status", status)
+        self._writer.close()
+
+    def where(self) -> list[str]:
+        return [f"TensorBoard: tensorboard --logdir {os.path.relpath(self._folder)}"]
+
+
+class SeveralTrackers(Tracker):
+    """All of several, each on its own: one that fails is left out from then on, and the run goes on."""
+
+    def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
+        self._trackers: list[Tracker] = []
+        for opener in openers:
+            try:
+                self._trackers.append(opener())
+            except Exception as error:
+                log.warning("tracker: %s; the run goes on without it", " ".join(str(error).split())[:200])
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                log.warning(
+                    "%s: %s; the run goes on without it", type(tracker).__name__, " ".join(str(error).split())[:200]
+                )
+                self._trackers.remove(tracker)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._each(lambda tracker: tracker.log(step, metrics))
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        self._each(lambda tracker: tracker.samples(step, samples))
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        self._each(lambda tracker: tracker.finish(status, summary))
+
+    def where(self) -> list[str]:
+        return [line for tracker in self._trackers for line in tracker.where()]
+
+
+def open_tracker(config: RunConfig, folder: RunFolder) -> Tracker:
+    """The trackers that the config names; a resumed run goes on under its own id."""
+    openers: list[Callable[[], Tracker]] = []
+    if config.tracker.name in ("wandb", "both") and config.tracker.mode != "disabled":
+        openers.append(lambda: WandbTracker(config, folder, _run_id(folder)))
+    if config.tracker.name in ("tensorboard", "both"):
+        openers.append(lambda: TensorboardTracker(config, folder))
+    return SeveralTrackers(openers)
+
+
+def _run_id(folder: RunFolder) -> str:
+    place = folder.path / "tracker.json"
+    known = read_json(place)
+    if known is None:
+        known = {"wandb_id": uuid.uuid4().hex[:12]}
+        write_json(place, known)
+    return str(known["wandb_id"])

@@ -1,0 +1,161 @@
+"""The engine `trl`: TRL's SFTTrainer, with float32 adapter weights and the project's own order and evaluation."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from finetune.base import compute_dtype, on_gpu
+from finetune.config import ConfigError, RunConfig
+from finetune.data import epoch_order
+from finetune.progress import Reporter, steps_of
+from finetune.records import remove_old_checkpoints
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_FIELDS = {field.name for field in dataclasses.fields(SFTConfig)}
+
+
+def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTConfig:
+    """TRL's arguments for a run. Logging and evaluation are the reporter's, so TRL logs every step to it alone."""
+    trainer, optimizer = config.trainer, config.optimizer
+    dtype = compute_dtype(config.quantization)
+    save_every = steps_of(trainer.save_steps, steps)
+    # transformers 5.23 calls it activation checkpointing, and warns of the old name
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "seed": config.seed,
+        "num_train_epochs": trainer.num_train_epochs,
+        "max_steps": trainer.max_steps,
+        "per_device_train_batch_size": trainer.per_device_train_batch_size,
+        "per_device_eval_batch_size": trainer.per_device_eval_batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+        checkpointing: trainer.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
+        "optim": optimizer.name,
+        "learning_rate": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler_type": optimizer.lr_scheduler_type,
+        "warmup_steps": optimizer.warmup_ratio,  # below 1 it is a ratio; warmup_ratio itself is gone
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_epsilon,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if save_every else "no",
+        "save_steps": save_every or 1,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not on_gpu(),
+        "bf16": on_gpu() and dtype == torch.bfloat16,
+        "fp16": on_gpu() and dtype == torch.float16,
+        "max_length": config.dataset.max_length,
+        "packing": config.dataset.packing,
+        "dataset_text_field": config.dataset.text_field,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    try:
+        # checkpoints are removed by the project itself, after the next one is whole
+        return SFTConfig(**arguments | trainer.extra | {"save_total_limit": None})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer.extra={trainer.extra}: {' '.join(str(error).split())}") from None
+
+
+def train(
+    config: RunConfig,
+    model: "PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Dataset",
+    reporter: Reporter,
+    checkpoints: Path,
+    checkpoint: Path | None,
+) -> None:
+    """Train the adapter on tokenised rows, from a checkpoint if one is given; the adapter stays on the model."""
+    # TRL casts a quantised base's adapter to bfloat16, where steps of 2e-4 are lost: put the float32 weights back.
+    exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(config, checkpoints, reporter.total),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[_Reporting(reporter, keep=config.trainer.extra.get("save_total_limit", 1))],
+    )
+    for name, weight in model.named_parameters():
+        if name in exact:
+            weight.data = exact[name]
+    trainer.order = _Order([len(ids) for ids in rows["input_ids"]], config)
+    trainer.remove_callback(PrinterCallback)  # the reporter shows progress
+    trainer.remove_callback(ProgressCallback)
+    with reporter.live():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class _Order(Sampler[int]):
+    """The rows of each epoch in the project's order."""
+
+    def __init__(self, lengths: list[int], config: RunConfig) -> None:
+        self._lengths, self._epoch, self._config = lengths, 0, config
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate when an epoch begins, resumed ones too."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        trainer = self._config.trainer
+        batch, grouped = trainer.effective_batch_size, trainer.group_by_length
+        return iter(epoch_order(self._lengths, batch, self._config.seed, self._epoch, grouped))
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with an order of our own."""
+
+    order: _Order
+
+    def _get_train_sampler(self, train_dataset: "Dataset | None" = None) -> Sampler[int]:
+        return self.order
+
+
+class _Reporting(TrainerCallback):  # type: ignore[misc]
+    """Hands each step's figures to the reporter, and saves its state with each checkpoint."""
+
+    def __init__(self, reporter: Reporter, keep: int | None) -> None:
+        self._reporter, self._keep = reporter, keep
+        self._tokens_seen = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._reporter.begin(state.global_step)
+        control.should_training_stop = self._reporter.state.stop is not None
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        tokens, self._tokens_seen = logs["num_tokens"] - self._tokens_seen, logs["num_tokens"]
+        self._reporter.step(state.global_step, logs["loss"], logs.get("grad_norm"), logs["learning_rate"], int(tokens))
+        stop = self._reporter.state.stop
+        if stop is not None:
+            control.should_training_stop = True
+            control.should_save = stop == "interrupted"
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir)
+        # Written last: a checkpoint without it was cut short and is not resumed from.
+        self._reporter.state.save(folder / f"checkpoint-{state.global_step}")
+        if self._keep is not None:
+            remove_old_checkpoints(folder, self._keep)
+        self._reporter.pause()

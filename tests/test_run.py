@@ -1,0 +1,200 @@
+"""One run, end to end, on a tiny real model: what it leaves, that it repeats, that it goes on after a stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_cli, tiny_overrides, write_jsonl
+
+from finetune.config import RunConfig
+from finetune.progress import Observer, Rung
+from finetune.run import run
+
+Tiny = Callable[..., RunConfig]
+DROPOUT = ("lora.dropout=0.1", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2")
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """All logged lines, without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows]
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    objective = run(tiny("trainer.max_steps=4"), tmp_path)
+
+    result = result_of(tmp_path)
+    assert result["status"] == "completed"
+    assert result["objective"] == {"name": "eval/loss", "value": objective}
+    assert result["error"] is None
+    assert result["engine"] == "trl"
+    assert result["slots"] == 1
+    assert result["effective_batch_size"] == 4
+    assert result["tokens_per_second"] == pytest.approx(result["train_tokens"] / result["train_seconds"])
+    assert result["peak_memory_bytes"] > 2**20
+    assert result["versions"]["torch"]
+    assert result["base_model"]["sha256"]
+    assert len(result["dataset_fingerprint"]) == 16
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
+    assert model.peft_config["default"].r == 16
+    AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert [set(row) for row in json.loads((tmp_path / "samples.json").read_text())] == [{"prompt", "before", "after"}] * 2
+    names = {name for row in metrics_of(tmp_path) for name in row}
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "objective", "test/loss"} <= names
+
+
+def test_counts_tokens_without_padding(tiny: Tiny, tmp_path: Path) -> None:
+    from finetune.base import load_tokenizer
+    from finetune.data import load_rows, tokenize
+    from finetune.hub import find_base
+
+    config = tiny("dataset.limit=12", "trainer.per_device_train_batch_size=4")
+    run(config, tmp_path)
+
+    tokens = tokenize("train", load_rows(config.dataset).train, load_tokenizer(find_base(config.model), config.model), config.dataset)
+    assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny: Tiny, tmp_path: Path) -> None:
+    for name, seed in (("one", 7), ("two", 7), ("other", 8)):
+        run(tiny(*DROPOUT, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
+
+    assert metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
+    assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "two")
+    assert adapter_of(tmp_path / "one") != adapter_of(tmp_path / "other")
+
+
+def test_trains_the_adapter_in_float32(tiny: Tiny, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run(tiny("trainer.max_steps=2", "quantization=nf4"), tmp_path)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rounded = [weight.bfloat16().float().equal(weight) for weight in weights.values()]
+    assert not any(rounded)
+
+
+class StopsAt(Observer):
+    def __init__(self, rung: int) -> None:
+        self.rung, self.seen = rung, []  # type: tuple[int, list[Rung]]
+
+    def on_rung(self, rung: Rung) -> bool:
+        self.seen.append(rung)
+        return rung.index == self.rung
+
+
+def test_an_observer_hears_every_rung_and_may_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    observer = StopsAt(2)
+    run(tiny("trainer.max_steps=8", "trainer.eval_steps=2"), tmp_path, observer)
+
+    assert [rung.step for rung in observer.seen] == [0, 2, 4]
+    assert result_of(tmp_path)["status"] == "pruned"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    # A rate that soon overshoots: held-out loss falls first and rises then.
+    wild = ("optimizer.learning_rate=0.3", "optimizer.lr_scheduler_type=constant", "quantization=none")
+    config = tiny(*wild, "trainer.max_steps=60", "trainer.eval_steps=1", "trainer.early_stopping_patience=2", "objective_at=best")
+    objective = run(config, tmp_path)
+
+    losses = [row["eval/loss"] for row in metrics_of(tmp_path) if "eval/loss" in row]
+    assert objective == min(losses)
+    assert losses[-1] > objective
+    assert len(losses) < 60
+
+    from finetune.evaluation import evaluate
+    from finetune.data import load_rows, tokenize
+    from finetune.trained import load_run
+
+    write_hydra(config, tmp_path)
+    trained = load_run(tmp_path)
+    held_out = tokenize("eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset)
+    assert evaluate(trained.model, held_out, 8, config.quantization).loss == pytest.approx(objective, rel=1e-5)
+
+
+def write_hydra(config: RunConfig, folder: Path) -> None:
+    """The composed config, as Hydra leaves it in the folder of a command."""
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps(config.to_dict()))
+
+
+def test_a_diverged_run_is_failed_and_names_the_rate(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate=1e\+20: .*diverged"):
+        run(tiny("optimizer.learning_rate=1e20", "trainer.max_steps=20", "quantization=none"), tmp_path)
+
+    assert result_of(tmp_path)["status"] == "failed"
+    assert "optimizer.learning_rate" in result_of(tmp_path)["error"]
+
+
+STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
+
+
+def start(tiny_base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run as a process of its own, in a given folder."""
+    arguments = [*tiny_overrides(tiny_base), *STEPS, *overrides, f"hydra.run.dir={folder}"]
+    return subprocess.Popen([sys.executable, "-m", "finetune", *arguments], cwd=folder.parent, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until a file is there; the process must live till then."""
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    pytest.fail(f"{path} never came")
+
+
+@pytest.mark.fault
+def test_a_killed_run_goes_on_bit_for_bit(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    run(tiny(*STEPS), tmp_path / "whole")
+    process = start(tiny_base, tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "progress.json", process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "adapter").exists()
+
+    resumed = run_cli(f"resume={tmp_path / 'killed'}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step" in resumed.stderr
+    assert adapter_of(tmp_path / "killed") == adapter_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_goes_on(number: int, tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    run(tiny(*STEPS), tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    process = start(tiny_base, folder)
+    wait_for(folder / "checkpoints" / "checkpoint-4" / "progress.json", process)
+    process.send_signal(number)
+    _, said = process.communicate()
+
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith("error: interrupted after step")
+    assert f"resume={os.path.relpath(folder, tmp_path)}" in said.splitlines()[-1]
+    assert result_of(folder)["status"] == "interrupted"
+    resumed = run_cli(f"resume={folder}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert result_of(folder)["status"] == "completed"
+    assert adapter_of(folder) == adapter_of(tmp_path / "whole")
