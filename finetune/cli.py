@@ -56,10 +56,14 @@ def one_line(error: BaseException) -> str:
         return _hydra_line(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = " ".join(str(error).split())
     if isinstance(error, ConfigError | Interrupted):
-        return message
-    return f"{type(error).__name__}: {message} (HYDRA_FULL_ERROR=1 shows where)"
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {brief(error)} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def brief(error: BaseException) -> str:
+    """A foreign error's message on one line, its beginning if it is long."""
+    return " ".join(str(error).split())[:300]
 
 
 def _hydra_line(error: Exception) -> str:
@@ -149,7 +153,7 @@ def resumed_overrides(folder: str, overrides: list[str]) -> list[str]:
         raise refusal("resume", folder, "must be a run folder, and this one has no .hydra/config.yaml")
     sources = OmegaConf.load(saved / "hydra.yaml").hydra.runtime.config_sources
     extra = [f"file://{source.path}" for source in sources if source.provider == "command-line"]
-    own = [text for text in OmegaConf.load(saved / "overrides.yaml") if not text.startswith("resume=")]
+    own = [str(text) for text in OmegaConf.load(saved / "overrides.yaml") if not str(text).startswith("resume=")]
     asked = own + overrides + [f"hydra.searchpath=[{','.join(extra)}]", f"hydra.run.dir={_quoted(folder)}"]
 
     before = OmegaConf.load(saved / "config.yaml")
@@ -208,7 +212,7 @@ def quiet_libraries() -> None:
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
     if not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bars()

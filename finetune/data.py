@@ -152,7 +152,8 @@ def _read(key: str, path: str, settings: DatasetSettings) -> Iterable[Row]:
     if local.is_file():
         return _read_file(key, local)
     if local.suffix in _READERS or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise refusal(key, path, f"no such file or folder; allowed: python_docs, a hub id (owner/name), a {' '.join(_READERS)} file, a folder")  # fmt: skip
+        allowed = f"python_docs, a hub id (owner/name), a {' '.join(_READERS)} file, a folder"
+        raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
     return fetch_dataset(key, path, settings.name, settings.split)
 
 

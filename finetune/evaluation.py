@@ -68,7 +68,8 @@ def _answers(model: torch.nn.Module, batch: Sequence[dict[str, Any]]) -> tuple[t
         return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in batch])
 
     ids, labels = padded("input_ids", 0), padded("labels", IGNORED)[:, 1:]
-    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[n < len(row["input_ids"]) for n in range(longest)] for row in batch]).long()}  # fmt: skip
+    lengths = torch.tensor([[len(row["input_ids"])] for row in batch])
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths).long()}
     if "seq_lengths" in batch[0]:  # packed: positions start anew with each row, and mark the boundaries
         positions = [[n for length in row["seq_lengths"] for n in range(length)] for row in batch]
         inputs["position_ids"] = torch.tensor([row + [0] * (longest - len(row)) for row in positions])

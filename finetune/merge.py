@@ -21,36 +21,14 @@ if TYPE_CHECKING:
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 
 
-def dequantize(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A quantised base as an ordinary float32 model with the weights that training saw; in place."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    quantized = [
-        name for name, module in model.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-    ]
-    for name in quantized:
-        layer = model.get_submodule(name)
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = torch.nn.Parameter(dequantize_module_weight(layer).float(), requires_grad=False)
-        if layer.bias is not None:
-            plain.bias = torch.nn.Parameter(layer.bias.float(), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
-    model.hf_quantizer = None
-    model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    return model
-
-
 def merge(model: "PeftModel", adapter: Path) -> "PreTrainedModel":
     """The base of a PEFT model with its saved adapter added to the dequantised weights, in float32."""
     from peft import PeftModel
 
-    base = dequantize(model.unload())
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    base = model.unload()
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize(torch.float32)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
     return merged
 
 
@@ -58,7 +36,8 @@ def probe(trained: TrainedRun, model: "PreTrainedModel | PeftModel") -> torch.Te
     """Log-probabilities [tokens, vocabulary] that a model gives to a fixed text, in float32."""
     ids = torch.tensor([trained.tokenizer(PROBE)["input_ids"]], device=next(model.parameters()).device)
     with torch.inference_mode():
-        return model(input_ids=ids).logits[0].float().log_softmax(-1)
+        logits: torch.Tensor = model(input_ids=ids).logits[0]
+    return logits.float().log_softmax(-1)
 
 
 def main() -> None:
@@ -79,9 +58,10 @@ def main() -> None:
     rounded = probe(trained, merged)
     merged.save_pretrained(target)
     trained.tokenizer.save_pretrained(target)
+    before, after = ((found - with_adapter).abs().max() for found in (exact, rounded))
     print(f"merged model in {target}: python -m finetune model.name_or_path={target} starts from it")
-    print(f"largest difference of a log-probability on a fixed text, against the adapter on its base: "
-          f"{(exact - with_adapter).abs().max():.1e} before and {(rounded - with_adapter).abs().max():.1e} after rounding to {arguments.dtype}")  # fmt: skip
+    print("largest difference of a log-probability on a fixed text, against the adapter on its quantised base:")
+    print(f"{before:.1e} before rounding and {after:.1e} after rounding to {arguments.dtype}")
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ class Reporter:
                 raise KeyboardInterrupt
             self._interrupted = True
 
-        with _signals(ask_to_stop), logging_redirect_tqdm():
-            with tqdm(total=self.total, desc="training", unit="step", disable=not sys.stderr.isatty()) as self._bar:
-                yield
+        bar = tqdm(total=self.total, desc="training", unit="step", disable=not sys.stderr.isatty())
+        with _signals(ask_to_stop), logging_redirect_tqdm(), bar as self._bar:
+            yield
 
     def begin(self, step: int) -> None:
         """Evaluate before the first step; a resumed run already has."""
@@ -170,9 +170,7 @@ class Reporter:
                 metrics["train/grad_norm"] = grad_norm
             state.train_loss = metrics["train/loss"]
             self._log(step, metrics)
-            self._bar.set_postfix(loss=f"{metrics['train/loss']:.3f}", tokens_per_second=f"{metrics['train/tokens_per_second']:.0f}")  # fmt: skip
-            if self._bar.disable:
-                log.info("step %d/%d  loss %.3f  %.0f tokens/s", step, self.total, metrics["train/loss"], metrics["train/tokens_per_second"])  # fmt: skip
+            self._show(step, metrics)
             state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
         if step == self.total or (self._eval_every and step % self._eval_every == 0):
             self._rung(step)
@@ -188,6 +186,14 @@ class Reporter:
             self.state.silent_steps = step
             if step == 3:
                 raise RuntimeError("no gradient reaches the adapter: the first three steps had a gradient norm of 0")
+
+    def _show(self, step: int, metrics: Metrics) -> None:
+        """On a terminal beside the bar, elsewhere as a line."""
+        loss, speed = metrics["train/loss"], metrics["train/tokens_per_second"]
+        if self._bar.disable:
+            log.info("step %d/%d  loss %.4f  %.0f tokens/s", step, self.total, loss, speed)
+        else:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
 
     def _log(self, step: int, metrics: Metrics) -> None:
         self._folder.log(step, metrics)

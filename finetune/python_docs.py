@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-MODULES = (
-    "argparse base64 bisect calendar cmath collections contextlib copy csv datetime decimal difflib fractions functools "
-    "glob gzip heapq inspect io itertools json keyword locale logging math operator os.path pathlib pprint random re secrets "
-    "shlex shutil statistics string struct subprocess tempfile textwrap threading time traceback types unicodedata "
-    "urllib.parse uuid zipfile zlib"
-).split()
+MODULES = """
+argparse base64 bisect calendar cmath collections contextlib copy csv datetime decimal difflib fractions functools
+glob gzip heapq inspect io itertools json keyword locale logging math operator os.path pathlib pprint random re
+secrets shlex shutil statistics string struct subprocess tempfile textwrap threading time traceback types
+unicodedata urllib.parse uuid zipfile zlib
+""".split()
 
 SHORTEST, LONGEST = 40, 240
 """Bounds of an answer in characters: longer docstrings are reference manuals, shorter ones say nothing."""

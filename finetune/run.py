@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli import Interrupted, note_traceback, one_line, quiet_libraries
+from finetune.cli import Interrupted, brief, note_traceback, one_line, quiet_libraries
 from finetune.config import RunConfig
 from finetune.data import Rows, load_rows, tokenize
 from finetune.hub import BaseSource, find_base
@@ -169,9 +169,7 @@ def _push(config: RunConfig, model: "PeftModel") -> None:
         try:
             model.push_to_hub(config.hub.model_id or config.name, private=config.hub.private)
         except Exception as error:
-            log.warning(
-                "hub.push=true: not pushed (%s); the adapter is in the run folder", " ".join(str(error).split())
-            )
+            log.warning("hub.push=true: not pushed (%s); the adapter is in the run folder", brief(error))
 
 
 def _summarise(folder: RunFolder, result: Result, tracker: Tracker) -> None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from finetune.cli import brief
 from finetune.config import RunConfig, TrackerSettings
 from finetune.records import Metrics, RunFolder, read_json, write_json
 
@@ -18,7 +19,7 @@ Sample = dict[str, str]
 """A `prompt`, the base's answer `before` training, and the answer `after` it."""
 
 WANDB_PATIENCE = 20
-"""Seconds to wait for W&B's server before a run goes on offline."""
+"""Seconds to wait for W&B's server at a run's start, and thrice as many for the last upload at its end."""
 
 
 class Tracker:
@@ -47,6 +48,7 @@ class WandbTracker(Tracker):
         settings = config.tracker
         mode = _wandb_mode(settings)
         arguments: dict[str, Any] = {
+            "mode": mode,
             "project": settings.project or os.environ.get("WANDB_PROJECT") or "finetune",
             "entity": settings.entity,
             "name": os.environ.get("WANDB_NAME") or config.name,
@@ -59,14 +61,20 @@ class WandbTracker(Tracker):
             "reinit": "create_new",
         }
         quiet = wandb.Settings(
-            console="off", silent=True, init_timeout=WANDB_PATIENCE, x_disable_stats=mode != "online"
+            console="off",
+            silent=True,
+            init_timeout=WANDB_PATIENCE,
+            finish_timeout=3 * WANDB_PATIENCE,
+            x_disable_stats=mode != "online",
         )
         try:
-            self._run = wandb.init(mode=mode, settings=quiet, **arguments)
+            self._run = wandb.init(settings=quiet, **arguments)
         except Exception as error:
-            log.warning("W&B: %s; this run is kept offline", " ".join(str(error).split())[:200])
+            log.warning("W&B: %s; this run is kept offline", brief(error))
             mode = "offline"
-            self._run = wandb.init(mode=mode, settings=quiet, **arguments | {"resume": None})
+            # W&B holds the id of the attempt that failed as taken, for as long as this process lives.
+            offline = {"mode": mode, "resume": None, "id": f"{run_id}-offline"}
+            self._run = wandb.init(settings=quiet, **arguments | offline)
         self._online = mode == "online"
         for metric, best in (("eval/loss", "min"), ("eval/accuracy", "max")):
             self._run.define_metric(metric, summary=f"{best},last")
@@ -86,9 +94,9 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
 
     def where(self) -> list[str]:
-        if self._online:
-            return [f"W&B: {self._run.url}"]
         folder = os.path.relpath(os.path.dirname(self._run.dir))
+        if self._online:
+            return [f"W&B: {self._run.url} (if anything is missing there: wandb sync {folder})"]
         return [f"W&B: offline; wandb sync {folder}"] if os.path.isdir(folder) else []
 
 
@@ -144,21 +152,21 @@ class SeveralTrackers(Tracker):
 
     def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
         self._trackers: list[Tracker] = []
+        self._failed: list[Tracker] = []
         for opener in openers:
             try:
                 self._trackers.append(opener())
             except Exception as error:
-                log.warning("tracker: %s; the run goes on without it", " ".join(str(error).split())[:200])
+                log.warning("tracker: %s; the run goes on without it", brief(error))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                call(tracker)
-            except Exception as error:
-                log.warning(
-                    "%s: %s; the run goes on without it", type(tracker).__name__, " ".join(str(error).split())[:200]
-                )
-                self._trackers.remove(tracker)
+        for tracker in self._trackers:
+            if tracker not in self._failed:
+                try:
+                    call(tracker)
+                except Exception as error:
+                    log.warning("%s: %s; the run goes on without it", type(tracker).__name__, brief(error))
+                    self._failed.append(tracker)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._each(lambda tracker: tracker.log(step, metrics))

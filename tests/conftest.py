@@ -105,7 +105,9 @@ def tiny_overrides(tiny_base: Path) -> list[str]:
     ]
 
 
-def run_cli(*arguments: str, cwd: Path, module: str = "finetune", **environment: str) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: str, cwd: Path, module: str = "finetune", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A command as a user runs it: a process of its own."""
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True)

@@ -57,7 +57,9 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_bas
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
     assert model.peft_config["default"].r == 16
     AutoTokenizer.from_pretrained(tmp_path / "adapter")
-    assert [set(row) for row in json.loads((tmp_path / "samples.json").read_text())] == [{"prompt", "before", "after"}] * 2
+    assert [set(row) for row in json.loads((tmp_path / "samples.json").read_text())] == [
+        {"prompt", "before", "after"}
+    ] * 2
     names = {name for row in metrics_of(tmp_path) for name in row}
     assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "objective", "test/loss"} <= names
 
@@ -70,7 +72,9 @@ def test_counts_tokens_without_padding(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("dataset.limit=12", "trainer.per_device_train_batch_size=4")
     run(config, tmp_path)
 
-    tokens = tokenize("train", load_rows(config.dataset).train, load_tokenizer(find_base(config.model), config.model), config.dataset)
+    tokens = tokenize(
+        "train", load_rows(config.dataset).train, load_tokenizer(find_base(config.model), config.model), config.dataset
+    )
     assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
 
 
@@ -113,7 +117,9 @@ def test_an_observer_hears_every_rung_and_may_stop_the_run(tiny: Tiny, tmp_path:
 def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> None:
     # A rate that soon overshoots: held-out loss falls first and rises then.
     wild = ("optimizer.learning_rate=0.3", "optimizer.lr_scheduler_type=constant", "quantization=none")
-    config = tiny(*wild, "trainer.max_steps=60", "trainer.eval_steps=1", "trainer.early_stopping_patience=2", "objective_at=best")
+    config = tiny(
+        *wild, "trainer.max_steps=60", "trainer.eval_steps=1", "trainer.early_stopping_patience=2", "objective_at=best"
+    )
     objective = run(config, tmp_path)
 
     losses = [row["eval/loss"] for row in metrics_of(tmp_path) if "eval/loss" in row]
@@ -151,7 +157,9 @@ STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6",
 def start(tiny_base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
     """A run as a process of its own, in a given folder."""
     arguments = [*tiny_overrides(tiny_base), *STEPS, *overrides, f"hydra.run.dir={folder}"]
-    return subprocess.Popen([sys.executable, "-m", "finetune", *arguments], cwd=folder.parent, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune", *arguments], cwd=folder.parent, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
