@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune.config import ConfigError, LoraSettings, ModelSettings, QuantizationSettings, RunConfig, refusal
@@ -94,16 +96,19 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
 
 def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
     """Refuse target modules that the base does not have, before its weights are loaded."""
-    if isinstance(lora.target_modules, str):
-        return  # all-linear, or a pattern that PEFT checks
+    if lora.target_modules == "all-linear":
+        return
     with _readable(model), torch.device("meta"):
         config = AutoConfig.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
         )
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
-    for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    for target in targets:
+        # PEFT takes a text as a pattern for whole names, a list's items as their ends.
+        pattern = target if isinstance(lora.target_modules, str) else rf"(.*\.)?{re.escape(target)}"
+        if not any(re.fullmatch(pattern, name) for name in linear):
             there = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise refusal("lora.target_modules", target, f"matches no linear layer; allowed: {', '.join(there)}")
 
@@ -123,7 +128,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     elif "device_map" not in extra:
         extra["device_map"] = {"": torch.cuda.current_device()}
     named = config.model.dtype
-    with _readable(config.model):
+    with _readable(config.model), _known_extra(config.model):
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
@@ -147,10 +152,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    try:
-        return get_peft_model(model, lora_config(lora))
-    except ValueError as error:
-        raise refusal("lora.target_modules", lora.target_modules, str(error)) from None
+    return get_peft_model(model, lora_config(lora))
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -181,11 +183,22 @@ def _require_bitsandbytes(settings: QuantizationSettings) -> None:
 
 
 @contextlib.contextmanager
+def _known_extra(settings: ModelSettings) -> Iterator[None]:
+    """Name the key of an argument that from_pretrained does not take."""
+    try:
+        yield
+    except TypeError as error:
+        if not settings.extra:
+            raise
+        raise ConfigError(f"model.extra={settings.extra}: {error}") from error
+
+
+@contextlib.contextmanager
 def _readable(settings: ModelSettings) -> Iterator[None]:
     """Say in one line what transformers says of a model folder that it can't read."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

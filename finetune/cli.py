@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from finetune.config import ConfigError, did_you_mean, looks_secret, refusal, secret_refusal
+from finetune.config import PLAIN_NAME, ConfigError, did_you_mean, is_plain_name, refusal, refuse_secrets_in
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -81,7 +81,7 @@ def _hydra_line(error: Exception) -> str:
     cause = error.__cause__
     if cause is not None and str(cause).splitlines() and str(cause).splitlines()[0] not in text:
         lines.append(str(cause).splitlines()[0])
-    noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "Set the environment variable")
+    noise = ("provider=", "full_key:", "object_type=", "reference_type=", "Config search path", "Set the environment")
     return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(noise))
 
 
@@ -107,30 +107,42 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
 
     parser = get_args_parser()
     parser.error = refuse_flag  # type: ignore[method-assign]
-    overrides: list[str] = parser.parse_intermixed_args().overrides
-    _refuse_secret_overrides(overrides)
+    given: list[str] = parser.parse_intermixed_args().overrides
+    overrides = [_checked_override(override) for override in given]
+    sys.argv[1:] = [_checked_override(word) if word in given else word for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
-    folder = next((value for key, _, value in (text.partition("=") for text in overrides) if key == "resume"), "null")
+    pairs = [override.partition("=") for override in overrides]
+    folder = next((value for key, _, value in pairs if key == "resume"), "null")
     if folder not in ("null", ""):
         sys.argv[1:] = resumed_overrides(folder, overrides)
     errors: list[BaseException] = []
-    hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
-    for error in errors:
-        raise error
+    try:
+        hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        folder = next((value for key, _, value in pairs if key == "hydra.run.dir"), error.filename)
+        raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
+    if errors:
+        raise errors[0]
 
 
 def _keeping_errors(task: Callable[["DictConfig"], object], errors: list[BaseException]) -> Callable[..., object]:
-    """The task of a single run, its error kept for `run_command`: Hydra would print a line of its own."""
+    """The task, its error kept for `run_command`: Hydra would print a line of its own, and end a sweep's other jobs."""
 
     def kept(composed: "DictConfig") -> object:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        if HydraConfig.get().mode != RunMode.RUN:
-            return task(composed)
+        if "BasicLauncher" not in HydraConfig.get().launcher._target_ and HydraConfig.get().mode == RunMode.MULTIRUN:
+            return task(composed)  # another process, whose errors come back through Hydra
         try:
             return task(composed)
         except (Exception, KeyboardInterrupt) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if isinstance(error, KeyboardInterrupt | Interrupted):
+                    raise
+                log.error("job %s failed: %s", HydraConfig.get().job.num, one_line(error))
             errors.append(error)
             return None
 
@@ -186,12 +198,16 @@ def refuse_flag(message: str) -> NoReturn:
     raise ConfigError(f"{message}; see --help")
 
 
-def _refuse_secret_overrides(overrides: list[str]) -> None:
-    """Refuse credentials before Hydra writes its overrides into the run folder."""
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if looks_secret(key, value):
-            raise ConfigError(secret_refusal(key))
+def _checked_override(override: str) -> str:
+    """An override as Hydra takes it: `extra` takes any key; no credential, and no number for a choice, passes."""
+    refuse_secrets_in(override)
+    key, _, value = override.partition("=")
+    if key == "name" and not all(is_plain_name(name) for name in value.split(",")):
+        raise refusal(key, value, PLAIN_NAME)
+    if (CONF / key).is_dir() and value.isdigit():
+        choices = [file.stem for file in (CONF / key).glob("*.yaml")]
+        raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
+    return f"++{override}" if re.match(r"(model|lora|trainer)\.extra\b", override) else override
 
 
 def command_parser(description: str) -> argparse.ArgumentParser:

@@ -35,6 +35,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return (f"did you mean {' or '.join(near)}? " if near else "") + f"allowed: {', '.join(names)}"
 
 
+PLAIN_NAME = "names a folder: letters, digits, '.', '_' and '-' only"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a run's name stays within its parent folder."""
+    return bool(re.fullmatch(r"[\w.-]+", name)) and bool(name.strip("."))
+
+
 OptimizerName = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
@@ -249,8 +257,7 @@ class RunConfig(Section):
     hub: HubSettings
 
     def __post_init__(self) -> None:
-        plain_name = re.fullmatch(r"[\w.-]+", self.name) and self.name.strip(".")
-        self.require("name", bool(plain_name), "names a folder: letters, digits, '.', '_' and '-' only")
+        self.require("name", is_plain_name(self.name), PLAIN_NAME)
         self.require("seed", 0 <= self.seed < 2**32, "must be a whole number from 0 to 4294967295")
         self.require("sample_max_length", self.sample_max_length >= 1, "must be at least 1")
         self.require("objective", bool(self.objective), "must be a metric's name, or a list of them")
@@ -259,7 +266,7 @@ class RunConfig(Section):
             self.require("objective_at", self.objective_at == "last", needs)
             self.trainer.require("early_stopping_patience", self.trainer.early_stopping_patience is None, needs)
         if self.objective_at == "best" or self.trainer.early_stopping_patience:
-            by = "evaluations, so objective_at=best and early stopping go by one of eval/loss, eval/accuracy"
+            by = "objective_at=best and early stopping need one of eval/loss, eval/accuracy"
             self.require("objective", self.objective in ("eval/loss", "eval/accuracy"), by)
 
     @classmethod
@@ -290,12 +297,14 @@ class RunConfig(Section):
         return [name for name in names if self.dataset.holds_out or not name.startswith("eval/")]
 
 
-_SECRET_KEY = re.compile(r"(^|[._])(token|hf_token|hub_token|use_auth_token|api_key|password|secret)$")
+_SECRET = r"((hf|hub|auth|use_auth|access|wandb)_)?token|(\w+_)?(api_key|password|secret|secret_key)"
 
 
-def looks_secret(key: str, value: object) -> bool:
-    """Whether a config key asks for a credential and has one."""
-    return bool(_SECRET_KEY.search(key)) and isinstance(value, str) and bool(value)
+def refuse_secrets_in(override: str) -> None:
+    """Raise ConfigError if a credential stands in an override's text, before Hydra writes it to files."""
+    found = re.search(rf"(?i)(?<![a-z0-9_])({_SECRET})['\"]?\s*[=:]\s*(?!null|\$|['\"]['\"])[^\s,}}]", override)
+    if found:
+        raise ConfigError(_secret_refusal(found[1]))
 
 
 def refuse_secrets(values: Mapping[str, Any], path: str = "") -> None:
@@ -303,11 +312,11 @@ def refuse_secrets(values: Mapping[str, Any], path: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{path}{key}.")
-        elif looks_secret(str(key), value):
-            raise ConfigError(secret_refusal(f"{path}{key}"))
+        elif re.fullmatch(rf"(?i){_SECRET}", str(key)) and isinstance(value, str) and value:
+            raise ConfigError(_secret_refusal(f"{path}{key}"))
 
 
-def secret_refusal(key: str) -> str:
+def _secret_refusal(key: str) -> str:
     """What to do with a credential, without showing it."""
     return f"{key}: a credential in a config would be written to files; set HF_TOKEN or WANDB_API_KEY instead"
 

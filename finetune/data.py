@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,8 @@ def load_rows(settings: DatasetSettings) -> Rows:
     evaluation = _held_out("eval", settings, pool, total, dropped)
     test = _held_out("test", settings, pool, total, dropped)
     seen = {fingerprint(row) for row in pool}
-    evaluation = _unseen("eval", evaluation, seen, dropped)
-    test = _unseen("test", test, seen, dropped)
+    evaluation = _unseen("eval", settings, evaluation, seen, dropped)
+    test = _unseen("test", settings, test, seen, dropped)
     train = pool[: settings.limit]
     if not train:
         raise refusal("dataset.path", settings.path, "no rows are left to train on")
@@ -103,7 +104,9 @@ def _held_out(part: str, settings: DatasetSettings, pool: list[Row], total: int,
     return taken
 
 
-def _unseen(part: str, rows: list[Row], seen: set[str], dropped: dict[str, int]) -> list[Row]:
+def _unseen(
+    part: str, settings: DatasetSettings, rows: list[Row], seen: set[str], dropped: dict[str, int]
+) -> list[Row]:
     """Held-out rows that stand nowhere else, so that nothing is measured on what was trained on."""
     kept = []
     for row in rows:
@@ -114,7 +117,8 @@ def _unseen(part: str, rows: list[Row], seen: set[str], dropped: dict[str, int])
     if len(kept) < len(rows):
         dropped[f"{part} rows that also stand in training or twice"] = len(rows) - len(kept)
     if rows and not kept:
-        raise ConfigError(f"dataset.{part}_path, dataset.{part}_fraction: all {len(rows)} rows also stand in training")
+        key = f"{part}_path" if getattr(settings, f"{part}_path") else f"{part}_fraction"
+        raise refusal(f"dataset.{key}", getattr(settings, key), f"all {len(rows)} rows also stand in training")
     return kept
 
 
@@ -168,10 +172,16 @@ def _read_file(key: str, file: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise refusal(key, str(file), f"line {number} is no JSON object")
             yield row
+    except _UnreadableError as error:
+        raise refusal(key, str(file), str(error)) from None
     except UnicodeDecodeError as error:
         raise refusal(key, str(file), f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise refusal(key, str(file), f"line {error.lineno} is broken JSON ({error.msg})") from None
+
+
+class _UnreadableError(Exception):
+    """What is wrong with a file, for the caller who knows its key."""
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -192,10 +202,14 @@ def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(sys.maxsize)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise _UnreadableError(f"line {reader.line_num} is broken CSV ({error})") from None
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
@@ -203,10 +217,9 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
+        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: no readable Parquet file ({str(error).splitlines()[0]})") from None
-    return enumerate(table.to_pylist(), start=1)
+        raise _UnreadableError(f"no readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
@@ -255,7 +268,7 @@ def _chat(row: Row, where: str, _: str) -> Row | None:
     messages = [_message(turn, where) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nothing is learnt after the last answer
-    return {"messages": messages} if any(message["content"].strip() for message in messages) else None
+    return {"messages": messages} if any(m["role"] == "assistant" and m["content"].strip() for m in messages) else None
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -301,6 +314,9 @@ def first_question(row: Row) -> str | None:
 
 # Tokens
 
+ENCODING = 1
+"""Counted up when tokenisation changes, so that no cached rows of the old kind are used."""
+
 
 def tokenize(part: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", settings: DatasetSettings) -> "Dataset":
     """`input_ids` and `labels` of each row (with packing: of each sequence, and its rows' `seq_lengths`), cached.
@@ -312,11 +328,14 @@ def tokenize(part: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", s
     from datasets import Dataset, disable_progress_bars, load_from_disk
 
     disable_progress_bars()
-
+    if not rows:
+        return Dataset.from_dict({"input_ids": [], "labels": []})
     recipe = [
+        ENCODING,
         rows,
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         settings.max_length,
         settings.packing,
     ]
@@ -382,7 +401,11 @@ def _encode_chat(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tu
     labels = [IGNORED] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant" and turn > 0:
-            start = _common_prefix(render(messages[:turn], ask=True), ids)
+            prompt = render(messages[:turn], ask=True)
+            start = _common_prefix(prompt, ids)
+            if start < len(prompt):  # the template moved something: the answer begins where another one would differ
+                other = [*messages[:turn], {**message, "content": "\0"}, *messages[turn + 1 :]]
+                start = max(start, _common_prefix(render(other), ids))
             end = len(ids) if turn == len(messages) - 1 else _common_prefix(render(messages[: turn + 1]), ids)
             labels[start:end] = ids[start:end]
     return ids, labels

@@ -1,7 +1,8 @@
 """The loss on held-out rows: one measure for all engines and commands, the same whatever the batch size."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,19 @@ class Evaluation:
         return {f"{part}/loss": self.loss, f"{part}/accuracy": self.accuracy}
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode and no gradients, while the context lasts."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def evaluate(
     model: torch.nn.Module, rows: "Dataset", batch_size: int, quantization: QuantizationSettings
 ) -> Evaluation:
@@ -44,18 +58,15 @@ def evaluate(
     Rows are batched by length, so that little is padding, and only the positions that predict an answer's
     token get logits. The model's mode is left as it was; no random number is drawn.
     """
-    was_training = model.training
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = tokens = 0
     examples: list[dict[str, Any]] = sorted(rows.to_list(), key=lambda row: -len(row["input_ids"]))
-    with torch.inference_mode(), autocast(quantization):
+    with evaluating(model), autocast(quantization):
         for start in range(0, len(examples), batch_size):
             logits, targets = _answers(model, examples[start : start + batch_size])
             loss += cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
             correct += int((logits.argmax(-1) == targets).sum())
             tokens += targets.numel()
-    model.train(was_training)
     return Evaluation(loss.item() / max(tokens, 1), correct / max(tokens, 1), tokens)
 
 
@@ -74,6 +85,7 @@ def _answers(model: torch.nn.Module, batch: Sequence[dict[str, Any]]) -> tuple[t
         positions = [[n for length in row["seq_lengths"] for n in range(length)] for row in batch]
         inputs["position_ids"] = torch.tensor([row + [0] * (longest - len(row)) for row in positions])
         del inputs["attention_mask"]
+        labels = labels.masked_fill(inputs["position_ids"][:, 1:] == 0, IGNORED)  # no row's first token is predicted
     counted = labels != IGNORED
     first = int(counted.any(0).nonzero()[0])  # no row of the batch has an answer's token before it
     kept = torch.arange(first, longest - 1)

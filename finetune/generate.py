@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from finetune.base import autocast
 from finetune.cli import command_parser, run_command
-from finetune.config import QuantizationSettings
+from finetune.config import QuantizationSettings, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +22,11 @@ def answer(
     A prompt is a user's turn if the tokenizer has a chat template, else text to go on with. One batch for
     all; the model's mode is left as it was.
     """
-    was_training = model.training
-    model.eval()
+    import torch
+
+    from finetune.base import autocast
+    from finetune.evaluation import evaluating
+
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
@@ -37,7 +37,7 @@ def answer(
     filled = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in ids])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids])
     device = next(model.parameters()).device
-    with torch.inference_mode(), autocast(quantization):
+    with evaluating(model), autocast(quantization):
         written = model.generate(
             input_ids=filled.to(device),
             attention_mask=mask.to(device),
@@ -46,7 +46,6 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=_end_tokens(model, tokenizer),
         )
-    model.train(was_training)
     answers = [row[longest:][: max(1, max_length - len(prompt))] for row, prompt in zip(written, ids, strict=True)]
     return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
 
@@ -66,6 +65,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together (the run's own)")
     parser.add_argument("--base", action="store_true", help="answer by the base, without the adapter")
     arguments = parser.parse_args()
+    if arguments.max_length is not None and arguments.max_length < 1:
+        raise refusal("--max-length", arguments.max_length, "must be at least 1")
     from finetune.trained import load_run
 
     trained = load_run(arguments.run)

@@ -18,7 +18,7 @@ from finetune.config import ConfigError, ModelSettings, refusal
 
 log = logging.getLogger(__name__)
 
-HUB_TIMEOUT = 10
+HUB_TIMEOUT = 5
 """Seconds to wait for the hub's first answer."""
 
 T = TypeVar("T")

@@ -7,14 +7,13 @@ nothing is quantised again. What remains between the two is the rounding to 16 b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from finetune.cli import command_parser, run_command
 from finetune.config import refusal
 from finetune.records import RunFolder
 from finetune.trained import TrainedRun, load_run
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 
 def merge(model: "PeftModel", adapter: Path) -> "PreTrainedModel":
     """The base of a PEFT model with its saved adapter added to the dequantised weights, in float32."""
+    import torch
     from peft import PeftModel
 
     base = model.unload()
@@ -32,8 +32,10 @@ def merge(model: "PeftModel", adapter: Path) -> "PreTrainedModel":
     return merged
 
 
-def probe(trained: TrainedRun, model: "PreTrainedModel | PeftModel") -> torch.Tensor:
+def probe(trained: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tensor":
     """Log-probabilities [tokens, vocabulary] that a model gives to a fixed text, in float32."""
+    import torch
+
     ids = torch.tensor([trained.tokenizer(PROBE)["input_ids"]], device=next(model.parameters()).device)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids).logits[0]
@@ -51,6 +53,8 @@ def main() -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise refusal("--to", arguments.to, "exists already; must be a new or an empty folder")
     trained = load_run(arguments.run)
+    import torch
+
     with_adapter = probe(trained, trained.model)
     merged = merge(trained.model, RunFolder(arguments.run).adapter)
     exact = probe(trained, merged)

@@ -29,10 +29,20 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        with _named(path):
+            draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors that the system raises without one (disk full)."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +92,7 @@ class RunFolder:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append metrics of an optimizer step as one line."""
-        with open(self._metrics, "a", encoding="utf-8") as lines:
+        with _named(self._metrics), open(self._metrics, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(_plain({"step": step, **metrics})) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -131,8 +141,10 @@ def discard_if_untouched(folder: str | Path) -> None:
     if not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
         return
     shutil.rmtree(path)
-    for parent in (path.parent, path.parent.parent):
-        with contextlib.suppress(OSError):  # not empty: another run's
+    with contextlib.suppress(OSError):  # not empty: another run's
+        for parent in path.resolve().parents:
+            if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
+                break
             parent.rmdir()
 
 

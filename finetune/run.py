@@ -87,8 +87,10 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
             note_traceback(error)
             raise
         finally:
-            write_json(folder.result, result.to_dict())
-            tracker.finish(result.status, result.metrics)
+            try:
+                write_json(folder.result, result.to_dict())
+            finally:
+                tracker.finish(result.status, result.metrics)
         _summarise(folder, result, tracker)
         return _objective(config, result.metrics)
 
@@ -110,7 +112,15 @@ def _train(
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
     quiet_libraries()
     from finetune import trl_engine
-    from finetune.base import add_adapter, check_targets, load_adapter, load_base, load_tokenizer, save_adapter
+    from finetune.base import (
+        add_adapter,
+        check_targets,
+        load_adapter,
+        load_base,
+        load_tokenizer,
+        lora_config,
+        save_adapter,
+    )
     from finetune.evaluation import evaluate
     from finetune.progress import Observer, Progress, Reporter, total_steps
     from finetune.samples import Samples
@@ -119,6 +129,9 @@ def _train(
     check_targets(source, config.model, config.lora)
     parts = (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test))
     train, held_out, test = (tokenize(part, content, tokenizer, config.dataset) for part, content in parts)
+    total = total_steps(config, len(train))
+    lora_config(config.lora)  # like the trainer's, its unknown arguments are refused before the base is loaded
+    arguments = trl_engine.training_arguments(config, folder.checkpoints, total)
     model = add_adapter(load_base(source, config), config.lora, config.seed)
 
     def measure(tokens: "Dataset", part: str) -> Metrics:
@@ -130,7 +143,7 @@ def _train(
     reporter = Reporter(
         config,
         progress,
-        total_steps(config, len(train)),
+        total,
         folder,
         tracker,
         observer or Observer(),
@@ -142,7 +155,7 @@ def _train(
     log.info("training on %d rows: %d steps of %d", len(train), reporter.total, config.trainer.effective_batch_size)
     if checkpoint:
         log.info("going on from step %d", progress.step)
-    trl_engine.train(config, model, tokenizer, train, reporter, folder.checkpoints, checkpoint)
+    trl_engine.train(config, arguments, model, tokenizer, train, reporter, checkpoint)
 
     if progress.stop == "interrupted":
         resume = f"python -m finetune resume={os.path.relpath(folder.path)}"

@@ -74,11 +74,11 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
 
 def train(
     config: RunConfig,
+    arguments: SFTConfig,
     model: "PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: "Dataset",
     reporter: Reporter,
-    checkpoints: Path,
     checkpoint: Path | None,
 ) -> None:
     """Train the adapter on tokenised rows, from a checkpoint if one is given; the adapter stays on the model."""
@@ -86,7 +86,7 @@ def train(
     exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = _Trainer(
         model=model,
-        args=training_arguments(config, checkpoints, reporter.total),
+        args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[_Reporting(reporter, keep=config.trainer.extra.get("save_total_limit", 1))],

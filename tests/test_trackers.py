@@ -1,0 +1,109 @@
+"""What W&B and TensorBoard are shown, read back from their own files; and that they never end a run."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import RunConfig
+from finetune.run import run
+
+Tiny = Callable[..., RunConfig]
+
+
+def wandb_records(folder: Path) -> Iterator[Any]:
+    """The records of the one offline run below a folder: a 7-byte header, then 32 KiB blocks of LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # no chunk's header fits in what is left of the block
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def items(records: Any) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in records}
+
+
+def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path)
+
+    records = list(wandb_records(tmp_path))
+    opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= items(record.summary.update)
+    config = items(opened.config.update)
+    assert opened.display_name == "shown"
+    assert list(opened.tags) == ["first"]
+    assert config["lora"]["r"] == 16
+    assert config["optimizer"]["name"] == "adamw_torch"
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "eval/loss", "objective"):
+        assert [row[name] for row in history if name in row] == [row[name] for row in logged if name in row]
+    assert any(name.startswith("samples") for row in history for name in row)
+    assert summary["status"] == "completed"
+    assert summary["test/loss"] == logged[-1]["test/loss"]
+
+
+def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tiny("tracker=both", "trainer.max_steps=2"), tmp_path)
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+@pytest.fixture
+def deaf_server() -> Iterator[str]:
+    """An address on this machine that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.fault
+def test_a_server_that_does_not_answer_leaves_the_run_offline(
+    tiny: Tiny, tmp_path: Path, deaf_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
+    run(tiny("tracker=wandb", "trainer.max_steps=2", "sample_prompts=[]"), tmp_path)
+
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
+    history = [record for record in wandb_records(tmp_path) if record.WhichOneof("record_type") == "history"]
+    assert history
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"0" * 40 in path.read_bytes()]
+
+
+def test_without_a_key_nothing_asks_and_the_run_is_offline(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", os.devnull)
+    run(tiny("tracker=wandb", "trainer.max_steps=1", "sample_prompts=[]"), tmp_path)
+
+    assert list(wandb_records(tmp_path))
