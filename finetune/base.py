@@ -124,7 +124,9 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     extra = dict(config.model.extra)
     if not on_gpu():
         extra.pop("device_map", None)
-        log.info("no GPU: training on the CPU, in %s", str(compute_dtype(config.quantization)).removeprefix("torch."))
+        paged = ", the paged optimizer in plain memory" if config.optimizer.name.startswith("paged") else ""
+        dtype = str(compute_dtype(config.quantization)).removeprefix("torch.")
+        log.info("no GPU: training on the CPU, in %s%s", dtype, paged)
     elif "device_map" not in extra:
         extra["device_map"] = {"": torch.cuda.current_device()}
     named = config.model.dtype

@@ -227,6 +227,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # we say so ourselves
     if not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar

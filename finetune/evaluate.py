@@ -11,7 +11,8 @@ def main() -> None:
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--data", required=True, help="a .jsonl .json .csv .parquet file, a folder, or a hub id")
     arguments = parser.parse_args()
-    from finetune.data import load_all_rows, tokenize
+    from finetune.data import load_all_rows
+    from finetune.tokens import tokenize
     from finetune.trained import load_run, read_run_config
 
     config = read_run_config(arguments.run)

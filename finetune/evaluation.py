@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.base import autocast
 from finetune.config import QuantizationSettings
-from finetune.data import IGNORED
+from finetune.tokens import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,7 +19,7 @@ secrets shlex shutil statistics string struct subprocess tempfile textwrap threa
 unicodedata urllib.parse uuid zipfile zlib
 """.split()
 
-SHORTEST, LONGEST = 40, 240
+SHORTEST, LONGEST = 40, 200
 """Bounds of an answer in characters: longer docstrings are reference manuals, shorter ones say nothing."""
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli import Interrupted, brief, note_traceback, one_line, quiet_libraries
 from finetune.config import RunConfig
-from finetune.data import Rows, load_rows, tokenize
+from finetune.data import Rows, load_rows
 from finetune.hub import BaseSource, find_base
 from finetune.records import Metrics, RunFolder, git_commit, peak_memory_bytes, read_json, versions, write_json
+from finetune.tokens import tokenize
 from finetune.trackers import Tracker, open_tracker
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.base import compute_dtype, on_gpu
 from finetune.config import ConfigError, RunConfig
-from finetune.data import epoch_order
 from finetune.progress import Reporter, steps_of
 from finetune.records import remove_old_checkpoints
+from finetune.tokens import epoch_order
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,6 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         "per_device_train_batch_size": trainer.per_device_train_batch_size,
         "per_device_eval_batch_size": trainer.per_device_eval_batch_size,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
-        "gradient_checkpointing": trainer.gradient_checkpointing,
         checkpointing: trainer.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "optim": optimizer.name,

@@ -1,7 +1,7 @@
 """The base and its adapter: it learns in every quantization, repeats by its seed, stops by itself, loads elsewhere."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from finetune.config import ConfigError, RunConfig
 
 Tiny = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("fresh_cache", "one_thread")
 Row = dict[str, Any]
 
 QUANTIZATIONS = ["none", "nf4", "fp4", "nf4_double", "int8"]
@@ -18,23 +19,6 @@ SHORT_ROWS = [
     ("And what would you say is 2 + 2, my friend?", "Four!"),
     ("Sea?", "It is deep and blue and salty."),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test is served tokens that older code has left."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models of a few thousand weights gain nothing by threads, and lose much where other work runs beside them."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(config: RunConfig) -> Any:
@@ -54,7 +38,7 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 def short_tokens(config: RunConfig, tokenizer: Any) -> Any:
     """A few short questions and answers as a run tokenises them."""
-    from finetune.data import tokenize
+    from finetune.tokens import tokenize
 
     roles = ("user", "assistant")
     rows = [

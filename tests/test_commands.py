@@ -1,7 +1,6 @@
 """The commands on a run's folder: generate, evaluate, merge, resume."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,13 @@ from conftest import run_cli, tiny_overrides, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder, made by the command."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     overrides = ["trainer.max_steps=20", "optimizer.learning_rate=0.02", "lora.bias=none"]
     done = run_cli(*tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    yield folder
+    return folder
 
 
 def test_the_run_ends_with_a_summary(trained: Path) -> None:

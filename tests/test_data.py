@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import pytest
 from conftest import compose, write_jsonl
 
 from finetune.config import ConfigError, DatasetSettings, RunConfig
-from finetune.data import IGNORED, Rows, epoch_order, fingerprint, first_question, load_all_rows, load_rows, tokenize
+from finetune.data import Rows, fingerprint, first_question, load_all_rows, load_rows
+from finetune.tokens import IGNORED, epoch_order, tokenize
 
+pytestmark = pytest.mark.usefixtures("fresh_cache", "one_thread")
 Row = dict[str, Any]
 Settings = Callable[..., DatasetSettings]
 
@@ -42,23 +44,6 @@ SYSTEM_IN_LAST_QUESTION = (
     "{%- else -%}{{- ' ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
 )
 """Puts the system's text into a question that stands last, as the template of Mistral-7B-Instruct-v0.3 does."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test is served tokens that another one, or older code, has left."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models of a few thousand weights gain nothing by threads, and lose much where other work runs beside them."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -652,7 +637,7 @@ import json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from finetune.config import DatasetSettings
-from finetune.data import tokenize
+from finetune.tokens import tokenize
 base, folder, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)
 settings = DatasetSettings(path="x", name=None, split="train", format="auto", text_field="text", max_length=64,

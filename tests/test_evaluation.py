@@ -1,27 +1,17 @@
 """The measure of held-out rows: equal to the plain reference, blind to batching, and leaving no trace."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from finetune.config import RunConfig
-from finetune.data import IGNORED
+from finetune.tokens import IGNORED
 
 Tiny = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("one_thread")
 Row = dict[str, list[int]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models of a few thousand weights gain nothing by threads, and lose much where other work runs beside them."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(config: RunConfig, adapter_noise: float = 0.0) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_cli, tiny_overrides, write_jsonl
+from conftest import compose, run_cli, tiny_overrides, write_jsonl
 
 from finetune.config import RunConfig
 from finetune.progress import Observer, Rung
@@ -66,8 +66,9 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_bas
 
 def test_counts_tokens_without_padding(tiny: Tiny, tmp_path: Path) -> None:
     from finetune.base import load_tokenizer
-    from finetune.data import load_rows, tokenize
+    from finetune.data import load_rows
     from finetune.hub import find_base
+    from finetune.tokens import tokenize
 
     config = tiny("dataset.limit=12", "trainer.per_device_train_batch_size=4")
     run(config, tmp_path)
@@ -127,8 +128,9 @@ def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> N
     assert losses[-1] > objective
     assert len(losses) < 60
 
+    from finetune.data import load_rows
     from finetune.evaluation import evaluate
-    from finetune.data import load_rows, tokenize
+    from finetune.tokens import tokenize
     from finetune.trained import load_run
 
     write_hydra(config, tmp_path)
@@ -149,6 +151,24 @@ def test_a_diverged_run_is_failed_and_names_the_rate(tiny: Tiny, tmp_path: Path)
 
     assert result_of(tmp_path)["status"] == "failed"
     assert "optimizer.learning_rate" in result_of(tmp_path)["error"]
+
+
+def test_the_published_recipe_trains_without_a_gpu_and_says_how(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(12)]
+    data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
+    recipe = ("experiment=llama2_guanaco", f"model.name_or_path={tiny_base}", f"dataset.path={data}", "tracker=none")
+    with caplog.at_level("INFO", logger="finetune"):
+        objective = run(compose(*recipe), tmp_path / "run")
+
+    assert objective is None
+    assert "no GPU: training on the CPU, in float32, the paged optimizer in plain memory" in caplog.messages
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "completed"
+    assert result["objective"] is None
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert [row["prompt"] for row in samples] == ["Who is Leonardo Da Vinci?", "What is Datacamp Career track?"]
 
 
 STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
