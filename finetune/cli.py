@@ -107,13 +107,14 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
 
     parser = get_args_parser()
     parser.error = refuse_flag  # type: ignore[method-assign]
-    given: list[str] = parser.parse_intermixed_args().overrides
+    arguments = parser.parse_intermixed_args()
+    given: list[str] = arguments.overrides
     overrides = [_checked_override(override) for override in given]
     sys.argv[1:] = [_checked_override(word) if word in given else word for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
     pairs = [override.partition("=") for override in overrides]
     folder = next((value for key, _, value in pairs if key == "resume"), "null")
-    if folder not in ("null", ""):
+    if folder not in ("null", "") and not (arguments.cfg or arguments.help or arguments.info):
         sys.argv[1:] = resumed_overrides(folder, overrides)
     errors: list[BaseException] = []
     try:

@@ -26,10 +26,11 @@ def answer(
 
     from finetune.base import autocast
     from finetune.evaluation import evaluating
+    from finetune.tokens import render_chat
 
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+        ids = [render_chat(tokenizer, chat, ask=True) for chat in chats]
     else:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     # Padding stands on the left here: what is generated follows each prompt's last token.

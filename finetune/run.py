@@ -91,7 +91,7 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
             try:
                 write_json(folder.result, result.to_dict())
             finally:
-                tracker.finish(result.status, result.metrics)
+                tracker.finish(result.status, {**result.metrics, "error": result.error})
         _summarise(folder, result, tracker)
         return _objective(config, result.metrics)
 

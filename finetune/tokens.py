@@ -99,8 +99,7 @@ def _encode_chat(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tu
     """
 
     def render(turns: Messages, ask: bool = False) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=ask, return_dict=False)
-        return ids
+        return render_chat(tokenizer, turns, ask)
 
     ids = render(messages)
     labels = [IGNORED] * len(ids)
@@ -114,6 +113,21 @@ def _encode_chat(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tu
             end = len(ids) if turn == len(messages) - 1 else _common_prefix(render(messages[: turn + 1]), ids)
             labels[start:end] = ids[start:end]
     return ids, labels
+
+
+def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, ask: bool) -> list[int]:
+    """A chat's tokens by the tokenizer's template, with a generation prompt if asked for.
+
+    Raises ConfigError with the template's own words where it refuses a chat (some take no system text).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(f"model.chat_template: can't render a chat of {roles}: {error}") from error
+    return ids
 
 
 def _ended(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:

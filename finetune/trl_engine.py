@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from finetune.base import compute_dtype, on_gpu
+from finetune.base import compute_dtype, load_adapter, on_gpu
 from finetune.config import ConfigError, RunConfig
 from finetune.progress import Reporter, steps_of
 from finetune.records import remove_old_checkpoints
@@ -81,6 +81,9 @@ def train(
     checkpoint: Path | None,
 ) -> None:
     """Train the adapter on tokenised rows, from a checkpoint if one is given; the adapter stays on the model."""
+    if checkpoint is not None and reporter.state.step >= reporter.total:
+        load_adapter(model, checkpoint)  # killed after its last step: the Trainer would train one more
+        return
     # TRL casts a quantised base's adapter to bfloat16, where steps of 2e-4 are lost: put the float32 weights back.
     exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = _Trainer(

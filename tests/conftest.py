@@ -25,6 +25,12 @@ CHATML = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, where runs repeat bit for bit, but for those marked gpu: pytest -m gpu."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenised rows of tests stay out of the user's cache; the packaged model, fetched once, is looked for there."""

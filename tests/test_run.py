@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,18 @@ def test_the_published_recipe_trains_without_a_gpu_and_says_how(
 
 
 STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
+
+
+def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(*STEPS, "trainer.max_steps=5")
+    run(config, tmp_path)
+    adapter = adapter_of(tmp_path)
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "result.json").unlink()
+
+    run(config, tmp_path)
+    assert adapter_of(tmp_path) == adapter
+    assert metrics_of(tmp_path)[-1]["step"] == 5
 
 
 def start(tiny_base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
