@@ -12,7 +12,7 @@ def task(composed: "DictConfig") -> float | tuple[float, ...] | None:
     """Check the config, run it in Hydra's folder, and return the objective, which a sweeper reads."""
     from hydra.core.hydra_config import HydraConfig
 
-    from finetune.config import RunConfig
+    from finetune.config import RunConfig, refusal
     from finetune.records import discard_if_untouched
     from finetune.run import run
 
@@ -22,6 +22,8 @@ def task(composed: "DictConfig") -> float | tuple[float, ...] | None:
     except ValueError:
         discard_if_untouched(folder)
         raise
+    if config.resume is not None:
+        raise refusal("resume", config.resume, "belongs on the command line: python -m finetune resume=FOLDER")
     return run(config, folder)
 
 

@@ -73,6 +73,9 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
         "use_dora": settings.use_dora,
         "init_lora_weights": settings.init_lora_weights,
     }
+    for name in settings.extra:
+        if name in arguments:
+            raise refusal(f"lora.extra.{name}", settings.extra[name], "has a key of its own")
     try:
         return LoraConfig(**arguments | settings.extra)
     except (TypeError, ValueError) as error:

@@ -109,14 +109,15 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
     parser.error = refuse_flag  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args()
     given: list[str] = arguments.overrides
+    resumed = [override for override in given if override.lstrip("+").startswith("resume=")]
+    if resumed and not (arguments.cfg or arguments.help or arguments.info):
+        _resume(resumed[0].partition("=")[2], [override for override in given if override not in resumed])
+        return
     overrides = [_checked_override(override) for override in given]
     sys.argv[1:] = [_checked_override(word) if word in given else word for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
     pairs = [override.partition("=") for override in overrides]
-    folder = next((value for key, _, value in pairs if key == "resume"), "null")
-    if folder not in ("null", "") and not (arguments.cfg or arguments.help or arguments.info):
-        sys.argv[1:] = resumed_overrides(folder, overrides)
-    errors: list[BaseException] = []
+    errors: list[tuple[int | None, BaseException]] = []
     try:
         hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -125,11 +126,27 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
         folder = next((value for key, _, value in pairs if key == "hydra.run.dir"), error.filename)
         raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
     if errors:
-        raise errors[0]
+        job, first = errors[0]
+        if job is not None:
+            raise ConfigError(f"{len(errors)} failed; job {job}: {one_line(first)}")
+        raise first
 
 
-def _keeping_errors(task: Callable[["DictConfig"], object], errors: list[BaseException]) -> Callable[..., object]:
-    """The task, its error kept for `run_command`: Hydra would print a line of its own, and end a sweep's other jobs."""
+def _resume(folder: str, others: list[str]) -> None:
+    """Go on with a run, whose config is its own and is not composed anew."""
+    if not folder:
+        raise refusal("resume", folder, "must be a run folder")
+    if others:
+        raise ConfigError(f"{others[0]}: resume takes no other override; a run goes on as it began")
+    from finetune.run import resume
+
+    resume(folder.strip("'\""))
+
+
+def _keeping_errors(
+    task: Callable[["DictConfig"], object], errors: list[tuple[int | None, BaseException]]
+) -> Callable[..., object]:
+    """The task, its error and job kept for `run_command`: Hydra would print lines, and end a sweep's other jobs."""
 
     def kept(composed: "DictConfig") -> object:
         from hydra.core.hydra_config import HydraConfig
@@ -144,54 +161,12 @@ def _keeping_errors(task: Callable[["DictConfig"], object], errors: list[BaseExc
                 if isinstance(error, KeyboardInterrupt | Interrupted):
                     raise
                 log.error("job %s failed: %s", HydraConfig.get().job.num, one_line(error))
-            errors.append(error)
+                errors.append((HydraConfig.get().job.num, error))
+            else:
+                errors.append((None, error))
             return None
 
     return kept
-
-
-def resumed_overrides(folder: str, overrides: list[str]) -> list[str]:
-    """The command line that goes on with a run: its own overrides, in its own folder.
-
-    Raises ConfigError if the folder holds no run, or if what was asked for beside `resume` (or a changed
-    `conf/`) would make another run of it.
-    """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from finetune.config import RunConfig
-
-    saved = Path(folder) / ".hydra"
-    if not (saved / "config.yaml").is_file():
-        raise refusal("resume", folder, "must be a run folder, and this one has no .hydra/config.yaml")
-    sources = OmegaConf.load(saved / "hydra.yaml").hydra.runtime.config_sources
-    extra = [f"file://{source.path}" for source in sources if source.provider == "command-line"]
-    own = [str(text) for text in OmegaConf.load(saved / "overrides.yaml") if not str(text).startswith("resume=")]
-    asked = own + overrides + [f"hydra.searchpath=[{','.join(extra)}]", f"hydra.run.dir={_quoted(folder)}"]
-
-    before = OmegaConf.load(saved / "config.yaml")
-    with initialize_config_dir(str(CONF)):
-        now = RunConfig.from_hydra(compose("config", asked)).to_dict()
-    then = RunConfig.from_hydra(before).to_dict()  # type: ignore[arg-type]
-    for key in ("resume", "tracker", "hub"):
-        then.pop(key), now.pop(key)
-    for key, value in _flat(now).items():
-        if _flat(then).get(key) != value:
-            raise refusal(key, value, f"the run in {folder} has {_flat(then).get(key)}; a run goes on as it began")
-    return asked
-
-
-def _quoted(path: str) -> str:
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
 
 
 def refuse_flag(message: str) -> NoReturn:

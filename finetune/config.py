@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 if typing.TYPE_CHECKING:
@@ -265,6 +266,15 @@ class RunConfig(Section):
             needs = "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"
             self.require("objective_at", self.objective_at == "last", needs)
             self.trainer.require("early_stopping_patience", self.trainer.early_stopping_patience is None, needs)
+        prompts = self.sample_prompts
+        self.require("sample_prompts", prompts is None or all(prompts), "must be texts that are not empty, or null")
+        schedule, given = self.optimizer.lr_scheduler_type, "lr_scheduler_kwargs" in self.trainer.extra
+        needs_more = schedule in ("cosine_with_min_lr", "warmup_stable_decay") and not given
+        self.optimizer.require("lr_scheduler_type", not needs_more, "needs trainer.extra.lr_scheduler_kwargs")
+        quantized = self.quantization.load_in_4bit or self.quantization.load_in_8bit
+        by_weights = str(self.lora.init_lora_weights).startswith(("pissa", "corda", "orthogonal", "loftq"))
+        needs_plain = "needs the base's own weights: quantization=none"
+        self.lora.require("init_lora_weights", not (quantized and by_weights), needs_plain)
         if self.objective_at == "best" or self.trainer.early_stopping_patience:
             by = "objective_at=best and early stopping need one of eval/loss, eval/accuracy"
             self.require("objective", self.objective in ("eval/loss", "eval/accuracy"), by)
@@ -286,6 +296,22 @@ class RunConfig(Section):
         refuse_secrets(values)
         return typing.cast(RunConfig, _build(cls, "", values))
 
+    def anchored(self) -> "RunConfig":
+        """The same run wherever it is looked at from: files and folders by their absolute paths."""
+
+        def anchor(path: str | None) -> str | None:
+            local = path and path != "python_docs" and Path(path).expanduser().exists()
+            return str(Path(path).expanduser().absolute()) if path and local else path
+
+        data = self.dataset
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, name_or_path=anchor(self.model.name_or_path) or ""),
+            dataset=dataclasses.replace(
+                data, path=anchor(data.path) or "", eval_path=anchor(data.eval_path), test_path=anchor(data.test_path)
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain values, as trackers and files take it."""
         return dataclasses.asdict(self)
@@ -302,7 +328,9 @@ _SECRET = r"((hf|hub|auth|use_auth|access|wandb)_)?token|(\w+_)?(api_key|passwor
 
 def refuse_secrets_in(override: str) -> None:
     """Raise ConfigError if a credential stands in an override's text, before Hydra writes it to files."""
-    found = re.search(rf"(?i)(?<![a-z0-9_])({_SECRET})['\"]?\s*[=:]\s*(?!null|\$|['\"]['\"])[^\s,}}]", override)
+    found = re.search(
+        rf"(?i)(?:^\+*|[.{{,])\s*['\"]?({_SECRET})['\"]?\s*[=:]\s*(?!null|\$|['\"]['\"])[^\s,}}]", override
+    )
     if found:
         raise ConfigError(_secret_refusal(found[1]))
 

@@ -58,8 +58,8 @@ def load_rows(settings: DatasetSettings) -> Rows:
     random.Random(f"split {settings.split_seed}").shuffle(pool)
 
     total = len(pool)
+    test = _held_out("test", settings, pool, total, dropped)  # first: no other fraction changes which rows these are
     evaluation = _held_out("eval", settings, pool, total, dropped)
-    test = _held_out("test", settings, pool, total, dropped)
     seen = {fingerprint(row) for row in pool}
     evaluation = _unseen("eval", settings, evaluation, seen, dropped)
     test = _unseen("test", settings, test, seen, dropped)
@@ -181,10 +181,21 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    row = json.loads(line)
+                    _require_text(line, row, number)
+                    yield number, row
                 except json.JSONDecodeError as error:
                     error.lineno = number
                     raise
+
+
+def _require_text(line: str, row: object, number: int) -> None:
+    """Refuse half a surrogate pair: JSON can say it, no text file and no tokenizer can."""
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _UnreadableError(f"line {number} has half a surrogate pair, which is no text") from None
 
 
 def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
@@ -224,6 +235,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 
 def _detect(key: str, path: str, row: Row, text_field: str) -> str:
     columns = set(row)
+    if text_field != "text" and text_field in columns:
+        return "text"  # named on purpose
     if columns & {"messages", "conversations"}:
         return "chat"
     if {"prompt", "completion"} <= columns:

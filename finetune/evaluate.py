@@ -23,9 +23,8 @@ def main() -> None:
     trained = load_run(arguments.run)
     tokens = tokenize("test", rows, trained.tokenizer, settings)
     batch = config.trainer.per_device_eval_batch_size
-    with trained.without_adapter():
-        base = evaluate(trained.model, tokens, batch, config.quantization)
-    adapter = evaluate(trained.model, tokens, batch, config.quantization)
+    base = evaluate(trained.base, tokens, batch, config.quantization)
+    adapter = evaluate(trained.with_adapter(), tokens, batch, config.quantization)
     print(f"{len(tokens)} rows, {adapter.tokens} answer tokens of {arguments.data}")
     print(f"{'':12}{'base':>10}{'adapter':>10}{'change':>10}")
     for name in ("loss", "perplexity", "accuracy"):

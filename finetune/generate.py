@@ -72,9 +72,8 @@ def main() -> None:
 
     trained = load_run(arguments.run)
     length = arguments.max_length or trained.config.sample_max_length
-    with trained.without_adapter(arguments.base):
-        answers = answer(trained.model, trained.tokenizer, arguments.prompt, length, trained.config.quantization)
-    for text in answers:
+    model = trained.base if arguments.base else trained.with_adapter()
+    for text in answer(model, trained.tokenizer, arguments.prompt, length, trained.config.quantization):
         print(text)
 
 

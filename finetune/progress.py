@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import ConfigError, RunConfig
-from finetune.records import PROGRESS, Metrics, RunFolder, Stopwatch, read_json, write_json
+from finetune.records import PROGRESS, Metrics, RunFolder, Stopwatch, read_json, remove_old_checkpoints, write_json
 from finetune.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ class Progress:
 
     def final_metrics(self, best: bool) -> Metrics:
         """What the run ends with: its last evaluation, or its best."""
-        metrics: Metrics = {"train/loss": self.train_loss, "train/seconds": self.train_seconds}
+        window = self.window_losses  # of a run that was stopped before its first logged line
+        loss = self.train_loss if math.isfinite(self.train_loss) or not window else math.fsum(window) / len(window)
+        metrics: Metrics = {"train/loss": loss, "train/seconds": self.train_seconds}
         rungs = [rung for rung in self.rungs if not best or rung["step"] == self.best_step]
         return metrics | (rungs[-1]["metrics"] if rungs else {})
 
@@ -95,7 +97,9 @@ class Progress:
     @classmethod
     def load(cls, checkpoint: Path) -> "Progress":
         """The state that a checkpoint keeps; what ended the run then does not end it now."""
-        return cls(**read_json(checkpoint / PROGRESS) | {"stop": None})
+        saved = read_json(checkpoint / PROGRESS)
+        loss = saved["train_loss"]
+        return cls(**saved | {"stop": None, "train_loss": math.nan if loss is None else loss})
 
 
 class Reporter:
@@ -113,7 +117,7 @@ class Reporter:
         tracker: Tracker,
         observer: Observer,
         evaluate: Callable[[], Metrics] | None,
-        keep_best: Callable[[], None],
+        keep_best: Callable[[int], None],
     ) -> None:
         self.state, self.total = progress, total
         self._config, self._folder, self._tracker, self._observer = config, folder, tracker, observer
@@ -145,9 +149,14 @@ class Reporter:
             self._rung(0)
         self._watch.lap()
 
-    def pause(self) -> None:
-        """Leave the time since the last step out of the training time: a checkpoint was written."""
-        self._watch.lap()
+    def saved(self, checkpoint: Path, keep: int | None) -> None:
+        """Finish a checkpoint that the engine has written, and remove those that are not kept (None: keep all).
+
+        The run's state is written last: a checkpoint without it was cut short and is not resumed from.
+        """
+        self.state.save(checkpoint)
+        remove_old_checkpoints(checkpoint.parent, keep, self.state.best_step)
+        self._watch.lap()  # its time is no training time
 
     def step(self, step: int, loss: float, grad_norm: float | None, learning_rate: float, tokens: int) -> None:
         """Take an optimizer step's figures: mean loss of its tokens, gradient norm before clipping, tokens trained."""
@@ -174,7 +183,7 @@ class Reporter:
             state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
         if step == self.total or (self._eval_every and step % self._eval_every == 0):
             self._rung(step)
-        if self._interrupted and step < self.total:
+        if self._interrupted and state.stop is None and step < self.total:
             state.stop = "interrupted"
         self._watch.lap()
 
@@ -228,7 +237,7 @@ class Reporter:
         if state.best is None or (value < state.best if smaller_is_better else value > state.best):
             state.best, state.best_step, state.rungs_without_better = value, step, 0
             if self._config.objective_at == "best":
-                self._keep_best()
+                self._keep_best(step)
         else:
             state.rungs_without_better += 1
 

@@ -74,7 +74,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
-        self.best = self.checkpoints / "best"
+        self.identity = self.path / "run.json"
         self.result = self.path / "result.json"
         self.samples = self.path / "samples.json"
         self._metrics = self.path / "metrics.jsonl"
@@ -115,9 +115,15 @@ class RunFolder:
         os.replace(draft, self._metrics)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        whole = [path for path in checkpoints_in(self.checkpoints) if (path / PROGRESS).exists()]
-        return whole[-1] if whole else None
+        """The newest checkpoint that was written to its end; those that a kill cut short are removed."""
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not (path / PROGRESS).exists():
+                shutil.rmtree(path)
+        return next(iter(reversed(checkpoints_in(self.checkpoints))), None)
+
+    def best(self, step: int) -> Path:
+        """Where the adapter of the best evaluation so far is kept."""
+        return self.checkpoints / f"best-{step}"
 
 
 PROGRESS = "progress.json"
@@ -125,20 +131,22 @@ PROGRESS = "progress.json"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints, the oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """All checkpoints that were written to their end, the oldest first."""
+    whole = (path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists())
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for path in checkpoints_in(folder)[:-keep]:
+def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> None:
+    """Remove all but the newest checkpoints (None: keep all), and what was once the best."""
+    outdated = checkpoints_in(folder)[:-keep] if keep else []
+    for path in [*outdated, *(path for path in folder.glob("best-*") if path.name != f"best-{best_step}")]:
         shutil.rmtree(path)
 
 
 def discard_if_untouched(folder: str | Path) -> None:
     """Remove a folder that Hydra made for a run that never began, and its empty parents."""
     path = Path(folder)
-    if not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
+    if path.resolve() == Path.cwd() or not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
         return
     shutil.rmtree(path)
     with contextlib.suppress(OSError):  # not empty: another run's

@@ -5,17 +5,19 @@ Whatever happens on the way, the folder's `result.json` says it.
 
 import logging
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli import Interrupted, brief, note_traceback, one_line, quiet_libraries
-from finetune.config import RunConfig
+from finetune.config import RunConfig, refusal
 from finetune.data import Rows, load_rows
 from finetune.hub import BaseSource, find_base
 from finetune.records import Metrics, RunFolder, git_commit, peak_memory_bytes, read_json, versions, write_json
 from finetune.tokens import tokenize
 from finetune.trackers import Tracker, open_tracker
+from finetune.trained import read_run_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,6 +74,7 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
     """
     folder = RunFolder(path)
     with folder.locked():
+        _require_same_run(folder, _identity(config, None, None))
         done = read_json(folder.result)
         if done is not None and done["status"] == "completed":
             log.info("%s: this run is completed already", folder.path)
@@ -80,6 +83,9 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
         try:
             rows = result.rows = load_rows(config.dataset)
             source = result.base = find_base(config.model)
+            identity = _identity(config, rows, source)
+            _require_same_run(folder, identity)
+            write_json(folder.identity, identity)
             tracker = open_tracker(config, folder)
             _train(config, folder, rows, source, result, tracker, observer)
         except BaseException as error:
@@ -94,6 +100,45 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
                 tracker.finish(result.status, {**result.metrics, "error": result.error})
         _summarise(folder, result, tracker)
         return _objective(config, result.metrics)
+
+
+def resume(path: str | Path) -> float | tuple[float, ...] | None:
+    """Go on with the run that began in a folder, with its own config, from its last checkpoint."""
+    config = read_run_config(path)
+    plain, dated = logging.StreamHandler(), logging.FileHandler(Path(path) / "train.log")
+    dated.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[plain, dated])
+    return run(config, path)
+
+
+def _identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) -> dict[str, Any]:
+    """What makes a run this run and no other; kept in its folder as `run.json`."""
+    return {
+        "config": config.anchored().to_dict(),
+        "dataset_fingerprint": rows.fingerprint if rows else None,
+        "base_model": base.identity if base else None,
+    }
+
+
+def _require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another run than the one that began in the folder. Where its metrics go may change."""
+    known = read_json(folder.identity)
+    if known is None:
+        return
+    then, now = flat(known), flat(identity)
+    for key, value in now.items():
+        free = key.startswith(("config.resume", "config.tracker", "config.hub"))
+        if not free and value != then.get(key) and (value is not None or key.startswith("config.")):
+            allowed = f"the run that began in {folder.path} has {then.get(key)}; give another hydra.run.dir or name"
+            raise refusal(key.removeprefix("config."), value, allowed)
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def _objective(config: RunConfig, metrics: Metrics) -> float | tuple[float, ...] | None:
@@ -149,7 +194,7 @@ def _train(
         tracker,
         observer or Observer(),
         evaluate=(lambda: measure(held_out, "eval")) if len(held_out) else None,
-        keep_best=lambda: save_adapter(model, tokenizer, folder.best),
+        keep_best=lambda step: save_adapter(model, tokenizer, folder.best(step)),
     )
     samples = Samples(config, folder, rows, model, tokenizer)
     samples.before()
@@ -159,10 +204,10 @@ def _train(
     trl_engine.train(config, arguments, model, tokenizer, train, reporter, checkpoint)
 
     if progress.stop == "interrupted":
-        resume = f"python -m finetune resume={os.path.relpath(folder.path)}"
-        raise Interrupted(f"interrupted after step {progress.step}; {resume} goes on from there")
+        hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
+        raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
     if config.objective_at == "best":
-        load_adapter(model, folder.best)
+        load_adapter(model, folder.best(progress.best_step))
     save_adapter(model, tokenizer, folder.adapter)
     result.metrics = progress.final_metrics(best=config.objective_at == "best")
     result.metrics["adapter/parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -205,7 +250,8 @@ def _summarise(folder: RunFolder, result: Result, tracker: Tracker) -> None:
         facts.append(("prompt", sample["prompt"]))
         facts += [(f"  {when}", " ".join(sample.get(when, "").split())) for when in ("before", "after")]
     facts.append(("adapter", os.path.relpath(folder.adapter)))
-    facts.append(("use it", f'python -m finetune.generate {os.path.relpath(folder.path)} --prompt "…"'))
+    place = shlex.quote(os.path.relpath(folder.path))
+    facts.append(("use it", f'python -m finetune.generate {place} --prompt "…"'))
     facts += [("look at it", line) for line in tracker.where()]
     lines = [f"{result.status}: {result.config.name}", *(f"  {name:14} {text}" for name, text in facts)]
     log.info("%s", "\n".join(lines))

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that the loss leaves out."""
 
-ENCODING = 1
+ENCODING = 2
 """Counted up when tokenisation changes, so that no cached rows of the old kind are used."""
 
 
@@ -80,12 +80,16 @@ def _encode(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], 
 
 
 def _encode_plain(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """One question and its answer for a base without a chat template: the answer follows the question's text."""
+    """One question and its answer for a base without a chat template: the answer follows the question's text.
+
+    Where no white space parts the two, the answer begins on a new line, which is learnt as part of it.
+    """
     if len(messages) != 2:
         raise ConfigError("model.chat_template=null: this tokenizer has none, and the chats have more than two turns")
     question, answer = (message["content"] for message in messages)
+    glued = question and not question[-1].isspace() and not answer[0].isspace()
     prompt = tokenizer(question)["input_ids"]
-    ids = tokenizer(_ended(question + answer, tokenizer))["input_ids"]
+    ids = tokenizer(_ended(question + ("\n" if glued else "") + answer, tokenizer))["input_ids"]
     start = _common_prefix(prompt, ids)
     return ids, [IGNORED] * start + ids[start:]
 

@@ -11,15 +11,20 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from trl import SFTConfig, SFTTrainer
 
 from finetune.base import compute_dtype, load_adapter, on_gpu
-from finetune.config import ConfigError, RunConfig
+from finetune.config import ConfigError, RunConfig, refusal
 from finetune.progress import Reporter, steps_of
-from finetune.records import remove_old_checkpoints
 from finetune.tokens import epoch_order
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+_OURS = {
+    "activation_checkpointing", "do_eval", "eval_on_start", "eval_steps", "gradient_checkpointing",
+    "load_best_model_at_end", "logging_first_step", "logging_strategy", "warmup_ratio",
+}  # fmt: skip
+"""Further arguments of SFTConfig that would change what the reporter counts on."""
 
 _FIELDS = {field.name for field in dataclasses.fields(SFTConfig)}
 
@@ -64,6 +69,11 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         "dataset_text_field": config.dataset.text_field,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
+    for name in trainer.extra:
+        if name in (arguments.keys() | _OURS) - {"fp16", "bf16"}:
+            raise refusal(
+                f"trainer.extra.{name}", trainer.extra[name], "has a key of its own, or is the project's to set"
+            )
     try:
         # checkpoints are removed by the project itself, after the next one is whole
         return SFTConfig(**arguments | trainer.extra | {"save_total_limit": None})
@@ -155,9 +165,4 @@ class _Reporting(TrainerCallback):  # type: ignore[misc]
             control.should_save = stop == "interrupted"
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir)
-        # Written last: a checkpoint without it was cut short and is not resumed from.
-        self._reporter.state.save(folder / f"checkpoint-{state.global_step}")
-        if self._keep is not None:
-            remove_old_checkpoints(folder, self._keep)
-        self._reporter.pause()
+        self._reporter.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._keep)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import compose, run_cli
 
 OBSERVER = """
 import atexit, os, sys
@@ -224,7 +224,16 @@ CONFIG = [
         "objective_at=best objective=train/loss",
         "objective=train/loss: …objective_at=best…one of eval/loss, eval/accuracy",
     ),
-    Case("resume", "resume=nowhere", "resume=nowhere: …run folder…"),
+    Case("resume", "resume=nowhere", "nowhere: is no run folder…"),
+    Case("empty-prompt", "sample_prompts=['']", "sample_prompts=['']: must be texts that are not empty, or null"),
+    Case(
+        "schedule",
+        "optimizer.lr_scheduler_type=cosine_with_min_lr",
+        "optimizer.lr_scheduler_type=…trainer.extra.lr_scheduler_kwargs",
+    ),
+    Case("pissa-on-4-bit", "lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa: …quantization=none"),
+    Case("resume-nothing", "resume=", "resume=: must be a run folder"),
+    Case("resume-added", "++resume=nowhere", "nowhere: is no run folder…"),
 ]
 
 
@@ -242,8 +251,14 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(case: Case, workplace: Work
 def test_a_multiruns_failed_job_is_said_and_ends_in_one_line(workplace: Workplace) -> None:
     outcome = workplace.call("-m", "lora.r=abc")
 
-    assert outcome.error == "lora.r=abc: must be a whole number"
+    assert outcome.error == "1 failed; job 0: lora.r=abc: must be a whole number"
     assert not outcome.torch_imported
+
+
+def test_a_prompt_that_speaks_of_tokens_is_no_secret(workplace: Workplace) -> None:
+    outcome = workplace.call('sample_prompts=["What does token: mean?"]', "lora.r=0")
+
+    assert outcome.error.startswith("lora.r=0")
 
 
 SECRETS = {
@@ -548,6 +563,8 @@ def test_a_hub_id_out_of_reach_is_said_within_15_seconds(key: str, hub: str, wor
 TINY = "model.name_or_path=base dataset.path=d.jsonl tracker=none trainer.max_steps=1 sample_max_length=8"
 LINEAR = "down_proj, gate_proj, k_proj, …o_proj, q_proj, up_proj, v_proj"
 LIBRARIES = [
+    Case("trainer-key-in-extra", "trainer.extra.max_steps=3", "trainer.extra.max_steps=3: has a key of its own…"),
+    Case("lora-key-in-extra", "lora.extra.r=2", "lora.extra.r=2: has a key of its own"),
     Case("argument-in-a-group", "trainer.extra={frobnicate:1}", "trainer.extra=…frobnicate…"),
     Case(
         "targets",
@@ -640,11 +657,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(workplace: Workplace, tiny_
 
 
 COMMANDS = [
-    Case("generate-no-run", "generate nowhere --prompt Hi", "nowhere: is no run folder: it has no .hydra/config.yaml"),
-    Case(
-        "evaluate-no-run", "evaluate nowhere --data d.jsonl", "nowhere: is no run folder: it has no .hydra/config.yaml"
-    ),
-    Case("merge-no-run", "merge nowhere --to new", "nowhere: is no run folder: it has no .hydra/config.yaml"),
+    Case("generate-no-run", "generate nowhere --prompt Hi", "nowhere: is no run folder: it has no run.json"),
+    Case("evaluate-no-run", "evaluate nowhere --data d.jsonl", "nowhere: is no run folder: it has no run.json"),
+    Case("merge-no-run", "merge nowhere --to new", "nowhere: is no run folder: it has no run.json"),
     Case(
         "generate-no-adapter",
         "generate run --prompt Hi",
@@ -681,15 +696,9 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def default_config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run's config as Hydra writes it."""
-    return run_cli("--cfg", "job", cwd=tmp_path_factory.mktemp("default")).stdout
-
-
 @each(COMMANDS)
-def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace, default_config: str) -> None:
-    workplace.write({"d.jsonl": ROWS, "run/.hydra/config.yaml": default_config})
+def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None:
+    workplace.write({"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})})
     before = workplace.files()
     command, *arguments = case.arguments.split()
 

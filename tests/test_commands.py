@@ -71,7 +71,7 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(trained: Pa
 
     ids = torch.tensor([AutoTokenizer.from_pretrained(half)("What does heapq.heappush do in Python?")["input_ids"]])
     with torch.inference_mode():
-        wanted = load_run(trained).model(input_ids=ids).logits
+        wanted = load_run(trained).with_adapter()(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(exact)
         rounded = AutoModelForCausalLM.from_pretrained(half)
         assert rounded.dtype == torch.bfloat16
@@ -97,13 +97,30 @@ def test_a_completed_run_is_not_run_again(trained: Path) -> None:
 
 
 def test_a_run_is_gone_on_with_only_as_it_began(trained: Path) -> None:
-    before = (trained / ".hydra" / "config.yaml").read_bytes()
-    refused = run_cli(f"resume={trained}", "lora.r=4", cwd=trained)
+    before = (trained / "run.json").read_bytes()
+    beside = run_cli(f"resume={trained}", "lora.r=4", cwd=trained)
+    same_folder = run_cli("lora.r=4", f"hydra.run.dir={trained}", cwd=trained)
 
-    assert refused.returncode == 1
-    assert "lora.r=4" in refused.stderr
-    assert "has 16" in refused.stderr
-    assert (trained / ".hydra" / "config.yaml").read_bytes() == before
+    assert beside.returncode == same_folder.returncode == 1
+    assert "lora.r=4: resume takes no other override" in beside.stderr
+    assert "has" in same_folder.stderr.splitlines()[-1]
+    assert (trained / "run.json").read_bytes() == before
+
+
+def test_commands_work_from_another_folder_and_with_odd_names(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").symlink_to(tiny_base)
+    folder = tmp_path / "ünï k=v, it's {b}"
+    overrides = tiny_overrides(Path("base"))
+    quoted = str(folder).replace("'", "\\'")
+    done = run_cli(*overrides, "trainer.max_steps=1", f"hydra.run.dir='{quoted}'", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "elsewhere").mkdir()
+
+    resumed = run_cli(f"resume={folder}", cwd=tmp_path / "elsewhere")
+    text = run_cli(str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate")
+
+    assert "completed already" in resumed.stderr
+    assert text.returncode == 0, text.stderr
 
 
 def test_two_processes_never_train_in_one_folder(trained: Path) -> None:

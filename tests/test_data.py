@@ -417,11 +417,17 @@ def test_rows_cut_off_by_limit_do_not_come_back_as_held_out(settings: Settings, 
         assert rows.evaluation == texts(2, "new")
 
 
+def test_test_rows_stay_the_same_whatever_is_held_out_for_evaluation(settings: Settings, tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "rows.jsonl", texts(40)))
+    few, many = (load_rows(settings(path=file, eval_fraction=part, test_fraction=0.2)) for part in (0.1, 0.4))
+    assert few.test == many.test
+
+
 def test_a_split_that_leaves_nothing_is_refused_by_its_key(settings: Settings, tmp_path: Path) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", texts(4)))
     with pytest.raises(ConfigError, match=r"dataset\.eval_fraction=0\.01"):
         load_rows(settings(path=file, eval_fraction=0.01))
-    with pytest.raises(ConfigError, match=r"dataset\.test_fraction=0\.49"):
+    with pytest.raises(ConfigError, match=r"dataset\.eval_fraction=0\.5"):
         load_rows(settings(path=file, eval_fraction=0.5, test_fraction=0.49))
     with pytest.raises(ConfigError, match=r"dataset\.eval_path"):
         load_rows(settings(path=file, eval_path=file))

@@ -134,16 +134,9 @@ def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> N
     from finetune.tokens import tokenize
     from finetune.trained import load_run
 
-    write_hydra(config, tmp_path)
     trained = load_run(tmp_path)
     held_out = tokenize("eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset)
-    assert evaluate(trained.model, held_out, 8, config.quantization).loss == pytest.approx(objective, rel=1e-5)
-
-
-def write_hydra(config: RunConfig, folder: Path) -> None:
-    """The composed config, as Hydra leaves it in the folder of a command."""
-    (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "config.yaml").write_text(json.dumps(config.to_dict()))
+    assert evaluate(trained.with_adapter(), held_out, 8, config.quantization).loss == pytest.approx(objective, rel=1e-5)
 
 
 def test_a_diverged_run_is_failed_and_names_the_rate(tiny: Tiny, tmp_path: Path) -> None:
@@ -185,6 +178,38 @@ def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(tiny: Tiny,
     run(config, tmp_path)
     assert adapter_of(tmp_path) == adapter
     assert metrics_of(tmp_path)[-1]["step"] == 5
+
+
+def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> None:
+    data = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60)]
+    )
+    config = tiny(*STEPS, f"dataset.path={data}", "dataset.eval_fraction=0.1")
+    run(config, tmp_path / "run", StopsAt(1))
+    write_jsonl(data, [{"prompt": f"What is {n}?", "completion": f"It is {n} now."} for n in range(60)])
+
+    with pytest.raises(ValueError, match=r"dataset_fingerprint=.*the run that began in"):
+        run(config, tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_cut_short_costs_no_other(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny(*STEPS), tmp_path / "whole")
+    run(tiny(*STEPS), tmp_path / "run", StopsAt(1))  # at step 6, after the checkpoint of step 4
+    (tmp_path / "run" / "checkpoints" / "checkpoint-8").mkdir()
+    run(tiny(*STEPS), tmp_path / "run")
+
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(tiny: Tiny, tmp_path: Path) -> None:
+    best = (*STEPS, "objective_at=best", "trainer.eval_steps=2")
+    run(tiny(*best), tmp_path / "whole")
+    run(tiny(*best), tmp_path / "run", StopsAt(3))
+    newest = max((tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:]))
+    newest.rename(newest.with_name(f".{newest.name}.draft"))
+    run(tiny(*best), tmp_path / "run")
+
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
 def start(tiny_base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
