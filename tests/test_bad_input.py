@@ -420,9 +420,9 @@ DATA = [
         "dataset.eval_fraction=0.0001: takes 0 of 20 rows; 0 means none wanted",
     ),
     Case(
-        "test-fraction-of-all-that-is-left",
+        "eval-fraction-of-all-that-is-left",
         "dataset.eval_fraction=0.5 dataset.test_fraction=0.49",
-        "dataset.test_fraction=0.49: takes 10 of 20 rows…",
+        "dataset.eval_fraction=0.5: takes 10 of 20 rows…",
     ),
     Case(
         "eval-file-is-the-training-file",
