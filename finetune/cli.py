@@ -113,17 +113,16 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
     if resumed and not (arguments.cfg or arguments.help or arguments.info):
         _resume(resumed[0].partition("=")[2], [override for override in given if override not in resumed])
         return
-    overrides = [_checked_override(override) for override in given]
     sys.argv[1:] = [_checked_override(word) if word in given else word for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
-    pairs = [override.partition("=") for override in overrides]
     errors: list[tuple[int | None, BaseException]] = []
     try:
         hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         if error.filename is None:
             raise
-        folder = next((value for key, _, value in pairs if key == "hydra.run.dir"), error.filename)
+        asked = (override.partition("=") for override in given)
+        folder = next((value for key, _, value in asked if key == "hydra.run.dir"), error.filename)
         raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
     if errors:
         job, first = errors[0]

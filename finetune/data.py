@@ -4,6 +4,7 @@ Neither torch nor transformers is imported here, so that a mistake in the data i
 """
 
 import csv
+import functools
 import hashlib
 import json
 import logging
@@ -40,7 +41,7 @@ class Rows:
         sizes = {"train": len(self.train), "eval": len(self.evaluation), "test": len(self.test)}
         return {**sizes, "dropped": self.dropped}
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of every row of every part."""
         return fingerprint([self.train, self.evaluation, self.test])
