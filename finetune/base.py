@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+DEQUANTIZED_SHARE = 0.25
+"""Of the machine's memory a dequantised base may take so much."""
 
 
 def on_gpu() -> bool:
@@ -150,6 +154,35 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def keep_dequantized(model: "PreTrainedModel", settings: QuantizationSettings) -> None:
+    """On a CPU, dequantise a 4-bit base's weights once, not in each forward and backward, where memory allows.
+
+    The numbers are the same, bit for bit: bitsandbytes too multiplies by the dequantised weights.
+    """
+    if on_gpu() or not settings.load_in_4bit:
+        return
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Linear4bit)
+    ]
+    needed = sum(4 * layer.in_features * layer.out_features for _, _, layer in layers)
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * DEQUANTIZED_SHARE:
+        return
+    for parent, name, layer in layers:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        if weight.dtype != compute_dtype(settings):
+            return  # forward and backward would round differently
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        setattr(parent, name, plain)
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":

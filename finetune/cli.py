@@ -116,14 +116,17 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
     sys.argv[1:] = [_checked_override(word) if word in given else word for word in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
     errors: list[tuple[int | None, BaseException]] = []
+    sweeps: set[Path] = set()
     try:
-        hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors))()
+        hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors, sweeps))()
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         if error.filename is None:
             raise
         asked = (override.partition("=") for override in given)
         folder = next((value for key, _, value in asked if key == "hydra.run.dir"), error.filename)
         raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
+    for sweep in sweeps:
+        discard_multirun(sweep)
     if errors:
         job, first = errors[0]
         if job is not None:
@@ -143,9 +146,12 @@ def _resume(folder: str, others: list[str]) -> None:
 
 
 def _keeping_errors(
-    task: Callable[["DictConfig"], object], errors: list[tuple[int | None, BaseException]]
+    task: Callable[["DictConfig"], object], errors: list[tuple[int | None, BaseException]], sweeps: set[Path]
 ) -> Callable[..., object]:
-    """The task, its error and job kept for `run_command`: Hydra would print lines, and end a sweep's other jobs."""
+    """The task, its error and job kept for `run_command`: Hydra would print lines, and end a sweep's other jobs.
+
+    The folders of sweeps whose jobs failed are kept too: where no job began they are not left behind.
+    """
 
     def kept(composed: "DictConfig") -> object:
         from hydra.core.hydra_config import HydraConfig
@@ -161,11 +167,19 @@ def _keeping_errors(
                     raise
                 log.error("job %s failed: %s", HydraConfig.get().job.num, one_line(error))
                 errors.append((HydraConfig.get().job.num, error))
+                sweeps.add(Path(HydraConfig.get().sweep.dir))
             else:
                 errors.append((None, error))
             return None
 
     return kept
+
+
+def discard_multirun(folder: Path) -> None:
+    """Remove a sweep's folder in which no job has left anything."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"multirun.yaml"}:
+        (folder / "multirun.yaml").unlink()
+        folder.rmdir()
 
 
 def refuse_flag(message: str) -> NoReturn:
@@ -192,7 +206,7 @@ def command_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(bars: bool = True) -> None:
     """Keep the libraries' remarks to their own developers, and their bars where there is no terminal, off the screen.
 
     Called before torch and transformers are imported.
@@ -203,7 +217,7 @@ def quiet_libraries() -> None:
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # we say so ourselves
-    if not sys.stderr.isatty():
+    if not (bars and sys.stderr.isatty()):
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 

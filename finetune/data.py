@@ -120,38 +120,41 @@ def _unseen(
 
 def _read_formatted(key: str, path: str, settings: DatasetSettings, dropped: dict[str, int]) -> list[Row]:
     """All rows of one source in one form. Rows with nothing to learn from are left out and counted."""
-    raw = list(_read(key, path, settings))
-    if not raw:
+    rows: list[Row] = []
+    total, format_name = 0, settings.format
+    for source, raw in _sources(key, path, settings):
+        for number, row in enumerate(raw, start=1):
+            if format_name == "auto":  # what the first row is, all are
+                format_name = _detect(key, source, row, settings.text_field)
+            formatted = _FORMATS[format_name](row, f"{key}={source}: row {number}", settings.text_field)
+            if formatted is not None:
+                rows.append(formatted)
+            total += 1
+    if not total:
         raise refusal(key, path, "holds no rows")
-    format_name = settings.format if settings.format != "auto" else _detect(key, path, raw[0], settings.text_field)
-    form = _FORMATS[format_name]
-    rows = []
-    for number, row in enumerate(raw, start=1):
-        formatted = form(row, f"{key}={path}: row {number}", settings.text_field)
-        if formatted is not None:
-            rows.append(formatted)
-    if len(rows) < len(raw):
-        dropped[f"rows of {path} with nothing to learn from"] = len(raw) - len(rows)
+    if len(rows) < total:
+        dropped[f"rows of {path} with nothing to learn from"] = total - len(rows)
     if not rows:
-        raise refusal(key, path, f"no rows are left: none of {len(raw)} has any text to learn from")
+        raise refusal(key, path, f"no rows are left: none of {total} has any text to learn from")
     return rows
 
 
-def _read(key: str, path: str, settings: DatasetSettings) -> Iterable[Row]:
+def _sources(key: str, path: str, settings: DatasetSettings) -> list[tuple[str, Iterable[Row]]]:
+    """What a path stands for, each part by the name that errors call it: the files of a folder, or one source."""
     if path == "python_docs":
-        return question_answer_pairs()
+        return [(path, question_answer_pairs())]
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(file for file in local.iterdir() if file.suffix in _READERS)
         if not files:
             raise refusal(key, path, f"the folder has no {' '.join(_READERS)} file")
-        return (row for file in files for row in _read_file(key, file))
+        return [(str(file), _read_file(key, file)) for file in files]
     if local.is_file():
-        return _read_file(key, local)
+        return [(path, _read_file(key, local))]
     if local.suffix in _READERS or path.startswith((".", "/", "~")) or path.count("/") != 1:
         allowed = f"python_docs, a hub id (owner/name), a {' '.join(_READERS)} file, a folder"
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
-    return fetch_dataset(key, path, settings.name, settings.split)
+    return [(path, fetch_dataset(key, path, settings.name, settings.split))]
 
 
 def _read_file(key: str, file: Path) -> Iterator[Row]:
@@ -161,10 +164,7 @@ def _read_file(key: str, file: Path) -> Iterator[Row]:
     if file.stat().st_size == 0:
         raise refusal(key, str(file), "the file is empty")
     try:
-        for number, row in reader(file):
-            if not isinstance(row, dict):
-                raise refusal(key, str(file), f"line {number} is no JSON object")
-            yield row
+        yield from reader(file)
     except _UnreadableError as error:
         raise refusal(key, str(file), str(error)) from None
     except UnicodeDecodeError as error:
@@ -177,56 +177,62 @@ class _UnreadableError(Exception):
     """What is wrong with a file, for the caller who knows its key."""
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+def _json_lines(file: Path, expected: str = "a .jsonl file holds one object on each line") -> Iterator[Row]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                    _require_text(line, row, number)
-                    yield number, row
                 except json.JSONDecodeError as error:
-                    error.lineno = number
-                    raise
+                    raise _UnreadableError(f"line {number} is no whole JSON object ({error.msg}); {expected}") from None
+                yield _require_object(row, "\\ud" in line.lower(), f"line {number}", expected)
 
 
-def _require_text(line: str, row: object, number: int) -> None:
-    """Refuse half a surrogate pair: JSON can say it, no text file and no tokenizer can."""
-    if "\\ud" in line.lower():
+def _json_list(file: Path) -> Iterator[Row]:
+    """A JSON list of objects; a file of JSON lines is often called .json as well."""
+    expected = "a .json file holds a list of objects, or one object on each line"
+    text = file.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(file, expected)
+        return
+    escaped = "\\ud" in text.lower()
+    for number, row in enumerate(json.loads(text), start=1):
+        yield _require_object(row, escaped, f"row {number}", expected)
+
+
+def _require_object(row: object, escaped: bool, where: str, expected: str) -> Row:
+    """Refuse what is no object, and (where any is escaped) half a surrogate pair: JSON can say it, no tokenizer can."""
+    if not isinstance(row, dict):
+        raise _UnreadableError(f"{where} is no JSON object; {expected}")
+    if escaped:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise _UnreadableError(f"line {number} has half a surrogate pair, which is no text") from None
+            raise _UnreadableError(f"{where} has half a surrogate pair, which is no text") from None
+    return row
 
 
-def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
-    """A JSON list of objects; a file of JSON lines is often called .json as well."""
-    text = file.read_text(encoding="utf-8-sig")
-    return enumerate(json.loads(text), start=1) if text.lstrip().startswith("[") else _json_lines(file)
-
-
-def _csv(file: Path) -> Iterator[tuple[int, Any]]:
+def _csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         try:
-            for row in reader:
-                yield reader.line_num, row
+            yield from reader
         except csv.Error as error:
             raise _UnreadableError(f"line {reader.line_num} is broken CSV ({error})") from None
 
 
-def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
+        return iter(pyarrow.parquet.read_table(file).to_pylist())
     except pyarrow.ArrowInvalid as error:
         raise _UnreadableError(f"no readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet,
 }  # fmt: skip
 

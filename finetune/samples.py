@@ -6,11 +6,11 @@ from finetune.config import RunConfig
 from finetune.data import Rows, first_question
 from finetune.generate import answer
 from finetune.records import RunFolder, read_json, write_json
+from finetune.supplies import Supplies, starts_as_base
 from finetune.trackers import Sample, Tracker
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_PROMPTS = 2
 """How many held-out questions are asked where the config names no prompts."""
@@ -20,9 +20,9 @@ class Samples:
     """A run's `samples.json`: a list of `prompt`, `before` and `after`."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, rows: Rows, model: "PeftModel", tokenizer: "PreTrainedTokenizerBase"
+        self, config: RunConfig, folder: RunFolder, rows: Rows, model: "PeftModel", supplies: Supplies
     ) -> None:
-        self._config, self._file, self._model, self._tokenizer = config, folder.samples, model, tokenizer
+        self._config, self._file, self._model, self._supplies = config, folder.samples, model, supplies
         questions = [first_question(row) for row in rows.evaluation or rows.train]
         held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
         self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
@@ -30,7 +30,10 @@ class Samples:
     def before(self) -> None:
         """Ask the fresh adapter, which answers as its base; a resumed run has asked already."""
         if self._prompts and not self._file.exists():
-            answers = self._answers()
+            config = self._config
+            key = (config.model, config.quantization, self._prompts, config.sample_max_length)
+            shared = starts_as_base(config.lora)
+            answers = self._supplies.keep("base's answers", key, self._answers) if shared else self._answers()
             rows = [{"prompt": prompt, "before": text} for prompt, text in zip(self._prompts, answers, strict=True)]
             write_json(self._file, rows)
 
@@ -45,4 +48,5 @@ class Samples:
 
     def _answers(self) -> list[str]:
         config = self._config
-        return answer(self._model, self._tokenizer, self._prompts, config.sample_max_length, config.quantization)
+        tokenizer = self._supplies.tokenizer(config.model)
+        return answer(self._model, tokenizer, self._prompts, config.sample_max_length, config.quantization)

@@ -1,14 +1,12 @@
 """Rows as tokens: `input_ids` and `labels`, cached, and the order in which a run visits them."""
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.config import ConfigError, DatasetSettings, refusal
 from finetune.data import Messages, Row, fingerprint
-from finetune.hub import cache_folder
+from finetune.hub import cache_folder, drafted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +17,7 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token that the loss leaves out."""
 
-ENCODING = 2
+ENCODING = 3
 """Counted up when tokenisation changes, so that no cached rows of the old kind are used."""
 
 
@@ -28,7 +26,7 @@ def tokenize(part: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", s
 
     Labels equal the ids where the loss counts and are -100 elsewhere: of chats the assistant's tokens count,
     the end-of-turn token among them, as with TRL's prompt and completion columns; of plain text all do. Rows
-    are cut to `max_length` tokens, and left out if no label remains.
+    are cut to `max_length` tokens, and left out if no label remains; `left_out` tells how many.
     """
     from datasets import Dataset, disable_progress_bars, load_from_disk
 
@@ -49,25 +47,27 @@ def tokenize(part: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", s
         encoded = [_encode(row, tokenizer) for row in rows]
         cut = [(ids[: settings.max_length], labels[: settings.max_length]) for ids, labels in encoded]
         kept = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
-        if len(kept) < len(rows):
-            log.info("data: left out %d %s rows with no answer within dataset.max_length", len(rows) - len(kept), part)
-        if rows and not kept:
+        if not kept:
             raise refusal(
                 "dataset.max_length", settings.max_length, f"leaves no {part} row an answer's token to learn from"
             )
         dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]})
-        if settings.packing and kept:
+        if settings.packing:
             from trl import pack_dataset
 
             dataset = pack_dataset(dataset, settings.max_length)
-        # Drawn up aside and renamed: a reader never sees half of it, and of two writers the first wins.
-        draft = place.with_name(f"{place.name}.{os.getpid()}")
-        dataset.save_to_disk(str(draft))
-        try:
-            os.rename(draft, place)
-        except OSError:
-            shutil.rmtree(draft)
-    return load_from_disk(str(place))
+        dataset.info.description = str(len(rows) - len(kept))  # kept with the rows, for `left_out`
+        with drafted(place) as draft:
+            dataset.save_to_disk(str(draft))
+    tokens = load_from_disk(str(place))
+    if left_out(tokens):
+        log.info("data: left out %d %s rows with no answer within dataset.max_length", left_out(tokens), part)
+    return tokens
+
+
+def left_out(tokens: "Dataset") -> int:
+    """How many rows `tokenize` left out, because no answer's token was within `max_length`."""
+    return int(tokens.info.description or 0)
 
 
 def _encode(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

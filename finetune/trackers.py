@@ -7,19 +7,38 @@ import os
 import urllib.parse
 import uuid
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli import brief
 from finetune.config import RunConfig, TrackerSettings
 from finetune.records import Metrics, RunFolder, read_json, write_json
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, str]
 """A `prompt`, the base's answer `before` training, and the answer `after` it."""
 
+TRACKER = "tracker.json"
+"""What a run's W&B run was opened with, in its folder."""
+
 WANDB_PATIENCE = 20
 """Seconds to wait for W&B's server at a run's start, and thrice as many for the last upload at its end."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a tracker calls a run that is part of a study."""
+
+    id: str | None = None
+    """W&B's id; None: drawn at random and kept in the run's folder."""
+    name: str | None = None
+    """What is shown; None: the run's own name."""
+    group: str | None = None
+    job_type: str = "run"
 
 
 class Tracker:
@@ -30,6 +49,9 @@ class Tracker:
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         """Show answers before and after."""
+
+    def tag(self, tags: list[str]) -> None:
+        """Mark the run with further tags."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close, with the run's final state."""
@@ -42,8 +64,10 @@ class Tracker:
 class WandbTracker(Tracker):
     """One W&B run: live with a key, else on disk with the one command that syncs it."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, run_id: str) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, label: Label) -> None:
         import wandb
+
+        self._folder, run_id = folder, label.id or _own_id(folder)
 
         settings = config.tracker
         mode = _wandb_mode(settings)
@@ -51,30 +75,27 @@ class WandbTracker(Tracker):
             "mode": mode,
             "project": settings.project or os.environ.get("WANDB_PROJECT") or "finetune",
             "entity": settings.entity,
-            "name": os.environ.get("WANDB_NAME") or config.name,
+            "name": label.name or os.environ.get("WANDB_NAME") or config.name,
+            "group": label.group or os.environ.get("WANDB_RUN_GROUP"),
             "tags": settings.tags or None,
             "id": run_id,
             "resume": "allow" if mode == "online" else None,
             "dir": str(folder.path),
-            "config": config.to_dict(),
-            "job_type": "run",
+            "job_type": label.job_type,
             "reinit": "create_new",
         }
-        quiet = wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=WANDB_PATIENCE,
-            finish_timeout=3 * WANDB_PATIENCE,
-            x_disable_stats=mode != "online",
-        )
+        self._arguments = arguments
+        write_json(folder.path / TRACKER, arguments)
+        quiet, values = _quiet_settings(mode), config.to_dict()
         try:
-            self._run = wandb.init(settings=quiet, **arguments)
+            self._run = wandb.init(settings=quiet, config=values, **arguments)
         except Exception as error:
             log.warning("W&B: %s; this run is kept offline", brief(error))
             mode = "offline"
             # W&B holds the id of the attempt that failed as taken, for as long as this process lives.
-            offline = {"mode": mode, "resume": None, "id": f"{run_id}-offline"}
-            self._run = wandb.init(settings=quiet, **arguments | offline)
+            arguments |= {"mode": mode, "resume": None, "id": f"{run_id}-offline"}
+            write_json(folder.path / TRACKER, arguments)
+            self._run = wandb.init(settings=quiet, config=values, **arguments)
         self._online = mode == "online"
         for metric, best in (("eval/loss", "min"), ("eval/accuracy", "max")):
             self._run.define_metric(metric, summary=f"{best},last")
@@ -89,15 +110,49 @@ class WandbTracker(Tracker):
         rows = [[sample.get(column, "") for column in columns] for sample in samples]
         self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=step)
 
+    def tag(self, tags: list[str]) -> None:
+        if tags:
+            self._arguments["tags"] = list(dict.fromkeys([*(self._arguments["tags"] or ()), *tags]))
+            self._run.tags = tuple(self._arguments["tags"])
+            write_json(self._folder.path / TRACKER, self._arguments)
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._run.summary.update({"status": status, **summary})
         self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
 
     def where(self) -> list[str]:
-        folder = os.path.relpath(os.path.dirname(self._run.dir))
+        kept = os.path.relpath(self._folder.path / "wandb")
         if self._online:
-            return [f"W&B: {self._run.url} (if anything is missing there: wandb sync {folder})"]
-        return [f"W&B: offline; wandb sync {folder}"] if os.path.isdir(folder) else []
+            return [f"W&B: {self._run.url} (if anything is missing there: wandb sync {kept}/run-*)"]
+        return [f"W&B: offline; wandb sync {kept}/offline-run-*"] if os.path.isdir(kept) else []
+
+
+def _quiet_settings(mode: str) -> "wandb.Settings":
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        init_timeout=WANDB_PATIENCE,
+        finish_timeout=3 * WANDB_PATIENCE,
+        x_disable_stats=mode != "online",
+    )
+
+
+def untag(folder: RunFolder, tag: str) -> None:
+    """Take a tag from the W&B run that a finished run has, if it has one."""
+    arguments = read_json(folder.path / TRACKER)
+    if arguments is None or tag not in (arguments["tags"] or ()):
+        return
+    import wandb
+
+    arguments["tags"] = [other for other in arguments["tags"] if other != tag]
+    try:
+        wandb.init(settings=_quiet_settings(arguments["mode"]), **arguments).finish()
+    except Exception as error:
+        log.warning("W&B: %s; %s keeps the tag %s", brief(error), folder.path, tag)
+    else:
+        write_json(folder.path / TRACKER, arguments)
 
 
 def _wandb_mode(settings: TrackerSettings) -> str:
@@ -127,7 +182,9 @@ class TensorboardTracker(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder.path / "tensorboard"
-        self._writer = SummaryWriter(str(self._folder))
+        last = folder.last_checkpoint()  # what was shown after it is shown anew
+        purge = int(last.name.split("-")[1]) + 1 if last else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         self._writer.add_text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -174,6 +231,9 @@ class SeveralTrackers(Tracker):
     def samples(self, step: int, samples: list[Sample]) -> None:
         self._each(lambda tracker: tracker.samples(step, samples))
 
+    def tag(self, tags: list[str]) -> None:
+        self._each(lambda tracker: tracker.tag(tags))
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._each(lambda tracker: tracker.finish(status, summary))
 
@@ -181,20 +241,17 @@ class SeveralTrackers(Tracker):
         return [line for tracker in self._trackers for line in tracker.where()]
 
 
-def open_tracker(config: RunConfig, folder: RunFolder) -> Tracker:
+def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
     """The trackers that the config names; a resumed run goes on under its own id."""
     openers: list[Callable[[], Tracker]] = []
     if config.tracker.name in ("wandb", "both") and config.tracker.mode != "disabled":
-        openers.append(lambda: WandbTracker(config, folder, _run_id(folder)))
+        openers.append(lambda: WandbTracker(config, folder, label))
     if config.tracker.name in ("tensorboard", "both"):
         openers.append(lambda: TensorboardTracker(config, folder))
     return SeveralTrackers(openers)
 
 
-def _run_id(folder: RunFolder) -> str:
-    place = folder.path / "tracker.json"
-    known = read_json(place)
-    if known is None:
-        known = {"wandb_id": uuid.uuid4().hex[:12]}
-        write_json(place, known)
-    return str(known["wandb_id"])
+def _own_id(folder: RunFolder) -> str:
+    """A resumed run goes on under its own id."""
+    known = read_json(folder.path / TRACKER)
+    return str(known["id"]).removesuffix("-offline") if known else uuid.uuid4().hex[:12]

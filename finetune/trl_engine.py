@@ -110,7 +110,9 @@ def train(
     trainer.remove_callback(PrinterCallback)  # the reporter shows progress
     trainer.remove_callback(ProgressCallback)
     with reporter.live():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        reporter.begin()
+        if reporter.state.stop is None:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 class _Order(Sampler[int]):
@@ -149,8 +151,7 @@ class _Reporting(TrainerCallback):  # type: ignore[misc]
         self._tokens_seen = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._reporter.begin(state.global_step)
-        control.should_training_stop = self._reporter.state.stop is not None
+        self._reporter.training_begins()
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any

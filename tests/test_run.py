@@ -16,7 +16,7 @@ from conftest import compose, run_cli, tiny_overrides, write_jsonl
 
 from finetune.config import RunConfig
 from finetune.progress import Observer, Rung
-from finetune.run import run
+from finetune.run import Part, run
 
 Tiny = Callable[..., RunConfig]
 DROPOUT = ("lora.dropout=0.1", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2")
@@ -109,7 +109,7 @@ class StopsAt(Observer):
 
 def test_an_observer_hears_every_rung_and_may_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
     observer = StopsAt(2)
-    run(tiny("trainer.max_steps=8", "trainer.eval_steps=2"), tmp_path, observer)
+    run(tiny("trainer.max_steps=8", "trainer.eval_steps=2"), tmp_path, Part(observer))
 
     assert [rung.step for rung in observer.seen] == [0, 2, 4]
     assert result_of(tmp_path)["status"] == "pruned"
@@ -185,7 +185,7 @@ def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> Non
         tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60)]
     )
     config = tiny(*STEPS, f"dataset.path={data}", "dataset.eval_fraction=0.1")
-    run(config, tmp_path / "run", StopsAt(1))
+    run(config, tmp_path / "run", Part(StopsAt(1)))
     write_jsonl(data, [{"prompt": f"What is {n}?", "completion": f"It is {n} now."} for n in range(60)])
 
     with pytest.raises(ValueError, match=r"dataset_fingerprint=.*the run that began in"):
@@ -194,7 +194,7 @@ def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> Non
 
 def test_a_checkpoint_that_was_cut_short_costs_no_other(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny(*STEPS), tmp_path / "whole")
-    run(tiny(*STEPS), tmp_path / "run", StopsAt(1))  # at step 6, after the checkpoint of step 4
+    run(tiny(*STEPS), tmp_path / "run", Part(StopsAt(1)))  # at step 6, after the checkpoint of step 4
     (tmp_path / "run" / "checkpoints" / "checkpoint-8").mkdir()
     run(tiny(*STEPS), tmp_path / "run")
 
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_was_cut_short_costs_no_other(tiny: Tiny, tmp_path: Pa
 def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(tiny: Tiny, tmp_path: Path) -> None:
     best = (*STEPS, "objective_at=best", "trainer.eval_steps=2")
     run(tiny(*best), tmp_path / "whole")
-    run(tiny(*best), tmp_path / "run", StopsAt(3))
+    run(tiny(*best), tmp_path / "run", Part(StopsAt(3)))
     newest = max((tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:]))
     newest.rename(newest.with_name(f".{newest.name}.draft"))
     run(tiny(*best), tmp_path / "run")

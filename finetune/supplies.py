@@ -1,0 +1,112 @@
+"""What runs in one process share: rows, tokens, tokenizer and the frozen base, each made when first asked for."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finetune.config import DatasetSettings, LoraSettings, ModelSettings, RunConfig
+from finetune.data import Row, Rows, load_rows
+from finetune.hub import BaseSource, find_base
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+class Supplies:
+    """Keeps one of each kind, as long as runs ask for the same: the next trial neither reads nor loads anything."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[object, Any]] = {}
+
+    def keep(self, kind: str, key: object, make: Callable[[], T]) -> T:
+        """The thing of a kind that was made for this key, or a new one; one made for another key is let go first."""
+        if kind not in self._kept or self._kept[kind][0] != key:
+            self.drop(kind)
+            self._kept[kind] = (key, make())
+        kept: T = self._kept[kind][1]
+        return kept
+
+    def drop(self, kind: str) -> None:
+        """Let go of what is kept of a kind, and give its memory back."""
+        if self._kept.pop(kind, None) is not None:
+            free_memory()
+
+    def rows(self, settings: DatasetSettings) -> Rows:
+        """The data set, read and split."""
+        return self.keep("rows", settings, lambda: load_rows(settings))
+
+    def source(self, settings: ModelSettings) -> BaseSource:
+        """Where the base is, and its hash."""
+        return self.keep("source", settings, lambda: find_base(settings))
+
+    def tokenizer(self, settings: ModelSettings) -> "PreTrainedTokenizerBase":
+        """The base's tokenizer."""
+        from finetune.base import load_tokenizer
+
+        return self.keep("tokenizer", settings, lambda: load_tokenizer(self.source(settings), settings))
+
+    def tokens(self, part: str, rows: list[Row], config: RunConfig) -> "Dataset":
+        """The rows of a part (train, eval, test), tokenised."""
+        from finetune.tokens import tokenize
+
+        key = (config.model, config.dataset)
+        return self.keep(
+            f"{part} tokens", key, lambda: tokenize(part, rows, self.tokenizer(config.model), config.dataset)
+        )
+
+    @contextlib.contextmanager
+    def model(self, config: RunConfig) -> Iterator["PeftModel"]:
+        """The base with a fresh adapter of the run's own; afterwards the base is as it was, for the next run."""
+        from finetune.base import add_adapter, keep_dequantized, load_base
+
+        def load() -> "PreTrainedModel":
+            base = load_base(self.source(config.model), config)
+            keep_dequantized(base, config.quantization)
+            return base
+
+        base = self.keep("base", base_key(config), load)
+        model = add_adapter(base, config.lora, config.seed)
+        try:
+            yield model
+        finally:
+            if leaves_base_as_it_was(config.lora):
+                model.unload()
+                base.zero_grad()
+            else:
+                self.drop("base")
+            del model, base
+            free_memory()
+
+
+SHARED = Supplies()
+"""What all runs of this process share, where they are told of no other."""
+
+
+def base_key(config: RunConfig) -> object:
+    """What a loaded base depends on; further arguments of the trainer may patch it in place."""
+    return (config.model, config.quantization, config.trainer.gradient_checkpointing, config.trainer.extra)
+
+
+def leaves_base_as_it_was(lora: LoraSettings) -> bool:
+    """Whether the adapter is only beside the base's weights: no trained bias, none split off them, nothing unknown."""
+    return lora.bias == "none" and lora.init_lora_weights in (True, False, "gaussian") and not lora.extra
+
+
+def starts_as_base(lora: LoraSettings) -> bool:
+    """Whether a fresh adapter answers exactly as the base does: its B is zero."""
+    return leaves_base_as_it_was(lora) and lora.init_lora_weights is not False
+
+
+def free_memory() -> None:
+    """Collect what nothing refers to, and hand the GPU's share back to it."""
+    import sys
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Many runs: studies that search, prune, resume and survive."""

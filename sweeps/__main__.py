@@ -1,0 +1,108 @@
+"""Commands on studies: `python -m sweeps list | show S | best S | stop S 7`. S is a study's name or its folder."""
+
+import argparse
+import os
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.cli import command_parser, run_command
+from finetune.config import ConfigError
+
+if TYPE_CHECKING:
+    from sweeps.study import Study
+
+STUDIES = Path("outputs/sweeps")
+
+
+def main() -> None:
+    """The command line."""
+    parser = command_parser("Look at studies, and act on them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, action: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.error = parser.error  # type: ignore[method-assign]
+        command.set_defaults(action=action)
+        return command
+
+    add("list", _list, "all studies under outputs/sweeps")
+    for name, action, text in (
+        ("show", _show, "a study's trials"),
+        ("best", _best, "take the winner anew: best/, experiment/best.yaml, and how to use them"),
+        ("stop", _stop, "end a running trial at its next step; it is recorded as pruned"),
+    ):
+        command = add(name, action, text)
+        command.add_argument("study", metavar="S", help="a study's name, or its folder")
+        if name == "stop":
+            command.add_argument("trial", type=int, help="its number")
+
+    def act() -> None:
+        arguments = parser.parse_args()
+        arguments.action(arguments)
+
+    run_command(act)
+
+
+def _study(name: str) -> "Study":
+    from sweeps.study import Study
+
+    for folder in (Path(name), STUDIES / name):
+        if (folder / "study.json").is_file():
+            return Study.load(folder.absolute())
+    known = sorted(path.parent.name for path in STUDIES.glob("*/study.json"))
+    raise ConfigError(f"{name}: no such study; allowed: a study's folder, or one of {', '.join(known) or 'none yet'}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from sweeps.study import Study
+    from sweeps.text import table
+
+    rows = []
+    for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
+        study = Study.load(path.parent.absolute())
+        best = next(iter(study.ranked()), None)
+        value = " ".join(f"{value:.4f}" for value in best.values) if best else ""
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        rows.append([study.name, began, f"{len(study.finished())}/{len(study.trials())}", value])
+    print(table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from sweeps.text import trials_table
+
+    study = _study(arguments.study)
+    print(trials_table(study))
+
+
+def _best(arguments: argparse.Namespace) -> None:
+    import logging
+
+    from finetune.cli import quiet_libraries
+    from finetune.supplies import Supplies
+    from sweeps.conclusion import conclude
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    study = _study(arguments.study)
+    if not study.ranked():
+        raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
+    quiet_libraries()
+    conclude(study, Supplies())
+
+
+def _stop(arguments: argparse.Namespace) -> None:
+    from optuna.trial import TrialState
+
+    study = _study(arguments.study)
+    running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
+    if arguments.trial not in running:
+        names = ", ".join(map(str, running)) or "none"
+        raise ConfigError(f"trial {arguments.trial}: is not running; running: {names}")
+    study.storage.set_trial_user_attr(running[arguments.trial]._trial_id, "stop", True)
+    print(f"trial {arguments.trial} ends at its next step; python -m sweeps show {shlex.quote(arguments.study)}")
+
+
+if __name__ == "__main__":
+    main()

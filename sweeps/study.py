@@ -1,0 +1,207 @@
+"""One study: its folder and storage, what it holds its trials to, and which worker takes which trial.
+
+Trials are written down as waiting when a study begins, exactly as many as it shall hold; a worker claims one at
+a time. Whoever claims a trial holds its folder's lock as long as the process lives: a running trial whose
+folder is free has lost its worker, and is taken on under its own number.
+"""
+
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from finetune.config import ConfigError
+from finetune.records import FolderHeld, RunFolder, read_json, write_json
+from sweeps.settings import StudySettings
+from sweeps.space import Point
+from sweeps.storage import exclusive, open_storage
+
+log = logging.getLogger(__name__)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is said by the study itself
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker has taken, and its folder, locked."""
+
+    number: int
+    trial_id: int
+    folder: RunFolder
+
+
+class Study:
+    """A study that exists: its Optuna study and its folder.
+
+    What all its workers and later sessions must know is kept in the storage as the study's own attributes:
+    `uid` (names its W&B runs), `terms` (what trials are held to, so that they can be compared).
+    """
+
+    def __init__(self, folder: Path, name: str, address: str | None) -> None:
+        self.folder, self.name = folder, name
+        self.storage = open_storage(address, folder)
+        self.optuna = optuna.load_study(study_name=name, storage=self.storage)
+
+    @classmethod
+    def open(cls, folder: Path, settings: StudySettings, address: str | None, terms: Mapping[str, Any]) -> "Study":
+        """Begin a study, or go on with it. Raises ConfigError where it began on other terms."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / ".lock"):
+            optuna.create_study(
+                study_name=settings.study_name,
+                storage=open_storage(address, folder),
+                directions=settings.directions,
+                load_if_exists=True,
+            )
+            study = cls(folder, settings.study_name, address)
+            study._agree(settings, terms)
+            write_json(folder / "study.json", {"name": settings.study_name, "storage": settings.storage})
+        return study
+
+    @classmethod
+    def load(cls, folder: Path) -> "Study":
+        """A study from its folder, to be looked at. Raises ConfigError where there is none."""
+        from omegaconf import OmegaConf
+
+        known = read_json(folder / "study.json")
+        if known is None:
+            raise ConfigError(f"{folder}: is no study folder: it has no study.json")
+        address = OmegaConf.to_container(OmegaConf.create({"storage": known["storage"]}), resolve=True)
+        assert isinstance(address, dict)
+        return cls(folder, known["name"], address["storage"])
+
+    def _agree(self, settings: StudySettings, terms: Mapping[str, Any]) -> None:
+        """Hold a study that exists to what it began with, unless told to take what changed."""
+        known = self.optuna.user_attrs
+        if "uid" not in known:
+            self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
+        began = known.get("terms")
+        if began is not None and not settings.allow_change:
+            _require_same(self.name, began, json.loads(json.dumps(terms)))
+        if began != terms:
+            self.optuna.set_user_attr("terms", terms)
+
+    @property
+    def uid(self) -> str:
+        """Random, the study's own: trials' W&B runs are named by it."""
+        return str(self.optuna.user_attrs["uid"])
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of the metrics that trials are judged by."""
+        names = self.optuna.user_attrs["terms"]["objective"]
+        return [names] if isinstance(names, str) else list(names)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in certain states, by number."""
+        return self.optuna.get_trials(deepcopy=False, states=states or None)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Trials that are complete, pruned or failed."""
+        return self.trials(*FINISHED)
+
+    def folder_of(self, number: int) -> RunFolder:
+        """A trial's run folder."""
+        return RunFolder(self.folder / "trials" / str(number))
+
+    def enlist(self, total: int, points: list[tuple[str, Point]]) -> int:
+        """Write down waiting trials until the study holds so many; returns how many are still to be done.
+
+        Points that no trial has been given yet go to the next that wait, each with the role (baseline, start,
+        grid) that its trial keeps. There is one baseline.
+        """
+        with exclusive(self.folder / ".lock"):
+            for _ in range(len(self.trials()), total):
+                self.optuna.add_trial(create_trial(state=TrialState.WAITING))
+            trials = self.trials()
+            given = [trial.system_attrs["fixed_params"] for trial in trials if "fixed_params" in trial.system_attrs]
+            roles = {role(trial) for trial in trials}
+            new = [
+                (why, point) for why, point in points if point not in given and not (why == "baseline" and why in roles)
+            ]
+            free = [trial for trial in self.trials(TrialState.WAITING) if "fixed_params" not in trial.system_attrs]
+            for trial, (why, point) in zip(free, new, strict=False):
+                self.storage.set_trial_system_attr(trial._trial_id, "fixed_params", point)
+                self.storage.set_trial_user_attr(trial._trial_id, "role", why)
+            return total - len(self.finished())
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[Claim | None]:
+        """Take the next trial: one that has lost its worker, else the next that waits; None if there is none.
+
+        The trial's folder is held while the context lasts.
+        """
+        with contextlib.ExitStack() as held:
+            with exclusive(self.folder / ".lock"):
+                claim = self._take(held)
+            yield claim
+
+    def _take(self, held: contextlib.ExitStack) -> Claim | None:
+        for trial in [*self.trials(TrialState.RUNNING), *self.trials(TrialState.WAITING)]:
+            folder = self.folder_of(trial.number)
+            if trial.state == TrialState.RUNNING and not folder.path.exists():
+                continue  # another machine's, whose folders are not here
+            try:
+                held.enter_context(folder.locked())
+            except FolderHeld:
+                continue
+            if self._set_running(trial):
+                return Claim(trial.number, trial._trial_id, folder)
+            held.close()
+            _discard(folder)
+        return None
+
+    def _set_running(self, trial: FrozenTrial) -> bool:
+        """Whether the trial is this worker's: it ran and still does, or nobody else has taken it meanwhile."""
+        if trial.state == TrialState.RUNNING:
+            return self.storage.get_trial(trial._trial_id).state == TrialState.RUNNING
+        try:
+            return self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+
+    def ranked(self) -> list[FrozenTrial]:
+        """Complete trials, the best first; of several objectives those that nothing beats in all, then the rest."""
+        complete = self.trials(TrialState.COMPLETE)
+        if len(self.optuna.directions) > 1:
+            front = {trial.number for trial in self.optuna.best_trials}
+            return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
+        sign = 1 if self.optuna.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        return sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def baseline(self) -> FrozenTrial | None:
+        """The trial of the config's own values, if it is complete."""
+        return next((trial for trial in self.trials(TrialState.COMPLETE) if role(trial) == "baseline"), None)
+
+
+def _discard(folder: RunFolder) -> None:
+    """Remove the folder of a trial that another machine has taken: it would look like one of ours later."""
+    if {entry.name for entry in folder.path.iterdir()} == {".lock"}:
+        (folder.path / ".lock").unlink()
+        folder.path.rmdir()
+
+
+def role(trial: FrozenTrial) -> str:
+    """Why a trial is at its point: baseline, start, grid; empty where the sampler chose it."""
+    return str(trial.user_attrs.get("role", ""))
+
+
+def _require_same(name: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in sorted({*began, *now}):
+        if began.get(key) != now.get(key):
+            part = "the search space" if key.startswith("space.") else "the config"
+            then = json.dumps(began.get(key))
+            raise ConfigError(
+                f"{key.removeprefix('space.')}={json.dumps(now.get(key))}: study {name} began with {then} in {part}; "
+                "give another hydra.sweeper.study_name, or hydra.sweeper.allow_change=true to go on with the change"
+            )

@@ -1,0 +1,267 @@
+"""The Hydra sweeper `hydra/sweeper=optuna`: opens or resumes a study, sends workers through the launcher, concludes.
+
+Registered as a plugin by the package's entry point, so it is imported whenever Hydra starts: all that is heavy
+is imported when a sweep begins.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.plugins.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from hydra.plugins.launcher import Launcher
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+    from finetune.config import RunConfig
+    from sweeps.settings import StudySettings
+    from sweeps.space import Point, Space
+    from sweeps.study import Study
+
+log = logging.getLogger(__name__)
+
+RELAUNCHES = 25
+"""How often workers are sent again after one of them was killed."""
+
+
+class StudySweeper(Sweeper):
+    """Searches by Optuna; the keys are those of `conf/hydra/sweeper/optuna.yaml`."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def setup(self, *, hydra_context: "HydraContext", task_function: "TaskFunction", config: "DictConfig") -> None:
+        self._hydra_context, self._config = hydra_context, config
+
+    def sweep(self, arguments: list[str]) -> None:
+        """One session of a study: until it holds all its trials, its time is over, or it is interrupted."""
+        from finetune.config import ConfigError
+        from finetune.supplies import Supplies
+        from sweeps.conclusion import conclude
+        from sweeps.space import Space
+        from sweeps.storage import check_address
+        from sweeps.study import Study
+        from sweeps.worker import Worker, too_many_failures
+
+        for chatter in ("hydra", "hydra_plugins"):
+            logging.getLogger(chatter).setLevel(logging.WARNING)
+        began = time.time()
+        self._name_study()
+        settings, address = self._settings()
+        space = Space.parse(self._params(), arguments)
+        composed = self._compose(space.fixed_texts)
+        config = self._check(settings, composed)
+        workers = self._workers(settings)
+        check_address(address, workers)
+        points = self._points(settings, space, composed, config.seed)
+        space = self._space
+        self._say_pruning(settings, config)
+
+        folder = Path(self._config.hydra.sweep.dir).absolute()
+        study = Study.open(folder, settings, address, _terms(config, space, settings))
+        total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
+        left = study.enlist(total, points)
+        log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
+        if left <= 0:
+            done = len(study.finished())
+            log.info("study %s is full (%d trials): hydra.sweeper.n_trials=%d goes on", study.name, done, done + total)
+        else:
+            deadline = None if settings.timeout is None else began + settings.timeout
+            worker = Worker(folder, address, settings, space, self._config, self._hydra_context, config.seed, deadline)
+            self._work(worker, study, space, workers, total)
+        conclude(study, Supplies())
+        if too_many_failures(study, settings):
+            raise ConfigError(_why_failed(study, settings))
+
+    def _name_study(self) -> None:
+        """A study without a name gets the time as its name."""
+        from omegaconf import open_dict
+
+        if self._values.get("study_name") is None:
+            self._values["study_name"] = time.strftime("%Y-%m-%d_%H-%M-%S")
+            with open_dict(self._config):
+                self._config.hydra.sweeper.study_name = self._values["study_name"]
+
+    def _settings(self) -> "tuple[StudySettings, str | None]":
+        """The checked settings, and the storage's address; what is kept of it is as the user wrote it."""
+        from omegaconf import DictConfig, OmegaConf
+
+        from sweeps.settings import StudySettings
+
+        plain: dict[str, Any] = {
+            key: OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
+            for key, value in self._values.items()
+        }
+        address: str | None = plain["storage"]
+        node = self._config.hydra.sweeper
+        assert isinstance(node, DictConfig)
+        written = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(written, dict)
+        return StudySettings.from_sweeper({**plain, "storage": written["storage"], "params": self._params()}), address
+
+    def _params(self) -> dict[str, Any]:
+        """`hydra.sweeper.params` as the stock sweeper has it, else the chosen search space."""
+        from omegaconf import OmegaConf
+
+        params = self._values.get("params")
+        if params is None:
+            params = OmegaConf.select(self._config, "search.params")
+        found = OmegaConf.to_container(params, resolve=True) if params is not None else {}
+        assert isinstance(found, dict)
+        return {str(key): value for key, value in found.items()}
+
+    def _compose(self, overrides: list[str]) -> "DictConfig":
+        """The config of a trial, before anything is searched."""
+        from hydra.core.hydra_config import HydraConfig
+
+        composed = self._hydra_context.config_loader.load_sweep_config(self._config, overrides)
+        HydraConfig.instance().set_config(composed)
+        return composed
+
+    def _check(self, settings: "StudySettings", composed: "DictConfig") -> "RunConfig":
+        """The run's config, checked as a run does, and that it can be a study's."""
+        from omegaconf import OmegaConf, open_dict
+
+        from finetune.config import ConfigError, RunConfig
+
+        task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        with open_dict(task):
+            config = RunConfig.from_hydra(task)
+        if not config.objectives:
+            raise ConfigError(
+                f"objective={config.objective}: there are no held-out rows to search by; "
+                "give dataset.eval_fraction above 0, or dataset.eval_path"
+            )
+        wanted, given = len(config.objectives), len(settings.directions)
+        if wanted != given:
+            raise ConfigError(
+                f"hydra.sweeper.direction={settings.direction}: must be one for each objective ({wanted}: "
+                f"{', '.join(config.objectives)})"
+            )
+        return config
+
+    def _workers(self, settings: "StudySettings") -> int:
+        if settings.n_jobs is not None:
+            return settings.n_jobs
+        import torch
+
+        return max(1, torch.cuda.device_count())
+
+    def _points(
+        self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int
+    ) -> "list[tuple[str, Point]]":
+        """What the first trials shall be: the config's own values, the user's points, the grid."""
+        self._space = space
+        points: list[tuple[str, Point]] = []
+        if settings.baseline and space.distributions:
+            own = space.point_of(composed)
+            if own is None:
+                log.info("no baseline: the config has no value of its own for what is searched")
+            else:
+                self._space, lines = space.widened(own)
+                for line in lines:
+                    log.info("%s", line)
+                points.append(("baseline", own))
+        for point in settings.start:
+            self._space.require("hydra.sweeper.start", point)
+            points.append(("start", point))
+        if settings.is_grid:
+            known = [point for _, point in points]
+            points += [("grid", point) for point in space.grid(seed) if point not in known]
+        return points
+
+    def _say_pruning(self, settings: "StudySettings", config: "RunConfig") -> None:
+        if "Nop" in str(settings.pruner.get("_target_")):
+            return
+        if len(settings.directions) > 1:
+            log.info("no pruning: trials with several objectives can't be ranked before their end")
+        elif not config.objectives[0].startswith("eval/"):
+            log.info("no pruning: %s is not known before a trial's end", config.objectives[0])
+
+    def _work(self, worker: Any, study: "Study", space: "Space", workers: int, total: int) -> None:
+        """Send the workers, again if one was killed, until none has anything left to do."""
+        from hydra.core.utils import JobStatus
+
+        from finetune.cli import Interrupted, one_line
+        from finetune.config import ConfigError
+        from sweeps.space import encode
+        from sweeps.table import watching
+
+        launcher = self._launcher(worker, workers)
+        place = f"hydra.sweep.dir={encode(str(study.folder))}"
+        jobs = [[*space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
+        resume = f"hydra.sweeper.study_name={study.name}"
+        for _ in range(RELAUNCHES):
+            try:
+                with watching(study, total):
+                    done = launcher.launch(jobs, initial_job_idx=0)
+            except KeyboardInterrupt:
+                raise Interrupted(f"interrupted; the same command with {resume} goes on") from None
+            except Exception as error:
+                log.warning("a worker was lost (%s); its trial is taken on", one_line(error))
+                continue
+            for job in done:
+                if job.status == JobStatus.FAILED:
+                    if isinstance(job._return_value, Interrupted):
+                        raise Interrupted(f"interrupted; the same command with {resume} goes on")
+                    raise job._return_value
+            return
+        raise ConfigError(
+            f"study {study.name}: workers were lost {RELAUNCHES} times; the same command with {resume} goes on"
+        )
+
+    def _launcher(self, worker: Any, workers: int) -> "Launcher":
+        """The chosen launcher; where that would run several workers one after the other, joblib's processes."""
+        from hydra.core.plugins import Plugins
+        from omegaconf import OmegaConf, open_dict
+
+        config = self._config.copy()
+        target = str(config.hydra.launcher._target_)
+        with open_dict(config):
+            if workers > 1 and target.endswith("BasicLauncher"):
+                from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+
+                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf)
+            if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
+                config.hydra.launcher.n_jobs = workers
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self._hydra_context, task_function=worker, config=config
+        )
+
+
+def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:
+    """What all trials have in common, so that they can be compared: the config without what is searched; the space."""
+    from finetune.data import load_rows
+    from finetune.run import flat
+
+    searched = {name.lstrip("+") for name in space.distributions}
+    free = ("name", "resume", "tracker.", "hub.", "sample_")
+    common = {
+        key: value
+        for key, value in flat(config.anchored().to_dict()).items()
+        if not key.startswith(free) and key not in searched
+    }
+    groups = {name.replace("/", ".") for name in searched if "/" in name or "." not in name}
+    common = {key: value for key, value in common.items() if not any(key.startswith(f"{name}") for name in groups)}
+    return {
+        **common,
+        "objective": config.objective,
+        "hydra.sweeper.direction": settings.directions,
+        "dataset_fingerprint": load_rows(config.dataset).fingerprint,
+        **{f"space.{name}": what for name, what in space.to_dict().items()},
+    }
+
+
+def _why_failed(study: "Study", settings: "StudySettings") -> str:
+    from optuna.trial import TrialState
+
+    failed = study.trials(TrialState.FAIL)
+    last = failed[-1]
+    return (
+        f"hydra.sweeper.max_failure_rate={settings.max_failure_rate}: {len(failed)} of {len(study.finished())} trials "
+        f"failed; trial {last.number}: {last.user_attrs.get('error')}"
+    )

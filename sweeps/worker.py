@@ -1,0 +1,369 @@
+"""A worker: holds one loaded base, and claims, composes, runs and tells trials until none is left.
+
+A worker is the task that a Hydra launcher runs, in this process or in others: it carries all it needs.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus, run_job
+from hydra.types import HydraContext
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, open_dict
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from finetune.cli import Interrupted, one_line, quiet_libraries
+from finetune.config import RunConfig
+from finetune.progress import Observer, Rung
+from finetune.records import Metrics, read_json
+from finetune.run import Objective, Part, run
+from finetune.supplies import Supplies, free_memory
+from finetune.trackers import Label, untag
+from sweeps.settings import StudySettings
+from sweeps.space import Space, encode
+from sweeps.study import Claim, Study, role
+from sweeps.text import shown
+
+log = logging.getLogger(__name__)
+
+LIVES = 3
+"""How often a trial may lose its worker without a new checkpoint, before it is failed."""
+
+LOOK_EVERY = 2.0
+"""Seconds between looks at the clock and at the storage, whether the running trial shall stop."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Everything a worker needs, in a form that launchers can send to other processes."""
+
+    folder: Path
+    address: str | None
+    settings: StudySettings
+    space: Space
+    config: DictConfig
+    """The sweep's config, from which trials' are composed."""
+    hydra_context: HydraContext
+    seed: int
+    deadline: float | None
+    """Seconds since the epoch, after which no trial begins and those that run end."""
+    process: int = field(default_factory=os.getpid)
+    """The sweeper's own."""
+
+    def __call__(self, composed: DictConfig) -> float:
+        """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
+        number = HydraConfig.get().job.num
+        _take_device(number)
+        self.speak()
+        quiet_libraries(bars=False)
+        study, supplies, finished = Study(self.folder, self.settings.study_name, self.address), Supplies(), 0
+        study.optuna.pruner = self._pruner()
+        while not self._is_over(study):
+            with study.claim() as claim:
+                if claim is None:
+                    break
+                _Turn(self, study, supplies, claim).take()
+                finished += 1
+        return float(finished)
+
+    def speak(self) -> None:
+        """Leave the runs' own lines to their logs, and beside a live table this process's to what must be known."""
+        beside = os.getpid() != self.process and sys.stderr.isatty()
+
+        def passes(record: logging.LogRecord) -> bool:
+            return record.levelno >= logging.WARNING or (record.name.startswith("sweeps") and not beside)
+
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.addFilter(passes)
+
+    def _is_over(self, study: Study) -> bool:
+        return (self.deadline is not None and time.time() >= self.deadline) or too_many_failures(study, self.settings)
+
+    def _pruner(self) -> BasePruner:
+        if len(self.settings.directions) > 1:
+            return optuna.pruners.NopPruner()
+        pruner: BasePruner = instantiate(self.settings.pruner, _execution_whitelist_=("optuna.pruners.*",))
+        return pruner
+
+    def sampler(self, number: int) -> BaseSampler:
+        """The sampler of one trial, seeded by the study's seed and the trial's number.
+
+        A sampler seeded once would repeat its suggestions after each resume. QMC's points are counted in the
+        storage instead, and make one sequence only under one seed.
+        """
+        if self.settings.is_grid:
+            return RandomSampler(self.seed)
+        arguments = dict(self.settings.sampler)
+        own = arguments.get("seed")
+        seed = self.seed if own is None else int(own)
+        if not str(arguments["_target_"]).endswith("QMCSampler"):
+            seed = zlib.crc32(f"{seed} {number}".encode())
+        sampler: BaseSampler = instantiate(
+            {**arguments, "seed": seed},
+            _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*"),
+        )
+        return sampler
+
+
+def too_many_failures(study: Study, settings: StudySettings) -> bool:
+    """Whether more of the finished trials have failed than may; the first few do not make a rate."""
+    failed = len(study.trials(TrialState.FAIL))
+    return failed > settings.max_failure_rate * max(len(study.finished()), 5)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why an attempt at a trial ended."""
+
+    reason: str
+    out_of_memory: bool
+
+
+class _Turn:
+    """One trial on a worker, from its claim to what the study is told of it."""
+
+    def __init__(self, worker: Worker, study: Study, supplies: Supplies, claim: Claim) -> None:
+        self.worker, self.study, self.supplies, self.claim = worker, study, supplies, claim
+        self.folder = claim.folder
+        study.optuna.sampler = worker.sampler(claim.number)
+        self.trial = optuna.Trial(study.optuna, claim.trial_id)
+
+    def take(self) -> None:
+        """Tell the trial what its folder knows already, or run it and tell what came out."""
+        known = read_json(self.folder.result) or {}
+        status = known.get("status")
+        retried = status == "failed" and says_out_of_memory(str(known.get("error"))) and self._shrink()
+        if status in ("completed", "pruned", "failed") and not retried:
+            self._tell_result(known)
+        elif self._has_lost_too_many_workers(known):
+            self._tell(TrialState.FAIL, error=f"lost its worker {LIVES} times without a new checkpoint")
+        else:
+            self._run_and_tell()
+        self._tidy()
+
+    def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
+        """Count this start; one after a clean interruption begins the count anew."""
+        checkpoint = self.folder.last_checkpoint()
+        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        starts = [] if known.get("status") == "interrupted" else list(self.trial.user_attrs.get("starts", []))
+        if starts[-LIVES:] == [step] * LIVES:
+            return True
+        self.trial.set_user_attr("starts", [*starts, step])
+        return False
+
+    def _run_and_tell(self) -> None:
+        failure = self._attempt()
+        if failure is not None and failure.out_of_memory and self._shrink():
+            failure = self._attempt()
+        if failure is not None:
+            self._tell(TrialState.FAIL, error=failure.reason)
+        else:
+            self._tell_result(read_json(self.folder.result))
+
+    def _attempt(self) -> "_Failure | None":
+        """Run the trial; what went wrong is its own. No exception is kept: it would hold the memory of the run."""
+        try:
+            self._run([*self._overrides(), *self.trial.user_attrs.get("shrunk", [])])
+        except Interrupted:
+            raise
+        except Exception as error:
+            failure = _Failure(one_line(error), out_of_memory(error))
+        else:
+            return None
+        free_memory()
+        return failure
+
+    def _overrides(self) -> list[str]:
+        """The trial's command line: what all trials have, and what the sampler suggests for this one."""
+        space, trial = self.worker.space, self.trial
+        for name, value in space.fixed.items():
+            trial.set_user_attr(name, value)
+        for name, distribution in space.distributions.items():
+            trial._suggest(name, distribution)
+        if self.worker.settings.custom_search_space:
+            extend: Callable[[DictConfig, optuna.Trial], None] = get_method(self.worker.settings.custom_search_space)
+            extend(self.worker.config, trial)
+        values = ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
+        log.info("trial %d: %s%s", trial.number, values, self._note())
+        return space.overrides(trial.params)
+
+    def _note(self) -> str:
+        """Why the trial is at its point, if the sampler did not choose it."""
+        why = {"baseline": " (baseline: the config's own values)", "start": " (hydra.sweeper.start)"}
+        return why.get(self.trial.user_attrs.get("role", ""), "")
+
+    def _run(self, overrides: list[str]) -> None:
+        """Compose the trial's config as Hydra does, and run it in its folder. Raises what went wrong."""
+        worker, number = self.worker, self.claim.number
+        places = [f"hydra.sweep.dir={encode(str(worker.folder))}", f"hydra.sweep.subdir=trials/{number}"]
+        config = worker.hydra_context.config_loader.load_sweep_config(worker.config, [*overrides, *places])
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        label = Label(
+            id=f"{self.study.uid}-{number}",
+            name=f"{self.study.name}-{number}",
+            group=self.study.name,
+            job_type="trial",
+        )
+        part = Part(_Judge(self), self.supplies, label, alone=False)
+
+        def task(composed: DictConfig) -> Objective:
+            worker.speak()
+            return run(RunConfig.from_hydra(composed), self.folder, part)
+
+        done = run_job(
+            task_function=task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=worker.hydra_context,
+        )
+        if done.status == JobStatus.FAILED:
+            raise done._return_value
+
+    def _shrink(self) -> bool:
+        """Half the batch and twice the accumulation, from the start; once, and not where the batch can't be halved."""
+        composed = read_json(self.folder.identity)
+        trainer = composed["config"]["trainer"] if composed else {}
+        rows, accumulation = (
+            trainer.get("per_device_train_batch_size", 1),
+            trainer.get("gradient_accumulation_steps", 1),
+        )
+        if rows % 2 or self.trial.user_attrs.get("shrunk"):
+            return False
+        shrunk = [
+            f"trainer.per_device_train_batch_size={rows // 2}",
+            f"trainer.gradient_accumulation_steps={accumulation * 2}",
+            f"trainer.per_device_eval_batch_size={max(1, trainer['per_device_eval_batch_size'] // 2)}",
+        ]
+        log.warning("trial %d: out of memory; once more with half the batch: %s", self.trial.number, ", ".join(shrunk))
+        self.trial.set_user_attr("shrunk", shrunk)
+        self.folder.clear()
+        return True
+
+    def _tell_result(self, result: dict[str, Any]) -> None:
+        """Tell what the folder's `result.json` says."""
+        if result["status"] == "failed":
+            self._tell(TrialState.FAIL, error=result["error"])
+        elif result["status"] == "pruned":
+            self._tell(TrialState.PRUNED, step=result["step"])
+        else:
+            values = [result["metrics"].get(name) for name in self.study.objectives]
+            if None in values:
+                self._tell(TrialState.FAIL, error=f"the run gave no {self.study.objectives[values.index(None)]}")
+            else:
+                self._tell(TrialState.COMPLETE, values, step=result["step"])
+
+    def _tell(self, state: TrialState, values: list[float] | None = None, **notes: Any) -> None:
+        for name, note in notes.items():
+            self.trial.set_user_attr(name, note)
+        self.study.optuna.tell(self.trial, values, state, skip_if_finished=True)
+        if values is not None:
+            pairs = zip(self.study.objectives, values, strict=True)
+            said = f"completed, {', '.join(f'{name} {value:.4f}' for name, value in pairs)}"
+        else:
+            said = f"pruned at step {notes['step']}" if state == TrialState.PRUNED else f"failed: {notes['error']}"
+        log.info("trial %d: %s", self.trial.number, said)
+
+    def _tidy(self) -> None:
+        """Keep the adapters of the best trials and of the baseline; those of the others go, with their checkpoints."""
+        kept = {trial.number for trial in self.study.ranked()[: self.worker.settings.keep_adapters]}
+        for trial in self.study.finished():
+            if trial.number not in kept and (role(trial) != "baseline" or trial.state != TrialState.COMPLETE):
+                folder = self.study.folder_of(trial.number)
+                for weights in (folder.adapter, folder.checkpoints):
+                    shutil.rmtree(weights, ignore_errors=True)
+
+
+class _Judge(Observer):
+    """Reports a trial's rungs to the study, and stops it: pruned, told to stop, or out of time."""
+
+    def __init__(self, turn: _Turn) -> None:
+        self._turn, self._trial, self._looked = turn, turn.trial, time.monotonic()
+        self._reported = set(self._frozen().intermediate_values)
+
+    def _frozen(self) -> FrozenTrial:
+        return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
+
+    @property
+    def _is_baseline(self) -> bool:
+        return self._trial.user_attrs.get("role") == "baseline"
+
+    def on_step(self, step: int) -> bool:
+        if time.monotonic() - self._looked < LOOK_EVERY:
+            return False
+        self._looked = time.monotonic()
+        if self._frozen().user_attrs.get("stop"):
+            return self._ends("told to stop")
+        deadline = self._turn.worker.deadline
+        return deadline is not None and time.time() >= deadline and not self._is_baseline and self._ends("out of time")
+
+    def on_rung(self, rung: Rung) -> bool:
+        """Rungs count from the first evaluation after training began: before it all trials are alike."""
+        if rung.index == 0:
+            self._trial.set_user_attr("steps", rung.total)
+        value = rung.metrics.get("objective")
+        if rung.index == 0 or value is None or len(self._turn.worker.settings.directions) > 1:
+            return False
+        if rung.index not in self._reported:
+            self._trial.report(value, rung.index)
+        log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, self._turn.study.objectives[0], value)
+        hopeless = self._trial.should_prune()
+        return hopeless and not self._is_baseline and self._ends("worse than others at this rung")
+
+    def _ends(self, reason: str) -> bool:
+        self._trial.set_user_attr("reason", reason)
+        return True
+
+    def on_completed(self, metrics: Metrics) -> list[str]:
+        """The best so far carries the tag `best`, which the one before it loses."""
+        study = self._turn.study
+        if len(study.objectives) > 1 or study.objectives[0] not in metrics:
+            return []
+        before = next(iter(study.ranked()), None)
+        value, smaller = metrics[study.objectives[0]], self._turn.worker.settings.directions == ["minimize"]
+        if before is not None and before.value is not None:
+            if value >= before.value if smaller else value <= before.value:
+                return []
+            untag(study.folder_of(before.number), "best")
+        return ["best"]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or the GPU's memory was too small."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+    )
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's message is of memory."""
+    return any(
+        words in text for words in ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
+    )
+
+
+def _take_device(number: int) -> None:
+    """One GPU for each worker of a machine with several, before any is used."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
