@@ -31,6 +31,15 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def take_device(number: int) -> None:
+    """Leave one GPU visible to this process, before any is used: Trainer would spread a run over all of them."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
+
+
 def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
     """The dtype of matrix products: on a CPU float32, unless bfloat16 is asked for by name."""
     name = settings.bnb_4bit_compute_dtype

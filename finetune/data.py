@@ -121,7 +121,8 @@ def _unseen(
 def _read_formatted(key: str, path: str, settings: DatasetSettings, dropped: dict[str, int]) -> list[Row]:
     """All rows of one source in one form. Rows with nothing to learn from are left out and counted."""
     rows: list[Row] = []
-    total, format_name = 0, settings.format
+    total = 0
+    format_name: str = settings.format
     for source, raw in _sources(key, path, settings):
         for number, row in enumerate(raw, start=1):
             if format_name == "auto":  # what the first row is, all are

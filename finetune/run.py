@@ -184,9 +184,11 @@ def _objective(config: RunConfig, metrics: Metrics) -> Objective:
 def _train(result: Result, folder: RunFolder, tracker: Tracker, part: Part) -> None:
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
     quiet_libraries(bars=part.alone)
-    from finetune import trl_engine
-    from finetune.base import check_targets, load_adapter, lora_config, save_adapter
+    from finetune.base import check_targets, load_adapter, lora_config, save_adapter, take_device
     from finetune.tokens import left_out
+
+    take_device(0)
+    from finetune import trl_engine  # with it bitsandbytes, which looks for GPUs
 
     config, rows, supplies = result.config, result.rows, part.supplies
     assert rows is not None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from finetune.config import ConfigError, Section, is_plain_name
 from finetune.convert import build
 from finetune.run import flat
+from sweeps.space import encode
 
 Direction = Literal["minimize", "maximize"]
 
@@ -52,7 +53,7 @@ class StudySettings(Section):
         if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
             raise ConfigError(f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]")
         settings: StudySettings = build(cls, "hydra.sweeper", {**values, "start": []})
-        object.__setattr__(settings, "start", [flat(point) for point in points])
+        object.__setattr__(settings, "start", [_encoded(point) for point in points])
         return settings
 
     @property
@@ -64,3 +65,8 @@ class StudySettings(Section):
     def is_grid(self) -> bool:
         """Whether every point of the space shall be tried."""
         return bool(re.search(r"\bGridSampler$", str(self.sampler.get("_target_"))))
+
+
+def _encoded(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point as the space has its values."""
+    return {name: encode(value) for name, value in flat(dict(point)).items()}

@@ -48,7 +48,7 @@ class Study:
     """
 
     def __init__(self, folder: Path, name: str, address: str | None) -> None:
-        self.folder, self.name = folder, name
+        self.folder, self.name, self._is_shared = folder, name, address is not None
         self.storage = open_storage(address, folder)
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
 
@@ -121,6 +121,7 @@ class Study:
         grid) that its trial keeps. There is one baseline.
         """
         with exclusive(self.folder / ".lock"):
+            self.optuna.set_user_attr("total", total)
             for _ in range(len(self.trials()), total):
                 self.optuna.add_trial(create_trial(state=TrialState.WAITING))
             trials = self.trials()
@@ -147,9 +148,11 @@ class Study:
             yield claim
 
     def _take(self, held: contextlib.ExitStack) -> Claim | None:
-        for trial in [*self.trials(TrialState.RUNNING), *self.trials(TrialState.WAITING)]:
+        total = self.optuna.user_attrs.get("total", len(self.trials()))
+        waiting = [trial for trial in self.trials(TrialState.WAITING) if trial.number < total]  # was it more once?
+        for trial in [*self.trials(TrialState.RUNNING), *waiting]:
             folder = self.folder_of(trial.number)
-            if trial.state == TrialState.RUNNING and not folder.path.exists():
+            if self._is_shared and trial.state == TrialState.RUNNING and not folder.path.exists():
                 continue  # another machine's, whose folders are not here
             try:
                 held.enter_context(folder.locked())
@@ -169,6 +172,17 @@ class Study:
             return self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
+
+    def orphans(self) -> list[int]:
+        """Running trials that have lost their worker, by number."""
+        lost = []
+        with exclusive(self.folder / ".lock"):
+            for trial in self.trials(TrialState.RUNNING):
+                folder = self.folder_of(trial.number)
+                if folder.path.exists():
+                    with contextlib.suppress(FolderHeld), folder.locked():
+                        lost.append(trial.number)
+        return lost
 
     def ranked(self) -> list[FrozenTrial]:
         """Complete trials, the best first; of several objectives those that nothing beats in all, then the rest."""
@@ -197,11 +211,11 @@ def role(trial: FrozenTrial) -> str:
 
 
 def _require_same(name: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in sorted({*began, *now}):
-        if began.get(key) != now.get(key):
-            part = "the search space" if key.startswith("space.") else "the config"
-            then = json.dumps(began.get(key))
+    for key in sorted({key.removeprefix("space.") for key in (*began, *now)}):
+        then, given = (terms.get(f"space.{key}", terms.get(key)) for terms in (began, now))
+        if then != given:
+            part = "the search space" if f"space.{key}" in {*began, *now} else "the config"
             raise ConfigError(
-                f"{key.removeprefix('space.')}={json.dumps(now.get(key))}: study {name} began with {then} in {part}; "
+                f"{key}={json.dumps(given)}: study {name} began with {json.dumps(then)} in {part}; "
                 "give another hydra.sweeper.study_name, or hydra.sweeper.allow_change=true to go on with the change"
             )

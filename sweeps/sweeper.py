@@ -39,6 +39,7 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """One session of a study: until it holds all its trials, its time is over, or it is interrupted."""
+        from finetune.cli import quiet_libraries
         from finetune.config import ConfigError
         from finetune.supplies import Supplies
         from sweeps.conclusion import conclude
@@ -73,6 +74,7 @@ class StudySweeper(Sweeper):
             deadline = None if settings.timeout is None else began + settings.timeout
             worker = Worker(folder, address, settings, space, self._config, self._hydra_context, config.seed, deadline)
             self._work(worker, study, space, workers, total)
+        quiet_libraries(bars=False)
         conclude(study, Supplies())
         if too_many_failures(study, settings):
             raise ConfigError(_why_failed(study, settings))
@@ -202,6 +204,8 @@ class StudySweeper(Sweeper):
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted; the same command with {resume} goes on") from None
             except Exception as error:
+                if not study.orphans():
+                    raise
                 log.warning("a worker was lost (%s); its trial is taken on", one_line(error))
                 continue
             for job in done:
@@ -209,7 +213,8 @@ class StudySweeper(Sweeper):
                     if isinstance(job._return_value, Interrupted):
                         raise Interrupted(f"interrupted; the same command with {resume} goes on")
                     raise job._return_value
-            return
+            if not study.orphans():
+                return
         raise ConfigError(
             f"study {study.name}: workers were lost {RELAUNCHES} times; the same command with {resume} goes on"
         )
@@ -217,20 +222,23 @@ class StudySweeper(Sweeper):
     def _launcher(self, worker: Any, workers: int) -> "Launcher":
         """The chosen launcher; where that would run several workers one after the other, joblib's processes."""
         from hydra.core.plugins import Plugins
-        from omegaconf import OmegaConf, open_dict
+        from omegaconf import OmegaConf, open_dict, read_write
 
         config = self._config.copy()
         target = str(config.hydra.launcher._target_)
-        with open_dict(config):
+        with read_write(config), read_write(config.hydra), open_dict(config.hydra):
             if workers > 1 and target.endswith("BasicLauncher"):
                 from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 
                 config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf)
             if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
-                config.hydra.launcher.n_jobs = workers
-        return Plugins.instance().instantiate_launcher(
+                OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
+        launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self._hydra_context, task_function=worker, config=config
         )
+        # Jobs are composed anew, and must come out with the launcher that was asked for.
+        launcher.setup(hydra_context=self._hydra_context, task_function=worker, config=self._config)
+        return launcher
 
 
 def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:

@@ -64,10 +64,11 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
-        number = HydraConfig.get().job.num
-        _take_device(number)
         self.speak()
         quiet_libraries(bars=False)
+        from finetune.base import take_device
+
+        take_device(HydraConfig.get().job.num)
         study, supplies, finished = Study(self.folder, self.settings.study_name, self.address), Supplies(), 0
         study.optuna.pruner = self._pruner()
         while not self._is_over(study):
@@ -356,14 +357,3 @@ def says_out_of_memory(text: str) -> bool:
     return any(
         words in text for words in ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
     )
-
-
-def _take_device(number: int) -> None:
-    """One GPU for each worker of a machine with several, before any is used."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if count > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(index) for index in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]

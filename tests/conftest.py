@@ -1,9 +1,12 @@
 """What tests share: a tiny random base with a real tokenizer, configs composed as Hydra does, whole commands."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,3 +143,149 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as a JSON lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+STATION = """
+import json, os, runpy, sys
+import finetune.samples, finetune.trl_engine, sweeps.conclusion, sweeps.sweeper, sweeps.worker, wandb
+for line in sys.stdin:
+    order = json.loads(line)
+    if "poll" in order:
+        print(json.dumps(os.waitpid(order["poll"], os.WNOHANG)), flush=True)
+        continue
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+else:
+    sys.exit()
+os.setsid()
+os.chdir(order["cwd"])
+os.environ.clear()
+os.environ.update(order["env"])
+for number, path in enumerate((os.devnull, order["log"] + ".out", order["log"])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+sys.argv = [order["module"], *order["arguments"]]
+exec(order["before"])
+runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+"""
+
+
+class Forked:
+    """A command that runs, in a process and a process group of its own."""
+
+    def __init__(self, station: "Station", pid: int, log: Path) -> None:
+        self._station, self.pid, self._log = station, pid, log
+        self._returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, as subprocess has it; None while it runs."""
+        if self._returncode is None:
+            pid, status = self._station.ask({"poll": self.pid})
+            if pid:
+                self._returncode = os.waitstatus_to_exitcode(status)
+        return self._returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """The whole group, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = 240) -> subprocess.CompletedProcess[str]:
+        """Till its end, and what it has said."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                pytest.fail(f"not ended after {seconds} s: {self.said()}")
+            time.sleep(0.02)
+        out = Path(f"{self._log}.out").read_text()
+        return subprocess.CompletedProcess([], self.poll() or 0, out, self.said())
+
+    def said(self) -> str:
+        """What it has written to stderr till now."""
+        return self._log.read_text() if self._log.exists() else ""
+
+
+class Station:
+    """Starts commands by forking a process that has imported everything: as real as new ones, seconds sooner."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._count = logs, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([sys.executable, "-c", STATION], env=environment, **pipes)
+        assert self._process.stdout is not None
+        lines = iter(self._process.stdout)
+        self._answers = (line for line in lines if not line.startswith("[INFO]"))  # transformers' remark on W&B
+
+    def ask(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(next(self._answers))
+
+    def start(self, *arguments: str, cwd: Path, module: str = "finetune", before: str = "") -> Forked:
+        """Begin a command; `before` is Python that its process runs first."""
+        self._count += 1
+        log = self._logs / f"{self._count}.log"
+        cwd.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        order = {"arguments": arguments, "cwd": str(cwd), "module": module, "before": before}
+        return Forked(self, self.ask({**order, "env": environment, "log": str(log)}), log)
+
+    def run(self, *arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command till its end."""
+        return self.start(*arguments, cwd=cwd, **more).wait()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Station]:
+    """One for all tests of studies."""
+    made = Station(tmp_path_factory.mktemp("station"))
+    yield made
+    made.close()
+
+
+def study_overrides(tiny_base: Path, name: str) -> list[str]:
+    """The command line of a study whose trials take about a second."""
+    return [
+        "-m",
+        "hydra/sweeper=optuna",
+        f"hydra.sweeper.study_name={name}",
+        *tiny_overrides(tiny_base),
+        "quantization=none",
+        "dataset.max_length=64",
+        "sample_prompts=[]",
+        "trainer.max_steps=3",
+    ]
+
+
+def wandb_file(file: Path) -> Iterator[Any]:
+    """The records of a W&B file: a 7-byte header, then 32 KiB blocks of LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # no chunk's header fits in what is left of the block
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record

@@ -326,7 +326,30 @@ DATA = [
     ),
     Case("empty-file", "", "dataset.path=d.jsonl: the file is empty", {"d.jsonl": ""}),
     Case("blank-file", "", "dataset.path=d.jsonl: holds no rows", {"d.jsonl": "\n\n"}),
-    Case("broken-line", "", "dataset.path=d.jsonl: line 21 is broken JSON (…)", {"d.jsonl": ROWS + '{"text": "cut\n'}),
+    Case(
+        "broken-line",
+        "",
+        "dataset.path=d.jsonl: line 21 is no whole JSON object (…); a .jsonl file holds one object on each line",
+        {"d.jsonl": ROWS + '{"text": "cut\n'},
+    ),
+    Case(
+        "pretty-printed",
+        "",
+        "dataset.path=d.jsonl: line 1 is no whole JSON object (…); a .jsonl file holds one object on each line",
+        {"d.jsonl": '{\n  "text": "a"\n}\n'},
+    ),
+    Case(
+        "one-object",
+        "dataset.path=d.json",
+        "dataset.path=d.json: line 1 is no whole JSON object (…); a .json file holds a list of objects, or one object…",
+        {"d.json": '{\n  "text": "a"\n}\n'},
+    ),
+    Case(
+        "row-in-a-folder",
+        "dataset.path=data",
+        "dataset.path=data/b.jsonl: row 2: field 'text' is no text but int",
+        {"data/a.jsonl": ROWS, "data/b.jsonl": lines({"text": "fine"}, {"text": 5})},
+    ),
     Case(
         "broken-list",
         "dataset.path=d.json",
@@ -336,7 +359,7 @@ DATA = [
     Case(
         "line-that-is-no-object",
         "",
-        "dataset.path=d.jsonl: line 21 is no JSON object",
+        "dataset.path=d.jsonl: line 21 is no JSON object; a .jsonl file holds one object on each line",
         {"d.jsonl": ROWS + '["text"]\n'},
     ),
     Case(

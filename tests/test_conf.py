@@ -31,6 +31,12 @@ def test_the_default_run_is_valid() -> None:
     assert compose().model.name_or_path == "smollm2_135m"
 
 
+def test_a_search_space_is_no_part_of_a_runs_config() -> None:
+    plain = compose().to_dict()
+    composed = OmegaConf.create({**plain, "search": {"given": "???", "resolved": "${nowhere}"}})
+    assert RunConfig.from_hydra(composed) == RunConfig.from_dict(plain) == compose()
+
+
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_choice_composes_and_its_values_arrive(choice: Path) -> None:
     file = CONF / f"{choice}.yaml"
@@ -41,7 +47,10 @@ def test_a_choice_composes_and_its_values_arrive(choice: Path) -> None:
     package = next((line.split()[-1] for line in file.read_text().splitlines() if line.startswith("# @package")), group)
     missing = {key: "given.jsonl" for key, value in values.items() if value == "???"}
 
-    config = compose(f"{group}={choice.name}", *(f"{package}.{key}={value}" for key, value in missing.items()))
+    sweeper = ["hydra/sweeper=optuna"] if group.startswith("hydra/sweeper/") else []  # only beside it are they groups
+    given = (f"{package}.{key}={value}" for key, value in missing.items())
+
+    config = compose(*sweeper, f"{group}={choice.name}", *given)
 
     if not package.startswith(("hydra", "search")):  # those are the sweeper's; a run's config has no place for them
         whole = config.to_dict()

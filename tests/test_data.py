@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import json
+import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +18,8 @@ from conftest import compose, write_jsonl
 
 from finetune.config import ConfigError, DatasetSettings, RunConfig
 from finetune.data import Rows, fingerprint, first_question, load_all_rows, load_rows
-from finetune.tokens import IGNORED, epoch_order, tokenize
+from finetune.hub import drafted
+from finetune.tokens import IGNORED, epoch_order, left_out, tokenize
 
 pytestmark = pytest.mark.usefixtures("fresh_cache", "one_thread")
 Row = dict[str, Any]
@@ -221,6 +224,30 @@ def test_reads_all_files_of_a_folder_in_the_order_of_their_names(settings: Setti
     assert load_all_rows("dataset.path", settings(path=str(folder))) == rows
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("b.jsonl", '{"text": "fine"}\n{"text": 1}\n', "row 2: field 'text' is no text but int"),
+        ("b.jsonl", '{"text": "fine"}\n\n{"text": \n', "line 3 is no whole JSON object"),
+        ("b.json", '[{"text": "fine"}, {"tekst": "b"}]', "row 2 has no field 'text'; its fields: tekst"),
+        ("b.csv", "tekst\nfine\n", "row 1 has no field 'text'; its fields: tekst"),
+        ("a.csv", "tekst\nfine\n", "has no such field, and no chat either; its fields: tekst"),
+    ],
+    ids=["jsonl", "broken_line", "json", "csv", "first_file"],
+)
+def test_a_bad_row_in_a_folder_is_named_by_its_file_and_its_place_in_it(
+    settings: Settings, tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts(5))
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        load_all_rows("dataset.path", settings(path=str(folder)))
+    assert f"dataset.path={folder / name}" in str(refused.value)
+    assert says in str(refused.value)
+
+
 def test_reads_csv_cells_longer_than_the_csv_module_takes_by_default(settings: Settings, tmp_path: Path) -> None:
     rows = [{"text": "word " * 40_000}]
     file = write_csv(tmp_path / "rows.csv", rows)
@@ -296,8 +323,11 @@ def test_drops_and_counts_rows_with_nothing_to_learn(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"text": "fine"}\n{"text": \n', ["line 2", "broken JSON"]),
-        ('{"text": "fine"}\n[1]\n', ["line 2", "no JSON object"]),
+        ('{"text": "fine"}\n{"text": \n', ["line 2", "no whole JSON object"]),
+        ('{"text": "fine"}\n[1]\n', ["line 2", "no JSON object", "one object on each line"]),
+        (json.dumps({"text": "fine"}, indent=1), ["line 1", "one object on each line"]),
+        (json.dumps([{"text": "fine"}], indent=1), ["line 1", "one object on each line"]),
+        ('{"text": "half a pair \\ud83d"}\n', ["line 1", "surrogate"]),
         ('{"body": "fine"}\n', ["dataset.text_field", "body"]),
         ('{"text": 1}\n', ["row 1", "text", "int"]),
         ('{"messages": "none"}\n', ["row 1", "messages"]),
@@ -311,6 +341,28 @@ def test_bad_files_are_refused_in_one_line_that_names_the_file_and_the_place(
     settings: Settings, tmp_path: Path, content: str, words: list[str]
 ) -> None:
     file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        load_rows(settings(path=str(file)))
+    message = str(refused.value)
+    assert all(word in message for word in [*words, str(file)])
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps({"text": "fine"}, indent=1), ["line 1", "a list of objects, or one object on each line"]),
+        ('[{"text": "fine"},\n "text"]', ["row 2 is no JSON object", "a list of objects, or one object on each line"]),
+        ('[\n{"text": "a"},\n{"text" "b"}]', ["line 3 is broken JSON"]),
+        ('[{"text": "fine"},\n{"text": "half a pair \\ud83d"}]', ["row 2", "surrogate"]),
+    ],
+    ids=["one_object", "item", "broken", "surrogate"],
+)
+def test_a_bad_json_file_is_refused_with_what_is_expected_of_it(
+    settings: Settings, tmp_path: Path, content: str, words: list[str]
+) -> None:
+    file = tmp_path / "rows.json"
     file.write_text(content)
     with pytest.raises(ConfigError) as refused:
         load_rows(settings(path=str(file)))
@@ -597,7 +649,23 @@ def test_max_length_cuts_rows_and_leaves_out_those_without_an_answer_left(tokeni
         tokenize("train", CHATS, tokenizer, settings(max_length=4))
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_left_out_are_counted_and_said_from_the_cache_too(
+    tokenizer: Any, settings: Settings, caplog: pytest.LogCaptureFixture, packing: bool
+) -> None:
+    assert left_out(tokenize("train", CHATS, tokenizer, settings(max_length=512, packing=packing))) == 0
+    assert "left out" not in caplog.text
+    caplog.set_level(logging.INFO)
+    counts = []
+    for _ in range(2):
+        caplog.clear()
+        counts.append(left_out(tokenize("eval", CHATS, tokenizer, settings(max_length=64, packing=packing))))
+        assert "left out 1 eval rows with no answer within dataset.max_length" in caplog.text
+    assert counts == [1, 1]  # the long question
+
+
 def test_no_rows_become_no_tokens(tokenizer: Any, settings: Settings) -> None:
+    assert left_out(tokenize("test", [], tokenizer, settings())) == 0
     assert len(tokenize("test", [], tokenizer, settings())) == 0
     assert len(tokenize("test", [], tokenizer, settings(packing=True))) == 0
 
@@ -675,6 +743,47 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_bas
     left = sorted(folder.name for folder in (tmp_path / "cache" / "tokens").iterdir())
     assert len(left) == 8, left
     assert not any("." in name for name in left)  # no draft is left over
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from finetune.hub import drafted
+with drafted(Path(sys.argv[1])) as draft:
+    (draft / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not(
+    tokenizer: Any, settings: Settings, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "cache" / "tokens"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tokens / "rows")])
+    assert done.returncode == -signal.SIGKILL
+    [killed] = tokens.iterdir()
+    living, elsewhere = killed.with_suffix(f".{os.getppid()}"), killed.with_name(f"rows.elsewhere{killed.suffix}")
+    living.mkdir()
+    elsewhere.mkdir()
+
+    tokenize("train", texts(2), tokenizer, settings())
+
+    left = set(tokens.iterdir())
+    assert len(left) == 3  # the new tokens are the third
+    assert {living, elsewhere} < left
+
+
+def test_a_draft_becomes_the_folder_at_its_end_or_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "place"
+    with pytest.raises(KeyboardInterrupt), drafted(place):
+        raise KeyboardInterrupt
+    assert list(place.parent.iterdir()) == []
+    with drafted(place) as late:
+        (late / "late").touch()
+        assert not place.exists()
+        place.mkdir()
+        (place / "first").touch()
+    assert [file.name for file in place.parent.rglob("*")] == ["place", "first"]
 
 
 # Packing

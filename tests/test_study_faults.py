@@ -1,0 +1,432 @@
+"""Studies that are killed, interrupted, timed out and broken: nothing that finished is lost or run twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from conftest import Forked, Station, run_cli, study_overrides
+from optuna.trial import FrozenTrial, TrialState
+
+from finetune.records import checkpoints_in
+from sweeps.study import FINISHED, Study
+
+NO_END = ("trainer.max_steps=100000", "trainer.eval_steps=0", "trainer.save_steps=5")
+"""A trial that goes on until it is stopped."""
+
+
+def folder_of(place: Path, name: str = "s") -> Path:
+    return place / "outputs" / "sweeps" / name
+
+
+def trials_of(place: Path, *states: TrialState) -> list[FrozenTrial]:
+    return Study.load(folder_of(place)).trials(*states)
+
+
+def result_of(place: Path, number: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder_of(place) / "trials" / str(number) / "result.json").read_text())
+    return content
+
+
+def told(trial: FrozenTrial) -> tuple[Any, ...]:
+    return trial.number, trial.state, trial.params, trial.values, trial.intermediate_values
+
+
+def wait_until(true: Any, process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
+    """The process must live till then."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, getattr(process, "said", lambda: "ended")()
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def require_params_agree(place: Path) -> None:
+    """Storage, overrides and config of each finished trial say the same."""
+    for trial in trials_of(place, *FINISHED):
+        folder = folder_of(place) / "trials" / str(trial.number)
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        given = dict(line.split("=", 1) for line in overrides)
+        config = json.loads((folder / "run.json").read_text())["config"]
+        for name, value in trial.params.items():
+            section, key = name.split(".")
+            assert float(given[name]) == config[section][key] == value
+
+
+@pytest.mark.fault
+def test_25_kills_lose_nothing_and_run_nothing_twice(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    """A study of twelve, and another where one has all its trials before its kills."""
+    chance, kills, round_ = random.Random(4), 0, 0
+    while kills < 25:
+        kills += kill_a_study(station, tiny_base, tmp_path / str(round_), chance, 25 - kills)
+        round_ += 1
+
+
+def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int) -> int:
+    """Begin a study, kill it so often, end it, and see that all is right; returns how often it was killed."""
+    study = [
+        *study_overrides(tiny_base, "s"),
+        "hydra.sweeper.n_trials=12",
+        "trainer.max_steps=8",
+        "trainer.save_steps=1",
+    ]
+    folder, killed = folder_of(place), 0
+    finished: dict[int, tuple[Any, ...]] = {}
+    while killed < kills:
+        process = station.start(*study, cwd=place)
+        wait_until(lambda: " trials to go" in process.said(), process)  # noqa: B023
+        time.sleep(chance.uniform(0, 5))
+        if process.poll() is not None:
+            break
+        process.kill()
+        killed += 1
+
+        # as a reader finds it: all lines are whole but the last, which may be torn
+        *whole, _ = (folder / "study.journal").read_bytes().split(b"\n")
+        assert all(isinstance(json.loads(line), dict) for line in whole)
+        trials = trials_of(place)
+        assert len(trials) == 12
+        now = {trial.number: (told(trial), result_lines(place, trial)) for trial in trials if trial.state in FINISHED}
+        assert {number: now[number] for number in finished} == finished
+        finished = now
+    ended = station.run(*study, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+
+    trials = trials_of(place, *FINISHED)
+    assert [trial.number for trial in trials] == list(range(12))
+    assert {trial.number: (told(trial), result_lines(place, trial)) for trial in trials}.items() >= finished.items()
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            assert trial.user_attrs["error"] == "lost its worker 3 times without a new checkpoint"
+            assert len(trial.user_attrs["starts"]) >= 3
+            assert len(set(trial.user_attrs["starts"][-3:])) == 1
+        else:
+            result = result_of(place, trial.number)
+            assert result["status"] == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+            steps = [row["step"] for row in metrics_of(folder / "trials" / str(trial.number)) if "train/loss" in row]
+            assert steps == list(range(1, result["step"] + 1)), "steps were lost, or trained twice"
+    assert any(trial.state == TrialState.COMPLETE for trial in trials)
+    require_params_agree(place)
+    return killed
+
+
+def result_lines(place: Path, trial: FrozenTrial) -> tuple[int, str]:
+    """When and what the trial's training wrote last; test rows are seen later, by the winner and the baseline."""
+    folder = folder_of(place) / "trials" / str(trial.number)
+    training = [line for line in read(folder / "metrics.jsonl").splitlines() if "test/loss" not in line]
+    return written_at(folder / ".hydra" / "overrides.yaml"), "\n".join(training)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+@pytest.mark.fault
+def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=3", "trainer.max_steps=24", "trainer.save_steps=4", "hydra/sweeper/pruner=none")
+    study = study_overrides(tiny_base, "s")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = station.run(*study, *more, cwd=whole)
+    assert ended.returncode == 0, ended.stderr
+    process = station.start(*study, *more, cwd=killed)
+    wait_until((folder_of(killed) / "trials/1/checkpoints/checkpoint-8/progress.json").exists, process)
+    process.kill()
+    adopted = folder_of(killed) / "trials" / "1"
+    assert checkpoints_in(adopted / "checkpoints"), "killed too late"
+    assert not (adopted / "result.json").exists()
+    log = (adopted / "train.log").read_text()
+
+    ended = station.run(*study, *more, cwd=killed)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 of 3 trials to go" in ended.stderr
+    assert "going on from step" in (adopted / "train.log").read_text().removeprefix(log)
+    assert [told(trial) for trial in trials_of(killed)] == [told(trial) for trial in trials_of(whole)]
+    for number in range(3):
+        one, other = (folder_of(place) / "trials" / str(number) for place in (killed, whole))
+        weights = Path("adapter") / "adapter_model.safetensors"
+        assert (one / weights).read_bytes() == (other / weights).read_bytes()
+        assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_give_exactly_the_trials(workers: int, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=9", f"hydra.sweeper.n_jobs={workers}")
+    ended = run_cli(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert ended.returncode == 0, ended.stderr
+
+    assert [trial.number for trial in trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)] == list(range(9))
+    assert all(trial.user_attrs["starts"] == [0] for trial in trials_of(tmp_path))
+    require_params_agree(tmp_path)
+    journal = map(json.loads, (folder_of(tmp_path) / "study.journal").read_text().splitlines())
+    took = [line["trial_id"] for line in journal if line["op_code"] == 6 and line["state"] == TrialState.RUNNING]
+    assert sorted(took) == list(range(9))
+
+
+def workers_of(process: subprocess.Popen[str], place: Path) -> list[int]:
+    """Its worker processes that hold a trial's folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            opened = [os.readlink(link) for link in (folder / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(path.startswith(str(folder_of(place) / "trials")) and path.endswith(".lock") for path in opened):
+            found.append(int(folder.name))
+    return [pid for pid in found if pid != process.pid]
+
+
+@pytest.mark.fault
+def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", "trainer.max_steps=40", "trainer.save_steps=4")
+    arguments = [sys.executable, "-m", "finetune", *study_overrides(tiny_base, "s"), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(workers_of(process, tmp_path)) == 2, process)
+    wait_until(lambda: any(folder_of(tmp_path).glob("trials/*/checkpoints/checkpoint-*")), process)
+    os.kill(workers_of(process, tmp_path)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=240)
+
+    assert process.returncode == 0, said
+    assert "a worker was lost" in said
+    assert [trial.number for trial in trials_of(tmp_path, *FINISHED)] == list(range(6))
+    assert not trials_of(tmp_path, TrialState.FAIL)
+    require_params_agree(tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_says_how_to_go_on_and_does(
+    number: int, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.n_trials=2", "trainer.max_steps=40", "trainer.save_steps=0")
+    study = study_overrides(tiny_base, "s")
+    process = station.start(*study, *more, cwd=tmp_path)
+    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    process.send_signal(number)
+    ended = process.wait()
+
+    assert ended.returncode == 1
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: interrupted; the same command with hydra.sweeper.study_name=s goes on"]
+    assert "Traceback" not in ended.stderr
+    assert result_of(tmp_path, 0)["status"] == "interrupted"
+    step = result_of(tmp_path, 0)["step"]
+    ended = station.run(*study, *more, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert f"going on from step {step}" in read(folder_of(tmp_path) / "trials/0/train.log")
+    assert len(trials_of(tmp_path, *FINISHED)) == 2
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.slow
+def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = (*NO_END, "hydra.sweeper.timeout=8", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    (trial,) = trials_of(tmp_path, *FINISHED)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["reason"] == "out of time"
+    assert not trials_of(tmp_path, TrialState.RUNNING)
+    assert result_of(tmp_path, 0)["status"] == "pruned"
+
+
+@pytest.mark.slow
+def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = (*NO_END, "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=1")
+    process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    stopped = station.run("stop", "s", "0", cwd=tmp_path, module="sweeps")
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.splitlines()[-1] == "trial 0 ends at its next step; python -m sweeps show s"
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
+
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["reason"] == "told to stop"
+
+
+DIVERGES = ("hydra.sweeper.start=[{optimizer.learning_rate: 1e20}]", "optimizer.learning_rate=choice(1e-3,1e-2,1e20)")
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_does_not_end_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = (*DIVERGES, "hydra.sweeper.n_trials=3", "seed=1", "trainer.max_steps=12")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    trials = trials_of(tmp_path)
+    assert all(trial.state in FINISHED for trial in trials)
+    assert trials[1].state == TrialState.FAIL
+    assert trials[1].user_attrs["role"] == "start"
+    assert trials[1].user_attrs["error"].startswith("optimizer.learning_rate=1e+20: training diverged at step")
+    assert result_of(tmp_path, 1)["error"] == trials[1].user_attrs["error"]
+    assert not (folder_of(tmp_path) / "trials" / "1" / "checkpoints").exists()
+    assert f"trial 1    failed: {trials[1].user_attrs['error']}" in ended.stderr
+
+
+@pytest.mark.slow
+def test_no_failure_allowed_ends_at_the_first(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = (*DIVERGES, "hydra.sweeper.n_trials=6", "hydra.sweeper.max_failure_rate=0", "trainer.max_steps=12")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: hydra.sweeper.max_failure_rate=0.0: 1 of 2 trials failed; trial 1: optimizer.learning"
+    )
+    assert [trial.state for trial in trials_of(tmp_path, *FINISHED)] == [TrialState.COMPLETE, TrialState.FAIL]
+
+
+SMALL_MEMORY = """
+import torch
+from finetune import trl_engine
+real = trl_engine.train
+def train(config, *rest):
+    if config.trainer.per_device_train_batch_size > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return real(config, *rest)
+trl_engine.train = train
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_goes_on_with_half_the_batch(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=1", "trainer.per_device_train_batch_size=4", "tracker=wandb")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
+    assert ended.returncode == 0, ended.stderr
+
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.COMPLETE
+    assert "trainer.per_device_train_batch_size=2" in trial.user_attrs["shrunk"]
+    assert result_of(tmp_path, 0)["effective_batch_size"] == 4
+    best = yaml.safe_load((folder_of(tmp_path) / "experiment" / "best.yaml").read_text())
+    assert best["trainer"]["per_device_train_batch_size"] == 2
+    assert best["trainer"]["gradient_accumulation_steps"] == 2
+    again = station.run(
+        "--config-dir", str(folder_of(tmp_path)), "experiment=best", "hydra.run.dir=again", "tracker=none", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert repeated["metrics"]["eval/loss"] == trial.value
+
+
+@pytest.mark.slow
+def test_out_of_memory_twice_is_a_failure(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=1", "trainer.per_device_train_batch_size=8")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.FAIL
+    assert "out of memory" in trial.user_attrs["error"]
+    assert ended.stderr.count("once more with half the batch") == 1
+
+
+DIES = """
+import os
+from finetune import trl_engine
+trl_engine.train = lambda *_: os.kill(os.getpid(), 9)
+"""
+LOST = "lost its worker 3 times without a new checkpoint"
+
+
+@pytest.mark.fault
+def test_a_trial_that_kills_its_worker_thrice_is_failed(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=2",)
+    study = study_overrides(tiny_base, "s")
+    for _ in range(3):
+        assert station.run(*study, *more, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+        assert trials_of(tmp_path)[0].state == TrialState.RUNNING
+    ended = station.run(*study, *more, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    first, second = trials_of(tmp_path)
+    assert (first.state, first.user_attrs["error"]) == (TrialState.FAIL, LOST)
+    assert second.state == TrialState.COMPLETE
+
+
+@pytest.mark.fault
+def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", *NO_END]
+    process = station.start(*study, cwd=tmp_path)
+    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait().returncode == 1
+    for _ in range(3):
+        assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    station.run(*study, cwd=tmp_path, before=DIES)
+    assert trials_of(tmp_path)[0].user_attrs.get("error") == LOST
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change", ["name=other", "sample_prompts=[Why?]", "tracker=tensorboard"])
+def test_what_a_study_lets_change_does_not_fail_a_trial_that_is_taken_on(
+    change: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    ended = station.run(*study, change, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+
+
+@pytest.mark.slow
+def test_fewer_trials_than_before_are_taken_as_the_total(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    study = study_overrides(tiny_base, "s")
+    assert station.run(*study, "hydra.sweeper.n_trials=5", cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    ended = station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len(trials_of(tmp_path, *FINISHED)) == 2
+
+
+def memory_of(pid: int) -> float:
+    """Resident megabytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+@pytest.mark.slow
+def test_the_memory_of_thirty_trials_is_that_of_five(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    more = ("hydra.sweeper.n_trials=30", "hydra.sweeper.keep_adapters=2", "quantization=nf4")
+    process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    seen: dict[int, float] = {}
+    while process.poll() is None:
+        finished = read(folder_of(tmp_path) / "study.journal").count('"datetime_complete":"')
+        seen.setdefault(finished, memory_of(process.pid))
+        time.sleep(0.05)
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert len(trials_of(tmp_path, *FINISHED)) == 30
+    assert max(seen[count] for count in range(26, 30)) - max(seen[count] for count in range(5, 9)) < 8, seen
+    assert len(list(folder_of(tmp_path).glob("trials/*/adapter"))) <= 3
+
+
+def test_optuna_reads_a_journal_without_us(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    study = study_overrides(tiny_base, "s")
+    assert station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    storage = JournalStorage(JournalFileBackend(str(folder_of(tmp_path) / "study.journal")))
+    assert len(optuna.load_study(study_name="s", storage=storage).trials) == 2

@@ -1,0 +1,165 @@
+"""Runs that share a base, rows and tokens are the runs alone, bit for bit, and leave no memory behind."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import RunConfig
+from finetune.progress import Observer
+from finetune.run import Part, run
+from finetune.supplies import Supplies
+
+Tiny = Callable[..., RunConfig]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ("trainer.max_steps=3", "dataset.max_length=64", "sample_prompts=[]")
+RUN = (*FEW, "lora.dropout=0.1", "lora.r=4", "lora/target=attention", "seed=3")
+
+
+def left_by(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """The adapter, and all that was logged while it was trained, but for the clock's."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows]
+    training = [row for row in logged if "test/loss" not in row and "adapter/parameters" not in row]
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), training
+
+
+class Breaks(Observer):
+    """Fails in the midst of training."""
+
+    def on_step(self, step: int) -> bool:
+        raise RuntimeError("broken")
+
+
+class Prunes(Observer):
+    def on_step(self, step: int) -> bool:
+        return True
+
+
+Alone = Callable[[RunConfig], Any]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """What a run alone leaves; each is run once."""
+    known: dict[str, Any] = {}
+
+    def find(config: RunConfig) -> Any:
+        key = json.dumps(config.to_dict())
+        if key not in known:
+            folder = tmp_path_factory.mktemp("alone")
+            run(config, folder)
+            known[key] = left_by(folder)
+        return known[key]
+
+    return find
+
+
+NF4, NONE = "quantization=nf4", "quantization=none"
+WILD = "optimizer.learning_rate=0.05"
+
+
+@pytest.mark.parametrize(
+    ("base", "before"),
+    [
+        (NF4, ("lora.r=16", "lora.dropout=0.3", WILD, "seed=0")),
+        (NONE, ("lora.bias=all", WILD)),
+    ],
+    ids=str,
+)
+def test_a_run_after_another_is_the_run_alone(
+    base: str, before: tuple[str, ...], tiny: Tiny, alone: Alone, tmp_path: Path
+) -> None:
+    supplies = Supplies()
+    run(tiny(*FEW, base, *before), tmp_path / "before", Part(supplies=supplies, alone=False))
+    run(tiny(*RUN, base), tmp_path / "after", Part(supplies=supplies, alone=False))
+
+    assert left_by(tmp_path / "after") == alone(tiny(*RUN, base))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "before"),
+    [
+        (NONE, ("lora.r=16", "lora.dropout=0.3", WILD, "seed=0")),
+        (NF4, ("lora.init_lora_weights=gaussian", "lora.use_rslora=true")),
+        (NF4, ("lora.init_lora_weights=false",)),
+        (NF4, ("lora.use_dora=true", WILD)),
+        (NONE, ("lora.init_lora_weights=pissa", WILD)),
+        (NF4, ("trainer.gradient_checkpointing=true",)),
+        (NF4, ("trainer.group_by_length=true", "trainer.per_device_train_batch_size=2", "objective_at=best")),
+        (NF4, ("dataset.limit=8", "dataset.max_length=32")),
+        (NF4, (NONE,)),
+        (NONE, ("++lora.extra.modules_to_save=[norm]", WILD)),
+    ],
+    ids=str,
+)
+def test_a_run_after_any_other_is_the_run_alone(
+    base: str, before: tuple[str, ...], tiny: Tiny, alone: Alone, tmp_path: Path
+) -> None:
+    test_a_run_after_another_is_the_run_alone(base, before, tiny, alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora", ["lora.bias=all", "lora.init_lora_weights=pissa", "lora.init_lora_weights=false", "lora.use_dora=true"]
+)
+def test_a_run_that_begins_elsewhere_than_its_base_is_the_run_alone(
+    lora: str, tiny: Tiny, alone: Alone, tmp_path: Path
+) -> None:
+    supplies = Supplies()
+    run(tiny(*FEW, NONE, WILD), tmp_path / "before", Part(supplies=supplies, alone=False))
+    run(tiny(*FEW, NONE, lora), tmp_path / "after", Part(supplies=supplies, alone=False))
+
+    assert left_by(tmp_path / "after") == alone(tiny(*FEW, NONE, lora))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observer", [Breaks(), Prunes()], ids=["broken", "pruned"])
+def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
+    observer: Observer, tiny: Tiny, alone: Alone, tmp_path: Path
+) -> None:
+    supplies = Supplies()
+    with contextlib.suppress(RuntimeError):
+        run(tiny(*FEW, NF4, WILD), tmp_path / "before", Part(observer, supplies, alone=False))
+    run(tiny(*RUN, NF4), tmp_path / "after", Part(supplies=supplies, alone=False))
+
+    assert left_by(tmp_path / "after") == alone(tiny(*RUN, NF4))
+
+
+def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune import base, evaluation, tokens
+
+    calls: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            calls.append(name)
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(base, "load_base")
+    counted(tokens, "tokenize")
+    counted(evaluation, "evaluate")
+    supplies = Supplies()
+    for name, rank in (("one", 4), ("two", 8)):
+        config = tiny(*FEW, NF4, f"lora.r={rank}", "trainer.eval_steps=3")
+        run(config, tmp_path / name, Part(supplies=supplies, alone=False))
+
+    assert calls.count("load_base") == 1
+    assert calls.count("tokenize") == 3
+    assert calls.count("evaluate") == 3, "the base once, each run once at its end"
+
+
+def test_a_base_that_a_run_has_changed_is_let_go(tiny: Tiny, tmp_path: Path) -> None:
+    supplies = Supplies()
+    run(tiny(*FEW, NONE, "lora.bias=all"), tmp_path, Part(supplies=supplies, alone=False))
+    assert "base" not in supplies._kept
