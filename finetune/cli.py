@@ -89,8 +89,9 @@ def _known_keys(key: str) -> str:
     """The keys beside an unknown one."""
     from omegaconf import DictConfig, OmegaConf
 
-    *path, last = key.split(".")
-    node: Any = OmegaConf.load(CONF / "config.yaml")
+    sweeper = key.startswith("hydra.sweeper.")
+    *path, last = key.removeprefix("hydra.sweeper.").split(".")
+    node: Any = OmegaConf.load(CONF / ("hydra/sweeper/optuna.yaml" if sweeper else "config.yaml"))
     for part in path:
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     return did_you_mean(last, [str(name) for name in node if name != "defaults"]) if node else "see --cfg job"
@@ -125,8 +126,11 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
         asked = (override.partition("=") for override in given)
         folder = next((value for key, _, value in asked if key == "hydra.run.dir"), error.filename)
         raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
-    for sweep in sweeps:
-        discard_multirun(sweep)
+    if sweeps:
+        from finetune.records import discard_multirun
+
+        for sweep in sweeps:
+            discard_multirun(sweep)
     if errors:
         job, first = errors[0]
         if job is not None:
@@ -173,13 +177,6 @@ def _keeping_errors(
             return None
 
     return kept
-
-
-def discard_multirun(folder: Path) -> None:
-    """Remove a sweep's folder in which no job has left anything."""
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"multirun.yaml"}:
-        (folder / "multirun.yaml").unlink()
-        folder.rmdir()
 
 
 def refuse_flag(message: str) -> NoReturn:

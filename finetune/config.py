@@ -320,6 +320,10 @@ def refuse_secrets_in(override: str) -> None:
     )
     if found:
         raise ConfigError(_secret_refusal(found[1]))
+    key, _, value = override.partition("=")
+    if key.endswith("storage") and re.search(r":[^/@]+@", value) and "${" not in value:
+        advice = f"{key}='${{oc.env:NAME}}' takes it from an environment variable"
+        raise ConfigError(f"{key}: a password in an address would be written to files; {advice}")
 
 
 def refuse_secrets(values: Mapping[str, Any], path: str = "") -> None:

@@ -169,11 +169,23 @@ def discard_if_untouched(folder: str | Path) -> None:
     if path.resolve() == Path.cwd() or not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
         return
     shutil.rmtree(path)
+    _remove_empty(path.parent)
+
+
+def discard_multirun(folder: Path) -> None:
+    """Remove a sweep's folder in which no job has left anything, and its empty parents."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"multirun.yaml"}:
+        shutil.rmtree(folder)
+        _remove_empty(folder.parent)
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a folder below the working directory if it is empty, and its parents that are empty then."""
     with contextlib.suppress(OSError):  # not empty: another run's
-        for parent in path.resolve().parents:
-            if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()):
+        for folder in (path.resolve(), *path.resolve().parents):
+            if folder == Path.cwd() or not folder.is_relative_to(Path.cwd()):
                 break
-            parent.rmdir()
+            folder.rmdir()
 
 
 @functools.cache

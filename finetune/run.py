@@ -155,6 +155,10 @@ def _identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) -> 
     }
 
 
+FREE = ("name", "resume", "tracker.", "hub.", "sample_")
+"""Keys that may change while a run, or a study, goes on: they change no number."""
+
+
 def _require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
     """Refuse to go on with another run than the one that began in the folder. Where its metrics go may change."""
     known = read_json(folder.identity)
@@ -162,7 +166,7 @@ def _require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
         return
     then, now = flat(known), flat(identity)
     for key, value in now.items():
-        free = key.startswith(("config.resume", "config.tracker", "config.hub"))
+        free = key.removeprefix("config.").startswith(FREE)
         if not free and value != then.get(key) and (value is not None or key.startswith("config.")):
             allowed = f"the run that began in {folder.path} has {then.get(key)}; give another hydra.run.dir or name"
             raise refusal(key.removeprefix("config."), value, allowed)

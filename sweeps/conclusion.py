@@ -15,6 +15,7 @@ from finetune.config import RunConfig
 from finetune.records import read_json, write_json
 from finetune.run import say_last_word
 from finetune.supplies import Supplies
+from finetune.trackers import untag
 from finetune.trained import read_run_config
 from sweeps.importance import importances
 from sweeps.study import Study, role
@@ -44,6 +45,9 @@ def conclude(study: Study, supplies: Supplies) -> None:
         "test": _test(study, winner, baseline, supplies),
     }
     write_json(study.folder / ANSWER, answer)
+    for trial in study.finished():  # two that ended together may both have been the best so far
+        if trial.number != winner.number:
+            untag(study.folder_of(trial.number), "best")
     keep_best(study, winner)
     say(study, ranked, answer)
 

@@ -112,6 +112,18 @@ class Space:
             if _widened(f"{key}: {name}", self.distributions[name], value) != self.distributions[name]:
                 raise ConfigError(f"{key}: {name}={value} lies outside {describe(self.distributions[name])}")
 
+    def extremes(self) -> list[Point]:
+        """Few points that have among them every choice and both ends of every range."""
+        values: dict[str, list[Any]] = {}
+        for name, what in self.distributions.items():
+            if isinstance(what, CategoricalDistribution):
+                values[name] = list(what.choices)
+            else:
+                assert isinstance(what, IntDistribution | FloatDistribution)
+                values[name] = [what.low, what.high]
+        count = max(map(len, values.values()), default=0)
+        return [{name: those[index % len(those)] for name, those in values.items()} for index in range(count)]
+
     def grid(self, seed: int) -> list[Point]:
         """Every point of a space of lists and steps, shuffled."""
         try:

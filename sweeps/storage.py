@@ -37,7 +37,7 @@ def check_address(address: str | None, workers: int) -> None:
         return
     if "://" not in address:
         allowed = "must be null (a journal file in the study folder) or a database's address, as postgresql://host/name"
-        raise refusal("hydra.sweeper.storage", address, allowed)
+        raise refusal("hydra.sweeper.storage", without_password(address), allowed)
     if address.startswith("sqlite") and workers > 1:
         reason = f"SQLite gives one trial to several of {workers} workers; use null (a journal file) or PostgreSQL"
         raise refusal("hydra.sweeper.storage", address, reason)
@@ -45,7 +45,7 @@ def check_address(address: str | None, workers: int) -> None:
 
 def without_password(address: str) -> str:
     """An address as it may be shown."""
-    scheme, mark, rest = address.partition("://")
+    scheme, mark, rest = address.rpartition("://")
     user, at, host = rest.rpartition("@")
     return f"{scheme}{mark}{user.partition(':')[0]}{at}{host}"
 

@@ -8,6 +8,7 @@ folder is free has lost its worker, and is taken on under its own number.
 import contextlib
 import json
 import logging
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -183,6 +184,16 @@ class Study:
                     with contextlib.suppress(FolderHeld), folder.locked():
                         lost.append(trial.number)
         return lost
+
+    def tidy(self, keep: int) -> None:
+        """Keep the adapters of so many best trials and of the baseline; the others' go, with their checkpoints."""
+        baseline = self.baseline()
+        kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
+        for trial in self.finished():
+            if trial.number not in kept:
+                folder = self.folder_of(trial.number)
+                for weights in (folder.adapter, folder.checkpoints):
+                    shutil.rmtree(weights, ignore_errors=True)
 
     def ranked(self) -> list[FrozenTrial]:
         """Complete trials, the best first; of several objectives those that nothing beats in all, then the rest."""

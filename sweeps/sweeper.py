@@ -39,7 +39,7 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """One session of a study: until it holds all its trials, its time is over, or it is interrupted."""
-        from finetune.cli import quiet_libraries
+        from finetune.cli import Interrupted, quiet_libraries
         from finetune.config import ConfigError
         from finetune.supplies import Supplies
         from sweeps.conclusion import conclude
@@ -51,19 +51,32 @@ class StudySweeper(Sweeper):
         for chatter in ("hydra", "hydra_plugins"):
             logging.getLogger(chatter).setLevel(logging.WARNING)
         began = time.time()
-        self._name_study()
         settings, address = self._settings()
         space = Space.parse(self._params(), arguments)
         composed = self._compose(space.fixed_texts)
         config = self._check(settings, composed)
-        workers = self._workers(settings)
-        check_address(address, workers)
+        check_address(address, settings.n_jobs or 1)
         points = self._points(settings, space, composed, config.seed)
         space = self._space
+        worker = Worker(
+            folder=self._folder(settings.study_name),
+            address=address,
+            settings=settings,
+            space=space,
+            config=self._config,
+            hydra_context=self._hydra_context,
+            common=config,
+            deadline=None if settings.timeout is None else began + settings.timeout,
+        )
+        worker.try_out()
+        Supplies().source(config.model)  # a base that isn't there is said at once, and fetched once
+        terms = _terms(config, space, settings)
+        workers = self._workers(settings)
+        check_address(address, workers)
         self._say_pruning(settings, config)
 
-        folder = Path(self._config.hydra.sweep.dir).absolute()
-        study = Study.open(folder, settings, address, _terms(config, space, settings))
+        folder = worker.folder
+        study = Study.open(folder, settings, address, terms)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
@@ -71,27 +84,26 @@ class StudySweeper(Sweeper):
             done = len(study.finished())
             log.info("study %s is full (%d trials): hydra.sweeper.n_trials=%d goes on", study.name, done, done + total)
         else:
-            deadline = None if settings.timeout is None else began + settings.timeout
-            worker = Worker(folder, address, settings, space, self._config, self._hydra_context, config.seed, deadline)
             self._work(worker, study, space, workers, total)
         quiet_libraries(bars=False)
-        conclude(study, Supplies())
-        if too_many_failures(study, settings):
+        try:
+            study.tidy(settings.keep_adapters)
+            conclude(study, Supplies())
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
+        if too_many_failures(study, settings) or (study.finished() and not study.ranked()):
             raise ConfigError(_why_failed(study, settings))
 
-    def _name_study(self) -> None:
-        """A study without a name gets the time as its name."""
-        from omegaconf import open_dict
-
-        if self._values.get("study_name") is None:
-            self._values["study_name"] = time.strftime("%Y-%m-%d_%H-%M-%S")
-            with open_dict(self._config):
-                self._config.hydra.sweeper.study_name = self._values["study_name"]
+    def _folder(self, name: str) -> Path:
+        """The study's folder, `hydra.sweep.dir`, which is called None where a null `study_name` became the time."""
+        folder = Path(self._config.hydra.sweep.dir).absolute()
+        return folder.with_name(name) if self._values.get("study_name") is None and folder.name == "None" else folder
 
     def _settings(self) -> "tuple[StudySettings, str | None]":
         """The checked settings, and the storage's address; what is kept of it is as the user wrote it."""
         from omegaconf import DictConfig, OmegaConf
 
+        from finetune.config import refuse_secrets_in
         from sweeps.settings import StudySettings
 
         plain: dict[str, Any] = {
@@ -99,10 +111,12 @@ class StudySweeper(Sweeper):
             for key, value in self._values.items()
         }
         address: str | None = plain["storage"]
+        plain["study_name"] = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
         node = self._config.hydra.sweeper
         assert isinstance(node, DictConfig)
         written = OmegaConf.to_container(node, resolve=False)
         assert isinstance(written, dict)
+        refuse_secrets_in(f"hydra.sweeper.storage={written['storage']}")
         return StudySettings.from_sweeper({**plain, "storage": written["storage"], "params": self._params()}), address
 
     def _params(self) -> dict[str, Any]:
@@ -224,10 +238,12 @@ class StudySweeper(Sweeper):
         from hydra.core.plugins import Plugins
         from omegaconf import OmegaConf, open_dict, read_write
 
-        config = self._config.copy()
-        target = str(config.hydra.launcher._target_)
+        plain = self._config.copy()
+        with read_write(plain), read_write(plain.hydra):
+            plain.hydra.sweep.dir = str(worker.folder)
+        config = plain.copy()
         with read_write(config), read_write(config.hydra), open_dict(config.hydra):
-            if workers > 1 and target.endswith("BasicLauncher"):
+            if workers > 1 and str(config.hydra.launcher._target_).endswith("BasicLauncher"):
                 from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 
                 config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf)
@@ -237,21 +253,20 @@ class StudySweeper(Sweeper):
             hydra_context=self._hydra_context, task_function=worker, config=config
         )
         # Jobs are composed anew, and must come out with the launcher that was asked for.
-        launcher.setup(hydra_context=self._hydra_context, task_function=worker, config=self._config)
+        launcher.setup(hydra_context=self._hydra_context, task_function=worker, config=plain)
         return launcher
 
 
 def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:
     """What all trials have in common, so that they can be compared: the config without what is searched; the space."""
     from finetune.data import load_rows
-    from finetune.run import flat
+    from finetune.run import FREE, flat
 
     searched = {name.lstrip("+") for name in space.distributions}
-    free = ("name", "resume", "tracker.", "hub.", "sample_")
     common = {
         key: value
         for key, value in flat(config.anchored().to_dict()).items()
-        if not key.startswith(free) and key not in searched
+        if not key.startswith(FREE) and key not in searched
     }
     groups = {name.replace("/", ".") for name in searched if "/" in name or "." not in name}
     common = {key: value for key, value in common.items() if not any(key.startswith(f"{name}") for name in groups)}
@@ -265,11 +280,13 @@ def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> di
 
 
 def _why_failed(study: "Study", settings: "StudySettings") -> str:
+    """What to say of a study that ends without an answer, or with too many failures."""
     from optuna.trial import TrialState
 
     failed = study.trials(TrialState.FAIL)
+    if not failed:
+        return f"study {study.name}: no trial is complete; hydra.sweeper.n_trials={len(study.finished()) * 2} goes on"
     last = failed[-1]
-    return (
-        f"hydra.sweeper.max_failure_rate={settings.max_failure_rate}: {len(failed)} of {len(study.finished())} trials "
-        f"failed; trial {last.number}: {last.user_attrs.get('error')}"
-    )
+    many = f"{len(failed)} of {len(study.finished())} trials failed"
+    rate = f"hydra.sweeper.max_failure_rate={settings.max_failure_rate}"
+    return f"{rate}: {many}; trial {last.number}: {last.user_attrs.get('error')}"

@@ -3,9 +3,9 @@
 A worker is the task that a Hydra launcher runs, in this process or in others: it carries all it needs.
 """
 
+import dataclasses
 import logging
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -19,21 +19,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus, run_job
 from hydra.types import HydraContext
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.cli import Interrupted, one_line, quiet_libraries
-from finetune.config import RunConfig
+from finetune.cli import Interrupted, brief, one_line, quiet_libraries
+from finetune.config import ConfigError, RunConfig, refusal
 from finetune.progress import Observer, Rung
-from finetune.records import Metrics, read_json
+from finetune.records import Metrics, read_json, write_json
 from finetune.run import Objective, Part, run
 from finetune.supplies import Supplies, free_memory
 from finetune.trackers import Label, untag
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
-from sweeps.study import Claim, Study, role
+from sweeps.study import Claim, Study
 from sweeps.text import shown
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class Worker:
     config: DictConfig
     """The sweep's config, from which trials' are composed."""
     hydra_context: HydraContext
-    seed: int
+    common: RunConfig
+    """The config's own values, which all trials have but for what is searched."""
     deadline: float | None
     """Seconds since the epoch, after which no trial begins and those that run end."""
     process: int = field(default_factory=os.getpid)
@@ -90,6 +91,47 @@ class Worker:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.addFilter(passes)
 
+    def try_out(self) -> None:
+        """Refuse before the study begins what no trial could do: wrong keys and values in the space, wrong parts."""
+        for part, make in (("sampler", lambda: self.sampler(0)), ("pruner", self._pruner)):
+            try:
+                make()
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise ConfigError(f"hydra.sweeper.{part}: {brief(error)}") from error
+        extender = self.settings.custom_search_space
+        if extender:
+            try:
+                get_method(extender)
+            except Exception as error:
+                raise refusal(
+                    "hydra.sweeper.custom_search_space", extender, f"no such function ({brief(error)})"
+                ) from error
+        for point in self.space.extremes():
+            composed = self.compose(0, self.space.overrides(point))
+            HydraConfig.instance().set_config(composed)
+            task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            self.check(RunConfig.from_hydra(task))
+
+    def check(self, config: RunConfig) -> RunConfig:
+        """Hold a trial's config to what all trials of a study share, however it was changed."""
+        mine, common = (dataclasses.replace(one.dataset, limit=None) for one in (config, self.common))
+        for key, value in dataclasses.asdict(mine).items():
+            if value != getattr(common, key):
+                raise refusal(f"dataset.{key}", value, "all trials of a study are measured on the same rows")
+        if config.objectives != self.common.objectives:
+            raise refusal("objective", config.objective, "all trials of a study have the same")
+        return config
+
+    def compose(self, number: int, overrides: list[str]) -> DictConfig:
+        """A trial's whole config, as Hydra composes a job's."""
+        places = [f"hydra.sweep.dir={encode(str(self.folder))}", f"hydra.sweep.subdir=trials/{number}"]
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, [*overrides, *places])
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        return config
+
     def _is_over(self, study: Study) -> bool:
         return (self.deadline is not None and time.time() >= self.deadline) or too_many_failures(study, self.settings)
 
@@ -106,10 +148,12 @@ class Worker:
         storage instead, and make one sequence only under one seed.
         """
         if self.settings.is_grid:
-            return RandomSampler(self.seed)
+            return RandomSampler(self.common.seed)
         arguments = dict(self.settings.sampler)
         own = arguments.get("seed")
-        seed = self.seed if own is None else int(own)
+        if own is not None and not isinstance(own, int):
+            raise refusal("hydra.sweeper.sampler.seed", own, "must be a whole number, or null: the run's seed")
+        seed = self.common.seed if own is None else own
         if not str(arguments["_target_"]).endswith("QMCSampler"):
             seed = zlib.crc32(f"{seed} {number}".encode())
         sampler: BaseSampler = instantiate(
@@ -150,16 +194,21 @@ class _Turn:
         if status in ("completed", "pruned", "failed") and not retried:
             self._tell_result(known)
         elif self._has_lost_too_many_workers(known):
-            self._tell(TrialState.FAIL, error=f"lost its worker {LIVES} times without a new checkpoint")
+            reason = f"lost its worker {LIVES} times without a new checkpoint"
+            write_json(self.folder.result, {**known, "status": "failed", "error": reason})
+            self._tell(TrialState.FAIL, error=reason)
         else:
             self._run_and_tell()
-        self._tidy()
+        self.study.tidy(self.worker.settings.keep_adapters)
 
     def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
         """Count this start; one after a clean interruption begins the count anew."""
         checkpoint = self.folder.last_checkpoint()
         step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        starts = [] if known.get("status") == "interrupted" else list(self.trial.user_attrs.get("starts", []))
+        starts = list(self.trial.user_attrs.get("starts", []))
+        if known.get("status") == "interrupted":
+            starts = []
+            self.folder.result.unlink()  # or it would excuse later starts too
         if starts[-LIVES:] == [step] * LIVES:
             return True
         self.trial.set_user_attr("starts", [*starts, step])
@@ -209,10 +258,7 @@ class _Turn:
     def _run(self, overrides: list[str]) -> None:
         """Compose the trial's config as Hydra does, and run it in its folder. Raises what went wrong."""
         worker, number = self.worker, self.claim.number
-        places = [f"hydra.sweep.dir={encode(str(worker.folder))}", f"hydra.sweep.subdir=trials/{number}"]
-        config = worker.hydra_context.config_loader.load_sweep_config(worker.config, [*overrides, *places])
-        with open_dict(config):
-            config.hydra.job.id, config.hydra.job.num = str(number), number
+        config = worker.compose(number, overrides)
         label = Label(
             id=f"{self.study.uid}-{number}",
             name=f"{self.study.name}-{number}",
@@ -223,7 +269,7 @@ class _Turn:
 
         def task(composed: DictConfig) -> Objective:
             worker.speak()
-            return run(RunConfig.from_hydra(composed), self.folder, part)
+            return run(worker.check(RunConfig.from_hydra(composed)), self.folder, part)
 
         done = run_job(
             task_function=task,
@@ -279,15 +325,6 @@ class _Turn:
             said = f"pruned at step {notes['step']}" if state == TrialState.PRUNED else f"failed: {notes['error']}"
         log.info("trial %d: %s", self.trial.number, said)
 
-    def _tidy(self) -> None:
-        """Keep the adapters of the best trials and of the baseline; those of the others go, with their checkpoints."""
-        kept = {trial.number for trial in self.study.ranked()[: self.worker.settings.keep_adapters]}
-        for trial in self.study.finished():
-            if trial.number not in kept and (role(trial) != "baseline" or trial.state != TrialState.COMPLETE):
-                folder = self.study.folder_of(trial.number)
-                for weights in (folder.adapter, folder.checkpoints):
-                    shutil.rmtree(weights, ignore_errors=True)
-
 
 class _Judge(Observer):
     """Reports a trial's rungs to the study, and stops it: pruned, told to stop, or out of time."""
@@ -299,10 +336,6 @@ class _Judge(Observer):
     def _frozen(self) -> FrozenTrial:
         return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
 
-    @property
-    def _is_baseline(self) -> bool:
-        return self._trial.user_attrs.get("role") == "baseline"
-
     def on_step(self, step: int) -> bool:
         if time.monotonic() - self._looked < LOOK_EVERY:
             return False
@@ -310,7 +343,7 @@ class _Judge(Observer):
         if self._frozen().user_attrs.get("stop"):
             return self._ends("told to stop")
         deadline = self._turn.worker.deadline
-        return deadline is not None and time.time() >= deadline and not self._is_baseline and self._ends("out of time")
+        return deadline is not None and time.time() >= deadline and self._ends("out of time")
 
     def on_rung(self, rung: Rung) -> bool:
         """Rungs count from the first evaluation after training began: before it all trials are alike."""
@@ -322,8 +355,12 @@ class _Judge(Observer):
         if rung.index not in self._reported:
             self._trial.report(value, rung.index)
         log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, self._turn.study.objectives[0], value)
-        hopeless = self._trial.should_prune()
-        return hopeless and not self._is_baseline and self._ends("worse than others at this rung")
+        hopeless = self._trial.should_prune() and rung.step < rung.total
+        return (
+            hopeless
+            and self._trial.user_attrs.get("role") != "baseline"
+            and self._ends("worse than others at this rung")
+        )
 
     def _ends(self, reason: str) -> bool:
         self._trial.set_user_attr("reason", reason)

@@ -93,10 +93,7 @@ SPACE = [
 ]
 
 
-COUNTS_GPUS_FIRST = ("storage", "start-unknown", "start-outside", "smooth-grid", "baseline-beyond-widening")
-"""Refused only after `StudySweeper._workers` has imported torch."""
-
-
+@pytest.mark.slow
 @each([*SETTINGS, *SPACE])
 def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, place: Workplace) -> None:
     outcome = search(place, *case.arguments.split())
@@ -104,8 +101,6 @@ def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, place: 
     assert matches(case.says, outcome.error), outcome.error
     assert outcome.stdout == ""
     assert place.files() == set()
-    if case.id in COUNTS_GPUS_FIRST and outcome.torch_imported:
-        pytest.xfail("sweeps.sweeper counts the GPUs before it checks the storage and the points")
     assert not outcome.torch_imported
 
 
@@ -130,10 +125,7 @@ def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(place: Workplace) 
         f"postgresql://me:{PASSWORD}@127.0.0.1:1/x",
         f"sqlite://me:{PASSWORD}@/x.db",
         f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
-        pytest.param(
-            f"me:{PASSWORD}@host",
-            marks=pytest.mark.xfail(strict=True, reason="sweeps.storage.check_address shows it as it is"),
-        ),
+        f"me:{PASSWORD}@host",
     ],
 )
 def test_a_databases_password_reaches_neither_a_file_nor_the_screen(address: str, place: Workplace) -> None:
@@ -155,7 +147,6 @@ def test_a_search_space_without_the_sweeper_says_how_to_search(arguments: str, p
     assert place.files() == set()
 
 
-@pytest.mark.xfail(strict=True, reason="finetune.cli._known_keys knows nothing of the sweeper's keys")
 def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(place: Workplace) -> None:
     outcome = search(place, "hydra.sweeper.n_trial=3")
 
@@ -163,7 +154,6 @@ def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(place: Workplace) ->
     assert not outcome.torch_imported
 
 
-@pytest.mark.xfail(strict=True, reason="StudySweeper._name_study writes into a config that is read-only")
 def test_a_study_without_a_name_is_checked_as_any_other(place: Workplace) -> None:
     outcome = search(place, "hydra.sweeper.n_trials=0", name="")
 
@@ -184,7 +174,7 @@ BEFORE_IT_BEGINS = [
 ]
 
 
-@pytest.mark.xfail(run=False, reason="not checked before the study begins: its trials fail one by one")
+@pytest.mark.slow
 @each(BEFORE_IT_BEGINS)
 def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, place: Workplace) -> None:
     outcome = search(place, *case.arguments.split(), "hydra.sweeper.n_trials=2", "hydra.sweeper.baseline=false")
