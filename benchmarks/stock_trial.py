@@ -30,7 +30,7 @@ DEFAULTS = {
     "base": "base",  # model folder
     "rows": {"train": "train.jsonl", "eval": "eval.jsonl", "tokens": "eval_tokens.jsonl"},
     "records": "records.jsonl",  # gets a line for each trial
-    "steps": 16,
+    "steps": 12,
     "seed": 0,
     "lora": {"r": 16, "alpha": 16, "dropout": 0.0},
     "optimizer": {"learning_rate": 1e-3},

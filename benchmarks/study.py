@@ -1,6 +1,6 @@
 """One study by this project against the same study by the stock stack: wall time, best held-out loss, trained tokens.
 
-    python benchmarks/study.py [--trials 16] [--steps 16]
+    python benchmarks/study.py [--trials 16] [--steps 8]
 
 The stock stack is hydra-optuna-sweeper as it is, with a plain TRL script (stock_trial.py) for each trial. This
 project is `python -m finetune -m hydra/sweeper=optuna` with its default sampler, pruner and baseline; the baseline
@@ -60,7 +60,7 @@ def main() -> None:
     """Run the studies and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a whole trial, a multiple of 4")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a whole trial, a multiple of 4")
     parser.add_argument("--side", choices=["stock", "ours", "both"], default="both")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for all outputs; default: none are kept")
     arguments = parser.parse_args()

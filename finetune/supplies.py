@@ -70,13 +70,16 @@ class Supplies:
             return base
 
         base = self.keep("base", base_key(config), load)
+        forward = base.__dict__.get("forward")
         model = add_adapter(base, config.lora, config.seed)
         try:
             yield model
         finally:
             if leaves_base_as_it_was(config.lora):
                 model.unload()
-                base.zero_grad()
+                base.__dict__.pop("forward", None)  # TRL wraps it anew for each run
+                if forward is not None:
+                    base.forward = forward
             else:
                 self.drop("base")
             del model, base

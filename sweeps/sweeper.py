@@ -39,6 +39,8 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """One session of a study: until it holds all its trials, its time is over, or it is interrupted."""
+        from optuna.trial import TrialState
+
         from finetune.cli import Interrupted, quiet_libraries
         from finetune.config import ConfigError
         from finetune.supplies import Supplies
@@ -91,7 +93,7 @@ class StudySweeper(Sweeper):
             conclude(study, Supplies())
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
-        if too_many_failures(study, settings) or (study.finished() and not study.ranked()):
+        if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
             raise ConfigError(_why_failed(study, settings))
 
     def _folder(self, name: str) -> Path:
@@ -284,8 +286,6 @@ def _why_failed(study: "Study", settings: "StudySettings") -> str:
     from optuna.trial import TrialState
 
     failed = study.trials(TrialState.FAIL)
-    if not failed:
-        return f"study {study.name}: no trial is complete; hydra.sweeper.n_trials={len(study.finished()) * 2} goes on"
     last = failed[-1]
     many = f"{len(failed)} of {len(study.finished())} trials failed"
     rate = f"hydra.sweeper.max_failure_rate={settings.max_failure_rate}"

@@ -147,7 +147,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 STATION = """
 import json, os, runpy, sys
-import finetune.samples, finetune.trl_engine, sweeps.conclusion, sweeps.sweeper, sweeps.worker, wandb
+import finetune.samples, finetune.trl_engine, sweeps.conclusion, sweeps.sweeper, sweeps.worker
 for line in sys.stdin:
     order = json.loads(line)
     if "poll" in order:

@@ -90,7 +90,7 @@ def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> 
         ("lora.target_modules=choice([q_proj],all-linear)", ["lora/target=q_v"], "[q_proj,v_proj]"),
         ("lora.target_modules=choice([q_proj],[k_proj])", ["lora.target_modules=[ q_proj ]"], "[q_proj]"),
         ("model.name_or_path=choice(a,b)", ["model.name_or_path='/my models/a'"], "'/my models/a'"),
-        ("dataset.limit=null,100", [], "null"),
+        ("dataset.limit=null,100", ["dataset.limit=null"], "null"),
         ("dataset.limit=choice(50,100)", ["dataset.limit=50"], 50),
         ("++lora.r=choice(4,8)", [], 16),
         ("lora.extra=choice({a:1},{a:2})", ["+lora.extra.a=1"], "{a:1}"),
@@ -103,7 +103,7 @@ def test_the_configs_own_value_of_what_is_searched(searched: str, overrides: lis
 @pytest.mark.parametrize(
     "searched",
     [
-        "dataset.limit=choice(50,100)",
+        "trainer.early_stopping_patience=choice(2,3)",
         "+lora.extra.layers=choice(1,2)",
         "experiment=choice(a,b)",
         "lora.nope=choice(1,2)",

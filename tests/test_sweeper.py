@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import optuna
 import pytest
+from conftest import compose
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.plugins.sweeper import Sweeper
@@ -55,7 +56,8 @@ def settings_of(*overrides: str) -> StudySettings:
 
 def worker_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")) -> Worker:
     nothing: Any = None  # it composes no trial
-    return Worker(folder, None, settings_of(*overrides), space, OmegaConf.create({"most": 0.3}), nothing, seed, None)
+    config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
+    return Worker(folder, None, settings_of(*overrides), space, config, nothing, common, None)
 
 
 def loss(point: Point) -> float:
