@@ -272,8 +272,8 @@ def _held_out_metrics(
     return dict(supplies.keep("base's metrics", key, measure))
 
 
-def say_last_word(path: str | Path, supplies: Supplies) -> "Evaluation | None":
-    """Measure a completed run's adapter on the test rows (None: there are none), and ask it the sample prompts.
+def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluation | None":
+    """Measure a completed run's adapter on the test rows (None: there are none), and perhaps ask the sample prompts.
 
     The run's files then hold what they would hold if the run had been alone.
     """
@@ -282,13 +282,18 @@ def say_last_word(path: str | Path, supplies: Supplies) -> "Evaluation | None":
     config, folder = read_run_config(path), RunFolder(path)
     rows = supplies.rows(config.dataset)
     test = supplies.tokens("test", rows.test, config)
+    ask = ask and config.sample_prompts != []
+    if not test and not ask:
+        return None
     with supplies.model(config) as model:
         samples = Samples(config, folder, rows, model, supplies)
-        samples.before()
+        if ask:
+            samples.before()
         load_adapter(model, folder.adapter)
         evaluation = _measure(config, model, test) if test else None
         numbers = read_json(folder.result)
-        samples.after(Tracker(), numbers["step"])
+        if ask:
+            samples.after(Tracker(), numbers["step"])
     if evaluation is not None and "test/loss" not in numbers["metrics"]:
         numbers["metrics"] |= evaluation.metrics("test")
         folder.log(numbers["step"], evaluation.metrics("test"))

@@ -58,15 +58,13 @@ def _test(study: Study, winner: FrozenTrial, baseline: FrozenTrial | None, suppl
     if known and known["trial"] == winner.number and known["baseline"] == (baseline.number if baseline else None):
         before: dict[str, Any] | None = known["test"]
         return before
-    log.info(
-        "measuring trial %d%s on the test rows", winner.number, f" and trial {baseline.number}" if baseline else ""
-    )
-    of_winner = say_last_word(study.folder_of(winner.number).path, supplies)
+    log.info("the last word: trial %d, the winner, and the baseline on the test rows", winner.number)
+    of_winner = say_last_word(study.folder_of(winner.number).path, supplies, ask=True)
     if of_winner is None:
         return None
     found: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
     if baseline is not None and baseline.number != winner.number:
-        of_baseline = say_last_word(study.folder_of(baseline.number).path, supplies)
+        of_baseline = say_last_word(study.folder_of(baseline.number).path, supplies, ask=False)
         assert of_baseline is not None
         low, high = difference_interval(of_winner, of_baseline)
         found |= {

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from finetune.config import ConfigError
+from finetune.config import ConfigError, refusal
 from finetune.records import FolderHeld, RunFolder, read_json, write_json
 from sweeps.settings import StudySettings
-from sweeps.space import Point
+from sweeps.space import Point, describe
 from sweeps.storage import exclusive, open_storage
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,14 @@ class Study:
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
 
     @classmethod
-    def open(cls, folder: Path, settings: StudySettings, address: str | None, terms: Mapping[str, Any]) -> "Study":
+    def open(
+        cls,
+        folder: Path,
+        settings: StudySettings,
+        address: str | None,
+        terms: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+    ) -> "Study":
         """Begin a study, or go on with it. Raises ConfigError where it began on other terms."""
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".lock"):
@@ -65,7 +73,7 @@ class Study:
                 load_if_exists=True,
             )
             study = cls(folder, settings.study_name, address)
-            study._agree(settings, terms)
+            study._agree(settings, terms, distributions)
             write_json(folder / "study.json", {"name": settings.study_name, "storage": settings.storage})
         return study
 
@@ -81,16 +89,40 @@ class Study:
         assert isinstance(address, dict)
         return cls(folder, known["name"], address["storage"])
 
-    def _agree(self, settings: StudySettings, terms: Mapping[str, Any]) -> None:
+    def _agree(
+        self, settings: StudySettings, terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+    ) -> None:
         """Hold a study that exists to what it began with, unless told to take what changed."""
         known = self.optuna.user_attrs
         if "uid" not in known:
             self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
         began = known.get("terms")
-        if began is not None and not settings.allow_change:
-            _require_same(self.name, began, json.loads(json.dumps(terms)))
+        if began is not None:
+            if not settings.allow_change:
+                _require_same(self.name, began, json.loads(json.dumps(terms)))
+            self._require_changeable(began, terms, distributions)
         if began != terms:
             self.optuna.set_user_attr("terms", terms)
+
+    def _require_changeable(
+        self, began: Mapping[str, Any], terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+    ) -> None:
+        """Refuse what no study can take: another measure, and for Optuna other choices under the same name."""
+        another = "give another hydra.sweeper.study_name"
+        for key in ("objective", "hydra.sweeper.direction"):
+            if began.get(key) != terms.get(key):
+                raise refusal(
+                    key, terms.get(key), f"study {self.name} judges its trials by {began.get(key)}; {another}"
+                )
+        for trial in self.trials():
+            for name in trial.distributions.keys() & distributions.keys():
+                try:
+                    check_distribution_compatibility(trial.distributions[name], distributions[name])
+                except ValueError:
+                    was, now = describe(trial.distributions[name]), describe(distributions[name])
+                    raise refusal(
+                        name, now, f"study {self.name} has trials of {was}, and choices can't change; {another}"
+                    ) from None
 
     @property
     def uid(self) -> str:

@@ -78,7 +78,7 @@ class StudySweeper(Sweeper):
         self._say_pruning(settings, config)
 
         folder = worker.folder
-        study = Study.open(folder, settings, address, terms)
+        study = Study.open(folder, settings, address, terms, space.distributions)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))

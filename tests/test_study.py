@@ -310,6 +310,32 @@ def test_a_change_is_taken_when_told_to(copied: Path, station: Station, tiny_bas
     assert len(Study.load(copied).finished()) == TRIALS + 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["lora.alpha=choice(1,2,16)", "hydra.sweeper.direction=maximize"])
+def test_what_no_study_can_take_is_refused_even_when_told_to(
+    change: str, copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.allow_change=true", f"hydra.sweeper.n_trials={TRIALS + 1}", change)
+    ended = go_on(station, tiny_base, tmp_path, *more)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {change.partition('=')[0]}=")
+    assert trials_in(copied) == trials_in(done.folder)
+
+
+@pytest.mark.slow
+def test_several_objectives_have_a_front_and_no_pruning(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    both = ("objective=[eval/loss,adapter/parameters]", "hydra.sweeper.direction=[minimize,minimize]")
+    ended = station.run(*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=4", *both, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "no pruning: trials with several objectives" in ended.stderr
+    assert "(on the Pareto front)" in ended.stderr
+    study = Study.load(tmp_path / "outputs" / "sweeps" / "s")
+    assert [trial.state for trial in study.finished()] == [TrialState.COMPLETE] * 4
+    for trial in study.finished():
+        result = json.loads(study.folder_of(trial.number).result.read_text())
+        assert trial.values == [objective["value"] for objective in result["objective"]]
+
+
 def command(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) -> None:
     """`python -m sweeps …` in this process."""
     from sweeps.__main__ import main

@@ -87,7 +87,9 @@ def drive(tmp_path: Path) -> Drive:
         worker = worker_of(
             f"hydra/sweeper/sampler={sampler}", *overrides, space=Space.parse(params, []), seed=seed, folder=tmp_path
         )
-        opened = Study.open(tmp_path / study, worker.settings, None, {"objective": "eval/loss"})
+        opened = Study.open(
+            tmp_path / study, worker.settings, None, {"objective": "eval/loss"}, worker.space.distributions
+        )
         opened.enlist(trials, points or [])
         while True:
             with opened.claim() as claim:
