@@ -610,6 +610,7 @@ LOADING = [
 ]
 
 
+@pytest.mark.slow
 @each(LIBRARIES)
 def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
     case: Case, workplace: Workplace, tiny_base: Path
@@ -625,6 +626,7 @@ def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
     assert_the_result_says(workplace, outcome.error)
 
 
+@pytest.mark.slow
 @each(LOADING)
 def test_what_only_loading_can_tell_is_one_line_too(case: Case, workplace: Workplace, tiny_base: Path) -> None:
     workplace.write({"d.jsonl": ROWS})
@@ -639,6 +641,7 @@ def test_what_only_loading_can_tell_is_one_line_too(case: Case, workplace: Workp
     assert_the_result_says(workplace, outcome.error)
 
 
+@pytest.mark.slow
 def test_4_bit_without_bitsandbytes_says_so_and_what_works_here(workplace: Workplace, tiny_base: Path) -> None:
     workplace.write({"d.jsonl": ROWS})
     (workplace.cwd / "base").symlink_to(tiny_base)

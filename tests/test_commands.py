@@ -81,6 +81,7 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(trained: Pa
         assert (rounded.float()(input_ids=ids).logits - wanted).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_a_base_again(trained: Path, tmp_path: Path) -> None:
     run_cli(str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge")
     again = run_cli(*tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path)
@@ -107,6 +108,7 @@ def test_a_run_is_gone_on_with_only_as_it_began(trained: Path) -> None:
     assert (trained / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_commands_work_from_another_folder_and_with_odd_names(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(tiny_base)
     folder = tmp_path / "ünï k=v, it's {b}"
