@@ -502,3 +502,29 @@ def test_a_template_of_the_config_replaces_the_tokenizers_own(tiny: Tiny) -> Non
     tokenizer = load_tokenizer(tiny("model.chat_template='{{ messages[0].content }}'"))
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     assert load_tokenizer(tiny()).chat_template.startswith("{% for message in messages %}")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "fp4"])
+def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
+    quantization: str, tiny: Callable[..., RunConfig]
+) -> None:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    from finetune.base import add_adapter, keep_dequantized, load_base
+    from finetune.hub import find_base
+
+    config = tiny(f"quantization={quantization}")
+    ids = torch.arange(24).reshape(2, 12)
+    found = []
+    for kept in (False, True):
+        base = load_base(find_base(config.model), config)
+        if kept:
+            keep_dequantized(base, config.quantization)
+            assert not any(isinstance(module, Linear4bit) for module in base.modules())
+        model = add_adapter(base, config.lora, seed=0)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    assert len(found[0]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
