@@ -269,8 +269,8 @@ class RunConfig(Section):
         """Check a composed config. Raises ConfigError for the first thing wrong with it."""
         from omegaconf import OmegaConf
 
-        # A search space is for a sweeper to read: nothing of it need be given, and nothing of it is resolved.
-        composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "search"])
+        # Hydra's part is no run's, and a search space is for a sweeper to read: nothing of it is resolved here.
+        composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("hydra", "search")])
         for key in sorted(OmegaConf.missing_keys(composed)):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)

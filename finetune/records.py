@@ -153,7 +153,12 @@ PROGRESS = "progress.json"
 def checkpoints_in(folder: Path) -> list[Path]:
     """All checkpoints that were written to their end, the oldest first."""
     whole = (path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists())
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was written at."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> None:

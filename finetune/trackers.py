@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli import brief
 from finetune.config import RunConfig, TrackerSettings
-from finetune.records import Metrics, RunFolder, read_json, write_json
+from finetune.records import Metrics, RunFolder, read_json, step_of, write_json
 
 if TYPE_CHECKING:
     import wandb
@@ -183,7 +183,7 @@ class TensorboardTracker(Tracker):
 
         self._folder = folder.path / "tensorboard"
         last = folder.last_checkpoint()  # what was shown after it is shown anew
-        purge = int(last.name.split("-")[1]) + 1 if last else None
+        purge = step_of(last) + 1 if last else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         self._writer.add_text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
 

@@ -58,13 +58,13 @@ def _study(name: str) -> "Study":
 
 def _list(arguments: argparse.Namespace) -> None:
     from sweeps.study import Study
-    from sweeps.text import table
+    from sweeps.text import objective_cells, table
 
     rows = []
     for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
         study = Study.load(path.parent.absolute())
         best = next(iter(study.ranked()), None)
-        value = " ".join(f"{value:.4f}" for value in best.values) if best else ""
+        value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         rows.append([study.name, began, f"{len(study.finished())}/{len(study.trials())}", value])
     print(table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
@@ -81,7 +81,7 @@ def _best(arguments: argparse.Namespace) -> None:
     import logging
 
     from finetune.cli import quiet_libraries
-    from finetune.supplies import Supplies
+    from finetune.supplies import SHARED
     from sweeps.conclusion import conclude
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -89,7 +89,7 @@ def _best(arguments: argparse.Namespace) -> None:
     if not study.ranked():
         raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
     quiet_libraries()
-    conclude(study, Supplies())
+    conclude(study, SHARED)
 
 
 def _stop(arguments: argparse.Namespace) -> None:

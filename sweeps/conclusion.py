@@ -19,7 +19,7 @@ from finetune.trackers import untag
 from finetune.trained import read_run_config
 from sweeps.importance import importances
 from sweeps.study import Study, role
-from sweeps.text import short, shown
+from sweeps.text import parameters
 
 if TYPE_CHECKING:
     from finetune.evaluation import Evaluation
@@ -141,7 +141,7 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any]) -> None
         values = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, trial.values, strict=True))
         note = "  baseline" if role(trial) == "baseline" else ""
         note += "  (on the Pareto front)" if trial.number in front else ""
-        lines.append(f"  trial {trial.number:<4} {values}  {_params(trial)}{note}")
+        lines.append(f"  trial {trial.number:<4} {values}  {parameters(trial)}{note}")
     weights = importances(study.optuna)
     if weights:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in weights.items())
@@ -159,10 +159,6 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any]) -> None
     if any(study.folder.glob("trials/*/wandb/offline-run-*")):
         lines.append(f"  W&B            offline; wandb sync {place}/trials/*/wandb/offline-run-*")
     log.info("%s", "\n".join(lines))
-
-
-def _params(trial: FrozenTrial) -> str:
-    return " ".join(f"{short(name)}={shown(value)}" for name, value in trial.params.items())
 
 
 def _test_lines(answer: dict[str, Any]) -> list[str]:

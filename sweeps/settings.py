@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from finetune.config import ConfigError, Section, is_plain_name
+from finetune.config import PLAIN_NAME, ConfigError, Section, is_plain_name
 from finetune.convert import build
 from finetune.run import flat
 from sweeps.space import encode
@@ -27,7 +27,7 @@ class StudySettings(Section):
     params: dict[str, Any]
     custom_search_space: str | None
     baseline: bool
-    start: list[dict[str, Any]] = field(default_factory=list)
+    start: list[dict[str, Any]]
     timeout: float | None
     keep_adapters: int
     allow_change: bool
@@ -35,9 +35,7 @@ class StudySettings(Section):
     pruner: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.require(
-            "study_name", is_plain_name(self.study_name), "names a folder: letters, digits, '.', '_' and '-' only"
-        )
+        self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
         self.require("n_trials", self.n_trials >= 1, "must be at least 1")
         self.require("n_jobs", self.n_jobs is None or self.n_jobs >= 1, "must be at least 1, or null: one for each GPU")
         self.require("direction", bool(self.direction), "must be minimize or maximize, or a list of them")
@@ -52,9 +50,7 @@ class StudySettings(Section):
         points = [start] if isinstance(start, Mapping) else start
         if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
             raise ConfigError(f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]")
-        settings: StudySettings = build(cls, "hydra.sweeper", {**values, "start": []})
-        object.__setattr__(settings, "start", [_encoded(point) for point in points])
-        return settings
+        return build(cls, "hydra.sweeper", {**values, "start": [_encoded(point) for point in points]})
 
     @property
     def directions(self) -> list[Direction]:

@@ -171,7 +171,7 @@ def _meaning(override: Override) -> Any:
             sweep.shuffle = False
             choices = override.sweep_iterator(transformer=Transformer.identity)
             return CategoricalDistribution([encode(choice) for choice in choices])
-    except (ValueError, NotImplementedError, AssertionError, HydraException) as error:
+    except (ValueError, NotImplementedError, AssertionError, HydraException) as error:  # all are of users' mistakes
         raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from None
     return distribution
 

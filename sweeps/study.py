@@ -7,7 +7,6 @@ folder is free has lost its worker, and is taken on under its own number.
 
 import contextlib
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,6 @@ from finetune.records import FolderHeld, RunFolder, read_json, write_json
 from sweeps.settings import StudySettings
 from sweeps.space import Point, describe
 from sweeps.storage import exclusive, open_storage
-
-log = logging.getLogger(__name__)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is said by the study itself
 
@@ -233,8 +230,11 @@ class Study:
         if len(self.optuna.directions) > 1:
             front = {trial.number for trial in self.optuna.best_trials}
             return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
-        sign = 1 if self.optuna.direction == optuna.study.StudyDirection.MINIMIZE else -1
-        return sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        return sorted(complete, key=lambda trial: (self.cost(trial.value or 0.0), trial.number))
+
+    def cost(self, value: float) -> float:
+        """A value of the one objective, turned so that less is better."""
+        return value if self.optuna.direction == optuna.study.StudyDirection.MINIMIZE else -value
 
     def baseline(self) -> FrozenTrial | None:
         """The trial of the config's own values, if it is complete."""
@@ -248,7 +248,7 @@ def _discard(folder: RunFolder) -> None:
         folder.path.rmdir()
 
 
-def role(trial: FrozenTrial) -> str:
+def role(trial: FrozenTrial | optuna.Trial) -> str:
     """Why a trial is at its point: baseline, start, grid; empty where the sampler chose it."""
     return str(trial.user_attrs.get("role", ""))
 

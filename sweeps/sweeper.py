@@ -43,7 +43,7 @@ class StudySweeper(Sweeper):
 
         from finetune.cli import Interrupted, quiet_libraries
         from finetune.config import ConfigError
-        from finetune.supplies import Supplies
+        from finetune.supplies import SHARED
         from sweeps.conclusion import conclude
         from sweeps.space import Space
         from sweeps.storage import check_address
@@ -58,8 +58,7 @@ class StudySweeper(Sweeper):
         composed = self._compose(space.fixed_texts)
         config = self._check(settings, composed)
         check_address(address, settings.n_jobs or 1)
-        points = self._points(settings, space, composed, config.seed)
-        space = self._space
+        space, points = self._points(settings, space, composed, config.seed)
         worker = Worker(
             folder=self._folder(settings.study_name),
             address=address,
@@ -71,7 +70,7 @@ class StudySweeper(Sweeper):
             deadline=None if settings.timeout is None else began + settings.timeout,
         )
         worker.try_out()
-        Supplies().source(config.model)  # a base that isn't there is said at once, and fetched once
+        SHARED.source(config.model)  # a base that isn't there is said at once, and fetched once
         terms = _terms(config, space, settings)
         workers = self._workers(settings)
         check_address(address, workers)
@@ -90,7 +89,7 @@ class StudySweeper(Sweeper):
         quiet_libraries(bars=False)
         try:
             study.tidy(settings.keep_adapters)
-            conclude(study, Supplies())
+            conclude(study, SHARED)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
         if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
@@ -142,13 +141,9 @@ class StudySweeper(Sweeper):
 
     def _check(self, settings: "StudySettings", composed: "DictConfig") -> "RunConfig":
         """The run's config, checked as a run does, and that it can be a study's."""
-        from omegaconf import OmegaConf, open_dict
-
         from finetune.config import ConfigError, RunConfig
 
-        task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        with open_dict(task):
-            config = RunConfig.from_hydra(task)
+        config = RunConfig.from_hydra(composed)
         if not config.objectives:
             raise ConfigError(
                 f"objective={config.objective}: there are no held-out rows to search by; "
@@ -171,26 +166,24 @@ class StudySweeper(Sweeper):
 
     def _points(
         self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int
-    ) -> "list[tuple[str, Point]]":
-        """What the first trials shall be: the config's own values, the user's points, the grid."""
-        self._space = space
+    ) -> "tuple[Space, list[tuple[str, Point]]]":
+        """What the first trials shall be (the config's own values, the user's points, the grid), and a space for it."""
+        grid = space.grid(seed) if settings.is_grid else []
         points: list[tuple[str, Point]] = []
         if settings.baseline and space.distributions:
             own = space.point_of(composed)
             if own is None:
                 log.info("no baseline: the config has no value of its own for what is searched")
             else:
-                self._space, lines = space.widened(own)
+                space, lines = space.widened(own)
                 for line in lines:
                     log.info("%s", line)
                 points.append(("baseline", own))
         for point in settings.start:
-            self._space.require("hydra.sweeper.start", point)
+            space.require("hydra.sweeper.start", point)
             points.append(("start", point))
-        if settings.is_grid:
-            known = [point for _, point in points]
-            points += [("grid", point) for point in space.grid(seed) if point not in known]
-        return points
+        known = [point for _, point in points]
+        return space, [*points, *(("grid", point) for point in grid if point not in known)]
 
     def _say_pruning(self, settings: "StudySettings", config: "RunConfig") -> None:
         if "Nop" in str(settings.pruner.get("_target_")):
@@ -212,13 +205,14 @@ class StudySweeper(Sweeper):
         launcher = self._launcher(worker, workers)
         place = f"hydra.sweep.dir={encode(str(study.folder))}"
         jobs = [[*space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
-        resume = f"hydra.sweeper.study_name={study.name}"
+        resume = f"the same command with hydra.sweeper.study_name={study.name} goes on"
+        interrupted = Interrupted(f"interrupted; {resume}")
         for _ in range(RELAUNCHES):
             try:
                 with watching(study, total):
                     done = launcher.launch(jobs, initial_job_idx=0)
             except KeyboardInterrupt:
-                raise Interrupted(f"interrupted; the same command with {resume} goes on") from None
+                raise interrupted from None
             except Exception as error:
                 if not study.orphans():
                     raise
@@ -226,14 +220,10 @@ class StudySweeper(Sweeper):
                 continue
             for job in done:
                 if job.status == JobStatus.FAILED:
-                    if isinstance(job._return_value, Interrupted):
-                        raise Interrupted(f"interrupted; the same command with {resume} goes on")
-                    raise job._return_value
+                    raise interrupted if isinstance(job._return_value, Interrupted) else job._return_value
             if not study.orphans():
                 return
-        raise ConfigError(
-            f"study {study.name}: workers were lost {RELAUNCHES} times; the same command with {resume} goes on"
-        )
+        raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 
     def _launcher(self, worker: Any, workers: int) -> "Launcher":
         """The chosen launcher; where that would run several workers one after the other, joblib's processes."""
@@ -261,22 +251,17 @@ class StudySweeper(Sweeper):
 
 def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:
     """What all trials have in common, so that they can be compared: the config without what is searched; the space."""
-    from finetune.data import load_rows
     from finetune.run import FREE, flat
+    from finetune.supplies import SHARED
 
     searched = {name.lstrip("+") for name in space.distributions}
-    common = {
-        key: value
-        for key, value in flat(config.anchored().to_dict()).items()
-        if not key.startswith(FREE) and key not in searched
-    }
-    groups = {name.replace("/", ".") for name in searched if "/" in name or "." not in name}
-    common = {key: value for key, value in common.items() if not any(key.startswith(f"{name}") for name in groups)}
+    groups = tuple(name.replace("/", ".") for name in searched if "/" in name or "." not in name)
+    values = flat(config.anchored().to_dict())
     return {
-        **common,
+        **{key: values[key] for key in values if key not in searched and not key.startswith((*FREE, *groups))},
         "objective": config.objective,
         "hydra.sweeper.direction": settings.directions,
-        "dataset_fingerprint": load_rows(config.dataset).fingerprint,
+        "dataset_fingerprint": SHARED.rows(config.dataset).fingerprint,
         **{f"space.{name}": what for name, what in space.to_dict().items()},
     }
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.study import Study
-from sweeps.text import objective_cells, short, shown
+from sweeps.text import objective_cells, parameters
 
 REFRESH = 1.0
 """Seconds between two looks at the study."""
@@ -55,7 +55,7 @@ class _View:
         loss, speed = seen.get("train/loss"), seen.get("train/tokens_per_second")
         return [
             str(trial.number),
-            " ".join(f"{short(name)}={shown(value)}" for name, value in trial.params.items()),
+            parameters(trial),
             f"{seen.get('step', 0)}/{trial.user_attrs.get('steps', '?')}",
             *objective_cells(trial, len(self._study.objectives)),
             "" if loss is None else f"{loss:.4f}",

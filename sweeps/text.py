@@ -53,6 +53,11 @@ def note(trial: FrozenTrial) -> str:
     return "; ".join(note for note in notes if note)
 
 
+def parameters(trial: FrozenTrial) -> str:
+    """A trial's point on one line."""
+    return " ".join(f"{short(name)}={shown(value)}" for name, value in trial.params.items())
+
+
 def short(name: str) -> str:
     """A parameter's last word."""
     return name.rsplit(".", 1)[-1]

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus, run_job
 from hydra.types import HydraContext
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
@@ -27,13 +27,13 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.cli import Interrupted, brief, one_line, quiet_libraries
 from finetune.config import ConfigError, RunConfig, refusal
 from finetune.progress import Observer, Rung
-from finetune.records import Metrics, read_json, write_json
+from finetune.records import Metrics, read_json, step_of, write_json
 from finetune.run import Objective, Part, run
-from finetune.supplies import Supplies, free_memory
+from finetune.supplies import SHARED, free_memory
 from finetune.trackers import Label, untag
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
-from sweeps.study import Claim, Study
+from sweeps.study import Claim, Study, role
 from sweeps.text import shown
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,13 @@ class Worker:
         from finetune.base import take_device
 
         take_device(HydraConfig.get().job.num)
-        study, supplies, finished = Study(self.folder, self.settings.study_name, self.address), Supplies(), 0
+        study, finished = Study(self.folder, self.settings.study_name, self.address), 0
         study.optuna.pruner = self._pruner()
         while not self._is_over(study):
             with study.claim() as claim:
                 if claim is None:
                     break
-                _Turn(self, study, supplies, claim).take()
+                _Turn(self, study, claim).take()
                 finished += 1
         return float(finished)
 
@@ -111,8 +111,7 @@ class Worker:
         for point in self.space.extremes():
             composed = self.compose(0, self.space.overrides(point))
             HydraConfig.instance().set_config(composed)
-            task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            self.check(RunConfig.from_hydra(task))
+            self.check(RunConfig.from_hydra(composed))
 
     def check(self, config: RunConfig) -> RunConfig:
         """Hold a trial's config to what all trials of a study share, however it was changed."""
@@ -180,8 +179,8 @@ class _Failure:
 class _Turn:
     """One trial on a worker, from its claim to what the study is told of it."""
 
-    def __init__(self, worker: Worker, study: Study, supplies: Supplies, claim: Claim) -> None:
-        self.worker, self.study, self.supplies, self.claim = worker, study, supplies, claim
+    def __init__(self, worker: Worker, study: Study, claim: Claim) -> None:
+        self.worker, self.study, self.claim = worker, study, claim
         self.folder = claim.folder
         study.optuna.sampler = worker.sampler(claim.number)
         self.trial = optuna.Trial(study.optuna, claim.trial_id)
@@ -204,7 +203,7 @@ class _Turn:
     def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
         """Count this start; one after a clean interruption begins the count anew."""
         checkpoint = self.folder.last_checkpoint()
-        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        step = step_of(checkpoint) if checkpoint else 0
         starts = list(self.trial.user_attrs.get("starts", []))
         if known.get("status") == "interrupted":
             starts = []
@@ -253,7 +252,7 @@ class _Turn:
     def _note(self) -> str:
         """Why the trial is at its point, if the sampler did not choose it."""
         why = {"baseline": " (baseline: the config's own values)", "start": " (hydra.sweeper.start)"}
-        return why.get(self.trial.user_attrs.get("role", ""), "")
+        return why.get(role(self.trial), "")
 
     def _run(self, overrides: list[str]) -> None:
         """Compose the trial's config as Hydra does, and run it in its folder. Raises what went wrong."""
@@ -265,7 +264,7 @@ class _Turn:
             group=self.study.name,
             job_type="trial",
         )
-        part = Part(_Judge(self), self.supplies, label, alone=False)
+        part = Part(_Judge(self), SHARED, label, alone=False)
 
         def task(composed: DictConfig) -> Objective:
             worker.speak()
@@ -356,11 +355,7 @@ class _Judge(Observer):
             self._trial.report(value, rung.index)
         log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, self._turn.study.objectives[0], value)
         hopeless = self._trial.should_prune() and rung.step < rung.total
-        return (
-            hopeless
-            and self._trial.user_attrs.get("role") != "baseline"
-            and self._ends("worse than others at this rung")
-        )
+        return hopeless and role(self._trial) != "baseline" and self._ends("worse than others at this rung")
 
     def _ends(self, reason: str) -> bool:
         self._trial.set_user_attr("reason", reason)
@@ -372,9 +367,8 @@ class _Judge(Observer):
         if len(study.objectives) > 1 or study.objectives[0] not in metrics:
             return []
         before = next(iter(study.ranked()), None)
-        value, smaller = metrics[study.objectives[0]], self._turn.worker.settings.directions == ["minimize"]
         if before is not None and before.value is not None:
-            if value >= before.value if smaller else value <= before.value:
+            if study.cost(metrics[study.objectives[0]]) >= study.cost(before.value):
                 return []
             untag(study.folder_of(before.number), "best")
         return ["best"]

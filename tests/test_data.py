@@ -340,7 +340,11 @@ def test_drops_and_counts_rows_with_nothing_to_learn(
 def test_bad_files_are_refused_in_one_line_that_names_the_file_and_the_place(
     settings: Settings, tmp_path: Path, content: str, words: list[str]
 ) -> None:
-    file = tmp_path / "rows.jsonl"
+    require_refusal(settings, tmp_path / "rows.jsonl", content, words)
+
+
+def require_refusal(settings: Settings, file: Path, content: str, words: list[str]) -> None:
+    """One line that has the words and the file's path."""
     file.write_text(content)
     with pytest.raises(ConfigError) as refused:
         load_rows(settings(path=str(file)))
@@ -362,13 +366,7 @@ def test_bad_files_are_refused_in_one_line_that_names_the_file_and_the_place(
 def test_a_bad_json_file_is_refused_with_what_is_expected_of_it(
     settings: Settings, tmp_path: Path, content: str, words: list[str]
 ) -> None:
-    file = tmp_path / "rows.json"
-    file.write_text(content)
-    with pytest.raises(ConfigError) as refused:
-        load_rows(settings(path=str(file)))
-    message = str(refused.value)
-    assert all(word in message for word in [*words, str(file)])
-    assert "\n" not in message
+    require_refusal(settings, tmp_path / "rows.json", content, words)
 
 
 # Splits

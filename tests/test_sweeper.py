@@ -22,7 +22,6 @@ from optuna.samplers import CmaEsSampler, GPSampler, NSGAIIISampler, NSGAIISampl
 
 from finetune.cli import CONF
 from finetune.config import ConfigError
-from finetune.supplies import Supplies
 from sweeps.settings import StudySettings
 from sweeps.space import Point, Space
 from sweeps.study import Study
@@ -95,7 +94,7 @@ def drive(tmp_path: Path) -> Drive:
             with opened.claim() as claim:
                 if claim is None:
                     break
-                turn = _Turn(worker, opened, Supplies(), claim)
+                turn = _Turn(worker, opened, claim)
                 turn._overrides()
                 opened.optuna.tell(turn.trial, values(turn.trial.params))
         return [trial.params for trial in opened.trials()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wandb_file
 
 from finetune.config import RunConfig
 from finetune.run import run
@@ -16,23 +17,9 @@ Tiny = Callable[..., RunConfig]
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
-    """The records of the one offline run below a folder: a 7-byte header, then 32 KiB blocks of LevelDB's log."""
-    from wandb.proto import wandb_internal_pb2
-
+    """The records of the one offline run below a folder."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, position, parts = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no chunk's header fits in what is left of the block
-            position += 32768 - position % 32768
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last chunk of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
+    return wandb_file(file)
 
 
 def items(records: Any) -> dict[str, Any]:
