@@ -1,6 +1,7 @@
 """The loss on held-out rows: one measure for all engines and commands, the same whatever the batch size."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,16 +66,19 @@ def evaluate(
 ) -> Evaluation:
     """Measure a causal language model on tokenised rows (`input_ids`, `labels`).
 
-    Rows are batched by length, so that little is padding, and only the positions that predict an answer's
-    token get logits. The model's mode is left as it was; no random number is drawn.
+    Rows are batched by length, so that little is padding; what they all begin with (a system prompt) is computed
+    once; only the positions that predict an answer's token get logits. The model's mode is left as it was; no
+    random number is drawn.
     """
     examples: list[dict[str, Any]] = rows.to_list()
+    shared = common_beginning(examples)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
     losses, tokens, correct = [0.0] * len(examples), [0] * len(examples), 0
     with evaluating(model), autocast(quantization):
+        beginning = _remember(model, examples[0]["input_ids"][:shared]) if shared else None
         for start in range(0, len(examples), batch_size):
             batch = order[start : start + batch_size]
-            logits, targets, owners = _answers(model, [examples[index] for index in batch])
+            logits, targets, owners = _answers(model, [examples[index] for index in batch], shared, beginning)
             each = cross_entropy(logits.float(), targets, reduction="none").double()
             sums = torch.zeros(len(batch), dtype=torch.float64, device=each.device).index_add(0, owners, each)
             counts = torch.bincount(owners, minlength=len(batch))
@@ -84,19 +88,49 @@ def evaluate(
     return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
 
 
-def _answers(
-    model: torch.nn.Module, batch: Sequence[dict[str, Any]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary], targets [tokens] and rows [tokens] where the loss counts."""
+WORTH_SHARING = 8
+"""Tokens that rows must have in common at their beginning, before they are computed apart from the rest."""
+
+
+def common_beginning(rows: Sequence[dict[str, Any]]) -> int:
+    """How many tokens all rows begin with, up to the one that predicts the first answer's token; 0: too few.
+
+    Nothing is shared by a single row, or by sequences that hold several.
+    """
+    if len(rows) < 2 or "seq_lengths" in rows[0]:
+        return 0
+    first, last = (edge([row["input_ids"] for row in rows]) for edge in (min, max))
+    alike = next(
+        (index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+    )
+    unasked = min(next(index for index, label in enumerate(row["labels"]) if label != IGNORED) for row in rows) - 1
+    shared = min(alike, unasked, len(first) - 1)
+    return shared if shared >= WORTH_SHARING else 0
+
+
+def _remember(model: torch.nn.Module, ids: list[int]) -> Any:
+    """The keys and values [1, heads, tokens, width] of a text, by layer."""
     device = next(model.parameters()).device
-    longest = max(len(row["input_ids"]) for row in batch)
+    return model(input_ids=torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _answers(
+    model: torch.nn.Module, batch: Sequence[dict[str, Any]], shared: int, beginning: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [tokens, vocabulary], targets [tokens] and rows [tokens] where the loss counts.
+
+    So many first tokens are shared by the rows; what the model remembers of them is given.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(row["input_ids"]) for row in batch) - shared
 
     def padded(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in batch])
+        rests = [row[key][shared:] for row in batch]
+        return torch.tensor([rest + [filler] * (longest - len(rest)) for rest in rests])
 
     ids, labels = padded("input_ids", 0), padded("labels", IGNORED)[:, 1:]
     lengths = torch.tensor([[len(row["input_ids"])] for row in batch])
-    inputs = {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths).long()}
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(shared + longest) < lengths).long()}
     if "seq_lengths" in batch[0]:  # packed: positions start anew with each row, and mark the boundaries
         positions = [[n for length in row["seq_lengths"] for n in range(length)] for row in batch]
         inputs["position_ids"] = torch.tensor([row + [0] * (longest - len(row)) for row in positions])
@@ -105,7 +139,10 @@ def _answers(
     counted = labels != IGNORED
     first = int(counted.any(0).nonzero()[0])  # no row of the batch has an answer's token before it
     kept = torch.arange(first, longest - 1)
-    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-    logits = model(**moved, logits_to_keep=kept.to(device), use_cache=False).logits
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+    if beginning is not None:
+        moved["past_key_values"] = copy.deepcopy(beginning)
+        moved["past_key_values"].batch_repeat_interleave(len(batch))
+    logits = model(**moved, logits_to_keep=kept.to(device), use_cache=beginning is not None).logits
     counted, labels = counted[:, kept].to(device), labels[:, kept].to(device)
     return logits[counted], labels[counted], counted.nonzero()[:, 0]

@@ -185,3 +185,48 @@ def test_padding_with_the_end_token_hides_no_end_token(tiny: Tiny) -> None:
     result = measured(model, rows, 2, config)
     assert result.tokens == 8
     assert result.loss == pytest.approx(reference(model, rows)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
+    tiny: Tiny, rows: list[Row], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import evaluation
+
+    config = tiny(f"quantization={quantization}")
+    model = make_model(config, adapter_noise=0.3)
+    system = [7, 8, 9, 10] * 5
+    together: list[Row] = [
+        {"input_ids": system + row["input_ids"], "labels": [IGNORED] * len(system) + row["labels"]} for row in rows
+    ]
+    assert evaluation.common_beginning(together) == len(system) - 1  # the last one predicts some rows' first token
+    loss, accuracy, tokens = reference(model, together)
+    computed: list[int] = []
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, named: computed.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    result = measured(model, together, 4, config)
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+    assert (result.accuracy, result.tokens) == (accuracy, tokens)
+    shared = sum(computed)
+    monkeypatch.setattr(evaluation, "WORTH_SHARING", 1000)
+    computed.clear()
+    assert measured(model, together, 4, config).loss == pytest.approx(loss, rel=1e-6)
+    assert sum(computed) - shared == (len(rows) - 1) * (len(system) - 1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "first_label", "shared"),
+    [
+        ([[1] * 12, [1] * 12], 11, 10),  # the same rows: each still predicts its answer
+        ([[1] * 12, [1] * 11 + [2]], 4, 0),  # an answer that begins within what they share
+        ([[1] * 12, [2] * 12], 11, 0),
+        ([[1] * 12], 11, 0),  # one row shares with none
+        ([[1] * 12, [1] * 9 + [2] * 5], 9, 8),
+    ],
+)
+def test_no_answers_token_is_in_what_rows_share(ids: list[list[int]], first_label: int, shared: int) -> None:
+    from finetune.evaluation import common_beginning
+
+    rows = [{"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]} for row in ids]
+    assert common_beginning(rows) == shared
