@@ -1,7 +1,7 @@
 """Fine-tune one model: `python -m finetune [group=choice] [key=value]`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
 
@@ -10,14 +10,17 @@ from finetune.cli import hydra_app
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from finetune.progress import Turns
+    from finetune.run import Objective
 
-def task(composed: "DictConfig") -> float | tuple[float, ...] | None:
-    """Check the config, run it in Hydra's folder, and return the objective, which a sweeper reads."""
+
+def job(composed: "DictConfig", **beside: Any) -> "Turns[Objective]":
+    """Check the config, and return its run in Hydra's folder, as work that takes turns with others beside it."""
     from hydra.core.hydra_config import HydraConfig
 
     from finetune.config import ConfigError, RunConfig, refusal
-    from finetune.records import discard_if_untouched
-    from finetune.run import Part, run
+    from finetune.records import RunFolder, discard_if_untouched
+    from finetune.run import Part, take_turns
     from finetune.supplies import SHARED
     from finetune.trackers import Label
 
@@ -39,7 +42,14 @@ def task(composed: "DictConfig") -> float | tuple[float, ...] | None:
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
         label = Label(name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial")
-    return run(config, folder, Part(supplies=SHARED, label=label))
+    return take_turns(config, RunFolder(folder), Part(supplies=SHARED, label=label, **beside))
+
+
+def task(composed: "DictConfig") -> "Objective":
+    """Run the config to its end, and return the objective, which a sweeper reads."""
+    from finetune.progress import alone
+
+    return alone(job(composed))
 
 
 def main() -> None:

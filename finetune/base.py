@@ -1,6 +1,7 @@
 """The frozen base and its tokenizer, quantised by bitsandbytes, and the LoRA adapter on it."""
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -15,15 +16,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from finetune.config import ConfigError, LoraSettings, ModelSettings, QuantizationSettings, RunConfig, refusal
 from finetune.hub import BaseSource
+from finetune.records import named
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 DEQUANTIZED_SHARE = 0.25
 """Of the machine's memory a dequantised base may take so much."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or the GPU's memory was too small."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+    )
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's message is of memory."""
+    return any(
+        words in text for words in ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
+    )
+
+
+def free_memory() -> None:
+    """Collect what nothing refers to, and hand the GPU's share back to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def on_gpu() -> bool:
@@ -110,14 +133,21 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
     return tokenizer
 
 
+def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedConfig":
+    """The base's own config: its architecture and shapes."""
+    with _readable(model):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
+    return config
+
+
 def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
     """Refuse target modules that the base does not have, before its weights are loaded."""
     if lora.target_modules == "all-linear":
         return
+    config = read_base_config(source, model)
     with _readable(model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
-        )
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
@@ -206,7 +236,8 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     """The adapter as plain PEFT reads it, the tokenizer beside it; whole or not at all."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft, save_embedding_layers=False)
+    with named(draft):
+        model.save_pretrained(draft, save_embedding_layers=False)
     tokenizer.save_pretrained(draft)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)

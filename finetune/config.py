@@ -166,7 +166,7 @@ class DatasetSettings(Section):
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(Section):
     section = "trainer"
-    engine: Literal["trl"]
+    engine: Literal["auto", "packed", "trl"]
     num_train_epochs: float
     max_steps: int
     per_device_train_batch_size: int

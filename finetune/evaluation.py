@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.base import autocast
 from finetune.config import QuantizationSettings
+from finetune.layout import common_beginning
 from finetune.tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -86,26 +87,6 @@ def evaluate(
                 losses[index], tokens[index] = loss, count
             correct += int((logits.argmax(-1) == targets).sum())
     return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
-
-
-WORTH_SHARING = 8
-"""Tokens that rows must have in common at their beginning, before they are computed apart from the rest."""
-
-
-def common_beginning(rows: Sequence[dict[str, Any]]) -> int:
-    """How many tokens all rows begin with, up to the one that predicts the first answer's token; 0: too few.
-
-    Nothing is shared by a single row, or by sequences that hold several.
-    """
-    if len(rows) < 2 or "seq_lengths" in rows[0]:
-        return 0
-    first, last = (edge([row["input_ids"] for row in rows]) for edge in (min, max))
-    alike = next(
-        (index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
-    )
-    unasked = min(next(index for index, label in enumerate(row["labels"]) if label != IGNORED) for row in rows) - 1
-    shared = min(alike, unasked, len(first) - 1)
-    return shared if shared >= WORTH_SHARING else 0
 
 
 def _remember(model: torch.nn.Module, ids: list[int]) -> Any:

@@ -5,20 +5,49 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import ConfigError, RunConfig
-from finetune.records import PROGRESS, Metrics, RunFolder, Stopwatch, read_json, remove_old_checkpoints, write_json
+from finetune.records import PROGRESS, Metrics, RunFolder, read_json, remove_old_checkpoints, write_json
 from finetune.trackers import Tracker
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Wish(Protocol):
+    """Something that a run wants computed."""
+
+    @property
+    def bank(self) -> Any:
+        """What computes it, together with what other runs want at the same time."""
+
+
+Turns = Generator[Wish | None, Any, T]
+"""Work that takes turns with other runs' in one process.
+
+It yields what it wants computed and is sent what came of it; None lets all others come as far first.
+"""
+
+
+def alone(work: Turns[T]) -> T:
+    """Do work to its end with nobody beside it."""
+    answer: Any = None
+    try:
+        while True:
+            wish = work.throw(answer) if isinstance(answer, Exception) else work.send(answer)
+            answer = None if wish is None else wish.bank.grant([wish])[0]
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 @dataclass(frozen=True)
@@ -34,19 +63,54 @@ class Rung:
 
 
 class Observer:
-    """Hears of every step and every rung, and may stop the run there. This one lets it go on."""
+    """Hears of every step and every rung, and may stop the run there. This one lets it go on.
+
+    Runs that train together report the same rung before any of them is judged there.
+    """
 
     def on_step(self, step: int) -> bool:
         """Whether the run shall stop after this optimizer step, pruned."""
         return False
 
-    def on_rung(self, rung: Rung) -> bool:
+    def on_rung(self, rung: Rung) -> None:
+        """Take the report."""
+
+    def judge(self, rung: Rung) -> bool:
         """Whether the run shall stop here, pruned."""
         return False
 
     def on_completed(self, metrics: Metrics) -> list[str]:
         """Tags for the run that has reached its end."""
         return []
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM while runs train: they end cleanly, after the step in progress. A second one ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._listeners = 0
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear them as long as any run listens, whichever ends first. Only the main thread can."""
+        if self._listeners == 0 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._listeners += 1
+        try:
+            yield
+        finally:
+            self._listeners -= 1
+            if self._listeners == 0:
+                for number, previous in self._before.items():
+                    signal.signal(number, previous)
+                self._before = {}
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class Diverged(ConfigError):
@@ -126,43 +190,33 @@ class Reporter:
         folder: RunFolder,
         tracker: Tracker,
         observer: Observer,
-        evaluate: Callable[[], Metrics] | None,
+        interrupt: Interrupt,
+        evaluate: Callable[[], Turns[Metrics]] | None,
         keep_best: Callable[[int], None],
         bar: bool = True,
     ) -> None:
         self.state, self.total = progress, total
         self._config, self._folder, self._tracker, self._observer = config, folder, tracker, observer
-        self._evaluate, self._keep_best = evaluate, keep_best
+        self._interrupt, self._evaluate, self._keep_best = interrupt, evaluate, keep_best
         self._eval_every = steps_of(config.trainer.eval_steps, total)
-        self._watch = Stopwatch()
         self._shows_bar = bar and sys.stderr.isatty()
-        self._interrupted = False
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """While training goes on: a progress bar on a terminal, and Ctrl-C or SIGTERM that end it cleanly.
-
-        They end it after the step in progress, with a checkpoint; a second one ends it at once.
-        """
-
-        def ask_to_stop(signal_number: int, frame: object) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-
-        bar = tqdm(total=self.total, desc="training", unit="step", disable=not self._shows_bar)
-        with _signals(ask_to_stop), logging_redirect_tqdm(), bar as self._bar:
+        """While training goes on: signals end it cleanly, with a checkpoint; a progress bar, if there is a terminal."""
+        with ExitStack() as contexts:
+            contexts.enter_context(self._interrupt.listening())
+            if self._shows_bar:
+                contexts.enter_context(logging_redirect_tqdm())
+            bar = tqdm(total=self.total, desc="training", unit="step", disable=not self._shows_bar)
+            self._bar = contexts.enter_context(bar)
             yield
 
-    def begin(self) -> None:
+    def begin(self) -> Turns[None]:
         """Evaluate before the first step; a resumed run already has."""
         self._bar.update(self.state.step)
         if self.state.step == 0:
-            self._rung(0)
-
-    def training_begins(self) -> None:
-        """What came before is no training time."""
-        self._watch.lap()
+            yield from self._rung(0)
 
     def saved(self, checkpoint: Path, keep: int | None) -> None:
         """Finish a checkpoint that the engine has written, and remove those that are not kept (None: keep all).
@@ -171,11 +225,12 @@ class Reporter:
         """
         self.state.save(checkpoint)
         remove_old_checkpoints(checkpoint.parent, keep, self.state.best_step)
-        self._watch.lap()  # its time is no training time
 
-    def step(self, step: int, loss: float, grad_norm: float | None, learning_rate: float, tokens: int) -> None:
+    def step(
+        self, step: int, loss: float, grad_norm: float | None, learning_rate: float, tokens: int, seconds: float
+    ) -> Turns[None]:
         """Take an optimizer step's figures: mean loss of its tokens, gradient norm before clipping, tokens trained."""
-        state, seconds = self.state, self._watch.lap()
+        state = self.state
         state.step = step
         state.train_tokens += tokens
         state.train_seconds += seconds
@@ -197,13 +252,12 @@ class Reporter:
             self._show(step, metrics)
             state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
         if step == self.total or (self._eval_every and step % self._eval_every == 0):
-            self._rung(step)
+            yield from self._rung(step)
         if state.stop is None and step < self.total:
-            if self._interrupted:
+            if self._interrupt.asked:
                 state.stop = "interrupted"
             elif self._observer.on_step(step):
                 state.stop = "pruned"
-        self._watch.lap()
 
     def _refuse_sickness(self, step: int, loss: float, grad_norm: float | None) -> None:
         # A gradient that overflows alone is no divergence: float16's loss scaling skips such a step.
@@ -227,10 +281,11 @@ class Reporter:
         self._folder.log(step, metrics)
         self._tracker.log(step, metrics)
 
-    def _rung(self, step: int) -> None:
+    def _rung(self, step: int) -> Turns[None]:
         if self._evaluate is None:
             return
-        state, metrics = self.state, self._evaluate()
+        metrics = yield from self._evaluate()
+        state = self.state
         names = self._config.objectives
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
@@ -242,7 +297,9 @@ class Reporter:
             raise Diverged(f"eval/loss={metrics['eval/loss']} at step {step}: lower optimizer.learning_rate")
         self._note_best(step, metrics)
         patience = self._config.trainer.early_stopping_patience
-        if self._observer.on_rung(rung):
+        self._observer.on_rung(rung)
+        yield None
+        if self._observer.judge(rung):
             state.stop = "pruned"
         elif patience is not None and state.rungs_without_better >= patience and step < self.total:
             state.stop = "early"
@@ -258,17 +315,3 @@ class Reporter:
                 self._keep_best(step)
         else:
             state.rungs_without_better += 1
-
-
-@contextmanager
-def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

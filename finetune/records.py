@@ -30,7 +30,7 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _named(path):
+        with named(path):
             draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(draft, path)
     finally:
@@ -38,12 +38,16 @@ def write_json(path: Path, content: object) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in errors that the system raises without one (disk full)."""
+def named(path: Path) -> Iterator[None]:
+    """Name the file in errors that come without one (disk full)."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+    except SafetensorError as error:
+        raise OSError(f"{error}: {path}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -105,7 +109,7 @@ class RunFolder:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append metrics of an optimizer step as one line."""
-        with _named(self._metrics), open(self._metrics, "a", encoding="utf-8") as lines:
+        with named(self._metrics), open(self._metrics, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(_plain({"step": step, **metrics})) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -3,18 +3,19 @@
 Whatever happens on the way, the folder's `result.json` says it.
 """
 
+import contextlib
 import logging
 import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finetune.cli import Interrupted, brief, note_traceback, one_line, quiet_libraries
 from finetune.config import RunConfig, refusal
 from finetune.data import Rows
 from finetune.hub import BaseSource
-from finetune.progress import Observer, Progress, Reporter, total_steps
+from finetune.progress import Interrupt, Observer, Progress, Reporter, Turns, alone, total_steps
 from finetune.records import (
     Metrics,
     RunFolder,
@@ -33,8 +34,13 @@ from finetune.trained import read_run_config
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from finetune.evaluation import Evaluation
+    from finetune.packed_engine import PackedTraining
+    from finetune.trl_engine import TrlTraining
+
+    Training: TypeAlias = PackedTraining | TrlTraining
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,11 @@ class Part:
 
     A study asks for these of few of its trials, by `say_last_word`.
     """
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    slots: int = 1
+    """How many runs may train together with this one, itself counted."""
+    companions: set[str] = field(default_factory=set)
+    """Names of the runs that have trained together with this one; whoever brings them together adds to it."""
 
 
 @dataclass
@@ -61,6 +72,8 @@ class Result:
     """What `result.json` holds; filled in as the run goes on."""
 
     config: RunConfig
+    part: Part
+    engine: str | None = None
     status: str = "running"
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
@@ -82,8 +95,9 @@ class Result:
             "error": self.error,
             "step": self.progress.step if self.progress else 0,
             "seed": self.config.seed,
-            "engine": self.config.trainer.engine,
-            "slots": 1,
+            "engine": self.engine,
+            "slots": self.part.slots,
+            "companions": sorted(self.part.companions),
             "effective_batch_size": self.config.trainer.effective_batch_size,
             "train_tokens": tokens,
             "train_seconds": seconds,
@@ -97,21 +111,24 @@ class Result:
         }
 
 
-def run(config: RunConfig, path: str | Path | RunFolder, part: Part | None = None) -> Objective:
+def run(config: RunConfig, path: str | Path, part: Part | None = None) -> Objective:
     """Train, evaluate and record one run in a folder, and return its objective (None without held-out rows).
 
     A folder with a checkpoint is gone on with. Raises ConfigError for what the user can mend, Interrupted
     after Ctrl-C, and what went wrong otherwise; `result.json` is written in each case.
     """
-    folder = path if isinstance(path, RunFolder) else RunFolder(path)
-    part = part or Part()
+    return alone(take_turns(config, RunFolder(path), part or Part()))
+
+
+def take_turns(config: RunConfig, folder: RunFolder, part: Part) -> Turns[Objective]:
+    """`run`, as work that takes turns with other runs'."""
     with folder.locked():
         _require_same_run(folder, _identity(config, None, None))
         done = read_json(folder.result)
         if done is not None and done["status"] == "completed":
             log.info("%s: this run is completed already", folder.path)
             return _objective(config, done["metrics"])
-        result, tracker = Result(config), Tracker()
+        result, tracker = Result(config, part), Tracker()
         try:
             rows = result.rows = part.supplies.rows(config.dataset)
             source = result.base = part.supplies.source(config.model)
@@ -119,9 +136,10 @@ def run(config: RunConfig, path: str | Path | RunFolder, part: Part | None = Non
             _require_same_run(folder, identity)
             write_json(folder.identity, identity)
             tracker = open_tracker(config, folder, part.label)
-            _train(result, folder, tracker, part)
+            yield from _train(result, folder, tracker)
         except BaseException as error:
-            result.status = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
+            ended = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
+            result.status = "interrupted" if ended else "failed"
             result.error = one_line(error)
             note_traceback(error)
             raise
@@ -185,65 +203,56 @@ def _objective(config: RunConfig, metrics: Metrics) -> Objective:
     return values if len(values) > 1 else values[0] if values else None
 
 
-def _train(result: Result, folder: RunFolder, tracker: Tracker, part: Part) -> None:
+def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
+    config, part = result.config, result.part
     quiet_libraries(bars=part.alone)
-    from finetune.base import check_targets, load_adapter, lora_config, save_adapter, take_device
-    from finetune.tokens import left_out
+    from finetune.base import load_adapter, save_adapter, take_device
 
-    take_device(0)
-    from finetune import trl_engine  # with it bitsandbytes, which looks for GPUs
-
-    config, rows, supplies = result.config, result.rows, part.supplies
-    assert rows is not None
-    tokenizer = supplies.tokenizer(config.model)
-    check_targets(supplies.source(config.model), config.model, config.lora)
-    train = supplies.tokens("train", rows.train, config)
-    held_out = supplies.tokens("eval", rows.evaluation, config)
-    test = supplies.tokens("test", rows.test, config)
-    result.left_out = {
-        name: left_out(tokens) for name, tokens in (("train", train), ("eval", held_out), ("test", test))
-    }
-    total = total_steps(config, len(train))
-    lora_config(config.lora)  # like the trainer's, its unknown arguments are refused before the base is loaded
-    arguments = trl_engine.training_arguments(config, folder.checkpoints, total)
-    reset_peak_memory()
-    with supplies.model(config) as model:
-        checkpoint = folder.last_checkpoint()
-        progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
+    take_device(0)  # before bitsandbytes is imported, which looks for GPUs
+    data = _prepare(result)
+    checkpoint = folder.last_checkpoint()
+    progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
+    assert result.engine is not None
+    while not part.supplies.has_room(config, result.engine):
+        yield None
+    with contextlib.ExitStack() as held:
+        training = _training(result, folder, data, held)
         folder.rewind(progress.step if checkpoint else -1)
-        samples = Samples(config, folder, rows, model, supplies) if part.alone else None
+        samples = Samples(config, folder, data.rows, training.speaking, part.supplies) if part.alone else None
         if samples is not None:
             samples.before()
         reporter = Reporter(
             config,
             progress,
-            total,
+            data.steps,
             folder,
             tracker,
             part.observer,
-            evaluate=(lambda: _held_out_metrics(config, progress, model, held_out, supplies)) if held_out else None,
-            keep_best=lambda step: save_adapter(model, tokenizer, folder.best(step)),
+            part.interrupt,
+            evaluate=(lambda: _held_out_metrics(result, training, data.held_out)) if data.held_out else None,
+            keep_best=lambda step: save_adapter(training.model, data.tokenizer, folder.best(step)),
             bar=part.alone,
         )
-        log.info("training on %d rows: %d steps of %d", len(train), total, config.trainer.effective_batch_size)
+        steps, batch = data.steps, config.trainer.effective_batch_size
+        log.info("training on %d rows: %d steps of %d", len(data.train), steps, batch)
         if checkpoint:
             log.info("going on from step %d", progress.step)
-        trl_engine.train(config, arguments, model, tokenizer, train, reporter, checkpoint)
+        yield from training.train(reporter, folder, checkpoint)
         if progress.stop == "interrupted":
             hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
             raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
         if config.objective_at == "best":
-            load_adapter(model, folder.best(progress.best_step))
-        save_adapter(model, tokenizer, folder.adapter)
+            load_adapter(training.model, folder.best(progress.best_step))
+        save_adapter(training.model, data.tokenizer, folder.adapter)
         result.metrics = progress.final_metrics(best=config.objective_at == "best")
-        trained = (weight.numel() for weight in model.parameters() if weight.requires_grad)
+        trained = (weight.numel() for weight in training.model.parameters() if weight.requires_grad)
         final: Metrics = {"adapter/parameters": sum(trained)}
         if samples is not None and progress.stop != "pruned":
-            if test:
-                final |= _measure(config, model, test).metrics("test")
+            if data.test:
+                final |= (yield from training.measure(data.test)).metrics("test")
             samples.after(tracker, progress.step)
-            _push(config, model)
+            _push(config, training.model)
     result.metrics |= final
     folder.log(progress.step, final)
     tracker.log(progress.step, final)
@@ -252,24 +261,66 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker, part: Part) -> N
         tracker.tag(part.observer.on_completed(result.metrics))
 
 
-def _measure(config: RunConfig, model: "PeftModel", rows: "Dataset") -> "Evaluation":
-    from finetune.evaluation import evaluate
+@dataclass(frozen=True)
+class _Data:
+    """What a run trains on and is measured by, as tokens."""
 
-    return evaluate(model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
+    rows: Rows
+    tokenizer: "PreTrainedTokenizerBase"
+    train: "Dataset"
+    held_out: "Dataset"
+    test: "Dataset"
+    steps: int
 
 
-def _held_out_metrics(
-    config: RunConfig, progress: Progress, model: "PeftModel", held_out: "Dataset", supplies: Supplies
-) -> Metrics:
+def _prepare(result: Result) -> _Data:
+    """The run's rows as tokens, and its engine. What is wrong with them is said before the base is loaded."""
+    from finetune.base import check_targets, lora_config
+    from finetune.packed_engine import choose
+    from finetune.tokens import left_out
+
+    config, rows, supplies = result.config, result.rows, result.part.supplies
+    assert rows is not None
+    source = supplies.source(config.model)
+    tokenizer = supplies.tokenizer(config.model)
+    check_targets(source, config.model, config.lora)
+    lora_config(config.lora)
+    result.engine = choose(config, source)
+    parts = {"train": rows.train, "eval": rows.evaluation, "test": rows.test}
+    tokens = {name: supplies.tokens(name, part, config) for name, part in parts.items()}
+    result.left_out = {name: left_out(part) for name, part in tokens.items()}
+    train, held_out, test = tokens.values()
+    return _Data(rows, tokenizer, train, held_out, test, total_steps(config, len(train)))
+
+
+def _training(result: Result, folder: RunFolder, data: _Data, held: contextlib.ExitStack) -> "Training":
+    """The run's engine at work on its base, which it holds as long as the context lasts."""
+    config, supplies = result.config, result.part.supplies
+    reset_peak_memory()
+    if result.engine == "packed":
+        from finetune.packed_engine import PackedTraining
+
+        return PackedTraining(config, held.enter_context(supplies.slot(config)), data.train, data.steps)
+    from finetune.trl_engine import TrlTraining, training_arguments
+
+    arguments = training_arguments(config, folder.checkpoints, data.steps)  # refused before the base is loaded
+    model = held.enter_context(supplies.model(config))
+    return TrlTraining(config, arguments, model, data.tokenizer, data.train)
+
+
+def _held_out_metrics(result: Result, training: "Training", held_out: "Dataset") -> Turns[Metrics]:
     """A fresh adapter answers as its base does, which need not be measured again for each run."""
-
-    def measure() -> Metrics:
-        return _measure(config, model, held_out).metrics("eval")
-
-    if progress.step > 0 or not starts_as_base(config.lora):
-        return measure()
-    key = (config.model, config.quantization, config.dataset, config.trainer.per_device_eval_batch_size)
-    return dict(supplies.keep("base's metrics", key, measure))
+    config, progress, supplies = result.config, result.progress, result.part.supplies
+    assert progress is not None
+    fresh = progress.step == 0 and starts_as_base(config.lora)
+    batch_size = config.trainer.per_device_eval_batch_size
+    key = (config.model, config.quantization, config.dataset, batch_size, result.engine)
+    known: Metrics | None = supplies.known("base's metrics", key) if fresh else None
+    if known is None:
+        known = (yield from training.measure(held_out)).metrics("eval")
+        if fresh:
+            supplies.put("base's metrics", key, known)
+    return dict(known)
 
 
 def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluation | None":
@@ -278,6 +329,7 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
     The run's files then hold what they would hold if the run had been alone.
     """
     from finetune.base import load_adapter
+    from finetune.evaluation import evaluate
 
     config, folder = read_run_config(path), RunFolder(path)
     rows = supplies.rows(config.dataset)
@@ -286,11 +338,12 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
     if not test and not ask:
         return None
     with supplies.model(config) as model:
-        samples = Samples(config, folder, rows, model, supplies)
+        samples = Samples(config, folder, rows, lambda: contextlib.nullcontext(model), supplies)
         if ask:
             samples.before()
         load_adapter(model, folder.adapter)
-        evaluation = _measure(config, model, test) if test else None
+        batch_size = config.trainer.per_device_eval_batch_size
+        evaluation = evaluate(model, test, batch_size, config.quantization) if test else None
         numbers = read_json(folder.result)
         if ask:
             samples.after(Tracker(), numbers["step"])

@@ -10,7 +10,10 @@ from finetune.supplies import Supplies, starts_as_base
 from finetune.trackers import Sample, Tracker
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedModel
 
 HELD_OUT_PROMPTS = 2
 """How many held-out questions are asked where the config names no prompts."""
@@ -20,9 +23,14 @@ class Samples:
     """A run's `samples.json`: a list of `prompt`, `before` and `after`."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, rows: Rows, model: "PeftModel", supplies: Supplies
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        rows: Rows,
+        speaking: "Callable[[], AbstractContextManager[PreTrainedModel]]",
+        supplies: Supplies,
     ) -> None:
-        self._config, self._file, self._model, self._supplies = config, folder.samples, model, supplies
+        self._config, self._file, self._speaking, self._supplies = config, folder.samples, speaking, supplies
         questions = [first_question(row) for row in rows.evaluation or rows.train]
         held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
         self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
@@ -49,4 +57,5 @@ class Samples:
     def _answers(self) -> list[str]:
         config = self._config
         tokenizer = self._supplies.tokenizer(config.model)
-        return answer(self._model, tokenizer, self._prompts, config.sample_max_length, config.quantization)
+        with self._speaking() as model:
+            return answer(model, tokenizer, self._prompts, config.sample_max_length, config.quantization)

@@ -1,7 +1,7 @@
 """What runs in one process share: rows, tokens, tokenizer and the frozen base, each made when first asked for."""
 
 import contextlib
-import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,9 @@ from finetune.hub import BaseSource, find_base
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.bank import Bank, Slot
 
 T = TypeVar("T")
 
@@ -27,13 +29,24 @@ class Supplies:
         """The thing of a kind that was made for this key, or a new one; one made for another key is let go first."""
         if kind not in self._kept or self._kept[kind][0] != key:
             self.drop(kind)
-            self._kept[kind] = (key, make())
+            self.put(kind, key, make())
         kept: T = self._kept[kind][1]
         return kept
 
+    def known(self, kind: str, key: object) -> Any:
+        """The thing of a kind that was made for this key, None if there is none."""
+        kept = self._kept.get(kind)
+        return kept[1] if kept is not None and kept[0] == key else None
+
+    def put(self, kind: str, key: object, thing: object) -> None:
+        """Keep a thing of a kind that was made for this key, in place of any other."""
+        self._kept[kind] = (key, thing)
+
     def drop(self, kind: str) -> None:
         """Let go of what is kept of a kind, and give its memory back."""
-        if self._kept.pop(kind, None) is not None:
+        if self._kept.pop(kind, None) is not None and "torch" in sys.modules:
+            from finetune.base import free_memory
+
             free_memory()
 
     def rows(self, settings: DatasetSettings) -> Rows:
@@ -59,17 +72,44 @@ class Supplies:
             f"{part} tokens", key, lambda: tokenize(part, rows, self.tokenizer(config.model), config.dataset)
         )
 
-    @contextlib.contextmanager
-    def model(self, config: RunConfig) -> Iterator["PeftModel"]:
-        """The base with a fresh adapter of the run's own; afterwards the base is as it was, for the next run."""
-        from finetune.base import add_adapter, keep_dequantized, load_base
+    def bank(self, config: RunConfig) -> "Bank":
+        """The base, quantised and frozen, for runs to put their adapters on."""
+        from finetune.bank import Bank
+        from finetune.base import keep_dequantized, load_base
 
-        def load() -> "PreTrainedModel":
+        def load() -> Bank:
             base = load_base(self.source(config.model), config)
             keep_dequantized(base, config.quantization)
-            return base
+            return Bank(base, config)
 
-        base = self.keep("base", base_key(config), load)
+        return self.keep("bank", base_key(config), load)
+
+    def has_room(self, config: RunConfig, engine: str) -> bool:
+        """Whether a run can begin beside those that train: on the same base, in a slot of its own."""
+        bank: Bank | None = self._kept["bank"][1] if "bank" in self._kept else None
+        return bank is None or not bank.taken or (engine == "packed" and self.known("bank", base_key(config)) is bank)
+
+    @contextlib.contextmanager
+    def slot(self, config: RunConfig) -> "Iterator[Slot]":
+        """A place on the base, beside other runs', with a fresh adapter of the run's own."""
+        from finetune.base import free_memory
+
+        bank = self.bank(config)
+        slot = bank.slot(config.lora, config.seed)
+        bank.taken += 1
+        try:
+            yield slot
+        finally:
+            bank.taken -= 1
+            del slot, bank
+            free_memory()
+
+    @contextlib.contextmanager
+    def model(self, config: RunConfig) -> "Iterator[PeftModel]":
+        """The base for this run alone, with a fresh adapter; afterwards it is as it was, for the next run."""
+        from finetune.base import add_adapter, free_memory
+
+        base = self.bank(config).base
         forward = base.__dict__.get("forward")
         model = add_adapter(base, config.lora, config.seed)
         try:
@@ -81,7 +121,7 @@ class Supplies:
                 if forward is not None:
                     base.forward = forward
             else:
-                self.drop("base")
+                self.drop("bank")
             del model, base
             free_memory()
 
@@ -103,13 +143,3 @@ def leaves_base_as_it_was(lora: LoraSettings) -> bool:
 def starts_as_base(lora: LoraSettings) -> bool:
     """Whether a fresh adapter answers exactly as the base does: its B is zero."""
     return leaves_base_as_it_was(lora) and lora.init_lora_weights is not False
-
-
-def free_memory() -> None:
-    """Collect what nothing refers to, and hand the GPU's share back to it."""
-    import sys
-
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

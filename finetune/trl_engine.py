@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.base import compute_dtype, load_adapter, on_gpu
 from finetune.config import ConfigError, RunConfig, refusal
-from finetune.progress import Reporter, steps_of
+from finetune.evaluation import Evaluation, evaluate
+from finetune.progress import Reporter, Turns, alone, steps_of
+from finetune.records import RunFolder, Stopwatch
 from finetune.tokens import epoch_order
 
 if TYPE_CHECKING:
@@ -81,38 +84,58 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         raise ConfigError(f"trainer.extra={trainer.extra}: {' '.join(str(error).split())}") from None
 
 
-def train(
-    config: RunConfig,
-    arguments: SFTConfig,
-    model: "PeftModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: "Dataset",
-    reporter: Reporter,
-    checkpoint: Path | None,
-) -> None:
-    """Train the adapter on tokenised rows, from a checkpoint if one is given; the adapter stays on the model."""
-    if checkpoint is not None and reporter.state.step >= reporter.total:
-        load_adapter(model, checkpoint)  # killed after its last step: the Trainer would train one more
-        return
-    # TRL casts a quantised base's adapter to bfloat16, where steps of 2e-4 are lost: put the float32 weights back.
-    exact = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        callbacks=[_Reporting(reporter, keep=config.trainer.extra.get("save_total_limit", 1))],
-    )
-    for name, weight in model.named_parameters():
-        if name in exact:
-            weight.data = exact[name]
-    trainer.order = _Order([len(ids) for ids in rows["input_ids"]], config)
-    trainer.remove_callback(PrinterCallback)  # the reporter shows progress
-    trainer.remove_callback(ProgressCallback)
-    with reporter.live():
-        reporter.begin()
-        if reporter.state.stop is None:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+class TrlTraining:
+    """One run's model and trainer."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: SFTConfig,
+        model: "PeftModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: "Dataset",
+    ) -> None:
+        self.model = model
+        self._config, self._arguments, self._tokenizer, self._rows = config, arguments, tokenizer, rows
+
+    def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> Turns[None]:
+        """Train from a checkpoint if one is given, as the reporter lets it; the adapter stays on the model."""
+        if checkpoint is not None and reporter.state.step >= reporter.total:
+            load_adapter(self.model, checkpoint)  # killed after its last step: the Trainer would train one more
+            return
+        yield None
+        # TRL casts a quantised base's adapter to bfloat16, where steps of 2e-4 are lost: put the float32 weights back.
+        exact = {name: weight.detach().clone() for name, weight in self._trained()}
+        trainer = _Trainer(
+            model=self.model,
+            args=self._arguments,
+            train_dataset=self._rows,
+            processing_class=self._tokenizer,
+            callbacks=[_Reporting(reporter, keep=self._config.trainer.extra.get("save_total_limit", 1))],
+        )
+        for name, weight in self.model.named_parameters():
+            if name in exact:
+                weight.data = exact[name]
+        trainer.order = _Order([len(ids) for ids in self._rows["input_ids"]], self._config)
+        trainer.remove_callback(PrinterCallback)  # the reporter shows progress
+        trainer.remove_callback(ProgressCallback)
+        with reporter.live():
+            alone(reporter.begin())
+            if reporter.state.stop is None:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
+
+    def measure(self, rows: "Dataset") -> Turns[Evaluation]:
+        """What the adapter makes of rows."""
+        yield None
+        config = self._config
+        return evaluate(self.model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
+
+    def speaking(self) -> "AbstractContextManager[PeftModel]":
+        """The model with the adapter, to be asked."""
+        return nullcontext(self.model)
 
 
 class _Order(Sampler[int]):
@@ -149,9 +172,10 @@ class _Reporting(TrainerCallback):  # type: ignore[misc]
     def __init__(self, reporter: Reporter, keep: int | None) -> None:
         self._reporter, self._keep = reporter, keep
         self._tokens_seen = 0.0
+        self._watch = Stopwatch()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._reporter.training_begins()
+        self._watch.lap()  # what came before is no training time
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
@@ -159,7 +183,9 @@ class _Reporting(TrainerCallback):  # type: ignore[misc]
         if logs is None or "loss" not in logs:
             return
         tokens, self._tokens_seen = logs["num_tokens"] - self._tokens_seen, logs["num_tokens"]
-        self._reporter.step(state.global_step, logs["loss"], logs.get("grad_norm"), logs["learning_rate"], int(tokens))
+        norm, seconds = logs.get("grad_norm"), self._watch.lap()
+        alone(self._reporter.step(state.global_step, logs["loss"], norm, logs["learning_rate"], int(tokens), seconds))
+        self._watch.lap()
         stop = self._reporter.state.stop
         if stop is not None:
             control.should_training_stop = True
@@ -167,3 +193,4 @@ class _Reporting(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._reporter.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._keep)
+        self._watch.lap()

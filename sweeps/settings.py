@@ -22,6 +22,7 @@ class StudySettings(Section):
     storage: str | None
     n_trials: int
     n_jobs: int | None
+    slots: int | Literal["auto"]
     direction: Direction | list[Direction]
     max_failure_rate: float
     params: dict[str, Any]
@@ -38,6 +39,7 @@ class StudySettings(Section):
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
         self.require("n_trials", self.n_trials >= 1, "must be at least 1")
         self.require("n_jobs", self.n_jobs is None or self.n_jobs >= 1, "must be at least 1, or null: one for each GPU")
+        self.require("slots", self.slots == "auto" or int(self.slots) >= 1, "must be at least 1, or auto: by memory")
         self.require("direction", bool(self.direction), "must be minimize or maximize, or a list of them")
         self.require("max_failure_rate", 0 <= self.max_failure_rate <= 1, "must be a share of the trials, from 0 to 1")
         self.require("timeout", self.timeout is None or self.timeout > 0, "must be above 0 seconds, or null")

@@ -121,6 +121,13 @@ class Study:
                         name, now, f"study {self.name} has trials of {was}, and choices can't change; {another}"
                     ) from None
 
+    def settle(self, engine: str, slots: int) -> tuple[str, int]:
+        """The engine of all the study's trials and how many train together, decided when it began."""
+        if "engine" not in self.optuna.user_attrs:
+            self.optuna.set_user_attr("engine", engine)
+            self.optuna.set_user_attr("slots", slots)
+        return str(self.optuna.user_attrs["engine"]), int(self.optuna.user_attrs["slots"])
+
     @property
     def uid(self) -> str:
         """Random, the study's own: trials' W&B runs are named by it."""

@@ -4,6 +4,7 @@ Registered as a plugin by the package's entry point, so it is imported whenever 
 is imported when a sweep begins.
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -68,8 +69,10 @@ class StudySweeper(Sweeper):
             hydra_context=self._hydra_context,
             common=config,
             deadline=None if settings.timeout is None else began + settings.timeout,
+            engine=config.trainer.engine,
+            slots=1,
         )
-        worker.try_out()
+        extremes = worker.try_out()
         SHARED.source(config.model)  # a base that isn't there is said at once, and fetched once
         terms = _terms(config, space, settings)
         workers = self._workers(settings)
@@ -78,6 +81,8 @@ class StudySweeper(Sweeper):
 
         folder = worker.folder
         study = Study.open(folder, settings, address, terms, space.distributions)
+        engine, slots = study.settle(*self._engine(settings, [config, *extremes]))
+        worker = dataclasses.replace(worker, engine=engine, slots=slots)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
@@ -164,6 +169,17 @@ class StudySweeper(Sweeper):
 
         return max(1, torch.cuda.device_count())
 
+    def _engine(self, settings: "StudySettings", configs: "list[RunConfig]") -> tuple[str, int]:
+        """One engine for all trials of a study, and how many train together."""
+        from finetune.packed_engine import choose
+        from finetune.supplies import SHARED
+        from sweeps.pack import choose_slots
+
+        engines = (choose(config, SHARED.source(config.model)) for config in configs)
+        if "trl" in engines:  # the first that it is for decides, and says why
+            return "trl", 1
+        return "packed", choose_slots(settings.slots, configs)
+
     def _points(
         self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int
     ) -> "tuple[Space, list[tuple[str, Point]]]":
@@ -226,7 +242,7 @@ class StudySweeper(Sweeper):
         raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 
     def _launcher(self, worker: Any, workers: int) -> "Launcher":
-        """The chosen launcher; where that would run several workers one after the other, joblib's processes."""
+        """The chosen launcher; one of this process's own runs one worker, and for several gives way to joblib's."""
         from hydra.core.plugins import Plugins
         from omegaconf import OmegaConf, open_dict, read_write
 
@@ -235,10 +251,11 @@ class StudySweeper(Sweeper):
             plain.hydra.sweep.dir = str(worker.folder)
         config = plain.copy()
         with read_write(config), read_write(config.hydra), open_dict(config.hydra):
-            if workers > 1 and str(config.hydra.launcher._target_).endswith("BasicLauncher"):
+            if str(config.hydra.launcher._target_).endswith(("BasicLauncher", "SlotsLauncher")):
+                from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
                 from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 
-                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf)
+                config.hydra.launcher = OmegaConf.structured(JobLibLauncherConf if workers > 1 else BasicLauncherConf)
             if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
                 OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
         launcher = Plugins.instance().instantiate_launcher(

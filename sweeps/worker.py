@@ -3,6 +3,7 @@
 A worker is the task that a Hydra launcher runs, in this process or in others: it carries all it needs.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import optuna
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobStatus, run_job
+from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, open_dict
@@ -26,11 +27,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.cli import Interrupted, brief, one_line, quiet_libraries
 from finetune.config import ConfigError, RunConfig, refusal
-from finetune.progress import Observer, Rung
+from finetune.progress import Interrupt, Observer, Rung, Turns
 from finetune.records import Metrics, read_json, step_of, write_json
-from finetune.run import Objective, Part, run
-from finetune.supplies import SHARED, free_memory
+from finetune.run import Objective, Part, take_turns
+from finetune.supplies import SHARED
 from finetune.trackers import Label, untag
+from sweeps.job import as_job
+from sweeps.pack import Lane, train_together
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
 from sweeps.study import Claim, Study, role
@@ -60,6 +63,10 @@ class Worker:
     """The config's own values, which all trials have but for what is searched."""
     deadline: float | None
     """Seconds since the epoch, after which no trial begins and those that run end."""
+    engine: str
+    """Of all trials."""
+    slots: int
+    """How many of them train together in this process."""
     process: int = field(default_factory=os.getpid)
     """The sweeper's own."""
 
@@ -70,15 +77,19 @@ class Worker:
         from finetune.base import take_device
 
         take_device(HydraConfig.get().job.num)
-        study, finished = Study(self.folder, self.settings.study_name, self.address), 0
-        study.optuna.pruner = self._pruner()
-        while not self._is_over(study):
-            with study.claim() as claim:
-                if claim is None:
-                    break
-                _Turn(self, study, claim).take()
-                finished += 1
-        return float(finished)
+        study, interrupt = Study(self.folder, self.settings.study_name, self.address), Interrupt()
+        return float(train_together(lambda: self._next(study, interrupt), self.slots))
+
+    def _next(self, study: Study, interrupt: Interrupt) -> Lane | None:
+        """The next trial, in a slot; None if there is none, or none shall begin."""
+        if self._is_over(study):
+            return None
+        with contextlib.ExitStack() as held:
+            claim = held.enter_context(study.claim())
+            if claim is None:
+                return None
+            turn = _Turn(self, study, claim, interrupt)
+            return Lane(str(claim.number), turn.take(held.pop_all()), claim.folder.path / "train.log", turn.companions)
 
     def speak(self) -> None:
         """Leave the runs' own lines to their logs, and beside a live table this process's to what must be known."""
@@ -91,9 +102,12 @@ class Worker:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.addFilter(passes)
 
-    def try_out(self) -> None:
-        """Refuse before the study begins what no trial could do: wrong keys and values in the space, wrong parts."""
-        for part, make in (("sampler", lambda: self.sampler(0)), ("pruner", self._pruner)):
+    def try_out(self) -> list[RunConfig]:
+        """Configs of the space's extremes.
+
+        Refuses before the study begins what no trial could do: wrong keys and values in the space, wrong parts.
+        """
+        for part, make in (("sampler", lambda: self.sampler(0)), ("pruner", self.pruner)):
             try:
                 make()
             except ConfigError:
@@ -108,10 +122,12 @@ class Worker:
                 raise refusal(
                     "hydra.sweeper.custom_search_space", extender, f"no such function ({brief(error)})"
                 ) from error
+        configs = []
         for point in self.space.extremes():
             composed = self.compose(0, self.space.overrides(point))
             HydraConfig.instance().set_config(composed)
-            self.check(RunConfig.from_hydra(composed))
+            configs.append(self.check(RunConfig.from_hydra(composed)))
+        return configs
 
     def check(self, config: RunConfig) -> RunConfig:
         """Hold a trial's config to what all trials of a study share, however it was changed."""
@@ -134,7 +150,8 @@ class Worker:
     def _is_over(self, study: Study) -> bool:
         return (self.deadline is not None and time.time() >= self.deadline) or too_many_failures(study, self.settings)
 
-    def _pruner(self) -> BasePruner:
+    def pruner(self) -> BasePruner:
+        """The study's pruner."""
         if len(self.settings.directions) > 1:
             return optuna.pruners.NopPruner()
         pruner: BasePruner = instantiate(self.settings.pruner, _execution_whitelist_=("optuna.pruners.*",))
@@ -179,14 +196,22 @@ class _Failure:
 class _Turn:
     """One trial on a worker, from its claim to what the study is told of it."""
 
-    def __init__(self, worker: Worker, study: Study, claim: Claim) -> None:
-        self.worker, self.study, self.claim = worker, study, claim
+    def __init__(self, worker: Worker, study: Study, claim: Claim, interrupt: Interrupt) -> None:
+        self.worker, self.study, self.claim, self.interrupt = worker, study, claim, interrupt
         self.folder = claim.folder
-        study.optuna.sampler = worker.sampler(claim.number)
-        self.trial = optuna.Trial(study.optuna, claim.trial_id)
+        self.companions: set[str] = set()
+        sampler = worker.sampler(claim.number)
+        self.optuna = optuna.Study(study.name, study.storage, sampler=sampler, pruner=worker.pruner())
+        self.trial = optuna.Trial(self.optuna, claim.trial_id)
 
-    def take(self) -> None:
-        """Tell the trial what its folder knows already, or run it and tell what came out."""
+    def take(self, held: contextlib.ExitStack) -> Turns[None]:
+        """Tell the trial what its folder knows already, or run it and tell what came out, holding its claim."""
+        with held:
+            yield from self._take()
+
+    def _take(self) -> Turns[None]:
+        from finetune.base import says_out_of_memory
+
         known = read_json(self.folder.result) or {}
         status = known.get("status")
         retried = status == "failed" and says_out_of_memory(str(known.get("error"))) and self._shrink()
@@ -197,7 +222,7 @@ class _Turn:
             write_json(self.folder.result, {**known, "status": "failed", "error": reason})
             self._tell(TrialState.FAIL, error=reason)
         else:
-            self._run_and_tell()
+            yield from self._run_and_tell()
         self.study.tidy(self.worker.settings.keep_adapters)
 
     def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
@@ -213,19 +238,21 @@ class _Turn:
         self.trial.set_user_attr("starts", [*starts, step])
         return False
 
-    def _run_and_tell(self) -> None:
-        failure = self._attempt()
+    def _run_and_tell(self) -> Turns[None]:
+        failure = yield from self._attempt()
         if failure is not None and failure.out_of_memory and self._shrink():
-            failure = self._attempt()
+            failure = yield from self._attempt()
         if failure is not None:
             self._tell(TrialState.FAIL, error=failure.reason)
         else:
             self._tell_result(read_json(self.folder.result))
 
-    def _attempt(self) -> "_Failure | None":
+    def _attempt(self) -> Turns["_Failure | None"]:
         """Run the trial; what went wrong is its own. No exception is kept: it would hold the memory of the run."""
+        from finetune.base import free_memory, out_of_memory
+
         try:
-            self._run([*self._overrides(), *self.trial.user_attrs.get("shrunk", [])])
+            yield from self._run([*self._overrides(), *self.trial.user_attrs.get("shrunk", [])])
         except Interrupted:
             raise
         except Exception as error:
@@ -247,36 +274,28 @@ class _Turn:
             extend(self.worker.config, trial)
         values = ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
         log.info("trial %d: %s%s", trial.number, values, self._note())
-        return space.overrides(trial.params)
+        return [*space.overrides(trial.params), f"trainer.engine={self.worker.engine}"]
 
     def _note(self) -> str:
         """Why the trial is at its point, if the sampler did not choose it."""
         why = {"baseline": " (baseline: the config's own values)", "start": " (hydra.sweeper.start)"}
         return why.get(role(self.trial), "")
 
-    def _run(self, overrides: list[str]) -> None:
+    def _run(self, overrides: list[str]) -> Turns[None]:
         """Compose the trial's config as Hydra does, and run it in its folder. Raises what went wrong."""
         worker, number = self.worker, self.claim.number
-        config = worker.compose(number, overrides)
         label = Label(
             id=f"{self.study.uid}-{number}",
             name=f"{self.study.name}-{number}",
             group=self.study.name,
             job_type="trial",
         )
-        part = Part(_Judge(self), SHARED, label, alone=False)
+        part = Part(_Judge(self), SHARED, label, False, self.interrupt, worker.slots, self.companions)
 
-        def task(composed: DictConfig) -> Objective:
-            worker.speak()
-            return run(worker.check(RunConfig.from_hydra(composed)), self.folder, part)
+        def task(composed: DictConfig) -> Turns[Objective]:
+            return take_turns(worker.check(RunConfig.from_hydra(composed)), self.folder, part)
 
-        done = run_job(
-            task_function=task,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=worker.hydra_context,
-        )
+        done = yield from as_job(worker.compose(number, overrides), worker.hydra_context, task)
         if done.status == JobStatus.FAILED:
             raise done._return_value
 
@@ -316,7 +335,7 @@ class _Turn:
     def _tell(self, state: TrialState, values: list[float] | None = None, **notes: Any) -> None:
         for name, note in notes.items():
             self.trial.set_user_attr(name, note)
-        self.study.optuna.tell(self.trial, values, state, skip_if_finished=True)
+        self.optuna.tell(self.trial, values, state, skip_if_finished=True)
         if values is not None:
             pairs = zip(self.study.objectives, values, strict=True)
             said = f"completed, {', '.join(f'{name} {value:.4f}' for name, value in pairs)}"
@@ -344,18 +363,23 @@ class _Judge(Observer):
         deadline = self._turn.worker.deadline
         return deadline is not None and time.time() >= deadline and self._ends("out of time")
 
-    def on_rung(self, rung: Rung) -> bool:
+    def on_rung(self, rung: Rung) -> None:
         """Rungs count from the first evaluation after training began: before it all trials are alike."""
         if rung.index == 0:
             self._trial.set_user_attr("steps", rung.total)
-        value = rung.metrics.get("objective")
-        if rung.index == 0 or value is None or len(self._turn.worker.settings.directions) > 1:
-            return False
-        if rung.index not in self._reported:
-            self._trial.report(value, rung.index)
-        log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, self._turn.study.objectives[0], value)
-        hopeless = self._trial.should_prune() and rung.step < rung.total
+        if self._can_be_judged(rung):
+            value = rung.metrics["objective"]
+            if rung.index not in self._reported:
+                self._trial.report(value, rung.index)
+            name = self._turn.study.objectives[0]
+            log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
+
+    def judge(self, rung: Rung) -> bool:
+        hopeless = self._can_be_judged(rung) and rung.step < rung.total and self._trial.should_prune()
         return hopeless and role(self._trial) != "baseline" and self._ends("worse than others at this rung")
+
+    def _can_be_judged(self, rung: Rung) -> bool:
+        return rung.index > 0 and "objective" in rung.metrics and len(self._turn.worker.settings.directions) == 1
 
     def _ends(self, reason: str) -> bool:
         self._trial.set_user_attr("reason", reason)
@@ -372,19 +396,3 @@ class _Judge(Observer):
                 return []
             untag(study.folder_of(before.number), "best")
         return ["best"]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine's or the GPU's memory was too small."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and says_out_of_memory(str(error))
-    )
-
-
-def says_out_of_memory(text: str) -> bool:
-    """Whether an error's message is of memory."""
-    return any(
-        words in text for words in ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
-    )

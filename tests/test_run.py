@@ -47,7 +47,7 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_bas
     assert result["status"] == "completed"
     assert result["objective"] == {"name": "eval/loss", "value": objective}
     assert result["error"] is None
-    assert result["engine"] == "trl"
+    assert result["engine"] == "packed"
     assert result["slots"] == 1
     assert result["effective_batch_size"] == 4
     assert result["tokens_per_second"] == pytest.approx(result["train_tokens"] / result["train_seconds"])
@@ -102,8 +102,10 @@ class StopsAt(Observer):
     def __init__(self, rung: int) -> None:
         self.rung, self.seen = rung, []  # type: tuple[int, list[Rung]]
 
-    def on_rung(self, rung: Rung) -> bool:
+    def on_rung(self, rung: Rung) -> None:
         self.seen.append(rung)
+
+    def judge(self, rung: Rung) -> bool:
         return rung.index == self.rung
 
 

@@ -22,6 +22,7 @@ from optuna.samplers import CmaEsSampler, GPSampler, NSGAIIISampler, NSGAIISampl
 
 from finetune.cli import CONF
 from finetune.config import ConfigError
+from finetune.progress import Interrupt
 from sweeps.settings import StudySettings
 from sweeps.space import Point, Space
 from sweeps.study import Study
@@ -56,7 +57,7 @@ def settings_of(*overrides: str) -> StudySettings:
 def worker_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")) -> Worker:
     nothing: Any = None  # it composes no trial
     config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
-    return Worker(folder, None, settings_of(*overrides), space, config, nothing, common, None)
+    return Worker(folder, None, settings_of(*overrides), space, config, nothing, common, None, "packed", 1)
 
 
 def loss(point: Point) -> float:
@@ -94,7 +95,7 @@ def drive(tmp_path: Path) -> Drive:
             with opened.claim() as claim:
                 if claim is None:
                     break
-                turn = _Turn(worker, opened, claim)
+                turn = _Turn(worker, opened, claim, Interrupt())
                 turn._overrides()
                 opened.optuna.tell(turn.trial, values(turn.trial.params))
         return [trial.params for trial in opened.trials()]

@@ -1,0 +1,118 @@
+"""The Hydra launcher `slots`, the default: the jobs of a plain multirun train together on one base.
+
+Registered as a plugin by the package's entry point, so it is imported whenever Hydra starts: all that is heavy
+is imported when jobs begin.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
+from hydra.plugins.launcher import Launcher
+
+if TYPE_CHECKING:
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+    from finetune.config import RunConfig
+    from finetune.progress import Interrupt, Turns
+    from finetune.run import Objective
+    from sweeps.pack import Lane
+
+log = logging.getLogger(__name__)
+
+
+class SlotsLauncher(Launcher):
+    """Trains so many jobs at once in this process; `auto`: as many as memory has room for."""
+
+    def __init__(self, slots: int | str = "auto") -> None:
+        self._slots = slots
+
+    def setup(self, *, hydra_context: "HydraContext", task_function: "TaskFunction", config: "DictConfig") -> None:
+        self._hydra_context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Run one job for each list of overrides; one that fails ends no other, and is told of when all have ended."""
+        from finetune.cli import one_line
+        from finetune.config import ConfigError
+        from finetune.progress import Interrupt
+        from finetune.records import discard_multirun
+        from sweeps.pack import choose_slots, train_together
+
+        configs = [
+            self._compose(number, list(overrides)) for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        self._configure_log()
+        done: dict[int, JobReturn] = {}
+        interrupt, waiting = Interrupt(), iter(configs)
+        sound = [config for config in map(self._checked, configs) if config is not None]
+        slots = min(choose_slots(self._slots, sound), len(configs))
+
+        def take() -> "Lane | None":
+            config = next(waiting, None)
+            return None if config is None else self._lane(config, done, interrupt, slots)
+
+        train_together(take, slots)
+        failed = {number: one_line(job._return_value) for number, job in done.items() if job.status == JobStatus.FAILED}
+        for number, line in failed.items():
+            log.error("job %d failed: %s", number, line)
+        if failed:
+            discard_multirun(Path(self._config.hydra.sweep.dir))
+            first = min(failed)
+            raise ConfigError(f"{len(failed)} failed; job {first}: {failed[first]}")
+        return [done[number] for number in sorted(done)]
+
+    def _configure_log(self) -> None:
+        """The jobs' own logging, but for its file: each job's lane has its own. Lines tell whose they are."""
+        from omegaconf import open_dict, read_write
+
+        from sweeps.pack import NamingFormatter
+
+        settings = deepcopy(self._config.hydra.job_logging)
+        with read_write(settings), open_dict(settings):
+            if "file" in settings.get("handlers", {}):
+                del settings.handlers["file"]
+                settings.root.handlers = [name for name in settings.root.handlers if name != "file"]
+        whitelist = self._hydra_context.execution_whitelist
+        configure_log(settings, self._config.hydra.verbose, execution_whitelist=whitelist)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(NamingFormatter(handler.formatter or logging.Formatter()))
+
+    def _compose(self, number: int, overrides: list[str]) -> "DictConfig":
+        from omegaconf import open_dict
+
+        config = self._hydra_context.config_loader.load_sweep_config(self._config, overrides)
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        log.info("job %d: %s", number, " ".join(filter_overrides(overrides)))
+        return config
+
+    def _checked(self, config: "DictConfig") -> "RunConfig | None":
+        """A job's config; None where something is wrong with it, which the job says itself."""
+        from finetune.config import RunConfig
+        from sweeps.job import current
+
+        with suppress(ValueError), current(config):
+            return RunConfig.from_hydra(config)
+        return None
+
+    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], interrupt: "Interrupt", slots: int) -> "Lane":
+        """A job as work in a slot, which leaves its return among those that are done."""
+        from finetune.__main__ import job
+        from sweeps.job import as_job
+        from sweeps.pack import Lane
+
+        companions: set[str] = set()
+        number, folder = config.hydra.job.num, Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+
+        def work() -> "Turns[None]":
+            def task(composed: "DictConfig") -> "Turns[Objective]":
+                return job(composed, interrupt=interrupt, slots=slots, companions=companions)
+
+            done[number] = yield from as_job(config, self._hydra_context, task)
+
+        return Lane(str(number), work(), folder / "train.log", companions)

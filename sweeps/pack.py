@@ -1,0 +1,135 @@
+"""Runs that train together: each in a slot of one worker, all on one base."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.cli import Interrupted
+from finetune.config import RunConfig
+from finetune.progress import Turns, Wish
+
+
+def choose_slots(wanted: int | str, configs: Sequence[RunConfig]) -> int:
+    """How many slots a worker has for such runs; `auto`: one on a CPU, which arithmetic alone keeps busy."""
+    if isinstance(wanted, int) or not configs:
+        return wanted if isinstance(wanted, int) else 1
+    from finetune.base import on_gpu
+
+    return 4 if on_gpu() else 1
+
+
+@dataclass(eq=False)
+class Lane:
+    """A run in a slot: its work, and what it waits for."""
+
+    name: str
+    work: Turns[Any]
+    log: Path
+    """The file that gets its lines, and no other run's."""
+    companions: set[str]
+    """Filled with the names of the runs that train beside it."""
+    wish: Wish | None = None
+    has_ended: bool = False
+    answer: Any = None
+    """What came of its last wish; an Exception is raised where the run waits for it."""
+    handler: logging.Handler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.handler = logging.FileHandler(self.log, delay=True)
+        self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+
+    def go_on(self) -> None:
+        """Let the run work until it wishes for something, or ends."""
+        answer, self.answer = self.answer, None
+        with self._logging():
+            try:
+                self.wish = self.work.throw(answer) if isinstance(answer, Exception) else self.work.send(answer)
+            except StopIteration:
+                self.has_ended = True
+
+    def close(self) -> None:
+        """End the run where it is."""
+        with self._logging():
+            self.work.close()
+        self.handler.close()
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        logging.getLogger().addHandler(self.handler)
+        NamingFormatter.lane = self.name
+        try:
+            yield
+        finally:
+            NamingFormatter.lane = None
+            logging.getLogger().removeHandler(self.handler)
+
+
+class NamingFormatter(logging.Formatter):
+    """Another formatter's lines, each after the name of the lane that it is of."""
+
+    lane: str | None = None
+
+    def __init__(self, plain: logging.Formatter) -> None:
+        super().__init__()
+        self._plain = plain
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._plain.format(record)
+        return text if self.lane is None else "\n".join(f"{self.lane}: {line}" for line in text.splitlines())
+
+
+def train_together(take: Callable[[], Lane | None], slots: int) -> int:
+    """Run lanes in so many slots until there are none to take; returns how many have ended.
+
+    A slot that is free takes the next lane at once. What the runs wish for at the same time is computed together;
+    one that wishes for nothing only lets the others come as far. When the user interrupts, all end before it is said.
+    """
+    lanes: list[Lane] = []
+    ended, interrupted = 0, None
+    try:
+        while True:
+            while interrupted is None and len(lanes) < max(1, min([slots, *_capacities(lanes)])):
+                lane = take()
+                if lane is None:
+                    break
+                for other in lanes:
+                    other.companions.add(lane.name)
+                    lane.companions.add(other.name)
+                lanes.append(lane)
+            if not lanes:
+                break
+            _grant(lanes)
+            waited = [lane for lane in lanes if lane.wish is None]
+            for lane in [*(lane for lane in lanes if lane.wish is not None), *waited]:
+                try:
+                    lane.go_on()
+                except Interrupted as error:
+                    lane.has_ended, interrupted = True, error
+            for lane in lanes:
+                if lane.has_ended:
+                    lane.close()
+                    ended += 1
+            lanes = [lane for lane in lanes if not lane.has_ended]
+    finally:
+        for lane in lanes:
+            lane.close()
+    if interrupted is not None:
+        raise interrupted
+    return ended
+
+
+def _grant(lanes: list[Lane]) -> None:
+    """Compute what the lanes wish for, together where it is of the same bank."""
+    wishing = [(lane, lane.wish) for lane in lanes if lane.wish is not None]
+    for bank in {id(wish.bank): wish.bank for _, wish in wishing}.values():
+        own = [(lane, wish) for lane, wish in wishing if wish.bank is bank]
+        for (lane, _), answer in zip(own, bank.grant([wish for _, wish in own]), strict=True):
+            lane.answer = answer
+
+
+def _capacities(lanes: list[Lane]) -> list[int]:
+    """How many slots the lanes' banks have memory for, where that is known."""
+    return [lane.wish.bank.capacity for lane in lanes if lane.wish is not None and lane.wish.bank.capacity]
