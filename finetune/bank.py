@@ -20,6 +20,7 @@ from finetune.base import add_adapter, compute_dtype, free_memory, out_of_memory
 from finetune.config import LoraSettings, RunConfig
 from finetune.evaluation import Evaluation
 from finetune.layout import ATTENTION, Line, Row
+from finetune.lean import make_lean
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -156,6 +157,7 @@ class Bank:
         self._pass: _Pass | None = None
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)  # makes outputs part of the graph
         self._routed: set[str] = set()
+        make_lean(base, lambda: self._pass is not None)
         self.taken = 0
         """Slots in which runs train."""
         self.capacity: int | None = None
@@ -339,11 +341,11 @@ class _Stretch:
     stop: int
     draw: int | None
 
-    def mask(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Which of the input's elements stay [tokens, in]; None: all.
+    def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which of the input's elements are dropped [tokens, in]; None: none.
 
-        Drawn anew wherever it is needed from the run's seed, the batch and the layer, so it is the same alone and
-        packed, resumed, and when activations are recomputed.
+        Drawn from the run's seed, the batch and the layer alone, so it is the same alone and packed, resumed, and
+        when activations are recomputed.
         """
         slot = self.slot
         if self.draw is None or not slot.dropout:
@@ -354,7 +356,7 @@ class _Stretch:
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=generator)
         drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-        return drawn >= round(slot.dropout * 65536) - 32768
+        return drawn < round(slot.dropout * 65536) - 32768
 
     @property
     def scaling(self) -> float:
@@ -382,43 +384,46 @@ class _Adapted(torch.autograd.Function):
         ctx.layer, ctx.stretches, ctx.computes = layer, stretches, output is None
         y = linear(x, dense_weight(layer), getattr(layer, "bias", None)) if output is None else output.clone()
         flat_x, flat_y = x.flatten(0, -2), y.flatten(0, -2)
-        inner = []
+        kept: list[torch.Tensor | None] = []
         for stretch in stretches:
             tokens = slice(stretch.start, stretch.stop)
             own = flat_x[tokens]
-            mask = stretch.mask(own)
-            h = (own if mask is None else own * mask) @ stretch.adapter.a.t()
+            dropped = stretch.dropped(own)
+            h = _without(own, dropped) @ stretch.adapter.a.t()
             flat_y[tokens].addmm_(h, stretch.adapter.b.t(), alpha=stretch.scaling)
-            inner.append(h)
-        ctx.save_for_backward(x, *inner)
+            kept += [h, dropped]
+        ctx.save_for_backward(x, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
-        x, *inner = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
         into_x = None
         if wanted:
             into_x = gradient @ dense_weight(ctx.layer) if ctx.computes else torch.zeros_like(x)
         flat_x, flat_y = x.flatten(0, -2), gradient.flatten(0, -2)
-        for stretch, h in zip(ctx.stretches, inner, strict=True):
+        for stretch, h, dropped in zip(ctx.stretches, kept[::2], kept[1::2], strict=True):
             tokens, adapter = slice(stretch.start, stretch.stop), stretch.adapter
             own, slope = flat_x[tokens], flat_y[tokens]
-            mask = stretch.mask(own)
             into_h = (slope @ adapter.b) * stretch.scaling
             _add(adapter.gradient_b, slope.t(), h, stretch.scaling)
-            _add(adapter.gradient_a, into_h.t(), own if mask is None else own * mask, 1.0)
+            _add(adapter.gradient_a, into_h.t(), _without(own, dropped), 1.0)
             if into_x is not None:
                 part = into_x.flatten(0, -2)[tokens]
-                if mask is None:
+                if dropped is None:
                     part.addmm_(into_h, adapter.a)
                 else:
-                    part.add_((into_h @ adapter.a) * mask)
+                    part.add_(_without(into_h @ adapter.a, dropped))
         return into_x, None, None if ctx.computes else gradient, None, None
 
 
 adapted: Callable[..., torch.Tensor] = _Adapted.apply
+
+
+def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    return x if dropped is None else x.masked_fill(dropped, 0.0)
 
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:

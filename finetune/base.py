@@ -1,6 +1,7 @@
 """The frozen base and its tokenizer, quantised by bitsandbytes, and the LoRA adapter on it."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -43,8 +44,10 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def free_memory() -> None:
-    """Collect what nothing refers to, and hand the GPU's share back to it."""
+    """Collect what nothing refers to, and hand it back to the system and the GPU."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # GNU's C library keeps freed memory otherwise
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -195,12 +198,18 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     return model
 
 
+def keeps_dequantized(weights: int, settings: QuantizationSettings) -> bool:
+    """Whether so many 4-bit weights are dequantised once: on a CPU with the memory for it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return settings.load_in_4bit and not on_gpu() and 4 * weights <= memory * DEQUANTIZED_SHARE
+
+
 def keep_dequantized(model: "PreTrainedModel", settings: QuantizationSettings) -> None:
     """On a CPU, dequantise a 4-bit base's weights once, not in each forward and backward, where memory allows.
 
     The numbers are the same, bit for bit: bitsandbytes too multiplies by the dequantised weights.
     """
-    if on_gpu() or not settings.load_in_4bit:
+    if not settings.load_in_4bit:
         return
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -211,8 +220,7 @@ def keep_dequantized(model: "PreTrainedModel", settings: QuantizationSettings) -
         for name, child in parent.named_children()
         if isinstance(child, Linear4bit)
     ]
-    needed = sum(4 * layer.in_features * layer.out_features for _, _, layer in layers)
-    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * DEQUANTIZED_SHARE:
+    if not keeps_dequantized(sum(layer.in_features * layer.out_features for _, _, layer in layers), settings):
         return
     for parent, name, layer in layers:
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -17,6 +17,8 @@ from finetune.config import PLAIN_NAME, ConfigError, did_you_mean, is_plain_name
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from finetune.config import RunConfig
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 """The config folder: inside the package in an installed wheel, beside it in a checkout."""
@@ -136,6 +138,16 @@ def _hydra_app(task: Callable[["DictConfig"], object]) -> None:
         if job is not None:
             raise ConfigError(f"{len(errors)} failed; job {job}: {one_line(first)}")
         raise first
+
+
+def compose_run(overrides: list[str]) -> "RunConfig":
+    """The checked config of a command line, for commands that are no Hydra application."""
+    from hydra import compose, initialize_config_dir
+
+    from finetune.config import RunConfig
+
+    with initialize_config_dir(str(CONF)):
+        return RunConfig.from_hydra(compose("config", [_checked_override(word) for word in overrides]))
 
 
 def _resume(folder: str, others: list[str]) -> None:

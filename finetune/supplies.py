@@ -75,11 +75,12 @@ class Supplies:
     def bank(self, config: RunConfig) -> "Bank":
         """The base, quantised and frozen, for runs to put their adapters on."""
         from finetune.bank import Bank
-        from finetune.base import keep_dequantized, load_base
+        from finetune.base import free_memory, keep_dequantized, load_base
 
         def load() -> Bank:
             base = load_base(self.source(config.model), config)
             keep_dequantized(base, config.quantization)
+            free_memory()
             return Bank(base, config)
 
         return self.keep("bank", base_key(config), load)

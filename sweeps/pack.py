@@ -10,15 +10,20 @@ from typing import Any
 from finetune.cli import Interrupted
 from finetune.config import RunConfig
 from finetune.progress import Turns, Wish
+from finetune.supplies import SHARED
 
 
 def choose_slots(wanted: int | str, configs: Sequence[RunConfig]) -> int:
-    """How many slots a worker has for such runs; `auto`: one on a CPU, which arithmetic alone keeps busy."""
+    """How many slots a worker has for such runs; `auto`: as many as memory has room for and a GPU is kept busy by."""
     if isinstance(wanted, int) or not configs:
         return wanted if isinstance(wanted, int) else 1
     from finetune.base import on_gpu
+    from finetune.plan import plan
 
-    return 4 if on_gpu() else 1
+    if not on_gpu():
+        return 1  # one run keeps it busy
+    neediest = max(configs, key=lambda config: (config.lora.r, config.trainer.per_device_train_batch_size))
+    return plan(neediest, SHARED).slots
 
 
 @dataclass(eq=False)

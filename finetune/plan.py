@@ -1,0 +1,277 @@
+"""What a run will need, before any weights load: `python -m finetune.plan` with the run's own overrides."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.cli import command_parser, compose_run, run_command
+from finetune.config import ConfigError, RunConfig
+from finetune.progress import total_steps
+from finetune.supplies import Supplies
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+USABLE = 0.9
+"""The share of a machine's memory that is planned with."""
+
+BUSY_TOKENS = 4096
+"""Tokens in one pass that keep a GPU busy: more slots than these need bring nothing."""
+
+MOST_SLOTS = 16
+
+CPU_SLACK = 1.7
+"""Measured on a CPU: attention's padded copies, and freed memory that the C library holds back."""
+
+LIBRARIES = 300 * 2**20
+"""What a run on a CPU pages in of its libraries once it computes."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory in bytes by what it is for, and work in tokens."""
+
+    process: int
+    """Python and its libraries, where memory is the host's."""
+    base: int
+    adapter: int
+    """One slot's weights, gradient and rounded copy."""
+    optimizer: int
+    """One slot's."""
+    activations: int
+    """Of one slot's largest batch, kept for its backward pass."""
+    logits: int
+    evaluation: int
+    """Of one slot's largest batch of held-out rows; no gradients are kept."""
+    available: int
+    """The machine's memory for this: the GPU's, else the host's."""
+    batch_tokens: int
+    """In one slot's largest batch, what its rows share counted once."""
+    train_tokens: int
+    """Of the whole run, padding not counted."""
+    weights: int
+    """That a token is multiplied by."""
+
+    @property
+    def slot(self) -> int:
+        """What one more slot needs."""
+        return self.adapter + self.optimizer + max(self.activations, self.evaluation)
+
+    def peak(self, slots: int = 1) -> int:
+        """The most that so many slots need at once."""
+        return self.process + self.base + self.logits + slots * self.slot
+
+    @property
+    def largest(self) -> int:
+        """How many slots there is room for; 0: not even one."""
+        room = USABLE * self.available - self.process - self.base - self.logits
+        return max(0, math.floor(room / self.slot))
+
+    @property
+    def slots(self) -> int:
+        """How many slots are worth having: as many as keep a GPU busy; one on a CPU, which one keeps busy."""
+        from finetune.base import on_gpu
+
+        wanted = math.ceil(BUSY_TOKENS / self.batch_tokens) if on_gpu() else 1
+        return max(1, min(wanted, self.largest, MOST_SLOTS))
+
+    def require_room(self, config: RunConfig) -> None:
+        """Raise ConfigError, with the keys to change, where not one slot has room."""
+        if self.largest:
+            return
+        parts = {"the base": self.base, "activations": self.activations, "evaluation": self.evaluation}
+        most = max(parts, key=lambda name: parts[name])
+        trainer = config.trainer
+        if most == "the base":
+            key, value = "quantization", "nf4" if not config.quantization.load_in_4bit else "a smaller model"
+            advice = f"take {value}" if value != "nf4" else "quantization=nf4 needs less"
+        elif most == "evaluation":
+            key, advice = f"trainer.per_device_eval_batch_size={trainer.per_device_eval_batch_size}", "lower it"
+        else:
+            key = f"trainer.per_device_train_batch_size={trainer.per_device_train_batch_size}"
+            advice = "lower it (and raise trainer.gradient_accumulation_steps)"
+            if not trainer.gradient_checkpointing:
+                advice += ", or trainer.gradient_checkpointing=true"
+        raise ConfigError(
+            f"{key}: the run needs {self.peak() / GIB:.1f} GiB, most of it for {most} "
+            f"({parts[most] / GIB:.1f}), of {self.available * USABLE / GIB:.1f} GiB; {advice}"
+        )
+
+
+def plan(config: RunConfig, supplies: Supplies) -> Plan:
+    """Plan a run from its config, its rows and its base's shapes alone."""
+    from finetune.base import add_adapter, compute_dtype, on_gpu, read_base_config
+    from finetune.layout import Line
+    from finetune.packed_engine import steps
+
+    rows = supplies.rows(config.dataset)
+    train, held_out, test = (
+        supplies.tokens(part, own, config).to_list()
+        for part, own in (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test))
+    )
+    base = read_base_config(supplies.source(config.model), config.model)
+    skeleton = _skeleton(base)
+    cost = _base_bytes(skeleton, config)
+    weights = sum(parameter.numel() for name, parameter in skeleton.named_parameters() if "embed" not in name)
+    adapted = add_adapter(skeleton, config.lora, config.seed)
+    trained = [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
+    half = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 4
+
+    total = total_steps(config, len(train))
+    lengths = [len(row["input_ids"]) for row in train]
+    device = _meta()
+    batches = [batch for step in steps(lengths, config, total) for batch in step.batches]
+    largest = max(batches, key=lambda batch: sum(lengths[index] for index in batch))
+    line = Line([[train[index] for index in largest]], device)
+    shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
+    measured = Line([shown[: config.trainer.per_device_eval_batch_size]], device) if shown else line
+    tokens, measured_tokens = line.ids.shape[1], measured.ids.shape[1]
+    kept, passing = _activation_elements(base, config)
+    return Plan(
+        process=0 if on_gpu() else _resident() + LIBRARIES,
+        base=cost,
+        adapter=sum(trained) * (8 if half == 4 else 10),
+        optimizer=sum(trained) * 8,
+        activations=int(tokens * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
+        logits=_logits_bytes(base),
+        evaluation=measured_tokens * passing * half,
+        available=_available(),
+        batch_tokens=tokens,
+        train_tokens=sum(lengths[index] for batch in batches for index in batch),
+        weights=weights,
+    )
+
+
+def _meta() -> "torch.device":
+    import torch
+
+    return torch.device("meta")
+
+
+def _skeleton(base: Any) -> "PreTrainedModel":
+    """The base's shapes without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(base)
+    return skeleton
+
+
+def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
+    """The base in memory: quantised layers with their scales, or on a CPU dequantised; the rest in its dtype."""
+    import torch
+
+    from finetune.base import compute_dtype, keeps_dequantized
+
+    quantization, head = config.quantization, skeleton.get_output_embeddings()
+    size = compute_dtype(quantization).itemsize
+    linear = sum(
+        module.weight.numel()
+        for module in skeleton.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    others = sum(parameter.numel() for parameter in skeleton.parameters()) - linear
+    if quantization.load_in_4bit and not keeps_dequantized(linear, quantization):
+        scales = 1 / 64 + 4 / (64 * 256) if quantization.bnb_4bit_use_double_quant else 4 / 64
+        each = 0.5 + scales
+    elif quantization.load_in_8bit:
+        each = 1.0
+    else:
+        each = float(size)
+    return int(linear * each + others * size)
+
+
+def _activation_elements(base: Any, config: RunConfig) -> tuple[int, int]:
+    """Numbers for each token: kept for the backward pass, and alive for a moment within a layer.
+
+    A layer keeps the inputs of its norms and linear layers, its queries, keys and values, and what the gate takes;
+    with checkpointing its input alone. Within a layer, the forward and backward of the gate are the widest.
+    """
+    hidden, inner, layers = base.hidden_size, base.intermediate_size, base.num_hidden_layers
+    heads = base.num_attention_heads
+    width = getattr(base, "head_dim", None) or hidden // heads
+    queries, keys = heads * width, getattr(base, "num_key_value_heads", heads) * width
+    layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
+    passing = 4 * hidden + 2 * queries + 4 * inner
+    if config.trainer.gradient_checkpointing:
+        return layers * hidden, layer + passing
+    return layers * layer, passing
+
+
+def _logits_bytes(base: Any) -> int:
+    """One chunk of logits, its softmax and its gradient, in float32."""
+    from finetune.bank import LOGITS
+
+    return int(3 * 4 * LOGITS * base.vocab_size)
+
+
+def _available() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _resident() -> int:
+    """This process's memory: it has imported what a run imports."""
+    from finetune.records import resident_memory_bytes
+
+    return resident_memory_bytes()
+
+
+def main() -> None:
+    """Read the command line, plan, print."""
+    parser = command_parser(__doc__ or "")
+    parser.add_argument("overrides", nargs="*", help="as python -m finetune takes them")
+    config = compose_run(parser.parse_intermixed_args().overrides)
+    from finetune.cli import quiet_libraries
+
+    quiet_libraries()
+    found = plan(config, Supplies())
+    gib = {
+        "python and libraries": found.process,
+        "base": found.base,
+        "adapter and its gradient": found.adapter,
+        "optimizer": found.optimizer,
+        f"activations ({found.batch_tokens} tokens)": found.activations,
+        "logits": found.logits,
+        "evaluation": found.evaluation,
+    }
+    for name, amount in gib.items():
+        if amount:
+            print(f"{name:32}{amount / GIB:8.2f} GiB")
+    print(f"{'peak of one run':32}{found.peak() / GIB:8.2f} GiB of {found.available / GIB:.1f}")
+    found.require_room(config)
+    print(f"{'each further slot':32}{found.slot / GIB:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
+    seconds = found.train_tokens * 4 * found.weights / speed()
+    print(f"{'tokens':32}{found.train_tokens:8d}: about {max(1, math.ceil(seconds / 60))} min of training")
+
+
+def speed() -> float:
+    """What this machine multiplies, in floating point operations a second, as training does it."""
+    import time
+
+    import torch
+
+    from finetune.base import on_gpu
+
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
+    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((512, 2048), (2048, 2048)))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(8):
+            product = left @ right
+        float(product[0, 0])
+        best = max(best, 8 * 2 * 512 * 2048**2 / (time.perf_counter() - began))
+    return 0.7 * best
+
+
+if __name__ == "__main__":
+    run_command(main)
