@@ -4,6 +4,7 @@ What the rows of one batch begin with alike (a system prompt) is laid once, and 
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,8 +193,11 @@ class Line:
         if keys is not None:
             key, value = key[keys], value[keys]
         seen = (-1 if window is None else window - 1, 0)
+        more: Any = (
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        )  # torch 2.13
         found = varlen_attn(
-            query, key, value, of_queries, of_keys, longest, widest, scale=scale, window_size=seen, enable_gqa=True
+            query, key, value, of_queries, of_keys, longest, widest, scale=scale, window_size=seen, **more
         )
         assert isinstance(found, torch.Tensor)  # not the pair that it returns when asked for more
         return found
