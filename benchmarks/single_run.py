@@ -1,14 +1,15 @@
 """One run of this project against a plain TRL script with the same recipe, step by step in turns.
 
-    python benchmarks/single_run.py [--steps 12]
+    python benchmarks/single_run.py [--rows chat|text] [--steps 12]
 
-All train NF4 and LoRA r 16 on all linear layers, AdamW, batch 4, on rows of exactly 128 tokens, so that all do
-the same work whatever their order of rows. None evaluates or saves on the way. The plain script runs as TRL has
-it (it rounds the adapter's weights to bfloat16) and with the adapter in float32, as this project keeps it.
+All train NF4 and LoRA r 16 on all linear layers, AdamW, batch 4. Rows are the default run's chats (`chat`: of
+unequal lengths, the answers learnt), or texts of exactly 128 tokens, all of them learnt (`text`: nothing to pad,
+nothing shared, nothing left out). None evaluates or saves on the way. The plain script runs as TRL has it (it
+rounds the adapter's weights to bfloat16) and with the adapter in float32, as this project keeps it.
 
 For the speed, all train in one process, one step each in turn, so that a machine whose speed drifts treats them
-alike; a step's time runs until the next begins, optimizer and logging included, and ratios are taken turn by turn.
-Peak memory is a whole process's that trains three steps alone.
+alike; a step's time runs until the next begins, optimizer and logging included. Tokens are the rows' own, without
+padding. Peak memory is a whole process's that trains three steps alone.
 """
 
 import argparse
@@ -26,37 +27,54 @@ from pathlib import Path
 from typing import Any
 
 LENGTH, BATCH = 128, 4
+OWN_ROWS, THEIR_ROWS = "own.jsonl", "theirs.jsonl"
 OURS, FLOAT32, PLAIN = "this project", "plain TRL, float32 adapter", "plain TRL as it is"
 
 
 def main() -> None:
     """Take the turns, measure the memory and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", choices=["chat", "text"], default="chat")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--alone", choices=[OURS, FLOAT32, PLAIN], help="train one side, three steps, and say nothing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.alone:
-            prepare(folder, 3)
+            prepare(folder, arguments.rows, 3)
             train(arguments.alone, folder, 3)
             return
         # First: a child's peak is at least what its parent had when it was forked.
-        memory = {name: peak_memory(name) for name in (OURS, FLOAT32, PLAIN)}
-        prepare(folder, arguments.steps)
-        seconds = in_turns(folder, arguments.steps)
-    print_table(seconds, memory)
+        memory = {name: peak_memory(name, arguments.rows) for name in (OURS, FLOAT32, PLAIN)}
+        prepare(folder, arguments.rows, arguments.steps)
+        turns = in_turns(folder, arguments.steps)
+    print_table(turns, memory)
 
 
-def prepare(folder: Path, steps: int) -> None:
-    """Plain text rows, each longer than LENGTH tokens, so that each is cut to exactly as many."""
+def prepare(folder: Path, kind: str, steps: int) -> None:
+    """The default run's chats, in each side's form; or plain texts, each longer than LENGTH tokens and so cut to it."""
     from finetune.cli import quiet_libraries
     from finetune.python_docs import question_answer_pairs
 
     quiet_libraries()
-    answers = [row["completion"] for row in question_answer_pairs()]
+    pairs = list(question_answer_pairs())
+    if kind == "chat":
+        turns = [
+            ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+            for row in pairs[: steps * BATCH]
+        ]
+        write(folder / OWN_ROWS, [{"messages": [question, answer]} for question, answer in turns])
+        write(folder / THEIR_ROWS, [{"prompt": [question], "completion": [answer]} for question, answer in turns])
+        return
+    answers = [row["completion"] for row in pairs]
     texts = [" ".join(answers[(start * 7 + n) % len(answers)] for n in range(20)) for start in range(steps * BATCH)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    for name in (OWN_ROWS, THEIR_ROWS):
+        write(folder / name, [{"text": text} for text in texts])
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def train(side: str, folder: Path, steps: int) -> None:
@@ -76,7 +94,7 @@ def train_ours(folder: Path, steps: int) -> None:
     from finetune.run import run
 
     overrides = [
-        f"dataset.path={folder / 'rows.jsonl'}",
+        f"dataset.path={folder / OWN_ROWS}",
         f"dataset.max_length={LENGTH}",
         "dataset.eval_fraction=0",
         "dataset.test_fraction=0",
@@ -121,7 +139,7 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
             use_cpu=not gpu,
             bf16=gpu,
         ),
-        train_dataset=load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train"),
+        train_dataset=load_dataset("json", data_files=str(folder / THEIR_ROWS), split="train"),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"),
     )
@@ -136,17 +154,19 @@ class Turns:
 
     def __init__(self, names: list[str]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.tokens: dict[str, list[int]] = {name: [] for name in names}
         self._waiting, self._turn, self._changed = list(names), names[0], threading.Condition()
         self._began = 0.0
 
-    def next(self) -> None:
-        """End the calling thread's turn, and wait for its next."""
+    def next(self, tokens: int) -> None:
+        """End the calling thread's turn, and wait for its next, in which it trains so many tokens."""
         name = threading.current_thread().name
         with self._changed:
             if self._turn == name and self._began:
                 self.seconds[name].append(time.perf_counter() - self._began)
                 self._pass_on(name)
             self._changed.wait_for(lambda: self._turn == name)
+            self.tokens[name].append(tokens)
             self._began = time.perf_counter()
 
     def leave(self) -> None:
@@ -163,8 +183,8 @@ class Turns:
         self._changed.notify_all()
 
 
-def in_turns(folder: Path, steps: int) -> dict[str, list[float]]:
-    """Seconds of each side's steps. The first two steps, which warm up caches, and the last are left out."""
+def in_turns(folder: Path, steps: int) -> Turns:
+    """All sides' steps, each in its turn."""
     names = [OURS, FLOAT32, PLAIN]
     turns, failures = Turns(names), []
 
@@ -178,8 +198,10 @@ def in_turns(folder: Path, steps: int) -> dict[str, list[float]]:
             turns.leave()
 
     for name in names:
-        (folder / name.replace(" ", "-")).mkdir()
-        (folder / name.replace(" ", "-") / "rows.jsonl").symlink_to(folder / "rows.jsonl")
+        own = folder / name.replace(" ", "-")
+        own.mkdir()
+        for rows in (OWN_ROWS, THEIR_ROWS):
+            (own / rows).symlink_to(folder / rows)
     with taking(turns):
         threads = [threading.Thread(target=work, args=(name,), name=name) for name in names]
         for thread in threads:
@@ -188,30 +210,39 @@ def in_turns(folder: Path, steps: int) -> dict[str, list[float]]:
             thread.join()
     if failures:
         raise SystemExit(f"failed: {failures[0]}")
-    return {name: seconds[2:] for name, seconds in turns.seconds.items()}
+    return turns
 
 
 @contextmanager
 def taking(turns: Turns) -> Iterator[None]:
-    """Make every training step of TRL's begin with `turns.next()`."""
+    """Make every training step, TRL's and this project's, begin with `turns.next()`."""
     from trl import SFTTrainer
 
-    original: Callable[..., Any] = SFTTrainer.training_step
+    from finetune.bank import Bank
 
-    def training_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        turns.next()
-        return original(self, *arguments, **keywords)
+    theirs: Callable[..., Any] = SFTTrainer.training_step
+    ours: Callable[..., Any] = Bank.learn
+
+    def training_step(self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        turns.next(int(inputs["attention_mask"].sum()))
+        return theirs(self, model, inputs, *arguments, **keywords)
+
+    def learn(self: Any, wishes: Any) -> Any:
+        turns.next(sum(len(row["input_ids"]) for wish in wishes for row in wish.rows))
+        return ours(self, wishes)
 
     SFTTrainer.training_step = training_step
+    Bank.learn = learn  # type: ignore[method-assign]
     try:
         yield
     finally:
-        SFTTrainer.training_step = original
+        SFTTrainer.training_step = theirs
+        Bank.learn = ours  # type: ignore[method-assign]
 
 
-def peak_memory(side: str) -> int:
+def peak_memory(side: str, rows: str) -> int:
     """The most memory in bytes that a process had which trained one side."""
-    process = subprocess.Popen([sys.executable, __file__, "--alone", side], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, __file__, "--alone", side, "--rows", rows], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -219,16 +250,40 @@ def peak_memory(side: str) -> int:
     return usage.ru_maxrss * 1024
 
 
-def print_table(seconds: dict[str, list[float]], memory: dict[str, int]) -> None:
-    """Medians of each side, and of this project's ratios to the others."""
+def print_table(turns: Turns, memory: dict[str, int]) -> None:
+    """Each side's rate over its steps but the first two, which warm up caches, and the last; and the ratios."""
+    rates, medians = {}, {}
+    for name, seconds in turns.seconds.items():
+        pairs = list(zip(turns.tokens[name], seconds, strict=False))[2:]
+        each = [tokens / taken for tokens, taken in pairs]
+        rates[name], medians[name] = each, statistics.median(each)
     print("\n| | tokens/s | peak memory, GiB |\n|---|---|---|")
-    for name, steps in seconds.items():
-        print(f"| {name} | {LENGTH * BATCH / statistics.median(steps):.1f} | {memory[name] / 2**30:.2f} |")
+    for name, rate in medians.items():
+        print(f"| {name} | {rate:.1f} | {memory[name] / 2**30:.2f} |")
     for other in (FLOAT32, PLAIN):
-        ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[other], strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(rates[OURS], rates[other], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         speed = f"{middle:.3f} (middle half {low:.3f} to {high:.3f})"
         print(f"| {OURS} / {other} | {speed} | {memory[OURS] / memory[other]:.3f} |")
+    flops = matmul_rate()
+    print(f"float32 matrix product {flops / 1e9:.0f} GFLOP/s; at 4 operations a weight and token {OURS} has ", end="")
+    print(f"{medians[OURS] * 4 * WEIGHTS / flops:.0%} of it")
+
+
+WEIGHTS = 134.5e6
+"""That a token of SmolLM2-135M is multiplied by."""
+
+
+def matmul_rate() -> float:
+    """Operations a second of this machine's float32 matrix product."""
+    import torch
+
+    left, right, best = torch.randn(1024, 1536), torch.randn(1536, 1536), 0.0
+    for _ in range(20):
+        began = time.perf_counter()
+        left @ right
+        best = max(best, 2 * 1024 * 1536**2 / (time.perf_counter() - began))
+    return best
 
 
 if __name__ == "__main__":

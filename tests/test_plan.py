@@ -1,0 +1,73 @@
+"""The plan: what it prints, what it refuses, and that it tells the memory that a run then takes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import run_cli, tiny_overrides
+
+
+def planned(output: str) -> float:
+    """GiB of one run's peak."""
+    found = re.search(r"peak of one run +([\d.]+) GiB", output)
+    assert found
+    return float(found[1])
+
+
+def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for file in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
+        (tmp_path / "base" / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
+    done = run_cli(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = ("base", "adapter and its gradient", "optimizer", "activations", "logits", "tokens", "each further slot")
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in names), done.stdout
+    assert 0.2 < planned(done.stdout) < 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["lora.r=0"], "lora.r=0: "),
+        (["nonsense=1"], "nonsense: no such key"),
+        (
+            ["trainer.per_device_train_batch_size=2000000", "trainer.max_steps=1"],
+            "train_batch_size=2000000: the run needs",
+        ),
+    ],
+)
+def test_refuses_in_one_line(tiny_base: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
+    rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(3000))
+    (tmp_path / "d.jsonl").write_text(rows)
+    more = ["dataset.path=d.jsonl", "dataset.limit=3000", "model.name_or_path=" + str(wide(tiny_base, tmp_path))]
+    done = run_cli(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def wide(tiny_base: Path, folder: Path) -> Path:
+    """The tiny base, said to have the shapes of a large one: a plan believes its config."""
+    place = folder / "wide"
+    place.mkdir()
+    for file in tiny_base.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    config = json.loads((place / "config.json").read_text())
+    config |= {"num_hidden_layers": 80, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]])
+def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
+    """Within 15 % on a CPU, of a whole process on the packaged model."""
+    both = ["tracker=none", "sample_prompts=[]", "trainer.max_steps=8", "trainer.eval_steps=4", *overrides]
+    told = run_cli(*both, module="finetune.plan", cwd=tmp_path)
+    done = run_cli(*both, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"] / 2**30
+    assert planned(told.stdout) == pytest.approx(measured, rel=0.15)
