@@ -157,10 +157,17 @@ class Turns:
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
         self._waiting, self._turn, self._changed = list(names), names[0], threading.Condition()
         self._began = 0.0
+        self._arrived: set[str] = set()
+
+    def arrived(self, thread: threading.Thread) -> None:
+        """Wait until a thread has loaded all and is at its first step: libraries' loading is for one at a time."""
+        while thread.is_alive() and thread.name not in self._arrived:
+            time.sleep(0.1)
 
     def next(self, tokens: int) -> None:
         """End the calling thread's turn, and wait for its next, in which it trains so many tokens."""
         name = threading.current_thread().name
+        self._arrived.add(name)
         with self._changed:
             if self._turn == name and self._began:
                 self.seconds[name].append(time.perf_counter() - self._began)
@@ -206,6 +213,7 @@ def in_turns(folder: Path, steps: int) -> Turns:
         threads = [threading.Thread(target=work, args=(name,), name=name) for name in names]
         for thread in threads:
             thread.start()
+            turns.arrived(thread)
         for thread in threads:
             thread.join()
     if failures:

@@ -147,7 +147,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 STATION = """
 import json, os, runpy, sys
-import finetune.samples, finetune.trl_engine, sweeps.conclusion, sweeps.sweeper, sweeps.worker
+import finetune.packed_engine, finetune.samples, finetune.trl_engine
+import sweeps.conclusion, sweeps.launcher, sweeps.pack, sweeps.sweeper, sweeps.worker
 for line in sys.stdin:
     order = json.loads(line)
     if "poll" in order:
@@ -270,6 +271,57 @@ def study_overrides(tiny_base: Path, name: str) -> list[str]:
         "sample_prompts=[]",
         "trainer.max_steps=3",
     ]
+
+
+def losses(folder: Path) -> list[float]:
+    """Of each step of a run that logs every step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/grad_norm" in row]
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """A run's `result.json`."""
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def train_in_slots(
+    configs: list[RunConfig],
+    folder: Path,
+    slots: int,
+    supplies: Any = None,
+    observers: dict[int, Any] | None = None,
+    errors: dict[int, Exception] | None = None,
+) -> list[Path]:
+    """Train runs in so many slots of one process, each in a folder of its own; errors are taken where asked for."""
+    from finetune.progress import Observer
+    from finetune.records import RunFolder
+    from finetune.run import Part, take_turns
+    from finetune.supplies import Supplies
+    from sweeps.pack import Lane, train_together
+
+    shared = supplies or Supplies()
+    places = [folder / str(number) for number in range(len(configs))]
+
+    def work(number: int, companions: set[str]) -> Any:
+        observer = (observers or {}).get(number, Observer())
+        part = Part(observer, shared, alone=False, slots=slots, companions=companions)
+        try:
+            yield from take_turns(configs[number], RunFolder(places[number]), part)
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[number] = error
+
+    def lanes() -> Iterator[Any]:
+        for number, place in enumerate(places):
+            place.mkdir(parents=True)
+            companions: set[str] = set()
+            yield Lane(place.name, work(number, companions), place / "train.log", companions)
+
+    waiting = lanes()
+    assert train_together(lambda: next(waiting, None), slots) == len(configs)
+    return places
 
 
 def wandb_file(file: Path) -> Iterator[Any]:

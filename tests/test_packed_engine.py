@@ -1,11 +1,11 @@
 """The packed engine: equal to TRL and to itself alone, blind to a sick neighbour; adapters, gradients, resume."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import compose, final, losses, tiny_overrides, train_in_slots
 
 from finetune.config import RunConfig
 from finetune.records import RunFolder
@@ -15,16 +15,6 @@ from finetune.supplies import Supplies
 Tiny = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_EPOCH = ("trainer.max_steps=50", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[]")
-
-
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/grad_norm" in row]
-
-
-def final(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return content
 
 
 def adapter(folder: Path) -> Any:
@@ -60,25 +50,6 @@ def test_equals_trl(tiny: Tiny, tmp_path: Path, overrides: tuple[str, ...]) -> N
     assert here["train_tokens"] == there["train_tokens"]
 
 
-def train_in_slots(configs: list[RunConfig], folder: Path, slots: int) -> list[Path]:
-    """Train runs in so many slots of one bank, each in a folder of its own."""
-    from sweeps.pack import Lane, train_together
-
-    supplies = Supplies()
-    places = [folder / str(number) for number in range(len(configs))]
-
-    def lanes() -> Any:
-        for config, place in zip(configs, places, strict=True):
-            place.mkdir(parents=True)
-            companions: set[str] = set()
-            part = Part(supplies=supplies, alone=False, slots=slots, companions=companions)
-            yield Lane(place.name, take_turns(config, RunFolder(place), part), place / "train.log", companions)
-
-    waiting = lanes()
-    assert train_together(lambda: next(waiting, None), slots) == len(configs)
-    return places
-
-
 EIGHT = [
     ("lora.r=4", "optimizer.learning_rate=1e-3", "lora.dropout=0.1"),
     ("lora.r=64", "lora.alpha=8", "lora.dropout=0.05", "seed=1"),
@@ -91,14 +62,22 @@ EIGHT = [
 ]
 
 
+@pytest.fixture(scope="module")
+def eight_alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of the eight runs, each trained with nobody beside it."""
+    folder = tmp_path_factory.mktemp("alone")
+    for number, overrides in enumerate(EIGHT):
+        config = compose(*tiny_overrides(tiny_base), *ONE_EPOCH, *overrides)
+        run(config, folder / str(number), Part(alone=False))
+    return [folder / str(number) for number in range(len(EIGHT))]
+
+
 @pytest.mark.parametrize("slots", [2, 3, 8])
-def test_equals_itself_alone(tiny: Tiny, tmp_path: Path, slots: int) -> None:
+def test_equals_itself_alone(tiny: Tiny, eight_alone: list[Path], tmp_path: Path, slots: int) -> None:
     """With 2 and 3 slots trials join late and leave early."""
     configs = [tiny(*ONE_EPOCH, *overrides) for overrides in EIGHT]
-    packed = train_in_slots(configs, tmp_path / "packed", slots)
-    for number, (config, place) in enumerate(zip(configs, packed, strict=True)):
-        lonely = tmp_path / "alone" / str(number)
-        run(config, lonely, Part(alone=False))
+    packed = train_in_slots(configs, tmp_path, slots)
+    for number, (config, lonely, place) in enumerate(zip(configs, eight_alone, packed, strict=True)):
         assert losses(place) == pytest.approx(losses(lonely), rel=1e-5), EIGHT[number]
         there, here = final(lonely), final(place)
         assert here["metrics"]["eval/loss"] == pytest.approx(there["metrics"]["eval/loss"], rel=1e-4)
@@ -259,11 +238,11 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     parts = []
     for stretch, (a, b) in zip(stretches, plain, strict=True):
         own = rows[stretch.start : stretch.stop]
-        mask = stretch.mask(own)
-        parts.append(stretch.scaling * (own if mask is None else own * mask) @ a.t() @ b.t())
+        dropped = stretch.dropped(own)
+        parts.append(stretch.scaling * (own if dropped is None else own * ~dropped) @ a.t() @ b.t())
     (y + torch.cat(parts)).backward(slope[0])
     for (ga, gb), (a, b) in zip(gradients, plain, strict=True):
         assert torch.allclose(ga, a.grad)
         assert torch.allclose(gb, b.grad)
-    kept = stretches[0].mask(torch.ones(2000, 6))
+    kept = ~stretches[0].dropped(torch.ones(2000, 6))
     assert float(kept.double().mean()) == pytest.approx(0.6, abs=0.02)

@@ -20,6 +20,7 @@ from finetune.run import Part, run
 
 Tiny = Callable[..., RunConfig]
 DROPOUT = ("lora.dropout=0.1", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2")
+by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.engine=trl"])
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -65,13 +66,14 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_bas
     assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "objective", "test/loss"} <= names
 
 
-def test_counts_tokens_without_padding(tiny: Tiny, tmp_path: Path) -> None:
+@by_both
+def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     from finetune.base import load_tokenizer
     from finetune.data import load_rows
     from finetune.hub import find_base
     from finetune.tokens import tokenize
 
-    config = tiny("dataset.limit=12", "trainer.per_device_train_batch_size=4")
+    config = tiny(engine, "dataset.limit=12", "trainer.per_device_train_batch_size=4", "sample_prompts=[]")
     run(config, tmp_path)
 
     tokens = tokenize(
@@ -80,19 +82,21 @@ def test_counts_tokens_without_padding(tiny: Tiny, tmp_path: Path) -> None:
     assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny: Tiny, tmp_path: Path) -> None:
+@by_both
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
-        run(tiny(*DROPOUT, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
+        run(tiny(*DROPOUT, engine, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
 
     assert metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "two")
     assert adapter_of(tmp_path / "one") != adapter_of(tmp_path / "other")
 
 
-def test_trains_the_adapter_in_float32(tiny: Tiny, tmp_path: Path) -> None:
+@by_both
+def test_trains_the_adapter_in_float32(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    run(tiny("trainer.max_steps=2", "quantization=nf4"), tmp_path)
+    run(tiny(engine, "trainer.max_steps=2", "quantization=nf4", "sample_prompts=[]"), tmp_path)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     rounded = [weight.bfloat16().float().equal(weight) for weight in weights.values()]
     assert not any(rounded)
@@ -109,18 +113,38 @@ class StopsAt(Observer):
         return rung.index == self.rung
 
 
-def test_an_observer_hears_every_rung_and_may_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
+@by_both
+def test_an_observer_hears_every_rung_and_may_stop_the_run(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     observer = StopsAt(2)
-    run(tiny("trainer.max_steps=8", "trainer.eval_steps=2"), tmp_path, Part(observer))
+    run(tiny(engine, "trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]"), tmp_path, Part(observer))
 
     assert [rung.step for rung in observer.seen] == [0, 2, 4]
     assert result_of(tmp_path)["status"] == "pruned"
+    assert result_of(tmp_path)["step"] == 4
+    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [1, 2, 3, 4]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> None:
+class StopsAfter(Observer):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int) -> bool:
+        return step == self.step
+
+
+@by_both
+def test_an_observer_may_stop_the_run_between_rungs(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny(engine, "trainer.max_steps=8", "sample_prompts=[]"), tmp_path, Part(StopsAfter(3)))
+
+    assert (result_of(tmp_path)["status"], result_of(tmp_path)["step"]) == ("pruned", 3)
+    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [1, 2, 3]
+
+
+@by_both
+def test_stops_early_and_keeps_the_best_adapter(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     # A rate that soon overshoots: held-out loss falls first and rises then.
-    wild = ("optimizer.learning_rate=0.3", "optimizer.lr_scheduler_type=constant", "quantization=none")
+    wild = ("optimizer.learning_rate=0.3", "optimizer.lr_scheduler_type=constant", "quantization=none", engine)
     config = tiny(
         *wild, "trainer.max_steps=60", "trainer.eval_steps=1", "trainer.early_stopping_patience=2", "objective_at=best"
     )
@@ -139,11 +163,72 @@ def test_stops_early_and_keeps_the_best_adapter(tiny: Tiny, tmp_path: Path) -> N
     trained = load_run(tmp_path)
     held_out = tokenize("eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset)
     assert evaluate(trained.with_adapter(), held_out, 8, config.quantization).loss == pytest.approx(objective, rel=1e-5)
+    assert measured_on_test_rows(config, tmp_path) == pytest.approx(
+        result_of(tmp_path)["metrics"]["test/loss"], rel=1e-5
+    )
 
 
-def test_a_diverged_run_is_failed_and_names_the_rate(tiny: Tiny, tmp_path: Path) -> None:
+def measured_on_test_rows(config: RunConfig, folder: Path) -> float:
+    """What the saved adapter makes of the test rows, measured by plain PEFT."""
+    from finetune.data import load_rows
+    from finetune.evaluation import evaluate
+    from finetune.tokens import tokenize
+    from finetune.trained import load_run
+
+    trained = load_run(folder)
+    rows = tokenize("test", load_rows(config.dataset).test, trained.tokenizer, config.dataset)
+    return evaluate(trained.with_adapter(), rows, 8, config.quantization).loss
+
+
+def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(tiny: Tiny, tmp_path: Path) -> None:
+    """As `objective_at=best` does at a run's end; where matrix products have another dtype than the weights."""
+    from finetune.base import load_adapter
+    from finetune.packed_engine import PackedTraining
+    from finetune.progress import alone
+    from finetune.supplies import Supplies
+
+    config = tiny("optimizer.learning_rate=0.3", "trainer.max_steps=6", "quantization.bnb_4bit_compute_dtype=bfloat16")
+    supplies = Supplies()
+    run(config, tmp_path, Part(supplies=supplies, alone=False))
+    held_out = supplies.tokens("eval", supplies.rows(config.dataset).evaluation, config)
+    with supplies.slot(config) as slot:
+        training = PackedTraining(config, slot, held_out, 1)
+        fresh = alone(training.measure(held_out)).loss
+        load_adapter(slot.model, tmp_path / "adapter")
+        trained = alone(training.measure(held_out)).loss
+
+    losses = [row["eval/loss"] for row in metrics_of(tmp_path) if "eval/loss" in row]
+    assert (fresh, trained) == (losses[0], losses[-1])
+    assert fresh != trained
+
+
+def test_a_fresh_adapter_is_its_base_in_bfloat16_too(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that was never written holds whatever was there before: here, no numbers."""
+    import torch
+
+    empty_like = torch.empty_like
+
+    def soiled(like: Any, **more: Any) -> Any:
+        tensor = empty_like(like, **more)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty_like", soiled)
+    few = ("trainer.max_steps=3", "sample_prompts=[]", "lora.dropout=0.1")
+    for name, more in (("half", ("quantization.bnb_4bit_compute_dtype=bfloat16",)), ("exact", ())):
+        run(tiny(*few, *more), tmp_path / name, Part(alone=False))
+    half, exact = (
+        [row["train/loss"] for row in metrics_of(tmp_path / name) if "train/loss" in row] for name in ("half", "exact")
+    )
+    assert half == pytest.approx(exact, rel=2e-3)
+
+
+@by_both
+def test_a_diverged_run_is_failed_and_names_the_rate(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    diverges = ("optimizer.learning_rate=1e20", "trainer.max_steps=20", "quantization=none", "sample_prompts=[]")
     with pytest.raises(ValueError, match=r"optimizer.learning_rate=1e\+20: .*diverged"):
-        run(tiny("optimizer.learning_rate=1e20", "trainer.max_steps=20", "quantization=none"), tmp_path)
+        run(tiny(*diverges, engine), tmp_path)
 
     assert result_of(tmp_path)["status"] == "failed"
     assert "optimizer.learning_rate" in result_of(tmp_path)["error"]
@@ -170,8 +255,9 @@ def test_the_published_recipe_trains_without_a_gpu_and_says_how(
 STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
 
 
-def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny(*STEPS, "trainer.max_steps=5")
+@by_both
+def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(*STEPS, engine, "trainer.max_steps=5", "sample_prompts=[]")
     run(config, tmp_path)
     adapter = adapter_of(tmp_path)
     shutil.rmtree(tmp_path / "adapter")
@@ -194,17 +280,22 @@ def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> Non
         run(config, tmp_path / "run")
 
 
-def test_a_checkpoint_that_was_cut_short_costs_no_other(tiny: Tiny, tmp_path: Path) -> None:
-    run(tiny(*STEPS), tmp_path / "whole")
-    run(tiny(*STEPS), tmp_path / "run", Part(StopsAt(1)))  # at step 6, after the checkpoint of step 4
+@by_both
+def test_a_checkpoint_that_was_cut_short_costs_no_other(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(*STEPS, engine, "sample_prompts=[]")
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "run", Part(StopsAt(1)))  # at step 6, after the checkpoint of step 4
     (tmp_path / "run" / "checkpoints" / "checkpoint-8").mkdir()
-    run(tiny(*STEPS), tmp_path / "run")
+    run(config, tmp_path / "run")
 
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
-def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(tiny: Tiny, tmp_path: Path) -> None:
-    best = (*STEPS, "objective_at=best", "trainer.eval_steps=2")
+@pytest.mark.parametrize(
+    "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
+)
+def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    best = (*STEPS, engine, "objective_at=best", "trainer.eval_steps=2", "sample_prompts=[]")
     run(tiny(*best), tmp_path / "whole")
     run(tiny(*best), tmp_path / "run", Part(StopsAt(3)))
     newest = max((tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:]))
@@ -233,9 +324,10 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.fault
-def test_a_killed_run_goes_on_bit_for_bit(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
-    run(tiny(*STEPS), tmp_path / "whole")
-    process = start(tiny_base, tmp_path / "killed")
+@by_both
+def test_a_killed_run_goes_on_bit_for_bit(engine: str, tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    run(tiny(*STEPS, engine), tmp_path / "whole")
+    process = start(tiny_base, tmp_path / "killed", engine)
     wait_for(tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "progress.json", process)
     process.kill()
     process.communicate()
@@ -249,11 +341,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny: Tiny, tiny_base: Path, tmp_path:
 
 
 @pytest.mark.fault
+@by_both
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so_and_goes_on(number: int, tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
-    run(tiny(*STEPS), tmp_path / "whole")
+def test_an_interrupted_run_says_so_and_goes_on(
+    number: int, engine: str, tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
+    run(tiny(*STEPS, engine), tmp_path / "whole")
     folder = tmp_path / "stopped"
-    process = start(tiny_base, folder)
+    process = start(tiny_base, folder, engine)
     wait_for(folder / "checkpoints" / "checkpoint-4" / "progress.json", process)
     process.send_signal(number)
     _, said = process.communicate()

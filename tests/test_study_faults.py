@@ -66,18 +66,22 @@ def require_params_agree(place: Path) -> None:
 
 
 @pytest.mark.fault
-def test_25_kills_lose_nothing_and_run_nothing_twice(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("slots", "wanted"), [(1, 25), (3, 12)])
+def test_kills_lose_nothing_and_run_nothing_twice(
+    slots: int, wanted: int, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     """A study of twelve, and another where one has all its trials before its kills."""
     chance, kills, round_ = random.Random(4), 0, 0
-    while kills < 25:
-        kills += kill_a_study(station, tiny_base, tmp_path / str(round_), chance, 25 - kills)
+    while kills < wanted:
+        kills += kill_a_study(station, tiny_base, tmp_path / str(round_), chance, wanted - kills, slots)
         round_ += 1
 
 
-def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int) -> int:
+def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int, slots: int) -> int:
     """Begin a study, kill it so often, end it, and see that all is right; returns how often it was killed."""
     study = [
         *study_overrides(tiny_base, "s"),
+        f"hydra.sweeper.slots={slots}",
         "hydra.sweeper.n_trials=12",
         "trainer.max_steps=8",
         "trainer.save_steps=1",
@@ -115,6 +119,7 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
         else:
             result = result_of(place, trial.number)
             assert result["status"] == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+            assert (result["engine"], result["slots"]) == ("packed", slots)
             steps = [row["step"] for row in metrics_of(folder / "trials" / str(trial.number)) if "train/loss" in row]
             assert steps == list(range(1, result["step"] + 1)), "steps were lost, or trained twice"
     assert any(trial.state == TrialState.COMPLETE for trial in trials)
@@ -162,9 +167,41 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_any_number_of_workers_give_exactly_the_trials(workers: int, tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=9", f"hydra.sweeper.n_jobs={workers}")
+def test_a_killed_pack_is_the_pack_that_was_not(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    """To float32's rounding: what trains beside a trial is not the same after the kill."""
+    more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=24", "trainer.save_steps=4", "hydra/sweeper/pruner=none")
+    study = [*study_overrides(tiny_base, "s"), *more, "hydra.sweeper.slots=3", "hydra/sweeper/sampler=random"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = station.run(*study, cwd=whole)
+    assert ended.returncode == 0, ended.stderr
+    process = station.start(*study, cwd=killed)
+    trials = folder_of(killed) / "trials"
+    begun = [trials / str(number) for number in range(3)]
+    wait_until(lambda: all(checkpoints_in(trial / "checkpoints") for trial in begun), process)
+    process.kill()
+    assert not any((trial / "result.json").exists() for trial in begun), "killed too late"
+
+    ended = station.run(*study, cwd=killed)
+    assert ended.returncode == 0, ended.stderr
+    assert "4 of 4 trials to go" in ended.stderr
+    for trial in begun:
+        assert (trial / "train.log").read_text().count("going on from step") == 1
+    assert [trial.number for trial in trials_of(killed, TrialState.COMPLETE)] == [0, 1, 2, 3]
+    for one, other in zip(trials_of(killed), trials_of(whole), strict=True):
+        assert one.params == other.params
+        assert one.values == pytest.approx(other.values, rel=1e-5)
+        ours, theirs = (metrics_of(folder_of(place) / "trials" / str(one.number)) for place in (killed, whole))
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for row, known in zip(ours, theirs, strict=True):
+            assert row.get("train/loss", 0) == pytest.approx(known.get("train/loss", 0), rel=1e-5)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_any_number_of_workers_give_exactly_the_trials(
+    workers: int, slots: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.n_trials=9", f"hydra.sweeper.n_jobs={workers}", f"hydra.sweeper.slots={slots}")
     ended = run_cli(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert ended.returncode == 0, ended.stderr
 
@@ -229,6 +266,39 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     assert ended.returncode == 0, ended.stderr
     assert f"going on from step {step}" in read(folder_of(tmp_path) / "trials/0/train.log")
     assert len(trials_of(tmp_path, *FINISHED)) == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
+    number: int, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=60", "trainer.save_steps=0", "hydra.sweeper.slots=3")
+    study = [*study_overrides(tiny_base, "s"), *more]
+    process = station.start(*study, cwd=tmp_path)
+    begun = [folder_of(tmp_path) / "trials" / str(trial) for trial in range(3)]
+    wait_until(lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun), process)
+    process.send_signal(number)
+    ended = process.wait()
+
+    assert ended.returncode == 1
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: interrupted; the same command with hydra.sweeper.study_name=s goes on"]
+    assert "Traceback" not in ended.stderr
+    steps = []
+    for trial in begun:
+        result = json.loads((trial / "result.json").read_text())
+        assert result["status"] == "interrupted"
+        assert [path.name for path in checkpoints_in(trial / "checkpoints")] == [f"checkpoint-{result['step']}"]
+        steps.append(result["step"])
+    assert len(trials_of(tmp_path, TrialState.RUNNING)) == 3
+    assert len(trials_of(tmp_path, TrialState.WAITING)) == 1, "a trial has begun after the interruption"
+    ended = station.run(*study, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for trial, step in zip(begun, steps, strict=True):
+        assert f"going on from step {step}" in read(trial / "train.log")
+    assert [trial.number for trial in trials_of(tmp_path, *FINISHED)] == [0, 1, 2, 3]
+    assert not trials_of(tmp_path, TrialState.FAIL)
 
 
 def read(path: Path) -> str:
@@ -297,26 +367,37 @@ def test_no_failure_allowed_ends_at_the_first(station: Station, tiny_base: Path,
 
 SMALL_MEMORY = """
 import torch
-from finetune import trl_engine
-real = trl_engine.train
-def train(config, *rest):
-    if config.trainer.per_device_train_batch_size > 2:
+from finetune.bank import Bank
+from finetune.trl_engine import TrlTraining
+learn, train = Bank.learn, TrlTraining.train
+def fits(rows):
+    if rows > 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return real(config, *rest)
-trl_engine.train = train
+def small_learn(self, wishes):
+    fits(max(len(wish.rows) for wish in wishes))
+    return learn(self, wishes)
+def small_train(self, *rest):
+    fits(self._config.trainer.per_device_train_batch_size)
+    return train(self, *rest)
+Bank.learn, TrlTraining.train = small_learn, small_train
 """
+"""Batches of two rows fit into memory, larger ones do not."""
 
 
 @pytest.mark.slow
-def test_out_of_memory_goes_on_with_half_the_batch(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=1", "trainer.per_device_train_batch_size=4", "tracker=wandb")
+@pytest.mark.parametrize("engine", ["packed", "trl"])
+def test_out_of_memory_goes_on_with_half_the_batch(
+    engine: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    batch = ("trainer.per_device_train_batch_size=4", f"trainer.engine={engine}")
+    more = ("hydra.sweeper.n_trials=1", *batch, "tracker=wandb")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
     assert ended.returncode == 0, ended.stderr
 
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.COMPLETE
     assert "trainer.per_device_train_batch_size=2" in trial.user_attrs["shrunk"]
-    assert result_of(tmp_path, 0)["effective_batch_size"] == 4
+    assert (result_of(tmp_path, 0)["engine"], result_of(tmp_path, 0)["effective_batch_size"]) == (engine, 4)
     best = yaml.safe_load((folder_of(tmp_path) / "experiment" / "best.yaml").read_text())
     assert best["trainer"]["per_device_train_batch_size"] == 2
     assert best["trainer"]["gradient_accumulation_steps"] == 2
@@ -340,9 +421,10 @@ def test_out_of_memory_twice_is_a_failure(station: Station, tiny_base: Path, tmp
 
 DIES = """
 import os
-from finetune import trl_engine
-trl_engine.train = lambda *_: os.kill(os.getpid(), 9)
+from finetune.bank import Bank
+Bank.learn = lambda *_: os.kill(os.getpid(), 9)
 """
+"""The first batch kills the process."""
 LOST = "lost its worker 3 times without a new checkpoint"
 
 

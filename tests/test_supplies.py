@@ -11,7 +11,7 @@ import pytest
 from finetune.config import RunConfig
 from finetune.progress import Observer
 from finetune.run import Part, run
-from finetune.supplies import Supplies
+from finetune.supplies import Supplies, base_key
 
 Tiny = Callable[..., RunConfig]
 
@@ -133,33 +133,39 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
 
 
 def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import base, evaluation, tokens
+    from finetune import bank, base, tokens, trl_engine
 
     calls: list[str] = []
 
-    def counted(module: Any, name: str) -> None:
-        real = getattr(module, name)
+    def counted(place: Any, name: str) -> None:
+        real = getattr(place, name)
 
         def call(*arguments: Any, **more: Any) -> Any:
             calls.append(name)
             return real(*arguments, **more)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(place, name, call)
 
     counted(base, "load_base")
     counted(tokens, "tokenize")
-    counted(evaluation, "evaluate")
+    counted(bank.Bank, "measure")
+    counted(trl_engine, "evaluate")
     supplies = Supplies()
-    for name, rank in (("one", 4), ("two", 8)):
-        config = tiny(*FEW, NF4, f"lora.r={rank}", "trainer.eval_steps=3")
+    held_out = len(supplies.rows(tiny(*FEW).dataset).evaluation)
+    for name, engine, rank in (("one", "packed", 4), ("two", "packed", 8), ("three", "trl", 4), ("four", "trl", 8)):
+        more = (f"trainer.per_device_eval_batch_size={held_out}", "trainer.eval_steps=3", f"trainer.engine={engine}")
+        config = tiny(*FEW, NF4, f"lora.r={rank}", *more)
         run(config, tmp_path / name, Part(supplies=supplies, alone=False))
 
     assert calls.count("load_base") == 1
     assert calls.count("tokenize") == 3
-    assert calls.count("evaluate") == 3, "the base once, each run once at its end"
+    assert calls.count("measure") == 3, "the base once, each run once at its end"
+    assert calls.count("evaluate") == 3, "so too by the other engine"
 
 
-def test_a_base_that_a_run_has_changed_is_let_go(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lora", "stays"), [("lora.bias=all", False), ("lora.bias=none", True)])
+def test_a_base_that_a_run_has_changed_is_let_go(lora: str, stays: bool, tiny: Tiny, tmp_path: Path) -> None:
     supplies = Supplies()
-    run(tiny(*FEW, NONE, "lora.bias=all"), tmp_path, Part(supplies=supplies, alone=False))
-    assert "base" not in supplies._kept
+    config = tiny(*FEW, NONE, "trainer.engine=auto", lora)
+    run(config, tmp_path, Part(supplies=supplies, alone=False))
+    assert (supplies.known("bank", base_key(config)) is not None) is stays
