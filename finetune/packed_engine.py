@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ def choose(config: RunConfig, source: BaseSource) -> str:
 def unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
     """Why a run is not for this engine, as `key=value`; None: it is."""
     lora, optimizer, trainer, quantization = config.lora, config.optimizer, config.trainer, config.quantization
+    targets = lora.target_modules
+    pattern = targets if isinstance(targets, str) else "|".join(map(re.escape, targets))
     half = config.quantization.bnb_4bit_compute_dtype == "float16"
     reasons = {
         f"model.name_or_path={config.model.name_or_path} (of type {base.model_type})": base.model_type
@@ -73,7 +76,7 @@ def unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
         f"lora.bias={lora.bias}": lora.bias != "none",
         f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights not in (True, False, "gaussian"),
         f"lora.extra={lora.extra}": bool(lora.extra),
-        f"lora.target_modules={lora.target_modules} (with the head)": "lm_head" in lora.target_modules,
+        f"lora.target_modules={lora.target_modules} (with the head)": bool(re.fullmatch(pattern, "lm_head")),
         f"optimizer.name={optimizer.name}": optimizer.name not in ADAMW,
         f"trainer.extra={trainer.extra}": bool(trainer.extra.keys() - {"lr_scheduler_kwargs", "save_total_limit"}),
         "dataset.packing=true": config.dataset.packing,

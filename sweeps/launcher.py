@@ -38,11 +38,13 @@ class SlotsLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run one job for each list of overrides; one that fails ends no other, and is told of when all have ended."""
         from finetune.cli import one_line
-        from finetune.config import ConfigError
+        from finetune.config import ConfigError, refusal
         from finetune.progress import Interrupt
         from finetune.records import discard_multirun
         from sweeps.pack import choose_slots, train_together
 
+        if self._slots != "auto" and not (isinstance(self._slots, int) and self._slots >= 1):
+            raise refusal("hydra.launcher.slots", self._slots, "must be at least 1, or auto: by memory")
         configs = [
             self._compose(number, list(overrides)) for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]

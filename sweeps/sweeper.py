@@ -80,8 +80,9 @@ class StudySweeper(Sweeper):
         self._say_pruning(settings, config)
 
         folder = worker.folder
+        chosen = self._engine(settings, [config, *extremes])
         study = Study.open(folder, settings, address, terms, space.distributions)
-        engine, slots = study.settle(*self._engine(settings, [config, *extremes]))
+        engine, slots = study.settle(*chosen)
         worker = dataclasses.replace(worker, engine=engine, slots=slots)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
