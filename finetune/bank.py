@@ -87,7 +87,7 @@ class Slot:
             self.adapters[name] = Adapter(number, scaling, a, b, gradient_a, gradient_b)
 
     def round(self) -> None:
-        """Take over what the optimizer has done, where matrix products have another dtype."""
+        """Take over what has become of the weights, where matrix products have another dtype."""
         if self._rounded is not self.vector:
             self._rounded.copy_(self.vector)
 
@@ -160,6 +160,7 @@ class Bank:
         make_lean(base, lambda: self._pass is not None)
         self.taken = 0
         """Slots in which runs train."""
+        self._most_granted = 0
         self.capacity: int | None = None
         """How many wishes can be granted at once, if memory was once too small for more."""
 
@@ -197,16 +198,20 @@ class Bank:
 
     def _grant_some(self, wishes: Sequence[Any]) -> "Sequence[Granted | Exception]":
         try:
-            return self.learn(wishes) if isinstance(wishes[0], Learning) else self.measure(wishes)
+            granted = self.learn(wishes) if isinstance(wishes[0], Learning) else self.measure(wishes)
+            self._most_granted = max(self._most_granted, len(wishes))
+            return granted
         except Exception as error:
             if len(wishes) == 1:
                 return [error]
+            size = len(wishes) // 2
             if out_of_memory(error):
-                self.capacity = len(wishes) // 2
-                log.warning("memory is too small for %d slots at once: %d from here on", len(wishes), self.capacity)
+                self._most_granted = min(self._most_granted, len(wishes) - 1)
+                size = self.capacity = max(self._most_granted, size)
+                log.warning("memory is too small for %d slots at once: %d from here on", len(wishes), size)
         free_memory()  # no exception is held any more, nor what its frames hold
-        half = len(wishes) // 2
-        return [*self._grant_some(wishes[:half]), *self._grant_some(wishes[half:])]
+        parts = (wishes[start : start + size] for start in range(0, len(wishes), size))
+        return [granted for part in parts for granted in self._grant_some(part)]
 
     def learn(self, wishes: Sequence[Learning]) -> list[Learnt]:
         """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
@@ -258,6 +263,8 @@ class Bank:
     @contextlib.contextmanager
     def _passing(self, line: Line, wishes: Sequence[Wish], draws: list[int]) -> Iterator[None]:
         parts = [(wish.slot, start, stop) for wish, (start, stop) in zip(wishes, line.parts, strict=True)]
+        for wish in wishes:
+            wish.slot.round()
         config, training = self.base.config, self.base.training
         attention = config._attn_implementation
         self._pass = _Pass(parts, draws)

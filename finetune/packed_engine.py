@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from finetune.bank import Learning, Learnt, Measuring, Slot
-from finetune.base import on_gpu, read_base_config
+from finetune.base import compute_dtype, on_gpu, read_base_config
 from finetune.config import RunConfig, refusal
 from finetune.evaluation import Evaluation
 from finetune.hub import BaseSource
@@ -62,10 +62,12 @@ def unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
     lora, optimizer, trainer, quantization = config.lora, config.optimizer, config.trainer, config.quantization
     targets = lora.target_modules
     pattern = targets if isinstance(targets, str) else "|".join(map(re.escape, targets))
+    computed = str(compute_dtype(quantization)).removeprefix("torch.")
     half = config.quantization.bnb_4bit_compute_dtype == "float16"
     reasons = {
         f"model.name_or_path={config.model.name_or_path} (of type {base.model_type})": base.model_type
         not in LLAMA_LIKE,
+        f"model.dtype={config.model.dtype}": config.model.dtype not in ("auto", computed),
         f"model.attn_implementation={config.model.attn_implementation}": config.model.attn_implementation
         not in (None, "sdpa"),
         f"model.extra={config.model.extra}": bool(config.model.extra.keys() - {"device_map"}),
@@ -203,7 +205,6 @@ class PackedTraining:
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
-            self._slot.round()
         return norm
 
     def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
@@ -219,7 +220,6 @@ class PackedTraining:
     def _load(self, checkpoint: Path) -> None:
         tensors = load_file(checkpoint / STATE, device=str(self._slot.bank.device))
         self._slot.vector.copy_(tensors.pop("weights"))
-        self._slot.round()
         scale = tensors.pop("loss_scale", None)
         if self._scale is not None and scale is not None:
             self._scale.value, self._scale.good_steps = float(scale[0]), int(scale[1])

@@ -103,7 +103,7 @@ class TrlTraining:
         if checkpoint is not None and reporter.state.step >= reporter.total:
             load_adapter(self.model, checkpoint)  # killed after its last step: the Trainer would train one more
             return
-        yield None
+        yield from ()  # it takes no turns: nobody else can use the base meanwhile
         # TRL casts a quantised base's adapter to bfloat16, where steps of 2e-4 are lost: put the float32 weights back.
         exact = {name: weight.detach().clone() for name, weight in self._trained()}
         trainer = _Trainer(
@@ -129,7 +129,7 @@ class TrlTraining:
 
     def measure(self, rows: "Dataset") -> Turns[Evaluation]:
         """What the adapter makes of rows."""
-        yield None
+        yield from ()
         config = self._config
         return evaluate(self.model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
 
