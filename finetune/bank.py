@@ -160,7 +160,6 @@ class Bank:
         make_lean(base, lambda: self._pass is not None)
         self.taken = 0
         """Slots in which runs train."""
-        self._most_granted = 0
         self.capacity: int | None = None
         """How many wishes can be granted at once, if memory was once too small for more."""
 
@@ -198,16 +197,13 @@ class Bank:
 
     def _grant_some(self, wishes: Sequence[Any]) -> "Sequence[Granted | Exception]":
         try:
-            granted = self.learn(wishes) if isinstance(wishes[0], Learning) else self.measure(wishes)
-            self._most_granted = max(self._most_granted, len(wishes))
-            return granted
+            return self.learn(wishes) if isinstance(wishes[0], Learning) else self.measure(wishes)
         except Exception as error:
             if len(wishes) == 1:
                 return [error]
             size = len(wishes) // 2
             if out_of_memory(error):
-                self._most_granted = min(self._most_granted, len(wishes) - 1)
-                size = self.capacity = max(self._most_granted, size)
+                self.capacity = size
                 log.warning("memory is too small for %d slots at once: %d from here on", len(wishes), size)
         free_memory()  # no exception is held any more, nor what its frames hold
         parts = (wishes[start : start + size] for start in range(0, len(wishes), size))
