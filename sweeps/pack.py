@@ -96,7 +96,7 @@ def train_together(take: Callable[[], Lane | None], slots: int) -> int:
     ended, interrupted = 0, None
     try:
         while True:
-            while interrupted is None and len(lanes) < max(1, min([slots, *_capacities(lanes)])):
+            while interrupted is None and len(lanes) < slots:
                 lane = take()
                 if lane is None:
                     break
@@ -107,6 +107,7 @@ def train_together(take: Callable[[], Lane | None], slots: int) -> int:
             if not lanes:
                 break
             _grant(lanes)
+            slots = min([slots, *_capacities(lanes)])
             waited = [lane for lane in lanes if lane.wish is None]
             for lane in [*(lane for lane in lanes if lane.wish is not None), *waited]:
                 try:
