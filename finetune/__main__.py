@@ -10,34 +10,45 @@ from finetune.cli import hydra_app
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from finetune.config import RunConfig
     from finetune.progress import Turns
     from finetune.run import Objective
+
+
+def checked(composed: "DictConfig") -> "RunConfig":
+    """A job's config. Raises ConfigError for what no run takes, before anything heavy is imported."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from finetune.config import ConfigError, RunConfig, refusal
+
+    for override in HydraConfig.get().overrides.task:
+        if override.startswith("search"):
+            raise ConfigError(
+                f"{override}: only the Optuna sweeper searches: python -m finetune -m hydra/sweeper=optuna"
+            )
+    config = RunConfig.from_hydra(composed)
+    if config.resume is not None:
+        raise refusal("resume", config.resume, "belongs on the command line: python -m finetune resume=FOLDER")
+    return config
 
 
 def job(composed: "DictConfig", **beside: Any) -> "Turns[Objective]":
     """Check the config, and return its run in Hydra's folder, as work that takes turns with others beside it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from finetune.config import ConfigError, RunConfig, refusal
     from finetune.records import RunFolder, discard_if_untouched
-    from finetune.run import Part, take_turns
-    from finetune.supplies import SHARED
-    from finetune.trackers import Label
 
     hydra = HydraConfig.get()
     folder = hydra.runtime.output_dir
     try:
-        for override in hydra.overrides.task:
-            if override.startswith("search"):
-                raise ConfigError(
-                    f"{override}: only the Optuna sweeper searches: python -m finetune -m hydra/sweeper=optuna"
-                )
-        config = RunConfig.from_hydra(composed)
+        config = checked(composed)
     except ValueError:
         discard_if_untouched(folder)
         raise
-    if config.resume is not None:
-        raise refusal("resume", config.resume, "belongs on the command line: python -m finetune resume=FOLDER")
+    from finetune.run import Part, take_turns
+    from finetune.supplies import SHARED
+    from finetune.trackers import Label
+
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name

@@ -95,11 +95,11 @@ class SlotsLauncher(Launcher):
 
     def _checked(self, config: "DictConfig") -> "RunConfig | None":
         """A job's config; None where something is wrong with it, which the job says itself."""
-        from finetune.config import RunConfig
+        from finetune.__main__ import checked
         from sweeps.job import current
 
         with suppress(ValueError), current(config):
-            return RunConfig.from_hydra(config)
+            return checked(config)
         return None
 
     def _lane(self, config: "DictConfig", done: dict[int, JobReturn], interrupt: "Interrupt", slots: int) -> "Lane":
