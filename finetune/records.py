@@ -86,6 +86,7 @@ class RunFolder:
         self.identity = self.path / "run.json"
         self.result = self.path / "result.json"
         self.samples = self.path / "samples.json"
+        self.test_rows = self.path / "test_rows.json"
         self._metrics = self.path / "metrics.jsonl"
         self._held = False
 
@@ -142,7 +143,7 @@ class RunFolder:
         """Begin anew: what a run has left goes, but for its log."""
         for path in (self.adapter, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.identity, self.result, self.samples, self._metrics):
+        for path in (self.identity, self.result, self.samples, self.test_rows, self._metrics):
             path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:

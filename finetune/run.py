@@ -4,6 +4,7 @@ Whatever happens on the way, the folder's `result.json` says it.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -56,10 +57,12 @@ class Part:
     supplies: Supplies = field(default_factory=Supplies)
     label: Label = field(default_factory=Label)
     alone: bool = True
-    """Whether the run has the terminal for itself, and ends with the test rows and the sample prompts.
+    """Whether the run has the terminal for itself, and ends with the sample prompts.
 
     A study asks for these of few of its trials, by `say_last_word`.
     """
+    tests: bool = True
+    """Whether the run ends with the test rows: not where a choice could see them."""
     interrupt: Interrupt = field(default_factory=Interrupt)
     slots: int = 1
     """How many runs may train together with this one, itself counted."""
@@ -248,9 +251,11 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
         result.metrics = progress.final_metrics(best=config.objective_at == "best")
         trained = (weight.numel() for weight in training.model.parameters() if weight.requires_grad)
         final: Metrics = {"adapter/parameters": sum(trained)}
+        if part.tests and data.test and progress.stop != "pruned":
+            evaluation = yield from training.measure(data.test)
+            write_json(folder.test_rows, dataclasses.asdict(evaluation))
+            final |= evaluation.metrics("test")
         if samples is not None and progress.stop != "pruned":
-            if data.test:
-                final |= (yield from training.measure(data.test)).metrics("test")
             samples.after(tracker, progress.step)
             _push(config, training.model)
     result.metrics |= final
@@ -324,9 +329,9 @@ def _held_out_metrics(result: Result, training: "Training", held_out: "Dataset")
 
 
 def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluation | None":
-    """Measure a completed run's adapter on the test rows (None: there are none), and perhaps ask the sample prompts.
+    """What a completed run makes of the test rows (None: there are none); the sample prompts are asked if wanted.
 
-    The run's files then hold what they would hold if the run had been alone.
+    What is known already is not measured again; the run's files then hold what they would if it had been alone.
     """
     from finetune.base import load_adapter
     from finetune.evaluation import evaluate
@@ -334,24 +339,35 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
     config, folder = read_run_config(path), RunFolder(path)
     rows = supplies.rows(config.dataset)
     test = supplies.tokens("test", rows.test, config)
-    ask = ask and config.sample_prompts != []
-    if not test and not ask:
-        return None
-    with supplies.model(config) as model:
-        samples = Samples(config, folder, rows, lambda: contextlib.nullcontext(model), supplies)
-        if ask:
-            samples.before()
-        load_adapter(model, folder.adapter)
-        batch_size = config.trainer.per_device_eval_batch_size
-        evaluation = evaluate(model, test, batch_size, config.quantization) if test else None
-        numbers = read_json(folder.result)
-        if ask:
-            samples.after(Tracker(), numbers["step"])
-    if evaluation is not None and "test/loss" not in numbers["metrics"]:
-        numbers["metrics"] |= evaluation.metrics("test")
-        folder.log(numbers["step"], evaluation.metrics("test"))
+    known = tested(folder)
+    ask = ask and config.sample_prompts != [] and not all("after" in row for row in read_json(folder.samples) or [{}])
+    if ask or (test and not known):
+        with supplies.model(config) as model:
+            samples = Samples(config, folder, rows, lambda: contextlib.nullcontext(model), supplies)
+            if ask:
+                samples.before()
+            load_adapter(model, folder.adapter)
+            if test and not known:
+                known = evaluate(model, test, config.trainer.per_device_eval_batch_size, config.quantization)
+                write_json(folder.test_rows, dataclasses.asdict(known))
+            if ask:
+                samples.after(Tracker(), 0)
+    numbers = read_json(folder.result)
+    if known is not None and "test/loss" not in numbers["metrics"]:
+        numbers["metrics"] |= known.metrics("test")
+        folder.log(numbers["step"], known.metrics("test"))
         write_json(folder.result, numbers)
-    return evaluation
+    return known
+
+
+def tested(folder: RunFolder) -> "Evaluation | None":
+    """What a run has made of the test rows, row by row; None where it was not measured on them."""
+    from finetune.evaluation import Evaluation
+
+    known = read_json(folder.test_rows)
+    if known is None:
+        return None
+    return Evaluation(tuple(known["row_losses"]), tuple(known["row_tokens"]), known["accuracy"])
 
 
 def _push(config: RunConfig, model: "PeftModel") -> None:

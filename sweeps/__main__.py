@@ -1,4 +1,7 @@
-"""Commands on studies: `python -m sweeps list | show S | best S | stop S 7`. S is a study's name or its folder."""
+"""Commands on studies: `python -m sweeps list | show S | best S | stop S 7 | report S | confirm S`.
+
+S is a study's name or its folder.
+"""
 
 import argparse
 import os
@@ -33,11 +36,18 @@ def main() -> None:
         ("show", _show, "a study's trials"),
         ("best", _best, "take the winner anew: best/, experiment/best.yaml, and how to use them"),
         ("stop", _stop, "end a running trial at its next step; it is recorded as pruned"),
+        ("report", _report, "write report.html, which needs no network"),
+        ("confirm", _confirm, "train the best trials anew with other seeds: was the winner luck?"),
     ):
         command = add(name, action, text)
         command.add_argument("study", metavar="S", help="a study's name, or its folder")
         if name == "stop":
             command.add_argument("trial", type=int, help="its number")
+        if name == "report":
+            command.add_argument("--watch", action="store_true", help="again and again, while the study runs")
+        if name == "confirm":
+            command.add_argument("--top", type=_positive, default=3, help="how many of the best (3)")
+            command.add_argument("--seeds", type=_positive, default=5, help="how many other seeds (5)")
 
     def act() -> None:
         arguments = parser.parse_args()
@@ -78,18 +88,54 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _best(arguments: argparse.Namespace) -> None:
+    study = _prepared(arguments.study)
+    if not study.ranked():
+        raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
+    _conclude(study)
+
+
+def _prepared(name: str) -> "Study":
+    """A study whose runs are to be loaded or trained, with its lines on the terminal."""
     import logging
 
     from finetune.cli import quiet_libraries
+
+    study = _study(name)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries(bars=False)
+    return study
+
+
+def _conclude(study: "Study") -> None:
     from finetune.supplies import SHARED
     from sweeps.conclusion import conclude
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    study = _study(arguments.study)
-    if not study.ranked():
-        raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
-    quiet_libraries()
     conclude(study, SHARED)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from sweeps.report import watch, write_report
+
+    study = _study(arguments.study)
+    if arguments.watch:
+        watch(study, lambda line: print(line, flush=True))
+    else:
+        print(os.path.relpath(write_report(study)))
+
+
+def _confirm(arguments: argparse.Namespace) -> None:
+    from sweeps.confirm import confirm
+
+    study = _prepared(arguments.study)
+    confirm(study, arguments.seeds, arguments.top)
+    _conclude(study)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return number
 
 
 def _stop(arguments: argparse.Namespace) -> None:

@@ -5,98 +5,106 @@ import logging
 import os
 import shlex
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.cli import brief
 from finetune.config import RunConfig
-from finetune.records import read_json, write_json
+from finetune.records import RunFolder, write_json
 from finetune.run import say_last_word
 from finetune.supplies import Supplies
 from finetune.trackers import untag
 from finetune.trained import read_run_config
+from sweeps.advice import advice
+from sweeps.compare import compare
+from sweeps.confirm import confirmation
 from sweeps.importance import importances
+from sweeps.publish import publish
+from sweeps.report import ANSWER, write_report
 from sweeps.study import Study, role
-from sweeps.text import parameters
-
-if TYPE_CHECKING:
-    from finetune.evaluation import Evaluation
+from sweeps.text import commands, confirmation_lines, counts, parameters, test_lines
 
 log = logging.getLogger(__name__)
 
-ANSWER = "answer.json"
-RESAMPLES = 10_000
-
 
 def conclude(study: Study, supplies: Supplies) -> None:
-    """Take the winner, measure it and the baseline on the test rows, write both down, and say it all."""
+    """Take the winner, measure it and the baseline on the test rows, write both down, and say and show it all."""
     ranked = study.ranked()
     if not ranked:
         log.info("study %s: no trial is complete, so there is no answer", study.name)
+        _report(study)
         return
-    winner, baseline = ranked[0], study.baseline()
+    found = confirmation(study)
+    number = found["winner"] if found else ranked[0].number
+    winner, baseline = next(trial for trial in ranked if trial.number == number), study.baseline()
+    source = _run_of(study, winner)
     answer = {
         "trial": winner.number,
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
-        "test": _test(study, winner, baseline, supplies),
+        "test": _test(study, source, baseline if winner != baseline else None, supplies),
     }
     write_json(study.folder / ANSWER, answer)
     for trial in study.finished():  # two that ended together may both have been the best so far
         if trial.number != winner.number:
             untag(study.folder_of(trial.number), "best")
-    keep_best(study, winner)
-    say(study, ranked, answer)
+    keep_best(study, source, winner)
+    report = _report(study)
+    say(study, ranked, answer, report)
+    for line in publish(study, winner.number, answer["test"], report):
+        log.info("  %s", line)
 
 
-def _test(study: Study, winner: FrozenTrial, baseline: FrozenTrial | None, supplies: Supplies) -> dict[str, Any] | None:
+def _report(study: Study) -> Path | None:
+    """The report; what can't be drawn does not cost the study its answer."""
+    try:
+        return write_report(study)
+    except Exception as error:
+        place = shlex.quote(os.path.relpath(study.folder))
+        log.warning("no report: %s; HYDRA_FULL_ERROR=1 python -m sweeps report %s shows where", brief(error), place)
+        return None
+
+
+def _run_of(study: Study, winner: FrozenTrial) -> RunFolder:
+    """The winner's run; where its adapter did not stay on disk, one that the confirmation has trained."""
+    own = study.folder_of(winner.number)
+    others = sorted((study.folder / "confirm").glob(f"{winner.number}-seed*"))
+    runs = [own, *map(RunFolder, others)]
+    return next((run for run in runs if run.adapter.is_dir()), own)
+
+
+def _test(study: Study, source: RunFolder, baseline: FrozenTrial | None, supplies: Supplies) -> dict[str, Any] | None:
     """The test losses of the winner and of the baseline; None without test rows. What was measured is not again."""
-    known = read_json(study.folder / ANSWER)
-    if known and known["trial"] == winner.number and known["baseline"] == (baseline.number if baseline else None):
-        before: dict[str, Any] | None = known["test"]
-        return before
-    log.info("the last word: trial %d, the winner, and the baseline on the test rows", winner.number)
-    of_winner = say_last_word(study.folder_of(winner.number).path, supplies, ask=True)
+    log.info("the last word: the winner and the baseline on the test rows")
+    of_winner = say_last_word(source.path, supplies, ask=True)
     if of_winner is None:
         return None
     found: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
-    if baseline is not None and baseline.number != winner.number:
+    if baseline is not None:
         of_baseline = say_last_word(study.folder_of(baseline.number).path, supplies, ask=False)
         assert of_baseline is not None
-        low, high = difference_interval(of_winner, of_baseline)
+        result = compare([of_winner], [of_baseline])
         found |= {
             "baseline": of_baseline.loss,
-            "difference": of_winner.loss - of_baseline.loss,
-            "interval_95": [low, high],
+            "difference": result.difference,
+            "interval_95": [result.low, result.high],
+            "verdict": result.verdict,
         }
     return found
 
 
-def difference_interval(one: "Evaluation", other: "Evaluation") -> tuple[float, float]:
-    """The 95 % confidence interval of the difference of two losses on the same rows, by the paired bootstrap.
-
-    Rows are drawn anew with replacement; a row's two losses stay together (Efron and Tibshirani, 1993).
-    """
-    differences = np.array(one.row_losses) - np.array(other.row_losses)
-    tokens = np.array(one.row_tokens)
-    rows = np.random.default_rng(0).integers(len(tokens), size=(RESAMPLES, len(tokens)))
-    means = differences[rows].sum(1) / tokens[rows].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def keep_best(study: Study, winner: FrozenTrial) -> None:
+def keep_best(study: Study, source: RunFolder, winner: FrozenTrial) -> None:
     """`best/`, the winner's run folder, and `experiment/best.yaml`, which reproduces it."""
-    source, best = study.folder_of(winner.number).path, study.folder / "best"
-    draft = study.folder / ".best.draft"
+    best, draft = study.folder / "best", study.folder / ".best.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, ignore=shutil.ignore_patterns("checkpoints", "wandb", "tensorboard", ".lock"))
+    shutil.copytree(source.path, draft, ignore=shutil.ignore_patterns("checkpoints", "wandb", "tensorboard", ".lock"))
     shutil.rmtree(best, ignore_errors=True)
     draft.rename(best)
-    config = dataclasses.replace(read_run_config(source), resume=None)
+    config = dataclasses.replace(read_run_config(source.path), resume=None)
     experiment = study.folder / "experiment" / "best.yaml"
     experiment.parent.mkdir(exist_ok=True)
     head = (
@@ -120,18 +128,10 @@ def _escaped(config: RunConfig) -> dict[str, Any]:
     return escaped
 
 
-def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any]) -> None:
+def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], report: Path | None) -> None:
     """The study's end on the terminal."""
     names = study.objectives
-    counts = ", ".join(
-        f"{len(study.trials(state))} {word}"
-        for state, word in (
-            (TrialState.COMPLETE, "complete"),
-            (TrialState.PRUNED, "pruned"),
-            (TrialState.FAIL, "failed"),
-        )
-    )
-    lines = [f"study {study.name}: {counts}"]
+    lines = [f"study {study.name}: {counts(study)}"]
     front = {trial.number for trial in study.optuna.best_trials} if len(names) > 1 else set()
     shown = ranked[:5]
     baseline = study.baseline()
@@ -142,36 +142,25 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any]) -> None
         note = "  baseline" if role(trial) == "baseline" else ""
         note += "  (on the Pareto front)" if trial.number in front else ""
         lines.append(f"  trial {trial.number:<4} {values}  {parameters(trial)}{note}")
-    weights = importances(study.optuna)
-    if weights:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in weights.items())
-        lines.append(f"  what mattered  {shares}")
-    lines += _test_lines(answer)
+    shares = importances(study.optuna)
+    if shares:
+        said = (f"{name} {share.share:.0%} ({share.low:.0%}-{share.high:.0%})" for name, share in shares.items())
+        lines.append(f"  what mattered  {', '.join(said)}")
+    lines += _named("test loss", test_lines(answer))
+    found = confirmation(study)
+    lines += _named("confirmed", confirmation_lines(found) if found else [])
+    lines += _named("next", advice(study, shares))
     for trial in study.trials(TrialState.FAIL):
         lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
     place = shlex.quote(os.path.relpath(study.folder))
-    lines += [
-        f"  the winner     {place}/best: trial {answer['trial']}'s run folder",
-        f'  use it         python -m finetune.generate {place}/best --prompt "…"',
-        f"  run it again   python -m finetune --config-dir {place} experiment=best",
-        f"  look at all    python -m sweeps show {place}",
-    ]
-    if any(study.folder.glob("trials/*/wandb/offline-run-*")):
-        lines.append(f"  W&B            offline; wandb sync {place}/trials/*/wandb/offline-run-*")
+    lines.append(f"  the winner     {place}/best: trial {answer['trial']}'s run folder")
+    offline = any(study.folder.glob("trials/*/wandb/offline-run-*"))
+    lines += [f"  {name:14} {command}" for name, command in commands(study, offline)]
+    if report is not None:
+        lines.append(f"  report         {shlex.quote(os.path.relpath(report))}")
     log.info("%s", "\n".join(lines))
 
 
-def _test_lines(answer: dict[str, Any]) -> list[str]:
-    test = answer["test"]
-    if test is None:
-        return []
-    rows = f"on {test['rows']} rows that no choice has seen"
-    if "difference" not in test:
-        same = ": the baseline itself" if answer["baseline"] == answer["trial"] else ""
-        return [f"  test loss      {test['winner']:.4f} {rows}{same}"]
-    low, high = test["interval_95"]
-    sure = "better" if high < 0 else "worse" if low > 0 else "no clear difference"
-    return [
-        f"  test loss      {test['winner']:.4f}, baseline {test['baseline']:.4f} {rows}",
-        f"                 {test['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}: {sure}",
-    ]
+def _named(name: str, lines: list[str]) -> list[str]:
+    """Lines under one name, which stands before the first."""
+    return [f"  {name if index == 0 else '':14} {line}" for index, line in enumerate(lines)]

@@ -86,6 +86,17 @@ class NamingFormatter(logging.Formatter):
         return text if self.lane is None else "\n".join(f"{self.lane}: {line}" for line in text.splitlines())
 
 
+def leave_to_logs(beside: bool = False) -> None:
+    """Leave runs' own lines to their logs; beside a live table this process says only what must be known."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or (record.name.startswith("sweeps") and not beside)
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.addFilter(passes)
+
+
 def train_together(take: Callable[[], Lane | None], slots: int) -> int:
     """Run lanes in so many slots until there are none to take; returns how many have ended.
 

@@ -31,6 +31,7 @@ class StudySettings(Section):
     start: list[dict[str, Any]]
     timeout: float | None
     keep_adapters: int
+    confirm: int
     allow_change: bool
     sampler: dict[str, Any]
     pruner: dict[str, Any]
@@ -44,6 +45,8 @@ class StudySettings(Section):
         self.require("max_failure_rate", 0 <= self.max_failure_rate <= 1, "must be a share of the trials, from 0 to 1")
         self.require("timeout", self.timeout is None or self.timeout > 0, "must be above 0 seconds, or null")
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
+        self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
+        self.require("confirm", not self.confirm or len(self.directions) == 1, "needs one objective; 0: none")
 
     @classmethod
     def from_sweeper(cls, values: Mapping[str, Any]) -> "StudySettings":

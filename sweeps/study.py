@@ -134,6 +134,12 @@ class Study:
         return str(self.optuna.user_attrs["uid"])
 
     @property
+    def written_address(self) -> str | None:
+        """The storage's address as the user wrote it, secrets by the names of their variables; None: the journal."""
+        known: str | None = read_json(self.folder / "study.json")["storage"]
+        return known
+
+    @property
     def objectives(self) -> list[str]:
         """The names of the metrics that trials are judged by."""
         names = self.optuna.user_attrs["terms"]["objective"]

@@ -46,6 +46,7 @@ class StudySweeper(Sweeper):
         from finetune.config import ConfigError
         from finetune.supplies import SHARED
         from sweeps.conclusion import conclude
+        from sweeps.confirm import confirm
         from sweeps.space import Space
         from sweeps.storage import check_address
         from sweeps.study import Study
@@ -95,6 +96,8 @@ class StudySweeper(Sweeper):
         quiet_libraries(bars=False)
         try:
             study.tidy(settings.keep_adapters)
+            if settings.confirm and study.ranked() and not worker.out_of_time:
+                confirm(study, settings.confirm)
             conclude(study, SHARED)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None

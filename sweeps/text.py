@@ -1,10 +1,14 @@
-"""Studies as plain text: one table of trials for the terminal and for `python -m sweeps`."""
+"""Studies as plain text: what the terminal, `python -m sweeps` and the report say in the same words."""
 
-from collections.abc import Sequence
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.storage import JOURNAL
 from sweeps.study import Study, role
 
 
@@ -66,3 +70,72 @@ def short(name: str) -> str:
 def shown(value: Any) -> str:
     """A parameter's value, short."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def counts(study: Study) -> str:
+    """How the trials have ended."""
+    states = ((TrialState.COMPLETE, "complete"), (TrialState.PRUNED, "pruned"), (TrialState.FAIL, "failed"))
+    return ", ".join(f"{len(study.trials(state))} {word}" for state, word in states)
+
+
+def test_lines(answer: Mapping[str, Any]) -> list[str]:
+    """The last word on winner and baseline: their losses on the test rows, and how sure the difference is."""
+    test = answer["test"]
+    if test is None:
+        return []
+    rows = f"on {test['rows']} rows that no choice has seen"
+    if "difference" not in test:
+        same = ": the baseline itself" if answer["baseline"] == answer["trial"] else ""
+        return [f"{test['winner']:.4f} {rows}{same}"]
+    low, high = test["interval_95"]
+    return [
+        f"{test['winner']:.4f}, baseline {test['baseline']:.4f} {rows}",
+        f"{test['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}: {test['verdict']}",
+    ]
+
+
+def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
+    """What training anew with other seeds has shown."""
+    lines = []
+    for row in found["candidates"]:
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
+        mean = "no run came to its end" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+        notes = [row["role"], f"{len(row['failed'])} failed: {row['failed'][0]}" if row["failed"] else ""]
+        noted = "".join(f"  {note}" for note in notes if note)
+        lines.append(f"trial {row['trial']}: {found['objective']} {mean} with {len(row['values'])} other seeds{noted}")
+    for pair in found["comparisons"]:
+        interval = f"{pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
+        lines.append(
+            f"trial {pair['trial']} against trial {pair['other']}: {interval} on {pair['rows']} test rows; "
+            f"better with a chance of {pair['chance']:.0%}"
+        )
+    if found["winner"] != found["before"]:
+        lines.append(
+            f"trial {found['winner']} is better on average than trial {found['before']}, the study's best: "
+            "it is the answer"
+        )
+    return lines
+
+
+def commands(study: Study, offline: bool) -> list[tuple[str, str]]:
+    """What to do with a study's winner, and where to look at all trials: what for, and the command."""
+    place = shlex.quote(os.path.relpath(study.folder))
+    merged = shlex.quote(os.path.relpath(study.folder / "merged"))
+    found = [
+        ("use it", f'python -m finetune.generate {place}/best --prompt "…"'),
+        ("run it again", f"python -m finetune --config-dir {place} experiment=best"),
+        ("confirm it", f"python -m sweeps confirm {place} --top 3 --seeds 5"),
+        ("merge it", f"python -m finetune.merge {place}/best --to {merged}"),
+        ("serve it", f"vllm serve {merged}"),
+        ("push it", f"hf upload YOU/{study.name} {place}/best/adapter"),
+        ("look at all", f"optuna-dashboard {_storage(study)}"),
+    ]
+    return [*found, *([("W&B", f"wandb sync {place}/trials/*/wandb/offline-run-*")] if offline else [])]
+
+
+def _storage(study: Study) -> str:
+    """The study's storage as a shell has it."""
+    address = study.written_address
+    if address is None:
+        return shlex.quote(os.path.relpath(study.folder / JOURNAL))
+    return '"' + re.sub(r"\$\{oc\.env:(\w+)[^}]*\}", r"$\1", address) + '"'

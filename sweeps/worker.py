@@ -33,7 +33,7 @@ from finetune.run import Objective, Part, take_turns
 from finetune.supplies import SHARED
 from finetune.trackers import Label, untag
 from sweeps.job import as_job
-from sweeps.pack import Lane, train_together
+from sweeps.pack import Lane, leave_to_logs, train_together
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
 from sweeps.study import Claim, Study, role
@@ -72,7 +72,7 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
-        self.speak()
+        leave_to_logs(beside=os.getpid() != self.process and sys.stderr.isatty())
         quiet_libraries(bars=False)
         from finetune.base import take_device
 
@@ -90,17 +90,6 @@ class Worker:
                 return None
             turn = _Turn(self, study, claim, interrupt)
             return Lane(str(claim.number), turn.take(held.pop_all()), claim.folder.path / "train.log", turn.companions)
-
-    def speak(self) -> None:
-        """Leave the runs' own lines to their logs, and beside a live table this process's to what must be known."""
-        beside = os.getpid() != self.process and sys.stderr.isatty()
-
-        def passes(record: logging.LogRecord) -> bool:
-            return record.levelno >= logging.WARNING or (record.name.startswith("sweeps") and not beside)
-
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.addFilter(passes)
 
     def try_out(self) -> list[RunConfig]:
         """Configs of the space's extremes.
@@ -147,8 +136,13 @@ class Worker:
             config.hydra.job.id, config.hydra.job.num = str(number), number
         return config
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the study's time is over."""
+        return self.deadline is not None and time.time() >= self.deadline
+
     def _is_over(self, study: Study) -> bool:
-        return (self.deadline is not None and time.time() >= self.deadline) or too_many_failures(study, self.settings)
+        return self.out_of_time or too_many_failures(study, self.settings)
 
     def pruner(self) -> BasePruner:
         """The study's pruner."""
@@ -290,7 +284,16 @@ class _Turn:
             group=self.study.name,
             job_type="trial",
         )
-        part = Part(_Judge(self), SHARED, label, False, self.interrupt, worker.slots, self.companions)
+        part = Part(
+            observer=_Judge(self),
+            supplies=SHARED,
+            label=label,
+            alone=False,
+            tests=False,
+            interrupt=self.interrupt,
+            slots=worker.slots,
+            companions=self.companions,
+        )
 
         def task(composed: DictConfig) -> Turns[Objective]:
             return take_turns(worker.check(RunConfig.from_hydra(composed)), self.folder, part)
@@ -360,8 +363,7 @@ class _Judge(Observer):
         self._looked = time.monotonic()
         if self._frozen().user_attrs.get("stop"):
             return self._ends("told to stop")
-        deadline = self._turn.worker.deadline
-        return deadline is not None and time.time() >= deadline and self._ends("out of time")
+        return self._turn.worker.out_of_time and self._ends("out of time")
 
     def on_rung(self, rung: Rung) -> None:
         """Rungs count from the first evaluation after training began: before it all trials are alike."""

@@ -1,0 +1,275 @@
+"""The best trials trained anew with other seeds: what is compared, how the answer changes, kills and interruptions."""
+
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Station, final, study_overrides
+
+from finetune.config import ConfigError
+from finetune.evaluation import Evaluation
+from finetune.supplies import Supplies
+from sweeps.compare import compare
+from sweeps.conclusion import conclude
+from sweeps.confirm import confirm, confirmation
+from sweeps.study import Study
+
+POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
+
+
+# The comparison
+
+
+def measured(losses: Any, tokens: list[int]) -> list[Evaluation]:
+    return [Evaluation(tuple(row), tuple(tokens), 0.5) for row in np.atleast_2d(losses).tolist()]
+
+
+def test_equal_sides_are_equal() -> None:
+    side = measured([1.0, 2.0, 3.0], [1, 1, 2])
+
+    same = compare(side, side)
+
+    assert (same.difference, same.low, same.high, same.chance) == (0, 0, 0, 0.5)
+    assert same.verdict == "no clear difference"
+
+
+def test_the_difference_is_of_a_mean_token() -> None:
+    one, other = measured([1.0, 2.0], [1, 3]), measured([2.0, 4.0], [1, 3])
+
+    found = compare(one, other)
+
+    assert found.difference == pytest.approx((1 + 2 - 2 - 4) / 4)
+    assert found.low <= found.difference <= found.high < 0
+    assert (found.verdict, found.chance) == ("better", 1)
+    assert compare(other, one).verdict == "worse"
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(60):
+        noise = draw.normal(0.3, 1.0, size=40)
+        found = compare(measured(noise.tolist(), [1] * 40), measured([0.0] * 40, [1] * 40))
+        held += found.low <= 0.3 <= found.high
+    assert 51 <= held <= 60
+
+
+def test_seeds_that_disagree_make_the_interval_wider() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.normal(0, 1.0, size=30)
+    tokens = [1] * 30
+    none = measured(np.zeros((4, 30)), tokens)
+    alike = compare(measured(np.tile(rows, (4, 1)) - 0.1, tokens), none)
+    apart = compare(measured(np.tile(rows, (4, 1)) - 0.1 + np.array([[-1.5], [1.5], [-1.5], [1.5]]), tokens), none)
+
+    assert apart.difference == pytest.approx(alike.difference)
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+    assert 0.5 < apart.chance < alike.chance
+
+
+def test_many_rows_are_compared_in_little_memory() -> None:
+    import tracemalloc
+
+    side, other = (measured(np.full(20_000, value), [1] * 20_000) for value in (1.0, 2.0))
+    tracemalloc.start()
+    found = compare(side, other)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert found.difference == pytest.approx(-1)
+    assert peak < 300e6
+
+
+# The confirmation
+
+
+@pytest.fixture(scope="module")
+def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of a baseline, a far better point and two more trials, confirmed with one seed at its end."""
+    place = tmp_path_factory.mktemp("confirmed")
+    more = ("hydra/sweeper/pruner=none", "hydra.sweeper.n_trials=4", "hydra.sweeper.confirm=1")
+    ended = station.run(*study_overrides(tiny_base, "s1"), f"hydra.sweeper.start={POINTS}", *more, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+    (place / "said").write_text(ended.stderr)
+    return place / "outputs" / "sweeps" / "s1"
+
+
+@pytest.fixture
+def copied(done: Path, tmp_path: Path) -> Path:
+    """A copy of the study, to be acted on."""
+    folder = tmp_path / "outputs" / "sweeps" / "s1"
+    shutil.copytree(done, folder)
+    return folder
+
+
+def content(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_the_study_ends_with_it(done: Path) -> None:
+    found, answer = content(done / "confirm.json"), content(done / "answer.json")
+    said = (done.parents[2] / "said").read_text()
+
+    assert found["seeds"] == [1]
+    trials = [row["trial"] for row in found["candidates"]]
+    assert trials[0] == found["before"] == found["winner"] == answer["trial"] == 1
+    assert 0 in trials
+    assert re.search(r"confirmed +trial 1: eval/loss \d\.\d+ with 1 other seeds", said)
+    assert "Confirmation" in (done / "report.html").read_text()
+
+
+def test_each_run_is_the_trial_with_another_seed(done: Path) -> None:
+    found = content(done / "confirm.json")
+
+    for row in found["candidates"]:
+        (folder,) = (done / "confirm").glob(f"{row['trial']}-seed*")
+        again, trial = (content(run / "run.json")["config"] for run in (folder, done / "trials" / str(row["trial"])))
+        assert again.pop("seed") == 1
+        assert trial.pop("seed") == 0
+        assert again == trial
+        assert row["values"] == [final(folder)["metrics"]["eval/loss"]]
+        assert row["test"] == final(folder)["metrics"]["test/loss"]
+        assert row["study"] == final(done / "trials" / str(row["trial"]))["metrics"]["eval/loss"]
+        assert not (folder / "adapter").exists()
+        assert not (folder / "checkpoints").exists()
+
+
+def test_no_trial_has_seen_the_test_rows_but_winner_and_baseline(done: Path) -> None:
+    seen = {path.parent.name for path in done.glob("trials/*/test_rows.json")}
+
+    assert seen == {"0", "1"}
+
+
+def test_more_seeds_train_only_what_is_missing(copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.glob("confirm/*/run.json")}
+
+    found = confirm(Study.load(copied), seeds=3, top=1)
+
+    assert found["seeds"] == [1, 2, 3]
+    assert [row["trial"] for row in found["candidates"]] == [1, 0]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    best, baseline = found["candidates"]
+    assert len(best["values"]) == len(set(best["values"])) == 3
+    assert best["mean"] == pytest.approx(sum(best["values"]) / 3)
+    assert best["spread"] == pytest.approx(float(np.std(best["values"], ddof=1)))
+    (pair,) = found["comparisons"]
+    assert (pair["trial"], pair["other"]) == (1, 0)
+    assert pair["difference"] == pytest.approx(best["test"] - baseline["test"])
+    assert pair["chance"] > 0.9
+
+
+def made_lucky(folder: Path, number: int) -> None:
+    """Let the study have recorded an outstanding loss for a trial, as a lucky seed gives."""
+    journal = folder / "study.journal"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    ids = [line for line in lines if line["op_code"] == 4]  # trials, as they were created
+    assert len(ids) > number
+    for line in lines:
+        if line["op_code"] == 6 and line["trial_id"] == number and line.get("values"):
+            line["values"] = [0.5]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_luck_changes_the_answer(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (copied / "confirm.json").unlink()
+    made_lucky(copied, 0)
+    assert Study.load(copied).ranked()[0].number == 0
+
+    found = confirm(Study.load(copied), seeds=2, top=2)
+    conclude(Study.load(copied), Supplies())
+
+    assert (found["before"], found["winner"]) == (0, 1)
+    assert content(copied / "answer.json")["trial"] == 1
+    assert content(copied / "best" / "run.json")["config"]["optimizer"]["learning_rate"] == 0.009
+    assert "Trial 1 of study s1" in (copied / "experiment" / "best.yaml").read_text()
+    assert "Trial 1 wins" in (copied / "report.html").read_text()
+    assert "trial 1 is better on average than trial 0" in (copied / "report.html").read_text()
+
+
+def test_a_winner_whose_adapter_is_gone_has_one_of_the_runs_anew(copied: Path) -> None:
+    made_lucky(copied, 0)
+    shutil.rmtree(copied / "trials" / "1" / "adapter")
+
+    confirm(Study.load(copied), seeds=2, top=2)
+    conclude(Study.load(copied), Supplies())
+
+    assert content(copied / "best" / "run.json")["config"]["seed"] in (1, 2)
+    assert (copied / "best" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "seed: 2" in (copied / "experiment" / "best.yaml").read_text()
+
+
+def test_a_better_trial_that_came_later_is_not_confirmed(copied: Path) -> None:
+    study = Study.load(copied)
+    assert confirmation(study) is not None
+    made_lucky(copied, 2)
+
+    assert confirmation(Study.load(copied)) is None
+
+
+def test_a_run_that_fails_is_its_candidates_failure(copied: Path) -> None:
+    other = copied / "confirm" / "1-seed2"
+    shutil.copytree(copied / "confirm" / "1-seed1", other)  # holds another run, so it is refused
+
+    found = confirm(Study.load(copied), seeds=2, top=1)
+
+    best, baseline = found["candidates"]
+    assert "seed=2" in best["failed"][0]
+    assert len(best["values"]) == 1
+    assert baseline["failed"] == []
+    assert found["winner"] == 0
+
+
+def test_what_cannot_be_confirmed_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study.load(copied)
+    monkeypatch.setattr(Study, "objectives", ["eval/loss", "adapter/parameters"])
+    with pytest.raises(ConfigError, match="several objectives"):
+        confirm(study, seeds=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(Study, "ranked", lambda self: [])
+    with pytest.raises(ConfigError, match="nothing to confirm"):
+        confirm(study, seeds=1)
+
+
+@pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])
+def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -> None:
+    ended = station.run("confirm", "s1", flag, cwd=copied.parents[2], module="sweeps")
+
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: argument --\w+: \S+: must be a whole number, at least 1; see --help\n", ended.stderr)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, copied: Path, done: Path) -> None:
+    def begin() -> Any:
+        return station.start("confirm", "s1", "--top", "1", "--seeds", "3", cwd=copied.parents[2], module="sweeps")
+
+    ended = 0
+    for _ in range(3):
+        running = begin()
+        end = time.monotonic() + 60
+        runs = len(list(copied.glob("confirm/*/metrics.jsonl")))
+        while running.poll() is None and time.monotonic() < end:
+            if len(list(copied.glob("confirm/*/metrics.jsonl"))) > runs:
+                break
+            time.sleep(0.005)
+        if running.poll() is None:
+            running.send_signal(number)
+            said = running.wait()
+            ended += said.returncode != 0
+            if number == signal.SIGINT and said.returncode:
+                assert "python -m sweeps confirm outputs/sweeps/s1 goes on" in said.stderr
+    assert ended
+    last = begin().wait()
+    assert last.returncode == 0, last.stderr
+
+    found = content(copied / "confirm.json")
+    fresh = copied.with_name("fresh")
+    shutil.copytree(done, fresh)
+    assert found["candidates"] == confirm(Study.load(fresh), seeds=3, top=1)["candidates"]

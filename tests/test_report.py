@@ -1,0 +1,369 @@
+"""The report: every kind of study has one, it says what is so, and a browser draws it without the network."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import Station, run_cli, study_overrides
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from sweeps.advice import advice
+from sweeps.importance import Share, importances
+from sweeps.report import write_report
+from sweeps.storage import open_storage
+from sweeps.study import Study
+
+SPACE: dict[str, BaseDistribution] = {
+    "lora.r": CategoricalDistribution([4, 8, 16, 32, 64]),
+    "lora.dropout": FloatDistribution(0, 0.15),
+    "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+}
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+def made(folder: Path, trials: Sequence[FrozenTrial], *objectives: str) -> Study:
+    """A study of trials that are written down, not run."""
+    folder.mkdir(parents=True)
+    names = list(objectives) or ["eval/loss"]
+    study = optuna.create_study(
+        study_name=folder.name, storage=open_storage(None, folder), directions=["minimize"] * len(names)
+    )
+    study.set_user_attr("uid", "made")
+    study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
+    study.add_trials(trials)
+    (folder / "study.json").write_text(json.dumps({"name": folder.name, "storage": None}))
+    return Study.load(folder)
+
+
+def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> FrozenTrial:
+    """A trial whose loss falls with its learning rate, and with nothing else."""
+    params = {
+        "lora.r": draw.choice([4, 8, 16, 32, 64]),
+        "lora.dropout": draw.uniform(0, 0.15),
+        "optimizer.learning_rate": 10 ** draw.uniform(-4, -2),
+    } | given.pop("params", {})
+    loss = 3 - 0.3 * math.log10(params["optimizer.learning_rate"] * 1e4)
+    rungs = {COMPLETE: 4, PRUNED: 1, FAIL: 0}[state]
+    reported = {rung: loss - 0.1 * rung for rung in range(1, rungs + 1)}
+    notes = {"steps": 60, "step": 60 if state == COMPLETE else 15, "reason": "worse than others at this rung"}
+    return create_trial(
+        state=state,
+        params=params,
+        distributions={name: SPACE[name] for name in params},
+        user_attrs=notes | ({"error": "<b>out of memory</b>"} if state == FAIL else {}),
+        **{"intermediate_values": reported, "value": loss - 0.4 if state == COMPLETE else None} | given,
+    )
+
+
+def text_of(path: Path) -> str:
+    """The page without plotly's own code."""
+    return re.sub(r"<script>.*?</script>", "", path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
+
+
+def two_values(draw: random.Random) -> FrozenTrial:
+    return create_trial(
+        params={"lora.r": 8}, distributions={"lora.r": SPACE["lora.r"]}, values=[draw.random(), draw.random()]
+    )
+
+
+def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
+    draw = random.Random(0)
+    nan = trial(draw, PRUNED)
+    nan.intermediate_values = {1: math.nan}
+    partial = trial(draw)
+    del partial._distributions["lora.dropout"], partial._params["lora.dropout"]
+    waiting = create_trial(state=TrialState.WAITING)
+    return {
+        "empty": ([], []),
+        "waiting": ([waiting] * 3, []),
+        "one": ([trial(draw)], []),
+        "two": ([trial(draw), trial(draw, PRUNED)], []),
+        "failed": ([trial(draw, FAIL) for _ in range(3)], []),
+        "pruned": ([trial(draw, PRUNED) for _ in range(9)], []),
+        "nan": ([trial(draw), nan, trial(draw, PRUNED, intermediate_values={1: math.inf}), trial(draw)], []),
+        "partial": ([*(trial(draw) for _ in range(9)), partial], []),
+        "no-parameters": ([create_trial(value=1.0), create_trial(value=2.0)], []),
+        "equal": ([trial(draw, value=1.0, intermediate_values={1: 1.0}) for _ in range(10)], []),
+        "two-objectives": ([two_values(draw) for _ in range(9)], ["eval/loss", "adapter/parameters"]),
+        "mixed": ([trial(draw, state) for state in (COMPLETE, PRUNED, FAIL) * 5], []),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
+    trials, objectives = kinds()[kind]
+    study = made(tmp_path / kind, trials, *objectives)
+
+    page = text_of(write_report(study))
+
+    assert kind in page
+    assert page.count('class="plotly-graph-div"') >= (1 if study.trials(COMPLETE) else 0)
+    assert ("chart-pareto" in page) == (kind == "two-objectives")
+    if kind in ("failed", "mixed"):
+        assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
+        assert "<b>out of memory" not in page
+
+
+def test_500_trials_are_a_page_of_less_than_10_megabytes(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made(tmp_path / "large", [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)])
+
+    path = write_report(study)
+
+    assert path.stat().st_size < 10e6
+    assert text_of(path).count("<tr") > 500
+
+
+def test_a_space_that_changed_on_the_way_is_drawn_as_one(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    trials = [trial(draw) for _ in range(10)]
+    for each in trials[5:]:
+        each._distributions["optimizer.learning_rate"] = FloatDistribution(1e-5, 1e-1, log=True)
+        each._distributions["lora.r"] = CategoricalDistribution([4, 8, 16, 32, 64, 128])
+    page = text_of(write_report(made_unchecked(tmp_path / "changed", trials)))
+
+    assert "chart-parallel" in page
+
+
+def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
+    """A study with trials that Optuna would not take any more, as one has that went on under `allow_change`."""
+    study = made(folder, [])
+    for each in trials:
+        study.storage.create_new_trial(study.optuna._study_id, each)
+    return study
+
+
+# What it says
+
+
+def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)])
+
+    shares = importances(study.optuna)
+
+    assert next(iter(shares)) == "optimizer.learning_rate"
+    rate = shares["optimizer.learning_rate"]
+    assert rate.low <= rate.share <= 1
+    assert rate.share > 0.7
+    assert shares["lora.dropout"].high < rate.low
+
+
+def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)])
+    shares = {"optimizer.learning_rate": Share(0.9, 0.8, 1.0), "lora.dropout": Share(0.02, 0.0, 0.05)}
+
+    lines = advice(study, shares)
+
+    pressed = r"optimizer\.learning_rate: \d+ of the best 10 trials lie at the upper end of .* search 0\.03 too"
+    assert re.match(pressed, lines[0])
+    assert "hardly mattered: lora.dropout (2%, at most 5%); fix with lora.dropout=" in lines[1]
+    assert "the next trial can be expected to better eval/loss by" in lines[2]
+
+
+def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Path) -> None:
+    def gain(folder: str, rates: list[float]) -> float:
+        draw = random.Random(0)
+        trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
+        (line,) = [line for line in advice(made(tmp_path / folder, trials), {}) if "expected" in line]
+        return float(re.search(r"by ([\d.e-]+)", line)[1])  # type: ignore[index]
+
+    searched = gain("searched", [10 ** (-4 + 2 * index / 19) for index in range(20)])
+    half = gain("half", [10 ** (-4 + 1 * index / 19) for index in range(20)])
+
+    assert searched < half / 3
+
+
+def test_few_trials_give_no_advice(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    assert advice(made(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
+
+
+def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made(tmp_path / "s", [trial(draw), trial(draw, PRUNED)])
+    for number, tokens in ((0, 6000), (1, 1500)):
+        folder = study.folder_of(number).path
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"train_tokens": tokens, "train_seconds": tokens / 100}))
+
+    page = text_of(write_report(study))
+
+    assert "<b>7,500</b><span>tokens trained" in page
+    assert "<b>4,500</b><span>tokens saved by pruning" in page
+    assert "<b>38%</b>" in page
+
+
+# A real study's
+
+
+@pytest.fixture(scope="module")
+def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that has been run."""
+    place = tmp_path_factory.mktemp("reported")
+    more = ("tracker=wandb", "sample_prompts=['Is <it> so?']", "hydra.sweeper.n_trials=8")
+    ended = station.run(*study_overrides(tiny_base, "s1"), *more, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+    assert "report         outputs/sweeps/s1/report.html" in ended.stderr
+    assert "optuna-dashboard outputs/sweeps/s1/study.journal" in ended.stderr
+    return place / "outputs" / "sweeps" / "s1"
+
+
+def test_a_study_ends_with_its_report(done: Path) -> None:
+    page = text_of(done / "report.html")
+    answer = json.loads((done / "answer.json").read_text())
+
+    assert f"winner (trial {answer['trial']})" in page
+    assert "python -m finetune.merge" in page
+    assert "that no choice has seen" in page
+    assert "chart-curves" in page
+    assert "per_device_train_batch_size" in page
+    assert '"transformers"' in page or "transformers:" in page
+    assert "Is &lt;it&gt; so?" in page
+
+
+def test_the_command_writes_it_anew(done: Path) -> None:
+    (done / "report.html").unlink()
+
+    ended = run_cli("report", "s1", cwd=done.parents[2], module="sweeps")
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == "outputs/sweeps/s1/report.html"
+    assert (done / "report.html").stat().st_size > 1e6
+
+
+def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeps import report
+
+    draw = random.Random(0)
+    study = made(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
+    said: list[str] = []
+
+    def look(seconds: float) -> None:
+        (waiting,) = study.trials(TrialState.WAITING)
+        page = text_of(study.folder / "report.html")
+        assert "1 to go" in page
+        study.optuna.tell(study.optuna.ask().number, 2.0)
+        assert waiting.number == 1
+
+    monkeypatch.setattr(report.time, "sleep", look)
+    report.watch(study, said.append)
+
+    assert len(said) == 2
+    assert "2 complete" in said[-1]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium of the system's."""
+    if CHROMIUM is None:
+        pytest.fail("these tests need Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", *(f"--disable-{what}" for what in ("gpu", "background-networking", "component-update"))]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield opened
+        opened.close()
+
+
+def screenshot(page: Any, name: str) -> None:
+    """Keep what a person would see, where CI wants it."""
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["real", "large", *kinds()])
+def test_a_browser_draws_every_chart_without_errors_or_the_network(
+    kind: str, browser: Any, done: Path, tmp_path: Path
+) -> None:
+    if kind == "real":
+        path = done / "report.html"
+    else:
+        draw = random.Random(0)
+        many = [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)], list[str]()
+        trials, objectives = many if kind == "large" else kinds()[kind]
+        path = write_report(made(tmp_path / kind, trials, *objectives))
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+
+    page.goto(path.as_uri())
+    charts = {chart.get_attribute("id") for chart in page.locator(".plotly-graph-div").all()}
+    drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
+
+    screenshot(page, kind)
+    assert wrong == []
+    assert asked == [path.as_uri()]
+    assert drawn == len(charts)
+    if kind in ("real", "large", "mixed"):
+        assert charts >= {f"chart-{name}" for name in ("curves", "history", "parallel", "importance", "slices")}
+    assert ("chart-tokens" in charts) == (kind == "real")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 1280  # nothing sticks out
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_leaderboard_sorts_by_a_column_that_is_clicked(browser: Any, done: Path) -> None:
+    page = browser.new_page()
+    page.goto((done / "report.html").as_uri())
+    head = page.locator("#leaderboard th", has_text="learning_rate")
+    column = page.locator("#leaderboard th").all_text_contents().index("learning_rate")
+
+    def cells() -> list[float]:
+        rows = page.locator("#leaderboard tbody tr")
+        return [float(rows.nth(index).locator("td").nth(column).text_content()) for index in range(rows.count())]
+
+    head.click()
+    assert cells() == sorted(cells())
+    head.click()
+    assert cells() == sorted(cells(), reverse=True)
+    page.close()
+
+
+@pytest.mark.slow
+def test_optuna_dashboard_reads_the_studys_storage(done: Path) -> None:
+    import socket
+    import urllib.request
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tool = Path(sys.executable).with_name("optuna-dashboard")
+    command = [str(tool), "--host", "127.0.0.1", "--port", str(port), str(done / "study.journal")]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as reply:
+                    found = json.load(reply)
+                break
+            except OSError:
+                time.sleep(0.2)
+        assert [study["study_name"] for study in found["study_summaries"]] == ["s1"]
+    finally:
+        server.kill()
+        server.wait()
