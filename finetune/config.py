@@ -211,6 +211,9 @@ class TrackerSettings(Section):
     entity: str | None
     mode: Literal["auto", "online", "offline", "disabled"]
     tags: list[str]
+    # Runs that began before there were these keys have none written down.
+    adapters: Literal["none", "best", "all"] = "none"
+    workspace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

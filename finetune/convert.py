@@ -32,7 +32,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def build(cls: type[T], path: str, values: Any) -> T:
-    """A settings dataclass from plain values: each key known and given, each value of its field's type."""
+    """A settings dataclass from plain values: each key known, and given or with a default; each value of its type."""
     if not isinstance(values, Mapping):
         raise refusal(path, values, "must be a group of keys")
     hints = typing.get_type_hints(cls)
@@ -41,10 +41,10 @@ def build(cls: type[T], path: str, values: Any) -> T:
     for key in values:
         if key not in fields:
             raise ConfigError(f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}")
-    for name in fields:
-        if name not in values:
-            raise ConfigError(f"{prefix}{name}: must be given")
-    return cls(**{name: _convert(hints[name], f"{prefix}{name}", values[name]) for name in fields})
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{field.name}: must be given")
+    return cls(**{name: _convert(hints[name], f"{prefix}{name}", values[name]) for name in fields if name in values})
 
 
 def _convert(hint: Any, path: str, value: Any) -> Any:

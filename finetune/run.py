@@ -264,6 +264,8 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
     result.status = "pruned" if progress.stop == "pruned" else "completed"
     if result.status == "completed":
         tracker.tag(part.observer.on_completed(result.metrics))
+        if config.tracker.adapters == "all" or (config.tracker.adapters == "best" and part.alone):
+            tracker.adapter(folder.adapter)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Where metrics are shown: Weights & Biases, TensorBoard, both, or nowhere. A tracker never ends a run."""
 
+import contextlib
 import json
 import logging
 import netrc
 import os
+import re
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli import brief
@@ -27,6 +30,9 @@ TRACKER = "tracker.json"
 
 WANDB_PATIENCE = 20
 """Seconds to wait for W&B's server at a run's start, and thrice as many for the last upload at its end."""
+
+WANDB_UPLOAD_PATIENCE = 600
+"""Seconds to wait at its end where files are uploaded."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Tracker:
 
     def tag(self, tags: list[str]) -> None:
         """Mark the run with further tags."""
+
+    def adapter(self, folder: Path) -> None:
+        """Keep the run's adapter."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close, with the run's final state."""
@@ -86,7 +95,7 @@ class WandbTracker(Tracker):
         }
         self._arguments = arguments
         write_json(folder.path / TRACKER, arguments)
-        quiet, values = _quiet_settings(mode), config.to_dict()
+        quiet, values = _quiet_settings(mode, settings.adapters != "none"), config.to_dict()
         try:
             self._run = wandb.init(settings=quiet, config=values, **arguments)
         except Exception as error:
@@ -116,6 +125,13 @@ class WandbTracker(Tracker):
             self._run.tags = tuple(self._arguments["tags"])
             write_json(self._folder.path / TRACKER, self._arguments)
 
+    def adapter(self, folder: Path) -> None:
+        name = self._arguments["group"] or self._arguments["name"]
+        try:
+            log_artifact(self._run, f"{name}-adapter", "model", folder)
+        except Exception as error:  # the run itself shall still be shown to its end
+            log.warning("W&B: %s; it lacks the adapter, which is in %s", brief(error), folder)
+
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._run.summary.update({"status": status, **summary})
         self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
@@ -127,14 +143,14 @@ class WandbTracker(Tracker):
         return [f"W&B: offline; wandb sync {kept}/offline-run-*"] if os.path.isdir(kept) else []
 
 
-def _quiet_settings(mode: str) -> "wandb.Settings":
+def _quiet_settings(mode: str, uploads: bool) -> "wandb.Settings":
     import wandb
 
     return wandb.Settings(
         console="off",
         silent=True,
         init_timeout=WANDB_PATIENCE,
-        finish_timeout=3 * WANDB_PATIENCE,
+        finish_timeout=WANDB_UPLOAD_PATIENCE if uploads else 3 * WANDB_PATIENCE,
         x_disable_stats=mode != "online",
     )
 
@@ -144,15 +160,40 @@ def untag(folder: RunFolder, tag: str) -> None:
     arguments = read_json(folder.path / TRACKER)
     if arguments is None or tag not in (arguments["tags"] or ()):
         return
-    import wandb
-
     arguments["tags"] = [other for other in arguments["tags"] if other != tag]
     try:
-        wandb.init(settings=_quiet_settings(arguments["mode"]), **arguments).finish()
+        with reopened(folder, arguments):
+            pass
     except Exception as error:
         log.warning("W&B: %s; %s keeps the tag %s", brief(error), folder.path, tag)
     else:
         write_json(folder.path / TRACKER, arguments)
+
+
+@contextlib.contextmanager
+def reopened(folder: RunFolder, arguments: dict[str, Any], uploads: bool = False) -> "Iterator[wandb.Run]":
+    """The W&B run of a completed run, open once more by what its `tracker.json` holds. Raises what W&B raises."""
+    import wandb
+
+    here = {**arguments, "dir": str(folder.path)}  # the folder may have been moved
+    run = wandb.init(settings=_quiet_settings(arguments["mode"], uploads), **here)
+    try:
+        yield run
+    finally:
+        run.finish(exit_code=0)  # the run did complete, whatever became of what is added to it
+
+
+def log_artifact(run: "wandb.Run", name: str, kind: str, path: Path, aliases: Sequence[str] = ()) -> None:
+    """A file, or all in a folder, as an artifact of a W&B run.
+
+    W&B copies the files first: a study removes adapters, perhaps before `wandb sync` sends them.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"(?a)[^\w.-]", "-", name), type=kind)
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        artifact.add_file(str(file), name=file.name if file == path else str(file.relative_to(path)))
+    run.log_artifact(artifact, aliases=["latest", *aliases])
 
 
 def _wandb_mode(settings: TrackerSettings) -> str:
@@ -233,6 +274,9 @@ class SeveralTrackers(Tracker):
 
     def tag(self, tags: list[str]) -> None:
         self._each(lambda tracker: tracker.tag(tags))
+
+    def adapter(self, folder: Path) -> None:
+        self._each(lambda tracker: tracker.adapter(folder))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._each(lambda tracker: tracker.finish(status, summary))

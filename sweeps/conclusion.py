@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.cli import brief
-from finetune.config import RunConfig
+from finetune.config import RunConfig, TrackerSettings
 from finetune.records import RunFolder, write_json
 from finetune.run import say_last_word
 from finetune.supplies import Supplies
@@ -30,8 +30,11 @@ from sweeps.text import commands, confirmation_lines, counts, parameters, test_l
 log = logging.getLogger(__name__)
 
 
-def conclude(study: Study, supplies: Supplies) -> None:
-    """Take the winner, measure it and the baseline on the test rows, write both down, and say and show it all."""
+def conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None = None) -> None:
+    """Take the winner, measure it and the baseline on the test rows, write both down, and say and show it all.
+
+    `tracker` says what W&B shall have of it; None: what the winner began with.
+    """
     ranked = study.ranked()
     if not ranked:
         log.info("study %s: no trial is complete, so there is no answer", study.name)
@@ -41,7 +44,7 @@ def conclude(study: Study, supplies: Supplies) -> None:
     number = found["winner"] if found else ranked[0].number
     winner, baseline = next(trial for trial in ranked if trial.number == number), study.baseline()
     source = _run_of(study, winner)
-    answer = {
+    answer: dict[str, Any] = {
         "trial": winner.number,
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
@@ -55,7 +58,7 @@ def conclude(study: Study, supplies: Supplies) -> None:
     keep_best(study, source, winner)
     report = _report(study)
     say(study, ranked, answer, report)
-    for line in publish(study, winner.number, answer["test"], report):
+    for line in publish(study, winner.number, answer["test"], report, tracker):
         log.info("  %s", line)
 
 

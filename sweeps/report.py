@@ -132,12 +132,18 @@ class _Report:
             refresh=REFRESH,
             objectives=study.objectives,
             directions=[direction.name.lower() for direction in study.optuna.directions],
-            written=time.strftime("%Y-%m-%d %H:%M"),
+            last=self._last(),
             verdict=self._verdict(),
             parts=[part for part in self._sections() if part.has_content],
             plotly=get_plotlyjs(),
         )
         return text
+
+    def _last(self) -> str:
+        """When the last trial began or ended: the same study gives the same page, whenever it is written."""
+        trials = self.trials.values()
+        times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time]
+        return f"{max(times):%Y-%m-%d %H:%M}" if times else "before its first trial"
 
     def _verdict(self) -> str:
         if self.winner is None:

@@ -98,7 +98,7 @@ class StudySweeper(Sweeper):
             study.tidy(settings.keep_adapters)
             if settings.confirm and study.ranked() and not worker.out_of_time:
                 confirm(study, settings.confirm)
-            conclude(study, SHARED)
+            conclude(study, SHARED, config.tracker)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
         if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):

@@ -36,8 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenised rows of tests stay out of the user's cache; the packaged model, fetched once, is looked for there."""
+    """What tests leave stays out of the user's folders; the packaged model, fetched once, is looked for there."""
     os.environ.setdefault("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))  # copies of artifacts' files
 
 
 @pytest.fixture
@@ -341,3 +342,14 @@ def wandb_file(file: Path) -> Iterator[Any]:
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def wandb_files(folder: Path) -> list[list[Any]]:
+    """The records of each offline W&B run below a run's folder, the oldest first; W&B may still be writing the last."""
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
+    end = time.monotonic() + 20
+    while True:
+        found = [list(wandb_file(file)) for file in files]
+        if all(any(record.HasField("exit") for record in records) for records in found) or time.monotonic() > end:
+            return found
+        time.sleep(0.05)

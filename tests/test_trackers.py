@@ -2,24 +2,33 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wandb_file
+from conftest import wandb_files
 
 from finetune.config import RunConfig
-from finetune.run import run
+from finetune.run import Part, run
 
 Tiny = Callable[..., RunConfig]
 
+QUICK = (
+    "trainer.max_steps=1",
+    "sample_prompts=[]",
+    "quantization=none",
+    "dataset.max_length=64",
+    "trainer.save_steps=0",
+)
 
-def wandb_records(folder: Path) -> Iterator[Any]:
+
+def wandb_records(folder: Path) -> list[Any]:
     """The records of the one offline run below a folder."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    return wandb_file(file)
+    (records,) = wandb_files(folder)
+    return records
 
 
 def items(records: Any) -> dict[str, Any]:
@@ -29,7 +38,7 @@ def items(records: Any) -> dict[str, Any]:
 def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path)
 
-    records = list(wandb_records(tmp_path))
+    records = wandb_records(tmp_path)
     opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
     history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
     summary: dict[str, Any] = {}
@@ -93,4 +102,44 @@ def test_without_a_key_nothing_asks_and_the_run_is_offline(
     monkeypatch.setenv("NETRC", os.devnull)
     run(tiny("tracker=wandb", "trainer.max_steps=1", "sample_prompts=[]"), tmp_path)
 
-    assert list(wandb_records(tmp_path))
+    assert wandb_records(tmp_path)
+
+
+def artifacts(folder: Path) -> list[Any]:
+    return [record.artifact for record in wandb_records(folder) if record.HasField("artifact")]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "alone", "kept"), [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)]
+)
+def test_wandb_gets_the_adapters_that_it_shall(
+    adapters: str, alone: bool, kept: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    run(tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK), tmp_path, Part(alone=alone))
+
+    logged = artifacts(tmp_path)
+    assert [(artifact.type, artifact.name) for artifact in logged] == [("model", "default-adapter")] * kept
+    files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    shutil.rmtree(tmp_path / "adapter")  # a study removes those of most trials, perhaps before they are synced
+    for artifact in logged:
+        assert {file.path: Path(file.local_path).read_bytes() for file in artifact.manifest.contents} == files
+
+
+def test_an_adapter_that_wandb_can_not_take_is_a_warning(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
+    run(tiny("tracker=wandb", "tracker.adapters=all", *QUICK), tmp_path, Part(alone=False))
+
+    (line,) = [record.message for record in caplog.records if record.name == "finetune.trackers"]
+    assert line.endswith(f"it lacks the adapter, which is in {tmp_path / 'adapter'}")
+    assert not artifacts(tmp_path)
+    shown = [items(record.summary.update) for record in wandb_records(tmp_path) if record.HasField("summary")]
+    assert "completed" in [summary.get("status") for summary in shown]
+
+
+def test_a_run_that_was_written_down_before_there_was_a_key_is_read(tiny: Tiny) -> None:
+    config = tiny()
+    values = config.to_dict()
+    del values["tracker"]["adapters"], values["tracker"]["workspace"]
+    assert RunConfig.from_dict(values) == config

@@ -1,0 +1,267 @@
+"""What W&B gets when a study ends, read back from its offline files; a view's specification, as it would be sent."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from conftest import compose, tiny_overrides, wandb_files
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import create_trial
+
+from finetune.config import TrackerSettings
+from finetune.run import Part, run
+from finetune.trackers import Label
+from finetune.trained import read_run_config
+from sweeps import publish as module
+from sweeps.publish import PUBLISHED, publish, workspace
+from sweeps.storage import open_storage
+from sweeps.study import Study
+
+TEST = {"rows": 3, "winner": 1.25}
+SPACE: dict[str, BaseDistribution] = {
+    "lora.r": CategoricalDistribution([4, 8]),
+    "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+    "optimizer.lr_scheduler_type": CategoricalDistribution(["cosine", "linear"]),
+}
+
+
+def begin(folder: Path, objective: str | list[str], directions: list[str]) -> Study:
+    """A study without trials."""
+    folder.mkdir()
+    begun = optuna.create_study(study_name="s", storage=open_storage(None, folder), directions=directions)
+    begun.set_user_attr("uid", "abc")
+    begun.set_user_attr("terms", {"objective": objective})
+    (folder / "study.json").write_text(json.dumps({"name": "s", "storage": None}))
+    return Study.load(folder)
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of one trial, which is its winner, with an adapter for W&B from nobody yet."""
+    folder = tmp_path_factory.mktemp("studies") / "s"
+    study = begin(folder, "eval/loss", ["minimize"])
+    overrides = ["tracker=wandb", "quantization=none", "dataset.max_length=64", "trainer.max_steps=1"]
+    label = Label("abc-0", "s-0", "s", "trial")
+    place = study.folder_of(0).path
+    loss = run(compose(*tiny_overrides(tiny_base), *overrides), place, Part(label=label, alone=False))
+    assert isinstance(loss, float)
+    params = {"lora.r": 8, "optimizer.learning_rate": 1e-3, "optimizer.lr_scheduler_type": "cosine"}
+    study.optuna.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
+    shutil.copytree(place / "adapter", folder / "best" / "adapter")
+    return folder
+
+
+@pytest.fixture
+def study(ended: Path, tmp_path: Path) -> Study:
+    """A copy of the study, to be published."""
+    return Study.load(Path(shutil.copytree(ended, tmp_path / "s")))
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text("<p>What was found</p>")
+    return path
+
+
+def asked(study: Study, **changes: Any) -> TrackerSettings:
+    """What a session asks of its tracker."""
+    return dataclasses.replace(read_run_config(study.folder_of(0).path).tracker, **changes)
+
+
+def added(study: Study) -> list[list[Any]]:
+    """The records of each time that the winner's W&B run was opened anew."""
+    return wandb_files(study.folder_of(0).path)[1:]
+
+
+def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, bytes]]]:
+    """By name their type, their aliases, and their files' content."""
+    return {
+        one.name: (
+            one.type,
+            sorted(one.aliases),
+            {file.path: Path(file.local_path).read_bytes() for file in one.manifest.contents},
+        )
+        for one in (record.artifact for record in records if record.HasField("artifact"))
+    }
+
+
+def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report: Path) -> None:
+    assert publish(study, 0, TEST, report, asked(study, adapters="best")) == []
+
+    (records,) = added(study)
+    (opened,) = [record.run for record in records if record.HasField("run")]
+    assert (opened.run_id, opened.run_group, opened.job_type) == ("abc-0", "s", "trial")
+    summary = [(item.key or item.nested_key[0], item.value_json) for r in records for item in r.summary.update]
+    assert ("test/loss", "1.25") in summary
+    adapter = {file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()}
+    assert artifacts(records) == {
+        "s-adapter": ("model", ["best", "latest"], adapter),
+        "s-report": ("report", ["latest"], {"report.html": report.read_bytes()}),
+    }
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(study: Study, report: Path) -> None:
+    for _ in range(2):
+        publish(study, 0, TEST, report, asked(study, adapters="all"))
+    assert len(added(study)) == 1
+
+    report.write_text("<p>Another</p>")
+    publish(study, 0, TEST, report, asked(study, adapters="all"))
+    assert [list(artifacts(records)) for records in added(study)] == [["s-adapter", "s-report"], ["s-report"]]
+
+
+def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_rows(study: Study, tmp_path: Path) -> None:
+    assert publish(study, 0, None, tmp_path / "no report.html") == []
+    assert not added(study)
+    assert not (study.folder / PUBLISHED).exists()
+
+
+def test_a_study_without_wandb_is_left_alone(study: Study, report: Path) -> None:
+    (study.folder_of(0).path / "tracker.json").unlink()
+    assert publish(study, 0, TEST, report, asked(study, adapters="all", workspace=True)) == []
+    assert not added(study)
+
+
+def test_a_failure_is_one_warning_and_the_next_session_tries_again(
+    study: Study, report: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
+        assert publish(study, 0, TEST, report) == []
+    (line,) = [record.message for record in caplog.records if record.name == module.__name__]
+    assert line.startswith("W&B: ")
+    assert line.endswith("; it lacks report, test/loss")
+    (records,) = added(study)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], "the run itself is sound"
+
+    publish(study, 0, TEST, report)
+    assert list(artifacts(added(study)[-1])) == ["s-report"]
+
+
+def test_offline_no_view_is_saved_and_that_is_said(study: Study) -> None:
+    (line,) = publish(study, 0, None, None, asked(study, workspace=True))
+    assert "none is saved" in line
+    assert not added(study)
+
+
+@pytest.fixture
+def server(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The views that would have been sent to W&B, were the study's runs online."""
+    from wandb_workspaces.workspaces import interface
+
+    opened = study.folder_of(0).path / "tracker.json"
+    opened.write_text(json.dumps({**json.loads(opened.read_text()), "mode": "online"}))
+    sent: list[Any] = []
+
+    @contextlib.contextmanager
+    def reopened(*_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(entity="me", project="mine", summary={})
+
+    def upsert(view: Any) -> dict[str, Any]:
+        sent.append(view)
+        return {"upsertView": {"view": {"name": "nw-name-v", "id": "id"}}}
+
+    monkeypatch.setattr(module, "reopened", reopened)
+    monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
+    monkeypatch.setattr(interface.wandb, "Api", lambda: None)
+    monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.ai")
+    return sent
+
+
+def test_online_the_view_is_saved_once_and_its_address_said_each_time(
+    study: Study, server: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        (line,) = publish(study, 0, TEST, None, asked(study, workspace=True))
+        assert line == "W&B workspace: https://wandb.ai/me/mine?nw=name"
+    assert [(view.entity, view.project, view.display_name) for view in server] == [("me", "mine", "Study s")]
+    assert capsys.readouterr().err == ""
+
+    assert publish(study, 0, TEST, None, asked(study)) == []
+
+
+def test_a_view_that_can_not_be_saved_is_a_warning(
+    study: Study, server: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise ConnectionError("no such project")
+
+    monkeypatch.setattr(module, "_save", refuses)
+    assert publish(study, 0, TEST, None, asked(study, workspace=True)) == []
+    assert [record.message for record in caplog.records if record.name == module.__name__] == [
+        "W&B: no such project; it lacks test/loss, workspace"
+    ]
+
+
+def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """A view's specification as W&B is sent it: its runs' part, and its panels by kind."""
+    view = workspace(study, "me", "mine")._to_model()
+    section = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))["section"]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for part in section["panelBankConfig"]["sections"]:
+        for panel in part["panels"]:
+            panels.setdefault(panel["viewType"], []).append(panel["config"])
+    return section["runSets"][0], panels
+
+
+def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> None:
+    runs, panels = sent(study)
+
+    (only,) = runs["filters"]["filters"]
+    assert (only["key"], only["op"], only["value"]) == ({"section": "run", "name": "group"}, "=", "s")
+    assert runs["sort"]["keys"] == [{"key": {"section": "summary", "name": "objective"}, "ascending": True}]
+    assert list(runs["runFeed"]["columnPinned"]) == [
+        "run:displayName",
+        "run:state",
+        "summary:objective",
+        "config:lora.value.r",
+        "config:optimizer.value.learning_rate",
+        "config:optimizer.value.lr_scheduler_type",
+    ]
+    (coordinates,) = panels["Parallel Coordinates Plot"]
+    assert [(column["accessor"], column.get("log", False)) for column in coordinates["columns"]] == [
+        ("config:lora.value.r", False),
+        ("config:optimizer.value.learning_rate", True),
+        ("config:optimizer.value.lr_scheduler_type", False),
+        ("summary:objective", False),
+    ]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["objective"]
+    assert [(panel["xAxis"], panel["yAxis"], panel.get("xAxisLogScale")) for panel in panels["Scatter Plot"]] == [
+        ("config:lora.value.r", "summary:objective", None),
+        ("config:optimizer.value.learning_rate", "summary:objective", True),
+    ]
+    assert [panel["metrics"] for panel in panels["Run History Line Plot"]] == [["eval/loss"], ["train/loss"]]
+    assert panels["Run Comparer"] == [{"diffOnly": "split"}]
+
+
+def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_panels(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = begin(tmp_path / "s", ["eval/accuracy", "adapter/parameters"], ["maximize", "minimize"])
+    space = {"lora/target": CategoricalDistribution(["q_v", "attention"]), "own": FloatDistribution(0, 1)}
+    for number, target in enumerate(["q_v", "attention"]):
+        values = {"params": {"lora/target": target, "own": 0.5}, "values": [0.5, 100 + number]}
+        study.optuna.add_trial(create_trial(distributions=space, **values))
+        place = study.folder_of(number).path
+        place.mkdir(parents=True)
+        config = tiny(f"lora/target={target}").to_dict()
+        (place / "run.json").write_text(json.dumps({"config": config}))
+    runs, panels = sent(study)
+
+    accessors = [column["accessor"] for column in panels["Parallel Coordinates Plot"][0]["columns"]]
+    assert accessors == ["config:lora.value.target_modules", "summary:eval/accuracy", "summary:adapter/parameters"]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["eval/accuracy", "adapter/parameters"]
+    assert runs["sort"]["keys"][0]["ascending"] is False
+    curves = [panel["metrics"] for panel in panels["Run History Line Plot"]]
+    assert curves == [["eval/loss"], ["eval/accuracy"], ["train/loss"]]
+    assert "Scatter Plot" not in panels
