@@ -13,8 +13,7 @@ trial after the other, each with TRL's SFTTrainer on a base loaded anew; it prun
 The same as on the other sides: the base, the rows, the space, TPE, LoRA on all linear layers, AdamW, cosine schedule
 with a warm-up of 5 %, batch 4, the optimizer steps, batches of 8 for evaluation. Chosen to its good:
 - The rows come tokenised: it learns the very same tokens, and has no work with them.
-- The base is plain float32, not NF4: nothing is dequantised, and the loss of its best adapter, measured on that base,
-  has no quantization in it.
+- The base is plain float32, not NF4: nothing is dequantised. Its adapters are measured on that base.
 - Logits are computed only where a label is (TRL's `chunked_nll`), as the later TRL of the stock side does by itself.
 - No checkpoints on the way, no tracker, no usage reports, no gradient checkpointing. The adapters are saved.
 
