@@ -238,7 +238,7 @@ class StudySweeper(Sweeper):
             for job in done:
                 if job.status == JobStatus.FAILED:
                     raise interrupted if isinstance(job._return_value, Interrupted) else job._return_value
-            if not study.orphans():
+            if not study.orphans() or worker.is_over(study):
                 return
         raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 

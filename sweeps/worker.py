@@ -82,7 +82,7 @@ class Worker:
 
     def _next(self, study: Study, interrupt: Interrupt) -> Lane | None:
         """The next trial, in a slot; None if there is none, or none shall begin."""
-        if self._is_over(study):
+        if self.is_over(study):
             return None
         with contextlib.ExitStack() as held:
             claim = held.enter_context(study.claim())
@@ -147,7 +147,8 @@ class Worker:
             config.hydra.job.id, config.hydra.job.num = str(number), number
         return config
 
-    def _is_over(self, study: Study) -> bool:
+    def is_over(self, study: Study) -> bool:
+        """Whether no further trial shall begin: the time is over, or too many have failed."""
         return (self.deadline is not None and time.time() >= self.deadline) or too_many_failures(study, self.settings)
 
     def pruner(self) -> BasePruner:

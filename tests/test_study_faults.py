@@ -318,6 +318,21 @@ def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp
     assert result_of(tmp_path, 0)["status"] == "pruned"
 
 
+@pytest.mark.fault
+def test_a_trial_that_lost_its_worker_waits_for_the_next_session_where_time_is_over(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=2"]
+    assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    ended = station.run(*study, "hydra.sweeper.timeout=0.1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    assert [trial.state for trial in trials_of(tmp_path)] == [TrialState.RUNNING, TrialState.WAITING]
+    ended = station.run(*study, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len(trials_of(tmp_path, TrialState.COMPLETE)) == 2
+
+
 @pytest.mark.slow
 def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = (*NO_END, "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=1")
