@@ -223,9 +223,9 @@ class Study:
 
     def tidy(self, keep: int) -> None:
         """Keep the adapters of so many best trials and of the baseline; the others' go, with their checkpoints."""
-        baseline = self.baseline()
+        finished, baseline = self.finished(), self.baseline()  # one that ends from here on may be among the best
         kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
-        for trial in self.finished():
+        for trial in finished:
             if trial.number not in kept:
                 folder = self.folder_of(trial.number)
                 for weights in (folder.adapter, folder.checkpoints):

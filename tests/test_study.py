@@ -251,6 +251,27 @@ def test_goes_on_to_more_trials_after_half_a_line(
     assert all(path.stat().st_mtime_ns == then for path, then in results.items() if path not in spoken)
 
 
+def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = TRIALS - 1
+    untell(copied, last)
+    study, worker = Study.load(copied), Study.load(copied)
+    weights = study.folder_of(last).adapter
+    weights.mkdir(exist_ok=True)
+    ranked = study.ranked
+
+    def ends_meanwhile() -> list[FrozenTrial]:
+        found = ranked()
+        worker.optuna.tell(last, 0.0)
+        return found
+
+    monkeypatch.setattr(study, "ranked", ends_meanwhile)
+    study.tidy(1)
+    assert study.optuna.best_trial.number == last
+    assert weights.exists()
+
+
 def untell(folder: Path, number: int) -> None:
     """Take back that the last trial was told: its worker died just before."""
     journal = folder / "study.journal"
