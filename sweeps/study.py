@@ -92,6 +92,9 @@ class Study:
         """Hold a study that exists to what it began with, unless told to take what changed."""
         known = self.optuna.user_attrs
         if "uid" not in known:
+            if (self.folder / "trials").exists():
+                another = f"another study's trials are in {self.folder}, which this storage does not know"
+                raise refusal("hydra.sweeper.study_name", self.name, f"{another}; give another name")
             self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
         began = known.get("terms")
         if began is not None:

@@ -300,6 +300,16 @@ def test_a_result_that_was_not_told_is_told_and_not_run_again(
     assert f"trial {last}: lora.r=" not in ended.stderr, "it was run again"
 
 
+def test_another_storage_does_not_take_a_studys_folders_for_its_own(
+    copied: Path, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.storage=sqlite:///other.db")
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    place = f"another study's trials are in {copied}, which this storage does not know"
+    assert line == f"error: hydra.sweeper.study_name=s1: {place}; give another name"
+
+
 @pytest.mark.parametrize(
     ("override", "key", "began"),
     [
