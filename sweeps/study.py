@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,20 +177,20 @@ class Study:
             return total - len(self.finished())
 
     @contextlib.contextmanager
-    def claim(self) -> Iterator[Claim | None]:
-        """Take the next trial: one that has lost its worker, else the next that waits; None if there is none.
+    def claim(self, wanted: Callable[[FrozenTrial], bool] = lambda _: True) -> Iterator[Claim | None]:
+        """Take the next wanted trial: one that has lost its worker, else the next that waits; None if there is none.
 
         The trial's folder is held while the context lasts.
         """
         with contextlib.ExitStack() as held:
             with exclusive(self.folder / ".lock"):
-                claim = self._take(held)
+                claim = self._take(held, wanted)
             yield claim
 
-    def _take(self, held: contextlib.ExitStack) -> Claim | None:
+    def _take(self, held: contextlib.ExitStack, wanted: Callable[[FrozenTrial], bool]) -> Claim | None:
         total = self.optuna.user_attrs.get("total", len(self.trials()))
         waiting = [trial for trial in self.trials(TrialState.WAITING) if trial.number < total]  # was it more once?
-        for trial in [*self.trials(TrialState.RUNNING), *waiting]:
+        for trial in filter(wanted, [*self.trials(TrialState.RUNNING), *waiting]):
             folder = self.folder_of(trial.number)
             if self._is_shared and trial.state == TrialState.RUNNING and not folder.path.exists():
                 continue  # another machine's, whose folders are not here

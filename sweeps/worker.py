@@ -78,14 +78,18 @@ class Worker:
 
         take_device(HydraConfig.get().job.num)
         study, interrupt = Study(self.folder, self.settings.study_name, self.address), Interrupt()
-        return float(train_together(lambda: self._next(study, interrupt), self.slots))
+        alone = train_together(lambda: self._next(study, interrupt, on_its_last_life), 1)
+        beside = train_together(
+            lambda: self._next(study, interrupt, lambda trial: not on_its_last_life(trial)), self.slots
+        )
+        return float(alone + beside)
 
-    def _next(self, study: Study, interrupt: Interrupt) -> Lane | None:
-        """The next trial, in a slot; None if there is none, or none shall begin."""
+    def _next(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> Lane | None:
+        """The next wanted trial, in a slot; None if there is none, or none shall begin."""
         if self.is_over(study):
             return None
         with contextlib.ExitStack() as held:
-            claim = held.enter_context(study.claim())
+            claim = held.enter_context(study.claim(wanted))
             if claim is None:
                 return None
             turn = _Turn(self, study, claim, interrupt)
@@ -178,6 +182,12 @@ class Worker:
             _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*"),
         )
         return sampler
+
+
+def on_its_last_life(trial: FrozenTrial) -> bool:
+    """Whether a trial's next loss of its worker fails it: it trains alone, so that no neighbour is to blame."""
+    starts = trial.user_attrs.get("starts", [])[1 - LIVES :]
+    return len(starts) == LIVES - 1 and len(set(starts)) == 1
 
 
 def too_many_failures(study: Study, settings: StudySettings) -> bool:

@@ -458,6 +458,35 @@ def test_a_trial_that_kills_its_worker_thrice_is_failed(station: Station, tiny_b
     assert second.state == TrialState.COMPLETE
 
 
+KILLS = """
+import os
+from finetune.bank import Bank
+learn = Bank.learn
+def kills(self, wishes):
+    if any(wish.slot.dropout == 0.03 for wish in wishes):
+        os.kill(os.getpid(), 9)
+    return learn(self, wishes)
+Bank.learn = kills
+"""
+"""A batch of a trial with this dropout kills the process."""
+
+
+@pytest.mark.fault
+def test_a_trial_that_kills_its_worker_does_not_fail_those_beside_it(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.n_trials=4", "hydra.sweeper.slots=3", "hydra.sweeper.start=[{lora.dropout: 0.03}]")
+    study = [*study_overrides(tiny_base, "s"), *more]
+    for _ in range(3):
+        assert station.run(*study, cwd=tmp_path, before=KILLS).returncode == -signal.SIGKILL
+    ended = station.run(*study, cwd=tmp_path, before=KILLS)
+    assert ended.returncode == 0, ended.stderr
+
+    (failed,) = trials_of(tmp_path, TrialState.FAIL)
+    assert (failed.number, failed.user_attrs["error"]) == (1, LOST)
+    assert len(trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)) == 3
+
+
 @pytest.mark.fault
 def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
     station: Station, tiny_base: Path, tmp_path: Path
