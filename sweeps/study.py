@@ -101,6 +101,8 @@ class Study:
             if not settings.allow_change:
                 _require_same(self.name, began, json.loads(json.dumps(terms)))
             self._require_changeable(began, terms, distributions)
+            if any(terms.get(key) != value for key, value in began.items() if not key.startswith("space.")):
+                self._begin_anew()
         if began != terms:
             self.optuna.set_user_attr("terms", terms)
 
@@ -123,6 +125,15 @@ class Study:
                     raise refusal(
                         name, now, f"study {self.name} has trials of {was}, and choices can't change; {another}"
                     ) from None
+
+    def _begin_anew(self) -> None:
+        """What has lost its worker under another config can't go on from there."""
+        for trial in self.trials(TrialState.RUNNING):
+            folder = self.folder_of(trial.number)
+            if folder.path.exists():
+                with contextlib.suppress(FolderHeld), folder.locked():
+                    if (read_json(folder.result) or {}).get("status") not in ("completed", "pruned", "failed"):
+                        folder.clear()
 
     def settle(self, engine: str, slots: int) -> tuple[str, int]:
         """The engine of all the study's trials and how many train together, decided when it began."""

@@ -515,6 +515,21 @@ def test_what_a_study_lets_change_does_not_fail_a_trial_that_is_taken_on(
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
 
 
+@pytest.mark.fault
+def test_a_trial_that_lost_its_worker_begins_anew_where_the_config_may_change(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    change = ("optimizer.weight_decay=0.1", "hydra.sweeper.allow_change=true")
+    ended = station.run(*study, *change, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+    config = json.loads((folder_of(tmp_path) / "trials" / "0" / "run.json").read_text())["config"]
+    assert config["optimizer"]["weight_decay"] == 0.1
+
+
 @pytest.mark.slow
 def test_fewer_trials_than_before_are_taken_as_the_total(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     study = study_overrides(tiny_base, "s")
