@@ -254,6 +254,8 @@ class _Turn:
         if failure is not None and failure.out_of_memory and self._shrink():
             failure = yield from self._attempt()
         if failure is not None:
+            if not self.folder.result.exists():  # its config was refused, so no run began
+                write_json(self.folder.result, {"status": "failed", "error": failure.reason})
             self._tell(TrialState.FAIL, error=failure.reason)
         else:
             self._tell_result(read_json(self.folder.result))

@@ -368,6 +368,28 @@ def test_a_trial_that_fails_does_not_end_the_study(station: Station, tiny_base: 
     assert f"trial 1    failed: {trials[1].user_attrs['error']}" in ended.stderr
 
 
+TOO_MUCH = """
+import sys, types
+sys.modules["mine"] = types.ModuleType("mine")
+sys.modules["mine"].further = lambda config, trial: trial.suggest_categorical("lora.dropout", [2.0])
+"""
+"""A custom search space with a value that no run takes."""
+
+
+@pytest.mark.slow
+def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    space = ("~search", "lora.r=choice(4,16)", "hydra.sweeper.custom_search_space=mine.further")
+    study = [*study_overrides(tiny_base, "s"), *space, "hydra.sweeper.n_trials=1"]
+    ended = station.run(*study, cwd=tmp_path, before=TOO_MUCH)
+    assert ended.returncode == 1
+
+    (trial,) = trials_of(tmp_path, TrialState.FAIL)
+    assert trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
+    assert result_of(tmp_path, 0) == {"status": "failed", "error": trial.user_attrs["error"]}
+
+
 @pytest.mark.slow
 def test_no_failure_allowed_ends_at_the_first(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = (*DIVERGES, "hydra.sweeper.n_trials=6", "hydra.sweeper.max_failure_rate=0", "trainer.max_steps=12")
