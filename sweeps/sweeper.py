@@ -89,7 +89,9 @@ class StudySweeper(Sweeper):
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
         if left <= 0:
             done = len(study.finished())
-            log.info("study %s is full (%d trials): hydra.sweeper.n_trials=%d goes on", study.name, done, done + total)
+            more = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+            more = more if total == len(points) else f"hydra.sweeper.n_trials={done + total} goes on"
+            log.info("study %s is full (%d trials): %s", study.name, done, more)
         else:
             self._work(worker, study, space, workers, total)
         quiet_libraries(bars=False)

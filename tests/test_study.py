@@ -231,6 +231,18 @@ def test_a_full_study_says_how_to_go_on(
     assert trials_in(copied) == trials_in(done.folder)
 
 
+@pytest.mark.slow
+def test_a_grid_that_is_tried_does_not_say_that_more_trials_go_on(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    grid = ("hydra/sweeper/sampler=grid", "~search", "lora.r=choice(4,16)")
+    for _ in range(2):
+        ended = station.run(*study_overrides(tiny_base, "s"), *grid, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert "study s is full (2 trials): every point of the grid is tried" in ended.stderr
+    assert "n_trials" not in ended.stderr
+
+
 def test_goes_on_to_more_trials_after_half_a_line(
     copied: Path, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
