@@ -84,6 +84,9 @@ class StudySweeper(Sweeper):
         study = Study.open(folder, settings, address, terms, space.distributions)
         engine, slots = study.settle(*chosen)
         worker = dataclasses.replace(worker, engine=engine, slots=slots)
+        if settings.slots not in ("auto", slots):
+            why = "trl trains one trial at a time" if engine == "trl" else "the study keeps those that it began with"
+            log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, slots, why)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))

@@ -225,8 +225,9 @@ def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> Non
 def test_a_full_study_says_how_to_go_on(
     copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    ended = go_on(station, tiny_base, tmp_path)
+    ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.slots=3")
     assert ended.returncode == 0, ended.stderr
+    assert "hydra.sweeper.slots=3: 1 instead, as the study keeps those that it began with" in ended.stderr
     assert "study s1 is full (6 trials): hydra.sweeper.n_trials=12 goes on" in ended.stderr
     assert trials_in(copied) == trials_in(done.folder)
 
