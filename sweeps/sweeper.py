@@ -7,6 +7,7 @@ is imported when a sweep begins.
 import dataclasses
 import logging
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ class StudySweeper(Sweeper):
             study.tidy(settings.keep_adapters)
             conclude(study, SHARED)
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
+            place = shlex.quote(os.path.relpath(folder))
+            raise Interrupted(f"interrupted; python -m sweeps best {place} takes the winner") from None
         if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
             raise ConfigError(_why_failed(study, settings))
 

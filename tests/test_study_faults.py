@@ -268,6 +268,29 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
+SLOW_WORD = """
+import time
+import sweeps.conclusion
+sweeps.conclusion.say_last_word = lambda *_, **__: time.sleep(60)
+"""
+"""The last word takes a minute."""
+
+
+@pytest.mark.fault
+def test_an_interrupted_last_word_says_how_to_have_it(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", "hydra.sweep.dir=my studies/x"]
+    process = station.start(*study, cwd=tmp_path, before=SLOW_WORD)
+    wait_until(lambda: "the last word" in process.said(), process)
+    process.send_signal(signal.SIGINT)
+    ended = process.wait()
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
+    ended = station.run("best", "my studies/x", cwd=tmp_path, module="sweeps")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "my studies" / "x" / "best" / "adapter").exists()
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
