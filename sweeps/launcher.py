@@ -105,6 +105,7 @@ class SlotsLauncher(Launcher):
     def _lane(self, config: "DictConfig", done: dict[int, JobReturn], interrupt: "Interrupt", slots: int) -> "Lane":
         """A job as work in a slot, which leaves its return among those that are done."""
         from finetune.__main__ import job
+        from finetune.cli import Interrupted
         from sweeps.job import as_job
         from sweeps.pack import Lane
 
@@ -116,5 +117,7 @@ class SlotsLauncher(Launcher):
                 return job(composed, interrupt=interrupt, slots=slots, companions=companions)
 
             done[number] = yield from as_job(config, self._hydra_context, task)
+            if isinstance(done[number]._return_value, Interrupted):
+                raise done[number]._return_value
 
         return Lane(str(number), work(), folder / "train.log", companions)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,17 @@ class Study:
         """Hold a study that exists to what it began with, unless told to take what changed."""
         known = self.optuna.user_attrs
         if "uid" not in known:
+            if (self.folder / "trials").exists():
+                another = f"another study's trials are in {self.folder}, which this storage does not know"
+                raise refusal("hydra.sweeper.study_name", self.name, f"{another}; give another name")
             self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
         began = known.get("terms")
         if began is not None:
             if not settings.allow_change:
                 _require_same(self.name, began, json.loads(json.dumps(terms)))
             self._require_changeable(began, terms, distributions)
+            if any(terms.get(key) != value for key, value in began.items() if not key.startswith("space.")):
+                self._begin_anew()
         if began != terms:
             self.optuna.set_user_attr("terms", terms)
 
@@ -120,6 +125,15 @@ class Study:
                     raise refusal(
                         name, now, f"study {self.name} has trials of {was}, and choices can't change; {another}"
                     ) from None
+
+    def _begin_anew(self) -> None:
+        """What has lost its worker under another config can't go on from there."""
+        for trial in self.trials(TrialState.RUNNING):
+            folder = self.folder_of(trial.number)
+            if folder.path.exists():
+                with contextlib.suppress(FolderHeld), folder.locked():
+                    if (read_json(folder.result) or {}).get("status") not in ("completed", "pruned", "failed"):
+                        folder.clear()
 
     def settle(self, engine: str, slots: int) -> tuple[str, int]:
         """The engine of all the study's trials and how many train together, decided when it began."""
@@ -180,20 +194,20 @@ class Study:
             return total - len(self.finished())
 
     @contextlib.contextmanager
-    def claim(self) -> Iterator[Claim | None]:
-        """Take the next trial: one that has lost its worker, else the next that waits; None if there is none.
+    def claim(self, wanted: Callable[[FrozenTrial], bool] = lambda _: True) -> Iterator[Claim | None]:
+        """Take the next wanted trial: one that has lost its worker, else the next that waits; None if there is none.
 
         The trial's folder is held while the context lasts.
         """
         with contextlib.ExitStack() as held:
             with exclusive(self.folder / ".lock"):
-                claim = self._take(held)
+                claim = self._take(held, wanted)
             yield claim
 
-    def _take(self, held: contextlib.ExitStack) -> Claim | None:
+    def _take(self, held: contextlib.ExitStack, wanted: Callable[[FrozenTrial], bool]) -> Claim | None:
         total = self.optuna.user_attrs.get("total", len(self.trials()))
         waiting = [trial for trial in self.trials(TrialState.WAITING) if trial.number < total]  # was it more once?
-        for trial in [*self.trials(TrialState.RUNNING), *waiting]:
+        for trial in filter(wanted, [*self.trials(TrialState.RUNNING), *waiting]):
             folder = self.folder_of(trial.number)
             if self._is_shared and trial.state == TrialState.RUNNING and not folder.path.exists():
                 continue  # another machine's, whose folders are not here
@@ -229,9 +243,9 @@ class Study:
 
     def tidy(self, keep: int) -> None:
         """Keep the adapters of so many best trials and of the baseline; the others' go, with their checkpoints."""
-        baseline = self.baseline()
+        finished, baseline = self.finished(), self.baseline()  # one that ends from here on may be among the best
         kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
-        for trial in self.finished():
+        for trial in finished:
             if trial.number not in kept:
                 folder = self.folder_of(trial.number)
                 for weights in (folder.adapter, folder.checkpoints):

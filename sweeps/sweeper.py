@@ -7,6 +7,7 @@ is imported when a sweep begins.
 import dataclasses
 import logging
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,22 +86,31 @@ class StudySweeper(Sweeper):
         study = Study.open(folder, settings, address, terms, space.distributions)
         engine, slots = study.settle(*chosen)
         worker = dataclasses.replace(worker, engine=engine, slots=slots)
+        if settings.slots not in ("auto", slots):
+            why = "trl trains one trial at a time" if engine == "trl" else "the study keeps those that it began with"
+            log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, slots, why)
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         left = study.enlist(total, points)
         log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
         if left <= 0:
             done = len(study.finished())
-            log.info("study %s is full (%d trials): hydra.sweeper.n_trials=%d goes on", study.name, done, done + total)
+            more = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+            more = more if settings.is_grid and total == len(points) else f"hydra.sweeper.n_trials={done + total} goes on"
+            log.info("study %s is full (%d trials): %s", study.name, done, more)
         else:
             self._work(worker, study, space, workers, total)
         quiet_libraries(bars=False)
         try:
             study.tidy(settings.keep_adapters)
             if settings.confirm and study.ranked() and not worker.out_of_time:
-                confirm(study, settings.confirm)
+                try:
+                    confirm(study, settings.confirm)
+                except ConfigError as error:
+                    log.warning("not confirmed: %s", error)
             conclude(study, SHARED, config.tracker)
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; python -m sweeps best {study.name} takes the winner") from None
+            place = shlex.quote(os.path.relpath(folder))
+            raise Interrupted(f"interrupted; python -m sweeps best {place} takes the winner") from None
         if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
             raise ConfigError(_why_failed(study, settings))
 
@@ -241,7 +251,7 @@ class StudySweeper(Sweeper):
             for job in done:
                 if job.status == JobStatus.FAILED:
                     raise interrupted if isinstance(job._return_value, Interrupted) else job._return_value
-            if not study.orphans():
+            if not study.orphans() or worker.is_over(study):
                 return
         raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 

@@ -72,7 +72,7 @@ class _View:
         if best is not None:
             line += f" · best {' '.join(objective_cells(best, len(best.values)))} (trial {best.number})"
         here = len(finished) - self._done_before
-        if here:
+        if here and len(finished) < self._total:
             left = (time.monotonic() - self._began) / here * (self._total - len(finished))
             line += f" · about {max(1, round(left / 60))} min left"
         return line

@@ -78,14 +78,18 @@ class Worker:
 
         take_device(HydraConfig.get().job.num)
         study, interrupt = Study(self.folder, self.settings.study_name, self.address), Interrupt()
-        return float(train_together(lambda: self._next(study, interrupt), self.slots))
+        alone = train_together(lambda: self._next(study, interrupt, on_its_last_life), 1)
+        beside = train_together(
+            lambda: self._next(study, interrupt, lambda trial: not on_its_last_life(trial)), self.slots
+        )
+        return float(alone + beside)
 
-    def _next(self, study: Study, interrupt: Interrupt) -> Lane | None:
-        """The next trial, in a slot; None if there is none, or none shall begin."""
-        if self._is_over(study):
+    def _next(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> Lane | None:
+        """The next wanted trial, in a slot; None if there is none, or none shall begin."""
+        if self.is_over(study):
             return None
         with contextlib.ExitStack() as held:
-            claim = held.enter_context(study.claim())
+            claim = held.enter_context(study.claim(wanted))
             if claim is None:
                 return None
             turn = _Turn(self, study, claim, interrupt)
@@ -141,7 +145,8 @@ class Worker:
         """Whether the study's time is over."""
         return self.deadline is not None and time.time() >= self.deadline
 
-    def _is_over(self, study: Study) -> bool:
+    def is_over(self, study: Study) -> bool:
+        """Whether no further trial shall begin: the time is over, or too many have failed."""
         return self.out_of_time or too_many_failures(study, self.settings)
 
     def pruner(self) -> BasePruner:
@@ -171,6 +176,12 @@ class Worker:
             _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*"),
         )
         return sampler
+
+
+def on_its_last_life(trial: FrozenTrial) -> bool:
+    """Whether a trial's next loss of its worker fails it: it trains alone, so that no neighbour is to blame."""
+    starts = trial.user_attrs.get("starts", [])[1 - LIVES :]
+    return len(starts) == LIVES - 1 and len(set(starts)) == 1
 
 
 def too_many_failures(study: Study, settings: StudySettings) -> bool:
@@ -237,6 +248,8 @@ class _Turn:
         if failure is not None and failure.out_of_memory and self._shrink():
             failure = yield from self._attempt()
         if failure is not None:
+            if not self.folder.result.exists():  # its config was refused, so no run began
+                write_json(self.folder.result, {"status": "failed", "error": failure.reason})
             self._tell(TrialState.FAIL, error=failure.reason)
         else:
             self._tell_result(read_json(self.folder.result))

@@ -225,10 +225,23 @@ def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> Non
 def test_a_full_study_says_how_to_go_on(
     copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    ended = go_on(station, tiny_base, tmp_path)
+    ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.slots=3")
     assert ended.returncode == 0, ended.stderr
+    assert "hydra.sweeper.slots=3: 1 instead, as the study keeps those that it began with" in ended.stderr
     assert "study s1 is full (6 trials): hydra.sweeper.n_trials=12 goes on" in ended.stderr
     assert trials_in(copied) == trials_in(done.folder)
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_tried_does_not_say_that_more_trials_go_on(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    grid = ("hydra/sweeper/sampler=grid", "~search", "lora.r=choice(4,16)")
+    for _ in range(2):
+        ended = station.run(*study_overrides(tiny_base, "s"), *grid, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert "study s is full (2 trials): every point of the grid is tried" in ended.stderr
+    assert "n_trials" not in ended.stderr
 
 
 def test_goes_on_to_more_trials_after_half_a_line(
@@ -249,6 +262,27 @@ def test_goes_on_to_more_trials_after_half_a_line(
     winner = json.loads((copied / "answer.json").read_text())["trial"]
     spoken = (copied / "trials" / "0" / "result.json", copied / "trials" / str(winner) / "result.json")
     assert all(path.stat().st_mtime_ns == then for path, then in results.items() if path not in spoken)
+
+
+def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = TRIALS - 1
+    untell(copied, last)
+    study, worker = Study.load(copied), Study.load(copied)
+    weights = study.folder_of(last).adapter
+    weights.mkdir(exist_ok=True)
+    ranked = study.ranked
+
+    def ends_meanwhile() -> list[FrozenTrial]:
+        found = ranked()
+        worker.optuna.tell(last, 0.0)
+        return found
+
+    monkeypatch.setattr(study, "ranked", ends_meanwhile)
+    study.tidy(1)
+    assert study.optuna.best_trial.number == last
+    assert weights.exists()
 
 
 def untell(folder: Path, number: int) -> None:
@@ -277,6 +311,16 @@ def test_a_result_that_was_not_told_is_told_and_not_run_again(
     assert trials_in(copied) == trials_in(done.folder)
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert f"trial {last}: lora.r=" not in ended.stderr, "it was run again"
+
+
+def test_another_storage_does_not_take_a_studys_folders_for_its_own(
+    copied: Path, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.storage=sqlite:///other.db")
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    place = f"another study's trials are in {copied}, which this storage does not know"
+    assert line == f"error: hydra.sweeper.study_name=s1: {place}; give another name"
 
 
 @pytest.mark.parametrize(

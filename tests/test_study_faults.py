@@ -268,6 +268,29 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
+SLOW_WORD = """
+import time
+import sweeps.conclusion
+sweeps.conclusion.say_last_word = lambda *_, **__: time.sleep(60)
+"""
+"""The last word takes a minute."""
+
+
+@pytest.mark.fault
+def test_an_interrupted_last_word_says_how_to_have_it(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", "hydra.sweep.dir=my studies/x"]
+    process = station.start(*study, cwd=tmp_path, before=SLOW_WORD)
+    wait_until(lambda: "the last word" in process.said(), process)
+    process.send_signal(signal.SIGINT)
+    ended = process.wait()
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
+    ended = station.run("best", "my studies/x", cwd=tmp_path, module="sweeps")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "my studies" / "x" / "best" / "adapter").exists()
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
@@ -318,6 +341,21 @@ def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp
     assert result_of(tmp_path, 0)["status"] == "pruned"
 
 
+@pytest.mark.fault
+def test_a_trial_that_lost_its_worker_waits_for_the_next_session_where_time_is_over(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=2"]
+    assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    ended = station.run(*study, "hydra.sweeper.timeout=0.1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    assert [trial.state for trial in trials_of(tmp_path)] == [TrialState.RUNNING, TrialState.WAITING]
+    ended = station.run(*study, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len(trials_of(tmp_path, TrialState.COMPLETE)) == 2
+
+
 @pytest.mark.slow
 def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = (*NO_END, "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=1")
@@ -351,6 +389,28 @@ def test_a_trial_that_fails_does_not_end_the_study(station: Station, tiny_base: 
     assert result_of(tmp_path, 1)["error"] == trials[1].user_attrs["error"]
     assert not (folder_of(tmp_path) / "trials" / "1" / "checkpoints").exists()
     assert f"trial 1    failed: {trials[1].user_attrs['error']}" in ended.stderr
+
+
+TOO_MUCH = """
+import sys, types
+sys.modules["mine"] = types.ModuleType("mine")
+sys.modules["mine"].further = lambda config, trial: trial.suggest_categorical("lora.dropout", [2.0])
+"""
+"""A custom search space with a value that no run takes."""
+
+
+@pytest.mark.slow
+def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    space = ("~search", "lora.r=choice(4,16)", "hydra.sweeper.custom_search_space=mine.further")
+    study = [*study_overrides(tiny_base, "s"), *space, "hydra.sweeper.n_trials=1"]
+    ended = station.run(*study, cwd=tmp_path, before=TOO_MUCH)
+    assert ended.returncode == 1
+
+    (trial,) = trials_of(tmp_path, TrialState.FAIL)
+    assert trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
+    assert result_of(tmp_path, 0) == {"status": "failed", "error": trial.user_attrs["error"]}
 
 
 @pytest.mark.slow
@@ -443,6 +503,35 @@ def test_a_trial_that_kills_its_worker_thrice_is_failed(station: Station, tiny_b
     assert second.state == TrialState.COMPLETE
 
 
+KILLS = """
+import os
+from finetune.bank import Bank
+learn = Bank.learn
+def kills(self, wishes):
+    if any(wish.slot.dropout == 0.03 for wish in wishes):
+        os.kill(os.getpid(), 9)
+    return learn(self, wishes)
+Bank.learn = kills
+"""
+"""A batch of a trial with this dropout kills the process."""
+
+
+@pytest.mark.fault
+def test_a_trial_that_kills_its_worker_does_not_fail_those_beside_it(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = ("hydra.sweeper.n_trials=4", "hydra.sweeper.slots=3", "hydra.sweeper.start=[{lora.dropout: 0.03}]")
+    study = [*study_overrides(tiny_base, "s"), *more]
+    for _ in range(3):
+        assert station.run(*study, cwd=tmp_path, before=KILLS).returncode == -signal.SIGKILL
+    ended = station.run(*study, cwd=tmp_path, before=KILLS)
+    assert ended.returncode == 0, ended.stderr
+
+    (failed,) = trials_of(tmp_path, TrialState.FAIL)
+    assert (failed.number, failed.user_attrs["error"]) == (1, LOST)
+    assert len(trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)) == 3
+
+
 @pytest.mark.fault
 def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
     station: Station, tiny_base: Path, tmp_path: Path
@@ -469,6 +558,21 @@ def test_what_a_study_lets_change_does_not_fail_a_trial_that_is_taken_on(
     assert ended.returncode == 0, ended.stderr
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
+
+
+@pytest.mark.fault
+def test_a_trial_that_lost_its_worker_begins_anew_where_the_config_may_change(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    change = ("optimizer.weight_decay=0.1", "hydra.sweeper.allow_change=true")
+    ended = station.run(*study, *change, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path)
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+    config = json.loads((folder_of(tmp_path) / "trials" / "0" / "run.json").read_text())["config"]
+    assert config["optimizer"]["weight_decay"] == 0.1
 
 
 @pytest.mark.slow
