@@ -72,10 +72,14 @@ def _list(arguments: argparse.Namespace) -> None:
 
     rows = []
     for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
-        study = Study.load(path.parent.absolute())
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        try:
+            study = Study.load(path.parent.absolute())
+        except ConfigError as error:  # its database is out of reach
+            rows.append([path.parent.name, began, "", str(error)])
+            continue
         best = next(iter(study.ranked()), None)
         value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         rows.append([study.name, began, f"{len(study.finished())}/{len(study.trials())}", value])
     print(table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
 

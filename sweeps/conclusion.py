@@ -24,6 +24,7 @@ from sweeps.confirm import confirmation
 from sweeps.importance import importances
 from sweeps.publish import publish
 from sweeps.report import ANSWER, write_report
+from sweeps.storage import exclusive
 from sweeps.study import Study, role
 from sweeps.text import commands, confirmation_lines, counts, parameters, test_lines
 
@@ -33,8 +34,14 @@ log = logging.getLogger(__name__)
 def conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None = None) -> None:
     """Take the winner, measure it and the baseline on the test rows, write both down, and say and show it all.
 
-    `tracker` says what W&B shall have of it; None: what the winner began with.
+    `tracker` says what W&B shall have of it; None: what the winner began with. Two sessions conclude one after the
+    other.
     """
+    with exclusive(study.folder / ".answer.lock"):
+        _conclude(study, supplies, tracker)
+
+
+def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None) -> None:
     ranked = study.ranked()
     if not ranked:
         log.info("study %s: no trial is complete, so there is no answer", study.name)

@@ -37,7 +37,7 @@ class SlotsLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run one job for each list of overrides; one that fails ends no other, and is told of when all have ended."""
-        from finetune.cli import one_line
+        from finetune.cli import one_line, quiet_libraries
         from finetune.config import ConfigError, refusal
         from finetune.progress import Interrupt
         from finetune.records import discard_multirun
@@ -52,6 +52,7 @@ class SlotsLauncher(Launcher):
         done: dict[int, JobReturn] = {}
         interrupt, waiting = Interrupt(), iter(configs)
         sound = [config for config in map(self._checked, configs) if config is not None]
+        quiet_libraries(bars=False)
         slots = min(choose_slots(self._slots, sound), len(configs))
 
         def take() -> "Lane | None":

@@ -7,6 +7,7 @@ folder is free has lost its worker, and is taken on under its own number.
 
 import contextlib
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,12 @@ from sweeps.settings import StudySettings
 from sweeps.space import Point, describe
 from sweeps.storage import exclusive, open_storage
 
+log = logging.getLogger(__name__)
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is said by the study itself
+
+OUT_OF_TIME = "out of time"
+"""Why a trial was pruned that ran when the session's time was over."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -175,22 +181,26 @@ class Study:
         """Write down waiting trials until the study holds so many; returns how many are still to be done.
 
         Points that no trial has been given yet go to the next that wait, each with the role (baseline, start,
-        grid) that its trial keeps. There is one baseline.
+        grid) that its trial keeps. There is one baseline, and once more where time was over before its end.
         """
         with exclusive(self.folder / ".lock"):
             self.optuna.set_user_attr("total", total)
             for _ in range(len(self.trials()), total):
                 self.optuna.add_trial(create_trial(state=TrialState.WAITING))
-            trials = self.trials()
+            trials = [trial for trial in self.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
             given = [trial.system_attrs["fixed_params"] for trial in trials if "fixed_params" in trial.system_attrs]
             roles = {role(trial) for trial in trials}
-            new = [
-                (why, point) for why, point in points if point not in given and not (why == "baseline" and why in roles)
-            ]
+            new: list[tuple[str, Point]] = []
+            for why, point in points:
+                if point not in [*given, *(other for _, other in new)] and not (why == "baseline" and why in roles):
+                    new.append((why, point))
             free = [trial for trial in self.trials(TrialState.WAITING) if "fixed_params" not in trial.system_attrs]
             for trial, (why, point) in zip(free, new, strict=False):
                 self.storage.set_trial_system_attr(trial._trial_id, "fixed_params", point)
                 self.storage.set_trial_user_attr(trial._trial_id, "role", why)
+            if len(new) > len(free):
+                more = len(new) - len(free)
+                log.info("%d points wait for a trial: hydra.sweeper.n_trials=%d takes them", more, total + more)
             return total - len(self.finished())
 
     @contextlib.contextmanager

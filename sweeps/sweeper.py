@@ -4,11 +4,15 @@ Registered as a plugin by the package's entry point, so it is imported whenever 
 is imported when a sweep begins.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import shlex
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +62,10 @@ class StudySweeper(Sweeper):
         began = time.time()
         settings, address = self._settings()
         space = Space.parse(self._params(), arguments)
+        if not space.distributions and settings.custom_search_space is None:
+            raise ConfigError(
+                "nothing is searched: give search=lora (or another space), or sweeps as lora.r=choice(8,16)"
+            )
         composed = self._compose(space.fixed_texts)
         config = self._check(settings, composed)
         check_address(address, settings.n_jobs or 1)
@@ -75,6 +83,7 @@ class StudySweeper(Sweeper):
             slots=1,
         )
         extremes = worker.try_out()
+        quiet_libraries(bars=False)
         SHARED.source(config.model)  # a base that isn't there is said at once, and fetched once
         terms = _terms(config, space, settings)
         workers = self._workers(settings)
@@ -95,11 +104,11 @@ class StudySweeper(Sweeper):
         if left <= 0:
             done = len(study.finished())
             more = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
-            more = more if settings.is_grid and total == len(points) else f"hydra.sweeper.n_trials={done + total} goes on"
+            is_whole = settings.is_grid and total == len(points)
+            more = more if is_whole else f"hydra.sweeper.n_trials={done + total} goes on"
             log.info("study %s is full (%d trials): %s", study.name, done, more)
         else:
             self._work(worker, study, space, workers, total)
-        quiet_libraries(bars=False)
         try:
             study.tidy(settings.keep_adapters)
             if settings.confirm and study.ranked() and not worker.out_of_time:
@@ -160,7 +169,7 @@ class StudySweeper(Sweeper):
 
     def _check(self, settings: "StudySettings", composed: "DictConfig") -> "RunConfig":
         """The run's config, checked as a run does, and that it can be a study's."""
-        from finetune.config import ConfigError, RunConfig
+        from finetune.config import ConfigError, RunConfig, refusal
 
         config = RunConfig.from_hydra(composed)
         if not config.objectives:
@@ -168,6 +177,9 @@ class StudySweeper(Sweeper):
                 f"objective={config.objective}: there are no held-out rows to search by; "
                 "give dataset.eval_fraction above 0, or dataset.eval_path"
             )
+        for name, direction in zip(config.objectives, settings.directions, strict=False):
+            if name == "eval/accuracy" and direction == "minimize":
+                raise refusal("hydra.sweeper.direction", direction, f"{name} is better the larger it is: maximize")
         wanted, given = len(config.objectives), len(settings.directions)
         if wanted != given:
             raise ConfigError(
@@ -239,7 +251,7 @@ class StudySweeper(Sweeper):
         interrupted = Interrupted(f"interrupted; {resume}")
         for _ in range(RELAUNCHES):
             try:
-                with watching(study, total):
+                with watching(study, total), _asking_to_end(worker.stop_file, workers):
                     done = launcher.launch(jobs, initial_job_idx=0)
             except KeyboardInterrupt:
                 raise interrupted from None
@@ -278,6 +290,32 @@ class StudySweeper(Sweeper):
         # Jobs are composed anew, and must come out with the launcher that was asked for.
         launcher.setup(hydra_context=self._hydra_context, task_function=worker, config=plain)
         return launcher
+
+
+@contextlib.contextmanager
+def _asking_to_end(stop_file: Path, workers: int) -> Iterator[None]:
+    """Ctrl-C and SIGTERM while workers are in processes of their own: they end cleanly. A second one ends all at once.
+
+    A worker in this process hears them itself. Raises KeyboardInterrupt when the workers have ended.
+    """
+    if workers == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(number: int, frame: object) -> None:
+        if stop_file.exists():
+            raise KeyboardInterrupt
+        stop_file.touch()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+        if stop_file.exists():
+            raise KeyboardInterrupt
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+        stop_file.unlink(missing_ok=True)
 
 
 def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:

@@ -53,7 +53,7 @@ def note(trial: FrozenTrial) -> str:
     if trial.state == TrialState.FAIL:
         notes.append(str(attributes.get("error")))
     if attributes.get("shrunk"):
-        notes.append("batch halved: out of memory")
+        notes.append("a smaller batch: out of memory")
     return "; ".join(note for note in notes if note)
 
 

@@ -36,7 +36,7 @@ from sweeps.job import as_job
 from sweeps.pack import Lane, leave_to_logs, train_together
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
-from sweeps.study import Claim, Study, role
+from sweeps.study import OUT_OF_TIME, Claim, Study, role
 from sweeps.text import shown
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ LIVES = 3
 
 LOOK_EVERY = 2.0
 """Seconds between looks at the clock and at the storage, whether the running trial shall stop."""
+
+PARENT = os.getppid()
+"""Whose child this process began as."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,19 @@ class Worker:
         """Whether the study's time is over."""
         return self.deadline is not None and time.time() >= self.deadline
 
+    @property
+    def stop_file(self) -> Path:
+        """By this the sweeper asks workers in other processes to end cleanly."""
+        return self.folder / f".stop-{self.process}"
+
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether the session was interrupted, or its sweeper killed, whose child this process is."""
+        return self.stop_file.exists() or (self.process == PARENT and os.getppid() != PARENT)
+
     def is_over(self, study: Study) -> bool:
-        """Whether no further trial shall begin: the time is over, or too many have failed."""
-        return self.out_of_time or too_many_failures(study, self.settings)
+        """Whether no further trial shall begin: the session or its time is over, or too many have failed."""
+        return self.asked_to_end or self.out_of_time or too_many_failures(study, self.settings)
 
     def pruner(self) -> BasePruner:
         """The study's pruner."""
@@ -316,21 +329,23 @@ class _Turn:
             raise done._return_value
 
     def _shrink(self) -> bool:
-        """Half the batch and twice the accumulation, from the start; once, and not where the batch can't be halved."""
+        """Half the batch (or a smaller part) and accumulation that makes up for it, from the start; once."""
         composed = read_json(self.folder.identity)
         trainer = composed["config"]["trainer"] if composed else {}
         rows, accumulation = (
             trainer.get("per_device_train_batch_size", 1),
             trainer.get("gradient_accumulation_steps", 1),
         )
-        if rows % 2 or self.trial.user_attrs.get("shrunk"):
+        measured = trainer.get("per_device_eval_batch_size", 1)
+        if rows == measured == 1 or self.trial.user_attrs.get("shrunk"):
             return False
+        parts = next((part for part in range(2, rows + 1) if rows % part == 0), 1)
         shrunk = [
-            f"trainer.per_device_train_batch_size={rows // 2}",
-            f"trainer.gradient_accumulation_steps={accumulation * 2}",
-            f"trainer.per_device_eval_batch_size={max(1, trainer['per_device_eval_batch_size'] // 2)}",
+            f"trainer.per_device_train_batch_size={rows // parts}",
+            f"trainer.gradient_accumulation_steps={accumulation * parts}",
+            f"trainer.per_device_eval_batch_size={max(1, measured // 2)}",
         ]
-        log.warning("trial %d: out of memory; once more with half the batch: %s", self.trial.number, ", ".join(shrunk))
+        log.warning("trial %d: out of memory; once more with less at once: %s", self.trial.number, ", ".join(shrunk))
         self.trial.set_user_attr("shrunk", shrunk)
         self.folder.clear()
         return True
@@ -374,9 +389,12 @@ class _Judge(Observer):
         if time.monotonic() - self._looked < LOOK_EVERY:
             return False
         self._looked = time.monotonic()
+        if self._turn.worker.asked_to_end:
+            self._turn.interrupt.asked = True
+            return False
         if self._frozen().user_attrs.get("stop"):
             return self._ends("told to stop")
-        return self._turn.worker.out_of_time and self._ends("out of time")
+        return self._turn.worker.out_of_time and self._ends(OUT_OF_TIME)
 
     def on_rung(self, rung: Rung) -> None:
         """Rungs count from the first evaluation after training began: before it all trials are alike."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,25 @@ def train_in_slots(
     waiting = lanes()
     assert train_together(lambda: next(waiting, None), slots) == len(configs)
     return places
+
+
+def made_study(folder: Path, trials: Sequence[Any], *objectives: str) -> Any:
+    """A study of trials that are written down, not run."""
+    import optuna
+
+    from sweeps.storage import open_storage
+    from sweeps.study import Study
+
+    folder.mkdir(parents=True)
+    names = list(objectives) or ["eval/loss"]
+    study = optuna.create_study(
+        study_name=folder.name, storage=open_storage(None, folder), directions=["minimize"] * len(names)
+    )
+    study.set_user_attr("uid", "made")
+    study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
+    study.add_trials(trials)
+    (folder / "study.json").write_text(json.dumps({"name": folder.name, "storage": None}))
+    return Study.load(folder)
 
 
 def wandb_file(file: Path) -> Iterator[Any]:

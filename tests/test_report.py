@@ -9,20 +9,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-from conftest import Station, run_cli, study_overrides
+from conftest import Station, made_study, run_cli, study_overrides
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweeps.advice import advice
 from sweeps.importance import Share, importances
 from sweeps.report import write_report
-from sweeps.storage import open_storage
 from sweeps.study import Study
 
 SPACE: dict[str, BaseDistribution] = {
@@ -31,20 +29,6 @@ SPACE: dict[str, BaseDistribution] = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
 }
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
-
-
-def made(folder: Path, trials: Sequence[FrozenTrial], *objectives: str) -> Study:
-    """A study of trials that are written down, not run."""
-    folder.mkdir(parents=True)
-    names = list(objectives) or ["eval/loss"]
-    study = optuna.create_study(
-        study_name=folder.name, storage=open_storage(None, folder), directions=["minimize"] * len(names)
-    )
-    study.set_user_attr("uid", "made")
-    study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
-    study.add_trials(trials)
-    (folder / "study.json").write_text(json.dumps({"name": folder.name, "storage": None}))
-    return Study.load(folder)
 
 
 def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> FrozenTrial:
@@ -104,7 +88,7 @@ def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
 @pytest.mark.parametrize("kind", kinds())
 def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
     trials, objectives = kinds()[kind]
-    study = made(tmp_path / kind, trials, *objectives)
+    study = made_study(tmp_path / kind, trials, *objectives)
 
     page = text_of(write_report(study))
 
@@ -118,7 +102,7 @@ def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
 
 def test_500_trials_are_a_page_of_less_than_10_megabytes(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made(tmp_path / "large", [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)])
+    study = made_study(tmp_path / "large", [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)])
 
     path = write_report(study)
 
@@ -139,7 +123,7 @@ def test_a_space_that_changed_on_the_way_is_drawn_as_one(tmp_path: Path) -> None
 
 def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
     """A study with trials that Optuna would not take any more, as one has that went on under `allow_change`."""
-    study = made(folder, [])
+    study = made_study(folder, [])
     for each in trials:
         study.storage.create_new_trial(study.optuna._study_id, each)
     return study
@@ -150,7 +134,7 @@ def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
 
 def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)])
+    study = made_study(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)])
 
     shares = importances(study.optuna)
 
@@ -163,7 +147,7 @@ def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
 
 def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)])
+    study = made_study(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)])
     shares = {"optimizer.learning_rate": Share(0.9, 0.8, 1.0), "lora.dropout": Share(0.02, 0.0, 0.05)}
 
     lines = advice(study, shares)
@@ -178,7 +162,7 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
     def gain(folder: str, rates: list[float]) -> float:
         draw = random.Random(0)
         trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
-        (line,) = [line for line in advice(made(tmp_path / folder, trials), {}) if "expected" in line]
+        (line,) = [line for line in advice(made_study(tmp_path / folder, trials), {}) if "expected" in line]
         return float(re.search(r"by ([\d.e-]+)", line)[1])  # type: ignore[index]
 
     searched = gain("searched", [10 ** (-4 + 2 * index / 19) for index in range(20)])
@@ -189,12 +173,12 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
 
 def test_few_trials_give_no_advice(tmp_path: Path) -> None:
     draw = random.Random(0)
-    assert advice(made(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
+    assert advice(made_study(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
 
 
 def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made(tmp_path / "s", [trial(draw), trial(draw, PRUNED)])
+    study = made_study(tmp_path / "s", [trial(draw), trial(draw, PRUNED)])
     for number, tokens in ((0, 6000), (1, 1500)):
         folder = study.folder_of(number).path
         folder.mkdir(parents=True)
@@ -249,7 +233,7 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: py
     from sweeps import report
 
     draw = random.Random(0)
-    study = made(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
+    study = made_study(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
     said: list[str] = []
 
     def look(seconds: float) -> None:
@@ -302,7 +286,7 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
         draw = random.Random(0)
         many = [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)], list[str]()
         trials, objectives = many if kind == "large" else kinds()[kind]
-        path = write_report(made(tmp_path / kind, trials, *objectives))
+        path = write_report(made_study(tmp_path / kind, trials, *objectives))
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     wrong: list[str] = []
     asked: list[str] = []

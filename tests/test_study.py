@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from conftest import Station, study_overrides, wandb_file
+from conftest import Station, made_study, study_overrides, wandb_file
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.study import FINISHED, Study
@@ -327,7 +327,7 @@ def test_another_storage_does_not_take_a_studys_folders_for_its_own(
     ("override", "key", "began"),
     [
         ("optimizer.weight_decay=0.1", "optimizer.weight_decay=0.1", "0.0"),
-        ("objective=eval/accuracy", 'objective="eval/accuracy"', '"eval/loss"'),
+        ("objective=train/loss", 'objective="train/loss"', '"eval/loss"'),
         ("lora.r=choice(4,16)", "lora.r=", '"choices": [4, 8, 16, 32, 64]'),
         ("lora.dropout=0.05", "lora.dropout=0.05", "FloatDistribution"),
     ],
@@ -456,3 +456,29 @@ def test_best_of_a_study_without_a_complete_trial_is_refused(
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path, "best", "empty")
     assert capsys.readouterr().err == "error: empty: no trial is complete yet, so there is no best\n"
+
+
+def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    point = {"lora.r": 16}
+    notes = {"role": "baseline", "reason": "out of time"}
+    ended = optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=notes, system_attrs={"fixed_params": point})
+    study = made_study(tmp_path / "s", [ended])
+
+    study.enlist(2, [("baseline", point)])
+    study.enlist(2, [("baseline", point)])
+
+    assert [trial.user_attrs.get("role") for trial in study.trials()] == ["baseline", "baseline"]
+    study.enlist(3, [("baseline", point)])
+    assert "role" not in study.trials()[2].user_attrs
+
+
+def test_points_that_find_no_trial_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study = made_study(tmp_path / "s", [])
+    points = [("start", {"lora.r": rank}) for rank in (4, 4, 8, 16)]
+
+    with caplog.at_level("INFO"):
+        study.enlist(2, points)
+
+    given = [trial.system_attrs["fixed_params"] for trial in study.trials()]
+    assert given == [{"lora.r": 4}, {"lora.r": 8}]
+    assert caplog.messages == ["1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"]

@@ -244,6 +244,66 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(tiny_base
     require_params_agree(tmp_path)
 
 
+def with_two_workers(tiny_base: Path, cwd: Path) -> tuple[list[str], subprocess.Popen[str]]:
+    """A study whose two workers train trials of many steps without a checkpoint."""
+    more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "trainer.max_steps=400", "trainer.save_steps=0")
+    study = [*study_overrides(tiny_base, "s"), *more, "hydra/sweeper/pruner=none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "finetune", *study]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = [folder_of(cwd) / "trials" / str(trial) / "metrics.jsonl" for trial in range(2)]
+    wait_until(lambda: all("train/loss" in read(path) for path in metrics), process)
+    return study, process
+
+
+def require_clean_end(cwd: Path, study: list[str], station: Station) -> None:
+    """Both running trials have a checkpoint at the step where they ended, and go on from there."""
+    steps = []
+    for trial in range(2):
+        result = result_of(cwd, trial)
+        assert result["status"] == "interrupted"
+        checkpoints = checkpoints_in(folder_of(cwd) / "trials" / str(trial) / "checkpoints")
+        assert [path.name for path in checkpoints] == [f"checkpoint-{result['step']}"]
+        steps.append(result["step"])
+    assert len(trials_of(cwd, TrialState.WAITING)) == 1, "a trial has begun after the interruption"
+    assert not list(folder_of(cwd).glob(".stop-*"))
+    ended = station.run(*study, "hydra.sweeper.n_jobs=1", cwd=cwd)
+    assert ended.returncode == 0, ended.stderr
+    for trial, step in enumerate(steps):
+        assert f"going on from step {step}" in read(folder_of(cwd) / "trials" / str(trial) / "train.log")
+    assert len(trials_of(cwd, TrialState.COMPLETE)) == 3
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("everyone", [False, True], ids=["the command alone", "as a terminal sends it"])
+def test_workers_end_cleanly_when_the_study_is_interrupted(
+    everyone: bool, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study, process = with_two_workers(tiny_base, tmp_path)
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 1
+    assert "error: interrupted; the same command with hydra.sweeper.study_name=s goes on" in said.splitlines()
+    assert "Traceback" not in said
+    require_clean_end(tmp_path, study, station)
+
+
+@pytest.mark.fault
+def test_workers_end_cleanly_when_their_sweeper_is_killed(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    study, process = with_two_workers(tiny_base, tmp_path)
+    workers = workers_of(process, tmp_path)
+    process.kill()
+    process.communicate(timeout=120)
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+
+    require_clean_end(tmp_path, study, station)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_study_says_how_to_go_on_and_does(

@@ -154,6 +154,21 @@ def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(place: Workplace) ->
     assert not outcome.torch_imported
 
 
+def test_a_measure_that_rises_is_not_minimised(place: Workplace) -> None:
+    outcome = search(place, "objective=eval/accuracy")
+
+    said = "hydra.sweeper.direction=minimize: eval/accuracy is better the larger it is: maximize"
+    assert outcome.error == said
+    assert place.files() == set()
+
+
+def test_a_search_of_nothing_is_refused(place: Workplace) -> None:
+    outcome = search(place, "~search")
+
+    assert outcome.error.startswith("nothing is searched: give search=lora")
+    assert place.files() == set()
+
+
 def test_a_study_without_a_name_is_checked_as_any_other(place: Workplace) -> None:
     outcome = search(place, "hydra.sweeper.n_trials=0", name="")
 
