@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from finetune.base import add_adapter, compute_dtype, free_memory, out_of_memory
 from finetune.config import LoraSettings, RunConfig
@@ -234,6 +234,7 @@ class Bank:
         line = Line([wish.rows for wish in wishes], self.device)
         with torch.inference_mode(), self._passing(line, wishes, []):
             answers = self._answers(self._hidden(line), line, None)
+        assert answers.right is not None
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
         losses = sums.index_add(0, line.owners, answers.losses.double()).tolist()
@@ -285,22 +286,28 @@ class Bank:
         return hidden
 
     def _answers(self, hidden: torch.Tensor, line: Line, shares: torch.Tensor | None) -> "_Answers":
-        """Losses of the answers' tokens, and by shares of it its gradient, some logits at a time."""
+        """Losses of the answers' tokens; by shares of them their gradient, without shares what was right.
+
+        Some logits at a time: they are by far the largest tensors, so each is gone over as seldom as can be.
+        """
         weight = dense_weight(self._head)
         losses, right, gradients = [], [], []
         for start in range(0, len(hidden), LOGITS):
             part = slice(start, start + LOGITS)
-            targets = line.targets[part]
+            targets = line.targets[part, None]
             logits = linear(hidden[part], weight).float()
-            losses.append(cross_entropy(logits, targets, reduction="none"))
-            right.append(logits.argmax(-1) == targets)
+            logs = torch.log_softmax(logits, -1)
+            losses.append(-logs.gather(-1, targets)[:, 0])
             if shares is None:
+                right.append(logits.argmax(-1) == targets[:, 0])
                 continue
-            slope = torch.softmax(logits, -1)
-            slope[torch.arange(len(targets), device=self.device), targets] -= 1
-            slope *= shares[part, None]
-            gradients.append(slope.to(hidden.dtype) @ weight)
-        return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)
+            del logits
+            slope = logs.exp_()
+            slope.scatter_add_(-1, targets, slope.new_full((1, 1), -1).expand_as(targets))
+            into_hidden = slope.to(hidden.dtype) @ weight
+            gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
+        joined = [torch.cat(parts) if parts else None for parts in (right, gradients)]
+        return _Answers(torch.cat(losses), *joined)
 
     def _route(self, name: str, layer: torch.nn.Module) -> None:
         """Let a linear layer of the base add what the slots' adapters make of its input, while a pass goes on."""
@@ -328,7 +335,7 @@ class Bank:
 class _Answers:
     losses: torch.Tensor
     """[answers' tokens] negative log-likelihoods, float32"""
-    right: torch.Tensor
+    right: torch.Tensor | None
     """[answers' tokens] whether the model would have chosen the token"""
     gradient: torch.Tensor | None
     """[answers' tokens, width]"""
