@@ -1,6 +1,6 @@
 """One study by this project against the same study by the stock stack: wall time, best held-out loss, trained tokens.
 
-    python benchmarks/study.py [--trials 16] [--steps 8] [--oumi OUMI/bin/oumi]
+    python benchmarks/study.py [--trials 16] [--steps 12] [--oumi OUMI/bin/oumi]
 
 The stock stack is hydra-optuna-sweeper as it is, with a plain TRL script (stock_trial.py) for each trial. This
 project is `python -m finetune -m hydra/sweeper=optuna` with its default sampler, pruner and baseline; the baseline
@@ -40,6 +40,7 @@ SPACE = [
     "optimizer.learning_rate=tag(log,interval(1e-4,1e-2))",
 ]
 STOCK, OUMI, OURS, OURS_FLOAT32 = "stock", "oumi tune, float32", "this project", "this project, float32"
+SIDES = {"stock": STOCK, "oumi": OUMI, "ours": OURS, "ours_float32": OURS_FLOAT32}
 EVALUATIONS = 4
 
 
@@ -65,40 +66,37 @@ def main() -> None:
     """Run the studies and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a whole trial, a multiple of 4")
-    parser.add_argument(
-        "--side", choices=["stock", "oumi", "ours", "both", "all"], help="default: both, all with --oumi"
-    )
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a whole trial, a multiple of 4")
+    parser.add_argument("--sides", help=f"of {', '.join(SIDES)}; default: stock,ours, all with --oumi")
     parser.add_argument("--oumi", metavar="FILE", help="Oumi's command, in an environment of its own")
     parser.add_argument(
         "--oumi-evaluations", type=int, choices=range(1, EVALUATIONS + 1), default=EVALUATIONS, help="of a trial"
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for all outputs; default: none are kept")
     arguments = parser.parse_args()
-    if arguments.trials < 1 or arguments.steps < EVALUATIONS or arguments.steps % EVALUATIONS:
+    trials, steps = arguments.trials, arguments.steps
+    if trials < 1 or steps < EVALUATIONS or steps % EVALUATIONS:
         parser.error(f"--trials must be at least 1, --steps a multiple of {EVALUATIONS}")
     if arguments.keep is not None and arguments.keep.exists():
         parser.error(f"--keep {arguments.keep}: exists already")
-    side = arguments.side or ("all" if arguments.oumi else "both")
-    oumi = shutil.which(arguments.oumi or "")
-    if oumi is None and (arguments.oumi or side in ("oumi", "all")):
+    sides = (arguments.sides or (",".join(SIDES) if arguments.oumi else "stock,ours")).split(",")
+    if not set(sides) <= set(SIDES):
+        parser.error(f"--sides {arguments.sides}: must be of {', '.join(SIDES)}")
+    oumi = os.path.abspath(shutil.which(arguments.oumi or "") or "")
+    if "oumi" in sides and not os.path.isfile(oumi):
         parser.error(f"--oumi {arguments.oumi}: no such command")
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = arguments.keep or Path(temporary)
         prepare(folder)
-        outcomes = {}
-        if side in ("stock", "both", "all"):
-            outcomes[STOCK] = stock_study(folder, arguments.trials, arguments.steps)
-        if oumi is not None and side in ("oumi", "all"):
-            outcomes[OUMI] = oumi_study(
-                folder, os.path.abspath(oumi), arguments.trials, arguments.steps, arguments.oumi_evaluations
-            )
-        if side in ("ours", "both", "all"):
-            outcomes[OURS] = our_study(folder, arguments.trials, arguments.steps, "ours")
-        if side == "all":
-            extra = ["quantization=none", "model.dtype=float32"]
-            outcomes[OURS_FLOAT32] = our_study(folder, arguments.trials, arguments.steps, "ours_float32", *extra)
-    print_table(outcomes)
+        run = {
+            "stock": lambda: stock_study(folder, trials, steps),
+            "oumi": lambda: oumi_study(folder, oumi, trials, steps, arguments.oumi_evaluations),
+            "ours": lambda: our_study(folder, trials, steps, "ours"),
+            "ours_float32": lambda: our_study(
+                folder, trials, steps, "ours_float32", "quantization=none", "model.dtype=float32"
+            ),
+        }
+        print_table({SIDES[side]: run[side]() for side in sides})
 
 
 def prepare(folder: Path) -> None:

@@ -151,7 +151,7 @@ class Bank:
 
     def __init__(self, base: "PreTrainedModel", config: RunConfig) -> None:
         self.base, self.dtype = base.requires_grad_(False), compute_dtype(config.quantization)
-        self._checkpointing = config.trainer.gradient_checkpointing
+        self._checkpointing = config.trainer.gradient_checkpointing is True
         self.device = base.get_input_embeddings().weight.device
         self._head = base.get_output_embeddings()
         self._pass: _Pass | None = None

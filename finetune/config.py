@@ -172,7 +172,7 @@ class TrainerSettings(Section):
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
     gradient_accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
     group_by_length: bool
     eval_steps: float
     save_steps: float

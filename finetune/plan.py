@@ -1,5 +1,7 @@
 """What a run will need, before any weights load: `python -m finetune.plan` with the run's own overrides."""
 
+import dataclasses
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from finetune.supplies import Supplies
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """The share of a machine's memory that is planned with."""
@@ -94,12 +98,29 @@ class Plan:
         else:
             key = f"trainer.per_device_train_batch_size={trainer.per_device_train_batch_size}"
             advice = "lower it (and raise trainer.gradient_accumulation_steps)"
-            if not trainer.gradient_checkpointing:
+            if trainer.gradient_checkpointing is not True:
                 advice += ", or trainer.gradient_checkpointing=true"
         raise ConfigError(
             f"{key}: the run needs {self.peak() / GIB:.1f} GiB, most of it for {most} "
             f"({parts[most] / GIB:.1f}), of {self.available * USABLE / GIB:.1f} GiB; {advice}"
         )
+
+
+def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
+    """The run with `trainer.gradient_checkpointing=auto` decided.
+
+    Activations are computed twice where they would not fit otherwise; of `trl`, whose memory is not planned, never.
+    """
+    if config.trainer.gradient_checkpointing != "auto":
+        return config
+    kept, saved = (
+        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, gradient_checkpointing=saving))
+        for saving in (False, True)
+    )
+    if engine != "packed" or plan(kept, supplies).largest or not plan(saved, supplies).largest:
+        return kept
+    log.info("trainer.gradient_checkpointing=true: the activations would not fit otherwise")
+    return saved
 
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
@@ -198,16 +219,16 @@ def _activation_elements(base: Any, config: RunConfig) -> tuple[int, int]:
     queries, keys = heads * width, getattr(base, "num_key_value_heads", heads) * width
     layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
     passing = 4 * hidden + 2 * queries + 4 * inner
-    if config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is True:
         return layers * hidden, layer + passing
     return layers * layer, passing
 
 
 def _logits_bytes(base: Any) -> int:
-    """One chunk of logits, its softmax and its gradient, in float32."""
+    """One chunk of logits and its softmax, which becomes its gradient, in float32."""
     from finetune.bank import LOGITS
 
-    return int(3 * 4 * LOGITS * base.vocab_size)
+    return int(2 * 4 * LOGITS * base.vocab_size)
 
 
 def _available() -> int:
@@ -233,7 +254,9 @@ def main() -> None:
     from finetune.cli import quiet_libraries
 
     quiet_libraries()
-    found = plan(config, Supplies())
+    supplies = Supplies()
+    config = fitted(config, "packed", supplies)
+    found = plan(config, supplies)
     gib = {
         "python and libraries": found.process,
         "base": found.base,

@@ -214,6 +214,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
 
     take_device(0)  # before bitsandbytes is imported, which looks for GPUs
     data = _prepare(result)
+    config = result.config
     checkpoint = folder.last_checkpoint()
     progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
     assert result.engine is not None
@@ -284,6 +285,7 @@ def _prepare(result: Result) -> _Data:
     """The run's rows as tokens, and its engine. What is wrong with them is said before the base is loaded."""
     from finetune.base import check_targets, lora_config
     from finetune.packed_engine import choose
+    from finetune.plan import fitted
     from finetune.tokens import left_out
 
     config, rows, supplies = result.config, result.rows, result.part.supplies
@@ -293,6 +295,7 @@ def _prepare(result: Result) -> _Data:
     check_targets(source, config.model, config.lora)
     lora_config(config.lora)
     result.engine = choose(config, source)
+    result.config = config = fitted(config, result.engine, supplies)
     parts = {"train": rows.train, "eval": rows.evaluation, "test": rows.test}
     tokens = {name: supplies.tokens(name, part, config) for name, part in parts.items()}
     result.left_out = {name: left_out(part) for name, part in tokens.items()}

@@ -20,10 +20,12 @@ def choose_slots(wanted: int | str, configs: Sequence[RunConfig]) -> int:
     from finetune.base import on_gpu
     from finetune.plan import plan
 
-    if not on_gpu():
-        return 1  # one run keeps it busy
-    neediest = max(configs, key=lambda config: (config.lora.r, config.trainer.per_device_train_batch_size))
-    return plan(neediest, SHARED).slots
+    return plan(neediest(configs), SHARED).slots if on_gpu() else 1  # one run keeps a CPU busy
+
+
+def neediest(configs: Sequence[RunConfig]) -> RunConfig:
+    """The run that needs the most memory."""
+    return max(configs, key=lambda config: (config.trainer.per_device_train_batch_size, config.lora.r))
 
 
 @dataclass(eq=False)

@@ -141,12 +141,17 @@ class Study:
                     if (read_json(folder.result) or {}).get("status") not in ("completed", "pruned", "failed"):
                         folder.clear()
 
-    def settle(self, engine: str, slots: int) -> tuple[str, int]:
-        """The engine of all the study's trials and how many train together, decided when it began."""
+    def settle(self, engine: str, slots: int, checkpointing: bool) -> tuple[str, int, bool]:
+        """What all the study's trials have in common, decided when it began.
+
+        The engine, how many train together, and whether they compute activations twice, where the config leaves it open.
+        """
         if "engine" not in self.optuna.user_attrs:
-            self.optuna.set_user_attr("engine", engine)
             self.optuna.set_user_attr("slots", slots)
-        return str(self.optuna.user_attrs["engine"]), int(self.optuna.user_attrs["slots"])
+            self.optuna.set_user_attr("checkpointing", checkpointing)
+            self.optuna.set_user_attr("engine", engine)
+        known = self.optuna.user_attrs
+        return str(known["engine"]), int(known["slots"]), bool(known.get("checkpointing", False))
 
     @property
     def uid(self) -> str:

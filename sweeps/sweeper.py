@@ -81,6 +81,7 @@ class StudySweeper(Sweeper):
             deadline=None if settings.timeout is None else began + settings.timeout,
             engine=config.trainer.engine,
             slots=1,
+            checkpointing=False,
         )
         extremes = worker.try_out()
         quiet_libraries(bars=False)
@@ -93,8 +94,8 @@ class StudySweeper(Sweeper):
         folder = worker.folder
         chosen = self._engine(settings, [config, *extremes])
         study = Study.open(folder, settings, address, terms, space.distributions)
-        engine, slots = study.settle(*chosen)
-        worker = dataclasses.replace(worker, engine=engine, slots=slots)
+        engine, slots, checkpointing = study.settle(*chosen)
+        worker = dataclasses.replace(worker, engine=engine, slots=slots, checkpointing=checkpointing)
         if settings.slots not in ("auto", slots):
             why = "trl trains one trial at a time" if engine == "trl" else "the study keeps those that it began with"
             log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, slots, why)
@@ -195,16 +196,18 @@ class StudySweeper(Sweeper):
 
         return max(1, torch.cuda.device_count())
 
-    def _engine(self, settings: "StudySettings", configs: "list[RunConfig]") -> tuple[str, int]:
-        """One engine for all trials of a study, and how many train together."""
+    def _engine(self, settings: "StudySettings", configs: "list[RunConfig]") -> tuple[str, int, bool]:
+        """One engine for all trials of a study, how many train together, and whether they compute activations twice."""
         from finetune.packed_engine import choose
+        from finetune.plan import fitted
         from finetune.supplies import SHARED
-        from sweeps.pack import choose_slots
+        from sweeps.pack import choose_slots, neediest
 
         engines = (choose(config, SHARED.source(config.model)) for config in configs)
         if "trl" in engines:  # the first that it is for decides, and says why
-            return "trl", 1
-        return "packed", choose_slots(settings.slots, configs)
+            return "trl", 1, False
+        decided = fitted(neediest(configs), "packed", SHARED)
+        return "packed", choose_slots(settings.slots, [decided]), decided.trainer.gradient_checkpointing is True
 
     def _points(
         self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int

@@ -70,6 +70,8 @@ class Worker:
     """Of all trials."""
     slots: int
     """How many of them train together in this process."""
+    checkpointing: bool
+    """Whether they compute activations twice, where the config leaves that open."""
     process: int = field(default_factory=os.getpid)
     """The sweeper's own."""
 
@@ -134,6 +136,14 @@ class Worker:
         if config.objectives != self.common.objectives:
             raise refusal("objective", config.objective, "all trials of a study have the same")
         return config
+
+    @property
+    def common_overrides(self) -> list[str]:
+        """What the study has decided for all its trials."""
+        key = "trainer.gradient_checkpointing"
+        is_open = self.common.trainer.gradient_checkpointing == "auto" and key not in self.space.distributions
+        decided = [f"{key}={str(self.checkpointing).lower()}"] if is_open else []
+        return [f"trainer.engine={self.engine}", *decided]
 
     def compose(self, number: int, overrides: list[str]) -> DictConfig:
         """A trial's whole config, as Hydra composes a job's."""
@@ -294,7 +304,7 @@ class _Turn:
             extend(self.worker.config, trial)
         values = ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
         log.info("trial %d: %s%s", trial.number, values, self._note())
-        return [*space.overrides(trial.params), f"trainer.engine={self.worker.engine}"]
+        return [*space.overrides(trial.params), *self.worker.common_overrides]
 
     def _note(self) -> str:
         """Why the trial is at its point, if the sampler did not choose it."""

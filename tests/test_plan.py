@@ -2,10 +2,16 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import run_cli, tiny_overrides
+
+from finetune.config import RunConfig
+from finetune.plan import LIBRARIES, USABLE, fitted, plan
+from finetune.run import Part, run
+from finetune.supplies import Supplies
 
 
 def planned(output: str) -> float:
@@ -59,6 +65,31 @@ def wide(tiny_base: Path, folder: Path) -> Path:
     config |= {"num_hidden_layers": 80, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
     (place / "config.json").write_text(json.dumps(config))
     return place
+
+
+def test_activations_that_would_not_fit_are_computed_twice(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    supplies = Supplies()
+    config = tiny("trainer.max_steps=2")
+    kept, saved = (
+        plan(tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"), supplies)
+        for saving in ("false", "true")
+    )
+    assert saved.peak() < kept.peak()
+    assert fitted(config, "packed", supplies).trainer.gradient_checkpointing is False
+
+    between = (saved.peak() + kept.peak()) / 2 / USABLE
+    monkeypatch.setattr("finetune.plan._available", lambda: int(between))
+    monkeypatch.setattr("finetune.plan._resident", lambda: kept.process - LIBRARIES)
+    with caplog.at_level("INFO"):
+        run(config, tmp_path, Part(supplies=supplies, alone=False))
+
+    assert "trainer.gradient_checkpointing=true: the activations would not fit otherwise" in caplog.messages
+    assert fitted(config, "packed", supplies).trainer.gradient_checkpointing is True
+    assert fitted(config, "trl", supplies).trainer.gradient_checkpointing is False
+    wanted = tiny("trainer.gradient_checkpointing=false")
+    assert fitted(wanted, "packed", supplies) == wanted
 
 
 @pytest.mark.slow
