@@ -1,6 +1,6 @@
 """One study by this project against the same study by the stock stack: wall time, best held-out loss, trained tokens.
 
-    python benchmarks/study.py [--trials 16] [--steps 12] [--oumi OUMI/bin/oumi]
+    python benchmarks/study.py [--trials 16] [--steps 8] [--oumi OUMI/bin/oumi]
 
 The stock stack is hydra-optuna-sweeper as it is, with a plain TRL script (stock_trial.py) for each trial. This
 project is `python -m finetune -m hydra/sweeper=optuna` with its default sampler, pruner and baseline; the baseline
@@ -16,7 +16,7 @@ With `--oumi`, the tuner of Oumi is a third side: oumi_study.py says how to inst
 Its adapters are measured in the same way, after its time has been taken. Its base is float32, whose loss is lower than
 that of NF4 before anything is learnt; so this project does its study a second time with that base, for comparison.
 
-The sides run one after the other: nothing else should run on the machine. On two CPU cores the stock side takes 20
+The sides run one after the other: nothing else should run on the machine. On two CPU cores the stock side takes 12
 to 25 minutes.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     """Run the studies and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a whole trial, a multiple of 4")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a whole trial, a multiple of 4")
     parser.add_argument("--sides", help=f"of {', '.join(SIDES)}; default: stock,ours, all with --oumi")
     parser.add_argument("--oumi", metavar="FILE", help="Oumi's command, in an environment of its own")
     parser.add_argument(
