@@ -2,9 +2,10 @@
 
     python benchmarks/sweeper_cost.py [--more 20] [--pairs 3]
 
-A study of few and of many trials, and plain multiruns of as many jobs, in turns: all train three steps of a Llama with two
-layers and random weights, on the same rows, with the same evaluations. What one more trial costs is the difference of
-many and few by their number, so that starting and loading do not count; what one more job costs is subtracted.
+A study of few and of many trials, and plain multiruns of as many jobs, in turns: all train three steps of a Llama
+with two layers and random weights, on the same rows, with the same evaluations. What one more trial costs is the
+difference of many and few by their number, so that starting and loading do not count; what one more job costs is
+subtracted.
 """
 
 import argparse

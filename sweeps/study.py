@@ -144,7 +144,7 @@ class Study:
     def settle(self, engine: str, slots: int, checkpointing: bool) -> tuple[str, int, bool]:
         """What all the study's trials have in common, decided when it began.
 
-        The engine, how many train together, and whether they compute activations twice, where the config leaves it open.
+        The engine, how many train together, and whether activations are computed twice where the config leaves it open.
         """
         if "engine" not in self.optuna.user_attrs:
             self.optuna.set_user_attr("slots", slots)
