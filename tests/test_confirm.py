@@ -60,6 +60,21 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 51 <= held <= 60
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_are_not_surer_than_they_can_be(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.compare.MOST_RESAMPLES", 1000)
+    draw = np.random.default_rng(0)
+    none = measured(np.zeros((seeds, 40)), [1] * 40)
+    held = sure = 0
+    for _ in range(200):
+        noise = draw.normal(0, 1, (seeds, 1)) + draw.normal(0, 0.3, (1, 40)) + draw.normal(0, 0.5, (seeds, 40))
+        found = compare(measured(noise, [1] * 40), none)
+        held += found.low <= 0 <= found.high
+        sure += not 0.01 <= found.chance <= 0.99
+    assert held >= 182  # of 200 that are equal in truth, 95 % and what three standard deviations take from them
+    assert sure <= 10
+
+
 def test_seeds_that_disagree_make_the_interval_wider() -> None:
     draw = np.random.default_rng(0)
     rows = draw.normal(0, 1.0, size=30)
