@@ -58,8 +58,8 @@ def _pressing(pairs: Sequence[tuple[FrozenTrial, float]]) -> list[str]:
 
     best = [trial for trial, _ in pairs[: min(10, max(4, len(pairs) // 4))]]
     lines = []
-    for name, what in best[0].distributions.items():
-        places = [_place(trial.distributions[name], trial.params[name]) for trial in best if name in trial.params]
+    for name, what in _newest(pairs).items():
+        places = [_place(what, trial.params[name]) for trial in best if name in trial.params]
         if isinstance(what, CategoricalDistribution):
             edge = (1 / len(what.choices)) if _is_ordered(what) and len(what.choices) > 2 else None
         else:
@@ -70,10 +70,16 @@ def _pressing(pairs: Sequence[tuple[FrozenTrial, float]]) -> list[str]:
         low, high = sum(place <= edge for place in known), sum(place >= 1 - edge for place in known)
         count, end = max((low, "lower"), (high, "upper"))
         beyond = _beyond(what, end)
-        if beyond not in _bounds(what) and binomtest(count, len(best), edge, "greater").pvalue < SURE:
-            where = f"the {end} end of {' … '.join(_bounds(what))}"
-            lines.append(f"{name}: {count} of the best {len(best)} trials lie at {where}; search {beyond} too")
+        if beyond is not None and binomtest(count, len(best), edge, "greater").pvalue < SURE:
+            where = f"the {end} end of {' … '.join(map(shown, _ends(what)))}"
+            lines.append(f"{name}: {count} of the best {len(best)} trials lie at {where}; search {shown(beyond)} too")
     return lines
+
+
+def _newest(pairs: Sequence[tuple[FrozenTrial, float]]) -> dict[str, BaseDistribution]:
+    """Each parameter's range as it is searched now: a study may have gone on with another."""
+    trials = sorted((trial for trial, _ in pairs), key=lambda trial: trial.number)
+    return {name: what for trial in trials for name, what in trial.distributions.items()}
 
 
 def _idle(pairs: Sequence[tuple[FrozenTrial, float]], shares: Mapping[str, Share]) -> list[str]:
@@ -99,7 +105,8 @@ def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what:
 
     pairs = pairs[:MOST]
     names = [name for name in pairs[0][0].params if all(name in trial.params for trial, _ in pairs)]
-    columns = [_columns([(trial.distributions[name], trial.params[name]) for trial, _ in pairs]) for name in names]
+    ranges = _newest(pairs)
+    columns = [_columns(ranges[name], [trial.params[name] for trial, _ in pairs]) for name in names]
     if not columns:
         return []
     known = np.concatenate(columns, axis=1)
@@ -131,6 +138,8 @@ def _place(what: BaseDistribution, value: object) -> float | None:
         return what.choices.index(value) / max(len(what.choices) - 1, 1) if _is_ordered(what) else None
     assert isinstance(what, IntDistribution | FloatDistribution)
     assert isinstance(value, int | float)
+    if what.log and value <= 0:
+        return None  # from before the range was logarithmic
     low, high, own = (math.log(x) if what.log else float(x) for x in (what.low, what.high, value))
     return (own - low) / (high - low) if high > low else None
 
@@ -141,13 +150,13 @@ def _is_ordered(what: CategoricalDistribution) -> bool:
     return len(numbers) == len(what.choices) and numbers == sorted(numbers)
 
 
-def _columns(pairs: Sequence[tuple[BaseDistribution, object]]) -> np.ndarray:
-    """A parameter as numbers from 0 to 1: one column, or one for each choice where there is no order."""
-    places = [_place(what, value) for what, value in pairs]
+def _columns(what: BaseDistribution, values: Sequence[object]) -> np.ndarray:
+    """A parameter as numbers, its range from 0 to 1: one column, or one for each choice where there is no order."""
+    places = [_place(what, value) for value in values]
     if None not in places:
         return np.array(places, dtype=float)[:, None]
-    choices = sorted({str(value) for _, value in pairs})
-    return np.array([[float(str(value) == choice) for choice in choices] for _, value in pairs])
+    choices = sorted({str(value) for value in values})
+    return np.array([[float(str(value) == choice) for choice in choices] for value in values])
 
 
 def _spread(columns: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -159,24 +168,29 @@ def _spread(columns: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _bounds(what: BaseDistribution) -> tuple[str, str]:
-    """The ends of a range."""
+def _ends(what: BaseDistribution) -> tuple[float, float]:
+    """Of a range, or of choices that have an order."""
     if isinstance(what, CategoricalDistribution):
-        return shown(what.choices[0]), shown(what.choices[-1])
+        return what.choices[0], what.choices[-1]  # type: ignore[return-value]
     assert isinstance(what, IntDistribution | FloatDistribution)
-    return shown(what.low), shown(what.high)
+    return what.low, what.high
 
 
-def _beyond(what: BaseDistribution, end: str) -> str:
-    """A value beyond an end: twice as far among choices, thrice on a logarithmic scale, else half the range further."""
-    upper = end == "upper"
-    if isinstance(what, CategoricalDistribution):
-        last = what.choices[-1] if upper else what.choices[0]
-        assert isinstance(last, int | float)
-        return shown(last * 2 if upper else last / 2)
-    assert isinstance(what, IntDistribution | FloatDistribution)
-    if what.log:
-        return shown(what.high * 3 if upper else what.low / 3)
-    further = (what.high - what.low) / 2
-    lower = what.low - further
-    return shown(what.high + further if upper else max(lower, 0.0) if what.low >= 0 else lower)
+def _beyond(what: BaseDistribution, end: str) -> float | None:
+    """A value beyond an end: twice as far among choices, thrice on a logarithmic scale, else half the range further.
+
+    Whole numbers stay whole and shares below 1. None where nothing is to be searched: below 0, or at 0 of what counts.
+    """
+    low, high = _ends(what)
+    is_choice, is_log = isinstance(what, CategoricalDistribution), getattr(what, "log", False)
+    factor = 2 if is_choice else 3 if is_log else None
+    if factor is not None:
+        value = high * factor if end == "upper" else low / factor
+    elif end == "upper":
+        value = high + (high - low) / 2 if high >= 1 else min(high + (high - low) / 2, (1 + high) / 2)
+    else:
+        value = low - (high - low) / 2
+        value = max(value, 0.0) if low >= 0 else value
+    if isinstance(low, int):
+        value = round(value)
+    return None if value == (high if end == "upper" else low) or (isinstance(low, int) and value == 0) else value

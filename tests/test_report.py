@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Station, made_study, run_cli, study_overrides
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweeps.advice import advice
@@ -156,6 +156,51 @@ def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> N
     assert re.match(pressed, lines[0])
     assert "hardly mattered: lora.dropout (2%, at most 5%); fix with lora.dropout=" in lines[1]
     assert "the next trial can be expected to better eval/loss by" in lines[2]
+
+
+def pressed(folder: Path, what: BaseDistribution, best: object, other: object) -> list[str]:
+    """The advice on the bounds of a parameter whose best ten trials of forty are at one place."""
+    values = [best] * 10 + [other] * 30
+    trials = [
+        create_trial(params={"x.y": value}, distributions={"x.y": what}, value=float(index))
+        for index, value in enumerate(values)
+    ]
+    return [line for line in advice(made_study(folder, trials), {}) if line.startswith("x.y")]
+
+
+@pytest.mark.parametrize(
+    ("what", "best", "other", "beyond"),
+    [
+        (CategoricalDistribution([1, 2, 4, 8]), 1, 8, None),  # rows in a batch: there is no half
+        (CategoricalDistribution([1, 2, 4, 8]), 8, 1, "16"),
+        (CategoricalDistribution([0.0, 0.01, 0.1]), 0.0, 0.1, None),
+        (IntDistribution(1, 8), 1, 8, None),
+        (IntDistribution(1, 8), 8, 1, "12"),
+        (IntDistribution(4, 64, log=True), 4, 64, "1"),
+        (FloatDistribution(0, 0.15), 0.0, 0.15, None),
+        (FloatDistribution(0, 0.15), 0.15, 0.0, "0.225"),
+        (FloatDistribution(0.9, 0.998), 0.998, 0.9, "0.999"),  # a share, as Adam's beta: 1 is none
+        (FloatDistribution(1e-4, 1e-2, log=True), 1e-4, 1e-2, "3.33e-05"),
+    ],
+)
+def test_what_lies_beyond_a_bound_can_be_searched(
+    what: BaseDistribution, best: object, other: object, beyond: str | None, tmp_path: Path
+) -> None:
+    lines = pressed(tmp_path / "s", what, best, other)
+
+    assert [line.partition("search ")[2] for line in lines] == ([f"{beyond} too"] if beyond else [])
+
+
+def test_advice_knows_the_range_that_is_searched_now(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    trials = [trial(draw, params={"optimizer.learning_rate": 0.0099}) for _ in range(12)]
+    trials += [trial(draw, params={"optimizer.learning_rate": 2e-4}) for _ in range(12)]
+    for each in trials[12:]:
+        each._distributions["optimizer.learning_rate"] = FloatDistribution(1e-4, 1, log=True)
+
+    lines = advice(made_unchecked(tmp_path / "s", trials), {})
+
+    assert not [line for line in lines if line.startswith("optimizer.learning_rate")]
 
 
 def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Path) -> None:
