@@ -15,6 +15,9 @@ from sweeps.text import shown
 LEAST = 8
 """Trials needed before any advice."""
 
+EARLY = "at the last rung that all trials reached"
+"""What trials are compared by where some are pruned. It may be an early one, so it is said."""
+
 EDGE = 0.15
 """The outer part of a range, in which trials are said to press against its bound."""
 
@@ -43,8 +46,9 @@ def advice(study: Study, shares: Mapping[str, Share]) -> list[str]:
     if len(complete) >= LEAST:
         gain = _improvement(study, complete, where)
     else:
-        gain = _improvement(study, pairs, f"{where} at the last rung that all trials reached")
-    return [*_pressing(pairs), *_idle(pairs, shares), *gain]
+        gain = _improvement(study, pairs, f"{where} {EARLY}")
+    judged = f" (judged {EARLY})" if any(trial.state == TrialState.PRUNED for trial, _ in pairs) else ""
+    return [*(f"{line}{judged}" for line in [*_pressing(pairs), *_idle(pairs, shares)]), *gain]
 
 
 def _ranked(study: Study, pairs: Sequence[tuple[FrozenTrial, float]]) -> list[tuple[FrozenTrial, float]]:

@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.records import RunFolder, read_json
 from sweeps import charts
+from sweeps.advice import LEAST as ENOUGH
 from sweeps.advice import advice
 from sweeps.confirm import confirmation
-from sweeps.importance import LEAST, importances
-from sweeps.study import Study, role
+from sweeps.importance import LEAST, Share, importances, measured
+from sweeps.study import OUT_OF_TIME, Study, role
 from sweeps.text import commands, confirmation_lines, counts, note, objective_cells, short, shown, test_lines
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ ANSWER = "answer.json"
 """What a study's end has found: the winner, the baseline, and both on the test rows."""
 
 REPORT = "report.html"
+
+COMPARED = "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
 
 REFRESH = 20
 """Seconds after which the page of a study that runs loads itself anew."""
@@ -148,13 +151,13 @@ class _Report:
     def _verdict(self) -> str:
         if self.winner is None:
             return "No trial is complete yet, so there is no answer."
-        said = f"Trial {self.winner.number} wins"
         if len(self.study.objectives) > 1:
-            return f"{said} the first place on the Pareto front of {len(self.study.optuna.best_trials)}."
-        values = f"{self.study.objectives[0]} {self.winner.value:.4f}"
+            front = len(self.study.optuna.best_trials)
+            return f"Trial {self.winner.number} is the first of {front} that no other beats in all objectives at once."
+        said = f"Trial {self.winner.number} wins with {self.study.objectives[0]} {self.winner.value:.4f}"
         if self.tested is None or self.tested["test"] is None:
-            return f"{said} with {values}."
-        return f"{said} with {values}; test loss {', '.join(test_lines(self.tested))}."
+            return f"{said}."
+        return f"{said}; test loss {', '.join(test_lines(self.tested))}."
 
     def _sections(self) -> list[Section]:
         study = self.study
@@ -162,7 +165,6 @@ class _Report:
         curves = charts.curves_of(study, self.logged)
         winner = self.winner.number if self.winner else None
         several = len(study.objectives) > 1
-        compared = "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
         return [
             self._answer(),
             self._next(shares),
@@ -171,22 +173,25 @@ class _Report:
             _charted("pareto", "Pareto front", charts.pareto_front(study) if several else None),
             _charted("curves", "Learning curves", charts.learning_curves(study, curves, winner), self._curves_note()),
             _charted("history", "Optimisation history", charts.history(study)),
-            _charted("parallel", "Parallel coordinates", charts.parallel_coordinates(study), compared),
-            _charted(
-                "importance",
-                "What mattered",
-                charts.importance_bars(shares),
-                "By fANOVA on resamples of the trials; nine of ten resamples lie within the bars' lines."
-                if shares
-                else f"Needs {LEAST} trials that were measured and differ.",
-            ),
-            _charted("slices", "Slices", charts.slices(study), compared),
+            _charted("parallel", "Parallel coordinates", charts.parallel_coordinates(study), COMPARED),
+            self._importance(shares),
+            _charted("slices", "Slices", charts.slices(study), COMPARED),
             self._spent(),
             self._failures(),
             Section("samples", "Before and after", samples=self._samples()),
             self._use(),
             self._made_of(),
         ]
+
+    def _importance(self, shares: Mapping[str, Share]) -> Section:
+        title = "What mattered"
+        if len(self.study.objectives) > 1:
+            title = f"{title} for {self.study.objectives[0]}"
+        if not shares:
+            few = f"Needs {LEAST} trials that were measured and differ."
+            return Section("importance", title, few if self.trials else "")
+        note = f"By fANOVA on resamples of the trials; nine of ten resamples lie within the bars' lines. {COMPARED}"
+        return _charted("importance", title, charts.importance_bars(shares), note)
 
     def _answer(self) -> Section:
         """The winner beside the baseline."""
@@ -207,10 +212,9 @@ class _Report:
         head = ["", *(f"{side} (trial {trial.number})" for side, trial in sides)]
         return Section("answer", "The answer", lines=lines, head=head, rows=rows)
 
-    def _next(self, shares: Any) -> Section:
-        lines = advice(self.study, shares)
-        note = "" if lines else "Too few trials for advice." if self.trials else ""
-        return Section("next", "Next", note, lines=lines)
+    def _next(self, shares: Mapping[str, Share]) -> Section:
+        few = 0 < len(measured(self.study.optuna)) < ENOUGH
+        return Section("next", "Next", "Too few trials for advice." if few else "", lines=advice(self.study, shares))
 
     def _confirmed(self) -> Section:
         if not self.confirmed:
@@ -251,6 +255,8 @@ class _Report:
         seconds = {number: result.get("train_seconds") or 0.0 for number, result in self.results.items()}
         saved = dict.fromkeys(("tokens", "seconds"), 0.0)
         for trial in self.study.trials(TrialState.PRUNED):
+            if trial.user_attrs.get("reason") == OUT_OF_TIME:
+                continue
             step, steps = trial.user_attrs.get("step"), trial.user_attrs.get("steps")
             if step and steps:
                 saved["tokens"] += tokens[trial.number] * (steps / step - 1)

@@ -124,7 +124,11 @@ def commands(study: Study, offline: bool) -> list[tuple[str, str]]:
     found = [
         ("use it", f'python -m finetune.generate {place}/best --prompt "…"'),
         ("run it again", f"python -m finetune --config-dir {place} experiment=best"),
-        ("confirm it", f"python -m sweeps confirm {place} --top 3 --seeds 5"),
+        *(
+            [("confirm it", f"python -m sweeps confirm {place} --top 3 --seeds 5")]
+            if len(study.objectives) == 1
+            else []
+        ),
         ("merge it", f"python -m finetune.merge {place}/best --to {merged}"),
         ("serve it", f"vllm serve {merged}"),
         ("push it", f"hf upload YOU/{study.name} {place}/best/adapter"),

@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweeps.advice import advice
 from sweeps.importance import Share, importances
 from sweeps.report import write_report
-from sweeps.study import Study
+from sweeps.study import OUT_OF_TIME, Study
+from sweeps.text import commands
 
 SPACE: dict[str, BaseDistribution] = {
     "lora.r": CategoricalDistribution([4, 8, 16, 32, 64]),
@@ -39,7 +40,7 @@ def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> Fr
         "optimizer.learning_rate": 10 ** draw.uniform(-4, -2),
     } | given.pop("params", {})
     loss = 3 - 0.3 * math.log10(params["optimizer.learning_rate"] * 1e4)
-    rungs = {COMPLETE: 4, PRUNED: 1, FAIL: 0}[state]
+    rungs = {COMPLETE: 4, PRUNED: 1}.get(state, 0)
     reported = {rung: loss - 0.1 * rung for rung in range(1, rungs + 1)}
     notes = {"steps": 60, "step": 60 if state == COMPLETE else 15, "reason": "worse than others at this rung"}
     return create_trial(
@@ -219,6 +220,55 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
 def test_few_trials_give_no_advice(tmp_path: Path) -> None:
     draw = random.Random(0)
     assert advice(made_study(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
+
+
+def test_advice_says_where_it_rests_on_an_early_rung(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    shares = {"lora.dropout": Share(0.02, 0.0, 0.05)}
+    whole = made_study(tmp_path / "whole", [trial(draw) for _ in range(9)])
+    halved = made_study(tmp_path / "halved", [trial(draw, COMPLETE if number < 2 else PRUNED) for number in range(9)])
+
+    (said,) = [line for line in advice(whole, shares) if "hardly mattered" in line]
+    assert said.endswith("search fewer dimensions")
+    (said,) = [line for line in advice(halved, shares) if "hardly mattered" in line]
+    assert said.endswith("search fewer dimensions (judged at the last rung that all trials reached)")
+
+
+def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
+    runs = trial(random.Random(0), TrialState.RUNNING, intermediate_values={1: 2.5, 2: 2.25}, value=None)
+    page = text_of(write_report(made_study(tmp_path / "s", [runs])))
+
+    assert "chart-curves" in page
+    assert '"name":"running"' in page
+
+
+def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
+    page = text_of(write_report(made_study(tmp_path / "s", [trial(random.Random(0))])))
+
+    assert "Needs 8 trials that were measured and differ." in page
+    assert "Too few trials for advice." in page
+
+
+def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made_study(tmp_path / "s", [two_values(draw) for _ in range(9)], "eval/loss", "adapter/parameters")
+    page = text_of(write_report(study))
+
+    front = len(study.optuna.best_trials)
+    assert f"is the first of {front} that no other beats in all objectives at once" in page
+    assert "Too few trials" not in page
+    assert "confirm it" not in dict(commands(study, offline=False))
+
+
+def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
+    cut = trial(random.Random(0), PRUNED)
+    cut.user_attrs["reason"] = OUT_OF_TIME
+    study = made_study(tmp_path / "s", [cut])
+    folder = study.folder_of(0).path
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"train_tokens": 1500, "train_seconds": 15}))
+
+    assert "<b>0</b><span>tokens saved by pruning" in text_of(write_report(study))
 
 
 def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
