@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+import yaml  # type: ignore[import-untyped]
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.records import RunFolder, read_json
@@ -21,6 +21,7 @@ from sweeps.advice import LEAST as ENOUGH
 from sweeps.advice import advice
 from sweeps.confirm import confirmation
 from sweeps.importance import LEAST, Share, importances, measured
+from sweeps.storage import exclusive
 from sweeps.study import OUT_OF_TIME, Study, role
 from sweeps.text import commands, confirmation_lines, counts, note, objective_cells, short, shown, test_lines
 
@@ -72,14 +73,18 @@ class Section:
 
 
 def write_report(study: Study) -> Path:
-    """Write `report.html` into the study's folder, whole or not at all; returns its path."""
+    """Write `report.html` into the study's folder, whole or not at all; returns its path.
+
+    Of two that write it at once, the one that began later has the last word.
+    """
     path = study.folder / REPORT
-    draft = path.with_name(f".{REPORT}.{os.getpid()}")
-    try:
-        draft.write_text(_Report(study).html(), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    draft = path.with_name(f".{REPORT}")
+    with exclusive(study.folder / ".report.lock"):
+        try:
+            draft.write_text(_Report(study.snapshot()).html(), encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
     return path
 
 
@@ -307,11 +312,13 @@ class _Report:
             return Section("config", "Config and environment")
         result = self.results[shown_trial.number]
         identity = read_json(self.study.folder_of(shown_trial.number).identity) or {}
-        config = OmegaConf.to_yaml(OmegaConf.create(identity.get("config", {}), flags={"allow_objects": True}))
         keys = ("engine", "slots", "effective_batch_size", "peak_memory_bytes", "git_commit", "base_model",
                 "dataset_fingerprint", "rows", "versions")  # fmt: skip
-        environment = OmegaConf.to_yaml(OmegaConf.create({key: result.get(key) for key in keys}))
-        folded = [(f"config of trial {shown_trial.number}", config), ("environment", environment)]
+        texts = {
+            f"config of trial {shown_trial.number}": identity.get("config", {}),
+            "environment": {key: result.get(key) for key in keys},
+        }
+        folded = [(name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True)) for name, value in texts.items()]
         return Section("config", "Config and environment", folded=folded)
 
 

@@ -6,6 +6,7 @@ folder is free has lost its worker, and is taken on under its own number.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -181,6 +182,17 @@ class Study:
     def folder_of(self, number: int) -> RunFolder:
         """A trial's run folder."""
         return RunFolder(self.folder / "trials" / str(number))
+
+    def snapshot(self) -> "Study":
+        """The study as it is now, in memory: what is asked of it one after the other agrees, while workers go on."""
+        taken, storage = copy.copy(self), optuna.storages.InMemoryStorage()
+        number = storage.create_new_study(self.optuna.directions, self.name)
+        for name, value in self.optuna.user_attrs.items():
+            storage.set_study_user_attr(number, name, value)
+        for trial in self.trials():
+            storage.create_new_trial(number, trial)
+        taken.storage, taken.optuna = storage, optuna.load_study(study_name=self.name, storage=storage)
+        return taken
 
     def enlist(self, total: int, points: list[tuple[str, Point]]) -> int:
         """Write down waiting trials until the study holds so many; returns how many are still to be done.

@@ -8,16 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import Station, made_study, run_cli, study_overrides
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from sweeps import report
 from sweeps.advice import advice
 from sweeps.importance import Share, importances
 from sweeps.report import write_report
@@ -128,6 +131,47 @@ def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
     for each in trials:
         study.storage.create_new_trial(study.optuna._study_id, each)
     return study
+
+
+def test_a_trial_that_ends_meanwhile_is_in_the_next_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = made_study(tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2])
+    weigh = report.importances
+
+    def end_another(seen: optuna.Study) -> dict[str, Share]:
+        study.optuna.tell(study.optuna.ask().number, 1.0)
+        return weigh(seen)
+
+    monkeypatch.setattr(report, "importances", end_another)
+    assert "1 complete" in text_of(write_report(study))
+    assert "2 complete" in text_of(write_report(study))
+
+
+def test_the_report_that_began_last_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = made_study(tmp_path / "s", [])
+    later = threading.Thread(target=write_report, args=(study,))
+
+    def html(self: object) -> str:
+        if later.ident is not None:
+            return "the answer"
+        later.start()
+        later.join(0.5)
+        return "no answer yet"
+
+    monkeypatch.setattr(report._Report, "html", html)
+    path = write_report(study)
+    later.join()
+
+    assert path.read_text() == "the answer"
+
+
+def test_texts_of_the_config_are_shown_as_they_are(tmp_path: Path) -> None:
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    folder = study.folder_of(0).path
+    folder.mkdir(parents=True)
+    prompt = "What is ${x in a shell? Und was heißt 变量?"
+    (folder / "run.json").write_text(json.dumps({"config": {"sample_prompts": [prompt]}}))
+
+    assert prompt in text_of(write_report(study))
 
 
 # What it says
@@ -325,8 +369,6 @@ def test_the_command_writes_it_anew(done: Path) -> None:
 
 
 def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sweeps import report
-
     draw = random.Random(0)
     study = made_study(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
     said: list[str] = []
