@@ -27,6 +27,7 @@ from finetune.trackers import Label
 from finetune.trained import read_run_config
 from sweeps.compare import compare
 from sweeps.pack import Lane, leave_to_logs, train_together
+from sweeps.storage import exclusive
 from sweeps.study import Study, role
 
 if TYPE_CHECKING:
@@ -53,11 +54,16 @@ class Repeat:
 def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
     """Train the best trials and the baseline with other seeds, and write down and return what came of it.
 
-    What a session before has trained is kept, so the same call goes on after an interruption. Raises ConfigError
-    where there is nothing to choose between.
+    What a session before has trained is kept, so the same call goes on after an interruption. Two calls at once come
+    one after the other. Raises ConfigError where there is nothing to choose between.
     """
+    with exclusive(study.folder / ".confirm.lock"):
+        return _confirm(study, seeds, top)
+
+
+def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     candidates = _candidates(study, top)
-    own = read_run_config(study.folder_of(candidates[0].number).path).seed
+    own = max(read_run_config(study.folder_of(trial.number).path).seed for trial in candidates)  # it may be searched
     repeats = [_repeat(study, trial, seed) for seed in range(own + 1, own + 1 + seeds) for trial in candidates]
     log.info(
         "confirming %s with %d other seeds: %d runs",
@@ -65,7 +71,11 @@ def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
         seeds,
         len(repeats),
     )
-    errors = _train(study, repeats)
+    try:
+        errors = _train(study, repeats)
+    except (Interrupted, KeyboardInterrupt):
+        again = f"python -m sweeps confirm {shlex.quote(os.path.relpath(study.folder))} --top {top} --seeds {seeds}"
+        raise Interrupted(f"interrupted; {again} goes on") from None
     found = _weigh(study, candidates, repeats, errors)
     write_json(study.folder / CONFIRMATION, found)
     kept = found["winner"] if not study.folder_of(found["winner"]).adapter.is_dir() else None
@@ -132,11 +142,7 @@ def _train(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
         return Lane(repeat.folder.path.name, work(repeat, companions), repeat.folder.path / "train.log", companions)
 
     leave_to_logs()
-    try:
-        train_together(take, slots)
-    except (Interrupted, KeyboardInterrupt):
-        place = shlex.quote(os.path.relpath(study.folder))
-        raise Interrupted(f"interrupted; python -m sweeps confirm {place} goes on") from None
+    train_together(take, slots)
     return errors
 
 

@@ -104,16 +104,17 @@ def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
         noted = "".join(f"  {note}" for note in notes if note)
         lines.append(f"trial {row['trial']}: {found['objective']} {mean} with {len(row['values'])} other seeds{noted}")
     for pair in found["comparisons"]:
-        interval = f"{pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
+        interval = f"test loss {pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
         lines.append(
             f"trial {pair['trial']} against trial {pair['other']}: {interval} on {pair['rows']} test rows; "
             f"better with a chance of {pair['chance']:.0%}"
         )
-    if found["winner"] != found["before"]:
-        lines.append(
-            f"trial {found['winner']} is better on average than trial {found['before']}, the study's best: "
-            "it is the answer"
-        )
+    now, before = found["winner"], found["before"]
+    first = next(row for row in found["candidates"] if row["trial"] == before)
+    if now != before and first["failed"]:
+        lines.append(f"not every run of trial {before}, the study's best, came to its end: trial {now} is the answer")
+    elif now != before:
+        lines.append(f"trial {now} is better on average than trial {before}, the study's best: it is the answer")
     return lines
 
 

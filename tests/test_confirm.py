@@ -4,21 +4,26 @@ import json
 import re
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Station, final, study_overrides
+from conftest import Station, final, made_study, study_overrides
+from optuna.trial import create_trial
 
-from finetune.config import ConfigError
+from finetune.config import ConfigError, RunConfig
 from finetune.evaluation import Evaluation
+from finetune.records import RunFolder, write_json
 from finetune.supplies import Supplies
 from sweeps.compare import compare
 from sweeps.conclusion import conclude
 from sweeps.confirm import confirm, confirmation
 from sweeps.study import Study
+from sweeps.text import confirmation_lines
 
 POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
 
@@ -251,6 +256,79 @@ def test_what_cannot_be_confirmed_is_refused(copied: Path, monkeypatch: pytest.M
         confirm(study, seeds=1)
 
 
+@pytest.fixture
+def written(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Study:
+    """A study of three trials whose runs are written down, not trained."""
+    losses = (1.0, 2.0, 3.0)
+    trials = [create_trial(value=loss, user_attrs={"role": "" if loss < 3 else "baseline"}) for loss in losses]
+    study: Study = made_study(tmp_path / "s", trials)
+    for number in range(3):
+        began(study.folder_of(number), tiny())
+    return study
+
+
+def began(folder: RunFolder, config: RunConfig) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.identity, {"config": config.anchored().to_dict()})
+
+
+def ended(folder: Path, loss: float, test: float) -> None:
+    """Write down that a run has come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", {"status": "completed", "metrics": {"eval/loss": loss, "test/loss": test}})
+    write_json(folder / "test_rows.json", {"row_losses": [test] * 4, "row_tokens": [1] * 4, "accuracy": 0.5})
+
+
+def test_no_seed_is_one_that_a_candidate_had_in_the_study(written: Study, tiny: Callable[..., RunConfig]) -> None:
+    began(written.folder_of(1), tiny("seed=7"))  # it was searched
+    for trial in (0, 1, 2):
+        for seed in (8, 9):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial + seed, test=trial)
+
+    assert confirm(written, seeds=2)["seeds"] == [8, 9]
+
+
+def test_two_confirmations_at_once_come_one_after_the_other(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeps import confirm as module
+
+    second = threading.Thread(target=confirm, args=(written, 1))
+    order: list[str] = []
+
+    def train(*_: Any) -> dict[Path, str]:
+        name = "second" if threading.current_thread() is second else "first"
+        order.append(f"{name} begins")
+        if name == "first":
+            second.start()
+            second.join(0.5)
+            for trial in (0, 1, 2):
+                ended(written.folder / "confirm" / f"{trial}-seed1", loss=trial, test=trial)
+        order.append(f"{name} ends")
+        return {}
+
+    monkeypatch.setattr(module, "_train", train)
+    confirm(written, 1)
+    second.join()
+
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeps import confirm as module
+
+    for trial, loss in ((0, 1.0), (1, 2.0), (2, 3.0)):
+        for seed in (1, 2):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=loss, test=loss)
+    broken = written.folder / "confirm" / "0-seed2"
+    monkeypatch.setattr(module, "_train", lambda *_: {broken: "out of memory"})
+
+    lines = confirmation_lines(confirm(written, seeds=2))
+
+    assert "not every run of trial 0, the study's best, came to its end: trial 1 is the answer" in lines
+    assert not [line for line in lines if "better on average" in line]
+    (against,) = [line for line in lines if "against trial 2" in line]
+    assert against.startswith("trial 1 against trial 2: test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test")
+
+
 @pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])
 def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -> None:
     ended = station.run("confirm", "s1", flag, cwd=copied.parents[2], module="sweeps")
@@ -279,7 +357,7 @@ def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, co
             said = running.wait()
             ended += said.returncode != 0
             if number == signal.SIGINT and said.returncode:
-                assert "python -m sweeps confirm outputs/sweeps/s1 goes on" in said.stderr
+                assert "python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3 goes on" in said.stderr
     assert ended
     last = begin().wait()
     assert last.returncode == 0, last.stderr
