@@ -28,14 +28,12 @@ from finetune.trained import read_run_config
 from sweeps.compare import compare
 from sweeps.pack import Lane, leave_to_logs, train_together
 from sweeps.storage import exclusive
-from sweeps.study import Study, role
+from sweeps.study import CONFIRMATION, Study, role
 
 if TYPE_CHECKING:
     from finetune.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
-
-CONFIRMATION = "confirm.json"
 
 TOP = 3
 """How many of the best trials are trained anew, where nothing else is said; the baseline is always with them."""

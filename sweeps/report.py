@@ -300,9 +300,8 @@ class _Report:
     def _use(self) -> Section:
         if self.tested is None:
             return Section("use", "Use it")
-        offline = any(self.study.folder.glob("trials/*/wandb/offline-run-*"))
         text = "From the folder in which the study was started. merge before serve; hub names are yours to choose."
-        rows = [Row([name, command]) for name, command in commands(self.study, offline)]
+        rows = [Row([name, command]) for name, command in commands(self.study)]
         return Section("use", "Use it", text, head=["to", "command"], rows=rows)
 
     def _made_of(self) -> Section:

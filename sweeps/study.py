@@ -34,6 +34,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is sa
 OUT_OF_TIME = "out of time"
 """Why a trial was pruned that ran when the session's time was over."""
 
+CONFIRMATION = "confirm.json"
+"""What training the best trials anew has shown, in the study's folder."""
+
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -269,9 +272,14 @@ class Study:
         return lost
 
     def tidy(self, keep: int) -> None:
-        """Keep the adapters of so many best trials and of the baseline; the others' go, with their checkpoints."""
+        """Keep the adapters of so many best trials, of the baseline, and of the winner that a confirmation has found.
+
+        The others' go, with their checkpoints.
+        """
         finished, baseline = self.finished(), self.baseline()  # one that ends from here on may be among the best
         kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
+        confirmed = read_json(self.folder / CONFIRMATION)
+        kept |= {confirmed["winner"]} if confirmed else set()
         for trial in finished:
             if trial.number not in kept:
                 folder = self.folder_of(trial.number)

@@ -118,7 +118,7 @@ def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def commands(study: Study, offline: bool) -> list[tuple[str, str]]:
+def commands(study: Study) -> list[tuple[str, str]]:
     """What to do with a study's winner, and where to look at all trials: what for, and the command."""
     place = shlex.quote(os.path.relpath(study.folder))
     merged = shlex.quote(os.path.relpath(study.folder / "merged"))
@@ -135,7 +135,9 @@ def commands(study: Study, offline: bool) -> list[tuple[str, str]]:
         ("push it", f"hf upload YOU/{study.name} {place}/best/adapter"),
         ("look at all", f"optuna-dashboard {_storage(study)}"),
     ]
-    return [*found, *([("W&B", f"wandb sync {place}/trials/*/wandb/offline-run-*")] if offline else [])]
+    runs = [f"{part}/*/wandb/offline-run-*" for part in ("trials", "confirm")]
+    offline = [f"{place}/{pattern}" for pattern in runs if any(study.folder.glob(pattern))]
+    return [*found, *([("W&B", f"wandb sync {' '.join(offline)}")] if offline else [])]
 
 
 def _storage(study: Study) -> str:

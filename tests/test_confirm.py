@@ -1,6 +1,8 @@
 """The best trials trained anew with other seeds: what is compared, how the answer changes, kills and interruptions."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +25,7 @@ from sweeps.compare import compare
 from sweeps.conclusion import conclude
 from sweeps.confirm import confirm, confirmation
 from sweeps.study import Study
-from sweeps.text import confirmation_lines
+from sweeps.text import commands, confirmation_lines
 
 POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
 
@@ -327,6 +329,67 @@ def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.Mo
     assert not [line for line in lines if "better on average" in line]
     (against,) = [line for line in lines if "against trial 2" in line]
     assert against.startswith("trial 1 against trial 2: test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test")
+
+
+def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
+    for trial in (0, 1, 2):
+        written.folder_of(trial).adapter.mkdir()
+        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
+    assert confirm(written, seeds=1)["winner"] == 1
+
+    written.optuna.add_trial(create_trial(value=1.5))
+    written.tidy(keep=2)
+
+    assert confirmation(written) is not None
+    assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]
+
+
+def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
+    best = written.folder / "best" / "adapter"
+    best.mkdir(parents=True)
+    ended(written.folder_of(0).path, loss=1.0, test=1.0)
+
+    with pytest.raises(ConfigError, match=r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays as it"):
+        conclude(written, Supplies())
+
+    assert best.is_dir()
+    assert (written.folder / "report.html").is_file()
+
+
+def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+    written.folder_of(0).adapter.mkdir()
+    ended(written.folder_of(0).path, loss=1.0, test=1.5)
+    write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
+
+    conclude(written, Supplies())
+
+    assert content(written.folder / "answer.json")["test"] == {"rows": 4, "winner": 1.5}
+    assert "trial 2, the baseline, is not measured: its adapter is gone" in caplog.text
+    assert "baseline itself" not in (written.folder / "report.html").read_text()
+
+
+def test_wandb_calls_the_confirmed_winner_the_best(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.trackers.reopened", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("sweeps.conclusion.publish", lambda *_: [])
+    for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
+        ended(written.folder_of(trial).path, loss=trial, test=trial)
+        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
+        written.folder_of(trial).adapter.mkdir()
+        write_json(written.folder_of(trial).samples, [{"prompt": "?", "before": "", "after": ""}])
+        write_json(written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags})
+    assert confirm(written, seeds=1)["winner"] == 1
+
+    conclude(written, Supplies())
+
+    tags_of = {trial: content(written.folder_of(trial).path / "tracker.json")["tags"] for trial in (0, 1, 2)}
+    assert tags_of == {0: ["mine"], 1: ["mine", "best"], 2: None}
+
+
+def test_runs_of_the_confirmation_are_synced_too(written: Study) -> None:
+    (written.folder / "confirm" / "0-seed1" / "wandb" / "offline-run-1").mkdir(parents=True)
+    place = os.path.relpath(written.folder)
+
+    assert dict(commands(written))["W&B"] == f"wandb sync {place}/confirm/*/wandb/offline-run-*"
 
 
 @pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])

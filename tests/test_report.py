@@ -301,7 +301,7 @@ def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     front = len(study.optuna.best_trials)
     assert f"is the first of {front} that no other beats in all objectives at once" in page
     assert "Too few trials" not in page
-    assert "confirm it" not in dict(commands(study, offline=False))
+    assert "confirm it" not in dict(commands(study))
 
 
 def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
