@@ -41,7 +41,8 @@ def advice(study: Study, shares: Mapping[str, Share]) -> list[str]:
     pairs = _ranked(study, measured(study.optuna))
     if len(pairs) < LEAST:
         return []
-    complete = _ranked(study, [(trial, trial.value or 0.0) for trial, _ in pairs if trial.state == TrialState.COMPLETE])
+    ends = [(trial, trial.value or 0.0) for trial, _ in pairs if trial.state == TrialState.COMPLETE]
+    complete = _ranked(study, [(trial, value) for trial, value in ends if math.isfinite(value)])
     where = study.objectives[0]
     if len(complete) >= LEAST:
         gain = _improvement(study, complete, where)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -99,7 +100,7 @@ def _test(study: Study, source: RunFolder, baseline: FrozenTrial | None, supplie
     """The test losses of the winner and of the baseline; None without test rows. What was measured is not again."""
     log.info("the last word: the winner and the baseline on the test rows")
     of_winner = say_last_word(source.path, supplies, ask=True)
-    if of_winner is None:
+    if of_winner is None or not math.isfinite(of_winner.loss):
         return None
     found: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
     if baseline is not None:
@@ -108,7 +109,8 @@ def _test(study: Study, source: RunFolder, baseline: FrozenTrial | None, supplie
             log.warning("trial %d, the baseline, is not measured: its adapter is gone", baseline.number)
             return found
         of_baseline = say_last_word(folder.path, supplies, ask=False)
-        assert of_baseline is not None
+        if of_baseline is None or not math.isfinite(of_baseline.loss):
+            return found
         result = compare([of_winner], [of_baseline])
         found |= {
             "baseline": of_baseline.loss,

@@ -155,7 +155,7 @@ def _weigh(
         own = [repeat for repeat in repeats if repeat.trial == trial.number]
         results = [read_json(repeat.folder.result) for repeat in own if repeat.folder.path not in errors]
         values = [result["metrics"][name] for result in results]
-        tests = [result["metrics"]["test/loss"] for result in results if "test/loss" in result["metrics"]]
+        tests = [loss for result in results if (loss := result["metrics"].get("test/loss")) is not None]
         rows.append(
             {
                 "trial": trial.number,

@@ -234,6 +234,7 @@ class _Report:
         names = sorted({name for trial in self.trials.values() for name in trial.params})
         ranked = [trial.number for trial in study.ranked()]
         order = [*ranked, *(number for number in self.trials if number not in set(ranked))]
+        front = {trial.number for trial in study.optuna.best_trials} if len(study.objectives) > 1 else set()
         rows = []
         for number in order:
             trial, result = self.trials[number], self.results[number]
@@ -245,7 +246,7 @@ class _Report:
                 *(shown(trial.params.get(name, "")) for name in names),
                 str(result.get("step", "")),
                 _number(result.get("tokens_per_second"), ".0f"),
-                note(trial),
+                "on the Pareto front" if number in front else note(trial),
             ]
             rows.append(Row(cells, kind))
         head = ["trial", "state", *study.objectives, *map(short, names), "step", "tokens/s", "note"]

@@ -70,6 +70,8 @@ def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
     draw = random.Random(0)
     nan = trial(draw, PRUNED)
     nan.intermediate_values = {1: math.nan}
+    infinite = [trial(draw) for _ in range(9)]
+    infinite[3].values = [math.inf]
     partial = trial(draw)
     del partial._distributions["lora.dropout"], partial._params["lora.dropout"]
     waiting = create_trial(state=TrialState.WAITING)
@@ -81,6 +83,7 @@ def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
         "failed": ([trial(draw, FAIL) for _ in range(3)], []),
         "pruned": ([trial(draw, PRUNED) for _ in range(9)], []),
         "nan": ([trial(draw), nan, trial(draw, PRUNED, intermediate_values={1: math.inf}), trial(draw)], []),
+        "infinite": (infinite, []),
         "partial": ([*(trial(draw) for _ in range(9)), partial], []),
         "no-parameters": ([create_trial(value=1.0), create_trial(value=2.0)], []),
         "equal": ([trial(draw, value=1.0, intermediate_values={1: 1.0}) for _ in range(10)], []),
@@ -302,6 +305,36 @@ def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     assert f"is the first of {front} that no other beats in all objectives at once" in page
     assert "Too few trials" not in page
     assert "confirm it" not in dict(commands(study))
+
+
+def test_every_number_of_objectives_shows_who_is_on_the_front(tmp_path: Path) -> None:
+    values = [[0.0, 9.0, 9.0, 9.0], [9.0, 0.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.5]]
+    study = made_study(tmp_path / "s", [create_trial(values=each) for each in values], "a/1", "a/2", "a/3", "a/4")
+
+    assert text_of(write_report(study)).count("<td>on the Pareto front</td>") == 2
+
+
+def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made_study(tmp_path / "s", [trial(draw) for _ in range(24)], "eval/accuracy", direction="maximize")
+    largest = max(study.trials(), key=lambda each: each.value)
+
+    page = text_of(write_report(study))
+
+    assert f"Trial {largest.number} wins with eval/accuracy {largest.value:.4f}" in page
+    assert re.search(r"optimizer\.learning_rate: \d of the best 6 trials lie at the lower end", page)
+    assert "eval/accuracy (maximize)" in page
+
+
+def test_test_rows_that_gave_no_number_are_no_proof(tmp_path: Path) -> None:
+    from finetune.run import tested
+
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    folder = study.folder_of(0)
+    folder.path.mkdir(parents=True)
+    folder.test_rows.write_text(json.dumps({"row_losses": [1.0, None], "row_tokens": [1, 1], "accuracy": 0.5}))
+
+    assert tested(folder) is None
 
 
 def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
