@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.importance import Share, measured
-from sweeps.study import Study
+from sweeps.study import Study, role
 from sweeps.text import shown
 
 LEAST = 8
@@ -44,7 +44,9 @@ def advice(study: Study, shares: Mapping[str, Share]) -> list[str]:
     ends = [(trial, trial.value or 0.0) for trial, _ in pairs if trial.state == TrialState.COMPLETE]
     complete = _ranked(study, [(trial, value) for trial, value in ends if math.isfinite(value)])
     where = study.objectives[0]
-    if len(complete) >= LEAST:
+    if any(role(trial) == "grid" for trial in study.trials()):
+        gain = []  # it has the points that it has
+    elif len(complete) >= LEAST:
         gain = _improvement(study, complete, where)
     else:
         gain = _improvement(study, pairs, f"{where} {EARLY}")
@@ -132,7 +134,8 @@ def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what:
     gain = float(expected.max())
     spread = float(np.quantile(values, 0.75) - np.quantile(values, 0.25)) or 1.0
     worth = gain > 0.05 * spread
-    more = f"hydra.sweeper.n_trials={len(study.trials()) * 2} goes on" if worth else "more trials would hardly help"
+    total = len(study.trials()) * (1 if study.trials(TrialState.WAITING) else 2)
+    more = f"hydra.sweeper.n_trials={total} goes on" if worth else "more trials would hardly help"
     by = f"{gain:.2g} ({gain / spread:.0%} of the spread)"
     return [f"the next trial can be expected to better {what} by {by}: {more}"]
 

@@ -162,7 +162,7 @@ class _Report:
         said = f"Trial {self.winner.number} wins with {self.study.objectives[0]} {self.winner.value:.4f}"
         if self.tested is None or self.tested["test"] is None:
             return f"{said}."
-        return f"{said}; test loss {', '.join(test_lines(self.tested))}."
+        return f"{said}; test loss {'; difference '.join(test_lines(self.tested))}."
 
     def _sections(self) -> list[Section]:
         study = self.study
