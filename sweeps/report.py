@@ -301,7 +301,7 @@ class _Report:
     def _use(self) -> Section:
         if self.tested is None:
             return Section("use", "Use it")
-        text = "From the folder in which the study was started. merge before serve; hub names are yours to choose."
+        text = "From the folder in which this report was made. merge before serve; hub names are yours to choose."
         rows = [Row([name, command]) for name, command in commands(self.study)]
         return Section("use", "Use it", text, head=["to", "command"], rows=rows)
 

@@ -94,7 +94,10 @@ class Study:
             raise ConfigError(f"{folder}: is no study folder: it has no study.json")
         address = OmegaConf.to_container(OmegaConf.create({"storage": known["storage"]}), resolve=True)
         assert isinstance(address, dict)
-        return cls(folder, known["name"], address["storage"])
+        try:
+            return cls(folder, known["name"], address["storage"])
+        except KeyError:
+            raise ConfigError(f"{folder}: its storage knows no study {known['name']}") from None
 
     def _agree(
         self, settings: StudySettings, terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
