@@ -70,18 +70,24 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
         len(repeats),
     )
     try:
-        errors = _train(study, repeats)
+        found = _weigh(study, candidates, repeats, _train(study, repeats))
+        write_json(study.folder / CONFIRMATION, found)
+        kept = [] if study.folder_of(found["winner"]).adapter.is_dir() else _runs(repeats, found["winner"])
+        if kept and not any(repeat.folder.adapter.is_dir() for repeat in kept):  # removed by a confirmation before
+            kept[0].folder.clear()
+            _train(study, kept[:1])
     except (Interrupted, KeyboardInterrupt):
         again = f"python -m sweeps confirm {shlex.quote(os.path.relpath(study.folder))} --top {top} --seeds {seeds}"
         raise Interrupted(f"interrupted; {again} goes on") from None
-    found = _weigh(study, candidates, repeats, errors)
-    write_json(study.folder / CONFIRMATION, found)
-    kept = found["winner"] if not study.folder_of(found["winner"]).adapter.is_dir() else None
     for repeat in repeats:  # what they have come to is written down
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
-        if repeat.trial != kept:
+        if repeat not in kept:
             shutil.rmtree(repeat.folder.adapter, ignore_errors=True)
     return found
+
+
+def _runs(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
+    return [repeat for repeat in repeats if repeat.trial == trial]
 
 
 def confirmation(study: Study) -> dict[str, Any] | None:
@@ -152,7 +158,7 @@ def _weigh(
     seeds = sorted({repeat.seed for repeat in repeats})
     rows: list[dict[str, Any]] = []
     for trial in candidates:
-        own = [repeat for repeat in repeats if repeat.trial == trial.number]
+        own = _runs(repeats, trial.number)
         results = [read_json(repeat.folder.result) for repeat in own if repeat.folder.path not in errors]
         values = [result["metrics"][name] for result in results]
         tests = [loss for result in results if (loss := result["metrics"].get("test/loss")) is not None]

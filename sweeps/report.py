@@ -276,6 +276,10 @@ class _Report:
             (_duration(saved["seconds"]), "of training saved"),
             (f"{saved['tokens'] / (spent + saved['tokens']):.0%}" if spent else "", "of all tokens saved"),
         ]
+        again = sum(
+            (read_json(path) or {}).get("train_tokens") or 0 for path in self.study.folder.glob("confirm/*/result.json")
+        )
+        figures += [(f"{again:,}", "tokens trained by the confirmation, besides")] if again else []
         chart = _drawn("tokens", charts.spending(self.study, tokens))
         return Section("spent", "Time and tokens", figures=figures if spent else (), chart=chart)
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from finetune.records import RunFolder, write_json
 from finetune.supplies import Supplies
 from sweeps.compare import compare
 from sweeps.conclusion import conclude
-from sweeps.confirm import confirm, confirmation
+from sweeps.confirm import Repeat, confirm, confirmation
 from sweeps.study import Study
 from sweeps.text import commands, confirmation_lines
 
@@ -266,6 +266,7 @@ def written(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Study:
     study: Study = made_study(tmp_path / "s", trials)
     for number in range(3):
         began(study.folder_of(number), tiny())
+        study.folder_of(number).adapter.mkdir()
     return study
 
 
@@ -333,7 +334,6 @@ def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.Mo
 
 def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     for trial in (0, 1, 2):
-        written.folder_of(trial).adapter.mkdir()
         ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
     assert confirm(written, seeds=1)["winner"] == 1
 
@@ -344,9 +344,32 @@ def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]
 
 
+def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
+    written: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trial in (0, 1, 2):
+        for seed in (1, 2):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial, test=trial)
+    written.folder_of(0).adapter.rmdir()
+    trained: list[list[str]] = []
+
+    def train(_: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
+        trained.append([repeat.folder.path.name for repeat in repeats])
+        if len(trained) == 2:
+            repeats[0].folder.adapter.mkdir()
+        return {}
+
+    monkeypatch.setattr("sweeps.confirm._train", train)
+    confirm(written, seeds=2)
+
+    assert trained[1:] == [["0-seed1"]]
+    assert [path.parent.name for path in written.folder.glob("confirm/*/adapter")] == ["0-seed1"]
+
+
 def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
     best = written.folder / "best" / "adapter"
     best.mkdir(parents=True)
+    written.folder_of(0).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.0)
 
     with pytest.raises(ConfigError, match=r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays as it"):
@@ -357,7 +380,7 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
 
 
 def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
-    written.folder_of(0).adapter.mkdir()
+    written.folder_of(2).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.5)
     write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
 
@@ -374,7 +397,6 @@ def test_wandb_calls_the_confirmed_winner_the_best(written: Study, monkeypatch: 
     for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
         ended(written.folder_of(trial).path, loss=trial, test=trial)
         ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
-        written.folder_of(trial).adapter.mkdir()
         write_json(written.folder_of(trial).samples, [{"prompt": "?", "before": "", "after": ""}])
         write_json(written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags})
     assert confirm(written, seeds=1)["winner"] == 1

@@ -367,14 +367,15 @@ def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
 def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(tmp_path / "s", [trial(draw), trial(draw, PRUNED)])
-    for number, tokens in ((0, 6000), (1, 1500)):
-        folder = study.folder_of(number).path
+    places = [study.folder_of(0).path, study.folder_of(1).path, study.folder / "confirm" / "0-seed1"]
+    for folder, tokens in zip(places, (6000, 1500, 6100), strict=True):
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"train_tokens": tokens, "train_seconds": tokens / 100}))
 
     page = text_of(write_report(study))
 
     assert "<b>7,500</b><span>tokens trained" in page
+    assert "<b>6,100</b><span>tokens trained by the confirmation, besides" in page
     assert "<b>4,500</b><span>tokens saved by pruning" in page
     assert "<b>38%</b>" in page
 
