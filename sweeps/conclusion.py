@@ -60,6 +60,7 @@ def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None)
         raise ConfigError(f"{gone}; best/ stays as it is")
     answer: dict[str, Any] = {
         "trial": winner.number,
+        "run": os.path.relpath(source.path, study.folder),
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
@@ -177,7 +178,9 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], report:
     for trial in study.trials(TrialState.FAIL):
         lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
     place = shlex.quote(os.path.relpath(study.folder))
-    lines.append(f"  the winner     {place}/best: trial {answer['trial']}'s run folder")
+    own = answer["run"] == f"trials/{answer['trial']}"
+    whose = "'s run folder" if own else f" trained anew, {answer['run']}: its first adapter did not stay on disk"
+    lines.append(f"  the winner     {place}/best: trial {answer['trial']}{whose}")
     lines += [f"  {name:14} {command}" for name, command in commands(study)]
     if report is not None:
         lines.append(f"  report         {shlex.quote(os.path.relpath(report))}")

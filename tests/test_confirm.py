@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from finetune.config import ConfigError, RunConfig
 from finetune.evaluation import Evaluation
 from finetune.records import RunFolder, write_json
 from finetune.supplies import Supplies
+from finetune.trained import read_run_config
 from sweeps.compare import compare
 from sweeps.conclusion import conclude
 from sweeps.confirm import Repeat, confirm, confirmation
@@ -377,6 +379,25 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
 
     assert best.is_dir()
     assert (written.folder / "report.html").is_file()
+
+
+def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    place = f"{os.path.relpath(written.folder)}/best: trial 0"
+    written.folder_of(0).adapter.rename(written.folder / "aside")
+    again = written.folder / "confirm" / "0-seed1"
+    began(RunFolder(again), read_run_config(written.folder_of(0).path))
+    for run in (again, *(written.folder_of(trial).path for trial in (0, 2))):
+        ended(run, loss=1.0, test=1.5)
+        write_json(run / "samples.json", [{"prompt": "?", "before": "", "after": ""}])
+    (again / "adapter").mkdir()
+
+    conclude(written, Supplies())
+    assert f"{place} trained anew, confirm/0-seed1: its first adapter did not stay on disk" in caplog.text
+
+    (written.folder / "aside").rename(written.folder_of(0).adapter)
+    conclude(written, Supplies())
+    assert f"{place}'s run folder" in caplog.text
 
 
 def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
