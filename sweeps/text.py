@@ -107,7 +107,7 @@ def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
         interval = f"test loss {pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
         lines.append(
             f"trial {pair['trial']} against trial {pair['other']}: {interval} on {pair['rows']} test rows; "
-            f"better with a chance of {pair['chance']:.0%}"
+            f"better with a chance of {_chance(pair['chance'])}"
         )
     now, before = found["winner"], found["before"]
     first = next(row for row in found["candidates"] if row["trial"] == before)
@@ -116,6 +116,11 @@ def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
     elif now != before:
         lines.append(f"trial {now} is better on average than trial {before}, the study's best: it is the answer")
     return lines
+
+
+def _chance(share: float) -> str:
+    """Nothing that was measured is certain."""
+    return "more than 99%" if share > 0.99 else "less than 1%" if share < 0.01 else f"{share:.0%}"
 
 
 def commands(study: Study) -> list[tuple[str, str]]:

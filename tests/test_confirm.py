@@ -331,6 +331,7 @@ def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.Mo
     assert "not every run of trial 0, the study's best, came to its end: trial 1 is the answer" in lines
     assert not [line for line in lines if "better on average" in line]
     (against,) = [line for line in lines if "against trial 2" in line]
+    assert against.endswith("better with a chance of more than 99%")
     assert against.startswith("trial 1 against trial 2: test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test")
 
 
