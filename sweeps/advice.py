@@ -27,6 +27,9 @@ SURE = 0.01
 IDLE = 0.1
 """A parameter whose share is below this, with nine of ten resamples, did not matter."""
 
+WORTH = 0.1
+"""A gain below this share of the spread (between the quartiles) is not worth more trials."""
+
 MOST = 200
 """The Gaussian process is fitted to so many trials at most, the best ones."""
 
@@ -103,7 +106,8 @@ def _idle(pairs: Sequence[tuple[FrozenTrial, float]], shares: Mapping[str, Share
 def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what: str) -> list[str]:
     """What the next trial can be expected to gain: expected improvement (Jones et al., 1998), the largest of the space.
 
-    By a Gaussian process on the values that trials are compared by; better than its mean at the best trial counts.
+    By a Gaussian process on the values that trials are compared by; better than its mean at the best trial counts,
+    and only what is better in truth: the noise that it finds in the values is luck.
     """
     from scipy.stats import norm, qmc
     from sklearn.exceptions import ConvergenceWarning
@@ -118,22 +122,23 @@ def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what:
         return []
     known = np.concatenate(columns, axis=1)
     values = np.array([value for _, value in pairs])
+    unit = float(values.std()) or 1.0
     width = known.shape[1]
-    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(width, 0.5), (0.05, 20.0), nu=2.5)
-    process = GaussianProcessRegressor(kernel + WhiteKernel(0.1, (1e-4, 1.0)), normalize_y=True, random_state=0)
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(width, 2.0), (0.2, 20.0), nu=2.5)
+    process = GaussianProcessRegressor(kernel + WhiteKernel(1.0, (1e-4, 1.0)), random_state=0)
     drawn = qmc.Sobol(len(columns), seed=0).random(PLACES)
     places = np.concatenate([_spread(own, drawn[:, index]) for index, own in enumerate(columns)], axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound is a parameter without influence
-        process.fit(known, values)
+        process.fit(known, (values - values.mean()) / unit)
         incumbent = float(process.predict(known).min())
         mean, deviation = process.predict(places, return_std=True)
-    deviation = np.maximum(deviation, 1e-12)
+    deviation = np.sqrt(np.maximum(deviation**2 - process.kernel_.k2.noise_level, 1e-12))
     gap = incumbent - mean
     expected = gap * norm.cdf(gap / deviation) + deviation * norm.pdf(gap / deviation)
-    gain = float(expected.max())
+    gain = float(expected.max()) * unit
     spread = float(np.quantile(values, 0.75) - np.quantile(values, 0.25)) or 1.0
-    worth = gain > 0.05 * spread
+    worth = gain > WORTH * spread
     total = len(study.trials()) * (1 if study.trials(TrialState.WAITING) else 2)
     more = f"hydra.sweeper.n_trials={total} goes on" if worth else "more trials would hardly help"
     by = f"{gain:.2g} ({gain / spread:.0%} of the spread)"

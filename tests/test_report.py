@@ -266,6 +266,17 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
     assert searched < half / 3
 
 
+def test_luck_is_no_reason_for_more_trials(tmp_path: Path) -> None:
+    hopeful = 0
+    for seed in range(6):
+        draw = random.Random(seed)
+        losses = [draw.gauss(3, 0.1) for _ in range(24)]
+        trials = [trial(draw, value=loss, intermediate_values={1: loss}) for loss in losses]
+        hopeful += "goes on" in advice(made_study(tmp_path / str(seed), trials), {})[-1]
+
+    assert hopeful <= 3
+
+
 def test_advice_asks_for_trials_that_the_study_can_have(tmp_path: Path) -> None:
     draw = random.Random(0)
     rates = [10 ** (-4 + index / 19) for index in range(20)]
