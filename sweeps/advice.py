@@ -25,7 +25,7 @@ SURE = 0.01
 """How seldom chance alone may press so many of the best trials together."""
 
 IDLE = 0.1
-"""A parameter whose share is below this, with nine of ten resamples, did not matter."""
+"""A parameter whose share is below this in nineteen of twenty resamples did not matter."""
 
 WORTH = 0.1
 """A gain below this share of the spread (between the quartiles) is not worth more trials."""

@@ -72,16 +72,17 @@ class Section:
         return bool(self.note or self.figures or self.lines or self.chart or self.rows or self.samples or self.folded)
 
 
-def write_report(study: Study) -> Path:
+def write_report(study: Study, live: bool = False) -> Path:
     """Write `report.html` into the study's folder, whole or not at all; returns its path.
 
+    A live page loads itself anew, as another shall follow: until all trials are done and the answer is there.
     Of two that write it at once, the one that began later has the last word.
     """
     path = study.folder / REPORT
     draft = path.with_name(f".{REPORT}")
     with exclusive(study.folder / ".report.lock"):
         try:
-            draft.write_text(_Report(study.snapshot()).html(), encoding="utf-8")
+            draft.write_text(_Report(study.snapshot()).html(live), encoding="utf-8")
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def write_report(study: Study) -> Path:
 def watch(study: Study, say: Callable[[str], None]) -> None:
     """Write the report again and again, until no trial runs or waits."""
     while True:
-        say(f"{time.strftime('%H:%M:%S')}  {counts(study)}: {os.path.relpath(write_report(study))}")
+        say(f"{time.strftime('%H:%M:%S')}  {counts(study)}: {os.path.relpath(write_report(study, live=True))}")
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
         time.sleep(REFRESH)
@@ -124,20 +125,20 @@ class _Report:
         fits = self.answer is not None and self.winner is not None and self.answer["trial"] == self.winner.number
         return self.answer if fits else None
 
-    def html(self) -> str:
+    def html(self, live: bool = False) -> str:
         """The whole page."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
         study = self.study
         page = Environment(loader=PackageLoader("sweeps", ""), autoescape=True, undefined=StrictUndefined)
-        waiting = len(study.trials(TrialState.WAITING))
+        waiting, running = (len(study.trials(state)) for state in (TrialState.WAITING, TrialState.RUNNING))
         text: str = page.get_template("report.html.jinja").render(
             study=study.name,
             counts=counts(study),
             waiting=waiting,
-            running=bool(study.trials(TrialState.RUNNING)),
-            refresh=REFRESH,
+            running=running,
+            refresh=REFRESH if live and (waiting or running or self.tested is None) else None,
             objectives=study.objectives,
             directions=[direction.name.lower() for direction in study.optuna.directions],
             last=self._last(),

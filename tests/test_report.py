@@ -155,7 +155,7 @@ def test_the_report_that_began_last_stays(tmp_path: Path, monkeypatch: pytest.Mo
     study = made_study(tmp_path / "s", [])
     later = threading.Thread(target=write_report, args=(study,))
 
-    def html(self: object) -> str:
+    def html(self: object, live: bool) -> str:
         if later.ident is not None:
             return "the answer"
         later.start()
@@ -438,6 +438,7 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: py
         (waiting,) = study.trials(TrialState.WAITING)
         page = text_of(study.folder / "report.html")
         assert "1 to go" in page
+        assert 'http-equiv="refresh"' in page
         study.optuna.tell(study.optuna.ask().number, 2.0)
         assert waiting.number == 1
 
@@ -446,6 +447,18 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: py
 
     assert len(said) == 2
     assert "2 complete" in said[-1]
+    path = study.folder / "report.html"
+    assert 'http-equiv="refresh"' in text_of(path)  # the answer is still to come
+    answer = {"trial": study.ranked()[0].number, "baseline": None, "test": None}
+    (study.folder / "answer.json").write_text(json.dumps(answer))
+    report.watch(study, said.append)
+    assert 'http-equiv="refresh"' not in text_of(path)
+
+
+def test_a_page_that_nobody_writes_anew_stays(tmp_path: Path) -> None:
+    runs = trial(random.Random(0), TrialState.RUNNING, value=None)
+
+    assert 'http-equiv="refresh"' not in text_of(write_report(made_study(tmp_path / "s", [runs])))
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
