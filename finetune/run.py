@@ -366,11 +366,11 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
 
 
 def tested(folder: RunFolder) -> "Evaluation | None":
-    """What a run has made of the test rows, row by row; None where it was not measured on them."""
+    """What a run has made of the test rows, row by row; None where it was not measured, or a loss is no number."""
     from finetune.evaluation import Evaluation
 
     known = read_json(folder.test_rows)
-    if known is None:
+    if known is None or None in known["row_losses"]:
         return None
     return Evaluation(tuple(known["row_losses"]), tuple(known["row_tokens"]), known["accuracy"])
 

@@ -157,15 +157,27 @@ def _quiet_settings(mode: str, uploads: bool) -> "wandb.Settings":
 
 def untag(folder: RunFolder, tag: str) -> None:
     """Take a tag from the W&B run that a finished run has, if it has one."""
+    _retag(folder, lambda tags: [other for other in tags if other != tag])
+
+
+def give_tag(folder: RunFolder, tag: str) -> None:
+    """Give a tag to the W&B run that a finished run has, if it has one and not yet the tag."""
+    _retag(folder, lambda tags: tags if tag in tags else [*tags, tag])
+
+
+def _retag(folder: RunFolder, change: Callable[[list[str]], list[str]]) -> None:
     arguments = read_json(folder.path / TRACKER)
-    if arguments is None or tag not in (arguments["tags"] or ()):
+    if arguments is None or arguments["mode"] == "disabled":
         return
-    arguments["tags"] = [other for other in arguments["tags"] if other != tag]
+    tags = change(arguments["tags"] or [])
+    if tags == (arguments["tags"] or []):
+        return
+    arguments["tags"] = tags
     try:
         with reopened(folder, arguments):
             pass
     except Exception as error:
-        log.warning("W&B: %s; %s keeps the tag %s", brief(error), folder.path, tag)
+        log.warning("W&B: %s; the tags of %s are not %s", brief(error), folder.path, tags)
     else:
         write_json(folder.path / TRACKER, arguments)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cli import command_parser, run_command
+from finetune.cli import command_parser, one_line, run_command
 from finetune.config import ConfigError
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def _list(arguments: argparse.Namespace) -> None:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         try:
             study = Study.load(path.parent.absolute())
-        except ConfigError as error:  # its database is out of reach
-            rows.append([path.parent.name, began, "", str(error)])
+        except Exception as error:  # its database is out of reach, or its files are broken
+            rows.append([path.parent.name, began, "", one_line(error)])
             continue
         best = next(iter(study.ranked()), None)
         value = " ".join(objective_cells(best, len(study.objectives))) if best else ""

@@ -9,11 +9,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.importance import Share, measured
-from sweeps.study import Study
+from sweeps.study import Study, role
 from sweeps.text import shown
 
 LEAST = 8
 """Trials needed before any advice."""
+
+EARLY = "at the last rung that all trials reached"
+"""What trials are compared by where some are pruned. It may be an early one, so it is said."""
 
 EDGE = 0.15
 """The outer part of a range, in which trials are said to press against its bound."""
@@ -22,7 +25,10 @@ SURE = 0.01
 """How seldom chance alone may press so many of the best trials together."""
 
 IDLE = 0.1
-"""A parameter whose share is below this, with nine of ten resamples, did not matter."""
+"""A parameter whose share is below this in nineteen of twenty resamples did not matter."""
+
+WORTH = 0.1
+"""A gain below this share of the spread (between the quartiles) is not worth more trials."""
 
 MOST = 200
 """The Gaussian process is fitted to so many trials at most, the best ones."""
@@ -38,13 +44,17 @@ def advice(study: Study, shares: Mapping[str, Share]) -> list[str]:
     pairs = _ranked(study, measured(study.optuna))
     if len(pairs) < LEAST:
         return []
-    complete = _ranked(study, [(trial, trial.value or 0.0) for trial, _ in pairs if trial.state == TrialState.COMPLETE])
+    ends = [(trial, trial.value or 0.0) for trial, _ in pairs if trial.state == TrialState.COMPLETE]
+    complete = _ranked(study, [(trial, value) for trial, value in ends if math.isfinite(value)])
     where = study.objectives[0]
-    if len(complete) >= LEAST:
+    if any(role(trial) == "grid" for trial in study.trials()):
+        gain = []  # it has the points that it has
+    elif len(complete) >= LEAST:
         gain = _improvement(study, complete, where)
     else:
-        gain = _improvement(study, pairs, f"{where} at the last rung that all trials reached")
-    return [*_pressing(pairs), *_idle(pairs, shares), *gain]
+        gain = _improvement(study, pairs, f"{where} {EARLY}")
+    judged = f" (judged {EARLY})" if any(trial.state == TrialState.PRUNED for trial, _ in pairs) else ""
+    return [*(f"{line}{judged}" for line in [*_pressing(pairs), *_idle(pairs, shares)]), *gain]
 
 
 def _ranked(study: Study, pairs: Sequence[tuple[FrozenTrial, float]]) -> list[tuple[FrozenTrial, float]]:
@@ -58,8 +68,8 @@ def _pressing(pairs: Sequence[tuple[FrozenTrial, float]]) -> list[str]:
 
     best = [trial for trial, _ in pairs[: min(10, max(4, len(pairs) // 4))]]
     lines = []
-    for name, what in best[0].distributions.items():
-        places = [_place(trial.distributions[name], trial.params[name]) for trial in best if name in trial.params]
+    for name, what in _newest(pairs).items():
+        places = [_place(what, trial.params[name]) for trial in best if name in trial.params]
         if isinstance(what, CategoricalDistribution):
             edge = (1 / len(what.choices)) if _is_ordered(what) and len(what.choices) > 2 else None
         else:
@@ -70,10 +80,16 @@ def _pressing(pairs: Sequence[tuple[FrozenTrial, float]]) -> list[str]:
         low, high = sum(place <= edge for place in known), sum(place >= 1 - edge for place in known)
         count, end = max((low, "lower"), (high, "upper"))
         beyond = _beyond(what, end)
-        if beyond not in _bounds(what) and binomtest(count, len(best), edge, "greater").pvalue < SURE:
-            where = f"the {end} end of {' … '.join(_bounds(what))}"
-            lines.append(f"{name}: {count} of the best {len(best)} trials lie at {where}; search {beyond} too")
+        if beyond is not None and binomtest(count, len(best), edge, "greater").pvalue < SURE:
+            where = f"the {end} end of {' … '.join(map(shown, _ends(what)))}"
+            lines.append(f"{name}: {count} of the best {len(best)} trials lie at {where}; search {shown(beyond)} too")
     return lines
+
+
+def _newest(pairs: Sequence[tuple[FrozenTrial, float]]) -> dict[str, BaseDistribution]:
+    """Each parameter's range as it is searched now: a study may have gone on with another."""
+    trials = sorted((trial for trial, _ in pairs), key=lambda trial: trial.number)
+    return {name: what for trial in trials for name, what in trial.distributions.items()}
 
 
 def _idle(pairs: Sequence[tuple[FrozenTrial, float]], shares: Mapping[str, Share]) -> list[str]:
@@ -90,7 +106,8 @@ def _idle(pairs: Sequence[tuple[FrozenTrial, float]], shares: Mapping[str, Share
 def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what: str) -> list[str]:
     """What the next trial can be expected to gain: expected improvement (Jones et al., 1998), the largest of the space.
 
-    By a Gaussian process on the values that trials are compared by; better than its mean at the best trial counts.
+    By a Gaussian process on the values that trials are compared by; better than its mean at the best trial counts,
+    and only what is better in truth: the noise that it finds in the values is luck.
     """
     from scipy.stats import norm, qmc
     from sklearn.exceptions import ConvergenceWarning
@@ -99,28 +116,31 @@ def _improvement(study: Study, pairs: Sequence[tuple[FrozenTrial, float]], what:
 
     pairs = pairs[:MOST]
     names = [name for name in pairs[0][0].params if all(name in trial.params for trial, _ in pairs)]
-    columns = [_columns([(trial.distributions[name], trial.params[name]) for trial, _ in pairs]) for name in names]
+    ranges = _newest(pairs)
+    columns = [_columns(ranges[name], [trial.params[name] for trial, _ in pairs]) for name in names]
     if not columns:
         return []
     known = np.concatenate(columns, axis=1)
     values = np.array([value for _, value in pairs])
+    unit = float(values.std()) or 1.0
     width = known.shape[1]
-    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(width, 0.5), (0.05, 20.0), nu=2.5)
-    process = GaussianProcessRegressor(kernel + WhiteKernel(0.1, (1e-4, 1.0)), normalize_y=True, random_state=0)
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(width, 2.0), (0.2, 20.0), nu=2.5)
+    process = GaussianProcessRegressor(kernel + WhiteKernel(1.0, (1e-4, 1.0)), random_state=0)
     drawn = qmc.Sobol(len(columns), seed=0).random(PLACES)
     places = np.concatenate([_spread(own, drawn[:, index]) for index, own in enumerate(columns)], axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound is a parameter without influence
-        process.fit(known, values)
+        process.fit(known, (values - values.mean()) / unit)
         incumbent = float(process.predict(known).min())
         mean, deviation = process.predict(places, return_std=True)
-    deviation = np.maximum(deviation, 1e-12)
+    deviation = np.sqrt(np.maximum(deviation**2 - process.kernel_.k2.noise_level, 1e-12))
     gap = incumbent - mean
     expected = gap * norm.cdf(gap / deviation) + deviation * norm.pdf(gap / deviation)
-    gain = float(expected.max())
+    gain = float(expected.max()) * unit
     spread = float(np.quantile(values, 0.75) - np.quantile(values, 0.25)) or 1.0
-    worth = gain > 0.05 * spread
-    more = f"hydra.sweeper.n_trials={len(study.trials()) * 2} goes on" if worth else "more trials would hardly help"
+    worth = gain > WORTH * spread
+    total = len(study.trials()) * (1 if study.trials(TrialState.WAITING) else 2)
+    more = f"hydra.sweeper.n_trials={total} goes on" if worth else "more trials would hardly help"
     by = f"{gain:.2g} ({gain / spread:.0%} of the spread)"
     return [f"the next trial can be expected to better {what} by {by}: {more}"]
 
@@ -131,6 +151,8 @@ def _place(what: BaseDistribution, value: object) -> float | None:
         return what.choices.index(value) / max(len(what.choices) - 1, 1) if _is_ordered(what) else None
     assert isinstance(what, IntDistribution | FloatDistribution)
     assert isinstance(value, int | float)
+    if what.log and value <= 0:
+        return None  # from before the range was logarithmic
     low, high, own = (math.log(x) if what.log else float(x) for x in (what.low, what.high, value))
     return (own - low) / (high - low) if high > low else None
 
@@ -141,13 +163,13 @@ def _is_ordered(what: CategoricalDistribution) -> bool:
     return len(numbers) == len(what.choices) and numbers == sorted(numbers)
 
 
-def _columns(pairs: Sequence[tuple[BaseDistribution, object]]) -> np.ndarray:
-    """A parameter as numbers from 0 to 1: one column, or one for each choice where there is no order."""
-    places = [_place(what, value) for what, value in pairs]
+def _columns(what: BaseDistribution, values: Sequence[object]) -> np.ndarray:
+    """A parameter as numbers, its range from 0 to 1: one column, or one for each choice where there is no order."""
+    places = [_place(what, value) for value in values]
     if None not in places:
         return np.array(places, dtype=float)[:, None]
-    choices = sorted({str(value) for _, value in pairs})
-    return np.array([[float(str(value) == choice) for choice in choices] for _, value in pairs])
+    choices = sorted({str(value) for value in values})
+    return np.array([[float(str(value) == choice) for choice in choices] for value in values])
 
 
 def _spread(columns: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -159,24 +181,29 @@ def _spread(columns: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _bounds(what: BaseDistribution) -> tuple[str, str]:
-    """The ends of a range."""
+def _ends(what: BaseDistribution) -> tuple[float, float]:
+    """Of a range, or of choices that have an order."""
     if isinstance(what, CategoricalDistribution):
-        return shown(what.choices[0]), shown(what.choices[-1])
+        return what.choices[0], what.choices[-1]  # type: ignore[return-value]
     assert isinstance(what, IntDistribution | FloatDistribution)
-    return shown(what.low), shown(what.high)
+    return what.low, what.high
 
 
-def _beyond(what: BaseDistribution, end: str) -> str:
-    """A value beyond an end: twice as far among choices, thrice on a logarithmic scale, else half the range further."""
-    upper = end == "upper"
-    if isinstance(what, CategoricalDistribution):
-        last = what.choices[-1] if upper else what.choices[0]
-        assert isinstance(last, int | float)
-        return shown(last * 2 if upper else last / 2)
-    assert isinstance(what, IntDistribution | FloatDistribution)
-    if what.log:
-        return shown(what.high * 3 if upper else what.low / 3)
-    further = (what.high - what.low) / 2
-    lower = what.low - further
-    return shown(what.high + further if upper else max(lower, 0.0) if what.low >= 0 else lower)
+def _beyond(what: BaseDistribution, end: str) -> float | None:
+    """A value beyond an end: twice as far among choices, thrice on a logarithmic scale, else half the range further.
+
+    Whole numbers stay whole and shares below 1. None where nothing is to be searched: below 0, or at 0 of what counts.
+    """
+    low, high = _ends(what)
+    is_choice, is_log = isinstance(what, CategoricalDistribution), getattr(what, "log", False)
+    factor = 2 if is_choice else 3 if is_log else None
+    if factor is not None:
+        value = high * factor if end == "upper" else low / factor
+    elif end == "upper":
+        value = high + (high - low) / 2 if high >= 1 else min(high + (high - low) / 2, (1 + high) / 2)
+    else:
+        value = low - (high - low) / 2
+        value = max(value, 0.0) if low >= 0 else value
+    if isinstance(low, int):
+        value = round(value)
+    return None if value == (high if end == "upper" else low) or (isinstance(low, int) and value == 0) else value

@@ -13,8 +13,13 @@ from sweeps.importance import Share, comparable, measured
 from sweeps.study import Study
 from sweeps.text import parameters, short
 
-BLUE, ORANGE, GREY, RED, GREEN = "#2563eb", "#d97706", "#94a3b8", "#dc2626", "#059669"
-STATES = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: GREY, TrialState.FAIL: RED}
+BLUE, ORANGE, GREY, RED, GREEN, VIOLET = "#2563eb", "#d97706", "#94a3b8", "#dc2626", "#059669", "#7c3aed"
+STATES = {
+    TrialState.PRUNED: GREY,
+    TrialState.COMPLETE: BLUE,
+    TrialState.FAIL: RED,
+    TrialState.RUNNING: VIOLET,
+}
 
 Curve = list[tuple[float, float]]
 """A trial's evaluations: step and objective."""
@@ -29,10 +34,11 @@ def learning_curves(study: Study, curves: Mapping[int, Curve], winner: int | Non
     baseline = study.baseline()
     special = {winner: ("the winner", GREEN), baseline.number if baseline else None: ("the baseline", ORANGE)}
     figure = go.Figure()
-    for state, name in ((TrialState.PRUNED, "pruned"), (TrialState.COMPLETE, "complete"), (TrialState.FAIL, "failed")):
+    for state, colour in STATES.items():
         own = [number for number in drawn if trials[number].state == state and number not in special]
         if own:
-            figure.add_trace(_lines([(trials[number], drawn[number]) for number in own], name, STATES[state], 1.2))
+            lines = [(trials[number], drawn[number]) for number in own]
+            figure.add_trace(_lines(lines, state.name.lower(), colour, 1.2))
     pruned = [number for number in drawn if trials[number].state == TrialState.PRUNED]
     ends = [(trials[number], drawn[number][-1:]) for number in pruned]
     if ends:

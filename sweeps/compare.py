@@ -36,8 +36,9 @@ class Comparison:
 def compare(one: Sequence["Evaluation"], other: Sequence["Evaluation"]) -> Comparison:
     """Two sides, each measured on the same rows once for each seed, compared by the paired bootstrap.
 
-    Rows, and seeds where there are several, are drawn anew with replacement; what a row and a seed gave on
-    both sides stays together (Efron and Tibshirani, 1993; of two crossed factors Owen, 2007).
+    Rows are drawn anew with replacement; what a row and a seed gave on both sides stays together (Efron and
+    Tibshirani, 1993). Seeds are far too few for that: two of them drawn anew would hide half of how much they differ.
+    Where there are several, their mean is off by Student's t; one says nothing of others.
     """
     differences = np.array([side.row_losses for side in one]) - np.array([side.row_losses for side in other])
     tokens = np.array(one[0].row_tokens, dtype=float)
@@ -46,7 +47,11 @@ def compare(one: Sequence["Evaluation"], other: Sequence["Evaluation"]) -> Compa
     means = np.empty(min(MOST_RESAMPLES, max(LEAST_RESAMPLES, DRAWS // rows // AT_ONCE * AT_ONCE)))
     for start in range(0, len(means), AT_ONCE):
         of_rows = draw.multinomial(rows, np.full(rows, 1 / rows), size=AT_ONCE)
-        of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=AT_ONCE) / seeds
+        of_seeds = np.full((AT_ONCE, seeds), 1 / seeds)
+        if seeds > 1:
+            off = draw.normal(size=(AT_ONCE, seeds))
+            off -= off.mean(1, keepdims=True)
+            of_seeds += off / np.sqrt(seeds * draw.chisquare(seeds - 1, size=(AT_ONCE, 1)))
         sums = (of_seeds @ differences * of_rows).sum(1)
         means[start : start + AT_ONCE] = sums / np.maximum(of_rows @ tokens, 1)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -12,11 +13,11 @@ from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.cli import brief
-from finetune.config import RunConfig, TrackerSettings
+from finetune.config import ConfigError, RunConfig, TrackerSettings
 from finetune.records import RunFolder, write_json
-from finetune.run import say_last_word
+from finetune.run import say_last_word, tested
 from finetune.supplies import Supplies
-from finetune.trackers import untag
+from finetune.trackers import give_tag, untag
 from finetune.trained import read_run_config
 from sweeps.advice import advice
 from sweeps.compare import compare
@@ -51,8 +52,15 @@ def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None)
     number = found["winner"] if found else ranked[0].number
     winner, baseline = next(trial for trial in ranked if trial.number == number), study.baseline()
     source = _run_of(study, winner)
+    if not source.adapter.is_dir():
+        _report(study)
+        gone = (
+            f"study {study.name}: the adapter of its winner, trial {number}, is not in {study.folder_of(number).path}"
+        )
+        raise ConfigError(f"{gone}; best/ stays as it is")
     answer: dict[str, Any] = {
         "trial": winner.number,
+        "run": os.path.relpath(source.path, study.folder),
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
@@ -62,6 +70,8 @@ def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None)
     for trial in study.finished():  # two that ended together may both have been the best so far
         if trial.number != winner.number:
             untag(study.folder_of(trial.number), "best")
+    if len(study.objectives) == 1:  # a confirmation may have found another than was the best when it ended
+        give_tag(study.folder_of(winner.number), "best")
     keep_best(study, source, winner)
     report = _report(study)
     say(study, ranked, answer, report)
@@ -91,12 +101,17 @@ def _test(study: Study, source: RunFolder, baseline: FrozenTrial | None, supplie
     """The test losses of the winner and of the baseline; None without test rows. What was measured is not again."""
     log.info("the last word: the winner and the baseline on the test rows")
     of_winner = say_last_word(source.path, supplies, ask=True)
-    if of_winner is None:
+    if of_winner is None or not math.isfinite(of_winner.loss):
         return None
     found: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
     if baseline is not None:
-        of_baseline = say_last_word(study.folder_of(baseline.number).path, supplies, ask=False)
-        assert of_baseline is not None
+        folder = study.folder_of(baseline.number)
+        if not folder.adapter.is_dir() and not tested(folder):
+            log.warning("trial %d, the baseline, is not measured: its adapter is gone", baseline.number)
+            return found
+        of_baseline = say_last_word(folder.path, supplies, ask=False)
+        if of_baseline is None or not math.isfinite(of_baseline.loss):
+            return found
         result = compare([of_winner], [of_baseline])
         found |= {
             "baseline": of_baseline.loss,
@@ -163,9 +178,10 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], report:
     for trial in study.trials(TrialState.FAIL):
         lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
     place = shlex.quote(os.path.relpath(study.folder))
-    lines.append(f"  the winner     {place}/best: trial {answer['trial']}'s run folder")
-    offline = any(study.folder.glob("trials/*/wandb/offline-run-*"))
-    lines += [f"  {name:14} {command}" for name, command in commands(study, offline)]
+    own = answer["run"] == f"trials/{answer['trial']}"
+    whose = "'s run folder" if own else f" trained anew, {answer['run']}: its first adapter did not stay on disk"
+    lines.append(f"  the winner     {place}/best: trial {answer['trial']}{whose}")
+    lines += [f"  {name:14} {command}" for name, command in commands(study)]
     if report is not None:
         lines.append(f"  report         {shlex.quote(os.path.relpath(report))}")
     log.info("%s", "\n".join(lines))

@@ -27,14 +27,13 @@ from finetune.trackers import Label
 from finetune.trained import read_run_config
 from sweeps.compare import compare
 from sweeps.pack import Lane, leave_to_logs, train_together
-from sweeps.study import Study, role
+from sweeps.storage import exclusive
+from sweeps.study import CONFIRMATION, Study, role
 
 if TYPE_CHECKING:
     from finetune.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
-
-CONFIRMATION = "confirm.json"
 
 TOP = 3
 """How many of the best trials are trained anew, where nothing else is said; the baseline is always with them."""
@@ -53,11 +52,16 @@ class Repeat:
 def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
     """Train the best trials and the baseline with other seeds, and write down and return what came of it.
 
-    What a session before has trained is kept, so the same call goes on after an interruption. Raises ConfigError
-    where there is nothing to choose between.
+    What a session before has trained is kept, so the same call goes on after an interruption. Two calls at once come
+    one after the other. Raises ConfigError where there is nothing to choose between.
     """
+    with exclusive(study.folder / ".confirm.lock"):
+        return _confirm(study, seeds, top)
+
+
+def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     candidates = _candidates(study, top)
-    own = read_run_config(study.folder_of(candidates[0].number).path).seed
+    own = max(read_run_config(study.folder_of(trial.number).path).seed for trial in candidates)  # it may be searched
     repeats = [_repeat(study, trial, seed) for seed in range(own + 1, own + 1 + seeds) for trial in candidates]
     log.info(
         "confirming %s with %d other seeds: %d runs",
@@ -65,15 +69,25 @@ def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
         seeds,
         len(repeats),
     )
-    errors = _train(study, repeats)
-    found = _weigh(study, candidates, repeats, errors)
-    write_json(study.folder / CONFIRMATION, found)
-    kept = found["winner"] if not study.folder_of(found["winner"]).adapter.is_dir() else None
+    try:
+        found = _weigh(study, candidates, repeats, _train(study, repeats))
+        write_json(study.folder / CONFIRMATION, found)
+        kept = [] if study.folder_of(found["winner"]).adapter.is_dir() else _runs(repeats, found["winner"])
+        if kept and not any(repeat.folder.adapter.is_dir() for repeat in kept):  # removed by a confirmation before
+            kept[0].folder.clear()
+            _train(study, kept[:1])
+    except (Interrupted, KeyboardInterrupt):
+        again = f"python -m sweeps confirm {shlex.quote(os.path.relpath(study.folder))} --top {top} --seeds {seeds}"
+        raise Interrupted(f"interrupted; {again} goes on") from None
     for repeat in repeats:  # what they have come to is written down
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
-        if repeat.trial != kept:
+        if repeat not in kept:
             shutil.rmtree(repeat.folder.adapter, ignore_errors=True)
     return found
+
+
+def _runs(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
+    return [repeat for repeat in repeats if repeat.trial == trial]
 
 
 def confirmation(study: Study) -> dict[str, Any] | None:
@@ -132,11 +146,7 @@ def _train(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
         return Lane(repeat.folder.path.name, work(repeat, companions), repeat.folder.path / "train.log", companions)
 
     leave_to_logs()
-    try:
-        train_together(take, slots)
-    except (Interrupted, KeyboardInterrupt):
-        place = shlex.quote(os.path.relpath(study.folder))
-        raise Interrupted(f"interrupted; python -m sweeps confirm {place} goes on") from None
+    train_together(take, slots)
     return errors
 
 
@@ -148,10 +158,10 @@ def _weigh(
     seeds = sorted({repeat.seed for repeat in repeats})
     rows: list[dict[str, Any]] = []
     for trial in candidates:
-        own = [repeat for repeat in repeats if repeat.trial == trial.number]
+        own = _runs(repeats, trial.number)
         results = [read_json(repeat.folder.result) for repeat in own if repeat.folder.path not in errors]
         values = [result["metrics"][name] for result in results]
-        tests = [result["metrics"]["test/loss"] for result in results if "test/loss" in result["metrics"]]
+        tests = [loss for result in results if (loss := result["metrics"].get("test/loss")) is not None]
         rows.append(
             {
                 "trial": trial.number,

@@ -12,15 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+import yaml  # type: ignore[import-untyped]
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.records import RunFolder, read_json
 from sweeps import charts
+from sweeps.advice import LEAST as ENOUGH
 from sweeps.advice import advice
 from sweeps.confirm import confirmation
-from sweeps.importance import LEAST, importances
-from sweeps.study import Study, role
+from sweeps.importance import LEAST, Share, importances, measured
+from sweeps.storage import exclusive
+from sweeps.study import OUT_OF_TIME, Study, role
 from sweeps.text import commands, confirmation_lines, counts, note, objective_cells, short, shown, test_lines
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ ANSWER = "answer.json"
 """What a study's end has found: the winner, the baseline, and both on the test rows."""
 
 REPORT = "report.html"
+
+COMPARED = "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
 
 REFRESH = 20
 """Seconds after which the page of a study that runs loads itself anew."""
@@ -68,22 +72,27 @@ class Section:
         return bool(self.note or self.figures or self.lines or self.chart or self.rows or self.samples or self.folded)
 
 
-def write_report(study: Study) -> Path:
-    """Write `report.html` into the study's folder, whole or not at all; returns its path."""
+def write_report(study: Study, live: bool = False) -> Path:
+    """Write `report.html` into the study's folder, whole or not at all; returns its path.
+
+    A live page loads itself anew, as another shall follow: until all trials are done and the answer is there.
+    Of two that write it at once, the one that began later has the last word.
+    """
     path = study.folder / REPORT
-    draft = path.with_name(f".{REPORT}.{os.getpid()}")
-    try:
-        draft.write_text(_Report(study).html(), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    draft = path.with_name(f".{REPORT}")
+    with exclusive(study.folder / ".report.lock"):
+        try:
+            draft.write_text(_Report(study.snapshot()).html(live), encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
     return path
 
 
 def watch(study: Study, say: Callable[[str], None]) -> None:
     """Write the report again and again, until no trial runs or waits."""
     while True:
-        say(f"{time.strftime('%H:%M:%S')}  {counts(study)}: {os.path.relpath(write_report(study))}")
+        say(f"{time.strftime('%H:%M:%S')}  {counts(study)}: {os.path.relpath(write_report(study, live=True))}")
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
         time.sleep(REFRESH)
@@ -116,20 +125,20 @@ class _Report:
         fits = self.answer is not None and self.winner is not None and self.answer["trial"] == self.winner.number
         return self.answer if fits else None
 
-    def html(self) -> str:
+    def html(self, live: bool = False) -> str:
         """The whole page."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
         study = self.study
         page = Environment(loader=PackageLoader("sweeps", ""), autoescape=True, undefined=StrictUndefined)
-        waiting = len(study.trials(TrialState.WAITING))
+        waiting, running = (len(study.trials(state)) for state in (TrialState.WAITING, TrialState.RUNNING))
         text: str = page.get_template("report.html.jinja").render(
             study=study.name,
             counts=counts(study),
             waiting=waiting,
-            running=bool(study.trials(TrialState.RUNNING)),
-            refresh=REFRESH,
+            running=running,
+            refresh=REFRESH if live and (waiting or running or self.tested is None) else None,
             objectives=study.objectives,
             directions=[direction.name.lower() for direction in study.optuna.directions],
             last=self._last(),
@@ -148,13 +157,13 @@ class _Report:
     def _verdict(self) -> str:
         if self.winner is None:
             return "No trial is complete yet, so there is no answer."
-        said = f"Trial {self.winner.number} wins"
         if len(self.study.objectives) > 1:
-            return f"{said} the first place on the Pareto front of {len(self.study.optuna.best_trials)}."
-        values = f"{self.study.objectives[0]} {self.winner.value:.4f}"
+            front = len(self.study.optuna.best_trials)
+            return f"Trial {self.winner.number} is the first of {front} that no other beats in all objectives at once."
+        said = f"Trial {self.winner.number} wins with {self.study.objectives[0]} {self.winner.value:.4f}"
         if self.tested is None or self.tested["test"] is None:
-            return f"{said} with {values}."
-        return f"{said} with {values}; test loss {', '.join(test_lines(self.tested))}."
+            return f"{said}."
+        return f"{said}; test loss {'; difference '.join(test_lines(self.tested))}."
 
     def _sections(self) -> list[Section]:
         study = self.study
@@ -162,7 +171,6 @@ class _Report:
         curves = charts.curves_of(study, self.logged)
         winner = self.winner.number if self.winner else None
         several = len(study.objectives) > 1
-        compared = "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
         return [
             self._answer(),
             self._next(shares),
@@ -171,22 +179,25 @@ class _Report:
             _charted("pareto", "Pareto front", charts.pareto_front(study) if several else None),
             _charted("curves", "Learning curves", charts.learning_curves(study, curves, winner), self._curves_note()),
             _charted("history", "Optimisation history", charts.history(study)),
-            _charted("parallel", "Parallel coordinates", charts.parallel_coordinates(study), compared),
-            _charted(
-                "importance",
-                "What mattered",
-                charts.importance_bars(shares),
-                "By fANOVA on resamples of the trials; nine of ten resamples lie within the bars' lines."
-                if shares
-                else f"Needs {LEAST} trials that were measured and differ.",
-            ),
-            _charted("slices", "Slices", charts.slices(study), compared),
+            _charted("parallel", "Parallel coordinates", charts.parallel_coordinates(study), COMPARED),
+            self._importance(shares),
+            _charted("slices", "Slices", charts.slices(study), COMPARED),
             self._spent(),
             self._failures(),
             Section("samples", "Before and after", samples=self._samples()),
             self._use(),
             self._made_of(),
         ]
+
+    def _importance(self, shares: Mapping[str, Share]) -> Section:
+        title = "What mattered"
+        if len(self.study.objectives) > 1:
+            title = f"{title} for {self.study.objectives[0]}"
+        if not shares:
+            few = f"Needs {LEAST} trials that were measured and differ."
+            return Section("importance", title, few if self.trials else "")
+        note = f"By fANOVA on resamples of the trials; nine of ten resamples lie within the bars' lines. {COMPARED}"
+        return _charted("importance", title, charts.importance_bars(shares), note)
 
     def _answer(self) -> Section:
         """The winner beside the baseline."""
@@ -207,10 +218,9 @@ class _Report:
         head = ["", *(f"{side} (trial {trial.number})" for side, trial in sides)]
         return Section("answer", "The answer", lines=lines, head=head, rows=rows)
 
-    def _next(self, shares: Any) -> Section:
-        lines = advice(self.study, shares)
-        note = "" if lines else "Too few trials for advice." if self.trials else ""
-        return Section("next", "Next", note, lines=lines)
+    def _next(self, shares: Mapping[str, Share]) -> Section:
+        few = 0 < len(measured(self.study.optuna)) < ENOUGH
+        return Section("next", "Next", "Too few trials for advice." if few else "", lines=advice(self.study, shares))
 
     def _confirmed(self) -> Section:
         if not self.confirmed:
@@ -225,6 +235,7 @@ class _Report:
         names = sorted({name for trial in self.trials.values() for name in trial.params})
         ranked = [trial.number for trial in study.ranked()]
         order = [*ranked, *(number for number in self.trials if number not in set(ranked))]
+        front = {trial.number for trial in study.optuna.best_trials} if len(study.objectives) > 1 else set()
         rows = []
         for number in order:
             trial, result = self.trials[number], self.results[number]
@@ -236,7 +247,7 @@ class _Report:
                 *(shown(trial.params.get(name, "")) for name in names),
                 str(result.get("step", "")),
                 _number(result.get("tokens_per_second"), ".0f"),
-                note(trial),
+                "on the Pareto front" if number in front else note(trial),
             ]
             rows.append(Row(cells, kind))
         head = ["trial", "state", *study.objectives, *map(short, names), "step", "tokens/s", "note"]
@@ -251,6 +262,8 @@ class _Report:
         seconds = {number: result.get("train_seconds") or 0.0 for number, result in self.results.items()}
         saved = dict.fromkeys(("tokens", "seconds"), 0.0)
         for trial in self.study.trials(TrialState.PRUNED):
+            if trial.user_attrs.get("reason") == OUT_OF_TIME:
+                continue
             step, steps = trial.user_attrs.get("step"), trial.user_attrs.get("steps")
             if step and steps:
                 saved["tokens"] += tokens[trial.number] * (steps / step - 1)
@@ -264,6 +277,10 @@ class _Report:
             (_duration(saved["seconds"]), "of training saved"),
             (f"{saved['tokens'] / (spent + saved['tokens']):.0%}" if spent else "", "of all tokens saved"),
         ]
+        again = sum(
+            (read_json(path) or {}).get("train_tokens") or 0 for path in self.study.folder.glob("confirm/*/result.json")
+        )
+        figures += [(f"{again:,}", "tokens trained by the confirmation, besides")] if again else []
         chart = _drawn("tokens", charts.spending(self.study, tokens))
         return Section("spent", "Time and tokens", figures=figures if spent else (), chart=chart)
 
@@ -289,9 +306,8 @@ class _Report:
     def _use(self) -> Section:
         if self.tested is None:
             return Section("use", "Use it")
-        offline = any(self.study.folder.glob("trials/*/wandb/offline-run-*"))
-        text = "From the folder in which the study was started. merge before serve; hub names are yours to choose."
-        rows = [Row([name, command]) for name, command in commands(self.study, offline)]
+        text = "From the folder in which this report was made. merge before serve; hub names are yours to choose."
+        rows = [Row([name, command]) for name, command in commands(self.study)]
         return Section("use", "Use it", text, head=["to", "command"], rows=rows)
 
     def _made_of(self) -> Section:
@@ -301,11 +317,13 @@ class _Report:
             return Section("config", "Config and environment")
         result = self.results[shown_trial.number]
         identity = read_json(self.study.folder_of(shown_trial.number).identity) or {}
-        config = OmegaConf.to_yaml(OmegaConf.create(identity.get("config", {}), flags={"allow_objects": True}))
         keys = ("engine", "slots", "effective_batch_size", "peak_memory_bytes", "git_commit", "base_model",
                 "dataset_fingerprint", "rows", "versions")  # fmt: skip
-        environment = OmegaConf.to_yaml(OmegaConf.create({key: result.get(key) for key in keys}))
-        folded = [(f"config of trial {shown_trial.number}", config), ("environment", environment)]
+        texts = {
+            f"config of trial {shown_trial.number}": identity.get("config", {}),
+            "environment": {key: result.get(key) for key in keys},
+        }
+        folded = [(name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True)) for name, value in texts.items()]
         return Section("config", "Config and environment", folded=folded)
 
 

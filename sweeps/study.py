@@ -6,6 +6,7 @@ folder is free has lost its worker, and is taken on under its own number.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -32,6 +33,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is sa
 
 OUT_OF_TIME = "out of time"
 """Why a trial was pruned that ran when the session's time was over."""
+
+CONFIRMATION = "confirm.json"
+"""What training the best trials anew has shown, in the study's folder."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -90,7 +94,10 @@ class Study:
             raise ConfigError(f"{folder}: is no study folder: it has no study.json")
         address = OmegaConf.to_container(OmegaConf.create({"storage": known["storage"]}), resolve=True)
         assert isinstance(address, dict)
-        return cls(folder, known["name"], address["storage"])
+        try:
+            return cls(folder, known["name"], address["storage"])
+        except KeyError:
+            raise ConfigError(f"{folder}: its storage knows no study {known['name']}") from None
 
     def _agree(
         self, settings: StudySettings, terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
@@ -182,6 +189,17 @@ class Study:
         """A trial's run folder."""
         return RunFolder(self.folder / "trials" / str(number))
 
+    def snapshot(self) -> "Study":
+        """The study as it is now, in memory: what is asked of it one after the other agrees, while workers go on."""
+        taken, storage = copy.copy(self), optuna.storages.InMemoryStorage()
+        number = storage.create_new_study(self.optuna.directions, self.name)
+        for name, value in self.optuna.user_attrs.items():
+            storage.set_study_user_attr(number, name, value)
+        for trial in self.trials():
+            storage.create_new_trial(number, trial)
+        taken.storage, taken.optuna = storage, optuna.load_study(study_name=self.name, storage=storage)
+        return taken
+
     def enlist(self, total: int, points: list[tuple[str, Point]]) -> int:
         """Write down waiting trials until the study holds so many; returns how many are still to be done.
 
@@ -257,9 +275,14 @@ class Study:
         return lost
 
     def tidy(self, keep: int) -> None:
-        """Keep the adapters of so many best trials and of the baseline; the others' go, with their checkpoints."""
+        """Keep the adapters of so many best trials, of the baseline, and of the winner that a confirmation has found.
+
+        The others' go, with their checkpoints.
+        """
         finished, baseline = self.finished(), self.baseline()  # one that ends from here on may be among the best
         kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
+        confirmed = read_json(self.folder / CONFIRMATION)
+        kept |= {confirmed["winner"]} if confirmed else set()
         for trial in finished:
             if trial.number not in kept:
                 folder = self.folder_of(trial.number)

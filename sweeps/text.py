@@ -104,33 +104,45 @@ def confirmation_lines(found: Mapping[str, Any]) -> list[str]:
         noted = "".join(f"  {note}" for note in notes if note)
         lines.append(f"trial {row['trial']}: {found['objective']} {mean} with {len(row['values'])} other seeds{noted}")
     for pair in found["comparisons"]:
-        interval = f"{pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
+        interval = f"test loss {pair['difference']:+.4f}, 95 % interval {pair['low']:+.4f} to {pair['high']:+.4f}"
         lines.append(
             f"trial {pair['trial']} against trial {pair['other']}: {interval} on {pair['rows']} test rows; "
-            f"better with a chance of {pair['chance']:.0%}"
+            f"better with a chance of {_chance(pair['chance'])}"
         )
-    if found["winner"] != found["before"]:
-        lines.append(
-            f"trial {found['winner']} is better on average than trial {found['before']}, the study's best: "
-            "it is the answer"
-        )
+    now, before = found["winner"], found["before"]
+    first = next(row for row in found["candidates"] if row["trial"] == before)
+    if now != before and first["failed"]:
+        lines.append(f"not every run of trial {before}, the study's best, came to its end: trial {now} is the answer")
+    elif now != before:
+        lines.append(f"trial {now} is better on average than trial {before}, the study's best: it is the answer")
     return lines
 
 
-def commands(study: Study, offline: bool) -> list[tuple[str, str]]:
+def _chance(share: float) -> str:
+    """Nothing that was measured is certain."""
+    return "more than 99%" if share > 0.99 else "less than 1%" if share < 0.01 else f"{share:.0%}"
+
+
+def commands(study: Study) -> list[tuple[str, str]]:
     """What to do with a study's winner, and where to look at all trials: what for, and the command."""
     place = shlex.quote(os.path.relpath(study.folder))
     merged = shlex.quote(os.path.relpath(study.folder / "merged"))
     found = [
         ("use it", f'python -m finetune.generate {place}/best --prompt "…"'),
         ("run it again", f"python -m finetune --config-dir {place} experiment=best"),
-        ("confirm it", f"python -m sweeps confirm {place} --top 3 --seeds 5"),
+        *(
+            [("confirm it", f"python -m sweeps confirm {place} --top 3 --seeds 5")]
+            if len(study.objectives) == 1
+            else []
+        ),
         ("merge it", f"python -m finetune.merge {place}/best --to {merged}"),
         ("serve it", f"vllm serve {merged}"),
         ("push it", f"hf upload YOU/{study.name} {place}/best/adapter"),
         ("look at all", f"optuna-dashboard {_storage(study)}"),
     ]
-    return [*found, *([("W&B", f"wandb sync {place}/trials/*/wandb/offline-run-*")] if offline else [])]
+    runs = [f"{part}/*/wandb/offline-run-*" for part in ("trials", "confirm")]
+    offline = [f"{place}/{pattern}" for pattern in runs if any(study.folder.glob(pattern))]
+    return [*found, *([("W&B", f"wandb sync {' '.join(offline)}")] if offline else [])]
 
 
 def _storage(study: Study) -> str:

@@ -325,7 +325,7 @@ def train_in_slots(
     return places
 
 
-def made_study(folder: Path, trials: Sequence[Any], *objectives: str) -> Any:
+def made_study(folder: Path, trials: Sequence[Any], *objectives: str, direction: str = "minimize") -> Any:
     """A study of trials that are written down, not run."""
     import optuna
 
@@ -335,7 +335,7 @@ def made_study(folder: Path, trials: Sequence[Any], *objectives: str) -> Any:
     folder.mkdir(parents=True)
     names = list(objectives) or ["eval/loss"]
     study = optuna.create_study(
-        study_name=folder.name, storage=open_storage(None, folder), directions=["minimize"] * len(names)
+        study_name=folder.name, storage=open_storage(None, folder), directions=[direction] * len(names)
     )
     study.set_user_attr("uid", "made")
     study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
@@ -354,6 +354,8 @@ def wandb_file(file: Path) -> Iterator[Any]:
             position += 32768 - position % 32768
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # it is being written
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last chunk of one

@@ -1,24 +1,33 @@
 """The best trials trained anew with other seeds: what is compared, how the answer changes, kills and interruptions."""
 
+import contextlib
 import json
+import logging
+import os
 import re
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Station, final, study_overrides
+from conftest import Station, final, made_study, study_overrides
+from optuna.trial import create_trial
 
-from finetune.config import ConfigError
+from finetune.config import ConfigError, RunConfig
 from finetune.evaluation import Evaluation
+from finetune.records import RunFolder, write_json
 from finetune.supplies import Supplies
+from finetune.trained import read_run_config
 from sweeps.compare import compare
 from sweeps.conclusion import conclude
-from sweeps.confirm import confirm, confirmation
+from sweeps.confirm import Repeat, confirm, confirmation
 from sweeps.study import Study
+from sweeps.text import commands, confirmation_lines
 
 POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
 
@@ -58,6 +67,21 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         found = compare(measured(noise.tolist(), [1] * 40), measured([0.0] * 40, [1] * 40))
         held += found.low <= 0.3 <= found.high
     assert 51 <= held <= 60
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_are_not_surer_than_they_can_be(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.compare.MOST_RESAMPLES", 1000)
+    draw = np.random.default_rng(0)
+    none = measured(np.zeros((seeds, 40)), [1] * 40)
+    held = sure = 0
+    for _ in range(200):
+        noise = draw.normal(0, 1, (seeds, 1)) + draw.normal(0, 0.3, (1, 40)) + draw.normal(0, 0.5, (seeds, 40))
+        found = compare(measured(noise, [1] * 40), none)
+        held += found.low <= 0 <= found.high
+        sure += not 0.01 <= found.chance <= 0.99
+    assert held >= 182  # of 200 that are equal in truth, 95 % and what three standard deviations take from them
+    assert sure <= 10
 
 
 def test_seeds_that_disagree_make_the_interval_wider() -> None:
@@ -236,6 +260,182 @@ def test_what_cannot_be_confirmed_is_refused(copied: Path, monkeypatch: pytest.M
         confirm(study, seeds=1)
 
 
+@pytest.fixture
+def written(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Study:
+    """A study of three trials whose runs are written down, not trained."""
+    losses = (1.0, 2.0, 3.0)
+    trials = [create_trial(value=loss, user_attrs={"role": "" if loss < 3 else "baseline"}) for loss in losses]
+    study: Study = made_study(tmp_path / "s", trials)
+    for number in range(3):
+        began(study.folder_of(number), tiny())
+        study.folder_of(number).adapter.mkdir()
+    return study
+
+
+def began(folder: RunFolder, config: RunConfig) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.identity, {"config": config.anchored().to_dict()})
+
+
+def ended(folder: Path, loss: float, test: float) -> None:
+    """Write down that a run has come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", {"status": "completed", "metrics": {"eval/loss": loss, "test/loss": test}})
+    write_json(folder / "test_rows.json", {"row_losses": [test] * 4, "row_tokens": [1] * 4, "accuracy": 0.5})
+
+
+def test_no_seed_is_one_that_a_candidate_had_in_the_study(written: Study, tiny: Callable[..., RunConfig]) -> None:
+    began(written.folder_of(1), tiny("seed=7"))  # it was searched
+    for trial in (0, 1, 2):
+        for seed in (8, 9):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial + seed, test=trial)
+
+    assert confirm(written, seeds=2)["seeds"] == [8, 9]
+
+
+def test_two_confirmations_at_once_come_one_after_the_other(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeps import confirm as module
+
+    second = threading.Thread(target=confirm, args=(written, 1))
+    order: list[str] = []
+
+    def train(*_: Any) -> dict[Path, str]:
+        name = "second" if threading.current_thread() is second else "first"
+        order.append(f"{name} begins")
+        if name == "first":
+            second.start()
+            second.join(0.5)
+            for trial in (0, 1, 2):
+                ended(written.folder / "confirm" / f"{trial}-seed1", loss=trial, test=trial)
+        order.append(f"{name} ends")
+        return {}
+
+    monkeypatch.setattr(module, "_train", train)
+    confirm(written, 1)
+    second.join()
+
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweeps import confirm as module
+
+    for trial, loss in ((0, 1.0), (1, 2.0), (2, 3.0)):
+        for seed in (1, 2):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=loss, test=loss)
+    broken = written.folder / "confirm" / "0-seed2"
+    monkeypatch.setattr(module, "_train", lambda *_: {broken: "out of memory"})
+
+    lines = confirmation_lines(confirm(written, seeds=2))
+
+    assert "not every run of trial 0, the study's best, came to its end: trial 1 is the answer" in lines
+    assert not [line for line in lines if "better on average" in line]
+    (against,) = [line for line in lines if "against trial 2" in line]
+    assert against.endswith("better with a chance of more than 99%")
+    assert against.startswith("trial 1 against trial 2: test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test")
+
+
+def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
+    for trial in (0, 1, 2):
+        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
+    assert confirm(written, seeds=1)["winner"] == 1
+
+    written.optuna.add_trial(create_trial(value=1.5))
+    written.tidy(keep=2)
+
+    assert confirmation(written) is not None
+    assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]
+
+
+def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
+    written: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trial in (0, 1, 2):
+        for seed in (1, 2):
+            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial, test=trial)
+    written.folder_of(0).adapter.rmdir()
+    trained: list[list[str]] = []
+
+    def train(_: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
+        trained.append([repeat.folder.path.name for repeat in repeats])
+        if len(trained) == 2:
+            repeats[0].folder.adapter.mkdir()
+        return {}
+
+    monkeypatch.setattr("sweeps.confirm._train", train)
+    confirm(written, seeds=2)
+
+    assert trained[1:] == [["0-seed1"]]
+    assert [path.parent.name for path in written.folder.glob("confirm/*/adapter")] == ["0-seed1"]
+
+
+def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
+    best = written.folder / "best" / "adapter"
+    best.mkdir(parents=True)
+    written.folder_of(0).adapter.rmdir()
+    ended(written.folder_of(0).path, loss=1.0, test=1.0)
+
+    with pytest.raises(ConfigError, match=r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays as it"):
+        conclude(written, Supplies())
+
+    assert best.is_dir()
+    assert (written.folder / "report.html").is_file()
+
+
+def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    place = f"{os.path.relpath(written.folder)}/best: trial 0"
+    written.folder_of(0).adapter.rename(written.folder / "aside")
+    again = written.folder / "confirm" / "0-seed1"
+    began(RunFolder(again), read_run_config(written.folder_of(0).path))
+    for run in (again, *(written.folder_of(trial).path for trial in (0, 2))):
+        ended(run, loss=1.0, test=1.5)
+        write_json(run / "samples.json", [{"prompt": "?", "before": "", "after": ""}])
+    (again / "adapter").mkdir()
+
+    conclude(written, Supplies())
+    assert f"{place} trained anew, confirm/0-seed1: its first adapter did not stay on disk" in caplog.text
+
+    (written.folder / "aside").rename(written.folder_of(0).adapter)
+    conclude(written, Supplies())
+    assert f"{place}'s run folder" in caplog.text
+
+
+def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+    written.folder_of(2).adapter.rmdir()
+    ended(written.folder_of(0).path, loss=1.0, test=1.5)
+    write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
+
+    conclude(written, Supplies())
+
+    assert content(written.folder / "answer.json")["test"] == {"rows": 4, "winner": 1.5}
+    assert "trial 2, the baseline, is not measured: its adapter is gone" in caplog.text
+    assert "baseline itself" not in (written.folder / "report.html").read_text()
+
+
+def test_wandb_calls_the_confirmed_winner_the_best(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.trackers.reopened", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("sweeps.conclusion.publish", lambda *_: [])
+    for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
+        ended(written.folder_of(trial).path, loss=trial, test=trial)
+        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
+        write_json(written.folder_of(trial).samples, [{"prompt": "?", "before": "", "after": ""}])
+        write_json(written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags})
+    assert confirm(written, seeds=1)["winner"] == 1
+
+    conclude(written, Supplies())
+
+    tags_of = {trial: content(written.folder_of(trial).path / "tracker.json")["tags"] for trial in (0, 1, 2)}
+    assert tags_of == {0: ["mine"], 1: ["mine", "best"], 2: None}
+
+
+def test_runs_of_the_confirmation_are_synced_too(written: Study) -> None:
+    (written.folder / "confirm" / "0-seed1" / "wandb" / "offline-run-1").mkdir(parents=True)
+    place = os.path.relpath(written.folder)
+
+    assert dict(commands(written))["W&B"] == f"wandb sync {place}/confirm/*/wandb/offline-run-*"
+
+
 @pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])
 def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -> None:
     ended = station.run("confirm", "s1", flag, cwd=copied.parents[2], module="sweeps")
@@ -264,7 +464,7 @@ def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, co
             said = running.wait()
             ended += said.returncode != 0
             if number == signal.SIGINT and said.returncode:
-                assert "python -m sweeps confirm outputs/sweeps/s1 goes on" in said.stderr
+                assert "python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3 goes on" in said.stderr
     assert ended
     last = begin().wait()
     assert last.returncode == 0, last.stderr

@@ -6,6 +6,8 @@ Every case is a whole command in a process of its own. Expected lines are writte
 from pathlib import Path
 
 import pytest
+from conftest import made_study, run_cli
+from optuna.trial import create_trial
 from test_bad_input import Case, Outcome, Workplace, each, matches
 
 PASSWORD = "hunter2horse"
@@ -196,3 +198,24 @@ def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, p
 
     assert matches(case.says, outcome.error), outcome.error
     assert not list(place.cwd.rglob("study.journal"))
+
+
+def test_a_broken_study_costs_the_list_no_other(tmp_path: Path) -> None:
+    made_study(tmp_path / "outputs" / "sweeps" / "sound", [create_trial(value=1.5)])
+    for name, content in (
+        ("empty", '{"name": "empty", "storage": null}'),
+        ("far", '{"name": "far", "storage": "${oc.env:NO_SUCH_DATABASE}"}'),
+        ("torn", '{"name": "torn"'),
+    ):
+        (tmp_path / "outputs" / "sweeps" / name).mkdir()
+        (tmp_path / "outputs" / "sweeps" / name / "study.json").write_text(content)
+
+    listed = run_cli("list", cwd=tmp_path, module="sweeps")
+    reported = run_cli("report", "empty", cwd=tmp_path, module="sweeps")
+
+    rows = {line.split()[0]: line for line in listed.stdout.splitlines()}
+    assert rows["sound"].endswith("1/1     1.5000")
+    assert "its storage knows no study empty" in rows["empty"]
+    assert "NO_SUCH_DATABASE" in rows["far"]
+    assert "JSONDecodeError" in rows["torn"]
+    assert matches("error: …outputs/sweeps/empty: its storage knows no study empty", reported.stderr.strip())
