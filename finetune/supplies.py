@@ -133,7 +133,7 @@ SHARED = Supplies()
 
 def base_key(config: RunConfig) -> object:
     """What a loaded base depends on; further arguments of the trainer may patch it in place."""
-    return (config.model, config.quantization, config.trainer.gradient_checkpointing, config.trainer.extra)
+    return (config.model, config.quantization, config.trainer.gradient_checkpointing is True, config.trainer.extra)
 
 
 def leaves_base_as_it_was(lora: LoraSettings) -> bool:

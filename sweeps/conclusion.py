@@ -23,6 +23,7 @@ from sweeps.advice import advice
 from sweeps.compare import compare
 from sweeps.confirm import confirmation
 from sweeps.importance import importances
+from sweeps.pack import leaving_to_logs
 from sweeps.publish import publish
 from sweeps.report import ANSWER, write_report
 from sweeps.storage import exclusive
@@ -38,7 +39,7 @@ def conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None =
     `tracker` says what W&B shall have of it; None: what the winner began with. Two sessions conclude one after the
     other.
     """
-    with exclusive(study.folder / ".answer.lock"):
+    with exclusive(study.folder / ".answer.lock"), leaving_to_logs():
         _conclude(study, supplies, tracker)
 
 

@@ -26,7 +26,7 @@ from finetune.supplies import SHARED
 from finetune.trackers import Label
 from finetune.trained import read_run_config
 from sweeps.compare import compare
-from sweeps.pack import Lane, leave_to_logs, train_together
+from sweeps.pack import Lane, leaving_to_logs, train_together
 from sweeps.storage import exclusive
 from sweeps.study import CONFIRMATION, Study, role
 
@@ -145,8 +145,8 @@ def _train(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
         companions: set[str] = set()
         return Lane(repeat.folder.path.name, work(repeat, companions), repeat.folder.path / "train.log", companions)
 
-    leave_to_logs()
-    train_together(take, slots)
+    with leaving_to_logs():
+        train_together(take, slots)
     return errors
 
 

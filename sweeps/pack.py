@@ -88,15 +88,25 @@ class NamingFormatter(logging.Formatter):
         return text if self.lane is None else "\n".join(f"{self.lane}: {line}" for line in text.splitlines())
 
 
-def leave_to_logs(beside: bool = False) -> None:
+@contextmanager
+def leaving_to_logs(beside: bool = False) -> Iterator[None]:
     """Leave runs' own lines to their logs; beside a live table this process says only what must be known."""
 
     def passes(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or (record.name.startswith("sweeps") and not beside)
 
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.addFilter(passes)
+    screens = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+    for handler in screens:
+        handler.addFilter(passes)
+    try:
+        yield
+    finally:
+        for handler in screens:
+            handler.removeFilter(passes)
 
 
 def train_together(take: Callable[[], Lane | None], slots: int) -> int:

@@ -81,7 +81,6 @@ class StudySweeper(Sweeper):
             deadline=None if settings.timeout is None else began + settings.timeout,
             engine=config.trainer.engine,
             slots=1,
-            checkpointing=False,
         )
         extremes = worker.try_out()
         quiet_libraries(bars=False)

@@ -33,7 +33,7 @@ from finetune.run import Objective, Part, take_turns
 from finetune.supplies import SHARED
 from finetune.trackers import Label, untag
 from sweeps.job import as_job
-from sweeps.pack import Lane, leave_to_logs, train_together
+from sweeps.pack import Lane, leaving_to_logs, train_together
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
 from sweeps.study import OUT_OF_TIME, Claim, Study, role
@@ -70,14 +70,17 @@ class Worker:
     """Of all trials."""
     slots: int
     """How many of them train together in this process."""
-    checkpointing: bool
+    checkpointing: bool = False
     """Whether they compute activations twice, where the config leaves that open."""
     process: int = field(default_factory=os.getpid)
     """The sweeper's own."""
 
     def __call__(self, composed: DictConfig) -> float:
         """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
-        leave_to_logs(beside=os.getpid() != self.process and sys.stderr.isatty())
+        with leaving_to_logs(beside=os.getpid() != self.process and sys.stderr.isatty()):
+            return self._work()
+
+    def _work(self) -> float:
         quiet_libraries(bars=False)
         from finetune.base import take_device
 

@@ -155,7 +155,7 @@ def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkey
     for name, engine, rank in (("one", "packed", 4), ("two", "packed", 8), ("three", "trl", 4), ("four", "trl", 8)):
         more = (f"trainer.per_device_eval_batch_size={held_out}", "trainer.eval_steps=3", f"trainer.engine={engine}")
         config = tiny(*FEW, NF4, f"lora.r={rank}", *more)
-        run(config, tmp_path / name, Part(supplies=supplies, alone=False))
+        run(config, tmp_path / name, Part(supplies=supplies, alone=False, tests=False))
 
     assert calls.count("load_base") == 1
     assert calls.count("tokenize") == 3
