@@ -55,6 +55,9 @@ def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None)
     source = _run_of(study, winner)
     if not source.adapter.is_dir():
         _report(study)
+        if study.written_address is not None and not source.path.exists():
+            log.info("study %s: trial %d wins; its machine has it: python -m sweeps best there", study.name, number)
+            return
         gone = (
             f"study {study.name}: the adapter of its winner, trial {number}, is not in {study.folder_of(number).path}"
         )

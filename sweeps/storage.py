@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,16 +21,24 @@ if TYPE_CHECKING:
 
 JOURNAL = "study.journal"
 
+OPENINGS = 10
+"""How often an empty database is opened while other machines make its tables."""
+
 
 def open_storage(address: str | None, folder: Path) -> "BaseStorage":
     """A journal in the study's folder, or the database at an address. Raises ConfigError where it can't be opened."""
     if address is None:
         return JournalStorage(_Journal(folder / JOURNAL))
-    try:
-        return get_storage(address)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"hydra.sweeper.storage: {without_password(address)} can't be opened ({reason})") from None
+    for attempt in range(OPENINGS):
+        try:
+            return get_storage(address)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            if "already exists" not in reason or attempt == OPENINGS - 1:
+                place = without_password(address)
+                raise ConfigError(f"hydra.sweeper.storage: {place} can't be opened ({reason})") from None
+        time.sleep(random.uniform(0.2, 1.0))  # another machine is making the tables just now
+    raise AssertionError
 
 
 def check_address(address: str | None, workers: int) -> None:

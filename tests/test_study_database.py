@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -55,7 +54,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.1)
         yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
     finally:
-        server.send_signal(signal.SIGINT)
+        stop = [*as_user, postgres_command("pg_ctl"), "-D", data, "-m", "immediate", "stop"]
+        subprocess.run(stop, check=True, capture_output=True, cwd=place)
         server.wait(30)
         shutil.rmtree(place)
 
@@ -111,6 +111,12 @@ def test_two_machines_share_a_study(
     assert not one & two
     assert one
     assert two
+    winner = study.ranked()[0].number
+    (home,) = [machine for machine, own in zip(machines, (one, two), strict=True) if winner in own]
+    other = next(machine for machine in machines if machine != home)
+    assert (home / "outputs/sweeps/shared/best/adapter").is_dir()
+    again = station.start("best", "shared", cwd=other, module="sweeps", before=with_address(database)).wait()
+    assert f"trial {winner} wins; its machine has it" in again.stderr
     for machine in machines:
         text = "".join(path.read_text() for path in machine.rglob("*.json"))
         assert "127.0.0.1" not in text
