@@ -77,8 +77,12 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
-        with leaving_to_logs(beside=os.getpid() != self.process and sys.stderr.isatty()):
-            return self._work()
+        try:
+            with leaving_to_logs(beside=os.getpid() != self.process and sys.stderr.isatty()):
+                return self._work()
+        finally:
+            if self.is_orphan:
+                os._exit(1)  # nobody is there to be told; waiting for orders would only hold the base's memory
 
     def _work(self) -> float:
         quiet_libraries(bars=False)
@@ -167,9 +171,14 @@ class Worker:
         return self.folder / f".stop-{self.process}"
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether the sweeper, whose child this process is, was killed."""
+        return self.process == PARENT and os.getppid() != PARENT
+
+    @property
     def asked_to_end(self) -> bool:
-        """Whether the session was interrupted, or its sweeper killed, whose child this process is."""
-        return self.stop_file.exists() or (self.process == PARENT and os.getppid() != PARENT)
+        """Whether the session was interrupted, or its sweeper killed."""
+        return self.stop_file.exists() or self.is_orphan
 
     def is_over(self, study: Study) -> bool:
         """Whether no further trial shall begin: the session or its time is over, or too many have failed."""

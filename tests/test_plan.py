@@ -9,7 +9,7 @@ import pytest
 from conftest import run_cli, tiny_overrides
 
 from finetune.config import RunConfig
-from finetune.plan import LIBRARIES, USABLE, fitted, plan
+from finetune.plan import USABLE, fitted, plan
 from finetune.run import Part, run
 from finetune.supplies import Supplies
 
@@ -45,9 +45,9 @@ def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> Non
     ],
 )
 def test_refuses_in_one_line(tiny_base: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
-    rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(3000))
+    rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
     (tmp_path / "d.jsonl").write_text(rows)
-    more = ["dataset.path=d.jsonl", "dataset.limit=3000", "model.name_or_path=" + str(wide(tiny_base, tmp_path))]
+    more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide(tiny_base, tmp_path))]
     done = run_cli(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
@@ -70,6 +70,7 @@ def wide(tiny_base: Path, folder: Path) -> Path:
 def test_activations_that_would_not_fit_are_computed_twice(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
     supplies = Supplies()
     config = tiny("trainer.max_steps=2")
     kept, saved = (
@@ -81,7 +82,6 @@ def test_activations_that_would_not_fit_are_computed_twice(
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
     monkeypatch.setattr("finetune.plan._available", lambda: int(between))
-    monkeypatch.setattr("finetune.plan._resident", lambda: kept.process - LIBRARIES)
     with caplog.at_level("INFO"):
         run(config, tmp_path, Part(supplies=supplies, alone=False))
 
