@@ -135,7 +135,7 @@ def workspace(study: Study, entity: str, project: str) -> "Workspace":
         ],
         settings=ws.WorkspaceSettings(max_runs=MOST_RUNS),
         runset_settings=ws.RunsetSettings(
-            filters=f"Metric('Group') == {study.name!r}",
+            filters=f"Metric('Group') == {study.name!r} and Metric('JobType') == 'trial'",
             order=[ws.Ordering(ws.Summary(next(iter(goals))), ascending=minimised)],
             pinned_columns=[
                 "run:displayName",

@@ -111,7 +111,9 @@ class StudySweeper(Sweeper):
             self._work(worker, study, space, workers, total)
         try:
             study.tidy(settings.keep_adapters)
-            if settings.confirm and study.ranked() and not worker.out_of_time:
+            if settings.confirm and worker.out_of_time:
+                log.info("out of time: not confirmed; python -m sweeps confirm %s does", os.path.relpath(folder))
+            elif settings.confirm and study.ranked():
                 try:
                     confirm(study, settings.confirm)
                 except ConfigError as error:

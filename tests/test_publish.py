@@ -217,8 +217,8 @@ def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
 def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> None:
     runs, panels = sent(study)
 
-    (only,) = runs["filters"]["filters"]
-    assert (only["key"], only["op"], only["value"]) == ({"section": "run", "name": "group"}, "=", "s")
+    filters = [(one["key"]["name"], one["op"], one["value"]) for one in runs["filters"]["filters"]]
+    assert filters == [("group", "=", "s"), ("jobType", "=", "trial")]  # a confirmation's runs are none of its trials
     assert runs["sort"]["keys"] == [{"key": {"section": "summary", "name": "objective"}, "ascending": True}]
     assert list(runs["runFeed"]["columnPinned"]) == [
         "run:displayName",
