@@ -167,9 +167,8 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
 
     Raises ConfigError where bitsandbytes or the model's files can't give what is asked.
     """
+    require_bitsandbytes(config.quantization)
     quantized = quantization_config(config.quantization)
-    if quantized is not None:
-        _require_bitsandbytes(config.quantization)
     extra = dict(config.model.extra)
     if not on_gpu():
         extra.pop("device_map", None)
@@ -258,7 +257,10 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
-def _require_bitsandbytes(settings: QuantizationSettings) -> None:
+def require_bitsandbytes(settings: QuantizationSettings) -> None:
+    """Refuse to quantise where bitsandbytes does not work; even PEFT imports it."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return
     key = "quantization.load_in_4bit" if settings.load_in_4bit else "quantization.load_in_8bit"
     try:
         import bitsandbytes.cextension as native

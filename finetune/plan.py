@@ -125,10 +125,11 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
-    from finetune.base import add_adapter, compute_dtype, on_gpu, read_base_config
+    from finetune.base import add_adapter, compute_dtype, on_gpu, read_base_config, require_bitsandbytes
     from finetune.layout import Line
     from finetune.packed_engine import steps
 
+    require_bitsandbytes(config.quantization)
     rows = supplies.rows(config.dataset)
     train, held_out, test = (
         supplies.tokens(part, own, config).to_list()
