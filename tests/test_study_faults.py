@@ -540,7 +540,7 @@ def test_out_of_memory_twice_is_a_failure(station: Station, tiny_base: Path, tmp
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.FAIL
     assert "out of memory" in trial.user_attrs["error"]
-    assert ended.stderr.count("once more with half the batch") == 1
+    assert ended.stderr.count("once more with less at once") == 1
 
 
 DIES = """
