@@ -1,13 +1,18 @@
-"""Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL, on a base of Llama-2-7B's shapes.
+"""Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on Llama-2-7B's shapes.
 
-    python benchmarks/gpu.py [--slots 1,2,4,8,16] [--length short|long] [--checkpointing off|on]
-                             [--lora q_v|all_linear] [--sides ours,trl,liger] [--steps 6] [--layers 32]
+    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16] [--length short,long]
+                             [--checkpointing off,on] [--lora q_v,all_linear] [--memory GIB] [--tiny]
 
-The base has random weights in NF4 (double quantised: no), bfloat16. Rows have random tokens, all of which the loss
-counts: short ones 128 to 512 tokens (mean about 350), long ones 2,048. Batch 4, AdamW in 32 bits. Tokens are
-counted without padding, the first two steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16 without.
-`trl` is SFTTrainer as it is, `liger` the same with Liger's kernels. The share of the roofline is of a bfloat16
-matrix product's rate on this GPU, at 4 operations a weight and token (6 with checkpointing).
+The base has random weights in NF4 (not double quantised), products are in bfloat16. Rows have random tokens, all of
+which the loss counts: short ones 128 to 512 tokens (mean about 350), long ones 2,048. Batch 4, AdamW in 32 bits.
+Tokens are counted without padding; the first two steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16
+without.
+
+`ours` is the engine `packed` with so many slots. `trl` is SFTTrainer as it is; `best` is the best that can be made of
+it: Liger's kernels, and no padding, with PyTorch's attention within boundaries put in for flash-attn. `unsloth` runs
+where Unsloth is installed. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at 4
+operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be used. `--tiny` is a
+dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -15,210 +20,375 @@ import gc
 import random
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 SEED = 0
+WARM = 2
+"""Steps before the clock starts."""
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear": ["lora=r16"]}
 
 
 def main() -> None:
     """Measure each side in turn and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", default="ours,trl,best")
     parser.add_argument("--slots", default="1,2,4,8,16")
-    parser.add_argument("--length", choices=["short", "long"], default="short")
-    parser.add_argument("--checkpointing", choices=["off", "on"], default="off")
-    parser.add_argument("--lora", choices=["q_v", "all_linear"], default="q_v")
-    parser.add_argument("--sides", default="ours,trl")
+    parser.add_argument("--length", default="short")
+    parser.add_argument("--checkpointing", default="off,on")
+    parser.add_argument("--lora", default="q_v,all_linear")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--layers", type=int, default=32, help="fewer make a dry run")
-    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--memory", type=float, metavar="GIB")
+    parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    base, rows = make_base(arguments.layers, arguments.hidden), make_rows(arguments.length)
+    if GPU and arguments.memory:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total))
     peak = matmul_rate()
-    weights = sum(
-        module.in_features * module.out_features for module in base.modules() if hasattr(module, "in_features")
-    )
-    print(f"bfloat16 matmul {peak / 1e12:.0f} TFLOP/s, {weights / 1e9:.2f} billion weights", flush=True)
-    print("| side | slots | tokens/s | peak memory, GiB | of the roofline |\n|---|---|---|---|---|", flush=True)
-    operations = (6 if arguments.checkpointing == "on" else 4) * weights
+    print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, matrix product {peak / 1e12:.1f} TFLOP/s", flush=True)
+    print("| side | rows | LoRA | checkpointing | slots | tokens/s | peak memory, GiB | of the roofline |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for side in arguments.sides.split(","):
-        for slots in [int(number) for number in arguments.slots.split(",")] if side == "ours" else [1]:
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                rate = ours(base, rows, slots, arguments) if side == "ours" else trl(base, rows, side, arguments)
-            except torch.OutOfMemoryError:
-                print(f"| {side} | {slots} | out of memory | | |", flush=True)
-                continue
-            memory = torch.cuda.max_memory_allocated() / 2**30
-            share = rate * operations / peak
-            print(f"| {side} | {slots} | {rate:.0f} | {memory:.1f} | {share:.0%} |", flush=True)
+        for checkpointing in arguments.checkpointing.split(","):
+            base = None
+            for length in arguments.length.split(","):
+                for lora in arguments.lora.split(","):
+                    for slots in [int(number) for number in arguments.slots.split(",")] if side == "ours" else [1]:
+                        case = Case(side, lora, length, checkpointing == "on", slots, arguments.steps, arguments.tiny)
+                        if base is None:
+                            base = case.base()
+                        case.measure(base, peak)
+            del base
+            free()
 
 
-def make_base(layers: int, hidden: int) -> Any:
-    """A Llama of Llama-2-7B's shapes with random weights in NF4, on the GPU."""
+def free() -> None:
+    """Give memory back, and count its peak anew."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+class Case:
+    """One line of the table."""
+
+    def __init__(self, side: str, lora: str, length: str, saving: bool, slots: int, steps: int, tiny: bool) -> None:
+        self.side, self.lora, self.length, self.saving, self.slots = side, lora, length, saving, slots
+        self.steps, self.tiny = steps, tiny
+        self.rows = make_rows(length, tiny)
+
+    def config(self, seed: int = SEED) -> Any:
+        """The run's config, as a command line has it."""
+        from finetune.cli import compose_run
+
+        saving = f"trainer.gradient_checkpointing={str(self.saving).lower()}"
+        return compose_run([*LORA[self.lora], saving, f"seed={seed}", "trainer.max_steps=50"])
+
+    def base(self) -> Any:
+        """A fresh base as the side has it."""
+        if self.side == "unsloth":
+            return None
+        base = make_base(self.tiny)
+        if self.side != "ours":
+            return base
+        from finetune.bank import Bank
+        from finetune.base import keep_dequantized
+
+        keep_dequantized(base, self.config())
+        return Bank(base, self.config())
+
+    def measure(self, base: Any, peak: float) -> None:
+        """Print the line."""
+        free()
+        line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
+        try:
+            run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
+            rate, weights = run(base, self)
+        except torch.OutOfMemoryError:
+            print(f"{line} out of memory | | |", flush=True)
+            return
+        memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+        share = rate * (6 if self.saving else 4) * weights / peak
+        print(f"{line} {rate:.0f} | {memory:.1f} | {share:.0%} |", flush=True)
+
+
+def shapes(tiny: bool) -> Any:
+    """Llama-2-7B's, or small ones."""
+    from transformers import LlamaConfig
+
+    hidden, layers = (128, 2) if tiny else (4096, 32)
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11008 // 4096, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64 if tiny else 32, num_key_value_heads=hidden // 64 if tiny else 32,
+        vocab_size=32000, max_position_embeddings=4096, use_cache=False, dtype=DTYPE,
+    )  # fmt: skip
+
+
+def make_base(tiny: bool) -> Any:
+    """A Llama with random weights in NF4."""
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11008 // 4096,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 128,
-        num_key_value_heads=hidden // 128,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
+    config = shapes(tiny)
     torch.manual_seed(SEED)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(DTYPE)
     head = model.lm_head
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and child is not head:
                 layer = Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
-                    quant_type="nf4", device="meta",
+                    child.in_features, child.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4",
+                    device="meta",
                 )  # fmt: skip
-                weight = torch.randn(child.weight.shape, device="cuda", dtype=torch.bfloat16) * 0.02
-                layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to("cuda")
-                layer.quant_state = layer.weight.quant_state
+                weight = torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
+                data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+                layer.weight = Params4bit(
+                    data, requires_grad=False, quant_state=state, quant_type="nf4", blocksize=64, bnb_quantized=True
+                )
+                layer.quant_state = state
                 setattr(parent, name, layer)
     for parent in list(model.modules()):
         for name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
-                fresh = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+                fresh = torch.randn(parameter.shape, device=DEVICE, dtype=DTYPE) * 0.02
                 made = fresh if parameter.ndim > 1 else torch.ones_like(fresh)
                 setattr(parent, name, torch.nn.Parameter(made, requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to("cuda")
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
     model.is_loaded_in_4bit = True
     model.quantization_method = "bitsandbytes"
-    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPE)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
-def make_rows(length: str) -> list[dict[str, list[int]]]:
+def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
     """256 rows of random tokens."""
     draw = random.Random(SEED)
     rows = []
     for _ in range(256):
         tokens = 2048 if length == "long" else min(512, max(128, round(draw.gauss(350, 110))))
-        ids = [draw.randrange(3, 32000) for _ in range(tokens)]
+        ids = [draw.randrange(3, 32000) for _ in range(tokens // 16 if tiny else tokens)]
         rows.append({"input_ids": ids, "labels": list(ids)})
     return rows
 
 
 def matmul_rate() -> float:
-    """Operations a second of a bfloat16 matrix product of the base's shape."""
-    left, right = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8192, 4096), (4096, 11008)))
+    """Operations a second of a matrix product of the base's shape."""
+    shape = (8192, 4096, 11008) if GPU else (512, 512, 1024)
+    left, right = (torch.randn(sides, device=DEVICE, dtype=DTYPE) for sides in (shape[:2], shape[1:]))
     best = 0.0
     for _ in range(5):
-        torch.cuda.synchronize()
+        synchronize()
         began = time.perf_counter()
         for _ in range(10):
             left @ right
-        torch.cuda.synchronize()
-        best = max(best, 10 * 2 * 8192 * 4096 * 11008 / (time.perf_counter() - began))
+        synchronize()
+        best = max(best, 10 * 2 * shape[0] * shape[1] * shape[2] / (time.perf_counter() - began))
     return best
 
 
-def run_config(arguments: argparse.Namespace, seed: int) -> Any:
-    """The run's config, as a command line has it."""
-    from finetune.cli import compose_run
-
-    lora = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear": ["lora=r16"]}[arguments.lora]
-    checkpointing = f"trainer.gradient_checkpointing={arguments.checkpointing == 'on'}"
-    return compose_run([*lora, checkpointing, f"seed={seed}", "trainer.max_steps=50", "optimizer.learning_rate=1e-4"])
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if GPU:
+        torch.cuda.synchronize()
 
 
-def ours(base: Any, rows: list[dict[str, list[int]]], slots: int, arguments: argparse.Namespace) -> float:
+def weights_of(model: torch.nn.Module) -> int:
+    """That a token is multiplied by."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(module.in_features * module.out_features for module in linear)
+
+
+class Counter:
+    """Stands where a run's reporter does, and counts the trained tokens."""
+
+    def __init__(self) -> None:
+        from finetune.progress import Progress
+
+        self.state, self.tokens = Progress(), 0
+
+    def live(self) -> Any:
+        """Nothing is shown."""
+        return nullcontext()
+
+    def begin(self) -> Iterator[Any]:
+        """Nothing is measured first."""
+        yield from ()
+
+    def step(self, number: int, loss: float, norm: float, rate: float, tokens: int, seconds: float) -> Iterator[Any]:
+        """A step was taken."""
+        self.tokens += tokens
+        yield from ()
+
+
+def ours(bank: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of so many runs in slots of one bank, optimizer included."""
-    from contextlib import nullcontext
-
     from datasets import Dataset
 
-    from finetune.bank import Bank
     from finetune.packed_engine import PackedTraining
-    from finetune.progress import Progress
 
-    bank = getattr(base, "bank", None) or Bank(base, run_config(arguments, 0))
-    base.bank = bank
-    data, tokens = Dataset.from_list(rows), 0
-
-    class Counter:
-        state = Progress()
-
-        def live(self) -> Any:
-            return nullcontext()
-
-        def begin(self) -> Any:
-            yield from ()
-
-        def step(self, number: int, loss: float, norm: float, rate: float, trained: int, seconds: float) -> Any:
-            nonlocal tokens
-            tokens += trained
-            yield from ()
-
+    data, counter = Dataset.from_list(case.rows), Counter()
     works = []
-    for seed in range(slots):
-        config = run_config(arguments, seed)
+    for seed in range(case.slots):
+        config = case.config(seed)
         training = PackedTraining(config, bank.slot(config.lora, seed), data, 50)
-        works.append(training.train(Counter(), None, None))  # type: ignore[arg-type]
+        works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     wishes: list[Any] = [next(work) for work in works]
-    for step in range(arguments.steps + 2):
-        if step == 2:
-            torch.cuda.synchronize()
-            began, tokens = time.perf_counter(), 0
+    for step in range(case.steps + WARM):
+        if step == WARM:
+            synchronize()
+            began, counter.tokens = time.perf_counter(), 0
         granted = bank.grant(wishes)
         for answer in granted:
             if isinstance(answer, Exception):
                 raise answer
         wishes = [work.send(answer) for work, answer in zip(works, granted, strict=True)]
-    torch.cuda.synchronize()
-    return tokens / (time.perf_counter() - began)
+    synchronize()
+    return counter.tokens / (time.perf_counter() - began), weights_of(bank.base)
 
 
-def trl(base: Any, rows: list[dict[str, list[int]]], side: str, arguments: argparse.Namespace) -> float:
-    """Tokens a second of one run by SFTTrainer as it is."""
-    from datasets import Dataset
+def trl(base: Any, case: Case) -> tuple[float, int]:
+    """Tokens a second of one run by SFTTrainer."""
     from peft import get_peft_model
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     from finetune.base import lora_config
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>")), eos_token="</s>", pad_token="</s>"
+    weights = weights_of(base)
+    arguments: dict[str, Any] = {}
+    if case.side == "best":
+        base.config._attn_implementation = attention_within_bounds()
+        arguments = {"use_liger_kernel": GPU, "padding_free": True}
+    model = get_peft_model(base, lora_config(case.config().lora))
+    rate = train(model, case, arguments)
+    model.unload()
+    return rate, weights
+
+
+def unsloth(base: Any, case: Case) -> tuple[float, int]:
+    """Tokens a second of one run by Unsloth, which loads a folder."""
+    from unsloth import FastLanguageModel
+
+    lora = case.config().lora
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), case.tiny)
+        model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=DTYPE, load_in_4bit=True)
+    weights = weights_of(model)
+    targets = ["q_proj", "v_proj"]
+    if case.lora == "all_linear":
+        targets += ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        use_gradient_checkpointing="unsloth" if case.saving else False,
+    )  # fmt: skip
+    return train(model, case, {}), weights
+
+
+def write_checkpoint(folder: Path, tiny: bool) -> None:
+    """A Llama with random weights in the GPU's dtype, and a tokenizer of 32,000 words."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    with DEVICE:
+        model = LlamaForCausalLM(shapes(tiny))
+    torch.set_default_dtype(before)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    tokenizer().save_pretrained(folder)
+
+
+def tokenizer() -> Any:
+    """One token a word: w0, w1, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 32000)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def train(model: Any, case: Case, arguments: dict[str, Any]) -> float:
+    """Tokens a second of SFTTrainer, with further arguments."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
     seen: list[tuple[float, float]] = []
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "num_tokens" in logs:
-                torch.cuda.synchronize()
-                seen.append((time.perf_counter(), logs["num_tokens"]))
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            synchronize()
+            seen.append((time.perf_counter(), counted[0]))
 
-    model = get_peft_model(base, lora_config(run_config(arguments, 0).lora))
+    counted = [0]
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
-            output_dir=folder, max_steps=arguments.steps + 2, per_device_train_batch_size=4, bf16=True,
-            gradient_checkpointing=arguments.checkpointing == "on", optim="paged_adamw_32bit", learning_rate=1e-4,
-            logging_steps=1, report_to="none", save_strategy="no", max_length=None, use_liger_kernel=side == "liger",
-            dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+            output_dir=folder, max_steps=case.steps + WARM, per_device_train_batch_size=4, bf16=GPU, use_cpu=not GPU,
+            gradient_checkpointing=case.saving, optim="adamw_torch_fused", learning_rate=1e-4,
+            logging_steps=100, report_to="none", save_strategy="no", max_length=None, seed=SEED,
+            dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, **arguments,
         )  # fmt: skip
         trainer = SFTTrainer(
-            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            model=model, args=settings, train_dataset=Dataset.from_list(case.rows), processing_class=tokenizer(),
             callbacks=[Watch()],
         )  # fmt: skip
+        collate: Callable[[Any], Any] = trainer.data_collator
+
+        def counting(rows: Any) -> Any:
+            counted[0] += sum(len(row["input_ids"]) for row in rows)
+            return collate(rows)
+
+        trainer.data_collator = counting
         trainer.train()
-    model.unload()
-    (first, before), (last, after) = seen[1], seen[-1]
+    (first, before), (last, after) = seen[WARM - 1], seen[-1]
     return (after - before) / (last - first)
+
+
+def attention_within_bounds() -> str:
+    """Put PyTorch's attention within boundaries into transformers, for batches without padding; returns its name."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    latest: dict[str, Any] = {}
+
+    def attend(
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        scaling: Any = None,
+        position_ids: Any = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if latest.get("of") is not position_ids:
+            starts = (position_ids[0] == 0).nonzero()[:, 0]
+            bounds = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).to(torch.int32)
+            latest.update(of=position_ids, bounds=bounds, longest=int(bounds.diff().max()))
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        bounds, longest = latest["bounds"], latest["longest"]
+        found = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+        return found[None], None  # type: ignore[index]
+
+    AttentionInterface.register("within_bounds", attend)
+    return "within_bounds"
 
 
 if __name__ == "__main__":

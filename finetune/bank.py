@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
+from finetune.adapted import Adapter, Stretch, adapted, dense_weight
 from finetune.base import add_adapter, compute_dtype, free_memory, out_of_memory
 from finetune.config import LoraSettings, RunConfig
+from finetune.decoder import by_hand
 from finetune.evaluation import Evaluation
 from finetune.layout import ATTENTION, Line, Row
 from finetune.lean import make_lean
@@ -30,22 +32,6 @@ log = logging.getLogger(__name__)
 
 LOGITS = 512
 """Answers' tokens whose logits are in memory at once."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One layer's adapter in one slot: what it adds is `scaling · B A x`. All are views of the slot's vectors."""
-
-    number: int
-    """Among the slot's adapters; its dropout masks are drawn by it."""
-    scaling: float
-    a: torch.Tensor
-    """[rank, in], in the dtype of matrix products"""
-    b: torch.Tensor
-    """[out, rank]"""
-    gradient_a: torch.Tensor
-    """float32, as are the weights that the optimizer moves"""
-    gradient_b: torch.Tensor
 
 
 class Slot:
@@ -85,6 +71,8 @@ class Slot:
             (a, gradient_a), (b, gradient_b) = views
             scaling = float(layers[name].scaling["default"])
             self.adapters[name] = Adapter(number, scaling, a, b, gradient_a, gradient_b)
+        self.table = bank.decoder.table(self.adapters) if bank.decoder is not None else None
+        """Where the kernels find the adapters."""
 
     def round(self) -> None:
         """Take over what has become of the weights, where matrix products have another dtype."""
@@ -158,6 +146,8 @@ class Bank:
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)  # makes outputs part of the graph
         self._routed: set[str] = set()
         make_lean(base, lambda: self._pass is not None)
+        self.decoder = by_hand(base, self._checkpointing)
+        """On a GPU; None: the base's own modules, with autograd."""
         self.taken = 0
         """Slots in which runs train."""
         self.capacity: int | None = None
@@ -221,10 +211,16 @@ class Bank:
                 for wish, (start, stop) in zip(wishes, line.answers, strict=True)
             ]
         )
-        with self._passing(line, wishes, [wish.draw for wish in wishes]):
-            hidden = self._hidden(line)
-            answers = self._answers(hidden.detach(), line, shares)
-            torch.autograd.backward(hidden, answers.gradient)
+        if self.decoder is not None:
+            with torch.no_grad():
+                hidden, trace = self.decoder.forward(line, self._slots(wishes), [wish.draw for wish in wishes])
+                answers = self._answers(hidden, line, shares)
+                self.decoder.backward(trace, answers.gradient)
+        else:
+            with self._passing(line, wishes, [wish.draw for wish in wishes]):
+                hidden = self._hidden(line)
+                answers = self._answers(hidden.detach(), line, shares)
+                torch.autograd.backward(hidden, answers.gradient)
         losses = [float(answers.losses[start:stop].double().sum()) for start, stop in line.answers]
         seconds = time.perf_counter() - began
         return [Learnt(loss, seconds) for loss in losses]
@@ -232,8 +228,13 @@ class Bank:
     def measure(self, wishes: Sequence[Measuring]) -> list[Evaluation]:
         """What each wish's adapter makes of its rows."""
         line = Line([wish.rows for wish in wishes], self.device)
-        with torch.inference_mode(), self._passing(line, wishes, []):
-            answers = self._answers(self._hidden(line), line, None)
+        with torch.inference_mode():
+            if self.decoder is not None:
+                hidden, _ = self.decoder.forward(line, self._slots(wishes), None)
+            else:
+                with self._passing(line, wishes, []):
+                    hidden = self._hidden(line)
+            answers = self._answers(hidden, line, None)
         assert answers.right is not None
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
@@ -257,24 +258,28 @@ class Bank:
         finally:
             self._pass = None
 
-    @contextlib.contextmanager
-    def _passing(self, line: Line, wishes: Sequence[Wish], draws: list[int]) -> Iterator[None]:
-        parts = [(wish.slot, start, stop) for wish, (start, stop) in zip(wishes, line.parts, strict=True)]
+    def _slots(self, wishes: Sequence[Wish]) -> list[Slot]:
         for wish in wishes:
             wish.slot.round()
+        return [wish.slot for wish in wishes]
+
+    @contextlib.contextmanager
+    def _passing(self, line: Line, wishes: Sequence[Wish], draws: list[int]) -> Iterator[None]:
+        parts = [(slot, *part) for slot, part in zip(self._slots(wishes), line.parts, strict=True)]
         config, training = self.base.config, self.base.training
         attention = config._attn_implementation
         self._pass = _Pass(parts, draws)
         config._attn_implementation = ATTENTION
         if draws and self._checkpointing:  # transformers does it in training mode alone
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.base.train(bool(draws))
         try:
             yield
         finally:
             config._attn_implementation = attention
             if draws and self._checkpointing:
-                self.base.gradient_checkpointing_disable()
+                getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
             self.base.train(training)
             self._pass = None
 
@@ -322,7 +327,7 @@ class Bank:
                 adapter = slot.adapters.get(name)
                 if adapter is not None:
                     draw = self._pass.draws[index] if self._pass.draws else None
-                    stretches.append(_Stretch(slot, adapter, start, x[..., 0].numel() if stop < 0 else stop, draw))
+                    stretches.append(Stretch(slot, adapter, start, x[..., 0].numel() if stop < 0 else stop, draw))
             if not mixes_rows:
                 return adapted(x, self._anchor, None, layer, stretches)
             alone = [plain(x[:, start:stop] if stop >= 0 else x) for _, start, stop in self._pass.parts]
@@ -339,119 +344,3 @@ class _Answers:
     """[answers' tokens] whether the model would have chosen the token"""
     gradient: torch.Tensor | None
     """[answers' tokens, width]"""
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """A slot's tokens in a layer's input, and its adapter there."""
-
-    slot: Slot
-    adapter: Adapter
-    start: int
-    stop: int
-    draw: int | None
-
-    def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Which of the input's elements are dropped [tokens, in]; None: none.
-
-        Drawn from the run's seed, the batch and the layer alone, so it is the same alone and packed, resumed, and
-        when activations are recomputed.
-        """
-        slot = self.slot
-        if self.draw is None or not slot.dropout:
-            return None
-        generator = torch.Generator(x.device)
-        generator.manual_seed(((slot.seed * 1_000_003 + self.draw) * 4_093 + self.adapter.number) % 2**63)
-        # Four elements of 16 bits from each number drawn: drawing is what dropout costs on a CPU.
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=generator)
-        drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-        return drawn < round(slot.dropout * 65536) - 32768
-
-    @property
-    def scaling(self) -> float:
-        """Of what the adapter adds; kept elements stand for the dropped ones as well."""
-        kept = 1.0 if self.draw is None else 1 - self.slot.dropout
-        return self.adapter.scaling / kept
-
-
-class _Adapted(torch.autograd.Function):
-    """A frozen linear layer and the adapters of the slots, each on its own stretch of tokens.
-
-    Adapters' gradients are added to the slots'; autograd sees the input alone. Where the layer's own output is
-    given, autograd has its part already.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        anchor: torch.Tensor,
-        output: torch.Tensor | None,
-        layer: torch.nn.Module,
-        stretches: list[_Stretch],
-    ) -> torch.Tensor:
-        ctx.layer, ctx.stretches, ctx.computes = layer, stretches, output is None
-        y = linear(x, dense_weight(layer), getattr(layer, "bias", None)) if output is None else output.clone()
-        flat_x, flat_y = x.flatten(0, -2), y.flatten(0, -2)
-        kept: list[torch.Tensor | None] = []
-        for stretch in stretches:
-            tokens = slice(stretch.start, stretch.stop)
-            own = flat_x[tokens]
-            dropped = stretch.dropped(own)
-            h = _without(own, dropped) @ stretch.adapter.a.t()
-            flat_y[tokens].addmm_(h, stretch.adapter.b.t(), alpha=stretch.scaling)
-            kept += [h, dropped]
-        ctx.save_for_backward(x, *kept)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = gradients
-        x, *kept = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0]
-        into_x = None
-        if wanted:
-            into_x = gradient @ dense_weight(ctx.layer) if ctx.computes else torch.zeros_like(x)
-        flat_x, flat_y = x.flatten(0, -2), gradient.flatten(0, -2)
-        for stretch, h, dropped in zip(ctx.stretches, kept[::2], kept[1::2], strict=True):
-            tokens, adapter = slice(stretch.start, stretch.stop), stretch.adapter
-            own, slope = flat_x[tokens], flat_y[tokens]
-            into_h = (slope @ adapter.b) * stretch.scaling
-            _add(adapter.gradient_b, slope.t(), h, stretch.scaling)
-            _add(adapter.gradient_a, into_h.t(), _without(own, dropped), 1.0)
-            if into_x is not None:
-                part = into_x.flatten(0, -2)[tokens]
-                if dropped is None:
-                    part.addmm_(into_h, adapter.a)
-                else:
-                    part.add_(_without(into_h @ adapter.a, dropped))
-        return into_x, None, None if ctx.computes else gradient, None, None
-
-
-adapted: Callable[..., torch.Tensor] = _Adapted.apply
-
-
-def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
-    return x if dropped is None else x.masked_fill(dropped, 0.0)
-
-
-def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """Add a product to a float32 gradient."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=scale)
-    else:
-        total.add_(left @ right, alpha=scale)
-
-
-def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """A linear layer's weight [out, in] as it is multiplied by: what 4 bits hold, dequantised."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    dense: torch.Tensor = dequantize_4bit(weight.data, state)
-    return dense

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEQUANTIZED_SHARE = 0.25
-"""Of the machine's memory a dequantised base may take so much."""
+"""A dequantised base may take so much of the memory there is."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -197,18 +197,30 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     return model
 
 
-def keeps_dequantized(weights: int, settings: QuantizationSettings) -> bool:
-    """Whether so many 4-bit weights are dequantised once: on a CPU with the memory for it."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return settings.load_in_4bit and not on_gpu() and 4 * weights <= memory * DEQUANTIZED_SHARE
+def available_memory() -> int:
+    """Bytes of memory to compute in: the GPU's, or what this process may take of it, else the machine's."""
+    if on_gpu():
+        total = torch.cuda.get_device_properties(0).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction())
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def keep_dequantized(model: "PreTrainedModel", settings: QuantizationSettings) -> None:
-    """On a CPU, dequantise a 4-bit base's weights once, not in each forward and backward, where memory allows.
+def keeps_dequantized(weights: int, config: RunConfig) -> bool:
+    """Whether so many 4-bit weights are dequantised once: where memory allows.
+
+    On a GPU not with gradient checkpointing, which is for where memory is short.
+    """
+    if not config.quantization.load_in_4bit or (on_gpu() and config.trainer.gradient_checkpointing is True):
+        return False
+    return compute_dtype(config.quantization).itemsize * weights <= available_memory() * DEQUANTIZED_SHARE
+
+
+def keep_dequantized(model: "PreTrainedModel", config: RunConfig) -> None:
+    """Dequantise a 4-bit base's weights once, not in each forward and backward, where memory allows.
 
     The numbers are the same, bit for bit: bitsandbytes too multiplies by the dequantised weights.
     """
-    if not settings.load_in_4bit:
+    if not config.quantization.load_in_4bit:
         return
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -219,11 +231,11 @@ def keep_dequantized(model: "PreTrainedModel", settings: QuantizationSettings) -
         for name, child in parent.named_children()
         if isinstance(child, Linear4bit)
     ]
-    if not keeps_dequantized(sum(layer.in_features * layer.out_features for _, _, layer in layers), settings):
+    if not keeps_dequantized(sum(layer.in_features * layer.out_features for _, _, layer in layers), config):
         return
     for parent, name, layer in layers:
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        if weight.dtype != compute_dtype(settings):
+        if weight.dtype != compute_dtype(config.quantization):
             return  # forward and backward would round differently
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -74,44 +75,46 @@ class Line:
 
     def __init__(self, batches: Sequence[Sequence[Row]], device: torch.device) -> None:
         ids: list[int] = []
-        positions: list[int] = []
-        predictors: list[int] = []
-        targets: list[int] = []
-        owners: list[int] = []
+        positions: list[numpy.ndarray] = []
+        predictors: list[numpy.ndarray] = []
+        targets: list[numpy.ndarray] = []
+        owners: list[numpy.ndarray] = []
         self.parts: list[tuple[int, int]] = []
         """Each batch's tokens: from, to."""
         self.answers: list[tuple[int, int]] = []
         """Each batch's predictions: from, to."""
         self.spans: list[Span] = []
-        rows_before = 0
+        rows_before = answers = 0
         for rows in batches:
-            begin, first = len(ids), len(targets)
+            begin, first = len(ids), answers
             shared = common_beginning(rows)
             if shared:
                 self.spans.append(Span(begin, shared, begin, 0))
                 ids += rows[0]["input_ids"][:shared]
-                positions += range(shared)
+                positions.append(numpy.arange(shared))
             for number, row in enumerate(rows, rows_before):
                 start, tokens = len(ids), row["input_ids"]
                 self.spans.append(Span(start, len(tokens) - shared, begin, shared))
                 ids += tokens[shared:]
-                positions += range(shared, len(tokens))
-                for place, label in enumerate(row["labels"][shared + 1 :], start):
-                    if label != IGNORED:
-                        predictors.append(place)
-                        targets.append(label)
-                        owners.append(number)
+                positions.append(numpy.arange(shared, len(tokens)))
+                labels = numpy.array(row["labels"][shared + 1 :], dtype=numpy.int64)
+                (own,) = numpy.nonzero(labels != IGNORED)
+                predictors.append(own + start)
+                targets.append(labels[own])
+                owners.append(numpy.full(len(own), number))
+                answers += len(own)
             rows_before += len(rows)
             self.parts.append((begin, len(ids)))
-            self.answers.append((first, len(targets)))
+            self.answers.append((first, answers))
 
         def tensor(values: Any) -> torch.Tensor:
-            return torch.tensor(values, device=device)
+            return torch.from_numpy(values).to(device)
 
-        self.ids, self.positions = tensor([ids]), tensor([positions])
-        self.predictors = tensor(predictors)
+        self.ids = tensor(numpy.array([ids], dtype=numpy.int64))
+        self.positions = tensor(numpy.concatenate(positions)[None])
+        self.predictors = tensor(numpy.concatenate(predictors))
         """[answers' tokens] where in the line the token before each is."""
-        self.targets, self.owners = tensor(targets), tensor(owners)
+        self.targets, self.owners = tensor(numpy.concatenate(targets)), tensor(numpy.concatenate(owners))
         """[answers' tokens] the tokens themselves, and the number of each one's row."""
 
     @functools.cached_property
@@ -202,6 +205,60 @@ class Line:
         assert isinstance(found, torch.Tensor)  # not the pair that it returns when asked for more
         return found
 
+    def attend_by_hand(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> "Attended":
+        """`attend` on a GPU, without autograd: for `attend_backward`. The shapes are the same."""
+        of_queries, of_keys, longest, widest, keys = self._bounds
+        if keys is not None:
+            key, value = key[keys], value[keys]
+        limits: dict[str, Any] = {
+            "scale": scale,
+            "window_size_left": -1 if window is None else window - 1,
+            "window_size_right": 0,
+        }
+        bounds = (of_queries, of_keys, longest, widest, 0.0, window is None)
+        # What varlen_attn calls, at a third of the time that its wrapping in Python takes.
+        out, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *bounds, False, **limits
+        )
+        return Attended(query, key, value, out, sums, state, unused, bounds, limits)
+
+    def attend_backward(
+        self, gradient: torch.Tensor, attended: "Attended"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of queries, keys and values."""
+        own = attended
+        into_query, into_key, into_value = torch.ops.aten._flash_attention_backward(
+            gradient, own.query, own.key, own.value, own.out, own.sums, *own.bounds, own.state, own.unused, **own.limits
+        )
+        keys = self._bounds[4]
+        if keys is not None:  # several rows share a beginning
+            into_key, into_value = (
+                torch.zeros(gradient.shape[0], *part.shape[1:], dtype=part.dtype, device=part.device).index_put_(
+                    (keys,), part, accumulate=True
+                )
+                for part in (into_key, into_value)
+            )
+        return into_query, into_key, into_value
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention's output, and what its backward pass needs."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    """[tokens, heads, width]"""
+    sums: torch.Tensor
+    """Logarithms of the softmax's denominators."""
+    state: torch.Tensor
+    unused: torch.Tensor
+    bounds: tuple[Any, ...]
+    limits: dict[str, Any]
+
 
 ATTENTION = "line"
 """The name by which transformers' models find `_attention`."""
@@ -220,7 +277,7 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' models call it: [1, heads, tokens, width] in, [1, tokens, heads, width] out."""
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     return line.attend(q, k, v, scaling, sliding_window)[None], None
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +124,14 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
-    from finetune.base import add_adapter, compute_dtype, on_gpu, read_base_config, require_bitsandbytes
+    from finetune.base import (
+        add_adapter,
+        available_memory,
+        compute_dtype,
+        on_gpu,
+        read_base_config,
+        require_bitsandbytes,
+    )
     from finetune.layout import Line
     from finetune.packed_engine import steps
 
@@ -161,7 +167,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         activations=int(tokens * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
         logits=_logits_bytes(base),
         evaluation=measured_tokens * passing * half,
-        available=_available(),
+        available=available_memory(),
         batch_tokens=tokens,
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
         weights=weights,
@@ -198,7 +204,7 @@ def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     others = sum(parameter.numel() for parameter in skeleton.parameters()) - linear
-    if quantization.load_in_4bit and not keeps_dequantized(linear, quantization):
+    if quantization.load_in_4bit and not keeps_dequantized(linear, config):
         scales = 1 / 64 + 4 / (64 * 256) if quantization.bnb_4bit_use_double_quant else 4 / 64
         each = 0.5 + scales
     elif quantization.load_in_8bit:
@@ -230,14 +236,6 @@ def _logits_bytes(base: Any) -> int:
     from finetune.bank import LOGITS
 
     return int(2 * 4 * LOGITS * base.vocab_size)
-
-
-def _available() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _resident() -> int:

@@ -79,7 +79,7 @@ class Supplies:
 
         def load() -> Bank:
             base = load_base(self.source(config.model), config)
-            keep_dequantized(base, config.quantization)
+            keep_dequantized(base, config)
             free_memory()
             return Bank(base, config)
 

@@ -520,7 +520,7 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
     for kept in (False, True):
         base = load_base(find_base(config.model), config)
         if kept:
-            keep_dequantized(base, config.quantization)
+            keep_dequantized(base, config)
             assert not any(isinstance(module, Linear4bit) for module in base.modules())
         model = add_adapter(base, config.lora, seed=0)
         loss = model(input_ids=ids, labels=ids).loss

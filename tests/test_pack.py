@@ -408,7 +408,7 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
 def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
     import torch
 
-    from finetune.bank import Adapter, _Stretch, adapted
+    from finetune.adapted import Adapter, Stretch, adapted
 
     class Slot:
         seed = 3
@@ -421,7 +421,7 @@ def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
     x = torch.rand(1, 1, 32).expand(1, 4000, 32)
     found = {}
     for Slot.dropout in (0.0, 0.25, 0.5):
-        stretch: Any = _Stretch(Slot(), adapter, 0, 4000, 1)  # type: ignore[arg-type]
+        stretch: Any = Stretch(Slot(), adapter, 0, 4000, 1)  # type: ignore[arg-type]
         added = adapted(x, torch.zeros((), requires_grad=True), None, layer, [stretch]) - layer(x)
         found[Slot.dropout] = added[0].detach()
     assert torch.allclose(found[0.0], 0.5 * x[0] @ a.t() @ b.t(), rtol=1e-4)

@@ -205,7 +205,7 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     """The packed linear layer in float64: of its input by gradcheck, of the adapters against plain autograd."""
     import torch
 
-    from finetune.bank import Adapter, _Stretch, adapted
+    from finetune.adapted import Adapter, Stretch, adapted
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(6, 5).double().requires_grad_(False)
@@ -221,7 +221,7 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     ]
     gradients = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in weights]
     stretches = [
-        _Stretch(Slot(), Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)  # type: ignore[arg-type]
+        Stretch(Slot(), Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)  # type: ignore[arg-type]
         for number, ((a, b), (ga, gb), (start, stop, draw)) in enumerate(
             zip(weights, gradients, ((0, 4, 7), (4, 9, None)), strict=True)
         )

@@ -81,7 +81,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert fitted(config, "packed", supplies).trainer.gradient_checkpointing is False
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
-    monkeypatch.setattr("finetune.plan._available", lambda: int(between))
+    monkeypatch.setattr("finetune.base.available_memory", lambda: int(between))
     with caplog.at_level("INFO"):
         run(config, tmp_path, Part(supplies=supplies, alone=False))
 

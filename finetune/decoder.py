@@ -1,0 +1,285 @@
+"""The decoder of a Llama-like base on a GPU: forward and backward of its blocks written out, without autograd.
+
+A run alone is bound by how fast its operations can be launched, so there are few: what adds, normalises, gates or
+rotates is one kernel (`finetune.kernels`), the adapters of all slots are computed at once, and attention stays
+within each row's boundaries without padding. With gradient checkpointing (Chen et al., 2016) a block keeps its input
+alone, and is computed again for its backward pass but for its last product, which no gradient needs.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+
+from finetune.adapted import Adapter, dense_weight
+from finetune.layout import Attended, Line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finetune.bank import Slot
+    from finetune.kernels import Places
+
+
+def by_hand(base: "PreTrainedModel", saves: bool) -> "Decoder | None":
+    """The decoder of a base, where it can be computed so: on a GPU with Triton, in 16 bits, without 8-bit products."""
+    weight = base.get_input_embeddings().weight
+    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if any(type(module).__name__ == "Linear8bitLt" for module in base.modules()):
+        return None
+    try:
+        from finetune import kernels
+    except ImportError:  # PyTorch without Triton
+        return None
+    return Decoder(base, kernels, saves)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass that goes on: its tokens, their slots, and the rotation of each position."""
+
+    line: Line
+    places: "Places"
+    adapted: frozenset[str]
+    """Linear layers that have an adapter in some slot."""
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass
+class Trace:
+    """What a forward pass keeps for its backward pass."""
+
+    now: Pass
+    blocks: list[Any]
+    """What each block kept, or its input alone."""
+    last: torch.Tensor
+    """What the last norm took, and its inverse root."""
+    inverse: torch.Tensor
+
+
+class Decoder:
+    """Embedding, blocks and last norm."""
+
+    def __init__(self, base: "PreTrainedModel", kernels: ModuleType, saves: bool) -> None:
+        model, prefix = base.get_decoder(), base.base_model_prefix
+        self._kernels: Any = kernels
+        self._embed, self._turn, self._norm, self._saves = model.embed_tokens, model.rotary_emb, model.norm, saves
+        self._rows: dict[str, int] = {}
+        """The linear layers, and their rows in the slots' tables."""
+        for name, module in model.named_modules(prefix=prefix):
+            if isinstance(module, torch.nn.Linear):
+                self._rows[name] = len(self._rows)
+        mistral = base.config.model_type == "mistral"
+        self._blocks = [
+            _Block(
+                block, f"{prefix}.layers.{number}", kernels, self._rows, base.config.sliding_window if mistral else None
+            )
+            for number, block in enumerate(model.layers)
+        ]
+
+    def table(self, adapters: dict[str, Adapter]) -> torch.Tensor:
+        """A slot's table for the kernels [layers, columns]; rank 0 where a layer has no adapter."""
+        table = torch.zeros(len(self._rows), self._kernels.COLUMNS, dtype=torch.int64)
+        for name, adapter in adapters.items():
+            table[self._rows[name]] = torch.tensor(adapter.row())
+        return table
+
+    def forward(self, line: Line, slots: "Sequence[Slot]", draws: Sequence[int] | None) -> tuple[torch.Tensor, Trace]:
+        """The last hidden state where an answer's token is predicted [answers' tokens, width].
+
+        `draws` name each slot's dropout masks; without them nothing is dropped, and nothing kept.
+        """
+        parts = []
+        for number, (slot, (start, stop)) in enumerate(zip(slots, line.parts, strict=True)):
+            key = random.Random(f"{slot.seed} {draws[number]}").getrandbits(63) if draws else 0
+            parts.append((start, stop, key, slot.dropout if draws else 0.0))
+        x: torch.Tensor = self._embed(line.ids)[0]
+        cos, sin = (part[0].contiguous() for part in self._turn(x[None], line.positions))
+        places = self._kernels.Places(parts, [slot.table for slot in slots], x.device)
+        now = Pass(line, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
+        added: torch.Tensor | None = None
+        kept: list[Any] = []
+        for block in self._blocks:
+            x, added, own = block.forward(x, added, now)
+            if draws:
+                kept.append(own.x if self._saves else own)
+        assert added is not None
+        last = x.add(added)[line.predictors]
+        _, hidden, inverse = self._kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
+        return hidden, Trace(now, kept, last, inverse)
+
+    def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
+        """Add to the adapters' gradients, from that of the hidden state."""
+        now = trace.now
+        slope = gradient.new_zeros(now.line.ids.shape[1], gradient.shape[1])
+        slope[now.line.predictors] = self._kernels.norm_backward(
+            gradient.contiguous(), trace.last, self._norm.weight, trace.inverse
+        )
+        for block in reversed(self._blocks):
+            kept = trace.blocks.pop()
+            if self._saves:
+                _, _, kept = block.forward(kept, None, now, again=True)
+            slope = block.backward(slope, kept, now)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One of a block's linear layers; `h` is what goes through its adapters [tokens, rank], None: it has none."""
+
+    kernels: Any
+    layer: Any
+    name: str
+    row: int
+
+    def forward(self, x: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Its output with what the adapters add, and h."""
+        y = linear(x, dense_weight(self.layer), self.layer.bias)
+        h = self.through_a(x, now)
+        if h is not None:
+            self.kernels.expand(y, h, now.places, self.row)
+        return y, h
+
+    def through_a(self, x: torch.Tensor, now: Pass) -> torch.Tensor | None:
+        """h alone."""
+        h: torch.Tensor | None = None
+        if self.name in now.adapted:
+            h = self.kernels.shrink(x, now.places, self.row, dropped=True)
+        return h
+
+    def backward(
+        self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass, into_x: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of its input, added to what there is of it, and of h; B's is added to the slots'."""
+        weight = dense_weight(self.layer)
+        into_x = slope @ weight if into_x is None else into_x.addmm_(slope, weight)
+        if h is None:
+            return into_x, None
+        into_h = self.kernels.shrink(slope, now.places, self.row, through_b=True)
+        self.kernels.collect(slope, h, now.places, self.row, of_b=True)
+        self.kernels.expand(into_x, into_h, now.places, self.row, through_a=True, dropped=True)
+        return into_x, into_h
+
+    def collect_a(self, x: torch.Tensor | None, into_h: torch.Tensor | None, now: Pass) -> None:
+        """Add A's gradient to the slots'."""
+        if into_h is not None:
+            self.kernels.collect(x, into_h, now.places, self.row, dropped=True)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Of a block's forward pass, for its backward pass."""
+
+    x: torch.Tensor
+    normed: torch.Tensor | None
+    """None: no adapter reads it."""
+    inverse: torch.Tensor
+    heads: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Of queries and keys, where they have a norm: what it took, and the inverse roots."""
+    attended: Attended
+    middle: torch.Tensor
+    """After attention."""
+    normed_middle: torch.Tensor | None
+    inverse_middle: torch.Tensor
+    gated: torch.Tensor
+    up: torch.Tensor
+    h: dict[str, torch.Tensor | None]
+
+
+class _Block:
+    """Attention and a gated feed-forward layer, each added to its input."""
+
+    def __init__(self, block: Any, name: str, kernels: Any, rows: dict[str, int], window: int | None) -> None:
+        attention = block.self_attn
+        self._kernels = kernels
+        self._norm, self._middle_norm = block.input_layernorm, block.post_attention_layernorm
+        self._linear: dict[str, _Linear] = {}
+        for owner, parts in (("self_attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down"))):
+            for part in parts:
+                whole = f"{name}.{owner}.{part}_proj"
+                layer = getattr(getattr(block, owner), f"{part}_proj")
+                self._linear[part] = _Linear(kernels, layer, whole, rows[whole])
+        self._head_norms = {part: getattr(attention, f"{part}_norm", None) for part in "qk"}
+        self._rotates = bool(getattr(attention, "use_rope", True))
+        self._width, self._scaling = attention.head_dim, attention.scaling
+        self._window = getattr(attention, "sliding_window", window)
+
+    def forward(
+        self, x: torch.Tensor, added: torch.Tensor | None, now: Pass, again: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, _Kept]:
+        """The block's output, as a sum of two, from its input, which may be one.
+
+        `again`: for the backward pass alone; the second of the two is not computed.
+        """
+        kernels, linear = self._kernels, self._linear
+        h: dict[str, torch.Tensor | None] = {}
+        x, normed, inverse = kernels.norm(x, added, self._norm.weight, self._norm.variance_epsilon)
+        states, heads = {}, {}
+        for part in "qkv":
+            flat, h[part] = linear[part].forward(normed, now)
+            states[part] = flat.view(len(flat), -1, self._width)
+        for part, own in self._head_norms.items():
+            if own is not None:
+                before = states[part].view(-1, self._width)
+                _, unit, roots = kernels.norm(before, None, own.weight, own.variance_epsilon)
+                states[part], heads[part] = unit.view(states[part].shape), (before, roots)
+            if self._rotates:
+                states[part] = kernels.rotate(states[part], now.cos, now.sin, 1.0)
+        attended = now.line.attend_by_hand(*states.values(), self._scaling, self._window)
+        out, h["o"] = linear["o"].forward(attended.out.flatten(1), now)
+        middle, normed_middle, inverse_middle = kernels.norm(
+            x, out, self._middle_norm.weight, self._middle_norm.variance_epsilon
+        )
+        gated, h["gate"] = linear["gate"].forward(normed_middle, now)
+        up, h["up"] = linear["up"].forward(normed_middle, now)
+        down = h["down"] = None
+        if not again:
+            down, h["down"] = linear["down"].forward(kernels.gate(gated, up), now)
+        elif linear["down"].name in now.adapted:
+            h["down"] = linear["down"].through_a(kernels.gate(gated, up), now)
+        kept = _Kept(
+            x=x,
+            normed=normed if any(h[part] is not None for part in "qkv") else None,
+            inverse=inverse,
+            heads=heads,
+            attended=attended,
+            middle=middle,
+            normed_middle=None if h["gate"] is None and h["up"] is None else normed_middle,
+            inverse_middle=inverse_middle,
+            gated=gated,
+            up=up,
+            h=h,
+        )
+        return middle, down, kept
+
+    def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass) -> torch.Tensor:
+        """The gradient of the block's input from that of its output; the adapters' are added to the slots'."""
+        kernels, linear, h = self._kernels, self._linear, kept.h
+        into_inner, into_h = linear["down"].backward(slope, h["down"], now)
+        into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
+        linear["down"].collect_a(inner, into_h, now)
+        into_middle = None
+        for part, own in (("gate", into_gated), ("up", into_up)):
+            into_middle, into_h = linear[part].backward(own, h[part], now, into_middle)
+            linear[part].collect_a(kept.normed_middle, into_h, now)
+        slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
+        into_out, into_h = linear["o"].backward(slope, h["o"], now)
+        linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
+        into_states = now.line.attend_backward(into_out.view(kept.attended.out.shape), kept.attended)
+        into_x = None
+        for part, into in zip("qkv", into_states, strict=True):
+            if part in self._head_norms and self._rotates:
+                into = kernels.rotate(into, now.cos, now.sin, -1.0)
+            if part in kept.heads:
+                flat, roots = kept.heads[part]
+                own = self._head_norms[part].weight
+                into = kernels.norm_backward(into.reshape(-1, self._width), flat, own, roots)
+            into_x, into_h = linear[part].backward(into.reshape(len(slope), -1), h[part], now, into_x)
+            linear[part].collect_a(kept.normed, into_h, now)
+        result: torch.Tensor = kernels.norm_backward(into_x, kept.x, self._norm.weight, kept.inverse, slope)
+        return result

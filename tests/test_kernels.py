@@ -1,0 +1,344 @@
+"""The GPU's kernels, by Triton's interpreter on the CPU, against PyTorch's own operations."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module, interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "finetune.kernels", raising=False)
+    yield importlib.import_module("finetune.kernels")
+    del sys.modules["finetune.kernels"]
+
+
+def draw(*shape: int) -> "torch.Tensor":
+    import torch
+
+    return torch.randn(*shape)
+
+
+@pytest.mark.parametrize("width", [64, 96, 576])
+def test_norm_is_transformers(kernels: Any, width: int) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    plain = LlamaRMSNorm(width, 1e-5)
+    plain.weight.data = 1 + 0.1 * draw(width)
+    x, more, slope, residual = draw(4, 7, width)
+    weight = plain.weight.data
+    for added in (None, more):
+        taken = (x if added is None else x + added).requires_grad_()
+        y = plain(taken)
+        (expected,) = torch.autograd.grad(y, taken, slope)
+        total, found, inverse = kernels.norm(x.detach(), added, weight, 1e-5)
+        assert torch.equal(total, taken)
+        assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
+        into_x = kernels.norm_backward(slope, total, weight, inverse)
+        assert torch.allclose(into_x, expected, rtol=1e-4, atol=1e-6)
+        into_x = kernels.norm_backward(slope, total, weight, inverse, residual)
+        assert torch.allclose(into_x, expected + residual, rtol=1e-4, atol=1e-6)
+
+
+def test_gate_is_pytorchs(kernels: Any) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    gated, up = (draw(1, 5, 300).requires_grad_() for _ in range(2))
+    slope = draw(1, 5, 300)
+    y = torch.nn.functional.silu(gated) * up
+    y.backward(slope)
+    assert torch.allclose(kernels.gate(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
+    for again in (False, True):
+        into_gated, into_up, product = kernels.gate_backward(slope, gated.detach(), up.detach(), again)
+        assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
+        assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(3, 64), (20, 80)])
+def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    torch.manual_seed(0)
+    x = draw(1, 6, heads, width).transpose(1, 2).requires_grad_()
+    angles = draw(1, 6, width // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    y, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    slope = draw(1, heads, 6, width)
+    (expected,) = torch.autograd.grad(y, x, slope)
+    found, back = (
+        kernels.rotate(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[None]
+        for part, sign in ((x.detach(), 1.0), (slope, -1.0))
+    )
+    assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(back, expected, rtol=1e-5, atol=1e-6)
+
+
+WIDTHS = (200, 136)
+"""Of the layer's input and output; neither is a multiple of a block."""
+
+PARTS = ((0, 21, 5), (21, 90, 0), (90, 100, 16), (100, 117, 130))
+"""Each slot's tokens, from and to, and its rank; 0: no adapter here."""
+
+
+class Case:
+    """A layer of several slots, as the kernels see it and as PyTorch computes it."""
+
+    def __init__(self, kernels: Any, dropout: float) -> None:
+        import torch
+
+        from finetune.adapted import Adapter, Stretch
+
+        class Slot:
+            seed = 0
+
+        Slot.dropout = dropout  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        self.kernels = kernels
+        self.x, self.slope = draw(PARTS[-1][1], WIDTHS[0]), draw(PARTS[-1][1], WIDTHS[1])
+        self.adapters: list[Adapter | None] = []
+        self.stretches: list[Stretch] = []
+        tables, rows = [], []
+        for number, (start, stop, rank) in enumerate(PARTS):
+            table = torch.zeros(3, kernels.COLUMNS, dtype=torch.int64)
+            adapter = None
+            if rank:
+                a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
+                adapter = Adapter(7, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
+                table[1] = torch.tensor(adapter.row())
+                self.stretches.append(Stretch(Slot(), adapter, start, stop, None))  # type: ignore[arg-type]
+            self.adapters.append(adapter)
+            tables.append(table)
+            rows.append((start, stop, 2**62 + number, dropout))
+        self.places = kernels.Places(rows, tables, "cpu")
+
+    def gradients(self) -> list["torch.Tensor"]:
+        """The adapters' own."""
+        return [part for own in self.adapters if own for part in (own.gradient_a, own.gradient_b)]
+
+    def by_kernels(self, x: "torch.Tensor", slope: "torch.Tensor") -> list["torch.Tensor"]:
+        """What is added to an output and an input of ones, and the adapters' gradients, which were ones too."""
+        import torch
+
+        for gradient in self.gradients():
+            gradient.fill_(1)
+        y, into_x = torch.ones(len(x), WIDTHS[1]), torch.ones_like(x)
+        kernels, places = self.kernels, self.places
+        h = kernels.shrink(x, places, 1, dropped=True)
+        kernels.expand(y, h, places, 1)
+        into_h = kernels.shrink(slope, places, 1, through_b=True)
+        kernels.collect(slope, h, places, 1, of_b=True)
+        kernels.collect(x, into_h, places, 1, dropped=True)
+        kernels.expand(into_x, into_h, places, 1, through_a=True, dropped=True)
+        return [y, into_x, *(gradient.clone() for gradient in self.gradients())]
+
+    def by_pytorch(self) -> list["torch.Tensor"]:
+        """The same, without dropout."""
+        import torch
+
+        from finetune.adapted import adapted
+
+        for gradient in self.gradients():
+            gradient.fill_(1)
+        layer = torch.nn.Linear(*WIDTHS).requires_grad_(False)
+        layer.weight.fill_(0)
+        layer.bias.fill_(1)
+        x = self.x.clone().requires_grad_()
+        y = adapted(x, torch.zeros((), requires_grad=True), None, layer, self.stretches)
+        (into_x,) = torch.autograd.grad(y, x, self.slope)
+        return [y.detach(), into_x + 1, *(gradient.clone() for gradient in self.gradients())]
+
+
+def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
+    case = Case(kernels, 0.0)
+    for one, other in zip(case.by_kernels(case.x, case.slope), case.by_pytorch(), strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -> None:
+    """What an adapter adds is linear in its weights, so that <slope, output> is <weight, gradient> of A and of B."""
+    import torch
+
+    case = Case(kernels, 0.5)
+    y, into_x, *gradients = case.by_kernels(case.x, case.slope)
+    assert torch.allclose(y, case.by_kernels(case.x, case.slope)[0]), "the same masks again"
+    pairs = zip(gradients[::2], gradients[1::2], strict=True)
+    for (start, stop, rank), adapter in zip(PARTS, case.adapters, strict=True):
+        own = slice(start, stop)
+        if adapter is None:
+            assert torch.equal(y[own], torch.ones_like(y[own]))
+            assert torch.equal(into_x[own], torch.ones_like(into_x[own]))
+            continue
+        added = float(((y[own] - 1) * case.slope[own]).sum())
+        of_a, of_b = next(pairs)
+        assert float(((of_a - 1) * adapter.a).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+        assert float(((of_b - 1) * adapter.b).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+        assert float(((into_x[own] - 1) * case.x[own]).sum()) == pytest.approx(added, rel=1e-3, abs=0.1), rank
+
+
+def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(kernels: Any) -> None:
+    """Where A is ones and what comes back is one, the input's gradient shows the mask."""
+    import torch
+
+    from finetune.adapted import Adapter
+
+    tokens, width = 40, 500
+
+    def mask(key: int, number: int) -> torch.Tensor:
+        a, b = torch.ones(1, width), torch.ones(8, 1)
+        adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
+        places = kernels.Places([(0, tokens, key, 0.3)], [torch.tensor([adapter.row()])], "cpu")
+        into_h, into_x = torch.zeros(tokens, places.rank), torch.zeros(tokens, width)
+        into_h[:, 0] = 1
+        kernels.expand(into_x, into_h, places, 0, through_a=True, dropped=True)
+        assert into_x.unique().tolist() == [0.0, 1.0]
+        return into_x > 0
+
+    masks = [mask(key, number) for key, number in ((1, 0), (2, 0), (2**40, 0), (1, 1))]
+    for one in masks:
+        assert float(one.float().mean()) == pytest.approx(0.7, abs=0.01)
+        assert float(one.float().mean(0).std()) == pytest.approx((0.21 / tokens) ** 0.5, rel=0.15)
+        assert float(one.float().mean(1).std()) == pytest.approx((0.21 / width) ** 0.5, rel=0.35)
+        for other in masks:
+            alike = float((one == other).float().mean())
+            assert alike == 1.0 if one is other else alike == pytest.approx(0.58, abs=0.015)
+    assert torch.equal(masks[0], mask(1, 0))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
+    import torch
+
+    case = Case(kernels, 0.5)
+    well = case.by_kernels(case.x, case.slope)
+    sick_x, sick_slope = case.x.clone(), case.slope.clone()
+    sick = slice(*PARTS[0][:2])
+    sick_x[sick], sick_slope[sick] = float("nan"), float("inf")
+    ill = case.by_kernels(sick_x, sick_slope)
+    rest = slice(PARTS[0][1], None)
+    assert torch.equal(ill[0][rest], well[0][rest])
+    assert torch.equal(ill[1][rest], well[1][rest])
+    for one, other in zip(ill[4:], well[4:], strict=True):
+        assert torch.equal(one, other)
+    assert not bool(ill[0][sick].isfinite().all())
+
+
+def attend(line: Any, query: Any, key: Any, value: Any, scale: float, window: int | None) -> Any:
+    """Stands where the GPU's kernel is: the CPU's attention, with its gradients ready to be asked for."""
+    import torch
+
+    from finetune.layout import Line
+
+    parts = [part.detach().requires_grad_() for part in (query, key, value)]
+    with torch.enable_grad():
+        out = Line.attend(line, *parts, scale, window)
+
+    class Attended:
+        of = parts
+
+    Attended.graph, Attended.out = out, out.detach()  # type: ignore[attr-defined]
+    return Attended
+
+
+def attend_backward(line: Any, gradient: Any, attended: Any) -> Any:
+    """Its backward pass."""
+    import torch
+
+    return torch.autograd.grad(attended.graph, attended.of, gradient)
+
+
+SLOTS = (
+    ("lora.r=4", "lora/target=all_linear", "lora.alpha=8"),
+    ("lora.r=16", "lora/target=q_v", "lora.use_rslora=true"),
+    ("lora.r=2", "lora.target_modules=[down_proj,o_proj]"),
+)
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {"head_dim": 32},
+    "qwen2": {},
+    "mistral": {"sliding_window": 6},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "saves"),
+    [
+        ("llama", False),
+        ("llama", True),
+        *(pytest.param(other, other == "qwen3", marks=pytest.mark.slow) for other in list(ARCHITECTURES)[1:]),
+    ],
+)
+def test_the_decoder_by_hand_is_the_base_with_autograd(
+    kernels: Any,
+    tiny: Any,
+    tiny_base: Any,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    saves: bool,
+) -> None:
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.bank import Learning, Measuring
+    from finetune.decoder import Decoder
+    from finetune.layout import Line
+    from finetune.supplies import Supplies
+
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    shapes = AutoConfig.from_pretrained(folder).to_dict()
+    wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shapes = {name: shapes[name] for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **shapes, **ARCHITECTURES[architecture])
+    ).save_pretrained(folder)
+    here = f"model.name_or_path={folder}"
+    saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
+    configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
+    monkeypatch.setattr(Line, "attend_by_hand", attend)
+    monkeypatch.setattr(Line, "attend_backward", attend_backward)
+    found = []
+    for by_hand in (False, True):
+        with monkeypatch.context() as patched:
+            if by_hand:
+                patched.setattr("finetune.bank.by_hand", lambda base, saves: Decoder(base, kernels, saves))
+            supplies = Supplies()
+            bank = supplies.bank(configs[0])
+            assert (bank.decoder is not None) is by_hand
+            slots = [bank.slot(config.lora, config.seed) for config in configs]
+        torch.manual_seed(1)
+        for slot in slots:
+            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
+        ids = torch.randint(0, 500, (5, 30), generator=torch.Generator().manual_seed(2)).tolist()
+        rows = [
+            {"input_ids": ids[0][:9] + own[: 3 + place], "labels": [-100] * 9 + own[: 3 + place]}
+            for place, own in enumerate(ids)
+        ]
+        parts = [rows[:2], rows[2:3], rows[3:]]
+        learnt = bank.learn([Learning(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)])
+        measured = bank.measure([Measuring(slot, own) for slot, own in zip(slots, parts, strict=True)])
+        losses = [one.loss for one in learnt] + [loss for one in measured for loss in one.row_losses]
+        found.append((losses, [slot.gradient.clone() for slot in slots]))
+    (losses, gradients), (others, expected) = found[1], found[0]
+    assert losses == pytest.approx(others, rel=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert float(other.norm()) > 0
+        assert float((one - other).norm() / other.norm()) < 1e-4
