@@ -19,7 +19,6 @@ from torch.nn.functional import linear
 from finetune.adapted import Adapter, Stretch, adapted, dense_weight
 from finetune.base import add_adapter, compute_dtype, free_memory, out_of_memory
 from finetune.config import LoraSettings, RunConfig
-from finetune.decoder import by_hand
 from finetune.evaluation import Evaluation
 from finetune.layout import ATTENTION, Line, Row
 from finetune.lean import make_lean
@@ -27,6 +26,8 @@ from finetune.lean import make_lean
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from finetune.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,6 @@ class Bank:
                 with self._passing(line, wishes, []):
                     hidden = self._hidden(line)
             answers = self._answers(hidden, line, None)
-        assert answers.right is not None
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
         losses = sums.index_add(0, line.owners, answers.losses.double()).tolist()
@@ -296,23 +296,17 @@ class Bank:
         Some logits at a time: they are by far the largest tensors, so each is gone over as seldom as can be.
         """
         weight = dense_weight(self._head)
+        score = _score if self.decoder is None else self.decoder.score
         losses, right, gradients = [], [], []
         for start in range(0, len(hidden), LOGITS):
             part = slice(start, start + LOGITS)
-            targets = line.targets[part, None]
-            logits = linear(hidden[part], weight).float()
-            logs = torch.log_softmax(logits, -1)
-            losses.append(-logs.gather(-1, targets)[:, 0])
-            if shares is None:
-                right.append(logits.argmax(-1) == targets[:, 0])
-                continue
-            del logits
-            slope = logs.exp_()
-            slope.scatter_add_(-1, targets, slope.new_full((1, 1), -1).expand_as(targets))
-            into_hidden = slope.to(hidden.dtype) @ weight
-            gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
-        joined = [torch.cat(parts) if parts else None for parts in (right, gradients)]
-        return _Answers(torch.cat(losses), *joined)
+            loss, likeliest, slope = score(linear(hidden[part], weight), line.targets[part], shares is not None)
+            losses.append(loss)
+            right.append(likeliest)
+            if shares is not None:
+                into_hidden = slope.to(hidden.dtype) @ weight
+                gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
+        return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)
 
     def _route(self, name: str, layer: torch.nn.Module) -> None:
         """Let a linear layer of the base add what the slots' adapters make of its input, while a pass goes on."""
@@ -336,11 +330,40 @@ class Bank:
         layer.forward = forward
 
 
+def by_hand(base: "PreTrainedModel", saves: bool) -> "Decoder | None":
+    """The decoder of a base, where it can be computed so: on a GPU with Triton, in 16 bits, without 8-bit products."""
+    weight = base.get_input_embeddings().weight
+    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if any(type(module).__name__ == "Linear8bitLt" for module in base.modules()):
+        return None
+    try:
+        from finetune.decoder import Decoder
+    except ImportError:  # PyTorch without Triton
+        return None
+    return Decoder(base, saves)
+
+
 @dataclass(frozen=True)
 class _Answers:
     losses: torch.Tensor
     """[answers' tokens] negative log-likelihoods, float32"""
-    right: torch.Tensor | None
-    """[answers' tokens] whether the model would have chosen the token"""
+    right: torch.Tensor
+    """[answers' tokens] whether the model would have chosen the token; nobody asks where it learns"""
     gradient: torch.Tensor | None
     """[answers' tokens, width]"""
+
+
+def _score(
+    logits: torch.Tensor, targets: torch.Tensor, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `finetune.kernels.score`; what is right is told only where nothing is learnt."""
+    logits, places = logits.float(), targets[:, None]
+    logs = torch.log_softmax(logits, -1)
+    losses = -logs.gather(-1, places)[:, 0]
+    if not learns:
+        return losses, logits.argmax(-1) == targets, None
+    del logits
+    slope = logs.exp_()
+    slope.scatter_add_(-1, places, slope.new_full((1, 1), -1).expand_as(places))
+    return losses, torch.ones_like(targets, dtype=torch.bool), slope

@@ -9,34 +9,21 @@ alone, and is computed again for its backward pass but for its last product, whi
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
+from finetune import kernels
 from finetune.adapted import Adapter, dense_weight
-from finetune.layout import Attended, Line
+from finetune.attention import Attended, Rows, attend, attend_backward
+from finetune.kernels import Places
+from finetune.layout import Line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune.bank import Slot
-    from finetune.kernels import Places
-
-
-def by_hand(base: "PreTrainedModel", saves: bool) -> "Decoder | None":
-    """The decoder of a base, where it can be computed so: on a GPU with Triton, in 16 bits, without 8-bit products."""
-    weight = base.get_input_embeddings().weight
-    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if any(type(module).__name__ == "Linear8bitLt" for module in base.modules()):
-        return None
-    try:
-        from finetune import kernels
-    except ImportError:  # PyTorch without Triton
-        return None
-    return Decoder(base, kernels, saves)
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,8 @@ class Pass:
     """A pass that goes on: its tokens, their slots, and the rotation of each position."""
 
     line: Line
-    places: "Places"
+    rows: Rows
+    places: Places
     adapted: frozenset[str]
     """Linear layers that have an adapter in some slot."""
     cos: torch.Tensor
@@ -66,9 +54,8 @@ class Trace:
 class Decoder:
     """Embedding, blocks and last norm."""
 
-    def __init__(self, base: "PreTrainedModel", kernels: ModuleType, saves: bool) -> None:
+    def __init__(self, base: "PreTrainedModel", saves: bool) -> None:
         model, prefix = base.get_decoder(), base.base_model_prefix
-        self._kernels: Any = kernels
         self._embed, self._turn, self._norm, self._saves = model.embed_tokens, model.rotary_emb, model.norm, saves
         self._rows: dict[str, int] = {}
         """The linear layers, and their rows in the slots' tables."""
@@ -77,15 +64,15 @@ class Decoder:
                 self._rows[name] = len(self._rows)
         mistral = base.config.model_type == "mistral"
         self._blocks = [
-            _Block(
-                block, f"{prefix}.layers.{number}", kernels, self._rows, base.config.sliding_window if mistral else None
-            )
+            _Block(block, f"{prefix}.layers.{number}", self._rows, base.config.sliding_window if mistral else None)
             for number, block in enumerate(model.layers)
         ]
 
+    score = staticmethod(kernels.score)
+
     def table(self, adapters: dict[str, Adapter]) -> torch.Tensor:
         """A slot's table for the kernels [layers, columns]; rank 0 where a layer has no adapter."""
-        table = torch.zeros(len(self._rows), self._kernels.COLUMNS, dtype=torch.int64)
+        table = torch.zeros(len(self._rows), kernels.COLUMNS, dtype=torch.int64)
         for name, adapter in adapters.items():
             table[self._rows[name]] = torch.tensor(adapter.row())
         return table
@@ -101,8 +88,9 @@ class Decoder:
             parts.append((start, stop, key, slot.dropout if draws else 0.0))
         x: torch.Tensor = self._embed(line.ids)[0]
         cos, sin = (part[0].contiguous() for part in self._turn(x[None], line.positions))
-        places = self._kernels.Places(parts, [slot.table for slot in slots], x.device)
-        now = Pass(line, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
+        places = Places(parts, [slot.table for slot in slots], x.device)
+        rows = Rows(line.spans, line.positions[0])
+        now = Pass(line, rows, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
         added: torch.Tensor | None = None
         kept: list[Any] = []
         for block in self._blocks:
@@ -111,14 +99,14 @@ class Decoder:
                 kept.append(own.x if self._saves else own)
         assert added is not None
         last = x.add(added)[line.predictors]
-        _, hidden, inverse = self._kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
+        _, hidden, inverse = kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
         return hidden, Trace(now, kept, last, inverse)
 
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
         """Add to the adapters' gradients, from that of the hidden state."""
         now = trace.now
         slope = gradient.new_zeros(now.line.ids.shape[1], gradient.shape[1])
-        slope[now.line.predictors] = self._kernels.norm_backward(
+        slope[now.line.predictors] = kernels.norm_backward(
             gradient.contiguous(), trace.last, self._norm.weight, trace.inverse
         )
         for block in reversed(self._blocks):
@@ -132,43 +120,45 @@ class Decoder:
 class _Linear:
     """One of a block's linear layers; `h` is what goes through its adapters [tokens, rank], None: it has none."""
 
-    kernels: Any
     layer: Any
     name: str
     row: int
 
     def forward(self, x: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Its output with what the adapters add, and h."""
-        y = linear(x, dense_weight(self.layer), self.layer.bias)
+        weight = dense_weight(self.layer)
         h = self.through_a(x, now)
-        if h is not None:
-            self.kernels.expand(y, h, now.places, self.row)
-        return y, h
+        if h is None:
+            return linear(x, weight, self.layer.bias), None
+        y = x.new_empty(len(x), len(weight))
+        kernels.expand(y, h, now.places, self.row, fresh=True)
+        y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
+        return y if self.layer.bias is None else y.add_(self.layer.bias), h
 
     def through_a(self, x: torch.Tensor, now: Pass) -> torch.Tensor | None:
         """h alone."""
         h: torch.Tensor | None = None
         if self.name in now.adapted:
-            h = self.kernels.shrink(x, now.places, self.row, dropped=True)
+            h = kernels.shrink(x, now.places, self.row, dropped=True)
         return h
 
     def backward(
         self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass, into_x: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradients of its input, added to what there is of it, and of h; B's is added to the slots'."""
-        weight = dense_weight(self.layer)
-        into_x = slope @ weight if into_x is None else into_x.addmm_(slope, weight)
-        if h is None:
-            return into_x, None
-        into_h = self.kernels.shrink(slope, now.places, self.row, through_b=True)
-        self.kernels.collect(slope, h, now.places, self.row, of_b=True)
-        self.kernels.expand(into_x, into_h, now.places, self.row, through_a=True, dropped=True)
-        return into_x, into_h
+        weight, into_h = dense_weight(self.layer), None
+        if h is not None:
+            into_h = kernels.shrink(slope, now.places, self.row, through_b=True)
+            kernels.collect(slope, h, now.places, self.row, of_b=True)
+            fresh = into_x is None
+            into_x = slope.new_empty(len(slope), weight.shape[1]) if into_x is None else into_x
+            kernels.expand(into_x, into_h, now.places, self.row, through_a=True, dropped=True, fresh=fresh)
+        return slope @ weight if into_x is None else into_x.addmm_(slope, weight), into_h
 
     def collect_a(self, x: torch.Tensor | None, into_h: torch.Tensor | None, now: Pass) -> None:
         """Add A's gradient to the slots'."""
         if into_h is not None:
-            self.kernels.collect(x, into_h, now.places, self.row, dropped=True)
+            kernels.collect(x, into_h, now.places, self.row, dropped=True)
 
 
 @dataclass(frozen=True)
@@ -194,16 +184,15 @@ class _Kept:
 class _Block:
     """Attention and a gated feed-forward layer, each added to its input."""
 
-    def __init__(self, block: Any, name: str, kernels: Any, rows: dict[str, int], window: int | None) -> None:
+    def __init__(self, block: Any, name: str, rows: dict[str, int], window: int | None) -> None:
         attention = block.self_attn
-        self._kernels = kernels
         self._norm, self._middle_norm = block.input_layernorm, block.post_attention_layernorm
         self._linear: dict[str, _Linear] = {}
         for owner, parts in (("self_attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down"))):
             for part in parts:
                 whole = f"{name}.{owner}.{part}_proj"
                 layer = getattr(getattr(block, owner), f"{part}_proj")
-                self._linear[part] = _Linear(kernels, layer, whole, rows[whole])
+                self._linear[part] = _Linear(layer, whole, rows[whole])
         self._head_norms = {part: getattr(attention, f"{part}_norm", None) for part in "qk"}
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._width, self._scaling = attention.head_dim, attention.scaling
@@ -216,7 +205,7 @@ class _Block:
 
         `again`: for the backward pass alone; the second of the two is not computed.
         """
-        kernels, linear = self._kernels, self._linear
+        linear = self._linear
         h: dict[str, torch.Tensor | None] = {}
         x, normed, inverse = kernels.norm(x, added, self._norm.weight, self._norm.variance_epsilon)
         states, heads = {}, {}
@@ -230,7 +219,7 @@ class _Block:
                 states[part], heads[part] = unit.view(states[part].shape), (before, roots)
             if self._rotates:
                 states[part] = kernels.rotate(states[part], now.cos, now.sin, 1.0)
-        attended = now.line.attend_by_hand(*states.values(), self._scaling, self._window)
+        attended = attend(states["q"], states["k"], states["v"], now.rows, self._scaling, self._window)
         out, h["o"] = linear["o"].forward(attended.out.flatten(1), now)
         middle, normed_middle, inverse_middle = kernels.norm(
             x, out, self._middle_norm.weight, self._middle_norm.variance_epsilon
@@ -259,7 +248,7 @@ class _Block:
 
     def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass) -> torch.Tensor:
         """The gradient of the block's input from that of its output; the adapters' are added to the slots'."""
-        kernels, linear, h = self._kernels, self._linear, kept.h
+        linear, h = self._linear, kept.h
         into_inner, into_h = linear["down"].backward(slope, h["down"], now)
         into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
         linear["down"].collect_a(inner, into_h, now)
@@ -270,7 +259,7 @@ class _Block:
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
         into_out, into_h = linear["o"].backward(slope, h["o"], now)
         linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
-        into_states = now.line.attend_backward(into_out.view(kept.attended.out.shape), kept.attended)
+        into_states = attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows)
         into_x = None
         for part, into in zip("qkv", into_states, strict=True):
             if part in self._head_norms and self._rotates:

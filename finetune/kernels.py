@@ -18,11 +18,13 @@ COLUMNS = 8
 _compiled: dict[Any, Any] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
+def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
             warps: int = 4, stages: int = 3) -> None:  # fmt: skip
     """Run a kernel. Triton's own look at every argument takes longer than the kernel: it is done once for each kind."""
     kinds = tuple(
-        (part.dtype, part.data_ptr() % 16) if isinstance(part, torch.Tensor) else (part % 16, part == 1, part >> 31)
+        (part.dtype, part.data_ptr() % 16 == 0)
+        if isinstance(part, torch.Tensor)
+        else (part % 16 == 0, part == 1, part >> 31)
         for part in arguments
         if not isinstance(part, float)
     )
@@ -46,7 +48,7 @@ def norm(
     y, inverse = torch.empty_like(x), torch.empty(rows, device=x.device)
     arguments = (x, x if added is None else added, weight, total, y, inverse, width, epsilon)
     block, warps = _row(width)
-    _launch(_norm, (rows, 1, 1), arguments, (added is not None, block), warps)
+    launch(_norm, (rows, 1, 1), arguments, (added is not None, block), warps)
     return total, y, inverse
 
 
@@ -62,14 +64,14 @@ def norm_backward(
     into_x = torch.empty_like(x)
     arguments = (gradient, x, weight, inverse, x if added is None else added, into_x, width)
     block, warps = _row(width)
-    _launch(_norm_backward, (rows, 1, 1), arguments, (added is not None, block), warps)
+    launch(_norm_backward, (rows, 1, 1), arguments, (added is not None, block), warps)
     return into_x
 
 
 def gate(gated: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gated) · up"""
     result, count = torch.empty_like(gated), gated.numel()
-    _launch(_gate, (triton.cdiv(count, BLOCK), 1, 1), (gated, up, result, count), (BLOCK,))
+    launch(_gate, (triton.cdiv(count, BLOCK), 1, 1), (gated, up, result, count), (BLOCK,))
     return result
 
 
@@ -80,7 +82,7 @@ def gate_backward(
     into_gated, into_up, count = torch.empty_like(gated), torch.empty_like(up), gated.numel()
     result = torch.empty_like(gated) if again else None
     arguments = (gradient, gated, up, into_gated, into_up, gated if result is None else result, count)
-    _launch(_gate_backward, (triton.cdiv(count, BLOCK), 1, 1), arguments, (again, BLOCK))
+    launch(_gate_backward, (triton.cdiv(count, BLOCK), 1, 1), arguments, (again, BLOCK))
     return into_gated, into_up, result
 
 
@@ -93,13 +95,28 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -
     result = torch.empty_like(x)
     block = triton.next_power_of_2(width // 2)
     arguments = (x, cos, sin, result, heads, width, sign)
-    _launch(_rotate, (tokens, triton.cdiv(heads, 16), 1), arguments, (16, block))
+    launch(_rotate, (tokens, triton.cdiv(heads, 16), 1), arguments, (16, block))
     return result
 
 
 def _row(width: int) -> tuple[int, int]:
     block = triton.next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)
+
+
+def score(
+    logits: torch.Tensor, targets: torch.Tensor, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Negative log-likelihoods of the targets, float32 [rows], and whether each is the likeliest token.
+
+    Where it learns, the logits [rows, tokens] become the losses' gradient of them.
+    """
+    rows, width = logits.shape
+    losses = torch.empty(rows, device=logits.device)
+    right = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    arguments = (logits, targets, losses, right, width)
+    launch(_score, (rows, 1, 1), arguments, (learns, min(4096, triton.next_power_of_2(width))), 8)
+    return losses, right, logits if learns else None
 
 
 class Places:
@@ -111,7 +128,7 @@ class Places:
 
     def __init__(self, parts: list[tuple[int, int, int, float]], tables: list[torch.Tensor], device: Any) -> None:
         tokens = max(stop for _, stop, _, _ in parts)
-        self.tile = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16
+        self.tile = 64 if tokens >= 4096 else 16
         """Tokens of one program; small ones keep a large GPU busy with few tokens."""
         rows = [(start, stop, key, round(dropout * 2**32)) for start, stop, key, dropout in parts]
         tiles = [
@@ -120,9 +137,10 @@ class Places:
             for first in range(start, stop, self.tile)
         ]
         joined = torch.stack(tables)
-        ranks = int(joined[:, :, 4].max())
-        self.rank = max(16, triton.next_power_of_2(ranks))
+        self.rank = max(16, triton.next_power_of_2(int(joined[:, :, 4].max())))
         """Columns of what goes through the adapters: the largest rank, rounded up."""
+        self.even = not bool((joined[:, :, 4] % 8).any() | (joined[:, :, :4] % 16).any())
+        """Whether all ranks are multiples of eight and all addresses of 16 bytes, so that these are read at once."""
         self.parts, self.tiles, on_device = (
             part.to(device) for part in (torch.tensor(rows), torch.tensor(tiles, dtype=torch.int32), joined)
         )
@@ -139,24 +157,33 @@ def shrink(
     rank, table = places.rank, places.layers[layer]
     h = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     drops, ranks = dropped and places.drops, min(rank, 128)
-    large = places.tile == 64
-    inner, warps, stages = (64, 4, 4) if x.dtype == torch.float32 or (large and drops) else (128, 8 if large else 4, 3)
+    if x.dtype == torch.float32 or (drops and places.tile == 64):
+        inner, warps, stages = 64, 4, 4
+    else:
+        inner, warps, stages = (128, 8, 3) if places.tile == 64 else (256, 8, 2)
     grid = (len(places.tiles), triton.cdiv(rank, ranks), 1)
     arguments = (x, h, table, places.parts, places.tiles, table.stride(0), width)
-    _launch(_shrink, grid, arguments, (through_b, drops, rank, places.tile, ranks, inner), warps, stages)
+    launch(_shrink, grid, arguments, (through_b, drops, places.even, rank, places.tile, ranks, inner), warps, stages)
     return h
 
 
 def expand(
-    y: torch.Tensor, h: torch.Tensor, places: Places, layer: int, *, through_a: bool = False, dropped: bool = False
+    y: torch.Tensor,
+    h: torch.Tensor,
+    places: Places,
+    layer: int,
+    *,
+    through_a: bool = False,
+    dropped: bool = False,
+    fresh: bool = False,
 ) -> None:
-    """Add scaling · h Bᵀ to y [tokens, out], each slot's B to its own tokens; or h A."""
+    """Add scaling · h Bᵀ to y [tokens, out], each slot's B to its own tokens; or h A. `fresh`: y holds nothing yet."""
     width, rank, table = y.shape[1], places.rank, places.layers[layer]
     large = places.tile == 64
     grid = (len(places.tiles), triton.cdiv(width, 128), 1)
     arguments = (y, h, table, places.parts, places.tiles, table.stride(0), width)
-    constants = (through_a, dropped and places.drops, rank, places.tile, min(rank, 64), 128)
-    _launch(_expand, grid, arguments, constants, 8 if large else 4, 2)
+    constants = (through_a, dropped and places.drops, places.even, fresh, rank, places.tile, min(rank, 64), 128)
+    launch(_expand, grid, arguments, constants, 8 if large else 4, 2)
 
 
 def collect(
@@ -167,7 +194,7 @@ def collect(
     ranks = min(rank, 64)
     grid = (len(places.parts), triton.cdiv(width, 64), triton.cdiv(rank, ranks))
     arguments = (x, h, table, places.parts, table.stride(0), width)
-    _launch(_collect, grid, arguments, (of_b, dropped and places.drops, rank, 64, ranks, 64))
+    launch(_collect, grid, arguments, (of_b, dropped and places.drops, places.even, rank, 64, ranks, 64))
 
 
 @triton.jit
@@ -190,6 +217,23 @@ def _kept(part, number, tokens, columns):  # type: ignore[no-untyped-def]
     drawn = drawn * 0x7FEB352D  # of _hash so much as high bits need: this is most of what dropout costs
     drawn = (drawn ^ (drawn >> 15)) * 0x846CA68B
     return drawn >= tl.load(part + 3).to(tl.uint32)
+
+
+@triton.jit
+def _matrix(table, column: tl.constexpr, element: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """The address in a column of the table."""
+    address = tl.load(table + column).to(tl.pointer_type(element))
+    if EVEN:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def _rank(table, EVEN: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    rank = tl.load(table + 4).to(tl.int32)
+    if EVEN:
+        rank = tl.multiple_of(rank, 8)
+    return rank
 
 
 @triton.jit
@@ -274,15 +318,40 @@ def _rotate(x, cos, sin, result, heads, width, sign, HEADS: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def _score(logits, targets, losses, right, width, LEARNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    row = tl.program_id(0).to(tl.int64)
+    first = logits + row * width
+    target = tl.load(targets + row)
+    highest, likeliest, total = -float("inf"), 0, 0.0
+    for begin in range(0, width, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        values = tl.load(first + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+        top = tl.max(values, 0)
+        likeliest = tl.where(top > highest, begin + tl.argmax(values, 0), likeliest)
+        higher = tl.maximum(top, highest)
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
+        highest = higher
+    whole = highest + tl.log(total)
+    tl.store(losses + row, whole - tl.load(first + target).to(tl.float32))
+    tl.store(right + row, likeliest == target)
+    if LEARNS:
+        for begin in range(0, width, BLOCK):
+            columns = begin + tl.arange(0, BLOCK)
+            values = tl.load(first + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+            slope = tl.exp(values - whole) - tl.where(columns == target, 1.0, 0.0)
+            tl.store(first + columns, slope.to(logits.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
 def _shrink(  # type: ignore[no-untyped-def]
     x, h, tables, parts, tiles, stride, width,
-    THROUGH_B: tl.constexpr, DROPPED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,  # noqa: N803
-    RANKS: tl.constexpr, INNER: tl.constexpr,  # noqa: N803
+    THROUGH_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     number = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
     part, table = parts + 4 * number, tables + number * stride
-    rank = tl.load(table + 4)
+    rank = _rank(table, EVEN)
     if rank == 0:
         return
     start, stop = tl.load(part), tl.load(part + 1)
@@ -290,10 +359,7 @@ def _shrink(  # type: ignore[no-untyped-def]
     own = tokens < stop
     ranks = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     total = tl.zeros((TOKENS, RANKS), dtype=tl.float32)
-    if THROUGH_B:
-        weight = tl.load(table + 1).to(tl.pointer_type(x.dtype.element_ty))
-    else:
-        weight = tl.load(table).to(tl.pointer_type(x.dtype.element_ty))
+    weight = _matrix(table, 1, x.dtype.element_ty, EVEN) if THROUGH_B else _matrix(table, 0, x.dtype.element_ty, EVEN)
     for begin in range(0, width, INNER):
         inner = begin + tl.arange(0, INNER)
         there = inner < width
@@ -312,14 +378,14 @@ def _shrink(  # type: ignore[no-untyped-def]
 @triton.jit
 def _expand(  # type: ignore[no-untyped-def]
     y, h, tables, parts, tiles, stride, width,
-    THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,  # noqa: N803
-    RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
+    THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, FRESH: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     number = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
     part, table = parts + 4 * number, tables + number * stride
-    rank = tl.load(table + 4)
-    if rank == 0:
+    rank = _rank(table, EVEN)
+    if rank == 0 and not FRESH:
         return
     start, stop = tl.load(part), tl.load(part + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
@@ -327,13 +393,11 @@ def _expand(  # type: ignore[no-untyped-def]
     outer = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
     there = outer < width
     total = tl.zeros((TOKENS, OUTER), dtype=tl.float32)
-    if THROUGH_A:
-        weight = tl.load(table).to(tl.pointer_type(y.dtype.element_ty))
-    else:
-        weight = tl.load(table + 1).to(tl.pointer_type(y.dtype.element_ty))
+    weight = _matrix(table, 0, y.dtype.element_ty, EVEN) if THROUGH_A else _matrix(table, 1, y.dtype.element_ty, EVEN)
     for begin in tl.static_range(0, RANK, RANKS):
         ranks = begin + tl.arange(0, RANKS)
-        low = tl.load(h + tokens[:, None] * RANK + ranks[None, :], mask=own[:, None], other=0.0)
+        here = own[:, None] & (ranks < rank)[None, :]
+        low = tl.load(h + tokens[:, None] * RANK + ranks[None, :], mask=here, other=0.0)
         places = ranks[:, None] * width + outer[None, :] if THROUGH_A else outer[None, :] * rank + ranks[:, None]
         weights = tl.load(weight + places, mask=(ranks < rank)[:, None] & there[None, :], other=0.0)
         total = tl.dot(low, weights, total, input_precision="ieee")
@@ -343,19 +407,20 @@ def _expand(  # type: ignore[no-untyped-def]
         total = tl.where(_kept(part, tl.load(table + 5), tokens - start, outer), total, 0.0)
     at = y + tokens[:, None] * width + outer[None, :]
     both = own[:, None] & there[None, :]
-    before = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    tl.store(at, (before + total).to(y.dtype.element_ty), mask=both)
+    if not FRESH:
+        total += tl.load(at, mask=both, other=0.0).to(tl.float32)
+    tl.store(at, total.to(y.dtype.element_ty), mask=both)
 
 
 @triton.jit
 def _collect(  # type: ignore[no-untyped-def]
     x, h, tables, parts, stride, width,
-    OF_B: tl.constexpr, DROPPED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,  # noqa: N803
-    RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
+    OF_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     number = tl.program_id(0)
     part, table = parts + 4 * number, tables + number * stride
-    rank = tl.load(table + 4)
+    rank = _rank(table, EVEN)
     if rank == 0:
         return
     start, stop = tl.load(part), tl.load(part + 1)
@@ -374,8 +439,8 @@ def _collect(  # type: ignore[no-untyped-def]
         total = tl.dot(tl.trans(values), low, total, input_precision="ieee")
     if OF_B:
         total *= _scaling(part, table)
-        at = tl.load(table + 3).to(tl.pointer_type(tl.float32)) + outer[:, None] * rank + ranks[None, :]
+        at = _matrix(table, 3, tl.float32, EVEN) + outer[:, None] * rank + ranks[None, :]
     else:
-        at = tl.load(table + 2).to(tl.pointer_type(tl.float32)) + ranks[None, :] * width + outer[:, None]
+        at = _matrix(table, 2, tl.float32, EVEN) + ranks[None, :] * width + outer[:, None]
     both = there[:, None] & (ranks < rank)[None, :]
     tl.store(at, tl.load(at, mask=both, other=0.0) + total, mask=both)

@@ -205,60 +205,6 @@ class Line:
         assert isinstance(found, torch.Tensor)  # not the pair that it returns when asked for more
         return found
 
-    def attend_by_hand(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-    ) -> "Attended":
-        """`attend` on a GPU, without autograd: for `attend_backward`. The shapes are the same."""
-        of_queries, of_keys, longest, widest, keys = self._bounds
-        if keys is not None:
-            key, value = key[keys], value[keys]
-        limits: dict[str, Any] = {
-            "scale": scale,
-            "window_size_left": -1 if window is None else window - 1,
-            "window_size_right": 0,
-        }
-        bounds = (of_queries, of_keys, longest, widest, 0.0, window is None)
-        # What varlen_attn calls, at a third of the time that its wrapping in Python takes.
-        out, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *bounds, False, **limits
-        )
-        return Attended(query, key, value, out, sums, state, unused, bounds, limits)
-
-    def attend_backward(
-        self, gradient: torch.Tensor, attended: "Attended"
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of queries, keys and values."""
-        own = attended
-        into_query, into_key, into_value = torch.ops.aten._flash_attention_backward(
-            gradient, own.query, own.key, own.value, own.out, own.sums, *own.bounds, own.state, own.unused, **own.limits
-        )
-        keys = self._bounds[4]
-        if keys is not None:  # several rows share a beginning
-            into_key, into_value = (
-                torch.zeros(gradient.shape[0], *part.shape[1:], dtype=part.dtype, device=part.device).index_put_(
-                    (keys,), part, accumulate=True
-                )
-                for part in (into_key, into_value)
-            )
-        return into_query, into_key, into_value
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Attention's output, and what its backward pass needs."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    out: torch.Tensor
-    """[tokens, heads, width]"""
-    sums: torch.Tensor
-    """Logarithms of the softmax's denominators."""
-    state: torch.Tensor
-    unused: torch.Tensor
-    bounds: tuple[Any, ...]
-    limits: dict[str, Any]
-
 
 ATTENTION = "line"
 """The name by which transformers' models find `_attention`."""

@@ -16,11 +16,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, interpreted."""
+    """The module, interpreted, as are those that are built on it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "finetune.kernels", raising=False)
+    names = [f"finetune.{name}" for name in ("kernels", "attention", "decoder")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("finetune.kernels")
-    del sys.modules["finetune.kernels"]
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def draw(*shape: int) -> "torch.Tensor":
@@ -88,6 +91,22 @@ def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
     assert torch.allclose(back, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_score_is_cross_entropy(kernels: Any) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    logits = draw(6, 5000).requires_grad_()
+    targets = torch.tensor([3, 4999, 0, 4096, 17, int(logits[5].argmax())])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), logits)
+    for learns in (False, True):
+        losses, right, found = kernels.score(taken := logits.detach().clone(), targets, learns)
+        assert torch.allclose(losses, expected, rtol=1e-5)
+        assert torch.equal(right, logits.argmax(-1) == targets)
+        assert bool(right[5])
+        assert torch.allclose(found, slope, rtol=1e-4, atol=1e-7) if learns else torch.equal(taken, logits)
+
+
 WIDTHS = (200, 136)
 """Of the layer's input and output; neither is a multiple of a block."""
 
@@ -144,6 +163,10 @@ class Case:
         kernels.collect(slope, h, places, 1, of_b=True)
         kernels.collect(x, into_h, places, 1, dropped=True)
         kernels.expand(into_x, into_h, places, 1, through_a=True, dropped=True)
+        for part, own, through_a in ((y, h, False), (into_x, into_h, True)):
+            other = torch.full_like(part, 7.0)
+            kernels.expand(other, own, places, 1, through_a=through_a, dropped=through_a, fresh=True)
+            assert torch.allclose(other + 1, part, rtol=1e-4, atol=1e-4, equal_nan=True)
         return [y, into_x, *(gradient.clone() for gradient in self.gradients())]
 
     def by_pytorch(self) -> list["torch.Tensor"]:
@@ -237,28 +260,34 @@ def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
     assert not bool(ill[0][sick].isfinite().all())
 
 
-def attend(line: Any, query: Any, key: Any, value: Any, scale: float, window: int | None) -> Any:
-    """Stands where the GPU's kernel is: the CPU's attention, with its gradients ready to be asked for."""
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 32), (2, 2, 24)])
+def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int, window: int | None) -> None:
+    """Rows of one token, of more than a block, and rows that share a beginning."""
     import torch
 
+    from finetune.attention import Rows, attend, attend_backward
     from finetune.layout import Line
 
-    parts = [part.detach().requires_grad_() for part in (query, key, value)]
-    with torch.enable_grad():
-        out = Line.attend(line, *parts, scale, window)
-
-    class Attended:
-        of = parts
-
-    Attended.graph, Attended.out = out, out.detach()  # type: ignore[attr-defined]
-    return Attended
-
-
-def attend_backward(line: Any, gradient: Any, attended: Any) -> Any:
-    """Its backward pass."""
-    import torch
-
-    return torch.autograd.grad(attended.graph, attended.of, gradient)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 99, (6, 150)).tolist()
+    plain = [{"input_ids": ids[0][:size], "labels": ids[0][:size]} for size in (1, 70, 64)]
+    sharing = [
+        {"input_ids": ids[1][:66] + own[:size], "labels": [-100] * 67 + own[1:size]}
+        for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
+    ]
+    line = Line([plain, sharing], torch.device("cpu"))
+    assert any(span.shared for span in line.spans)
+    tokens = line.ids.shape[1]
+    query, key, value = (draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups))
+    out = line.attend(query, key, value, 0.2, window)
+    slope = draw(tokens, heads, width)
+    expected = torch.autograd.grad(out, (query, key, value), slope)
+    rows = Rows(line.spans, line.positions[0])
+    attended = attend(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
+    assert torch.allclose(attended.out, out, rtol=1e-4, atol=1e-5)
+    for one, other in zip(attend_backward(slope, attended, rows), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 SLOTS = (
@@ -299,7 +328,6 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
 
     from finetune.bank import Learning, Measuring
     from finetune.decoder import Decoder
-    from finetune.layout import Line
     from finetune.supplies import Supplies
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
@@ -313,13 +341,11 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
     here = f"model.name_or_path={folder}"
     saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
     configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
-    monkeypatch.setattr(Line, "attend_by_hand", attend)
-    monkeypatch.setattr(Line, "attend_backward", attend_backward)
     found = []
     for by_hand in (False, True):
         with monkeypatch.context() as patched:
             if by_hand:
-                patched.setattr("finetune.bank.by_hand", lambda base, saves: Decoder(base, kernels, saves))
+                patched.setattr("finetune.bank.by_hand", Decoder)
             supplies = Supplies()
             bank = supplies.bank(configs[0])
             assert (bank.decoder is not None) is by_hand

@@ -1,0 +1,251 @@
+"""Attention of many short rows on a GPU, as Triton kernels: each row sees itself and the beginning it shares.
+
+FlashAttention-2 (Dao, 2023) in the form of Triton's own tutorial, forward and backward, with a table of blocks that
+holds no empty ones, and no copies of what rows share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from finetune.kernels import launch
+from finetune.layout import Span
+
+QUERIES, KEYS = 64, 64
+"""Tokens in a block."""
+
+
+class Rows:
+    """The spans of a line as the kernels read them, and blocks of tokens, each within one span."""
+
+    def __init__(self, spans: Sequence[Span], positions: torch.Tensor) -> None:
+        ends = {span.start: span.start + span.length for span in spans}
+        followers = dict(ends)
+        for span in spans:
+            if span.shared:
+                followers[span.beginning] = max(followers[span.beginning], span.start + span.length)
+        table = [
+            (span.start, ends[span.start], span.beginning, span.beginning + span.shared, followers[span.start])
+            for span in spans
+        ]
+        blocks = [
+            (number, first)
+            for number, span in enumerate(spans)
+            for first in range(span.start, span.start + span.length, QUERIES)
+        ]
+        device = positions.device
+        self.table = torch.tensor(table, dtype=torch.int32).to(device)
+        """Of each span: its first token, the one after its last, the shared beginning's, and the one after the last
+        that sees it."""
+        self.blocks = torch.tensor(blocks, dtype=torch.int32).to(device)
+        self.positions = positions.to(torch.int32)
+        """Of each token in its own row."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention's output, and what its backward pass needs."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    """[tokens, heads, width]"""
+    sums: torch.Tensor
+    """Logarithms (of base 2) of the softmax's denominators, float32 [heads, tokens]."""
+    scale: float
+    window: int
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float, window: int | None
+) -> Attended:
+    """Shapes: query [tokens, heads, width], key and value [tokens, groups, width], all contiguous."""
+    tokens, heads, width = query.shape
+    out = torch.empty_like(query)
+    sums = torch.empty(heads, tokens, device=query.device)
+    most = 0 if window is None else window
+    arguments = (
+        query, key, value, out, sums, rows.positions, rows.blocks, rows.table, scale * LOG2, tokens, heads,
+        heads // key.shape[1], width, most,
+    )  # fmt: skip
+    launch(_attend, (len(rows.blocks), heads, 1), arguments, _constants(width, most), 4, 2)
+    return Attended(query, key, value, out, sums, scale, most)
+
+
+def attend_backward(
+    gradient: torch.Tensor, attended: Attended, rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of queries, keys and values."""
+    query, key, value = attended.query, attended.key, attended.value
+    tokens, heads, width = query.shape
+    into_query, into_key, into_value = (torch.empty_like(part) for part in (query, key, value))
+    shared = torch.empty_like(attended.sums)
+    constants = _constants(width, attended.window)
+    launch(_weigh, (tokens, 1, 1), (gradient, attended.out, shared, tokens, heads, width),
+           (triton.next_power_of_2(heads), constants[1]))  # fmt: skip
+    common = (
+        query, key, value, gradient, attended.sums, shared, rows.positions, rows.blocks, rows.table,
+        attended.scale * LOG2, attended.scale, tokens, heads, heads // key.shape[1], width, attended.window,
+    )  # fmt: skip
+    blocks = len(rows.blocks)
+    launch(_attend_queries, (blocks, heads, 1), (into_query, *common), constants, 4, 2)
+    narrow = (*constants[:2], QUERIES // 2, KEYS)  # its two results leave few registers
+    launch(_attend_keys, (blocks, key.shape[1], 1), (into_key, into_value, *common), narrow, 4, 2)
+    return into_query, into_key, into_value
+
+
+LOG2 = 1.4426950408889634
+"""exp(x) is 2 to the power of so much x."""
+
+
+def _constants(width: int, window: int) -> tuple[Any, ...]:
+    return window > 0, max(16, triton.next_power_of_2(width)), QUERIES, KEYS
+
+
+@triton.jit
+def _tile(base, tokens, heads, head, width, columns, own):  # type: ignore[no-untyped-def]
+    """Some tokens' part of a head [tokens, width]."""
+    places = (tokens.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
+    return tl.load(base + places, mask=own[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """Which keys a query may see, by their positions."""
+    distance = of_query - of_key
+    seen = there & (distance >= 0)
+    if WINDOW:
+        seen = seen & (distance < window)
+    return seen
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    head = tl.program_id(1)
+    rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    own = rows < stop
+    of_query = tl.load(positions + rows, mask=own, other=0)
+    queries = _tile(query, rows, heads, head, width, columns, own)
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for part in tl.static_range(2):
+        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
+        for at in range(begin, end, KEYS):
+            others = at + tl.arange(0, KEYS)
+            there = others < end
+            keys = _tile(key, others, heads // group, head // group, width, columns, there)
+            values = _tile(value, others, heads // group, head // group, width, columns, there)
+            of_key = tl.load(positions + others, mask=there, other=0)
+            seen = _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
+            scores = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale, -float("inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            level = tl.where(higher == -float("inf"), 0.0, higher)
+            weights = tl.exp2(scores - level[:, None])
+            fade = tl.exp2(top - level)
+            total = total * fade + tl.sum(weights, 1)
+            result = tl.dot(weights.to(values.dtype), values, result * fade[:, None], input_precision="ieee")
+            top = higher
+    total = tl.where(own, total, 1.0)
+    tl.store(sums + head * tokens + rows, top + tl.log2(total), mask=own)
+    places = (rows.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
+    result = (result / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + places, result, mask=own[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """What the softmax's gradient has in common for all keys: the output's product with its gradient."""
+    token = tl.program_id(0)
+    head, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    there = (head < heads)[:, None] & (columns < width)[None, :]
+    places = (token.to(tl.int64) * heads + head[:, None]) * width + columns[None, :]
+    slope = tl.load(gradient + places, mask=there, other=0.0).to(tl.float32)
+    slope *= tl.load(out + places, mask=there, other=0.0).to(tl.float32)
+    tl.store(shared + head * tokens + token, tl.sum(slope, 1), mask=head < heads)
+
+
+@triton.jit
+def _attend_queries(  # type: ignore[no-untyped-def]
+    into_query, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale, tokens, heads,
+    group, width, window,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    head = tl.program_id(1)
+    rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    own = rows < stop
+    of_query = tl.load(positions + rows, mask=own, other=0)
+    queries = _tile(query, rows, heads, head, width, columns, own)
+    slopes = _tile(gradient, rows, heads, head, width, columns, own)
+    level = tl.load(sums + head * tokens + rows, mask=own, other=0.0)
+    common = tl.load(shared + head * tokens + rows, mask=own, other=0.0)
+    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for part in tl.static_range(2):
+        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
+        for at in range(begin, end, KEYS):
+            others = at + tl.arange(0, KEYS)
+            there = others < end
+            keys = _tile(key, others, heads // group, head // group, width, columns, there)
+            values = _tile(value, others, heads // group, head // group, width, columns, there)
+            of_key = tl.load(positions + others, mask=there, other=0)
+            seen = _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale - level[:, None]
+            weights = tl.exp2(tl.where(seen, scores, -float("inf")))
+            into_scores = weights * (tl.dot(slopes, tl.trans(values), input_precision="ieee") - common[:, None])
+            result = tl.dot(into_scores.to(keys.dtype), keys, result, input_precision="ieee")
+    places = (rows.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
+    result = (result * slope_scale).to(into_query.dtype.element_ty)
+    tl.store(into_query + places, result, mask=own[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _attend_keys(  # type: ignore[no-untyped-def]
+    into_key, into_value, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
+    tokens, heads, group, width, window,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    stop, followers = tl.load(span + 1), tl.load(span + 4)
+    place = tl.program_id(1)
+    rows, columns = first + tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    own = rows < stop
+    of_key = tl.load(positions + rows, mask=own, other=0)
+    keys = _tile(key, rows, heads // group, place, width, columns, own)
+    values = _tile(value, rows, heads // group, place, width, columns, own)
+    result_key, result_value = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
+    for head in range(place * group, (place + 1) * group):
+        for part in tl.static_range(2):  # its own span from here on, and the rows of which it is the beginning
+            begin, end = (first, stop) if part == 0 else (stop, followers)
+            for at in range(begin, end, QUERIES):
+                others = at + tl.arange(0, QUERIES)
+                there = others < end
+                queries = _tile(query, others, heads, head, width, columns, there)
+                slopes = _tile(gradient, others, heads, head, width, columns, there)
+                level = tl.load(sums + head * tokens + others, mask=there, other=0.0)
+                common = tl.load(shared + head * tokens + others, mask=there, other=0.0)
+                of_query = tl.load(positions + others, mask=there, other=0)
+                seen = _seen(of_query[None, :], of_key[:, None], there[None, :] & own[:, None], window, WINDOW)
+                scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale - level[None, :]
+                weights = tl.exp2(tl.where(seen, scores, -float("inf")))
+                result_value = tl.dot(weights.to(slopes.dtype), slopes, result_value, input_precision="ieee")
+                into_scores = weights * (tl.dot(values, tl.trans(slopes), input_precision="ieee") - common[None, :])
+                result_key = tl.dot(into_scores.to(queries.dtype), queries, result_key, input_precision="ieee")
+    places = (rows.to(tl.int64)[:, None] * (heads // group) + place) * width + columns[None, :]
+    both = own[:, None] & (columns < width)[None, :]
+    tl.store(into_key + places, (result_key * slope_scale).to(into_key.dtype.element_ty), mask=both)
+    tl.store(into_value + places, result_value.to(into_value.dtype.element_ty), mask=both)
