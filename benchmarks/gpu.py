@@ -385,7 +385,8 @@ def attention_within_bounds() -> str:
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         bounds, longest = latest["bounds"], latest["longest"]
         found = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
-        return found[None], None  # type: ignore[index]
+        assert isinstance(found, torch.Tensor)
+        return found[None], None
 
     AttentionInterface.register("within_bounds", attend)
     return "within_bounds"

@@ -108,14 +108,14 @@ def _constants(width: int, window: int) -> tuple[Any, ...]:
 
 
 @triton.jit
-def _tile(base, tokens, heads, head, width, columns, own):  # type: ignore[no-untyped-def]
+def _tile(base, tokens, heads, head, width, columns, own):
     """Some tokens' part of a head [tokens, width]."""
     places = (tokens.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
     return tl.load(base + places, mask=own[:, None] & (columns < width)[None, :], other=0.0)
 
 
 @triton.jit
-def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
     """Which keys a query may see, by their positions."""
     distance = of_query - of_key
     seen = there & (distance >= 0)
@@ -125,9 +125,9 @@ def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1)
@@ -165,7 +165,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """What the softmax's gradient has in common for all keys: the output's product with its gradient."""
     token = tl.program_id(0)
     head, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH)
@@ -177,10 +177,10 @@ def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WID
 
 
 @triton.jit
-def _attend_queries(  # type: ignore[no-untyped-def]
+def _attend_queries(
     into_query, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale, tokens, heads,
     group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1)
@@ -213,10 +213,10 @@ def _attend_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend_keys(  # type: ignore[no-untyped-def]
+def _attend_keys(
     into_key, into_value, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
     tokens, heads, group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,  # noqa: N803
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1)

@@ -216,6 +216,7 @@ class Bank:
             with torch.no_grad():
                 hidden, trace = self.decoder.forward(line, self._slots(wishes), [wish.draw for wish in wishes])
                 answers = self._answers(hidden, line, shares)
+                assert answers.gradient is not None
                 self.decoder.backward(trace, answers.gradient)
         else:
             with self._passing(line, wishes, [wish.draw for wish in wishes]):
@@ -304,6 +305,7 @@ class Bank:
             losses.append(loss)
             right.append(likeliest)
             if shares is not None:
+                assert slope is not None
                 into_hidden = slope.to(hidden.dtype) @ weight
                 gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
         return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)

@@ -88,7 +88,7 @@ class Decoder:
             parts.append((start, stop, key, slot.dropout if draws else 0.0))
         x: torch.Tensor = self._embed(line.ids)[0]
         cos, sin = (part[0].contiguous() for part in self._turn(x[None], line.positions))
-        places = Places(parts, [slot.table for slot in slots], x.device)
+        places = Places(parts, [slot.table for slot in slots if slot.table is not None], x.device)
         rows = Rows(line.spans, line.positions[0])
         now = Pass(line, rows, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
         added: torch.Tensor | None = None
@@ -158,6 +158,7 @@ class _Linear:
     def collect_a(self, x: torch.Tensor | None, into_h: torch.Tensor | None, now: Pass) -> None:
         """Add A's gradient to the slots'."""
         if into_h is not None:
+            assert x is not None
             kernels.collect(x, into_h, now.places, self.row, dropped=True)
 
 
@@ -193,7 +194,7 @@ class _Block:
                 whole = f"{name}.{owner}.{part}_proj"
                 layer = getattr(getattr(block, owner), f"{part}_proj")
                 self._linear[part] = _Linear(layer, whole, rows[whole])
-        self._head_norms = {part: getattr(attention, f"{part}_norm", None) for part in "qk"}
+        self._head_norms: dict[str, Any] = {part: getattr(attention, f"{part}_norm", None) for part in "qk"}
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._width, self._scaling = attention.head_dim, attention.scaling
         self._window = getattr(attention, "sliding_window", window)
@@ -252,15 +253,16 @@ class _Block:
         into_inner, into_h = linear["down"].backward(slope, h["down"], now)
         into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
         linear["down"].collect_a(inner, into_h, now)
-        into_middle = None
+        into_middle: torch.Tensor | None = None
         for part, own in (("gate", into_gated), ("up", into_up)):
             into_middle, into_h = linear[part].backward(own, h[part], now, into_middle)
             linear[part].collect_a(kept.normed_middle, into_h, now)
+        assert into_middle is not None
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
         into_out, into_h = linear["o"].backward(slope, h["o"], now)
         linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
         into_states = attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows)
-        into_x = None
+        into_x: torch.Tensor | None = None
         for part, into in zip("qkv", into_states, strict=True):
             if part in self._head_norms and self._rotates:
                 into = kernels.rotate(into, now.cos, now.sin, -1.0)
@@ -270,5 +272,5 @@ class _Block:
                 into = kernels.norm_backward(into.reshape(-1, self._width), flat, own, roots)
             into_x, into_h = linear[part].backward(into.reshape(len(slope), -1), h[part], now, into_x)
             linear[part].collect_a(kept.normed, into_h, now)
-        result: torch.Tensor = kernels.norm_backward(into_x, kept.x, self._norm.weight, kept.inverse, slope)
-        return result
+        assert into_x is not None
+        return kernels.norm_backward(into_x, kept.x, self._norm.weight, kept.inverse, slope)

@@ -198,7 +198,7 @@ def collect(
 
 
 @triton.jit
-def _hash(x):  # type: ignore[no-untyped-def]
+def _hash(x):
     """Mixes 32 bits (Wellons' lowbias32)."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -208,7 +208,7 @@ def _hash(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(part, number, tokens, columns):  # type: ignore[no-untyped-def]
+def _kept(part, number, tokens, columns):
     """Which elements dropout keeps: by the slot's key for this batch, the layer, the slot's token and the column."""
     key = tl.load(part + 2)
     low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -220,7 +220,7 @@ def _kept(part, number, tokens, columns):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _matrix(table, column: tl.constexpr, element: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _matrix(table, column: tl.constexpr, element: tl.constexpr, EVEN: tl.constexpr):
     """The address in a column of the table."""
     address = tl.load(table + column).to(tl.pointer_type(element))
     if EVEN:
@@ -229,7 +229,7 @@ def _matrix(table, column: tl.constexpr, element: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def _rank(table, EVEN: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _rank(table, EVEN: tl.constexpr):
     rank = tl.load(table + 4).to(tl.int32)
     if EVEN:
         rank = tl.multiple_of(rank, 8)
@@ -237,13 +237,13 @@ def _rank(table, EVEN: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N8
 
 
 @triton.jit
-def _scaling(part, table):  # type: ignore[no-untyped-def]
+def _scaling(part, table):
     """Of what the adapter adds; elements that dropout keeps stand for the others as well."""
     return tl.load(table + 6).to(tl.float64, bitcast=True).to(tl.float32) / (1 - tl.load(part + 3) / 4294967296)
 
 
 @triton.jit
-def _norm(x, added, weight, total, y, inverse, width, epsilon, ADDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _norm(x, added, weight, total, y, inverse, width, epsilon, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     there = columns < width
@@ -261,7 +261,7 @@ def _norm(x, added, weight, total, y, inverse, width, epsilon, ADDS: tl.constexp
 
 
 @triton.jit
-def _norm_backward(gradient, x, weight, inverse, added, into_x, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _norm_backward(gradient, x, weight, inverse, added, into_x, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     there = columns < width
@@ -277,7 +277,7 @@ def _norm_backward(gradient, x, weight, inverse, added, into_x, width, ADDS: tl.
 
 
 @triton.jit
-def _gate(gated, up, result, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _gate(gated, up, result, count, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < count
     g = tl.load(gated + places, mask=there, other=0.0).to(tl.float32)
@@ -286,7 +286,7 @@ def _gate(gated, up, result, count, BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _gate_backward(gradient, gated, up, into_gated, into_up, result, count, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _gate_backward(gradient, gated, up, into_gated, into_up, result, count, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < count
     slope = tl.load(gradient + places, mask=there, other=0.0).to(tl.float32)
@@ -301,7 +301,7 @@ def _gate_backward(gradient, gated, up, into_gated, into_up, result, count, AGAI
 
 
 @triton.jit
-def _rotate(x, cos, sin, result, heads, width, sign, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _rotate(x, cos, sin, result, heads, width, sign, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = width // 2
@@ -318,7 +318,7 @@ def _rotate(x, cos, sin, result, heads, width, sign, HEADS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _score(logits, targets, losses, right, width, LEARNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def _score(logits, targets, losses, right, width, LEARNS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     first = logits + row * width
     target = tl.load(targets + row)
@@ -343,10 +343,10 @@ def _score(logits, targets, losses, right, width, LEARNS: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _shrink(  # type: ignore[no-untyped-def]
+def _shrink(
     x, h, tables, parts, tiles, stride, width,
-    THROUGH_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr,  # noqa: N803
+    THROUGH_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
@@ -376,10 +376,10 @@ def _shrink(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _expand(  # type: ignore[no-untyped-def]
+def _expand(
     y, h, tables, parts, tiles, stride, width,
-    THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, FRESH: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
+    THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, FRESH: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
@@ -413,10 +413,10 @@ def _expand(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _collect(  # type: ignore[no-untyped-def]
+def _collect(
     x, h, tables, parts, stride, width,
-    OF_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,  # noqa: N803
+    OF_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     part, table = parts + 4 * number, tables + number * stride

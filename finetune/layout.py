@@ -41,6 +41,11 @@ def common_beginning(rows: Sequence[dict[str, Any]]) -> int:
     return shared if shared >= WORTH_SHARING else 0
 
 
+def laid(rows: Sequence[dict[str, Any]]) -> int:
+    """How many tokens of a line a batch takes."""
+    return sum(len(row["input_ids"]) for row in rows) - common_beginning(rows) * max(len(rows) - 1, 0)
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of the line that sees itself, each token what is before it, and what its rows begin with."""

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from finetune.progress import total_steps
 from finetune.supplies import Supplies
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -48,38 +48,44 @@ class Plan:
     activations: int
     """Of one slot's largest batch, kept for its backward pass."""
     logits: int
+    """Some at a time, and in float32 their softmax beside them."""
     evaluation: int
     """Of one slot's largest batch of held-out rows; no gradients are kept."""
     available: int
     """The machine's memory for this: the GPU's, else the host's."""
-    batch_tokens: int
-    """In one slot's largest batch, what its rows share counted once."""
+    batches: tuple[int, ...]
+    """Tokens of each of one slot's batches, what its rows share counted once."""
     train_tokens: int
     """Of the whole run, padding not counted."""
     weights: int
     """That a token is multiplied by."""
 
-    @property
-    def slot(self) -> int:
-        """What one more slot needs."""
-        return self.adapter + self.optimizer + max(self.activations, self.evaluation)
+    def tokens(self, slots: int) -> float:
+        """In the largest of so many slots' batches that come together.
+
+        They are drawn independently, so the largest hardly ever meet: by extreme value theory the maximum of n sums
+        is about their mean and √(2 ln n) standard deviations.
+        """
+        mean, largest = statistics.fmean(self.batches), max(self.batches)
+        spread = statistics.pstdev(self.batches) * math.sqrt(2 * math.log(len(self.batches)) * slots)
+        return max(largest, min(slots * largest, slots * mean + spread))
 
     def peak(self, slots: int = 1) -> int:
         """The most that so many slots need at once."""
-        return self.process + self.base + self.logits + slots * self.slot
+        rows = max(self.activations * self.tokens(slots) / max(self.batches), slots * self.evaluation)
+        return int(self.process + self.base + self.logits + slots * (self.adapter + self.optimizer) + rows)
 
     @property
     def largest(self) -> int:
-        """How many slots there is room for; 0: not even one."""
-        room = USABLE * self.available - self.process - self.base - self.logits
-        return max(0, math.floor(room / self.slot))
+        """How many slots there is room for, 64 at most; 0: not even one."""
+        return sum(self.peak(slots) <= USABLE * self.available for slots in range(1, 65))
 
     @property
     def slots(self) -> int:
         """How many slots are worth having: as many as keep a GPU busy; one on a CPU, which one keeps busy."""
         from finetune.base import on_gpu
 
-        wanted = math.ceil(BUSY_TOKENS / self.batch_tokens) if on_gpu() else 1
+        wanted = math.ceil(BUSY_TOKENS / statistics.fmean(self.batches)) if on_gpu() else 1
         return max(1, min(wanted, self.largest, MOST_SLOTS))
 
     def require_room(self, config: RunConfig) -> None:
@@ -124,6 +130,7 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
+    from finetune.bank import LOGITS
     from finetune.base import (
         add_adapter,
         available_memory,
@@ -132,7 +139,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         read_base_config,
         require_bitsandbytes,
     )
-    from finetune.layout import Line
+    from finetune.layout import laid
     from finetune.packed_engine import steps
 
     require_bitsandbytes(config.quantization)
@@ -151,33 +158,25 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
 
     total = total_steps(config, len(train))
     lengths = [len(row["input_ids"]) for row in train]
-    device = _meta()
     batches = [batch for step in steps(lengths, config, total) for batch in step.batches]
-    largest = max(batches, key=lambda batch: sum(lengths[index] for index in batch))
-    line = Line([[train[index] for index in largest]], device)
+    sizes = tuple(laid([train[index] for index in batch]) for batch in batches)
     shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
-    measured = Line([shown[: config.trainer.per_device_eval_batch_size]], device) if shown else line
-    tokens, measured_tokens = line.ids.shape[1], measured.ids.shape[1]
-    kept, passing = _activation_elements(base, config)
+    measured = laid(shown[: config.trainer.per_device_eval_batch_size])
+    adapts = {name.rsplit(".", 3)[-3] for name, part in adapted.named_parameters() if part.requires_grad}
+    kept, passing = _activation_elements(base, config, adapts if half == 2 else None)
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
         adapter=sum(trained) * (8 if half == 4 else 10),
         optimizer=sum(trained) * 8,
-        activations=int(tokens * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
-        logits=_logits_bytes(base),
-        evaluation=measured_tokens * passing * half,
+        activations=int(max(sizes) * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
+        logits=LOGITS * base.vocab_size * (half if half == 2 else 8),
+        evaluation=measured * passing * half,
         available=available_memory(),
-        batch_tokens=tokens,
+        batches=sizes,
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
         weights=weights,
     )
-
-
-def _meta() -> "torch.device":
-    import torch
-
-    return torch.device("meta")
 
 
 def _skeleton(base: Any) -> "PreTrainedModel":
@@ -214,28 +213,28 @@ def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
     return int(linear * each + others * size)
 
 
-def _activation_elements(base: Any, config: RunConfig) -> tuple[int, int]:
+def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) -> tuple[int, int]:
     """Numbers for each token: kept for the backward pass, and alive for a moment within a layer.
 
-    A layer keeps the inputs of its norms and linear layers, its queries, keys and values, and what the gate takes;
-    with checkpointing its input alone. Within a layer, the forward and backward of the gate are the widest.
+    `adapts`: the ends of the adapted layers' names, where the GPU's own decoder computes; else None. A layer keeps the
+    inputs of its norms, its queries, keys, values and what they give, what the gate takes, and the inputs of linear
+    layers: on a GPU only of those that are adapted, and not the gate's product. With checkpointing it keeps its
+    input alone. Within a layer, the forward and backward of the gate are the widest.
     """
     hidden, inner, layers = base.hidden_size, base.intermediate_size, base.num_hidden_layers
     heads = base.num_attention_heads
     width = getattr(base, "head_dim", None) or hidden // heads
     queries, keys = heads * width, getattr(base, "num_key_value_heads", heads) * width
-    layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
-    passing = 4 * hidden + 2 * queries + 4 * inner
+    if adapts is None:
+        layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
+        passing = 4 * hidden + 2 * queries + 4 * inner
+    else:
+        attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
+        layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
+        passing = 3 * hidden + (4 + ("down_proj" in adapts)) * inner
     if config.trainer.gradient_checkpointing is True:
         return layers * hidden, layer + passing
     return layers * layer, passing
-
-
-def _logits_bytes(base: Any) -> int:
-    """One chunk of logits and its softmax, which becomes its gradient, in float32."""
-    from finetune.bank import LOGITS
-
-    return int(2 * 4 * LOGITS * base.vocab_size)
 
 
 def _resident() -> int:
@@ -261,7 +260,7 @@ def main() -> None:
         "base": found.base,
         "adapter and its gradient": found.adapter,
         "optimizer": found.optimizer,
-        f"activations ({found.batch_tokens} tokens)": found.activations,
+        f"activations ({max(found.batches)} tokens)": found.activations,
         "logits": found.logits,
         "evaluation": found.evaluation,
     }
@@ -270,7 +269,8 @@ def main() -> None:
             print(f"{name:32}{amount / GIB:8.2f} GiB")
     print(f"{'peak of one run':32}{found.peak() / GIB:8.2f} GiB of {found.available / GIB:.1f}")
     found.require_room(config)
-    print(f"{'each further slot':32}{found.slot / GIB:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
+    further = (found.peak(2) - found.peak()) / GIB
+    print(f"{'each further slot':32}{further:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
     seconds = found.train_tokens * 4 * found.weights / speed()
     print(f"{'tokens':32}{found.train_tokens:8d}: about {max(1, math.ceil(seconds / 60))} min of training")
 

@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests are of the CPU, where runs repeat bit for bit, but for those marked gpu: pytest -m gpu."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels run on the CPU; Triton reads it when it is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,5 @@
 """The GPU's kernels, by Triton's interpreter on the CPU, against PyTorch's own operations."""
 
-import importlib
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,16 +11,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, interpreted, as are those that are built on it."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    names = [f"finetune.{name}" for name in ("kernels", "attention", "decoder")]
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("finetune.kernels")
-    for name in names:
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    """The module, interpreted (conftest.py)."""
+    from finetune import kernels
+
+    return kernels
 
 
 def draw(*shape: int) -> "torch.Tensor":
