@@ -1,6 +1,6 @@
 """Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on Llama-2-7B's shapes.
 
-    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16] [--length short,long]
+    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto] [--length short,long]
                              [--checkpointing off,on] [--lora q_v,all_linear] [--memory GIB] [--tiny]
 
 The base has random weights in NF4 (not double quantised), products are in bfloat16. Rows have random tokens, all of
@@ -8,7 +8,8 @@ which the loss counts: short ones 128 to 512 tokens (mean about 350), long ones 
 Tokens are counted without padding; the first two steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16
 without.
 
-`ours` is the engine `packed` with so many slots. `trl` is SFTTrainer as it is; `best` is the best that can be made of
+`ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and `planned` what
+`finetune.plan` says of its memory. `trl` is SFTTrainer as it is; `best` is the best that can be made of
 it: Liger's kernels, and no padding, with PyTorch's attention within boundaries put in for flash-attn. `unsloth` runs
 where Unsloth is installed. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at 4
 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be used. `--tiny` is a
@@ -17,6 +18,7 @@ dry run with a small model, on a CPU too.
 
 import argparse
 import gc
+import json
 import random
 import tempfile
 import time
@@ -34,6 +36,7 @@ WARM = 2
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
+UNCUT = ("eval_fraction=0", "test_fraction=0", "max_length=null")
 LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear": ["lora=r16"]}
 
 
@@ -41,7 +44,7 @@ def main() -> None:
     """Measure each side in turn and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default="ours,trl,best")
-    parser.add_argument("--slots", default="1,2,4,8,16")
+    parser.add_argument("--slots", default="1,2,4,8,16,auto")
     parser.add_argument("--length", default="short")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--lora", default="q_v,all_linear")
@@ -54,14 +57,14 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total))
     peak = matmul_rate()
     print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, matrix product {peak / 1e12:.1f} TFLOP/s", flush=True)
-    print("| side | rows | LoRA | checkpointing | slots | tokens/s | peak memory, GiB | of the roofline |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for side in arguments.sides.split(","):
         for checkpointing in arguments.checkpointing.split(","):
             base = None
             for length in arguments.length.split(","):
                 for lora in arguments.lora.split(","):
-                    for slots in [int(number) for number in arguments.slots.split(",")] if side == "ours" else [1]:
+                    for slots in arguments.slots.split(",") if side == "ours" else ["1"]:
                         case = Case(side, lora, length, checkpointing == "on", slots, arguments.steps, arguments.tiny)
                         if base is None:
                             base = case.base()
@@ -81,17 +84,39 @@ def free() -> None:
 class Case:
     """One line of the table."""
 
-    def __init__(self, side: str, lora: str, length: str, saving: bool, slots: int, steps: int, tiny: bool) -> None:
-        self.side, self.lora, self.length, self.saving, self.slots = side, lora, length, saving, slots
+    def __init__(self, side: str, lora: str, length: str, saving: bool, slots: str, steps: int, tiny: bool) -> None:
+        self.side, self.lora, self.length, self.saving = side, lora, length, saving
         self.steps, self.tiny = steps, tiny
         self.rows = make_rows(length, tiny)
+        self.planned = ""
+        self.slots = 1
+        if side == "ours":
+            plan = self.plan()
+            self.slots = plan.slots if slots == "auto" else int(slots)
+            self.planned = f"{plan.peak(self.slots) / 2**30:.1f}"
 
-    def config(self, seed: int = SEED) -> Any:
+    def config(self, seed: int = SEED, *more: str) -> Any:
         """The run's config, as a command line has it."""
         from finetune.cli import compose_run
 
         saving = f"trainer.gradient_checkpointing={str(self.saving).lower()}"
-        return compose_run([*LORA[self.lora], saving, f"seed={seed}", "trainer.max_steps=50"])
+        steps = (f"trainer.max_steps={self.steps + WARM}", "trainer.save_steps=0")
+        return compose_run([*LORA[self.lora], saving, f"seed={seed}", *steps, *more])
+
+    def plan(self) -> Any:
+        """What `finetune.plan` says of such a run: it reads no weights, so here are none."""
+        from finetune.plan import plan
+        from finetune.supplies import Supplies
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shapes(self.tiny).save_pretrained(folder)
+            tokenizer().save_pretrained(folder)
+            (folder / "model.safetensors").touch()
+            texts = [" ".join(f"w{number}" for number in row["input_ids"]) for row in self.rows]
+            (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            more = (f"model.name_or_path={folder}", f"dataset.path={folder / 'rows.jsonl'}")
+            return plan(self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), Supplies())
 
     def base(self) -> Any:
         """A fresh base as the side has it."""
@@ -114,11 +139,11 @@ class Case:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
             rate, weights = run(base, self)
         except torch.OutOfMemoryError:
-            print(f"{line} out of memory | | |", flush=True)
+            print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
         memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
         share = rate * (6 if self.saving else 4) * weights / peak
-        print(f"{line} {rate:.0f} | {memory:.1f} | {share:.0%} |", flush=True)
+        print(f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |", flush=True)
 
 
 def shapes(tiny: bool) -> Any:
@@ -245,7 +270,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     works = []
     for seed in range(case.slots):
         config = case.config(seed)
-        training = PackedTraining(config, bank.slot(config.lora, seed), data, 50)
+        training = PackedTraining(config, bank.slot(config.lora, seed), data, case.steps + WARM + 1)
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     wishes: list[Any] = [next(work) for work in works]
     for step in range(case.steps + WARM):

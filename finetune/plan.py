@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 USABLE = 0.9
 """The share of a machine's memory that is planned with."""
 
-BUSY_TOKENS = 4096
-"""Tokens in one pass that keep a GPU busy: more slots than these need bring nothing."""
+BUSY_TOKENS = 10_000
+"""Tokens in one pass that keep a GPU busy: more slots than these need bring next to nothing (docs/benchmarks.md)."""
 
 MOST_SLOTS = 16
 

@@ -1,0 +1,114 @@
+"""The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
+
+    python benchmarks/gpu_study.py [--trials 32] [--steps 64] [--stock-trials 2] [--sides tutorial,best,ours] [--tiny]
+
+The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
+A trial is LoRA on queries and values, batch 4, four evaluations of 32 held-out rows. The stock stack is
+hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` with gradient checkpointing
+and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
+loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
+the study; this project's is the wall time of the whole command, with its defaults. `--tiny` is a dry run.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from gpu import GPU, write_checkpoint
+from study import read_lines, timed, write_lines
+
+SPACE = [
+    "lora.r=choice(8,16,32,64)",
+    "lora.alpha=choice(8,16,32,64)",
+    "lora.dropout=interval(0.0,0.15)",
+    "optimizer.learning_rate=tag(log,interval(1e-5,1e-3))",
+]
+STOCK = {
+    "tutorial": ["++arguments.gradient_checkpointing=true", "++arguments.optim=paged_adamw_32bit"],
+    "best": [
+        "++arguments.padding_free=true",
+        "++arguments.max_length=null",
+        f"++arguments.use_liger_kernel={str(GPU).lower()}",
+        "++arguments.optim=adamw_torch_fused",
+        f"within_bounds={str(GPU).lower()}",
+    ],
+}
+
+
+def main() -> None:
+    """Run the sides, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64, help="of a whole trial, a multiple of 4")
+    parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
+    parser.add_argument("--sides", default="tutorial,best,ours")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_checkpoint(folder / "base", arguments.tiny)
+        for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
+            write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
+        seconds = {}
+        for side in arguments.sides.split(","):
+            if side == "ours":
+                seconds[side] = ours(folder, arguments.trials, arguments.steps)
+            else:
+                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, arguments.steps)
+            print(f"{side}: {seconds[side]:.0f} s", flush=True)
+    print(
+        f"\n| a study of {arguments.trials} trials of {arguments.steps} steps | seconds | this project is faster by |"
+    )
+    print("|---|---|---|")
+    for side, took in seconds.items():
+        faster = f"{took / seconds['ours']:.1f} times" if "ours" in seconds and side != "ours" else ""
+        print(f"| {side} | {took:.0f} | {faster} |")
+
+
+def texts(count: int, seed: int, divisor: int) -> list[dict[str, str]]:
+    """Rows of random words, a token each."""
+    draw = random.Random(seed)
+    sizes = [min(512, max(128, round(draw.gauss(350, 110)))) // divisor for _ in range(count)]
+    return [{"text": " ".join(f"w{draw.randrange(3, 32000)}" for _ in range(size))} for size in sizes]
+
+
+def stock(folder: Path, side: str, trials: int, steps: int) -> float:
+    """Seconds of one trial of the stock stack, the mean of some."""
+    script = Path(__file__).resolve().with_name("stock_trial.py")
+    records = folder / f"{side}.jsonl"
+    timed(
+        folder,
+        [sys.executable, str(script), "-m", "hydra/sweeper=optuna", *SPACE, f"steps={steps}", f"records={records}"],
+        [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0"],
+        ["lora.targets=[q_proj,v_proj]", "rows.tokens=null", "++arguments.completion_only_loss=false", *STOCK[side]],
+        [f"hydra.sweep.dir={side}"],
+    )
+    return statistics.fmean(record["seconds"] for record in read_lines(records))
+
+
+def ours(folder: Path, trials: int, steps: int) -> float:
+    """Seconds of this project's whole study."""
+    took = timed(
+        folder,
+        [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
+        ["model.name_or_path=base", "dataset.path=train.jsonl", "dataset.eval_path=eval.jsonl"],
+        ["dataset.test_fraction=0", "sample_prompts=[]", "dataset.max_length=null", "tracker=none"],
+        [f"trainer.max_steps={steps}", f"trainer.eval_steps={steps // 4}", "trainer.save_steps=0"],
+        [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.study_name=ours"],
+        ["hydra.sweep.dir=ours"],
+    )
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("ours/trials/*/result.json")]
+    states = [result["status"] for result in results]
+    slots = {result["slots"] for result in results}
+    tokens = sum(result["train_tokens"] for result in results)
+    print(f"ours: {states.count('completed')} complete, {states.count('pruned')} pruned, {len(states)} in all, "
+          f"slots {slots}, {tokens} tokens", flush=True)  # fmt: skip
+    return took
+
+
+if __name__ == "__main__":
+    main()
