@@ -295,7 +295,8 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
     weights = weights_of(base)
     arguments: dict[str, Any] = {}
     if case.side == "best":
-        base.config._attn_implementation = attention_within_bounds()
+        if GPU:
+            base.config._attn_implementation = attention_within_bounds()
         arguments = {"use_liger_kernel": GPU, "padding_free": True}
     model = get_peft_model(base, lora_config(case.config().lora))
     rate = train(model, case, arguments)
