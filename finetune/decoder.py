@@ -97,6 +97,7 @@ class Decoder:
             x, added, own = block.forward(x, added, now)
             if draws:
                 kept.append(own.x if self._saves else own)
+            del own  # or it would outlive the next block's forward pass
         assert added is not None
         last = x.add(added)[line.predictors]
         _, hidden, inverse = kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
@@ -253,23 +254,28 @@ class _Block:
         into_inner, into_h = linear["down"].backward(slope, h["down"], now)
         into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
         linear["down"].collect_a(inner, into_h, now)
-        into_middle: torch.Tensor | None = None
-        for part, own in (("gate", into_gated), ("up", into_up)):
-            into_middle, into_h = linear[part].backward(own, h[part], now, into_middle)
-            linear[part].collect_a(kept.normed_middle, into_h, now)
-        assert into_middle is not None
+        del into_inner, inner  # the widest; here and below: what is read no more makes room for what comes
+        into_middle, into_h = linear["gate"].backward(into_gated, h["gate"], now)
+        linear["gate"].collect_a(kept.normed_middle, into_h, now)
+        del into_gated
+        into_middle, into_h = linear["up"].backward(into_up, h["up"], now, into_middle)
+        linear["up"].collect_a(kept.normed_middle, into_h, now)
+        del into_up
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
+        del into_middle
         into_out, into_h = linear["o"].backward(slope, h["o"], now)
         linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
-        into_states = attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows)
+        into_states = list(attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows))
+        del into_out
         into_x: torch.Tensor | None = None
-        for part, into in zip("qkv", into_states, strict=True):
+        for part in "qkv":
+            into = into_states.pop(0)
             if part in self._head_norms and self._rotates:
                 into = kernels.rotate(into, now.cos, now.sin, -1.0)
             if part in kept.heads:
                 flat, roots = kept.heads[part]
-                own = self._head_norms[part].weight
-                into = kernels.norm_backward(into.reshape(-1, self._width), flat, own, roots)
+                weight = self._head_norms[part].weight
+                into = kernels.norm_backward(into.reshape(-1, self._width), flat, weight, roots)
             into_x, into_h = linear[part].backward(into.reshape(len(slope), -1), h[part], now, into_x)
             linear[part].collect_a(kept.normed, into_h, now)
         assert into_x is not None

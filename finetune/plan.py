@@ -163,7 +163,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
     adapts = {name.rsplit(".", 3)[-3] for name, part in adapted.named_parameters() if part.requires_grad}
-    kept, passing = _activation_elements(base, config, adapts if half == 2 else None)
+    kept, passing, shown_once = _activation_elements(base, config, adapts if half == 2 else None)
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
@@ -171,7 +171,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         optimizer=sum(trained) * 8,
         activations=int(max(sizes) * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
         logits=LOGITS * base.vocab_size * (half if half == 2 else 8),
-        evaluation=measured * passing * half,
+        evaluation=measured * shown_once * half,
         available=available_memory(),
         batches=sizes,
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
@@ -213,8 +213,8 @@ def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
     return int(linear * each + others * size)
 
 
-def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) -> tuple[int, int]:
-    """Numbers for each token: kept for the backward pass, and alive for a moment within a layer.
+def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) -> tuple[int, int, int]:
+    """Numbers for each token: kept for the backward pass, alive for a moment within a layer, and in an evaluation.
 
     `adapts`: the ends of the adapted layers' names, where the GPU's own decoder computes; else None. A layer keeps the
     inputs of its norms, its queries, keys, values and what they give, what the gate takes, and the inputs of linear
@@ -225,16 +225,16 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) 
     heads = base.num_attention_heads
     width = getattr(base, "head_dim", None) or hidden // heads
     queries, keys = heads * width, getattr(base, "num_key_value_heads", heads) * width
+    saves = config.trainer.gradient_checkpointing is True
     if adapts is None:
         layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
-        passing = 4 * hidden + 2 * queries + 4 * inner
-    else:
-        attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
-        layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
-        passing = 3 * hidden + (4 + ("down_proj" in adapts)) * inner
-    if config.trainer.gradient_checkpointing is True:
-        return layers * hidden, layer + passing
-    return layers * layer, passing
+        passing = 4 * hidden + 2 * queries + 4 * inner + (layer if saves else 0)
+        return layers * (hidden if saves else layer), passing, passing
+    attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
+    layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
+    layer += len(adapts) * max(16, 1 << (config.lora.r - 1).bit_length())
+    passing = 2 * hidden + (4 + ("down_proj" in adapts)) * inner + (layer if saves else 0)
+    return layers * (hidden if saves else layer), passing, layer + 4 * hidden + inner
 
 
 def _resident() -> int:

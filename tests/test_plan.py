@@ -92,6 +92,48 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert fitted(wanted, "packed", supplies) == wanted
 
 
+@pytest.mark.parametrize("target", ["q_v", "all_linear"])
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_gpus_plan_is_what_its_decoder_allocates(
+    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool
+) -> None:
+    """Within 10 %. Kernels are not run, here or there they allocate nothing: tensors' memory on the CPU is counted."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune import attention, kernels
+    from finetune.bank import Bank, Learning, Measuring
+    from finetune.decoder import Decoder
+    from finetune.plan import _activation_elements
+
+    for module in (attention, kernels):
+        monkeypatch.setattr(module, "launch", lambda *_: None)
+    monkeypatch.setattr("finetune.bank.by_hand", Decoder)
+    shapes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
+    config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
+    bank = Bank(base, config)
+    slot = bank.slot(config.lora, 0)
+    adapts = {name.rsplit(".", 1)[-1] for name in slot.adapters}
+    kept, passing, measuring = _activation_elements(base.config, config, adapts)
+    ids = torch.randint(0, 300, (8, 300)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    work = {
+        kept + passing: lambda: bank.learn([Learning(slot, rows, 0.1, 1)]),
+        measuring: lambda: bank.measure([Measuring(slot, rows)]),
+    }
+    for planned, run_it in work.items():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            run_it()
+        memory = peak = 0
+        for event in found.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                memory += event.nbytes()
+                peak = max(peak, memory)
+        assert peak / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]])
 def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
