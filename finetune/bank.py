@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import linear
 
 from finetune.adapted import Adapter, Stretch, adapted, dense_weight
-from finetune.base import add_adapter, compute_dtype, free_memory, out_of_memory
+from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory
 from finetune.config import LoraSettings, RunConfig
 from finetune.evaluation import Evaluation
 from finetune.layout import ATTENTION, Line, Row
@@ -333,11 +333,17 @@ class Bank:
 
 
 def by_hand(base: "PreTrainedModel", saves: bool) -> "Decoder | None":
-    """The decoder of a base, where it can be computed so: on a GPU with Triton, in 16 bits, without 8-bit products."""
+    """The decoder of a base, where it can be computed so.
+
+    That is on a GPU of compute capability 8 or more with Triton, in 16 bits, without 8-bit products, and with heads
+    whose blocks have room in its multiprocessors.
+    """
     weight = base.get_input_embeddings().weight
-    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not newer_gpu(weight.device) or weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     if any(type(module).__name__ == "Linear8bitLt" for module in base.modules()):
+        return None
+    if base.get_decoder().layers[0].self_attn.head_dim > 128:
         return None
     try:
         from finetune.decoder import Decoder

@@ -57,6 +57,11 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def newer_gpu(device: torch.device) -> bool:
+    """Whether it is a GPU for which today's kernels are written: Ampere or later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def take_device(number: int) -> None:
     """Leave one GPU visible to this process, before any is used: Trainer would spread a run over all of them."""
     count = torch.cuda.device_count()

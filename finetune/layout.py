@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from finetune.base import newer_gpu
 from finetune.tokens import IGNORED
 
 Row = dict[str, list[int]]
@@ -174,7 +175,7 @@ class Line:
 
         Shapes: query [tokens, heads, width], key and value [tokens, groups, width]; returns the query's.
         """
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if query.dtype in (torch.bfloat16, torch.float16) and newer_gpu(query.device):
             return self._attend_within_bounds(query, key, value, scale, window)
         buckets, places = self._buckets
         flat = [part.reshape(len(part), -1) for part in (query, key, value)]

@@ -130,11 +130,14 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
+    import torch
+
     from finetune.bank import LOGITS
     from finetune.base import (
         add_adapter,
         available_memory,
         compute_dtype,
+        newer_gpu,
         on_gpu,
         read_base_config,
         require_bitsandbytes,
@@ -162,8 +165,9 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     sizes = tuple(laid([train[index] for index in batch]) for batch in batches)
     shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
-    adapts = {name.rsplit(".", 3)[-3] for name, part in adapted.named_parameters() if part.requires_grad}
-    kept, passing, shown_once = _activation_elements(base, config, adapts if half == 2 else None)
+    adapts = {name.rsplit(".", 1)[-1] for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    hand = half == 2 and not config.quantization.load_in_8bit and newer_gpu(torch.device("cuda"))
+    kept, passing, shown_once = _activation_elements(base, config, adapts if hand else None)
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
