@@ -133,12 +133,16 @@ class Case:
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
+        from finetune.base import out_of_memory
+
         free()
         line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
         try:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
             rate, weights = run(base, self)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
         memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
@@ -267,6 +271,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     from finetune.packed_engine import PackedTraining
 
     data, counter = Dataset.from_list(case.rows), Counter()
+    bank.capacity = None  # an earlier case may not have fitted
     works = []
     for seed in range(case.slots):
         config = case.config(seed)
@@ -281,6 +286,8 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
         for answer in granted:
             if isinstance(answer, Exception):
                 raise answer
+        if bank.capacity is not None:
+            raise torch.OutOfMemoryError("out of memory for so many at once")
         wishes = [work.send(answer) for work, answer in zip(works, granted, strict=True)]
     synchronize()
     return counter.tokens / (time.perf_counter() - began), weights_of(bank.base)
@@ -299,9 +306,11 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
             base.config._attn_implementation = attention_within_bounds()
         arguments = {"use_liger_kernel": GPU, "padding_free": True}
     model = get_peft_model(base, lora_config(case.config().lora))
-    rate = train(model, case, arguments)
-    model.unload()
-    return rate, weights
+    try:
+        return train(model, case, arguments), weights
+    finally:
+        model.unload()
+        base.__dict__.pop("forward", None)  # TRL wraps it anew for each run
 
 
 def unsloth(base: Any, case: Case) -> tuple[float, int]:

@@ -124,7 +124,7 @@ def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
     return seen
 
 
-@triton.jit(do_not_specialize=["tokens"])  # or a number that happens to be even compiles it anew
+@triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend(
     query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -164,7 +164,7 @@ def _attend(
     tl.store(out + places, result, mask=own[:, None] & (columns < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])  # or a number that happens to be even compiles it anew
+@triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """What the softmax's gradient has in common for all keys: the output's product with its gradient."""
     token = tl.program_id(0)
@@ -176,7 +176,7 @@ def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WID
     tl.store(shared + head * tokens + token, tl.sum(slope, 1), mask=head < heads)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # or a number that happens to be even compiles it anew
+@triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend_queries(
     into_query, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale, tokens, heads,
     group, width, window,
@@ -212,7 +212,7 @@ def _attend_queries(
     tl.store(into_query + places, result, mask=own[:, None] & (columns < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])  # or a number that happens to be even compiles it anew
+@triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend_keys(
     into_key, into_value, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
     tokens, heads, group, width, window,

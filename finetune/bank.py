@@ -7,8 +7,10 @@ to the rounding of a matrix product.
 
 import contextlib
 import copy
+import functools
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,14 +20,15 @@ from torch.nn.functional import linear
 
 from finetune.adapted import Adapter, Stretch, adapted, dense_weight
 from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory
-from finetune.config import LoraSettings, RunConfig
+from finetune.cli import brief
+from finetune.config import LoraSettings, QuantizationSettings, RunConfig
 from finetune.evaluation import Evaluation
 from finetune.layout import ATTENTION, Line, Row
 from finetune.lean import make_lean
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from finetune.decoder import Decoder
 
@@ -147,7 +150,7 @@ class Bank:
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)  # makes outputs part of the graph
         self._routed: set[str] = set()
         make_lean(base, lambda: self._pass is not None)
-        self.decoder = by_hand(base, self._checkpointing)
+        self.decoder = by_hand(base, config)
         """On a GPU; None: the base's own modules, with autograd."""
         self.taken = 0
         """Slots in which runs train."""
@@ -191,6 +194,7 @@ class Bank:
             return self.learn(wishes) if isinstance(wishes[0], Learning) else self.measure(wishes)
         except Exception as error:
             if len(wishes) == 1:
+                traceback.clear_frames(error.__traceback__)  # they hold what did not fit
                 return [error]
             size = len(wishes) // 2
             if out_of_memory(error):
@@ -216,6 +220,7 @@ class Bank:
             with torch.no_grad():
                 hidden, trace = self.decoder.forward(line, self._slots(wishes), [wish.draw for wish in wishes])
                 answers = self._answers(hidden, line, shares)
+                del hidden
                 assert answers.gradient is not None
                 self.decoder.backward(trace, answers.gradient)
         else:
@@ -308,6 +313,7 @@ class Bank:
                 assert slope is not None
                 into_hidden = slope.to(hidden.dtype) @ weight
                 gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
+                del slope  # or two parts' logits would be in memory
         return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)
 
     def _route(self, name: str, layer: torch.nn.Module) -> None:
@@ -332,24 +338,44 @@ class Bank:
         layer.forward = forward
 
 
-def by_hand(base: "PreTrainedModel", saves: bool) -> "Decoder | None":
-    """The decoder of a base, where it can be computed so.
+def works_by_hand(shapes: "PreTrainedConfig", quantization: QuantizationSettings) -> bool:
+    """Whether a base's decoder can be computed by hand.
 
-    That is on a GPU of compute capability 8 or more with Triton, in 16 bits, without 8-bit products, and with heads
-    whose blocks have room in its multiprocessors.
+    That is on a GPU of compute capability 8 or more on which Triton works, in 16 bits, without 8-bit products, with
+    SwiGLU, and with heads whose blocks have room in its multiprocessors.
     """
-    weight = base.get_input_embeddings().weight
-    if not newer_gpu(weight.device) or weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if any(type(module).__name__ == "Linear8bitLt" for module in base.modules()):
-        return None
-    if base.get_decoder().layers[0].self_attn.head_dim > 128:
-        return None
+    heads = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
+    return (
+        newer_gpu(torch.device("cuda"))
+        and compute_dtype(quantization).itemsize == 2
+        and not quantization.load_in_8bit
+        and shapes.hidden_act in ("silu", "swish")
+        and heads <= 128
+        and _kernels_work()
+    )
+
+
+@functools.cache
+def _kernels_work() -> bool:
+    """Triton may be missing, or the C compiler that it needs to start kernels."""
     try:
-        from finetune.decoder import Decoder
-    except ImportError:  # PyTorch without Triton
+        from finetune import kernels
+
+        kernels.gate(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
+    except Exception as error:
+        log.warning("the GPU's kernels can't be built: training by PyTorch's own, slower operations (%s)", brief(error))
+        return False
+    return True
+
+
+def by_hand(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
+    """The decoder of a base, where it can be computed so."""
+    plain = type(base).__module__.startswith("transformers.")  # no remote code, which may mean something else
+    if not plain or not works_by_hand(base.config, config.quantization):
         return None
-    return Decoder(base, saves)
+    from finetune.decoder import Decoder
+
+    return Decoder(base, config.trainer.gradient_checkpointing is True)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ def on_gpu() -> bool:
 
 def newer_gpu(device: torch.device) -> bool:
     """Whether it is a GPU for which today's kernels are written: Ampere or later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or not on_gpu() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def take_device(number: int) -> None:

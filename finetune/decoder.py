@@ -99,7 +99,7 @@ class Decoder:
                 kept.append(own.x if self._saves else own)
             del own  # or it would outlive the next block's forward pass
         assert added is not None
-        last = x.add(added)[line.predictors]
+        last = x[line.predictors].add_(added[line.predictors])
         _, hidden, inverse = kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
         return hidden, Trace(now, kept, last, inverse)
 
@@ -114,7 +114,9 @@ class Decoder:
             kept = trace.blocks.pop()
             if self._saves:
                 _, _, kept = block.forward(kept, None, now, again=True)
-            slope = block.backward(slope, kept, now)
+            into_x = block.backward(slope, kept, now, wanted=bool(trace.blocks))
+            if into_x is not None:
+                slope = into_x
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,19 @@ class _Linear:
             h = kernels.shrink(x, now.places, self.row, dropped=True)
         return h
 
+    def backward_h(self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass) -> torch.Tensor | None:
+        """The gradient of h; B's is added to the slots'."""
+        if h is None:
+            return None
+        kernels.collect(slope, h, now.places, self.row, of_b=True)
+        return kernels.shrink(slope, now.places, self.row, through_b=True)
+
     def backward(
         self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass, into_x: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradients of its input, added to what there is of it, and of h; B's is added to the slots'."""
-        weight, into_h = dense_weight(self.layer), None
-        if h is not None:
-            into_h = kernels.shrink(slope, now.places, self.row, through_b=True)
-            kernels.collect(slope, h, now.places, self.row, of_b=True)
+        weight, into_h = dense_weight(self.layer), self.backward_h(slope, h, now)
+        if into_h is not None:
             fresh = into_x is None
             into_x = slope.new_empty(len(slope), weight.shape[1]) if into_x is None else into_x
             kernels.expand(into_x, into_h, now.places, self.row, through_a=True, dropped=True, fresh=fresh)
@@ -248,8 +255,8 @@ class _Block:
         )
         return middle, down, kept
 
-    def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass) -> torch.Tensor:
-        """The gradient of the block's input from that of its output; the adapters' are added to the slots'."""
+    def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass, wanted: bool) -> torch.Tensor | None:
+        """The gradient of the block's input, if wanted, from that of its output; adapters' are added to the slots'."""
         linear, h = self._linear, kept.h
         into_inner, into_h = linear["down"].backward(slope, h["down"], now)
         into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
@@ -276,7 +283,12 @@ class _Block:
                 flat, roots = kept.heads[part]
                 weight = self._head_norms[part].weight
                 into = kernels.norm_backward(into.reshape(-1, self._width), flat, weight, roots)
-            into_x, into_h = linear[part].backward(into.reshape(len(slope), -1), h[part], now, into_x)
+            own = into.reshape(len(slope), -1)
+            if wanted:
+                into_x, into_h = linear[part].backward(own, h[part], now, into_x)
+            else:
+                into_h = linear[part].backward_h(own, h[part], now)
             linear[part].collect_a(kept.normed, into_h, now)
-        assert into_x is not None
+        if into_x is None:
+            return None
         return kernels.norm_backward(into_x, kept.x, self._norm.weight, kept.inverse, slope)

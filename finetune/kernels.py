@@ -13,14 +13,19 @@ BLOCK = 1024
 """Elements of one program where elements are independent."""
 
 COLUMNS = 8
-"""Of a slot's table, for each linear layer: addresses of A, B and their gradients, rank, number, scaling, nothing."""
+"""Of a slot's table, for each linear layer: 0 to 3 the addresses of A, B and their gradients, 4 the rank, 5 the
+adapter's number, 6 the bits of its scaling, a float64; 7 keeps rows at 64 bytes."""
 
 _compiled: dict[Any, Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
             warps: int = 4, stages: int = 3) -> None:  # fmt: skip
-    """Run a kernel. Triton's own look at every argument takes longer than the kernel: it is done once for each kind."""
+    """Run a kernel on the current device.
+
+    Triton's own look at every argument takes longer than a kernel does: it is done once for each kind of what Triton
+    compiles for, multiples of 16, ones, and numbers of more than 31 bits.
+    """
     kinds = tuple(
         (part.dtype, part.data_ptr() % 16 == 0)
         if isinstance(part, torch.Tensor)
@@ -130,7 +135,7 @@ class Places:
         tokens = max(stop for _, stop, _, _ in parts)
         self.tile = 64 if tokens >= 4096 else 16
         """Tokens of one program; small ones keep a large GPU busy with few tokens."""
-        rows = [(start, stop, key, round(dropout * 2**32)) for start, stop, key, dropout in parts]
+        rows = [(start, stop, key, round(min(dropout, 1 - 2**-20) * 2**32)) for start, stop, key, dropout in parts]
         tiles = [
             (number, first)
             for number, (start, stop, _, _) in enumerate(parts)

@@ -42,7 +42,7 @@ class Plan:
     """Python and its libraries, where memory is the host's."""
     base: int
     adapter: int
-    """One slot's weights, gradient and rounded copy."""
+    """One slot's weights, gradient, rounded copy, and the sum of several batches' gradients."""
     optimizer: int
     """One slot's."""
     activations: int
@@ -130,14 +130,11 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
-    import torch
-
-    from finetune.bank import LOGITS
+    from finetune.bank import LOGITS, works_by_hand
     from finetune.base import (
         add_adapter,
         available_memory,
         compute_dtype,
-        newer_gpu,
         on_gpu,
         read_base_config,
         require_bitsandbytes,
@@ -165,16 +162,15 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     sizes = tuple(laid([train[index] for index in batch]) for batch in batches)
     shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
-    adapts = {name.rsplit(".", 1)[-1] for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
-    hand = half == 2 and not config.quantization.load_in_8bit and newer_gpu(torch.device("cuda"))
-    kept, passing, shown_once = _activation_elements(base, config, adapts if hand else None)
+    hand = works_by_hand(base, config.quantization)
+    kept, passing, shown_once = _activation_elements(base, config, _ends(adapted) if hand else None)
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
-        adapter=sum(trained) * (8 if half == 4 else 10),
+        adapter=sum(trained) * (8 + half % 4 + (4 if config.trainer.gradient_accumulation_steps > 1 else 0)),
         optimizer=sum(trained) * 8,
         activations=int(max(sizes) * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
-        logits=LOGITS * base.vocab_size * (half if half == 2 else 8),
+        logits=LOGITS * base.vocab_size * (half if hand else 8 + half % 4),
         evaluation=measured * shown_once * half,
         available=available_memory(),
         batches=sizes,
@@ -217,6 +213,11 @@ def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
     return int(linear * each + others * size)
 
 
+def _ends(model: Any) -> set[str]:
+    """How the names of the layers end that have an adapter."""
+    return {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")}
+
+
 def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) -> tuple[int, int, int]:
     """Numbers for each token: kept for the backward pass, alive for a moment within a layer, and in an evaluation.
 
@@ -236,6 +237,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) 
         return layers * (hidden if saves else layer), passing, passing
     attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
     layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
+    layer += queries + keys if base.model_type == "qwen3" else 0  # what the heads' own norms take
     layer += len(adapts) * max(16, 1 << (config.lora.r - 1).bit_length())
     passing = 2 * hidden + (4 + ("down_proj" in adapts)) * inner + (layer if saves else 0)
     return layers * (hidden if saves else layer), passing, layer + 4 * hidden + inner

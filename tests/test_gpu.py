@@ -44,13 +44,14 @@ def by(one: Any, other: Any) -> float:
     return max(abs(mine / theirs - 1) for mine, theirs in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("saves", ["true", "false"])
-def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("saves", "dtype"), [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")])
+def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, dtype: str, monkeypatch: Any) -> None:
     import torch
 
     from finetune.bank import Learning
 
-    config = tiny("lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}")
+    computed = f"quantization.bnb_4bit_compute_dtype={dtype}"
+    config = tiny("lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}", computed)
     found = []
     for by_hand in (True, False):
         with monkeypatch.context() as patched:
