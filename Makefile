@@ -1,4 +1,4 @@
-.PHONY: check test test-all format
+.PHONY: measure-gpu check test test-all format
 
 check:            ## lint and types
 	ruff check .
@@ -14,3 +14,10 @@ test-all:         ## slow and fault tests too, as CI runs them
 format:
 	ruff check --fix .
 	ruff format .
+
+measure-gpu:           ## everything that is told of a GPU: tests, tables, a study (half an hour on an H100)
+	pytest -m gpu
+	python benchmarks/gpu.py --sides ours,trl,best --length short,long
+	python benchmarks/gpu.py --sides unsloth --length short
+	python benchmarks/gpu.py --sides ours,trl,best --memory 24
+	python benchmarks/gpu_study.py --sides tutorial,best,ours,recipe

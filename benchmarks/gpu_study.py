@@ -1,13 +1,15 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 64] [--stock-trials 2] [--sides tutorial,best,ours] [--tiny]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 64] [--stock-trials 2] [--tiny]
+                                   [--sides tutorial,best,ours,recipe]
 
 The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
 A trial is LoRA on queries and values, batch 4, four evaluations of 32 held-out rows. The stock stack is
 hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` with gradient checkpointing
 and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
 loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
-the study; this project's is the wall time of the whole command, with its defaults. `--tiny` is a dry run.
+the study; this project's is the wall time of the whole command, with its defaults. The side `recipe` is no study: it
+trains the published recipe, `experiment=llama2_guanaco`, for 50 steps on that base. `--tiny` is a dry run.
 """
 
 import argparse
@@ -55,6 +57,9 @@ def main() -> None:
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
         seconds = {}
         for side in arguments.sides.split(","):
+            if side == "recipe":
+                print(f"recipe: {recipe(folder)}", flush=True)
+                continue
             if side == "ours":
                 seconds[side] = ours(folder, arguments.trials, arguments.steps)
             else:
@@ -88,6 +93,18 @@ def stock(folder: Path, side: str, trials: int, steps: int) -> float:
         [f"hydra.sweep.dir={side}"],
     )
     return statistics.fmean(record["seconds"] for record in read_lines(records))
+
+
+def recipe(folder: Path) -> str:
+    """What came of the published recipe."""
+    timed(
+        folder,
+        [sys.executable, "-m", "finetune", "experiment=llama2_guanaco", "model.name_or_path=base", "tracker=none"],
+        ["dataset.path=train.jsonl", "trainer.max_steps=50", "hydra.run.dir=recipe"],
+    )
+    result = json.loads((folder / "recipe" / "result.json").read_text(encoding="utf-8"))
+    speed, memory = result["tokens_per_second"], result["peak_memory_bytes"] / 2**30
+    return f"{result['status']} by {result['engine']}, {speed:.0f} tokens/s, {memory:.1f} GiB"
 
 
 def ours(folder: Path, trials: int, steps: int) -> float:
