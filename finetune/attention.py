@@ -108,6 +108,13 @@ def _constants(width: int, window: int) -> tuple[Any, ...]:
 
 
 @triton.jit
+def _block(blocks, table):
+    """This program's block of tokens: its first, and the row of its span in the table."""
+    block = blocks + 2 * tl.program_id(0)
+    return tl.load(block + 1), table + 5 * tl.load(block)
+
+
+@triton.jit
 def _tile(base, tokens, heads, head, width, columns, own):
     """Some tokens' part of a head [tokens, width]."""
     places = (tokens.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
@@ -129,8 +136,7 @@ def _attend(
     query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    first, span = _block(blocks, table)
     start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.program_id(1)
     rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
@@ -182,8 +188,7 @@ def _attend_queries(
     group, width, window,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    first, span = _block(blocks, table)
     start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.program_id(1)
     rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
@@ -218,8 +223,7 @@ def _attend_keys(
     tokens, heads, group, width, window,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    span = table + 5 * tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    first, span = _block(blocks, table)
     stop, followers = tl.load(span + 1), tl.load(span + 4)
     place = tl.program_id(1)
     rows, columns = first + tl.arange(0, KEYS), tl.arange(0, WIDTH)

@@ -348,14 +348,20 @@ def _score(logits, targets, losses, right, width, LEARNS: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def _tile(tiles, parts, tables, stride):
+    """This program's tokens: the first, and the rows of their slot in both tables."""
+    tile = tiles + 2 * tl.program_id(0)
+    number = tl.load(tile)
+    return tl.load(tile + 1), parts + 4 * number, tables + number * stride
+
+
+@triton.jit
 def _shrink(
     x, h, tables, parts, tiles, stride, width,
     THROUGH_B: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    number = tl.load(tiles + 2 * tl.program_id(0))
-    first = tl.load(tiles + 2 * tl.program_id(0) + 1)
-    part, table = parts + 4 * number, tables + number * stride
+    first, part, table = _tile(tiles, parts, tables, stride)
     rank = _rank(table, EVEN)
     if rank == 0:
         return
@@ -386,9 +392,7 @@ def _expand(
     THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, FRESH: tl.constexpr, RANK: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
-    number = tl.load(tiles + 2 * tl.program_id(0))
-    first = tl.load(tiles + 2 * tl.program_id(0) + 1)
-    part, table = parts + 4 * number, tables + number * stride
+    first, part, table = _tile(tiles, parts, tables, stride)
     rank = _rank(table, EVEN)
     if rank == 0 and not FRESH:
         return

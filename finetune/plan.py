@@ -154,7 +154,8 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     weights = sum(parameter.numel() for name, parameter in skeleton.named_parameters() if "embed" not in name)
     adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
-    half = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 4
+    rounded = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 0
+    size = rounded or 4
 
     total = total_steps(config, len(train))
     lengths = [len(row["input_ids"]) for row in train]
@@ -167,11 +168,11 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
-        adapter=sum(trained) * (8 + half % 4 + (4 if config.trainer.gradient_accumulation_steps > 1 else 0)),
+        adapter=sum(trained) * (8 + rounded + (4 if config.trainer.gradient_accumulation_steps > 1 else 0)),
         optimizer=sum(trained) * 8,
-        activations=int(max(sizes) * (kept + passing) * half * (1 if on_gpu() else CPU_SLACK)),
-        logits=LOGITS * base.vocab_size * (half if hand else 8 + half % 4),
-        evaluation=measured * shown_once * half,
+        activations=int(max(sizes) * (kept + passing) * size * (1 if on_gpu() else CPU_SLACK)),
+        logits=LOGITS * base.vocab_size * (size if hand else 8 + rounded),
+        evaluation=measured * shown_once * size,
         available=available_memory(),
         batches=sizes,
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
