@@ -148,7 +148,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 STATION = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started behind a script's `&` ignores it
 import finetune.packed_engine, finetune.samples, finetune.trl_engine
 import sweeps.conclusion, sweeps.launcher, sweeps.pack, sweeps.sweeper, sweeps.worker
 for line in sys.stdin:
@@ -172,6 +173,18 @@ sys.argv = [order["module"], *order["arguments"]]
 exec(order["before"])
 runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
 """
+
+
+SLOW_STEPS = """
+import time
+from finetune.progress import Reporter
+step = Reporter.step
+def slow_step(*arguments, **more):
+    time.sleep(0.2)
+    return step(*arguments, **more)
+Reporter.step = slow_step
+"""
+"""A step takes long enough to be met in the middle of a run, also on a busy machine."""
 
 
 class Forked:
@@ -251,6 +264,15 @@ class Station:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def wait_until(true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
+    """The process must live till then."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, getattr(process, "said", lambda: "ended")()
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,13 @@
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import Forked, Station, final, losses, tiny_overrides, wandb_file
+from conftest import SLOW_STEPS, Station, final, losses, tiny_overrides, wait_until, wandb_file
 
 from finetune.config import RunConfig
 from finetune.records import checkpoints_in
@@ -131,14 +130,6 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(station: Station, tiny_base
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 
-def wait_until(true: Callable[[], bool], process: Forked, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert process.poll() is None, process.said()
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_multirun_ends_each_job_with_a_checkpoint(
@@ -168,7 +159,7 @@ def test_a_job_that_was_interrupted_is_resumed_as_a_run(
 ) -> None:
     steps = ("trainer.max_steps=40", "trainer.save_steps=0", "lora.dropout=0.1", "quantization=none")
     more = ("lora=r4,r8", "hydra.launcher.slots=2", *steps)
-    process = station.start(*multirun(tiny_base, *more), cwd=tmp_path)
+    process = station.start(*multirun(tiny_base, *more), cwd=tmp_path, before=SLOW_STEPS)
     trials = [tmp_path / "jobs" / "trials" / str(job) for job in range(2)]
     wait_until(lambda: all((trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials), process)
     process.send_signal(signal.SIGINT)

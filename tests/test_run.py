@@ -4,15 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compose, run_cli, tiny_overrides, write_jsonl
+from conftest import SLOW_STEPS, Forked, Station, compose, run_cli, tiny_overrides, wait_until, write_jsonl
 
 from finetune.config import RunConfig
 from finetune.progress import Observer, Rung
@@ -305,32 +302,21 @@ def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(engine: str
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
-def start(tiny_base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run as a process of its own, in a given folder."""
-    arguments = [*tiny_overrides(tiny_base), *STEPS, *overrides, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "finetune", *arguments], cwd=folder.parent, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until a file is there; the process must live till then."""
-    for _ in range(1200):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    pytest.fail(f"{path} never came")
+def started(station: Station, tiny_base: Path, folder: Path, engine: str) -> Forked:
+    """A run as a process of its own, in a given folder, in the middle of its steps."""
+    arguments = [*tiny_overrides(tiny_base), *STEPS, engine, f"hydra.run.dir={folder}"]
+    process = station.start(*arguments, cwd=folder.parent, before=SLOW_STEPS)
+    wait_until(lambda: any(folder.glob("checkpoints/checkpoint-*/progress.json")), process)
+    return process
 
 
 @pytest.mark.fault
 @by_both
-def test_a_killed_run_goes_on_bit_for_bit(engine: str, tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(
+    engine: str, station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     run(tiny(*STEPS, engine), tmp_path / "whole")
-    process = start(tiny_base, tmp_path / "killed", engine)
-    wait_for(tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "progress.json", process)
-    process.kill()
-    process.communicate()
+    started(station, tiny_base, tmp_path / "killed", engine).kill()
     assert not (tmp_path / "killed" / "adapter").exists()
 
     resumed = run_cli(f"resume={tmp_path / 'killed'}", cwd=tmp_path)
@@ -344,18 +330,18 @@ def test_a_killed_run_goes_on_bit_for_bit(engine: str, tiny: Tiny, tiny_base: Pa
 @by_both
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_goes_on(
-    number: int, engine: str, tiny: Tiny, tiny_base: Path, tmp_path: Path
+    number: int, engine: str, station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path
 ) -> None:
     run(tiny(*STEPS, engine), tmp_path / "whole")
     folder = tmp_path / "stopped"
-    process = start(tiny_base, folder, engine)
-    wait_for(folder / "checkpoints" / "checkpoint-4" / "progress.json", process)
+    process = started(station, tiny_base, folder, engine)
     process.send_signal(number)
-    _, said = process.communicate()
+    ended = process.wait()
 
-    assert process.returncode == 1
-    assert said.splitlines()[-1].startswith("error: interrupted after step")
-    assert f"resume={os.path.relpath(folder, tmp_path)}" in said.splitlines()[-1]
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: interrupted after step")
+    assert f"resume={os.path.relpath(folder, tmp_path)}" in last
     assert result_of(folder)["status"] == "interrupted"
     resumed = run_cli(f"resume={folder}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from conftest import Forked, Station, run_cli, study_overrides
+from conftest import SLOW_STEPS, Station, run_cli, study_overrides, wait_until
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.records import checkpoints_in
@@ -38,15 +38,6 @@ def result_of(place: Path, number: int) -> dict[str, Any]:
 
 def told(trial: FrozenTrial) -> tuple[Any, ...]:
     return trial.number, trial.state, trial.params, trial.values, trial.intermediate_values
-
-
-def wait_until(true: Any, process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
-    """The process must live till then."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert process.poll() is None, getattr(process, "said", lambda: "ended")()
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
 
 
 def written_at(path: Path) -> int:
@@ -146,7 +137,7 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = station.run(*study, *more, cwd=whole)
     assert ended.returncode == 0, ended.stderr
-    process = station.start(*study, *more, cwd=killed)
+    process = station.start(*study, *more, cwd=killed, before=SLOW_STEPS)
     wait_until((folder_of(killed) / "trials/1/checkpoints/checkpoint-8/progress.json").exists, process)
     process.kill()
     adopted = folder_of(killed) / "trials" / "1"
@@ -174,7 +165,7 @@ def test_a_killed_pack_is_the_pack_that_was_not(station: Station, tiny_base: Pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = station.run(*study, cwd=whole)
     assert ended.returncode == 0, ended.stderr
-    process = station.start(*study, cwd=killed)
+    process = station.start(*study, cwd=killed, before=SLOW_STEPS)
     trials = folder_of(killed) / "trials"
     begun = [trials / str(number) for number in range(3)]
     wait_until(lambda: all(checkpoints_in(trial / "checkpoints") for trial in begun), process)
@@ -315,7 +306,7 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
 ) -> None:
     more = ("hydra.sweeper.n_trials=2", "trainer.max_steps=40", "trainer.save_steps=0")
     study = study_overrides(tiny_base, "s")
-    process = station.start(*study, *more, cwd=tmp_path)
+    process = station.start(*study, *more, cwd=tmp_path, before=SLOW_STEPS)
     wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
     process.send_signal(number)
     ended = process.wait()
@@ -362,7 +353,7 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
 ) -> None:
     more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=60", "trainer.save_steps=0", "hydra.sweeper.slots=3")
     study = [*study_overrides(tiny_base, "s"), *more]
-    process = station.start(*study, cwd=tmp_path)
+    process = station.start(*study, cwd=tmp_path, before=SLOW_STEPS)
     begun = [folder_of(tmp_path) / "trials" / str(trial) for trial in range(3)]
     wait_until(lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun), process)
     process.send_signal(number)
