@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from finetune.kernels import launch
+from finetune.kernels import launch, rotate
 from finetune.layout import Span
 
 QUERIES, KEYS = 64, 64
@@ -78,24 +78,29 @@ def attend(
 
 
 def attend_backward(
-    gradient: torch.Tensor, attended: Attended, rows: Rows
+    gradient: torch.Tensor, attended: Attended, rows: Rows, turn: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of queries, keys and values."""
+    """The gradients of queries, keys and values.
+
+    `turn`: the cos and sin by which queries and keys were rotated; their gradients are those of before.
+    """
     query, key, value = attended.query, attended.key, attended.value
     tokens, heads, width = query.shape
     into_query, into_key, into_value = (torch.empty_like(part) for part in (query, key, value))
     shared = torch.empty_like(attended.sums)
     constants = _constants(width, attended.window)
-    launch(_weigh, (tokens, 1, 1), (gradient, attended.out, shared, tokens, heads, width),
-           (triton.next_power_of_2(heads), constants[1]))  # fmt: skip
+    turns = turn is not None and constants[1] == width  # its halves must be halves of the block
     common = (
-        query, key, value, gradient, attended.sums, shared, rows.positions, rows.blocks, rows.table,
+        *(turn or (query, query)), query, key, value, gradient, attended.sums, shared, rows.positions, rows.blocks,
+        rows.table,
         attended.scale * LOG2, attended.scale, tokens, heads, heads // key.shape[1], width, attended.window,
     )  # fmt: skip
     blocks = len(rows.blocks)
-    launch(_attend_queries, (blocks, heads, 1), (into_query, *common), constants, 4, 2)
-    narrow = (*constants[:2], QUERIES // 2, KEYS)  # its two results leave few registers
+    launch(_attend_queries, (blocks, heads, 1), (into_query, attended.out, *common), (turns, *constants), 4, 2)
+    narrow = (turns, *constants[:2], QUERIES // 2, KEYS)  # its two results leave few registers
     launch(_attend_keys, (blocks, key.shape[1], 1), (into_key, into_value, *common), narrow, 4, 2)
+    if turn is not None and not turns:
+        into_query, into_key = (rotate(part, *turn, -1.0) for part in (into_query, into_key))
     return into_query, into_key, into_value
 
 
@@ -119,6 +124,24 @@ def _tile(base, tokens, heads, head, width, columns, own):
     """Some tokens' part of a head [tokens, width]."""
     places = (tokens.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
     return tl.load(base + places, mask=own[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(base, values, cos, sin, tokens, heads, head, width, own, TURNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store some tokens' part of a head [tokens, width]; turned back, where it is the gradient of what was rotated."""
+    first = (tokens.to(tl.int64)[:, None] * heads + head) * width
+    if TURNS:
+        half: tl.constexpr = WIDTH // 2
+        columns = tl.arange(0, half)[None, :]
+        places = tokens.to(tl.int64)[:, None] * width + columns
+        c = tl.load(cos + places, mask=own[:, None], other=0.0).to(tl.float32)
+        s = tl.load(sin + places, mask=own[:, None], other=0.0).to(tl.float32)
+        one, other = tl.split(tl.permute(tl.reshape(values, (values.shape[0], 2, half)), (0, 2, 1)))
+        tl.store(base + first + columns, (one * c + other * s).to(base.dtype.element_ty), mask=own[:, None])
+        tl.store(base + first + columns + half, (other * c - one * s).to(base.dtype.element_ty), mask=own[:, None])
+    else:
+        columns = tl.arange(0, WIDTH)[None, :]
+        tl.store(base + first + columns, values.to(base.dtype.element_ty), mask=own[:, None] & (columns < width))
 
 
 @triton.jit
@@ -165,28 +188,14 @@ def _attend(
             top = higher
     total = tl.where(own, total, 1.0)
     tl.store(sums + head * tokens + rows, top + tl.log2(total), mask=own)
-    places = (rows.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
-    result = (result / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + places, result, mask=own[:, None] & (columns < width)[None, :])
-
-
-@triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
-def _weigh(gradient, out, shared, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """What the softmax's gradient has in common for all keys: the output's product with its gradient."""
-    token = tl.program_id(0)
-    head, columns = tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    there = (head < heads)[:, None] & (columns < width)[None, :]
-    places = (token.to(tl.int64) * heads + head[:, None]) * width + columns[None, :]
-    slope = tl.load(gradient + places, mask=there, other=0.0).to(tl.float32)
-    slope *= tl.load(out + places, mask=there, other=0.0).to(tl.float32)
-    tl.store(shared + head * tokens + token, tl.sum(slope, 1), mask=head < heads)
+    _put(out, result / total[:, None], out, out, rows, heads, head, width, own, False, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend_queries(
-    into_query, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale, tokens, heads,
-    group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    into_query, out, cos, sin, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
+    tokens, heads, group, width, window,
+    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first, span = _block(blocks, table)
     start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
@@ -197,7 +206,9 @@ def _attend_queries(
     queries = _tile(query, rows, heads, head, width, columns, own)
     slopes = _tile(gradient, rows, heads, head, width, columns, own)
     level = tl.load(sums + head * tokens + rows, mask=own, other=0.0)
-    common = tl.load(shared + head * tokens + rows, mask=own, other=0.0)
+    outputs = _tile(out, rows, heads, head, width, columns, own)
+    common = tl.sum(slopes.to(tl.float32) * outputs.to(tl.float32), 1)  # to all keys; the keys' own kernel reads it
+    tl.store(shared + head * tokens + rows, common, mask=own)
     result = tl.zeros((QUERIES, WIDTH), tl.float32)
     for part in tl.static_range(2):
         begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
@@ -212,16 +223,14 @@ def _attend_queries(
             weights = tl.exp2(tl.where(seen, scores, -float("inf")))
             into_scores = weights * (tl.dot(slopes, tl.trans(values), input_precision="ieee") - common[:, None])
             result = tl.dot(into_scores.to(keys.dtype), keys, result, input_precision="ieee")
-    places = (rows.to(tl.int64)[:, None] * heads + head) * width + columns[None, :]
-    result = (result * slope_scale).to(into_query.dtype.element_ty)
-    tl.store(into_query + places, result, mask=own[:, None] & (columns < width)[None, :])
+    _put(into_query, result * slope_scale, cos, sin, rows, heads, head, width, own, TURNS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend_keys(
-    into_key, into_value, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
-    tokens, heads, group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    into_key, into_value, cos, sin, query, key, value, gradient, sums, shared, positions, blocks, table, scale,
+    slope_scale, tokens, heads, group, width, window,
+    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     first, span = _block(blocks, table)
     stop, followers = tl.load(span + 1), tl.load(span + 4)
@@ -249,7 +258,6 @@ def _attend_keys(
                 result_value = tl.dot(weights.to(slopes.dtype), slopes, result_value, input_precision="ieee")
                 into_scores = weights * (tl.dot(values, tl.trans(slopes), input_precision="ieee") - common[None, :])
                 result_key = tl.dot(into_scores.to(queries.dtype), queries, result_key, input_precision="ieee")
-    places = (rows.to(tl.int64)[:, None] * (heads // group) + place) * width + columns[None, :]
-    both = own[:, None] & (columns < width)[None, :]
-    tl.store(into_key + places, (result_key * slope_scale).to(into_key.dtype.element_ty), mask=both)
-    tl.store(into_value + places, result_value.to(into_value.dtype.element_ty), mask=both)
+    groups = heads // group
+    _put(into_key, result_key * slope_scale, cos, sin, rows, groups, place, width, own, TURNS, WIDTH)
+    _put(into_value, result_value, cos, sin, rows, groups, place, width, own, False, WIDTH)

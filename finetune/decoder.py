@@ -259,26 +259,24 @@ class _Block:
         """The gradient of the block's input, if wanted, from that of its output; adapters' are added to the slots'."""
         linear, h = self._linear, kept.h
         into_inner, into_h = linear["down"].backward(slope, h["down"], now)
-        into_gated, into_up, inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
+        inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
         linear["down"].collect_a(inner, into_h, now)
         del into_inner, inner  # the widest; here and below: what is read no more makes room for what comes
-        into_middle, into_h = linear["gate"].backward(into_gated, h["gate"], now)
-        linear["gate"].collect_a(kept.normed_middle, into_h, now)
-        del into_gated
-        into_middle, into_h = linear["up"].backward(into_up, h["up"], now, into_middle)
-        linear["up"].collect_a(kept.normed_middle, into_h, now)
-        del into_up
+        into_middle: torch.Tensor | None = None
+        for part, into in (("gate", kept.gated), ("up", kept.up)):
+            into_middle, into_h = linear[part].backward(into, h[part], now, into_middle)
+            linear[part].collect_a(kept.normed_middle, into_h, now)
+        assert into_middle is not None
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
         del into_middle
         into_out, into_h = linear["o"].backward(slope, h["o"], now)
         linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
-        into_states = list(attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows))
+        turn = (now.cos, now.sin) if self._rotates else None
+        into_states = list(attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows, turn))
         del into_out
         into_x: torch.Tensor | None = None
         for part in "qkv":
             into = into_states.pop(0)
-            if part in self._head_norms and self._rotates:
-                into = kernels.rotate(into, now.cos, now.sin, -1.0)
             if part in kept.heads:
                 flat, roots = kept.heads[part]
                 weight = self._head_norms[part].weight

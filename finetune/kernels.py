@@ -80,15 +80,14 @@ def gate(gated: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def gate_backward(
-    gradient: torch.Tensor, gated: torch.Tensor, up: torch.Tensor, again: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradients of both factors, and on demand the product again, which nobody need keep for it."""
-    into_gated, into_up, count = torch.empty_like(gated), torch.empty_like(up), gated.numel()
-    result = torch.empty_like(gated) if again else None
-    arguments = (gradient, gated, up, into_gated, into_up, gated if result is None else result, count)
-    launch(_gate_backward, (triton.cdiv(count, BLOCK), 1, 1), arguments, (again, BLOCK))
-    return into_gated, into_up, result
+def gate_backward(gradient: torch.Tensor, gated: torch.Tensor, up: torch.Tensor, again: bool) -> torch.Tensor | None:
+    """Put both factors' gradients where the factors were; the product again on demand, so that nobody need keep it.
+
+    The product is where its gradient was.
+    """
+    count = gated.numel()
+    launch(_gate_backward, (triton.cdiv(count, BLOCK), 1, 1), (gradient, gated, up, count), (again, BLOCK))
+    return gradient if again else None
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
@@ -291,7 +290,7 @@ def _gate(gated, up, result, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(gradient, gated, up, into_gated, into_up, result, count, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_backward(gradient, gated, up, count, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < count
     slope = tl.load(gradient + places, mask=there, other=0.0).to(tl.float32)
@@ -299,10 +298,10 @@ def _gate_backward(gradient, gated, up, into_gated, into_up, result, count, AGAI
     u = tl.load(up + places, mask=there, other=0.0).to(tl.float32)
     share = tl.sigmoid(g)
     of_gated = slope * u * share * (1 + g * (1 - share))
-    tl.store(into_gated + places, of_gated.to(into_gated.dtype.element_ty), mask=there)
-    tl.store(into_up + places, (slope * g * share).to(into_up.dtype.element_ty), mask=there)
+    tl.store(gated + places, of_gated.to(gated.dtype.element_ty), mask=there)
+    tl.store(up + places, (slope * g * share).to(up.dtype.element_ty), mask=there)
     if AGAIN:
-        tl.store(result + places, (g * share * u).to(result.dtype.element_ty), mask=there)
+        tl.store(gradient + places, (g * share * u).to(gradient.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -240,7 +240,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) 
     layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
     layer += queries + keys if base.model_type == "qwen3" else 0  # what the heads' own norms take
     layer += len(adapts) * max(16, 1 << (config.lora.r - 1).bit_length())
-    passing = 2 * hidden + (4 + ("down_proj" in adapts)) * inner + (layer if saves else 0)
+    passing = 3 * hidden + 2 * inner + (layer if saves else 0)
     return layers * (hidden if saves else layer), passing, layer + 4 * hidden + inner
 
 

@@ -58,7 +58,8 @@ def test_gate_is_pytorchs(kernels: Any) -> None:
     y.backward(slope)
     assert torch.allclose(kernels.gate(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
     for again in (False, True):
-        into_gated, into_up, product = kernels.gate_backward(slope, gated.detach(), up.detach(), again)
+        into_gated, into_up = gated.detach().clone(), up.detach().clone()
+        product = kernels.gate_backward(slope.clone(), into_gated, into_up, again)
         assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
         assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
         assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
@@ -279,7 +280,7 @@ def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
 
 @pytest.mark.parametrize(("heads", "groups", "width", "window"), [(4, 2, 32, 20), (2, 2, 24, None)])
 def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int, window: int | None) -> None:
-    """Rows of one token, of more than a block, and rows that share a beginning."""
+    """Rows of one token, of more than a block, and rows that share a beginning; rotated before it or not."""
     import torch
 
     from finetune.attention import Rows, attend, attend_backward
@@ -303,6 +304,11 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
     attended = attend(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
     assert torch.allclose(attended.out, out, rtol=1e-4, atol=1e-5)
     for one, other in zip(attend_backward(slope, attended, rows), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    angles = draw(tokens, width // 2).repeat(1, 2)
+    turn = (angles.cos(), angles.sin())
+    turned = [*(kernels.rotate(part, *turn, -1.0) for part in expected[:2]), expected[2]]
+    for one, other in zip(attend_backward(slope, attended, rows, turn), turned, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
