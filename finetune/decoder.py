@@ -1,9 +1,9 @@
 """The decoder of a Llama-like base on a GPU: forward and backward of its blocks written out, without autograd.
 
 A run alone is bound by how fast its operations can be launched, so there are few: what adds, normalises, gates or
-rotates is one kernel (`finetune.kernels`), the adapters of all slots are computed at once, and attention stays
-within each row's boundaries without padding. With gradient checkpointing (Chen et al., 2016) a block keeps its input
-alone, and is computed again for its backward pass but for its last product, which no gradient needs.
+rotates is one kernel (`finetune.kernels`), the adapters of all slots are computed at once (`finetune.lowrank`), and
+attention stays within each row's boundaries without padding. With gradient checkpointing (Chen et al., 2016) a block
+keeps its input alone, and is computed again for its backward pass but for its last product, which no gradient needs.
 """
 
 import random
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from finetune import kernels
+from finetune import kernels, lowrank
 from finetune.adapted import Adapter, dense_weight
 from finetune.attention import Attended, Rows, attend, attend_backward
-from finetune.kernels import Places
 from finetune.layout import Line
+from finetune.lowrank import Places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ class Decoder:
 
     def table(self, adapters: dict[str, Adapter]) -> torch.Tensor:
         """A slot's table for the kernels [layers, columns]; rank 0 where a layer has no adapter."""
-        table = torch.zeros(len(self._rows), kernels.COLUMNS, dtype=torch.int64)
+        table = torch.zeros(len(self._rows), lowrank.COLUMNS, dtype=torch.int64)
         for name, adapter in adapters.items():
             table[self._rows[name]] = torch.tensor(adapter.row())
         return table
@@ -120,54 +120,60 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """One of a block's linear layers; `h` is what goes through its adapters [tokens, rank], None: it has none."""
+class _Group:
+    """Linear layers with the same input; `h` is what goes through their adapters, None: they have none."""
 
-    layer: Any
-    name: str
+    layers: list[Any]
+    names: list[str]
     row: int
+    """The first one's in the slots' tables; the others follow."""
 
-    def forward(self, x: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Its output with what the adapters add, and h."""
-        weight = dense_weight(self.layer)
-        h = self.through_a(x, now)
-        if h is None:
-            return linear(x, weight, self.layer.bias), None
-        y = x.new_empty(len(x), len(weight))
-        kernels.expand(y, h, now.places, self.row, fresh=True)
-        y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
-        return y if self.layer.bias is None else y.add_(self.layer.bias), h
+    def forward(self, x: torch.Tensor, now: Pass) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Each layer's output with what the adapters add, and h."""
+        h, outputs = self.through_a(x, now), []
+        for number, (layer, name) in enumerate(zip(self.layers, self.names, strict=True)):
+            weight = dense_weight(layer)
+            if h is None or name not in now.adapted:
+                outputs.append(linear(x, weight, layer.bias))
+                continue
+            y = lowrank.expand(h[number], now.places, self.row + number, len(weight))
+            y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
+            outputs.append(y if layer.bias is None else y.add_(layer.bias))
+        return outputs, h
 
     def through_a(self, x: torch.Tensor, now: Pass) -> torch.Tensor | None:
         """h alone."""
-        h: torch.Tensor | None = None
-        if self.name in now.adapted:
-            h = kernels.shrink(x, now.places, self.row, dropped=True)
-        return h
+        adapted = not now.adapted.isdisjoint(self.names)
+        return lowrank.shrink(x, now.places, self.row, len(self.layers)) if adapted else None
 
-    def backward_h(self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass) -> torch.Tensor | None:
-        """The gradient of h; B's is added to the slots'."""
+    def backward_h(self, slopes: list[torch.Tensor], h: torch.Tensor | None, now: Pass) -> torch.Tensor | None:
+        """The gradient of h, from those of the outputs; B's go to the slots."""
         if h is None:
             return None
-        kernels.collect(slope, h, now.places, self.row, of_b=True)
-        return kernels.shrink(slope, now.places, self.row, through_b=True)
+        into_h = torch.empty_like(h)
+        for number, (name, slope) in enumerate(zip(self.names, slopes, strict=True)):
+            if name in now.adapted:
+                lowrank.expand_backward(slope, h[number], into_h[number], now.places, self.row + number)
+        return into_h
 
     def backward(
-        self, slope: torch.Tensor, h: torch.Tensor | None, now: Pass, into_x: torch.Tensor | None = None
+        self, slopes: list[torch.Tensor], h: torch.Tensor | None, now: Pass
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradients of its input, added to what there is of it, and of h; B's is added to the slots'."""
-        weight, into_h = dense_weight(self.layer), self.backward_h(slope, h, now)
+        """The gradients of the input and of h, from those of the outputs; B's go to the slots."""
+        into_h, into_x = self.backward_h(slopes, h, now), None
         if into_h is not None:
-            fresh = into_x is None
-            into_x = slope.new_empty(len(slope), weight.shape[1]) if into_x is None else into_x
-            kernels.expand(into_x, into_h, now.places, self.row, through_a=True, dropped=True, fresh=fresh)
-        return slope @ weight if into_x is None else into_x.addmm_(slope, weight), into_h
+            into_x = lowrank.shrink_backward(into_h, now.places, self.row, self.layers[0].in_features)
+        for layer, slope in zip(self.layers, slopes, strict=True):
+            weight = dense_weight(layer)
+            into_x = slope @ weight if into_x is None else into_x.addmm_(slope, weight)
+        assert into_x is not None
+        return into_x, into_h
 
     def collect_a(self, x: torch.Tensor | None, into_h: torch.Tensor | None, now: Pass) -> None:
-        """Add A's gradient to the slots'."""
+        """A's gradients go to the slots."""
         if into_h is not None:
             assert x is not None
-            kernels.collect(x, into_h, now.places, self.row, dropped=True)
+            lowrank.collect_a(x, into_h, now.places, self.row)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,10 @@ class _Kept:
     inverse_middle: torch.Tensor
     gated: torch.Tensor
     up: torch.Tensor
-    h: dict[str, torch.Tensor | None]
+    h_qkv: torch.Tensor | None
+    h_o: torch.Tensor | None
+    h_gate_up: torch.Tensor | None
+    h_down: torch.Tensor | None
 
 
 class _Block:
@@ -196,12 +205,14 @@ class _Block:
     def __init__(self, block: Any, name: str, rows: dict[str, int], window: int | None) -> None:
         attention = block.self_attn
         self._norm, self._middle_norm = block.input_layernorm, block.post_attention_layernorm
-        self._linear: dict[str, _Linear] = {}
-        for owner, parts in (("self_attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down"))):
-            for part in parts:
-                whole = f"{name}.{owner}.{part}_proj"
-                layer = getattr(getattr(block, owner), f"{part}_proj")
-                self._linear[part] = _Linear(layer, whole, rows[whole])
+        groups = []
+        for owner, parts in (("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))):
+            names = [f"{part}_proj" for part in parts]
+            layers = [getattr(getattr(block, owner), part) for part in names]
+            whole = [f"{name}.{owner}.{part}" for part in names]
+            assert [rows[part] for part in whole] == list(range(rows[whole[0]], rows[whole[0]] + len(whole)))
+            groups.append(_Group(layers, whole, rows[whole[0]]))
+        self._qkv, self._o, self._gate_up, self._down = groups
         self._head_norms: dict[str, Any] = {part: getattr(attention, f"{part}_norm", None) for part in "qk"}
         self._rotates = bool(getattr(attention, "use_rope", True))
         self._width, self._scaling = attention.head_dim, attention.scaling
@@ -214,13 +225,11 @@ class _Block:
 
         `again`: for the backward pass alone; the second of the two is not computed.
         """
-        linear = self._linear
-        h: dict[str, torch.Tensor | None] = {}
         x, normed, inverse = kernels.norm(x, added, self._norm.weight, self._norm.variance_epsilon)
-        states, heads = {}, {}
-        for part in "qkv":
-            flat, h[part] = linear[part].forward(normed, now)
-            states[part] = flat.view(len(flat), -1, self._width)
+        flat, h_qkv = self._qkv.forward(normed, now)
+        states = {part: own.view(len(own), -1, self._width) for part, own in zip("qkv", flat, strict=True)}
+        del flat  # here and below: what is read no more makes room for what comes
+        heads = {}
         for part, own in self._head_norms.items():
             if own is not None:
                 before = states[part].view(-1, self._width)
@@ -229,64 +238,58 @@ class _Block:
             if self._rotates:
                 states[part] = kernels.rotate(states[part], now.cos, now.sin, 1.0)
         attended = attend(states["q"], states["k"], states["v"], now.rows, self._scaling, self._window)
-        out, h["o"] = linear["o"].forward(attended.out.flatten(1), now)
+        (out,), h_o = self._o.forward(attended.out.flatten(1), now)
         middle, normed_middle, inverse_middle = kernels.norm(
             x, out, self._middle_norm.weight, self._middle_norm.variance_epsilon
         )
-        gated, h["gate"] = linear["gate"].forward(normed_middle, now)
-        up, h["up"] = linear["up"].forward(normed_middle, now)
-        down = h["down"] = None
+        (gated, up), h_gate_up = self._gate_up.forward(normed_middle, now)
+        down = h_down = None
         if not again:
-            down, h["down"] = linear["down"].forward(kernels.gate(gated, up), now)
-        elif linear["down"].name in now.adapted:
-            h["down"] = linear["down"].through_a(kernels.gate(gated, up), now)
+            (down,), h_down = self._down.forward(kernels.gate(gated, up), now)
+        elif self._down.names[0] in now.adapted:
+            h_down = self._down.through_a(kernels.gate(gated, up), now)
         kept = _Kept(
             x=x,
-            normed=normed if any(h[part] is not None for part in "qkv") else None,
+            normed=None if h_qkv is None else normed,
             inverse=inverse,
             heads=heads,
             attended=attended,
             middle=middle,
-            normed_middle=None if h["gate"] is None and h["up"] is None else normed_middle,
+            normed_middle=None if h_gate_up is None else normed_middle,
             inverse_middle=inverse_middle,
             gated=gated,
             up=up,
-            h=h,
+            h_qkv=h_qkv,
+            h_o=h_o,
+            h_gate_up=h_gate_up,
+            h_down=h_down,
         )
         return middle, down, kept
 
     def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass, wanted: bool) -> torch.Tensor | None:
         """The gradient of the block's input, if wanted, from that of its output; adapters' are added to the slots'."""
-        linear, h = self._linear, kept.h
-        into_inner, into_h = linear["down"].backward(slope, h["down"], now)
+        into_inner, into_h = self._down.backward([slope], kept.h_down, now)
         inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
-        linear["down"].collect_a(inner, into_h, now)
-        del into_inner, inner  # the widest; here and below: what is read no more makes room for what comes
-        into_middle: torch.Tensor | None = None
-        for part, into in (("gate", kept.gated), ("up", kept.up)):
-            into_middle, into_h = linear[part].backward(into, h[part], now, into_middle)
-            linear[part].collect_a(kept.normed_middle, into_h, now)
-        assert into_middle is not None
+        self._down.collect_a(inner, into_h, now)
+        del into_inner, inner
+        into_middle, into_h = self._gate_up.backward([kept.gated, kept.up], kept.h_gate_up, now)
+        self._gate_up.collect_a(kept.normed_middle, into_h, now)
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
         del into_middle
-        into_out, into_h = linear["o"].backward(slope, h["o"], now)
-        linear["o"].collect_a(kept.attended.out.flatten(1), into_h, now)
+        into_out, into_h = self._o.backward([slope], kept.h_o, now)
+        self._o.collect_a(kept.attended.out.flatten(1), into_h, now)
         turn = (now.cos, now.sin) if self._rotates else None
-        into_states = list(attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows, turn))
+        into = attend_backward(into_out.view(kept.attended.out.shape), kept.attended, now.rows, turn)
         del into_out
-        into_x: torch.Tensor | None = None
-        for part in "qkv":
-            into = into_states.pop(0)
-            if part in kept.heads:
-                flat, roots = kept.heads[part]
-                weight = self._head_norms[part].weight
-                into = kernels.norm_backward(into.reshape(-1, self._width), flat, weight, roots)
-            own = into.reshape(len(slope), -1)
-            if wanted:
-                into_x, into_h = linear[part].backward(own, h[part], now, into_x)
-            else:
-                into_h = linear[part].backward_h(own, h[part], now)
-            linear[part].collect_a(kept.normed, into_h, now)
-        if into_x is None:
+        into_states = dict(zip("qkv", into, strict=True))
+        del into
+        for part, (flat, roots) in kept.heads.items():
+            weight = self._head_norms[part].weight
+            into_states[part] = kernels.norm_backward(into_states[part].view(-1, self._width), flat, weight, roots)
+        slopes = [own.view(len(slope), -1) for own in into_states.values()]
+        if not wanted:
+            self._qkv.collect_a(kept.normed, self._qkv.backward_h(slopes, kept.h_qkv, now), now)
             return None
+        into_x, into_h = self._qkv.backward(slopes, kept.h_qkv, now)
+        self._qkv.collect_a(kept.normed, into_h, now)
         return kernels.norm_backward(into_x, kept.x, self._norm.weight, kept.inverse, slope)

@@ -102,66 +102,69 @@ def test_score_is_cross_entropy(kernels: Any) -> None:
 
 
 WIDTHS = (200, 136)
-"""Of the layer's input and output; neither is a multiple of a block."""
+"""Of the layers' input and outputs; neither is a multiple of a block."""
 
-PARTS = ((0, 21, 5), (21, 90, 0), (90, 100, 16), (100, 117, 130))
-"""Each slot's tokens, from and to, and its rank; 0: no adapter here."""
+PARTS = ((0, 21, (5, 3)), (21, 90, (0, 0)), (90, 100, (16, 0)), (100, 117, (130, 24)))
+"""Each slot's tokens, from and to, and its ranks in two layers with the same input; 0: no adapter there."""
 
 
 class Case:
-    """A layer of several slots, as the kernels see it and as PyTorch computes it."""
+    """Three layers with the same input and several slots, as the kernels see them and as PyTorch computes them.
+
+    Nothing adapts the first.
+    """
 
     def __init__(self, kernels: Any, dropout: float) -> None:
         import torch
 
         from finetune.adapted import Adapter, Stretch
+        from finetune.lowrank import COLUMNS, Places
 
         class Slot:
             seed = 0
 
         Slot.dropout = dropout  # type: ignore[attr-defined]
         torch.manual_seed(0)
-        self.kernels = kernels
-        self.x, self.slope = draw(PARTS[-1][1], WIDTHS[0]), draw(PARTS[-1][1], WIDTHS[1])
-        self.adapters: list[Adapter | None] = []
-        self.stretches: list[Stretch] = []
+        self.x = draw(PARTS[-1][1], WIDTHS[0])
+        self.slopes = [draw(PARTS[-1][1], WIDTHS[1]) for _ in range(2)]
+        self.adapters: list[list[Adapter]] = [[], []]
+        self.stretches: list[list[Stretch]] = [[], []]
         tables, rows = [], []
-        for number, (start, stop, rank) in enumerate(PARTS):
-            table = torch.zeros(3, kernels.COLUMNS, dtype=torch.int64)
-            adapter = None
-            if rank:
-                a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
-                adapter = Adapter(7, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
-                table[1] = torch.tensor(adapter.row())
-                self.stretches.append(Stretch(Slot(), adapter, start, stop, None))  # type: ignore[arg-type]
-            self.adapters.append(adapter)
+        for number, (start, stop, ranks) in enumerate(PARTS):
+            table = torch.zeros(3, COLUMNS, dtype=torch.int64)
+            for layer, rank in enumerate(ranks):
+                if rank:
+                    a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
+                    adapter = Adapter(7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
+                    table[1 + layer] = torch.tensor(adapter.row())
+                    self.adapters[layer].append(adapter)
+                    stretch = Stretch(Slot(), adapter, start, stop, None)  # type: ignore[arg-type]
+                    self.stretches[layer].append(stretch)
             tables.append(table)
             rows.append((start, stop, 2**62 + number, dropout))
-        self.places = kernels.Places(rows, tables, "cpu")
+        self.places = Places(rows, tables, "cpu")
 
     def gradients(self) -> list["torch.Tensor"]:
         """The adapters' own."""
-        return [part for own in self.adapters if own for part in (own.gradient_a, own.gradient_b)]
+        return [part for layer in self.adapters for own in layer for part in (own.gradient_a, own.gradient_b)]
 
-    def by_kernels(self, x: "torch.Tensor", slope: "torch.Tensor") -> list["torch.Tensor"]:
-        """What is added to an output and an input of ones, and the adapters' gradients, which were ones too."""
+    def by_kernels(self, x: "torch.Tensor", slopes: list["torch.Tensor"]) -> list["torch.Tensor"]:
+        """What is added to both outputs and the input's gradient, and the adapters' gradients."""
         import torch
 
+        from finetune import lowrank
+
         for gradient in self.gradients():
-            gradient.fill_(1)
-        y, into_x = torch.ones(len(x), WIDTHS[1]), torch.ones_like(x)
-        kernels, places = self.kernels, self.places
-        h = kernels.shrink(x, places, 1, dropped=True)
-        kernels.expand(y, h, places, 1)
-        into_h = kernels.shrink(slope, places, 1, through_b=True)
-        kernels.collect(slope, h, places, 1, of_b=True)
-        kernels.collect(x, into_h, places, 1, dropped=True)
-        kernels.expand(into_x, into_h, places, 1, through_a=True, dropped=True)
-        for part, own, through_a in ((y, h, False), (into_x, into_h, True)):
-            other = torch.full_like(part, 7.0)
-            kernels.expand(other, own, places, 1, through_a=through_a, dropped=through_a, fresh=True)
-            assert torch.allclose(other + 1, part, rtol=1e-4, atol=1e-4, equal_nan=True)
-        return [y, into_x, *(gradient.clone() for gradient in self.gradients())]
+            gradient.fill_(7)  # it is replaced
+        h = lowrank.shrink(x, self.places, 0, 3)
+        into_h = torch.full_like(h, float("nan"))
+        outputs = []
+        for layer, slope in enumerate(slopes, 1):
+            outputs.append(lowrank.expand(h[layer], self.places, layer, WIDTHS[1]))
+            lowrank.expand_backward(slope, h[layer], into_h[layer], self.places, layer)
+        into_x = lowrank.shrink_backward(into_h, self.places, 0, WIDTHS[0])
+        lowrank.collect_a(x, into_h, self.places, 0)
+        return [*outputs, into_x, *(gradient.clone() for gradient in self.gradients())]
 
     def by_pytorch(self) -> list["torch.Tensor"]:
         """The same, without dropout."""
@@ -170,19 +173,19 @@ class Case:
         from finetune.adapted import adapted
 
         for gradient in self.gradients():
-            gradient.fill_(1)
-        layer = torch.nn.Linear(*WIDTHS).requires_grad_(False)
-        layer.weight.fill_(0)
-        layer.bias.fill_(1)
+            gradient.fill_(0)
+        plain = torch.nn.Linear(*WIDTHS, bias=False).requires_grad_(False)
+        plain.weight.fill_(0)
         x = self.x.clone().requires_grad_()
-        y = adapted(x, torch.zeros((), requires_grad=True), None, layer, self.stretches)
-        (into_x,) = torch.autograd.grad(y, x, self.slope)
-        return [y.detach(), into_x + 1, *(gradient.clone() for gradient in self.gradients())]
+        anchor = torch.zeros((), requires_grad=True)
+        outputs = [adapted(x, anchor, None, plain, stretches) for stretches in self.stretches]
+        (into_x,) = torch.autograd.grad(outputs, x, self.slopes)
+        return [*(y.detach() for y in outputs), into_x, *(gradient.clone() for gradient in self.gradients())]
 
 
 def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
     case = Case(kernels, 0.0)
-    for one, other in zip(case.by_kernels(case.x, case.slope), case.by_pytorch(), strict=True):
+    for one, other in zip(case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
@@ -191,26 +194,28 @@ def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -
     import torch
 
     case = Case(kernels, 0.5)
-    y, into_x, *gradients = case.by_kernels(case.x, case.slope)
-    assert torch.allclose(y, case.by_kernels(case.x, case.slope)[0]), "the same masks again"
-    pairs = zip(gradients[::2], gradients[1::2], strict=True)
-    for (start, stop, rank), adapter in zip(PARTS, case.adapters, strict=True):
-        own = slice(start, stop)
-        if adapter is None:
-            assert torch.equal(y[own], torch.ones_like(y[own]))
-            assert torch.equal(into_x[own], torch.ones_like(into_x[own]))
-            continue
-        added = float(((y[own] - 1) * case.slope[own]).sum())
-        of_a, of_b = next(pairs)
-        assert float(((of_a - 1) * adapter.a).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
-        assert float(((of_b - 1) * adapter.b).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
-        assert float(((into_x[own] - 1) * case.x[own]).sum()) == pytest.approx(added, rel=1e-3, abs=0.1), rank
+    *outputs, into_x = case.by_kernels(case.x, case.slopes)[:3]
+    assert torch.equal(outputs[0], case.by_kernels(case.x, case.slopes)[0]), "the same masks again"
+    adapters = [iter(own) for own in case.adapters]
+    for start, stop, ranks in PARTS:
+        own, together = slice(start, stop), 0.0
+        for layer, rank in enumerate(ranks):
+            if not rank:
+                assert not outputs[layer][own].any()
+                continue
+            added = float((outputs[layer][own] * case.slopes[layer][own]).sum())
+            together += added
+            adapter = next(adapters[layer])
+            assert float((adapter.gradient_a * adapter.a).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+            assert float((adapter.gradient_b * adapter.b).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+        assert float((into_x[own] * case.x[own]).sum()) == pytest.approx(together, rel=1e-3, abs=0.1), ranks
 
 
 def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(kernels: Any) -> None:
     """Where A is ones and what comes back is one, the input's gradient shows the mask."""
     import torch
 
+    from finetune import lowrank
     from finetune.adapted import Adapter
 
     tokens, width = 40, 500
@@ -218,10 +223,10 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     def mask(key: int, number: int) -> torch.Tensor:
         a, b = torch.ones(1, width), torch.ones(8, 1)
         adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
-        places = kernels.Places([(0, tokens, key, 0.3)], [torch.tensor([adapter.row()])], "cpu")
-        into_h, into_x = torch.zeros(tokens, places.rank), torch.zeros(tokens, width)
-        into_h[:, 0] = 1
-        kernels.expand(into_x, into_h, places, 0, through_a=True, dropped=True)
+        places = lowrank.Places([(0, tokens, key, 0.3)], [torch.tensor([adapter.row()])], "cpu")
+        into_h = torch.zeros(1, tokens, places.rank)
+        into_h[0, :, 0] = 1
+        into_x = lowrank.shrink_backward(into_h, places, 0, width)
         assert into_x.unique().tolist() == [0.0, 1.0]
         return into_x > 0
 
@@ -241,17 +246,18 @@ def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
     import torch
 
     case = Case(kernels, 0.5)
-    well = case.by_kernels(case.x, case.slope)
-    sick_x, sick_slope = case.x.clone(), case.slope.clone()
     sick = slice(*PARTS[-1][:2])  # the blocks of the slot before reach into it
-    sick_x[sick], sick_slope[sick] = float("nan"), float("inf")
-    ill = case.by_kernels(sick_x, sick_slope)
-    rest = slice(0, PARTS[-1][0])
-    assert torch.equal(ill[0][rest], well[0][rest])
-    assert torch.equal(ill[1][rest], well[1][rest])
-    for one, other in zip(ill[2:-2], well[2:-2], strict=True):
+    sick_x, sick_slopes = case.x.clone(), [slope.clone() for slope in case.slopes]
+    for part, value in ((sick_x, "nan"), *((slope, "inf") for slope in sick_slopes)):
+        part[sick] = float(value)
+    found = []
+    for x, slopes in ((case.x, case.slopes), (sick_x, sick_slopes)):
+        *parts, into_x = case.by_kernels(x, slopes)[:3]
+        own = [part for layer in case.adapters for one in layer[:-1] for part in (one.gradient_a, one.gradient_b)]
+        found.append([part[: PARTS[-1][0]] for part in (*parts, into_x)] + [part.clone() for part in own])
+    for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
-    assert not bool(ill[0][sick].isfinite().all())
+    assert not bool(parts[0][sick].isfinite().all())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

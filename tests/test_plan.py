@@ -102,12 +102,12 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from torch.profiler import ProfilerActivity, profile
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune import attention, kernels
+    from finetune import attention, kernels, lowrank
     from finetune.bank import Bank, Learning, Measuring
     from finetune.decoder import Decoder
     from finetune.plan import _activation_elements, _ends
 
-    for module in (attention, kernels):
+    for module in (attention, kernels, lowrank):
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr("finetune.bank.by_hand", lambda base, _: Decoder(base, saves))
     shapes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
