@@ -2,7 +2,8 @@
 
 The tokens of all slots go through the base as one line (`finetune.layout`); each linear layer adds to every
 slot's own stretch of it what that slot's adapter makes of it. So a slot's numbers are those it would have alone,
-to the rounding of a matrix product.
+to the rounding of a matrix product. On a GPU that is computed by hand (`finetune.decoder`), else by the base's own
+modules (`finetune.hooked`).
 """
 
 import contextlib
@@ -11,20 +12,20 @@ import functools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 
-from finetune.adapted import Adapter, Stretch, adapted, dense_weight
+from finetune.adapted import Adapter, dense_weight
 from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory
 from finetune.cli import brief
 from finetune.config import LoraSettings, QuantizationSettings, RunConfig
 from finetune.evaluation import Evaluation
-from finetune.layout import ATTENTION, Line, Row
-from finetune.lean import make_lean
+from finetune.hooked import Hooked
+from finetune.layout import Line, Row
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from finetune.decoder import Decoder
 
 log = logging.getLogger(__name__)
-
-LOGITS = 512
-"""Answers' tokens whose logits are in memory at once."""
 
 
 class Slot:
@@ -128,30 +126,31 @@ Wish = Learning | Measuring
 Granted = Learnt | Evaluation
 
 
-@dataclass
-class _Pass:
-    """A forward pass that goes on: whose tokens are where."""
+class _Computes(Protocol):
+    """What takes the slots' tokens through the base: forward, backward, and what is made of some logits."""
 
-    parts: list[tuple[Slot, int, int]]
-    """A slot and its tokens: from, to."""
-    draws: list[int] = field(default_factory=list)
-    """One for each part, or empty: no dropout."""
+    logits_at_once: int
+
+    def forward(self, line: Line, slots: Sequence[Slot], draws: Sequence[int] | None) -> tuple[torch.Tensor, Any]: ...
+
+    def backward(self, trace: Any, gradient: torch.Tensor) -> None: ...
+
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, learns: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
 
 
 class Bank:
-    """A frozen base and the slots on it. With no pass going on, the base works as if there were no bank."""
+    """A frozen base and the slots on it. With nothing to grant, the base works as if there were no bank."""
 
     def __init__(self, base: "PreTrainedModel", config: RunConfig) -> None:
         self.base, self.dtype = base.requires_grad_(False), compute_dtype(config.quantization)
-        self._checkpointing = config.trainer.gradient_checkpointing is True
         self.device = base.get_input_embeddings().weight.device
         self._head = base.get_output_embeddings()
-        self._pass: _Pass | None = None
-        self._anchor = torch.zeros((), device=self.device, requires_grad=True)  # makes outputs part of the graph
-        self._routed: set[str] = set()
-        make_lean(base, lambda: self._pass is not None)
+        self._hooked = Hooked(base, config.trainer.gradient_checkpointing is True)
         self.decoder = by_hand(base, config)
-        """On a GPU; None: the base's own modules, with autograd."""
+        """On a GPU; None: the hooked base computes."""
+        self._computes: _Computes = self.decoder or self._hooked
         self.taken = 0
         """Slots in which runs train."""
         self.capacity: int | None = None
@@ -160,9 +159,7 @@ class Bank:
     def slot(self, lora: LoraSettings, seed: int) -> Slot:
         """A fresh adapter, the one that PEFT would draw from the seed."""
         slot = Slot(self, lora, seed)
-        for name in slot.adapters.keys() - self._routed:
-            self._route(name, self.base.get_submodule(name))
-        self._routed |= slot.adapters.keys()
+        self._hooked.hook(set(slot.adapters))
         return slot
 
     def skeleton(self) -> "PreTrainedModel":
@@ -208,26 +205,17 @@ class Bank:
         """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
         began = time.perf_counter()
         line = Line([wish.rows for wish in wishes], self.device)
-        for wish in wishes:
-            wish.slot.gradient.zero_()
         shares = torch.cat(
             [
                 torch.full((stop - start,), wish.share, device=self.device)
                 for wish, (start, stop) in zip(wishes, line.answers, strict=True)
             ]
         )
-        if self.decoder is not None:
-            with torch.no_grad():
-                hidden, trace = self.decoder.forward(line, self._slots(wishes), [wish.draw for wish in wishes])
-                answers = self._answers(hidden, line, shares)
-                del hidden
-                assert answers.gradient is not None
-                self.decoder.backward(trace, answers.gradient)
-        else:
-            with self._passing(line, wishes, [wish.draw for wish in wishes]):
-                hidden = self._hidden(line)
-                answers = self._answers(hidden.detach(), line, shares)
-                torch.autograd.backward(hidden, answers.gradient)
+        hidden, trace = self._computes.forward(line, self._slots(wishes), [wish.draw for wish in wishes])
+        answers = self._answers(hidden, line, shares)
+        del hidden
+        assert answers.gradient is not None
+        self._computes.backward(trace, answers.gradient)
         losses = [float(answers.losses[start:stop].double().sum()) for start, stop in line.answers]
         seconds = time.perf_counter() - began
         return [Learnt(loss, seconds) for loss in losses]
@@ -236,11 +224,7 @@ class Bank:
         """What each wish's adapter makes of its rows."""
         line = Line([wish.rows for wish in wishes], self.device)
         with torch.inference_mode():
-            if self.decoder is not None:
-                hidden, _ = self.decoder.forward(line, self._slots(wishes), None)
-            else:
-                with self._passing(line, wishes, []):
-                    hidden = self._hidden(line)
+            hidden, _ = self._computes.forward(line, self._slots(wishes), None)
             answers = self._answers(hidden, line, None)
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
@@ -258,55 +242,26 @@ class Bank:
     def speaking(self, slot: Slot) -> Iterator["PreTrainedModel"]:
         """The base as one slot's adapter makes it, for whatever is asked of it meanwhile."""
         slot.round()
-        self._pass = _Pass([(slot, 0, -1)])
-        try:
-            yield self.base
-        finally:
-            self._pass = None
+        with self._hooked.speaking(slot) as base:
+            yield base
 
     def _slots(self, wishes: Sequence[Wish]) -> list[Slot]:
         for wish in wishes:
             wish.slot.round()
         return [wish.slot for wish in wishes]
 
-    @contextlib.contextmanager
-    def _passing(self, line: Line, wishes: Sequence[Wish], draws: list[int]) -> Iterator[None]:
-        parts = [(slot, *part) for slot, part in zip(self._slots(wishes), line.parts, strict=True)]
-        config, training = self.base.config, self.base.training
-        attention = config._attn_implementation
-        self._pass = _Pass(parts, draws)
-        config._attn_implementation = ATTENTION
-        if draws and self._checkpointing:  # transformers does it in training mode alone
-            enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        self.base.train(bool(draws))
-        try:
-            yield
-        finally:
-            config._attn_implementation = attention
-            if draws and self._checkpointing:
-                getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
-            self.base.train(training)
-            self._pass = None
-
-    def _hidden(self, line: Line) -> torch.Tensor:
-        """The last hidden state [answers' tokens, width] where an answer's token is predicted."""
-        decoder = self.base.get_decoder()
-        states = decoder(input_ids=line.ids, position_ids=line.positions, use_cache=False, line=line)
-        hidden: torch.Tensor = states.last_hidden_state[0, line.predictors]
-        return hidden
-
     def _answers(self, hidden: torch.Tensor, line: Line, shares: torch.Tensor | None) -> "_Answers":
         """Losses of the answers' tokens; by shares of them their gradient, without shares what was right.
 
         Some logits at a time: they are by far the largest tensors, so each is gone over as seldom as can be.
         """
-        weight = dense_weight(self._head)
-        score = _score if self.decoder is None else self.decoder.score
+        weight, computes = dense_weight(self._head), self._computes
         losses, right, gradients = [], [], []
-        for start in range(0, len(hidden), LOGITS):
-            part = slice(start, start + LOGITS)
-            loss, likeliest, slope = score(linear(hidden[part], weight), line.targets[part], shares is not None)
+        for start in range(0, len(hidden), computes.logits_at_once):
+            part = slice(start, start + computes.logits_at_once)
+            loss, likeliest, slope = computes.score(
+                linear(hidden[part], weight), line.targets[part], shares is not None
+            )
             losses.append(loss)
             right.append(likeliest)
             if shares is not None:
@@ -315,27 +270,6 @@ class Bank:
                 gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
                 del slope  # or two parts' logits would be in memory
         return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)
-
-    def _route(self, name: str, layer: torch.nn.Module) -> None:
-        """Let a linear layer of the base add what the slots' adapters make of its input, while a pass goes on."""
-        plain: Callable[[torch.Tensor], torch.Tensor] = layer.forward
-        mixes_rows = type(layer).__name__ == "Linear8bitLt"  # its outlier columns are a batch's, not a row's
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if self._pass is None:
-                return plain(x)
-            stretches = []
-            for index, (slot, start, stop) in enumerate(self._pass.parts):
-                adapter = slot.adapters.get(name)
-                if adapter is not None:
-                    draw = self._pass.draws[index] if self._pass.draws else None
-                    stretches.append(Stretch(slot, adapter, start, x[..., 0].numel() if stop < 0 else stop, draw))
-            if not mixes_rows:
-                return adapted(x, self._anchor, None, layer, stretches)
-            alone = [plain(x[:, start:stop] if stop >= 0 else x) for _, start, stop in self._pass.parts]
-            return adapted(x, self._anchor, torch.cat(alone, 1), layer, stretches)
-
-        layer.forward = forward
 
 
 def works_by_hand(shapes: "PreTrainedConfig", quantization: QuantizationSettings) -> bool:
@@ -386,18 +320,3 @@ class _Answers:
     """[answers' tokens] whether the model would have chosen the token; nobody asks where it learns"""
     gradient: torch.Tensor | None
     """[answers' tokens, width]"""
-
-
-def _score(
-    logits: torch.Tensor, targets: torch.Tensor, learns: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `finetune.kernels.score`; what is right is told only where nothing is learnt."""
-    logits, places = logits.float(), targets[:, None]
-    logs = torch.log_softmax(logits, -1)
-    losses = -logs.gather(-1, places)[:, 0]
-    if not learns:
-        return losses, logits.argmax(-1) == targets, None
-    del logits
-    slope = logs.exp_()
-    slope.scatter_add_(-1, places, slope.new_full((1, 1), -1).expand_as(places))
-    return losses, torch.ones_like(targets, dtype=torch.bool), slope

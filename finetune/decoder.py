@@ -54,6 +54,9 @@ class Trace:
 class Decoder:
     """Embedding, blocks and last norm."""
 
+    logits_at_once = 1024
+    """Answers' tokens whose logits are in memory at once: with fewer, their products leave a large GPU half idle."""
+
     def __init__(self, base: "PreTrainedModel", saves: bool) -> None:
         model, prefix = base.get_decoder(), base.base_model_prefix
         self._embed, self._turn, self._norm, self._saves = model.embed_tokens, model.rotary_emb, model.norm, saves
@@ -68,7 +71,7 @@ class Decoder:
             for number, block in enumerate(model.layers)
         ]
 
-    score = staticmethod(kernels.score)
+    score = staticmethod(torch.no_grad()(kernels.score))
 
     def table(self, adapters: dict[str, Adapter]) -> torch.Tensor:
         """A slot's table for the kernels [layers, columns]; rank 0 where a layer has no adapter."""
@@ -77,6 +80,7 @@ class Decoder:
             table[self._rows[name]] = torch.tensor(adapter.row())
         return table
 
+    @torch.no_grad()
     def forward(self, line: Line, slots: "Sequence[Slot]", draws: Sequence[int] | None) -> tuple[torch.Tensor, Trace]:
         """The last hidden state where an answer's token is predicted [answers' tokens, width].
 
@@ -103,8 +107,9 @@ class Decoder:
         _, hidden, inverse = kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
         return hidden, Trace(now, kept, last, inverse)
 
+    @torch.no_grad()
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
-        """Add to the adapters' gradients, from that of the hidden state."""
+        """Put the adapters' gradients into the slots, from that of the hidden state."""
         now = trace.now
         slope = gradient.new_zeros(now.line.ids.shape[1], gradient.shape[1])
         slope[now.line.predictors] = kernels.norm_backward(

@@ -130,7 +130,7 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
-    from finetune.bank import LOGITS, works_by_hand
+    from finetune.bank import works_by_hand
     from finetune.base import (
         add_adapter,
         available_memory,
@@ -139,6 +139,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         read_base_config,
         require_bitsandbytes,
     )
+    from finetune.hooked import Hooked
     from finetune.layout import laid
     from finetune.packed_engine import steps
 
@@ -164,6 +165,12 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
     hand = works_by_hand(base, config.quantization)
+    if hand:
+        from finetune.decoder import Decoder
+
+        logits = Decoder.logits_at_once * base.vocab_size * size
+    else:
+        logits = Hooked.logits_at_once * base.vocab_size * (8 + rounded)
     kept, passing, shown_once = _activation_elements(base, config, _ends(adapted) if hand else None)
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
@@ -171,7 +178,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         adapter=sum(trained) * (8 + rounded + (4 if config.trainer.gradient_accumulation_steps > 1 else 0)),
         optimizer=sum(trained) * 8,
         activations=int(max(sizes) * (kept + passing) * size * (1 if on_gpu() else CPU_SLACK)),
-        logits=LOGITS * base.vocab_size * (size if hand else 8 + rounded),
+        logits=logits,
         evaluation=measured * shown_once * size,
         available=available_memory(),
         batches=sizes,
