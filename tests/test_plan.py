@@ -62,7 +62,7 @@ def wide(tiny_base: Path, folder: Path) -> Path:
     for file in tiny_base.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
     config = json.loads((place / "config.json").read_text())
-    config |= {"num_hidden_layers": 80, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
+    config |= {"num_hidden_layers": 8, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
     (place / "config.json").write_text(json.dumps(config))
     return place
 
