@@ -71,7 +71,7 @@ class Decoder:
             for number, block in enumerate(model.layers)
         ]
 
-    score = staticmethod(torch.no_grad()(kernels.score))
+    score = staticmethod(kernels.score)
 
     def table(self, adapters: dict[str, Adapter]) -> torch.Tensor:
         """A slot's table for the kernels [layers, columns]; rank 0 where a layer has no adapter."""
@@ -115,6 +115,7 @@ class Decoder:
         slope[now.line.predictors] = kernels.norm_backward(
             gradient.contiguous(), trace.last, self._norm.weight, trace.inverse
         )
+        del trace.last, gradient  # here and below: what is read no more makes room for what comes
         for block in reversed(self._blocks):
             kept = trace.blocks.pop()
             if self._saves:
@@ -140,10 +141,11 @@ class _Group:
             weight = dense_weight(layer)
             if h is None or name not in now.adapted:
                 outputs.append(linear(x, weight, layer.bias))
-                continue
-            y = lowrank.expand(h[number], now.places, self.row + number, len(weight))
-            y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
-            outputs.append(y if layer.bias is None else y.add_(layer.bias))
+            else:
+                y = lowrank.expand(h[number], now.places, self.row + number, len(weight))
+                y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
+                outputs.append(y if layer.bias is None else y.add_(layer.bias))
+            del weight  # or two dequantised ones would be in memory
         return outputs, h
 
     def through_a(self, x: torch.Tensor, now: Pass) -> torch.Tensor | None:
@@ -171,6 +173,7 @@ class _Group:
         for layer, slope in zip(self.layers, slopes, strict=True):
             weight = dense_weight(layer)
             into_x = slope @ weight if into_x is None else into_x.addmm_(slope, weight)
+            del weight
         assert into_x is not None
         return into_x, into_h
 
@@ -197,6 +200,7 @@ class _Kept:
     normed_middle: torch.Tensor | None
     inverse_middle: torch.Tensor
     gated: torch.Tensor
+    """The backward pass puts its gradient here, and that of `up` there."""
     up: torch.Tensor
     h_qkv: torch.Tensor | None
     h_o: torch.Tensor | None
@@ -230,10 +234,13 @@ class _Block:
 
         `again`: for the backward pass alone; the second of the two is not computed.
         """
+        normed: torch.Tensor | None
+        normed_middle: torch.Tensor | None
         x, normed, inverse = kernels.norm(x, added, self._norm.weight, self._norm.variance_epsilon)
         flat, h_qkv = self._qkv.forward(normed, now)
+        normed = None if h_qkv is None else normed  # what is read no more makes room, here and below
         states = {part: own.view(len(own), -1, self._width) for part, own in zip("qkv", flat, strict=True)}
-        del flat  # here and below: what is read no more makes room for what comes
+        del flat
         heads = {}
         for part, own in self._head_norms.items():
             if own is not None:
@@ -247,7 +254,9 @@ class _Block:
         middle, normed_middle, inverse_middle = kernels.norm(
             x, out, self._middle_norm.weight, self._middle_norm.variance_epsilon
         )
+        del out
         (gated, up), h_gate_up = self._gate_up.forward(normed_middle, now)
+        normed_middle = None if h_gate_up is None else normed_middle
         down = h_down = None
         if not again:
             (down,), h_down = self._down.forward(kernels.gate(gated, up), now)
@@ -255,12 +264,12 @@ class _Block:
             h_down = self._down.through_a(kernels.gate(gated, up), now)
         kept = _Kept(
             x=x,
-            normed=None if h_qkv is None else normed,
+            normed=normed,
             inverse=inverse,
             heads=heads,
             attended=attended,
             middle=middle,
-            normed_middle=None if h_gate_up is None else normed_middle,
+            normed_middle=normed_middle,
             inverse_middle=inverse_middle,
             gated=gated,
             up=up,
@@ -272,12 +281,13 @@ class _Block:
         return middle, down, kept
 
     def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass, wanted: bool) -> torch.Tensor | None:
-        """The gradient of the block's input, if wanted, from that of its output; adapters' are added to the slots'."""
+        """The gradient of the block's input, if wanted, from that of its output; adapters' go to the slots."""
         into_inner, into_h = self._down.backward([slope], kept.h_down, now)
         inner = kernels.gate_backward(into_inner, kept.gated, kept.up, into_h is not None)
         self._down.collect_a(inner, into_h, now)
         del into_inner, inner
-        into_middle, into_h = self._gate_up.backward([kept.gated, kept.up], kept.h_gate_up, now)
+        slopes = [kept.gated, kept.up]  # which are their gradients by now
+        into_middle, into_h = self._gate_up.backward(slopes, kept.h_gate_up, now)
         self._gate_up.collect_a(kept.normed_middle, into_h, now)
         slope = kernels.norm_backward(into_middle, kept.middle, self._middle_norm.weight, kept.inverse_middle, slope)
         del into_middle

@@ -111,13 +111,13 @@ class Hooked:
     def _passing(self, now: _Pass) -> Iterator[None]:
         base, config = self._base, self._base.config
         attention, training, saves = config._attn_implementation, base.training, self._saves and now.draws is not None
-        self._pass = now
-        config._attn_implementation = ATTENTION
-        if saves:  # transformers does it in training mode alone
-            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        base.train(now.draws is not None)
         try:
+            self._pass = now
+            config._attn_implementation = ATTENTION
+            if saves:  # transformers does it in training mode alone
+                enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
+            base.train(now.draws is not None)
             yield
         finally:
             config._attn_implementation = attention

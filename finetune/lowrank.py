@@ -83,7 +83,7 @@ def _launch_shrink(x: torch.Tensor, h: torch.Tensor, places: Places, layer: int,
     count, tokens, rank = h.shape
     table, ranks = places.layers[layer], min(rank, 128)
     drops = places.drops and not through_b
-    if x.dtype == torch.float32 or (drops and places.tile == 64):
+    if drops and places.tile == 64:
         inner, warps, stages = 64, 4, 4
     else:
         inner, warps, stages = (128, 8, 3) if places.tile == 64 else (256, 8, 2)

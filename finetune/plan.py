@@ -246,7 +246,8 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) 
     attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
     layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
     layer += queries + keys if base.model_type == "qwen3" else 0  # what the heads' own norms take
-    layer += len(adapts) * max(16, 1 << (config.lora.r - 1).bit_length())
+    through = 3 * bool(attention) + 2 * bool(gate) + len(adapts & {"o_proj", "down_proj"})  # of a group all or none
+    layer += through * max(16, 1 << (config.lora.r - 1).bit_length())
     passing = 3 * hidden + 2 * inner + (layer if saves else 0)
     return layers * (hidden if saves else layer), passing, layer + 4 * hidden + inner
 

@@ -228,6 +228,10 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
         into_h[0, :, 0] = 1
         into_x = lowrank.shrink_backward(into_h, places, 0, width)
         assert into_x.unique().tolist() == [0.0, 1.0]
+        x = draw(tokens, width)
+        y = lowrank.expand(lowrank.shrink(x, places, 0, 1)[0], places, 0, 8)
+        expected = (x * into_x).sum(1, keepdim=True) / 0.7  # what is kept stands for the rest as well
+        assert torch.allclose(y, expected.expand(-1, 8), rtol=1e-4, atol=1e-4)
         return into_x > 0
 
     masks = [mask(key, number) for key, number in ((1, 0), (2, 0), (2**40, 0), (1, 1))]
@@ -324,7 +328,7 @@ SLOTS = (
     ("lora.r=2", "lora.target_modules=[down_proj,o_proj]"),
 )
 ARCHITECTURES = {
-    "llama": {},
+    "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"head_dim": 32},
     "qwen2": {},
     "mistral": {"sliding_window": 6},

@@ -8,10 +8,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Station, study_overrides
+from conftest import SLOW_STEPS, Forked, Station, study_overrides, wait_until
 from optuna.trial import TrialState
 
 from sweeps.study import FINISHED, Study
@@ -80,15 +79,12 @@ def study_of(machine: Path, name: str, monkeypatch: pytest.MonkeyPatch, database
     return Study.load(machine / "outputs" / "sweeps" / name)
 
 
-def wait_for_step(machine: Path, name: str, running: Any) -> None:
-    """Until the machine's first trial has trained."""
-    end = time.monotonic() + 120
-    while not any(
-        "train/loss" in path.read_text() for path in machine.glob(f"outputs/sweeps/{name}/trials/*/metrics.jsonl")
-    ):
-        assert running.poll() is None, running.said()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def kill_in_its_first_trial(machine: Path, name: str, running: Forked) -> None:
+    """Once it has a checkpoint."""
+    checkpoints = machine / "outputs" / "sweeps" / name / "trials" / "0" / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("checkpoint-*/progress.json")), running)
+    running.kill()
+    assert not (checkpoints.parent / "result.json").exists(), "killed too late"
 
 
 def test_two_machines_share_a_study(
@@ -128,9 +124,8 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
     lost, other = tmp_path / "lost", tmp_path / "other"
     more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=60", "trainer.save_steps=1", "hydra/sweeper/pruner=none")
     arguments = command(tiny_base, "lost", *more)
-    running = station.start(*arguments, cwd=lost, before=with_address(database))
-    wait_for_step(lost, "lost", running)
-    running.kill()
+    running = station.start(*arguments, cwd=lost, before=with_address(database) + SLOW_STEPS)
+    kill_in_its_first_trial(lost, "lost", running)
 
     ended = station.run(*arguments, cwd=other, before=with_address(database))
     assert ended.returncode == 0, ended.stderr
@@ -147,9 +142,8 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
 def test_a_killed_study_on_sqlite_goes_on(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = ("hydra.sweeper.n_trials=3", "trainer.max_steps=40", "trainer.save_steps=1", "hydra/sweeper/pruner=none")
     arguments = [*study_overrides(tiny_base, "s"), "hydra.sweeper.storage=sqlite:///trials.db", *more]
-    running = station.start(*arguments, cwd=tmp_path)
-    wait_for_step(tmp_path, "s", running)
-    running.kill()
+    running = station.start(*arguments, cwd=tmp_path, before=SLOW_STEPS)
+    kill_in_its_first_trial(tmp_path, "s", running)
 
     ended = station.run(*arguments, cwd=tmp_path)
 
