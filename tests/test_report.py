@@ -140,13 +140,12 @@ def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
 
 def test_a_trial_that_ends_meanwhile_is_in_the_next_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = made_study(tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2])
-    weigh = report.importances
 
     def end_another(seen: optuna.Study) -> dict[str, Share]:
         study.optuna.tell(study.optuna.ask().number, 1.0)
-        return weigh(seen)
+        return importances(seen)
 
-    monkeypatch.setattr(report, "importances", end_another)
+    monkeypatch.setattr("sweeps.advice.importances", end_another)
     assert "1 complete" in text_of(write_report(study))
     assert "2 complete" in text_of(write_report(study))
 
