@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.cli import brief
 from finetune.config import ConfigError, RunConfig, TrackerSettings
+from finetune.last_word import say_last_word, tested
 from finetune.records import RunFolder, write_json
-from finetune.run import say_last_word, tested
 from finetune.supplies import Supplies
 from finetune.trackers import give_tag, untag
 from finetune.trained import read_run_config
