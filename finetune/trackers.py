@@ -203,9 +203,14 @@ def log_artifact(run: "wandb.Run", name: str, kind: str, path: Path, aliases: Se
     import wandb
 
     artifact = wandb.Artifact(re.sub(r"(?a)[^\w.-]", "-", name), type=kind)
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in files_of(path):
         artifact.add_file(str(file), name=file.name if file == path else str(file.relative_to(path)))
     run.log_artifact(artifact, aliases=["latest", *aliases])
+
+
+def files_of(path: Path) -> list[Path]:
+    """What an artifact holds: a file itself, or all files in a folder, in order."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _wandb_mode(settings: TrackerSettings) -> str:

@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.importance import Share, measured
+from sweeps.importance import Share, importances, measured
 from sweeps.study import Study, role
 from sweeps.text import shown
 
@@ -35,6 +36,19 @@ MOST = 200
 
 PLACES = 2048
 """Points of the space at which improvement is looked for."""
+
+
+class Insight(NamedTuple):
+    """What a study's own data say of it."""
+
+    shares: Mapping[str, Share]
+    advice: list[str]
+
+
+def insight(study: Study) -> Insight:
+    """What mattered, and what to do next."""
+    shares = importances(study.optuna)
+    return Insight(shares, advice(study, shares))
 
 
 def advice(study: Study, shares: Mapping[str, Share]) -> list[str]:

@@ -14,15 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.cli import brief
 from finetune.config import ConfigError, RunConfig, TrackerSettings
+from finetune.last_word import say_last_word, tested
 from finetune.records import RunFolder, write_json
-from finetune.run import say_last_word, tested
 from finetune.supplies import Supplies
 from finetune.trackers import give_tag, untag
 from finetune.trained import read_run_config
-from sweeps.advice import advice
+from sweeps.advice import Insight, insight
 from sweeps.compare import compare
 from sweeps.confirm import confirmation
-from sweeps.importance import importances
 from sweeps.pack import leaving_to_logs
 from sweeps.publish import publish
 from sweeps.report import ANSWER, write_report
@@ -77,16 +76,17 @@ def _conclude(study: Study, supplies: Supplies, tracker: TrackerSettings | None)
     if len(study.objectives) == 1:  # a confirmation may have found another than was the best when it ended
         give_tag(study.folder_of(winner.number), "best")
     keep_best(study, source, winner)
-    report = _report(study)
-    say(study, ranked, answer, report)
+    known = insight(study)
+    report = _report(study, known)
+    say(study, ranked, answer, known, report)
     for line in publish(study, winner.number, answer["test"], report, tracker):
         log.info("  %s", line)
 
 
-def _report(study: Study) -> Path | None:
+def _report(study: Study, known: Insight | None = None) -> Path | None:
     """The report; what can't be drawn does not cost the study its answer."""
     try:
-        return write_report(study)
+        return write_report(study, known=known)
     except Exception as error:
         place = shlex.quote(os.path.relpath(study.folder))
         log.warning("no report: %s; HYDRA_FULL_ERROR=1 python -m sweeps report %s shows where", brief(error), place)
@@ -157,7 +157,7 @@ def _escaped(config: RunConfig) -> dict[str, Any]:
     return escaped
 
 
-def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], report: Path | None) -> None:
+def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], known: Insight, report: Path | None) -> None:
     """The study's end on the terminal."""
     names = study.objectives
     lines = [f"study {study.name}: {counts(study)}"]
@@ -171,14 +171,13 @@ def say(study: Study, ranked: list[FrozenTrial], answer: dict[str, Any], report:
         note = "  baseline" if role(trial) == "baseline" else ""
         note += "  (on the Pareto front)" if trial.number in front else ""
         lines.append(f"  trial {trial.number:<4} {values}  {parameters(trial)}{note}")
-    shares = importances(study.optuna)
-    if shares:
-        said = (f"{name} {share.share:.0%} ({share.low:.0%}-{share.high:.0%})" for name, share in shares.items())
+    if known.shares:
+        said = (f"{name} {share.share:.0%} ({share.low:.0%}-{share.high:.0%})" for name, share in known.shares.items())
         lines.append(f"  what mattered  {', '.join(said)}")
     lines += _named("test loss", test_lines(answer))
     found = confirmation(study)
     lines += _named("confirmed", confirmation_lines(found) if found else [])
-    lines += _named("next", advice(study, shares))
+    lines += _named("next", known.advice)
     for trial in study.trials(TrialState.FAIL):
         lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
     place = shlex.quote(os.path.relpath(study.folder))

@@ -19,9 +19,10 @@ from optuna.trial import FrozenTrial
 
 from finetune.cli import Interrupted, one_line
 from finetune.config import ConfigError, RunConfig
+from finetune.last_word import tested
 from finetune.progress import Interrupt, Turns
 from finetune.records import RunFolder, read_json, write_json
-from finetune.run import Part, take_turns, tested
+from finetune.run import Part, take_turns
 from finetune.supplies import SHARED
 from finetune.trackers import Label
 from finetune.trained import read_run_config

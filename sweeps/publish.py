@@ -15,7 +15,7 @@ from finetune.cli import brief
 from finetune.config import TrackerSettings
 from finetune.records import read_json, write_json
 from finetune.run import flat
-from finetune.trackers import TRACKER, log_artifact, reopened
+from finetune.trackers import TRACKER, files_of, log_artifact, reopened
 from finetune.trained import read_run_config
 from sweeps.study import Study
 
@@ -85,7 +85,7 @@ def publish(
 def _digest(path: Path) -> str:
     """A file's content, or that of all files in a folder with their names."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in files_of(path):
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

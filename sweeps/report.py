@@ -18,9 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.records import RunFolder, read_json
 from sweeps import charts
 from sweeps.advice import LEAST as ENOUGH
-from sweeps.advice import advice
+from sweeps.advice import Insight, insight
 from sweeps.confirm import confirmation
-from sweeps.importance import LEAST, Share, importances, measured
+from sweeps.importance import LEAST, measured
 from sweeps.storage import exclusive
 from sweeps.study import OUT_OF_TIME, Study, role
 from sweeps.text import commands, confirmation_lines, counts, note, objective_cells, short, shown, test_lines
@@ -72,9 +72,10 @@ class Section:
         return bool(self.note or self.figures or self.lines or self.chart or self.rows or self.samples or self.folded)
 
 
-def write_report(study: Study, live: bool = False) -> Path:
+def write_report(study: Study, live: bool = False, known: Insight | None = None) -> Path:
     """Write `report.html` into the study's folder, whole or not at all; returns its path.
 
+    `known` is what was found of the study already; None: it is found anew.
     A live page loads itself anew, as another shall follow: until all trials are done and the answer is there.
     Of two that write it at once, the one that began later has the last word.
     """
@@ -82,7 +83,7 @@ def write_report(study: Study, live: bool = False) -> Path:
     draft = path.with_name(f".{REPORT}")
     with exclusive(study.folder / ".report.lock"):
         try:
-            draft.write_text(_Report(study.snapshot()).html(live), encoding="utf-8")
+            draft.write_text(_Report(study.snapshot(), known).html(live), encoding="utf-8")
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -101,8 +102,8 @@ def watch(study: Study, say: Callable[[str], None]) -> None:
 class _Report:
     """What the page shows, read once from the study and its folders."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, known: Insight | None) -> None:
+        self.study, self.insight = study, known or insight(study)
         self.answer: dict[str, Any] | None = read_json(study.folder / ANSWER) if study.ranked() else None
         begun = [trial for trial in study.trials() if trial.state != TrialState.WAITING]
         self.trials = {trial.number: trial for trial in begun}
@@ -167,20 +168,19 @@ class _Report:
 
     def _sections(self) -> list[Section]:
         study = self.study
-        shares = importances(study.optuna)
         curves = charts.curves_of(study, self.logged)
         winner = self.winner.number if self.winner else None
         several = len(study.objectives) > 1
         return [
             self._answer(),
-            self._next(shares),
+            self._next(),
             self._confirmed(),
             self._leaderboard(),
             _charted("pareto", "Pareto front", charts.pareto_front(study) if several else None),
             _charted("curves", "Learning curves", charts.learning_curves(study, curves, winner), self._curves_note()),
             _charted("history", "Optimisation history", charts.history(study)),
             _charted("parallel", "Parallel coordinates", charts.parallel_coordinates(study), COMPARED),
-            self._importance(shares),
+            self._importance(),
             _charted("slices", "Slices", charts.slices(study), COMPARED),
             self._spent(),
             self._failures(),
@@ -189,7 +189,8 @@ class _Report:
             self._made_of(),
         ]
 
-    def _importance(self, shares: Mapping[str, Share]) -> Section:
+    def _importance(self) -> Section:
+        shares = self.insight.shares
         title = "What mattered"
         if len(self.study.objectives) > 1:
             title = f"{title} for {self.study.objectives[0]}"
@@ -218,9 +219,9 @@ class _Report:
         head = ["", *(f"{side} (trial {trial.number})" for side, trial in sides)]
         return Section("answer", "The answer", lines=lines, head=head, rows=rows)
 
-    def _next(self, shares: Mapping[str, Share]) -> Section:
+    def _next(self) -> Section:
         few = 0 < len(measured(self.study.optuna)) < ENOUGH
-        return Section("next", "Next", "Too few trials for advice." if few else "", lines=advice(self.study, shares))
+        return Section("next", "Next", "Too few trials for advice." if few else "", lines=self.insight.advice)
 
     def _confirmed(self) -> Section:
         if not self.confirmed:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sweeps.settings import StudySettings
     from sweeps.space import Point, Space
     from sweeps.study import Study
+    from sweeps.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,23 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """One session of a study: until it holds all its trials, its time is over, or it is interrupted."""
-        from optuna.trial import TrialState
-
-        from finetune.cli import Interrupted, quiet_libraries
-        from finetune.config import ConfigError
-        from finetune.supplies import SHARED
-        from sweeps.conclusion import conclude
-        from sweeps.confirm import confirm
-        from sweeps.space import Space
-        from sweeps.storage import check_address
-        from sweeps.study import Study
-        from sweeps.worker import Worker, too_many_failures
-
         for chatter in ("hydra", "hydra_plugins"):
             logging.getLogger(chatter).setLevel(logging.WARNING)
+        draft, points = self._draft(arguments)
+        study, worker = self._open(draft)
+        settings = worker.settings
+        total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
+        if _enlist(study, settings, points, total):
+            self._work(study, worker, total)
+        _end(study, worker)
+
+    def _draft(self, arguments: list[str]) -> "tuple[Worker, list[tuple[str, Point]]]":
+        """A worker with all that the config says, before an engine is chosen; and what the first trials shall be."""
+        from finetune.config import ConfigError
+        from sweeps.space import Space
+        from sweeps.storage import check_address
+        from sweeps.worker import Worker
+
         began = time.time()
         settings, address = self._settings()
         space = Space.parse(self._params(), arguments)
@@ -82,48 +86,29 @@ class StudySweeper(Sweeper):
             engine=config.trainer.engine,
             slots=1,
         )
-        extremes = worker.try_out()
+        return worker, points
+
+    def _open(self, draft: "Worker") -> "tuple[Study, Worker]":
+        """The study, begun or gone on with, once all is checked that can be; and its worker, with engine and slots."""
+        from finetune.cli import quiet_libraries
+        from finetune.supplies import SHARED
+        from sweeps.storage import check_address
+        from sweeps.study import Study
+
+        settings, config, space = draft.settings, draft.common, draft.space
+        extremes = draft.try_out()
         quiet_libraries(bars=False)
         SHARED.source(config.model)  # a base that isn't there is said at once, and fetched once
         terms = _terms(config, space, settings)
-        workers = self._workers(settings)
-        check_address(address, workers)
+        check_address(draft.address, self._workers(settings))
         self._say_pruning(settings, config)
-
-        folder = worker.folder
         chosen = self._engine(settings, [config, *extremes])
-        study = Study.open(folder, settings, address, terms, space.distributions)
+        study = Study.open(draft.folder, settings, draft.address, terms, space.distributions)
         engine, slots, checkpointing = study.settle(*chosen)
-        worker = dataclasses.replace(worker, engine=engine, slots=slots, checkpointing=checkpointing)
         if settings.slots not in ("auto", slots):
             why = "trl trains one trial at a time" if engine == "trl" else "the study keeps those that it began with"
             log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, slots, why)
-        total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
-        left = study.enlist(total, points)
-        log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(folder))
-        if left <= 0:
-            done = len(study.finished())
-            more = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
-            is_whole = settings.is_grid and total == len(points)
-            more = more if is_whole else f"hydra.sweeper.n_trials={done + total} goes on"
-            log.info("study %s is full (%d trials): %s", study.name, done, more)
-        else:
-            self._work(worker, study, space, workers, total)
-        try:
-            study.tidy(settings.keep_adapters)
-            if settings.confirm and worker.out_of_time:
-                log.info("out of time: not confirmed; python -m sweeps confirm %s does", os.path.relpath(folder))
-            elif settings.confirm and study.ranked():
-                try:
-                    confirm(study, settings.confirm)
-                except ConfigError as error:
-                    log.warning("not confirmed: %s", error)
-            conclude(study, SHARED, config.tracker)
-        except KeyboardInterrupt:
-            place = shlex.quote(os.path.relpath(folder))
-            raise Interrupted(f"interrupted; python -m sweeps best {place} takes the winner") from None
-        if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
-            raise ConfigError(_why_failed(study, settings))
+        return study, dataclasses.replace(draft, engine=engine, slots=slots, checkpointing=checkpointing)
 
     def _folder(self, name: str) -> Path:
         """The study's folder, `hydra.sweep.dir`, which is called None where a null `study_name` became the time."""
@@ -239,7 +224,7 @@ class StudySweeper(Sweeper):
         elif not config.objectives[0].startswith("eval/"):
             log.info("no pruning: %s is not known before a trial's end", config.objectives[0])
 
-    def _work(self, worker: Any, study: "Study", space: "Space", workers: int, total: int) -> None:
+    def _work(self, study: "Study", worker: "Worker", total: int) -> None:
         """Send the workers, again if one was killed, until none has anything left to do."""
         from hydra.core.utils import JobStatus
 
@@ -248,9 +233,10 @@ class StudySweeper(Sweeper):
         from sweeps.space import encode
         from sweeps.table import watching
 
+        workers = self._workers(worker.settings)
         launcher = self._launcher(worker, workers)
         place = f"hydra.sweep.dir={encode(str(study.folder))}"
-        jobs = [[*space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
+        jobs = [[*worker.space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
         resume = f"the same command with hydra.sweeper.study_name={study.name} goes on"
         interrupted = Interrupted(f"interrupted; {resume}")
         for _ in range(RELAUNCHES):
@@ -271,7 +257,7 @@ class StudySweeper(Sweeper):
                 return
         raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 
-    def _launcher(self, worker: Any, workers: int) -> "Launcher":
+    def _launcher(self, worker: "Worker", workers: int) -> "Launcher":
         """The chosen launcher; one of this process's own runs one worker, and for several gives way to joblib's."""
         from hydra.core.plugins import Plugins
         from omegaconf import OmegaConf, open_dict, read_write
@@ -337,6 +323,47 @@ def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> di
         "dataset_fingerprint": SHARED.rows(config.dataset).fingerprint,
         **{f"space.{name}": what for name, what in space.to_dict().items()},
     }
+
+
+def _enlist(study: "Study", settings: "StudySettings", points: "list[tuple[str, Point]]", total: int) -> bool:
+    """Write down the trials that are still to be done; whether there are any."""
+    left = study.enlist(total, points)
+    log.info("study %s: %d of %d trials to go, in %s", study.name, max(left, 0), total, os.path.relpath(study.folder))
+    if left <= 0:
+        done = len(study.finished())
+        more = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+        is_whole = settings.is_grid and total == len(points)
+        more = more if is_whole else f"hydra.sweeper.n_trials={done + total} goes on"
+        log.info("study %s is full (%d trials): %s", study.name, done, more)
+    return left > 0
+
+
+def _end(study: "Study", worker: "Worker") -> None:
+    """Confirm the best trials if wanted, and conclude. Raises ConfigError where too many have failed."""
+    from optuna.trial import TrialState
+
+    from finetune.cli import Interrupted
+    from finetune.config import ConfigError
+    from finetune.supplies import SHARED
+    from sweeps.conclusion import conclude
+    from sweeps.confirm import confirm
+    from sweeps.worker import too_many_failures
+
+    settings, place = worker.settings, os.path.relpath(study.folder)
+    try:
+        study.tidy(settings.keep_adapters)
+        if settings.confirm and worker.out_of_time:
+            log.info("out of time: not confirmed; python -m sweeps confirm %s does", place)
+        elif settings.confirm and study.ranked():
+            try:
+                confirm(study, settings.confirm)
+            except ConfigError as error:
+                log.warning("not confirmed: %s", error)
+        conclude(study, SHARED, worker.common.tracker)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; python -m sweeps best {shlex.quote(place)} takes the winner") from None
+    if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):
+        raise ConfigError(_why_failed(study, settings))
 
 
 def _why_failed(study: "Study", settings: "StudySettings") -> str:

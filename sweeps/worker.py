@@ -1,11 +1,10 @@
-"""A worker: holds one loaded base, and claims, composes, runs and tells trials until none is left.
+"""A worker: holds one loaded base, and claims trials and gives them slots until none is left.
 
 A worker is the task that a Hydra launcher runs, in this process or in others: it carries all it needs.
 """
 
 import contextlib
 import dataclasses
-import logging
 import os
 import sys
 import time
@@ -13,11 +12,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import optuna
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, open_dict
@@ -25,27 +22,14 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.cli import Interrupted, brief, one_line, quiet_libraries
+from finetune.cli import brief, quiet_libraries
 from finetune.config import ConfigError, RunConfig, refusal
-from finetune.progress import Interrupt, Observer, Rung, Turns
-from finetune.records import Metrics, read_json, step_of, write_json
-from finetune.run import Objective, Part, take_turns
-from finetune.supplies import SHARED
-from finetune.trackers import Label, untag
-from sweeps.job import as_job
+from finetune.progress import Interrupt
 from sweeps.pack import Lane, leaving_to_logs, train_together
 from sweeps.settings import StudySettings
 from sweeps.space import Space, encode
-from sweeps.study import OUT_OF_TIME, Claim, Study, role
-from sweeps.text import shown
-
-log = logging.getLogger(__name__)
-
-LIVES = 3
-"""How often a trial may lose its worker without a new checkpoint, before it is failed."""
-
-LOOK_EVERY = 2.0
-"""Seconds between looks at the clock and at the storage, whether the running trial shall stop."""
+from sweeps.study import Study
+from sweeps.trial import Turn, on_its_last_life
 
 PARENT = os.getppid()
 """Whose child this process began as."""
@@ -104,7 +88,7 @@ class Worker:
             claim = held.enter_context(study.claim(wanted))
             if claim is None:
                 return None
-            turn = _Turn(self, study, claim, interrupt)
+            turn = Turn(self, study, claim, interrupt)
             return Lane(str(claim.number), turn.take(held.pop_all()), claim.folder.path / "train.log", turn.companions)
 
     def try_out(self) -> list[RunConfig]:
@@ -213,241 +197,7 @@ class Worker:
         return sampler
 
 
-def on_its_last_life(trial: FrozenTrial) -> bool:
-    """Whether a trial's next loss of its worker fails it: it trains alone, so that no neighbour is to blame."""
-    starts = trial.user_attrs.get("starts", [])[1 - LIVES :]
-    return len(starts) == LIVES - 1 and len(set(starts)) == 1
-
-
 def too_many_failures(study: Study, settings: StudySettings) -> bool:
     """Whether more of the finished trials have failed than may; the first few do not make a rate."""
     failed = len(study.trials(TrialState.FAIL))
     return failed > settings.max_failure_rate * max(len(study.finished()), 5)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why an attempt at a trial ended."""
-
-    reason: str
-    out_of_memory: bool
-
-
-class _Turn:
-    """One trial on a worker, from its claim to what the study is told of it."""
-
-    def __init__(self, worker: Worker, study: Study, claim: Claim, interrupt: Interrupt) -> None:
-        self.worker, self.study, self.claim, self.interrupt = worker, study, claim, interrupt
-        self.folder = claim.folder
-        self.companions: set[str] = set()
-        sampler = worker.sampler(claim.number)
-        self.optuna = optuna.Study(study.name, study.storage, sampler=sampler, pruner=worker.pruner())
-        self.trial = optuna.Trial(self.optuna, claim.trial_id)
-
-    def take(self, held: contextlib.ExitStack) -> Turns[None]:
-        """Tell the trial what its folder knows already, or run it and tell what came out, holding its claim."""
-        with held:
-            yield from self._take()
-
-    def _take(self) -> Turns[None]:
-        from finetune.base import says_out_of_memory
-
-        known = read_json(self.folder.result) or {}
-        status = known.get("status")
-        retried = status == "failed" and says_out_of_memory(str(known.get("error"))) and self._shrink()
-        if status in ("completed", "pruned", "failed") and not retried:
-            self._tell_result(known)
-        elif self._has_lost_too_many_workers(known):
-            reason = f"lost its worker {LIVES} times without a new checkpoint"
-            write_json(self.folder.result, {**known, "status": "failed", "error": reason})
-            self._tell(TrialState.FAIL, error=reason)
-        else:
-            yield from self._run_and_tell()
-        self.study.tidy(self.worker.settings.keep_adapters)
-
-    def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
-        """Count this start; one after a clean interruption begins the count anew."""
-        checkpoint = self.folder.last_checkpoint()
-        step = step_of(checkpoint) if checkpoint else 0
-        starts = list(self.trial.user_attrs.get("starts", []))
-        if known.get("status") == "interrupted":
-            starts = []
-            self.folder.result.unlink()  # or it would excuse later starts too
-        if starts[-LIVES:] == [step] * LIVES:
-            return True
-        self.trial.set_user_attr("starts", [*starts, step])
-        return False
-
-    def _run_and_tell(self) -> Turns[None]:
-        failure = yield from self._attempt()
-        if failure is not None and failure.out_of_memory and self._shrink():
-            failure = yield from self._attempt()
-        if failure is not None:
-            if not self.folder.result.exists():  # its config was refused, so no run began
-                write_json(self.folder.result, {"status": "failed", "error": failure.reason})
-            self._tell(TrialState.FAIL, error=failure.reason)
-        else:
-            self._tell_result(read_json(self.folder.result))
-
-    def _attempt(self) -> Turns["_Failure | None"]:
-        """Run the trial; what went wrong is its own. No exception is kept: it would hold the memory of the run."""
-        from finetune.base import free_memory, out_of_memory
-
-        try:
-            yield from self._run([*self._overrides(), *self.trial.user_attrs.get("shrunk", [])])
-        except Interrupted:
-            raise
-        except Exception as error:
-            failure = _Failure(one_line(error), out_of_memory(error))
-        else:
-            return None
-        free_memory()
-        return failure
-
-    def _overrides(self) -> list[str]:
-        """The trial's command line: what all trials have, and what the sampler suggests for this one."""
-        space, trial = self.worker.space, self.trial
-        for name, value in space.fixed.items():
-            trial.set_user_attr(name, value)
-        for name, distribution in space.distributions.items():
-            trial._suggest(name, distribution)
-        if self.worker.settings.custom_search_space:
-            extend: Callable[[DictConfig, optuna.Trial], None] = get_method(self.worker.settings.custom_search_space)
-            extend(self.worker.config, trial)
-        values = ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
-        log.info("trial %d: %s%s", trial.number, values, self._note())
-        return [*space.overrides(trial.params), *self.worker.common_overrides]
-
-    def _note(self) -> str:
-        """Why the trial is at its point, if the sampler did not choose it."""
-        why = {"baseline": " (baseline: the config's own values)", "start": " (hydra.sweeper.start)"}
-        return why.get(role(self.trial), "")
-
-    def _run(self, overrides: list[str]) -> Turns[None]:
-        """Compose the trial's config as Hydra does, and run it in its folder. Raises what went wrong."""
-        worker, number = self.worker, self.claim.number
-        label = Label(
-            id=f"{self.study.uid}-{number}",
-            name=f"{self.study.name}-{number}",
-            group=self.study.name,
-            job_type="trial",
-        )
-        part = Part(
-            observer=_Judge(self),
-            supplies=SHARED,
-            label=label,
-            alone=False,
-            tests=False,
-            interrupt=self.interrupt,
-            slots=worker.slots,
-            companions=self.companions,
-        )
-
-        def task(composed: DictConfig) -> Turns[Objective]:
-            return take_turns(worker.check(RunConfig.from_hydra(composed)), self.folder, part)
-
-        done = yield from as_job(worker.compose(number, overrides), worker.hydra_context, task)
-        if done.status == JobStatus.FAILED:
-            raise done._return_value
-
-    def _shrink(self) -> bool:
-        """Half the batch (or a smaller part) and accumulation that makes up for it, from the start; once."""
-        composed = read_json(self.folder.identity)
-        trainer = composed["config"]["trainer"] if composed else {}
-        rows, accumulation = (
-            trainer.get("per_device_train_batch_size", 1),
-            trainer.get("gradient_accumulation_steps", 1),
-        )
-        measured = trainer.get("per_device_eval_batch_size", 1)
-        if rows == measured == 1 or self.trial.user_attrs.get("shrunk"):
-            return False
-        parts = next((part for part in range(2, rows + 1) if rows % part == 0), 1)
-        shrunk = [
-            f"trainer.per_device_train_batch_size={rows // parts}",
-            f"trainer.gradient_accumulation_steps={accumulation * parts}",
-            f"trainer.per_device_eval_batch_size={max(1, measured // 2)}",
-        ]
-        log.warning("trial %d: out of memory; once more with less at once: %s", self.trial.number, ", ".join(shrunk))
-        self.trial.set_user_attr("shrunk", shrunk)
-        self.folder.clear()
-        return True
-
-    def _tell_result(self, result: dict[str, Any]) -> None:
-        """Tell what the folder's `result.json` says."""
-        if result["status"] == "failed":
-            self._tell(TrialState.FAIL, error=result["error"])
-        elif result["status"] == "pruned":
-            self._tell(TrialState.PRUNED, step=result["step"])
-        else:
-            values = [result["metrics"].get(name) for name in self.study.objectives]
-            if None in values:
-                self._tell(TrialState.FAIL, error=f"the run gave no {self.study.objectives[values.index(None)]}")
-            else:
-                self._tell(TrialState.COMPLETE, values, step=result["step"])
-
-    def _tell(self, state: TrialState, values: list[float] | None = None, **notes: Any) -> None:
-        for name, note in notes.items():
-            self.trial.set_user_attr(name, note)
-        self.optuna.tell(self.trial, values, state, skip_if_finished=True)
-        if values is not None:
-            pairs = zip(self.study.objectives, values, strict=True)
-            said = f"completed, {', '.join(f'{name} {value:.4f}' for name, value in pairs)}"
-        else:
-            said = f"pruned at step {notes['step']}" if state == TrialState.PRUNED else f"failed: {notes['error']}"
-        log.info("trial %d: %s", self.trial.number, said)
-
-
-class _Judge(Observer):
-    """Reports a trial's rungs to the study, and stops it: pruned, told to stop, or out of time."""
-
-    def __init__(self, turn: _Turn) -> None:
-        self._turn, self._trial, self._looked = turn, turn.trial, time.monotonic()
-        self._reported = set(self._frozen().intermediate_values)
-
-    def _frozen(self) -> FrozenTrial:
-        return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
-
-    def on_step(self, step: int) -> bool:
-        if time.monotonic() - self._looked < LOOK_EVERY:
-            return False
-        self._looked = time.monotonic()
-        if self._turn.worker.asked_to_end:
-            self._turn.interrupt.asked = True
-            return False
-        if self._frozen().user_attrs.get("stop"):
-            return self._ends("told to stop")
-        return self._turn.worker.out_of_time and self._ends(OUT_OF_TIME)
-
-    def on_rung(self, rung: Rung) -> None:
-        """Rungs count from the first evaluation after training began: before it all trials are alike."""
-        if rung.index == 0:
-            self._trial.set_user_attr("steps", rung.total)
-        if self._can_be_judged(rung):
-            value = rung.metrics["objective"]
-            if rung.index not in self._reported:
-                self._trial.report(value, rung.index)
-            name = self._turn.study.objectives[0]
-            log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
-
-    def judge(self, rung: Rung) -> bool:
-        hopeless = self._can_be_judged(rung) and rung.step < rung.total and self._trial.should_prune()
-        return hopeless and role(self._trial) != "baseline" and self._ends("worse than others at this rung")
-
-    def _can_be_judged(self, rung: Rung) -> bool:
-        return rung.index > 0 and "objective" in rung.metrics and len(self._turn.worker.settings.directions) == 1
-
-    def _ends(self, reason: str) -> bool:
-        self._trial.set_user_attr("reason", reason)
-        return True
-
-    def on_completed(self, metrics: Metrics) -> list[str]:
-        """The best so far carries the tag `best`, which the one before it loses."""
-        study = self._turn.study
-        if len(study.objectives) > 1 or study.objectives[0] not in metrics:
-            return []
-        before = next(iter(study.ranked()), None)
-        if before is not None and before.value is not None:
-            if study.cost(metrics[study.objectives[0]]) >= study.cost(before.value):
-                return []
-            untag(study.folder_of(before.number), "best")
-        return ["best"]

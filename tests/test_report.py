@@ -140,13 +140,12 @@ def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
 
 def test_a_trial_that_ends_meanwhile_is_in_the_next_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = made_study(tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2])
-    weigh = report.importances
 
     def end_another(seen: optuna.Study) -> dict[str, Share]:
         study.optuna.tell(study.optuna.ask().number, 1.0)
-        return weigh(seen)
+        return importances(seen)
 
-    monkeypatch.setattr(report, "importances", end_another)
+    monkeypatch.setattr("sweeps.advice.importances", end_another)
     assert "1 complete" in text_of(write_report(study))
     assert "2 complete" in text_of(write_report(study))
 
@@ -354,7 +353,7 @@ def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> N
 
 
 def test_test_rows_that_gave_no_number_are_no_proof(tmp_path: Path) -> None:
-    from finetune.run import tested
+    from finetune.last_word import tested
 
     study = made_study(tmp_path / "s", [trial(random.Random(0))])
     folder = study.folder_of(0)

@@ -26,7 +26,8 @@ from finetune.progress import Interrupt
 from sweeps.settings import StudySettings
 from sweeps.space import Point, Space
 from sweeps.study import Study
-from sweeps.worker import Worker, _Turn
+from sweeps.trial import Turn
+from sweeps.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +96,7 @@ def drive(tmp_path: Path) -> Drive:
             with opened.claim() as claim:
                 if claim is None:
                     break
-                turn = _Turn(worker, opened, claim, Interrupt())
+                turn = Turn(worker, opened, claim, Interrupt())
                 turn._overrides()
                 opened.optuna.tell(turn.trial, values(turn.trial.params))
         return [trial.params for trial in opened.trials()]
