@@ -30,7 +30,7 @@ class Adapter:
     gradient_b: torch.Tensor
 
     def row(self) -> list[int]:
-        """Its row of the slot's table, by which the kernels find it (`finetune.lowrank.COLUMNS`)."""
+        """Its row of the slot's table, by which the kernels find it (`lowrank.COLUMNS`)."""
         addresses = [part.data_ptr() for part in (self.a, self.b, self.gradient_a, self.gradient_b)]
         scaling = int(torch.tensor(self.scaling, dtype=torch.float64).view(torch.int64))
         return [*addresses, len(self.a), self.number, scaling, 0]

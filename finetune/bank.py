@@ -2,7 +2,7 @@
 
 The tokens of all slots go through the base as one line (`finetune.layout`); each linear layer adds to every
 slot's own stretch of it what that slot's adapter makes of it. So a slot's numbers are those it would have alone,
-to the rounding of a matrix product. On a GPU that is computed by hand (`finetune.decoder`), else by the base's own
+to the rounding of a matrix product. On a GPU that is computed by hand (`finetune.gpu.decoder`), else by the base's own
 modules (`finetune.hooked`).
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from finetune.decoder import Decoder
+    from finetune.gpu.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def works_by_hand(shapes: "PreTrainedConfig", quantization: QuantizationSettings
 def _kernels_work() -> bool:
     """Triton may be missing, or the C compiler that it needs to start kernels."""
     try:
-        from finetune import kernels
+        from finetune.gpu import kernels
 
         kernels.gate(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
     except Exception as error:
@@ -307,7 +307,7 @@ def by_hand(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
     plain = type(base).__module__.startswith("transformers.")  # no remote code, which may mean something else
     if not plain or not works_by_hand(base.config, config.quantization):
         return None
-    from finetune.decoder import Decoder
+    from finetune.gpu.decoder import Decoder
 
     return Decoder(base, config.trainer.gradient_checkpointing is True)
 

@@ -166,7 +166,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
     hand = works_by_hand(base, config.quantization)
     if hand:
-        from finetune.decoder import Decoder
+        from finetune.gpu.decoder import Decoder
 
         logits = Decoder.logits_at_once * base.vocab_size * size
     else:

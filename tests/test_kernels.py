@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     """The module, interpreted (conftest.py)."""
-    from finetune import kernels
+    from finetune.gpu import kernels
 
     return kernels
 
@@ -118,7 +118,7 @@ class Case:
         import torch
 
         from finetune.adapted import Adapter, Stretch
-        from finetune.lowrank import COLUMNS, Places
+        from finetune.gpu.lowrank import COLUMNS, Places
 
         class Slot:
             seed = 0
@@ -152,7 +152,7 @@ class Case:
         """What is added to both outputs and the input's gradient, and the adapters' gradients."""
         import torch
 
-        from finetune import lowrank
+        from finetune.gpu import lowrank
 
         for gradient in self.gradients():
             gradient.fill_(7)  # it is replaced
@@ -215,8 +215,8 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     """Where A is ones and what comes back is one, the input's gradient shows the mask."""
     import torch
 
-    from finetune import lowrank
     from finetune.adapted import Adapter
+    from finetune.gpu import lowrank
 
     tokens, width = 40, 500
 
@@ -268,7 +268,7 @@ def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
 def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
     import torch
 
-    from finetune.attention import Rows, attend, attend_backward
+    from finetune.gpu.attention import Rows, attend, attend_backward
     from finetune.layout import Line
 
     torch.manual_seed(0)
@@ -293,7 +293,7 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
     """Rows of one token, of more than a block, and rows that share a beginning; rotated before it or not."""
     import torch
 
-    from finetune.attention import Rows, attend, attend_backward
+    from finetune.gpu.attention import Rows, attend, attend_backward
     from finetune.layout import Line
 
     torch.manual_seed(0)
@@ -359,7 +359,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from finetune.bank import Learning, Measuring
-    from finetune.decoder import Decoder
+    from finetune.gpu.decoder import Decoder
     from finetune.supplies import Supplies
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
@@ -412,7 +412,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again(
     import torch
 
     from finetune.bank import Learning
-    from finetune.decoder import Decoder
+    from finetune.gpu.decoder import Decoder
     from finetune.supplies import Supplies
 
     config = tiny("lora.dropout=0.5", "lora.r=4")

@@ -102,9 +102,9 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from torch.profiler import ProfilerActivity, profile
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune import attention, kernels, lowrank
     from finetune.bank import Bank, Learning, Measuring
-    from finetune.decoder import Decoder
+    from finetune.gpu import attention, kernels, lowrank
+    from finetune.gpu.decoder import Decoder
     from finetune.plan import _activation_elements, _ends
 
     for module in (attention, kernels, lowrank):

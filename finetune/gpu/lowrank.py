@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from finetune.kernels import launch
+from finetune.gpu.kernels import launch
 
 COLUMNS = 8
 """Of a slot's table, for each linear layer: 0 to 3 the addresses of A, B and their gradients, 4 the rank (0: no

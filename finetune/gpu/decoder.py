@@ -1,8 +1,8 @@
 """The decoder of a Llama-like base on a GPU: forward and backward of its blocks written out, without autograd.
 
 A run alone is bound by how fast its operations can be launched, so there are few: what adds, normalises, gates or
-rotates is one kernel (`finetune.kernels`), the adapters of all slots are computed at once (`finetune.lowrank`), and
-attention stays within each row's boundaries without padding. With gradient checkpointing (Chen et al., 2016) a block
+rotates is one kernel (`kernels`), the adapters of all slots are computed at once (`lowrank`), and attention stays
+within each row's boundaries without padding (`attention`). With gradient checkpointing (Chen et al., 2016) a block
 keeps its input alone, and is computed again for its backward pass but for its last product, which no gradient needs.
 """
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from finetune import kernels, lowrank
 from finetune.adapted import Adapter, dense_weight
-from finetune.attention import Attended, Rows, attend, attend_backward
+from finetune.gpu import kernels, lowrank
+from finetune.gpu.attention import Attended, Rows, attend, attend_backward
+from finetune.gpu.lowrank import Places
 from finetune.layout import Line
-from finetune.lowrank import Places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

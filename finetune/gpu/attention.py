@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from finetune.kernels import launch, rotate
+from finetune.gpu.kernels import launch, rotate
 from finetune.layout import Span
 
 QUERIES, KEYS = 64, 64
