@@ -558,7 +558,7 @@ HUB = {
 
 
 @pytest.mark.parametrize("key", list(HUB))
-@pytest.mark.parametrize("hub", ["real", "refusing", "silent", "offline"])
+@pytest.mark.parametrize("hub", ["real", "refusing", pytest.param("silent", marks=pytest.mark.slow), "offline"])
 def test_a_hub_id_out_of_reach_is_said_within_15_seconds(key: str, hub: str, workplace: Workplace) -> None:
     workplace.write({"d.jsonl": ROWS})
     instead, others = HUB[key]

@@ -170,6 +170,7 @@ def test_no_trial_has_seen_the_test_rows_but_winner_and_baseline(done: Path) -> 
     assert seen == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_more_seeds_train_only_what_is_missing(copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.glob("confirm/*/run.json")}
 

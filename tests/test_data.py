@@ -725,6 +725,7 @@ print(json.dumps(lengths))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_base: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     ready.mkdir()

@@ -245,6 +245,7 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     assert torch.equal(masks[0], mask(1, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
     import torch
@@ -406,6 +407,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
         assert float((one - other).norm() / other.norm()) < 1e-4
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_when_activations_are_computed_again(
     kernels: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

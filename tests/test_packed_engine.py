@@ -72,7 +72,7 @@ def eight_alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return [folder / str(number) for number in range(len(EIGHT))]
 
 
-@pytest.mark.parametrize("slots", [2, pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("slots", [*(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 3)), 8])
 def test_equals_itself_alone(tiny: Tiny, eight_alone: list[Path], tmp_path: Path, slots: int) -> None:
     """With 2 and 3 slots trials join late and leave early."""
     configs = [tiny(*ONE_EPOCH, *overrides) for overrides in EIGHT]

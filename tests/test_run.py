@@ -18,6 +18,10 @@ from finetune.run import Part, run
 Tiny = Callable[..., RunConfig]
 DROPOUT = ("lora.dropout=0.1", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2")
 by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.engine=trl"])
+by_trl_slowly = pytest.mark.parametrize(
+    "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
+)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) 
     assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
 
 
-@by_both
+@by_trl_slowly
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
         run(tiny(*DROPOUT, engine, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
@@ -252,7 +256,7 @@ def test_the_published_recipe_trains_without_a_gpu_and_says_how(
 STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
 
 
-@by_both
+@by_trl_slowly
 def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(*STEPS, engine, "trainer.max_steps=5", "sample_prompts=[]")
     run(config, tmp_path)
@@ -277,7 +281,7 @@ def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> Non
         run(config, tmp_path / "run")
 
 
-@by_both
+@by_trl_slowly
 def test_a_checkpoint_that_was_cut_short_costs_no_other(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(*STEPS, engine, "sample_prompts=[]")
     run(config, tmp_path / "whole")
@@ -288,9 +292,7 @@ def test_a_checkpoint_that_was_cut_short_costs_no_other(engine: str, tiny: Tiny,
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
-)
+@by_trl_slowly
 def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     best = (*STEPS, engine, "objective_at=best", "trainer.eval_steps=2", "sample_prompts=[]")
     run(tiny(*best), tmp_path / "whole")
