@@ -165,14 +165,18 @@ class Turns:
             time.sleep(0.1)
 
     def next(self, tokens: int) -> None:
-        """End the calling thread's turn, and wait for its next, in which it trains so many tokens."""
+        """End the calling thread's turn, and wait for its next, in which it trains so many tokens.
+
+        The first begins when all have loaded: what one loads can reset what another trains with.
+        """
         name = threading.current_thread().name
-        self._arrived.add(name)
         with self._changed:
+            self._arrived.add(name)
+            self._changed.notify_all()
             if self._turn == name and self._began:
                 self.seconds[name].append(time.perf_counter() - self._began)
                 self._pass_on(name)
-            self._changed.wait_for(lambda: self._turn == name)
+            self._changed.wait_for(lambda: self._turn == name and self._arrived.issuperset(self._waiting))
             self.tokens[name].append(tokens)
             self._began = time.perf_counter()
 
@@ -183,6 +187,7 @@ class Turns:
             if self._turn == name:
                 self._pass_on(name)
             self._waiting.remove(name)
+            self._changed.notify_all()
 
     def _pass_on(self, name: str) -> None:
         self._turn = self._waiting[(self._waiting.index(name) + 1) % len(self._waiting)]
