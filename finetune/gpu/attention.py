@@ -154,6 +154,20 @@ def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
     return seen
 
 
+@triton.jit
+def _others(
+    key, value, positions, at, end, of_query, heads, group, head, width, columns, window,
+    WINDOW: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A block of keys from `at` on, their values, and which of them each query sees."""
+    others = at + tl.arange(0, KEYS)
+    there = others < end
+    keys = _tile(key, others, heads // group, head // group, width, columns, there)
+    values = _tile(value, others, heads // group, head // group, width, columns, there)
+    of_key = tl.load(positions + others, mask=there, other=0)
+    return keys, values, _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
+
+
 @triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend(
     query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
@@ -172,12 +186,9 @@ def _attend(
     for part in tl.static_range(2):
         begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
         for at in range(begin, end, KEYS):
-            others = at + tl.arange(0, KEYS)
-            there = others < end
-            keys = _tile(key, others, heads // group, head // group, width, columns, there)
-            values = _tile(value, others, heads // group, head // group, width, columns, there)
-            of_key = tl.load(positions + others, mask=there, other=0)
-            seen = _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
+            keys, values, seen = _others(
+                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, KEYS
+            )
             scores = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale, -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             level = tl.where(higher == -float("inf"), 0.0, higher)
@@ -213,12 +224,9 @@ def _attend_queries(
     for part in tl.static_range(2):
         begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
         for at in range(begin, end, KEYS):
-            others = at + tl.arange(0, KEYS)
-            there = others < end
-            keys = _tile(key, others, heads // group, head // group, width, columns, there)
-            values = _tile(value, others, heads // group, head // group, width, columns, there)
-            of_key = tl.load(positions + others, mask=there, other=0)
-            seen = _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
+            keys, values, seen = _others(
+                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, KEYS
+            )
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale - level[:, None]
             weights = tl.exp2(tl.where(seen, scores, -float("inf")))
             into_scores = weights * (tl.dot(slopes, tl.trans(values), input_precision="ieee") - common[:, None])
