@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from finetune.base import out_of_memory  # before the GPU is used: it says how its memory is taken
+
 SEED = 0
 WARM = 2
 """Steps before the clock starts."""
@@ -133,8 +135,6 @@ class Case:
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
-        from finetune.base import out_of_memory
-
         free()
         line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
         try:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    # Every step has another number of tokens: memory that can grow is not cut up by them, given back and taken anew.
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 DEQUANTIZED_SHARE = 0.25
 """A dequantised base may take so much of the memory there is."""
 

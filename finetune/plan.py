@@ -47,6 +47,10 @@ class Plan:
     """One slot's."""
     activations: int
     """Of one slot's largest batch, kept for its backward pass."""
+    activations_beside: int
+    """The same beside other slots."""
+    held: int
+    """Dequantised weights, of a block at a time, where several slots train."""
     logits: int
     """Some at a time, and in float32 their softmax beside them."""
     evaluation: int
@@ -72,7 +76,8 @@ class Plan:
 
     def peak(self, slots: int = 1) -> int:
         """The most that so many slots need at once."""
-        rows = max(self.activations * self.tokens(slots) / max(self.batches), slots * self.evaluation)
+        kept, held = (self.activations, 0) if slots == 1 else (self.activations_beside, self.held)
+        rows = max(kept * self.tokens(slots) / max(self.batches) + held, slots * self.evaluation)
         return int(self.process + self.base + self.logits + slots * (self.adapter + self.optimizer) + rows)
 
     @property
@@ -171,15 +176,21 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         logits = Decoder.logits_at_once * base.vocab_size * size
     else:
         logits = Hooked.logits_at_once * base.vocab_size * (8 + rounded)
-    kept, passing, shown_once = _activation_elements(base, config, _ends(adapted) if hand else None)
+    ends = _ends(adapted) if hand else None
+    alone, several = (_activation_elements(base, config, ends, slots) for slots in (1, 2))
+    kept, kept_beside = (
+        int(max(sizes) * own.training * size * (1 if on_gpu() else CPU_SLACK)) for own in (alone, several)
+    )
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=cost,
         adapter=sum(trained) * (8 + rounded + (4 if config.trainer.gradient_accumulation_steps > 1 else 0)),
         optimizer=sum(trained) * 8,
-        activations=int(max(sizes) * (kept + passing) * size * (1 if on_gpu() else CPU_SLACK)),
+        activations=kept,
+        activations_beside=kept_beside,
+        held=_held(base, config) * size if hand else 0,
         logits=logits,
-        evaluation=measured * shown_once * size,
+        evaluation=measured * alone.measuring * size,
         available=available_memory(),
         batches=sizes,
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
@@ -226,13 +237,21 @@ def _ends(model: Any) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")}
 
 
-def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) -> tuple[int, int, int]:
-    """Numbers for each token: kept for the backward pass, alive for a moment within a layer, and in an evaluation.
+@dataclass(frozen=True)
+class _Elements:
+    """Numbers in memory for each token."""
+
+    training: int
+    measuring: int
+
+
+def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, slots: int) -> _Elements:
+    """Of a token in a batch, and in held-out rows, where so many slots train.
 
     `adapts`: the ends of the adapted layers' names, where the GPU's own decoder computes; else None. A layer keeps the
     inputs of its norms, its queries, keys, values and what they give, what the gate takes, and the inputs of linear
     layers: on a GPU only of those that are adapted, and not the gate's product. With checkpointing it keeps its
-    input alone. Within a layer, the forward and backward of the gate are the widest.
+    input alone, but for what `kept_whole` says. Within a layer, the forward and backward of the gate are the widest.
     """
     hidden, inner, layers = base.hidden_size, base.intermediate_size, base.num_hidden_layers
     heads = base.num_attention_heads
@@ -242,14 +261,26 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None) 
     if adapts is None:
         layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
         passing = 4 * hidden + 2 * queries + 4 * inner + (layer if saves else 0)
-        return layers * (hidden if saves else layer), passing, passing
+        return _Elements(layers * (hidden if saves else layer) + passing, passing)
+    from finetune.gpu.decoder import kept_whole
+
     attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
     layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
     layer += queries + keys if base.model_type == "qwen3" else 0  # what the heads' own norms take
     through = 3 * bool(attention) + 2 * bool(gate) + len(adapts & {"o_proj", "down_proj"})  # of a group all or none
     layer += through * max(16, 1 << (config.lora.r - 1).bit_length())
-    passing = 3 * hidden + 2 * inner + (layer if saves else 0)
-    return layers * (hidden if saves else layer), passing, layer + 4 * hidden + inner
+    whole = kept_whole(layers, slots) if saves else layers
+    return _Elements(whole * layer + (layers - whole) * hidden + 3 * hidden + 2 * inner, layer + 4 * hidden + inner)
+
+
+def _held(base: Any, config: RunConfig) -> int:
+    """Numbers of a block's dequantised weights, from when it is computed again to its backward pass."""
+    if not (config.trainer.gradient_checkpointing is True and config.quantization.load_in_4bit):
+        return 0
+    heads = base.num_attention_heads
+    width = getattr(base, "head_dim", None) or base.hidden_size // heads
+    keys = getattr(base, "num_key_value_heads", heads) * width
+    return int(base.hidden_size * (2 * heads * width + 2 * keys + 2 * base.intermediate_size))
 
 
 def _resident() -> int:

@@ -93,9 +93,9 @@ def test_activations_that_would_not_fit_are_computed_twice(
 
 
 @pytest.mark.parametrize("target", ["q_v", "all_linear"])
-@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(("saves", "slots"), [(False, 1), (True, 1), (True, 2)])
 def test_a_gpus_plan_is_what_its_decoder_allocates(
-    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool
+    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool, slots: int
 ) -> None:
     """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing, are not run."""
     import torch
@@ -110,17 +110,23 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     for module in (attention, kernels, lowrank):
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr("finetune.bank.by_hand", lambda base, _: Decoder(base, saves))
-    shapes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+    shapes = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 16 if slots > 1 else 4,
+        "num_attention_heads": 8,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
     config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
     bank = Bank(base, config)
-    slot = bank.slot(config.lora, 0)
-    kept, passing, measuring = _activation_elements(base.config, config, _ends(slot.model))
+    places = [bank.slot(config.lora, seed) for seed in range(slots)]
+    elements = _activation_elements(base.config, config, _ends(places[0].model), slots)
     ids = torch.randint(0, 300, (8, 300)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
+    parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
     work = {
-        kept + passing: lambda: bank.learn([Learning(slot, rows, 0.1, 1)]),
-        measuring: lambda: bank.measure([Measuring(slot, rows)]),
+        elements.training: lambda: bank.learn([Learning(*part, 0.1, 1) for part in parts]),
+        elements.measuring: lambda: bank.measure([Measuring(*part) for part in parts]),
     }
     for planned, run_it in work.items():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -145,6 +145,15 @@ def _put(base, values, cos, sin, tokens, heads, head, width, own, TURNS: tl.cons
 
 
 @triton.jit
+def _position(positions, tokens, there, WINDOW: tl.constexpr):
+    """Of tokens in their own rows; without a window their order in the line says as much, and needs no loads."""
+    if WINDOW:
+        return tl.load(positions + tokens, mask=there, other=0)
+    else:
+        return tokens
+
+
+@triton.jit
 def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
     """Which keys a query may see, by their positions."""
     distance = of_query - of_key
@@ -164,7 +173,7 @@ def _others(
     there = others < end
     keys = _tile(key, others, heads // group, head // group, width, columns, there)
     values = _tile(value, others, heads // group, head // group, width, columns, there)
-    of_key = tl.load(positions + others, mask=there, other=0)
+    of_key = _position(positions, others, there, WINDOW)
     return keys, values, _seen(of_query[:, None], of_key[None, :], there[None, :], window, WINDOW)
 
 
@@ -178,7 +187,7 @@ def _attend(
     head = tl.program_id(1)
     rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     own = rows < stop
-    of_query = tl.load(positions + rows, mask=own, other=0)
+    of_query = _position(positions, rows, own, WINDOW)
     queries = _tile(query, rows, heads, head, width, columns, own)
     top = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -213,7 +222,7 @@ def _attend_queries(
     head = tl.program_id(1)
     rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     own = rows < stop
-    of_query = tl.load(positions + rows, mask=own, other=0)
+    of_query = _position(positions, rows, own, WINDOW)
     queries = _tile(query, rows, heads, head, width, columns, own)
     slopes = _tile(gradient, rows, heads, head, width, columns, own)
     level = tl.load(sums + head * tokens + rows, mask=own, other=0.0)
@@ -245,7 +254,7 @@ def _attend_keys(
     place = tl.program_id(1)
     rows, columns = first + tl.arange(0, KEYS), tl.arange(0, WIDTH)
     own = rows < stop
-    of_key = tl.load(positions + rows, mask=own, other=0)
+    of_key = _position(positions, rows, own, WINDOW)
     keys = _tile(key, rows, heads // group, place, width, columns, own)
     values = _tile(value, rows, heads // group, place, width, columns, own)
     result_key, result_value = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
@@ -259,7 +268,7 @@ def _attend_keys(
                 slopes = _tile(gradient, others, heads, head, width, columns, there)
                 level = tl.load(sums + head * tokens + others, mask=there, other=0.0)
                 common = tl.load(shared + head * tokens + others, mask=there, other=0.0)
-                of_query = tl.load(positions + others, mask=there, other=0)
+                of_query = _position(positions, others, there, WINDOW)
                 seen = _seen(of_query[None, :], of_key[:, None], there[None, :] & own[:, None], window, WINDOW)
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale - level[None, :]
                 weights = tl.exp2(tl.where(seen, scores, -float("inf")))

@@ -6,6 +6,7 @@ within each row's boundaries without padding (`attention`). With gradient checkp
 keeps its input alone, and is computed again for its backward pass but for its last product, which no gradient needs.
 """
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,17 @@ class Pass:
     """Linear layers that have an adapter in some slot."""
     cos: torch.Tensor
     sin: torch.Tensor
+    held: dict[str, torch.Tensor] | None = None
+    """Dequantised weights from a block's second forward pass to its backward pass; None: each dequantises its own."""
+
+
+def kept_whole(layers: int, slots: int) -> int:
+    """With checkpointing: of how many of the last blocks all is kept, so that they are not computed again.
+
+    Of the very last, whose backward pass comes at once. Where there is room for several slots there is for some more,
+    which makes them faster by as much.
+    """
+    return 1 if slots == 1 else max(1, layers // 8)
 
 
 @dataclass
@@ -97,10 +109,11 @@ class Decoder:
         now = Pass(line, rows, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
         added: torch.Tensor | None = None
         kept: list[Any] = []
+        again = len(self._blocks) - kept_whole(len(self._blocks), len(slots)) if self._saves else 0
         for block in self._blocks:
             x, added, own = block.forward(x, added, now)
             if draws:
-                kept.append(own.x if self._saves else own)
+                kept.append(own.x if len(kept) < again else own)
             del own  # or it would outlive the next block's forward pass
         assert added is not None
         last = x[line.predictors].add_(added[line.predictors])
@@ -116,9 +129,11 @@ class Decoder:
             gradient.contiguous(), trace.last, self._norm.weight, trace.inverse
         )
         del trace.last, gradient  # here and below: what is read no more makes room for what comes
+        several = len(now.line.parts) > 1
         for block in reversed(self._blocks):
             kept = trace.blocks.pop()
-            if self._saves:
+            now = dataclasses.replace(now, held={} if several else None)
+            if isinstance(kept, torch.Tensor):
                 _, _, kept = block.forward(kept, None, now, again=True)
             into_x = block.backward(slope, kept, now, wanted=bool(trace.blocks))
             if into_x is not None:
@@ -139,6 +154,8 @@ class _Group:
         h, outputs = self.through_a(x, now), []
         for number, (layer, name) in enumerate(zip(self.layers, self.names, strict=True)):
             weight = dense_weight(layer)
+            if now.held is not None:
+                now.held[name] = weight
             if h is None or name not in now.adapted:
                 outputs.append(linear(x, weight, layer.bias))
             else:
@@ -170,8 +187,10 @@ class _Group:
         into_h, into_x = self.backward_h(slopes, h, now), None
         if into_h is not None:
             into_x = lowrank.shrink_backward(into_h, now.places, self.row, self.layers[0].in_features)
-        for layer, slope in zip(self.layers, slopes, strict=True):
-            weight = dense_weight(layer)
+        for layer, name, slope in zip(self.layers, self.names, slopes, strict=True):
+            held = now.held.pop(name, None) if now.held else None
+            weight = dense_weight(layer) if held is None else held
+            del held
             into_x = slope @ weight if into_x is None else into_x.addmm_(slope, weight)
             del weight
         assert into_x is not None
