@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,8 @@ class Learnt:
 
     loss: float
     """Sum of its answers' tokens' negative log-likelihoods, in nats."""
+    norm: float
+    """The gradient's."""
     seconds: float
     """That the batch took, all slots' together."""
 
@@ -216,9 +219,11 @@ class Bank:
         del hidden
         assert answers.gradient is not None
         self._computes.backward(trace, answers.gradient)
-        losses = [float(answers.losses[start:stop].double().sum()) for start, stop in line.answers]
+        sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
+        lengths = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
+        losses, norms = torch.stack([sums, lengths]).tolist()  # one wait for all
         seconds = time.perf_counter() - began
-        return [Learnt(loss, seconds) for loss in losses]
+        return [Learnt(loss, norm, seconds) for loss, norm in zip(losses, norms, strict=True)]
 
     def measure(self, wishes: Sequence[Measuring]) -> list[Evaluation]:
         """What each wish's adapter makes of its rows."""
@@ -257,8 +262,10 @@ class Bank:
         """
         weight, computes = dense_weight(self._head), self._computes
         losses, right, gradients = [], [], []
-        for start in range(0, len(hidden), computes.logits_at_once):
-            part = slice(start, start + computes.logits_at_once)
+        count = math.ceil(len(hidden) / computes.logits_at_once)
+        size = 16 * math.ceil(len(hidden) / count / 16)  # alike, and no part a small rest
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             loss, likeliest, slope = computes.score(
                 linear(hidden[part], weight), line.targets[part], shares is not None
             )

@@ -99,10 +99,10 @@ class Line:
                 ids += rows[0]["input_ids"][:shared]
                 positions.append(numpy.arange(shared))
             for number, row in enumerate(rows, rows_before):
-                start, tokens = len(ids), row["input_ids"]
-                self.spans.append(Span(start, len(tokens) - shared, begin, shared))
-                ids += tokens[shared:]
-                positions.append(numpy.arange(shared, len(tokens)))
+                start, own_ids = len(ids), row["input_ids"]
+                self.spans.append(Span(start, len(own_ids) - shared, begin, shared))
+                ids += own_ids[shared:]
+                positions.append(numpy.arange(shared, len(own_ids)))
                 labels = numpy.array(row["labels"][shared + 1 :], dtype=numpy.int64)
                 (own,) = numpy.nonzero(labels != IGNORED)
                 predictors.append(own + start)
@@ -113,15 +113,12 @@ class Line:
             self.parts.append((begin, len(ids)))
             self.answers.append((first, answers))
 
-        def tensor(values: Any) -> torch.Tensor:
-            return torch.from_numpy(values).to(device)
-
-        self.ids = tensor(numpy.array([ids], dtype=numpy.int64))
-        self.positions = tensor(numpy.concatenate(positions)[None])
-        self.predictors = tensor(numpy.concatenate(predictors))
-        """[answers' tokens] where in the line the token before each is."""
-        self.targets, self.owners = tensor(numpy.concatenate(targets)), tensor(numpy.concatenate(owners))
-        """[answers' tokens] the tokens themselves, and the number of each one's row."""
+        parts = [*map(numpy.concatenate, (targets, owners, predictors, positions)), numpy.array(ids)]
+        together = torch.from_numpy(numpy.concatenate(parts)).to(device)  # one copy for all
+        self.targets, self.owners, self.predictors, places, tokens = torch.split(together, [*map(len, parts)])
+        """[answers' tokens] the tokens themselves, the number of each one's row, and where in the line the token
+        before it is."""
+        self.positions, self.ids = places[None], tokens[None]
 
     @functools.cached_property
     def _buckets(self) -> tuple[list[_Bucket], torch.Tensor]:

@@ -178,25 +178,28 @@ class PackedTraining:
         batches = [[self._rows[index] for index in batch] for batch in step.batches]
         share = 1 / max(sum(map(answers, batches)), 1)
         scale = self._scale.value if self._scale else 1.0
-        loss = seconds = 0.0
+        loss = seconds = norm = 0.0
         gradient = None
         for index, batch in enumerate(batches):
             draw = number * config.trainer.gradient_accumulation_steps + index
             learnt: Learnt = yield Learning(slot, batch, share * scale, draw)
             loss += learnt.loss * share
             seconds += learnt.seconds
+            norm = learnt.norm
             if len(batches) > 1:  # the slot's gradient is the last batch's
                 gradient = slot.gradient.clone() if gradient is None else gradient.add_(slot.gradient)
+        if gradient is not None:
+            norm = float(gradient.norm())
+        norm /= scale
         rate = config.optimizer.learning_rate * self._factor(number - 1)
-        norm = self._update(slot.gradient if gradient is None else gradient, rate, scale)
+        self._update(slot.gradient if gradient is None else gradient, norm, rate, scale)
         tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
         yield from reporter.step(number, loss, norm, rate, tokens, seconds)
 
-    def _update(self, gradient: torch.Tensor, rate: float, scale: float) -> float:
-        """Clip and take the optimizer's step; returns the gradient's norm before clipping."""
+    def _update(self, gradient: torch.Tensor, norm: float, rate: float, scale: float) -> None:
+        """Clip the gradient, of such a norm without its scale, and take the optimizer's step."""
         if self._scale is not None:
             gradient.div_(scale)
-        norm = float(gradient.norm())
         limit = self._config.optimizer.max_grad_norm
         if limit and not norm + 1e-6 <= limit:
             gradient.mul_(limit / (norm + 1e-6))
@@ -205,7 +208,6 @@ class PackedTraining:
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
-        return norm
 
     def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)

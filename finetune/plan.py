@@ -270,7 +270,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, 
     through = 3 * bool(attention) + 2 * bool(gate) + len(adapts & {"o_proj", "down_proj"})  # of a group all or none
     layer += through * max(16, 1 << (config.lora.r - 1).bit_length())
     whole = kept_whole(layers, slots) if saves else layers
-    return _Elements(whole * layer + (layers - whole) * hidden + 3 * hidden + 2 * inner, layer + 4 * hidden + inner)
+    return _Elements(whole * layer + (layers - whole) * hidden + 3 * hidden + 2 * inner, layer + hidden + inner)
 
 
 def _held(base: Any, config: RunConfig) -> int:

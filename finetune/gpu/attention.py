@@ -15,8 +15,8 @@ import triton.language as tl
 from finetune.gpu.kernels import launch, rotate
 from finetune.layout import Span
 
-QUERIES, KEYS = 64, 64
-"""Tokens in a block."""
+BLOCK, STEP = 64, 32
+"""Tokens of one program, and of those that it goes over, so many at a time."""
 
 
 class Rows:
@@ -35,7 +35,7 @@ class Rows:
         blocks = [
             (number, first)
             for number, span in enumerate(spans)
-            for first in range(span.start, span.start + span.length, QUERIES)
+            for first in range(span.start, span.start + span.length, BLOCK)
         ]
         device = positions.device
         self.table = torch.tensor(table, dtype=torch.int32).to(device)
@@ -73,7 +73,7 @@ def attend(
         query, key, value, out, sums, rows.positions, rows.blocks, rows.table, scale * LOG2, tokens, heads,
         heads // key.shape[1], width, most,
     )  # fmt: skip
-    launch(_attend, (len(rows.blocks), heads, 1), arguments, _constants(width, most), 4, 2)
+    launch(_attend, (len(rows.blocks), heads, 1), arguments, _constants(width, most), 4, 3)
     return Attended(query, key, value, out, sums, scale, most)
 
 
@@ -96,9 +96,8 @@ def attend_backward(
         attended.scale * LOG2, attended.scale, tokens, heads, heads // key.shape[1], width, attended.window,
     )  # fmt: skip
     blocks = len(rows.blocks)
-    launch(_attend_queries, (blocks, heads, 1), (into_query, attended.out, *common), (turns, *constants), 4, 2)
-    narrow = (turns, *constants[:2], QUERIES // 2, KEYS)  # its two results leave few registers
-    launch(_attend_keys, (blocks, key.shape[1], 1), (into_key, into_value, *common), narrow, 4, 2)
+    launch(_attend_queries, (blocks, heads, 1), (into_query, attended.out, *common), (turns, *constants), 4, 3)
+    launch(_attend_keys, (blocks, key.shape[1], 1), (into_key, into_value, *common), (turns, *constants), 4, 2)
     if turn is not None and not turns:
         into_query, into_key = (rotate(part, *turn, -1.0) for part in (into_query, into_key))
     return into_query, into_key, into_value
@@ -109,7 +108,7 @@ LOG2 = 1.4426950408889634
 
 
 def _constants(width: int, window: int) -> tuple[Any, ...]:
-    return window > 0, max(16, triton.next_power_of_2(width)), QUERIES, KEYS
+    return window > 0, max(16, triton.next_power_of_2(width)), BLOCK, STEP
 
 
 @triton.jit
@@ -166,10 +165,10 @@ def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
 @triton.jit
 def _others(
     key, value, positions, at, end, of_query, heads, group, head, width, columns, window,
-    WINDOW: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A block of keys from `at` on, their values, and which of them each query sees."""
-    others = at + tl.arange(0, KEYS)
+    others = at + tl.arange(0, STEP)
     there = others < end
     keys = _tile(key, others, heads // group, head // group, width, columns, there)
     values = _tile(value, others, heads // group, head // group, width, columns, there)
@@ -180,23 +179,23 @@ def _others(
 @triton.jit(do_not_specialize=["tokens"])  # or multiples of 16 would compile it anew
 def _attend(
     query, key, value, out, sums, positions, blocks, table, scale, tokens, heads, group, width, window,
-    WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     first, span = _block(blocks, table)
     start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.program_id(1)
-    rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     own = rows < stop
     of_query = _position(positions, rows, own, WINDOW)
     queries = _tile(query, rows, heads, head, width, columns, own)
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    result = tl.zeros((BLOCK, WIDTH), tl.float32)
     for part in tl.static_range(2):
-        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
-        for at in range(begin, end, KEYS):
+        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + BLOCK, stop))
+        for at in range(begin, end, STEP):
             keys, values, seen = _others(
-                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, KEYS
+                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, STEP
             )
             scores = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale, -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
@@ -215,12 +214,12 @@ def _attend(
 def _attend_queries(
     into_query, out, cos, sin, query, key, value, gradient, sums, shared, positions, blocks, table, scale, slope_scale,
     tokens, heads, group, width, window,
-    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     first, span = _block(blocks, table)
     start, stop, beginning, beginning_stop = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.program_id(1)
-    rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     own = rows < stop
     of_query = _position(positions, rows, own, WINDOW)
     queries = _tile(query, rows, heads, head, width, columns, own)
@@ -229,12 +228,12 @@ def _attend_queries(
     outputs = _tile(out, rows, heads, head, width, columns, own)
     common = tl.sum(slopes.to(tl.float32) * outputs.to(tl.float32), 1)  # to all keys; the keys' own kernel reads it
     tl.store(shared + head * tokens + rows, common, mask=own)
-    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    result = tl.zeros((BLOCK, WIDTH), tl.float32)
     for part in tl.static_range(2):
-        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + QUERIES, stop))
-        for at in range(begin, end, KEYS):
+        begin, end = (beginning, beginning_stop) if part == 0 else (start, tl.minimum(first + BLOCK, stop))
+        for at in range(begin, end, STEP):
             keys, values, seen = _others(
-                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, KEYS
+                key, value, positions, at, end, of_query, heads, group, head, width, columns, window, WINDOW, STEP
             )
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale - level[:, None]
             weights = tl.exp2(tl.where(seen, scores, -float("inf")))
@@ -247,22 +246,22 @@ def _attend_queries(
 def _attend_keys(
     into_key, into_value, cos, sin, query, key, value, gradient, sums, shared, positions, blocks, table, scale,
     slope_scale, tokens, heads, group, width, window,
-    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TURNS: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     first, span = _block(blocks, table)
     stop, followers = tl.load(span + 1), tl.load(span + 4)
     place = tl.program_id(1)
-    rows, columns = first + tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     own = rows < stop
     of_key = _position(positions, rows, own, WINDOW)
     keys = _tile(key, rows, heads // group, place, width, columns, own)
     values = _tile(value, rows, heads // group, place, width, columns, own)
-    result_key, result_value = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
+    result_key, result_value = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     for head in range(place * group, (place + 1) * group):
         for part in tl.static_range(2):  # its own span from here on, and the rows of which it is the beginning
             begin, end = (first, stop) if part == 0 else (stop, followers)
-            for at in range(begin, end, QUERIES):
-                others = at + tl.arange(0, QUERIES)
+            for at in range(begin, end, STEP):
+                others = at + tl.arange(0, STEP)
                 there = others < end
                 queries = _tile(query, others, heads, head, width, columns, there)
                 slopes = _tile(gradient, others, heads, head, width, columns, there)

@@ -107,17 +107,17 @@ class Decoder:
         places = Places(parts, [slot.table for slot in slots if slot.table is not None], x.device)
         rows = Rows(line.spans, line.positions[0])
         now = Pass(line, rows, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
-        added: torch.Tensor | None = None
         kept: list[Any] = []
         again = len(self._blocks) - kept_whole(len(self._blocks), len(slots)) if self._saves else 0
         for block in self._blocks:
-            x, added, own = block.forward(x, added, now)
+            out, own = block.forward(x, now)
+            assert out is not None
+            x = out
             if draws:
                 kept.append(own.x if len(kept) < again else own)
-            del own  # or it would outlive the next block's forward pass
-        assert added is not None
-        last = x[line.predictors].add_(added[line.predictors])
-        _, hidden, inverse = kernels.norm(last, None, self._norm.weight, self._norm.variance_epsilon)
+            del own, out  # or it would outlive the next block's forward pass
+        last = x[line.predictors]
+        hidden, inverse, _ = kernels.norm(last, self._norm.weight, self._norm.variance_epsilon)
         return hidden, Trace(now, kept, last, inverse)
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Decoder:
             kept = trace.blocks.pop()
             now = dataclasses.replace(now, held={} if several else None)
             if isinstance(kept, torch.Tensor):
-                _, _, kept = block.forward(kept, None, now, again=True)
+                _, kept = block.forward(kept, now, again=True)
             into_x = block.backward(slope, kept, now, wanted=bool(trace.blocks))
             if into_x is not None:
                 slope = into_x
@@ -149,17 +149,21 @@ class _Group:
     row: int
     """The first one's in the slots' tables; the others follow."""
 
-    def forward(self, x: torch.Tensor, now: Pass) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Each layer's output with what the adapters add, and h."""
+    def forward(
+        self, x: torch.Tensor, now: Pass, onto: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Each layer's output with what the adapters add, and h; a single layer's is added `onto` what is given."""
         h, outputs = self.through_a(x, now), []
         for number, (layer, name) in enumerate(zip(self.layers, self.names, strict=True)):
             weight = dense_weight(layer)
             if now.held is not None:
                 now.held[name] = weight
-            if h is None or name not in now.adapted:
+            y = onto
+            if h is not None and name in now.adapted:
+                y = lowrank.expand(h[number], now.places, self.row + number, len(weight), onto)
+            if y is None:
                 outputs.append(linear(x, weight, layer.bias))
             else:
-                y = lowrank.expand(h[number], now.places, self.row + number, len(weight))
                 y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
                 outputs.append(y if layer.bias is None else y.add_(layer.bias))
             del weight  # or two dequantised ones would be in memory
@@ -246,16 +250,11 @@ class _Block:
         self._width, self._scaling = attention.head_dim, attention.scaling
         self._window = getattr(attention, "sliding_window", window)
 
-    def forward(
-        self, x: torch.Tensor, added: torch.Tensor | None, now: Pass, again: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, _Kept]:
-        """The block's output, as a sum of two, from its input, which may be one.
-
-        `again`: for the backward pass alone; the second of the two is not computed.
-        """
+    def forward(self, x: torch.Tensor, now: Pass, again: bool = False) -> tuple[torch.Tensor | None, _Kept]:
+        """The block's output from its input. `again`: for the backward pass alone, and there is none."""
         normed: torch.Tensor | None
         normed_middle: torch.Tensor | None
-        x, normed, inverse = kernels.norm(x, added, self._norm.weight, self._norm.variance_epsilon)
+        normed, inverse, middle = kernels.norm(x, self._norm.weight, self._norm.variance_epsilon, copies=True)
         flat, h_qkv = self._qkv.forward(normed, now)
         normed = None if h_qkv is None else normed  # what is read no more makes room, here and below
         states = {part: own.view(len(own), -1, self._width) for part, own in zip("qkv", flat, strict=True)}
@@ -264,21 +263,20 @@ class _Block:
         for part, own in self._head_norms.items():
             if own is not None:
                 before = states[part].view(-1, self._width)
-                _, unit, roots = kernels.norm(before, None, own.weight, own.variance_epsilon)
+                unit, roots, _ = kernels.norm(before, own.weight, own.variance_epsilon)
                 states[part], heads[part] = unit.view(states[part].shape), (before, roots)
             if self._rotates:
                 states[part] = kernels.rotate(states[part], now.cos, now.sin, 1.0)
         attended = attend(states["q"], states["k"], states["v"], now.rows, self._scaling, self._window)
-        (out,), h_o = self._o.forward(attended.out.flatten(1), now)
-        middle, normed_middle, inverse_middle = kernels.norm(
-            x, out, self._middle_norm.weight, self._middle_norm.variance_epsilon
+        (middle,), h_o = self._o.forward(attended.out.flatten(1), now, onto=middle)
+        normed_middle, inverse_middle, out = kernels.norm(
+            middle, self._middle_norm.weight, self._middle_norm.variance_epsilon, copies=not again
         )
-        del out
         (gated, up), h_gate_up = self._gate_up.forward(normed_middle, now)
         normed_middle = None if h_gate_up is None else normed_middle
-        down = h_down = None
+        h_down = None
         if not again:
-            (down,), h_down = self._down.forward(kernels.gate(gated, up), now)
+            (out,), h_down = self._down.forward(kernels.gate(gated, up), now, onto=out)
         elif self._down.names[0] in now.adapted:
             h_down = self._down.through_a(kernels.gate(gated, up), now)
         kept = _Kept(
@@ -297,7 +295,7 @@ class _Block:
             h_gate_up=h_gate_up,
             h_down=h_down,
         )
-        return middle, down, kept
+        return out, kept
 
     def backward(self, slope: torch.Tensor, kept: _Kept, now: Pass, wanted: bool) -> torch.Tensor | None:
         """The gradient of the block's input, if wanted, from that of its output; adapters' go to the slots."""

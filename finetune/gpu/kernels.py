@@ -38,19 +38,19 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], 
 
 
 def norm(
-    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Root mean square normalisation of the rows of x + added [rows, width].
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, copies: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Root mean square normalisation of the rows of x [rows, width].
 
-    Returns the sum, what it is normalised, and the inverse roots, float32 [rows].
+    Returns it, the inverse roots, float32 [rows], and on demand a copy of x, for what is added to it.
     """
     rows, width = x.shape
-    total = x if added is None else torch.empty_like(x)
     y, inverse = torch.empty_like(x), torch.empty(rows, device=x.device)
-    arguments = (x, x if added is None else added, weight, total, y, inverse, width, epsilon)
+    copy = torch.empty_like(x) if copies else None
+    arguments = (x, weight, y, inverse, y if copy is None else copy, width, epsilon)
     block, warps = _row(width)
-    launch(_norm, (rows, 1, 1), arguments, (added is not None, block), warps)
-    return total, y, inverse
+    launch(_norm, (rows, 1, 1), arguments, (copies, block), warps)
+    return y, inverse, copy
 
 
 def norm_backward(
@@ -120,16 +120,14 @@ def score(
 
 
 @triton.jit
-def _norm(x, added, weight, total, y, inverse, width, epsilon, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x, weight, y, inverse, copy, width, epsilon, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     there = columns < width
-    exact = tl.load(x + row * width + columns, mask=there, other=0.0).to(tl.float32)
-    if ADDS:
-        exact += tl.load(added + row * width + columns, mask=there, other=0.0).to(tl.float32)
-        rounded = exact.to(total.dtype.element_ty)
-        tl.store(total + row * width + columns, rounded, mask=there)
-        exact = rounded.to(tl.float32)
+    values = tl.load(x + row * width + columns, mask=there, other=0.0)
+    if COPIES:
+        tl.store(copy + row * width + columns, values, mask=there)
+    exact = values.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(exact * exact, 0) / width + epsilon)
     unit = (exact * scale).to(y.dtype.element_ty).to(tl.float32)
     weights = tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
