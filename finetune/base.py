@@ -47,11 +47,16 @@ def says_out_of_memory(text: str) -> bool:
     )
 
 
-def free_memory() -> None:
-    """Collect what nothing refers to, and hand it back to the system and the GPU."""
+def collect_garbage() -> None:
+    """Collect what nothing refers to, and hand the host's memory back to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # GNU's C library keeps freed memory otherwise
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_memory() -> None:
+    """The same, and hand the GPU's memory back as well."""
+    collect_garbage()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

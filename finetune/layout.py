@@ -42,9 +42,15 @@ def common_beginning(rows: Sequence[dict[str, Any]]) -> int:
     return shared if shared >= WORTH_SHARING else 0
 
 
+def needed(row: dict[str, Any]) -> int:
+    """How many of a row's tokens are computed: up to the one that predicts the last answer's last token."""
+    labels = row["labels"]
+    return next((index for index in reversed(range(1, len(labels))) if labels[index] != IGNORED), 1)
+
+
 def laid(rows: Sequence[dict[str, Any]]) -> int:
     """How many tokens of a line a batch takes."""
-    return sum(len(row["input_ids"]) for row in rows) - common_beginning(rows) * max(len(rows) - 1, 0)
+    return sum(map(needed, rows)) - common_beginning(rows) * max(len(rows) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Line:
                 ids += rows[0]["input_ids"][:shared]
                 positions.append(numpy.arange(shared))
             for number, row in enumerate(rows, rows_before):
-                start, own_ids = len(ids), row["input_ids"]
+                start, own_ids = len(ids), row["input_ids"][: needed(row)]
                 self.spans.append(Span(start, len(own_ids) - shared, begin, shared))
                 ids += own_ids[shared:]
                 positions.append(numpy.arange(shared, len(own_ids)))

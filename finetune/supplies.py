@@ -1,6 +1,8 @@
 """What runs in one process share: rows, tokens, tokenizer and the frozen base, each made when first asked for."""
 
+import atexit
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from finetune.bank import Bank, Slot
 
 T = TypeVar("T")
+
+atexit.register(gc.unfreeze)  # what `bank` freezes: at the end too all is let go
 
 
 class Supplies:
@@ -47,6 +51,7 @@ class Supplies:
         if self._kept.pop(kind, None) is not None and "torch" in sys.modules:
             from finetune.base import free_memory
 
+            gc.unfreeze()
             free_memory()
 
     def rows(self, settings: DatasetSettings) -> Rows:
@@ -81,6 +86,7 @@ class Supplies:
             base = load_base(self.source(config.model), config)
             keep_dequantized(base, config)
             free_memory()
+            gc.freeze()  # what there is stays: at the end of each run the garbage collector need not go through it
             return Bank(base, config)
 
         return self.keep("bank", base_key(config), load)
@@ -93,7 +99,7 @@ class Supplies:
     @contextlib.contextmanager
     def slot(self, config: RunConfig) -> "Iterator[Slot]":
         """A place on the base, beside other runs', with a fresh adapter of the run's own."""
-        from finetune.base import free_memory
+        from finetune.base import collect_garbage
 
         bank = self.bank(config)
         slot = bank.slot(config.lora, config.seed)
@@ -103,7 +109,7 @@ class Supplies:
         finally:
             bank.taken -= 1
             del slot, bank
-            free_memory()
+            collect_garbage()  # the GPU's memory stays at hand for the next slot
 
     @contextlib.contextmanager
     def model(self, config: RunConfig) -> "Iterator[PeftModel]":

@@ -246,3 +246,19 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
         assert torch.allclose(gb, b.grad)
     kept = ~stretches[0].dropped(torch.ones(2000, 6))
     assert float(kept.double().mean()) == pytest.approx(0.6, abs=0.02)
+
+
+def test_what_follows_the_last_answer_is_not_computed() -> None:
+    import torch
+
+    from finetune.layout import Line, laid
+
+    asked = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, -100, -100]}
+    learnt = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    line = Line([[asked], [learnt]], torch.device("cpu"))
+    assert line.ids.tolist() == [[5, 6, 1, 2]]
+    assert line.positions.tolist() == [[0, 1, 0, 1]]
+    assert line.predictors.tolist() == [1, 2, 3]
+    assert line.targets.tolist() == [7, 2, 3]
+    assert laid([asked]) == 2
+    assert laid([learnt]) == 2
