@@ -55,7 +55,8 @@ def collect_garbage() -> None:
 
 
 def free_memory() -> None:
-    """The same, and hand the GPU's memory back as well."""
+    """The same of all that there is, frozen or not, and hand the GPU's memory back as well."""
+    gc.unfreeze()
     collect_garbage()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -51,7 +51,6 @@ class Supplies:
         if self._kept.pop(kind, None) is not None and "torch" in sys.modules:
             from finetune.base import free_memory
 
-            gc.unfreeze()
             free_memory()
 
     def rows(self, settings: DatasetSettings) -> Rows:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,20 @@ def test_a_base_that_a_run_has_changed_is_let_go(lora: str, stays: bool, tiny: T
     config = tiny(*FEW, NONE, "trainer.engine=auto", lora)
     run(config, tmp_path, Part(supplies=supplies, alone=False))
     assert (supplies.known("bank", base_key(config)) is not None) is stays
+
+
+def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
+    """A base stays out of the garbage collector's sight while it is kept, and no longer; a slot on it never does."""
+    from finetune.base import collect_garbage, free_memory
+
+    supplies, config = Supplies(), tiny(*RUN)
+    with supplies.slot(config) as slot:
+        model = weakref.ref(slot.model)
+    base = weakref.ref(supplies.bank(config).base)
+    del slot
+    collect_garbage()
+    assert model() is None
+    assert base() is not None
+    del supplies
+    free_memory()
+    assert base() is None
