@@ -1,10 +1,11 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 64] [--stock-trials 2] [--tiny]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 288] [--evaluations 9] [--stock-trials 2] [--tiny]
                                    [--sides tutorial,best,ours,recipe]
 
 The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
-A trial is LoRA on queries and values, batch 4, four evaluations of 32 held-out rows. The stock stack is
+A trial is LoRA on queries and values, batch 4, with so many evaluations of 32 held-out rows, on every side: with nine,
+halving by 3 judges after a ninth and a third of the steps. The stock stack is
 hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` with gradient checkpointing
 and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
 loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
@@ -45,7 +46,8 @@ def main() -> None:
     """Run the sides, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=64, help="of a whole trial, a multiple of 4")
+    parser.add_argument("--steps", type=int, default=288, help="of a whole trial, a multiple of its evaluations")
+    parser.add_argument("--evaluations", type=int, default=9, help="of a whole trial")
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
     parser.add_argument("--tiny", action="store_true")
@@ -55,19 +57,18 @@ def main() -> None:
         write_checkpoint(folder / "base", arguments.tiny)
         for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
-        seconds = {}
+        seconds, length = {}, (arguments.steps, arguments.steps // arguments.evaluations)
         for side in arguments.sides.split(","):
             if side == "recipe":
                 print(f"recipe: {recipe(folder)}", flush=True)
                 continue
             if side == "ours":
-                seconds[side] = ours(folder, arguments.trials, arguments.steps)
+                seconds[side] = ours(folder, arguments.trials, *length)
             else:
-                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, arguments.steps)
+                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, *length)
             print(f"{side}: {seconds[side]:.0f} s", flush=True)
-    print(
-        f"\n| a study of {arguments.trials} trials of {arguments.steps} steps | seconds | this project is faster by |"
-    )
+    study = f"{arguments.trials} trials of {arguments.steps} steps, evaluated {arguments.evaluations} times"
+    print(f"\n| {study} | seconds | this project is faster by |")
     print("|---|---|---|")
     for side, took in seconds.items():
         faster = f"{took / seconds['ours']:.1f} times" if "ours" in seconds and side != "ours" else ""
@@ -81,7 +82,7 @@ def texts(count: int, seed: int, divisor: int) -> list[dict[str, str]]:
     return [{"text": " ".join(f"w{draw.randrange(3, 32000)}" for _ in range(size))} for size in sizes]
 
 
-def stock(folder: Path, side: str, trials: int, steps: int) -> float:
+def stock(folder: Path, side: str, trials: int, steps: int, eval_steps: int) -> float:
     """Seconds of one trial of the stock stack, the mean of some."""
     script = Path(__file__).resolve().with_name("stock_trial.py")
     records = folder / f"{side}.jsonl"
@@ -90,7 +91,7 @@ def stock(folder: Path, side: str, trials: int, steps: int) -> float:
         [sys.executable, str(script), "-m", "hydra/sweeper=optuna", *SPACE, f"steps={steps}", f"records={records}"],
         [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0"],
         ["lora.targets=[q_proj,v_proj]", "rows.tokens=null", "++arguments.completion_only_loss=false", *STOCK[side]],
-        [f"hydra.sweep.dir={side}"],
+        [f"hydra.sweep.dir={side}", f"++arguments.eval_steps={eval_steps}"],
     )
     return statistics.fmean(record["seconds"] for record in read_lines(records))
 
@@ -107,14 +108,14 @@ def recipe(folder: Path) -> str:
     return f"{result['status']} by {result['engine']}, {speed:.0f} tokens/s, {memory:.1f} GiB"
 
 
-def ours(folder: Path, trials: int, steps: int) -> float:
+def ours(folder: Path, trials: int, steps: int, eval_steps: int) -> float:
     """Seconds of this project's whole study."""
     took = timed(
         folder,
         [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
         ["model.name_or_path=base", "dataset.path=train.jsonl", "dataset.eval_path=eval.jsonl"],
         ["dataset.test_fraction=0", "sample_prompts=[]", "dataset.max_length=null", "tracker=none"],
-        [f"trainer.max_steps={steps}", f"trainer.eval_steps={steps // 4}", "trainer.save_steps=0"],
+        [f"trainer.max_steps={steps}", f"trainer.eval_steps={eval_steps}", "trainer.save_steps=0"],
         [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.study_name=ours"],
         ["hydra.sweep.dir=ours"],
     )
