@@ -30,12 +30,10 @@ from typing import Any
 
 import torch
 
-from finetune.base import out_of_memory  # before the GPU is used: it says how its memory is taken
-
 SEED = 0
 WARM = 4
-"""Steps of four slots or more before the clock starts, of fewer slots more: a matrix product's kernel is loaded when
-its shape is first met."""
+"""Steps before the clock starts, with fewer than four slots more of them: a matrix product's kernel is loaded when its
+shape is first met."""
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -46,6 +44,8 @@ LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear"
 
 def main() -> None:
     """Measure each side in turn and print one line for each."""
+    import finetune.base  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default="ours,trl,best")
     parser.add_argument("--slots", default="1,2,4,8,16,auto")
@@ -94,13 +94,13 @@ class Case:
         self.warm, self.steps, self.tiny = WARM, steps, tiny
         self.rows = make_rows(length, tiny)
         self.planned = ""
-        self.slots = 1
+        self.slots = 1 if slots == "auto" else int(slots)
+        if not tiny and slots != "auto" and self.slots < 4:
+            self.warm, self.steps = (4 // self.slots * count for count in (self.warm, self.steps))
         if side == "ours":
             plan = self.plan()
-            self.slots = plan.slots if slots == "auto" else int(slots)
+            self.slots = plan.slots if slots == "auto" else self.slots
             self.planned = f"{plan.peak(self.slots) / 2**30:.1f}"
-        if not tiny and self.slots < 4:
-            self.warm, self.steps = (4 // self.slots * count for count in (self.warm, self.steps))
 
     def config(self, seed: int = SEED, *more: str) -> Any:
         """The run's config, as a command line has it."""
@@ -140,6 +140,8 @@ class Case:
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
+        from finetune.base import out_of_memory
+
         free()
         line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
         try:

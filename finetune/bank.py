@@ -107,7 +107,7 @@ class Learnt:
     loss: float
     """Sum of its answers' tokens' negative log-likelihoods, in nats."""
     norm: float
-    """The gradient's."""
+    """The gradient's, the loss scale in it."""
     seconds: float
     """That the batch took, all slots' together."""
 
@@ -220,10 +220,10 @@ class Bank:
         assert answers.gradient is not None
         self._computes.backward(trace, answers.gradient)
         sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
-        lengths = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
-        losses, norms = torch.stack([sums, lengths]).tolist()  # one wait for all
+        norms = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
+        found = torch.stack([sums, norms], 1).tolist()  # one wait for all
         seconds = time.perf_counter() - began
-        return [Learnt(loss, norm, seconds) for loss, norm in zip(losses, norms, strict=True)]
+        return [Learnt(loss, norm, seconds) for loss, norm in found]
 
     def measure(self, wishes: Sequence[Measuring]) -> list[Evaluation]:
         """What each wish's adapter makes of its rows."""

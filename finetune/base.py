@@ -55,7 +55,7 @@ def collect_garbage() -> None:
 
 
 def free_memory() -> None:
-    """The same of all that there is, frozen or not, and hand the GPU's memory back as well."""
+    """Collect what nothing refers to, frozen or not, and hand the host's and the GPU's memory back."""
     gc.unfreeze()
     collect_garbage()
     if torch.cuda.is_available():

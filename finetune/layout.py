@@ -119,9 +119,9 @@ class Line:
             self.parts.append((begin, len(ids)))
             self.answers.append((first, answers))
 
-        parts = [*map(numpy.concatenate, (targets, owners, predictors, positions)), numpy.array(ids)]
-        together = torch.from_numpy(numpy.concatenate(parts)).to(device)  # one copy for all
-        self.targets, self.owners, self.predictors, places, tokens = torch.split(together, [*map(len, parts)])
+        arrays = [*map(numpy.concatenate, (targets, owners, predictors, positions)), numpy.array(ids)]
+        together = torch.from_numpy(numpy.concatenate(arrays)).to(device)  # one copy for all
+        self.targets, self.owners, self.predictors, places, tokens = torch.split(together, [*map(len, arrays)])
         """[answers' tokens] the tokens themselves, the number of each one's row, and where in the line the token
         before it is."""
         self.positions, self.ids = places[None], tokens[None]

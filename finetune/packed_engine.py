@@ -17,7 +17,7 @@ from finetune.base import compute_dtype, on_gpu, read_base_config
 from finetune.config import RunConfig, refusal
 from finetune.evaluation import Evaluation
 from finetune.hub import BaseSource
-from finetune.layout import Row
+from finetune.layout import Row, needed
 from finetune.progress import Reporter, Turns, steps_of
 from finetune.records import RunFolder, named
 from finetune.tokens import IGNORED, epoch_order
@@ -159,7 +159,7 @@ class PackedTraining:
     def measure(self, rows: "Dataset") -> Turns[Evaluation]:
         """What the adapter makes of rows, so many at a time, by length."""
         examples, batch_size = rows.to_list(), self._config.trainer.per_device_eval_batch_size
-        order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+        order = sorted(range(len(examples)), key=lambda index: -needed(examples[index]))
         losses, tokens, right = [0.0] * len(order), [0] * len(order), 0.0
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -197,7 +197,7 @@ class PackedTraining:
         yield from reporter.step(number, loss, norm, rate, tokens, seconds)
 
     def _update(self, gradient: torch.Tensor, norm: float, rate: float, scale: float) -> None:
-        """Clip the gradient, of such a norm without its scale, and take the optimizer's step."""
+        """Take the optimizer's step, after the gradient is clipped. `norm` is the gradient's without the loss scale."""
         if self._scale is not None:
             gradient.div_(scale)
         limit = self._config.optimizer.max_grad_norm

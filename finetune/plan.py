@@ -145,7 +145,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         require_bitsandbytes,
     )
     from finetune.hooked import Hooked
-    from finetune.layout import laid
+    from finetune.layout import laid, needed
     from finetune.packed_engine import steps
 
     require_bitsandbytes(config.quantization)
@@ -167,7 +167,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     lengths = [len(row["input_ids"]) for row in train]
     batches = [batch for step in steps(lengths, config, total) for batch in step.batches]
     sizes = tuple(laid([train[index] for index in batch]) for batch in batches)
-    shown = sorted(held_out + test, key=lambda row: -len(row["input_ids"]))
+    shown = sorted(held_out + test, key=lambda row: -needed(row))
     measured = laid(shown[: config.trainer.per_device_eval_batch_size])
     hand = works_by_hand(base, config.quantization)
     if hand:
@@ -315,7 +315,7 @@ def main() -> None:
             print(f"{name:32}{amount / GIB:8.2f} GiB")
     print(f"{'peak of one run':32}{found.peak() / GIB:8.2f} GiB of {found.available / GIB:.1f}")
     found.require_room(config)
-    further = (found.peak(2) - found.peak()) / GIB
+    further = (found.peak(3) - found.peak(2)) / GIB  # the second also brings what only several keep
     print(f"{'each further slot':32}{further:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
     seconds = found.train_tokens * 4 * found.weights / speed()
     print(f"{'tokens':32}{found.train_tokens:8d}: about {max(1, math.ceil(seconds / 60))} min of training")

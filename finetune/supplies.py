@@ -82,11 +82,13 @@ class Supplies:
         from finetune.base import free_memory, keep_dequantized, load_base
 
         def load() -> Bank:
+            free_memory()  # another's base may be frozen still
             base = load_base(self.source(config.model), config)
             keep_dequantized(base, config)
+            bank = Bank(base, config)
             free_memory()
             gc.freeze()  # what there is stays: at the end of each run the garbage collector need not go through it
-            return Bank(base, config)
+            return bank
 
         return self.keep("bank", base_key(config), load)
 

@@ -154,7 +154,7 @@ def _position(positions, tokens, there, WINDOW: tl.constexpr):
 
 @triton.jit
 def _seen(of_query, of_key, there, window, WINDOW: tl.constexpr):
-    """Which keys a query may see, by their positions."""
+    """Which keys a query may see, by what `_position` says of both."""
     distance = of_query - of_key
     seen = there & (distance >= 0)
     if WINDOW:

@@ -1,9 +1,10 @@
 """The decoder of a Llama-like base on a GPU: forward and backward of its blocks written out, without autograd.
 
-A run alone is bound by how fast its operations can be launched, so there are few: what adds, normalises, gates or
-rotates is one kernel (`kernels`), the adapters of all slots are computed at once (`lowrank`), and attention stays
+A run alone is bound by how fast its operations can be launched, so there are few: what normalises, gates or rotates is
+one kernel (`kernels`), the adapters of all slots are computed at once (`lowrank`), and attention stays
 within each row's boundaries without padding (`attention`). With gradient checkpointing (Chen et al., 2016) a block
-keeps its input alone, and is computed again for its backward pass but for its last product, which no gradient needs.
+keeps its input alone, and is computed again for its backward pass but for its last product, which no gradient needs;
+the last blocks keep all (`kept_whole`).
 """
 
 import dataclasses
@@ -45,8 +46,7 @@ class Pass:
 def kept_whole(layers: int, slots: int) -> int:
     """With checkpointing: of how many of the last blocks all is kept, so that they are not computed again.
 
-    Of the very last, whose backward pass comes at once. Where there is room for several slots there is for some more,
-    which makes them faster by as much.
+    Of the very last, whose backward pass comes at once. Where there is room for several slots there is for some more.
     """
     return 1 if slots == 1 else max(1, layers // 8)
 
@@ -108,13 +108,13 @@ class Decoder:
         rows = Rows(line.spans, line.positions[0])
         now = Pass(line, rows, places, frozenset().union(*(slot.adapters for slot in slots)), cos, sin)
         kept: list[Any] = []
-        again = len(self._blocks) - kept_whole(len(self._blocks), len(slots)) if self._saves else 0
+        recomputed = len(self._blocks) - kept_whole(len(self._blocks), len(slots)) if self._saves else 0
         for block in self._blocks:
             out, own = block.forward(x, now)
             assert out is not None
             x = out
             if draws:
-                kept.append(own.x if len(kept) < again else own)
+                kept.append(own.x if len(kept) < recomputed else own)
             del own, out  # or it would outlive the next block's forward pass
         last = x[line.predictors]
         hidden, inverse, _ = kernels.norm(last, self._norm.weight, self._norm.variance_epsilon)
@@ -158,14 +158,16 @@ class _Group:
             weight = dense_weight(layer)
             if now.held is not None:
                 now.held[name] = weight
-            y = onto
+            # A product adds to what there is without reading it in a pass of its own, and rounds once. What an adapter
+            # adds is not put onto the block's input by itself: it may be too small to change what is so much larger.
             if h is not None and name in now.adapted:
-                y = lowrank.expand(h[number], now.places, self.row + number, len(weight), onto)
-            if y is None:
-                outputs.append(linear(x, weight, layer.bias))
+                y = lowrank.expand(h[number], now.places, self.row + number, len(weight)).addmm_(x, weight.t())
+                y = y if layer.bias is None else y.add_(layer.bias)
+            elif onto is None or layer.bias is not None:
+                y = linear(x, weight, layer.bias)
             else:
-                y.addmm_(x, weight.t())  # a product adds to what there is without reading it in a pass of its own
-                outputs.append(y if layer.bias is None else y.add_(layer.bias))
+                y, onto = onto.addmm_(x, weight.t()), None
+            outputs.append(y if onto is None else onto.add_(y))
             del weight  # or two dequantised ones would be in memory
         return outputs, h
 
@@ -251,7 +253,7 @@ class _Block:
         self._window = getattr(attention, "sliding_window", window)
 
     def forward(self, x: torch.Tensor, now: Pass, again: bool = False) -> tuple[torch.Tensor | None, _Kept]:
-        """The block's output from its input. `again`: for the backward pass alone, and there is none."""
+        """The block's output from its input. `again`: for the backward pass alone; the output is None."""
         normed: torch.Tensor | None
         normed_middle: torch.Tensor | None
         normed, inverse, middle = kernels.norm(x, self._norm.weight, self._norm.variance_epsilon, copies=True)

@@ -42,7 +42,7 @@ def norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Root mean square normalisation of the rows of x [rows, width].
 
-    Returns it, the inverse roots, float32 [rows], and on demand a copy of x, for what is added to it.
+    Returns the normalised rows, the inverse roots, float32 [rows], and on demand a copy of x, for what is added to it.
     """
     rows, width = x.shape
     y, inverse = torch.empty_like(x), torch.empty(rows, device=x.device)

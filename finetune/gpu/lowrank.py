@@ -58,12 +58,9 @@ def shrink(x: torch.Tensor, places: Places, layer: int, count: int) -> torch.Ten
     return h
 
 
-def expand(h: torch.Tensor, places: Places, layer: int, width: int, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """What the adapters add to a layer's output [tokens, width]: scaling · h Bᵀ, h [tokens, rank].
-
-    It is added to `onto` where that is given.
-    """
-    return _launch_expand(h[None], places, layer, width, False, onto)
+def expand(h: torch.Tensor, places: Places, layer: int, width: int) -> torch.Tensor:
+    """What the adapters add to a layer's output [tokens, width]: scaling · h Bᵀ, h [tokens, rank]."""
+    return _launch_expand(h[None], places, layer, width, False)
 
 
 def expand_backward(slope: torch.Tensor, h: torch.Tensor, into_h: torch.Tensor, places: Places, layer: int) -> None:
@@ -95,15 +92,13 @@ def _launch_shrink(x: torch.Tensor, h: torch.Tensor, places: Places, layer: int,
     launch(_shrink, grid, arguments, (through_b, drops, places.even, rank, places.tile, ranks, inner), warps, stages)
 
 
-def _launch_expand(
-    h: torch.Tensor, places: Places, layer: int, width: int, through_a: bool, onto: torch.Tensor | None = None
-) -> torch.Tensor:
+def _launch_expand(h: torch.Tensor, places: Places, layer: int, width: int, through_a: bool) -> torch.Tensor:
     count, tokens, rank = h.shape
     table, drops = places.layers[layer], places.drops and through_a
-    y = torch.empty(tokens, width, dtype=h.dtype, device=h.device) if onto is None else onto
+    y = torch.empty(tokens, width, dtype=h.dtype, device=h.device)
     grid = (triton.cdiv(width, 128), len(places.tiles), 1)
     arguments = (y, h, table, places.parts, places.tiles, table.stride(0), width, tokens)
-    constants = (onto is not None, through_a, drops, places.even, count, rank, places.tile, min(rank, 64), 128)
+    constants = (through_a, drops, places.even, count, rank, places.tile, min(rank, 64), 128)
     launch(_expand, grid, arguments, constants, 8 if places.tile == 64 else 4, 2)
     return y
 
@@ -132,7 +127,7 @@ def _kept(part, table, tokens, columns):
     key, number = tl.load(part + 2), tl.load(table + 5)
     low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
     row = _hash(tokens.to(tl.uint32) + _hash(low ^ _hash(high + number.to(tl.uint32))))
-    # The high bits of a product of odd numbers, each drawn at random: more would be most of what dropout costs.
+    # High bits of a product of two random odd numbers: a better hash would be most of what dropout costs.
     drawn = (_hash(columns.to(tl.uint32)) | 1)[None, :] * (row | 1)[:, None]
     return drawn >= tl.load(part + 3).to(tl.uint32)
 
@@ -204,8 +199,8 @@ def _shrink(
 @triton.jit(do_not_specialize=["length"])  # or multiples of 16 would compile it anew
 def _expand(
     y, h, tables, parts, tiles, stride, width, length,
-    ADDS: tl.constexpr, THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, LAYERS: tl.constexpr,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,
+    THROUGH_A: tl.constexpr, DROPPED: tl.constexpr, EVEN: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     first, part, table = _tile(tiles, parts, tables, stride)
     start, stop = tl.load(part), tl.load(part + 1)
@@ -240,10 +235,7 @@ def _expand(
         table += 8
         h += length.to(tl.int64) * RANK
     at = y + tokens[:, None] * width + outer[None, :]
-    here = own[:, None] & there[None, :]
-    if ADDS:
-        result += tl.load(at, mask=here, other=0.0).to(tl.float32)
-    tl.store(at, result.to(y.dtype.element_ty), mask=here)
+    tl.store(at, result.to(y.dtype.element_ty), mask=own[:, None] & there[None, :])
 
 
 @triton.jit(do_not_specialize=["length"])  # or multiples of 16 would compile it anew
