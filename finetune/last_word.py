@@ -2,9 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.config import RunConfig
+from finetune.progress import alone
 from finetune.records import RunFolder, read_json, write_json
 from finetune.samples import Samples
 from finetune.supplies import Supplies
@@ -12,6 +17,10 @@ from finetune.trackers import Tracker
 from finetune.trained import read_run_config
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from finetune.evaluation import Evaluation
 
 
@@ -21,7 +30,6 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
     What is known already is not measured again; the run's files then hold what they would if it had been alone.
     """
     from finetune.base import load_adapter
-    from finetune.evaluation import evaluate
 
     config, folder = read_run_config(path), RunFolder(path)
     rows = supplies.rows(config.dataset)
@@ -29,13 +37,13 @@ def say_last_word(path: str | Path, supplies: Supplies, ask: bool) -> "Evaluatio
     known = tested(folder)
     ask = ask and config.sample_prompts != [] and not all("after" in row for row in read_json(folder.samples) or [{}])
     if ask or (test and not known):
-        with supplies.model(config) as model:
-            samples = Samples(config, folder, rows, lambda: contextlib.nullcontext(model), supplies)
+        with _fresh(config, folder, supplies, test) as (model, measure, speaking):
+            samples = Samples(config, folder, rows, speaking, supplies)
             if ask:
                 samples.before()
             load_adapter(model, folder.adapter)
             if test and not known:
-                known = evaluate(model, test, config.trainer.per_device_eval_batch_size, config.quantization)
+                known = measure()
                 write_json(folder.test_rows, dataclasses.asdict(known))
             if ask:
                 samples.after(Tracker(), 0)
@@ -55,3 +63,29 @@ def tested(folder: RunFolder) -> "Evaluation | None":
     if known is None or None in known["row_losses"]:
         return None
     return Evaluation(tuple(known["row_losses"]), tuple(known["row_tokens"]), known["accuracy"])
+
+
+Speaking = Callable[[], AbstractContextManager["PreTrainedModel"]]
+
+
+@contextlib.contextmanager
+def _fresh(
+    config: RunConfig, folder: RunFolder, supplies: Supplies, test: "Dataset"
+) -> "Iterator[tuple[PeftModel, Callable[[], Evaluation], Speaking]]":
+    """A fresh adapter for the run's: its model, what measures the test rows by it, and the model to be asked.
+
+    By the engine that trained the run: another's numbers would differ in their last digits.
+    """
+    if read_json(folder.result)["engine"] == "packed":
+        from finetune.packed_engine import PackedTraining
+
+        with supplies.slot(config) as slot:
+            training = PackedTraining(config, slot, test, 1)
+            yield training.model, lambda: alone(training.measure(test)), training.speaking
+    else:
+        from finetune.evaluation import evaluate
+
+        with supplies.model(config) as model:
+            batch_size = config.trainer.per_device_eval_batch_size
+            measure = functools.partial(evaluate, model, test, batch_size, config.quantization)
+            yield model, measure, lambda: contextlib.nullcontext(model)
