@@ -15,7 +15,7 @@ format:
 	ruff check --fix .
 	ruff format .
 
-measure-gpu:           ## everything that is told of a GPU: tests, tables, a study (half an hour on an H100)
+measure-gpu:           ## everything that is told of a GPU: tests, tables, a study (an hour on an H100)
 	pytest -m gpu
 	python benchmarks/gpu.py --sides ours,trl,best --length short,long
 	python benchmarks/gpu.py --sides unsloth --length short

@@ -93,7 +93,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
 
 
 @pytest.mark.parametrize("target", ["q_v", "all_linear"])
-@pytest.mark.parametrize(("saves", "slots"), [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize(("saves", "slots"), [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)])
 def test_a_gpus_plan_is_what_its_decoder_allocates(
     tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool, slots: int
 ) -> None:
