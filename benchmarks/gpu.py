@@ -99,7 +99,8 @@ class Case:
             self.warm, self.steps = (4 // self.slots * count for count in (self.warm, self.steps))
         if side == "ours":
             plan = self.plan()
-            self.slots = plan.slots if slots == "auto" else self.slots
+            if slots == "auto":
+                self.slots = plan.slots
             self.planned = f"{plan.peak(self.slots) / 2**30:.1f}"
 
     def config(self, seed: int = SEED, *more: str) -> Any:

@@ -254,9 +254,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, 
     input alone, but for what `kept_whole` says. Within a layer, the forward and backward of the gate are the widest.
     """
     hidden, inner, layers = base.hidden_size, base.intermediate_size, base.num_hidden_layers
-    heads = base.num_attention_heads
-    width = getattr(base, "head_dim", None) or hidden // heads
-    queries, keys = heads * width, getattr(base, "num_key_value_heads", heads) * width
+    queries, keys = _widths(base)
     saves = config.trainer.gradient_checkpointing is True
     if adapts is None:
         layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
@@ -277,10 +275,14 @@ def _held(base: Any, config: RunConfig) -> int:
     """Numbers of a block's dequantised weights, from when it is computed again to its backward pass."""
     if not (config.trainer.gradient_checkpointing is True and config.quantization.load_in_4bit):
         return 0
+    return int(base.hidden_size * 2 * (sum(_widths(base)) + base.intermediate_size))
+
+
+def _widths(base: Any) -> tuple[int, int]:
+    """A token's numbers in a layer's queries, and in its keys."""
     heads = base.num_attention_heads
     width = getattr(base, "head_dim", None) or base.hidden_size // heads
-    keys = getattr(base, "num_key_value_heads", heads) * width
-    return int(base.hidden_size * (2 * heads * width + 2 * keys + 2 * base.intermediate_size))
+    return heads * width, getattr(base, "num_key_value_heads", heads) * width
 
 
 def _resident() -> int:

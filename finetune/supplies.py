@@ -82,7 +82,8 @@ class Supplies:
         from finetune.base import free_memory, keep_dequantized, load_base
 
         def load() -> Bank:
-            free_memory()  # another's base may be frozen still
+            if gc.get_freeze_count():
+                free_memory()  # another's base may be frozen still
             base = load_base(self.source(config.model), config)
             keep_dequantized(base, config)
             bank = Bank(base, config)
