@@ -48,6 +48,8 @@ def require_params_agree(place: Path) -> None:
     """Storage, overrides and config of each finished trial say the same."""
     for trial in trials_of(place, *FINISHED):
         folder = folder_of(place) / "trials" / str(trial.number)
+        if trial.state == TrialState.FAIL and not (folder / "run.json").exists():
+            continue  # killed each time before its run began
         overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
         given = dict(line.split("=", 1) for line in overrides)
         config = json.loads((folder / "run.json").read_text())["config"]
