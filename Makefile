@@ -6,7 +6,7 @@ check:            ## lint and types
 	mypy
 
 test:             ## the fast tests
-	pytest
+	pytest -n 2 --dist loadfile
 
 test-all:         ## slow and fault tests too, as CI runs them
 	pytest -m "not gpu"

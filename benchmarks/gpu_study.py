@@ -9,7 +9,8 @@ halving by 3 judges after a ninth and a third of the steps. The stock stack is
 hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` with gradient checkpointing
 and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
 loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
-the study; this project's is the wall time of the whole command, with its defaults. The side `recipe` is no study: it
+the study; this project's is the wall time of the whole command, with its defaults. What is imported has been read from
+the disk before. The side `recipe` is no study: it
 trains the published recipe, `experiment=llama2_guanaco`, for 50 steps on that base. `--tiny` is a dry run.
 """
 
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpu import GPU, write_checkpoint
+from llama import GPU, write_checkpoint
 from study import read_lines, timed, write_lines
 
 SPACE = [
@@ -40,6 +41,13 @@ STOCK = {
         f"within_bounds={str(GPU).lower()}",
     ],
 }
+WARM = """
+import bitsandbytes, optuna.importance, plotly.graph_objects, sklearn.ensemble
+import finetune.run, finetune.bank, sweeps.report, sweeps.sweeper
+from transformers import LlamaForCausalLM
+from trl import SFTTrainer
+"""
+"""A new machine reads these for most of a minute, on whichever side is first."""
 
 
 def main() -> None:
@@ -57,6 +65,7 @@ def main() -> None:
         write_checkpoint(folder / "base", arguments.tiny)
         for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
+        timed(folder, [sys.executable, "-c", WARM])
         seconds, length = {}, (arguments.steps, arguments.steps // arguments.evaluations)
         for side in arguments.sides.split(","):
             if side == "recipe":

@@ -72,7 +72,7 @@ def train(config: DictConfig) -> SFTTrainer:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     attention = None
     if config.within_bounds:
-        from gpu import attention_within_bounds
+        from llama import attention_within_bounds
 
         attention = attention_within_bounds()
     model = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from finetune.base import autocast
 from finetune.config import QuantizationSettings
 from finetune.layout import common_beginning
-from finetune.tokens import IGNORED
+from finetune.tokens import IGNORED, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,7 @@ def evaluate(
     once; only the positions that predict an answer's token get logits. The model's mode is left as it was; no
     random number is drawn.
     """
-    examples: list[dict[str, Any]] = rows.to_list()
+    examples = listed(rows)
     shared = common_beginning(examples)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
     losses, tokens, correct = [0.0] * len(examples), [0] * len(examples), 0

@@ -20,7 +20,7 @@ from finetune.hub import BaseSource
 from finetune.layout import Row, needed
 from finetune.progress import Reporter, Turns, steps_of
 from finetune.records import RunFolder, named
-from finetune.tokens import IGNORED, epoch_order
+from finetune.tokens import IGNORED, epoch_order, listed
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -114,7 +114,7 @@ class PackedTraining:
     """One run's weights, optimizer and order, on its slot."""
 
     def __init__(self, config: RunConfig, slot: Slot, rows: "Dataset", total: int) -> None:
-        self._config, self._slot, self._rows, self._total = config, slot, rows.to_list(), total
+        self._config, self._slot, self._rows, self._total = config, slot, listed(rows), total
         self.model = slot.model
         optimizer = config.optimizer
         self._weights = torch.nn.Parameter(slot.vector)
@@ -158,7 +158,7 @@ class PackedTraining:
 
     def measure(self, rows: "Dataset") -> Turns[Evaluation]:
         """What the adapter makes of rows, so many at a time, by length."""
-        examples, batch_size = rows.to_list(), self._config.trainer.per_device_eval_batch_size
+        examples, batch_size = listed(rows), self._config.trainer.per_device_eval_batch_size
         order = sorted(range(len(examples)), key=lambda index: -needed(examples[index]))
         losses, tokens, right = [0.0] * len(order), [0] * len(order), 0.0
         for start in range(0, len(order), batch_size):

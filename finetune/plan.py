@@ -145,15 +145,9 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         require_bitsandbytes,
     )
     from finetune.hooked import Hooked
-    from finetune.layout import laid, needed
-    from finetune.packed_engine import steps
 
     require_bitsandbytes(config.quantization)
-    rows = supplies.rows(config.dataset)
-    train, held_out, test = (
-        supplies.tokens(part, own, config).to_list()
-        for part, own in (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test))
-    )
+    work = _work(config, supplies)
     base = read_base_config(supplies.source(config.model), config.model)
     skeleton = _skeleton(base)
     cost = _base_bytes(skeleton, config)
@@ -162,13 +156,6 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     trained = [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
     rounded = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 0
     size = rounded or 4
-
-    total = total_steps(config, len(train))
-    lengths = [len(row["input_ids"]) for row in train]
-    batches = [batch for step in steps(lengths, config, total) for batch in step.batches]
-    sizes = tuple(laid([train[index] for index in batch]) for batch in batches)
-    shown = sorted(held_out + test, key=lambda row: -needed(row))
-    measured = laid(shown[: config.trainer.per_device_eval_batch_size])
     hand = works_by_hand(base, config.quantization)
     if hand:
         from finetune.gpu.decoder import Decoder
@@ -179,7 +166,7 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     ends = _ends(adapted) if hand else None
     alone, several = (_activation_elements(base, config, ends, slots) for slots in (1, 2))
     kept, kept_beside = (
-        int(max(sizes) * own.training * size * (1 if on_gpu() else CPU_SLACK)) for own in (alone, several)
+        int(max(work.batches) * own.training * size * (1 if on_gpu() else CPU_SLACK)) for own in (alone, several)
     )
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
@@ -190,11 +177,44 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         activations_beside=kept_beside,
         held=_held(base, config) * size if hand else 0,
         logits=logits,
-        evaluation=measured * alone.measuring * size,
+        evaluation=work.measured * alone.measuring * size,
         available=available_memory(),
-        batches=sizes,
-        train_tokens=sum(lengths[index] for batch in batches for index in batch),
+        batches=work.batches,
+        train_tokens=work.train_tokens,
         weights=weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run's tokens."""
+
+    batches: tuple[int, ...]
+    """Of each batch that is trained, what its rows share counted once."""
+    measured: int
+    """Of the largest batch of held-out rows."""
+    train_tokens: int
+    """Of the whole run, padding not counted."""
+
+
+def _work(config: RunConfig, supplies: Supplies) -> _Work:
+    """Count what a run trains and measures."""
+    from finetune.layout import laid, needed
+    from finetune.packed_engine import steps
+    from finetune.tokens import listed
+
+    rows = supplies.rows(config.dataset)
+    train, held_out, test = (
+        listed(supplies.tokens(part, own, config))
+        for part, own in (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test))
+    )
+    lengths = [len(row["input_ids"]) for row in train]
+    batches = [batch for step in steps(lengths, config, total_steps(config, len(train))) for batch in step.batches]
+    shown = sorted(held_out + test, key=lambda row: -needed(row))
+    return _Work(
+        batches=tuple(laid([train[index] for index in batch]) for batch in batches),
+        measured=laid(shown[: config.trainer.per_device_eval_batch_size]),
+        train_tokens=sum(lengths[index] for batch in batches for index in batch),
     )
 
 

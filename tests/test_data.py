@@ -19,7 +19,7 @@ from conftest import compose, write_jsonl
 from finetune.config import ConfigError, DatasetSettings, RunConfig
 from finetune.data import Rows, fingerprint, first_question, load_all_rows, load_rows
 from finetune.hub import drafted
-from finetune.tokens import IGNORED, epoch_order, left_out, tokenize
+from finetune.tokens import IGNORED, _listed, epoch_order, left_out, listed, tokenize
 
 pytestmark = pytest.mark.usefixtures("fresh_cache", "one_thread")
 Row = dict[str, Any]
@@ -682,6 +682,16 @@ def test_the_same_rows_are_tokenised_once(tokenizer: Any, settings: Settings, tm
     assert tokenize("eval", CHATS, tokenizer, settings()).to_list() == other
     assert tokens.stat().st_mtime_ns == touched  # nor has anything been drawn up beside it
     assert first != other
+
+
+def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(tokenizer: Any, settings: Settings) -> None:
+    tokens = tokenize("train", CHATS, tokenizer, settings())
+    rows = listed(tokens)
+    assert rows == tokens.to_list()
+    assert listed(tokens) is rows
+    kept = len(_listed)
+    del tokens
+    assert len(_listed) == kept - 1
 
 
 def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings: Settings) -> None:
