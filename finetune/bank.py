@@ -38,14 +38,15 @@ log = logging.getLogger(__name__)
 
 
 class Slot:
-    """A place on the bank where one run trains: its adapter, flat, in float32."""
+    """A place on the bank where one run trains: its adapter, flat, in float32.
 
-    def __init__(self, bank: "Bank", lora: LoraSettings, seed: int) -> None:
+    `model` is the adapter as PEFT has it, on a base without weights: to save it, load it and count it.
+    """
+
+    def __init__(self, bank: "Bank", lora: LoraSettings, seed: int, model: "PeftModel") -> None:
         from peft.tuners.lora import LoraLayer
 
-        self.bank, self.dropout, self.seed = bank, lora.dropout, seed
-        self.model: PeftModel = add_adapter(bank.skeleton(), lora, seed)
-        """The adapter as PEFT has it, on a base without weights: to save it, load it and count it."""
+        self.bank, self.dropout, self.seed, self.model = bank, lora.dropout, seed, model
         layers = {
             name: module
             for name, module in self.model.base_model.model.named_modules()
@@ -159,9 +160,13 @@ class Bank:
         self.capacity: int | None = None
         """How many wishes can be granted at once, if memory was once too small for more."""
 
-    def slot(self, lora: LoraSettings, seed: int) -> Slot:
-        """A fresh adapter, the one that PEFT would draw from the seed."""
-        slot = Slot(self, lora, seed)
+    def draw(self, lora: LoraSettings, seed: int) -> "PeftModel":
+        """A fresh adapter, the one that PEFT would draw from the seed, for a slot."""
+        return add_adapter(self.skeleton(), lora, seed)
+
+    def slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
+        """A slot for an adapter that was drawn, or is drawn now."""
+        slot = Slot(self, lora, seed, model or self.draw(lora, seed))
         self._hooked.hook(set(slot.adapters))
         return slot
 

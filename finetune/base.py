@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,8 +265,13 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     """A fresh LoRA adapter in float32 on a base, drawn from the run's own seed."""
     from peft import get_peft_model
 
-    torch.manual_seed(seed)
-    return get_peft_model(model, lora_config(lora))
+    with _DRAWS:
+        torch.manual_seed(seed)
+        return get_peft_model(model, lora_config(lora))
+
+
+_DRAWS = threading.Lock()
+"""PyTorch has one random generator for all threads."""
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -80,7 +80,7 @@ def _fresh(
         from finetune.packed_engine import PackedTraining
 
         with supplies.slot(config) as slot:
-            training = PackedTraining(config, slot, test, 1)
+            training = PackedTraining(config, slot(), test, 1)
             yield training.model, lambda: alone(training.measure(test)), training.speaking
     else:
         from finetune.evaluation import evaluate

@@ -220,7 +220,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
     while not part.supplies.has_room(config, result.engine):
         yield None
     with contextlib.ExitStack() as held:
-        training = _training(result, folder, data, held)
+        training = yield from _training(result, folder, data, held)
         folder.rewind(progress.step if checkpoint else -1)
         samples = Samples(config, folder, data.rows, training.speaking, part.supplies) if part.alone else None
         if samples is not None:
@@ -302,14 +302,16 @@ def _prepare(result: Result) -> _Data:
     return _Data(rows, tokenizer, train, held_out, test, total_steps(config, len(train)))
 
 
-def _training(result: Result, folder: RunFolder, data: _Data, held: contextlib.ExitStack) -> "Training":
+def _training(result: Result, folder: RunFolder, data: _Data, held: contextlib.ExitStack) -> "Turns[Training]":
     """The run's engine at work on its base, which it holds as long as the context lasts."""
     config, supplies = result.config, result.part.supplies
     reset_peak_memory()
     if result.engine == "packed":
         from finetune.packed_engine import PackedTraining
 
-        return PackedTraining(config, held.enter_context(supplies.slot(config)), data.train, data.steps)
+        slot = held.enter_context(supplies.slot(config))
+        yield None  # others train a step while the adapter is drawn
+        return PackedTraining(config, slot(), data.train, data.steps)
     from finetune.trl_engine import TrlTraining, training_arguments
 
     arguments = training_arguments(config, folder.checkpoints, data.steps)  # refused before the base is loaded

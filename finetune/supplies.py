@@ -5,6 +5,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.config import DatasetSettings, LoraSettings, ModelSettings, RunConfig
@@ -99,18 +100,21 @@ class Supplies:
         return bank is None or not bank.taken or (engine == "packed" and self.known("bank", base_key(config)) is bank)
 
     @contextlib.contextmanager
-    def slot(self, config: RunConfig) -> "Iterator[Slot]":
-        """A place on the base, beside other runs', with a fresh adapter of the run's own."""
+    def slot(self, config: RunConfig) -> "Iterator[Callable[[], Slot]]":
+        """A place on the base, beside other runs'; called, it gives the slot, with a fresh adapter of the run's own.
+
+        Of a large base that takes half a second to draw: whoever waits with the call lets others train meanwhile.
+        """
         from finetune.base import collect_garbage
 
-        bank = self.bank(config)
-        slot = bank.slot(config.lora, config.seed)
+        bank, lora, seed = self.bank(config), config.lora, config.seed
         bank.taken += 1
+        model = _DRAWING.submit(bank.draw, lora, seed)
         try:
-            yield slot
+            yield lambda: bank.slot(lora, seed, model.result())  # noqa: F821  deleted once nobody calls any more
         finally:
             bank.taken -= 1
-            del slot, bank
+            del model, bank
             collect_garbage()  # the GPU's memory stays at hand for the next slot
 
     @contextlib.contextmanager
@@ -134,6 +138,8 @@ class Supplies:
             del model, base
             free_memory()
 
+
+_DRAWING = ThreadPoolExecutor(1, "adapters")
 
 SHARED = Supplies()
 """What all runs of this process share, where they are told of no other."""

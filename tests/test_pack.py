@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,33 @@ def test_runs_of_other_lengths_never_hold_each_other_up(tiny: Tiny, tmp_path: Pa
     for number, rungs in enumerate((4, 4, 4)):
         own = [(kind, index) for kind, index, by in heard if by == number]
         assert own == [(kind, index) for index in range(rungs) for kind in ("report", "judge")]
+
+
+def test_others_train_on_while_a_late_runs_adapter_is_drawn(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.bank import Bank
+
+    learns, draws, takes, trained = Bank.learn, Bank.draw, Supplies.slot, threading.Event()
+
+    def learn(bank: Bank, wishes: Any) -> Any:
+        trained.set()
+        return learns(bank, wishes)
+
+    def draw(bank: Bank, lora: Any, seed: int) -> Any:
+        assert seed != 2 or trained.wait(30), "nobody trains"
+        return draws(bank, lora, seed)
+
+    def slot(supplies: Supplies, config: RunConfig) -> Any:
+        trained.clear()
+        return takes(supplies, config)
+
+    monkeypatch.setattr(Supplies, "slot", slot)
+    monkeypatch.setattr(Bank, "learn", learn)
+    monkeypatch.setattr(Bank, "draw", draw)
+    configs = [tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}") for n, steps in enumerate((15, 2, 2))]
+    places = train_in_slots(configs, tmp_path, 2)
+    assert [final(place)["step"] for place in places] == [15, 2, 2]
 
 
 def test_a_result_tells_the_engine_the_slots_and_who_trained_beside(tiny: Tiny, tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(tiny: Tiny, tm
     supplies = Supplies()
     run(config, tmp_path, Part(supplies=supplies, alone=False))
     held_out = supplies.tokens("eval", supplies.rows(config.dataset).evaluation, config)
-    with supplies.slot(config) as slot:
+    with supplies.slot(config) as place:
+        slot = place()
         training = PackedTraining(config, slot, held_out, 1)
         fresh = alone(training.measure(held_out)).loss
         load_adapter(slot.model, tmp_path / "adapter")

@@ -178,7 +178,7 @@ def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
 
     supplies, config = Supplies(), tiny(*RUN)
     with supplies.slot(config) as slot:
-        model = weakref.ref(slot.model)
+        model = weakref.ref(slot().model)
     base = weakref.ref(supplies.bank(config).base)
     del slot
     collect_garbage()
