@@ -1,6 +1,6 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 288] [--evaluations 9] [--stock-trials 2] [--tiny]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--evaluations 9] [--stock-trials 2] [--tiny]
                                    [--sides tutorial,best,ours,recipe]
 
 The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
@@ -10,8 +10,8 @@ hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `t
 and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
 loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
 the study; this project's is the wall time of the whole command, with its defaults. What is imported has been read from
-the disk before. The side `recipe` is no study: it
-trains the published recipe, `experiment=llama2_guanaco`, for 50 steps on that base. `--tiny` is a dry run.
+the disk before. The side `recipe` is no study: it trains the published recipe, `experiment=llama2_guanaco`, for 50
+steps on that base. `--tiny` is a dry run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ STOCK = {
         f"within_bounds={str(GPU).lower()}",
     ],
 }
-WARM = """
+IMPORTS = """
 import bitsandbytes, optuna.importance, plotly.graph_objects, sklearn.ensemble
 import finetune.run, finetune.bank, sweeps.report, sweeps.sweeper
 from transformers import LlamaForCausalLM
@@ -54,7 +54,7 @@ def main() -> None:
     """Run the sides, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=288, help="of a whole trial, a multiple of its evaluations")
+    parser.add_argument("--steps", type=int, default=432, help="of a whole trial, a multiple of its evaluations")
     parser.add_argument("--evaluations", type=int, default=9, help="of a whole trial")
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
@@ -65,7 +65,7 @@ def main() -> None:
         write_checkpoint(folder / "base", arguments.tiny)
         for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
-        timed(folder, [sys.executable, "-c", WARM])
+        timed(folder, [sys.executable, "-c", IMPORTS])
         seconds, length = {}, (arguments.steps, arguments.steps // arguments.evaluations)
         for side in arguments.sides.split(","):
             if side == "recipe":

@@ -149,6 +149,7 @@ class Bank:
 
     def __init__(self, base: "PreTrainedModel", config: RunConfig) -> None:
         self.base, self.dtype = base.requires_grad_(False), compute_dtype(config.quantization)
+        self._shapes = copy.deepcopy(base.config)  # a pass changes the base's own for a while
         self.device = base.get_input_embeddings().weight.device
         self._head = base.get_output_embeddings()
         self._hooked = Hooked(base, config.trainer.gradient_checkpointing is True)
@@ -166,14 +167,14 @@ class Bank:
 
     def slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
         """A slot for an adapter that was drawn, or is drawn now."""
-        slot = Slot(self, lora, seed, model or self.draw(lora, seed))
+        slot = Slot(self, lora, seed, self.draw(lora, seed) if model is None else model)
         self._hooked.hook(set(slot.adapters))
         return slot
 
     def skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes, with next to no memory, for PEFT to put an adapter on."""
         with torch.device("meta"):
-            skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self.base.config))
+            skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._shapes))
         for module in skeleton.modules():
             if isinstance(module, torch.nn.Linear):
                 shape = module.weight.shape

@@ -169,7 +169,9 @@ def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) 
         return
     config = read_base_config(source, model)
     with _readable(model), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        skeleton = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
+        )  # or PyTorch would have another default dtype meanwhile, also where an adapter is drawn
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets:
@@ -261,17 +263,17 @@ def keep_dequantized(model: "PreTrainedModel", config: RunConfig) -> None:
         setattr(parent, name, plain)
 
 
+_ONE_GENERATOR = threading.Lock()
+"""PyTorch's own is the same for all threads."""
+
+
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
     """A fresh LoRA adapter in float32 on a base, drawn from the run's own seed."""
     from peft import get_peft_model
 
-    with _DRAWS:
+    with _ONE_GENERATOR:
         torch.manual_seed(seed)
         return get_peft_model(model, lora_config(lora))
-
-
-_DRAWS = threading.Lock()
-"""PyTorch has one random generator for all threads."""
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

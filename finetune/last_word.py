@@ -79,8 +79,8 @@ def _fresh(
     if read_json(folder.result)["engine"] == "packed":
         from finetune.packed_engine import PackedTraining
 
-        with supplies.slot(config) as slot:
-            training = PackedTraining(config, slot(), test, 1)
+        with supplies.slot(config) as place:
+            training = PackedTraining(config, place(), test, 1)
             yield training.model, lambda: alone(training.measure(test)), training.speaking
     else:
         from finetune.evaluation import evaluate

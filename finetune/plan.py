@@ -224,7 +224,7 @@ def _skeleton(base: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(base)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(base, dtype=torch.float32)  # see check_targets
     return skeleton
 
 

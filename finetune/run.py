@@ -309,9 +309,9 @@ def _training(result: Result, folder: RunFolder, data: _Data, held: contextlib.E
     if result.engine == "packed":
         from finetune.packed_engine import PackedTraining
 
-        slot = held.enter_context(supplies.slot(config))
+        place = held.enter_context(supplies.slot(config))
         yield None  # others train a step while the adapter is drawn
-        return PackedTraining(config, slot(), data.train, data.steps)
+        return PackedTraining(config, place(), data.train, data.steps)
     from finetune.trl_engine import TrlTraining, training_arguments
 
     arguments = training_arguments(config, folder.checkpoints, data.steps)  # refused before the base is loaded

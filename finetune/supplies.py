@@ -108,12 +108,13 @@ class Supplies:
         from finetune.base import collect_garbage
 
         bank, lora, seed = self.bank(config), config.lora, config.seed
+        model = _BESIDE.submit(bank.draw, lora, seed)
         bank.taken += 1
-        model = _DRAWING.submit(bank.draw, lora, seed)
         try:
             yield lambda: bank.slot(lora, seed, model.result())  # noqa: F821  deleted once nobody calls any more
         finally:
             bank.taken -= 1
+            model.cancel()
             del model, bank
             collect_garbage()  # the GPU's memory stays at hand for the next slot
 
@@ -139,7 +140,8 @@ class Supplies:
             free_memory()
 
 
-_DRAWING = ThreadPoolExecutor(1, "adapters")
+_BESIDE = ThreadPoolExecutor(1)
+"""Draws adapters while runs train."""
 
 SHARED = Supplies()
 """What all runs of this process share, where they are told of no other."""

@@ -261,6 +261,28 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
     assert [final(place)["step"] for place in places] == [15, 2, 2]
 
 
+def test_nothing_changes_the_default_dtype_while_adapters_are_drawn(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch has one for all threads, and transformers sets it to the base's own where a model is built."""
+    import torch
+
+    base = shutil.copytree(tiny_base, tmp_path / "bfloat16")
+    shapes = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**shapes, "dtype": "bfloat16"}))
+    sets, takes = torch.set_default_dtype, Supplies.slot
+    seen: list[torch.dtype] = []
+
+    def slot(supplies: Supplies, config: RunConfig) -> Any:
+        monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (seen.append(dtype), sets(dtype)))
+        return takes(supplies, config)
+
+    monkeypatch.setattr(Supplies, "slot", slot)
+    configs = [tiny(*SHORT, f"model.name_or_path={base}", "lora/target=q_v", f"seed={n}") for n in range(2)]
+    train_in_slots(configs, tmp_path / "runs", 2)
+    assert set(seen) == {torch.float32}
+
+
 def test_a_result_tells_the_engine_the_slots_and_who_trained_beside(tiny: Tiny, tmp_path: Path) -> None:
     configs = [tiny(*SHORT, f"trainer.max_steps={steps}") for steps in (2, 5, 5, 2)]
     places = train_in_slots(configs, tmp_path, 2)

@@ -177,10 +177,10 @@ def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
     from finetune.base import collect_garbage, free_memory
 
     supplies, config = Supplies(), tiny(*RUN)
-    with supplies.slot(config) as slot:
-        model = weakref.ref(slot().model)
+    with supplies.slot(config) as place:
+        model = weakref.ref(place().model)
     base = weakref.ref(supplies.bank(config).base)
-    del slot
+    del place
     collect_garbage()
     assert model() is None
     assert base() is not None
