@@ -163,15 +163,24 @@ def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedCon
     return config
 
 
+def skeleton_of(config: "PreTrainedConfig", model: ModelSettings) -> "PreTrainedModel":
+    """A base's shapes without its weights.
+
+    Always in float32: while transformers builds a model, PyTorch has its dtype for a default, in all threads, and
+    one of them may be drawing an adapter.
+    """
+    with _readable(model), torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
+        )
+    return skeleton
+
+
 def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
     """Refuse target modules that the base does not have, before its weights are loaded."""
     if lora.target_modules == "all-linear":
         return
-    config = read_base_config(source, model)
-    with _readable(model), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
-        )  # or PyTorch would have another default dtype meanwhile, also where an adapter is drawn
+    skeleton = skeleton_of(read_base_config(source, model), model)
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets:

@@ -143,13 +143,14 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
         on_gpu,
         read_base_config,
         require_bitsandbytes,
+        skeleton_of,
     )
     from finetune.hooked import Hooked
 
     require_bitsandbytes(config.quantization)
     work = _work(config, supplies)
     base = read_base_config(supplies.source(config.model), config.model)
-    skeleton = _skeleton(base)
+    skeleton = skeleton_of(base, config.model)
     cost = _base_bytes(skeleton, config)
     weights = sum(parameter.numel() for name, parameter in skeleton.named_parameters() if "embed" not in name)
     adapted = add_adapter(skeleton, config.lora, config.seed)
@@ -216,16 +217,6 @@ def _work(config: RunConfig, supplies: Supplies) -> _Work:
         measured=laid(shown[: config.trainer.per_device_eval_batch_size]),
         train_tokens=sum(lengths[index] for batch in batches for index in batch),
     )
-
-
-def _skeleton(base: Any) -> "PreTrainedModel":
-    """The base's shapes without its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(base, dtype=torch.float32)  # see check_targets
-    return skeleton
 
 
 def _base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
