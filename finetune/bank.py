@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ from finetune.cli import brief
 from finetune.config import LoraSettings, QuantizationSettings, RunConfig
 from finetune.evaluation import Evaluation
 from finetune.hooked import Hooked
-from finetune.layout import Line, Row
+from finetune.layout import Line, Row, sent
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,8 +53,8 @@ class Slot:
             if isinstance(module, LoraLayer)
         }
         weights = {name: (layer.lora_A["default"], layer.lora_B["default"]) for name, layer in layers.items()}
-        length = sum(part.weight.numel() for pair in weights.values() for part in pair)
-        self.vector = torch.empty(length, device=bank.device)
+        drawn = torch.cat([part.weight.data.flatten() for pair in weights.values() for part in pair])
+        self.vector = sent(drawn, bank.device)
         """All weights [parameters]: what the optimizer moves."""
         self.gradient = torch.zeros_like(self.vector)
         """Of the last batch."""
@@ -68,7 +68,6 @@ class Slot:
                 own, rounded, gradient = (
                     flat[place].view(part.weight.shape) for flat in (self.vector, self._rounded, self.gradient)
                 )
-                own.copy_(part.weight.data)
                 part.weight.data = own
                 views.append((rounded, gradient))
                 offset = place.stop
@@ -160,6 +159,7 @@ class Bank:
         """Slots in which runs train."""
         self.capacity: int | None = None
         """How many wishes can be granted at once, if memory was once too small for more."""
+        self._meanwhile: Callable[[], None] | None = None
 
     def draw(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """A fresh adapter, the one that PEFT would draw from the seed, for a slot."""
@@ -181,11 +181,13 @@ class Bank:
                 module.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(shape), requires_grad=False)
         return skeleton
 
-    def grant(self, wishes: Sequence[Wish]) -> list[Granted | Exception]:
+    def grant(self, wishes: Sequence[Wish], meanwhile: Callable[[], None] | None = None) -> list[Granted | Exception]:
         """Grant wishes of several slots, as many at once as memory allows.
 
         What fails for several is done again in halves, so that an error stands only for the wish that it is of.
+        `meanwhile`, which must not raise, is called once: while a GPU computes, or afterwards.
         """
+        self._meanwhile = meanwhile
         found: dict[int, Granted | Exception] = {}
         for kind in (Learning, Measuring):
             own = [wish for wish in wishes if isinstance(wish, kind)]
@@ -193,6 +195,7 @@ class Bank:
             for start in range(0, len(own), max(size, 1)):
                 part = own[start : start + size]
                 found |= zip(map(id, part), self._grant_some(part), strict=True)
+        self._let_the_host_work()
         return [found[id(wish)] for wish in wishes]
 
     def _grant_some(self, wishes: Sequence[Any]) -> "Sequence[Granted | Exception]":
@@ -209,6 +212,12 @@ class Bank:
         free_memory()  # no exception is held any more, nor what its frames hold
         parts = (wishes[start : start + size] for start in range(0, len(wishes), size))
         return [granted for part in parts for granted in self._grant_some(part)]
+
+    def _let_the_host_work(self) -> None:
+        """Do what was asked for meanwhile, if it is not done."""
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
 
     def learn(self, wishes: Sequence[Learning]) -> list[Learnt]:
         """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
@@ -227,6 +236,8 @@ class Bank:
         self._computes.backward(trace, answers.gradient)
         sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
         norms = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
+        if self.device.type == "cuda":  # which has been told all, and computes
+            self._let_the_host_work()
         found = torch.stack([sums, norms], 1).tolist()  # one wait for all
         seconds = time.perf_counter() - began
         return [Learnt(loss, norm, seconds) for loss, norm in found]
@@ -239,7 +250,10 @@ class Bank:
             answers = self._answers(hidden, line, None)
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
-        losses = sums.index_add(0, line.owners, answers.losses.double()).tolist()
+        losses_of_rows = sums.index_add(0, line.owners, answers.losses.double())
+        if self.device.type == "cuda":
+            self._let_the_host_work()
+        losses = losses_of_rows.tolist()
         tokens = torch.bincount(line.owners, minlength=count).tolist()
         found, first = [], 0
         for wish, (start, stop) in zip(wishes, line.answers, strict=True):

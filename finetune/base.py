@@ -285,6 +285,27 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
         return get_peft_model(model, lora_config(lora))
 
 
+def told() -> "torch.cuda.Event | None":
+    """A mark behind all that the GPU has been told to do until now."""
+    if not on_gpu():
+        return None
+    mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    mark.record()
+    return mark
+
+
+@contextlib.contextmanager
+def waiting_only_for(mark: "torch.cuda.Event | None") -> Iterator[None]:
+    """What is copied from the GPU here waits for what it was told before the mark, not for what it computes now."""
+    if mark is None:
+        yield
+        return
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_event(mark)
+    with torch.cuda.stream(aside):
+        yield
+
+
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """The adapter as plain PEFT reads it, the tokenizer beside it; whole or not at all."""
     draft = folder.with_name(f".{folder.name}.draft")

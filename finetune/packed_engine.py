@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from finetune.bank import Learning, Learnt, Measuring, Slot
-from finetune.base import compute_dtype, on_gpu, read_base_config
+from finetune.base import compute_dtype, on_gpu, read_base_config, told
 from finetune.config import RunConfig, refusal
 from finetune.evaluation import Evaluation
 from finetune.hub import BaseSource
@@ -136,6 +136,8 @@ class PackedTraining:
         )
         self._factor = scheduler.lr_lambdas[0]
         self._scale = LossScale() if slot.bank.dtype == torch.float16 else None
+        self.settled: torch.cuda.Event | None = None
+        """A mark behind the last step: the weights stay as they are while the GPU computes for others."""
 
     def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> Turns[None]:
         """Train from a checkpoint if one is given, as the reporter lets it; the adapter stays in the slot."""
@@ -208,6 +210,7 @@ class PackedTraining:
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
+        self.settled = told()
 
     def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)

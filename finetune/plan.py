@@ -135,6 +135,8 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
 
 def plan(config: RunConfig, supplies: Supplies) -> Plan:
     """Plan a run from its config, its rows and its base's shapes alone."""
+    import torch
+
     from finetune.bank import works_by_hand
     from finetune.base import (
         add_adapter,
@@ -153,7 +155,8 @@ def plan(config: RunConfig, supplies: Supplies) -> Plan:
     skeleton = skeleton_of(base, config.model)
     cost = _base_bytes(skeleton, config)
     weights = sum(parameter.numel() for name, parameter in skeleton.named_parameters() if "embed" not in name)
-    adapted = add_adapter(skeleton, config.lora, config.seed)
+    with torch.device("meta"):  # nobody reads what is drawn
+        adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
     rounded = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 0
     size = rounded or 4

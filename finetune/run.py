@@ -209,7 +209,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
     config, part = result.config, result.part
     quiet_libraries(bars=part.alone)
-    from finetune.base import load_adapter, save_adapter, take_device
+    from finetune.base import load_adapter, save_adapter, take_device, told, waiting_only_for
 
     take_device(0)  # before bitsandbytes is imported, which looks for GPUs
     data = _prepare(result)
@@ -245,9 +245,12 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
         if progress.stop == "interrupted":
             hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
             raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
+        settled = training.settled
         if config.objective_at == "best":
             load_adapter(training.model, folder.best(progress.best_step))
-        save_adapter(training.model, data.tokenizer, folder.adapter)
+            settled = told()
+        with waiting_only_for(settled):
+            save_adapter(training.model, data.tokenizer, folder.adapter)
         result.metrics = progress.final_metrics(best=config.objective_at == "best")
         trained = (weight.numel() for weight in training.model.parameters() if weight.requires_grad)
         final: Metrics = {"adapter/parameters": sum(trained)}

@@ -87,6 +87,9 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
 class TrlTraining:
     """One run's model and trainer."""
 
+    settled = None
+    """Nobody trains beside it."""
+
     def __init__(
         self,
         config: RunConfig,

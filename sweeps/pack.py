@@ -112,51 +112,89 @@ def leaving_to_logs(beside: bool = False) -> Iterator[None]:
 def train_together(take: Callable[[], Lane | None], slots: int) -> int:
     """Run lanes in so many slots until there are none to take; returns how many have ended.
 
-    A slot that is free takes the next lane at once. What the runs wish for at the same time is computed together;
-    one that wishes for nothing only lets the others come as far. When the user interrupts, all end before it is said.
+    A slot that is free takes the next lane at once. What the runs wish for at the same time is computed together.
+    One that wishes for nothing works while a GPU computes what the others wish for: so a run's beginning and end
+    cost the others nothing. When the user interrupts, all end before it is said.
     """
-    lanes: list[Lane] = []
-    ended, interrupted = 0, None
-    try:
-        while True:
-            while interrupted is None and len(lanes) < slots:
-                lane = take()
-                if lane is None:
-                    break
-                for other in lanes:
-                    other.companions.add(lane.name)
-                    lane.companions.add(other.name)
-                lanes.append(lane)
-            if not lanes:
+    return _Pack(take, slots).work()
+
+
+class _Pack:
+    """The lanes that train together."""
+
+    def __init__(self, take: Callable[[], Lane | None], slots: int) -> None:
+        self._take, self._slots = take, slots
+        self._lanes: list[Lane] = []
+        self._ended = 0
+        self._interrupted: Interrupted | None = None
+        self._failure: Exception | None = None
+        """Of the work between two passes, where a bank would take it for its own."""
+
+    def work(self) -> int:
+        """All of it; returns how many lanes have ended."""
+        try:
+            self._fill()
+            while self._lanes:
+                wishing = [lane for lane in self._lanes if lane.wish is not None]
+                self._grant(wishing)
+                if self._failure is not None:
+                    raise self._failure
+                self._go_on(wishing)
+                self._fill()
+        finally:
+            for lane in self._lanes:
+                lane.close()
+        if self._interrupted is not None:
+            raise self._interrupted
+        return self._ended
+
+    def _fill(self) -> list[Lane]:
+        """Take lanes as there is room, and return them."""
+        self._slots = min([self._slots, *_capacities(self._lanes)])
+        taken: list[Lane] = []
+        while self._interrupted is None and len(self._lanes) < self._slots:
+            lane = self._take()
+            if lane is None:
                 break
-            _grant(lanes)
-            slots = min([slots, *_capacities(lanes)])
-            waited = [lane for lane in lanes if lane.wish is None]
-            for lane in [*(lane for lane in lanes if lane.wish is not None), *waited]:
-                try:
-                    lane.go_on()
-                except Interrupted as error:
-                    lane.has_ended, interrupted = True, error
-            for lane in lanes:
-                if lane.has_ended:
-                    lane.close()
-                    ended += 1
-            lanes = [lane for lane in lanes if not lane.has_ended]
-    finally:
+            for other in self._lanes:
+                other.companions.add(lane.name)
+                lane.companions.add(other.name)
+            self._lanes.append(lane)
+            taken.append(lane)
+        return taken
+
+    def _go_on(self, lanes: list[Lane]) -> None:
+        """Let some lanes work, and part with those that end."""
         for lane in lanes:
-            lane.close()
-    if interrupted is not None:
-        raise interrupted
-    return ended
+            try:
+                lane.go_on()
+            except Interrupted as error:
+                lane.has_ended, self._interrupted = True, error
+        for lane in lanes:
+            if lane.has_ended:
+                self._lanes.remove(lane)
+                lane.close()
+                self._ended += 1
 
+    def _grant(self, wishing: list[Lane]) -> None:
+        """Compute what the lanes wish for, together where it is of the same bank, while the others go on."""
+        waiting = [lane for lane in self._lanes if lane.wish is None]
 
-def _grant(lanes: list[Lane]) -> None:
-    """Compute what the lanes wish for, together where it is of the same bank."""
-    wishing = [(lane, lane.wish) for lane in lanes if lane.wish is not None]
-    for bank in {id(wish.bank): wish.bank for _, wish in wishing}.values():
-        own = [(lane, wish) for lane, wish in wishing if wish.bank is bank]
-        for (lane, _), answer in zip(own, bank.grant([wish for _, wish in own]), strict=True):
-            lane.answer = answer
+        def meanwhile() -> None:
+            try:
+                self._go_on(waiting)
+                self._go_on(self._fill())
+            except Exception as error:
+                self._failure = error
+
+        wishes = [(lane, lane.wish) for lane in wishing if lane.wish is not None]
+        if not wishes:
+            meanwhile()
+        for number, bank in enumerate({id(wish.bank): wish.bank for _, wish in wishes}.values()):
+            own = [(lane, wish) for lane, wish in wishes if wish.bank is bank]
+            answers = bank.grant([wish for _, wish in own], None if number else meanwhile)
+            for (lane, _), answer in zip(own, answers, strict=True):
+                lane.answer = answer
 
 
 def _capacities(lanes: list[Lane]) -> list[int]:

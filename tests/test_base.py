@@ -528,3 +528,31 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
         found.append([loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
     assert len(found[0]) > 1
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_bases_weights_are_hashed_once_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+    import threading
+
+    from finetune.hub import BaseSource, WeightsHash
+
+    begins, real, reads = threading.Event(), hashlib.file_digest, []
+
+    def slow(file: Any, kind: str) -> Any:
+        assert begins.wait(60)
+        reads.append(Path(file.name).name)
+        return real(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    for name in ("b.safetensors", "a.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = BaseSource(str(tmp_path), "base", sha256=WeightsHash(tmp_path.glob("*.safetensors")))
+    assert reads == []
+    begins.set()
+    parts = [hashlib.sha256(name).digest() for name in (b"a.safetensors", b"b.safetensors")]
+    expected = hashlib.sha256(b"".join(parts)).hexdigest()
+    assert source.identity == {"name": "base", "revision": None, "sha256": expected}
+    assert str(WeightsHash(tmp_path.glob("*.safetensors"))) == expected
+    assert sorted(reads) == ["a.safetensors", "b.safetensors"]
+    (tmp_path / "a.safetensors").write_bytes(b"another")
+    assert str(WeightsHash(tmp_path.glob("*.safetensors"))) != expected

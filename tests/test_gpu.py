@@ -74,6 +74,33 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, d
         assert float((one - other).norm() / other.norm()) < 0.05  # bfloat16 on both sides
 
 
+def test_the_host_works_while_the_gpu_computes(tiny: Tiny, tmp_path: Path) -> None:
+    """It begins and ends runs: an adapter is written without waiting for the pass that others' batches take."""
+    import torch
+
+    from finetune.bank import Learning
+    from finetune.base import save_adapter, told, waiting_only_for
+
+    config = tiny("lora.r=16")
+    supplies = Supplies()
+    bank, busy = supplies.bank(config), []
+    one, other = (bank.slot(config.lora, seed) for seed in (0, 1))
+    rows = supplies.tokens("train", supplies.rows(config.dataset).train, config).to_list()
+    wish = Learning(one, rows[:2], 0.1, 1)
+    bank.grant([wish])  # its kernels are there
+    mark = told()
+    torch.cuda._sleep(4_000_000_000)  # cycles: two seconds
+
+    def meanwhile() -> None:
+        with waiting_only_for(mark):
+            save_adapter(other.model, supplies.tokenizer(config.model), tmp_path / "adapter")
+        busy.append(not torch.cuda.current_stream().query())
+
+    bank.grant([wish], meanwhile)
+    assert busy == [True]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_shape(tiny: Tiny, tmp_path: Path) -> None:
     """In bfloat16: a trial in a pack, alone, and alone with its batches cut in two; and the trials' order."""
     configs = [tiny(*STEPS, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]

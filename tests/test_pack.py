@@ -261,6 +261,88 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
     assert [final(place)["step"] for place in places] == [15, 2, 2]
 
 
+def test_a_run_begins_and_ends_while_others_compute(
+    tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its beginning and end take the host, a GPU need not wait for."""
+    from finetune import base, records
+    from finetune.bank import Bank
+
+    computing, seen = [False], []
+    grant, save, write = Bank.grant, base.save_adapter, records.write_json
+
+    def granting(bank: Bank, wishes: Any, meanwhile: Any = None) -> Any:
+        computing[0] = len(wishes) > 0
+        try:
+            return grant(bank, wishes, meanwhile)
+        finally:
+            computing[0] = False
+
+    def saving(model: Any, tokenizer: Any, folder: Path) -> None:
+        seen.append((folder.parent.name, "ends", computing[0]))
+        save(model, tokenizer, folder)
+
+    def writing(path: Path, content: Any) -> None:
+        if path.name == "run.json":
+            seen.append((path.parent.name, "begins", computing[0]))
+        write(path, content)
+
+    configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate((20, 3, 4))]
+    with monkeypatch.context() as patched:
+        patched.setattr(Bank, "grant", granting)
+        patched.setattr(base, "save_adapter", saving)
+        patched.setattr("finetune.run.write_json", writing)
+        places = train_in_slots(configs, tmp_path, 2)
+
+    assert seen == [
+        ("0", "begins", False),
+        ("1", "begins", False),
+        ("1", "ends", True),
+        ("2", "begins", True),
+        ("2", "ends", True),
+        ("0", "ends", False),
+    ]
+    for config, place in zip(configs, places, strict=True):
+        assert losses(place) == pytest.approx(alone(config), rel=1e-5)
+
+
+def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a storage that is gone when the next run is to be taken."""
+    from finetune.bank import Bank
+    from finetune.records import RunFolder
+    from finetune.run import take_turns
+    from sweeps.pack import Lane, train_together
+
+    works = iter([9, 2, OSError("the storage is gone")])
+    real, batches, supplies = Bank.learn, [], Supplies()
+
+    def learn(bank: Bank, wishes: Any) -> Any:
+        batches.extend((id(wish.slot), wish.draw) for wish in wishes)
+        bank._let_the_host_work()  # as where a GPU computes
+        return real(bank, wishes)
+
+    def take() -> Lane | None:
+        steps = next(works, None)
+        if not isinstance(steps, int):
+            if steps is not None:
+                raise steps
+            return None
+        folder = RunFolder(tmp_path / str(steps))
+        config = tiny(*SHORT, f"trainer.max_steps={steps}")
+        work = take_turns(config, folder, Part(supplies=supplies, alone=False, tests=False))
+        return Lane(folder.path.name, work, tmp_path / "log", set())
+
+    monkeypatch.setattr(Bank, "learn", learn)
+    with pytest.raises(OSError, match="the storage is gone"):
+        train_together(take, 2)
+    assert len(batches) > 4
+    assert len(set(batches)) == len(batches), "a batch was tried again"
+    assert final(tmp_path / "9")["status"] == "interrupted"
+    assert final(tmp_path / "2")["status"] == "completed"
+
+
 def test_nothing_changes_the_default_dtype_while_adapters_are_drawn(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from finetune.gpu.kernels import launch, rotate
-from finetune.layout import Span
+from finetune.layout import Span, sent
 
 BLOCK, STEP = 64, 32
 """Tokens of one program, and of those that it goes over, so many at a time."""
@@ -38,10 +38,10 @@ class Rows:
             for first in range(span.start, span.start + span.length, BLOCK)
         ]
         device = positions.device
-        self.table = torch.tensor(table, dtype=torch.int32).to(device)
+        self.table = sent(torch.tensor(table, dtype=torch.int32), device)
         """Of each span: its first token, the one after its last, the shared beginning's, and the one after the last
         that sees it."""
-        self.blocks = torch.tensor(blocks, dtype=torch.int32).to(device)
+        self.blocks = sent(torch.tensor(blocks, dtype=torch.int32), device)
         self.positions = positions.to(torch.int32)
         """Of each token in its own row."""
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from finetune.gpu.kernels import launch
+from finetune.layout import sent
 
 COLUMNS = 8
 """Of a slot's table, for each linear layer: 0 to 3 the addresses of A, B and their gradients, 4 the rank (0: no
@@ -41,7 +42,7 @@ class Places:
         self.even = not bool((joined[:, :, 4] % 8).any() | (joined[:, :, :4] % 16).any())
         """Whether all ranks are multiples of eight and all addresses of 16 bytes, so that these are read at once."""
         self.parts, self.tiles, on_device = (
-            part.to(device) for part in (torch.tensor(rows), torch.tensor(tiles, dtype=torch.int32), joined)
+            sent(part, device) for part in (torch.tensor(rows), torch.tensor(tiles, dtype=torch.int32), joined)
         )
         self.layers = on_device.unbind(1)
         """Each layer's rows of the tables [slots, COLUMNS]."""
