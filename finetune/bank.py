@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from finetune.adapted import Adapter, dense_weight
-from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory
+from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory, waiting_only_for
 from finetune.cli import brief
 from finetune.config import LoraSettings, QuantizationSettings, RunConfig
 from finetune.evaluation import Evaluation
@@ -60,6 +60,8 @@ class Slot:
         """Of the last batch."""
         self._rounded = torch.empty_like(self.vector, dtype=bank.dtype) if bank.dtype != torch.float32 else self.vector
         self.adapters: dict[str, Adapter] = {}
+        self._parts: list[tuple[torch.nn.Parameter, slice]] = []
+        """The model's weights, and where in the vector they are."""
         offset = 0
         for number, (name, pair) in enumerate(weights.items()):
             views = []
@@ -69,6 +71,7 @@ class Slot:
                     flat[place].view(part.weight.shape) for flat in (self.vector, self._rounded, self.gradient)
                 )
                 part.weight.data = own
+                self._parts.append((part.weight, place))
                 views.append((rounded, gradient))
                 offset = place.stop
             (a, gradient_a), (b, gradient_b) = views
@@ -76,6 +79,19 @@ class Slot:
             self.adapters[name] = Adapter(number, scaling, a, b, gradient_a, gradient_b)
         self.table = bank.decoder.table(self.adapters) if bank.decoder is not None else None
         """Where the kernels find the adapters."""
+
+    @contextlib.contextmanager
+    def on_host(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
+        """The model with its weights on the host, as they were when the GPU had done what is before the mark."""
+        with waiting_only_for(mark):
+            host = self.vector.cpu()
+        try:
+            for weight, place in self._parts:
+                weight.data = host[place].view(weight.shape)
+            yield
+        finally:
+            for weight, place in self._parts:
+                weight.data = self.vector[place].view(weight.shape)
 
     def round(self) -> None:
         """Take over what has become of the weights, where matrix products have another dtype."""

@@ -296,7 +296,7 @@ def told() -> "torch.cuda.Event | None":
 
 @contextlib.contextmanager
 def waiting_only_for(mark: "torch.cuda.Event | None") -> Iterator[None]:
-    """What is copied from the GPU here waits for what it was told before the mark, not for what it computes now."""
+    """What is copied from the GPU here waits for what it was told before the mark, not for what came after."""
     if mark is None:
         yield
         return

@@ -136,8 +136,8 @@ class PackedTraining:
         )
         self._factor = scheduler.lr_lambdas[0]
         self._scale = LossScale() if slot.bank.dtype == torch.float16 else None
-        self.settled: torch.cuda.Event | None = None
-        """A mark behind the last step: the weights stay as they are while the GPU computes for others."""
+        self._settled = told()
+        """Behind the last step: from there on the weights stay as they are."""
 
     def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> Turns[None]:
         """Train from a checkpoint if one is given, as the reporter lets it; the adapter stays in the slot."""
@@ -170,6 +170,10 @@ class PackedTraining:
                 losses[index], tokens[index] = loss, count
             right += found.accuracy * found.tokens
         return Evaluation(tuple(losses), tuple(tokens), right / max(sum(tokens), 1))
+
+    def on_host(self) -> "AbstractContextManager[None]":
+        """The model with its weights on the host, whatever the GPU computes for others."""
+        return self._slot.on_host(self._settled)
 
     def speaking(self) -> "AbstractContextManager[PreTrainedModel]":
         """The model with the adapter, to be asked."""
@@ -210,7 +214,7 @@ class PackedTraining:
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
-        self.settled = told()
+        self._settled = told()
 
     def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)

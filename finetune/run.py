@@ -209,7 +209,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
     """Everything that needs torch: it is imported only once the rows are known to be sound."""
     config, part = result.config, result.part
     quiet_libraries(bars=part.alone)
-    from finetune.base import load_adapter, save_adapter, take_device, told, waiting_only_for
+    from finetune.base import load_adapter, take_device
 
     take_device(0)  # before bitsandbytes is imported, which looks for GPUs
     data = _prepare(result)
@@ -234,7 +234,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
             part.observer,
             part.interrupt,
             evaluate=(lambda: _held_out_metrics(result, training, data.held_out)) if data.held_out else None,
-            keep_best=lambda step: save_adapter(training.model, data.tokenizer, folder.best(step)),
+            keep_best=lambda step: _save(training, data, folder.best(step)),
             bar=part.alone,
         )
         steps, batch = data.steps, config.trainer.effective_batch_size
@@ -245,12 +245,9 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
         if progress.stop == "interrupted":
             hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
             raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
-        settled = training.settled
         if config.objective_at == "best":
             load_adapter(training.model, folder.best(progress.best_step))
-            settled = told()
-        with waiting_only_for(settled):
-            save_adapter(training.model, data.tokenizer, folder.adapter)
+        _save(training, data, folder.adapter)
         result.metrics = progress.final_metrics(best=config.objective_at == "best")
         trained = (weight.numel() for weight in training.model.parameters() if weight.requires_grad)
         final: Metrics = {"adapter/parameters": sum(trained)}
@@ -269,6 +266,13 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
         tracker.tag(part.observer.on_completed(result.metrics))
         if config.tracker.adapters == "all" or (config.tracker.adapters == "best" and part.alone):
             tracker.adapter(folder.adapter)
+
+
+def _save(training: "Training", data: "_Data", folder: Path) -> None:
+    from finetune.base import save_adapter
+
+    with training.on_host():
+        save_adapter(training.model, data.tokenizer, folder)
 
 
 @dataclass(frozen=True)

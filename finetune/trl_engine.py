@@ -87,9 +87,6 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
 class TrlTraining:
     """One run's model and trainer."""
 
-    settled = None
-    """Nobody trains beside it."""
-
     def __init__(
         self,
         config: RunConfig,
@@ -135,6 +132,10 @@ class TrlTraining:
         yield from ()
         config = self._config
         return evaluate(self.model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
+
+    def on_host(self) -> "AbstractContextManager[None]":
+        """Nothing else is computed, so the model's weights may stay where they are."""
+        return nullcontext()
 
     def speaking(self) -> "AbstractContextManager[PeftModel]":
         """The model with the adapter, to be asked."""

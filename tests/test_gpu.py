@@ -79,7 +79,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny, tmp_path: Path) -> No
     import torch
 
     from finetune.bank import Learning
-    from finetune.base import save_adapter, told, waiting_only_for
+    from finetune.base import save_adapter, told
 
     config = tiny("lora.r=16")
     supplies = Supplies()
@@ -92,7 +92,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny, tmp_path: Path) -> No
     torch.cuda._sleep(4_000_000_000)  # cycles: two seconds
 
     def meanwhile() -> None:
-        with waiting_only_for(mark):
+        with other.on_host(mark):
             save_adapter(other.model, supplies.tokenizer(config.model), tmp_path / "adapter")
         busy.append(not torch.cuda.current_stream().query())
 
