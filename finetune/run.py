@@ -327,18 +327,30 @@ def _training(result: Result, folder: RunFolder, data: _Data, held: contextlib.E
 
 
 def _held_out_metrics(result: Result, training: "Training", held_out: "Dataset") -> Turns[Metrics]:
-    """A fresh adapter answers as its base does, which need not be measured again for each run."""
+    """A fresh adapter answers as its base does, which the first run measures for all."""
     config, progress, supplies = result.config, result.progress, result.part.supplies
     assert progress is not None
-    fresh = progress.step == 0 and starts_as_base(config.lora)
     batch_size = config.trainer.per_device_eval_batch_size
-    key = (config.model, config.quantization, config.dataset, batch_size, result.engine)
-    known: Metrics | None = supplies.known("base's metrics", key) if fresh else None
+    if progress.step > 0 or not starts_as_base(config.lora):
+        return (yield from training.measure(held_out)).metrics("eval")
+    kind, key = "base's metrics", (config.model, config.quantization, config.dataset, batch_size, result.engine)
+    while supplies.known(kind, key) == MEASURING:
+        yield None
+    known: Metrics | None = supplies.known(kind, key)
     if known is None:
-        known = (yield from training.measure(held_out)).metrics("eval")
-        if fresh:
-            supplies.put("base's metrics", key, known)
+        supplies.put(kind, key, MEASURING)
+        try:
+            known = (yield from training.measure(held_out)).metrics("eval")
+        except BaseException:
+            supplies.put(kind, key, None)
+            raise
+        supplies.put(kind, key, known)
+        yield None  # the others have waited, and go on from here at the same time
     return dict(known)
+
+
+MEASURING = "measuring"
+"""Stands for the base's metrics while a run measures them."""
 
 
 def _push(config: RunConfig, model: "PeftModel") -> None:

@@ -261,6 +261,36 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
     assert [final(place)["step"] for place in places] == [15, 2, 2]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_runs_that_begin_together_measure_the_base_once(
+    fails: bool, tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for the first, and go on at the same time; where it fails the next one measures."""
+    from finetune.bank import Bank, Learning
+
+    grant, granted = Bank.grant, []
+
+    def granting(bank: Bank, wishes: Any, meanwhile: Any = None) -> Any:
+        kinds = {"learn" if isinstance(wish, Learning) else "measure" for wish in wishes}
+        granted.append((len(wishes), *sorted(kinds)))
+        found = grant(bank, wishes, meanwhile)
+        return [ValueError("broken")] if fails and len(granted) == 2 else found
+
+    configs = [tiny(*SHORT, f"seed={seed}", "trainer.per_device_eval_batch_size=2") for seed in range(3)]
+    errors: dict[int, Exception] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(Bank, "grant", granting)
+        places = train_in_slots(configs, tmp_path, 3, errors=errors)
+
+    first = next(index for index, one in enumerate(granted) if "learn" in one)
+    assert set(granted[:first]) == {(1, "measure")}
+    assert granted[first] == (3 - fails, "learn"), "not at the same time"
+    assert [*errors] == [0] * fails
+    for config, place in [*zip(configs, places, strict=True)][fails:]:
+        assert losses(place) == pytest.approx(alone(config), rel=1e-5)
+        assert final(place)["status"] == "completed"
+
+
 def test_a_run_begins_and_ends_while_others_compute(
     tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
