@@ -298,7 +298,10 @@ def _prepare(result: Result) -> _Data:
     assert rows is not None
     source = supplies.source(config.model)
     tokenizer = supplies.tokenizer(config.model)
-    check_targets(source, config.model, config.lora)
+    targets = (config.model, config.lora.target_modules)
+    if not supplies.known("checked targets", targets):
+        check_targets(source, config.model, config.lora)
+        supplies.put("checked targets", targets, True)
     lora_config(config.lora)
     result.engine = choose(config, source)
     result.config = config = fitted(config, result.engine, supplies)

@@ -112,9 +112,10 @@ def leaving_to_logs(beside: bool = False) -> Iterator[None]:
 def train_together(take: Callable[[], Lane | None], slots: int) -> int:
     """Run lanes in so many slots until there are none to take; returns how many have ended.
 
-    A slot that is free takes the next lane at once. What the runs wish for at the same time is computed together.
-    One that wishes for nothing works while a GPU computes what the others wish for: so a run's beginning and end
-    cost the others nothing. When the user interrupts, all end before it is said.
+    What the runs wish for at the same time is computed together. One that wishes for nothing works while a GPU
+    computes what the others wish for: so a run's beginning and end cost them nothing. Beside runs that train one
+    begins in each pass: several that begin together would end together too, with nobody left to compute meanwhile.
+    When the user interrupts, all end before it is said.
     """
     return _Pack(take, slots).work()
 
@@ -133,14 +134,12 @@ class _Pack:
     def work(self) -> int:
         """All of it; returns how many lanes have ended."""
         try:
-            self._fill()
-            while self._lanes:
+            while self._lanes or self._fill(self._slots):
                 wishing = [lane for lane in self._lanes if lane.wish is not None]
                 self._grant(wishing)
                 if self._failure is not None:
                     raise self._failure
                 self._go_on(wishing)
-                self._fill()
         finally:
             for lane in self._lanes:
                 lane.close()
@@ -148,11 +147,11 @@ class _Pack:
             raise self._interrupted
         return self._ended
 
-    def _fill(self) -> list[Lane]:
-        """Take lanes as there is room, and return them."""
+    def _fill(self, most: int) -> list[Lane]:
+        """Take so many lanes at most, as there is room, and return them."""
         self._slots = min([self._slots, *_capacities(self._lanes)])
         taken: list[Lane] = []
-        while self._interrupted is None and len(self._lanes) < self._slots:
+        while self._interrupted is None and len(self._lanes) < self._slots and len(taken) < most:
             lane = self._take()
             if lane is None:
                 break
@@ -183,7 +182,7 @@ class _Pack:
         def meanwhile() -> None:
             try:
                 self._go_on(waiting)
-                self._go_on(self._fill())
+                self._go_on(self._fill(1))
             except Exception as error:
                 self._failure = error
 

@@ -291,47 +291,50 @@ def test_runs_that_begin_together_measure_the_base_once(
         assert final(place)["status"] == "completed"
 
 
-def test_a_run_begins_and_ends_while_others_compute(
+def test_runs_begin_and_end_while_others_compute(
     tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its beginning and end take the host, a GPU need not wait for."""
-    from finetune import base, records
+    """What beginning and end take the host, a GPU need not wait for; so in each pass one begins."""
+    from finetune import base
     from finetune.bank import Bank
+    from finetune.records import write_json
 
-    computing, seen = [False], []
-    grant, save, write = Bank.grant, base.save_adapter, records.write_json
+    passes, current, seen = 0, 0, []
+    grant, save = Bank.grant, base.save_adapter
 
     def granting(bank: Bank, wishes: Any, meanwhile: Any = None) -> Any:
-        computing[0] = len(wishes) > 0
+        nonlocal passes, current
+        passes += 1
+        current = passes
         try:
             return grant(bank, wishes, meanwhile)
         finally:
-            computing[0] = False
+            current = 0
 
     def saving(model: Any, tokenizer: Any, folder: Path) -> None:
-        seen.append((folder.parent.name, "ends", computing[0]))
+        seen.append((folder.parent.name, "ends", current))
         save(model, tokenizer, folder)
 
     def writing(path: Path, content: Any) -> None:
         if path.name == "run.json":
-            seen.append((path.parent.name, "begins", computing[0]))
-        write(path, content)
+            seen.append((path.parent.name, "begins", current))
+        write_json(path, content)
 
-    configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate((20, 3, 4))]
+    lengths = (20, 3, 3, 2, 2)
+    configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate(lengths)]
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "grant", granting)
         patched.setattr(base, "save_adapter", saving)
         patched.setattr("finetune.run.write_json", writing)
-        places = train_in_slots(configs, tmp_path, 2)
+        places = train_in_slots(configs, tmp_path, 3)
 
-    assert seen == [
-        ("0", "begins", False),
-        ("1", "begins", False),
-        ("1", "ends", True),
-        ("2", "begins", True),
-        ("2", "ends", True),
-        ("0", "ends", False),
-    ]
+    at = {(name, what): number for name, what, number in seen}
+    assert [at[name, "begins"] for name in "012"] == [0, 0, 0], "there was nobody to train meanwhile"
+    ended = at["1", "ends"]
+    assert ended == at["2", "ends"] > 0
+    assert at["4", "begins"] == at["3", "begins"] + 1 > ended + 1
+    assert at["4", "ends"] == at["3", "ends"] + 1
+    assert [name for name, what, _ in seen if what == "ends"] == [*"12340"]
     for config, place in zip(configs, places, strict=True):
         assert losses(place) == pytest.approx(alone(config), rel=1e-5)
 
