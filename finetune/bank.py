@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from finetune.adapted import Adapter, dense_weight
-from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory, waiting_only_for
+from finetune.base import add_adapter, compute_dtype, free_memory, newer_gpu, out_of_memory, told, waiting_only_for
 from finetune.cli import brief
 from finetune.config import LoraSettings, QuantizationSettings, RunConfig
 from finetune.evaluation import Evaluation
@@ -204,6 +204,12 @@ class Bank:
         `meanwhile`, which must not raise, is called once: while a GPU computes, or afterwards.
         """
         self._meanwhile = meanwhile
+        try:
+            return self._grant_all(wishes)
+        finally:
+            self._meanwhile = None
+
+    def _grant_all(self, wishes: Sequence[Wish]) -> list[Granted | Exception]:
         found: dict[int, Granted | Exception] = {}
         for kind in (Learning, Measuring):
             own = [wish for wish in wishes if isinstance(wish, kind)]
@@ -237,7 +243,7 @@ class Bank:
 
     def learn(self, wishes: Sequence[Learning]) -> list[Learnt]:
         """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
-        began = time.perf_counter()
+        began, mark = time.perf_counter(), told()
         line = Line([wish.rows for wish in wishes], self.device)
         shares = torch.cat(
             [
@@ -252,10 +258,13 @@ class Bank:
         self._computes.backward(trace, answers.gradient)
         sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
         norms = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
+        numbers, done = torch.stack([sums, norms], 1), told()
         if self.device.type == "cuda":  # which has been told all, and computes
             self._let_the_host_work()
-        found = torch.stack([sums, norms], 1).tolist()  # one wait for all
+        found = numbers.tolist()  # one wait for all
         seconds = time.perf_counter() - began
+        if mark is not None and done is not None and self.device.type == "cuda":
+            seconds = mark.elapsed_time(done) / 1000  # without what the host did longer
         return [Learnt(loss, norm, seconds) for loss, norm in found]
 
     def measure(self, wishes: Sequence[Measuring]) -> list[Evaluation]:

@@ -67,18 +67,25 @@ def _is_alive(process: int) -> bool:
 
 
 class WeightsHash:
-    """One hash over a base's weight files, in the order of their names; taken while others work, it may take seconds.
+    """One hash over a base's weight files, in the order of their names.
 
-    A file that stays as it is is read once in a process.
+    Other threads take it: it may take seconds, in which a study imports its libraries. What a file was found to be is
+    known from then on, as long as it stays as it is.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
+        self._files = sorted(files)
         readers = ThreadPool(4)  # whose threads nobody waits for at the end, should the hash not be wanted then
-        self._own = readers.map_async(self._of_one, sorted(files), chunksize=1)
+        self._own = readers.map_async(self._of_one, self._files, chunksize=1)
         readers.close()
 
-    def __str__(self) -> str:
-        return hashlib.sha256(b"".join(self._own.get())).hexdigest()
+    def hexdigest(self) -> str:
+        """Waits for it. Raises OSError for a file that can't be read, now either."""
+        try:
+            parts = self._own.get()
+        except OSError:
+            parts = [self._of_one(file) for file in self._files]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     @classmethod
     def _of_one(cls, file: Path) -> bytes:
@@ -88,10 +95,13 @@ class WeightsHash:
     @staticmethod
     @functools.cache
     def _read(file: Path, size: int, changed: int) -> bytes:
-        digest = hashlib.sha256()
-        with open(file, "rb") as weights:
-            while part := weights.read(2**26):  # with small parts Python's lock would hold up everybody
-                digest.update(part)
+        digest, part = (
+            hashlib.sha256(),
+            memoryview(bytearray(2**24)),
+        )  # for small parts each would wait for Python's lock
+        with open(file, "rb", buffering=0) as weights:
+            while count := weights.readinto(part):
+                digest.update(part[:count])
         return digest.digest()
 
 
@@ -110,7 +120,7 @@ class BaseSource:
     @property
     def identity(self) -> dict[str, str | None]:
         """As `result.json` has it."""
-        sha256 = None if self.sha256 is None else str(self.sha256)
+        sha256 = self.sha256.hexdigest() if isinstance(self.sha256, WeightsHash) else self.sha256
         return {"name": self.name, "revision": self.revision, "sha256": sha256}
 
 
@@ -140,8 +150,14 @@ def _require_base(folder: Path, name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise refusal("model.name_or_path", name, "is no model folder: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise refusal("model.name_or_path", name, "has no *.safetensors weights (pickled ones are not loaded)")
+    for file in weights:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise refusal("model.name_or_path", name, f"{file.name} can't be read ({error.strerror})") from None
 
 
 def _find_on_hub(name: str, revision: str | None) -> BaseSource:

@@ -137,7 +137,7 @@ class PackedTraining:
         self._factor = scheduler.lr_lambdas[0]
         self._scale = LossScale() if slot.bank.dtype == torch.float16 else None
         self._settled = told()
-        """Behind the last step: from there on the weights stay as they are."""
+        """Behind the last change of the weights."""
 
     def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> Turns[None]:
         """Train from a checkpoint if one is given, as the reporter lets it; the adapter stays in the slot."""
@@ -234,6 +234,7 @@ class PackedTraining:
             self._scale.value, self._scale.good_steps = float(scale[0]), int(scale[1])
         if tensors:
             self._optimizer.state[self._weights] = tensors
+        self._settled = told()
 
 
 class LossScale:

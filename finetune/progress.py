@@ -34,7 +34,7 @@ class Wish(Protocol):
 Turns = Generator[Wish | None, Any, T]
 """Work that takes turns with other runs' in one process.
 
-It yields what it wants computed and is sent what came of it; None lets all others come as far first.
+It yields what it wants computed and is sent what came of it; None lets all others of the same turn come as far first.
 """
 
 
@@ -65,7 +65,7 @@ class Rung:
 class Observer:
     """Hears of every step and every rung, and may stop the run there. This one lets it go on.
 
-    Runs that train together report the same rung before any of them is judged there.
+    Runs that began together report the same rung before any of them is judged there.
     """
 
     def on_step(self, step: int) -> bool:

@@ -133,8 +133,9 @@ def take_turns(config: RunConfig, folder: RunFolder, part: Part) -> Turns[Object
         result, tracker = Result(config, part), Tracker()
         try:
             rows = result.rows = part.supplies.rows(config.dataset)
-            source = result.base = part.supplies.source(config.model)
+            source = part.supplies.source(config.model)
             identity = _identity(config, rows, source)
+            result.base = source  # now that its weights could be read
             _require_same_run(folder, identity)
             write_json(folder.identity, identity)
             tracker = open_tracker(config, folder, part.label)
@@ -246,7 +247,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
             hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
             raise Interrupted(f"interrupted after step {progress.step}; python -m finetune {hint} goes on from there")
         if config.objective_at == "best":
-            load_adapter(training.model, folder.best(progress.best_step))
+            load_adapter(training.model, folder.best(progress.best_step))  # which waits for its copies
         _save(training, data, folder.adapter)
         result.metrics = progress.final_metrics(best=config.objective_at == "best")
         trained = (weight.numel() for weight in training.model.parameters() if weight.requires_grad)

@@ -113,8 +113,8 @@ def train_together(take: Callable[[], Lane | None], slots: int) -> int:
     """Run lanes in so many slots until there are none to take; returns how many have ended.
 
     What the runs wish for at the same time is computed together. One that wishes for nothing works while a GPU
-    computes what the others wish for: so a run's beginning and end cost them nothing. Beside runs that train one
-    begins in each pass: several that begin together would end together too, with nobody left to compute meanwhile.
+    computes what the others wish for: so a run's beginning and end hardly cost them anything. Beside runs that train
+    one begins in each pass: several that begin together would end together too, with nobody left to compute meanwhile.
     When the user interrupts, all end before it is said.
     """
     return _Pack(take, slots).work()
@@ -129,7 +129,7 @@ class _Pack:
         self._ended = 0
         self._interrupted: Interrupted | None = None
         self._failure: Exception | None = None
-        """Of the work between two passes, where a bank would take it for its own."""
+        """Of the work beside a pass, where a bank would take it for its own."""
 
     def work(self) -> int:
         """All of it; returns how many lanes have ended."""

@@ -1,6 +1,7 @@
 """On a GPU: what the CPU's tests can't see. python -m pytest -m gpu"""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,22 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     rows = supplies.tokens("train", supplies.rows(config.dataset).train, config).to_list()
     wish = Learning(one, rows[:2], 0.1, 1)
     bank.grant([wish])  # its kernels are there
+    trained = [weight for weight in other.model.parameters() if weight.requires_grad]
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second or more
+    other.vector.fill_(7)
     mark = told()
-    torch.cuda._sleep(8_000_000_000)  # cycles: four seconds or more
+    torch.cuda._sleep(8_000_000_000)
 
     def meanwhile() -> None:
         busy.append(not torch.cuda.current_stream().query())
         with other.on_host(mark):
-            busy.append(all(weight.device.type == "cpu" for weight in other.model.parameters()))
+            busy.append(all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained))
         busy.append(not torch.cuda.current_stream().query())
+        time.sleep(1)
 
-    bank.grant([wish], meanwhile)
-    assert busy == [True, True, True]
-    trained = [weight for weight in other.model.parameters() if weight.requires_grad]
+    (learnt,) = bank.grant([wish], meanwhile)
+    assert learnt.seconds < 0.5, "the host's work is counted too"
+    assert busy == [True, True, True], "waits for the pass, or does not wait for what was before it"
     assert all(weight.device.type == "cuda" for weight in trained)
 
 
