@@ -67,16 +67,14 @@ class Slot:
             views = []
             for part in pair:
                 place = slice(offset, offset + part.weight.numel())
-                own, rounded, gradient = (
-                    flat[place].view(part.weight.shape) for flat in (self.vector, self._rounded, self.gradient)
-                )
-                part.weight.data = own
+                rounded, gradient = (flat[place].view(part.weight.shape) for flat in (self._rounded, self.gradient))
                 self._parts.append((part.weight, place))
                 views.append((rounded, gradient))
                 offset = place.stop
             (a, gradient_a), (b, gradient_b) = views
             scaling = float(layers[name].scaling["default"])
             self.adapters[name] = Adapter(number, scaling, a, b, gradient_a, gradient_b)
+        self._point_to(self.vector)
         self.table = bank.decoder.table(self.adapters) if bank.decoder is not None else None
         """Where the kernels find the adapters."""
 
@@ -85,13 +83,16 @@ class Slot:
         """The model with its weights on the host, as they were when the GPU had done what is before the mark."""
         with waiting_only_for(mark):
             host = self.vector.cpu()
+        self._point_to(host)
         try:
-            for weight, place in self._parts:
-                weight.data = host[place].view(weight.shape)
             yield
         finally:
-            for weight, place in self._parts:
-                weight.data = self.vector[place].view(weight.shape)
+            self._point_to(self.vector)
+
+    def _point_to(self, flat: torch.Tensor) -> None:
+        """Make the model's weights views of a vector."""
+        for weight, place in self._parts:
+            weight.data = flat[place].view(weight.shape)
 
     def round(self) -> None:
         """Take over what has become of the weights, where matrix products have another dtype."""
@@ -241,9 +242,16 @@ class Bank:
         if meanwhile is not None:
             meanwhile()
 
+    def _wait_for(self, numbers: torch.Tensor) -> list[Any]:
+        """The numbers of a pass that a GPU was told to compute; until they are there the host works."""
+        if self.device.type == "cuda":
+            self._let_the_host_work()
+        found: list[Any] = numbers.tolist()
+        return found
+
     def learn(self, wishes: Sequence[Learning]) -> list[Learnt]:
         """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
-        began, mark = time.perf_counter(), told()
+        began, mark = time.perf_counter(), told(self.device)
         line = Line([wish.rows for wish in wishes], self.device)
         shares = torch.cat(
             [
@@ -258,12 +266,10 @@ class Bank:
         self._computes.backward(trace, answers.gradient)
         sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
         norms = torch.stack([wish.slot.gradient.norm() for wish in wishes]).double()
-        numbers, done = torch.stack([sums, norms], 1), told()
-        if self.device.type == "cuda":  # which has been told all, and computes
-            self._let_the_host_work()
-        found = numbers.tolist()  # one wait for all
+        numbers, done = torch.stack([sums, norms], 1), told(self.device)
+        found = self._wait_for(numbers)  # once for all
         seconds = time.perf_counter() - began
-        if mark is not None and done is not None and self.device.type == "cuda":
+        if mark is not None and done is not None:
             seconds = mark.elapsed_time(done) / 1000  # without what the host did longer
         return [Learnt(loss, norm, seconds) for loss, norm in found]
 
@@ -275,10 +281,7 @@ class Bank:
             answers = self._answers(hidden, line, None)
         count = sum(len(wish.rows) for wish in wishes)
         sums = torch.zeros(count, dtype=torch.float64, device=self.device)
-        losses_of_rows = sums.index_add(0, line.owners, answers.losses.double())
-        if self.device.type == "cuda":
-            self._let_the_host_work()
-        losses = losses_of_rows.tolist()
+        losses = self._wait_for(sums.index_add(0, line.owners, answers.losses.double()))
         tokens = torch.bincount(line.owners, minlength=count).tolist()
         found, first = [], 0
         for wish, (start, stop) in zip(wishes, line.answers, strict=True):

@@ -95,10 +95,8 @@ class WeightsHash:
     @staticmethod
     @functools.cache
     def _read(file: Path, size: int, changed: int) -> bytes:
-        digest, part = (
-            hashlib.sha256(),
-            memoryview(bytearray(2**24)),
-        )  # for small parts each would wait for Python's lock
+        digest = hashlib.sha256()
+        part = memoryview(bytearray(2**24))  # with small parts threads would wait for Python's lock most of the time
         with open(file, "rb", buffering=0) as weights:
             while count := weights.readinto(part):
                 digest.update(part[:count])

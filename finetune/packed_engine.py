@@ -136,7 +136,7 @@ class PackedTraining:
         )
         self._factor = scheduler.lr_lambdas[0]
         self._scale = LossScale() if slot.bank.dtype == torch.float16 else None
-        self._settled = told()
+        self._settled = told(slot.bank.device)
         """Behind the last change of the weights."""
 
     def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> Turns[None]:
@@ -214,7 +214,7 @@ class PackedTraining:
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
-        self._settled = told()
+        self._settled = told(self._slot.bank.device)
 
     def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ class PackedTraining:
             self._scale.value, self._scale.good_steps = float(scale[0]), int(scale[1])
         if tensors:
             self._optimizer.state[self._weights] = tensors
-        self._settled = told()
+        self._settled = told(self._slot.bank.device)
 
 
 class LossScale:

@@ -270,6 +270,7 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> Turns[None]:
 
 
 def _save(training: "Training", data: "_Data", folder: Path) -> None:
+    """The adapter as it is now, in a folder."""
     from finetune.base import save_adapter
 
     with training.on_host():
@@ -345,10 +346,8 @@ def _held_out_metrics(result: Result, training: "Training", held_out: "Dataset")
         supplies.put(kind, key, MEASURING)
         try:
             known = (yield from training.measure(held_out)).metrics("eval")
-        except BaseException:
-            supplies.put(kind, key, None)
-            raise
-        supplies.put(kind, key, known)
+        finally:
+            supplies.put(kind, key, known)  # None where it failed: the next run measures
         yield None  # the others have waited, and go on from here at the same time
     return dict(known)
 

@@ -128,8 +128,6 @@ class _Pack:
         self._lanes: list[Lane] = []
         self._ended = 0
         self._interrupted: Interrupted | None = None
-        self._failure: Exception | None = None
-        """Of the work beside a pass, where a bank would take it for its own."""
 
     def work(self) -> int:
         """All of it; returns how many lanes have ended."""
@@ -137,8 +135,6 @@ class _Pack:
             while self._lanes or self._fill(self._slots):
                 wishing = [lane for lane in self._lanes if lane.wish is not None]
                 self._grant(wishing)
-                if self._failure is not None:
-                    raise self._failure
                 self._go_on(wishing)
         finally:
             for lane in self._lanes:
@@ -178,13 +174,14 @@ class _Pack:
     def _grant(self, wishing: list[Lane]) -> None:
         """Compute what the lanes wish for, together where it is of the same bank, while the others go on."""
         waiting = [lane for lane in self._lanes if lane.wish is None]
+        failures: list[Exception] = []
 
         def meanwhile() -> None:
             try:
                 self._go_on(waiting)
                 self._go_on(self._fill(1))
-            except Exception as error:
-                self._failure = error
+            except Exception as error:  # a bank would take it for its own
+                failures.append(error)
 
         wishes = [(lane, lane.wish) for lane in wishing if lane.wish is not None]
         if not wishes:
@@ -194,6 +191,8 @@ class _Pack:
             answers = bank.grant([wish for _, wish in own], None if number else meanwhile)
             for (lane, _), answer in zip(own, answers, strict=True):
                 lane.answer = answer
+        if failures:
+            raise failures[0]
 
 
 def _capacities(lanes: list[Lane]) -> list[int]:

@@ -92,7 +92,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     trained = [weight for weight in other.model.parameters() if weight.requires_grad]
     torch.cuda._sleep(1_000_000_000)  # cycles: half a second or more
     other.vector.fill_(7)
-    mark = told()
+    mark = told(bank.device)
     torch.cuda._sleep(8_000_000_000)
 
     def meanwhile() -> None:
