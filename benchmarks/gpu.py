@@ -11,9 +11,9 @@ without.
 `ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and `planned` what
 `finetune.plan` says of its memory. `trl` is SFTTrainer as it is; `best` is the best that can be made of
 it: Liger's kernels, and no padding, with PyTorch's attention within boundaries put in for flash-attn. `unsloth` runs
-where Unsloth is installed. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at 4
-operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be used. `--tiny` is a
-dry run with a small model, on a CPU too.
+where Unsloth is installed, and alone, as it changes the other libraries. The share of the roofline is of this GPU's
+rate for a bfloat16 matrix product, at 4 operations a weight and token (6 with checkpointing). `--memory` lets no more
+than so many GiB be used. `--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -41,8 +41,6 @@ LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear"
 
 def main() -> None:
     """Measure each side in turn and print one line for each."""
-    import finetune.base  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default="ours,trl,best")
     parser.add_argument("--slots", default="1,2,4,8,16,auto")
@@ -53,6 +51,10 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
+    if arguments.sides == "unsloth":
+        import unsloth  # noqa: F401  before what it changes
+    import finetune.base  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
+
     if GPU and arguments.memory:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total))
@@ -283,6 +285,7 @@ def unsloth(base: Any, case: Case) -> tuple[float, int]:
         model, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         use_gradient_checkpointing="unsloth" if case.saving else False,
     )  # fmt: skip
+    free()  # what was written and loaded is no part of its training's peak
     return train(model, case, {}), weights
 
 
@@ -303,7 +306,7 @@ def train(model: Any, case: Case, arguments: dict[str, Any]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder, max_steps=case.steps + case.warm, bf16=GPU, use_cpu=not GPU,
-            per_device_train_batch_size=4, gradient_checkpointing=case.saving,
+            per_device_train_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=case.saving,
             optim="adamw_torch_fused", learning_rate=1e-4,
             logging_steps=100, report_to="none", save_strategy="no", max_length=None, seed=SEED,
             dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, **arguments,

@@ -1,17 +1,20 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--evaluations 9] [--stock-trials 2] [--tiny]
-                                   [--sides tutorial,best,ours,recipe]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--evaluations 27] [--stock-trials 2] [--tiny]
+                                   [--sides tutorial,best,ours,recipe] [--memory GIB]
 
 The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
-A trial is LoRA on queries and values, batch 4, with so many evaluations of 32 held-out rows, on every side: with nine,
-halving by 3 judges after a ninth and a third of the steps. The stock stack is
-hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` with gradient checkpointing
-and the paged optimizer, `best` without checkpointing or padding and with Liger's kernels (see gpu.py). Every trial
-loads the base anew. Its time is that of so many trials, from the base's loading on, times the number of trials in
-the study; this project's is the wall time of the whole command, with its defaults. What is imported has been read from
-the disk before. The side `recipe` is no study: it trains the published recipe, `experiment=llama2_guanaco`, for 50
-steps on that base. `--tiny` is a dry run.
+A trial is LoRA on queries and values, batch 4. This project evaluates 32 held-out rows so many times in it: with 27
+evaluations halving by 3 judges after a 27th, a ninth and a third of the steps. Its time is the wall time of the whole
+command, with its defaults; what is imported has been read from the disk before.
+
+The stock stack is hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` has
+gradient checkpointing and the paged optimizer, `best` neither that nor padding, and Liger's kernels (see gpu.py). It
+evaluates once, at the end, as it has no use for more. Every trial loads the base anew. Its time is that of so many
+trials, from the base's loading on, times the number of trials in the study.
+
+The side `recipe` is no study: it trains the published recipe, `experiment=llama2_guanaco`, for 50 steps on that base.
+With `--memory` another process holds the GPU's memory but for so many GiB. `--tiny` is a dry run.
 """
 
 import argparse
@@ -19,9 +22,12 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,36 +58,47 @@ from trl import SFTTrainer
 """
 """A new machine reads these for most of a minute, on whichever side is first."""
 
+HOLDS = """
+import sys, torch
+more = torch.cuda.mem_get_info()[0] - int(float(sys.argv[1]) * 2**30)
+held = torch.empty(more, dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
 
 def main() -> None:
     """Run the sides, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--steps", type=int, default=432, help="of a whole trial, a multiple of its evaluations")
-    parser.add_argument("--evaluations", type=int, default=9, help="of a whole trial")
+    parser.add_argument("--evaluations", type=int, default=27, help="of a whole trial of this project's")
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
+    parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
         with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # this process keeps no GPU's memory
             elsewhere.submit(write_checkpoint, folder / "base", arguments.tiny).result()
         for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
         timed(folder, [sys.executable, "-c", IMPORTS])
+        if GPU and arguments.memory:
+            held.enter_context(left_with(arguments.memory))
         os.sync()  # or who asks for a line to be on the disk waits for the base's gigabytes
-        seconds, length = {}, (arguments.steps, arguments.steps // arguments.evaluations)
+        seconds, steps = {}, arguments.steps
         for side in arguments.sides.split(","):
             if side == "recipe":
                 print(f"recipe: {recipe(folder)}", flush=True)
                 continue
             if side == "ours":
-                seconds[side] = ours(folder, arguments.trials, *length)
+                seconds[side] = ours(folder, arguments.trials, steps, steps // arguments.evaluations)
             else:
-                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, *length)
+                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, steps)
             print(f"{side}: {seconds[side]:.0f} s", flush=True)
-    study = f"{arguments.trials} trials of {arguments.steps} steps, evaluated {arguments.evaluations} times"
+    study = f"{arguments.trials} trials of {steps} steps, ours evaluated {arguments.evaluations} times"
     print(f"\n| {study} | seconds | this project is faster by |")
     print("|---|---|---|")
     for side, took in seconds.items():
@@ -96,7 +113,21 @@ def texts(count: int, seed: int, divisor: int) -> list[dict[str, str]]:
     return [{"text": " ".join(f"w{draw.randrange(3, 32000)}" for _ in range(size))} for size in sizes]
 
 
-def stock(folder: Path, side: str, trials: int, steps: int, eval_steps: int) -> float:
+@contextmanager
+def left_with(gib: float) -> Iterator[None]:
+    """Let another process hold the GPU's memory but for so much."""
+    command = [sys.executable, "-c", HOLDS, str(gib)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            yield
+        finally:
+            other.stdin.close()
+
+
+def stock(folder: Path, side: str, trials: int, steps: int) -> float:
     """Seconds of one trial of the stock stack, the mean of some."""
     script = Path(__file__).resolve().with_name("stock_trial.py")
     records = folder / f"{side}.jsonl"
@@ -105,7 +136,7 @@ def stock(folder: Path, side: str, trials: int, steps: int, eval_steps: int) -> 
         [sys.executable, str(script), "-m", "hydra/sweeper=optuna", *SPACE, f"steps={steps}", f"records={records}"],
         [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0"],
         ["lora.targets=[q_proj,v_proj]", "rows.tokens=null", "++arguments.completion_only_loss=false", *STOCK[side]],
-        [f"hydra.sweep.dir={side}", f"++arguments.eval_steps={eval_steps}"],
+        [f"hydra.sweep.dir={side}", f"++arguments.eval_steps={steps}"],
     )
     return statistics.fmean(record["seconds"] for record in read_lines(records))
 

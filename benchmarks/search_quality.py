@@ -1,12 +1,13 @@
 """What a search loses by asking for several trials at once, and by pruning: best loss so far, pruned winners.
 
-    python benchmarks/search_quality.py [--seeds 10] [--trials 16] [--jobs 2]
+    python benchmarks/search_quality.py [--seeds 10] [--trials 16] [--jobs 2] [--steps 40] [--evaluations 4]
+                                        [--slots 1,4,8] [--schedules constant,cosine]
 
 Trials that train together in K slots are asked for before their companions' losses are known. Here whole studies
 run for each K, seed and schedule, unpruned, with the default space and sampler, on a Llama of two layers with
-random weights (trials of 40 steps, four rungs): the best loss after n trials shows what knowing less costs. The
-pruners are then replayed on the curves of each study, K trials reporting a rung before any is judged: a winner is
-lost where the trial that ended best is not among those that are left.
+random weights: the best loss after n trials shows what knowing less costs. The pruners are then replayed on the curves
+of each study, K trials reporting a rung before any is judged: a winner is lost where the trial that ended best is not
+among those that are left. With 27 evaluations they are replayed on every third one alone, too.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from pathlib import Path
 
 import optuna
 
-SLOTS = (1, 4, 8)
-SCHEDULES = ("constant", "cosine")
 AFTER = (4, 8, 12, 16)
 Curve = list[float]
 """A trial's loss at each rung."""
+Curves = dict[tuple[str, int], list[list[Curve]]]
+"""By schedule and slots, each seed's study."""
 
 
 def main() -> None:
@@ -34,17 +35,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="studies at once, each on one core")
+    parser.add_argument("--steps", type=int, default=40, help="of a trial")
+    parser.add_argument("--evaluations", type=int, default=4, help="of a trial")
+    parser.add_argument("--slots", default="1,4,8")
+    parser.add_argument("--schedules", default="constant,cosine")
     arguments = parser.parse_args()
+    kinds = [
+        (schedule, int(slots)) for schedule in arguments.schedules.split(",") for slots in arguments.slots.split(",")
+    ]
+    length = (arguments.trials, arguments.steps, arguments.steps // arguments.evaluations)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base")
-        cells = [
-            (schedule, slots, seed) for schedule in SCHEDULES for slots in SLOTS for seed in range(arguments.seeds)
-        ]
+        cells = [(*kind, seed) for kind in kinds for seed in range(arguments.seeds)]
         with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-            curves = dict(zip(cells, pool.map(lambda cell: study(folder, arguments.trials, *cell), cells), strict=True))
-    print_best(curves, arguments.trials, arguments.seeds)
-    print_pruning(curves, arguments.seeds)
+            found = list(pool.map(lambda cell: study(folder, *length, *cell), cells))
+    curves = {kind: [own for cell, own in zip(cells, found, strict=True) if cell[:2] == kind] for kind in kinds}
+    print_best(curves, arguments.trials)
+    print_pruning(curves)
 
 
 def make_base(folder: Path) -> None:
@@ -70,16 +78,16 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def study(folder: Path, trials: int, schedule: str, slots: int, seed: int) -> list[Curve]:
+def study(folder: Path, trials: int, steps: int, eval_steps: int, schedule: str, slots: int, seed: int) -> list[Curve]:
     """The curves of one unpruned study, by trial."""
     name = f"{schedule}-{slots}-{seed}"
     command = [
         sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "hydra/sweeper/pruner=none",
         f"hydra.sweeper.study_name={name}", f"hydra.sweeper.n_trials={trials}", f"hydra.sweeper.slots={slots}",
         f"hydra.sweep.dir={folder / name}", f"model.name_or_path={folder / 'base'}", f"seed={seed}",
-        f"optimizer.lr_scheduler_type={schedule}", "optimizer.warmup_ratio=0", "trainer.max_steps=40",
-        "trainer.save_steps=0", "trainer.logging_steps=40", "tracker=none", "sample_prompts=[]",
-        "quantization=none", "dataset.max_length=128",
+        f"optimizer.lr_scheduler_type={schedule}", "optimizer.warmup_ratio=0",
+        f"trainer.max_steps={steps}", f"trainer.eval_steps={eval_steps}", f"trainer.logging_steps={steps}",
+        "trainer.save_steps=0", "tracker=none", "sample_prompts=[]", "quantization=none", "dataset.max_length=128",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -91,47 +99,48 @@ def study(folder: Path, trials: int, schedule: str, slots: int, seed: int) -> li
     return [[trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)] for trial in found]
 
 
-def print_best(curves: dict[tuple[str, int, int], list[Curve]], trials: int, seeds: int) -> None:
+def print_best(curves: Curves, trials: int) -> None:
     """The best loss after so many trials, over the seeds."""
     counts = [count for count in AFTER if count <= trials]
     print(f"| schedule | slots | {' | '.join(f'after {count} trials' for count in counts)} |")
     print(f"|---|---|{'---|' * len(counts)}")
-    for schedule in SCHEDULES:
-        for slots in SLOTS:
-            cells = []
-            for count in counts:
-                best = [min(curve[-1] for curve in curves[schedule, slots, seed][:count]) for seed in range(seeds)]
-                cells.append(f"{statistics.mean(best):.4f} ± {statistics.stdev(best) / seeds**0.5:.4f}")
-            print(f"| {schedule} | {slots} | {' | '.join(cells)} |")
+    for (schedule, slots), studies in curves.items():
+        cells = []
+        for count in counts:
+            best = [min(curve[-1] for curve in study[:count]) for study in studies]
+            cells.append(f"{statistics.mean(best):.4f} ± {statistics.stdev(best) / len(best) ** 0.5:.4f}")
+        print(f"| {schedule} | {slots} | {' | '.join(cells)} |")
     print()
 
 
-def print_pruning(curves: dict[tuple[str, int, int], list[Curve]], seeds: int) -> None:
+def print_pruning(curves: Curves) -> None:
     """How often a pruner loses the winner, what that costs, and what of the steps it saves."""
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "successive halving by 2": lambda: optuna.pruners.SuccessiveHalvingPruner(
+        "halving by 2": lambda: optuna.pruners.SuccessiveHalvingPruner(
             min_resource=1, reduction_factor=2, bootstrap_count=0
         ),
-        "successive halving by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
+        "halving by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
             min_resource=1, reduction_factor=3, bootstrap_count=0
         ),
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0),
     }
-    print("| schedule | slots | pruner | winners lost | loss given away | steps saved |\n|---|---|---|---|---|---|")
-    for schedule in SCHEDULES:
-        for slots in SLOTS:
+    print("| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |")
+    print("|---|---|---|---|---|---|---|")
+    for (schedule, slots), studies in curves.items():
+        rungs = len(studies[0][0])
+        for every in (1, 3) if rungs == 27 else (1,):
             for name, make in pruners.items():
                 lost, given, kept = 0, 0.0, 0.0
-                for seed in range(seeds):
-                    own = curves[schedule, slots, seed]
-                    rungs = replay(own, slots, make())
+                for own in ([curve[every - 1 :: every] for curve in study] for study in studies):
+                    reached = replay(own, slots, make())
                     best = min(curve[-1] for curve in own)
-                    left = min(curve[-1] for curve, seen in zip(own, rungs, strict=True) if seen == len(curve))
+                    left = min(curve[-1] for curve, seen in zip(own, reached, strict=True) if seen == len(curve))
                     lost += left > best
                     given += left - best
-                    kept += sum(rungs) / sum(map(len, own))
-                figures = f"{lost} of {seeds} | {given / seeds:.4f} | {1 - kept / seeds:.0%}"
-                print(f"| {schedule} | {slots} | {name} | {figures} |")
+                    kept += sum(reached) / sum(map(len, own))
+                count = len(studies)
+                figures = f"{lost} of {count} | {given / count:.4f} | {1 - kept / count:.0%}"
+                print(f"| {schedule} | {slots} | {rungs // every} | {name} | {figures} |")
 
 
 def replay(curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner) -> list[int]:
