@@ -21,3 +21,4 @@ measure-gpu:           ## everything that is told of a GPU: tests, tables, a stu
 	python benchmarks/gpu.py --sides unsloth --length short
 	python benchmarks/gpu.py --sides ours,trl,best --memory 24
 	python benchmarks/gpu_study.py --sides tutorial,best,ours,recipe
+	python benchmarks/gpu_study.py --sides ours --memory 24
