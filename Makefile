@@ -18,7 +18,7 @@ format:
 measure-gpu:           ## everything that is told of a GPU: tests, tables, a study (an hour on an H100)
 	pytest -m gpu
 	python benchmarks/gpu.py --sides ours,trl,best --length short,long
-	python benchmarks/gpu.py --sides unsloth --length short
 	python benchmarks/gpu.py --sides ours,trl,best --memory 24
 	python benchmarks/gpu_study.py --sides tutorial,best,ours,recipe
 	python benchmarks/gpu_study.py --sides ours --memory 24
+	python benchmarks/gpu.py --sides unsloth --length short  # last, where Unsloth is installed

@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    if arguments.sides == "unsloth":
+    if "unsloth" in arguments.sides:
+        if arguments.sides != "unsloth":
+            parser.error("--sides unsloth: alone, as it changes the other libraries")
         import unsloth  # noqa: F401  before what it changes
     import finetune.base  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
 

@@ -11,10 +11,10 @@ command, with its defaults; what is imported has been read from the disk before.
 The stock stack is hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` has
 gradient checkpointing and the paged optimizer, `best` neither that nor padding, and Liger's kernels (see gpu.py). It
 evaluates once, at the end, as it has no use for more. Every trial loads the base anew. Its time is that of so many
-trials, from the base's loading on, times the number of trials in the study.
+trials, from the base's loading on: the first, and what the later ones take on average for each of the rest.
 
 The side `recipe` is no study: it trains the published recipe, `experiment=llama2_guanaco`, for 50 steps on that base.
-With `--memory` another process holds the GPU's memory but for so many GiB. `--tiny` is a dry run.
+With `--memory` this project's study takes no more than so many GiB. `--tiny` is a dry run.
 """
 
 import argparse
@@ -22,12 +22,9 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -58,13 +55,15 @@ from trl import SFTTrainer
 """
 """A new machine reads these for most of a minute, on whichever side is first."""
 
-HOLDS = """
-import sys, torch
-more = torch.cuda.mem_get_info()[0] - int(float(sys.argv[1]) * 2**30)
-held = torch.empty(more, dtype=torch.uint8, device="cuda")
-print("held", flush=True)
-sys.stdin.read()
+CAPPED = """
+import sys
+import finetune.base, torch
+from finetune.__main__ import main
+total = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(min(1.0, float(sys.argv.pop(1)) * 2**30 / total))
+main()
 """
+"""The command, in so many GiB."""
 
 
 def main() -> None:
@@ -75,18 +74,16 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=27, help="of a whole trial of this project's")
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
-    parser.add_argument("--memory", type=float, metavar="GIB")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="that this project's study may take")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    with ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # this process keeps no GPU's memory
             elsewhere.submit(write_checkpoint, folder / "base", arguments.tiny).result()
         for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
             write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
         timed(folder, [sys.executable, "-c", IMPORTS])
-        if GPU and arguments.memory:
-            held.enter_context(left_with(arguments.memory))
         os.sync()  # or who asks for a line to be on the disk waits for the base's gigabytes
         seconds, steps = {}, arguments.steps
         for side in arguments.sides.split(","):
@@ -94,9 +91,11 @@ def main() -> None:
                 print(f"recipe: {recipe(folder)}", flush=True)
                 continue
             if side == "ours":
-                seconds[side] = ours(folder, arguments.trials, steps, steps // arguments.evaluations)
+                memory = arguments.memory if GPU else None
+                seconds[side] = ours(folder, arguments.trials, steps, steps // arguments.evaluations, memory)
             else:
-                seconds[side] = arguments.trials * stock(folder, side, arguments.stock_trials, steps)
+                first, *others = stock(folder, side, arguments.stock_trials, steps)
+                seconds[side] = first + (arguments.trials - 1) * statistics.fmean(others or [first])
             print(f"{side}: {seconds[side]:.0f} s", flush=True)
     study = f"{arguments.trials} trials of {steps} steps, ours evaluated {arguments.evaluations} times"
     print(f"\n| {study} | seconds | this project is faster by |")
@@ -113,22 +112,8 @@ def texts(count: int, seed: int, divisor: int) -> list[dict[str, str]]:
     return [{"text": " ".join(f"w{draw.randrange(3, 32000)}" for _ in range(size))} for size in sizes]
 
 
-@contextmanager
-def left_with(gib: float) -> Iterator[None]:
-    """Let another process hold the GPU's memory but for so much."""
-    command = [sys.executable, "-c", HOLDS, str(gib)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        other.stdout.readline()
-        try:
-            yield
-        finally:
-            other.stdin.close()
-
-
-def stock(folder: Path, side: str, trials: int, steps: int) -> float:
-    """Seconds of one trial of the stock stack, the mean of some."""
+def stock(folder: Path, side: str, trials: int, steps: int) -> list[float]:
+    """Seconds of each of some trials of the stock stack."""
     script = Path(__file__).resolve().with_name("stock_trial.py")
     records = folder / f"{side}.jsonl"
     timed(
@@ -138,7 +123,7 @@ def stock(folder: Path, side: str, trials: int, steps: int) -> float:
         ["lora.targets=[q_proj,v_proj]", "rows.tokens=null", "++arguments.completion_only_loss=false", *STOCK[side]],
         [f"hydra.sweep.dir={side}", f"++arguments.eval_steps={steps}"],
     )
-    return statistics.fmean(record["seconds"] for record in read_lines(records))
+    return [record["seconds"] for record in read_lines(records)]
 
 
 def recipe(folder: Path) -> str:
@@ -153,11 +138,12 @@ def recipe(folder: Path) -> str:
     return f"{result['status']} by {result['engine']}, {speed:.0f} tokens/s, {memory:.1f} GiB"
 
 
-def ours(folder: Path, trials: int, steps: int, eval_steps: int) -> float:
+def ours(folder: Path, trials: int, steps: int, eval_steps: int, memory: float | None) -> float:
     """Seconds of this project's whole study."""
     took = timed(
         folder,
-        [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
+        [sys.executable, *(["-m", "finetune"] if memory is None else ["-c", CAPPED, str(memory)])],
+        ["-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
         ["model.name_or_path=base", "dataset.path=train.jsonl", "dataset.eval_path=eval.jsonl"],
         ["dataset.test_fraction=0", "sample_prompts=[]", "dataset.max_length=null", "tracker=none"],
         [f"trainer.max_steps={steps}", f"trainer.eval_steps={eval_steps}", "trainer.save_steps=0"],

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import optuna
 
-AFTER = (4, 8, 12, 16)
+from sweeps.halving import SuccessiveHalvingPruner
+
+AFTER = (4, 8, 12, 16, 32)
 Curve = list[float]
 """A trial's loss at each rung."""
 Curves = dict[tuple[str, int], list[list[Curve]]]
@@ -116,12 +118,9 @@ def print_best(curves: Curves, trials: int) -> None:
 def print_pruning(curves: Curves) -> None:
     """How often a pruner loses the winner, what that costs, and what of the steps it saves."""
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "halving by 2": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=1, reduction_factor=2, bootstrap_count=0
-        ),
-        "halving by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=1, reduction_factor=3, bootstrap_count=0
-        ),
+        "halving by 2": lambda: SuccessiveHalvingPruner(reduction_factor=2),
+        "halving by 3": lambda: SuccessiveHalvingPruner(reduction_factor=3),
+        "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0),
     }
     print("| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |")
@@ -144,7 +143,7 @@ def print_pruning(curves: Curves) -> None:
 
 
 def replay(curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner) -> list[int]:
-    """How many rungs each trial reaches; the first is the baseline, which is never pruned."""
+    """How many rungs each trial reaches; the first is the baseline, which is judged too, but never pruned."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     replayed = optuna.create_study(pruner=pruner)
     reached = [0] * len(curves)
@@ -159,7 +158,7 @@ def replay(curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePrune
         for number, trial in list(live.items()):
             if reached[number] == len(curves[number]):
                 replayed.tell(live.pop(number), curves[number][-1])
-            elif number and trial.should_prune():
+            elif trial.should_prune() and number:
                 replayed.tell(live.pop(number), state=optuna.trial.TrialState.PRUNED)
     return reached
 

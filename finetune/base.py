@@ -227,10 +227,10 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
 
 
 def available_memory() -> int:
-    """Bytes of memory to compute in: the GPU's that others leave and this process may take, else the machine's."""
+    """Bytes of memory to compute in: the GPU's, or what this process may take of it, else the machine's."""
     if on_gpu():
-        free, total = torch.cuda.mem_get_info()
-        return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
+        total = torch.cuda.get_device_properties(0).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -172,7 +172,8 @@ class Worker:
         """The study's pruner."""
         if len(self.settings.directions) > 1:
             return optuna.pruners.NopPruner()
-        pruner: BasePruner = instantiate(self.settings.pruner, _execution_whitelist_=("optuna.pruners.*",))
+        allowed = ("optuna.pruners.*", "sweeps.halving.*")
+        pruner: BasePruner = instantiate(self.settings.pruner, _execution_whitelist_=allowed)
         return pruner
 
     def sampler(self, number: int) -> BaseSampler:

@@ -1,8 +1,6 @@
 """On a GPU: what the CPU's tests can't see. python -m pytest -m gpu"""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,19 +169,6 @@ def little_memory() -> Iterator[Callable[[float], None]]:
 
     yield limit
     torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_memory_that_another_process_holds_is_not_planned_with() -> None:
-    from finetune.base import available_memory
-
-    holds = "import torch; held = torch.empty(4 * 2**30, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
-    before = available_memory()
-    with subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        beside = available_memory()
-        other.communicate(b"\n")
-    assert before - beside > 3.5 * 2**30
 
 
 def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(

@@ -4,6 +4,7 @@ The search spaces, samplers and pruners that come with the project are looked at
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from optuna.trial import TrialState
 
 from finetune.cli import CONF
 from finetune.config import ConfigError, RunConfig
+from sweeps.halving import SuccessiveHalvingPruner
 from sweeps.importance import importances
 from sweeps.settings import StudySettings
 from sweeps.space import Space, describe, encode
@@ -26,6 +28,7 @@ from sweeps.text import table
 
 SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
 PRUNERS = sorted(file.stem for file in (CONF / "hydra/sweeper/pruner").glob("*.yaml"))
+PRUNERS_ALLOWED = ("optuna.pruners.*", "sweeps.halving.*")
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -306,7 +309,7 @@ def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> N
     checked = settings(sampler=OmegaConf.to_container(sweeper.sampler), pruner=OmegaConf.to_container(sweeper.pruner))
     assert checked.is_grid == (sampler == "grid")
     assert "seed" in checked.sampler
-    assert checked.pruner["_target_"].startswith("optuna.pruners.")
+    assert checked.pruner["_target_"].startswith(("optuna.pruners.", "sweeps.halving."))
 
 
 RUNGS = 4
@@ -317,7 +320,7 @@ FINALS = [0.9, 0.8, 0.7, 1.0, 0.95, 0.6]
 def pruned_at(pruner_name: str, final: float) -> int | None:
     """The rung at which a trial is pruned that comes after others; None where it may go on to its end."""
     configured = OmegaConf.to_container(composed(f"hydra/sweeper/pruner={pruner_name}").hydra.sweeper.pruner)
-    pruner: BasePruner = instantiate(configured, _execution_whitelist_=("optuna.pruners.*",))
+    pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
     study = optuna.create_study(study_name="s", pruner=pruner)  # hyperband chooses brackets by the name
     for end in (*FINALS, final):
         trial = study.ask()
@@ -343,6 +346,35 @@ def test_a_pruner_ends_a_hopeless_trial_at_its_first_rungs(pruner: str) -> None:
     assert pruned_at(pruner, 1.9) == 1
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_halving_compares_trials_that_report_a_rung_together(direction: str) -> None:
+    """Optuna's own lets the first that is judged go on, and its next ones too if each is the best so far."""
+    sign = 1 if direction == "minimize" else -1
+    study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
+
+    def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[float]:
+        for trial, value in zip(trials, values, strict=True):
+            trial.report(sign * value, rung)
+        return [value for trial, value in zip(trials, values, strict=True) if not trial.should_prune()]
+
+    trials = [study.ask() for _ in range(8)]
+    values = [0.9, 0.8, 0.7, math.nan, 0.6, 0.5, 0.4, 0.3]
+    assert left(trials, 1, values) == [0.4, 0.3]
+    assert len(left(trials, 2, values)) == 8, "no rung that judges"
+    assert left(trials, 3, [*reversed(values)]) == [0.3, 0.4]
+    assert left([study.ask()], 1, [0.41]) == []
+    assert left([study.ask()], 1, [0.4]) == [0.4]
+
+
+@pytest.mark.parametrize(
+    "values", [{"min_resource": 0}, {"reduction_factor": 1}, {"min_early_stopping_rate": -1}, {"min_resource": 1.5}]
+)
+def test_halving_refuses_what_makes_no_rungs(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ValueError, match=name):
+        SuccessiveHalvingPruner(**values)
+
+
 def test_no_pruner_ends_nothing() -> None:
     assert pruned_at("none", 5.0) is None
 
@@ -358,7 +390,7 @@ def test_hyperband_judges_within_four_rungs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         configured = OmegaConf.to_container(composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner)
-        pruner: BasePruner = instantiate(configured, _execution_whitelist_=("optuna.pruners.*",))
+        pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
         study = optuna.create_study(study_name="s", pruner=pruner)
         pruned = 0
         for number in range(30):
