@@ -1,11 +1,12 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--evaluations 27] [--stock-trials 2] [--tiny]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--rungs 0.037,0.111,0.333] [--stock-trials 2] [--tiny]
                                    [--sides tutorial,best,ours,recipe] [--memory GIB]
 
-The base has random weights, the rows random words (128 to 512 tokens, mean about 350); so only times mean something.
-A trial is LoRA on queries and values, batch 4. This project evaluates 32 held-out rows so many times in it: with 27
-evaluations halving by 3 judges after a 27th, a ninth and a third of the steps. Its time is the wall time of the whole
+The base has random weights, the rows are the standard library's source, a token a word or sign (128 to 512 of
+them, mean about 350): real text, so that trials differ and are pruned as elsewhere. A trial is LoRA on queries and
+values, batch 4. This project evaluates 32 held-out rows before it, after the rungs' shares of its steps and at its
+end; halving by 3 judges at rungs each three times as far as the one before. Its time is the wall time of the whole
 command, with its defaults; what is imported has been read from the disk before.
 
 The stock stack is hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py): `tutorial` has
@@ -18,12 +19,15 @@ With `--memory` this project's study takes no more than so many GiB. `--tiny` is
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -70,8 +74,8 @@ def main() -> None:
     """Run the sides, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=432, help="of a whole trial, a multiple of its evaluations")
-    parser.add_argument("--evaluations", type=int, default=27, help="of a whole trial of this project's")
+    parser.add_argument("--steps", type=int, default=432, help="of a whole trial")
+    parser.add_argument("--rungs", default="0.037,0.111,0.333", help="of this project's trials: shares of the steps")
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
     parser.add_argument("--memory", type=float, metavar="GIB", help="that this project's study may take")
@@ -81,8 +85,8 @@ def main() -> None:
         folder = Path(temporary)
         with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:  # this process keeps no GPU's memory
             elsewhere.submit(write_checkpoint, folder / "base", arguments.tiny).result()
-        for part, count, seed in (("train", 256, 0), ("eval", 32, 1)):
-            write_lines(folder / f"{part}.jsonl", texts(count, seed, 16 if arguments.tiny else 1))
+        for part, rows in texts({"train": 256, "eval": 32}, 16 if arguments.tiny else 1).items():
+            write_lines(folder / f"{part}.jsonl", rows)
         timed(folder, [sys.executable, "-c", IMPORTS])
         os.sync()  # or who asks for a line to be on the disk waits for the base's gigabytes
         seconds, steps = {}, arguments.steps
@@ -92,12 +96,12 @@ def main() -> None:
                 continue
             if side == "ours":
                 memory = arguments.memory if GPU else None
-                seconds[side] = ours(folder, arguments.trials, steps, steps // arguments.evaluations, memory)
+                seconds[side] = ours(folder, arguments.trials, steps, arguments.rungs, memory)
             else:
                 first, *others = stock(folder, side, arguments.stock_trials, steps)
                 seconds[side] = first + (arguments.trials - 1) * statistics.fmean(others or [first])
             print(f"{side}: {seconds[side]:.0f} s", flush=True)
-    study = f"{arguments.trials} trials of {steps} steps, ours evaluated {arguments.evaluations} times"
+    study = f"{arguments.trials} trials of {steps} steps, ours judged after {arguments.rungs}"
     print(f"\n| {study} | seconds | this project is faster by |")
     print("|---|---|---|")
     for side, took in seconds.items():
@@ -105,11 +109,16 @@ def main() -> None:
         print(f"| {side} | {took:.0f} | {faster} |")
 
 
-def texts(count: int, seed: int, divisor: int) -> list[dict[str, str]]:
-    """Rows of random words, a token each."""
-    draw = random.Random(seed)
-    sizes = [min(512, max(128, round(draw.gauss(350, 110)))) // divisor for _ in range(count)]
-    return [{"text": " ".join(f"w{draw.randrange(3, 32000)}" for _ in range(size))} for size in sizes]
+def texts(counts: dict[str, int], divisor: int) -> dict[str, list[dict[str, str]]]:
+    """So many rows for each part of the data, one after the other from the standard library's source."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    source = [token for file in files for token in re.findall(r"\w+|[^\w\s]", file.read_text(encoding="utf-8"))]
+    ids = {token: number for number, (token, _) in enumerate(Counter(source).most_common(31997), start=3)}
+    draw, left = random.Random(0), iter(f"w{ids.get(token, 0)}" for token in source)
+    sizes = (min(512, max(128, round(draw.gauss(350, 110)))) // divisor for _ in itertools.count())
+    return {
+        part: [{"text": " ".join(itertools.islice(left, next(sizes)))} for _ in range(n)] for part, n in counts.items()
+    }
 
 
 def stock(folder: Path, side: str, trials: int, steps: int) -> list[float]:
@@ -138,7 +147,7 @@ def recipe(folder: Path) -> str:
     return f"{result['status']} by {result['engine']}, {speed:.0f} tokens/s, {memory:.1f} GiB"
 
 
-def ours(folder: Path, trials: int, steps: int, eval_steps: int, memory: float | None) -> float:
+def ours(folder: Path, trials: int, steps: int, rungs: str, memory: float | None) -> float:
     """Seconds of this project's whole study."""
     took = timed(
         folder,
@@ -146,7 +155,7 @@ def ours(folder: Path, trials: int, steps: int, eval_steps: int, memory: float |
         ["-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
         ["model.name_or_path=base", "dataset.path=train.jsonl", "dataset.eval_path=eval.jsonl"],
         ["dataset.test_fraction=0", "sample_prompts=[]", "dataset.max_length=null", "tracker=none"],
-        [f"trainer.max_steps={steps}", f"trainer.eval_steps={eval_steps}", "trainer.save_steps=0"],
+        [f"trainer.max_steps={steps}", f"trainer.eval_steps=[{rungs}]", "trainer.save_steps=0"],
         [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.study_name=ours"],
         ["hydra.sweep.dir=ours"],
     )

@@ -174,7 +174,7 @@ class TrainerSettings(Section):
     gradient_accumulation_steps: int
     gradient_checkpointing: bool | Literal["auto"]
     group_by_length: bool
-    eval_steps: float
+    eval_steps: float | list[float]
     save_steps: float
     logging_steps: int
     early_stopping_patience: int | None
@@ -192,7 +192,10 @@ class TrainerSettings(Section):
             self.require(field, getattr(self, field) >= 1, "must be a whole number of at least 1")
         for field in ("eval_steps", "save_steps"):
             value = getattr(self, field)
-            whole_or_share = 0 <= value < 1 or (value >= 1 and value == int(value))
+            whole_or_share = all(
+                0 <= part < 1 or (part >= 1 and part == int(part))
+                for part in (value if isinstance(value, list) else [value])
+            )
             self.require(field, whole_or_share, "must be a whole number of steps, a share of them below 1, or 0: none")
         patience = self.early_stopping_patience
         self.require("early_stopping_patience", patience is None or patience >= 1, "must be at least 1, or null")

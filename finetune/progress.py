@@ -55,7 +55,7 @@ class Rung:
     """An evaluation: a point where a run reports its objective and may be stopped."""
 
     index: int
-    """0 is before the first step."""
+    """How many times as far it is as the first one after training began; 0 is before the first step."""
     step: int
     total: int
     """Steps that the run shall have."""
@@ -120,6 +120,23 @@ class Diverged(ConfigError):
 def steps_of(setting: float, total: int) -> int:
     """A number of steps from a setting that may be a share of them all; 0 stays 0: never."""
     return max(1, math.ceil(setting * total)) if 0 < setting < 1 else int(setting)
+
+
+def rungs_of(setting: float | list[float], total: int) -> dict[int, int]:
+    """The steps of a run after which it is evaluated, and each one's index: how many times as far as the first.
+
+    They are every so many steps, or those of a list, and the last one in any case.
+    """
+    if isinstance(setting, list):
+        points = sorted(part * total if part < 1 else part for part in setting if part)
+    else:
+        every = steps_of(setting, total)
+        points = [*range(every, total, every)] if every else []
+    points = [*(point for point in points if point < total), total]
+    rungs = {0: 0}
+    for point in points:
+        rungs[math.ceil(point)] = max(round(point / points[0]), max(rungs.values()) + 1)
+    return rungs
 
 
 def total_steps(config: RunConfig, rows: int) -> int:
@@ -198,7 +215,7 @@ class Reporter:
         self.state, self.total = progress, total
         self._config, self._folder, self._tracker, self._observer = config, folder, tracker, observer
         self._interrupt, self._evaluate, self._keep_best = interrupt, evaluate, keep_best
-        self._eval_every = steps_of(config.trainer.eval_steps, total)
+        self._rungs = rungs_of(config.trainer.eval_steps, total)
         self._shows_bar = bar and sys.stderr.isatty()
 
     @contextmanager
@@ -251,7 +268,7 @@ class Reporter:
             self._log(step, metrics)
             self._show(step, metrics)
             state.window_losses, state.window_tokens, state.window_seconds = [], 0, 0.0
-        if step == self.total or (self._eval_every and step % self._eval_every == 0):
+        if step in self._rungs:
             yield from self._rung(step)
         if state.stop is None and step < self.total:
             if self._interrupt.asked:
@@ -289,7 +306,7 @@ class Reporter:
         names = self._config.objectives
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
-        rung = Rung(len(state.rungs), step, self.total, metrics)
+        rung = Rung(self._rungs[step], step, self.total, metrics)
         state.rungs.append(asdict(rung))
         self._log(step, metrics)
         log.info("step %d/%d  held-out loss %.4f", step, self.total, metrics["eval/loss"])

@@ -11,7 +11,8 @@ class SuccessiveHalvingPruner(BasePruner):
     """Asynchronous successive halving (ASHA, Li et al. 2018): of `reduction_factor` trials at a rung one goes on.
 
     A trial is compared with all that have reported the rung. Optuna's own compares with those that were judged there
-    before, so that of trials which report a rung at the same time the first always goes on, however bad it is.
+    before, so that of trials which report a rung at the same time the first always goes on, however bad it is. And a
+    trial that went on is judged by its rung again whenever this is asked, as others come to it that do better.
 
     `min_resource` is the first rung that judges; the next ones are `reduction_factor` times as far.
     `min_early_stopping_rate` leaves out so many of them. Raises ValueError for values that make no rungs.
@@ -28,9 +29,9 @@ class SuccessiveHalvingPruner(BasePruner):
         self._first, self._factor = min_resource * reduction_factor**min_early_stopping_rate, reduction_factor
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial shall end at the rung that it reported last."""
-        step = trial.last_step
-        if step is None or not self._judges(step):
+        """Whether the trial shall end, by the rung that it has passed last."""
+        step = self._passed(sorted(trial.intermediate_values))
+        if step is None:
             return False
         own: float = trial.intermediate_values[step]
         if math.isnan(own):
@@ -40,8 +41,12 @@ class SuccessiveHalvingPruner(BasePruner):
         kept = max(len(ranked) // self._factor, 1)
         return own < ranked[-kept] if study.direction == StudyDirection.MAXIMIZE else own > ranked[kept - 1]
 
-    def _judges(self, step: int) -> bool:
-        rung: int = self._first
-        while rung < step:
-            rung *= self._factor
-        return rung == step
+    def _passed(self, steps: list[int]) -> int | None:
+        """The last of a trial's reports that is at a rung which judges, or the first one after it."""
+        rung, passed = self._first, None
+        for step in steps:
+            if step >= rung:
+                passed = step
+            while rung <= step:
+                rung *= self._factor
+        return passed

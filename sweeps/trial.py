@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optuna
 from hydra.core.utils import JobStatus
@@ -217,15 +217,23 @@ class Turn:
 class _Judge(Observer):
     """Reports a trial's rungs to the study, and stops it: pruned, told to stop, or out of time."""
 
+    reports: ClassVar[int] = 0
+    """Of all trials in this process: after each one those that train are judged anew."""
+
     def __init__(self, turn: Turn) -> None:
         self._turn, self._trial, self._looked = turn, turn.trial, time.monotonic()
         self._reported = set(self._frozen().intermediate_values)
+        self._heard: int | None = None
+        """Of all reports, when the trial was judged last; None: it has not yet been."""
 
     def _frozen(self) -> FrozenTrial:
         return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
 
     def on_step(self, step: int) -> bool:
-        if time.monotonic() - self._looked < LOOK_EVERY:
+        looks = time.monotonic() - self._looked >= LOOK_EVERY
+        if self._heard is not None and (looks or self._heard < self.reports) and self._is_hopeless():
+            return self._ends("worse than others at its last rung, as more came to it")
+        if not looks:
             return False
         self._looked = time.monotonic()
         if self._turn.worker.asked_to_end:
@@ -243,12 +251,17 @@ class _Judge(Observer):
             value = rung.metrics["objective"]
             if rung.index not in self._reported:
                 self._trial.report(value, rung.index)
+                _Judge.reports += 1
             name = self._turn.study.objectives[0]
             log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
 
     def judge(self, rung: Rung) -> bool:
-        hopeless = self._can_be_judged(rung) and rung.step < rung.total and self._trial.should_prune()
-        return hopeless and role(self._trial) != "baseline" and self._ends("worse than others at this rung")
+        judges = self._can_be_judged(rung) and rung.step < rung.total
+        return judges and self._is_hopeless() and self._ends("worse than others at this rung")
+
+    def _is_hopeless(self) -> bool:
+        self._heard = self.reports
+        return role(self._trial) != "baseline" and self._trial.should_prune()
 
     def _can_be_judged(self, rung: Rung) -> bool:
         return rung.index > 0 and "objective" in rung.metrics and len(self._turn.worker.settings.directions) == 1

@@ -211,6 +211,8 @@ CONFIG = [
         "trainer.eval_steps=2.5",
         "trainer.eval_steps=2.5: must be a whole number of steps, a share of them below 1, or 0…",
     ),
+    Case("steps-in-a-list", "trainer.eval_steps=[0.1,-1]", "trainer.eval_steps=[0.1, -1…]: must be a whole number of…"),
+    Case("checkpoints-in-a-list", "trainer.save_steps=[1,2]", "trainer.save_steps=…"),
     Case("seed", "seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     Case("name-is-a-path", "name=../x", "name=../x: …letters, digits…"),
     Case("name-is-dots", "name=..", "name=..: …letters, digits…"),

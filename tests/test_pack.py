@@ -801,6 +801,22 @@ def test_each_trials_log_holds_its_own_lines_alone(packed_study: Path) -> None:
         assert not [line for line in lines for other in others if other in line]
 
 
+def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    # Beside the baseline's 1e-3: the second ends at its first rung, and the third takes its place.
+    points = ",".join(f"{{optimizer.learning_rate: {rate}}}" for rate in (2e-3, 1e-6, 1e-2))
+    rungs = ("optimizer.warmup_ratio=0", "trainer.max_steps=40", "trainer.eval_steps=[5]")
+    more = ("optimizer.learning_rate=tag(log,interval(1e-6,1e-1))", f"hydra.sweeper.start=[{points}]")
+    study = run_study(station, tiny_base, tmp_path, *rungs, *more, "hydra.sweeper.n_trials=4")
+    first, second, third = Study.load(study).trials()[1:]
+    assert (second.state, second.user_attrs["step"]) == (TrialState.PRUNED, 5)
+    assert third.state == TrialState.COMPLETE
+    assert first.state == TrialState.PRUNED
+    assert 10 <= first.user_attrs["step"] < 20
+    assert first.user_attrs["reason"] == "worse than others at its last rung, as more came to it"
+
+
 def test_each_slot_has_its_own_wandb_run_with_trls_names(packed_study: Path, tiny: Tiny, tmp_path: Path) -> None:
     run(tiny(*SHORT, "trainer.engine=trl", "tracker=wandb"), tmp_path, Part(alone=False))
     wanted = history_names(tmp_path)

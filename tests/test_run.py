@@ -12,7 +12,7 @@ import pytest
 from conftest import SLOW_STEPS, Forked, Station, compose, run_cli, tiny_overrides, wait_until, write_jsonl
 
 from finetune.config import RunConfig
-from finetune.progress import Observer, Rung
+from finetune.progress import Observer, Rung, rungs_of
 from finetune.run import Part, run
 
 Tiny = Callable[..., RunConfig]
@@ -132,6 +132,34 @@ class StopsAfter(Observer):
 
     def on_step(self, step: int) -> bool:
         return step == self.step
+
+
+@by_both
+def test_evaluates_where_it_is_told_to_and_counts_rungs_by_how_far_they_are(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    observer = StopsAt(-1)
+    more = ("trainer.max_steps=9", "trainer.eval_steps=[0.1,3,20]", "sample_prompts=[]")
+    run(tiny(engine, *more), tmp_path, Part(observer))
+    assert [(rung.step, rung.index) for rung in observer.seen] == [(0, 0), (1, 1), (3, 3), (9, 10)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "total", "expected"),
+    [
+        (0.25, 60, {0: 0, 15: 1, 30: 2, 45: 3, 60: 4}),
+        (3, 10, {0: 0, 3: 1, 6: 2, 9: 3, 10: 4}),
+        (0, 10, {0: 0, 10: 1}),
+        (500, 60, {0: 0, 60: 1}),
+        ([0.333, 0.037, 0.111], 432, {0: 0, 16: 1, 48: 3, 144: 9, 432: 27}),
+        ([0.037, 0.111, 0.333], 60, {0: 0, 3: 1, 7: 3, 20: 9, 60: 27}),
+        ([2, 7], 8, {0: 0, 2: 1, 7: 4, 8: 5}),
+        ([0, 8, 9], 8, {0: 0, 8: 1}),
+        ([], 8, {0: 0, 8: 1}),
+    ],
+)
+def test_rungs(setting: float | list[float], total: int, expected: dict[int, int]) -> None:
+    assert rungs_of(setting, total) == expected
 
 
 @by_both

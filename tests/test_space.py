@@ -347,23 +347,28 @@ def test_a_pruner_ends_a_hopeless_trial_at_its_first_rungs(pruner: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_halving_compares_trials_that_report_a_rung_together(direction: str) -> None:
+def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -> None:
     """Optuna's own lets the first that is judged go on, and its next ones too if each is the best so far."""
     sign = 1 if direction == "minimize" else -1
     study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
 
-    def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[float]:
+    def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[int]:
         for trial, value in zip(trials, values, strict=True):
             trial.report(sign * value, rung)
-        return [value for trial, value in zip(trials, values, strict=True) if not trial.should_prune()]
+        return [number for number, trial in enumerate(trials) if not trial.should_prune()]
 
+    assert not study.ask().should_prune(), "of which nothing is known"
     trials = [study.ask() for _ in range(8)]
     values = [0.9, 0.8, 0.7, math.nan, 0.6, 0.5, 0.4, 0.3]
-    assert left(trials, 1, values) == [0.4, 0.3]
-    assert len(left(trials, 2, values)) == 8, "no rung that judges"
-    assert left(trials, 3, [*reversed(values)]) == [0.3, 0.4]
+    assert left(trials, 1, values) == [6, 7]
+    assert left(trials, 2, [*reversed(values)]) == [6, 7], "no rung that judges: by the one before"
+    assert left(trials, 3, [*reversed(values)]) == [0, 1]
     assert left([study.ask()], 1, [0.41]) == []
-    assert left([study.ask()], 1, [0.4]) == [0.4]
+    early = study.ask()
+    assert left([early], 1, [0.4]) == [0]
+    assert left([study.ask()], 2, [0.85]) == [], "no report at the first rung: judged where it is passed"
+    assert left([study.ask() for _ in range(3)], 1, [0.1, 0.2, 0.05]) == [0, 1, 2]
+    assert early.should_prune(), "as better ones have come to its last rung"
 
 
 @pytest.mark.parametrize(
