@@ -126,6 +126,8 @@ class _Pack:
     def __init__(self, take: Callable[[], Lane | None], slots: int) -> None:
         self._take, self._slots = take, slots
         self._lanes: list[Lane] = []
+        self._begun: list[Lane] = []
+        """What began beside the last pass; the adapter may still be drawn."""
         self._ended = 0
         self._interrupted: Interrupted | None = None
 
@@ -174,12 +176,15 @@ class _Pack:
     def _grant(self, wishing: list[Lane]) -> None:
         """Compute what the lanes wish for, together where it is of the same bank, while the others go on."""
         waiting = [lane for lane in self._lanes if lane.wish is None]
+        begun = [lane for lane in self._begun if lane in waiting]
         failures: list[Exception] = []
 
         def meanwhile() -> None:
             try:
-                self._go_on(waiting)
-                self._go_on(self._fill(1))
+                self._go_on([lane for lane in waiting if lane not in begun])
+                self._begun = self._fill(1)
+                self._go_on(self._begun)
+                self._go_on(begun)  # which wait until they are drawn
             except Exception as error:  # a bank would take it for its own
                 failures.append(error)
 

@@ -300,7 +300,11 @@ def test_runs_begin_and_end_while_others_compute(
     from finetune.records import write_json
 
     passes, current, seen = 0, 0, []
-    grant, save = Bank.grant, base.save_adapter
+    grant, save, slot = Bank.grant, base.save_adapter, Bank.slot
+
+    def having_drawn(bank: Bank, lora: Any, seed: int, model: Any) -> Any:
+        seen.append((str(seed), "is drawn", current))
+        return slot(bank, lora, seed, model)
 
     def granting(bank: Bank, wishes: Any, meanwhile: Any = None) -> Any:
         nonlocal passes, current
@@ -324,6 +328,7 @@ def test_runs_begin_and_end_while_others_compute(
     configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate(lengths)]
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "grant", granting)
+        patched.setattr(Bank, "slot", having_drawn)
         patched.setattr(base, "save_adapter", saving)
         patched.setattr("finetune.run.write_json", writing)
         places = train_in_slots(configs, tmp_path, 3)
@@ -332,7 +337,9 @@ def test_runs_begin_and_end_while_others_compute(
     assert [at[name, "begins"] for name in "012"] == [0, 0, 0], "there was nobody to train meanwhile"
     ended = at["1", "ends"]
     assert ended == at["2", "ends"] > 0
-    assert at["4", "begins"] == at["3", "begins"] + 1 > ended + 1
+    assert at["4", "begins"] == at["3", "begins"] + 1 == at["3", "is drawn"] > ended + 1
+    names = [(name, what) for name, what, _ in seen]
+    assert names.index(("4", "begins")) < names.index(("3", "is drawn")), "it is drawn while the next one begins"
     assert at["4", "ends"] == at["3", "ends"] + 1
     assert [name for name, what, _ in seen if what == "ends"] == [*"12340"]
     for config, place in zip(configs, places, strict=True):
