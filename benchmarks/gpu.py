@@ -1,11 +1,12 @@
 """Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on Llama-2-7B's shapes.
 
     python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto] [--length short,long]
-                             [--checkpointing off,on] [--lora q_v,all_linear] [--memory GIB] [--tiny]
+                             [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4] [--memory GIB]
+                             [--tiny]
 
-The base has random weights in NF4 (not double quantised), products are in bfloat16. Rows have random tokens, all of
-which the loss counts: short ones 128 to 512 tokens (mean about 350), long ones 2,048. Batch 4, AdamW in 32 bits.
-Tokens are counted without padding; the first steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16
+The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in bfloat16. Rows have random
+tokens, all of which the loss counts: short ones 128 to 512 tokens (mean about 350), long ones 2,048. Batch 4, AdamW in
+32 bits. Tokens are counted without padding; the first steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16
 without.
 
 `ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and `planned` what
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--length", default="short")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--lora", default="q_v,all_linear")
+    parser.add_argument("--quantization", default="nf4", choices=["nf4", "nf4_double"], help="of all but Unsloth's")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
@@ -71,7 +73,8 @@ def main() -> None:
             for length in arguments.length.split(","):
                 for lora in arguments.lora.split(","):
                     for slots in arguments.slots.split(",") if side == "ours" else ["1"]:
-                        case = Case(side, lora, length, checkpointing == "on", slots, arguments.steps, arguments.tiny)
+                        kind = (side, lora, length, checkpointing == "on", slots, arguments.quantization)
+                        case = Case(*kind, arguments.steps, arguments.tiny)
                         if base is None:
                             base = case.base()
                         case.measure(base, peak)
@@ -90,8 +93,10 @@ def free() -> None:
 class Case:
     """One line of the table."""
 
-    def __init__(self, side: str, lora: str, length: str, saving: bool, slots: str, steps: int, tiny: bool) -> None:
-        self.side, self.lora, self.length, self.saving = side, lora, length, saving
+    def __init__(
+        self, side: str, lora: str, length: str, saving: bool, slots: str, quantization: str, steps: int, tiny: bool
+    ) -> None:
+        self.side, self.lora, self.length, self.saving, self.quantization = side, lora, length, saving, quantization
         self.warm, self.steps, self.tiny = WARM, steps, tiny
         self.rows = make_rows(length, tiny)
         self.planned = ""
@@ -108,9 +113,9 @@ class Case:
         """The run's config, as a command line has it."""
         from finetune.cli import compose_run
 
-        saving = f"trainer.gradient_checkpointing={str(self.saving).lower()}"
+        base = (f"quantization={self.quantization}", f"trainer.gradient_checkpointing={str(self.saving).lower()}")
         steps = (f"trainer.max_steps={self.steps + self.warm}", "trainer.save_steps=0")
-        return compose_run([*LORA[self.lora], saving, f"seed={seed}", *steps, *more])
+        return compose_run([*LORA[self.lora], *base, f"seed={seed}", *steps, *more])
 
     def plan(self) -> Any:
         """What `finetune.plan` says of such a run: it reads no weights, so here are none."""
@@ -131,7 +136,7 @@ class Case:
         """A fresh base as the side has it."""
         if self.side == "unsloth":
             return None
-        base = make_base(self.tiny)
+        base = make_base(self.tiny, self.quantization == "nf4_double")
         if self.side != "ours":
             return base
         from finetune.bank import Bank

@@ -23,8 +23,8 @@ def shapes(tiny: bool) -> Any:
     )  # fmt: skip
 
 
-def make_base(tiny: bool) -> Any:
-    """A Llama with random weights in NF4."""
+def make_base(tiny: bool, double: bool) -> Any:
+    """A Llama with random weights in NF4, its scales quantised too where it is `double`."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -43,7 +43,7 @@ def make_base(tiny: bool) -> Any:
                     device="meta",
                 )  # fmt: skip
                 weight = torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
-                data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+                data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
                 layer.weight = Params4bit(
                     data, requires_grad=False, quant_state=state, quant_type="nf4", blocksize=64, bnb_quantized=True
                 )
