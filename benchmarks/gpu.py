@@ -64,7 +64,8 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total))
     peak, sustained = matmul_rate()
     device = torch.cuda.get_device_name() if GPU else "CPU"
-    print(f"{device}, matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}", flush=True)
+    rates = f"matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}"
+    print(f"{device}, {arguments.quantization}, {rates}", flush=True)
     print("| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for side in arguments.sides.split(","):

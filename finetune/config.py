@@ -192,11 +192,10 @@ class TrainerSettings(Section):
             self.require(field, getattr(self, field) >= 1, "must be a whole number of at least 1")
         for field in ("eval_steps", "save_steps"):
             value = getattr(self, field)
-            whole_or_share = all(
-                0 <= part < 1 or (part >= 1 and part == int(part))
-                for part in (value if isinstance(value, list) else [value])
-            )
-            self.require(field, whole_or_share, "must be a whole number of steps, a share of them below 1, or 0: none")
+            parts = value if isinstance(value, list) else [value]
+            sound = all(part == 0 or 0.001 <= part < 1 or (part >= 1 and part == int(part)) for part in parts)
+            allowed = "a whole number of steps, a share of them from 0.001 to below 1, or 0: none"
+            self.require(field, sound, f"must be {allowed}{'; or a list of those' if field == 'eval_steps' else ''}")
         patience = self.early_stopping_patience
         self.require("early_stopping_patience", patience is None or patience >= 1, "must be at least 1, or null")
 

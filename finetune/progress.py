@@ -135,7 +135,8 @@ def rungs_of(setting: float | list[float], total: int) -> dict[int, int]:
     points = [*(point for point in points if point < total), total]
     rungs = {0: 0}
     for point in points:
-        rungs[math.ceil(point)] = max(round(point / points[0]), max(rungs.values()) + 1)
+        index = max(round(point / points[0]), max(rungs.values()) + 1)
+        rungs.setdefault(math.ceil(point), index)
     return rungs
 
 

@@ -26,7 +26,7 @@ Curve = list[tuple[float, float]]
 
 
 def learning_curves(study: Study, curves: Mapping[int, Curve], winner: int | None) -> go.Figure | None:
-    """The objective at every evaluation of every trial; a cross is where one was pruned."""
+    """The objective at every evaluation of every trial; a cross is the last one of a pruned trial."""
     trials = {trial.number: trial for trial in study.trials()}
     drawn = {number: curve for number, curve in curves.items() if curve}
     if not drawn:
@@ -42,7 +42,7 @@ def learning_curves(study: Study, curves: Mapping[int, Curve], winner: int | Non
     pruned = [number for number in drawn if trials[number].state == TrialState.PRUNED]
     ends = [(trials[number], drawn[number][-1:]) for number in pruned]
     if ends:
-        crosses = _lines(ends, "pruned here", GREY, 1)
+        crosses = _lines(ends, "pruned after this", GREY, 1)
         figure.add_trace(crosses.update(mode="markers", marker={"symbol": "x", "size": 7, "color": GREY}))
     for number, (name, colour) in special.items():
         if number in drawn:

@@ -36,14 +36,14 @@ def measured(study: optuna.Study, objective: int = 0) -> list[tuple[FrozenTrial,
     """Trials that can be compared, each with its value.
 
     Complete ones would be few where much is pruned, so each trial counts with its value at the last rung that all of
-    them reached. Of several objectives, whose trials are not pruned, complete trials count with one of their values.
+    them reported. Of several objectives, whose trials are not pruned, complete trials count with one of their values.
     """
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     if len(study.directions) > 1 or not any(trial.intermediate_values for trial in trials):
         pairs = [(trial, trial.values[objective]) for trial in trials if trial.state == TrialState.COMPLETE]
     else:
         reported = [trial for trial in trials if trial.intermediate_values]
-        rung = min(max(trial.intermediate_values) for trial in reported)
+        rung = max(set.intersection(*(set(trial.intermediate_values) for trial in reported)), default=0)
         pairs = [(trial, trial.intermediate_values.get(rung, math.nan)) for trial in reported]
     return [(trial, value) for trial, value in pairs if math.isfinite(value)]
 

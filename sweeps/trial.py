@@ -150,7 +150,7 @@ class Turn:
             job_type="trial",
         )
         part = Part(
-            observer=_Judge(self),
+            observer=Judge(self),
             supplies=SHARED,
             label=label,
             alone=False,
@@ -214,7 +214,7 @@ class Turn:
         log.info("trial %d: %s", self.trial.number, said)
 
 
-class _Judge(Observer):
+class Judge(Observer):
     """Reports a trial's rungs to the study, and stops it: pruned, told to stop, or out of time."""
 
     reports: ClassVar[int] = 0
@@ -223,8 +223,8 @@ class _Judge(Observer):
     def __init__(self, turn: Turn) -> None:
         self._turn, self._trial, self._looked = turn, turn.trial, time.monotonic()
         self._reported = set(self._frozen().intermediate_values)
-        self._heard: int | None = None
-        """Of all reports, when the trial was judged last; None: it has not yet been."""
+        self._heard: int | None = -1 if self._reported else None
+        """Of all reports, when the trial was judged last; -1: in another process. None: there is nothing to judge."""
 
     def _frozen(self) -> FrozenTrial:
         return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
@@ -251,7 +251,7 @@ class _Judge(Observer):
             value = rung.metrics["objective"]
             if rung.index not in self._reported:
                 self._trial.report(value, rung.index)
-                _Judge.reports += 1
+                Judge.reports += 1
             name = self._turn.study.objectives[0]
             log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
 
@@ -261,7 +261,7 @@ class _Judge(Observer):
 
     def _is_hopeless(self) -> bool:
         self._heard = self.reports
-        return role(self._trial) != "baseline" and self._trial.should_prune()
+        return self._trial.should_prune() and role(self._trial) != "baseline"  # Optuna's note who was asked
 
     def _can_be_judged(self, rung: Rung) -> bool:
         return rung.index > 0 and "objective" in rung.metrics and len(self._turn.worker.settings.directions) == 1

@@ -209,9 +209,10 @@ CONFIG = [
     Case(
         "steps-neither-whole-nor-share",
         "trainer.eval_steps=2.5",
-        "trainer.eval_steps=2.5: must be a whole number of steps, a share of them below 1, or 0…",
+        "trainer.eval_steps=2.5: must be a whole number of steps, a share of them from 0.001 to below 1, or 0…",
     ),
-    Case("steps-in-a-list", "trainer.eval_steps=[0.1,-1]", "trainer.eval_steps=[0.1, -1…]: must be a whole number of…"),
+    Case("steps-in-a-list", "trainer.eval_steps=[0.1,-1]", "trainer.eval_steps=[0.1, -1…]: …; or a list of those"),
+    Case("a-share-too-small", "trainer.save_steps=1e-9", "trainer.save_steps=1e-09: …from 0.001 to below 1…"),
     Case("checkpoints-in-a-list", "trainer.save_steps=[1,2]", "trainer.save_steps=…"),
     Case("seed", "seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     Case("name-is-a-path", "name=../x", "name=../x: …letters, digits…"),

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from finetune.cli import CONF
 from finetune.config import ConfigError, RunConfig
 from sweeps.halving import SuccessiveHalvingPruner
-from sweeps.importance import importances
+from sweeps.importance import importances, measured
 from sweeps.settings import StudySettings
 from sweeps.space import Space, describe, encode
 from sweeps.text import table
@@ -440,3 +440,14 @@ def test_few_trials_say_nothing_of_what_mattered() -> None:
 
 def test_a_table_has_columns_as_wide_as_their_widest_cell() -> None:
     assert table(["a", "long"], [["wide", "x"], ["", ""]]) == "a     long\nwide  x\n"
+
+
+def test_trials_are_compared_at_the_last_rung_that_all_have_reported() -> None:
+    """Those of a list need not follow each other."""
+    study = optuna.create_study()
+    for last, state in ((4, TrialState.COMPLETE), (8, TrialState.COMPLETE), (3, TrialState.PRUNED)):
+        trial = study.ask()
+        for rung in {1, 3, last}:
+            trial.report(last + rung / 10, rung)
+        study.tell(trial, last if state == TrialState.COMPLETE else None, state)
+    assert [value for _, value in measured(study)] == [4.3, 8.3, 3.3]
