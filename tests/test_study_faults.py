@@ -387,7 +387,8 @@ def read(path: Path) -> str:
 
 @pytest.mark.slow
 def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = (*NO_END, "hydra.sweeper.timeout=8", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
+    # On a slow machine it takes more than eight seconds until the first trial begins.
+    more = (*NO_END, "hydra.sweeper.timeout=24", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
