@@ -367,7 +367,7 @@ def made_study(folder: Path, trials: Sequence[Any], *objectives: str, direction:
     return Study.load(folder)
 
 
-def wandb_file(file: Path) -> Iterator[Any]:
+def _wandb_file(file: Path) -> Iterator[Any]:
     """The records of a W&B file: a 7-byte header, then 32 KiB blocks of LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
@@ -389,11 +389,24 @@ def wandb_file(file: Path) -> Iterator[Any]:
 
 
 def wandb_files(folder: Path) -> list[list[Any]]:
-    """The records of each offline W&B run below a run's folder, the oldest first; W&B may still be writing the last."""
+    """The records of each offline W&B run below a run's folder, the oldest first.
+
+    W&B writes the last of them from a process of its own, a moment after the run has finished.
+    """
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
     end = time.monotonic() + 20
     while True:
-        found = [list(wandb_file(file)) for file in files]
+        found = [list(_wandb_file(file)) for file in files]
         if all(any(record.HasField("exit") for record in records) for records in found) or time.monotonic() > end:
             return found
         time.sleep(0.05)
+
+
+def wandb_items(items: Any) -> dict[str, Any]:
+    """What a record of a W&B file says, by name."""
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
+    """The rows of metrics among the records of a W&B file."""
+    return [wandb_items(record.history.item) for record in records if record.HasField("history")]

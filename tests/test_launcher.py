@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SLOW_STEPS, Station, final, losses, tiny_overrides, wait_until, wandb_file
+from conftest import SLOW_STEPS, Station, final, losses, tiny_overrides, wait_until, wandb_files, wandb_history
 
 from finetune.config import RunConfig
 from finetune.records import checkpoints_in
@@ -97,15 +97,10 @@ def test_each_job_is_a_wandb_run_of_one_group(two: tuple[Path, str]) -> None:
     shown = []
     for number in range(2):
         place = folder / "trials" / str(number)
-        (file,) = place.glob("wandb/offline-run-*/run-*.wandb")
-        records = list(wandb_file(file))
-        (opened,) = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
+        (records,) = wandb_files(place)
+        (opened,) = [record.run for record in records if record.HasField("run")][:1]
         shown.append((opened.display_name, opened.run_group, opened.job_type))
-        steps = [
-            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            for record in records
-            if record.WhichOneof("record_type") == "history"
-        ]
+        steps = wandb_history(records)
         for name in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "objective", "test/loss"):
             wanted = [row[name] for row in logged(place) if name in row]
             assert wanted

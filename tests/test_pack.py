@@ -3,12 +3,22 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Station, final, losses, study_overrides, tiny_overrides, train_in_slots, wandb_file, write_jsonl
+from conftest import (
+    Station,
+    final,
+    losses,
+    study_overrides,
+    tiny_overrides,
+    train_in_slots,
+    wandb_files,
+    wandb_history,
+    write_jsonl,
+)
 from optuna.trial import TrialState
 
 from finetune.config import ConfigError, RunConfig
@@ -830,7 +840,8 @@ def test_each_slot_has_its_own_wandb_run_with_trls_names(packed_study: Path, tin
     uid = Study.load(packed_study).uid
     for number in range(TRIALS):
         folder = packed_study / "trials" / str(number)
-        assert {record.run.run_id for record in records(folder, "run")} == {f"{uid}-{number}"}
+        opened = [record.run.run_id for records in wandb_files(folder) for record in records if record.HasField("run")]
+        assert set(opened) == {f"{uid}-{number}"}
         names = history_names(folder)
         assert names <= wanted
         assert names == wanted or final(folder)["status"] == "pruned"
@@ -839,19 +850,8 @@ def test_each_slot_has_its_own_wandb_run_with_trls_names(packed_study: Path, tin
             assert shown == [row[name] for row in logged(folder) if name in row]
 
 
-def records(folder: Path, kind: str) -> Iterator[Any]:
-    """All records of a kind in all W&B files of a run."""
-    for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
-        for record in wandb_file(file):
-            if record.WhichOneof("record_type") == kind:
-                yield record
-
-
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records(folder, "history")
-    ]
+    return [row for records in wandb_files(folder) for row in wandb_history(records)]
 
 
 def history_names(folder: Path) -> set[str]:

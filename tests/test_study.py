@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from conftest import Station, made_study, study_overrides, wandb_file
+from conftest import Station, made_study, study_overrides, wandb_files, wandb_history, wandb_items
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.progress import Rung
@@ -173,29 +173,19 @@ class Shown:
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any]
-    exit_code: int | None
-
-
-def items(records: Any) -> dict[str, Any]:
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in records}
+    exit_code: int
 
 
 def shown(folder: Path) -> Iterator[Shown]:
     """A trial's W&B files in the order of their making."""
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns):
-        records = [(record.WhichOneof("record_type"), record) for record in wandb_file(file)]
-        run = [record.run for kind, record in records if kind == "run"][-1]
+    for records in wandb_files(folder):
+        run = [record.run for record in records if record.HasField("run")][-1]
         summary: dict[str, Any] = {}
-        for kind, record in records:
-            if kind == "summary":
-                summary |= items(record.summary.update)
-        yield Shown(
-            run,
-            items(run.config.update),
-            [items(record.history.item) for kind, record in records if kind == "history"],
-            summary,
-            next((record.exit.exit_code for kind, record in records if kind == "exit"), None),
-        )
+        for record in records:
+            if record.HasField("summary"):
+                summary |= wandb_items(record.summary.update)
+        (exit_code,) = [record.exit.exit_code for record in records if record.HasField("exit")]
+        yield Shown(run, wandb_items(run.config.update), wandb_history(records), summary, exit_code)
 
 
 def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> None:

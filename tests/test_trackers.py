@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wandb_files
+from conftest import wandb_files, wandb_history, wandb_items
 
 from finetune.config import RunConfig
 from finetune.run import Part, run
@@ -31,21 +31,17 @@ def wandb_records(folder: Path) -> list[Any]:
     return records
 
 
-def items(records: Any) -> dict[str, Any]:
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in records}
-
-
 def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path)
 
     records = wandb_records(tmp_path)
     opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
-    history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    history = wandb_history(records)
     summary: dict[str, Any] = {}
     for record in records:
         if record.WhichOneof("record_type") == "summary":
-            summary |= items(record.summary.update)
-    config = items(opened.config.update)
+            summary |= wandb_items(record.summary.update)
+    config = wandb_items(opened.config.update)
     assert opened.display_name == "shown"
     assert list(opened.tags) == ["first"]
     assert config["lora"]["r"] == 16
@@ -134,7 +130,7 @@ def test_an_adapter_that_wandb_can_not_take_is_a_warning(
     (line,) = [record.message for record in caplog.records if record.name == "finetune.trackers"]
     assert line.endswith(f"it lacks the adapter, which is in {tmp_path / 'adapter'}")
     assert not artifacts(tmp_path)
-    shown = [items(record.summary.update) for record in wandb_records(tmp_path) if record.HasField("summary")]
+    shown = [wandb_items(record.summary.update) for record in wandb_records(tmp_path) if record.HasField("summary")]
     assert "completed" in [summary.get("status") for summary in shown]
 
 
