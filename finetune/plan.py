@@ -116,10 +116,11 @@ class Plan:
         )
 
 
-def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
+def fitted(config: RunConfig, engine: str, supplies: Supplies, others_save: bool = False) -> RunConfig:
     """The run with `trainer.gradient_checkpointing=auto` decided.
 
-    Activations are computed twice where they would not fit otherwise; of `trl`, whose memory is not planned, never.
+    Activations are computed twice where they would not fit otherwise, or where runs that share the base do so; of
+    `trl`, whose memory is not planned, never.
     """
     if config.trainer.gradient_checkpointing != "auto":
         return config
@@ -127,7 +128,9 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies) -> RunConfig:
         dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, gradient_checkpointing=saving))
         for saving in (False, True)
     )
-    if engine != "packed" or plan(kept, supplies).largest or not plan(saved, supplies).largest:
+    if engine != "packed":
+        return kept
+    if not others_save and (plan(kept, supplies).largest or not plan(saved, supplies).largest):
         return kept
     log.info("trainer.gradient_checkpointing=true: the activations would not fit otherwise")
     return saved

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from finetune.config import RunConfig
-    from finetune.progress import Interrupt, Turns
+    from finetune.progress import Turns
     from finetune.run import Objective
     from sweeps.pack import Lane
 
@@ -41,7 +41,7 @@ class SlotsLauncher(Launcher):
         from finetune.config import ConfigError, refusal
         from finetune.progress import Interrupt
         from finetune.records import discard_multirun
-        from sweeps.pack import choose_slots, train_together
+        from sweeps.pack import train_together
 
         if self._slots != "auto" and not (isinstance(self._slots, int) and self._slots >= 1):
             raise refusal("hydra.launcher.slots", self._slots, "must be at least 1, or auto: by memory")
@@ -53,11 +53,13 @@ class SlotsLauncher(Launcher):
         interrupt, waiting = Interrupt(), iter(configs)
         sound = [config for config in map(self._checked, configs) if config is not None]
         quiet_libraries(bars=False)
-        slots = min(choose_slots(self._slots, sound), len(configs))
+        slots, saves = self._choose_slots(sound)
+        slots = min(slots, len(configs))
 
         def take() -> "Lane | None":
             config = next(waiting, None)
-            return None if config is None else self._lane(config, done, interrupt, slots)
+            beside = {"interrupt": interrupt, "slots": slots, "saves": saves}
+            return None if config is None else self._lane(config, done, beside)
 
         train_together(take, slots)
         failed = {number: one_line(job._return_value) for number, job in done.items() if job.status == JobStatus.FAILED}
@@ -68,6 +70,16 @@ class SlotsLauncher(Launcher):
             first = min(failed)
             raise ConfigError(f"{len(failed)} failed; job {first}: {failed[first]}")
         return [done[number] for number in sorted(done)]
+
+    def _choose_slots(self, configs: "Sequence[RunConfig]") -> tuple[int, bool]:
+        """By the neediest job that can be planned: what is wrong with another the job says itself."""
+        from sweeps.pack import choose_slots, need
+
+        packed = [config for config in configs if config.trainer.engine != "trl"]
+        for config in sorted(packed, key=need, reverse=True):
+            with suppress(Exception):
+                return choose_slots(self._slots, config)
+        return self._slots if isinstance(self._slots, int) else 1, False
 
     def _configure_log(self) -> None:
         """The jobs' own logging, but for its file: each job's lane has its own. Lines tell whose they are."""
@@ -103,7 +115,7 @@ class SlotsLauncher(Launcher):
             return checked(config)
         return None
 
-    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], interrupt: "Interrupt", slots: int) -> "Lane":
+    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], beside: dict[str, Any]) -> "Lane":
         """A job as work in a slot, which leaves its return among those that are done."""
         from finetune.__main__ import job
         from finetune.cli import Interrupted
@@ -115,7 +127,7 @@ class SlotsLauncher(Launcher):
 
         def work() -> "Turns[None]":
             def task(composed: "DictConfig") -> "Turns[Objective]":
-                return job(composed, interrupt=interrupt, slots=slots, companions=companions)
+                return job(composed, companions=companions, **beside)
 
             done[number] = yield from as_job(config, self._hydra_context, task)
             if isinstance(done[number]._return_value, Interrupted):

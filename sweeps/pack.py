@@ -1,7 +1,7 @@
 """Runs that train together: each in a slot of one worker, all on one base."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +13,23 @@ from finetune.progress import Turns, Wish
 from finetune.supplies import SHARED
 
 
-def choose_slots(wanted: int | str, configs: Sequence[RunConfig]) -> int:
-    """How many slots a worker has for such runs; `auto`: as many as memory has room for and a GPU is kept busy by."""
-    if isinstance(wanted, int) or not configs:
-        return wanted if isinstance(wanted, int) else 1
+def choose_slots(wanted: int | str, neediest: RunConfig) -> tuple[int, bool]:
+    """How many slots a worker has for runs that need no more than this one, and whether they compute activations twice.
+
+    `auto`: as many as memory has room for and a GPU is kept busy by.
+    """
     from finetune.base import on_gpu
-    from finetune.plan import plan
+    from finetune.plan import fitted, plan
 
-    return plan(neediest(configs), SHARED).slots if on_gpu() else 1  # one run keeps a CPU busy
+    decided = fitted(neediest, "packed", SHARED)
+    if wanted == "auto":
+        wanted = plan(decided, SHARED).slots if on_gpu() else 1  # one run keeps a CPU busy
+    return int(wanted), decided.trainer.gradient_checkpointing is True
 
 
-def neediest(configs: Sequence[RunConfig]) -> RunConfig:
-    """The run that needs the most memory."""
-    return max(configs, key=lambda config: (config.trainer.per_device_train_batch_size, config.lora.r))
+def need(config: RunConfig) -> tuple[int, int]:
+    """What a run's memory grows with, to order runs by."""
+    return config.trainer.per_device_train_batch_size, config.lora.r
 
 
 @dataclass(eq=False)

@@ -185,15 +185,13 @@ class StudySweeper(Sweeper):
     def _engine(self, settings: "StudySettings", configs: "list[RunConfig]") -> tuple[str, int, bool]:
         """One engine for all trials of a study, how many train together, and whether they compute activations twice."""
         from finetune.packed_engine import choose
-        from finetune.plan import fitted
         from finetune.supplies import SHARED
-        from sweeps.pack import choose_slots, neediest
+        from sweeps.pack import choose_slots, need
 
         engines = (choose(config, SHARED.source(config.model)) for config in configs)
         if "trl" in engines:  # the first that it is for decides, and says why
             return "trl", 1, False
-        decided = fitted(neediest(configs), "packed", SHARED)
-        return "packed", choose_slots(settings.slots, [decided]), decided.trainer.gradient_checkpointing is True
+        return "packed", *choose_slots(settings.slots, max(configs, key=need))
 
     def _points(
         self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int

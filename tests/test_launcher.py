@@ -11,17 +11,22 @@ import yaml
 from conftest import SLOW_STEPS, Station, final, losses, tiny_overrides, wait_until, wandb_files, wandb_history
 
 from finetune.config import RunConfig
+from finetune.plan import USABLE, plan
 from finetune.records import checkpoints_in
 from finetune.run import run
+from finetune.supplies import Supplies
 
 Tiny = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+MULTIRUN = ("dataset.max_length=64", "sample_prompts=[]", "trainer.max_steps=4")
+BATCH = "trainer.per_device_train_batch_size"
+
+
 def multirun(tiny_base: Path, *more: str) -> list[str]:
     """The command line of a multirun whose jobs take about a second."""
-    common = ("dataset.max_length=64", "sample_prompts=[]", "trainer.max_steps=4", "hydra.sweep.dir=jobs")
-    return ["-m", *tiny_overrides(tiny_base), *common, *more]
+    return ["-m", *tiny_overrides(tiny_base), *MULTIRUN, "hydra.sweep.dir=jobs", *more]
 
 
 def error_of(said: str) -> str:
@@ -123,6 +128,32 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(station: Station, tiny_base
     assert final(trials / "1")["error"].startswith("optimizer.learning_rate=1e+30")
     assert not (trials / "2").exists(), "a job that never began leaves nothing"
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
+
+
+def test_the_neediest_sound_job_decides_whether_all_compute_activations_twice(
+    station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that all share one base. Two jobs have no rows, which only they can say."""
+    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    supplies = Supplies()
+    kept, saved, small = (
+        plan(tiny(*MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"), supplies).peak() / USABLE
+        for saves, rows in (("false", 8), ("true", 8), ("false", 1))
+    )
+    memory = (max(saved, small) + kept) / 2
+    assert max(saved, small) < memory < kept
+    machine = f"""
+import finetune.base, finetune.plan
+finetune.plan._resident = lambda: 2**28
+finetune.base.available_memory = lambda: {int(memory)}
+"""
+    rows = "dataset.path=nowhere.jsonl,python_docs"
+    ended = station.run(*multirun(tiny_base, rows, f"{BATCH}=1,8"), cwd=tmp_path, before=machine)
+    assert error_of(ended.stderr).startswith("error: 2 failed; job 0: dataset.path=nowhere.jsonl: ")
+    for number in (2, 3):
+        place = tmp_path / "jobs" / "trials" / str(number)
+        assert final(place)["status"] == "completed"
+        assert "trainer.gradient_checkpointing=true" in (place / "train.log").read_text()
 
 
 @pytest.mark.fault
