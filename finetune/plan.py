@@ -1,16 +1,18 @@
 """What a run will need, before any weights load: `python -m finetune.plan` with the run's own overrides."""
 
 import dataclasses
+import functools
 import logging
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli import command_parser, compose_run, run_command
 from finetune.config import ConfigError, RunConfig
 from finetune.progress import total_steps
-from finetune.supplies import Supplies
+from finetune.supplies import Supplies, base_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,11 +118,11 @@ class Plan:
         )
 
 
-def fitted(config: RunConfig, engine: str, supplies: Supplies, others_save: bool = False) -> RunConfig:
+def fitted(config: RunConfig, engine: str, supplies: Supplies, saving: Sequence[object] = ()) -> RunConfig:
     """The run with `trainer.gradient_checkpointing=auto` decided.
 
-    Activations are computed twice where they would not fit otherwise, or where runs that share the base do so; of
-    `trl`, whose memory is not planned, never.
+    Activations are computed twice where they would not fit otherwise, and on bases that are `saving` (by their
+    `base_key`); of `trl`, whose memory is not planned, never.
     """
     if config.trainer.gradient_checkpointing != "auto":
         return config
@@ -130,9 +132,13 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies, others_save: bool
     )
     if engine != "packed":
         return kept
-    if not others_save and (plan(kept, supplies).largest or not plan(saved, supplies).largest):
+    if base_key(saved) in saving:
+        reason = "as for all jobs on this base"
+    elif plan(kept, supplies).largest or not plan(saved, supplies).largest:
         return kept
-    log.info("trainer.gradient_checkpointing=true: the activations would not fit otherwise")
+    else:
+        reason = "the activations would not fit otherwise"
+    log.info("trainer.gradient_checkpointing=true: %s", reason)
     return saved
 
 
@@ -302,8 +308,9 @@ def _widths(base: Any) -> tuple[int, int]:
     return heads * width, getattr(base, "num_key_value_heads", heads) * width
 
 
+@functools.cache
 def _resident() -> int:
-    """This process's memory: it has imported what a run imports."""
+    """This process's memory when it plans first: it has imported what a run imports, and loaded no base yet."""
     from finetune.records import resident_memory_bytes
 
     return resident_memory_bytes()

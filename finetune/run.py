@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -65,8 +66,8 @@ class Part:
     interrupt: Interrupt = field(default_factory=Interrupt)
     slots: int = 1
     """How many runs may train together with this one, itself counted."""
-    saves: bool = False
-    """Whether `trainer.gradient_checkpointing=auto` is true for all of these."""
+    saving: Sequence[object] = ()
+    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true for all of these."""
     companions: set[str] = field(default_factory=set)
     """Names of the runs that have trained together with this one; whoever brings them together adds to it."""
 
@@ -308,7 +309,7 @@ def _prepare(result: Result) -> _Data:
         supplies.put("checked targets", targets, True)
     lora_config(config.lora)
     result.engine = choose(config, source)
-    result.config = config = fitted(config, result.engine, supplies, result.part.saves)
+    result.config = config = fitted(config, result.engine, supplies, result.part.saving)
     parts = {"train": rows.train, "eval": rows.evaluation, "test": rows.test}
     tokens = {name: supplies.tokens(name, part, config) for name, part in parts.items()}
     result.left_out = {name: left_out(part) for name, part in tokens.items()}

@@ -53,13 +53,13 @@ class SlotsLauncher(Launcher):
         interrupt, waiting = Interrupt(), iter(configs)
         sound = [config for config in map(self._checked, configs) if config is not None]
         quiet_libraries(bars=False)
-        slots, saves = self._choose_slots(sound)
+        slots, saving = self._choose_slots(sound)
         slots = min(slots, len(configs))
+        shared = {"interrupt": interrupt, "slots": slots, "saving": saving}
 
         def take() -> "Lane | None":
             config = next(waiting, None)
-            beside = {"interrupt": interrupt, "slots": slots, "saves": saves}
-            return None if config is None else self._lane(config, done, beside)
+            return None if config is None else self._lane(config, done, shared)
 
         train_together(take, slots)
         failed = {number: one_line(job._return_value) for number, job in done.items() if job.status == JobStatus.FAILED}
@@ -71,15 +71,33 @@ class SlotsLauncher(Launcher):
             raise ConfigError(f"{len(failed)} failed; job {first}: {failed[first]}")
         return [done[number] for number in sorted(done)]
 
-    def _choose_slots(self, configs: "Sequence[RunConfig]") -> tuple[int, bool]:
-        """By the neediest job that can be planned: what is wrong with another the job says itself."""
+    def _choose_slots(self, configs: "Sequence[RunConfig]") -> tuple[int, list[object]]:
+        """How many slots there are, and the bases on which jobs compute activations twice where that is open.
+
+        By the neediest job of each base and data set. Where one can't be planned it says itself what is wrong.
+        """
+        from finetune.base import take_device
+        from finetune.cli import brief
+        from finetune.supplies import base_key
         from sweeps.pack import choose_slots, need
 
-        packed = [config for config in configs if config.trainer.engine != "trl"]
-        for config in sorted(packed, key=need, reverse=True):
-            with suppress(Exception):
-                return choose_slots(self._slots, config)
-        return self._slots if isinstance(self._slots, int) else 1, False
+        take_device(0)
+        neediest = {
+            repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset)): config
+            for config in sorted(configs, key=need)
+            if config.trainer.engine != "trl"
+        }
+        slots, saving = [], []
+        for config in neediest.values():
+            try:
+                own, decided = choose_slots(self._slots, config)
+            except Exception as error:
+                log.debug("not planned: %s", brief(error))
+            else:
+                slots.append(own)
+                if config.trainer.gradient_checkpointing == "auto" and decided.trainer.gradient_checkpointing is True:
+                    saving.append(base_key(decided))
+        return min(slots, default=self._slots if isinstance(self._slots, int) else 1), saving
 
     def _configure_log(self) -> None:
         """The jobs' own logging, but for its file: each job's lane has its own. Lines tell whose they are."""
@@ -115,8 +133,8 @@ class SlotsLauncher(Launcher):
             return checked(config)
         return None
 
-    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], beside: dict[str, Any]) -> "Lane":
-        """A job as work in a slot, which leaves its return among those that are done."""
+    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], shared: dict[str, Any]) -> "Lane":
+        """A job as work in a slot, which leaves its return among those that are done; `shared`: all jobs' `Part`."""
         from finetune.__main__ import job
         from finetune.cli import Interrupted
         from sweeps.job import as_job
@@ -127,7 +145,7 @@ class SlotsLauncher(Launcher):
 
         def work() -> "Turns[None]":
             def task(composed: "DictConfig") -> "Turns[Objective]":
-                return job(composed, companions=companions, **beside)
+                return job(composed, companions=companions, **shared)
 
             done[number] = yield from as_job(config, self._hydra_context, task)
             if isinstance(done[number]._return_value, Interrupted):

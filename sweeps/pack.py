@@ -13,8 +13,8 @@ from finetune.progress import Turns, Wish
 from finetune.supplies import SHARED
 
 
-def choose_slots(wanted: int | str, neediest: RunConfig) -> tuple[int, bool]:
-    """How many slots a worker has for runs that need no more than this one, and whether they compute activations twice.
+def choose_slots(wanted: int | str, neediest: RunConfig) -> tuple[int, RunConfig]:
+    """How many slots a worker has for runs that need no more than this one, which is returned as `fitted`.
 
     `auto`: as many as memory has room for and a GPU is kept busy by.
     """
@@ -24,7 +24,7 @@ def choose_slots(wanted: int | str, neediest: RunConfig) -> tuple[int, bool]:
     decided = fitted(neediest, "packed", SHARED)
     if wanted == "auto":
         wanted = plan(decided, SHARED).slots if on_gpu() else 1  # one run keeps a CPU busy
-    return int(wanted), decided.trainer.gradient_checkpointing is True
+    return int(wanted), decided
 
 
 def need(config: RunConfig) -> tuple[int, int]:

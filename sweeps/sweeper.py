@@ -191,7 +191,8 @@ class StudySweeper(Sweeper):
         engines = (choose(config, SHARED.source(config.model)) for config in configs)
         if "trl" in engines:  # the first that it is for decides, and says why
             return "trl", 1, False
-        return "packed", *choose_slots(settings.slots, max(configs, key=need))
+        slots, decided = choose_slots(settings.slots, max(configs, key=need))
+        return "packed", slots, decided.trainer.gradient_checkpointing is True
 
     def _points(
         self, settings: "StudySettings", space: "Space", composed: "DictConfig", seed: int

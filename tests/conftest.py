@@ -120,6 +120,18 @@ def tiny(tiny_base: Path) -> Callable[..., RunConfig]:
     return make
 
 
+def wide_base(tiny_base: Path, folder: Path) -> Path:
+    """The tiny base, said to have the shapes of a large one: a plan believes its config."""
+    place = folder / "wide"
+    place.mkdir()
+    for file in tiny_base.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    config = json.loads((place / "config.json").read_text())
+    config |= {"num_hidden_layers": 8, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
 def tiny_overrides(tiny_base: Path) -> list[str]:
     """The command line of a run of seconds."""
     return [

@@ -8,13 +8,24 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SLOW_STEPS, Station, final, losses, tiny_overrides, wait_until, wandb_files, wandb_history
+from conftest import (
+    SLOW_STEPS,
+    Station,
+    final,
+    losses,
+    tiny_overrides,
+    wait_until,
+    wandb_files,
+    wandb_history,
+    wide_base,
+)
 
 from finetune.config import RunConfig
-from finetune.plan import USABLE, plan
+from finetune.plan import USABLE, fitted, plan
 from finetune.records import checkpoints_in
 from finetune.run import run
-from finetune.supplies import Supplies
+from finetune.supplies import Supplies, base_key
+from sweeps.launcher import SlotsLauncher
 
 Tiny = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,10 +141,10 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(station: Station, tiny_base
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 
-def test_the_neediest_sound_job_decides_whether_all_compute_activations_twice(
+def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that all share one base. Two jobs have no rows, which only they can say."""
+    """So that they share it. Two jobs have no rows, which they say themselves."""
     monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
     supplies = Supplies()
     kept, saved, small = (
@@ -154,6 +165,23 @@ finetune.base.available_memory = lambda: {int(memory)}
         place = tmp_path / "jobs" / "trials" / str(number)
         assert final(place)["status"] == "completed"
         assert "trainer.gradient_checkpointing=true" in (place / "train.log").read_text()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    supplies, wide = Supplies(), f"model.name_or_path={wide_base(tiny_base, tmp_path)}"
+    kept, saved = (tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}") for saves in ("false", "true"))
+    between = sum(plan(config, supplies).peak() for config in (kept, saved)) / 2 / USABLE
+    monkeypatch.setattr("finetune.base.available_memory", lambda: int(between))
+    for jobs, wanted in (
+        ([tiny(*MULTIRUN), tiny(*MULTIRUN, wide)], [base_key(saved)]),
+        ([tiny(*MULTIRUN), tiny(*MULTIRUN, "trainer.gradient_checkpointing=true")], []),
+    ):
+        assert SlotsLauncher()._choose_slots(jobs[::order]) == (1, wanted)
+    assert fitted(tiny(*MULTIRUN), "packed", supplies, [base_key(saved)]).trainer.gradient_checkpointing is False
 
 
 @pytest.mark.fault

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_cli, tiny_overrides
+from conftest import run_cli, tiny_overrides, wide_base
 
 from finetune.config import RunConfig
 from finetune.plan import USABLE, fitted, plan
@@ -47,24 +47,12 @@ def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> Non
 def test_refuses_in_one_line(tiny_base: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
     rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
     (tmp_path / "d.jsonl").write_text(rows)
-    more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide(tiny_base, tmp_path))]
+    more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide_base(tiny_base, tmp_path))]
     done = run_cli(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert named in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-
-
-def wide(tiny_base: Path, folder: Path) -> Path:
-    """The tiny base, said to have the shapes of a large one: a plan believes its config."""
-    place = folder / "wide"
-    place.mkdir()
-    for file in tiny_base.iterdir():
-        (place / file.name).write_bytes(file.read_bytes())
-    config = json.loads((place / "config.json").read_text())
-    config |= {"num_hidden_layers": 8, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
-    (place / "config.json").write_text(json.dumps(config))
-    return place
 
 
 def test_activations_that_would_not_fit_are_computed_twice(
