@@ -192,7 +192,7 @@ import time
 from finetune.progress import Reporter
 step = Reporter.step
 def slow_step(*arguments, **more):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return step(*arguments, **more)
 Reporter.step = slow_step
 """
@@ -278,11 +278,12 @@ class Station:
         self._process.stdout.close()
 
 
-def wait_until(true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300) -> None:
     """The process must live till then."""
     end = time.monotonic() + seconds
     while not true():
-        assert process.poll() is None, getattr(process, "said", lambda: "ended")()
+        lives = process.poll() is None
+        assert lives or true(), getattr(process, "said", lambda: "ended")()
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)
 
@@ -406,7 +407,7 @@ def wandb_files(folder: Path) -> list[list[Any]]:
     W&B writes the last of them from a process of its own, a moment after the run has finished.
     """
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while True:
         found = [list(_wandb_file(file)) for file in files]
         if all(any(record.HasField("exit") for record in records) for records in found) or time.monotonic() > end:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Station, final, made_study, study_overrides
+from conftest import SLOW_STEPS, Station, final, made_study, study_overrides
 from optuna.trial import create_trial
 
 from finetune.config import ConfigError, RunConfig
@@ -449,7 +449,8 @@ def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, copied: Path, done: Path) -> None:
     def begin() -> Any:
-        return station.start("confirm", "s1", "--top", "1", "--seeds", "3", cwd=copied.parents[2], module="sweeps")
+        arguments = ("confirm", "s1", "--top", "1", "--seeds", "3")
+        return station.start(*arguments, cwd=copied.parents[2], module="sweeps", before=SLOW_STEPS)
 
     ended = 0
     for _ in range(3):

@@ -743,7 +743,7 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_bas
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     racers = [subprocess.Popen([*command, name], **pipes) for name in ("a", "b")]
     try:
-        outputs = [racer.communicate(timeout=60) for racer in racers]
+        outputs = [racer.communicate(timeout=240) for racer in racers]
     finally:
         for racer in racers:
             racer.kill()

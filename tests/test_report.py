@@ -472,7 +472,7 @@ def browser() -> Iterator[Any]:
 
     quiet = ["--no-sandbox", *(f"--disable-{what}" for what in ("gpu", "background-networking", "component-update"))]
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=120_000)
         yield opened
         opened.close()
 
@@ -550,12 +550,15 @@ def test_optuna_dashboard_reads_the_studys_storage(done: Path) -> None:
     command = [str(tool), "--host", "127.0.0.1", "--port", str(port), str(done / "study.journal")]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
+        end = time.monotonic() + 120
+        while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as reply:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=60) as reply:
                     found = json.load(reply)
                 break
             except OSError:
+                assert server.poll() is None
+                assert time.monotonic() < end
                 time.sleep(0.2)
         assert [study["study_name"] for study in found["study_summaries"]] == ["s1"]
     finally:

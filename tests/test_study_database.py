@@ -1,10 +1,12 @@
 """Studies on a real PostgreSQL server, which several machines share: here two folders, each with its own trials."""
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import SLOW_STEPS, Forked, Station, study_overrides, wait_until
 from optuna.trial import TrialState
+from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 
 from sweeps.study import FINISHED, Study
 
@@ -30,8 +34,7 @@ def postgres_command(name: str) -> str:
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of the tests' own; it refuses to run as root, so then it runs as its own user."""
-    place = Path("/tmp") / f"postgres-{os.getpid()}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
     as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     if as_user:
         shutil.chown(place, "postgres")
@@ -42,16 +45,17 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make = [*as_user, postgres_command("initdb"), "-D", data, "-U", "tester", "-A", "trust"]
     subprocess.run(make, check=True, capture_output=True, cwd=place)
     serve = [*as_user, postgres_command("postgres"), "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", str(place)]
+    address = f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
     server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=place)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+            with contextlib.suppress(OperationalError):
+                create_engine(address).connect().close()
+                break
             assert time.monotonic() < end, "PostgreSQL does not start"
             time.sleep(0.1)
-        yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
+        yield address
     finally:
         stop = [*as_user, postgres_command("pg_ctl"), "-D", data, "-m", "immediate", "stop"]
         subprocess.run(stop, check=True, capture_output=True, cwd=place)
@@ -93,7 +97,7 @@ def test_two_machines_share_a_study(
     machines = [tmp_path / "one", tmp_path / "two"]
     more = ("hydra.sweeper.n_trials=9", "trainer.max_steps=12", "hydra/sweeper/pruner=median")
     started = [
-        station.start(*command(tiny_base, "shared", *more), cwd=machine, before=with_address(database))
+        station.start(*command(tiny_base, "shared", *more), cwd=machine, before=with_address(database) + SLOW_STEPS)
         for machine in machines
     ]
     ended = [running.wait() for running in started]

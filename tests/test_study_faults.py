@@ -16,7 +16,7 @@ import yaml
 from conftest import SLOW_STEPS, Station, run_cli, study_overrides, wait_until
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.records import checkpoints_in
+from finetune.records import checkpoints_in, step_of
 from sweeps.study import FINISHED, Study
 
 NO_END = ("trainer.max_steps=100000", "trainer.eval_steps=0", "trainer.save_steps=5")
@@ -76,6 +76,7 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
         *study_overrides(tiny_base, "s"),
         f"hydra.sweeper.slots={slots}",
         "hydra.sweeper.n_trials=12",
+        "hydra.sweeper.max_failure_rate=1",  # a slow machine may lose all that it begins
         "trainer.max_steps=8",
         "trainer.save_steps=1",
     ]
@@ -140,9 +141,9 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
     ended = station.run(*study, *more, cwd=whole)
     assert ended.returncode == 0, ended.stderr
     process = station.start(*study, *more, cwd=killed, before=SLOW_STEPS)
-    wait_until((folder_of(killed) / "trials/1/checkpoints/checkpoint-8/progress.json").exists, process)
-    process.kill()
     adopted = folder_of(killed) / "trials" / "1"
+    wait_until(lambda: any(step_of(path) >= 8 for path in checkpoints_in(adopted / "checkpoints")), process)
+    process.kill()
     assert checkpoints_in(adopted / "checkpoints"), "killed too late"
     assert not (adopted / "result.json").exists()
     log = (adopted / "train.log").read_text()
@@ -221,10 +222,8 @@ def workers_of(process: subprocess.Popen[str], place: Path) -> list[int]:
 
 @pytest.mark.fault
 def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", "trainer.max_steps=40", "trainer.save_steps=4")
-    arguments = [sys.executable, "-m", "finetune", *study_overrides(tiny_base, "s"), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    more = ("hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", "trainer.max_steps=12", "trainer.save_steps=4")
+    process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
     wait_until(lambda: len(workers_of(process, tmp_path)) == 2, process)
     wait_until(lambda: any(folder_of(tmp_path).glob("trials/*/checkpoints/checkpoint-*")), process)
     os.kill(workers_of(process, tmp_path)[0], signal.SIGKILL)
@@ -237,15 +236,20 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(tiny_base
     require_params_agree(tmp_path)
 
 
+def start_slowly(study: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """A study in processes of its own, whose workers' steps are slow too."""
+    (cwd / "sitecustomize.py").write_text(SLOW_STEPS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    command = [sys.executable, "-m", "finetune", *study]
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+
+
 def with_two_workers(tiny_base: Path, cwd: Path) -> tuple[list[str], subprocess.Popen[str]]:
     """A study whose two workers train trials of many steps without a checkpoint."""
-    more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "trainer.max_steps=400", "trainer.save_steps=0")
+    more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "trainer.max_steps=100", "trainer.save_steps=0")
     study = [*study_overrides(tiny_base, "s"), *more, "hydra/sweeper/pruner=none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "finetune", *study]
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start_slowly(study, cwd)
     metrics = [folder_of(cwd) / "trials" / str(trial) / "metrics.jsonl" for trial in range(2)]
     wait_until(lambda: all("train/loss" in read(path) for path in metrics), process)
     return study, process
@@ -286,8 +290,10 @@ def test_workers_end_cleanly_when_the_study_is_interrupted(
 
 def lives(pid: int) -> bool:
     """Whether a process has not ended; one that nobody has asked for its exit code has."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.fault
@@ -385,11 +391,22 @@ def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+AN_HOUR_PASSES = """
+import time
+from finetune.progress import Reporter
+step, now = Reporter.step, time.time
+def late_step(*arguments, **more):
+    time.time = lambda: now() + 3600
+    return step(*arguments, **more)
+Reporter.step = late_step
+"""
+"""By the clock, with the first step."""
+
+
 @pytest.mark.slow
 def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    # On a slow machine it takes more than eight seconds until the first trial begins.
-    more = (*NO_END, "hydra.sweeper.timeout=24", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    more = (*NO_END, "hydra.sweeper.timeout=3600", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=AN_HOUR_PASSES)
     assert ended.returncode == 0, ended.stderr
 
     (trial,) = trials_of(tmp_path, *FINISHED)
