@@ -659,27 +659,14 @@ def test_fewer_trials_than_before_are_taken_as_the_total(station: Station, tiny_
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
-def memory_of(pid: int) -> float:
-    """Resident megabytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
 @pytest.mark.slow
 def test_the_memory_of_thirty_trials_is_that_of_five(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = ("hydra.sweeper.n_trials=30", "hydra.sweeper.keep_adapters=2", "quantization=nf4")
-    process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
-    seen: dict[int, float] = {}
-    while process.poll() is None:
-        finished = read(folder_of(tmp_path) / "study.journal").count('"datetime_complete":"')
-        seen.setdefault(finished, memory_of(process.pid))
-        time.sleep(0.05)
-    ended = process.wait()
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert len(trials_of(tmp_path, *FINISHED)) == 30
-    assert max(seen[count] for count in range(26, 30)) - max(seen[count] for count in range(5, 9)) < 8, seen
+    peaks = [result_of(tmp_path, number)["peak_memory_bytes"] / 2**20 for number in range(30)]
+    assert max(peaks[26:]) - max(peaks[5:9]) < 8, peaks
     assert len(list(folder_of(tmp_path).glob("trials/*/adapter"))) <= 3
 
 
