@@ -76,17 +76,19 @@ class SlotsLauncher(Launcher):
 
         By the neediest job of each base and data set. Where one can't be planned it says itself what is wrong.
         """
-        from finetune.base import take_device
         from finetune.cli import brief
         from finetune.supplies import base_key
         from sweeps.pack import choose_slots, need
 
-        take_device(0)
         neediest = {
             repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset)): config
             for config in sorted(configs, key=need)
             if config.trainer.engine != "trl"
         }
+        if neediest:
+            from finetune.base import take_device  # and torch, which no job needs that is refused
+
+            take_device(0)
         slots, saving = [], []
         for config in neediest.values():
             try:
