@@ -127,8 +127,8 @@ def fitted(config: RunConfig, engine: str, supplies: Supplies, saving: Sequence[
     if config.trainer.gradient_checkpointing != "auto":
         return config
     kept, saved = (
-        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, gradient_checkpointing=saving))
-        for saving in (False, True)
+        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, gradient_checkpointing=saves))
+        for saves in (False, True)
     )
     if engine != "packed":
         return kept
@@ -310,7 +310,7 @@ def _widths(base: Any) -> tuple[int, int]:
 
 @functools.cache
 def _resident() -> int:
-    """This process's memory when it plans first: it has imported what a run imports, and loaded no base yet."""
+    """This process's memory when it plans first: it has imported what a run imports, and a command no base yet."""
     from finetune.records import resident_memory_bytes
 
     return resident_memory_bytes()

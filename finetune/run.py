@@ -67,7 +67,7 @@ class Part:
     slots: int = 1
     """How many runs may train together with this one, itself counted."""
     saving: Sequence[object] = ()
-    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true for all of these."""
+    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true, decided for all of these."""
     companions: set[str] = field(default_factory=set)
     """Names of the runs that have trained together with this one; whoever brings them together adds to it."""
 

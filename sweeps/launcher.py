@@ -74,32 +74,38 @@ class SlotsLauncher(Launcher):
     def _choose_slots(self, configs: "Sequence[RunConfig]") -> tuple[int, list[object]]:
         """How many slots there are, and the bases on which jobs compute activations twice where that is open.
 
-        By the neediest job of each base and data set. Where one can't be planned it says itself what is wrong.
+        By the neediest job of each base and data set that can be planned; one that can't says itself what is wrong.
         """
-        from finetune.cli import brief
-        from finetune.supplies import base_key
         from sweeps.pack import choose_slots, need
 
-        neediest = {
-            repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset)): config
-            for config in sorted(configs, key=need)
-            if config.trainer.engine != "trl"
-        }
-        if neediest:
-            from finetune.base import take_device  # and torch, which no job needs that is refused
+        number = self._slots if isinstance(self._slots, int) else 1
+        packed = [config for config in sorted(configs, key=need, reverse=True) if config.trainer.engine != "trl"]
+        if not packed:
+            return number, []
+        from finetune.base import read_base_config, take_device  # and torch, which no job needs that is refused
+        from finetune.cli import brief
+        from finetune.packed_engine import unsupported
+        from finetune.supplies import SHARED, base_key
 
-            take_device(0)
+        take_device(0)
+        known: set[str] = set()
         slots, saving = [], []
-        for config in neediest.values():
+        for config in packed:
+            key = repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset))
+            if key in known:
+                continue
             try:
+                if unsupported(config, read_base_config(SHARED.source(config.model), config.model)):
+                    continue  # TRL trains it
                 own, decided = choose_slots(self._slots, config)
             except Exception as error:
                 log.debug("not planned: %s", brief(error))
-            else:
-                slots.append(own)
-                if config.trainer.gradient_checkpointing == "auto" and decided.trainer.gradient_checkpointing is True:
-                    saving.append(base_key(decided))
-        return min(slots, default=self._slots if isinstance(self._slots, int) else 1), saving
+                continue
+            known.add(key)
+            slots.append(own)
+            if config.trainer.gradient_checkpointing == "auto" and decided.trainer.gradient_checkpointing is True:
+                saving.append(base_key(decided))
+        return min(slots, default=number), saving
 
     def _configure_log(self) -> None:
         """The jobs' own logging, but for its file: each job's lane has its own. Lines tell whose they are."""
@@ -136,7 +142,7 @@ class SlotsLauncher(Launcher):
         return None
 
     def _lane(self, config: "DictConfig", done: dict[int, JobReturn], shared: dict[str, Any]) -> "Lane":
-        """A job as work in a slot, which leaves its return among those that are done; `shared`: all jobs' `Part`."""
+        """A job as work in a slot, which leaves its return among those done; `shared` is in all jobs' `Part`."""
         from finetune.__main__ import job
         from finetune.cli import Interrupted
         from sweeps.job import as_job

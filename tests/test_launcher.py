@@ -175,11 +175,15 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
     kept, saved = (tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}") for saves in ("false", "true"))
     between = sum(plan(config, supplies).peak() for config in (kept, saved)) / 2 / USABLE
     monkeypatch.setattr("finetune.base.available_memory", lambda: int(between))
+    large, small = (*MULTIRUN, wide), (*MULTIRUN, wide, f"{BATCH}=1")
     for jobs, wanted in (
-        ([tiny(*MULTIRUN, wide), tiny(*MULTIRUN)], [base_key(saved)]),
-        ([tiny(*MULTIRUN, "trainer.gradient_checkpointing=true"), tiny(*MULTIRUN)], []),
+        ((large, MULTIRUN), [base_key(saved)]),
+        ((small, (*large, "trainer.gradient_checkpointing=true")), []),
+        ((large, (*large, f"{BATCH}=8", "trainer.gradient_checkpointing=false")), [base_key(saved)]),
+        ((small, (*large, "lora.use_dora=true")), []),  # TRL trains it
+        ((large, (*large, "lora.r=64", "lora.target_modules=[nope]")), [base_key(saved)]),
     ):
-        assert SlotsLauncher()._choose_slots(jobs) == (1, wanted)
+        assert SlotsLauncher()._choose_slots([tiny(*job) for job in jobs]) == (1, wanted)
     assert fitted(tiny(*MULTIRUN), "packed", supplies, [base_key(saved)]).trainer.gradient_checkpointing is False
 
 
