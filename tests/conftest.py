@@ -420,6 +420,15 @@ def wandb_items(items: Any) -> dict[str, Any]:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
+def wandb_summary(records: list[Any]) -> dict[str, Any]:
+    """What the records of a W&B file say of a run in the end."""
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record.HasField("summary"):
+            summary |= wandb_items(record.summary.update)
+    return summary
+
+
 def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
     """The rows of metrics among the records of a W&B file."""
     return [wandb_items(record.history.item) for record in records if record.HasField("history")]

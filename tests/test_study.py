@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from conftest import Station, made_study, study_overrides, wandb_files, wandb_history, wandb_items
+from conftest import Station, made_study, study_overrides, wandb_files, wandb_history, wandb_items, wandb_summary
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.progress import Rung
@@ -180,12 +180,8 @@ def shown(folder: Path) -> Iterator[Shown]:
     """A trial's W&B files in the order of their making."""
     for records in wandb_files(folder):
         run = [record.run for record in records if record.HasField("run")][-1]
-        summary: dict[str, Any] = {}
-        for record in records:
-            if record.HasField("summary"):
-                summary |= wandb_items(record.summary.update)
         (exit_code,) = [record.exit.exit_code for record in records if record.HasField("exit")]
-        yield Shown(run, wandb_items(run.config.update), wandb_history(records), summary, exit_code)
+        yield Shown(run, wandb_items(run.config.update), wandb_history(records), wandb_summary(records), exit_code)
 
 
 def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> None:

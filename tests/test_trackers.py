@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wandb_files, wandb_history, wandb_items
+from conftest import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.config import RunConfig
 from finetune.run import Part, run
@@ -36,11 +36,7 @@ def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path
 
     records = wandb_records(tmp_path)
     opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
-    history = wandb_history(records)
-    summary: dict[str, Any] = {}
-    for record in records:
-        if record.WhichOneof("record_type") == "summary":
-            summary |= wandb_items(record.summary.update)
+    history, summary = wandb_history(records), wandb_summary(records)
     config = wandb_items(opened.config.update)
     assert opened.display_name == "shown"
     assert list(opened.tags) == ["first"]
@@ -85,8 +81,7 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
     run(tiny("tracker=wandb", "trainer.max_steps=2", "sample_prompts=[]"), tmp_path)
 
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
-    history = [record for record in wandb_records(tmp_path) if record.WhichOneof("record_type") == "history"]
-    assert history
+    assert wandb_history(wandb_records(tmp_path))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"0" * 40 in path.read_bytes()]
 
