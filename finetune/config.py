@@ -16,10 +16,14 @@ from finetune.convert import ConfigError as ConfigError
 from finetune.convert import build
 from finetune.convert import did_you_mean as did_you_mean
 from finetune.convert import refusal as refusal
+from finetune.folder import has_evaluation_files
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
 
+
+PYTHON_DOCS_LIMIT = 240
+"""Training rows of `python_docs` with `dataset.limit=auto`: an epoch of a few minutes on two CPU cores."""
 
 PLAIN_NAME = "names a folder: letters, digits, '.', '_' and '-' only"
 
@@ -160,7 +164,8 @@ class DatasetSettings(Section):
     @property
     def holds_out(self) -> bool:
         """Whether there are rows to evaluate on."""
-        return self.eval_path is not None or self.eval_fraction > 0
+        has_rows = self.eval_path is not None or self.eval_fraction > 0
+        return has_rows or has_evaluation_files(self.path, self.test_path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +291,7 @@ class RunConfig(Section):
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of `to_dict`, checked as from Hydra."""
         refuse_secrets(values)
-        return build(cls, "", values)
+        return build(cls, "", _resolve_limit(values))
 
     def anchored(self) -> "RunConfig":
         """The same run wherever it is looked at from: files and folders by their absolute paths."""
@@ -313,6 +318,15 @@ class RunConfig(Section):
         """The names of the metrics that the run returns; none without rows to measure an evaluation's on."""
         names: list[str] = [self.objective] if isinstance(self.objective, str) else list(self.objective)
         return [name for name in names if self.dataset.holds_out or not name.startswith("eval/")]
+
+
+def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with `dataset.limit=auto` as a number or null: the limit depends on the path, however it is given."""
+    dataset = values.get("dataset")
+    if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
+        return values
+    limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
+    return {**values, "dataset": {**dataset, "limit": limit}}
 
 
 _SECRET = r"((hf|hub|auth|use_auth|access|wandb)_)?token|(\w+_)?(api_key|password|secret|secret_key)"

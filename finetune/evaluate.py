@@ -1,16 +1,21 @@
 """A run's metrics on other data, beside its base's: `python -m finetune.evaluate RUN --data test.jsonl`."""
 
 import dataclasses
+import logging
 
 from finetune.cli import command_parser, run_command
+
+DATA_HELP = "a .jsonl .json .csv .parquet file, a hub id, or a folder: its test files, all files if none is named test"
 
 
 def main() -> None:
     """Read the command line, measure base and adapter on the rows, print both."""
     parser = command_parser(__doc__ or "")
     parser.add_argument("run", help="a run folder")
-    parser.add_argument("--data", required=True, help="a .jsonl .json .csv .parquet file, a folder, or a hub id")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("finetune.data").setLevel(logging.INFO)  # which files of a folder, and which rows are left out
     from finetune.data import load_all_rows
     from finetune.tokens import tokenize
     from finetune.trained import load_run, read_run_config

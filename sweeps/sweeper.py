@@ -72,6 +72,7 @@ class StudySweeper(Sweeper):
             )
         composed = self._compose(space.fixed_texts)
         config = self._check(settings, composed)
+        composed.dataset.limit = config.dataset.limit  # the baseline has the number that auto stands for
         check_address(address, settings.n_jobs or 1)
         space, points = self._points(settings, space, composed, config.seed)
         worker = Worker(

@@ -65,6 +65,75 @@ def test_optimizers_and_schedules_are_transformers_names() -> None:
     assert not set(typing.get_args(ScheduleName)) - {name.value for name in SchedulerType}
 
 
+# dataset.limit: python_docs alone has one of its own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], 240),
+        (["dataset=python_docs"], 240),
+        (["dataset.path=python_docs"], 240),
+        (["dataset=local", "dataset.path=python_docs"], 240),
+        (["experiment=unlimited_docs"], 240),
+        (["dataset=docs"], 240),
+        (["dataset.path=./mine.jsonl"], None),
+        (["dataset=python_docs", "dataset.path=./mine.jsonl"], None),
+        (["dataset=local", "dataset.path=./mine.jsonl"], None),
+        (["dataset=guanaco_llama2_1k"], None),
+        (["dataset=docs", "dataset.path=owner/rows"], None),
+        (["dataset=python_docs", "dataset.limit=null"], None),
+        (["dataset.limit=30"], 30),
+        (["dataset.path=./mine.jsonl", "dataset.limit=30"], 30),
+        (["dataset.path=./mine.jsonl", "dataset.limit=240"], 240),
+        (["experiment=limited"], 30),
+        (["experiment=limited", "dataset.path=./mine.jsonl"], 30),
+        (["experiment=limited", "dataset.limit=auto"], 240),
+        (["dataset=limited_docs"], 30),
+        (["dataset=limited_docs", "dataset.path=./mine.jsonl"], 30),
+        (["dataset=all_docs"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_only_python_docs_has_a_limit_that_nobody_gave(overrides: list[str], limit: int | None, tmp_path: Path) -> None:
+    yamls = {
+        "experiment/unlimited_docs": "# @package _global_\nlora: {r: 8}\n",
+        "experiment/limited": "# @package _global_\ndataset: {limit: 30}\n",
+        "dataset/docs": "path: python_docs\n",
+        "dataset/limited_docs": "path: python_docs\nlimit: 30\n",
+        "dataset/all_docs": "path: python_docs\nlimit: null\n",
+    }
+    for name, text in yamls.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+    config = compose(f"hydra.searchpath=[file://{tmp_path}]", *overrides)
+
+    assert config.dataset.limit == limit
+    assert config.to_dict()["dataset"]["limit"] == limit
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_default_run_trains_on_240_rows_in_60_steps() -> None:
+    from finetune.data import load_rows
+    from finetune.progress import total_steps
+
+    config = compose()
+    explicit = dataclasses.replace(config.dataset, limit=240)
+    rows = load_rows(config.dataset)
+    assert config.dataset == explicit
+    assert len(rows.train) == 240
+    assert total_steps(config, len(rows.train)) == 60
+
+
+@pytest.mark.parametrize("limit", [240, None])
+def test_the_limit_in_an_earlier_runs_config_keeps_its_meaning(limit: int | None) -> None:
+    for path in ("python_docs", "mine.jsonl"):
+        written = compose(f"dataset.path={path}").to_dict()
+        written["dataset"]["limit"] = limit
+        assert RunConfig.from_dict(written).dataset.limit == limit
+
+
 # The published recipe: Llama 2 7B Chat on guanaco-llama2-1k with QLoRA
 
 

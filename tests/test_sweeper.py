@@ -450,3 +450,34 @@ def test_the_sampler_that_optuna_has_removed_says_what_to_use() -> None:
 def test_a_sampler_is_one_of_optunas_and_nothing_else() -> None:
     with pytest.raises(InstantiationException, match="whitelist"):
         worker_of("++hydra.sweeper.sampler._target_=builtins.print", space=Space({}, {}, [])).sampler(0)
+
+
+# The config's own values
+
+
+@pytest.mark.parametrize(
+    ("searched", "overrides", "limit"),
+    [
+        ("dataset.limit=int(interval(100,300))", (), 240),
+        ("dataset.limit=choice(100,240)", (), 240),
+        ("dataset.limit=100,null", ("dataset.path=rows.jsonl",), "null"),
+    ],
+)
+def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
+    searched: str, overrides: tuple[str, ...], limit: int | str
+) -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import HydraContext
+
+    config = sweeper_config("hydra.sweeper.study_name=s", "~search")
+    with initialize_config_dir(str(CONF)):
+        HydraConfig.instance().set_config(config)
+        context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=cast(Any, None))
+        sweeper = Plugins.instance().instantiate_sweeper(
+            hydra_context=context, task_function=lambda config: None, config=config
+        )
+        _, points = cast(Any, sweeper)._draft([searched, *overrides])
+
+    assert points == [("baseline", {"dataset.limit": limit})]
