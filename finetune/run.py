@@ -30,7 +30,7 @@ from finetune.records import (
 )
 from finetune.samples import Samples
 from finetune.supplies import Supplies, starts_as_base
-from finetune.trackers import Label, Tracker, open_tracker
+from finetune.trackers import Label, Tracker, final_summary, open_tracker
 from finetune.trained import read_run_config
 
 if TYPE_CHECKING:
@@ -154,8 +154,7 @@ def take_turns(config: RunConfig, folder: RunFolder, part: Part) -> Turns[Object
             try:
                 write_json(folder.result, numbers)
             finally:
-                pruned = {"pruned_at": numbers["step"]} if result.status == "pruned" else {}
-                tracker.finish(result.status, {**result.metrics, **pruned, "error": result.error})
+                tracker.finish(result.status, final_summary(numbers))
         if part.alone:
             _summarise(folder, result, numbers, tracker)
         return _objective(config, result.metrics)

@@ -26,7 +26,13 @@ Sample = dict[str, str]
 """A `prompt`, the base's answer `before` training, and the answer `after` it."""
 
 TRACKER = "tracker.json"
-"""What a run's W&B run was opened with, in its folder."""
+"""What a run's W&B run was opened with (`wandb.init`'s arguments, the config among them), in its folder.
+
+Of an offline run also the summary that it ended with, as `summary`.
+"""
+
+OFFLINE = ("offline", "dryrun")
+"""Modes in which W&B writes files for `wandb sync`; `dryrun` is an old name."""
 
 WANDB_PATIENCE = 20
 """Seconds to wait for W&B's server at a run's start, and thrice as many for the last upload at its end."""
@@ -80,6 +86,8 @@ class WandbTracker(Tracker):
 
         settings = config.tracker
         mode = _wandb_mode(settings)
+        # A run that goes on from a checkpoint adds to its history; one that begins anew replaces it.
+        offline_resume = "allow" if folder.last_checkpoint() else None
         arguments: dict[str, Any] = {
             "mode": mode,
             "project": settings.project or os.environ.get("WANDB_PROJECT") or "finetune",
@@ -88,33 +96,37 @@ class WandbTracker(Tracker):
             "group": label.group or os.environ.get("WANDB_RUN_GROUP"),
             "tags": settings.tags or None,
             "id": run_id,
-            "resume": "allow" if mode == "online" else None,
+            "resume": "allow" if mode == "online" else offline_resume,
             "dir": str(folder.path),
             "job_type": label.job_type,
             "reinit": "create_new",
+            "config": config.to_dict(),
         }
         self._arguments = arguments
         write_json(folder.path / TRACKER, arguments)
-        quiet, values = _quiet_settings(mode, settings.adapters != "none"), config.to_dict()
+        quiet = _quiet_settings(mode, settings.adapters != "none")
         try:
-            self._run = wandb.init(settings=quiet, config=values, **arguments)
+            self._run = wandb.init(settings=quiet, **arguments)
         except Exception as error:
             log.warning("W&B: %s; this run is kept offline", brief(error))
             mode = "offline"
             # W&B holds the id of the attempt that failed as taken, for as long as this process lives.
-            arguments |= {"mode": mode, "resume": None, "id": f"{run_id}-offline"}
+            arguments |= {"mode": mode, "resume": offline_resume, "id": f"{run_id}-offline"}
             write_json(folder.path / TRACKER, arguments)
-            self._run = wandb.init(settings=quiet, config=values, **arguments)
+            self._run = wandb.init(settings=quiet, **arguments)
         self._online = mode == "online"
+        self._step: int | None = None  # the last that anything was logged at
         for metric, best in (("eval/loss", "min"), ("eval/accuracy", "max")):
             self._run.define_metric(metric, summary=f"{best},last")
 
     def log(self, step: int, metrics: Metrics) -> None:
+        self._step = step
         self._run.log(metrics, step=step)
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         import wandb
 
+        self._step = step
         columns = ["prompt", "before", "after"]
         rows = [[sample.get(column, "") for column in columns] for sample in samples]
         self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=step)
@@ -133,8 +145,17 @@ class WandbTracker(Tracker):
             log.warning("W&B: %s; it lacks the adapter, which is in %s", brief(error), folder)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        self._run.summary.update({"status": status, **summary})
-        self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
+        offline = self._arguments["mode"] in OFFLINE
+        try:
+            if offline and self._step is not None:  # W&B holds the last step back, and the summary lacks it
+                self._run.log({}, step=self._step, commit=True)
+            self._run.summary.update({"status": status, **summary})
+            if offline:
+                # Its public names ask W&B's process once for each value.
+                values = {"summary": self._run.summary._as_dict()}
+                write_json(self._folder.path / TRACKER, {**self._arguments, **values})
+        finally:
+            self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
 
     def where(self) -> list[str]:
         kept = os.path.relpath(self._folder.path / "wandb")
@@ -153,6 +174,12 @@ def _quiet_settings(mode: str, uploads: bool) -> "wandb.Settings":
         finish_timeout=WANDB_UPLOAD_PATIENCE if uploads else 3 * WANDB_PATIENCE,
         x_disable_stats=mode != "online",
     )
+
+
+def final_summary(result: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker shows as a run's final state, beside its status, by what its `result.json` holds."""
+    pruned = {"pruned_at": result["step"]} if result["status"] == "pruned" else {}
+    return {**result["metrics"], **pruned, "error": result["error"]}
 
 
 def untag(folder: RunFolder, tag: str) -> None:
@@ -184,12 +211,25 @@ def _retag(folder: RunFolder, change: Callable[[list[str]], list[str]]) -> None:
 
 @contextlib.contextmanager
 def reopened(folder: RunFolder, arguments: dict[str, Any], uploads: bool = False) -> "Iterator[wandb.Run]":
-    """The W&B run of a completed run, open once more by what its `tracker.json` holds. Raises what W&B raises."""
+    """The W&B run of a completed run, open once more by what its `tracker.json` holds. Raises what W&B raises.
+
+    Offline this writes a further file for `wandb sync`, which puts the file's config, tags and summary in the place
+    of those sent before, so it gets all of them anew. Online the server keeps them.
+    """
     import wandb
 
     here = {**arguments, "dir": str(folder.path)}  # the folder may have been moved
+    summary = here.pop("summary", {})
+    config = here.pop("config", None)
+    offline = arguments["mode"] in OFFLINE
+    if offline:
+        here["config"] = config or read_json(folder.identity)["config"]
+        here["resume"] = "allow"  # without it the history that was sent before is replaced by this file's
     run = wandb.init(settings=_quiet_settings(arguments["mode"], uploads), **here)
     try:
+        if offline:
+            result = read_json(folder.result)
+            run.summary.update({**summary, "status": result["status"], **final_summary(result)})
         yield run
     finally:
         run.finish(exit_code=0)  # the run did complete, whatever became of what is added to it

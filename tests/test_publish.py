@@ -12,13 +12,13 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import compose, tiny_overrides, wandb_files
+from conftest import Station, compose, study_overrides, tiny_overrides, wandb_files, wandb_items, wandb_summary
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 
 from finetune.config import TrackerSettings
 from finetune.run import Part, run
-from finetune.trackers import Label
+from finetune.trackers import Label, give_tag, untag
 from finetune.trained import read_run_config
 from sweeps import publish as module
 from sweeps.publish import PUBLISHED, publish, workspace
@@ -48,7 +48,8 @@ def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of one trial, which is its winner, with an adapter for W&B from nobody yet."""
     folder = tmp_path_factory.mktemp("studies") / "s"
     study = begin(folder, "eval/loss", ["minimize"])
-    overrides = ["tracker=wandb", "quantization=none", "dataset.max_length=64", "trainer.max_steps=1"]
+    overrides = ["tracker=wandb", "tracker.tags=[mine]", "quantization=none", "dataset.max_length=64"]
+    overrides += ["trainer.max_steps=1", "dataset.test_fraction=0"]
     label = Label("abc-0", "s-0", "s", "trial")
     place = study.folder_of(0).path
     loss = run(compose(*tiny_overrides(tiny_base), *overrides), place, Part(label=label, alone=False))
@@ -82,6 +83,32 @@ def added(study: Study) -> list[list[Any]]:
     return wandb_files(study.folder_of(0).path)[1:]
 
 
+def opened(records: list[Any]) -> Any:
+    """A file's run as it stands at the end of the file."""
+    return [record.run for record in records if record.HasField("run")][-1]
+
+
+def initial_config(records: list[Any]) -> dict[str, Any]:
+    """The config that a file begins with, but for what W&B adds."""
+    run = next(record.run for record in records if record.HasField("run"))
+    return {name: value for name, value in wandb_items(run.config.update).items() if name != "_wandb"}
+
+
+def lasting_summary(records: list[Any]) -> dict[str, Any]:
+    """What a file says of a run, but for the times and steps that W&B itself counts."""
+    return {name: value for name, value in wandb_summary(records).items() if not name.startswith("_")}
+
+
+def assert_all_is_sent_again(first: list[Any], later: list[Any], added: set[str]) -> None:
+    """`wandb sync` puts a later file's config and summary in the place of the first's."""
+    assert initial_config(later) == initial_config(first)
+    assert opened(later).resume, "else the history that was sent before is lost"
+    before, after = lasting_summary(first), lasting_summary(later)
+    assert {"status", "error", "objective", "eval/loss", "eval/accuracy", "train/loss"} <= set(before)
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) - set(before) == added
+
+
 def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, bytes]]]:
     """By name their type, their aliases, and their files' content."""
     return {
@@ -108,6 +135,49 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report:
         "s-report": ("report", ["latest"], {"report.html": report.read_bytes()}),
     }
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "tags", "added_to_summary"),
+    [
+        (lambda study: publish(study, 0, TEST, None), ["mine"], {"test/loss"}),
+        (lambda study: give_tag(study.folder_of(0), "best"), ["mine", "best"], set()),
+        (lambda study: untag(study.folder_of(0), "mine"), [], set()),
+    ],
+    ids=["publish", "give_tag", "untag"],
+)
+@pytest.mark.parametrize("status", ["completed", "pruned"])
+def test_a_run_that_is_opened_again_offline_is_sent_whole(
+    change: Callable[[Study], None], tags: list[str], added_to_summary: set[str], status: str, study: Study
+) -> None:
+    path = study.folder_of(0).result
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "status": status}))
+
+    change(study)
+
+    first, last = wandb_files(study.folder_of(0).path)
+    assert list(opened(last).tags) == tags
+    if status == "completed":
+        assert_all_is_sent_again(first, last, added_to_summary)
+    else:
+        assert lasting_summary(last)["pruned_at"] == result["step"]
+
+
+def test_a_study_sends_its_winner_and_the_one_before_whole(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    better = "hydra.sweeper.start=[{optimizer.learning_rate: 1e-2}]"
+    more = ("tracker=wandb", "tracker.tags=[mine]", "hydra.sweeper.n_trials=2", "hydra.sweeper.slots=1", better)
+    space = ("~search", "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "hydra/sweeper/pruner=none")
+    ended = station.run(*study_overrides(tiny_base, "s1"), *more, *space, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    trials = tmp_path / "outputs" / "sweeps" / "s1" / "trials"
+    baseline, winner = (wandb_files(trials / number) for number in ("0", "1"))
+    assert list(opened(baseline[0]).tags) == ["mine", "best"]
+    assert list(opened(baseline[-1]).tags) == ["mine"]
+    assert_all_is_sent_again(baseline[0], baseline[-1], set())
+    assert list(opened(winner[-1]).tags) == ["mine", "best"]
+    assert_all_is_sent_again(winner[0], winner[-1], {"test/loss", "test/accuracy"})
 
 
 def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(study: Study, report: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from conftest import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.config import RunConfig
+from finetune.progress import Observer, Rung
 from finetune.run import Part, run
 
 Tiny = Callable[..., RunConfig]
@@ -48,6 +49,45 @@ def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path
     assert any(name.startswith("samples") for row in history for name in row)
     assert summary["status"] == "completed"
     assert summary["test/loss"] == logged[-1]["test/loss"]
+
+
+class StopsAtFirstRung(Observer):
+    def judge(self, rung: Rung) -> bool:
+        return rung.index == 1
+
+
+@pytest.mark.parametrize(("save_steps", "adds"), [(1, True), (0, False)], ids=["from a checkpoint", "anew"])
+def test_a_run_that_goes_on_offline_adds_to_its_history(
+    save_steps: int, adds: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    steps = ("trainer.max_steps=4", "trainer.eval_steps=2", f"trainer.save_steps={save_steps}")
+    config = tiny("tracker=wandb", *QUICK, *steps)
+    for observer in (StopsAtFirstRung(), Observer()):
+        run(config, tmp_path, Part(observer))
+
+    first, last = wandb_files(tmp_path)
+    opened = [next(record.run for record in records if record.HasField("run")) for records in (first, last)]
+    assert len({one.run_id for one in opened}) == 1
+    assert [one.resume for one in opened] == [False, adds]
+    assert [row["_step"] for row in wandb_history(last)] == ([3, 4] if adds else [0, 1, 2, 3, 4])
+    assert wandb_items(opened[1].config.update)["trainer"]["max_steps"] == 4
+    assert wandb_summary(last)["status"] == "completed"
+
+
+@pytest.mark.fault
+def test_a_run_that_fails_before_its_first_step_has_no_history_offline(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no base")
+
+    monkeypatch.setattr("finetune.run._prepare", fails)
+    with pytest.raises(RuntimeError, match="no base"):
+        run(tiny("tracker=wandb", *QUICK), tmp_path)
+
+    records = wandb_records(tmp_path)
+    assert wandb_history(records) == []
+    assert wandb_summary(records)["status"] == "failed"
 
 
 def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
