@@ -57,7 +57,7 @@ def main() -> None:
         if arguments.sides != "unsloth":
             parser.error("--sides unsloth: alone, as it changes the other libraries")
         import unsloth  # noqa: F401  before what it changes
-    import finetune.base  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
+    import finetune.model.device  # noqa: F401  before the GPU is used: it says how memory is taken, on all sides
 
     if GPU and arguments.memory:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -105,23 +105,23 @@ class Case:
         if not tiny and slots != "auto" and self.slots < 4:
             self.warm, self.steps = (4 // self.slots * count for count in (self.warm, self.steps))
         if side == "ours":
-            plan = self.plan()
+            plan = self.plan_memory()
             if slots == "auto":
                 self.slots = plan.slots
             self.planned = f"{plan.peak(self.slots) / 2**30:.1f}"
 
     def config(self, seed: int = SEED, *more: str) -> Any:
         """The run's config, as a command line has it."""
-        from finetune.cli import compose_run
+        from finetune.app import compose_run
 
         base = (f"quantization={self.quantization}", f"trainer.gradient_checkpointing={str(self.saving).lower()}")
         steps = (f"trainer.max_steps={self.steps + self.warm}", "trainer.save_steps=0")
         return compose_run([*LORA[self.lora], *base, f"seed={seed}", *steps, *more])
 
-    def plan(self) -> Any:
+    def plan_memory(self) -> Any:
         """What `finetune.plan` says of such a run: it reads no weights, so here are none."""
-        from finetune.plan import plan
-        from finetune.supplies import Supplies
+        from finetune.run.memory_plan import plan_memory
+        from finetune.run.resources import SharedResources
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -131,7 +131,7 @@ class Case:
             texts = [" ".join(f"w{number}" for number in row["input_ids"]) for row in self.rows]
             (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             more = (f"model.name_or_path={folder}", f"dataset.path={folder / 'rows.jsonl'}")
-            return plan(self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), Supplies())
+            return plan_memory(self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), SharedResources())
 
     def base(self) -> Any:
         """A fresh base as the side has it."""
@@ -140,15 +140,15 @@ class Case:
         base = make_base(self.tiny, self.quantization == "nf4_double")
         if self.side != "ours":
             return base
-        from finetune.bank import Bank
-        from finetune.base import keep_dequantized
+        from finetune.engine.packed.bank import Bank
+        from finetune.model.quantization import keep_dequantized
 
         keep_dequantized(base, self.config())
         return Bank(base, self.config())
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
-        from finetune.base import out_of_memory
+        from finetune.model.memory import out_of_memory
 
         free()
         line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
@@ -210,7 +210,7 @@ class Counter:
     """Stands where a run's reporter does, and counts the trained tokens."""
 
     def __init__(self) -> None:
-        from finetune.progress import Progress
+        from finetune.engine.checkpoint import Progress
 
         self.state, self.tokens = Progress(), 0
 
@@ -232,7 +232,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of so many runs in slots of one bank, optimizer included."""
     from datasets import Dataset
 
-    from finetune.packed_engine import PackedTraining
+    from finetune.engine.packed.training import PackedTraining
 
     data, counter = Dataset.from_list(case.rows), Counter()
     bank.capacity = None  # an earlier case may not have fitted
@@ -241,18 +241,18 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
         config = case.config(seed)
         training = PackedTraining(config, bank.slot(config.lora, seed), data, case.steps + case.warm + 1)
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
-    wishes: list[Any] = [next(work) for work in works]
+    requests: list[Any] = [next(work) for work in works]
     for step in range(case.steps + case.warm):
         if step == case.warm:
             synchronize()
             began, counter.tokens = time.perf_counter(), 0
-        granted = bank.grant(wishes)
-        for answer in granted:
+        response = bank.execute(requests)
+        for answer in response:
             if isinstance(answer, Exception):
                 raise answer
         if bank.capacity is not None:
             raise torch.OutOfMemoryError("out of memory for so many at once")
-        wishes = [work.send(answer) for work, answer in zip(works, granted, strict=True)]
+        requests = [work.send(answer) for work, answer in zip(works, response, strict=True)]
     synchronize()
     return counter.tokens / (time.perf_counter() - began), weights_of(bank.base)
 
@@ -261,7 +261,7 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of one run by SFTTrainer."""
     from peft import get_peft_model
 
-    from finetune.base import lora_config
+    from finetune.model.adapter import lora_config
 
     weights = weights_of(base)
     arguments: dict[str, Any] = {}

@@ -53,7 +53,7 @@ STOCK = {
 }
 IMPORTS = """
 import bitsandbytes, optuna.importance, plotly.graph_objects, sklearn.ensemble
-import finetune.run, finetune.bank, sweeps.report, sweeps.sweeper
+import finetune.run.run, finetune.engine.packed.bank, sweeps.answer.report, sweeps.sweeper
 from transformers import LlamaForCausalLM
 from trl import SFTTrainer
 """
@@ -61,7 +61,7 @@ from trl import SFTTrainer
 
 CAPPED = """
 import sys
-import finetune.base, torch
+import finetune.model.device, torch
 from finetune.__main__ import main
 total = torch.cuda.get_device_properties(0).total_memory
 torch.cuda.set_per_process_memory_fraction(min(1.0, float(sys.argv.pop(1)) * 2**30 / total))

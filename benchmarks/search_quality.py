@@ -22,7 +22,7 @@ from pathlib import Path
 
 import optuna
 
-from sweeps.halving import SuccessiveHalvingPruner
+from sweeps.space.pruners import SuccessiveHalvingPruner
 
 AFTER = (4, 8, 12, 16, 32)
 Curve = list[float]
@@ -63,7 +63,7 @@ def make_base(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from finetune.python_docs import question_answer_pairs
+    from finetune.data.python_docs import question_answer_pairs
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -95,7 +95,7 @@ def study(folder: Path, trials: int, steps: int, eval_steps: int, schedule: str,
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr[-2000:])
-    from sweeps.study import Study
+    from sweeps.study.study import Study
 
     found = Study.load(folder / name).trials()
     return [[trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)] for trial in found]

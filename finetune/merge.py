@@ -7,14 +7,15 @@ nothing is quantised again. What remains between the two is the rounding to 16 b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cli import command_parser, run_command
-from finetune.config import refusal
-from finetune.trained import TrainedRun, load_run
+from finetune.console import command_parser, run_command
+from finetune.errors import refusal
+from finetune.run.load import TrainedRun, load_run
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
 
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cli import command_parser, one_line, run_command
-from finetune.config import ConfigError
+from finetune.console import command_parser, one_line, run_command
+from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sweeps.study import Study
+    from sweeps.study.study import Study
+
 
 STUDIES = Path("outputs/sweeps")
 
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def _study(name: str) -> "Study":
-    from sweeps.study import Study
+    from sweeps.study.study import Study
 
     for folder in (Path(name), STUDIES / name):
         if (folder / "study.json").is_file():
@@ -67,8 +68,8 @@ def _study(name: str) -> "Study":
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from sweeps.study import Study
-    from sweeps.text import objective_cells, table
+    from sweeps.study.formatting import format_table, objective_cells
+    from sweeps.study.study import Study
 
     rows = []
     for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
@@ -81,11 +82,11 @@ def _list(arguments: argparse.Namespace) -> None:
         best = next(iter(study.ranked()), None)
         value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
         rows.append([study.name, began, f"{len(study.finished())}/{len(study.trials())}", value])
-    print(table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
+    print(format_table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from sweeps.text import trials_table
+    from sweeps.study.formatting import trials_table
 
     study = _study(arguments.study)
     print(trials_table(study))
@@ -102,7 +103,7 @@ def _prepared(name: str) -> "Study":
     """A study whose runs are to be loaded or trained, with its lines on the terminal."""
     import logging
 
-    from finetune.cli import quiet_libraries
+    from finetune.console import quiet_libraries
 
     study = _study(name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -111,14 +112,14 @@ def _prepared(name: str) -> "Study":
 
 
 def _conclude(study: "Study") -> None:
-    from finetune.supplies import SHARED
-    from sweeps.conclusion import conclude
+    from finetune.run.resources import shared_resources
+    from sweeps.answer.conclusion import conclude
 
-    conclude(study, SHARED)
+    conclude(study, shared_resources)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from sweeps.report import watch, write_report
+    from sweeps.answer.report import watch, write_report
 
     study = _study(arguments.study)
     if arguments.watch:
@@ -128,7 +129,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _confirm(arguments: argparse.Namespace) -> None:
-    from sweeps.confirm import confirm
+    from sweeps.answer.confirm import confirm
 
     study = _prepared(arguments.study)
     confirm(study, arguments.seeds, arguments.top)

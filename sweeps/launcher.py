@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
-    from finetune.config import RunConfig
-    from finetune.progress import Turns
-    from finetune.run import Objective
-    from sweeps.pack import Lane
+    from finetune.config.schema import RunConfig
+    from finetune.engine.steps import RunSteps
+    from finetune.run.result import Objective
+    from sweeps.study.pack import PackedRun
+
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,11 @@ class SlotsLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run one job for each list of overrides; one that fails ends no other, and is told of when all have ended."""
-        from finetune.cli import one_line, quiet_libraries
-        from finetune.config import ConfigError, refusal
-        from finetune.progress import Interrupt
-        from finetune.records import discard_multirun
-        from sweeps.pack import train_together
+        from finetune.console import one_line, quiet_libraries
+        from finetune.engine.interrupt import Interrupt
+        from finetune.errors import ConfigError, refusal
+        from finetune.files.run_folder import discard_multirun
+        from sweeps.study.pack import train_together
 
         if self._slots != "auto" and not (isinstance(self._slots, int) and self._slots >= 1):
             raise refusal("hydra.launcher.slots", self._slots, "must be at least 1, or auto: by memory")
@@ -55,9 +56,9 @@ class SlotsLauncher(Launcher):
         quiet_libraries(bars=False)
         slots, saving = self._choose_slots(sound)
         slots = min(slots, len(configs))
-        shared = {"interrupt": interrupt, "slots": slots, "saving": saving}
+        shared = {"interrupt": interrupt, "slots": slots, "checkpointed_bases": saving}
 
-        def take() -> "Lane | None":
+        def take() -> "PackedRun | None":
             config = next(waiting, None)
             return None if config is None else self._lane(config, done, shared)
 
@@ -76,16 +77,17 @@ class SlotsLauncher(Launcher):
 
         By the neediest job of each base and data set that can be planned; one that can't says itself what is wrong.
         """
-        from sweeps.pack import choose_slots, need
+        from sweeps.study.pack import choose_slots, memory_rank
 
         number = self._slots if isinstance(self._slots, int) else 1
-        packed = [config for config in sorted(configs, key=need, reverse=True) if config.trainer.engine != "trl"]
+        packed = [config for config in sorted(configs, key=memory_rank, reverse=True) if config.trainer.engine != "trl"]
         if not packed:
             return number, []
-        from finetune.base import read_base_config, take_device  # and torch, which no job needs that is refused
-        from finetune.cli import brief
-        from finetune.packed_engine import unsupported
-        from finetune.supplies import SHARED, base_key
+        from finetune.console import summary_line
+        from finetune.engine.selection import reason_unsupported
+        from finetune.model.device import take_device
+        from finetune.model.loading import read_base_config
+        from finetune.run.resources import base_key, shared_resources
 
         take_device(0)
         known: set[str] = set()
@@ -95,11 +97,11 @@ class SlotsLauncher(Launcher):
             if key in known:
                 continue
             try:
-                if unsupported(config, read_base_config(SHARED.source(config.model), config.model)):
+                if reason_unsupported(config, read_base_config(shared_resources.source(config.model), config.model)):
                     continue  # TRL trains it
                 own, decided = choose_slots(self._slots, config)
             except Exception as error:
-                log.debug("not planned: %s", brief(error))
+                log.debug("not planned: %s", summary_line(error))
                 continue
             known.add(key)
             slots.append(own)
@@ -111,7 +113,7 @@ class SlotsLauncher(Launcher):
         """The jobs' own logging, but for its file: each job's lane has its own. Lines tell whose they are."""
         from omegaconf import open_dict, read_write
 
-        from sweeps.pack import NamingFormatter
+        from sweeps.study.pack import NamingFormatter
 
         settings = deepcopy(self._config.hydra.job_logging)
         with read_write(settings), open_dict(settings):
@@ -134,29 +136,29 @@ class SlotsLauncher(Launcher):
 
     def _checked(self, config: "DictConfig") -> "RunConfig | None":
         """A job's config; None where something is wrong with it, which the job says itself."""
-        from finetune.__main__ import checked
-        from sweeps.job import current
+        from finetune.run.job import checked
+        from sweeps.study.job import hydra_config
 
-        with suppress(ValueError), current(config):
+        with suppress(ValueError), hydra_config(config):
             return checked(config)
         return None
 
-    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], shared: dict[str, Any]) -> "Lane":
+    def _lane(self, config: "DictConfig", done: dict[int, JobReturn], shared: dict[str, Any]) -> "PackedRun":
         """A job as work in a slot, which leaves its return among those done; `shared` is in all jobs' `Part`."""
-        from finetune.__main__ import job
-        from finetune.cli import Interrupted
-        from sweeps.job import as_job
-        from sweeps.pack import Lane
+        from finetune.errors import Interrupted
+        from finetune.run.job import job
+        from sweeps.study.job import run_as_job
+        from sweeps.study.pack import PackedRun
 
-        companions: set[str] = set()
+        packed_with: set[str] = set()
         number, folder = config.hydra.job.num, Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
 
-        def work() -> "Turns[None]":
-            def task(composed: "DictConfig") -> "Turns[Objective]":
-                return job(composed, companions=companions, **shared)
+        def work() -> "RunSteps[None]":
+            def task(composed: "DictConfig") -> "RunSteps[Objective]":
+                return job(composed, packed_with=packed_with, **shared)
 
-            done[number] = yield from as_job(config, self._hydra_context, task)
+            done[number] = yield from run_as_job(config, self._hydra_context, task)
             if isinstance(done[number]._return_value, Interrupted):
                 raise done[number]._return_value
 
-        return Lane(str(number), work(), folder / "train.log", companions)
+        return PackedRun(str(number), work(), folder / "train.log", packed_with)

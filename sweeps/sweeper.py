@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
-    from finetune.config import RunConfig
-    from sweeps.settings import StudySettings
-    from sweeps.space import Point, Space
-    from sweeps.study import Study
-    from sweeps.worker import Worker
+    from finetune.config.schema import RunConfig
+    from sweeps.space.settings import StudySettings
+    from sweeps.space.space import Point, Space
+    from sweeps.study.session import Session
+    from sweeps.study.study import Study
+
 
 log = logging.getLogger(__name__)
+
 
 RELAUNCHES = 25
 """How often workers are sent again after one of them was killed."""
@@ -49,19 +51,19 @@ class StudySweeper(Sweeper):
         for chatter in ("hydra", "hydra_plugins"):
             logging.getLogger(chatter).setLevel(logging.WARNING)
         draft, points = self._draft(arguments)
-        study, worker = self._open(draft)
-        settings = worker.settings
+        study, session = self._open(draft)
+        settings = session.settings
         total = min(settings.n_trials, len(points)) if settings.is_grid else settings.n_trials
         if _enlist(study, settings, points, total):
-            self._work(study, worker, total)
-        _end(study, worker)
+            self._work(study, session, total)
+        _end(study, session)
 
-    def _draft(self, arguments: list[str]) -> "tuple[Worker, list[tuple[str, Point]]]":
-        """A worker with all that the config says, before an engine is chosen; and what the first trials shall be."""
-        from finetune.config import ConfigError
-        from sweeps.space import Space
-        from sweeps.storage import check_address
-        from sweeps.worker import Worker
+    def _draft(self, arguments: list[str]) -> "tuple[Session, list[tuple[str, Point]]]":
+        """The session as the config describes it, before an engine is chosen, and the first trials' points."""
+        from finetune.errors import ConfigError
+        from sweeps.space.space import Space
+        from sweeps.study.session import Session
+        from sweeps.study.storage import check_address
 
         began = time.time()
         settings, address = self._settings()
@@ -75,7 +77,7 @@ class StudySweeper(Sweeper):
         composed.dataset.limit = config.dataset.limit  # the baseline has the number that auto stands for
         check_address(address, settings.n_jobs or 1)
         space, points = self._points(settings, space, composed, config.seed)
-        worker = Worker(
+        session = Session(
             folder=self._folder(settings.study_name),
             address=address,
             settings=settings,
@@ -87,19 +89,19 @@ class StudySweeper(Sweeper):
             engine=config.trainer.engine,
             slots=1,
         )
-        return worker, points
+        return session, points
 
-    def _open(self, draft: "Worker") -> "tuple[Study, Worker]":
-        """The study, begun or gone on with, once all is checked that can be; and its worker, with engine and slots."""
-        from finetune.cli import quiet_libraries
-        from finetune.supplies import SHARED
-        from sweeps.storage import check_address
-        from sweeps.study import Study
+    def _open(self, draft: "Session") -> "tuple[Study, Session]":
+        """Begin or resume the study once everything is checked; return it and the session with engine and slots."""
+        from finetune.console import quiet_libraries
+        from finetune.run.resources import shared_resources
+        from sweeps.study.storage import check_address
+        from sweeps.study.study import Study
 
         settings, config, space = draft.settings, draft.common, draft.space
         extremes = draft.try_out()
         quiet_libraries(bars=False)
-        SHARED.source(config.model)  # a base that isn't there is said at once, and fetched once
+        shared_resources.source(config.model)  # a base that isn't there is said at once, and fetched once
         terms = _terms(config, space, settings)
         check_address(draft.address, self._workers(settings))
         self._say_pruning(settings, config)
@@ -120,8 +122,8 @@ class StudySweeper(Sweeper):
         """The checked settings, and the storage's address; what is kept of it is as the user wrote it."""
         from omegaconf import DictConfig, OmegaConf
 
-        from finetune.config import refuse_secrets_in
-        from sweeps.settings import StudySettings
+        from finetune.config.secrets import refuse_secrets_in
+        from sweeps.space.settings import StudySettings
 
         plain: dict[str, Any] = {
             key: OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
@@ -157,7 +159,8 @@ class StudySweeper(Sweeper):
 
     def _check(self, settings: "StudySettings", composed: "DictConfig") -> "RunConfig":
         """The run's config, checked as a run does, and that it can be a study's."""
-        from finetune.config import ConfigError, RunConfig, refusal
+        from finetune.config.schema import RunConfig
+        from finetune.errors import ConfigError, refusal
 
         config = RunConfig.from_hydra(composed)
         if not config.objectives:
@@ -185,14 +188,14 @@ class StudySweeper(Sweeper):
 
     def _engine(self, settings: "StudySettings", configs: "list[RunConfig]") -> tuple[str, int, bool]:
         """One engine for all trials of a study, how many train together, and whether they compute activations twice."""
-        from finetune.packed_engine import choose
-        from finetune.supplies import SHARED
-        from sweeps.pack import choose_slots, need
+        from finetune.engine.selection import choose_engine
+        from finetune.run.resources import shared_resources
+        from sweeps.study.pack import choose_slots, memory_rank
 
-        engines = (choose(config, SHARED.source(config.model)) for config in configs)
+        engines = (choose_engine(config, shared_resources.source(config.model)) for config in configs)
         if "trl" in engines:  # the first that it is for decides, and says why
             return "trl", 1, False
-        slots, decided = choose_slots(settings.slots, max(configs, key=need))
+        slots, decided = choose_slots(settings.slots, max(configs, key=memory_rank))
         return "packed", slots, decided.trainer.gradient_checkpointing is True
 
     def _points(
@@ -224,24 +227,24 @@ class StudySweeper(Sweeper):
         elif not config.objectives[0].startswith("eval/"):
             log.info("no pruning: %s is not known before a trial's end", config.objectives[0])
 
-    def _work(self, study: "Study", worker: "Worker", total: int) -> None:
+    def _work(self, study: "Study", session: "Session", total: int) -> None:
         """Send the workers, again if one was killed, until none has anything left to do."""
         from hydra.core.utils import JobStatus
 
-        from finetune.cli import Interrupted, one_line
-        from finetune.config import ConfigError
-        from sweeps.space import encode
-        from sweeps.table import watching
+        from finetune.console import one_line
+        from finetune.errors import ConfigError, Interrupted
+        from sweeps.space.space import encode
+        from sweeps.study.live_table import live_table
 
-        workers = self._workers(worker.settings)
-        launcher = self._launcher(worker, workers)
+        workers = self._workers(session.settings)
+        launcher = self._launcher(session, workers)
         place = f"hydra.sweep.dir={encode(str(study.folder))}"
-        jobs = [[*worker.space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
+        jobs = [[*session.space.fixed_texts, place, f"hydra.sweep.subdir=workers/{index}"] for index in range(workers)]
         resume = f"the same command with hydra.sweeper.study_name={study.name} goes on"
         interrupted = Interrupted(f"interrupted; {resume}")
         for _ in range(RELAUNCHES):
             try:
-                with watching(study, total), _asking_to_end(worker.stop_file, workers):
+                with live_table(study, total), _asking_to_end(session.stop_file, workers):
                     done = launcher.launch(jobs, initial_job_idx=0)
             except KeyboardInterrupt:
                 raise interrupted from None
@@ -253,18 +256,20 @@ class StudySweeper(Sweeper):
             for job in done:
                 if job.status == JobStatus.FAILED:
                     raise interrupted if isinstance(job._return_value, Interrupted) else job._return_value
-            if not study.orphans() or worker.is_over(study):
+            if not study.orphans() or session.is_over(study):
                 return
         raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
 
-    def _launcher(self, worker: "Worker", workers: int) -> "Launcher":
+    def _launcher(self, session: "Session", workers: int) -> "Launcher":
         """The chosen launcher; one of this process's own runs one worker, and for several gives way to joblib's."""
         from hydra.core.plugins import Plugins
         from omegaconf import OmegaConf, open_dict, read_write
 
+        from sweeps.study.worker import Worker
+
         plain = self._config.copy()
         with read_write(plain), read_write(plain.hydra):
-            plain.hydra.sweep.dir = str(worker.folder)
+            plain.hydra.sweep.dir = str(session.folder)
         config = plain.copy()
         with read_write(config), read_write(config.hydra), open_dict(config.hydra):
             if str(config.hydra.launcher._target_).endswith(("BasicLauncher", "SlotsLauncher")):
@@ -275,10 +280,10 @@ class StudySweeper(Sweeper):
             if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
                 OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self._hydra_context, task_function=worker, config=config
+            hydra_context=self._hydra_context, task_function=Worker(session), config=config
         )
         # Jobs are composed anew, and must come out with the launcher that was asked for.
-        launcher.setup(hydra_context=self._hydra_context, task_function=worker, config=plain)
+        launcher.setup(hydra_context=self._hydra_context, task_function=Worker(session), config=plain)
         return launcher
 
 
@@ -310,17 +315,22 @@ def _asking_to_end(stop_file: Path, workers: int) -> Iterator[None]:
 
 def _terms(config: "RunConfig", space: "Space", settings: "StudySettings") -> dict[str, Any]:
     """What all trials have in common, so that they can be compared: the config without what is searched; the space."""
-    from finetune.run import FREE, flat
-    from finetune.supplies import SHARED
+    from finetune.config.flatten import flatten
+    from finetune.run.identity import KEYS_WITHOUT_EFFECT
+    from finetune.run.resources import shared_resources
 
     searched = {name.lstrip("+") for name in space.distributions}
     groups = tuple(name.replace("/", ".") for name in searched if "/" in name or "." not in name)
-    values = flat(config.anchored().to_dict())
+    values = flatten(config.anchored().to_dict())
     return {
-        **{key: values[key] for key in values if key not in searched and not key.startswith((*FREE, *groups))},
+        **{
+            key: values[key]
+            for key in values
+            if key not in searched and not key.startswith((*KEYS_WITHOUT_EFFECT, *groups))
+        },
         "objective": config.objective,
         "hydra.sweeper.direction": settings.directions,
-        "dataset_fingerprint": SHARED.rows(config.dataset).fingerprint,
+        "dataset_fingerprint": shared_resources.rows(config.dataset).fingerprint,
         **{f"space.{name}": what for name, what in space.to_dict().items()},
     }
 
@@ -338,28 +348,27 @@ def _enlist(study: "Study", settings: "StudySettings", points: "list[tuple[str, 
     return left > 0
 
 
-def _end(study: "Study", worker: "Worker") -> None:
+def _end(study: "Study", session: "Session") -> None:
     """Confirm the best trials if wanted, and conclude. Raises ConfigError where too many have failed."""
     from optuna.trial import TrialState
 
-    from finetune.cli import Interrupted
-    from finetune.config import ConfigError
-    from finetune.supplies import SHARED
-    from sweeps.conclusion import conclude
-    from sweeps.confirm import confirm
-    from sweeps.worker import too_many_failures
+    from finetune.errors import ConfigError, Interrupted
+    from finetune.run.resources import shared_resources
+    from sweeps.answer.conclusion import conclude
+    from sweeps.answer.confirm import confirm
+    from sweeps.study.session import too_many_failures
 
-    settings, place = worker.settings, os.path.relpath(study.folder)
+    settings, place = session.settings, os.path.relpath(study.folder)
     try:
         study.tidy(settings.keep_adapters)
-        if settings.confirm and worker.out_of_time:
+        if settings.confirm and session.out_of_time:
             log.info("out of time: not confirmed; python -m sweeps confirm %s does", place)
         elif settings.confirm and study.ranked():
             try:
                 confirm(study, settings.confirm)
             except ConfigError as error:
                 log.warning("not confirmed: %s", error)
-        conclude(study, SHARED, worker.common.tracker)
+        conclude(study, shared_resources, session.common.tracker)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; python -m sweeps best {shlex.quote(place)} takes the winner") from None
     if too_many_failures(study, settings) or (study.trials(TrialState.FAIL) and not study.ranked()):

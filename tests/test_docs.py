@@ -15,8 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf, open_dict
 
-from finetune.cli import CONF, _checked_override, refuse_flag
-from finetune.config import RunConfig
+from finetune.app import check_override
+from finetune.config.paths import CONF
+from finetune.config.schema import RunConfig
+from finetune.console import refuse_flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +86,7 @@ def require_composed(overrides: list[str], multirun: bool, further: Path | None)
     """Compose and check a run's config; of a sweep the run with the first values. `further` stands for --config-dir."""
     for_study = [text for text in overrides if text.startswith(("hydra/sweeper", "hydra.sweeper", "search"))]
     assert multirun or not for_study, f"{for_study} has no effect without -m"
-    parsed = OverridesParser.create().parse_overrides([_checked_override(text) for text in overrides])
+    parsed = OverridesParser.create().parse_overrides([check_override(text) for text in overrides])
     texts = [first_value(override) if multirun else str(override.input_line) for override in parsed]
     if further is not None:
         for override in parsed:

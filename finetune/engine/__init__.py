@@ -1,0 +1,1 @@
+"""Engines: what turns batches into weight updates, and what both engines share."""

@@ -1,0 +1,1 @@
+"""The packed engine: many runs train together on one frozen base."""

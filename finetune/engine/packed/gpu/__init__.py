@@ -1,0 +1,1 @@
+"""The base's decoder on a GPU, forward and backward by hand."""

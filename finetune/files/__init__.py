@@ -1,0 +1,1 @@
+"""Files that runs read and write: run folders, the cache, the hub."""

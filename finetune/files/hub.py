@@ -1,0 +1,42 @@
+"""Ask the model hub, and fall back to its cache when it can't be reached."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from finetune.errors import refusal
+
+log = logging.getLogger(__name__)
+
+
+HUB_TIMEOUT = 5
+"""Seconds to wait for the hub's first answer."""
+
+
+T = TypeVar("T")
+
+
+def ask_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str) -> T:
+    """Ask the hub; fall back to what it gave before; else say in one line what the user can do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # of its HTTP library
+
+    reason = "HF_HUB_OFFLINE is set"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            return ask()
+    except GatedRepoError:
+        raise refusal(key, name, "is gated: accept its terms on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise refusal(key, name, "the hub has no such revision of it") from None
+    except RepositoryNotFoundError:
+        raise refusal(key, name, "the hub has no such repository (a private one needs HF_TOKEN)") from None
+    except (NetworkError, OSError) as error:
+        reason = f"the hub can't be reached ({type(error).__name__})"
+    try:
+        found = in_cache()
+    except Exception:
+        raise refusal(key, name, f"{reason} and nothing of it is cached; {instead}") from None
+    log.info("%s=%s: %s; using what is cached", key, name, reason)
+    return found

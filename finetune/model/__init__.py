@@ -1,0 +1,1 @@
+"""The base model, its tokenizer, its quantization, and the adapter on it."""

@@ -1,0 +1,64 @@
+"""The same prompts answered before and after training, so that a reader sees what was learnt."""
+
+from typing import TYPE_CHECKING
+
+from finetune.config.schema import RunConfig, starts_as_base
+from finetune.data.formats import first_question
+from finetune.data.types import Rows
+from finetune.engine.generation import generate_answers
+from finetune.files.atomic import read_json, write_json
+from finetune.files.run_folder import RunFolder
+from finetune.run.resources import SharedResources
+from finetune.tracking.tracker import Sample, Tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedModel
+
+
+HELD_OUT_PROMPTS = 2
+"""How many held-out questions are asked where the config names no prompts."""
+
+
+class Samples:
+    """A run's `samples.json`: a list of `prompt`, `before` and `after`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        rows: Rows,
+        speaking: "Callable[[], AbstractContextManager[PreTrainedModel]]",
+        resources: SharedResources,
+    ) -> None:
+        self._config, self._file, self._speaking, self._supplies = config, folder.samples, speaking, resources
+        questions = [first_question(row) for row in rows.evaluation or rows.train]
+        held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
+        self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
+
+    def before(self) -> None:
+        """Ask the fresh adapter, which answers as its base; a resumed run has asked already."""
+        if self._prompts and not self._file.exists():
+            config = self._config
+            key = (config.model, config.quantization, self._prompts, config.sample_max_length)
+            shared = starts_as_base(config.lora)
+            answers = self._supplies.keep("base's answers", key, self._answers) if shared else self._answers()
+            rows = [{"prompt": prompt, "before": text} for prompt, text in zip(self._prompts, answers, strict=True)]
+            write_json(self._file, rows)
+
+    def after(self, tracker: Tracker, step: int) -> None:
+        """Ask the trained adapter, and show both answers."""
+        rows: list[Sample] = read_json(self._file) or []
+        if rows:
+            for row, text in zip(rows, self._answers(), strict=True):
+                row["after"] = text
+            write_json(self._file, rows)
+            tracker.samples(step, rows)
+
+    def _answers(self) -> list[str]:
+        config = self._config
+        tokenizer = self._supplies.tokenizer(config.model)
+        with self._speaking() as model:
+            return generate_answers(model, tokenizer, self._prompts, config.sample_max_length, config.quantization)

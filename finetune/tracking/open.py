@@ -1,0 +1,19 @@
+"""Open the trackers that the config names."""
+
+from collections.abc import Callable
+
+from finetune.config.schema import RunConfig
+from finetune.files.run_folder import RunFolder
+from finetune.tracking.tensorboard import TensorboardTracker
+from finetune.tracking.tracker import Label, SeveralTrackers, Tracker
+from finetune.tracking.wandb import WandbTracker
+
+
+def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
+    """The trackers that the config names; a resumed run goes on under its own id."""
+    openers: list[Callable[[], Tracker]] = []
+    if config.tracker.name in ("wandb", "both") and config.tracker.mode != "disabled":
+        openers.append(lambda: WandbTracker(config, folder, label))
+    if config.tracker.name in ("tensorboard", "both"):
+        openers.append(lambda: TensorboardTracker(config, folder))
+    return SeveralTrackers(openers)

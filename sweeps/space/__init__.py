@@ -1,0 +1,1 @@
+"""What a study searches, and by which sampler and pruner."""

@@ -1,0 +1,228 @@
+"""On a GPU: what the CPU's tests can't see. python -m pytest -m gpu"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import run_cli
+from support.configs import compose, tiny_overrides
+from support.runs import final, losses, train_in_slots, write_jsonl
+
+from finetune.config.schema import RunConfig
+from finetune.run.resources import SharedResources
+from finetune.run.run import run
+
+Tiny = Callable[..., RunConfig]
+pytestmark = pytest.mark.gpu
+STEPS = ("trainer.max_steps=30", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[]")
+RATES = ("3e-5", "1e-3", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama wide enough for a GPU's memory to be its weights and activations."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    shapes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32000, dtype=torch.bfloat16, **shapes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path) -> Path:
+    """Rows of about 600 tokens."""
+    rows = [{"text": " ".join(f"word {number * row}" for number in range(120))} for row in range(40)]
+    return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+def by(one: Any, other: Any) -> float:
+    """How far losses are from others, relatively, at most."""
+    return max(abs(mine / theirs - 1) for mine, theirs in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("saves", "dtype"), [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")])
+def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, dtype: str, monkeypatch: Any) -> None:
+    import torch
+
+    from finetune.engine.packed.requests import ForwardBackward
+
+    computed = f"quantization.bnb_4bit_compute_dtype={dtype}"
+    config = tiny("lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}", computed)
+    found = []
+    for by_hand in (True, False):
+        with monkeypatch.context() as patched:
+            if not by_hand:
+                patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
+            resources = SharedResources()
+            bank = resources.bank(config)
+            assert (bank.decoder is not None) is by_hand
+            slots = [bank.slot(config.lora, seed) for seed in range(3)]
+        torch.manual_seed(1)
+        for slot in slots:
+            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+        rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()
+        parts = [rows[:2], rows[2:3], rows[3:6]]
+        learnt = bank.forward_backward(
+            [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
+        )
+        found.append(([one.loss for one in learnt], [slot.gradient.clone() for slot in slots]))
+    (ours, gradients), (theirs, expected) = found
+    assert by(ours, theirs) < 1e-3
+    for one, other in zip(gradients, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.05  # bfloat16 on both sides
+
+
+def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
+    """It begins and ends runs: an adapter is fetched without waiting for the pass that others' batches take."""
+    import torch
+
+    from finetune.engine.packed.requests import ForwardBackward
+    from finetune.model.device import record_event
+
+    config = tiny("lora.r=16")
+    resources = SharedResources()
+    bank, busy = resources.bank(config), []
+    one, other = (bank.slot(config.lora, seed) for seed in (0, 1))
+    rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()
+    request = ForwardBackward(one, rows[:2], 0.1, 1)
+    bank.execute([request])
+    with other.on_host(
+        record_event(bank.device)
+    ):  # kernels, a stream, memory to copy by: what comes first waits for the GPU
+        pass
+    trained = [weight for weight in other.model.parameters() if weight.requires_grad]
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second or more
+    other.vector.fill_(7)
+    mark = record_event(bank.device)
+    torch.cuda._sleep(8_000_000_000)
+
+    def meanwhile() -> None:
+        busy.append(not torch.cuda.current_stream().query())
+        with other.on_host(mark):
+            busy.append(all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained))
+        busy.append(not torch.cuda.current_stream().query())
+        time.sleep(1)
+
+    (learnt,) = bank.execute([request], meanwhile)
+    assert learnt.seconds < 0.5, "the host's work is counted too"
+    assert busy == [True, True, True], "waits for the pass, or does not wait for what was before it"
+    assert all(weight.device.type == "cuda" for weight in trained)
+
+
+def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_shape(tiny: Tiny, tmp_path: Path) -> None:
+    """In bfloat16: a trial in a pack, alone, and alone with its batches cut in two; and the trials' order."""
+    configs = [tiny(*STEPS, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]
+    halves = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2")
+    cut = [tiny(*STEPS, *halves, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]
+    packed = train_in_slots(configs, tmp_path / "packed", 3)
+    alone = train_in_slots(configs, tmp_path / "alone", 1)
+    other = train_in_slots(cut, tmp_path / "cut", 1)
+    for one, own, half in zip(packed, alone, other, strict=True):
+        assert by(losses(one), losses(own)) <= max(2 * by(losses(half), losses(own)), 1e-3)
+    for places in (alone, other):
+        assert ranking(places) == ranking(packed)
+
+
+def ranking(places: list[Path]) -> list[int]:
+    """Runs from the best to the worst."""
+    ends = [final(place)["metrics"]["eval/loss"] for place in places]
+    return sorted(range(len(ends)), key=ends.__getitem__)
+
+
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8", "none"])
+def test_a_run_learns(tiny: Tiny, tmp_path: Path, engine: str, quantization: str) -> None:
+    chosen = (f"trainer.engine={engine}", f"quantization={quantization}", "optimizer.learning_rate=1e-2")
+    run(tiny("trainer.max_steps=20", "sample_prompts=[Hello]", *chosen), tmp_path)
+    result = final(tmp_path)
+    assert result["status"] == "completed"
+    assert result["engine"] == engine
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert json.loads((tmp_path / "samples.json").read_text())
+
+
+def test_both_engines_learn_alike(tiny: Tiny, tmp_path: Path) -> None:
+    for engine in ("trl", "packed"):
+        run(tiny(*STEPS, f"trainer.engine={engine}", "lora.dropout=0"), tmp_path / engine)
+    assert by(losses(tmp_path / "packed"), losses(tmp_path / "trl")) < 0.02
+
+
+def test_the_published_recipe_trains(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(48)]
+    data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
+    recipe = ("experiment=llama2_guanaco", f"model.name_or_path={tiny_base}", f"dataset.path={data}", "tracker=none")
+    run(compose(*recipe), tmp_path / "run")
+    assert final(tmp_path / "run")["status"] == "completed"
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[float], None]]:
+    """Lets this process take so many bytes of the GPU's memory."""
+    import torch
+
+    from finetune.model.memory import free_memory
+
+    def limit(size: float) -> None:
+        free_memory()
+        torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
+    wide_base: Path, tiny_base: Path, long_rows: Path, tmp_path: Path, little_memory: Callable[[float], None]
+) -> None:
+    overrides = [*tiny_overrides(tiny_base), f"model.name_or_path={wide_base}", f"dataset.path={long_rows}"]
+    more = ["trainer.max_steps=3", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
+    configs = [compose(*overrides, *more, f"seed={seed}") for seed in range(6)]
+    resources = SharedResources()
+    (alone,) = train_in_slots(configs[:1], tmp_path / "alone", 1, resources)
+    little_memory(2.2 * final(alone)["peak_memory_bytes"])
+    places = train_in_slots(configs, tmp_path / "packed", 6, resources)
+    assert all(final(place)["status"] == "completed" for place in places)
+    assert resources.bank(configs[0]).capacity in range(1, 6)
+
+
+@pytest.mark.parametrize("saves", ["true", "false"])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_the_plan_is_the_measured_peak(
+    wide_base: Path, tiny_base: Path, long_rows: Path, tmp_path: Path, slots: int, saves: str
+) -> None:
+    """Within 10 %."""
+    import torch
+
+    from finetune.model.memory import free_memory
+    from finetune.run.memory_plan import plan_memory
+
+    overrides = [*tiny_overrides(tiny_base), f"model.name_or_path={wide_base}", f"dataset.path={long_rows}"]
+    more = ["trainer.max_steps=6", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
+    saving = f"trainer.gradient_checkpointing={saves}"
+    configs = [compose(*overrides, *more, saving, f"seed={seed}") for seed in range(slots)]
+    planned = plan_memory(configs[0], SharedResources()).peak(slots)
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    train_in_slots(configs, tmp_path / "runs", slots)
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+def test_a_study_trains_in_slots(tiny_base: Path, tmp_path: Path) -> None:
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.study_name=s")
+    more = ("trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]", "hydra.sweep.dir=s")
+    done = run_cli(*study, *tiny_overrides(tiny_base), *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(file.read_text()) for file in (tmp_path / "s" / "trials").glob("*/result.json")]
+    assert len(results) == 6
+    assert all(result["status"] in ("completed", "pruned") for result in results)
+    assert {result["engine"] for result in results} == {"packed"}
+    assert max(result["slots"] for result in results) > 1
+    assert (tmp_path / "s" / "report.html").is_file()
+    merged = run_cli("s/best", "--to", "merged", module="finetune.merge", cwd=tmp_path)
+    assert merged.returncode == 0, merged.stderr

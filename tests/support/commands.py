@@ -1,0 +1,151 @@
+"""Whole commands as a user runs them: new processes, or forked from one that has imported everything."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run_cli(
+    *arguments: str, cwd: Path, module: str = "finetune", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command as a user runs it: a process of its own."""
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+STATION = """
+import json, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started behind a script's `&` ignores it
+import finetune.engine.packed.training, finetune.run.samples, finetune.engine.trl
+import sweeps.answer.conclusion, sweeps.launcher, sweeps.study.pack, sweeps.sweeper, sweeps.study.worker
+for line in sys.stdin:
+    order = json.loads(line)
+    if "poll" in order:
+        print(json.dumps(os.waitpid(order["poll"], os.WNOHANG)), flush=True)
+        continue
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+else:
+    sys.exit()
+os.setsid()
+os.chdir(order["cwd"])
+os.environ.clear()
+os.environ.update(order["env"])
+for number, path in enumerate((os.devnull, order["log"] + ".out", order["log"])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+sys.argv = [order["module"], *order["arguments"]]
+exec(order["before"])
+runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+"""
+
+
+SLOW_STEPS = """
+import time
+from finetune.engine.reporter import Reporter
+step = Reporter.step
+def slow_step(*arguments, **more):
+    time.sleep(0.5)
+    return step(*arguments, **more)
+Reporter.step = slow_step
+"""
+"""A step takes long enough to be met in the middle of a run, also on a busy machine."""
+
+
+class Forked:
+    """A command that runs, in a process and a process group of its own."""
+
+    def __init__(self, station: "Station", pid: int, log: Path) -> None:
+        self._station, self.pid, self._log = station, pid, log
+        self._returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, as subprocess has it; None while it runs."""
+        if self._returncode is None:
+            pid, status = self._station.ask({"poll": self.pid})
+            if pid:
+                self._returncode = os.waitstatus_to_exitcode(status)
+        return self._returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """The whole group, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = 240) -> subprocess.CompletedProcess[str]:
+        """Till its end, and what it has said."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                pytest.fail(f"not ended after {seconds} s: {self.said()}")
+            time.sleep(0.02)
+        out = Path(f"{self._log}.out").read_text()
+        return subprocess.CompletedProcess([], self.poll() or 0, out, self.said())
+
+    def said(self) -> str:
+        """What it has written to stderr till now."""
+        return self._log.read_text() if self._log.exists() else ""
+
+
+class Station:
+    """Starts commands by forking a process that has imported everything: as real as new ones, seconds sooner."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._count = logs, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([sys.executable, "-c", STATION], env=environment, **pipes)
+        assert self._process.stdout is not None
+        lines = iter(self._process.stdout)
+        self._answers = (line for line in lines if not line.startswith("[INFO]"))  # transformers' remark on W&B
+
+    def ask(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(next(self._answers))
+
+    def start(self, *arguments: str, cwd: Path, module: str = "finetune", before: str = "") -> Forked:
+        """Begin a command; `before` is Python that its process runs first."""
+        self._count += 1
+        log = self._logs / f"{self._count}.log"
+        cwd.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        order = {"arguments": arguments, "cwd": str(cwd), "module": module, "before": before}
+        return Forked(self, self.ask({**order, "env": environment, "log": str(log)}), log)
+
+    def run(self, *arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command till its end."""
+        return self.start(*arguments, cwd=cwd, **more).wait()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def wait_until(true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300) -> None:
+    """The process must live till then."""
+    end = time.monotonic() + seconds
+    while not true():
+        lives = process.poll() is None
+        assert lives or true(), getattr(process, "said", lambda: "ended")()
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)

@@ -1,0 +1,66 @@
+"""Runs: their files, and several in slots."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import RunConfig
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as a JSON lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    """Of each step of a run that logs every step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/grad_norm" in row]
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """A run's `result.json`."""
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def train_in_slots(
+    configs: list[RunConfig],
+    folder: Path,
+    slots: int,
+    resources: Any = None,
+    observers: dict[int, Any] | None = None,
+    errors: dict[int, Exception] | None = None,
+) -> list[Path]:
+    """Train runs in so many slots of one process, each in a folder of its own; errors are taken where asked for."""
+    from finetune.engine.observer import Observer
+    from finetune.files.run_folder import RunFolder
+    from finetune.run.context import RunContext
+    from finetune.run.resources import SharedResources
+    from finetune.run.run import run_steps
+    from sweeps.study.pack import PackedRun, train_together
+
+    shared = resources or SharedResources()
+    places = [folder / str(number) for number in range(len(configs))]
+
+    def work(number: int, packed_with: set[str]) -> Any:
+        observer = (observers or {}).get(number, Observer())
+        part = RunContext(observer, shared, interactive=False, slots=slots, packed_with=packed_with)
+        try:
+            yield from run_steps(configs[number], RunFolder(places[number]), part)
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[number] = error
+
+    def lanes() -> Iterator[Any]:
+        for number, place in enumerate(places):
+            place.mkdir(parents=True)
+            packed_with: set[str] = set()
+            yield PackedRun(place.name, work(number, packed_with), place / "train.log", packed_with)
+
+    waiting = lanes()
+    assert train_together(lambda: next(waiting, None), slots) == len(configs)
+    return places

@@ -1,0 +1,341 @@
+"""What W&B gets when a study ends, read back from its offline files; a view's specification, as it would be sent."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import create_trial
+from support.commands import Station
+from support.configs import compose, study_overrides, tiny_overrides
+from support.wandb_log import wandb_files, wandb_items, wandb_summary
+
+from finetune.config.schema import TrackerSettings
+from finetune.run.context import RunContext
+from finetune.run.load import read_run_config
+from finetune.run.run import run
+from finetune.tracking.tracker import Label
+from finetune.tracking.wandb import give_tag, untag
+from sweeps.answer import publish as module
+from sweeps.answer.publish import PUBLISHED, publish, workspace
+from sweeps.study.storage import open_storage
+from sweeps.study.study import Study
+
+TEST = {"rows": 3, "winner": 1.25}
+SPACE: dict[str, BaseDistribution] = {
+    "lora.r": CategoricalDistribution([4, 8]),
+    "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+    "optimizer.lr_scheduler_type": CategoricalDistribution(["cosine", "linear"]),
+}
+
+
+def begin(folder: Path, objective: str | list[str], directions: list[str]) -> Study:
+    """A study without trials."""
+    folder.mkdir()
+    begun = optuna.create_study(study_name="s", storage=open_storage(None, folder), directions=directions)
+    begun.set_user_attr("uid", "abc")
+    begun.set_user_attr("terms", {"objective": objective})
+    (folder / "study.json").write_text(json.dumps({"name": "s", "storage": None}))
+    return Study.load(folder)
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of one trial, which is its winner, with an adapter for W&B from nobody yet."""
+    folder = tmp_path_factory.mktemp("studies") / "s"
+    study = begin(folder, "eval/loss", ["minimize"])
+    overrides = ["tracker=wandb", "tracker.tags=[mine]", "quantization=none", "dataset.max_length=64"]
+    overrides += ["trainer.max_steps=1", "dataset.test_fraction=0"]
+    label = Label("abc-0", "s-0", "s", "trial")
+    place = study.folder_of(0).path
+    loss = run(compose(*tiny_overrides(tiny_base), *overrides), place, RunContext(label=label, interactive=False))
+    assert isinstance(loss, float)
+    params = {"lora.r": 8, "optimizer.learning_rate": 1e-3, "optimizer.lr_scheduler_type": "cosine"}
+    study.optuna.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
+    shutil.copytree(place / "adapter", folder / "best" / "adapter")
+    return folder
+
+
+@pytest.fixture
+def study(ended: Path, tmp_path: Path) -> Study:
+    """A copy of the study, to be published."""
+    return Study.load(Path(shutil.copytree(ended, tmp_path / "s")))
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text("<p>What was found</p>")
+    return path
+
+
+def asked(study: Study, **changes: Any) -> TrackerSettings:
+    """What a session asks of its tracker."""
+    return dataclasses.replace(read_run_config(study.folder_of(0).path).tracker, **changes)
+
+
+def added(study: Study) -> list[list[Any]]:
+    """The records of each time that the winner's W&B run was opened anew."""
+    return wandb_files(study.folder_of(0).path)[1:]
+
+
+def opened(records: list[Any]) -> Any:
+    """A file's run as it stands at the end of the file."""
+    return [record.run for record in records if record.HasField("run")][-1]
+
+
+def initial_config(records: list[Any]) -> dict[str, Any]:
+    """The config that a file begins with, but for what W&B adds."""
+    run = next(record.run for record in records if record.HasField("run"))
+    return {name: value for name, value in wandb_items(run.config.update).items() if name != "_wandb"}
+
+
+def lasting_summary(records: list[Any]) -> dict[str, Any]:
+    """What a file says of a run, but for the times and steps that W&B itself counts."""
+    return {name: value for name, value in wandb_summary(records).items() if not name.startswith("_")}
+
+
+def assert_all_is_sent_again(first: list[Any], later: list[Any], added: set[str]) -> None:
+    """`wandb sync` puts a later file's config and summary in the place of the first's."""
+    assert initial_config(later) == initial_config(first)
+    assert opened(later).resume, "else the history that was sent before is lost"
+    before, after = lasting_summary(first), lasting_summary(later)
+    assert {"status", "error", "objective", "eval/loss", "eval/accuracy", "train/loss"} <= set(before)
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) - set(before) == added
+
+
+def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, bytes]]]:
+    """By name their type, their aliases, and their files' content."""
+    return {
+        one.name: (
+            one.type,
+            sorted(one.aliases),
+            {file.path: Path(file.local_path).read_bytes() for file in one.manifest.contents},
+        )
+        for one in (record.artifact for record in records if record.HasField("artifact"))
+    }
+
+
+def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report: Path) -> None:
+    assert publish(study, 0, TEST, report, asked(study, adapters="best")) == []
+
+    (records,) = added(study)
+    (opened,) = [record.run for record in records if record.HasField("run")]
+    assert (opened.run_id, opened.run_group, opened.job_type) == ("abc-0", "s", "trial")
+    summary = [(item.key or item.nested_key[0], item.value_json) for r in records for item in r.summary.update]
+    assert ("test/loss", "1.25") in summary
+    adapter = {file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()}
+    assert artifacts(records) == {
+        "s-adapter": ("model", ["best", "latest"], adapter),
+        "s-report": ("report", ["latest"], {"report.html": report.read_bytes()}),
+    }
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "tags", "added_to_summary"),
+    [
+        (lambda study: publish(study, 0, TEST, None), ["mine"], {"test/loss"}),
+        (lambda study: give_tag(study.folder_of(0), "best"), ["mine", "best"], set()),
+        (lambda study: untag(study.folder_of(0), "mine"), [], set()),
+    ],
+    ids=["publish", "give_tag", "untag"],
+)
+@pytest.mark.parametrize("status", ["completed", "pruned"])
+def test_a_run_that_is_opened_again_offline_is_sent_whole(
+    change: Callable[[Study], None], tags: list[str], added_to_summary: set[str], status: str, study: Study
+) -> None:
+    path = study.folder_of(0).result
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "status": status}))
+
+    change(study)
+
+    first, last = wandb_files(study.folder_of(0).path)
+    assert list(opened(last).tags) == tags
+    if status == "completed":
+        assert_all_is_sent_again(first, last, added_to_summary)
+    else:
+        assert lasting_summary(last)["pruned_at"] == result["step"]
+
+
+def test_a_study_sends_its_winner_and_the_one_before_whole(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    better = "hydra.sweeper.start=[{optimizer.learning_rate: 1e-2}]"
+    more = ("tracker=wandb", "tracker.tags=[mine]", "hydra.sweeper.n_trials=2", "hydra.sweeper.slots=1", better)
+    space = ("~search", "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "hydra/sweeper/pruner=none")
+    ended = station.run(*study_overrides(tiny_base, "s1"), *more, *space, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    trials = tmp_path / "outputs" / "sweeps" / "s1" / "trials"
+    baseline, winner = (wandb_files(trials / number) for number in ("0", "1"))
+    assert list(opened(baseline[0]).tags) == ["mine", "best"]
+    assert list(opened(baseline[-1]).tags) == ["mine"]
+    assert_all_is_sent_again(baseline[0], baseline[-1], set())
+    assert list(opened(winner[-1]).tags) == ["mine", "best"]
+    assert_all_is_sent_again(winner[0], winner[-1], {"test/loss", "test/accuracy"})
+
+
+def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(study: Study, report: Path) -> None:
+    for _ in range(2):
+        publish(study, 0, TEST, report, asked(study, adapters="all"))
+    assert len(added(study)) == 1
+
+    report.write_text("<p>Another</p>")
+    publish(study, 0, TEST, report, asked(study, adapters="all"))
+    assert [list(artifacts(records)) for records in added(study)] == [["s-adapter", "s-report"], ["s-report"]]
+
+
+def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_rows(study: Study, tmp_path: Path) -> None:
+    assert publish(study, 0, None, tmp_path / "no report.html") == []
+    assert not added(study)
+    assert not (study.folder / PUBLISHED).exists()
+
+
+def test_a_study_without_wandb_is_left_alone(study: Study, report: Path) -> None:
+    (study.folder_of(0).path / "tracker.json").unlink()
+    assert publish(study, 0, TEST, report, asked(study, adapters="all", workspace=True)) == []
+    assert not added(study)
+
+
+def test_a_failure_is_one_warning_and_the_next_session_tries_again(
+    study: Study, report: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
+        assert publish(study, 0, TEST, report) == []
+    (line,) = [record.message for record in caplog.records if record.name == module.__name__]
+    assert line.startswith("W&B: ")
+    assert line.endswith("; it lacks report, test/loss")
+    (records,) = added(study)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], "the run itself is sound"
+
+    publish(study, 0, TEST, report)
+    assert list(artifacts(added(study)[-1])) == ["s-report"]
+
+
+def test_offline_no_view_is_saved_and_that_is_said(study: Study) -> None:
+    (line,) = publish(study, 0, None, None, asked(study, workspace=True))
+    assert "none is saved" in line
+    assert not added(study)
+
+
+@pytest.fixture
+def server(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The views that would have been sent to W&B, were the study's runs online."""
+    from wandb_workspaces.workspaces import interface
+
+    opened = study.folder_of(0).path / "tracker.json"
+    opened.write_text(json.dumps({**json.loads(opened.read_text()), "mode": "online"}))
+    sent: list[Any] = []
+
+    @contextlib.contextmanager
+    def reopened(*_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(entity="me", project="mine", summary={})
+
+    def upsert(view: Any) -> dict[str, Any]:
+        sent.append(view)
+        return {"upsertView": {"view": {"name": "nw-name-v", "id": "id"}}}
+
+    monkeypatch.setattr(module, "reopened", reopened)
+    monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
+    monkeypatch.setattr(interface.wandb, "Api", lambda: None)
+    monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.ai")
+    return sent
+
+
+def test_online_the_view_is_saved_once_and_its_address_said_each_time(
+    study: Study, server: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        (line,) = publish(study, 0, TEST, None, asked(study, workspace=True))
+        assert line == "W&B workspace: https://wandb.ai/me/mine?nw=name"
+    assert [(view.entity, view.project, view.display_name) for view in server] == [("me", "mine", "Study s")]
+    assert capsys.readouterr().err == ""
+
+    assert publish(study, 0, TEST, None, asked(study)) == []
+
+
+def test_a_view_that_can_not_be_saved_is_a_warning(
+    study: Study, server: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise ConnectionError("no such project")
+
+    monkeypatch.setattr(module, "_save", refuses)
+    assert publish(study, 0, TEST, None, asked(study, workspace=True)) == []
+    assert [record.message for record in caplog.records if record.name == module.__name__] == [
+        "W&B: no such project; it lacks test/loss, workspace"
+    ]
+
+
+def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """A view's specification as W&B is sent it: its runs' part, and its panels by kind."""
+    view = workspace(study, "me", "mine")._to_model()
+    section = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))["section"]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for part in section["panelBankConfig"]["sections"]:
+        for panel in part["panels"]:
+            panels.setdefault(panel["viewType"], []).append(panel["config"])
+    return section["runSets"][0], panels
+
+
+def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> None:
+    runs, panels = sent(study)
+
+    filters = [(one["key"]["name"], one["op"], one["value"]) for one in runs["filters"]["filters"]]
+    assert filters == [("group", "=", "s"), ("jobType", "=", "trial")]  # a confirmation's runs are none of its trials
+    assert runs["sort"]["keys"] == [{"key": {"section": "summary", "name": "objective"}, "ascending": True}]
+    assert list(runs["runFeed"]["columnPinned"]) == [
+        "run:displayName",
+        "run:state",
+        "summary:objective",
+        "config:lora.value.r",
+        "config:optimizer.value.learning_rate",
+        "config:optimizer.value.lr_scheduler_type",
+    ]
+    (coordinates,) = panels["Parallel Coordinates Plot"]
+    assert [(column["accessor"], column.get("log", False)) for column in coordinates["columns"]] == [
+        ("config:lora.value.r", False),
+        ("config:optimizer.value.learning_rate", True),
+        ("config:optimizer.value.lr_scheduler_type", False),
+        ("summary:objective", False),
+    ]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["objective"]
+    assert [(panel["xAxis"], panel["yAxis"], panel.get("xAxisLogScale")) for panel in panels["Scatter Plot"]] == [
+        ("config:lora.value.r", "summary:objective", None),
+        ("config:optimizer.value.learning_rate", "summary:objective", True),
+    ]
+    assert [panel["metrics"] for panel in panels["Run History Line Plot"]] == [["eval/loss"], ["train/loss"]]
+    assert panels["Run Comparer"] == [{"diffOnly": "split"}]
+
+
+def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_panels(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = begin(tmp_path / "s", ["eval/accuracy", "adapter/parameters"], ["maximize", "minimize"])
+    space = {"lora/target": CategoricalDistribution(["q_v", "attention"]), "own": FloatDistribution(0, 1)}
+    for number, target in enumerate(["q_v", "attention"]):
+        values = {"params": {"lora/target": target, "own": 0.5}, "values": [0.5, 100 + number]}
+        study.optuna.add_trial(create_trial(distributions=space, **values))
+        place = study.folder_of(number).path
+        place.mkdir(parents=True)
+        config = tiny(f"lora/target={target}").to_dict()
+        (place / "run.json").write_text(json.dumps({"config": config}))
+    runs, panels = sent(study)
+
+    accessors = [column["accessor"] for column in panels["Parallel Coordinates Plot"][0]["columns"]]
+    assert accessors == ["config:lora.value.target_modules", "summary:eval/accuracy", "summary:adapter/parameters"]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["eval/accuracy", "adapter/parameters"]
+    assert runs["sort"]["keys"][0]["ascending"] is False
+    curves = [panel["metrics"] for panel in panels["Run History Line Plot"]]
+    assert curves == [["eval/loss"], ["eval/accuracy"], ["train/loss"]]
+    assert "Scatter Plot" not in panels

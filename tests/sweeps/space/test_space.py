@@ -1,0 +1,454 @@
+"""What a study searches: the config's own point, spaces that are widened for it, points and keys that are refused.
+
+The search spaces, samplers and pruners that come with the project are looked at one by one.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
+from optuna.trial import TrialState
+
+from finetune.config.paths import CONF
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
+from sweeps.answer.importance import comparable_trials, importances
+from sweeps.space.pruners import SuccessiveHalvingPruner
+from sweeps.space.settings import StudySettings
+from sweeps.space.space import Space, describe, encode
+from sweeps.study.formatting import format_table
+
+SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
+PRUNERS = sorted(file.stem for file in (CONF / "hydra/sweeper/pruner").glob("*.yaml"))
+PRUNERS_ALLOWED = ("optuna.pruners.*", "sweeps.space.pruners.*")
+
+
+def composed(*overrides: str) -> DictConfig:
+    """A sweep's config, Hydra's part included."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF)):
+        return compose("config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True)
+
+
+def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
+    """The point of a config in a space of one parameter."""
+    return Space.parse({}, [searched]).point_of(composed(*overrides))
+
+
+# Values as overrides
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("abc", "a b", " a ", "it's", 'say "x"', 'it\'s "x"', "", "é", "日本", "a\tb", "a\nb"),
+        *("a\\b", "a\\", "\\", "\\'", "a\\\\", "$x", "${x}", "\\${x}", "a,b", "[1]", "{a:1}", "(x)", "choice(1,2)"),
+        *("true", "null", "NULL", "5", "-5", "1e-3", ".5", "1_000", "nan", "inf", "a=b", "#c", "~", "+k", "-x", "?"),
+        *("a:b", "/x/y z", "..", "q_proj", "%", "a;b", "*"),
+        *(5, -5, 0.1, 1e-5, 1e22, float("inf"), True, False, None),
+        *([], [1, 2], ["a", "b c"], ["it's", [1]], ["null", "5", None, True, 5], ["a\\"], ["a,b", "[", "${x}"]),
+        *({}, {"a": 1}, {"a": [1, "x y"], "b": {"c": None}}),
+    ],
+    ids=repr,
+)
+def test_hydra_reads_an_encoded_value_back(value: object) -> None:
+    read = OverridesParser.create().parse_override(f"key={encode(value)}").value()
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "true", "5", "a\\", "", ["a b", "5"], [1, None], "x,y"])
+def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> None:
+    space = Space.parse({}, [f"key=choice({encode(value)},other)"])
+    point = {"key": encode(value)}
+    assert space.widened(point) == (space, [])
+    (override,) = space.overrides(point)
+    read = OverridesParser.create().parse_override(override).value()
+    assert read == value
+
+
+# The config's own point
+
+
+@pytest.mark.parametrize(
+    ("searched", "overrides", "expected"),
+    [
+        ("lora.r=choice(4,8)", [], 16),
+        ("lora.r=choice(4,8)", ["lora=r64"], 64),
+        ("optimizer.learning_rate=interval(0,1)", ["optimizer.learning_rate=0.5"], 0.5),
+        ("lora.use_dora=choice(true,false)", [], False),
+        ("lora=choice(r8,r16)", ["lora=r8"], "r8"),
+        ("lora/target=choice(q_v,attention)", [], "all_linear"),
+        ("lora/target=choice(q_v,attention)", ["lora/target=q_v"], "q_v"),
+        ("lora.target_modules=choice([q_proj],all-linear)", [], "all-linear"),
+        ("lora.target_modules=choice([q_proj],all-linear)", ["lora/target=q_v"], "[q_proj,v_proj]"),
+        ("lora.target_modules=choice([q_proj],[k_proj])", ["lora.target_modules=[ q_proj ]"], "[q_proj]"),
+        ("model.name_or_path=choice(a,b)", ["model.name_or_path='/my models/a'"], "'/my models/a'"),
+        ("dataset.limit=null,100", ["dataset.limit=null"], "null"),
+        ("dataset.limit=choice(50,100)", ["dataset.limit=50"], 50),
+        ("++lora.r=choice(4,8)", [], 16),
+        ("lora.extra=choice({a:1},{a:2})", ["+lora.extra.a=1"], "{a:1}"),
+    ],
+)
+def test_the_configs_own_value_of_what_is_searched(searched: str, overrides: list[str], expected: object) -> None:
+    assert own_values(searched, *overrides) == {searched.partition("=")[0]: expected}
+
+
+@pytest.mark.parametrize(
+    "searched",
+    [
+        "trainer.early_stopping_patience=choice(2,3)",
+        "+lora.extra.layers=choice(1,2)",
+        "experiment=choice(a,b)",
+        "lora.nope=choice(1,2)",
+    ],
+)
+def test_there_is_no_own_point_without_a_value_for_each_parameter(searched: str) -> None:
+    assert own_values(searched) is None
+    assert Space.parse({}, ["lora.r=choice(1,2)", searched]).point_of(composed()) is None
+
+
+# A space that holds the config's own point
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "expected"),
+    [
+        ("choice(4,8)", 16, CategoricalDistribution([4, 8, 16])),
+        ("choice(a,b)", "c", CategoricalDistribution(["a", "b", "c"])),
+        ("choice(0,1)", False, CategoricalDistribution([0, 1, False])),
+        ("int(interval(4,8))", 16, IntDistribution(4, 16)),
+        ("int(interval(4,8))", 2, IntDistribution(2, 8)),
+        ("range(8,65,8)", 80, IntDistribution(8, 80, step=8)),
+        ("range(8,65,8)", 4, IntDistribution(4, 64, step=4)),
+        ("range(0,20,4)", 6, IntDistribution(0, 16, step=2)),
+        ("tag(log,int(interval(4,64)))", 128, IntDistribution(4, 128, log=True)),
+        ("interval(0,0.1)", 0.2, FloatDistribution(0, 0.2)),
+        ("interval(1,2)", 0, FloatDistribution(0, 2)),
+        ("tag(log,interval(1e-4,1e-2))", 1e-5, FloatDistribution(1e-5, 1e-2, log=True)),
+        ("range(0.1,0.5,0.1)", 0.7, FloatDistribution(0.1, 0.7, step=0.1)),
+        ("range(0.0,0.5,0.1)", 0.25, FloatDistribution(0.0, 0.4, step=0.05)),
+    ],
+)
+def test_a_space_is_widened_to_hold_a_value(expression: str, value: Any, expected: BaseDistribution) -> None:
+    space = Space.parse({}, [f"key={expression}"])
+
+    wider, lines = space.widened({"key": value})
+
+    assert wider.distributions == {"key": expected}
+    before = describe(space.distributions["key"])
+    assert lines == [f"key={value}: the config's own value lies outside {before}, which now holds it"]
+    assert wider.widened({"key": value}) == (wider, [])
+    wider.require("start", {"key": value})
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("choice(4,8)", 8),
+        ("choice(4,8)", 8.0),
+        ("choice(true,false)", True),
+        ("int(interval(4,8))", 8),
+        ("interval(0,1)", 1),
+        ("range(0,1,0.1)", 0.3),
+        ("tag(log,interval(1e-4,1e-2))", 1e-4),
+        ("choice([a,b],[c])", "[a,b]"),
+    ],
+)
+def test_a_space_that_holds_a_value_stays_as_it_is(expression: str, value: Any) -> None:
+    space = Space.parse({}, [f"key={expression}"])
+    assert space.widened({"key": value}) == (space, [])
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "says"),
+    [
+        ("interval(0,1)", "abc", "key=abc: no number, as interval(0.0, 1.0) needs"),
+        ("interval(0,1)", True, "key=True: no number, as interval(0.0, 1.0) needs"),
+        ("range(1,5)", 2.5, "key=2.5: no whole number, as int(interval(1, 4)) needs"),
+        (
+            "tag(log,interval(0.1,1))",
+            0,
+            "key=0: can't be part of tag(log, interval(0.1, 1.0)); hydra.sweeper.baseline=false goes without",
+        ),
+    ],
+)
+def test_a_value_that_no_wider_space_can_hold_is_refused(expression: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Space.parse({}, [f"key={expression}"]).widened({"key": value})
+    assert str(refused.value) == says
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("choice(4,8)", "choice(4, 8)"),
+        ("choice('a b',c)", "choice('a b', c)"),
+        ("interval(0,1)", "interval(0.0, 1.0)"),
+        ("int(interval(0,1))", "int(interval(0, 1))"),
+        ("tag(log,interval(1e-4,1))", "tag(log, interval(0.0001, 1.0))"),
+        ("range(0,9,2)", "range(0, …, 8, step=2)"),
+        ("range(0,1,0.25)", "range(0.0, …, 0.75, step=0.25)"),
+    ],
+)
+def test_a_distribution_is_said_as_users_write_it(expression: str, said: str) -> None:
+    assert describe(Space.parse({}, [f"key={expression}"]).distributions["key"]) == said
+
+
+# Points that are given
+
+
+@pytest.mark.parametrize(
+    ("point", "says"),
+    [
+        ({"lora.nope": 8}, "start: lora.nope is not searched; allowed: lora.r, lora.dropout"),
+        ({"lora.r": 5}, "start: lora.r=5 lies outside choice(4, 8)"),
+        ({"lora.r": "8"}, "start: lora.r=8 lies outside choice(4, 8)"),
+        ({"lora.r": 8, "lora.dropout": 0.5}, "start: lora.dropout=0.5 lies outside interval(0.0, 0.1)"),
+        ({"lora.dropout": "much"}, "start: lora.dropout=much: no number, as interval(0.0, 0.1) needs"),
+    ],
+)
+def test_a_start_point_outside_of_the_space_is_refused(point: Mapping[str, Any], says: str) -> None:
+    space = Space.parse({"lora.r": "choice(4,8)", "lora.dropout": "interval(0,0.1)"}, [])
+    with pytest.raises(ConfigError) as refused:
+        space.require("start", point)
+    assert str(refused.value) == says
+
+
+def test_start_points_are_nested_or_dotted_one_or_many() -> None:
+    params = {"lora.r": "choice(4,8)", "lora/target": "choice(q_v,attention)"}
+    space = Space.parse(params, ["lora.target_modules=choice([a,'b c'],[d])"])
+    wanted = {"lora.r": 8, "lora/target": "q_v", "lora.target_modules": "[a,'b c']"}
+    for start in (
+        {"lora": {"r": 8, "target_modules": ["a", "b c"]}, "lora/target": "q_v"},
+        [{"lora.r": 8, "lora/target": "q_v", "lora.target_modules": ["a", "b c"]}],
+    ):
+        (point,) = settings(start=start).start
+        assert point == wanted
+        space.require("start", point)
+
+
+def settings(**values: Any) -> StudySettings:
+    given = OmegaConf.to_container(composed().hydra.sweeper, resolve=True)
+    assert isinstance(given, dict)
+    plain = {str(key): value for key, value in given.items() if key != "_target_"}
+    return StudySettings.from_sweeper({**plain, "study_name": "s", "params": {}, **values})
+
+
+# What all trials have in common
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dataset", "dataset.max_length", "dataset.path", "dataset.split_seed", "dataset.packing", "+dataset.new"),
+        *("objective", "objective_at", "name", "resume", "trainer.engine", "tracker", "tracker.tags", "hub.push"),
+        *("search", "hydra.sweeper.n_trials", "++name"),
+    ],
+)
+def test_what_trials_are_compared_by_cant_be_searched(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Space.parse({name: "choice(a,b)"}, [])
+    assert str(refused.value).startswith(f"{name}: can't be searched: ")
+    assert Space.parse({name: "a"}, []).distributions == {}
+
+
+@pytest.mark.parametrize("name", ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"])
+def test_all_else_can_be_searched(name: str) -> None:
+    assert list(Space.parse({name: "choice(a,b)"}, []).distributions) == [name]
+
+
+def test_a_space_is_kept_as_plain_values() -> None:
+    space = Space.parse({"a": "choice(x,[y,z])", "b": "tag(log,interval(1,2))"}, [])
+    assert space.to_dict() == {
+        "a": {"name": "CategoricalDistribution", "attributes": {"choices": ["x", "[y,z]"]}},
+        "b": {"name": "FloatDistribution", "attributes": {"step": None, "low": 1.0, "high": 2.0, "log": True}},
+    }
+
+
+# What comes with the project
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_search_space_holds_the_default_config_and_only_valid_values(search: str) -> None:
+    config = composed(f"search={search}")
+    params = OmegaConf.to_container(config.search.params)
+    assert isinstance(params, dict)
+    space = Space.parse({str(name): text for name, text in params.items()}, [])
+
+    own = space.point_of(config)
+    assert own is not None
+    assert space.widened(own) == (space, [])
+    ends = [
+        what.choices if isinstance(what, CategoricalDistribution) else (what.low, what.high)  # type: ignore[attr-defined]
+        for what in space.distributions.values()
+    ]
+    for values in zip(*(itertools.islice(itertools.cycle(end), max(map(len, ends))) for end in ends), strict=True):
+        trial = composed(*space.overrides(dict(zip(space.distributions, values, strict=True))))
+        RunConfig.from_hydra(OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "hydra"]))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        *((sampler, "none") for sampler in ("tpe", "random", "cmaes", "grid", "qmc", "gp", "nsgaii", "nsgaiii")),
+        *(("tpe", pruner) for pruner in PRUNERS if pruner != "none"),
+    ],
+)
+def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> None:
+    sweeper = composed(f"hydra/sweeper/sampler={sampler}", f"hydra/sweeper/pruner={pruner}").hydra.sweeper
+    checked = settings(sampler=OmegaConf.to_container(sweeper.sampler), pruner=OmegaConf.to_container(sweeper.pruner))
+    assert checked.is_grid == (sampler == "grid")
+    assert "seed" in checked.sampler
+    assert checked.pruner["_target_"].startswith(("optuna.pruners.", "sweeps.space.pruners."))
+
+
+RUNGS = 4
+FINALS = [0.9, 0.8, 0.7, 1.0, 0.95, 0.6]
+"""Where the first trials end; they come down from 2 in equal steps."""
+
+
+def pruned_at(pruner_name: str, final: float) -> int | None:
+    """The rung at which a trial is pruned that comes after others; None where it may go on to its end."""
+    configured = OmegaConf.to_container(composed(f"hydra/sweeper/pruner={pruner_name}").hydra.sweeper.pruner)
+    pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
+    study = optuna.create_study(study_name="s", pruner=pruner)  # hyperband chooses brackets by the name
+    for end in (*FINALS, final):
+        trial = study.ask()
+        judged = None
+        for rung in range(1, RUNGS + 1):
+            trial.report(2 - (2 - end) * rung / RUNGS, rung)
+            if trial.should_prune():
+                judged = rung
+                break
+        study.tell(trial, None if judged else end, TrialState.PRUNED if judged else TrialState.COMPLETE)
+    return judged
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_pruner_never_ends_the_best_trial(pruner: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        assert pruned_at(pruner, 0.3) is None
+
+
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name not in ("none", "hyperband", "patient")])
+def test_a_pruner_ends_a_hopeless_trial_at_its_first_rungs(pruner: str) -> None:
+    assert pruned_at(pruner, 1.9) == 1
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -> None:
+    """Optuna's own lets the first that is judged go on, and its next ones too if each is the best so far."""
+    sign = 1 if direction == "minimize" else -1
+    study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
+
+    def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[int]:
+        for trial, value in zip(trials, values, strict=True):
+            trial.report(sign * value, rung)
+        return [number for number, trial in enumerate(trials) if not trial.should_prune()]
+
+    assert not study.ask().should_prune(), "of which nothing is known"
+    trials = [study.ask() for _ in range(8)]
+    values = [0.9, 0.8, 0.7, math.nan, 0.6, 0.5, 0.4, 0.3]
+    assert left(trials, 1, values) == [6, 7]
+    assert left(trials, 2, [*reversed(values)]) == [6, 7], "no rung that judges: by the one before"
+    assert left(trials, 3, [*reversed(values)]) == [0, 1]
+    assert left([study.ask()], 1, [0.41]) == []
+    early = study.ask()
+    assert left([early], 1, [0.4]) == [0]
+    assert left([study.ask()], 2, [0.85]) == [], "no report at the first rung: judged where it is passed"
+    assert left([study.ask() for _ in range(3)], 1, [0.1, 0.2, 0.05]) == [0, 1, 2]
+    assert early.should_prune(), "as better ones have come to its last rung"
+
+
+@pytest.mark.parametrize(
+    "values", [{"min_resource": 0}, {"reduction_factor": 1}, {"min_early_stopping_rate": -1}, {"min_resource": 1.5}]
+)
+def test_halving_refuses_what_makes_no_rungs(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ValueError, match=name):
+        SuccessiveHalvingPruner(**values)
+
+
+def test_no_pruner_ends_nothing() -> None:
+    assert pruned_at("none", 5.0) is None
+
+
+def test_patience_waits_while_a_trial_still_improves() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        assert pruned_at("patient", 1.9) is None
+        assert pruned_at("patient", 2.4) in (2, 3, 4)
+
+
+def test_hyperband_judges_within_four_rungs() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        configured = OmegaConf.to_container(composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner)
+        pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
+        study = optuna.create_study(study_name="s", pruner=pruner)
+        pruned = 0
+        for number in range(30):
+            trial = study.ask()
+            for rung in range(1, RUNGS + 1):
+                trial.report(2.0 - (number * 7 % 10) / 10, rung)
+                if trial.should_prune():
+                    pruned += 1
+                    study.tell(trial, state=TrialState.PRUNED)
+                    break
+            else:
+                study.tell(trial, 2.0 - (number * 7 % 10) / 10)
+    assert 5 <= pruned <= 25
+    assert study.best_value == pytest.approx(1.1)
+
+
+# What mattered, and tables
+
+
+def test_the_parameter_that_matters_is_said_to_matter() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(30):
+        trial = study.ask()
+        rate, dropout = trial.suggest_float("rate", 0, 1), trial.suggest_float("dropout", 0, 1)
+        trial.suggest_categorical("fixed", [1])
+        trial.report((rate - 0.5) ** 2 + dropout / 100, 1)
+        study.tell(trial, state=TrialState.PRUNED) if rate > 0.9 else study.tell(trial, (rate - 0.5) ** 2)
+    shares = importances(study)
+    assert list(shares) == ["rate", "dropout"]
+    assert shares["rate"].share > 0.8
+    assert sum(share.share for share in shares.values()) == pytest.approx(1)
+
+
+def test_few_trials_say_nothing_of_what_mattered() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(7):
+        trial = study.ask()
+        trial.report(trial.suggest_float("rate", 0, 1), 1)
+        study.tell(trial, 1.0)
+    assert importances(study) == {}
+
+
+def test_a_table_has_columns_as_wide_as_their_widest_cell() -> None:
+    assert format_table(["a", "long"], [["wide", "x"], ["", ""]]) == "a     long\nwide  x\n"
+
+
+def test_trials_are_compared_at_the_last_rung_that_all_have_reported() -> None:
+    """Those of a list need not follow each other."""
+    study = optuna.create_study()
+    for last, state in ((4, TrialState.COMPLETE), (8, TrialState.COMPLETE), (3, TrialState.PRUNED)):
+        trial = study.ask()
+        for rung in {1, 3, last}:
+            trial.report(last + rung / 10, rung)
+        study.tell(trial, last if state == TrialState.COMPLETE else None, state)
+    assert [value for _, value in comparable_trials(study)] == [4.3, 8.3, 3.3]

@@ -1,0 +1,222 @@
+"""A study that can't be is refused in one line that names the key, the value and what is allowed, before torch loads.
+
+Every case is a whole command in a process of its own. Expected lines are written with … for any text.
+"""
+
+from pathlib import Path
+
+import pytest
+from optuna.trial import create_trial
+from support.bad_input import Case, Outcome, Workplace, each, matches
+from support.commands import run_cli
+from support.studies import made_study
+
+PASSWORD = "hunter2horse"
+BY_STUDY = "can't be searched: all trials of a study are measured alike, on the same rows"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "aside").mkdir()
+    return Workplace(tmp_path / "cwd", tmp_path / "aside")
+
+
+def search(place: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s") -> Outcome:
+    """A study's command."""
+    return place.call("-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments)
+
+
+SETTINGS = [
+    Case("no-trials", "hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0: must be at least 1"),
+    Case("trials-text", "hydra.sweeper.n_trials=many", "hydra.sweeper.n_trials=many: must be a whole number"),
+    Case("no-workers", "hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs=0: must be at least 1, or null: …GPU"),
+    Case("direction", "hydra.sweeper.direction=up", "hydra.sweeper.direction=up: …allowed: maximize, minimize"),
+    Case("directions-none", "hydra.sweeper.direction=[]", "hydra.sweeper.direction=[]: must be minimize or maximize…"),
+    Case(
+        "directions-too-many",
+        "hydra.sweeper.direction=[minimize,minimize]",
+        "hydra.sweeper.direction=[…minimize…]: must be one for each objective (1: eval/loss)",
+    ),
+    Case(
+        "directions-too-few",
+        "objective=[eval/loss,adapter/parameters]",
+        "hydra.sweeper.direction=minimize: must be one for each objective (2: eval/loss, adapter/parameters)",
+    ),
+    Case("no-held-out-rows", "dataset.eval_fraction=0", "objective=eval/loss: …dataset.eval_fraction above 0, or …"),
+    Case("storage", "hydra.sweeper.storage=foo", "hydra.sweeper.storage=foo: must be null (…) or …postgresql://host/…"),
+    Case(
+        "sqlite-with-workers",
+        "hydra.sweeper.storage=sqlite:///x.db hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.storage=sqlite:///x.db: …2 workers; use null (a journal file) or PostgreSQL",
+    ),
+    Case("failure-rate", "hydra.sweeper.max_failure_rate=2", "hydra.sweeper.max_failure_rate=2…: …from 0 to 1"),
+    Case("timeout", "hydra.sweeper.timeout=0", "hydra.sweeper.timeout=0…: must be above 0 seconds, or null"),
+    Case("adapters", "hydra.sweeper.keep_adapters=0", "hydra.sweeper.keep_adapters=0: must be at least 1"),
+    Case("baseline", "hydra.sweeper.baseline=maybe", "hydra.sweeper.baseline=maybe: must be true or false"),
+    Case(
+        "sampler", "hydra/sweeper/sampler=tpee", "hydra/sweeper/sampler=tpee: …did you mean tpe…allowed: cmaes, gp, …"
+    ),
+    Case("pruner", "hydra/sweeper/pruner=medan", "hydra/sweeper/pruner=medan: …did you mean median? allowed: hyper…"),
+    Case("search", "search=nope", "search=nope: no such choice; …allowed: lora, lora_rate, lora_targets, schedule"),
+    Case("job-config", "lora.alpha=0", "lora.alpha=0…: must be above 0"),
+]
+
+SPACE = [
+    Case("start-text", "hydra.sweeper.start=7", "hydra.sweeper.start=7: must be a list of points, as [{lora.r: 8}]"),
+    Case(
+        "start-unknown",
+        "hydra.sweeper.start=[{lora.nope:8}]",
+        "hydra.sweeper.start: lora.nope is not searched; allowed: lora.r, lora.alpha, …",
+    ),
+    Case(
+        "start-outside",
+        "hydra.sweeper.start=[{lora.dropout:0.9}]",
+        "hydra.sweeper.start: lora.dropout=0.9 lies outside interval(0.0, 0.15)",
+    ),
+    Case("rows-length", "dataset.max_length=choice(128,256)", f"dataset.max_length: {BY_STUDY}"),
+    Case("rows", "dataset=choice(python_docs,guanaco_llama2_1k)", f"dataset: {BY_STUDY}"),
+    Case("objective", "objective=choice(eval/loss,eval/accuracy)", f"objective: {BY_STUDY}"),
+    Case("objective-at", "objective_at=choice(last,best)", f"objective_at: {BY_STUDY}"),
+    Case("name", "name=a,b", f"name: {BY_STUDY}"),
+    Case("step-zero", "lora.r=range(1,4,0)", "lora.r=range(1,4,0): …nonzero step…"),
+    Case("interval-backwards", "lora.dropout=interval(0.2,0.1)", "lora.dropout=interval(0.2,0.1): …low <= high…"),
+    Case("no-choice", "lora.r=choice()", "…lora.r=choice()…empty choice…"),
+    Case("glob-of-nothing", "lora/target=glob(z*)", "lora/target=glob(z*): …"),
+    Case(
+        "smooth-grid",
+        "hydra/sweeper/sampler=grid",
+        "lora.dropout, optimizer.learning_rate: a grid needs a choice or a range with a step",
+    ),
+    Case(
+        "baseline-beyond-widening",
+        "lora.dropout=tag(log,interval(0.01,0.1))",
+        "lora.dropout=0.0: can't be part of tag(log, interval(0.01, 0.1)); hydra.sweeper.baseline=false goes without",
+    ),
+]
+
+
+@pytest.mark.slow
+@each([*SETTINGS, *SPACE])
+def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, place: Workplace) -> None:
+    outcome = search(place, *case.arguments.split())
+
+    assert matches(case.says, outcome.error), outcome.error
+    assert outcome.stdout == ""
+    assert place.files() == set()
+    assert not outcome.torch_imported
+
+
+def test_a_study_name_is_no_path(place: Workplace) -> None:
+    outcome = search(place, name="hydra.sweeper.study_name=a/b")
+
+    assert outcome.error == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
+    assert place.files() == set()
+
+
+def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(place: Workplace) -> None:
+    place.write({"my/search/own.yaml": "params:\n  lora.r: choice(4, 8\n"})
+    outcome = search(place, "--config-dir", "my", "search=own")
+
+    assert outcome.error.startswith("lora.r=choice(4, 8: ")
+    assert not outcome.torch_imported
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"postgresql://me:{PASSWORD}@127.0.0.1:1/x",
+        f"sqlite://me:{PASSWORD}@/x.db",
+        f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
+        f"me:{PASSWORD}@host",
+    ],
+)
+def test_a_databases_password_reaches_neither_a_file_nor_the_screen(address: str, place: Workplace) -> None:
+    outcome = search(place, f"hydra.sweeper.storage={address}")
+
+    assert "hydra.sweeper.storage" in outcome.error
+    assert PASSWORD not in outcome.stderr + outcome.stdout
+    for name in place.files():
+        path = place.cwd / name
+        assert not path.is_file() or PASSWORD.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("arguments", ["search=lora_rate", "-m search=lora_rate", "-m search=lora,schedule"])
+def test_a_search_space_without_the_sweeper_says_how_to_search(arguments: str, place: Workplace) -> None:
+    outcome = place.call(*arguments.split())
+
+    assert matches("…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna", outcome.error)
+    assert not outcome.torch_imported
+    assert place.files() == set()
+
+
+def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(place: Workplace) -> None:
+    outcome = search(place, "hydra.sweeper.n_trial=3")
+
+    assert outcome.error.startswith("hydra.sweeper.n_trial: no such key; did you mean n_trials")
+    assert not outcome.torch_imported
+
+
+def test_a_measure_that_rises_is_not_minimised(place: Workplace) -> None:
+    outcome = search(place, "objective=eval/accuracy")
+
+    said = "hydra.sweeper.direction=minimize: eval/accuracy is better the larger it is: maximize"
+    assert outcome.error == said
+    assert place.files() == set()
+
+
+def test_a_search_of_nothing_is_refused(place: Workplace) -> None:
+    outcome = search(place, "~search")
+
+    assert outcome.error.startswith("nothing is searched: give search=lora")
+    assert place.files() == set()
+
+
+def test_a_study_without_a_name_is_checked_as_any_other(place: Workplace) -> None:
+    outcome = search(place, "hydra.sweeper.n_trials=0", name="")
+
+    assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1"
+    assert place.files() == set()
+
+
+BEFORE_IT_BEGINS = [
+    Case("unknown-parameter", "lora.alhpa=choice(8,16)", "lora.alhpa: no such key; did you mean alpha…"),
+    Case("value-of-another-type", "lora.r=interval(4,64)", "lora.r=…: must be a whole number"),
+    Case("value-not-allowed", "lora.dropout=choice(0.1,1.5)", "lora.dropout=1.5: must be at least 0 and below 1"),
+    Case("no-such-group-choice", "lora/target=choice(q_v,qv)", "lora/target=qv: no such choice; did you mean q_v?…"),
+    Case("custom-space", "hydra.sweeper.custom_search_space=nowhere.f", "hydra.sweeper.custom_search_space=nowhere.f…"),
+    Case("sampler-removed", "hydra/sweeper/sampler=motpe", "…hydra/sweeper/sampler…tpe…"),
+    Case("sampler-seed", "hydra.sweeper.sampler.seed=abc", "hydra.sweeper.sampler.seed=abc…"),
+    Case("sampler-target", "hydra.sweeper.sampler._target_=os.system", "hydra.sweeper.sampler…os.system…"),
+    Case("pruner-key", "hydra.sweeper.pruner.reduction_factor=0", "hydra.sweeper.pruner…reduction_factor…"),
+]
+
+
+@pytest.mark.slow
+@each(BEFORE_IT_BEGINS)
+def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, place: Workplace) -> None:
+    outcome = search(place, *case.arguments.split(), "hydra.sweeper.n_trials=2", "hydra.sweeper.baseline=false")
+
+    assert matches(case.says, outcome.error), outcome.error
+    assert not list(place.cwd.rglob("study.journal"))
+
+
+def test_a_broken_study_costs_the_list_no_other(tmp_path: Path) -> None:
+    made_study(tmp_path / "outputs" / "sweeps" / "sound", [create_trial(value=1.5)])
+    for name, content in (
+        ("empty", '{"name": "empty", "storage": null}'),
+        ("far", '{"name": "far", "storage": "${oc.env:NO_SUCH_DATABASE}"}'),
+        ("torn", '{"name": "torn"'),
+    ):
+        (tmp_path / "outputs" / "sweeps" / name).mkdir()
+        (tmp_path / "outputs" / "sweeps" / name / "study.json").write_text(content)
+
+    listed = run_cli("list", cwd=tmp_path, module="sweeps")
+    reported = run_cli("report", "empty", cwd=tmp_path, module="sweeps")
+
+    rows = {line.split()[0]: line for line in listed.stdout.splitlines()}
+    assert rows["sound"].endswith("1/1     1.5000")
+    assert "its storage knows no study empty" in rows["empty"]
+    assert "NO_SUCH_DATABASE" in rows["far"]
+    assert "JSONDecodeError" in rows["torn"]
+    assert matches("error: …outputs/sweeps/empty: its storage knows no study empty", reported.stderr.strip())
