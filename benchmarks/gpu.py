@@ -239,7 +239,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     works = []
     for seed in range(case.slots):
         config = case.config(seed)
-        training = PackedTraining(config, bank.slot(config.lora, seed), data, case.steps + case.warm + 1)
+        training = PackedTraining(config, bank.create_slot(config.lora, seed), data, case.steps + case.warm + 1)
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]
     for step in range(case.steps + case.warm):

@@ -12,7 +12,7 @@ class Executor(Protocol):
     capacity: int | None
     """How many requests fit into memory at once, where that was found out; None: no limit is known."""
 
-    def execute(self, requests: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> Sequence[Any]:
+    def execute(self, requests: Sequence[Any], host_work: Callable[[], None] | None = None) -> Sequence[Any]:
         """Responses to the requests, in their order; an exception in place of one that failed."""
 
 

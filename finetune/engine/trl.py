@@ -153,11 +153,11 @@ class TrlTraining:
         config = self._config
         return evaluate(self.model, rows, config.trainer.per_device_eval_batch_size, config.quantization)
 
-    def on_host(self) -> "AbstractContextManager[None]":
+    def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """Nothing else is computed, so the model's weights may stay where they are."""
         return nullcontext()
 
-    def speaking(self) -> "AbstractContextManager[PeftModel]":
+    def generation_model(self) -> "AbstractContextManager[PeftModel]":
         """The model with the adapter, to be asked."""
         return nullcontext(self.model)
 

@@ -38,8 +38,8 @@ def evaluate_finished_run(path: str | Path, resources: SharedResources, ask: boo
     known = read_test_evaluation(folder)
     ask = ask and config.sample_prompts != [] and not all("after" in row for row in read_json(folder.samples) or [{}])
     if ask or (test and not known):
-        with _fresh(config, folder, resources, test) as (model, measure, speaking):
-            samples = Samples(config, folder, rows, speaking, resources)
+        with _fresh(config, folder, resources, test) as (model, measure, generation_model):
+            samples = Samples(config, folder, rows, generation_model, resources)
             if ask:
                 samples.before()
             load_adapter(model, folder.adapter)
@@ -82,7 +82,7 @@ def _fresh(
 
         with resources.slot(config) as place:
             training = PackedTraining(config, place(), test, 1)
-            yield training.model, lambda: drive(training.evaluate(test)), training.speaking
+            yield training.model, lambda: drive(training.evaluate(test)), training.generation_model
     else:
         from finetune.engine.evaluation import evaluate
 

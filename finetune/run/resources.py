@@ -103,7 +103,11 @@ class SharedResources:
     def has_room(self, config: RunConfig, engine: str) -> bool:
         """Whether a run can begin beside those that train: on the same base, in a slot of its own."""
         bank: Bank | None = self._kept["bank"][1] if "bank" in self._kept else None
-        return bank is None or not bank.taken or (engine == "packed" and self.known("bank", base_key(config)) is bank)
+        return (
+            bank is None
+            or not bank.slots_in_use
+            or (engine == "packed" and self.known("bank", base_key(config)) is bank)
+        )
 
     @contextlib.contextmanager
     def slot(self, config: RunConfig) -> "Iterator[Callable[[], Slot]]":
@@ -114,12 +118,12 @@ class SharedResources:
         from finetune.model.memory import collect_garbage
 
         bank, lora, seed = self.bank(config), config.lora, config.seed
-        model = _BESIDE.submit(bank.draw, lora, seed)
-        bank.taken += 1
+        model = _BESIDE.submit(bank.draw_adapter, lora, seed)
+        bank.slots_in_use += 1
         try:
-            yield lambda: bank.slot(lora, seed, model.result())  # noqa: F821  deleted once nobody calls any more
+            yield lambda: bank.create_slot(lora, seed, model.result())  # noqa: F821  deleted once nobody calls any more
         finally:
-            bank.taken -= 1
+            bank.slots_in_use -= 1
             model.cancel()
             del model, bank
             collect_garbage()  # the GPU's memory stays at hand for the next slot

@@ -123,7 +123,9 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> RunSteps[None
     with contextlib.ExitStack() as held:
         training = yield from _training(result, folder, data, held)
         folder.rewind(progress.step if checkpoint else -1)
-        samples = Samples(config, folder, data.rows, training.speaking, part.resources) if part.interactive else None
+        samples = (
+            Samples(config, folder, data.rows, training.generation_model, part.resources) if part.interactive else None
+        )
         if samples is not None:
             samples.before()
         reporter = Reporter(
@@ -173,7 +175,7 @@ def _save(training: "Training", data: "_Data", folder: Path) -> None:
     """The adapter as it is now, in a folder."""
     from finetune.model.adapter import save_adapter
 
-    with training.on_host():
+    with training.weights_on_cpu():
         save_adapter(training.model, data.tokenizer, folder)
 
 

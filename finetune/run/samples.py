@@ -30,10 +30,15 @@ class Samples:
         config: RunConfig,
         folder: RunFolder,
         rows: Rows,
-        speaking: "Callable[[], AbstractContextManager[PreTrainedModel]]",
+        generation_model: "Callable[[], AbstractContextManager[PreTrainedModel]]",
         resources: SharedResources,
     ) -> None:
-        self._config, self._file, self._speaking, self._supplies = config, folder.samples, speaking, resources
+        self._config, self._file, self._generation_model, self._supplies = (
+            config,
+            folder.samples,
+            generation_model,
+            resources,
+        )
         questions = [first_question(row) for row in rows.evaluation or rows.train]
         held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
         self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
@@ -60,5 +65,5 @@ class Samples:
     def _answers(self) -> list[str]:
         config = self._config
         tokenizer = self._supplies.tokenizer(config.model)
-        with self._speaking() as model:
+        with self._generation_model() as model:
             return generate_answers(model, tokenizer, self._prompts, config.sample_max_length, config.quantization)

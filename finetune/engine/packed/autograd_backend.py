@@ -101,7 +101,7 @@ class AutogradBackend:
         return losses, torch.ones_like(targets, dtype=torch.bool), slope
 
     @contextlib.contextmanager
-    def speaking(self, slot: "Slot") -> Iterator["PreTrainedModel"]:
+    def generation_model(self, slot: "Slot") -> Iterator["PreTrainedModel"]:
         """The base as one slot's adapter makes it, for whatever is asked of it meanwhile."""
         self._pass = _Pass([(slot, 0, -1)], None)
         try:

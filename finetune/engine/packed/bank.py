@@ -51,25 +51,25 @@ class Bank:
         self.decoder = gpu_decoder(base, config)
         """On a GPU; None: the hooked base computes."""
         self._backend: Backend = self.decoder or self._autograd
-        self.taken = 0
+        self.slots_in_use = 0
         """Slots in which runs train."""
         self.capacity: int | None = None
         """How many wishes can be granted at once, if memory was once too small for more."""
-        self._meanwhile: Callable[[], None] | None = None
+        self._host_work: Callable[[], None] | None = None
 
-    def draw(self, lora: LoraSettings, seed: int) -> "PeftModel":
+    def draw_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """A fresh adapter, the one that PEFT would draw from the seed, for a slot."""
-        return add_adapter(self.skeleton(), lora, seed)
+        return add_adapter(self._skeleton(), lora, seed)
 
-    def slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
+    def create_slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
         """A slot for an adapter that was drawn, or is drawn now."""
-        slot = Slot(self, lora, seed, self.draw(lora, seed) if model is None else model)
+        slot = Slot(self, lora, seed, self.draw_adapter(lora, seed) if model is None else model)
         if self.decoder is not None:
             slot.table = self.decoder.table(slot.adapters)
         self._autograd.hook(set(slot.adapters))
         return slot
 
-    def skeleton(self) -> "PreTrainedModel":
+    def _skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes, with next to no memory, for PEFT to put an adapter on."""
         with torch.device("meta"):
             skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._shapes))
@@ -80,18 +80,18 @@ class Bank:
         return skeleton
 
     def execute(
-        self, requests: Sequence[PackedRequest], meanwhile: Callable[[], None] | None = None
+        self, requests: Sequence[PackedRequest], host_work: Callable[[], None] | None = None
     ) -> list[Response | Exception]:
         """Grant wishes of several slots, as many at once as memory allows.
 
         What fails for several is done again in halves, so that an error stands only for the wish that it is of.
-        `meanwhile`, which must not raise, is called once: while a GPU computes, or afterwards.
+        `host_work`, which must not raise, is called once: while a GPU computes, or afterwards.
         """
-        self._meanwhile = meanwhile
+        self._host_work = host_work
         try:
             return self._execute_all(requests)
         finally:
-            self._meanwhile = None
+            self._host_work = None
 
     def _execute_all(self, requests: Sequence[PackedRequest]) -> list[Response | Exception]:
         found: dict[int, Response | Exception] = {}
@@ -122,10 +122,10 @@ class Bank:
         return [response for part in parts for response in self._execute_some(part)]
 
     def _let_the_host_work(self) -> None:
-        """Do what was asked for meanwhile, if it is not done."""
-        meanwhile, self._meanwhile = self._meanwhile, None
-        if meanwhile is not None:
-            meanwhile()
+        """Call `host_work`, unless it has been called already."""
+        host_work, self._host_work = self._host_work, None
+        if host_work is not None:
+            host_work()
 
     def _wait_for(self, numbers: torch.Tensor) -> list[Any]:
         """The numbers of a pass that a GPU was told to compute; until they are there the host works."""
@@ -140,11 +140,13 @@ class Bank:
         line = PackedBatch([request.rows for request in requests], self.device)
         shares = torch.cat(
             [
-                torch.full((stop - start,), request.share, device=self.device)
+                torch.full((stop - start,), request.loss_weight, device=self.device)
                 for request, (start, stop) in zip(requests, line.answers, strict=True)
             ]
         )
-        hidden, trace = self._backend.forward(line, self._slots(requests), [request.draw for request in requests])
+        hidden, trace = self._backend.forward(
+            line, self._slots(requests), [request.dropout_step for request in requests]
+        )
         answers = self._answers(hidden, line, shares)
         del hidden
         assert answers.gradient is not None
@@ -177,10 +179,10 @@ class Bank:
         return found
 
     @contextlib.contextmanager
-    def speaking(self, slot: Slot) -> Iterator["PreTrainedModel"]:
-        """The base as one slot's adapter makes it, for whatever is asked of it meanwhile."""
+    def generation_model(self, slot: Slot) -> Iterator["PreTrainedModel"]:
+        """The base with one slot's adapter applied, for text generation."""
         slot.round()
-        with self._autograd.speaking(slot) as base:
+        with self._autograd.generation_model(slot) as base:
             yield base
 
     def _slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:

@@ -15,9 +15,9 @@ class ForwardBackward:
 
     slot: Slot
     rows: Sequence[Row]
-    share: float
+    loss_weight: float
     """1 / the number of the optimizer step's answer tokens; times the loss scale, where there is one."""
-    draw: int
+    dropout_step: int
     """Counts the run's batches: names the batch's dropout masks."""
 
     @property

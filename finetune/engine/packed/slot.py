@@ -23,7 +23,7 @@ class SlotBank(Executor, Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def speaking(self, slot: "Slot") -> AbstractContextManager["PreTrainedModel"]:
+    def generation_model(self, slot: "Slot") -> AbstractContextManager["PreTrainedModel"]:
         """The base with the slot's adapter, to generate text with."""
 
 
@@ -69,7 +69,7 @@ class Slot:
         """Where the kernels find the adapters."""
 
     @contextlib.contextmanager
-    def on_host(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
+    def weights_on_cpu(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
         """The model with its weights on the host, as they were when the GPU had done what is before the mark."""
         with copy_stream_after(mark):
             host = self.vector.cpu()

@@ -97,13 +97,13 @@ class PackedTraining:
             right += found.accuracy * found.tokens
         return Evaluation(tuple(losses), tuple(tokens), right / max(sum(tokens), 1))
 
-    def on_host(self) -> "AbstractContextManager[None]":
+    def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """The model with its weights on the host, whatever the GPU computes for others."""
-        return self._slot.on_host(self._settled)
+        return self._slot.weights_on_cpu(self._settled)
 
-    def speaking(self) -> "AbstractContextManager[PreTrainedModel]":
+    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
         """The model with the adapter, to be asked."""
-        return self._slot.bank.speaking(self._slot)
+        return self._slot.bank.generation_model(self._slot)
 
     def _step(self, number: int, step: Step, reporter: Reporter) -> RunSteps[None]:
         config, slot = self._config, self._slot

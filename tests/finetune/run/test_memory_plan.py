@@ -111,7 +111,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
     config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
     bank = Bank(base, config)
-    places = [bank.slot(config.lora, seed) for seed in range(slots)]
+    places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
     elements = _activation_elements(base.config, config, _ends(places[0].model), slots)
     ids = torch.randint(0, 300, (8, 300)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]

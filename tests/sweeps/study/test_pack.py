@@ -128,7 +128,7 @@ def test_an_error_in_one_runs_batch_reaches_that_run_alone(
     real = Bank.forward_backward
 
     def breaks(bank: Bank, requests: Any) -> Any:
-        if any(request.slot.seed == 1 and request.draw == when for request in requests):
+        if any(request.slot.seed == 1 and request.dropout_step == when for request in requests):
             real(bank, requests)  # as far as to the gradients
             raise ValueError("index out of range")
         return real(bank, requests)
@@ -157,7 +157,7 @@ class Careful(SharedResources):
 
     def drop(self, kind: str) -> None:
         bank = self._kept.get(kind, (None, None))[1]
-        assert kind != "bank" or bank is None or not bank.taken
+        assert kind != "bank" or bank is None or not bank.slots_in_use
         super().drop(kind)
 
 
@@ -244,7 +244,7 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 ) -> None:
     from finetune.engine.packed.bank import Bank
 
-    learns, draws, takes, trained = Bank.forward_backward, Bank.draw, SharedResources.slot, threading.Event()
+    learns, draws, takes, trained = Bank.forward_backward, Bank.draw_adapter, SharedResources.slot, threading.Event()
 
     def forward_backward(bank: Bank, requests: Any) -> Any:
         trained.set()
@@ -260,7 +260,7 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 
     monkeypatch.setattr(SharedResources, "slot", slot)
     monkeypatch.setattr(Bank, "forward_backward", forward_backward)
-    monkeypatch.setattr(Bank, "draw", draw)
+    monkeypatch.setattr(Bank, "draw_adapter", draw)
     configs = [tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}") for n, steps in enumerate((15, 2, 2))]
     places = train_in_slots(configs, tmp_path, 2)
     assert [final(place)["step"] for place in places] == [15, 2, 2]
@@ -306,7 +306,7 @@ def test_runs_begin_and_end_while_others_compute(
     from finetune.model import loading as base
 
     passes, current, seen = 0, 0, []
-    execute, save, slot = Bank.execute, base.save_adapter, Bank.slot
+    execute, save, slot = Bank.execute, base.save_adapter, Bank.create_slot
 
     def having_drawn(bank: Bank, lora: Any, seed: int, model: Any) -> Any:
         seen.append((str(seed), "is drawn", current))
@@ -334,7 +334,7 @@ def test_runs_begin_and_end_while_others_compute(
     configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate(lengths)]
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
-        patched.setattr(Bank, "slot", having_drawn)
+        patched.setattr(Bank, "create_slot", having_drawn)
         patched.setattr(base, "save_adapter", saving)
         patched.setattr("finetune.run.run.write_json", writing)
         places = train_in_slots(configs, tmp_path, 3)
@@ -365,7 +365,7 @@ def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
     real, batches, resources = Bank.forward_backward, [], SharedResources()
 
     def forward_backward(bank: Bank, requests: Any) -> Any:
-        batches.extend((id(request.slot), request.draw) for request in requests)
+        batches.extend((id(request.slot), request.dropout_step) for request in requests)
         bank._let_the_host_work()  # as where a GPU computes
         return real(bank, requests)
 
@@ -571,7 +571,7 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     resources = SharedResources()
     bank = resources.bank(config)
     rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()[:2]
-    slots = [bank.slot(config.lora, seed) for seed in range(3)]
+    slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
     for slot in slots[1:]:
         slot.vector.copy_(slots[0].vector)
         slot.round()
@@ -626,7 +626,7 @@ def test_each_layer_draws_dropout_of_its_own(tiny: Tiny, monkeypatch: pytest.Mon
 
     config = tiny("lora.dropout=0.5", NONE)
     resources = SharedResources()
-    slots = [resources.bank(config).slot(config.lora, seed) for seed in (0, 2**32 - 1)]
+    slots = [resources.bank(config).create_slot(config.lora, seed) for seed in (0, 2**32 - 1)]
     rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()[:2]
     monkeypatch.setattr(torch, "Generator", Telling)
     for draw in (1, 2):

@@ -110,7 +110,7 @@ def together_step_by_step(configs: list[RunConfig], places: list[Path]) -> list[
 
     resources = SharedResources()
     rows = resources.rows(configs[0].dataset).train
-    slots = [resources.bank(config).slot(config.lora, config.seed) for config in configs]
+    slots = [resources.bank(config).create_slot(config.lora, config.seed) for config in configs]
     trainings = [
         PackedTraining(config, slot, resources.tokens("train", rows, config), config.trainer.max_steps)
         for config, slot in zip(configs, slots, strict=True)
@@ -192,12 +192,12 @@ def test_saved_adapters_are_plain_pefts_at_their_true_rank(tiny: Tiny, tmp_path:
         model = PeftModel.from_pretrained(base, place / "adapter").eval()
         assert model.peft_config["default"].r == rank
         resources = SharedResources()
-        slot = resources.bank(config).slot(config.lora, config.seed)
+        slot = resources.bank(config).create_slot(config.lora, config.seed)
         from finetune.model.adapter import load_adapter
 
         load_adapter(slot.model, place / "adapter")
         ids = torch.arange(40).reshape(2, 20)
-        with torch.no_grad(), slot.bank.speaking(slot) as spoken:
+        with torch.no_grad(), slot.bank.generation_model(slot) as spoken:
             ours = spoken(input_ids=ids).logits
             theirs = model(input_ids=ids).logits
         assert float((ours - theirs).abs().max()) < 1e-4

@@ -63,7 +63,7 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, d
             resources = SharedResources()
             bank = resources.bank(config)
             assert (bank.decoder is not None) is by_hand
-            slots = [bank.slot(config.lora, seed) for seed in range(3)]
+            slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
@@ -89,11 +89,11 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     config = tiny("lora.r=16")
     resources = SharedResources()
     bank, busy = resources.bank(config), []
-    one, other = (bank.slot(config.lora, seed) for seed in (0, 1))
+    one, other = (bank.create_slot(config.lora, seed) for seed in (0, 1))
     rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()
     request = ForwardBackward(one, rows[:2], 0.1, 1)
     bank.execute([request])
-    with other.on_host(
+    with other.weights_on_cpu(
         record_event(bank.device)
     ):  # kernels, a stream, memory to copy by: what comes first waits for the GPU
         pass
@@ -105,7 +105,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
 
     def meanwhile() -> None:
         busy.append(not torch.cuda.current_stream().query())
-        with other.on_host(mark):
+        with other.weights_on_cpu(mark):
             busy.append(all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained))
         busy.append(not torch.cuda.current_stream().query())
         time.sleep(1)

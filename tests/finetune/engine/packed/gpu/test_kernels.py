@@ -415,7 +415,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
             resources = SharedResources()
             bank = resources.bank(configs[0])
             assert (bank.decoder is not None) is by_hand
-            slots = [bank.slot(config.lora, config.seed) for config in configs]
+            slots = [bank.create_slot(config.lora, config.seed) for config in configs]
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
@@ -454,7 +454,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again(
         monkeypatch.setattr(
             "finetune.engine.packed.bank.gpu_decoder", lambda base, _, saves=saves: Decoder(base, saves)
         )
-        slot = SharedResources().bank(config).slot(config.lora, 0)
+        slot = SharedResources().bank(config).create_slot(config.lora, 0)
         torch.manual_seed(1)
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
