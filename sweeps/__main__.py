@@ -75,7 +75,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         try:
-            study = Study.load(path.parent.absolute())
+            study = Study.load(path.parent.absolute(), patience=0)
         except Exception as error:  # its database is out of reach, or its files are broken
             rows.append([path.parent.name, began, "", one_line(error)])
             continue

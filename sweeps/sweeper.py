@@ -234,6 +234,7 @@ class StudySweeper(Sweeper):
         from finetune.console import one_line
         from finetune.errors import ConfigError, Interrupted
         from sweeps.space.space import encode
+        from sweeps.study.errors import StorageLost
         from sweeps.study.live_table import live_table
 
         workers = self._workers(session.settings)
@@ -254,6 +255,8 @@ class StudySweeper(Sweeper):
                 log.warning("a worker was lost (%s); its trial is taken on", one_line(error))
                 continue
             for job in done:
+                if isinstance(job._return_value, StorageLost):
+                    raise StorageLost(f"{job._return_value}; {resume}")
                 if job.status == JobStatus.FAILED:
                     raise interrupted if isinstance(job._return_value, Interrupted) else job._return_value
             if not study.orphans() or session.is_over(study):

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 def checked(composed: "DictConfig") -> "RunConfig":
     """A job's config. Raises ConfigError for what no run takes, before anything heavy is imported."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from finetune.config.schema import RunConfig
+    from finetune.config.secrets import refuse_secrets_in
     from finetune.errors import ConfigError, refusal
 
+    sweeper = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=False)
+    storage = sweeper.get("storage") if isinstance(sweeper, dict) else None
+    refuse_secrets_in(f"hydra.sweeper.storage={storage}")  # from a file: one run writes its whole Hydra config
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
             raise ConfigError(

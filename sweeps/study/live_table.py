@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import objective_cells, parameters
 from sweeps.study.study import Study
 
@@ -28,7 +29,8 @@ def live_table(study: Study, total: int) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    view = _View(Study.load(study.folder), total)  # a storage of its own: it is drawn by another thread
+    # A storage of its own: it is drawn by another thread, which waits for no database.
+    view = _View(Study.load(study.folder, patience=0), total)
     with Live(console=Console(stderr=True), get_renderable=view.draw, refresh_per_second=1 / REFRESH, transient=True):
         yield
 
@@ -39,9 +41,15 @@ class _View:
     def __init__(self, study: Study, total: int) -> None:
         self._study, self._total = study, total
         self._began, self._done_before = time.monotonic(), len(study.finished())
+        self._last: RenderableType = Text("")
 
     def draw(self) -> RenderableType:
-        """The running trials, and a line on the study as a whole."""
+        """The running trials, and a line on the study as a whole; the last ones while its database is out of reach."""
+        with contextlib.suppress(StorageLost):
+            self._last = self._draw()
+        return self._last
+
+    def _draw(self) -> RenderableType:
         running = self._study.trials(TrialState.RUNNING)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("trial", "parameters", "step", *self._study.objectives, "train/loss", "tokens/s"):

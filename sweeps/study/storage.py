@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from typing import IO, TYPE_CHECKING, Any
 from optuna.storages import JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
+from finetune.config.addresses import EXAMPLE, hide_secrets, parse_address, show_address
+from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
+from sweeps.study.errors import KEY
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -27,18 +31,31 @@ OPENINGS = 10
 """How often an empty database is opened while other machines make its tables."""
 
 
-def open_storage(address: str | None, folder: Path) -> "BaseStorage":
-    """A journal in the study's folder, or the database at an address. Raises ConfigError where it can't be opened."""
+def open_storage(address: str | None, folder: Path, patience: float | None = None) -> "BaseStorage":
+    """A journal in the study's folder, or the database at an address.
+
+    Args:
+        address: the database's address; None: the journal.
+        folder: the study's folder.
+        patience: seconds for which a lost connection is tried again; None: `database.PATIENCE`.
+
+    Raises:
+        ConfigError: it can't be opened. Secrets of the address are not shown.
+    """
     if address is None:
         return JournalStorage(_Journal(folder / JOURNAL))
+    from sweeps.study.database import open_database
+
     for attempt in range(OPENINGS):
         try:
-            return get_storage(address)
+            return get_storage(open_database(address, patience))
+        except ConfigError:
+            raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = hide_secrets(summary_line(error), KEY, address)
             if "already exists" not in reason or attempt == OPENINGS - 1:
-                place = without_password(address)
-                raise ConfigError(f"hydra.sweeper.storage: {place} can't be opened ({reason})") from None
+                place = show_address(KEY, address)
+                raise ConfigError(f"{KEY}: {place} can't be opened ({reason})") from None
         time.sleep(random.uniform(0.2, 1.0))  # another machine is making the tables just now
     raise AssertionError
 
@@ -47,19 +64,16 @@ def check_address(address: str | None, workers: int) -> None:
     """Refuse, before anything begins, an address that is none and a database that hands a trial out twice."""
     if address is None:
         return
-    if "://" not in address:
-        allowed = "must be null (a journal file in the study folder) or a database's address, as postgresql://host/name"
-        raise refusal("hydra.sweeper.storage", without_password(address), allowed)
-    if address.startswith("sqlite") and workers > 1:
+    if re.fullmatch(r"[\w./-]*", address):
+        allowed = f"must be null (a journal file in the study folder) or a database's address, as {EXAMPLE}"
+        raise refusal(KEY, address, allowed)
+    url = parse_address(KEY, address)
+    if url.drivername.startswith("sqlite") and workers > 1:
         reason = f"SQLite gives one trial to several of {workers} workers; use null (a journal file) or PostgreSQL"
-        raise refusal("hydra.sweeper.storage", address, reason)
+        raise refusal(KEY, show_address(KEY, address), reason)
+    from sweeps.study.database import choose_driver
 
-
-def without_password(address: str) -> str:
-    """An address as it may be shown."""
-    scheme, mark, rest = address.rpartition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{mark}{user.partition(':')[0]}{at}{host}"
+    choose_driver(url)
 
 
 @contextlib.contextmanager

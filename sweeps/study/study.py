@@ -21,11 +21,13 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from finetune.config.secrets import refuse_secrets_in
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, describe
+from sweeps.study.errors import KEY, StorageLost
 from sweeps.study.storage import file_lock, open_storage
 
 log = logging.getLogger(__name__)
@@ -61,9 +63,11 @@ class Study:
     `uid` (names its W&B runs), `terms` (what trials are held to, so that they can be compared).
     """
 
-    def __init__(self, folder: Path, name: str, address: str | None) -> None:
+    def __init__(self, folder: Path, name: str, address: str | None, patience: float | None = None) -> None:
         self.folder, self.name, self._is_shared = folder, name, address is not None
-        self.storage = open_storage(address, folder)
+        self.lost: StorageLost | None = None
+        """Set when the database stays out of reach: no trial is claimed any more."""
+        self.storage = open_storage(address, folder, patience)
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
 
     @classmethod
@@ -90,8 +94,16 @@ class Study:
         return study
 
     @classmethod
-    def load(cls, folder: Path) -> "Study":
-        """A study from its folder, to be looked at. Raises ConfigError where there is none."""
+    def load(cls, folder: Path, patience: float | None = None) -> "Study":
+        """A study from its folder, to be looked at.
+
+        Args:
+            folder: the study's folder.
+            patience: seconds for which a lost connection to its database is tried again; None: the usual time.
+
+        Raises:
+            ConfigError: there is none, or its database can't be opened.
+        """
         from omegaconf import OmegaConf
 
         known = read_json(folder / "study.json")
@@ -100,7 +112,7 @@ class Study:
         address = OmegaConf.to_container(OmegaConf.create({"storage": known["storage"]}), resolve=True)
         assert isinstance(address, dict)
         try:
-            return cls(folder, known["name"], address["storage"])
+            return cls(folder, known["name"], address["storage"], patience)
         except KeyError:
             raise ConfigError(f"{folder}: its storage knows no study {known['name']}") from None
 
@@ -174,6 +186,12 @@ class Study:
     def written_address(self) -> str | None:
         """The storage's address as the user wrote it, secrets by the names of their variables; None: the journal."""
         known: str | None = read_json(self.folder / "study.json")["storage"]
+        if known is None:
+            return None
+        try:
+            refuse_secrets_in(f"{KEY}={known}")
+        except ConfigError:  # written by a version that let it pass
+            return "${oc.env:STUDY_DATABASE}"
         return known
 
     @property
@@ -213,8 +231,10 @@ class Study:
         """
         with file_lock(self.folder / ".lock"):
             self.optuna.set_user_attr("total", total)
-            for _ in range(len(self.trials()), total):
-                self.optuna.add_trial(create_trial(state=TrialState.WAITING))
+            for number in range(len(self.trials()), total):
+                trial = create_trial(state=TrialState.WAITING)
+                trial.number = number  # a database adds none that it holds: another machine may add them just now
+                self.optuna.add_trial(trial)
             trials = [trial for trial in self.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
             given = [trial.system_attrs["fixed_params"] for trial in trials if "fixed_params" in trial.system_attrs]
             roles = {role(trial) for trial in trials}

@@ -27,6 +27,7 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from finetune.tracking.wandb import untag
+from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value
 from sweeps.study.job import run_as_job
 from sweeps.study.session import Session
@@ -71,7 +72,11 @@ class TrialRunner:
     def take(self, held: contextlib.ExitStack) -> RunSteps[None]:
         """Tell the trial what its folder knows already, or run it and tell what came out, holding its claim."""
         with held:
-            yield from self._take()
+            try:
+                yield from self._take()
+            except StorageLost as error:
+                self.leave(error)
+                raise
 
     def _take(self) -> RunSteps[None]:
         from finetune.model.memory import says_out_of_memory
@@ -88,6 +93,11 @@ class TrialRunner:
         else:
             yield from self._run_and_tell()
         self.study.tidy(self.session.settings.keep_adapters)
+
+    def leave(self, error: StorageLost) -> None:
+        """End all trials of this worker after their steps in progress, with a checkpoint, to be taken on later."""
+        self.study.lost = error
+        self.interrupt.asked = True
 
     def _has_lost_too_many_workers(self, known: dict[str, Any]) -> bool:
         """Count this start; one after a clean interruption begins the count anew."""
@@ -237,6 +247,13 @@ class PruningObserver(Observer):
         return self._turn.study.storage.get_trial(self._turn.claim.trial_id)
 
     def on_step(self, step: int) -> bool:
+        try:
+            return self._stops()
+        except StorageLost as error:
+            self._turn.leave(error)
+            return False
+
+    def _stops(self) -> bool:
         looks = time.monotonic() - self._looked >= LOOK_EVERY
         if self._heard is not None and (looks or self._heard < self.reports) and self._is_hopeless():
             return self._ends("worse than others at its last rung, as more came to it")

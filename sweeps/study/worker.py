@@ -15,6 +15,8 @@ from optuna.trial import FrozenTrial
 
 from finetune.console import quiet_libraries
 from finetune.engine.interrupt import Interrupt
+from finetune.errors import Interrupted
+from sweeps.study.errors import StorageLost
 from sweeps.study.pack import PackedRun, runs_log_to_files, train_together
 from sweeps.study.session import Session
 from sweeps.study.study import Study
@@ -44,14 +46,29 @@ class Worker:
         take_device(HydraConfig.get().job.num)
         session, interrupt = self.session, Interrupt()
         study = Study(session.folder, session.settings.study_name, session.address)
-        alone = train_together(lambda: self._next(study, interrupt, is_on_last_attempt), 1)
-        beside = train_together(
-            lambda: self._next(study, interrupt, lambda trial: not is_on_last_attempt(trial)), session.slots
-        )
+        try:
+            alone = train_together(lambda: self._next(study, interrupt, is_on_last_attempt), 1)
+            beside = train_together(
+                lambda: self._next(study, interrupt, lambda trial: not is_on_last_attempt(trial)), session.slots
+            )
+        except Interrupted:
+            if study.lost is None:
+                raise
+        if study.lost is not None:  # the reason why trials were interrupted
+            raise study.lost
         return float(alone + beside)
 
     def _next(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> PackedRun | None:
         """The next wanted trial, in a slot; None if there is none, or none shall begin."""
+        if study.lost is not None:
+            return None
+        try:
+            return self._claimed(study, interrupt, wanted)
+        except StorageLost as error:
+            study.lost, interrupt.asked = error, True  # the trials beside it end with a checkpoint
+            return None
+
+    def _claimed(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> PackedRun | None:
         if self.session.is_over(study):
             return None
         with contextlib.ExitStack() as held:

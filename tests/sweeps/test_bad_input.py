@@ -44,7 +44,11 @@ SETTINGS = [
         "hydra.sweeper.direction=minimize: must be one for each objective (2: eval/loss, adapter/parameters)",
     ),
     Case("no-held-out-rows", "dataset.eval_fraction=0", "objective=eval/loss: …dataset.eval_fraction above 0, or …"),
-    Case("storage", "hydra.sweeper.storage=foo", "hydra.sweeper.storage=foo: must be null (…) or …postgresql://host/…"),
+    Case(
+        "storage",
+        "hydra.sweeper.storage=foo",
+        "hydra.sweeper.storage=foo: must be null (…) or …postgresql+psycopg2://user@host/…",
+    ),
     Case(
         "sqlite-with-workers",
         "hydra.sweeper.storage=sqlite:///x.db hydra.sweeper.n_jobs=2",
@@ -129,12 +133,50 @@ def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(place: Workplace) 
         f"sqlite://me:{PASSWORD}@/x.db",
         f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
         f"me:{PASSWORD}@host",
+        f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}",
+        f"postgresql+psycopg2://me:a/{PASSWORD}@127.0.0.1:1/x",
+        f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1:1/x",
+        f"postgresql+psycopg2://me:{PASSWORD},b@127.0.0.1:1/x",
+        f"postgresql+psycopg2://me:{PASSWORD}",
     ],
 )
-def test_a_databases_password_reaches_neither_a_file_nor_the_screen(address: str, place: Workplace) -> None:
-    outcome = search(place, f"hydra.sweeper.storage={address}")
+@pytest.mark.parametrize("mode", ["-m", ""])
+def test_a_databases_password_reaches_neither_a_file_nor_the_screen(mode: str, address: str, place: Workplace) -> None:
+    outcome = place.call(*mode.split(), "hydra/sweeper=optuna", f"hydra.sweeper.storage={address}")
 
-    assert "hydra.sweeper.storage" in outcome.error
+    assert outcome.error.startswith("hydra.sweeper.storage: ")
+    assert PASSWORD not in outcome.stderr + outcome.stdout
+    assert place.files() == set()
+    assert not outcome.torch_imported
+
+
+@pytest.mark.parametrize("mode", ["-m", ""])
+def test_a_databases_password_in_a_file_is_refused(mode: str, place: Workplace) -> None:
+    address = f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}"
+    heading = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: optuna\n"
+    own = f"{heading}hydra:\n  sweeper:\n    storage: {address}\n"
+    place.write({"my/experiment/own.yaml": own})
+    outcome = place.call(*mode.split(), "--config-dir", "my", "experiment=own")
+
+    assert outcome.error.startswith("hydra.sweeper.storage: a password in an address would be written to files")
+    assert PASSWORD not in outcome.stderr + outcome.stdout
+    assert {name for name in place.files() if not str(name).startswith("my")} == set()
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        (f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1/x", "…the address has an @ too many…%40"),
+        (f"nosuchdb://me:{PASSWORD}@127.0.0.1/x", "…nosuchdb is no database; allowed: postgresql, mysql, sqlite"),
+    ],
+)
+def test_an_address_from_the_environment_shows_no_password(
+    address: str, says: str, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDY_DATABASE", address)
+    outcome = search(place, "hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
+
+    assert matches(says, outcome.error), outcome.error
     assert PASSWORD not in outcome.stderr + outcome.stdout
     for name in place.files():
         path = place.cwd / name

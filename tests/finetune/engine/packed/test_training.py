@@ -215,12 +215,16 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     x = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
     anchor = torch.zeros((), requires_grad=True)
 
+    class Slot:
+        dropout = 0.4
+        seed = 3
+
     weights = [
         (torch.randn(rank, 6, dtype=torch.float64), torch.randn(5, rank, dtype=torch.float64)) for rank in (2, 3)
     ]
     gradients = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in weights]
     stretches = [
-        SlotTokens(3, 0.4, Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)
+        SlotTokens(Slot(), Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)  # type: ignore[arg-type]
         for number, ((a, b), (ga, gb), (start, stop, draw)) in enumerate(
             zip(weights, gradients, ((0, 4, 7), (4, 9, None)), strict=True)
         )
