@@ -109,7 +109,7 @@ def test_what_is_shown_of_an_address_and_of_errors_has_no_secret(password: str) 
 def test_the_driver_is_one_that_is_installed(
     address: str, installed: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sweeps.study.study import database
+    from sweeps.study import database
 
     def importing(name: str) -> Any:
         if name not in installed:
