@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from finetune.config.schema import DatasetSettings
 from finetune.data.types import Messages, Row, fingerprint
 from finetune.errors import ConfigError, refusal
-from finetune.files.cache import cache_folder, write_folder
+from finetune.files.atomic import create_folder
+from finetune.files.cache import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +91,7 @@ def tokenize(part: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", s
 
             dataset = pack_dataset(dataset, settings.max_length)
         dataset.info.description = str(len(rows) - len(kept))  # kept with the rows, for `left_out`
-        with write_folder(place) as draft:
+        with create_folder(place) as draft:
             dataset.save_to_disk(str(draft))
     tokens = load_from_disk(str(place))
     if left_out_count(tokens):

@@ -1,28 +1,134 @@
-"""Files that are written whole or not at all, and errors that name their file."""
+"""Files and folders that appear at their path complete or not at all.
+
+Each is written under a draft name in the same folder and then renamed. A draft's name begins with a
+dot or ends with the writer's machine and process, so that no reader takes it for the file itself.
+"""
 
 import contextlib
 import json
 import math
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole or not at all. NaN and infinities become null: JSON has no word for them."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
+    """Write a UTF-8 text file, replacing the one at `path`.
+
+    Args:
+        path: Where the file appears when it is complete.
+        text: The whole content.
+        single_writer: No other process writes this path at the same time, because the caller holds
+            a lock. The draft then has a fixed name, and the draft of a killed process is
+            overwritten by the next write.
+
+    Raises:
+        OSError: The file can't be written (disk full); the message names `path`.
+    """
+    draft = path.with_name(f".{path.name}.{'draft' if single_writer else os.getpid()}")
     try:
         with name_file_in_errors(path):
-            draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            draft.write_text(text, encoding="utf-8")
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, replacing the one at `path`.
+
+    NaN and infinities become null, because JSON has no such numbers.
+
+    Raises:
+        OSError: The file can't be written (disk full); the message names `path`.
+    """
+    write_text(path, json.dumps(json_safe(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def json_safe(content: Any) -> Any:
+    """Convert nested plain values to JSON's types: text keys, lists, None for NaN and
+    infinities."""
+    if isinstance(content, dict):
+        return {str(key): json_safe(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [json_safe(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Write a folder that replaces the one at `path` when the block ends without an error.
+
+    For one writer at a time: the draft has a fixed name, and what a killed process left there is
+    removed first.
+
+    Yields:
+        The draft's path. The folder does not exist yet; the block creates it.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    yield draft
+    shutil.rmtree(path, ignore_errors=True)
+    draft.rename(path)
+
+
+@contextlib.contextmanager
+def create_folder(path: Path) -> Iterator[Path]:
+    """Write a folder that several processes may create at the same time.
+
+    The first to finish provides the folder, and the later ones discard their drafts: all must write
+    the same content. Drafts that killed
+    processes of this machine left in the parent folder are removed. Those of other machines are
+    kept: a cache may be on a shared disk, and whether their processes are alive can't be seen from
+    here.
+
+    Yields:
+        The draft's path, an empty folder.
+    """
+    machine = platform.node().partition(".")[0]
+    draft = path.with_name(f"{path.name}.{machine}.{os.getpid()}")
+    for existing_draft in path.parent.glob(f"*.{machine}.*"):
+        if existing_draft == draft or not _is_alive(int(existing_draft.suffix[1:])):
+            shutil.rmtree(existing_draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        try:
+            os.rename(draft, path)
+        except OSError:
+            if not path.exists():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(process_id))
+
+
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Name the file in errors that come without one (disk full)."""
+    """Name the file in errors that do not name one themselves (disk full).
+
+    Raises:
+        OSError: In place of an OSError or a SafetensorError in the block, with `path` in its
+            message.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -31,21 +137,3 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     except SafetensorError as error:
         raise OSError(f"{error}: {path}") from error
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, None where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def _plain(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content

@@ -8,27 +8,27 @@ from importlib import metadata
 from pathlib import Path
 
 RECORDED_PACKAGES = (
-    "accelerate", "bitsandbytes", "datasets", "hydra-core", "numpy", "optuna", "peft", "tokenizers", "torch",
-    "transformers", "trl", "wandb",
+    "accelerate", "bitsandbytes", "datasets", "hydra-core", "numpy", "optuna", "peft", "tokenizers",
+    "torch", "transformers", "trl", "wandb",
 )  # fmt: skip
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that a result depends on."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    """Return the versions of Python and of the packages that a result depends on, by name."""
+    version_of = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            version_of[package] = metadata.version(package)
+    return version_of
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, None outside one."""
+    """Return the commit of the checkout that this code runs from, None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        asked = subprocess.run(command, capture_output=True, text=True)
-        if asked.returncode == 0:
-            return asked.stdout.strip()
-    return None
+    try:
+        process = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return process.stdout.strip() if process.returncode == 0 else None

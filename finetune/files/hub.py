@@ -1,4 +1,4 @@
-"""Ask the model hub, and fall back to its cache when it can't be reached."""
+"""Ask the Hugging Face hub, and use its local cache where the hub can't be reached."""
 
 import logging
 from collections.abc import Callable
@@ -8,18 +8,35 @@ from finetune.errors import refusal
 
 log = logging.getLogger(__name__)
 
-
 HUB_TIMEOUT = 5
 """Seconds to wait for the hub's first answer."""
-
 
 T = TypeVar("T")
 
 
-def ask_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str) -> T:
-    """Ask the hub; fall back to what it gave before; else say in one line what the user can do."""
+def ask_hub(
+    key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str
+) -> T:
+    """Return the hub's answer, or its local cache's if the hub is offline or HF_HUB_OFFLINE is set.
+
+    Args:
+        key: The config key that names the repository, for error messages.
+        name: The repository, as `owner/name`.
+        ask: Asks the hub.
+        in_cache: Answers from the local cache; raises any exception if the cache does not hold the
+            repository.
+        instead: What the user can do without the hub, the end of the error message.
+
+    Raises:
+        ConfigError: The repository is gated or missing, its revision is missing, or neither the hub
+            nor the cache has an answer.
+    """
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # of its HTTP library
 
     reason = "HF_HUB_OFFLINE is set"
@@ -31,12 +48,14 @@ def ask_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T]
     except RevisionNotFoundError:
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
-        raise refusal(key, name, "the hub has no such repository (a private one needs HF_TOKEN)") from None
+        raise refusal(
+            key, name, "the hub has no such repository (a private one needs HF_TOKEN)"
+        ) from None
     except (NetworkError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     try:
-        found = in_cache()
+        answer = in_cache()
     except Exception:
         raise refusal(key, name, f"{reason} and nothing of it is cached; {instead}") from None
     log.info("%s=%s: %s; using what is cached", key, name, reason)
-    return found
+    return answer

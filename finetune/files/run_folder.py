@@ -1,29 +1,32 @@
 """The run folder: its lock, its files, its checkpoints."""
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.files.atomic import _plain, name_file_in_errors
+from finetune.files.atomic import json_safe, name_file_in_errors, write_text
+from finetune.files.lock import file_lock
 
 Metrics = dict[str, float]
 
+PROGRESS = "progress.json"
+"""The run's state in a checkpoint, next to weights and optimizer. It is written last: a checkpoint
+without it is incomplete."""
+
 
 class FolderHeld(ConfigError):
-    """Another process, which lives, holds a run's folder."""
+    """Another live process holds the run's folder."""
 
 
 class RunFolder:
     """One run's folder: its lock, its metrics line by line, its result.
 
-    The lock is the system's (`flock`): it is held as long as the process lives and no longer, so a held
-    lock tells that the run's owner is alive.
+    The lock is the system's and ends with the process that holds it, so a held lock proves that the
+    run's owner is alive.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,33 +38,39 @@ class RunFolder:
         self.samples = self.path / "samples.json"
         self.test_rows = self.path / "test_rows.json"
         self._metrics = self.path / "metrics.jsonl"
-        self._held = False
+        self._is_locked = False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; what is held already stays so. Raises FolderHeld if another process holds it."""
-        if self._held:
+        """Hold the folder's lock for the block; within a block that holds it already, do nothing.
+
+        Raises:
+            FolderHeld: Another process, or another `RunFolder` of this process, holds the folder.
+        """
+        if self._is_locked:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(file_lock(self.path / ".lock", wait=False))
             except BlockingIOError:
-                raise FolderHeld(f"{self.path}: another process is training in this folder") from None
-            self._held = True
+                raise FolderHeld(
+                    f"{self.path}: another process is training in this folder"
+                ) from None
+            self._is_locked = True
             try:
                 yield
             finally:
-                self._held = False
+                self._is_locked = False
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append metrics of an optimizer step as one line."""
-        with name_file_in_errors(self._metrics), open(self._metrics, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(_plain({"step": step, **metrics})) + "\n")
+        """Append the metrics of an optimizer step as one line."""
+        with name_file_in_errors(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(json_safe({"step": step, **metrics})) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines that are whole; a kill may have torn the last."""
+        """Return all complete lines, oldest first; a kill may have cut the last one short."""
         if not self._metrics.exists():
             return []
         rows = []
@@ -71,73 +80,79 @@ class RunFolder:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after a step: the run goes on from its checkpoint there and logs it again."""
+        """Drop the metrics after an optimizer step: the run resumes from its checkpoint there and
+        logs them again."""
         if not self._metrics.exists():
             return
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        draft = self._metrics.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(draft, self._metrics)
+        lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+        write_text(self._metrics, "".join(lines), single_writer=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; those that a kill cut short are removed."""
+        """Return the newest complete checkpoint, None if there is none. Removes incomplete ones."""
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / PROGRESS).exists():
                 shutil.rmtree(path)
-        return next(iter(reversed(checkpoints_in(self.checkpoints))), None)
+        checkpoints = checkpoints_in(self.checkpoints)
+        return checkpoints[-1] if checkpoints else None
 
     def clear(self) -> None:
-        """Begin anew: what a run has left goes, but for its log."""
+        """Remove everything that an earlier run left in the folder, except its log."""
         for path in (self.adapter, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.identity, self.result, self.samples, self.test_rows, self._metrics):
             path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:
-        """Where the adapter of the best evaluation so far is kept."""
+        """Return the folder of the adapter of the best evaluation so far, made at an optimizer
+        step."""
         return self.checkpoints / f"best-{step}"
 
 
-PROGRESS = "progress.json"
-"""The run's state beside weights and optimizer; written last into a checkpoint."""
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints that were written to their end, the oldest first."""
-    whole = (path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists())
-    return sorted(whole, key=checkpoint_step)
+    """Return all complete checkpoints of a `checkpoints/` folder, oldest first."""
+    complete = (path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists())
+    return sorted(complete, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint was written at."""
+    """Return the optimizer step at which a checkpoint was written."""
     return int(checkpoint.name.split("-")[1])
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> None:
-    """Remove all but the newest checkpoints (None: keep all), and what was once the best."""
+    """Remove outdated checkpoints and the adapters of evaluations that are no longer the best.
+
+    Args:
+        folder: A run's `checkpoints/` folder.
+        keep: How many of the newest checkpoints stay; None or 0: all.
+        best_step: The optimizer step of the best evaluation.
+    """
     outdated = checkpoints_in(folder)[:-keep] if keep else []
-    for path in [*outdated, *(path for path in folder.glob("best-*") if path.name != f"best-{best_step}")]:
+    outdated += [path for path in folder.glob("best-*") if path.name != f"best-{best_step}"]
+    for path in outdated:
         shutil.rmtree(path)
 
 
 def discard_if_untouched(folder: str | Path) -> None:
     """Remove a folder that Hydra made for a run that never began, and its empty parents."""
     path = Path(folder)
-    if path.resolve() == Path.cwd() or not {entry.name for entry in path.iterdir()} <= {".hydra", "train.log"}:
+    if path.resolve() == Path.cwd():
         return
-    shutil.rmtree(path)
-    _remove_empty(path.parent)
+    names = {entry.name for entry in path.iterdir()}
+    if names <= {".hydra", "train.log"}:
+        shutil.rmtree(path)
+        _remove_empty(path.parent)
 
 
 def discard_multirun(folder: Path) -> None:
-    """Remove a sweep's folder in which no job has left anything, and its empty parents."""
+    """Remove the folder of a sweep in which no job left a file, and its empty parents."""
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"multirun.yaml"}:
         shutil.rmtree(folder)
         _remove_empty(folder.parent)
 
 
 def _remove_empty(path: Path) -> None:
-    """Remove a folder below the working directory if it is empty, and its parents that are empty then."""
+    """Remove a folder and its parents as long as they are empty and below the working directory."""
     with contextlib.suppress(OSError):  # not empty: another run's
         for folder in (path.resolve(), *path.resolve().parents):
             if folder == Path.cwd() or not folder.is_relative_to(Path.cwd()):

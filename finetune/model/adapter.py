@@ -1,7 +1,6 @@
 """The LoRA adapter: its PEFT config, creation, saving and loading."""
 
 import re
-import shutil
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import torch
 
 from finetune.config.schema import LoraSettings, ModelSettings
 from finetune.errors import ConfigError, refusal
-from finetune.files.atomic import name_file_in_errors
+from finetune.files.atomic import name_file_in_errors, replace_folder
 from finetune.model.loading import read_base_config, skeleton_of
 from finetune.model.source import BaseSource
 
@@ -72,14 +71,11 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """The adapter as plain PEFT reads it, the tokenizer beside it; whole or not at all."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    with name_file_in_errors(draft):
-        model.save_pretrained(draft, save_embedding_layers=False)
-    tokenizer.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    """Save the adapter and the tokenizer as a folder that PEFT reads, complete or not at all."""
+    with replace_folder(folder) as draft:
+        with name_file_in_errors(draft):
+            model.save_pretrained(draft, save_embedding_layers=False)
+        tokenizer.save_pretrained(draft)
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:

@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import gc
-import os
 import resource
 import sys
 from pathlib import Path
+
+import psutil
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -49,7 +50,7 @@ def available_memory() -> int:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction())
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().total)
 
 
 def reset_peak_memory() -> None:
@@ -63,26 +64,28 @@ def reset_peak_memory() -> None:
 
 
 def resident_memory_bytes() -> int:
-    """What this process has of the host's memory now; 0 where the system does not tell."""
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    """Return the resident memory of this process on the host, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process had: on the GPU if there is one, else resident in the host's."""
+    """Return the largest memory of this process since `reset_peak_memory`, in bytes: the GPU's, else the host's."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    found = _status("VmHWM")
-    if found:
-        return found
+    return _peak_resident_memory()
+
+
+def _peak_resident_memory() -> int:
+    """The peak resident memory on the host, in bytes.
+
+    Read from /proc, because neither psutil nor `getrusage` knows the peak since a reset: psutil has only the current
+    value, and `ru_maxrss` is the peak of the process's whole life. Only where there is no /proc is the latter used.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

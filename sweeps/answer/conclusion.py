@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.config.schema import RunConfig, TrackerSettings
 from finetune.console import summary_line
 from finetune.errors import ConfigError
-from finetune.files.atomic import write_json
+from finetune.files.atomic import replace_folder, write_json
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.final_evaluation import evaluate_finished_run, read_test_evaluation
 from finetune.run.load import read_run_config
@@ -28,7 +29,6 @@ from sweeps.answer.publish import publish
 from sweeps.answer.report import ANSWER, write_report
 from sweeps.study.formatting import commands, confirmation_lines, counts, parameters, test_lines
 from sweeps.study.pack import runs_log_to_files
-from sweeps.study.storage import file_lock
 from sweeps.study.study import Study, role
 
 log = logging.getLogger(__name__)
@@ -134,11 +134,9 @@ def _test(
 
 def keep_best(study: Study, source: RunFolder, winner: FrozenTrial) -> None:
     """`best/`, the winner's run folder, and `experiment/best.yaml`, which reproduces it."""
-    best, draft = study.folder / "best", study.folder / ".best.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source.path, draft, ignore=shutil.ignore_patterns("checkpoints", "wandb", "tensorboard", ".lock"))
-    shutil.rmtree(best, ignore_errors=True)
-    draft.rename(best)
+    unneeded = shutil.ignore_patterns("checkpoints", "wandb", "tensorboard", ".lock")
+    with replace_folder(study.folder / "best") as draft:
+        shutil.copytree(source.path, draft, ignore=unneeded)
     config = dataclasses.replace(read_run_config(source.path), resume=None)
     experiment = study.folder / "experiment" / "best.yaml"
     experiment.parent.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import ConfigError, Interrupted
 from finetune.files.atomic import read_json, write_json
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.context import RunContext
 from finetune.run.final_evaluation import read_test_evaluation
@@ -32,7 +33,6 @@ from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.answer.compare import compare
 from sweeps.study.pack import PackedRun, runs_log_to_files, train_together
-from sweeps.study.storage import file_lock
 from sweeps.study.study import CONFIRMATION, Study, role
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml  # type: ignore[import-untyped]
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.files.atomic import read_json
+from finetune.files.atomic import read_json, write_text
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from sweeps.answer import charts
 from sweeps.answer.advice import LEAST as ENOUGH
@@ -32,7 +33,6 @@ from sweeps.study.formatting import (
     test_lines,
     trial_note,
 )
-from sweeps.study.storage import file_lock
 from sweeps.study.study import OUT_OF_TIME, Study, role
 
 if TYPE_CHECKING:
@@ -94,13 +94,8 @@ def write_report(study: Study, live: bool = False, known: Insight | None = None)
     Of two that write it at once, the one that began later has the last word.
     """
     path = study.folder / REPORT
-    draft = path.with_name(f".{REPORT}")
     with file_lock(study.folder / ".report.lock"):
-        try:
-            draft.write_text(_Report(study.snapshot(), known).html(live), encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_text(path, _Report(study.snapshot(), known).html(live), single_writer=True)
     return path
 
 

@@ -1,14 +1,11 @@
 """Where a study's trials are kept: a journal file that survives kills, or a database that several machines share."""
 
-import contextlib
-import fcntl
 import json
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from finetune.config.addresses import EXAMPLE, hide_secrets, parse_address, show_address
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
+from finetune.files.lock import file_lock
 from sweeps.study.errors import KEY
 
 if TYPE_CHECKING:
@@ -74,14 +72,6 @@ def check_address(address: str | None, workers: int) -> None:
     from sweeps.study.database import choose_driver
 
     choose_driver(url)
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[IO[bytes]]:
-    """Hold a lock file, waiting for it; the system frees it when its holder dies."""
-    with open(path, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
 
 
 class _Journal(JournalFileBackend):

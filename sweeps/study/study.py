@@ -24,11 +24,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from finetune.config.secrets import refuse_secrets_in
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import read_json, write_json
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, describe
 from sweeps.study.errors import KEY, StorageLost
-from sweeps.study.storage import file_lock, open_storage
+from sweeps.study.storage import open_storage
 
 log = logging.getLogger(__name__)
 

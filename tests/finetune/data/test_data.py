@@ -25,7 +25,7 @@ from finetune.data.tokens import IGNORED, _listed, as_list, left_out_count, toke
 from finetune.data.types import Rows, fingerprint
 from finetune.engine.schedule import epoch_order
 from finetune.errors import ConfigError
-from finetune.files.cache import write_folder
+from finetune.files.atomic import create_folder
 
 pytestmark = pytest.mark.usefixtures("fresh_cache", "one_thread")
 Row = dict[str, Any]
@@ -1001,8 +1001,8 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_bas
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from finetune.files.cache import write_folder
-with drafted(Path(sys.argv[1])) as draft:
+from finetune.files.atomic import create_folder
+with create_folder(Path(sys.argv[1])) as draft:
     (draft / "half").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -1028,10 +1028,10 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not
 
 def test_a_draft_becomes_the_folder_at_its_end_or_nothing(tmp_path: Path) -> None:
     place = tmp_path / "cache" / "place"
-    with pytest.raises(KeyboardInterrupt), write_folder(place):
+    with pytest.raises(KeyboardInterrupt), create_folder(place):
         raise KeyboardInterrupt
     assert list(place.parent.iterdir()) == []
-    with write_folder(place) as late:
+    with create_folder(place) as late:
         (late / "late").touch()
         assert not place.exists()
         place.mkdir()
