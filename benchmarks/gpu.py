@@ -115,7 +115,7 @@ class Case:
         from finetune.app import compose_run
 
         base = (f"quantization={self.quantization}", f"trainer.gradient_checkpointing={str(self.saving).lower()}")
-        steps = (f"trainer.max_steps={self.steps + self.warm}", "trainer.save_steps=0")
+        steps = (f"trainer.max_steps={self.steps + self.warm}", "trainer.save_steps=0", "optimizer.learning_rate=1e-3")
         return compose_run([*LORA[self.lora], *base, f"seed={seed}", *steps, *more])
 
     def plan_memory(self) -> Any:

@@ -60,9 +60,7 @@ class Picture:
             f'text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
-    def line(
-        self, x1: float, y1: float, x2: float, y2: float, stroke: str, arrow: bool = False
-    ) -> None:
+    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, arrow: bool = False) -> None:
         """Add a straight line, with an arrowhead at its end if asked for."""
         marker = ' marker-end="url(#arrow)"' if arrow else ""
         self.elements.append(
@@ -302,8 +300,7 @@ def _draw_device(picture: Picture, y: float) -> None:
     picture.text(
         FIRST_PASS,
         y + 54,
-        "One line of tokens through the base in each pass. With an idle slot the line is shorter, "
-        "and so is the pass.",
+        "One line of tokens through the base in each pass. With an idle slot the line is shorter, and so is the pass.",
         13,
         MUTED,
     )

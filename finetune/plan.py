@@ -4,6 +4,7 @@ import math
 
 from finetune.app import compose_run
 from finetune.console import command_parser, run_command
+from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.memory_plan import GIB, plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources
 
@@ -17,7 +18,7 @@ def main() -> None:
 
     quiet_libraries()
     resources = SharedResources()
-    config = resolve_checkpointing(config, "packed", resources)
+    config = resolve_checkpointing(resolve_learning_rate(config, resources), "packed", resources)
     found = plan_memory(config, resources)
     gib = {
         "python and libraries": found.process,
@@ -35,6 +36,7 @@ def main() -> None:
     found.require_room(config)
     further = (found.peak(3) - found.peak(2)) / GIB  # the second also brings what only several keep
     print(f"{'each further slot':32}{further:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
+    print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")
     seconds = found.train_tokens * 4 * found.weights / speed()
     print(f"{'tokens':32}{found.train_tokens:8d}: about {max(1, math.ceil(seconds / 60))} min of training")
 

@@ -60,7 +60,11 @@ class StudySweeper(Sweeper):
 
     def _draft(self, arguments: list[str]) -> "tuple[Session, list[tuple[str, Point]]]":
         """The session as the config describes it, before an engine is chosen, and the first trials' points."""
+        from omegaconf import OmegaConf
+
         from finetune.errors import ConfigError
+        from finetune.run.learning_rate import resolve_learning_rate
+        from finetune.run.resources import shared_resources
         from sweeps.space.space import Space
         from sweeps.study.session import Session
         from sweeps.study.storage import check_address
@@ -76,7 +80,9 @@ class StudySweeper(Sweeper):
         config = self._check(settings, composed)
         composed.dataset.limit = config.dataset.limit  # the baseline has the number that auto stands for
         check_address(address, settings.n_jobs or 1)
-        space, points = self._points(settings, space, composed, config.seed)
+        config = resolve_learning_rate(config, shared_resources)
+        OmegaConf.update(composed, "optimizer.learning_rate", config.optimizer.learning_rate)
+        space, points = self._points(settings, space.scaled(composed), composed, config.seed)
         session = Session(
             folder=self._folder(settings.study_name),
             address=address,

@@ -100,7 +100,7 @@ def tiny(tiny_base: Path) -> Callable[..., RunConfig]:
     """Composes a config of seconds: the tiny base, few short rows, no tracker; further overrides win."""
 
     def make(*overrides: str) -> RunConfig:
-        return compose(*tiny_overrides(tiny_base), *overrides)
+        return compose(*tiny_overrides(tiny_base), "optimizer.learning_rate=1e-3", *overrides)
 
     return make
 

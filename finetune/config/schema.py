@@ -66,8 +66,11 @@ class ModelSettings(Section):
     dtype: DtypeName
     chat_template: str | None
     extra: dict[str, Any]
+    # Runs that began before there was this key have a number in optimizer.learning_rate.
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        self.require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "must be above 0, or null")
         self.require("name_or_path", bool(self.name_or_path), "must be a hub id, a folder, or smollm2_135m")
 
 
@@ -109,7 +112,7 @@ class LoraSettings(Section):
 class OptimizerSettings(Section):
     section = "optimizer"
     name: OptimizerName
-    learning_rate: float
+    learning_rate: float | None
     weight_decay: float
     max_grad_norm: float
     lr_scheduler_type: ScheduleName
@@ -119,13 +122,19 @@ class OptimizerSettings(Section):
     adam_epsilon: float
 
     def __post_init__(self) -> None:
-        self.require("learning_rate", self.learning_rate > 0, "must be above 0")
+        self.require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "must be above 0")
         self.require("weight_decay", self.weight_decay >= 0, "must be at least 0")
         self.require("max_grad_norm", self.max_grad_norm >= 0, "must be at least 0 (0: no clipping)")
         self.require("warmup_ratio", 0 <= self.warmup_ratio < 1, "must be a share of all steps, in [0, 1)")
         for field in ("adam_beta1", "adam_beta2"):
             self.require(field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1")
         self.require("adam_epsilon", self.adam_epsilon > 0, "must be above 0")
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The rate that a run trains with: a number once `finetune.learning_rate` has resolved a null."""
+        assert self.learning_rate is not None, "a run resolves its learning rate before it trains"
+        return self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +291,7 @@ class RunConfig(Section):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(values, dict)
+        _select_rate_of_base(values)
         return cls.from_dict({str(key): value for key, value in values.items()})
 
     @classmethod
@@ -324,6 +334,13 @@ def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
+
+
+def _select_rate_of_base(values: dict[Any, Any]) -> None:
+    """Of rates by the base's name take the one of the run's base: a model's YAML speaks of no other base."""
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("learning_rate"), Mapping):
+        model["learning_rate"] = model["learning_rate"].get(model.get("name_or_path"))
 
 
 def leaves_base_as_it_was(lora: LoraSettings) -> bool:

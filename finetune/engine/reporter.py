@@ -109,7 +109,7 @@ class Reporter:
 
     def _refuse_sickness(self, step: int, loss: float, grad_norm: float | None) -> None:
         # A gradient that overflows alone is no divergence: float16's loss scaling skips such a step.
-        rate = self._config.optimizer.learning_rate
+        rate = self._config.optimizer.resolved_learning_rate
         if not math.isfinite(loss):
             raise Diverged(f"optimizer.learning_rate={rate}: training diverged at step {step} (loss {loss}); lower it")
         if grad_norm == 0 and self.state.silent_steps == step - 1:
@@ -142,7 +142,8 @@ class Reporter:
         self._log(step, metrics)
         log.info("step %d/%d  held-out loss %.4f", step, self.total, metrics["eval/loss"])
         if not math.isfinite(metrics["eval/loss"]):
-            raise Diverged(f"eval/loss={metrics['eval/loss']} at step {step}: lower optimizer.learning_rate")
+            rate = self._config.optimizer.resolved_learning_rate
+            raise Diverged(f"eval/loss={metrics['eval/loss']} at step {step}: lower optimizer.learning_rate={rate}")
         self._note_best(step, metrics)
         patience = self._config.trainer.early_stopping_patience
         self._observer.on_rung(rung)

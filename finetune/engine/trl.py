@@ -70,7 +70,7 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         checkpointing: trainer.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "optim": optimizer.name,
-        "learning_rate": optimizer.learning_rate,
+        "learning_rate": optimizer.resolved_learning_rate,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "lr_scheduler_type": optimizer.lr_scheduler_type,

@@ -20,8 +20,11 @@ def run_identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) 
     }
 
 
-KEYS_WITHOUT_EFFECT = ("name", "resume", "tracker.", "hub.", "sample_")
-"""Keys that may change while a run, or a study, goes on: they change no number."""
+KEYS_WITHOUT_EFFECT = ("name", "resume", "tracker.", "hub.", "sample_", "model.learning_rate")
+"""Keys that may change while a run, or a study, goes on: they change no number.
+
+A base's rate acts through `optimizer.learning_rate`, which is a number before it is compared.
+"""
 
 
 def require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ class Result:
             "engine": self.engine,
             "slots": self.part.slots,
             "companions": sorted(self.part.packed_with),
+            "learning_rate": self.config.optimizer.learning_rate,
             "effective_batch_size": self.config.trainer.effective_batch_size,
             "train_tokens": tokens,
             "train_seconds": seconds,

@@ -25,6 +25,7 @@ from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.memory import reset_peak_memory
 from finetune.run.context import RunContext
 from finetune.run.identity import require_same_run, run_identity
+from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.load import read_run_config
 from finetune.run.result import Objective, Result
 from finetune.run.samples import Samples
@@ -59,6 +60,8 @@ def run(config: RunConfig, path: str | Path, part: RunContext | None = None) -> 
 def run_steps(config: RunConfig, folder: RunFolder, part: RunContext) -> RunSteps[Objective]:
     """`run`, as work that takes turns with other runs'."""
     with folder.locked():
+        if folder.identity.exists():  # which has the rate as a number
+            config = resolve_learning_rate(config, part.resources)
         require_same_run(folder, run_identity(config, None, None))
         done = read_json(folder.result)
         if done is not None and done["status"] == "completed":
@@ -68,6 +71,7 @@ def run_steps(config: RunConfig, folder: RunFolder, part: RunContext) -> RunStep
         try:
             rows = result.rows = part.resources.rows(config.dataset)
             source = part.resources.source(config.model)
+            config = result.config = resolve_learning_rate(config, part.resources)
             identity = run_identity(config, rows, source)
             result.base = source  # now that its weights could be read
             require_same_run(folder, identity)

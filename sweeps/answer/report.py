@@ -329,8 +329,8 @@ class _Report:
             return Section("config", "Config and environment")
         result = self.results[shown_trial.number]
         identity = read_json(self.study.folder_of(shown_trial.number).identity) or {}
-        keys = ("engine", "slots", "effective_batch_size", "peak_memory_bytes", "git_commit", "base_model",
-                "dataset_fingerprint", "rows", "versions")  # fmt: skip
+        keys = ("engine", "slots", "learning_rate", "effective_batch_size", "peak_memory_bytes", "git_commit",
+                "base_model", "dataset_fingerprint", "rows", "versions")  # fmt: skip
         texts = {
             f"config of trial {shown_trial.number}": identity.get("config", {}),
             "environment": {key: result.get(key) for key in keys},

@@ -13,7 +13,17 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, RangeSweep, Transformer
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+    Transformer,
+)
 from hydra.errors import HydraException
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_optuna_distribution_from_override
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -25,7 +35,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, refusal
 
 Point = dict[str, Any]
 """A value for each searched parameter."""
@@ -37,6 +47,10 @@ SAME_FOR_ALL = (
 """Parameters that a search may not vary: trials would be measured on other rows, by another measure, or elsewhere."""
 
 
+RELATIVE = "relative"
+"""A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value of the parameter."""
+
+
 @dataclass(frozen=True)
 class Space:
     """The searched parameters, and the overrides that all trials have in common."""
@@ -46,6 +60,8 @@ class Space:
     """Parameters with one value."""
     fixed_overrides: list[str]
     """What is no parameter with a value: deletions."""
+    relative: frozenset[str] = frozenset()
+    """Parameters whose interval is in multiples of the config's own value, until `scaled` has resolved them."""
 
     @classmethod
     def parse(cls, params: Mapping[str, Any], arguments: Sequence[str]) -> "Space":
@@ -53,12 +69,14 @@ class Space:
         texts = [f"{name}={value if isinstance(value, str) else encode(value)}" for name, value in params.items()]
         found: dict[str, tuple[str, Any]] = {}
         deletions = []
+        relative: dict[str, bool] = {}
         for override in _parsed([*texts, *arguments]):
             if override.is_delete():
                 deletions.append(str(override.input_line))
                 continue
             name = override.get_key_element()
             found[name.lstrip("+")] = (name, _meaning(override))
+            relative[name] = _is_relative(override)
         distributions = {name: what for name, what in found.values() if isinstance(what, BaseDistribution)}
         fixed = {name: what for name, what in found.values() if not isinstance(what, BaseDistribution)}
         for name in distributions:
@@ -66,7 +84,29 @@ class Space:
                 raise ConfigError(
                     f"{name}: can't be searched: all trials of a study are measured alike, on the same rows"
                 )
-        return cls(distributions, fixed, deletions)
+        scaled = frozenset(name for name in distributions if relative[name])
+        return cls(distributions, fixed, deletions, scaled)
+
+    def scaled(self, composed: DictConfig) -> "Space":
+        """The same space with every relative interval in the parameter's unit.
+
+        Args:
+            composed: The config of a trial before anything is searched, its learning rate resolved.
+
+        Raises:
+            ConfigError: The config has no number above 0 of a parameter whose interval is relative.
+        """
+        distributions = dict(self.distributions)
+        for name in self.relative:
+            value = OmegaConf.select(composed, name.lstrip("+"))
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                needs = "a relative interval is in multiples of the config's own value, which must be a number above 0"
+                raise refusal(name.lstrip("+"), value, needs)
+            multiples = distributions[name]
+            assert isinstance(multiples, IntDistribution | FloatDistribution)
+            low, high = (float(f"{multiple * value:.12g}") for multiple in (multiples.low, multiples.high))
+            distributions[name] = FloatDistribution(low, high, log=multiples.log)
+        return dataclasses.replace(self, distributions=distributions, relative=frozenset())
 
     def overrides(self, point: Point) -> list[str]:
         """The command line of a trial at a point."""
@@ -175,6 +215,16 @@ def _meaning(override: Override) -> Any:
     except (ValueError, NotImplementedError, AssertionError, HydraException) as error:  # all are of users' mistakes
         raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from None
     return distribution
+
+
+def _is_relative(override: Override) -> bool:
+    """Whether an override is an interval of multiples. Raises ConfigError for the tag on anything else."""
+    sweep = override.value()
+    if not isinstance(sweep, Sweep) or RELATIVE not in sweep.tags:
+        return False
+    if not isinstance(sweep, IntervalSweep):
+        raise ConfigError(f"{override.input_line}: the tag relative is for an interval, as interval(0.1, 10)")
+    return True
 
 
 def describe(distribution: BaseDistribution) -> str:

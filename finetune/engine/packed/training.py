@@ -46,7 +46,7 @@ class PackedTraining:
         self._weights = torch.nn.Parameter(slot.vector)
         self._optimizer = torch.optim.AdamW(
             [self._weights],
-            lr=optimizer.learning_rate,
+            lr=optimizer.resolved_learning_rate,
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             eps=optimizer.adam_epsilon,
             weight_decay=optimizer.weight_decay,
@@ -123,7 +123,7 @@ class PackedTraining:
         if gradient is not None:
             norm = float(gradient.norm())
         norm /= scale
-        rate = config.optimizer.learning_rate * self._factor(number - 1)
+        rate = config.optimizer.resolved_learning_rate * self._factor(number - 1)
         self._update(slot.gradient if gradient is None else gradient, norm, rate, scale)
         tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
         yield from reporter.step(number, loss, norm, rate, tokens, seconds)

@@ -43,6 +43,8 @@ def test_a_choice_composes_and_its_values_arrive(choice: Path) -> None:
     loaded = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(loaded, dict)
     values = {str(key): value for key, value in loaded.items() if key != "defaults"}
+    if isinstance(values.get("learning_rate"), dict):  # by the base's name
+        values["learning_rate"] = values["learning_rate"][values["name_or_path"]]
     group = str(choice.parent)
     package = next((line.split()[-1] for line in file.read_text().splitlines() if line.startswith("# @package")), group)
     missing = {key: "given.jsonl" for key, value in values.items() if value == "???"}

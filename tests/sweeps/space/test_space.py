@@ -281,10 +281,10 @@ def test_a_space_is_kept_as_plain_values() -> None:
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_space_holds_the_default_config_and_only_valid_values(search: str) -> None:
-    config = composed(f"search={search}")
+    config = composed(f"search={search}", "optimizer.learning_rate=1e-3")
     params = OmegaConf.to_container(config.search.params)
     assert isinstance(params, dict)
-    space = Space.parse({str(name): text for name, text in params.items()}, [])
+    space = Space.parse({str(name): text for name, text in params.items()}, []).scaled(config)
 
     own = space.point_of(config)
     assert own is not None

@@ -1,0 +1,92 @@
+"""The learning rate of a run that gives none: the one that suits its base.
+
+`optimizer.learning_rate=null` takes `model.learning_rate`, which a model's YAML gives for its own base, and for every
+other base a rule of its width. Nothing here loads torch.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.schema import RunConfig
+from finetune.errors import refusal
+
+if TYPE_CHECKING:
+    from finetune.model.source import BaseSource
+    from finetune.run.resources import SharedResources
+
+
+log = logging.getLogger(__name__)
+
+
+HIGHEST_RATE = 1e-3
+"""No published best rate lies above it."""
+
+
+WIDTH_NAMES = ("hidden_size", "n_embd", "d_model")
+"""What architectures call the width of their layers."""
+
+
+def rate_of_width(hidden_size: int) -> float:
+    """The LoRA learning rate that suits a base of this hidden size: 4e-4 * sqrt(4096 / hidden_size), 1e-3 at most.
+
+    A power law fitted by least squares of logarithms to the best rates of 35 models of hidden size 2048 to 8192,
+    as published in tinker-cookbook (Thinking Machines, recipes/chat_sl/results/sft_sweep.md: LoRA of ranks 1 to 128,
+    tulu3, batches of 128; rates 4e-5, 1e-4, 3e-4, 1e-3 and 3e-3). The fit has the exponent -0.50 and 4.0e-4 at 4096.
+    26 of the 35 lie within a factor of 1.8 of it. Below 2048 it is extrapolated; no model was best above 1e-3.
+
+    Args:
+        hidden_size: The width of the base's layers; of a base with several parts, its text part's.
+
+    Returns:
+        The rate to two digits.
+    """
+    return min(HIGHEST_RATE, float(f"{4e-4 * (4096 / hidden_size) ** 0.5:.2g}"))
+
+
+def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> RunConfig:
+    """The run with `optimizer.learning_rate` as a number; a number that the config has already stays.
+
+    The base's config is read only where neither the user nor the model's YAML gives a rate.
+
+    Raises:
+        ConfigError: The base isn't there, or its config names no width.
+    """
+    if config.optimizer.learning_rate is not None:
+        return config
+    rate = config.model.learning_rate
+    reason = f"model {config.model.name_or_path}"
+    if rate is None:
+        width = _read_hidden_size(config, resources.source(config.model))
+        rate = rate_of_width(width)
+        reason = f"by hidden size {width}"
+    log.info("optimizer.learning_rate=%s (%s)", rate, reason)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+
+
+def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:
+    """The width of the base's layers, from its `config.json` alone."""
+    folder = Path(source.location)
+    name = config.model.name_or_path
+    try:
+        file = folder / "config.json" if folder.is_dir() else _fetch_config(source)
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise refusal("model.name_or_path", name, f"its config.json can't be read: {reason}") from error
+    sections = [section for key in ("text_config", "llm_config") if isinstance(section := values.get(key), Mapping)]
+    for section in (*sections, values):
+        for key in WIDTH_NAMES:
+            if isinstance(section.get(key), int):
+                return int(section[key])
+    raise refusal("optimizer.learning_rate", None, f"the config.json of {name} has no hidden_size; give a number")
+
+
+def _fetch_config(source: "BaseSource") -> Path:
+    """The `config.json` of a base on the hub, from its cache where it has been fetched before."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source.location, "config.json", revision=source.revision))
