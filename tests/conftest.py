@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 os.environ["WANDB_MODE"] = "offline"
-
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 os.environ.pop("WANDB_API_KEY", None)
 
+
+from support.bad_input import Workplace
 from support.commands import Station
 from support.configs import compose, tiny_overrides
 from support.models import CHATML
+from support.runs import losses
 
 from finetune.config.schema import RunConfig
 from finetune.console import quiet_libraries
@@ -23,10 +24,15 @@ quiet_libraries()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of the CPU, where runs repeat bit for bit, but for those marked gpu: pytest -m gpu."""
+    """Hide GPUs and use one thread, so that runs repeat bit for bit; `pytest -m gpu` uses the GPU.
+
+    Models of a few thousand weights gain nothing from more threads, and lose much where two test
+    processes share two cores. PyTorch and Triton read the variables when they are imported.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels run on the CPU; Triton reads it when it is imported
+        os.environ["TRITON_INTERPRET"] = "1"  # the GPU kernels run on the CPU
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,17 +46,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test is served tokens that another one, or older code, has left."""
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Models of a few thousand weights gain nothing by threads, and lose much where other work runs beside them."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +106,26 @@ def station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Itera
     made = Station(tmp_path_factory.mktemp("station"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[[RunConfig], list[float]]:
+    """Train one run by itself and return its training losses."""
+    from finetune.run.context import RunContext
+    from finetune.run.run import run
+
+    def train(config: RunConfig) -> list[float]:
+        folder = tmp_path / "alone" / str(len(list(tmp_path.glob("alone/*"))))
+        run(config, folder, RunContext(interactive=False))
+        return losses(folder)
+
+    return train
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    """An empty working directory for commands that must be refused."""
+    cwd, aside = tmp_path / "cwd", tmp_path / "aside"
+    cwd.mkdir()
+    aside.mkdir()
+    return Workplace(cwd, aside)

@@ -107,3 +107,14 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 def lines(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ROWS = lines(*({"text": f"Row {number} says something."} for number in range(20)))
+ANY_FILE = "allowed: python_docs, a hub id (owner/name), a .jsonl .json .csv .parquet file, a folder"
+
+
+def assert_the_result_says(workplace: Workplace, error: str) -> None:
+    """The only run folder's `result.json` has the same error."""
+    (result,) = workplace.cwd.glob("outputs/runs/default/*/result.json")
+    content = json.loads(result.read_text())
+    assert (content["status"], content["error"]) == ("failed", error)

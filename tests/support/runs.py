@@ -1,11 +1,14 @@
 """Runs: their files, and several in slots."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.engine.observer import Observer
+from finetune.run.context import RunContext
+from finetune.run.resources import SharedResources
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -35,10 +38,7 @@ def train_in_slots(
     errors: dict[int, Exception] | None = None,
 ) -> list[Path]:
     """Train runs in so many slots of one process, each in a folder of its own; errors are taken where asked for."""
-    from finetune.engine.observer import Observer
     from finetune.files.run_folder import RunFolder
-    from finetune.run.context import RunContext
-    from finetune.run.resources import SharedResources
     from finetune.run.run import run_steps
     from sweeps.study.pack import PackedRun, train_together
 
@@ -64,3 +64,17 @@ def train_in_slots(
     waiting = lanes()
     assert train_together(lambda: next(waiting, None), slots) == len(configs)
     return places
+
+
+Tiny = Callable[..., RunConfig]
+SHORT = (
+    "trainer.max_steps=5",
+    "trainer.eval_steps=0",
+    "trainer.save_steps=0",
+    "sample_prompts=[]",
+    "trainer.per_device_train_batch_size=2",
+    "dataset.max_length=64",
+)
+Alone = Callable[[RunConfig], list[float]]
+NONE, NF4, TRL, PACKED = "quantization=none", "quantization=nf4", "trainer.engine=trl", "trainer.engine=packed"
+Tiny = Callable[..., RunConfig]

@@ -22,7 +22,6 @@ from finetune.run.run import run
 from sweeps.launcher import SlotsLauncher
 
 Tiny = Callable[..., RunConfig]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MULTIRUN = ("dataset.max_length=64", "sample_prompts=[]", "trainer.max_steps=4")

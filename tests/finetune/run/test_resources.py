@@ -17,7 +17,6 @@ from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEW = ("trainer.max_steps=3", "dataset.max_length=64", "sample_prompts=[]")
 RUN = (*FEW, "lora.dropout=0.1", "lora.r=4", "lora/target=attention", "seed=3")

@@ -25,7 +25,6 @@ by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.e
 by_trl_slowly = pytest.mark.parametrize(
     "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -4,48 +4,27 @@ The search spaces, samplers and pruners that come with the project are looked at
 """
 
 import itertools
-import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner
-from optuna.trial import TrialState
+from support.studies import PRUNERS, composed
 
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
-from sweeps.answer.importance import comparable_trials, importances
-from sweeps.space.pruners import SuccessiveHalvingPruner
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space, describe, encode
-from sweeps.study.formatting import format_table
 
 SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
-PRUNERS = sorted(file.stem for file in (CONF / "hydra/sweeper/pruner").glob("*.yaml"))
-PRUNERS_ALLOWED = ("optuna.pruners.*", "sweeps.space.pruners.*")
-
-
-def composed(*overrides: str) -> DictConfig:
-    """A sweep's config, Hydra's part included."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(CONF)):
-        return compose("config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True)
 
 
 def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
     """The point of a config in a space of one parameter."""
     return Space.parse({}, [searched]).point_of(composed(*overrides))
-
-
-# Values as overrides
 
 
 @pytest.mark.parametrize(
@@ -75,9 +54,6 @@ def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> 
     (override,) = space.overrides(point)
     read = OverridesParser.create().parse_override(override).value()
     assert read == value
-
-
-# The config's own point
 
 
 @pytest.mark.parametrize(
@@ -116,9 +92,6 @@ def test_the_configs_own_value_of_what_is_searched(searched: str, overrides: lis
 def test_there_is_no_own_point_without_a_value_for_each_parameter(searched: str) -> None:
     assert own_values(searched) is None
     assert Space.parse({}, ["lora.r=choice(1,2)", searched]).point_of(composed()) is None
-
-
-# A space that holds the config's own point
 
 
 @pytest.mark.parametrize(
@@ -205,9 +178,6 @@ def test_a_distribution_is_said_as_users_write_it(expression: str, said: str) ->
     assert describe(Space.parse({}, [f"key={expression}"]).distributions["key"]) == said
 
 
-# Points that are given
-
-
 @pytest.mark.parametrize(
     ("point", "says"),
     [
@@ -245,9 +215,6 @@ def settings(**values: Any) -> StudySettings:
     return StudySettings.from_sweeper({**plain, "study_name": "s", "params": {}, **values})
 
 
-# What all trials have in common
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -274,9 +241,6 @@ def test_a_space_is_kept_as_plain_values() -> None:
         "a": {"name": "CategoricalDistribution", "attributes": {"choices": ["x", "[y,z]"]}},
         "b": {"name": "FloatDistribution", "attributes": {"step": None, "low": 1.0, "high": 2.0, "log": True}},
     }
-
-
-# What comes with the project
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -311,144 +275,3 @@ def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> N
     assert checked.is_grid == (sampler == "grid")
     assert "seed" in checked.sampler
     assert checked.pruner["_target_"].startswith(("optuna.pruners.", "sweeps.space.pruners."))
-
-
-RUNGS = 4
-FINALS = [0.9, 0.8, 0.7, 1.0, 0.95, 0.6]
-"""Where the first trials end; they come down from 2 in equal steps."""
-
-
-def pruned_at(pruner_name: str, final: float) -> int | None:
-    """The rung at which a trial is pruned that comes after others; None where it may go on to its end."""
-    configured = OmegaConf.to_container(composed(f"hydra/sweeper/pruner={pruner_name}").hydra.sweeper.pruner)
-    pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
-    study = optuna.create_study(study_name="s", pruner=pruner)  # hyperband chooses brackets by the name
-    for end in (*FINALS, final):
-        trial = study.ask()
-        judged = None
-        for rung in range(1, RUNGS + 1):
-            trial.report(2 - (2 - end) * rung / RUNGS, rung)
-            if trial.should_prune():
-                judged = rung
-                break
-        study.tell(trial, None if judged else end, TrialState.PRUNED if judged else TrialState.COMPLETE)
-    return judged
-
-
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_a_pruner_never_ends_the_best_trial(pruner: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        assert pruned_at(pruner, 0.3) is None
-
-
-@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name not in ("none", "hyperband", "patient")])
-def test_a_pruner_ends_a_hopeless_trial_at_its_first_rungs(pruner: str) -> None:
-    assert pruned_at(pruner, 1.9) == 1
-
-
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -> None:
-    """Optuna's own lets the first that is judged go on, and its next ones too if each is the best so far."""
-    sign = 1 if direction == "minimize" else -1
-    study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
-
-    def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[int]:
-        for trial, value in zip(trials, values, strict=True):
-            trial.report(sign * value, rung)
-        return [number for number, trial in enumerate(trials) if not trial.should_prune()]
-
-    assert not study.ask().should_prune(), "of which nothing is known"
-    trials = [study.ask() for _ in range(8)]
-    values = [0.9, 0.8, 0.7, math.nan, 0.6, 0.5, 0.4, 0.3]
-    assert left(trials, 1, values) == [6, 7]
-    assert left(trials, 2, [*reversed(values)]) == [6, 7], "no rung that judges: by the one before"
-    assert left(trials, 3, [*reversed(values)]) == [0, 1]
-    assert left([study.ask()], 1, [0.41]) == []
-    early = study.ask()
-    assert left([early], 1, [0.4]) == [0]
-    assert left([study.ask()], 2, [0.85]) == [], "no report at the first rung: judged where it is passed"
-    assert left([study.ask() for _ in range(3)], 1, [0.1, 0.2, 0.05]) == [0, 1, 2]
-    assert early.should_prune(), "as better ones have come to its last rung"
-
-
-@pytest.mark.parametrize(
-    "values", [{"min_resource": 0}, {"reduction_factor": 1}, {"min_early_stopping_rate": -1}, {"min_resource": 1.5}]
-)
-def test_halving_refuses_what_makes_no_rungs(values: dict[str, Any]) -> None:
-    (name,) = values
-    with pytest.raises(ValueError, match=name):
-        SuccessiveHalvingPruner(**values)
-
-
-def test_no_pruner_ends_nothing() -> None:
-    assert pruned_at("none", 5.0) is None
-
-
-def test_patience_waits_while_a_trial_still_improves() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        assert pruned_at("patient", 1.9) is None
-        assert pruned_at("patient", 2.4) in (2, 3, 4)
-
-
-def test_hyperband_judges_within_four_rungs() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        configured = OmegaConf.to_container(composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner)
-        pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
-        study = optuna.create_study(study_name="s", pruner=pruner)
-        pruned = 0
-        for number in range(30):
-            trial = study.ask()
-            for rung in range(1, RUNGS + 1):
-                trial.report(2.0 - (number * 7 % 10) / 10, rung)
-                if trial.should_prune():
-                    pruned += 1
-                    study.tell(trial, state=TrialState.PRUNED)
-                    break
-            else:
-                study.tell(trial, 2.0 - (number * 7 % 10) / 10)
-    assert 5 <= pruned <= 25
-    assert study.best_value == pytest.approx(1.1)
-
-
-# What mattered, and tables
-
-
-def test_the_parameter_that_matters_is_said_to_matter() -> None:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    for _ in range(30):
-        trial = study.ask()
-        rate, dropout = trial.suggest_float("rate", 0, 1), trial.suggest_float("dropout", 0, 1)
-        trial.suggest_categorical("fixed", [1])
-        trial.report((rate - 0.5) ** 2 + dropout / 100, 1)
-        study.tell(trial, state=TrialState.PRUNED) if rate > 0.9 else study.tell(trial, (rate - 0.5) ** 2)
-    shares = importances(study)
-    assert list(shares) == ["rate", "dropout"]
-    assert shares["rate"].share > 0.8
-    assert sum(share.share for share in shares.values()) == pytest.approx(1)
-
-
-def test_few_trials_say_nothing_of_what_mattered() -> None:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    for _ in range(7):
-        trial = study.ask()
-        trial.report(trial.suggest_float("rate", 0, 1), 1)
-        study.tell(trial, 1.0)
-    assert importances(study) == {}
-
-
-def test_a_table_has_columns_as_wide_as_their_widest_cell() -> None:
-    assert format_table(["a", "long"], [["wide", "x"], ["", ""]]) == "a     long\nwide  x\n"
-
-
-def test_trials_are_compared_at_the_last_rung_that_all_have_reported() -> None:
-    """Those of a list need not follow each other."""
-    study = optuna.create_study()
-    for last, state in ((4, TrialState.COMPLETE), (8, TrialState.COMPLETE), (3, TrialState.PRUNED)):
-        trial = study.ask()
-        for rung in {1, 3, last}:
-            trial.report(last + rung / 10, rung)
-        study.tell(trial, last if state == TrialState.COMPLETE else None, state)
-    assert [value for _, value in comparable_trials(study)] == [4.3, 8.3, 3.3]

@@ -1,14 +1,12 @@
 """A study, end to end, by one worker: what it holds, leaves and says, that it repeats, and that it goes on."""
 
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -17,13 +15,9 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from support.commands import Station
 from support.configs import study_overrides
-from support.studies import made_study
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
-from finetune.engine.observer import Rung
-from sweeps.space.pruners import SuccessiveHalvingPruner
 from sweeps.study.study import FINISHED, Study
-from sweeps.study.trial import PruningObserver
 
 TRIALS = 6
 
@@ -450,85 +444,3 @@ def test_best_of_a_study_without_a_complete_trial_is_refused(
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path, "best", "empty")
     assert capsys.readouterr().err == "error: empty: no trial is complete yet, so there is no best\n"
-
-
-def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    point = {"lora.r": 16}
-    notes = {"role": "baseline", "reason": "out of time"}
-    ended = optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=notes, system_attrs={"fixed_params": point})
-    study = made_study(tmp_path / "s", [ended])
-
-    study.enlist(2, [("baseline", point)])
-    study.enlist(2, [("baseline", point)])
-
-    assert [trial.user_attrs.get("role") for trial in study.trials()] == ["baseline", "baseline"]
-    study.enlist(3, [("baseline", point)])
-    assert "role" not in study.trials()[2].user_attrs
-
-
-def test_points_that_find_no_trial_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    study = made_study(tmp_path / "s", [])
-    points = [("start", {"lora.r": rank}) for rank in (4, 4, 8, 16)]
-
-    with caplog.at_level("INFO"):
-        study.enlist(2, points)
-
-    given = [trial.system_attrs["fixed_params"] for trial in study.trials()]
-    assert given == [{"lora.r": 4}, {"lora.r": 8}]
-    assert caplog.messages == ["1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"]
-
-
-class Judged:
-    """A trial of a study, and what a worker hears of it."""
-
-    def __init__(self, study: Study, pruner: Any, role: str = "", trial: optuna.Trial | None = None) -> None:
-        asked = optuna.Study(study.name, study.storage, pruner=pruner)
-        self.trial = asked.ask() if trial is None else optuna.Trial(asked, trial._trial_id)
-        self.trial.set_user_attr("role", role)
-        session = SimpleNamespace(
-            settings=SimpleNamespace(directions=["minimize"]), asked_to_end=False, out_of_time=False
-        )
-        claim = SimpleNamespace(trial_id=self.trial._trial_id)
-        turn: Any = SimpleNamespace(trial=self.trial, study=study, claim=claim, session=session)
-        self.judge = PruningObserver(turn)
-
-    def ends_at(self, rung: int, value: float) -> bool:
-        reached = Rung(rung, 10 * rung, 90, {"objective": value})
-        self.judge.on_rung(reached)
-        return self.judge.judge(reached)
-
-    def ends_after(self, step: int) -> bool:
-        return self.judge.on_step(step)
-
-
-@pytest.mark.parametrize("where", ["here", "in another process", "before it was resumed"])
-def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sweeps.study.trial.LOOK_EVERY", math.inf)
-    study, pruner = made_study(tmp_path / "s", []), SuccessiveHalvingPruner()
-    baseline, early = Judged(study, pruner, "baseline"), Judged(study, pruner)
-    assert not early.ends_at(1, 2.0)
-    assert not baseline.ends_at(1, 3.0)
-    assert not early.ends_after(11)
-    for value in (1.0, 1.1, 1.2):
-        if where == "here":
-            Judged(study, pruner).ends_at(1, value)
-        else:
-            Judged(study, pruner).trial.report(value, 1)
-    if where == "in another process":
-        assert not early.ends_after(12), "it has not looked"
-        monkeypatch.setattr("sweeps.study.trial.LOOK_EVERY", 0)
-    elif where == "before it was resumed":
-        baseline, early = (
-            Judged(study, pruner, role, own.trial) for role, own in (("baseline", baseline), ("", early))
-        )
-    assert early.ends_after(13)
-    assert not baseline.ends_after(13), "it is never pruned"
-
-
-def test_the_baseline_counts_where_optunas_halving_judges(tmp_path: Path) -> None:
-    """Which notes who was asked, and compares with them alone."""
-    study, pruner = made_study(tmp_path / "s", []), optuna.pruners.SuccessiveHalvingPruner(min_resource=1)
-    assert not Judged(study, pruner, "baseline").ends_at(1, 1.0)
-    assert Judged(study, pruner).ends_at(1, 2.0)

@@ -15,7 +15,7 @@ from finetune.run.resources import SharedResources
 from finetune.run.run import run, run_steps
 
 Tiny = Callable[..., RunConfig]
-pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE_EPOCH = ("trainer.max_steps=50", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[]")
 
 

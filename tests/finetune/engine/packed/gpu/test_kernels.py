@@ -8,17 +8,6 @@ if TYPE_CHECKING:
     import torch
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    """The module, interpreted (conftest.py)."""
-    from finetune.engine.packed.gpu import kernels
-
-    return kernels
-
-
 def draw(*shape: int) -> "torch.Tensor":
     import torch
 
@@ -103,7 +92,6 @@ def test_score_is_cross_entropy(kernels: Any) -> None:
 
 WIDTHS = (200, 136)
 """Of the layers' input and outputs; neither is a multiple of a block."""
-
 PARTS = ((0, 21, (5, 3)), (21, 90, (0, 0)), (90, 100, (16, 0)), (100, 117, (130, 24)))
 """Each slot's tokens, from and to, and its ranks in two layers with the same input; 0: no adapter there."""
 
@@ -349,119 +337,3 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input(kernels: Any) -> N
     arrived = float(((sums[0] - sums[1]) * added).sum() / added.square().sum())
     assert float(added.std()) < 5e-4
     assert arrived == pytest.approx(1, abs=0.15)
-
-
-SLOTS = (
-    ("lora.r=4", "lora/target=all_linear", "lora.alpha=8"),
-    ("lora.r=16", "lora/target=q_v", "lora.use_rslora=true"),
-    ("lora.r=2", "lora.target_modules=[down_proj,o_proj]"),
-)
-ARCHITECTURES = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "qwen3": {"head_dim": 32},
-    "qwen2": {},
-    "mistral": {"sliding_window": 6},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "saves"),
-    [
-        ("llama", True),
-        pytest.param("llama", False, marks=pytest.mark.slow),
-        *(pytest.param(other, other == "qwen3", marks=pytest.mark.slow) for other in list(ARCHITECTURES)[1:]),
-    ],
-)
-def test_the_decoder_by_hand_is_each_architecture_with_autograd(
-    kernels: Any,
-    tiny: Any,
-    tiny_base: Any,
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    saves: bool,
-) -> None:
-    import shutil
-
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from finetune.engine.packed.gpu.decoder import Decoder
-    from finetune.engine.packed.requests import Evaluate, ForwardBackward
-    from finetune.run.resources import SharedResources
-
-    folder = shutil.copytree(tiny_base, tmp_path / "base")
-    shapes = AutoConfig.from_pretrained(folder).to_dict()
-    wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shapes = {name: shapes[name] for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")}
-    shapes["num_hidden_layers"] = 3  # with checkpointing the last is not computed again, and the first is the first
-    torch.manual_seed(0)
-    fresh = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(architecture, **shapes, **ARCHITECTURES[architecture])
-    )
-    for weight in fresh.parameters():
-        if weight.ndim == 1:  # norms are all ones, biases all zero
-            weight.data.add_(torch.randn_like(weight), alpha=0.1)
-    fresh.save_pretrained(folder)
-    here = f"model.name_or_path={folder}"
-    saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
-    configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
-    found = []
-    for by_hand in (False, True):
-        with monkeypatch.context() as patched:
-            if by_hand:
-                patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda base, _: Decoder(base, saves))
-            resources = SharedResources()
-            bank = resources.bank(configs[0])
-            assert (bank.decoder is not None) is by_hand
-            slots = [bank.create_slot(config.lora, config.seed) for config in configs]
-        torch.manual_seed(1)
-        for slot in slots:
-            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
-        ids = torch.randint(0, 500, (5, 30), generator=torch.Generator().manual_seed(2)).tolist()
-        rows = [
-            {"input_ids": ids[0][:9] + own[: 3 + place], "labels": [-100] * 9 + own[: 3 + place]}
-            for place, own in enumerate(ids)
-        ]
-        parts = [rows[:2], rows[2:3], rows[3:]]
-        learnt = bank.forward_backward(
-            [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
-        )
-        measured = bank.evaluate([Evaluate(slot, own) for slot, own in zip(slots, parts, strict=True)])
-        losses = [one.loss for one in learnt] + [loss for one in measured for loss in one.row_losses]
-        found.append((losses, [slot.gradient.clone() for slot in slots]))
-    (losses, gradients), (others, expected) = found[1], found[0]
-    assert losses == pytest.approx(others, rel=1e-5)
-    for one, other in zip(gradients, expected, strict=True):
-        assert float(other.norm()) > 0
-        assert float((one - other).norm() / other.norm()) < 1e-4
-
-
-@pytest.mark.slow
-def test_dropout_is_the_same_when_activations_are_computed_again(
-    kernels: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    from finetune.engine.packed.gpu.decoder import Decoder
-    from finetune.engine.packed.requests import ForwardBackward
-    from finetune.run.resources import SharedResources
-
-    config = tiny("lora.dropout=0.5", "lora.r=4")
-    found = []
-    for saves in (False, True):
-        monkeypatch.setattr(
-            "finetune.engine.packed.bank.gpu_decoder", lambda base, _, saves=saves: Decoder(base, saves)
-        )
-        slot = SharedResources().bank(config).create_slot(config.lora, 0)
-        torch.manual_seed(1)
-        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
-        rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
-        for number in (1, 2):
-            learnt = slot.bank.forward_backward([ForwardBackward(slot, rows, 0.1, number)])[0]
-            found.append((learnt.loss, slot.gradient.clone()))
-    assert found[0][0] == found[2][0]
-    assert found[0][0] != found[1][0]
-    assert torch.equal(found[0][1], found[2][1])
-    assert torch.equal(found[1][1], found[3][1])

@@ -1,0 +1,64 @@
+"""The packaged data set: questions and answers from the interpreter's docstrings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+PRINT_DOCS = """
+import hashlib, json, sys
+{first}
+from finetune.data.rows import load_rows
+from finetune.data.python_docs import question_answer_pairs
+from finetune.config.schema import DatasetSettings
+rows = question_answer_pairs()
+split = load_rows(DatasetSettings(path="python_docs", name=None, split="train", format="auto", text_field="text",
+    max_length=None, packing=False, limit=None, eval_fraction=0.1, eval_path=None, test_fraction=0.1, test_path=None,
+    split_seed=0))
+print(json.dumps([hashlib.sha256(json.dumps(rows).encode()).hexdigest(), split.fingerprint, "torch" in sys.modules]))
+"""
+
+
+def printed_by(script: str, cwd: Path, **environment: str) -> Any:
+    """What a fresh interpreter prints, as JSON."""
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_python_docs_are_the_same_rows_whatever_the_hash_seed_and_with_torch_imported_or_not(tmp_path: Path) -> None:
+    bare = printed_by(PRINT_DOCS.format(first=""), tmp_path, PYTHONHASHSEED="1")
+    beside_torch = printed_by(PRINT_DOCS.format(first="import torch"), tmp_path, PYTHONHASHSEED="2")
+
+    assert [bare[2], beside_torch[2]] == [False, True]
+    assert bare[:2] == beside_torch[:2]
+
+
+def test_python_docs_ignore_modules_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.data.python_docs import question_answer_pairs
+
+    before = question_answer_pairs()
+    (tmp_path / "heapq.py").write_text("raise SystemExit('a file of the user, not the standard module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert question_answer_pairs() == before
+
+
+def test_python_docs_answers_are_unique_short_and_many() -> None:
+    from finetune.data.python_docs import LONGEST, SHORTEST, question_answer_pairs
+
+    rows = question_answer_pairs()
+    answers = [row["completion"] for row in rows]
+    assert len(answers) > 300
+    assert len(set(answers)) == len(answers)
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(SHORTEST <= len(answer) <= LONGEST for answer in answers)
+    assert {"prompt", "completion"} == set().union(*rows)
+    assert not any(" at 0x" in answer for answer in answers)  # a memory address would differ from run to run

@@ -1,0 +1,144 @@
+"""The cache of tokens: its keys, concurrent writers, drafts left by killed processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.rows import CHATS, Settings, texts
+
+from finetune.data.tokens import IGNORED, _listed, as_list, tokenize
+from finetune.files.atomic import create_folder
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+
+def test_the_same_rows_are_tokenised_once(tokenizer: Any, settings: Settings, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    first = tokenize("train", CHATS, tokenizer, settings()).to_list()
+    tokens = tmp_path / "cache" / "tokens"
+    [kept] = tokens.iterdir()
+    # What the cache holds is changed behind its back: a second call that returns it has not tokenised.
+    other = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}]
+    kept.rename(tmp_path / "aside")
+    Dataset.from_list(other).save_to_disk(str(kept))
+    touched = tokens.stat().st_mtime_ns
+    assert tokenize("eval", CHATS, tokenizer, settings()).to_list() == other
+    assert tokens.stat().st_mtime_ns == touched  # nor has anything been drawn up beside it
+    assert first != other
+
+
+def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(tokenizer: Any, settings: Settings) -> None:
+    tokens = tokenize("train", CHATS, tokenizer, settings())
+    rows = as_list(tokens)
+    assert rows == tokens.to_list()
+    assert as_list(tokens) is rows
+    kept = len(_listed)
+    del tokens
+    assert len(_listed) == kept - 1
+
+
+def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings: Settings) -> None:
+    rows = [*CHATS[:2], *texts(2)]
+    usual = tokenize("train", rows, tokenizer, settings()).to_list()
+    assert tokenize("train", rows[:3], tokenizer, settings()).to_list() == usual[:3]
+    assert tokenize("train", rows, tokenizer, settings(max_length=9)).to_list() != usual
+    assert "seq_lengths" in tokenize("train", rows, tokenizer, settings(packing=True)).column_names
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("'\n'", "': '")
+    assert tokenize("train", rows, tokenizer, settings()).to_list() != usual
+    tokenizer.chat_template = template
+    assert tokenize("train", rows, tokenizer, settings()).to_list() == usual
+
+
+def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) -> None:
+    tokenize("train", texts(2), tokenizer, settings())
+    tokenizer.eos_token = "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
+    ends = [row["input_ids"][-1] for row in tokenize("train", texts(2), tokenizer, settings()).to_list()]
+    assert ends == [tokenizer.eos_token_id] * 2
+
+
+RACE = """
+import json, sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+from finetune.config.schema import DatasetSettings
+from finetune.data.tokens import tokenize
+base, folder, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+tokenizer = AutoTokenizer.from_pretrained(base)
+settings = DatasetSettings(path="x", name=None, split="train", format="auto", text_field="text", max_length=64,
+    packing=False, limit=None, eval_fraction=0, eval_path=None, test_fraction=0, test_path=None, split_seed=0)
+lengths = []
+for turn in range(8):
+    (folder / f"{turn}.{me}").touch()
+    while len(list(folder.glob(f"{turn}.*"))) < 2:
+        time.sleep(0.0001)
+    rows = [{"text": f"turn {turn} row {n}"} for n in range(20)]
+    lengths.append(sum(map(len, tokenize("train", rows, tokenizer, settings)["input_ids"])))
+print(json.dumps(lengths))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_base: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    command = [sys.executable, "-c", RACE, str(tiny_base), str(ready)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen([*command, name], **pipes) for name in ("a", "b")]
+    try:
+        outputs = [racer.communicate(timeout=240) for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    assert [racer.returncode for racer in racers] == [0, 0], outputs
+    assert json.loads(outputs[0][0]) == json.loads(outputs[1][0])
+    left = sorted(folder.name for folder in (tmp_path / "cache" / "tokens").iterdir())
+    assert len(left) == 8, left
+    assert not any("." in name for name in left)  # no draft is left over
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from finetune.files.atomic import create_folder
+with create_folder(Path(sys.argv[1])) as draft:
+    (draft / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not(
+    tokenizer: Any, settings: Settings, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "cache" / "tokens"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tokens / "rows")])
+    assert done.returncode == -signal.SIGKILL
+    [killed] = tokens.iterdir()
+    living, elsewhere = killed.with_suffix(f".{os.getppid()}"), killed.with_name(f"rows.elsewhere{killed.suffix}")
+    living.mkdir()
+    elsewhere.mkdir()
+
+    tokenize("train", texts(2), tokenizer, settings())
+
+    left = set(tokens.iterdir())
+    assert len(left) == 3  # the new tokens are the third
+    assert {living, elsewhere} < left
+
+
+def test_a_draft_becomes_the_folder_at_its_end_or_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "place"
+    with pytest.raises(KeyboardInterrupt), create_folder(place):
+        raise KeyboardInterrupt
+    assert list(place.parent.iterdir()) == []
+    with create_folder(place) as late:
+        (late / "late").touch()
+        assert not place.exists()
+        place.mkdir()
+        (place / "first").touch()
+    assert [file.name for file in place.parent.rglob("*")] == ["place", "first"]

@@ -1,0 +1,63 @@
+"""Finding a base and hashing its weights."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import Tiny
+
+from finetune.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+
+def test_a_bases_weights_are_hashed_once_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+    import io
+    import threading
+
+    from finetune.model.source import BaseSource, WeightsHash
+
+    begins, reads = threading.Event(), []
+
+    class Watched(io.FileIO):
+        def readinto(self, part: Any) -> int:
+            assert begins.wait(60)
+            reads.append(Path(str(self.name)).name)
+            return super().readinto(part) or 0
+
+    monkeypatch.setattr("finetune.model.source.open", lambda file, mode, buffering: Watched(file), raising=False)
+    for name in ("b.safetensors", "a.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = BaseSource(str(tmp_path), "base", sha256=WeightsHash(tmp_path.glob("*.safetensors")))
+    begins.set()
+    parts = [hashlib.sha256(name).digest() for name in (b"a.safetensors", b"b.safetensors")]
+    expected = hashlib.sha256(b"".join(parts)).hexdigest()
+    assert source.identity == {"name": "base", "revision": None, "sha256": expected}
+    assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() == expected
+    assert sorted(reads) == ["a.safetensors", "a.safetensors", "b.safetensors", "b.safetensors"]  # each till its end
+    (tmp_path / "a.safetensors").write_bytes(b"another")
+    assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() != expected
+
+
+def test_weights_that_could_not_be_read_once_are_tried_again(tmp_path: Path) -> None:
+    from finetune.model.source import WeightsHash
+
+    gone = tmp_path / "gone.safetensors"
+    weights = WeightsHash([gone])
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            weights.hexdigest()
+    gone.write_bytes(b"back")
+    assert weights.hexdigest() == WeightsHash([gone]).hexdigest()
+
+
+def test_a_base_with_a_file_that_cant_be_read_is_refused_at_once(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    from finetune.model.source import find_base
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "model-2.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"model-2\.safetensors can't be read"):
+        find_base(tiny(f"model.name_or_path={folder}").model)

@@ -1,0 +1,60 @@
+"""Bad arguments of generate, evaluate and merge end in one line."""
+
+import json
+
+from support.bad_input import ANY_FILE, ROWS, Case, Workplace, each, matches
+from support.configs import compose
+
+COMMANDS = [
+    Case("generate-no-run", "generate nowhere --prompt Hi", "nowhere: is no run folder: it has no run.json"),
+    Case("evaluate-no-run", "evaluate nowhere --data d.jsonl", "nowhere: is no run folder: it has no run.json"),
+    Case("merge-no-run", "merge nowhere --to new", "nowhere: is no run folder: it has no run.json"),
+    Case(
+        "generate-no-adapter",
+        "generate run --prompt Hi",
+        "run: the run has no adapter yet; python -m finetune resume=run goes on with it",
+    ),
+    Case(
+        "merge-no-adapter",
+        "merge run --to new",
+        "run: the run has no adapter yet; python -m finetune resume=run goes on with it",
+    ),
+    Case("evaluate-no-data", "evaluate run --data no.jsonl", f"--data=no.jsonl: no such file or folder; {ANY_FILE}"),
+    Case("generate-flag", "generate run --prompt Hi --frobnicate", "unrecognized arguments: --frobnicate; see --help"),
+    Case(
+        "evaluate-flag", "evaluate run --data d.jsonl --frobnicate", "unrecognized arguments: --frobnicate; see --help"
+    ),
+    Case("merge-flag", "merge run --to new --frobnicate", "unrecognized arguments: --frobnicate; see --help"),
+    Case("generate-no-prompt", "generate run", "…required: --prompt; see --help"),
+    Case("evaluate-no-data-flag", "evaluate run", "…required: --data; see --help"),
+    Case("merge-no-target", "merge run", "…required: --to; see --help"),
+    Case("generate-nothing", "generate", "…required: run, --prompt; see --help"),
+    Case(
+        "generate-length-text",
+        "generate run --prompt Hi --max-length long",
+        "argument --max-length: …'long'; see --help",
+    ),
+    Case("generate-length-zero", "generate run --prompt Hi --max-length 0", "…--max-length…0…at least 1…"),
+    Case(
+        "merge-dtype",
+        "merge run --to new --dtype int4",
+        "argument --dtype: …'int4'…bfloat16…float16…float32…; see --help",
+    ),
+    Case("merge-to-a-full-folder", "merge run --to run", "--to=run: exists already; must be a new or an empty folder"),
+    Case("merge-to-a-file", "merge run --to d.jsonl", "--to=d.jsonl: exists already; must be a new or an empty folder"),
+]
+
+
+@each(COMMANDS)
+def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None:
+    workplace.write({"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})})
+    before = workplace.files()
+    command, *arguments = case.arguments.split()
+
+    outcome = workplace.call(*arguments, module=f"finetune.{command}")
+
+    assert matches(case.says, outcome.error), outcome.error
+    assert outcome.stderr == f"error: {outcome.error}\n"
+    assert outcome.stdout == ""
+    assert workplace.files() == before
+    assert not outcome.torch_imported

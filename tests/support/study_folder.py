@@ -1,0 +1,66 @@
+"""Reading a study's folder, and Python that makes the processes of a study fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps.study.study import FINISHED, Study
+
+NO_END = ("trainer.max_steps=100000", "trainer.eval_steps=0", "trainer.save_steps=5")
+"""A trial that goes on until it is stopped."""
+
+
+def folder_of(place: Path, name: str = "s") -> Path:
+    return place / "outputs" / "sweeps" / name
+
+
+def trials_of(place: Path, *states: TrialState) -> list[FrozenTrial]:
+    return Study.load(folder_of(place)).trials(*states)
+
+
+def result_of(place: Path, number: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder_of(place) / "trials" / str(number) / "result.json").read_text())
+    return content
+
+
+def told(trial: FrozenTrial) -> tuple[Any, ...]:
+    return trial.number, trial.state, trial.params, trial.values, trial.intermediate_values
+
+
+def written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def require_params_agree(place: Path) -> None:
+    """Storage, overrides and config of each finished trial say the same."""
+    for trial in trials_of(place, *FINISHED):
+        folder = folder_of(place) / "trials" / str(trial.number)
+        if trial.state == TrialState.FAIL and not (folder / "run.json").exists():
+            continue  # killed each time before its run began
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        given = dict(line.split("=", 1) for line in overrides)
+        config = json.loads((folder / "run.json").read_text())["config"]
+        for name, value in trial.params.items():
+            section, key = name.split(".")
+            assert float(given[name]) == config[section][key] == value
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+DIES = """
+import os
+from finetune.engine.packed.bank import Bank
+Bank.forward_backward = lambda *_: os.kill(os.getpid(), 9)
+"""
+"""The first batch kills the process."""
+LOST = "lost its worker 3 times without a new checkpoint"

@@ -1,0 +1,269 @@
+"""Samplers, driven as a worker drives them: real studies in which nothing is trained."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+import pytest
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from optuna.samplers import CmaEsSampler, GPSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, TPESampler
+from support.configs import compose
+from support.studies import settings_of
+
+from finetune.engine.interrupt import Interrupt
+from finetune.errors import ConfigError
+from sweeps.space.space import Point, Space
+from sweeps.study.session import Session
+from sweeps.study.study import Study
+from sweeps.study.trial import TrialRunner
+
+SAMPLERS = ["tpe", "random", "cmaes", "qmc", "gp", "nsgaii", "nsgaiii"]
+PARAMS = {
+    "optimizer.learning_rate": "tag(log, interval(1e-4, 1e-2))",
+    "lora.dropout": "interval(0.0, 0.15)",
+    "lora.r": "range(4, 65, 4)",
+    "lora.alpha": "choice(8, 16, 32)",
+}
+
+
+def session_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")) -> Session:
+    nothing: Any = None  # it composes no trial
+    config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
+    return Session(folder, None, settings_of(*overrides), space, config, nothing, common, None, "packed", 1)
+
+
+def loss(point: Point) -> float:
+    """Best at a rate of 1e-3, no dropout and r of 32."""
+    rate = point.get("optimizer.learning_rate", 1e-3)
+    return (math.log10(rate) + 3) ** 2 + point.get("lora.dropout", 0.0) + abs(point.get("lora.r", 32) - 32) / 64
+
+
+Drive = Callable[..., list[Point]]
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Drive:
+    """Runs a study's trials as a worker does, but for the training; returns the points of all its trials."""
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+
+    def run(
+        sampler: str,
+        trials: int,
+        *overrides: str,
+        seed: int = 0,
+        study: str = "a",
+        params: dict[str, str] = PARAMS,
+        points: list[tuple[str, Point]] | None = None,
+        values: Callable[[Point], list[float]] = lambda point: [loss(point)],
+    ) -> list[Point]:
+        session = session_of(
+            f"hydra/sweeper/sampler={sampler}", *overrides, space=Space.parse(params, []), seed=seed, folder=tmp_path
+        )
+        opened = Study.open(
+            tmp_path / study, session.settings, None, {"objective": "eval/loss"}, session.space.distributions
+        )
+        opened.enlist(trials, points or [])
+        while True:
+            with opened.claim() as claim:
+                if claim is None:
+                    break
+                turn = TrialRunner(session, opened, claim, Interrupt())
+                turn._overrides()
+                opened.optuna.tell(turn.trial, values(turn.trial.params))
+        return [trial.params for trial in opened.trials()]
+
+    return run
+
+
+def distinct(points: list[Point]) -> int:
+    return len({tuple(sorted(point.items())) for point in points})
+
+
+def further(config: DictConfig, trial: optuna.Trial) -> None:
+    """A custom search space, as users write them."""
+    rate = trial.params["optimizer.learning_rate"]
+    trial.suggest_float("optimizer.weight_decay", rate, rate + config.most)
+    trial.suggest_int("+w", 0, 1)
+
+
+def test_a_custom_search_space_suggests_further_parameters(drive: Drive) -> None:
+    points = drive("random", 8, f"hydra.sweeper.custom_search_space={__name__}.further")
+    assert len(points) == 8
+    for point in points:
+        assert 0 <= point["optimizer.weight_decay"] - point["optimizer.learning_rate"] <= 0.3
+        assert point["+w"] in (0, 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(sampler: str, drive: Drive) -> None:
+    trials = 6 if sampler == "gp" else 9
+    few = ["hydra.sweeper.sampler.n_startup_trials=4"] if sampler in ("tpe", "gp", "cmaes") else []
+    few += ["hydra.sweeper.sampler.population_size=4"] if sampler.startswith("nsga") else []
+    space = Space.parse(PARAMS, [])
+
+    points = drive(sampler, trials, *few)
+
+    assert distinct(points) == trials
+    for point in points:
+        space.require("point", point)
+    assert drive(sampler, trials, *few, study="again") == points
+    assert distinct([*points, *drive(sampler, trials, *few, seed=1, study="other")]) > trials
+    own = drive(sampler, trials, *few, "hydra.sweeper.sampler.seed=0", seed=5, study="own-seed")
+    assert own == points
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_study_that_goes_on_is_not_given_its_first_points_again(sampler: str, drive: Drive) -> None:
+    first = drive(sampler, 4)
+    both = drive(sampler, 8)
+    assert both[:4] == first
+    assert distinct(both) == 8
+    assert both == drive(sampler, 8, study="in-one-go")
+
+
+def test_qmc_gives_one_low_discrepancy_sequence(drive: Drive) -> None:
+    params = {"lora.dropout": "interval(0.0, 1.0)", "optimizer.weight_decay": "interval(0.0, 1.0)"}
+    points = drive("qmc", 17, params=params)
+
+    one = optuna.create_study(
+        sampler=QMCSampler(seed=0, warn_asynchronous_seeding=False, warn_independent_sampling=False)
+    )
+    one.optimize(lambda trial: sum(trial.suggest_float(name, 0.0, 1.0) for name in params), n_trials=17)
+    assert points == [trial.params for trial in one.trials]
+    quarters = {(int(point["lora.dropout"] * 4), int(point["optimizer.weight_decay"] * 4)) for point in points[1:]}
+    assert len(quarters) == 16
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
+def test_a_sampler_learns_although_each_trial_has_a_fresh_one(sampler: str, drive: Drive) -> None:
+    params = {"optimizer.learning_rate": "tag(log, interval(1e-6, 1))", "lora.dropout": "interval(0.0, 1.0)"}
+    trials = 12 if sampler == "gp" else 36  # it learns the fastest, and thinks the longest
+    few = [f"hydra.sweeper.sampler.n_startup_trials={trials // 3}"]
+    losses = [loss(point) for point in drive(sampler, trials, *few, params=params)]
+    assert sum(losses[-trials // 3 :]) < sum(losses[: trials // 3]) / 1.5
+
+
+@pytest.mark.parametrize("sampler", ["nsgaii", "nsgaiii"])
+def test_generations_go_on_although_each_trial_has_a_fresh_sampler(sampler: str, drive: Drive, tmp_path: Path) -> None:
+    drive(sampler, 12, "hydra.sweeper.sampler.population_size=4")
+    trials = Study(tmp_path / "a", "s", None).trials()
+    generations = [
+        next(value for key, value in trial.system_attrs.items() if key.endswith("generation")) for trial in trials
+    ]
+    assert generations == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsgaii", "nsgaiii"])
+def test_several_objectives_have_a_front_of_which_none_beats_another(
+    sampler: str, drive: Drive, tmp_path: Path
+) -> None:
+    drive(
+        sampler,
+        16,
+        "hydra.sweeper.direction=[minimize,minimize]",
+        values=lambda point: [loss(point), float(point["lora.r"])],
+    )
+    study = Study(tmp_path / "a", "s", None)
+    front = study.optuna.best_trials
+    assert front
+    assert [trial.number for trial in study.ranked()[: len(front)]] == sorted(trial.number for trial in front)
+    for one in front:
+        for other in front:
+            pairs = list(zip(one.values, other.values, strict=True))
+            assert not (all(a <= b for a, b in pairs) and any(a < b for a, b in pairs))
+
+
+def test_a_grid_is_every_point_once(drive: Drive) -> None:
+    params = {"lora.r": "choice(4,8,16)", "optimizer.warmup_ratio": "range(0,0.3,0.1)", "lora.use_dora": "true,false"}
+    grid = Space.parse(params, []).grid(0)
+    assert distinct(grid) == len(grid) == 18
+
+    points = drive("grid", 18, params=params, points=[("grid", point) for point in grid])
+    assert points == grid
+    assert Space.parse(params, []).grid(0) == grid != Space.parse(params, []).grid(1)
+
+
+def test_a_grid_of_a_smooth_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^lora\.dropout: a grid needs a choice or a range with a step"):
+        Space.parse({"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}, []).grid(0)
+
+
+def test_known_points_are_the_first_trials(drive: Drive) -> None:
+    point = {"lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.05, "optimizer.learning_rate": 1e-3}
+    points = drive("tpe", 3, points=[("baseline", point), ("start", {"lora.r": 64})])
+    assert points[0] == point
+    assert points[1]["lora.r"] == 64
+    assert set(points[1]) == set(PARAMS)
+
+
+@pytest.fixture(autouse=True)
+def _without_experimental_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [
+        ("tpe", TPESampler),
+        ("cmaes", CmaEsSampler),
+        ("gp", GPSampler),
+        ("qmc", QMCSampler),
+        ("nsgaii", NSGAIISampler),
+        ("nsgaiii", NSGAIIISampler),
+    ],
+)
+def test_a_sampler_is_chosen_by_its_name(sampler: str, kind: type) -> None:
+    assert type(session_of(f"hydra/sweeper/sampler={sampler}", space=Space({}, {}, [])).sampler(0)) is kind
+
+
+def test_tpe_draws_parameters_together_and_counts_running_trials() -> None:
+    sampler = session_of(space=Space({}, {}, [])).sampler(0)
+    assert isinstance(sampler, TPESampler)
+    inner = cast(Any, sampler)
+    assert (inner._multivariate, inner._constant_liar, inner._group) == (True, True, False)
+    assert (inner._n_startup_trials, inner._n_ei_candidates) == (10, 24)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "text", "expected"),
+    [
+        ("grid", "seed", "123", 123),
+        ("tpe", "group", "true", True),
+        ("tpe", "constant_liar", "false", False),
+        ("cmaes", "n_startup_trials", "7", 7),
+        ("cmaes", "popsize", "12", 12),
+        ("cmaes", "with_margin", "true", True),
+        ("cmaes", "lr_adapt", "true", True),
+        ("nsgaii", "population_size", "8", 8),
+        ("qmc", "qmc_type", "halton", "halton"),
+        ("gp", "deterministic_objective", "true", True),
+    ],
+)
+def test_a_samplers_own_keys_can_be_given(sampler: str, key: str, text: str, expected: object) -> None:
+    settings = settings_of(f"hydra/sweeper/sampler={sampler}", f"hydra.sweeper.sampler.{key}={text}")
+    assert settings.sampler[key] == expected
+
+
+def test_nsgaiii_takes_reference_points() -> None:
+    session = session_of(
+        "hydra/sweeper/sampler=nsgaiii",
+        "hydra.sweeper.sampler.reference_points=[[0.0,1.0],[1.0,0.0]]",
+        space=Space({}, {}, []),
+    )
+    assert isinstance(session.sampler(0), NSGAIIISampler)
+
+
+def test_the_sampler_that_optuna_has_removed_says_what_to_use() -> None:
+    with pytest.raises((ValueError, InstantiationException), match="Use 'hydra/sweeper/sampler=tpe' instead"):
+        session_of("hydra/sweeper/sampler=motpe", space=Space({}, {}, [])).sampler(0)
+
+
+def test_a_sampler_is_one_of_optunas_and_nothing_else() -> None:
+    with pytest.raises(InstantiationException, match="whitelist"):
+        session_of("++hydra.sweeper.sampler._target_=builtins.print", space=Space({}, {}, [])).sampler(0)
