@@ -10,17 +10,22 @@ def main() -> None:
     parser = command_parser(__doc__ or "")
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together (the run's own)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens of each answer at most (the run's own bounds)")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together at most")
     parser.add_argument("--base", action="store_true", help="answer by the base, without the adapter")
     arguments = parser.parse_args()
-    if arguments.max_length is not None and arguments.max_length < 1:
-        raise refusal("--max-length", arguments.max_length, "must be at least 1")
+    bounds = {"max_new_tokens": arguments.max_new_tokens, "max_length": arguments.max_length}
+    for name, bound in bounds.items():
+        if bound is not None and bound < 1:
+            raise refusal(f"--{name.replace('_', '-')}", bound, "must be at least 1")
     from finetune.run.load import load_run
 
     trained = load_run(arguments.run)
-    length = arguments.max_length or trained.config.sample_max_length
+    config = trained.config
+    if not any(bounds.values()):
+        bounds = {"max_new_tokens": config.sample_max_new_tokens, "max_length": config.sample_max_length}
     model = trained.base if arguments.base else trained.with_adapter()
-    for text in generate_answers(model, trained.tokenizer, arguments.prompt, length, trained.config.quantization):
+    for text in generate_answers(model, trained.tokenizer, arguments.prompt, config.quantization, **bounds):
         print(text)
 
 

@@ -248,7 +248,7 @@ class RunConfig(Section):
     objective: MetricName | list[MetricName]
     objective_at: Literal["last", "best"]
     sample_prompts: list[str] | None
-    sample_max_length: int
+    sample_max_length: int | None
     model: ModelSettings
     quantization: QuantizationSettings
     lora: LoraSettings
@@ -257,11 +257,17 @@ class RunConfig(Section):
     trainer: TrainerSettings
     tracker: TrackerSettings
     hub: HubSettings
+    # Runs that began before there was this key are bounded by sample_max_length alone.
+    sample_max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
         self.require("seed", 0 <= self.seed < 2**32, "must be a whole number from 0 to 4294967295")
-        self.require("sample_max_length", self.sample_max_length >= 1, "must be at least 1")
+        for field in ("sample_max_new_tokens", "sample_max_length"):
+            bound = getattr(self, field)
+            self.require(field, bound is None or bound >= 1, "must be a whole number of at least 1, or null")
+        bounded = self.sample_max_new_tokens is not None or self.sample_max_length is not None
+        self.require("sample_max_new_tokens", bounded, "needs sample_max_length")
         self.require("objective", bool(self.objective), "must be a metric's name, or a list of them")
         if not self.dataset.holds_out:
             needs = "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"

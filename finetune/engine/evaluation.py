@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig
 
 from finetune.config.schema import QuantizationSettings
 from finetune.data.tokens import IGNORED, as_list, common_prefix_length
+from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
 
 if TYPE_CHECKING:
@@ -50,13 +52,24 @@ class Evaluation:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode and no gradients, while the context lasts."""
+    """Every module in evaluation mode and no gradients, while the context lasts.
+
+    A mixture of experts gives no router logits meanwhile: TRL turns them on for its auxiliary loss, which transformers
+    can't compute where keys and values are remembered.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    text_config = text_config_of(config) if isinstance(config, PreTrainedConfig) else None
+    router_logits = getattr(text_config, "output_router_logits", None)
     model.eval()
     try:
+        if text_config is not None and router_logits:
+            text_config.output_router_logits = False
         with torch.inference_mode():
             yield
     finally:
+        if text_config is not None and router_logits:
+            text_config.output_router_logits = router_logits
         for module, training in modes:
             module.training = training
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.errors import refusal
-from finetune.model.architectures import LLAMA_LIKE
+from finetune.model.architectures import LLAMA_LIKE, text_config_of
 from finetune.model.device import on_gpu
 from finetune.model.loading import read_base_config
 from finetune.model.quantization import compute_dtype
@@ -47,6 +47,7 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
     pattern = targets if isinstance(targets, str) else "|".join(map(re.escape, targets))
     computed = str(compute_dtype(quantization)).removeprefix("torch.")
     half = config.quantization.bnb_4bit_compute_dtype == "float16"
+    attention_dropout = getattr(text_config_of(base), "attention_dropout", 0)
     reasons = {
         f"model.name_or_path={config.model.name_or_path} (of type {base.model_type})": base.model_type
         not in LLAMA_LIKE,
@@ -54,9 +55,7 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
         f"model.attn_implementation={config.model.attn_implementation}": config.model.attn_implementation
         not in (None, "sdpa"),
         f"model.extra={config.model.extra}": bool(config.model.extra.keys() - {"device_map"}),
-        f"the model's attention_dropout={getattr(base, 'attention_dropout', 0)}": bool(
-            getattr(base, "attention_dropout", 0)
-        ),
+        f"the model's attention_dropout={attention_dropout}": bool(attention_dropout),
         "lora.use_dora=true": lora.use_dora,
         f"lora.bias={lora.bias}": lora.bias != "none",
         f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights not in (True, False, "gaussian"),

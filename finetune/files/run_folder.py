@@ -55,9 +55,7 @@ class RunFolder:
             try:
                 stack.enter_context(file_lock(self.path / ".lock", wait=False))
             except BlockingIOError:
-                raise FolderHeld(
-                    f"{self.path}: another process is training in this folder"
-                ) from None
+                raise FolderHeld(f"{self.path}: another process is training in this folder") from None
             self._is_locked = True
             try:
                 yield

@@ -14,7 +14,7 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
-from finetune.run.samples import Samples
+from finetune.run.samples import Samples, surviving_samples
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -37,13 +37,17 @@ def evaluate_finished_run(path: str | Path, resources: SharedResources, ask: boo
     test = resources.tokens("test", rows.test, config)
     known = read_test_evaluation(folder)
     ask = ask and config.sample_prompts != [] and not all("after" in row for row in read_json(folder.samples) or [{}])
-    if ask or (test and not known):
-        with _fresh(config, folder, resources, test) as (model, measure, generation_model):
+    measures = bool(test) and not known
+    if ask or measures:
+        with (
+            contextlib.nullcontext() if measures else surviving_samples("after training"),
+            _fresh(config, folder, resources, test) as (model, measure, generation_model),
+        ):
             samples = Samples(config, folder, rows, generation_model, resources)
             if ask:
                 samples.before()
             load_adapter(model, folder.adapter)
-            if test and not known:
+            if measures:
                 known = measure()
                 write_json(folder.test_rows, dataclasses.asdict(known))
             if ask:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
 from finetune.engine.schedule import total_steps
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, refusal
 from finetune.run.resources import SharedResources, base_key
 
 if TYPE_CHECKING:
@@ -157,7 +157,8 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
 
     from finetune.engine.packed.autograd_backend import AutogradBackend
     from finetune.engine.packed.backend import supports_gpu_decoder
-    from finetune.model.adapter import add_adapter
+    from finetune.model.adapter import add_adapter, modules_beside_language_model
+    from finetune.model.architectures import text_config_of
     from finetune.model.device import on_gpu
     from finetune.model.loading import read_base_config, skeleton_of
     from finetune.model.memory import available_memory
@@ -165,16 +166,24 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
 
     require_bitsandbytes(config.quantization)
     work = _work(config, resources)
-    base = read_base_config(resources.source(config.model), config.model)
-    skeleton = skeleton_of(base, config.model)
+    base_config = read_base_config(resources.source(config.model), config.model)
+    base = text_config_of(base_config)
+    if getattr(base, "num_attention_heads", None) is None:
+        raise refusal("model.name_or_path", config.model.name_or_path, "no plan for a model without attention heads")
+    skeleton = skeleton_of(base_config, config.model)
     cost = _base_bytes(skeleton, config)
-    weights = sum(parameter.numel() for name, parameter in skeleton.named_parameters() if "embed" not in name)
+    beside = tuple(f"{name}." for name in modules_beside_language_model(skeleton))
+    weights = sum(
+        parameter.numel()
+        for name, parameter in skeleton.named_parameters()
+        if "embed" not in name and not name.startswith(beside)
+    )
     with torch.device("meta"):  # nobody reads what is drawn
         adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
     rounded = 2 if on_gpu() and compute_dtype(config.quantization).itemsize == 2 else 0
     size = rounded or 4
-    hand = supports_gpu_decoder(base, config.quantization)
+    hand = supports_gpu_decoder(base_config, config.quantization)
     if hand:
         from finetune.engine.packed.gpu.decoder import Decoder
 
@@ -283,7 +292,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, 
     layers: on a GPU only of those that are adapted, and not the gate's product. With checkpointing it keeps its
     input alone, but for what `kept_whole` says. Within a layer, the forward and backward of the gate are the widest.
     """
-    hidden, inner, layers = base.hidden_size, base.intermediate_size, base.num_hidden_layers
+    hidden, inner, layers = base.hidden_size, _inner_width(base), base.num_hidden_layers
     queries, keys = _widths(base)
     saves = config.trainer.gradient_checkpointing is True
     if adapts is None:
@@ -305,7 +314,12 @@ def _held(base: Any, config: RunConfig) -> int:
     """Numbers of a block's dequantised weights, from when it is computed again to its backward pass."""
     if not (config.trainer.gradient_checkpointing is True and config.quantization.load_in_4bit):
         return 0
-    return int(base.hidden_size * 2 * (sum(_widths(base)) + base.intermediate_size))
+    return int(base.hidden_size * 2 * (sum(_widths(base)) + _inner_width(base)))
+
+
+def _inner_width(base: Any) -> int:
+    """A token's numbers inside a feed-forward layer: four times the width where the config does not say."""
+    return int(getattr(base, "intermediate_size", None) or 4 * base.hidden_size)
 
 
 def _widths(base: Any) -> tuple[int, int]:

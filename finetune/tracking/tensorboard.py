@@ -30,7 +30,7 @@ class TensorboardTracker(Tracker):
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         for sample in samples:
-            text = f"**before:** {sample['before']}\n\n**after:** {sample['after']}"
+            text = f"**before:** {sample.get('before', '')}\n\n**after:** {sample.get('after', '')}"
             self._writer.add_text(f"samples/{sample['prompt']}", text, step)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 Sample = dict[str, str]
-"""A `prompt`, the base's answer `before` training, and the answer `after` it."""
+"""A `prompt`, the base's answer `before` training, and the answer `after` it; either is missing if asking failed."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ COMMANDS = [
     ),
     Case("generate-length-zero", "generate run --prompt Hi --max-length 0", "…--max-length…0…at least 1…"),
     Case(
+        "generate-new-tokens-zero",
+        "generate run --prompt Hi --max-new-tokens 0",
+        "--max-new-tokens=0: must be at least 1",
+    ),
+    Case(
         "merge-dtype",
         "merge run --to new --dtype int4",
         "argument --dtype: …'int4'…bfloat16…float16…float32…; see --help",

@@ -105,6 +105,13 @@ CONFIG = [
         "objective=train/loss: …objective_at=best…one of eval/loss, eval/accuracy",
     ),
     Case("resume", "resume=nowhere", "nowhere: is no run folder…"),
+    Case(
+        "new-tokens",
+        "sample_max_new_tokens=0",
+        "sample_max_new_tokens=0: must be a whole number of at least 1, or null",
+    ),
+    Case("sample-length", "sample_max_length=0", "sample_max_length=0: must be a whole number of at least 1, or null"),
+    Case("no-sample-bound", "sample_max_new_tokens=null", "sample_max_new_tokens=null: needs sample_max_length"),
     Case("empty-prompt", "sample_prompts=['']", "sample_prompts=['']: must be texts that are not empty, or null"),
     Case(
         "schedule",

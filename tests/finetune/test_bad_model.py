@@ -119,7 +119,7 @@ def test_a_hub_id_out_of_reach_is_said_within_15_seconds(key: str, hub: str, wor
     assert not outcome.torch_imported
 
 
-TINY = "model.name_or_path=base dataset.path=d.jsonl tracker=none trainer.max_steps=1 sample_max_length=8"
+TINY = "model.name_or_path=base dataset.path=d.jsonl tracker=none trainer.max_steps=1 sample_max_new_tokens=1"
 LINEAR = "down_proj, gate_proj, k_proj, …o_proj, q_proj, up_proj, v_proj"
 LIBRARIES = [
     Case("trainer-key-in-extra", "trainer.extra.max_steps=3", "trainer.extra.max_steps=3: has a key of its own…"),

@@ -1,6 +1,7 @@
 """The commands on a run's folder: generate, evaluate, merge, resume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,31 @@ def test_generate_answers_by_the_adapter_or_the_base(trained: Path) -> None:
 
     assert " ".join(adapter.stdout.split()) == " ".join(sample["after"].split())
     assert " ".join(base.stdout.split()) == " ".join(sample["before"].split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "answered"),
+    [
+        (["--max-new-tokens", "9"], True),
+        (["--max-length", "20", "--max-new-tokens", "9"], False),
+        ([], False),
+    ],
+)
+def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
+    trained: Path, tmp_path: Path, flags: list[str], answered: bool
+) -> None:
+    """By a run that began before there was a bound of new tokens: without a flag, its prompt and answer have 64."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    identity = json.loads((folder / "run.json").read_text())
+    del identity["config"]["sample_max_new_tokens"]
+    (folder / "run.json").write_text(json.dumps(identity))
+    prompt = "What does heapq.heappush do in Python, and why? " * 5
+    done = run_cli(str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate")
+
+    assert done.returncode == 0, done.stderr
+    line = "gets no answer: prompt and answer together have"
+    assert (len(done.stdout.strip()) > 1, done.stderr.count(line)) == (answered, int(not answered))
 
 
 def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_path: Path) -> None:

@@ -12,6 +12,15 @@ CHATML = (
 )
 
 
+def with_tokenizer_of(base: Path, model: Any, folder: Path) -> Path:
+    """A model saved with another base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def wide_base(tiny_base: Path, folder: Path) -> Path:
     """The tiny base, said to have the shapes of a large one: a plan believes its config."""
     place = folder / "wide"

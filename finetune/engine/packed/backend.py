@@ -11,6 +11,7 @@ from finetune.config.schema import QuantizationSettings, RunConfig
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.slot import Slot
+from finetune.model.architectures import LLAMA_LIKE
 from finetune.model.device import newer_gpu
 from finetune.model.quantization import compute_dtype
 
@@ -42,9 +43,11 @@ class Backend(Protocol):
 def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationSettings) -> bool:
     """Whether a base's decoder can be computed by hand.
 
-    That is on a GPU of compute capability 8 or more on which Triton works, in 16 bits, without 8-bit products, with
-    SwiGLU, and with heads whose blocks have room in its multiprocessors.
+    That is of a Llama-like base, on a GPU of compute capability 8 or more on which Triton works, in 16 bits, without
+    8-bit products, with SwiGLU, and with heads whose blocks have room in its multiprocessors.
     """
+    if shapes.model_type not in LLAMA_LIKE:  # others may lack the sizes that are read here
+        return False
     heads = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
     return (
         newer_gpu(torch.device("cuda"))

@@ -147,6 +147,7 @@ def guanaco() -> RunConfig:
 GUANACO: dict[str, Any] = {
     "name": "llama-2-7b-chat-guanaco",
     "sample_prompts": ["Who is Leonardo Da Vinci?", "What is Datacamp Career track?"],
+    "sample_max_new_tokens": None,
     "sample_max_length": 200,
     "model": {
         "name_or_path": "NousResearch/Llama-2-7b-chat-hf",
@@ -205,6 +206,13 @@ GUANACO: dict[str, Any] = {
     },
 }
 LEAVES = [(section, key) for section, values in GUANACO.items() if isinstance(values, dict) for key in values]
+
+
+def test_a_run_that_began_before_new_tokens_were_counted_means_what_it_meant() -> None:
+    values = compose("sample_max_length=128").to_dict()
+    del values["sample_max_new_tokens"]
+    config = RunConfig.from_dict(values)
+    assert (config.sample_max_new_tokens, config.sample_max_length) == (None, 128)
 
 
 @pytest.mark.parametrize(("section", "key"), LEAVES, ids=[".".join(leaf) for leaf in LEAVES])
