@@ -56,7 +56,7 @@ class Workplace:
         (self.aside / "sitecustomize.py").write_text(OBSERVER)
         observed = self.aside / "observed"
         own = {
-            "PYTHONPATH": f"{self.aside}:/work/f2",
+            "PYTHONPATH": str(self.aside),
             "TEST_OBSERVED": str(observed),
             "FINETUNE_CACHE": str(self.aside / "cache"),
             "HF_HOME": str(self.aside / "hub"),

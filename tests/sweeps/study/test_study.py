@@ -121,7 +121,7 @@ def test_keeps_the_adapters_of_the_best_and_of_the_baseline(done: Done) -> None:
 
 def test_says_the_winner_beside_the_baseline_and_how_to_use_it(done: Done) -> None:
     best = min((trial for trial in done.trials if trial.values), key=lambda trial: trial.value or 0)
-    last = done.said[done.said.index("study s1: ", 20) :]
+    last = done.said[done.said.rindex("study s1: ") :]
     assert f"trial {best.number} " in last.splitlines()[1]
     assert "baseline" in last
     assert "python -m finetune --config-dir outputs/sweeps/s1 experiment=best" in last
