@@ -15,7 +15,6 @@ from finetune.errors import ConfigError
 from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEBUG = ("trainer=debug", "quantization=none")
 
 
@@ -153,9 +152,9 @@ def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_ker
 
     from finetune.engine.packed.backend import supports_gpu_decoder
 
-    monkeypatch.setattr("finetune.bank.newer_gpu", lambda _: True)
-    monkeypatch.setattr("finetune.bank.compute_dtype", lambda _: torch.bfloat16)
-    monkeypatch.setattr("finetune.bank._kernels_work", lambda: True)
+    monkeypatch.setattr("finetune.engine.packed.backend.newer_gpu", lambda _: True)
+    monkeypatch.setattr("finetune.engine.packed.backend.compute_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("finetune.engine.packed.backend._kernels_work", lambda: True)
     shapes = getattr(transformers, f"{kind}Config")()
     assert supports_gpu_decoder(transformers.LlamaConfig(), tiny().quantization)
     assert not supports_gpu_decoder(shapes, tiny().quantization)

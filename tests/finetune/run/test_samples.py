@@ -14,7 +14,6 @@ from finetune.run.resources import SharedResources
 from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEBUG = ("trainer=debug", "quantization=none", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[Hm?]")
 
 
@@ -40,7 +39,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, calls: set[in
             raise error
         return ["Hm."]
 
-    monkeypatch.setattr("finetune.samples.answer", answer)
+    monkeypatch.setattr("finetune.run.samples.generate_answers", answer)
 
 
 def content(file: Path) -> Any:
@@ -121,7 +120,7 @@ def test_a_winners_failing_samples_leave_its_test_loss(
     from finetune.run.final_evaluation import evaluate_finished_run
 
     resources = SharedResources()
-    run(tiny(*DEBUG), tmp_path, RunContext(resources=resources, interactive=False, tests=measured))
+    run(tiny(*DEBUG), tmp_path, RunContext(resources=resources, interactive=False, evaluate_test_rows=measured))
     failing(monkeypatch, RuntimeError("no room"), calls)
 
     evaluation = evaluate_finished_run(tmp_path, resources, ask=True)
@@ -142,7 +141,7 @@ def test_a_base_that_has_no_room_for_samples_alone_leaves_a_winners_test_loss(
     def no_room(*_: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("finetune.base.load_base", no_room)
+    monkeypatch.setattr("finetune.model.loading.load_base", no_room)
 
     assert evaluate_finished_run(tmp_path, SharedResources(), ask=True) is not None
     assert warnings_of(caplog) == ["the sample prompts are not answered after training: MemoryError: no room"]
