@@ -12,7 +12,7 @@ os.environ.pop("WANDB_API_KEY", None)
 
 
 from support.bad_input import Workplace
-from support.commands import Station
+from support.commands import LIGHT_IMPORTS, Station
 from support.configs import compose, tiny_overrides
 from support.models import CHATML
 from support.runs import losses
@@ -102,10 +102,18 @@ def tiny(tiny_base: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Station]:
-    """One for all tests of studies."""
-    made = Station(tmp_path_factory.mktemp("station"))
-    yield made
-    made.close()
+    """Starts commands that train, from a process that has imported torch."""
+    commands = Station(tmp_path_factory.mktemp("station"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def light_station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Station]:
+    """Starts commands that end before torch is imported."""
+    commands = Station(tmp_path_factory.mktemp("light_station"), LIGHT_IMPORTS)
+    yield commands
+    commands.close()
 
 
 @pytest.fixture
@@ -123,9 +131,9 @@ def alone(tmp_path: Path) -> Callable[[RunConfig], list[float]]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Workplace:
+def workplace(tmp_path: Path, light_station: Station) -> Workplace:
     """An empty working directory for commands that must be refused."""
     cwd, aside = tmp_path / "cwd", tmp_path / "aside"
     cwd.mkdir()
     aside.mkdir()
-    return Workplace(cwd, aside)
+    return Workplace(cwd, aside, light_station)

@@ -5,17 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import run_cli
+from support.commands import Station
 from support.configs import tiny_overrides
 from support.runs import write_jsonl
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder, made by the command."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     overrides = ["trainer.max_steps=20", "optimizer.learning_rate=0.02", "lora.bias=none"]
-    done = run_cli(*tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent)
+    done = station.run(*tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -35,10 +35,10 @@ def test_the_run_ends_with_a_summary(trained: Path) -> None:
         assert part in log
 
 
-def test_generate_answers_by_the_adapter_or_the_base(trained: Path) -> None:
+def test_generate_answers_by_the_adapter_or_the_base(trained: Path, station: Station) -> None:
     sample = json.loads((trained / "samples.json").read_text())[0]
-    adapter = run_cli(str(trained), "--prompt", sample["prompt"], cwd=trained, module="finetune.generate")
-    base = run_cli(str(trained), "--prompt", sample["prompt"], "--base", cwd=trained, module="finetune.generate")
+    adapter = station.run(str(trained), "--prompt", sample["prompt"], cwd=trained, module="finetune.generate")
+    base = station.run(str(trained), "--prompt", sample["prompt"], "--base", cwd=trained, module="finetune.generate")
 
     assert " ".join(adapter.stdout.split()) == " ".join(sample["after"].split())
     assert " ".join(base.stdout.split()) == " ".join(sample["before"].split())
@@ -53,7 +53,7 @@ def test_generate_answers_by_the_adapter_or_the_base(trained: Path) -> None:
     ],
 )
 def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
-    trained: Path, tmp_path: Path, flags: list[str], answered: bool
+    trained: Path, tmp_path: Path, flags: list[str], answered: bool, station: Station
 ) -> None:
     """By a run that began before there was a bound of new tokens: without a flag, its prompt and answer have 64."""
     folder = tmp_path / "run"
@@ -62,19 +62,19 @@ def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
     del identity["config"]["sample_max_new_tokens"]
     (folder / "run.json").write_text(json.dumps(identity))
     prompt = "What does heapq.heappush do in Python, and why? " * 5
-    done = run_cli(str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate")
+    done = station.run(str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate")
 
     assert done.returncode == 0, done.stderr
     line = "gets no answer: prompt and answer together have"
     assert (len(done.stdout.strip()) > 1, done.stderr.count(line)) == (answered, int(not answered))
 
 
-def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_path: Path, station: Station) -> None:
     data = write_jsonl(
         tmp_path / "test.jsonl",
         [{"prompt": "What does heapq.heappush do in Python?", "completion": "Push item onto heap."}],
     )
-    done = run_cli(str(trained), "--data", str(data), cwd=tmp_path, module="finetune.evaluate")
+    done = station.run(str(trained), "--data", str(data), cwd=tmp_path, module="finetune.evaluate")
 
     assert done.returncode == 0, done.stderr
     header, names, loss, perplexity, accuracy = done.stdout.splitlines()
@@ -85,7 +85,9 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_pat
     assert accuracy.startswith("accuracy")
 
 
-def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(trained: Path, tmp_path: Path) -> None:
+def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
+    trained: Path, tmp_path: Path, station: Station
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,7 +95,9 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(trained: Pa
 
     exact, half = tmp_path / "float32", tmp_path / "bfloat16"
     for target in (exact, half):
-        done = run_cli(str(trained), "--to", str(target), "--dtype", target.name, cwd=tmp_path, module="finetune.merge")
+        done = station.run(
+            str(trained), "--to", str(target), "--dtype", target.name, cwd=tmp_path, module="finetune.merge"
+        )
         assert done.returncode == 0, done.stderr
     assert "after rounding to bfloat16" in done.stdout
 
@@ -110,25 +114,25 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(trained: Pa
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_a_base_again(trained: Path, tmp_path: Path) -> None:
-    run_cli(str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge")
-    again = run_cli(*tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path)
+def test_a_merged_model_is_a_base_again(trained: Path, tmp_path: Path, station: Station) -> None:
+    station.run(str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge")
+    again = station.run(*tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
-def test_a_completed_run_is_not_run_again(trained: Path) -> None:
+def test_a_completed_run_is_not_run_again(trained: Path, station: Station) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    again = run_cli(f"resume={trained}", cwd=trained)
+    again = station.run(f"resume={trained}", cwd=trained)
 
     assert again.returncode == 0
     assert "completed already" in again.stderr
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_is_gone_on_with_only_as_it_began(trained: Path) -> None:
+def test_a_run_is_gone_on_with_only_as_it_began(trained: Path, station: Station) -> None:
     before = (trained / "run.json").read_bytes()
-    beside = run_cli(f"resume={trained}", "lora.r=4", cwd=trained)
-    same_folder = run_cli("lora.r=4", f"hydra.run.dir={trained}", cwd=trained)
+    beside = station.run(f"resume={trained}", "lora.r=4", cwd=trained)
+    same_folder = station.run("lora.r=4", f"hydra.run.dir={trained}", cwd=trained)
 
     assert beside.returncode == same_folder.returncode == 1
     assert "lora.r=4: resume takes no other override" in beside.stderr
@@ -137,27 +141,29 @@ def test_a_run_is_gone_on_with_only_as_it_began(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands_work_from_another_folder_and_with_odd_names(tiny_base: Path, tmp_path: Path) -> None:
+def test_commands_work_from_another_folder_and_with_odd_names(
+    tiny_base: Path, tmp_path: Path, station: Station
+) -> None:
     (tmp_path / "base").symlink_to(tiny_base)
     folder = tmp_path / "ünï k=v, it's {b}"
     overrides = tiny_overrides(Path("base"))
     quoted = str(folder).replace("'", "\\'")
-    done = run_cli(*overrides, "trainer.max_steps=1", f"hydra.run.dir='{quoted}'", cwd=tmp_path)
+    done = station.run(*overrides, "trainer.max_steps=1", f"hydra.run.dir='{quoted}'", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "elsewhere").mkdir()
 
-    resumed = run_cli(f"resume={folder}", cwd=tmp_path / "elsewhere")
-    text = run_cli(str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate")
+    resumed = station.run(f"resume={folder}", cwd=tmp_path / "elsewhere")
+    text = station.run(str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate")
 
     assert "completed already" in resumed.stderr
     assert text.returncode == 0, text.stderr
 
 
-def test_two_processes_never_train_in_one_folder(trained: Path) -> None:
+def test_two_processes_never_train_in_one_folder(trained: Path, station: Station) -> None:
     import fcntl
 
     with open(trained / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused = run_cli(f"resume={trained}", cwd=trained)
+        refused = station.run(f"resume={trained}", cwd=trained)
     assert refused.returncode == 1
     assert "another process" in refused.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import run_cli
+from support.commands import Station
 
 OBSERVER = """
 import atexit, os, sys
@@ -21,7 +21,7 @@ if os.environ.get("TEST_WITHOUT_BITSANDBYTES"):
     sys.meta_path.insert(0, Refuse())
 atexit.register(lambda: open(os.environ["TEST_OBSERVED"], "w").write(str("torch" in sys.modules)))
 """
-"""The child's sitecustomize: it writes at exit whether torch was imported."""
+"""Run in the command's process: it writes at exit whether torch was imported."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,27 @@ class Workplace:
 
     cwd: Path
     aside: Path
+    station: Station
 
     def call(self, *arguments: str, module: str = "finetune", **environment: str) -> Outcome:
-        """Run a command and see how it ends: never well, never with a traceback or a line of Hydra's own."""
-        (self.aside / "sitecustomize.py").write_text(OBSERVER)
+        """Run a command that must be refused: exit code 1, no traceback, no line of Hydra's own.
+
+        Args:
+            arguments: The command line behind `python -m MODULE`.
+            module: The module that is run.
+            environment: Variables to set; they win over those of the workplace.
+        """
         observed = self.aside / "observed"
-        own = {
-            "PYTHONPATH": str(self.aside),
+        variables = {
             "TEST_OBSERVED": str(observed),
             "FINETUNE_CACHE": str(self.aside / "cache"),
             "HF_HOME": str(self.aside / "hub"),
             "PIP_NO_INDEX": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            **environment,
         }
         start = time.monotonic()
-        done = run_cli(*arguments, cwd=self.cwd, module=module, **own | environment)
+        done = self.station.run(*arguments, cwd=self.cwd, module=module, before=OBSERVER, environment=variables)
         seconds = time.monotonic() - start
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr

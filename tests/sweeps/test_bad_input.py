@@ -8,23 +8,16 @@ from pathlib import Path
 import pytest
 from optuna.trial import create_trial
 from support.bad_input import Case, Outcome, Workplace, each, matches
-from support.commands import run_cli
+from support.commands import Station
 from support.studies import made_study
 
 PASSWORD = "hunter2horse"
 BY_STUDY = "can't be searched: all trials of a study are measured alike, on the same rows"
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    (tmp_path / "cwd").mkdir()
-    (tmp_path / "aside").mkdir()
-    return Workplace(tmp_path / "cwd", tmp_path / "aside")
-
-
-def search(place: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s") -> Outcome:
+def search(workplace: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s") -> Outcome:
     """A study's command."""
-    return place.call("-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments)
+    return workplace.call("-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments)
 
 
 SETTINGS = [
@@ -102,25 +95,25 @@ SPACE = [
 
 @pytest.mark.slow
 @each([*SETTINGS, *SPACE])
-def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, place: Workplace) -> None:
-    outcome = search(place, *case.arguments.split())
+def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, workplace: Workplace) -> None:
+    outcome = search(workplace, *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
     assert outcome.stdout == ""
-    assert place.files() == set()
+    assert workplace.files() == set()
     assert not outcome.torch_imported
 
 
-def test_a_study_name_is_no_path(place: Workplace) -> None:
-    outcome = search(place, name="hydra.sweeper.study_name=a/b")
+def test_a_study_name_is_no_path(workplace: Workplace) -> None:
+    outcome = search(workplace, name="hydra.sweeper.study_name=a/b")
 
     assert outcome.error == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
-    assert place.files() == set()
+    assert workplace.files() == set()
 
 
-def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(place: Workplace) -> None:
-    place.write({"my/search/own.yaml": "params:\n  lora.r: choice(4, 8\n"})
-    outcome = search(place, "--config-dir", "my", "search=own")
+def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(workplace: Workplace) -> None:
+    workplace.write({"my/search/own.yaml": "params:\n  lora.r: choice(4, 8\n"})
+    outcome = search(workplace, "--config-dir", "my", "search=own")
 
     assert outcome.error.startswith("lora.r=choice(4, 8: ")
     assert not outcome.torch_imported
@@ -141,26 +134,28 @@ def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(place: Workplace) 
     ],
 )
 @pytest.mark.parametrize("mode", ["-m", ""])
-def test_a_databases_password_reaches_neither_a_file_nor_the_screen(mode: str, address: str, place: Workplace) -> None:
-    outcome = place.call(*mode.split(), "hydra/sweeper=optuna", f"hydra.sweeper.storage={address}")
+def test_a_databases_password_reaches_neither_a_file_nor_the_screen(
+    mode: str, address: str, workplace: Workplace
+) -> None:
+    outcome = workplace.call(*mode.split(), "hydra/sweeper=optuna", f"hydra.sweeper.storage={address}")
 
     assert outcome.error.startswith("hydra.sweeper.storage: ")
     assert PASSWORD not in outcome.stderr + outcome.stdout
-    assert place.files() == set()
+    assert workplace.files() == set()
     assert not outcome.torch_imported
 
 
 @pytest.mark.parametrize("mode", ["-m", ""])
-def test_a_databases_password_in_a_file_is_refused(mode: str, place: Workplace) -> None:
+def test_a_databases_password_in_a_file_is_refused(mode: str, workplace: Workplace) -> None:
     address = f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}"
     heading = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: optuna\n"
     own = f"{heading}hydra:\n  sweeper:\n    storage: {address}\n"
-    place.write({"my/experiment/own.yaml": own})
-    outcome = place.call(*mode.split(), "--config-dir", "my", "experiment=own")
+    workplace.write({"my/experiment/own.yaml": own})
+    outcome = workplace.call(*mode.split(), "--config-dir", "my", "experiment=own")
 
     assert outcome.error.startswith("hydra.sweeper.storage: a password in an address would be written to files")
     assert PASSWORD not in outcome.stderr + outcome.stdout
-    assert {name for name in place.files() if not str(name).startswith("my")} == set()
+    assert {name for name in workplace.files() if not str(name).startswith("my")} == set()
 
 
 @pytest.mark.parametrize(
@@ -171,54 +166,54 @@ def test_a_databases_password_in_a_file_is_refused(mode: str, place: Workplace) 
     ],
 )
 def test_an_address_from_the_environment_shows_no_password(
-    address: str, says: str, place: Workplace, monkeypatch: pytest.MonkeyPatch
+    address: str, says: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STUDY_DATABASE", address)
-    outcome = search(place, "hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
+    outcome = search(workplace, "hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
 
     assert matches(says, outcome.error), outcome.error
     assert PASSWORD not in outcome.stderr + outcome.stdout
-    for name in place.files():
-        path = place.cwd / name
+    for name in workplace.files():
+        path = workplace.cwd / name
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes()
 
 
 @pytest.mark.parametrize("arguments", ["search=lora_rate", "-m search=lora_rate", "-m search=lora,schedule"])
-def test_a_search_space_without_the_sweeper_says_how_to_search(arguments: str, place: Workplace) -> None:
-    outcome = place.call(*arguments.split())
+def test_a_search_space_without_the_sweeper_says_how_to_search(arguments: str, workplace: Workplace) -> None:
+    outcome = workplace.call(*arguments.split())
 
     assert matches("…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna", outcome.error)
     assert not outcome.torch_imported
-    assert place.files() == set()
+    assert workplace.files() == set()
 
 
-def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(place: Workplace) -> None:
-    outcome = search(place, "hydra.sweeper.n_trial=3")
+def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(workplace: Workplace) -> None:
+    outcome = search(workplace, "hydra.sweeper.n_trial=3")
 
     assert outcome.error.startswith("hydra.sweeper.n_trial: no such key; did you mean n_trials")
     assert not outcome.torch_imported
 
 
-def test_a_measure_that_rises_is_not_minimised(place: Workplace) -> None:
-    outcome = search(place, "objective=eval/accuracy")
+def test_a_measure_that_rises_is_not_minimised(workplace: Workplace) -> None:
+    outcome = search(workplace, "objective=eval/accuracy")
 
     said = "hydra.sweeper.direction=minimize: eval/accuracy is better the larger it is: maximize"
     assert outcome.error == said
-    assert place.files() == set()
+    assert workplace.files() == set()
 
 
-def test_a_search_of_nothing_is_refused(place: Workplace) -> None:
-    outcome = search(place, "~search")
+def test_a_search_of_nothing_is_refused(workplace: Workplace) -> None:
+    outcome = search(workplace, "~search")
 
     assert outcome.error.startswith("nothing is searched: give search=lora")
-    assert place.files() == set()
+    assert workplace.files() == set()
 
 
-def test_a_study_without_a_name_is_checked_as_any_other(place: Workplace) -> None:
-    outcome = search(place, "hydra.sweeper.n_trials=0", name="")
+def test_a_study_without_a_name_is_checked_as_any_other(workplace: Workplace) -> None:
+    outcome = search(workplace, "hydra.sweeper.n_trials=0", name="")
 
     assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1"
-    assert place.files() == set()
+    assert workplace.files() == set()
 
 
 BEFORE_IT_BEGINS = [
@@ -236,14 +231,14 @@ BEFORE_IT_BEGINS = [
 
 @pytest.mark.slow
 @each(BEFORE_IT_BEGINS)
-def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, place: Workplace) -> None:
-    outcome = search(place, *case.arguments.split(), "hydra.sweeper.n_trials=2", "hydra.sweeper.baseline=false")
+def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, workplace: Workplace) -> None:
+    outcome = search(workplace, *case.arguments.split(), "hydra.sweeper.n_trials=2", "hydra.sweeper.baseline=false")
 
     assert matches(case.says, outcome.error), outcome.error
-    assert not list(place.cwd.rglob("study.journal"))
+    assert not list(workplace.cwd.rglob("study.journal"))
 
 
-def test_a_broken_study_costs_the_list_no_other(tmp_path: Path) -> None:
+def test_a_broken_study_costs_the_list_no_other(light_station: Station, tmp_path: Path) -> None:
     made_study(tmp_path / "outputs" / "sweeps" / "sound", [create_trial(value=1.5)])
     for name, content in (
         ("empty", '{"name": "empty", "storage": null}'),
@@ -253,8 +248,8 @@ def test_a_broken_study_costs_the_list_no_other(tmp_path: Path) -> None:
         (tmp_path / "outputs" / "sweeps" / name).mkdir()
         (tmp_path / "outputs" / "sweeps" / name / "study.json").write_text(content)
 
-    listed = run_cli("list", cwd=tmp_path, module="sweeps")
-    reported = run_cli("report", "empty", cwd=tmp_path, module="sweeps")
+    listed = light_station.run("list", cwd=tmp_path, module="sweeps")
+    reported = light_station.run("report", "empty", cwd=tmp_path, module="sweeps")
 
     rows = {line.split()[0]: line for line in listed.stdout.splitlines()}
     assert rows["sound"].endswith("1/1     1.5000")

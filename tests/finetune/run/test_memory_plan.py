@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import run_cli
+from support.commands import Station, run_cli
 from support.configs import tiny_overrides
 from support.models import wide_base
 
@@ -24,11 +24,11 @@ def planned(output: str) -> float:
     return float(found[1])
 
 
-def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> None:
+def test_is_said_before_any_weights_load(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     for file in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
         (tmp_path / "base" / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
-    done = run_cli(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
+    done = station.run(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = ("base", "adapter and its gradient", "optimizer", "activations", "logits", "tokens", "each further slot")
     lines = done.stdout.splitlines()
@@ -47,11 +47,13 @@ def test_is_said_before_any_weights_load(tiny_base: Path, tmp_path: Path) -> Non
         ),
     ],
 )
-def test_refuses_in_one_line(tiny_base: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
+def test_refuses_in_one_line(
+    station: Station, tiny_base: Path, tmp_path: Path, overrides: list[str], named: str
+) -> None:
     rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
     (tmp_path / "d.jsonl").write_text(rows)
     more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide_base(tiny_base, tmp_path))]
-    done = run_cli(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
+    done = station.run(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert named in done.stderr.splitlines()[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import SLOW_STEPS, Forked, Station, run_cli, wait_until
+from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import compose, tiny_overrides
 from support.runs import write_jsonl
 
@@ -358,7 +358,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     started(station, tiny_base, tmp_path / "killed", engine).kill()
     assert not (tmp_path / "killed" / "adapter").exists()
 
-    resumed = run_cli(f"resume={tmp_path / 'killed'}", cwd=tmp_path)
+    resumed = station.run(f"resume={tmp_path / 'killed'}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step" in resumed.stderr
     assert adapter_of(tmp_path / "killed") == adapter_of(tmp_path / "whole")
@@ -382,7 +382,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     assert last.startswith("error: interrupted after step")
     assert f"resume={os.path.relpath(folder, tmp_path)}" in last
     assert result_of(folder)["status"] == "interrupted"
-    resumed = run_cli(f"resume={folder}", cwd=tmp_path)
+    resumed = station.run(f"resume={folder}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert result_of(folder)["status"] == "completed"
     assert adapter_of(folder) == adapter_of(tmp_path / "whole")

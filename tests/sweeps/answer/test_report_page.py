@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
-from support.commands import Station, run_cli
+from support.commands import Station
 from support.configs import study_overrides
 from support.studies import COMPLETE, PRUNED, kinds, made_study, text_of, trial
 
@@ -46,10 +46,10 @@ def test_a_study_ends_with_its_report(done: Path) -> None:
     assert "Is &lt;it&gt; so?" in page
 
 
-def test_the_command_writes_it_anew(done: Path) -> None:
+def test_the_command_writes_it_anew(done: Path, station: Station) -> None:
     (done / "report.html").unlink()
 
-    ended = run_cli("report", "s1", cwd=done.parents[2], module="sweeps")
+    ended = station.run("report", "s1", cwd=done.parents[2], module="sweeps")
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == "outputs/sweeps/s1/report.html"
