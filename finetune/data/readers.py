@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.compat import datasets_offline
 from finetune.config.data_folder import SUFFIXES
 from finetune.config.schema import DatasetSettings
 from finetune.data.python_docs import question_answer_pairs
@@ -123,10 +124,8 @@ def fetch_dataset(key: str, path: str, name: str | None, split: str) -> Iterable
         return load()
 
     def in_cache() -> Iterable[dict[str, Any]]:
-        import datasets
-
-        datasets.config.HF_HUB_OFFLINE = True
-        return load()
+        with datasets_offline():
+            return load()
 
     try:
         return ask_hub(key, path, ask, in_cache, f"{key}=FILE takes a .jsonl, .csv or .parquet file from this machine")

@@ -31,8 +31,7 @@ from finetune.run.result import Objective, Result
 from finetune.run.samples import Samples
 from finetune.run.summary import summarize
 from finetune.tracking.open import open_tracker
-from finetune.tracking.tracker import Tracker
-from finetune.tracking.wandb import final_summary
+from finetune.tracking.tracker import Tracker, final_summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -170,9 +169,9 @@ def _train(result: Result, folder: RunFolder, tracker: Tracker) -> RunSteps[None
     tracker.log(progress.step, final)
     result.status = "pruned" if progress.stop == "pruned" else "completed"
     if result.status == "completed":
-        tracker.tag(part.observer.on_completed(result.metrics))
+        tracker.add_tags(part.observer.on_completed(result.metrics))
         if config.tracker.adapters == "all" or (config.tracker.adapters == "best" and part.interactive):
-            tracker.adapter(folder.adapter)
+            tracker.log_adapter(folder.adapter)
 
 
 def _save(training: "Training", data: "_Data", folder: Path) -> None:

@@ -76,7 +76,7 @@ class Samples:
                 for row, text in zip(rows, self._answers(), strict=True):
                     row["after"] = text
             write_json(self._file, rows)
-            tracker.samples(step, rows)
+            tracker.log_samples(step, rows)
 
     def _answers(self) -> list[str]:
         config = self._config

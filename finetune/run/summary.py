@@ -34,6 +34,6 @@ def summarize(folder: RunFolder, result: Result, numbers: dict[str, Any], tracke
     facts.append(("adapter", os.path.relpath(folder.adapter)))
     place = shlex.quote(os.path.relpath(folder.path))
     facts.append(("use it", f'python -m finetune.generate {place} --prompt "…"'))
-    facts += [("look at it", line) for line in tracker.where()]
+    facts += [("look at it", line) for line in tracker.locations()]
     lines = [f"{result.status}: {result.config.name}", *(f"  {name:14} {text}" for name, text in facts)]
     log.info("%s", "\n".join(lines))

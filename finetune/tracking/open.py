@@ -10,7 +10,7 @@ from finetune.tracking.wandb import WandbTracker
 
 
 def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
-    """The trackers that the config names; a resumed run goes on under its own id."""
+    """Open the trackers of `tracker.name`; one that can't be opened is left out with a warning."""
     openers: list[Callable[[], Tracker]] = []
     if config.tracker.name in ("wandb", "both") and config.tracker.mode != "disabled":
         openers.append(lambda: WandbTracker(config, folder, label))

@@ -1,7 +1,6 @@
 """TensorBoard event files."""
 
 import json
-import logging
 import os
 from typing import Any
 
@@ -9,26 +8,25 @@ from finetune.config.schema import RunConfig
 from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
 from finetune.tracking.tracker import Sample, Tracker
 
-log = logging.getLogger(__name__)
-
 
 class TensorboardTracker(Tracker):
-    """TensorBoard event files in the run folder."""
+    """Event files in `tensorboard/` of the run folder."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder.path / "tensorboard"
-        last = folder.last_checkpoint()  # what was shown after it is shown anew
-        purge = checkpoint_step(last) + 1 if last else None
-        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
+        checkpoint = folder.last_checkpoint()
+        # A resumed run logs the steps after its checkpoint again: hide the earlier ones.
+        purge_step = checkpoint_step(checkpoint) + 1 if checkpoint else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._writer.add_text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
         for sample in samples:
             text = f"**before:** {sample.get('before', '')}\n\n**after:** {sample.get('after', '')}"
             self._writer.add_text(f"samples/{sample['prompt']}", text, step)
@@ -37,5 +35,5 @@ class TensorboardTracker(Tracker):
         self._writer.add_text("status", status)
         self._writer.close()
 
-    def where(self) -> list[str]:
+    def locations(self) -> list[str]:
         return [f"TensorBoard: tensorboard --logdir {os.path.relpath(self._folder)}"]

@@ -1,4 +1,4 @@
-"""Trackers: where metrics are shown. A tracker never ends a run."""
+"""Trackers show a run's metrics, samples and result outside its folder. They never end a run."""
 
 import logging
 from collections.abc import Callable
@@ -11,48 +11,62 @@ from finetune.files.run_folder import Metrics
 
 log = logging.getLogger(__name__)
 
-
 Sample = dict[str, str]
 """A `prompt`, the base's answer `before` training, and the answer `after` it; either is missing if asking failed."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a tracker calls a run that is part of a study."""
+    """How a tracker names a run that belongs to a study."""
 
     id: str | None = None
-    """W&B's id; None: drawn at random and kept in the run's folder."""
+    """The id of the W&B run; None: drawn at random and kept in the run's folder."""
     name: str | None = None
-    """What is shown; None: the run's own name."""
+    """The displayed name; None: the run's own name."""
     group: str | None = None
+    """The study; None: the run belongs to none."""
     job_type: str = "run"
 
 
 class Tracker:
-    """Shows nothing; the others show what they are told."""
+    """The base class of trackers, with hooks that do nothing. A subclass overrides those it needs.
+
+    The hooks are called in the order of their definition. A run calls `log` at many steps, the
+    others at its end. A hook may raise any exception: `SeveralTrackers` logs it as a warning.
+    """
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Show metrics of an optimizer step."""
+        """Show metrics.
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
-        """Show answers before and after."""
+        Args:
+            step: The optimizer step; it never decreases.
+            metrics: Values by name, as in `metrics.jsonl`.
+        """
 
-    def tag(self, tags: list[str]) -> None:
-        """Mark the run with further tags."""
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        """Show the answers to the sample prompts, before and after training."""
 
-    def adapter(self, folder: Path) -> None:
-        """Keep the run's adapter."""
+    def add_tags(self, tags: list[str]) -> None:
+        """Add tags to the run; those that it has stay."""
+
+    def log_adapter(self, folder: Path) -> None:
+        """Store the trained adapter, all files of a folder. They may be removed afterwards."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        """Close, with the run's final state."""
+        """Close the tracker; no hook but `locations` is called afterwards.
 
-    def where(self) -> list[str]:
-        """Lines that tell the user where to look."""
+        Args:
+            status: `completed`, `pruned`, `failed` or `interrupted`.
+            summary: The final state, as `final_summary` returns it.
+        """
+
+    def locations(self) -> list[str]:
+        """Return lines that tell the user where to look at the run."""
         return []
 
 
 class SeveralTrackers(Tracker):
-    """All of several, each on its own: one that fails is left out from then on, and the run goes on."""
+    """Calls each of several trackers. One that fails is not called again, and the run continues."""
 
     def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
         self._trackers: list[Tracker] = []
@@ -65,27 +79,38 @@ class SeveralTrackers(Tracker):
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
-            if tracker not in self._failed:
-                try:
-                    call(tracker)
-                except Exception as error:
-                    log.warning("%s: %s; the run goes on without it", type(tracker).__name__, summary_line(error))
-                    self._failed.append(tracker)
+            if tracker in self._failed:
+                continue
+            try:
+                call(tracker)
+            except Exception as error:
+                name, reason = type(tracker).__name__, summary_line(error)
+                log.warning("%s: %s; the run goes on without it", name, reason)
+                self._failed.append(tracker)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._each(lambda tracker: tracker.log(step, metrics))
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
-        self._each(lambda tracker: tracker.samples(step, samples))
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        self._each(lambda tracker: tracker.log_samples(step, samples))
 
-    def tag(self, tags: list[str]) -> None:
-        self._each(lambda tracker: tracker.tag(tags))
+    def add_tags(self, tags: list[str]) -> None:
+        self._each(lambda tracker: tracker.add_tags(tags))
 
-    def adapter(self, folder: Path) -> None:
-        self._each(lambda tracker: tracker.adapter(folder))
+    def log_adapter(self, folder: Path) -> None:
+        self._each(lambda tracker: tracker.log_adapter(folder))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._each(lambda tracker: tracker.finish(status, summary))
 
-    def where(self) -> list[str]:
-        return [line for tracker in self._trackers for line in tracker.where()]
+    def locations(self) -> list[str]:
+        return [line for tracker in self._trackers for line in tracker.locations()]
+
+
+def final_summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's final state for `Tracker.finish`, from the content of its `result.json`."""
+    summary = dict(result["metrics"])
+    if result["status"] == "pruned":
+        summary["pruned_at"] = result["step"]
+    summary["error"] = result["error"]
+    return summary

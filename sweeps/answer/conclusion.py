@@ -21,7 +21,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.final_evaluation import evaluate_finished_run, read_test_evaluation
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
-from finetune.tracking.wandb import give_tag, untag
+from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Insight, insight
 from sweeps.answer.compare import compare
 from sweeps.answer.confirm import confirmation
@@ -74,9 +74,9 @@ def _conclude(study: Study, resources: SharedResources, tracker: TrackerSettings
     write_json(study.folder / ANSWER, answer)
     for trial in study.finished():  # two that ended together may both have been the best so far
         if trial.number != winner.number:
-            untag(study.folder_of(trial.number), "best")
+            remove_tag(study.folder_of(trial.number), "best")
     if len(study.objectives) == 1:  # a confirmation may have found another than was the best when it ended
-        give_tag(study.folder_of(winner.number), "best")
+        add_tag(study.folder_of(winner.number), "best")
     keep_best(study, source, winner)
     known = insight(study)
     report = _report(study, known)

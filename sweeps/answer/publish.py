@@ -16,7 +16,9 @@ from finetune.config.schema import TrackerSettings
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
 from finetune.run.load import read_run_config
-from finetune.tracking.wandb import TRACKER, files_of, log_artifact, reopened
+from finetune.tracking.wandb_arguments import TRACKER
+from finetune.tracking.wandb_artifacts import files_of, log_artifact
+from finetune.tracking.wandb_finished import reopen_run
 from sweeps.study.study import Study
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def publish(
     new = {part for part, content in wanted.items() if content != known.get(part)}
     if new:
         try:
-            with reopened(folder, opened, uploads=True) as run:
+            with reopen_run(folder, opened, uploads=True) as run:
                 if "test/loss" in new and test is not None:
                     run.summary["test/loss"] = test["winner"]
                 if "adapter" in new:

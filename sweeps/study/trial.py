@@ -26,7 +26,7 @@ from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
-from finetune.tracking.wandb import untag
+from finetune.tracking.wandb_finished import remove_tag
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value
 from sweeps.study.job import run_as_job
@@ -303,5 +303,5 @@ class PruningObserver(Observer):
         if before is not None and before.value is not None:
             if study.cost(metrics[study.objectives[0]]) >= study.cost(before.value):
                 return []
-            untag(study.folder_of(before.number), "best")
+            remove_tag(study.folder_of(before.number), "best")
         return ["best"]

@@ -82,7 +82,7 @@ def test_a_run_that_fails_before_its_first_step_has_no_history_offline(
     def fails(*_: Any) -> Any:
         raise RuntimeError("no base")
 
-    monkeypatch.setattr("finetune.run._prepare", fails)
+    monkeypatch.setattr("finetune.run.run._prepare", fails)
     with pytest.raises(RuntimeError, match="no base"):
         run(tiny("tracker=wandb", *QUICK), tmp_path)
 
@@ -142,15 +142,15 @@ def artifacts(folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("adapters", "alone", "kept"), [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)]
+    ("adapters", "interactive", "count"), [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)]
 )
 def test_wandb_gets_the_adapters_that_it_shall(
-    adapters: str, alone: bool, kept: int, tiny: Tiny, tmp_path: Path
+    adapters: str, interactive: bool, count: int, tiny: Tiny, tmp_path: Path
 ) -> None:
-    run(tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK), tmp_path, RunContext(alone=alone))
+    run(tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK), tmp_path, RunContext(interactive=interactive))
 
     logged = artifacts(tmp_path)
-    assert [(artifact.type, artifact.name) for artifact in logged] == [("model", "default-adapter")] * kept
+    assert [(artifact.type, artifact.name) for artifact in logged] == [("model", "default-adapter")] * count
     files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
     shutil.rmtree(tmp_path / "adapter")  # a study removes those of most trials, perhaps before they are synced
     for artifact in logged:

@@ -337,7 +337,7 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog
 
 
 def test_wandb_calls_the_confirmed_winner_the_best(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.tracking.wandb.reopened", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("finetune.tracking.wandb_finished.reopen_run", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr("sweeps.answer.conclusion.publish", lambda *_: [])
     for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
         ended(written.folder_of(trial).path, loss=trial, test=trial)

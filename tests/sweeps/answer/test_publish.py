@@ -23,7 +23,7 @@ from finetune.run.context import RunContext
 from finetune.run.load import read_run_config
 from finetune.run.run import run
 from finetune.tracking.tracker import Label
-from finetune.tracking.wandb import give_tag, untag
+from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer import publish as module
 from sweeps.answer.publish import PUBLISHED, publish, workspace
 from sweeps.study.storage import open_storage
@@ -145,10 +145,10 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report:
     ("change", "tags", "added_to_summary"),
     [
         (lambda study: publish(study, 0, TEST, None), ["mine"], {"test/loss"}),
-        (lambda study: give_tag(study.folder_of(0), "best"), ["mine", "best"], set()),
-        (lambda study: untag(study.folder_of(0), "mine"), [], set()),
+        (lambda study: add_tag(study.folder_of(0), "best"), ["mine", "best"], set()),
+        (lambda study: remove_tag(study.folder_of(0), "mine"), [], set()),
     ],
-    ids=["publish", "give_tag", "untag"],
+    ids=["publish", "add_tag", "remove_tag"],
 )
 @pytest.mark.parametrize("status", ["completed", "pruned"])
 def test_a_run_that_is_opened_again_offline_is_sent_whole(
@@ -238,14 +238,14 @@ def server(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     sent: list[Any] = []
 
     @contextlib.contextmanager
-    def reopened(*_: Any, **__: Any) -> Iterator[Any]:
+    def reopen_run(*_: Any, **__: Any) -> Iterator[Any]:
         yield SimpleNamespace(entity="me", project="mine", summary={})
 
     def upsert(view: Any) -> dict[str, Any]:
         sent.append(view)
         return {"upsertView": {"view": {"name": "nw-name-v", "id": "id"}}}
 
-    monkeypatch.setattr(module, "reopened", reopened)
+    monkeypatch.setattr(module, "reopen_run", reopen_run)
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
     monkeypatch.setattr(interface.wandb, "Api", lambda: None)
     monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.ai")

@@ -1,0 +1,46 @@
+"""Every private name, patch and trick on another library: one function each.
+
+Each function's docstring gives the reason, the version of the library in which it was read, and the
+upstream thread, if there is one.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb
+
+_DATASETS_OFFLINE = threading.Lock()
+"""The flag is one for the process, and the runs of a pack read their data in several threads."""
+
+
+@contextlib.contextmanager
+def datasets_offline() -> Iterator[None]:
+    """Make `datasets.load_dataset` read only its cache within the block.
+
+    Reason: the environment variable HF_HUB_OFFLINE is read once, when the library is imported, and
+    `load_dataset` has no such argument; without it a hub that can't be reached costs minutes of
+    retries. datasets 5.2, `datasets.config.HF_HUB_OFFLINE`.
+    Upstream: https://github.com/huggingface/datasets/issues/6837
+    """
+    import datasets
+
+    with _DATASETS_OFFLINE:
+        before = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
+
+
+def wandb_summary(run: "wandb.Run") -> dict[str, Any]:
+    """Return all values of the summary of a live W&B run.
+
+    Reason: `keys` and `get`, the public methods, ask W&B's process for the whole summary at each
+    call, so reading n values takes n + 1 requests. wandb 0.31, `Summary._as_dict`. Upstream: none.
+    """
+    values: dict[str, Any] = run.summary._as_dict()
+    return values

@@ -1,0 +1,115 @@
+"""The arguments of `wandb.init`, and `tracker.json` in a run's folder, which records them."""
+
+import netrc
+import os
+import urllib.parse
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.schema import RunConfig, TrackerSettings
+from finetune.files.atomic import read_json
+from finetune.files.run_folder import RunFolder
+from finetune.tracking.tracker import Label
+
+if TYPE_CHECKING:
+    import wandb
+
+TRACKER = "tracker.json"
+"""Holds the arguments of `wandb.init` with which a run's W&B run was opened, among them `config`.
+
+For an offline run it also holds the summary with which the run ended, as `summary`.
+"""
+
+OFFLINE_MODES = ("offline", "dryrun")
+"""Modes in which W&B writes files for `wandb sync`; `dryrun` is an old name."""
+
+INIT_TIMEOUT = 20
+"""Seconds to wait for W&B's server when a run starts."""
+
+FINISH_TIMEOUT = 60
+"""Seconds to wait for the last upload when a run ends."""
+
+UPLOAD_TIMEOUT = 600
+"""Seconds to wait for the last upload when a run ends and artifacts are uploaded."""
+
+
+def init_arguments(config: RunConfig, folder: RunFolder, label: Label) -> dict[str, Any]:
+    """Return the arguments of `wandb.init` for a run, all but `settings`.
+
+    Args:
+        config: The run's config.
+        folder: The run's folder. A run that is resumed in it keeps its W&B id.
+        label: The run's names in its study; where these are None, W&B's environment variables and
+            the config's name are used.
+    """
+    settings = config.tracker
+    mode = _mode(settings)
+    return {
+        "mode": mode,
+        "project": settings.project or os.environ.get("WANDB_PROJECT") or "finetune",
+        "entity": settings.entity,
+        "name": label.name or os.environ.get("WANDB_NAME") or config.name,
+        "group": label.group or os.environ.get("WANDB_RUN_GROUP"),
+        "tags": settings.tags or None,
+        "id": label.id or _run_id(folder),
+        "resume": "allow" if mode == "online" else resume_offline(folder),
+        "dir": str(folder.path),
+        "job_type": label.job_type,
+        "reinit": "create_new",
+        "config": config.to_dict(),
+    }
+
+
+def resume_offline(folder: RunFolder) -> str | None:
+    """Return the argument `resume` of an offline run.
+
+    A run that continues from a checkpoint adds to its history; one that begins anew replaces it.
+    """
+    return "allow" if folder.last_checkpoint() else None
+
+
+def quiet_settings(mode: str, uploads: bool) -> "wandb.Settings":
+    """Return settings under which W&B prints nothing and waits for a limited time.
+
+    Args:
+        mode: The argument `mode` of `wandb.init`.
+        uploads: Whether artifacts are uploaded, which takes longer.
+    """
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=UPLOAD_TIMEOUT if uploads else FINISH_TIMEOUT,
+        x_disable_stats=mode != "online",
+    )
+
+
+def _mode(settings: TrackerSettings) -> str:
+    """The mode of `wandb.init`: `auto` is online only with a key, so that W&B never asks for it."""
+    if settings.mode != "auto":
+        return settings.mode
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    """Whether a key is in the environment, or in the netrc file, where `wandb login` writes it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    host = urllib.parse.urlparse(address).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(folder: RunFolder) -> str:
+    """The W&B id of the run that is resumed in a folder, else a new one."""
+    arguments = read_json(folder.path / TRACKER)
+    if arguments is None:
+        return uuid.uuid4().hex[:12]
+    return str(arguments["id"]).removesuffix("-offline")

@@ -1,0 +1,39 @@
+"""Files and folders as artifacts of a W&B run."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import wandb
+
+
+def log_artifact(
+    run: "wandb.Run", name: str, kind: str, path: Path, aliases: Sequence[str] = ()
+) -> None:
+    """Add a file, or all files of a folder, to a W&B run as an artifact.
+
+    W&B copies the files before this returns: a study removes most adapters, perhaps before
+    `wandb sync` uploads them.
+
+    Args:
+        run: The open W&B run.
+        name: The artifact's name; characters that W&B does not allow become `-`.
+        kind: The artifact's type, as `model`.
+        path: A file or a folder.
+        aliases: Further aliases, next to `latest`.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(re.sub(r"(?a)[^\w.-]", "-", name), type=kind)
+    for file in files_of(path):
+        artifact.add_file(
+            str(file), name=file.name if file == path else str(file.relative_to(path))
+        )
+    run.log_artifact(artifact, aliases=["latest", *aliases])
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of an artifact in order: a file itself, or all files below a folder."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

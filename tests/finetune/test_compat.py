@@ -1,0 +1,75 @@
+"""Each private name and patch in finetune/compat.py does what its callers rely on."""
+
+import contextlib
+import json
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+
+from finetune.compat import datasets_offline, wandb_summary
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_datasets_is_offline_only_within_the_block(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", before)
+    with contextlib.suppress(KeyError), datasets_offline():
+        assert datasets.config.HF_HUB_OFFLINE
+        raise KeyError
+    assert datasets.config.HF_HUB_OFFLINE is before
+
+
+def test_threads_that_are_offline_at_the_same_time_leave_no_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    first_is_inside, may_leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with datasets_offline():
+            first_is_inside.set()
+            may_leave.wait(10)
+
+    def second() -> None:
+        with datasets_offline():
+            assert datasets.config.HF_HUB_OFFLINE
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert first_is_inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    may_leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_datasets_reads_the_flag_when_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown data set is refused at once, with the library's words for its offline mode."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with datasets_offline(), pytest.raises(ConnectionError, match=r"[Oo]ffline"):
+        datasets.load_dataset("owner/name", split="train")
+
+
+def test_wandb_summary_is_that_of_the_run(tmp_path: Path) -> None:
+    import wandb
+
+    run = wandb.init(mode="offline", dir=str(tmp_path), reinit="create_new")
+    try:
+        run.define_metric("eval/loss", summary="min,last")
+        for step, loss in enumerate((2.0, 1.0, 3.0)):
+            run.log({"eval/loss": loss}, step=step, commit=True)
+        run.summary.update({"status": "completed"})
+        values = wandb_summary(run)
+        assert values["status"] == "completed"
+        assert values["eval/loss"] == {"min": 1.0, "last": 3.0}
+        json.dumps(values)
+    finally:
+        run.finish()
