@@ -1,8 +1,9 @@
 """Real instruction data with nothing to download: the running interpreter's own docstrings.
 
-`What does math.gcd do in Python?` -> the docstring of `math.gcd`, for public functions and classes of the
-standard modules below. The rows depend on the Python version alone: they are collected by a bare interpreter,
-because libraries patch the standard library when they are imported (torch replaces `inspect.getfile`).
+`What does math.gcd do in Python?` -> the docstring of `math.gcd`, for public functions and classes
+of the standard modules below. The rows depend on the Python version alone: they are collected by a
+bare interpreter, because libraries patch the standard library when they are imported (torch
+replaces `inspect.getfile`).
 """
 
 import importlib
@@ -13,37 +14,41 @@ import sys
 from collections.abc import Iterator
 
 MODULES = """
-argparse base64 bisect calendar cmath collections contextlib copy csv datetime decimal difflib fractions functools
-glob gzip heapq inspect io itertools json keyword locale logging math operator os.path pathlib pprint random re
-secrets shlex shutil statistics string struct subprocess tempfile textwrap threading time traceback types
-unicodedata urllib.parse uuid zipfile zlib
+argparse base64 bisect calendar cmath collections contextlib copy csv datetime decimal difflib
+fractions functools glob gzip heapq inspect io itertools json keyword locale logging math operator
+os.path pathlib pprint random re secrets shlex shutil statistics string struct subprocess tempfile
+textwrap threading time traceback types unicodedata urllib.parse uuid zipfile zlib
 """.split()
 
 
 SHORTEST, LONGEST = 40, 200
-"""Bounds of an answer in characters: longer docstrings are reference manuals, shorter ones say nothing."""
+"""Bounds of an answer, in characters.
+
+Longer docstrings are reference manuals, shorter ones say nothing.
+"""
 
 
 def question_answer_pairs() -> list[dict[str, str]]:
-    """All rows, each with a `prompt` and its `completion`, in the order of their prompts."""
+    """Return all rows, each with a `prompt` and its `completion`, ordered by prompt."""
     bare_interpreter = [sys.executable, "-I", __file__]
-    rows: list[dict[str, str]] = json.loads(subprocess.run(bare_interpreter, capture_output=True, check=True).stdout)
+    process = subprocess.run(bare_interpreter, capture_output=True, check=True)
+    rows: list[dict[str, str]] = json.loads(process.stdout)
     return rows
 
 
 def _collect() -> list[dict[str, str]]:
-    question_of: dict[str, str] = {}  # by answer: a function that two modules export is asked about once
+    """Collect the rows; the interpreter that calls this must have imported nothing else."""
+    # Keyed by answer, so that a function that two modules export makes one row.
+    question_of: dict[str, str] = {}
     for module_name in MODULES:
-        for name, answer in _documented(module_name):
-            question_of.setdefault(answer, f"What does {name} do in Python?")
-    return sorted(
-        ({"prompt": question, "completion": answer} for answer, question in question_of.items()),
-        key=lambda row: row["prompt"],
-    )
+        for name, docstring in _docstrings(module_name):
+            question_of.setdefault(docstring, f"What does {name} do in Python?")
+    rows = [{"prompt": question, "completion": answer} for answer, question in question_of.items()]
+    return sorted(rows, key=lambda row: row["prompt"])
 
 
-def _documented(module_name: str) -> Iterator[tuple[str, str]]:
-    """Qualified names and docstrings, each on one line, of a module's public functions and classes."""
+def _docstrings(module_name: str) -> Iterator[tuple[str, str]]:
+    """Yield the qualified name and the docstring, as one line, of public functions and classes."""
     module = importlib.import_module(module_name)
     for name in sorted(vars(module)):
         member = getattr(module, name)
@@ -52,9 +57,9 @@ def _documented(module_name: str) -> Iterator[tuple[str, str]]:
         paragraphs = inspect.cleandoc(member.__doc__).split("\n\n")
         if paragraphs[0].startswith(f"{name}(") and len(paragraphs) > 1:
             del paragraphs[0]  # the signature that functions written in C carry on top
-        answer = " ".join(" ".join(paragraphs).split())
-        if SHORTEST <= len(answer) <= LONGEST:
-            yield f"{module_name}.{name}", answer
+        docstring = " ".join(" ".join(paragraphs).split())
+        if SHORTEST <= len(docstring) <= LONGEST:
+            yield f"{module_name}.{name}", docstring
 
 
 if __name__ == "__main__":

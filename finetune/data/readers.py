@@ -1,35 +1,31 @@
-"""Read rows from files, folders and the hub."""
+"""Read raw rows from files: JSON lines, JSON, CSV and Parquet.
+
+To add a file type: write a function from a path to its rows, add it to `READERS`, and add its
+suffix to `SUFFIXES` of `finetune/config/data_folder.py`. `_csv` is an example.
+"""
 
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from finetune.compat import datasets_offline
 from finetune.config.data_folder import SUFFIXES
-from finetune.config.schema import DatasetSettings
-from finetune.data.python_docs import question_answer_pairs
 from finetune.data.types import Row
-from finetune.errors import ConfigError, refusal
-from finetune.files.hub import HUB_TIMEOUT, ask_hub
+from finetune.errors import refusal
 
 
-def open_sources(key: str, path: str, settings: DatasetSettings) -> list[tuple[str, Iterable[Row]]]:
-    """What a path that is no folder stands for, by the name that errors call it."""
-    if path == "python_docs":
-        return [(path, question_answer_pairs())]
-    local = Path(path).expanduser()
-    if local.is_file():
-        return [(path, _read_file(key, local))]
-    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        allowed = f"python_docs, a hub id (owner/name), a {' '.join(SUFFIXES)} file, a folder"
-        raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
-    return [(path, fetch_dataset(key, path, settings.name, settings.split))]
+def read_file(key: str, file: Path) -> Iterator[Row]:
+    """Yield the raw rows of a file.
 
+    Args:
+        key: The config key that names the file, for error messages.
+        file: A file with one of `SUFFIXES`.
 
-def _read_file(key: str, file: Path) -> Iterator[Row]:
+    Raises:
+        ConfigError: The file is empty, of another type, or broken. The message names the line or
+            the row.
+    """
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise refusal(key, str(file), f"must be a {' '.join(SUFFIXES)} file")
@@ -40,24 +36,31 @@ def _read_file(key: str, file: Path) -> Iterator[Row]:
     except _UnreadableError as error:
         raise refusal(key, str(file), str(error)) from None
     except UnicodeDecodeError as error:
-        raise refusal(key, str(file), f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        reason = f"is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise refusal(key, str(file), reason) from None
     except json.JSONDecodeError as error:
-        raise refusal(key, str(file), f"line {error.lineno} is broken JSON ({error.msg})") from None
+        reason = f"line {error.lineno} is broken JSON ({error.msg})"
+        raise refusal(key, str(file), reason) from None
 
 
 class _UnreadableError(Exception):
-    """What is wrong with a file, for the caller who knows its key."""
+    """What is wrong with a file; `read_file` adds the key and the file's name."""
 
 
-def _json_lines(file: Path, expected: str = "a .jsonl file holds one object on each line") -> Iterator[Row]:
+_JSON_LINES = "a .jsonl file holds one object on each line"
+
+
+def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[Row]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise _UnreadableError(f"line {number} is no whole JSON object ({error.msg}); {expected}") from None
-                yield _require_object(row, "\\ud" in line.lower(), f"line {number}", expected)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                reason = f"line {number} is no whole JSON object ({error.msg})"
+                raise _UnreadableError(f"{reason}; {expected}") from None
+            yield _require_object(row, _may_hold_surrogates(line), f"line {number}", expected)
 
 
 def _json_list(file: Path) -> Iterator[Row]:
@@ -67,20 +70,29 @@ def _json_list(file: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         yield from _json_lines(file, expected)
         return
-    escaped = "\\ud" in text.lower()
+    surrogates = _may_hold_surrogates(text)
     for number, row in enumerate(json.loads(text), start=1):
-        yield _require_object(row, escaped, f"row {number}", expected)
+        yield _require_object(row, surrogates, f"row {number}", expected)
 
 
-def _require_object(row: object, escaped: bool, where: str, expected: str) -> Row:
-    """Refuse what is no object, and (where any is escaped) half a surrogate pair: JSON can say it, no tokenizer can."""
+def _may_hold_surrogates(text: str) -> bool:
+    """Whether JSON text has an escape of a surrogate (`\\ud800` to `\\udfff`)."""
+    return "\\ud" in text.lower()
+
+
+def _require_object(row: object, check_surrogates: bool, where: str, expected: str) -> Row:
+    """Refuse a value that is no object, and a text with half a surrogate pair.
+
+    JSON can escape half a pair, but it can't be encoded as UTF-8, so no tokenizer takes it.
+    """
     if not isinstance(row, dict):
         raise _UnreadableError(f"{where} is no JSON object; {expected}")
-    if escaped:
+    if check_surrogates:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise _UnreadableError(f"{where} has half a surrogate pair, which is no text") from None
+            reason = f"{where} has half a surrogate pair, which is no text"
+            raise _UnreadableError(reason) from None
     return row
 
 
@@ -91,7 +103,8 @@ def _csv(file: Path) -> Iterator[Row]:
         try:
             yield from reader
         except csv.Error as error:
-            raise _UnreadableError(f"line {reader.line_num} is broken CSV ({error})") from None
+            reason = f"line {reader.line_num} is broken CSV ({error})"
+            raise _UnreadableError(reason) from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -101,33 +114,14 @@ def _parquet(file: Path) -> Iterator[Row]:
     try:
         return iter(pyarrow.parquet.read_table(file).to_pylist())
     except pyarrow.ArrowInvalid as error:
-        raise _UnreadableError(f"no readable Parquet file ({str(error).splitlines()[0]})") from None
+        reason = f"no readable Parquet file ({str(error).splitlines()[0]})"
+        raise _UnreadableError(reason) from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet,
-}  # fmt: skip
-
-
-def fetch_dataset(key: str, path: str, name: str | None, split: str) -> Iterable[dict[str, Any]]:
-    """Rows of a data set on the hub, from its cache if the hub does not answer."""
-    from huggingface_hub import HfApi
-
-    def load() -> Iterable[dict[str, Any]]:
-        from datasets import load_dataset
-
-        rows: Iterable[dict[str, Any]] = load_dataset(path, name, split=split)
-        return rows
-
-    def ask() -> Iterable[dict[str, Any]]:
-        HfApi().dataset_info(path, timeout=HUB_TIMEOUT)
-        return load()
-
-    def in_cache() -> Iterable[dict[str, Any]]:
-        with datasets_offline():
-            return load()
-
-    try:
-        return ask_hub(key, path, ask, in_cache, f"{key}=FILE takes a .jsonl, .csv or .parquet file from this machine")
-    except ValueError as error:  # datasets' words for an unknown split or name list what there is
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{key}={path}: {error}") from None
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+"""The readers by file suffix."""

@@ -1,214 +1,183 @@
-"""Rows of a run: read, formatted, split. Imports neither torch nor transformers."""
+"""The rows of a run: read, converted to the common form, split."""
 
 import logging
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.config.data_folder import SUFFIXES, data_files, data_folder, named_parts
 from finetune.config.schema import DatasetSettings
 from finetune.data.formats import FORMATS, detect_format
-from finetune.data.readers import _read_file, open_sources
+from finetune.data.sources import open_files, open_source
+from finetune.data.splits import file_names, files_by_split, files_for_split
 from finetune.data.types import Row, Rows, fingerprint
 from finetune.errors import refusal
 
 log = logging.getLogger(__name__)
 
+Dropped = dict[str, int]
+"""How many rows were left out, by reason."""
+
 
 def load_rows(settings: DatasetSettings) -> Rows:
-    """Read and split the data set. Raises ConfigError that names the key, and the line or row, of what is wrong."""
-    dropped: dict[str, int] = {}
-    files = _files_by_part(settings)
-    pool = _read_formatted("dataset.path", settings.path, settings, dropped, files.get("train"))
-    random.Random(f"split {settings.split_seed}").shuffle(pool)
+    """Read the data set and split it.
 
+    Raises:
+        ConfigError: The data can't be read, or a split has no rows. The message names the key, and
+            the line or row.
+    """
+    dropped: Dropped = {}
+    files = files_by_split(settings)
+    pool = _read("dataset.path", settings.path, files.get("train"), settings, dropped)
+    random.Random(f"split {settings.split_seed}").shuffle(pool)
     total = len(pool)
-    # The test rows first: no other fraction changes which rows these are.
-    test = _held_out("test", settings, files.get("test"), pool, total, dropped)
-    evaluation = _held_out("eval", settings, files.get("eval"), pool, total, dropped)
-    seen = {fingerprint(row) for row in pool}
-    evaluation = _unseen("eval", settings, files.get("eval"), evaluation, seen, dropped)
-    test = _unseen("test", settings, files.get("test"), test, seen, dropped)
+    held_out: dict[str, list[Row]] = {}
+    # The test rows come first, so that which rows these are depends on no other fraction.
+    for split in ("test", "eval"):
+        rows = _read_split(split, settings, files.get(split), dropped)
+        if rows is None:
+            count = _held_out_count(split, settings, total, len(pool))
+            rows, pool = pool[:count], pool[count:]
+        held_out[split] = rows
+    fingerprints = {fingerprint(row) for row in pool}
+    for split in ("eval", "test"):
+        unique = _drop_duplicates(split, held_out[split], fingerprints, dropped)
+        if held_out[split] and not unique:
+            raise _all_in_training(split, settings, files.get(split), len(held_out[split]))
+        held_out[split] = unique
     train = pool[: settings.limit]
     if not train:
         raise refusal("dataset.path", settings.path, "no rows are left to train on")
-    _say_dropped(dropped)
+    _log_dropped(dropped)
     if len(train) < len(pool):
-        log.info("data: training on %s of %s rows (dataset.limit)", f"{len(train):,}", f"{len(pool):,}")
-    return Rows(train, evaluation, test, dropped)
+        shares = f"{len(train):,}", f"{len(pool):,}"
+        log.info("data: training on %s of %s rows (dataset.limit)", *shares)
+    return Rows(train, held_out["eval"], held_out["test"], dropped)
 
 
 def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
-    """Every row of `path`, none held out; of a folder those of its test files, where it has any.
+    """Read every row of `settings.path`; of a folder only its test files, if it has any.
 
     Args:
-        key: What errors call the path.
+        key: What error messages call the path.
         settings: The path, and how its rows are read.
 
     Raises:
         ConfigError: The path, a line or a row can't be read.
     """
-    dropped: dict[str, int] = {}
-    rows = _read_formatted(key, settings.path, settings, dropped, _files_of_part("test", key, settings.path))
-    _say_dropped(dropped)
+    dropped: Dropped = {}
+    files = files_for_split("test", key, settings.path)
+    rows = _read(key, settings.path, files, settings, dropped)
+    _log_dropped(dropped)
     return rows
 
 
-def _say_dropped(dropped: dict[str, int]) -> None:
+def _log_dropped(dropped: Dropped) -> None:
     for reason, count in dropped.items():
         log.info("data: left out %d %s", count, reason)
 
 
-def _held_out(
-    part: str, settings: DatasetSettings, files: list[Path] | None, pool: list[Row], total: int, dropped: dict[str, int]
-) -> list[Row]:
-    """Rows from the user's own file, from the folder's files of that name, or a share that is taken out of the pool."""
-    path: str | None = getattr(settings, f"{part}_path")
-    fraction: float = getattr(settings, f"{part}_fraction")
+def _read_split(
+    split: str, settings: DatasetSettings, files: list[Path] | None, dropped: Dropped
+) -> list[Row] | None:
+    """The rows of a split that has a path or files of its own; None if it has neither."""
+    path: str | None = getattr(settings, f"{split}_path")
     if path is not None:
-        key = f"dataset.{part}_path"
-        return _read_formatted(key, path, settings, dropped, _files_of_part(part, key, path))
+        key = f"dataset.{split}_path"
+        return _read(key, path, files_for_split(split, key, path), settings, dropped)
     if files:
-        return _read_formatted("dataset.path", settings.path, settings, dropped, files)
+        return _read("dataset.path", settings.path, files, settings, dropped)
+    return None
+
+
+def _held_out_count(split: str, settings: DatasetSettings, total: int, remaining: int) -> int:
+    """How many rows a split's fraction takes.
+
+    Args:
+        split: `eval` or `test`.
+        settings: They hold the fraction, of all rows.
+        total: The number of all rows.
+        remaining: The number of rows that no other split has taken.
+
+    Raises:
+        ConfigError: The fraction takes no row, or leaves none.
+    """
+    fraction: float = getattr(settings, f"{split}_fraction")
     count = round(fraction * total)
-    if fraction > 0 and not 0 < count < len(pool):
-        raise refusal(f"dataset.{part}_fraction", fraction, f"takes {count} of {total} rows; 0 means none wanted")
-    taken, pool[:] = pool[:count], pool[count:]
-    return taken
+    if fraction > 0 and not 0 < count < remaining:
+        reason = f"takes {count} of {total} rows; 0 means none wanted"
+        raise refusal(f"dataset.{split}_fraction", fraction, reason)
+    return count
 
 
-def _unseen(
-    part: str,
-    settings: DatasetSettings,
-    files: list[Path] | None,
-    rows: list[Row],
-    seen: set[str],
-    dropped: dict[str, int],
+def _drop_duplicates(
+    split: str, rows: list[Row], fingerprints: set[str], dropped: Dropped
 ) -> list[Row]:
-    """Held-out rows that stand nowhere else, so that nothing is measured on what was trained on."""
-    kept = []
+    """The held-out rows that occur nowhere else, so that no training row is evaluated.
+
+    Args:
+        split: `eval` or `test`.
+        rows: The rows of the split.
+        fingerprints: Those of all rows so far; those of this split are added.
+        dropped: Where the duplicates are counted.
+    """
+    unique = []
     for row in rows:
-        mark = fingerprint(row)
-        if mark not in seen:
-            seen.add(mark)
-            kept.append(row)
-    if len(kept) < len(rows):
-        dropped[f"{part} rows that also stand in training or twice"] = len(rows) - len(kept)
-    if rows and not kept:
-        if getattr(settings, f"{part}_path") is None and files:
-            reason = f"all {len(rows)} rows of {_names(files)} also stand in training"
-            raise refusal("dataset.path", settings.path, reason)
-        key = f"{part}_path" if getattr(settings, f"{part}_path") else f"{part}_fraction"
-        raise refusal(f"dataset.{key}", getattr(settings, key), f"all {len(rows)} rows also stand in training")
-    return kept
+        row_fingerprint = fingerprint(row)
+        if row_fingerprint not in fingerprints:
+            fingerprints.add(row_fingerprint)
+            unique.append(row)
+    if len(unique) < len(rows):
+        reason = f"{split} rows that also stand in training or twice"
+        dropped[reason] = len(rows) - len(unique)
+    return unique
 
 
-def _files_by_part(settings: DatasetSettings) -> dict[str, list[Path]]:
-    """The files of the folder that `dataset.path` is, by the part that they are read for; empty for anything else.
-
-    Files without a part's name train. A file that `eval_path` or `test_path` gives is left to that. What became of
-    the files is said in one line where any has a part's name.
-    """
-    key, path = "dataset.path", settings.path
-    folder = data_folder(path)
-    if folder is None:
-        return {}
-    present = data_files(folder)
-    if not present:
-        raise refusal(key, path, f"the folder has no {' '.join(SUFFIXES)} file")
-    parts = {
-        file: _named_part(key, path, file) for file in data_files(folder, [settings.eval_path, settings.test_path])
-    }
-    files: dict[str, list[Path]] = {"train": [], "eval": [], "test": []}
-    for file, part in parts.items():
-        files[part or "train"].append(file)
-    if not files["train"]:
-        reason = f"the folder has {_names(present)}, and no file to train on"
-        raise refusal(key, path, f"{reason}; {key}={present[0]} trains on it")
-    if any(parts.values()):
-        _say_files(settings, files, [file for file, part in parts.items() if part is None])
-    return files
+def _all_in_training(
+    split: str, settings: DatasetSettings, files: list[Path] | None, count: int
+) -> Exception:
+    """The refusal of a split all of whose rows are training rows; it names the rows' key."""
+    if getattr(settings, f"{split}_path") is not None:
+        key = f"{split}_path"
+    elif files:
+        reason = f"all {count} rows of {file_names(files)} also stand in training"
+        return refusal("dataset.path", settings.path, reason)
+    else:
+        key = f"{split}_fraction"
+    reason = f"all {count} rows also stand in training"
+    return refusal(f"dataset.{key}", getattr(settings, key), reason)
 
 
-def _say_files(settings: DatasetSettings, files: dict[str, list[Path]], unnamed: list[Path]) -> None:
-    """Which files became which part, and which are not used, in one line."""
-    pieces = [f"train = {_names(files['train'])}"]
-    if unnamed and len(unnamed) < len(files["train"]):
-        pieces[0] += f" ({_names(unnamed)}: no part in the name)"
-    for part in ("eval", "test"):
-        path, fraction = getattr(settings, f"{part}_path"), getattr(settings, f"{part}_fraction")
-        if path is not None:
-            unused = f" (not used: {_names(files[part])})" if files[part] else ""
-            pieces.append(f"{part} = dataset.{part}_path={path}{unused}")
-        elif files[part]:
-            pieces.append(f"{part} = {_names(files[part])}")
-        elif fraction > 0:
-            pieces.append(f"{part} = {fraction:.3g} of the training rows (dataset.{part}_fraction)")
-    log.info("data: %s: %s", settings.path, "; ".join(pieces))
-
-
-def _files_of_part(part: str, key: str, path: str) -> list[Path] | None:
-    """Of a folder that is given for one part its files of that name, else all; None for anything but a folder."""
-    folder = data_folder(path)
-    if folder is None:
-        return None
-    files = data_files(folder)
-    parts = {file: _named_part(key, path, file) for file in files}
-    named = [file for file in files if parts[file] == part]
-    if named and len(named) < len(files):
-        log.info("data: %s=%s: %s only, named for it, of %d files", key, path, _names(named), len(files))
-    elif not named and any(parts.values()):
-        log.info("data: %s=%s: all %d files, as none is named %s", key, path, len(files), part)
-    return named or files
-
-
-def _named_part(key: str, path: str, file: Path) -> str | None:
-    """The part that a file is named for, None where its name says none. Raises ConfigError where it says two."""
-    parts = named_parts(file)
-    if len(parts) > 1:
-        raise refusal(key, path, f"{file.name} is named for {' and '.join(parts)}; give it the name of one part")
-    return parts[0] if parts else None
-
-
-def _names(files: list[Path]) -> str:
-    """Files by their names, the first three of many."""
-    shown = [file.name for file in files[:3]]
-    rest = len(files) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
-
-
-def _read_formatted(
-    key: str, path: str, settings: DatasetSettings, dropped: dict[str, int], files: list[Path] | None = None
+def _read(
+    key: str, path: str, files: list[Path] | None, settings: DatasetSettings, dropped: Dropped
 ) -> list[Row]:
-    """All rows of one source in one form: of these files of a folder, or of whatever else the path stands for.
+    """Read all rows of a path in the common form.
 
-    Rows with nothing to learn from are left out and counted.
+    Args:
+        key: The config key of the path, for error messages.
+        path: A folder, or anything else that `dataset.path` may be.
+        files: The files to read if the path is a folder, else None.
+        settings: The rows' format. `auto` takes the format of the first row for all rows.
+        dropped: Where rows with nothing to learn from are counted.
     """
+    sources = [open_source(key, path, settings)] if files is None else open_files(key, path, files)
+    format_name: str = settings.format
     rows: list[Row] = []
     total = 0
-    format_name: str = settings.format
-    sources = open_sources(key, path, settings) if files is None else _read_files(key, path, files)
-    for source, raw in sources:
-        for number, row in enumerate(raw, start=1):
-            if format_name == "auto":  # what the first row is, all are
-                format_name = detect_format(key, source, row, settings.text_field)
-            formatted = FORMATS[format_name](row, f"{key}={source}: row {number}", settings.text_field)
-            if formatted is not None:
-                rows.append(formatted)
+    for source in sources:
+        for number, raw_row in enumerate(source.rows, start=1):
+            if format_name == "auto":
+                format_name = detect_format(key, source.name, raw_row, settings.text_field)
+            where = f"{key}={source.name}: row {number}"
+            row = FORMATS[format_name](raw_row, where, settings.text_field)
+            if row is not None:
+                rows.append(row)
             total += 1
-    shown = path if files is None else f"{path} ({_names(files)})"
+    shown_path = path if files is None else f"{path} ({file_names(files)})"
     if not total:
-        raise refusal(key, shown, "holds no rows")
+        raise refusal(key, shown_path, "holds no rows")
     if len(rows) < total:
-        reason = f"rows of {shown} with nothing to learn from"
+        reason = f"rows of {shown_path} with nothing to learn from"
         dropped[reason] = dropped.get(reason, 0) + total - len(rows)
     if not rows:
-        raise refusal(key, shown, f"no rows are left: none of {total} has any text to learn from")
+        reason = f"no rows are left: none of {total} has any text to learn from"
+        raise refusal(key, shown_path, reason)
     return rows
-
-
-def _read_files(key: str, path: str, files: list[Path]) -> list[tuple[str, Iterable[Row]]]:
-    """The rows of a folder's files, each by the name that errors call it."""
-    if not files:
-        raise refusal(key, path, f"the folder has no {' '.join(SUFFIXES)} file")
-    return [(str(file), _read_file(key, file)) for file in files]

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
 from finetune.config.schema import QuantizationSettings
-from finetune.data.tokens import IGNORED, as_list, common_prefix_length
+from finetune.data.encoding import IGNORED
+from finetune.data.lengths import common_prefix_length
+from finetune.data.tokens import as_list
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
 

@@ -38,7 +38,7 @@ def generate_answers(
     Returns:
         An answer for each prompt; empty where a bound leaves no token for it, which one line says.
     """
-    from finetune.data.tokens import render_chat
+    from finetune.data.encoding import render_chat
     from finetune.engine.evaluation import evaluating
     from finetune.model.architectures import text_config_of
     from finetune.model.quantization import autocast

@@ -57,8 +57,10 @@ def read_json(path: Path) -> Any:
 
 
 def json_safe(content: Any) -> Any:
-    """Convert nested plain values to JSON's types: text keys, lists, None for NaN and
-    infinities."""
+    """Convert nested plain values to what JSON can hold.
+
+    Keys become text, tuples become lists, NaN and infinities become None.
+    """
     if isinstance(content, dict):
         return {str(key): json_safe(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -90,10 +92,9 @@ def create_folder(path: Path) -> Iterator[Path]:
     """Write a folder that several processes may create at the same time.
 
     The first to finish provides the folder, and the later ones discard their drafts: all must write
-    the same content. Drafts that killed
-    processes of this machine left in the parent folder are removed. Those of other machines are
-    kept: a cache may be on a shared disk, and whether their processes are alive can't be seen from
-    here.
+    the same content. Drafts that killed processes of this machine left in the parent folder are
+    removed. Those of other machines stay: a cache may be on a shared disk, and whether their
+    processes are alive can't be seen from here.
 
     Yields:
         The draft's path, an empty folder.

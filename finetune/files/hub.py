@@ -14,7 +14,9 @@ HUB_TIMEOUT = 5
 T = TypeVar("T")
 
 
-def ask_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str) -> T:
+def ask_hub(
+    key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str
+) -> T:
     """Return the hub's answer, or its local cache's if the hub is offline or HF_HUB_OFFLINE is set.
 
     Args:
@@ -46,7 +48,9 @@ def ask_hub(key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T]
     except RevisionNotFoundError:
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
-        raise refusal(key, name, "the hub has no such repository (a private one needs HF_TOKEN)") from None
+        raise refusal(
+            key, name, "the hub has no such repository (a private one needs HF_TOKEN)"
+        ) from None
     except (NetworkError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     try:

@@ -14,8 +14,10 @@ from finetune.files.lock import file_lock
 Metrics = dict[str, float]
 
 PROGRESS = "progress.json"
-"""The run's state in a checkpoint, next to weights and optimizer. It is written last: a checkpoint
-without it is incomplete."""
+"""The run's state in a checkpoint, next to weights and optimizer.
+
+It is written last: a checkpoint without it is incomplete.
+"""
 
 
 class FolderHeld(ConfigError):
@@ -55,7 +57,9 @@ class RunFolder:
             try:
                 stack.enter_context(file_lock(self.path / ".lock", wait=False))
             except BlockingIOError:
-                raise FolderHeld(f"{self.path}: another process is training in this folder") from None
+                raise FolderHeld(
+                    f"{self.path}: another process is training in this folder"
+                ) from None
             self._is_locked = True
             try:
                 yield
@@ -78,8 +82,7 @@ class RunFolder:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics after an optimizer step: the run resumes from its checkpoint there and
-        logs them again."""
+        """Drop the metrics after an optimizer step: a run that resumes there logs them again."""
         if not self._metrics.exists():
             return
         lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
@@ -101,8 +104,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:
-        """Return the folder of the adapter of the best evaluation so far, made at an optimizer
-        step."""
+        """Return the folder of the best adapter so far, evaluated at an optimizer step."""
         return self.checkpoints / f"best-{step}"
 
 

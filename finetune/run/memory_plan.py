@@ -226,7 +226,8 @@ class _Work:
 
 def _work(config: RunConfig, resources: SharedResources) -> _Work:
     """Count what a run trains and measures."""
-    from finetune.data.tokens import as_list, computed_length
+    from finetune.data.lengths import computed_length
+    from finetune.data.tokens import as_list
     from finetune.engine.packed.batch import packed_length
     from finetune.engine.schedule import step_batches
 

@@ -12,7 +12,10 @@ from finetune.files.run_folder import Metrics
 log = logging.getLogger(__name__)
 
 Sample = dict[str, str]
-"""A `prompt`, the base's answer `before` training, and the answer `after` it; either is missing if asking failed."""
+"""A `prompt`, the base's answer `before` training, and the answer `after` it.
+
+An answer is missing if its generation failed.
+"""
 
 
 @dataclass(frozen=True)

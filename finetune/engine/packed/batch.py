@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from finetune.data.tokens import IGNORED, common_prefix_length, computed_length
+from finetune.data.encoding import IGNORED
+from finetune.data.lengths import common_prefix_length, computed_length
 from finetune.model.device import newer_gpu, to_device
 
 Row = dict[str, list[int]]

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from finetune.config.schema import RunConfig
-from finetune.data.tokens import IGNORED, as_list, computed_length
+from finetune.data.encoding import IGNORED
+from finetune.data.lengths import computed_length
+from finetune.data.tokens import as_list
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.requests import Evaluate, ForwardBackward, ForwardBackwardResult

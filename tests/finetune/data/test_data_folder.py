@@ -92,7 +92,7 @@ def folder_of(tmp_path: Path, **counts: int) -> Path:
             {"train": 5, "extra": 2, "test": 3},
             {},
             {"train": ["train", "extra"], "eval": [], "test": ["test"]},
-            "train = extra.jsonl, train.jsonl (extra.jsonl: no part in the name); test = test.jsonl",
+            "train = extra.jsonl, train.jsonl (extra.jsonl: no split in the name); test = test.jsonl",
         ),
         (
             {"rows": 5, "test": 3},
@@ -198,7 +198,7 @@ def test_a_folder_to_evaluate_on_is_its_test_files_or_all(
         (
             {"train": 3, "train_test": 3},
             {},
-            "train_test.jsonl is named for train and test; give it the name of one part",
+            "train_test.jsonl is named for train and test; give it the name of one split",
         ),
         ({}, {}, "the folder has no .jsonl .json .csv .parquet file"),
     ],

@@ -9,7 +9,8 @@ from support.models import Row
 from support.rows import CHATS, MANY_TURNS, Settings, texts
 
 from finetune.config.schema import RunConfig
-from finetune.data.tokens import IGNORED, tokenize
+from finetune.data.encoding import IGNORED
+from finetune.data.tokens import tokenize
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 

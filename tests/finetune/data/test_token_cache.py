@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from support.rows import CHATS, Settings, texts
 
-from finetune.data.tokens import IGNORED, _listed, as_list, tokenize
+from finetune.data.encoding import IGNORED
+from finetune.data.tokens import _lists, as_list, tokenize
 from finetune.files.atomic import create_folder
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -38,9 +39,9 @@ def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(tokenizer: Any, se
     rows = as_list(tokens)
     assert rows == tokens.to_list()
     assert as_list(tokens) is rows
-    kept = len(_listed)
+    kept = len(_lists)
     del tokens
-    assert len(_listed) == kept - 1
+    assert len(_lists) == kept - 1
 
 
 def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings: Settings) -> None:

@@ -8,7 +8,8 @@ import pytest
 from support.models import Row
 from support.rows import CHATS, MANY_TURNS, A, Q, Settings, chat, texts
 
-from finetune.data.tokens import IGNORED, left_out_count, tokenize
+from finetune.data.encoding import IGNORED
+from finetune.data.tokens import left_out_count, tokenize
 from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import RunConfig
-from finetune.data.tokens import IGNORED
+from finetune.data.encoding import IGNORED
 
 Tiny = Callable[..., RunConfig]
 
@@ -192,7 +192,7 @@ def test_padding_with_the_end_token_hides_no_end_token(tiny: Tiny) -> None:
 def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     tiny: Tiny, rows: list[Row], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine.packed import batch as layout
+    from finetune.data import lengths
 
     config = tiny(f"quantization={quantization}")
     model = make_model(config, adapter_noise=0.3)
@@ -200,7 +200,7 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     together: list[Row] = [
         {"input_ids": system + row["input_ids"], "labels": [IGNORED] * len(system) + row["labels"]} for row in rows
     ]
-    assert layout.common_beginning(together) == len(system) - 1  # the last one predicts some rows' first token
+    assert lengths.common_prefix_length(together) == len(system) - 1  # the last one predicts some rows' first token
     loss, accuracy, tokens = reference(model, together)
     computed: list[int] = []
     model.get_base_model().model.register_forward_pre_hook(
@@ -210,7 +210,7 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     assert result.loss == pytest.approx(loss, rel=1e-6)
     assert (result.accuracy, result.tokens) == (accuracy, tokens)
     shared = sum(computed)
-    monkeypatch.setattr(layout, "WORTH_SHARING", 1000)
+    monkeypatch.setattr(lengths, "MIN_SHARED_TOKENS", 1000)
     computed.clear()
     assert measured(model, together, 4, config).loss == pytest.approx(loss, rel=1e-6)
     assert sum(computed) - shared == (len(rows) - 1) * (len(system) - 1)
@@ -227,7 +227,7 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     ],
 )
 def test_no_answers_token_is_in_what_rows_share(ids: list[list[int]], first_label: int, shared: int) -> None:
-    from finetune.data.tokens import common_prefix_length
+    from finetune.data.lengths import common_prefix_length
 
     rows = [{"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]} for row in ids]
     assert common_prefix_length(rows) == shared

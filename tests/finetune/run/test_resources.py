@@ -134,7 +134,7 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
 
 
 def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.data.rows import tokens
+    from finetune.data import tokens
     from finetune.engine import trl as trl_engine
     from finetune.engine.packed import bank
     from finetune.model import loading as base
