@@ -141,19 +141,19 @@ def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkey
 
     calls: list[str] = []
 
-    def counted(place: Any, name: str) -> None:
-        real = getattr(place, name)
+    def count_calls(owner: Any, name: str, counted_as: str) -> None:
+        real = getattr(owner, name)
 
         def call(*arguments: Any, **more: Any) -> Any:
-            calls.append(name)
+            calls.append(counted_as)
             return real(*arguments, **more)
 
-        monkeypatch.setattr(place, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    counted(base, "load_base")
-    counted(tokens, "tokenize")
-    counted(bank.Bank, "evaluate")
-    counted(trl_engine, "evaluate")
+    count_calls(base, "load_base", "load")
+    count_calls(tokens, "tokenize", "tokenize")
+    count_calls(bank.Bank, "evaluate", "evaluate packed")
+    count_calls(trl_engine, "evaluate", "evaluate trl")
     resources = SharedResources()
     held_out = len(resources.rows(tiny(*FEW).dataset).evaluation)
     for name, engine, rank in (("one", "packed", 4), ("two", "packed", 8), ("three", "trl", 4), ("four", "trl", 8)):
@@ -161,10 +161,10 @@ def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkey
         config = tiny(*FEW, NF4, f"lora.r={rank}", *more)
         run(config, tmp_path / name, RunContext(resources=resources, interactive=False, evaluate_test_rows=False))
 
-    assert calls.count("load_base") == 1
+    assert calls.count("load") == 1
     assert calls.count("tokenize") == 3
-    assert calls.count("evaluate") == 3, "the base once, each run once at its end"
-    assert calls.count("evaluate") == 3, "so too by the other engine"
+    assert calls.count("evaluate packed") == 3, "the base once, each run once at its end"
+    assert calls.count("evaluate trl") == 3, "so too by the other engine"
 
 
 @pytest.mark.parametrize(("lora", "stays"), [("lora.bias=all", False), ("lora.bias=none", True)])
