@@ -25,6 +25,8 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rg
 COMMAND = re.compile(r"python -m (?:finetune|sweeps)\b.*")
 ARGUMENT = re.compile(r"['\"]?([~+]*[a-z][a-z_0-9]*([./][a-z_0-9]+)*=|~[a-z]|--config-dir )")
 """How a code span of arguments alone begins: `key=value`, `~key`, `--config-dir`; capitals: the environment."""
+STAND_INS = {"model": "name_or_path: smollm2_135m\n", "dataset": "path: python_docs\n"}
+"""Choices of a reader's own folder, by group: where a choice must give a value."""
 
 
 def written_commands(text: str) -> Iterator[str]:
@@ -93,7 +95,7 @@ def require_composed(overrides: list[str], multirun: bool, further: Path | None)
             choice = further / override.key_or_group / f"{override.value()}.yaml"
             if (CONF / override.key_or_group).is_dir() and not (CONF / choice.relative_to(further)).exists():
                 choice.parent.mkdir(parents=True, exist_ok=True)
-                choice.write_text("# @package _global_\n")
+                choice.write_text(STAND_INS.get(override.key_or_group, "# @package _global_\n"))
         texts.append(f"hydra.searchpath=[file://{further}]")
     with initialize_config_dir(str(CONF)):
         composed = compose("config", texts, return_hydra_config=True)
