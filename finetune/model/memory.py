@@ -78,10 +78,11 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_resident_memory() -> int:
-    """The peak resident memory on the host, in bytes.
+    """The peak resident memory on the host since `reset_peak_memory`, in bytes.
 
-    Read from /proc, because neither psutil nor `getrusage` knows the peak since a reset: psutil has only the current
-    value, and `ru_maxrss` is the peak of the process's whole life. Only where there is no /proc is the latter used.
+    Read from /proc, because neither psutil nor `getrusage` has the peak since a reset: psutil has
+    only the current value, and `ru_maxrss` is the peak of the process's whole life. The latter is
+    used only where there is no /proc.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

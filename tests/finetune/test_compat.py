@@ -26,25 +26,23 @@ def test_threads_that_are_offline_at_the_same_time_leave_no_flag(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    first_is_inside, may_leave = threading.Event(), threading.Event()
+    inside = [threading.Event(), threading.Event()]
+    may_leave = [threading.Event(), threading.Event()]
 
-    def first() -> None:
+    def read(number: int) -> None:
         with datasets_offline():
-            first_is_inside.set()
-            may_leave.wait(10)
+            inside[number].set()
+            may_leave[number].wait(10)
 
-    def second() -> None:
-        with datasets_offline():
-            assert datasets.config.HF_HUB_OFFLINE
-
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
-    threads[0].start()
-    assert first_is_inside.wait(10)
-    threads[1].start()
-    threads[1].join(0.2)
-    may_leave.set()
-    for thread in threads:
-        thread.join(10)
+    first, second = (threading.Thread(target=read, args=(number,)) for number in (0, 1))
+    first.start()
+    assert inside[0].wait(10)
+    second.start()
+    inside[1].wait(0.3)  # in vain: the second waits for the first
+    may_leave[0].set()
+    first.join(10)
+    may_leave[1].set()
+    second.join(10)
     assert not datasets.config.HF_HUB_OFFLINE
 
 
