@@ -44,3 +44,44 @@ def wandb_summary(run: "wandb.Run") -> dict[str, Any]:
     """
     values: dict[str, Any] = run.summary._as_dict()
     return values
+
+
+@contextlib.contextmanager
+def attention_implementation(config: Any, name: str) -> Iterator[None]:
+    """Let a transformers model use another registered attention function for a while.
+
+    The public `model.set_attn_implementation(name)` checks the name, may look for kernels on the
+    hub, and goes through all submodules; this is done twice in each training step. Layers look
+    the name up in `config._attn_implementation` at each call (transformers 5.23,
+    `models/llama/modeling_llama.py`: `LlamaAttention.forward`).
+
+    Args:
+        config: The model's config; its layers share it.
+        name: As registered with `transformers.AttentionInterface`.
+    """
+    previous = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous
+
+
+def compile_and_launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> Any:
+    """Compile a Triton kernel for the kinds of its arguments and launch it.
+
+    `kernel[grid](...)` returns the compiled kernel, which no documentation says (Triton 3.9,
+    `runtime/jit.py`: `JITFunction.run`). `compiled[grid](*arguments, *constants)` launches it
+    without Triton's inspection of every argument, which takes longer than a small kernel runs.
+
+    Returns:
+        The compiled kernel; None from Triton's interpreter.
+    """
+    return kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages)

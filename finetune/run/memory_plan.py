@@ -291,7 +291,7 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, 
     `adapts`: the ends of the adapted layers' names, where the GPU's own decoder computes; else None. A layer keeps the
     inputs of its norms, its queries, keys, values and what they give, what the gate takes, and the inputs of linear
     layers: on a GPU only of those that are adapted, and not the gate's product. With checkpointing it keeps its
-    input alone, but for what `kept_whole` says. Within a layer, the forward and backward of the gate are the widest.
+    input alone, but for what `stored_blocks` says. Within a layer, the forward and backward of the gate are the widest.
     """
     hidden, inner, layers = base.hidden_size, _inner_width(base), base.num_hidden_layers
     queries, keys = _widths(base)
@@ -300,14 +300,14 @@ def _activation_elements(base: Any, config: RunConfig, adapts: set[str] | None, 
         layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
         passing = 4 * hidden + 2 * queries + 4 * inner + (layer if saves else 0)
         return _Elements(layers * (hidden if saves else layer) + passing, passing)
-    from finetune.engine.packed.gpu.decoder import kept_whole
+    from finetune.engine.packed.gpu.decoder import stored_blocks
 
     attention, gate = adapts & {"q_proj", "k_proj", "v_proj"}, adapts & {"gate_proj", "up_proj"}
     layer = (2 + bool(attention) + bool(gate)) * hidden + 2 * queries + 2 * keys + 2 * inner
     layer += queries + keys if base.model_type == "qwen3" else 0  # what the heads' own norms take
     through = 3 * bool(attention) + 2 * bool(gate) + len(adapts & {"o_proj", "down_proj"})  # of a group all or none
     layer += through * max(16, 1 << (config.lora.r - 1).bit_length())
-    whole = kept_whole(layers, slots) if saves else layers
+    whole = stored_blocks(layers, slots) if saves else layers
     return _Elements(whole * layer + (layers - whole) * hidden + 3 * hidden + 2 * inner, layer + hidden + inner)
 
 

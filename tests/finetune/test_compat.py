@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -71,3 +72,47 @@ def test_wandb_summary_is_that_of_the_run(tmp_path: Path) -> None:
         json.dumps(values)
     finally:
         run.finish()
+
+
+def test_layers_of_a_model_look_up_the_attention_implementation_at_each_call() -> None:
+    import torch
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    from finetune.compat import attention_implementation
+
+    calls: list[int] = []
+
+    def counting(module: Any, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        calls.append(module.layer_idx)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("counting", counting)
+    shapes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=2, **shapes))
+    ids = torch.tensor([[1, 2, 3]])
+    before = model.config._attn_implementation
+    with attention_implementation(model.config, "counting"):
+        model(input_ids=ids)
+    assert calls == [0, 1]
+    model(input_ids=ids)
+    assert calls == [0, 1]
+    assert model.config._attn_implementation == before
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        attention_implementation(model.config, "counting"),
+    ):
+        raise RuntimeError("out of memory")
+    assert model.config._attn_implementation == before
+
+
+def test_a_launch_by_compat_runs_the_kernel() -> None:
+    """By Triton's interpreter here; tests marked gpu launch compiled kernels a second time."""
+    import torch
+
+    from finetune.compat import compile_and_launch
+    from finetune.engine.packed.gpu import kernels
+
+    gate, up = torch.randn(2, 16)
+    output = torch.empty(16)
+    compile_and_launch(kernels._swiglu_kernel, (1, 1, 1), (gate, up, output, 16), (32,), 4, 3)
+    assert torch.allclose(output, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)

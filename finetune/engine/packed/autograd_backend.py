@@ -1,7 +1,7 @@
-"""The base's own modules, hooked, with autograd: what computes the slots' adapters wherever the kernels do not.
+"""The backend on the base's own modules with autograd: used wherever the GPU kernels are not.
 
-Each adapted linear layer adds to every slot's stretch of the line what that slot's adapter makes of it. With no pass
-going on, the base works as if there were no hooks.
+The adapted linear layers are hooked: during a pass each one adds the contribution of every slot's
+adapter to that slot's tokens. Outside a pass the base works as if there were no hooks.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetune.engine.packed.batch import ATTENTION, PackedBatch
+from finetune.compat import attention_implementation
+from finetune.engine.packed.attention import ATTENTION, PackedAttention
+from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
 
@@ -22,130 +24,176 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A pass that goes on: whose tokens are where."""
+class _SlotSpan:
+    """The tokens of one slot in a pass."""
 
-    parts: list[tuple["Slot", int, int]]
-    """A slot and its tokens: from, to."""
-    draws: Sequence[int] | None
-    """One for each part; None: no dropout."""
+    slot: "Slot"
+    start: int
+    stop: int | None
+    """One past the last token; None: to the end."""
+    dropout_step: int | None
+    """None: no dropout."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward or backward pass in progress."""
+
+    spans: list[_SlotSpan]
+    training: bool
 
 
 @dataclass(frozen=True)
 class _Trace:
     """What a forward pass keeps for its backward pass."""
 
-    now: _Pass
+    current_pass: _Pass
     hidden: torch.Tensor
-    """With what autograd knows of it."""
+    """The hidden states with their autograd graph."""
 
 
 class AutogradBackend:
-    """A base with hooks."""
+    """Implements `Backend` with hooks on the base's linear layers."""
 
     logits_chunk = 512
-    """Answers' tokens whose logits are in memory at once."""
 
-    def __init__(self, base: "PreTrainedModel", saves: bool) -> None:
-        self._base, self._saves = base, saves
+    def __init__(self, base: "PreTrainedModel", gradient_checkpointing: bool) -> None:
+        self._base = base
+        self._gradient_checkpointing = gradient_checkpointing
         self._pass: _Pass | None = None
-        self._anchor = torch.zeros((), device=base.get_input_embeddings().weight.device, requires_grad=True)
-        """Makes outputs part of the graph."""
-        self._hooks: set[str] = set()
+        device = base.get_input_embeddings().weight.device
+        # Makes the outputs part of the graph where no input requires a gradient.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._hooked: set[str] = set()
+        """Names of the layers with a hook."""
         fuse_layers(base, lambda: self._pass is not None)
 
-    def hook(self, names: set[str]) -> None:
-        """Let linear layers of the base add what the slots' adapters make of their input, while a pass goes on."""
-        for name in names - self._hooks:
+    def attach(self, slot: "Slot") -> None:
+        """Hook the layers that the slot adapts, unless another slot has done so."""
+        for name in slot.adapters.keys() - self._hooked:
             self._hook(name, self._base.get_submodule(name))
-        self._hooks |= names
+            self._hooked.add(name)
 
     def forward(
-        self, line: PackedBatch, slots: "Sequence[Slot]", draws: Sequence[int] | None
+        self, batch: PackedBatch, slots: "Sequence[Slot]", dropout_steps: Sequence[int] | None
     ) -> tuple[torch.Tensor, _Trace]:
-        """The last hidden state where an answer's token is predicted [answers' tokens, width].
-
-        `draws` name each slot's dropout masks; without them nothing is dropped.
-        """
-        now = _Pass([(slot, *part) for slot, part in zip(slots, line.parts, strict=True)], draws)
-        with self._passing(now):
+        """See `Backend.forward`."""
+        spans = []
+        for number, (slot, (start, stop)) in enumerate(zip(slots, batch.batch_spans, strict=True)):
+            dropout_step = None if dropout_steps is None else dropout_steps[number]
+            spans.append(_SlotSpan(slot, start, stop, dropout_step))
+        current_pass = _Pass(spans, training=dropout_steps is not None)
+        with self._during(current_pass):
             states = self._base.get_decoder()(
-                input_ids=line.ids, position_ids=line.positions, use_cache=False, line=line
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                packed_attention=PackedAttention(batch),
             )
-        hidden = states.last_hidden_state[0, line.predictors]
-        return hidden.detach(), _Trace(now, hidden)
+        hidden = states.last_hidden_state[0, batch.prediction_positions]
+        return hidden.detach(), _Trace(current_pass, hidden)
 
     def backward(self, trace: _Trace, gradient: torch.Tensor) -> None:
-        """Put the adapters' gradients into the slots, from that of the hidden state."""
-        for slot, _, _ in trace.now.parts:
-            slot.gradient.zero_()
-        with self._passing(trace.now):
+        """See `Backend.backward`."""
+        for span in trace.current_pass.spans:
+            span.slot.gradient.zero_()
+        with self._during(trace.current_pass):
             torch.autograd.backward(trace.hidden, gradient)
 
     @staticmethod
     def score(
-        logits: torch.Tensor, targets: torch.Tensor, learns: bool
+        logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Negative log-likelihoods of the targets, float32 [rows], and whether each is the likeliest token.
-
-        Where it learns, that is not told, but the losses' gradient of the logits [rows, tokens].
-        """
-        logits, places = logits.float(), targets[:, None]
-        logs = torch.log_softmax(logits, -1)
-        losses = -logs.gather(-1, places)[:, 0]
-        if not learns:
+        """See `Backend.score`."""
+        logits = logits.float()
+        log_probabilities = torch.log_softmax(logits, -1)
+        losses = -log_probabilities.gather(-1, targets[:, None])[:, 0]
+        if not with_gradient:
             return losses, logits.argmax(-1) == targets, None
-        del logits
-        slope = logs.exp_()
-        slope.scatter_add_(-1, places, slope.new_full((1, 1), -1).expand_as(places))
-        return losses, torch.ones_like(targets, dtype=torch.bool), slope
+        del logits  # makes room for the gradient
+        gradient = log_probabilities.exp_()
+        minus_one = gradient.new_full((1, 1), -1).expand(len(targets), 1)
+        gradient.scatter_add_(-1, targets[:, None], minus_one)
+        return losses, torch.ones_like(targets, dtype=torch.bool), gradient
 
     @contextlib.contextmanager
     def generation_model(self, slot: "Slot") -> Iterator["PreTrainedModel"]:
-        """The base as one slot's adapter makes it, for whatever is asked of it meanwhile."""
-        self._pass = _Pass([(slot, 0, -1)], None)
+        """Apply one slot's adapter to everything that the base computes, without dropout.
+
+        Args:
+            slot: Must be attached.
+
+        Yields:
+            The base.
+        """
+        self._pass = _Pass([_SlotSpan(slot, 0, None, None)], training=False)
         try:
             yield self._base
         finally:
             self._pass = None
 
     @contextlib.contextmanager
-    def _passing(self, now: _Pass) -> Iterator[None]:
-        base, config = self._base, self._base.config
-        attention, training, saves = config._attn_implementation, base.training, self._saves and now.draws is not None
-        try:
-            self._pass = now
-            config._attn_implementation = ATTENTION
-            if saves:  # transformers does it in training mode alone
-                enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
-            base.train(now.draws is not None)
+    def _during(self, current_pass: _Pass) -> Iterator[None]:
+        """Put the base into the state of a pass, and back afterwards."""
+        checkpointing = self._gradient_checkpointing and current_pass.training
+        was_training = self._base.training
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._finish_pass, was_training)
+            self._pass = current_pass
+            stack.enter_context(attention_implementation(self._base.config, ATTENTION))
+            if checkpointing:
+                stack.enter_context(_gradient_checkpointing(self._base))
+            self._base.train(
+                current_pass.training
+            )  # transformers checkpoints in training mode only
             yield
-        finally:
-            config._attn_implementation = attention
-            if saves:
-                getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
-            base.train(training)
-            self._pass = None
+
+    def _finish_pass(self, was_training: bool) -> None:
+        self._base.train(was_training)
+        self._pass = None
 
     def _hook(self, name: str, layer: torch.nn.Module) -> None:
-        plain: Callable[[torch.Tensor], torch.Tensor] = layer.forward
-        mixes_rows = type(layer).__name__ == "Linear8bitLt"  # its outlier columns are a batch's, not a row's
+        original: Callable[[torch.Tensor], torch.Tensor] = layer.forward
+        # LLM.int8() chooses outlier columns by all rows of a batch, so a slot's numbers would
+        # depend on other slots: each slot's tokens go through the layer separately.
+        separate = type(layer).__name__ == "Linear8bitLt"
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            now = self._pass
-            if now is None:
-                return plain(x)
-            stretches = []
-            for index, (slot, start, stop) in enumerate(now.parts):
-                adapter = slot.adapters.get(name)
-                if adapter is not None:
-                    draw = now.draws[index] if now.draws is not None else None
-                    end = x[..., 0].numel() if stop < 0 else stop
-                    stretches.append(SlotTokens(slot.seed, slot.dropout, adapter, start, end, draw))
-            if not mixes_rows:
-                return lora_linear(x, self._anchor, None, layer, stretches)
-            alone = [plain(x[:, start:stop] if stop >= 0 else x) for _, start, stop in now.parts]
-            return lora_linear(x, self._anchor, torch.cat(alone, 1), layer, stretches)
+            if self._pass is None:
+                return original(x)
+            slot_tokens = _adapted_tokens(self._pass, name, x)
+            output = None
+            if separate:
+                spans = self._pass.spans
+                output = torch.cat([original(x[:, span.start : span.stop]) for span in spans], 1)
+            return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward
+
+
+def _adapted_tokens(current_pass: _Pass, name: str, x: torch.Tensor) -> list[SlotTokens]:
+    """The tokens of the slots that adapt a layer, which has the input x [..., in_features]."""
+    slot_tokens = []
+    for span in current_pass.spans:
+        adapter = span.slot.adapters.get(name)
+        if adapter is None:
+            continue
+        stop = x[..., 0].numel() if span.stop is None else span.stop
+        seed = span.slot.seed
+        dropout = span.slot.dropout
+        tokens = SlotTokens(seed, dropout, adapter, span.start, stop, span.dropout_step)
+        slot_tokens.append(tokens)
+    return slot_tokens
+
+
+@contextlib.contextmanager
+def _gradient_checkpointing(base: "PreTrainedModel") -> Iterator[None]:
+    """Recompute the activations of each block in the backward pass (Chen et al., 2016)."""
+    # Transformers renames the methods gradient_checkpointing_* to activation_checkpointing_*.
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    disable = getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()

@@ -1,4 +1,4 @@
-"""What computes the decoder of a base for all slots: hand-written GPU kernels, or autograd."""
+"""The interface of a backend, and the choice between the two: GPU kernels or autograd."""
 
 import functools
 import logging
@@ -25,59 +25,105 @@ log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What takes the slots' tokens through the base: forward, backward, and what is made of some logits."""
+    """Takes the tokens of all slots through the frozen base and the slots' adapters.
+
+    Implemented by `autograd_backend.AutogradBackend` and, on a GPU, by `gpu.decoder.Decoder`.
+    The bank computes the output embedding (the head) and the loss between forward and backward.
+    """
 
     logits_chunk: int
+    """Answer tokens whose logits are in memory at once."""
+
+    def attach(self, slot: Slot) -> None:
+        """Prepare for the adapters of a new slot."""
 
     def forward(
-        self, line: PackedBatch, slots: Sequence[Slot], draws: Sequence[int] | None
-    ) -> tuple[torch.Tensor, Any]: ...
+        self, batch: PackedBatch, slots: Sequence[Slot], dropout_steps: Sequence[int] | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Compute the last hidden state at each position that predicts an answer token.
 
-    def backward(self, trace: Any, gradient: torch.Tensor) -> None: ...
+        Args:
+            batch: The tokens of all slots.
+            slots: One for each of `batch.batch_spans`.
+            dropout_steps: The batch number of each slot, which seeds its dropout masks; None for
+                evaluation: no dropout, and nothing is kept for a backward pass.
+
+        Returns:
+            The hidden states [answer tokens, hidden_size], and the trace that `backward` takes.
+        """
+
+    def backward(self, trace: Any, gradient: torch.Tensor) -> None:
+        """Replace the gradients of the slots' adapters (`slot.gradient`).
+
+        Args:
+            trace: From `forward`.
+            gradient: Gradient of the hidden states [answer tokens, hidden_size].
+        """
 
     def score(
-        self, logits: torch.Tensor, targets: torch.Tensor, learns: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
+        self, logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Compute the cross-entropy of logits; the logits may be overwritten.
+
+        Args:
+            logits: [tokens, vocabulary].
+            targets: The answer tokens [tokens].
+            with_gradient: Compute the gradient too.
+
+        Returns:
+            Negative log-likelihoods in nats, float32 [tokens]; whether each target is the most
+            likely token [tokens] (meaningless with a gradient); with a gradient, that of each
+            token's loss with respect to its logits [tokens, vocabulary], else None.
+        """
 
 
 def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationSettings) -> bool:
-    """Whether a base's decoder can be computed by hand.
+    """Whether the GPU kernels can compute a base's decoder.
 
-    That is of a Llama-like base, on a GPU of compute capability 8 or more on which Triton works, in 16 bits, without
-    8-bit products, with SwiGLU, and with heads whose blocks have room in its multiprocessors.
+    They need a Llama-like base with SwiGLU and heads of at most 128 columns (their blocks must fit
+    into shared memory), products in 16 bits, and a GPU of compute capability 8 or more on which
+    Triton works.
+
+    Args:
+        shapes: The base's config.
+        quantization: Settings of the base's quantization.
     """
     if shapes.model_type not in LLAMA_LIKE:  # others may lack the sizes that are read here
         return False
-    heads = getattr(shapes, "head_dim", None) or shapes.hidden_size // shapes.num_attention_heads
+    head_dim = getattr(shapes, "head_dim", None)
+    if not head_dim:
+        head_dim = shapes.hidden_size // shapes.num_attention_heads
     return (
         newer_gpu(torch.device("cuda"))
         and compute_dtype(quantization).itemsize == 2
         and not quantization.load_in_8bit
         and shapes.hidden_act in ("silu", "swish")
-        and heads <= 128
+        and head_dim <= 128
         and _kernels_work()
     )
 
 
 @functools.cache
 def _kernels_work() -> bool:
-    """Triton may be missing, or the C compiler that it needs to start kernels."""
+    """Try one kernel: Triton may be missing, or the C compiler that it needs to launch kernels."""
     try:
         from finetune.engine.packed.gpu import kernels
 
-        kernels.gate(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
+        kernels.swiglu(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
     except Exception as error:
         log.warning(
-            "the GPU's kernels can't be built: training by PyTorch's own, slower operations (%s)", summary_line(error)
+            "the GPU kernels cannot be compiled; training with PyTorch's slower operations (%s)",
+            summary_line(error),
         )
         return False
     return True
 
 
 def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
-    """The decoder of a base, where it can be computed so."""
-    plain = type(base).__module__.startswith("transformers.")  # no remote code, which may mean something else
-    if not plain or not supports_gpu_decoder(base.config, config.quantization):
+    """Build the GPU decoder of a base; None where the kernels do not support it."""
+    # Remote code may give the modules another meaning.
+    is_transformers_model = type(base).__module__.startswith("transformers.")
+    if not is_transformers_model or not supports_gpu_decoder(base.config, config.quantization):
         return None
     from finetune.engine.packed.gpu.decoder import Decoder
 

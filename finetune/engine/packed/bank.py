@@ -1,35 +1,38 @@
-"""The bank: the adapters of all slots on one frozen base, which train and are measured together.
+"""The bank: the adapters of all slots on one frozen base, trained and evaluated together.
 
-The tokens of all slots go through the base as one line (`batch`); each linear layer adds to every
-slot's own stretch of it what that slot's adapter makes of it. So a slot's numbers are those it would have alone,
-to the rounding of a matrix product. On a GPU that is computed by hand (`gpu.decoder`), else by the base's own
-modules (`autograd_backend`).
+The tokens of all slots go through the base as one packed batch; each linear layer adds the
+contribution of every slot's adapter to that slot's own tokens. So a slot's numbers are those that
+it would have alone, up to the rounding of matrix products.
 """
 
 import contextlib
 import copy
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear
 
 from finetune.config.schema import LoraSettings, RunConfig
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.requests import Evaluate, ForwardBackward, ForwardBackwardResult, PackedRequest, Response
+from finetune.engine.packed.losses import token_losses
+from finetune.engine.packed.requests import (
+    Evaluate,
+    ForwardBackward,
+    ForwardBackwardResult,
+    PackedRequest,
+    Response,
+)
 from finetune.engine.packed.slot import Slot
 from finetune.model.adapter import add_adapter
 from finetune.model.device import record_event
 from finetune.model.memory import free_memory, out_of_memory
-from finetune.model.quantization import compute_dtype, dense_weight
+from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,52 +43,85 @@ log = logging.getLogger(__name__)
 
 
 class Bank:
-    """A frozen base and the slots on it. With nothing to grant, the base works as if there were no bank."""
+    """A frozen base and the slots on it. Between calls the base works as if there were no bank."""
 
     def __init__(self, base: "PreTrainedModel", config: RunConfig) -> None:
-        self.base, self.dtype = base.requires_grad_(False), compute_dtype(config.quantization)
-        self._shapes = copy.deepcopy(base.config)  # a pass changes the base's own for a while
+        """Freeze a base and choose the backend.
+
+        Args:
+            base: The loaded base; its linear layers are hooked in place.
+            config: The config of any run on this base.
+        """
+        self.base = base.requires_grad_(False)
+        self.dtype = compute_dtype(config.quantization)
         self.device = base.get_input_embeddings().weight.device
+        # A copy, because a pass changes the base's own config while it lasts.
+        self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
-        self._autograd = AutogradBackend(base, config.trainer.gradient_checkpointing is True)
-        self.decoder = gpu_decoder(base, config)
-        """On a GPU; None: the hooked base computes."""
-        self._backend: Backend = self.decoder or self._autograd
+        gradient_checkpointing = config.trainer.gradient_checkpointing is True
+        # There in any case: text generation needs the base's own modules, with a cache of keys
+        # and values, which the GPU decoder does not have.
+        self._autograd = AutogradBackend(base, gradient_checkpointing)
+        self.backend: Backend = gpu_decoder(base, config) or self._autograd
+        """Computes training and evaluation: the GPU decoder where it is supported."""
         self.slots_in_use = 0
-        """Slots in which runs train."""
+        """Slots in which runs train now."""
         self.capacity: int | None = None
-        """How many wishes can be granted at once, if memory was once too small for more."""
+        """How many requests fit into memory at once; None: no limit has been met."""
         self._host_work: Callable[[], None] | None = None
 
     def draw_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
-        """A fresh adapter, the one that PEFT would draw from the seed, for a slot."""
+        """Initialise an adapter exactly as PEFT does on the real base.
+
+        Args:
+            lora: The adapter's settings.
+            seed: Seed of the random initialisation.
+
+        Returns:
+            The adapter on a copy of the base without weights.
+        """
         return add_adapter(self._skeleton(), lora, seed)
 
     def create_slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
-        """A slot for an adapter that was drawn, or is drawn now."""
-        slot = Slot(self, lora, seed, self.draw_adapter(lora, seed) if model is None else model)
-        if self.decoder is not None:
-            slot.table = self.decoder.table(slot.adapters)
-        self._autograd.hook(set(slot.adapters))
+        """Create a slot for a run.
+
+        Args:
+            lora: The adapter's settings.
+            seed: The run's seed.
+            model: The adapter from `draw_adapter`; None: it is drawn now.
+        """
+        if model is None:
+            model = self.draw_adapter(lora, seed)
+        slot = Slot(self, lora, seed, model)
+        self.backend.attach(slot)
+        self._autograd.attach(slot)
         return slot
 
     def _skeleton(self) -> "PreTrainedModel":
-        """A model of the base's shapes, with next to no memory, for PEFT to put an adapter on."""
+        """A model of the base's shapes that takes next to no memory."""
         with torch.device("meta"):
-            skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._shapes))
+            skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._base_config))
         for module in skeleton.modules():
             if isinstance(module, torch.nn.Linear):
-                shape = module.weight.shape
-                module.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(shape), requires_grad=False)
+                # PEFT initialises the adapter on the device of the layer's weight.
+                one_element = torch.zeros(1, 1).expand(module.weight.shape)
+                module.weight = torch.nn.Parameter(one_element, requires_grad=False)
         return skeleton
 
     def execute(
         self, requests: Sequence[PackedRequest], host_work: Callable[[], None] | None = None
     ) -> list[Response | Exception]:
-        """Grant wishes of several slots, as many at once as memory allows.
+        """Execute the requests of several slots, as many at once as memory allows.
 
-        What fails for several is done again in halves, so that an error stands only for the wish that it is of.
-        `host_work`, which must not raise, is called once: while a GPU computes, or afterwards.
+        A group of requests that fails is executed again in halves, so that an error is returned
+        only for the request that causes it.
+
+        Args:
+            requests: At most one for each slot.
+            host_work: Called once, while the GPU computes or else afterwards; must not raise.
+
+        Returns:
+            The response to each request, or the exception that it caused.
         """
         self._host_work = host_work
         try:
@@ -94,129 +130,155 @@ class Bank:
             self._host_work = None
 
     def _execute_all(self, requests: Sequence[PackedRequest]) -> list[Response | Exception]:
-        found: dict[int, Response | Exception] = {}
-        for kind in (ForwardBackward, Evaluate):
-            own = [request for request in requests if isinstance(request, kind)]
-            size = self.capacity or len(own)
-            for start in range(0, len(own), max(size, 1)):
-                part = own[start : start + size]
-                found |= zip(map(id, part), self._execute_some(part), strict=True)
-        self._let_the_host_work()
-        return [found[id(request)] for request in requests]
+        responses: dict[int, Response | Exception] = {}
+        for request_type in (ForwardBackward, Evaluate):
+            group = [request for request in requests if isinstance(request, request_type)]
+            size = max(self.capacity or len(group), 1)
+            for start in range(0, len(group), size):
+                chunk = group[start : start + size]
+                for request, response in zip(chunk, self._execute_chunk(chunk), strict=True):
+                    responses[id(request)] = response
+        self._run_host_work()
+        return [responses[id(request)] for request in requests]
 
-    def _execute_some(self, requests: Sequence[Any]) -> "Sequence[Response | Exception]":
+    def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
+        """Execute requests of one type together; on an error, again in halves."""
+        half = len(requests) // 2
         try:
-            return (
-                self.forward_backward(requests) if isinstance(requests[0], ForwardBackward) else self.evaluate(requests)
-            )
+            if isinstance(requests[0], ForwardBackward):
+                return list(self.forward_backward(requests))
+            return list(self.evaluate(requests))
         except Exception as error:
             if len(requests) == 1:
-                traceback.clear_frames(error.__traceback__)  # they hold what did not fit
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
                 return [error]
-            size = len(requests) // 2
             if out_of_memory(error):
-                self.capacity = size
-                log.warning("memory is too small for %d slots at once: %d from here on", len(requests), size)
-        free_memory()  # no exception is held any more, nor what its frames hold
-        parts = (requests[start : start + size] for start in range(0, len(requests), size))
-        return [response for part in parts for response in self._execute_some(part)]
-
-    def _let_the_host_work(self) -> None:
-        """Call `host_work`, unless it has been called already."""
-        host_work, self._host_work = self._host_work, None
-        if host_work is not None:
-            host_work()
-
-    def _wait_for(self, numbers: torch.Tensor) -> list[Any]:
-        """The numbers of a pass that a GPU was told to compute; until they are there the host works."""
-        if self.device.type == "cuda":
-            self._let_the_host_work()
-        found: list[Any] = numbers.tolist()
-        return found
+                self.capacity = half
+                log.warning(
+                    "memory is too small for %d slots at once; %d from now on", len(requests), half
+                )
+        # Outside of the except block, where the exception and the tensors that its frames hold
+        # are gone.
+        free_memory()
+        responses = []
+        for start in range(0, len(requests), half):
+            responses += self._execute_chunk(requests[start : start + half])
+        return responses
 
     def forward_backward(self, requests: Sequence[ForwardBackward]) -> list[ForwardBackwardResult]:
-        """One forward and backward of all wishes' batches together; gradients replace those in the slots."""
-        began, mark = time.perf_counter(), record_event(self.device)
-        line = PackedBatch([request.rows for request in requests], self.device)
-        shares = torch.cat(
-            [
-                torch.full((stop - start,), request.loss_weight, device=self.device)
-                for request, (start, stop) in zip(requests, line.answers, strict=True)
-            ]
-        )
-        hidden, trace = self._backend.forward(
-            line, self._slots(requests), [request.dropout_step for request in requests]
-        )
-        answers = self._answers(hidden, line, shares)
-        del hidden
-        assert answers.gradient is not None
-        self._backend.backward(trace, answers.gradient)
-        sums = torch.stack([answers.losses[start:stop].double().sum() for start, stop in line.answers])
-        norms = torch.stack([request.slot.gradient.norm() for request in requests]).double()
-        numbers, done = torch.stack([sums, norms], 1), record_event(self.device)
-        found = self._wait_for(numbers)  # once for all
-        seconds = time.perf_counter() - began
-        if mark is not None and done is not None:
-            seconds = mark.elapsed_time(done) / 1000  # without what the host did longer
-        return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in found]
+        """Compute the gradients of several slots' batches in one pass.
+
+        Args:
+            requests: One for each slot.
+
+        Returns:
+            The result of each request. The gradients replace those in the slots.
+        """
+        timer = _PassTimer(self.device)
+        batch = PackedBatch([request.rows for request in requests], self.device)
+        loss_weights = self._loss_weights(requests, batch)
+        slots = self._rounded_slots(requests)
+        dropout_steps = [request.dropout_step for request in requests]
+        hidden, trace = self.backend.forward(batch, slots, dropout_steps)
+        result = token_losses(self.backend, self._head, hidden, batch.targets, loss_weights)
+        del hidden  # makes room for the backward pass
+        assert result.gradient is not None
+        self.backend.backward(trace, result.gradient)
+        sums = [result.losses[start:stop].double().sum() for start, stop in batch.target_spans]
+        norms = torch.stack([slot.gradient.norm() for slot in slots]).double()
+        figures = torch.stack([torch.stack(sums), norms], 1)
+        timer.stop()
+        pairs = self._fetch(figures)  # one copy from the GPU for all slots
+        seconds = timer.seconds()
+        return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
+
+    def _loss_weights(
+        self, requests: Sequence[ForwardBackward], batch: PackedBatch
+    ) -> torch.Tensor:
+        """The weight of each answer token's loss [answer tokens]."""
+        weights = []
+        for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
+            weights.append(torch.full((stop - start,), request.loss_weight, device=self.device))
+        return torch.cat(weights)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:
-        """What each wish's adapter makes of its rows."""
-        line = PackedBatch([request.rows for request in requests], self.device)
+        """Compute the losses of several slots' rows in one pass, without dropout.
+
+        Args:
+            requests: One for each slot.
+
+        Returns:
+            The evaluation of each request's rows.
+        """
+        batch = PackedBatch([request.rows for request in requests], self.device)
         with torch.inference_mode():
-            hidden, _ = self._backend.forward(line, self._slots(requests), None)
-            answers = self._answers(hidden, line, None)
-        count = sum(len(request.rows) for request in requests)
-        sums = torch.zeros(count, dtype=torch.float64, device=self.device)
-        losses = self._wait_for(sums.index_add(0, line.owners, answers.losses.double()))
-        tokens = torch.bincount(line.owners, minlength=count).tolist()
-        found, first = [], 0
-        for request, (start, stop) in zip(requests, line.answers, strict=True):
-            own = slice(first, first + len(request.rows))
-            right = int(answers.right[start:stop].sum())
-            found.append(Evaluation(tuple(losses[own]), tuple(tokens[own]), right / max(stop - start, 1)))
-            first = own.stop
-        return found
+            hidden, _ = self.backend.forward(batch, self._rounded_slots(requests), None)
+            result = token_losses(self.backend, self._head, hidden, batch.targets, None)
+        row_count = sum(len(request.rows) for request in requests)
+        zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
+        row_losses = zeros.index_add(0, batch.target_rows, result.losses.double())
+        losses = self._fetch(row_losses)
+        tokens = torch.bincount(batch.target_rows, minlength=row_count).tolist()
+        evaluations = []
+        first_row = 0
+        for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
+            rows = slice(first_row, first_row + len(request.rows))
+            accuracy = int(result.correct[start:stop].sum()) / max(stop - start, 1)
+            evaluations.append(Evaluation(tuple(losses[rows]), tuple(tokens[rows]), accuracy))
+            first_row = rows.stop
+        return evaluations
 
     @contextlib.contextmanager
     def generation_model(self, slot: Slot) -> Iterator["PreTrainedModel"]:
-        """The base with one slot's adapter applied, for text generation."""
+        """Apply one slot's adapter to everything that the base computes, for text generation.
+
+        Args:
+            slot: A slot of this bank.
+
+        Yields:
+            The base.
+        """
         slot.round()
         with self._autograd.generation_model(slot) as base:
             yield base
 
-    def _slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
+    def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
+        """The requests' slots, with the weights of the last update."""
         for request in requests:
             request.slot.round()
         return [request.slot for request in requests]
 
-    def _answers(self, hidden: torch.Tensor, line: PackedBatch, shares: torch.Tensor | None) -> "_Answers":
-        """Losses of the answers' tokens; by shares of them their gradient, without shares what was right.
+    def _fetch(self, figures: torch.Tensor) -> list[Any]:
+        """Copy a pass's figures to the host, which works until the GPU has computed them."""
+        if self.device.type == "cuda":
+            self._run_host_work()
+        values: list[Any] = figures.tolist()
+        return values
 
-        Some logits at a time: they are by far the largest tensors, so each is gone over as seldom as can be.
-        """
-        weight, backend = dense_weight(self._head), self._backend
-        losses, right, gradients = [], [], []
-        count = math.ceil(len(hidden) / backend.logits_chunk)
-        size = 16 * math.ceil(len(hidden) / count / 16)  # alike, and no part a small rest
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            loss, likeliest, slope = backend.score(linear(hidden[part], weight), line.targets[part], shares is not None)
-            losses.append(loss)
-            right.append(likeliest)
-            if shares is not None:
-                assert slope is not None
-                into_hidden = slope.to(hidden.dtype) @ weight
-                gradients.append((into_hidden * shares[part, None]).to(hidden.dtype))
-                del slope  # or two parts' logits would be in memory
-        return _Answers(torch.cat(losses), torch.cat(right), torch.cat(gradients) if gradients else None)
+    def _run_host_work(self) -> None:
+        """Call `host_work`, unless it has been called already."""
+        host_work = self._host_work
+        self._host_work = None
+        if host_work is not None:
+            host_work()
 
 
-@dataclass(frozen=True)
-class _Answers:
-    losses: torch.Tensor
-    """[answers' tokens] negative log-likelihoods, float32"""
-    right: torch.Tensor
-    """[answers' tokens] whether the model would have chosen the token; nobody asks where it learns"""
-    gradient: torch.Tensor | None
-    """[answers' tokens, width]"""
+class _PassTimer:
+    """Measures a pass: on a GPU by CUDA events, so that host work meanwhile does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start_time = time.perf_counter()
+        self._start_event = record_event(device)
+        self._stop_event: torch.cuda.Event | None = None
+
+    def stop(self) -> None:
+        """Mark the end of the pass's operations, which the GPU may not have begun yet."""
+        self._stop_event = record_event(self._device)
+
+    def seconds(self) -> float:
+        """Duration of the pass; on a GPU to be called after its results have been fetched."""
+        if self._start_event is None or self._stop_event is None:
+            return time.perf_counter() - self._start_time
+        milliseconds: float = self._start_event.elapsed_time(self._stop_event)
+        return milliseconds / 1000

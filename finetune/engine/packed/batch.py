@@ -1,217 +1,139 @@
-"""Rows of several runs laid end to end: one line of tokens without padding, in which each row sees itself alone.
+"""A packed batch: rows of several runs as one sequence of tokens without padding.
 
-What the rows of one batch begin with alike (a system prompt) is laid once, and all of them attend to it.
+Each row attends to itself only. A common prefix of the rows of one run's batch (a system prompt)
+is computed once; all of these rows attend to it.
 """
 
-import functools
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
-from torch.nn.functional import embedding, scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import common_prefix_length, computed_length
-from finetune.model.device import newer_gpu, to_device
+from finetune.model.device import to_device
 
 Row = dict[str, list[int]]
 """A tokenised row: `input_ids` and `labels`."""
 
 
-PADDED = 1.5
-"""Rows whose attention is computed together differ in length by this factor at most."""
-
-
 def packed_length(rows: Sequence[dict[str, Any]]) -> int:
-    """How many tokens of a line a batch takes."""
-    return sum(map(computed_length, rows)) - common_prefix_length(rows) * max(len(rows) - 1, 0)
+    """Count the tokens that a batch takes in a packed batch, a common prefix once."""
+    repeated = max(len(rows) - 1, 0)
+    return sum(map(computed_length, rows)) - common_prefix_length(rows) * repeated
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the line that sees itself, each token what is before it, and what its rows begin with."""
+    """Consecutive tokens with causal attention among themselves and to a shared prefix, if any.
+
+    A span is a row, a row without its shared prefix, or a shared prefix.
+    """
 
     start: int
+    """First token."""
     length: int
-    beginning: int
-    """Where in the line that beginning is."""
-    shared: int
-    """Its length; 0: none."""
+    prefix_start: int
+    """First token of the shared prefix; with none, that of the run's batch."""
+    prefix_length: int
+    """0: no shared prefix."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last token."""
+        return self.start + self.length
+
+    @property
+    def prefix_stop(self) -> int:
+        """One past the prefix's last token."""
+        return self.prefix_start + self.prefix_length
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Spans of about the same length, whose attention is one call: indices into the line, padded."""
+@dataclass
+class _Layout:
+    """Lists that grow by one batch after another; `PackedBatch` makes tensors of them."""
 
-    queries: torch.Tensor
-    """[spans, longest]"""
-    keys: torch.Tensor
-    """[spans, longest with its beginning]"""
-    distance: torch.Tensor
-    """[spans, 1, longest, longest with its beginning]: how far a key is behind a query; below 0: ahead of it."""
+    batch_spans: list[tuple[int, int]] = field(default_factory=list)
+    target_spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    input_ids: list[int] = field(default_factory=list)
+    position_ids: list[numpy.ndarray] = field(default_factory=list)
+    targets: list[numpy.ndarray] = field(default_factory=list)
+    target_rows: list[numpy.ndarray] = field(default_factory=list)
+    prediction_positions: list[numpy.ndarray] = field(default_factory=list)
+    row_count: int = 0
+    target_count: int = 0
 
-    @functools.cached_property
-    def causal(self) -> torch.Tensor:
-        """What each query may see."""
-        return self.distance >= 0
+    def add_batch(self, rows: Sequence[Row]) -> None:
+        """Append the rows of one run's batch."""
+        start = len(self.input_ids)
+        first_target = self.target_count
+        prefix_length = common_prefix_length(rows)
+        if prefix_length:
+            self.spans.append(Span(start, prefix_length, start, 0))
+            self.input_ids += rows[0]["input_ids"][:prefix_length]
+            self.position_ids.append(numpy.arange(prefix_length))
+        for row in rows:
+            self._add_row(row, start, prefix_length)
+        self.batch_spans.append((start, len(self.input_ids)))
+        self.target_spans.append((first_target, self.target_count))
+
+    def _add_row(self, row: Row, prefix_start: int, prefix_length: int) -> None:
+        """Append a row without its shared prefix, up to the token that predicts its last answer."""
+        start = len(self.input_ids)
+        length = computed_length(row)
+        self.spans.append(Span(start, length - prefix_length, prefix_start, prefix_length))
+        self.input_ids += row["input_ids"][prefix_length:length]
+        self.position_ids.append(numpy.arange(prefix_length, length))
+        # The hidden state of a token predicts the label of the next one.
+        labels = numpy.array(row["labels"][prefix_length + 1 :], dtype=numpy.int64)
+        (answers,) = numpy.nonzero(labels != IGNORED)
+        self.targets.append(labels[answers])
+        self.prediction_positions.append(answers + start)
+        self.target_rows.append(numpy.full(len(answers), self.row_count))
+        self.target_count += len(answers)
+        self.row_count += 1
 
 
 class PackedBatch:
-    """The tokens of some batches of rows, and where in them everything is."""
+    """The tokens of several runs' batches, one batch after another, and where everything is."""
 
     def __init__(self, batches: Sequence[Sequence[Row]], device: torch.device) -> None:
-        ids: list[int] = []
-        positions: list[numpy.ndarray] = []
-        predictors: list[numpy.ndarray] = []
-        targets: list[numpy.ndarray] = []
-        owners: list[numpy.ndarray] = []
-        self.parts: list[tuple[int, int]] = []
-        """Each batch's tokens: from, to."""
-        self.answers: list[tuple[int, int]] = []
-        """Each batch's predictions: from, to."""
-        self.spans: list[Span] = []
-        rows_before = answers = 0
-        for rows in batches:
-            begin, first = len(ids), answers
-            shared = common_prefix_length(rows)
-            if shared:
-                self.spans.append(Span(begin, shared, begin, 0))
-                ids += rows[0]["input_ids"][:shared]
-                positions.append(numpy.arange(shared))
-            for number, row in enumerate(rows, rows_before):
-                start, own_ids = len(ids), row["input_ids"][: computed_length(row)]
-                self.spans.append(Span(start, len(own_ids) - shared, begin, shared))
-                ids += own_ids[shared:]
-                positions.append(numpy.arange(shared, len(own_ids)))
-                labels = numpy.array(row["labels"][shared + 1 :], dtype=numpy.int64)
-                (own,) = numpy.nonzero(labels != IGNORED)
-                predictors.append(own + start)
-                targets.append(labels[own])
-                owners.append(numpy.full(len(own), number))
-                answers += len(own)
-            rows_before += len(rows)
-            self.parts.append((begin, len(ids)))
-            self.answers.append((first, answers))
+        """Lay out the rows.
 
-        arrays = [*map(numpy.concatenate, (targets, owners, predictors, positions)), numpy.array(ids)]
-        together = to_device(torch.from_numpy(numpy.concatenate(arrays)), device)  # one copy for all
-        self.targets, self.owners, self.predictors, places, tokens = torch.split(together, [*map(len, arrays)])
-        """[answers' tokens] the tokens themselves, the number of each one's row, and where in the line the token
-        before it is."""
-        self.positions, self.ids = places[None], tokens[None]
-
-    @functools.cached_property
-    def _buckets(self) -> tuple[list[_Bucket], torch.Tensor]:
-        """The spans by length, and where in their padded outputs, one after the other, each token of the line is."""
-        spans = sorted(self.spans, key=lambda span: -span.length)
-        groups: list[list[Span]] = []
-        for span in spans:
-            if groups and groups[-1][0].length <= PADDED * span.length + 16:
-                groups[-1].append(span)
-            else:
-                groups.append([span])
-        buckets, offset = [], 0
-        places = torch.empty(self.ids.shape[1], dtype=torch.long)
-        for group in groups:
-            longest, widest = group[0].length, max(span.shared + span.length for span in group)
-            # Padding stands for the span's own first token: another run's may be no number.
-            queries = torch.tensor([[span.start] for span in group]).repeat(1, longest)
-            keys = torch.tensor([[span.start] for span in group]).repeat(1, widest)
-            for number, span in enumerate(group):
-                own = torch.arange(span.start, span.start + span.length)
-                queries[number, : span.length] = own
-                keys[number, : span.shared] = torch.arange(span.beginning, span.beginning + span.shared)
-                keys[number, span.shared : span.shared + span.length] = own
-                places[own] = torch.arange(span.length) + offset + number * longest
-            shared = torch.tensor([span.shared for span in group])[:, None, None]
-            distance = torch.arange(longest)[:, None] + shared - torch.arange(widest)
-            buckets.append(_Bucket(*(part.to(self.ids.device) for part in (queries, keys, distance[:, None]))))
-            offset += len(group) * longest
-        return buckets, places.to(self.ids.device)
-
-    @functools.cached_property
-    def _bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]:
-        """For a kernel with boundaries: of queries and of keys, the longest of each, which tokens the keys are."""
-        lengths = torch.tensor([0] + [span.length for span in self.spans])
-        widths = torch.tensor([0] + [span.length + span.shared for span in self.spans])
-        keys = None
-        if any(span.shared for span in self.spans):
-            stretches = [
-                torch.arange(start, start + length)
-                for span in self.spans
-                for start, length in ((span.beginning, span.shared), (span.start, span.length))
-            ]
-            keys = torch.cat(stretches).to(self.ids.device)
-        of_queries, of_keys = (part.cumsum(0).to(self.ids.device, torch.int32) for part in (lengths, widths))
-        return of_queries, of_keys, int(lengths.max()), int(widths.max()), keys
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
-    ) -> torch.Tensor:
-        """Attention of every span to itself and its beginning.
-
-        Shapes: query [tokens, heads, width], key and value [tokens, groups, width]; returns the query's.
+        Args:
+            batches: The rows of each run's batch.
+            device: Where the tensors go.
         """
-        if query.dtype in (torch.bfloat16, torch.float16) and newer_gpu(query.device):
-            return self._attend_within_bounds(query, key, value, scale, window)
-        buckets, places = self._buckets
-        flat = [part.reshape(len(part), -1) for part in (query, key, value)]
-        outputs = []
-        for bucket in buckets:
-            indices = (bucket.queries, bucket.keys, bucket.keys)
-            # the gradient of `embedding` sums what several rows make of the beginning they share
-            padded = (embedding(index, part) for index, part in zip(indices, flat, strict=True))
-            q, k, v = (part.view(*part.shape[:2], -1, query.shape[-1]).transpose(1, 2) for part in padded)
-            seen = bucket.causal if window is None else bucket.causal & (bucket.distance < window)
-            if k.shape[1] != q.shape[1]:
-                k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-            found = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-            outputs.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
-        together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return embedding(places, together).view(query.shape)
-
-    def _attend_within_bounds(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
-    ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        of_queries, of_keys, longest, widest, keys = self._bounds
-        if keys is not None:
-            key, value = key[keys], value[keys]
-        seen = (-1 if window is None else window - 1, 0)
-        more: Any = (
-            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        )  # torch 2.13
-        found = varlen_attn(
-            query, key, value, of_queries, of_keys, longest, widest, scale=scale, window_size=seen, **more
+        layout = _Layout()
+        for rows in batches:
+            layout.add_batch(rows)
+        self.batch_spans = layout.batch_spans
+        """The tokens of each run's batch: first, one past the last."""
+        self.target_spans = layout.target_spans
+        """The answer tokens of each run's batch in `targets`: first, one past the last."""
+        self.spans = layout.spans
+        arrays = [
+            numpy.concatenate(layout.targets),
+            numpy.concatenate(layout.target_rows),
+            numpy.concatenate(layout.prediction_positions),
+            numpy.concatenate(layout.position_ids),
+            numpy.array(layout.input_ids),
+        ]
+        # One copy to the device for all of them.
+        joined = to_device(torch.from_numpy(numpy.concatenate(arrays)), device)
+        targets, target_rows, positions, position_ids, input_ids = torch.split(
+            joined, [len(array) for array in arrays]
         )
-        assert isinstance(found, torch.Tensor)  # not the pair that it returns when asked for more
-        return found
-
-
-ATTENTION = "line"
-"""The name by which transformers' models find `_attention`."""
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    *,
-    line: PackedBatch,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers' models call it: [1, heads, tokens, width] in, [1, tokens, heads, width] out."""
-    q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
-    return line.attend(q, k, v, scaling, sliding_window)[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention)
+        self.targets = targets
+        """The answer tokens [answer tokens]."""
+        self.target_rows = target_rows
+        """The row of each answer token, counted over all batches [answer tokens]."""
+        self.prediction_positions = positions
+        """The token whose hidden state predicts each answer token [answer tokens]."""
+        self.position_ids = position_ids[None]
+        """Position of each token in its own row [1, tokens]."""
+        self.input_ids = input_ids[None]
+        """[1, tokens]."""

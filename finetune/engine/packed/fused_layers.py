@@ -1,6 +1,7 @@
-"""Layers of a frozen base that keep less for the backward pass: nobody reads the gradient of their weights.
+"""RMS norm and SwiGLU as one autograd function each, for the layers of a frozen base.
 
-What transformers writes as five to ten operations, each of which keeps its input, is one here.
+Transformers writes them as five to ten operations, each of which keeps its input for the backward
+pass. Here one operation keeps only what the gradient of its input needs; frozen weights get none.
 """
 
 from collections.abc import Callable
@@ -8,63 +9,81 @@ from typing import Any
 
 import torch
 from torch.nn.functional import silu
+from transformers.activations import ACT2FN
 
 
 def fuse_layers(base: torch.nn.Module, active: Callable[[], bool]) -> None:
-    """Let the base's RMS norms and gated feed-forward layers work leanly while `active()`, else as they are."""
+    """Replace the forward methods of the base's RMS norms and gated feed-forward layers.
+
+    Args:
+        base: The base, changed in place.
+        active: Asked at each call: True for the fused layer, False for the original one.
+    """
     for module in base.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            _replace(module, _lean_norm(module), active)
-        elif isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | _transformers_silu()) and all(
-            hasattr(module, f"{name}_proj") for name in ("gate", "up", "down")
-        ):
-            _replace(module, _lean_gate(module), active)
+        if _is_rms_norm(module):
+            _replace_forward(module, _fused_rms_norm(module), active)
+        elif _is_swiglu(module):
+            _replace_forward(module, _fused_swiglu(module), active)
 
 
-def _transformers_silu() -> type:
-    from transformers.activations import ACT2FN
-
-    return type(ACT2FN["silu"])
+def _is_rms_norm(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _replace(module: torch.nn.Module, lean: Callable[[torch.Tensor], torch.Tensor], active: Callable[[], bool]) -> None:
-    plain = module.forward
+def _is_swiglu(module: torch.nn.Module) -> bool:
+    transformers_silu = type(ACT2FN["silu"])
+    if not isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | transformers_silu):
+        return False
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def _replace_forward(
+    module: torch.nn.Module,
+    fused: Callable[[torch.Tensor], torch.Tensor],
+    active: Callable[[], bool],
+) -> None:
+    original = module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = lean(x) if active() else plain(x)
+        result: torch.Tensor = fused(x) if active() else original(x)
         return result
 
     module.forward = forward
 
 
-def _lean_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: norm(x, module.weight, module.variance_epsilon)
+def _fused_rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _lean_gate(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+def _fused_swiglu(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
 
 
-class _Norm(torch.autograd.Function):
-    """Root mean square normalisation (Zhang and Sennrich, 2019) in float32; keeps its input and a number a token."""
+class _RMSNorm(torch.autograd.Function):
+    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in float32.
+
+    Keeps its input and one number a token.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        exact = x.float()
-        inverse = torch.rsqrt((exact * exact).mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(x, weight, inverse)
-        return weight * (exact * inverse).to(x.dtype)
+        x_float32 = x.float()
+        mean_square = (x_float32 * x_float32).mean(-1, keepdim=True)
+        inverse_rms = torch.rsqrt(mean_square + epsilon)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return weight * (x_float32 * inverse_rms).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        slope = (gradients[0] * weight).float()
-        unit = x.float() * inverse
-        shared = (slope * unit).mean(-1, keepdim=True)
-        return (slope.sub_(unit.mul_(shared)).mul_(inverse)).to(x.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        grad_normalized = (grad_outputs[0] * weight).float()
+        normalized = x.float() * inverse_rms
+        projection = (grad_normalized * normalized).mean(-1, keepdim=True)
+        grad_x = grad_normalized.sub_(normalized.mul_(projection)).mul_(inverse_rms)
+        return grad_x.to(x.dtype), None, None
 
 
-class _Gate(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up (SwiGLU: Shazeer, 2020); keeps its two inputs."""
 
     @staticmethod
@@ -73,13 +92,14 @@ class _Gate(torch.autograd.Function):
         return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        into_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
-        return into_gate, silu(gate).mul_(gradients[0])
+        grad_gate = torch.ops.aten.silu_backward(grad_outputs[0] * up, gate)
+        grad_up = silu(gate).mul_(grad_outputs[0])
+        return grad_gate, grad_up
 
 
-norm: Callable[..., torch.Tensor] = _Norm.apply
+rms_norm: Callable[..., torch.Tensor] = _RMSNorm.apply
 
 
-gate: Callable[..., torch.Tensor] = _Gate.apply
+swiglu: Callable[..., torch.Tensor] = _SwiGLU.apply

@@ -1,6 +1,7 @@
-"""A linear layer of the frozen base, with what the slots' adapters add, each to its own stretch of tokens.
+"""A frozen linear layer plus the LoRA adapters of all slots, as one autograd function.
 
-Adapters' gradients go straight into the slots' vectors; autograd sees the layer's input and output alone.
+Each slot's adapter acts on that slot's tokens only. Adapter gradients are added directly to the
+slots' gradient vectors; autograd sees only the input and the output of the layer.
 """
 
 from collections.abc import Callable
@@ -15,66 +16,93 @@ from finetune.model.quantization import dense_weight
 
 @dataclass(frozen=True)
 class Adapter:
-    """One layer's adapter in one slot: what it adds is `scaling · B A x`. All are views of the slot's vectors."""
+    """One layer's adapter in one slot. It adds `scaling · B A x` to the layer's output.
+
+    The tensors are views of the slot's flat vectors.
+    """
 
     number: int
-    """Among the slot's adapters; its dropout masks are drawn by it."""
+    """Index among the slot's adapters; part of the seed of its dropout masks."""
     scaling: float
     a: torch.Tensor
-    """[rank, in], in the dtype of matrix products"""
+    """[rank, in_features], in the dtype of matrix products."""
     b: torch.Tensor
-    """[out, rank]"""
+    """[out_features, rank], in the dtype of matrix products."""
     gradient_a: torch.Tensor
-    """float32, as are the weights that the optimizer moves"""
+    """[rank, in_features], float32 as the weights that the optimizer updates."""
     gradient_b: torch.Tensor
+    """[out_features, rank], float32."""
 
-    def row(self) -> list[int]:
-        """Its row of the slot's table, by which the kernels find it (`lowrank.COLUMNS`)."""
-        addresses = [part.data_ptr() for part in (self.a, self.b, self.gradient_a, self.gradient_b)]
-        scaling = int(torch.tensor(self.scaling, dtype=torch.float64).view(torch.int64))
-        return [*addresses, len(self.a), self.number, scaling, 0]
+    def table_row(self) -> list[int]:
+        """Describe the adapter to the GPU kernels.
+
+        Returns:
+            The `lowrank.COLUMNS` integers of the adapter's row in its slot's table.
+        """
+        tensors = (self.a, self.b, self.gradient_a, self.gradient_b)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        rank = len(self.a)
+        scaling_bits = int(torch.tensor(self.scaling, dtype=torch.float64).view(torch.int64))
+        return [*addresses, rank, self.number, scaling_bits, 0]
 
 
 @dataclass(frozen=True)
 class SlotTokens:
-    """A slot's tokens in a layer's input, and its adapter there."""
+    """The tokens of one slot in a layer's input, and the slot's adapter of that layer."""
 
     seed: int
-    """The run's."""
+    """The run's seed."""
     dropout: float
     adapter: Adapter
     start: int
+    """First token."""
     stop: int
-    draw: int | None
+    """One past the last token."""
+    dropout_step: int | None
+    """Number of the run's batch, part of the seed of its dropout masks; None: no dropout."""
 
-    def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Which of the input's elements are dropped [tokens, in]; None: none.
+    def dropout_mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Draw which elements of the input are dropped.
 
-        Drawn from the run's seed, the batch and the layer alone, so it is the same alone and packed, resumed, and
-        when activations are recomputed.
+        The mask depends only on the run's seed, the batch and the layer. So it is the same whether
+        the run trains alone, in a pack, or resumed, and when activations are recomputed.
+
+        Args:
+            x: The slot's input of the layer [tokens, in_features].
+
+        Returns:
+            True where an element is dropped [tokens, in_features]; None without dropout.
         """
-        if self.draw is None or not self.dropout:
+        if self.dropout_step is None or not self.dropout:
             return None
         generator = torch.Generator(x.device)
-        generator.manual_seed(((self.seed * 1_000_003 + self.draw) * 4_093 + self.adapter.number) % 2**63)
-        # Four elements of 16 bits from each number drawn: drawing is what dropout costs on a CPU.
+        batch_seed = self.seed * 1_000_003 + self.dropout_step
+        generator.manual_seed((batch_seed * 4_093 + self.adapter.number) % 2**63)
+        # One 64-bit draw serves four elements: drawing is the main cost of dropout on a CPU.
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=generator)
-        drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-        return drawn < round(self.dropout * 65536) - 32768
+        uniform = words.view(torch.int16)[: x.numel()].view(x.shape)
+        return uniform < round(self.dropout * 65536) - 32768
 
     @property
     def scaling(self) -> float:
-        """Of what the adapter adds; kept elements stand for the dropped ones as well."""
-        kept = 1.0 if self.draw is None else 1 - self.dropout
-        return self.adapter.scaling / kept
+        """The adapter's scaling, divided by the share of elements that dropout keeps."""
+        keep_probability = 1.0 if self.dropout_step is None else 1 - self.dropout
+        return self.adapter.scaling / keep_probability
 
 
-class _Adapted(torch.autograd.Function):
-    """A frozen linear layer and the adapters of the slots, each on its own stretch of tokens.
+class _LoraLinear(torch.autograd.Function):
+    """Args of `lora_linear`, in this order.
 
-    Adapters' gradients are added to the slots'; autograd sees the input alone. Where the layer's own output is
-    given, autograd has its part already.
+    x: The layer's input [..., tokens, in_features].
+    anchor: A scalar that requires a gradient, so that the output is part of the graph even where x
+        requires none.
+    output: The layer's output without adapters, if it is computed already (by an operation that
+        autograd differentiates itself); None: it is computed here.
+    layer: The frozen linear layer.
+    slot_tokens: The slots that have an adapter on the layer, with their tokens.
+
+    Returns the output with the adapters' contributions [..., tokens, out_features].
     """
 
     @staticmethod
@@ -84,56 +112,76 @@ class _Adapted(torch.autograd.Function):
         anchor: torch.Tensor,
         output: torch.Tensor | None,
         layer: torch.nn.Module,
-        stretches: list[SlotTokens],
+        slot_tokens: list[SlotTokens],
     ) -> torch.Tensor:
-        ctx.layer, ctx.stretches, ctx.computes = layer, stretches, output is None
-        y = linear(x, dense_weight(layer), getattr(layer, "bias", None)) if output is None else output.clone()
-        flat_x, flat_y = x.flatten(0, -2), y.flatten(0, -2)
-        kept: list[torch.Tensor | None] = []
-        for stretch in stretches:
-            tokens = slice(stretch.start, stretch.stop)
-            own = flat_x[tokens]
-            dropped = stretch.dropped(own)
-            h = _without(own, dropped) @ stretch.adapter.a.t()
-            flat_y[tokens].addmm_(h, stretch.adapter.b.t(), alpha=stretch.scaling)
-            kept += [h, dropped]
-        ctx.save_for_backward(x, *kept)
+        ctx.layer = layer
+        ctx.slot_tokens = slot_tokens
+        ctx.computes_base = output is None
+        if output is None:
+            y = linear(x, dense_weight(layer), getattr(layer, "bias", None))
+        else:
+            y = output.clone()
+        flat_x = x.flatten(0, -2)
+        flat_y = y.flatten(0, -2)
+        saved: list[torch.Tensor | None] = []
+        for slot in slot_tokens:
+            slot_x = flat_x[slot.start : slot.stop]
+            mask = slot.dropout_mask(slot_x)
+            shrunk = _drop(slot_x, mask) @ slot.adapter.a.t()
+            slot_y = flat_y[slot.start : slot.stop]
+            slot_y.addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
+            saved += [shrunk, mask]
+        ctx.save_for_backward(x, *saved)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = gradients
-        x, *kept = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0]
-        into_x = None
-        if wanted:
-            into_x = gradient @ dense_weight(ctx.layer) if ctx.computes else torch.zeros_like(x)
-        flat_x, flat_y = x.flatten(0, -2), gradient.flatten(0, -2)
-        for stretch, h, dropped in zip(ctx.stretches, kept[::2], kept[1::2], strict=True):
-            tokens, adapter = slice(stretch.start, stretch.stop), stretch.adapter
-            own, slope = flat_x[tokens], flat_y[tokens]
-            into_h = (slope @ adapter.b) * stretch.scaling
-            _add(adapter.gradient_b, slope.t(), h, stretch.scaling)
-            _add(adapter.gradient_a, into_h.t(), _without(own, dropped), 1.0)
-            if into_x is not None:
-                part = into_x.flatten(0, -2)[tokens]
-                if dropped is None:
-                    part.addmm_(into_h, adapter.a)
-                else:
-                    part.add_(_without(into_h @ adapter.a, dropped))
-        return into_x, None, None if ctx.computes else gradient, None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        x, *saved = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.computes_base:
+                grad_x = grad_output @ dense_weight(ctx.layer)
+            else:
+                grad_x = torch.zeros_like(x)
+        flat_x = x.flatten(0, -2)
+        flat_grad_output = grad_output.flatten(0, -2)
+        flat_grad_x = None if grad_x is None else grad_x.flatten(0, -2)
+        for slot, shrunk, mask in zip(ctx.slot_tokens, saved[::2], saved[1::2], strict=True):
+            tokens = slice(slot.start, slot.stop)
+            adapter = slot.adapter
+            slot_grad = flat_grad_output[tokens]
+            grad_shrunk = (slot_grad @ adapter.b) * slot.scaling
+            _add_product(adapter.gradient_b, slot_grad.t(), shrunk, slot.scaling)
+            _add_product(adapter.gradient_a, grad_shrunk.t(), _drop(flat_x[tokens], mask), 1.0)
+            if flat_grad_x is not None:
+                _add_input_gradient(flat_grad_x[tokens], grad_shrunk, adapter.a, mask)
+        grad_base = None if ctx.computes_base else grad_output
+        return grad_x, None, grad_base, None, None
 
 
-lora_linear: Callable[..., torch.Tensor] = _Adapted.apply
+lora_linear: Callable[..., torch.Tensor] = _LoraLinear.apply
 
 
-def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
-    return x if dropped is None else x.masked_fill(dropped, 0.0)
+def _drop(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return x if mask is None else x.masked_fill(mask, 0.0)
 
 
-def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """Add a product to a float32 gradient."""
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+) -> None:
+    """Add `scale · left @ right` to a float32 gradient."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:
         total.add_(left @ right, alpha=scale)
+
+
+def _add_input_gradient(
+    grad_x: torch.Tensor, grad_shrunk: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    """Add the gradient through A to that of the input."""
+    if mask is None:
+        grad_x.addmm_(grad_shrunk, a)
+    else:
+        grad_x.add_(_drop(grad_shrunk @ a, mask))

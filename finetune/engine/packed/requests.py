@@ -1,4 +1,4 @@
-"""What a packed run asks the bank to compute, and what the bank returns."""
+"""The requests that a packed run yields, and the bank's responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,17 @@ from finetune.engine.steps import Executor
 
 @dataclass(frozen=True)
 class ForwardBackward:
-    """A run's wish: the gradient of a batch's loss, the sum over its answers' tokens times `share`."""
+    """Request the gradient of one batch's loss.
+
+    The loss is the sum of the answer tokens' negative log-likelihoods times `loss_weight`.
+    """
 
     slot: Slot
     rows: Sequence[Row]
     loss_weight: float
-    """1 / the number of the optimizer step's answer tokens; times the loss scale, where there is one."""
+    """1 / (answer tokens of the whole optimizer step), times the float16 loss scale if any."""
     dropout_step: int
-    """Counts the run's batches: names the batch's dropout masks."""
+    """Number of the batch within the run; seeds the batch's dropout masks."""
 
     @property
     def executor(self) -> Executor:
@@ -28,19 +31,19 @@ class ForwardBackward:
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """What came of a batch; its gradient is in the slot."""
+    """Loss and gradient norm of one batch. The gradient itself is left in `slot.gradient`."""
 
     loss: float
-    """Sum of its answers' tokens' negative log-likelihoods, in nats."""
+    """Sum of the answer tokens' negative log-likelihoods, in nats; not weighted."""
     norm: float
-    """The gradient's, the loss scale in it."""
+    """2-norm of the gradient, with the loss weight."""
     seconds: float
-    """That the batch took, all slots' together."""
+    """Duration of the pass, all slots together."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """A run's wish: what its adapter makes of some rows."""
+    """Request the losses of rows under the slot's adapter."""
 
     slot: Slot
     rows: Sequence[Row]

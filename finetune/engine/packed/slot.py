@@ -1,4 +1,4 @@
-"""A slot: one place on the bank where one run trains, with its adapter as flat vectors."""
+"""A slot: one place on the bank where one run trains, with its adapter stored as flat vectors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,77 +14,132 @@ from finetune.model.device import copy_stream_after, to_device
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 
 class SlotBank(Executor, Protocol):
-    """What a slot needs of the bank that it is on."""
+    """What a slot needs of its bank."""
 
     device: torch.device
     dtype: torch.dtype
+    """Of matrix products."""
 
     def generation_model(self, slot: "Slot") -> AbstractContextManager["PreTrainedModel"]:
-        """The base with the slot's adapter, to generate text with."""
+        """The base with the slot's adapter applied, for text generation."""
 
 
 class Slot:
-    """A place on the bank where one run trains: its adapter, flat, in float32.
+    """One run's adapter on the bank, as flat float32 vectors.
 
-    `model` is the adapter as PEFT has it, on a base without weights: to save it, load it and count it.
+    The optimizer updates `vector`; each pass writes `gradient`. `adapters` are views of the same
+    memory, one for each adapted layer. Where matrix products have another dtype, they read a copy
+    of the weights that `round` refreshes.
     """
 
     def __init__(self, bank: SlotBank, lora: LoraSettings, seed: int, model: "PeftModel") -> None:
-        from peft.tuners.lora import LoraLayer
+        """Copy a drawn adapter to the bank's device.
 
-        self.bank, self.dropout, self.seed, self.model = bank, lora.dropout, seed, model
-        layers = {
-            name: module
-            for name, module in self.model.base_model.model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        weights = {name: (layer.lora_A["default"], layer.lora_B["default"]) for name, layer in layers.items()}
-        drawn = torch.cat([part.weight.data.flatten() for pair in weights.values() for part in pair])
-        self.vector = to_device(drawn, bank.device)
-        """All weights [parameters]: what the optimizer moves."""
+        Args:
+            bank: The bank that the slot is on.
+            lora: The adapter's settings.
+            seed: The run's seed.
+            model: The adapter as PEFT has it, on a base without weights. It stays usable for
+                saving and loading, because its weights become views of the slot's vector.
+        """
+        self.bank = bank
+        self.dropout = lora.dropout
+        self.seed = seed
+        self.model = model
+        layers = _lora_layers(model)
+        self._parameters = _trained_parameters(layers)
+        self._slices = _consecutive_slices(self._parameters)
+        weights = torch.cat([parameter.data.flatten() for parameter in self._parameters])
+        self.vector = to_device(weights, bank.device)
+        """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
-        """Of the last batch."""
-        self._rounded = torch.empty_like(self.vector, dtype=bank.dtype) if bank.dtype != torch.float32 else self.vector
-        self.adapters: dict[str, Adapter] = {}
-        self._parts: list[tuple[torch.nn.Parameter, slice]] = []
-        """The model's weights, and where in the vector they are."""
-        offset = 0
-        for number, (name, pair) in enumerate(weights.items()):
-            views = []
-            for part in pair:
-                place = slice(offset, offset + part.weight.numel())
-                rounded, gradient = (flat[place].view(part.weight.shape) for flat in (self._rounded, self.gradient))
-                self._parts.append((part.weight, place))
-                views.append((rounded, gradient))
-                offset = place.stop
-            (a, gradient_a), (b, gradient_b) = views
-            scaling = float(layers[name].scaling["default"])
-            self.adapters[name] = Adapter(number, scaling, a, b, gradient_a, gradient_b)
-        self._point_to(self.vector)
-        self.table: torch.Tensor | None = None
-        """Where the kernels find the adapters."""
+        """Gradient of the last batch [parameters], float32."""
+        self._product_weights = self.vector
+        if bank.dtype != torch.float32:
+            self._product_weights = torch.empty_like(self.vector, dtype=bank.dtype)
+        self.adapters = self._adapter_views(layers)
+        """The adapters by the name of their layer."""
+        self.kernel_table: torch.Tensor | None = None
+        """The adapters' addresses for the GPU kernels; set by `Decoder.attach`."""
+        self._bind_model(self.vector)
+
+    def _adapter_views(self, layers: dict[str, "LoraLayer"]) -> dict[str, Adapter]:
+        weights = self._views(self._product_weights)
+        gradients = self._views(self.gradient)
+        adapters = {}
+        for number, (name, layer) in enumerate(layers.items()):
+            index = 2 * number
+            adapters[name] = Adapter(
+                number=number,
+                scaling=float(layer.scaling["default"]),
+                a=weights[index],
+                b=weights[index + 1],
+                gradient_a=gradients[index],
+                gradient_b=gradients[index + 1],
+            )
+        return adapters
+
+    def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """A view of the vector for each of the model's parameters, in its shape."""
+        pairs = zip(self._parameters, self._slices, strict=True)
+        return [vector[section].view(parameter.shape) for parameter, section in pairs]
+
+    def _bind_model(self, vector: torch.Tensor) -> None:
+        """Make the model's weights views of a vector."""
+        for parameter, view in zip(self._parameters, self._views(vector), strict=True):
+            parameter.data = view
 
     @contextlib.contextmanager
-    def weights_on_cpu(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
-        """The model with its weights on the host, as they were when the GPU had done what is before the mark."""
-        with copy_stream_after(mark):
-            host = self.vector.cpu()
-        self._point_to(host)
+    def weights_on_cpu(self, event: "torch.cuda.Event | None") -> Iterator[None]:
+        """Point the model at a copy of its weights in host memory, for example to save it.
+
+        The copy waits only for the GPU work that was queued before the event, not for the passes
+        of other slots that were queued later.
+
+        Args:
+            event: Recorded after the last update of the weights; None on a CPU.
+        """
+        with copy_stream_after(event):
+            weights = self.vector.cpu()
+        self._bind_model(weights)
         try:
             yield
         finally:
-            self._point_to(self.vector)
-
-    def _point_to(self, flat: torch.Tensor) -> None:
-        """Make the model's weights views of a vector."""
-        for weight, place in self._parts:
-            weight.data = flat[place].view(weight.shape)
+            self._bind_model(self.vector)
 
     def round(self) -> None:
-        """Take over what has become of the weights, where matrix products have another dtype."""
-        if self._rounded is not self.vector:
-            self._rounded.copy_(self.vector)
+        """Refresh the weights that matrix products read, where they have another dtype."""
+        if self._product_weights is not self.vector:
+            self._product_weights.copy_(self.vector)
+
+
+def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
+    # Late, as PEFT imports bitsandbytes: `require_bitsandbytes` must be able to refuse it first.
+    from peft.tuners.lora import LoraLayer
+
+    modules = model.base_model.model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def _trained_parameters(layers: dict[str, "LoraLayer"]) -> list[torch.nn.Parameter]:
+    """The weights of A and B of each layer, in turn."""
+    parameters = []
+    for layer in layers.values():
+        parameters.append(layer.lora_A["default"].weight)
+        parameters.append(layer.lora_B["default"].weight)
+    return parameters
+
+
+def _consecutive_slices(parameters: list[torch.nn.Parameter]) -> list[slice]:
+    """Where each parameter is in a flat vector of all of them."""
+    slices = []
+    offset = 0
+    for parameter in parameters:
+        slices.append(slice(offset, offset + parameter.numel()))
+        offset += parameter.numel()
+    return slices

@@ -1,13 +1,11 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
-import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import get_scheduler
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
@@ -15,18 +13,16 @@ from finetune.data.lengths import computed_length
 from finetune.data.tokens import as_list
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
+from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import Evaluate, ForwardBackward, ForwardBackwardResult
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
 from finetune.engine.schedule import Step, resolve_steps, step_batches
 from finetune.engine.steps import RunSteps
-from finetune.files.atomic import name_file_in_errors
 from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -34,45 +30,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-STATE = "slot.safetensors"
-"""A checkpoint's weights and optimizer state, flat."""
-
-
 class PackedTraining:
-    """One run's weights, optimizer and order, on its slot."""
+    """One run in its slot: its rows, its optimizer and its position in training."""
 
     def __init__(self, config: RunConfig, slot: Slot, rows: "Dataset", total: int) -> None:
-        self._config, self._slot, self._rows, self._total = config, slot, as_list(rows), total
-        self.model = slot.model
-        optimizer = config.optimizer
-        self._weights = torch.nn.Parameter(slot.vector)
-        self._optimizer = torch.optim.AdamW(
-            [self._weights],
-            lr=optimizer.resolved_learning_rate,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            eps=optimizer.adam_epsilon,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        warmup = math.ceil(optimizer.warmup_ratio * total)
-        scheduler = get_scheduler(
-            optimizer.lr_scheduler_type,
-            self._optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total,
-            scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
-        )
-        self._factor = scheduler.lr_lambdas[0]
-        self._scale = LossScale() if slot.bank.dtype == torch.float16 else None
-        self._settled = record_event(slot.bank.device)
-        """Behind the last change of the weights."""
+        """Set up the optimizer of a fresh slot.
 
-    def train(self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None) -> RunSteps[None]:
-        """Train from a checkpoint if one is given, as the reporter lets it; the adapter stays in the slot."""
+        Args:
+            config: The run's config.
+            slot: The run's slot; nobody else may change it.
+            rows: The tokenised training rows.
+            total: Optimizer steps of the whole run.
+        """
+        self._config = config
+        self._slot = slot
+        self._rows = as_list(rows)
+        self._total = total
+        self._optimizer = SlotOptimizer(config, slot, total)
+        self._weights_event = record_event(slot.bank.device)
+        """Recorded after the last update of the weights; None on a CPU."""
+        self.model = slot.model
+        """The adapter as PEFT has it."""
+
+    def train(
+        self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None
+    ) -> RunSteps[None]:
+        """Train until the last step or until the reporter stops the run.
+
+        Args:
+            reporter: Receives every step, evaluates, and decides when to stop.
+            folder: Where checkpoints go.
+            checkpoint: To resume from; None: from the start.
+
+        Returns:
+            Nothing; the trained adapter is in the slot.
+        """
         if checkpoint is not None:
-            self._load(checkpoint)
+            self._optimizer.load(checkpoint)
+            self._weights_event = record_event(self._slot.bank.device)
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
-        keep = self._config.trainer.extra.get("save_total_limit", 1)
+        checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
         lengths = [len(row["input_ids"]) for row in self._rows]
         with reporter.live():
             yield from reporter.begin()
@@ -84,104 +81,81 @@ class PackedTraining:
                 yield from self._step(number, step, reporter)
                 due = save_every and (number % save_every == 0 or number == self._total)
                 if due or reporter.state.stop == "interrupted":
-                    self._save(folder.checkpoints / f"checkpoint-{number}", reporter, keep)
+                    path = folder.checkpoints / f"checkpoint-{number}"
+                    self._optimizer.save(path)
+                    reporter.saved(path, checkpoint_limit)
 
     def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
-        """What the adapter makes of rows, so many at a time, by length."""
-        examples, batch_size = as_list(rows), self._config.trainer.per_device_eval_batch_size
-        order = sorted(range(len(examples)), key=lambda index: -computed_length(examples[index]))
-        losses, tokens, right = [0.0] * len(order), [0] * len(order), 0.0
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            found: Evaluation = yield Evaluate(self._slot, [examples[index] for index in batch])
-            for index, loss, count in zip(batch, found.row_losses, found.row_tokens, strict=True):
-                losses[index], tokens[index] = loss, count
-            right += found.accuracy * found.tokens
-        return Evaluation(tuple(losses), tuple(tokens), right / max(sum(tokens), 1))
+        """Compute the adapter's losses on rows, in batches of rows of similar length.
 
-    def weights_on_cpu(self) -> "AbstractContextManager[None]":
-        """The model with its weights on the host, whatever the GPU computes for others."""
-        return self._slot.weights_on_cpu(self._settled)
+        Args:
+            rows: Tokenised rows.
+
+        Returns:
+            The evaluation, with the rows in their order.
+        """
+        examples = as_list(rows)
+        batch_size = self._config.trainer.per_device_eval_batch_size
+        order = sorted(range(len(examples)), key=lambda index: -computed_length(examples[index]))
+        losses = [0.0] * len(order)
+        tokens = [0] * len(order)
+        correct = 0.0
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = [examples[index] for index in indices]
+            evaluation: Evaluation = yield Evaluate(self._slot, batch)
+            for position, index in enumerate(indices):
+                losses[index] = evaluation.row_losses[position]
+                tokens[index] = evaluation.row_tokens[position]
+            correct += evaluation.accuracy * evaluation.tokens
+        return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
+
+    def weights_on_cpu(self) -> AbstractContextManager[None]:
+        """Point `model` at a copy of its weights in host memory while the context lasts.
+
+        The copy does not wait for passes of other slots that the GPU still computes.
+        """
+        return self._slot.weights_on_cpu(self._weights_event)
 
     def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """The model with the adapter, to be asked."""
+        """The base with the run's adapter applied, for text generation."""
         return self._slot.bank.generation_model(self._slot)
 
     def _step(self, number: int, step: Step, reporter: Reporter) -> RunSteps[None]:
-        config, slot = self._config, self._slot
+        """Run the batches of one optimizer step, update the weights and report."""
+        slot = self._slot
         batches = [[self._rows[index] for index in batch] for batch in step.batches]
-        share = 1 / max(sum(map(count_answer_tokens, batches)), 1)
-        scale = self._scale.value if self._scale else 1.0
-        loss = seconds = norm = 0.0
-        gradient = None
+        token_weight = 1 / max(sum(map(count_answer_tokens, batches)), 1)
+        loss_scale = self._optimizer.loss_scale
+        first_batch = number * self._config.trainer.gradient_accumulation_steps
+        loss = 0.0
+        seconds = 0.0
+        norm = 0.0
+        accumulated = None
         for index, batch in enumerate(batches):
-            draw = number * config.trainer.gradient_accumulation_steps + index
-            learnt: ForwardBackwardResult = yield ForwardBackward(slot, batch, share * scale, draw)
-            loss += learnt.loss * share
-            seconds += learnt.seconds
-            norm = learnt.norm
-            if len(batches) > 1:  # the slot's gradient is the last batch's
-                gradient = slot.gradient.clone() if gradient is None else gradient.add_(slot.gradient)
-        if gradient is not None:
-            norm = float(gradient.norm())
-        norm /= scale
-        rate = config.optimizer.resolved_learning_rate * self._factor(number - 1)
-        self._update(slot.gradient if gradient is None else gradient, norm, rate, scale)
+            result: ForwardBackwardResult = yield ForwardBackward(
+                slot, batch, token_weight * loss_scale, first_batch + index
+            )
+            loss += result.loss * token_weight
+            seconds += result.seconds
+            norm = result.norm
+            if len(batches) > 1:  # the slot's gradient is the last batch's only
+                accumulated = _accumulate(accumulated, slot.gradient)
+        if accumulated is not None:
+            norm = float(accumulated.norm())
+        norm /= loss_scale
+        gradient = slot.gradient if accumulated is None else accumulated
+        learning_rate = self._optimizer.learning_rate(number)
+        self._optimizer.update(gradient, norm, learning_rate)
+        self._weights_event = record_event(slot.bank.device)
         tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
-        yield from reporter.step(number, loss, norm, rate, tokens, seconds)
-
-    def _update(self, gradient: torch.Tensor, norm: float, rate: float, scale: float) -> None:
-        """Take the optimizer's step, after the gradient is clipped. `norm` is the gradient's without the loss scale."""
-        if self._scale is not None:
-            gradient.div_(scale)
-        limit = self._config.optimizer.max_grad_norm
-        if limit and not norm + 1e-6 <= limit:
-            gradient.mul_(limit / (norm + 1e-6))
-        if self._scale is None or self._scale.update(math.isfinite(norm)):
-            self._optimizer.param_groups[0]["lr"] = rate
-            self._weights.grad = gradient
-            self._optimizer.step()
-            self._weights.grad = None
-        self._settled = record_event(self._slot.bank.device)
-
-    def _save(self, checkpoint: Path, reporter: Reporter, keep: int | None) -> None:
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        state = self._optimizer.state[self._weights]
-        tensors = {"weights": self._slot.vector, **state}
-        if self._scale is not None:
-            tensors["loss_scale"] = torch.tensor([self._scale.value, self._scale.good_steps])
-        with name_file_in_errors(checkpoint / STATE):
-            save_file(tensors, checkpoint / STATE)
-        reporter.saved(checkpoint, keep)
-
-    def _load(self, checkpoint: Path) -> None:
-        tensors = load_file(checkpoint / STATE, device=str(self._slot.bank.device))
-        self._slot.vector.copy_(tensors.pop("weights"))
-        scale = tensors.pop("loss_scale", None)
-        if self._scale is not None and scale is not None:
-            self._scale.value, self._scale.good_steps = float(scale[0]), int(scale[1])
-        if tensors:
-            self._optimizer.state[self._weights] = tensors
-        self._settled = record_event(self._slot.bank.device)
+        yield from reporter.step(number, loss, norm, learning_rate, tokens, seconds)
 
 
-class LossScale:
-    """float16's loss scaling, each run's own, as `torch.amp.GradScaler` has it by default."""
-
-    value = 65536.0
-    good_steps = 0
-
-    def update(self, finite: bool) -> bool:
-        """Whether the step is to be taken; the scale for the next one."""
-        if not finite:
-            self.value, self.good_steps = self.value / 2, 0
-            return False
-        self.good_steps += 1
-        if self.good_steps == 2000:
-            self.value, self.good_steps = self.value * 2, 0
-        return True
+def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.clone() if total is None else total.add_(gradient)
 
 
 def count_answer_tokens(rows: list[Row]) -> int:
-    """Tokens that the loss counts."""
+    """Count the tokens that the loss counts."""
     return sum(label != IGNORED for row in rows for label in row["labels"][1:])

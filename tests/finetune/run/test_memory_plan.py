@@ -63,7 +63,7 @@ def test_refuses_in_one_line(
 def test_activations_that_would_not_fit_are_computed_twice(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources = SharedResources()
     config = tiny("trainer.max_steps=2")
     kept, saved = (

@@ -161,7 +161,7 @@ def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
 
     def forward_backward(bank: Bank, requests: Any) -> Any:
         batches.extend((id(request.slot), request.dropout_step) for request in requests)
-        bank._let_the_host_work()  # as where a GPU computes
+        bank._run_host_work()  # as where a GPU computes
         return real(bank, requests)
 
     def take() -> PackedRun | None:

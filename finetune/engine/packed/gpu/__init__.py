@@ -1,1 +1,1 @@
-"""The base's decoder on a GPU, forward and backward by hand."""
+"""The base's decoder on a GPU: forward and backward with hand-written Triton kernels."""

@@ -1,7 +1,5 @@
 """Dropout of the packed engine: drawn by seed, batch and layer, unbiased."""
 
-from typing import Any
-
 import pytest
 from support.runs import NONE, Tiny
 
@@ -39,20 +37,16 @@ def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
 
     from finetune.engine.packed.lora_linear import Adapter, SlotTokens, lora_linear
 
-    class Slot:
-        seed = 3
-        dropout = 0.0
-
     torch.manual_seed(0)
     layer = torch.nn.Linear(32, 4, bias=False).requires_grad_(False)
     a, b = torch.rand(2, 32), torch.rand(4, 2)
     adapter = Adapter(0, 0.5, a, b, torch.zeros_like(a), torch.zeros_like(b))
     x = torch.rand(1, 1, 32).expand(1, 4000, 32)
     found = {}
-    for Slot.dropout in (0.0, 0.25, 0.5):
-        stretch: Any = SlotTokens(Slot(), adapter, 0, 4000, 1)  # type: ignore[arg-type]
+    for dropout in (0.0, 0.25, 0.5):
+        stretch = SlotTokens(3, dropout, adapter, 0, 4000, 1)
         added = lora_linear(x, torch.zeros((), requires_grad=True), None, layer, [stretch]) - layer(x)
-        found[Slot.dropout] = added[0].detach()
+        found[dropout] = added[0].detach()
     assert torch.allclose(found[0.0], 0.5 * x[0] @ a.t() @ b.t(), rtol=1e-4)
     for dropout in (0.25, 0.5):
         assert torch.allclose(found[dropout].mean(0), found[0.0].mean(0), rtol=0.02)

@@ -215,16 +215,12 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     x = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
     anchor = torch.zeros((), requires_grad=True)
 
-    class Slot:
-        dropout = 0.4
-        seed = 3
-
     weights = [
         (torch.randn(rank, 6, dtype=torch.float64), torch.randn(5, rank, dtype=torch.float64)) for rank in (2, 3)
     ]
     gradients = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in weights]
     stretches = [
-        SlotTokens(Slot(), Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)  # type: ignore[arg-type]
+        SlotTokens(3, 0.4, Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)
         for number, ((a, b), (ga, gb), (start, stop, draw)) in enumerate(
             zip(weights, gradients, ((0, 4, 7), (4, 9, None)), strict=True)
         )
@@ -241,13 +237,13 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     parts = []
     for stretch, (a, b) in zip(stretches, plain, strict=True):
         own = rows[stretch.start : stretch.stop]
-        dropped = stretch.dropped(own)
+        dropped = stretch.dropout_mask(own)
         parts.append(stretch.scaling * (own if dropped is None else own * ~dropped) @ a.t() @ b.t())
     (y + torch.cat(parts)).backward(slope[0])
     for (ga, gb), (a, b) in zip(gradients, plain, strict=True):
         assert torch.allclose(ga, a.grad)
         assert torch.allclose(gb, b.grad)
-    kept = ~stretches[0].dropped(torch.ones(2000, 6))
+    kept = ~stretches[0].dropout_mask(torch.ones(2000, 6))
     assert float(kept.double().mean()) == pytest.approx(0.6, abs=0.02)
 
 
@@ -259,9 +255,9 @@ def test_what_follows_the_last_answer_is_not_computed() -> None:
     asked = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, -100, -100]}
     learnt = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
     line = PackedBatch([[asked], [learnt]], torch.device("cpu"))
-    assert line.ids.tolist() == [[5, 6, 1, 2]]
-    assert line.positions.tolist() == [[0, 1, 0, 1]]
-    assert line.predictors.tolist() == [1, 2, 3]
+    assert line.input_ids.tolist() == [[5, 6, 1, 2]]
+    assert line.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert line.prediction_positions.tolist() == [1, 2, 3]
     assert line.targets.tolist() == [7, 2, 3]
     assert packed_length([asked]) == 2
     assert packed_length([learnt]) == 2

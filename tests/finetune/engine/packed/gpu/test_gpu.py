@@ -51,6 +51,7 @@ def by(one: Any, other: Any) -> float:
 def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, dtype: str, monkeypatch: Any) -> None:
     import torch
 
+    from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import ForwardBackward
 
     computed = f"quantization.bnb_4bit_compute_dtype={dtype}"
@@ -62,7 +63,7 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, d
                 patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
             resources = SharedResources()
             bank = resources.bank(config)
-            assert (bank.decoder is not None) is by_hand
+            assert isinstance(bank.backend, Decoder) is by_hand
             slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
         torch.manual_seed(1)
         for slot in slots:

@@ -28,12 +28,12 @@ def test_norm_is_transformers(kernels: Any, width: int) -> None:
     (expected,) = torch.autograd.grad(y, x, slope)
     x = x.detach()
     for copies in (False, True):
-        found, inverse, copy = kernels.norm(x, weight, 1e-5, copies)
+        found, inverse, copy = kernels.rms_norm(x, weight, 1e-5, copies)
         assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy, x) if copies else copy is None
-    into_x = kernels.norm_backward(slope, x, weight, inverse)
+    into_x = kernels.rms_norm_backward(slope, x, weight, inverse)
     assert torch.allclose(into_x, expected, rtol=1e-4, atol=1e-6)
-    into_x = kernels.norm_backward(slope, x, weight, inverse, residual)
+    into_x = kernels.rms_norm_backward(slope, x, weight, inverse, residual)
     assert torch.allclose(into_x, expected + residual, rtol=1e-4, atol=1e-6)
 
 
@@ -45,10 +45,10 @@ def test_gate_is_pytorchs(kernels: Any) -> None:
     slope = draw(1, 5, 300)
     y = torch.nn.functional.silu(gated) * up
     y.backward(slope)
-    assert torch.allclose(kernels.gate(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(kernels.swiglu(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
     for again in (False, True):
         into_gated, into_up = gated.detach().clone(), up.detach().clone()
-        product = kernels.gate_backward(slope.clone(), into_gated, into_up, again)
+        product = kernels.swiglu_backward(slope.clone(), into_gated, into_up, again)
         assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
         assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
         assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
     slope = draw(1, heads, 6, width)
     (expected,) = torch.autograd.grad(y, x, slope)
     found, back = (
-        kernels.rotate(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[None]
+        kernels.apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[None]
         for part, sign in ((x.detach(), 1.0), (slope, -1.0))
     )
     assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
@@ -83,7 +83,7 @@ def test_score_is_cross_entropy(kernels: Any) -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     for learns in (False, True):
-        losses, right, found = kernels.score(taken := logits.detach().clone(), targets, learns)
+        losses, right, found = kernels.cross_entropy(taken := logits.detach().clone(), targets, learns)
         assert torch.allclose(losses, expected, rtol=1e-5)
         assert torch.equal(right, logits.argmax(-1) == targets)
         assert bool(right[5])
@@ -105,13 +105,9 @@ class Case:
     def __init__(self, kernels: Any, dropout: float) -> None:
         import torch
 
-        from finetune.engine.packed.gpu.lowrank import COLUMNS, Places
+        from finetune.engine.packed.gpu.lowrank import COLUMNS, AdapterSpan, AdapterTables
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
-        class Slot:
-            seed = 0
-
-        Slot.dropout = dropout  # type: ignore[attr-defined]
         torch.manual_seed(0)
         self.x = draw(PARTS[-1][1], WIDTHS[0])
         self.slopes = [draw(PARTS[-1][1], WIDTHS[1]) for _ in range(2)]
@@ -124,13 +120,13 @@ class Case:
                 if rank:
                     a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
                     adapter = Adapter(7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
-                    table[1 + layer] = torch.tensor(adapter.row())
+                    table[1 + layer] = torch.tensor(adapter.table_row())
                     self.adapters[layer].append(adapter)
-                    stretch = SlotTokens(Slot(), adapter, start, stop, None)  # type: ignore[arg-type]
+                    stretch = SlotTokens(0, dropout, adapter, start, stop, None)
                     self.stretches[layer].append(stretch)
             tables.append(table)
-            rows.append((start, stop, 2**62 + number, dropout))
-        self.places = Places(rows, tables, "cpu")
+            rows.append(AdapterSpan(start, stop, 2**62 + number, dropout))
+        self.tables = AdapterTables(rows, tables, "cpu")
 
     def gradients(self) -> list["torch.Tensor"]:
         """The adapters' own."""
@@ -144,14 +140,14 @@ class Case:
 
         for gradient in self.gradients():
             gradient.fill_(7)  # it is replaced
-        h = lowrank.shrink(x, self.places, 0, 3)
+        h = lowrank.shrink(x, self.tables, 0, 3)
         into_h = torch.full_like(h, float("nan"))
         outputs = []
         for layer, slope in enumerate(slopes, 1):
-            outputs.append(lowrank.expand(h[layer], self.places, layer, WIDTHS[1]))
-            lowrank.expand_backward(slope, h[layer], into_h[layer], self.places, layer)
-        into_x = lowrank.shrink_backward(into_h, self.places, 0, WIDTHS[0])
-        lowrank.collect_a(x, into_h, self.places, 0)
+            outputs.append(lowrank.expand(h[layer], self.tables, layer, WIDTHS[1]))
+            lowrank.expand_backward(slope, h[layer], into_h[layer], self.tables, layer)
+        into_x = lowrank.shrink_backward(into_h, self.tables, 0, WIDTHS[0])
+        lowrank.shrink_weight_gradient(x, into_h, self.tables, 0)
         return [*outputs, into_x, *(gradient.clone() for gradient in self.gradients())]
 
     def by_pytorch(self) -> list["torch.Tensor"]:
@@ -211,13 +207,14 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     def mask(key: int, number: int) -> torch.Tensor:
         a, b = torch.ones(1, width), torch.ones(8, 1)
         adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
-        places = lowrank.Places([(0, tokens, key, 0.3)], [torch.tensor([adapter.row()])], "cpu")
-        into_h = torch.zeros(1, tokens, places.rank)
+        span = lowrank.AdapterSpan(0, tokens, key, 0.3)
+        tables = lowrank.AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
+        into_h = torch.zeros(1, tokens, tables.rank)
         into_h[0, :, 0] = 1
-        into_x = lowrank.shrink_backward(into_h, places, 0, width)
+        into_x = lowrank.shrink_backward(into_h, tables, 0, width)
         assert into_x.unique().tolist() == [0.0, 1.0]
         x = draw(tokens, width)
-        y = lowrank.expand(lowrank.shrink(x, places, 0, 1)[0], places, 0, 8)
+        y = lowrank.expand(lowrank.shrink(x, tables, 0, 1)[0], tables, 0, 8)
         expected = (x * into_x).sum(1, keepdim=True) / 0.7  # what is kept stands for the rest as well
         assert torch.allclose(y, expected.expand(-1, 8), rtol=1e-4, atol=1e-4)
         return into_x > 0
@@ -258,18 +255,18 @@ def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
     import torch
 
     from finetune.engine.packed.batch import PackedBatch
-    from finetune.engine.packed.gpu.attention import Rows, attend, attend_backward
+    from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
 
     torch.manual_seed(0)
     rows = [{"input_ids": list(range(size)), "labels": [-100] * 3 + list(range(3, size))} for size in (20, 70, 9)]
     line = PackedBatch([[row] for row in rows], torch.device("cpu"))
-    states = [draw(line.ids.shape[1], 2, 32) for _ in range(4)]
+    states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
     sick = line.spans[-1].start
-    table = Rows(line.spans, line.positions[0])
+    table = SpanTables(line.spans, line.position_ids[0])
 
     def run() -> list[torch.Tensor]:
-        attended = attend(*states[:3], table, 0.2, None)
-        return [attended.out, *attend_backward(states[3], attended, table)]
+        attended = attention(*states[:3], table, 0.2, None)
+        return [attended.output, *attention_backward(states[3], attended, table)]
 
     well = run()
     for state in states:
@@ -283,8 +280,9 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
     """Rows of one token, of more than a block, and rows that share a beginning; rotated before it or not."""
     import torch
 
+    from finetune.engine.packed.attention import PackedAttention
     from finetune.engine.packed.batch import PackedBatch
-    from finetune.engine.packed.gpu.attention import Rows, attend, attend_backward
+    from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
 
     torch.manual_seed(0)
     ids = torch.randint(0, 99, (6, 150)).tolist()
@@ -294,21 +292,21 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
         for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
     ]
     line = PackedBatch([plain, sharing], torch.device("cpu"))
-    assert any(span.shared for span in line.spans)
-    tokens = line.ids.shape[1]
+    assert any(span.prefix_length for span in line.spans)
+    tokens = line.input_ids.shape[1]
     query, key, value = (draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups))
-    out = line.attend(query, key, value, 0.2, window)
+    out = PackedAttention(line).attend(query, key, value, 0.2, window)
     slope = draw(tokens, heads, width)
     expected = torch.autograd.grad(out, (query, key, value), slope)
-    rows = Rows(line.spans, line.positions[0])
-    attended = attend(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
-    assert torch.allclose(attended.out, out, rtol=1e-4, atol=1e-5)
-    for one, other in zip(attend_backward(slope, attended, rows), expected, strict=True):
+    rows = SpanTables(line.spans, line.position_ids[0])
+    attended = attention(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
+    assert torch.allclose(attended.output, out, rtol=1e-4, atol=1e-5)
+    for one, other in zip(attention_backward(slope, attended, rows), expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
     angles = draw(tokens, width // 2).repeat(1, 2)
     turn = (angles.cos(), angles.sin())
-    turned = [*(kernels.rotate(part, *turn, -1.0) for part in expected[:2]), expected[2]]
-    for one, other in zip(attend_backward(slope, attended, rows, turn), turned, strict=True):
+    turned = [*(kernels.apply_rotary(part, *turn, -1.0) for part in expected[:2]), expected[2]]
+    for one, other in zip(attention_backward(slope, attended, rows, turn), turned, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -316,8 +314,9 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input(kernels: Any) -> N
     """In 16 bits it may be far smaller than the steps of the sum that it becomes part of."""
     import torch
 
-    from finetune.engine.packed.gpu.decoder import Pass, _Group
-    from finetune.engine.packed.gpu.lowrank import Places
+    from finetune.engine.packed.gpu.context import PassContext
+    from finetune.engine.packed.gpu.linear_group import LinearGroup
+    from finetune.engine.packed.gpu.lowrank import AdapterSpan, AdapterTables
     from finetune.engine.packed.lora_linear import Adapter
 
     torch.manual_seed(0)
@@ -326,12 +325,13 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input(kernels: Any) -> N
     layer.weight.copy_(0.02 * draw(width, width))
     a, b = (0.02 * draw(16, width)).to(half), (0.0005 * draw(width, 16)).to(half)
     adapter = Adapter(0, 1.0, a, b, a.float(), b.float())
-    places = Places([(0, tokens, 1, 0.0)], [torch.tensor([adapter.row()])], "cpu")
+    span = AdapterSpan(0, tokens, 1, 0.0)
+    tables = AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
     x, onto = draw(tokens, width).to(half), (2 * draw(tokens, width)).to(half)
-    group, sums = _Group([layer], ["o"], 0), []
-    for lora_linear in (frozenset({"o"}), frozenset()):
-        now = Pass(None, None, places, lora_linear, x, x)  # type: ignore[arg-type]
-        (found,), _ = group.forward(x, now, onto=onto.clone())
+    group, sums = LinearGroup([layer], ["o"], 0), []
+    for adapted in (frozenset({"o"}), frozenset()):
+        context = PassContext(None, None, tables, adapted, x, x)  # type: ignore[arg-type]
+        (found,), _ = group.forward(x, context, residual=onto.clone())
         sums.append(found.float())
     added = x.float() @ a.float().t() @ b.float().t()
     arrived = float(((sums[0] - sums[1]) * added).sum() / added.square().sum())

@@ -1,0 +1,246 @@
+"""Triton kernels of FlashAttention-2 (Dao, 2023) over the spans of a packed batch.
+
+Written after the fused attention of Triton's tutorials. A program of the forward kernel and of the
+queries' backward kernel owns a block of queries and goes over the keys that these see: the shared
+prefix, then the span up to the block. A program of the keys' backward kernel owns a block of keys
+and goes over the queries that see them: the rest of the span, then the spans that share it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_block(blocks, spans):
+    """This program's first token, and the row of its span in the table."""
+    block = blocks + 2 * tl.program_id(0)
+    return tl.load(block + 1), spans + 5 * tl.load(block)
+
+
+@triton.jit
+def _load_head(base, tokens, heads, head, head_dim, columns, token_mask):
+    """One head of some tokens [tokens, head_dim]."""
+    offsets = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim + columns[None, :]
+    mask = token_mask[:, None] & (columns < head_dim)[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_head(
+    base, values, cos, sin, tokens, heads, head, head_dim, token_mask,
+    ROTATE_BACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store one head of some tokens [tokens, head_dim].
+
+    ROTATE_BACK: the values are the gradient of a rotated head; store that before the rotation.
+    """
+    first_element = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim
+    if ROTATE_BACK:
+        half: tl.constexpr = HEAD_DIM // 2
+        columns = tl.arange(0, half)[None, :]
+        offsets = tokens.to(tl.int64)[:, None] * head_dim + columns
+        mask = token_mask[:, None]
+        c = tl.load(cos + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + offsets, mask=mask, other=0.0).to(tl.float32)
+        halves = tl.permute(tl.reshape(values, (values.shape[0], 2, half)), (0, 2, 1))
+        first, second = tl.split(halves)
+        dtype = base.dtype.element_ty
+        tl.store(base + first_element + columns, (first * c + second * s).to(dtype), mask=mask)
+        rotated_second = (second * c - first * s).to(dtype)
+        tl.store(base + first_element + columns + half, rotated_second, mask=mask)
+    else:
+        columns = tl.arange(0, HEAD_DIM)[None, :]
+        mask = token_mask[:, None] & (columns < head_dim)
+        tl.store(base + first_element + columns, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_positions(position_ids, tokens, token_mask, WINDOW: tl.constexpr):
+    """Positions of tokens in their rows; without a window the order of tokens is enough."""
+    if WINDOW:
+        return tl.load(position_ids + tokens, mask=token_mask, other=0)
+    else:
+        return tokens
+
+
+@triton.jit
+def _attention_mask(query_positions, key_positions, mask, window, WINDOW: tl.constexpr):
+    """Which keys a query sees, from the positions that `_load_positions` gives."""
+    distance = query_positions - key_positions
+    visible = mask & (distance >= 0)
+    if WINDOW:
+        visible = visible & (distance < window)
+    return visible
+
+
+@triton.jit
+def _load_keys(
+    key, value, position_ids, first, end, query_positions, heads, group_size, head, head_dim,
+    columns, window,
+    WINDOW: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The keys and values from a token on, and which of them each query sees."""
+    tokens = first + tl.arange(0, STEP)
+    token_mask = tokens < end
+    key_heads = heads // group_size
+    key_head = head // group_size
+    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    values = _load_head(value, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    visible = _attention_mask(
+        query_positions[:, None], key_positions[None, :], token_mask[None, :], window, WINDOW
+    )
+    return keys, values, visible
+
+
+@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+def attention_kernel(
+    query, key, value, output, log_sum_exp, position_ids, blocks, spans, scale, token_count,
+    heads, group_size, head_dim, window,
+    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    first, span = _load_block(blocks, spans)
+    start, stop = tl.load(span), tl.load(span + 1)
+    prefix_start, prefix_stop = tl.load(span + 2), tl.load(span + 3)
+    head = tl.program_id(1)
+    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    token_mask = tokens < stop
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
+    denominator = tl.zeros((BLOCK,), tl.float32)
+    result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for section in tl.static_range(2):  # the shared prefix, then the span itself
+        if section == 0:
+            begin, end = prefix_start, prefix_stop
+        else:
+            begin, end = start, tl.minimum(first + BLOCK, stop)
+        for key_token in range(begin, end, STEP):
+            keys, values, visible = _load_keys(
+                key, value, position_ids, key_token, end, query_positions, heads, group_size,
+                head, head_dim, columns, window, WINDOW, STEP,
+            )  # fmt: skip
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.where(visible, scores, -float("inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            finite_maximum = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+            weights = tl.exp2(scores - finite_maximum[:, None])
+            rescale = tl.exp2(maximum - finite_maximum)
+            denominator = denominator * rescale + tl.sum(weights, 1)
+            rescaled = result * rescale[:, None]
+            result = tl.dot(weights.to(values.dtype), values, rescaled, input_precision="ieee")
+            maximum = new_maximum
+    denominator = tl.where(token_mask, denominator, 1.0)
+    token_log_sum_exp = maximum + tl.log2(denominator)
+    tl.store(log_sum_exp + head * token_count + tokens, token_log_sum_exp, mask=token_mask)
+    result = result / denominator[:, None]
+    _store_head(
+        output, result, output, output, tokens, heads, head, head_dim, token_mask, False, HEAD_DIM
+    )
+
+
+@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+def attention_backward_query_kernel(
+    grad_query, output, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
+    position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
+    window,
+    ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    first, span = _load_block(blocks, spans)
+    start, stop = tl.load(span), tl.load(span + 1)
+    prefix_start, prefix_stop = tl.load(span + 2), tl.load(span + 3)
+    head = tl.program_id(1)
+    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    token_mask = tokens < stop
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    level = tl.load(log_sum_exp + head * token_count + tokens, mask=token_mask, other=0.0)
+    outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
+    grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
+    tl.store(output_grad_sum + head * token_count + tokens, grad_sums, mask=token_mask)
+    result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for section in tl.static_range(2):  # the shared prefix, then the span itself
+        if section == 0:
+            begin, end = prefix_start, prefix_stop
+        else:
+            begin, end = start, tl.minimum(first + BLOCK, stop)
+        for key_token in range(begin, end, STEP):
+            keys, values, visible = _load_keys(
+                key, value, position_ids, key_token, end, query_positions, heads, group_size,
+                head, head_dim, columns, window, WINDOW, STEP,
+            )  # fmt: skip
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = scores - level[:, None]
+            weights = tl.exp2(tl.where(visible, scores, -float("inf")))
+            grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
+            grad_scores = weights * (grad_weights - grad_sums[:, None])
+            result = tl.dot(grad_scores.to(keys.dtype), keys, result, input_precision="ieee")
+    result = result * gradient_scale
+    _store_head(
+        grad_query, result, cos, sin, tokens, heads, head, head_dim, token_mask, ROTATE_BACK,
+        HEAD_DIM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+def attention_backward_key_value_kernel(
+    grad_key, grad_value, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
+    position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
+    window,
+    ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    first, span = _load_block(blocks, spans)
+    stop, last_reader = tl.load(span + 1), tl.load(span + 4)
+    key_head = tl.program_id(1)
+    key_heads = heads // group_size
+    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    token_mask = tokens < stop
+    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    values = _load_head(value, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for head in range(key_head * group_size, (key_head + 1) * group_size):
+        for section in tl.static_range(2):  # the span from here on, then the rows that share it
+            begin, end = (first, stop) if section == 0 else (stop, last_reader)
+            for query_token in range(begin, end, STEP):
+                query_tokens = query_token + tl.arange(0, STEP)
+                query_mask = query_tokens < end
+                queries = _load_head(
+                    query, query_tokens, heads, head, head_dim, columns, query_mask
+                )
+                grads = _load_head(
+                    grad_output, query_tokens, heads, head, head_dim, columns, query_mask
+                )
+                level_address = log_sum_exp + head * token_count + query_tokens
+                level = tl.load(level_address, mask=query_mask, other=0.0)
+                grad_sum_address = output_grad_sum + head * token_count + query_tokens
+                grad_sums = tl.load(grad_sum_address, mask=query_mask, other=0.0)
+                query_positions = _load_positions(position_ids, query_tokens, query_mask, WINDOW)
+                visible = _attention_mask(
+                    query_positions[None, :], key_positions[:, None],
+                    query_mask[None, :] & token_mask[:, None], window, WINDOW,
+                )  # fmt: skip
+                scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
+                scores = scores - level[None, :]
+                weights = tl.exp2(tl.where(visible, scores, -float("inf")))
+                value_result = tl.dot(
+                    weights.to(grads.dtype), grads, value_result, input_precision="ieee"
+                )
+                grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
+                grad_scores = weights * (grad_weights - grad_sums[None, :])
+                key_result = tl.dot(
+                    grad_scores.to(queries.dtype), queries, key_result, input_precision="ieee"
+                )
+    key_result = key_result * gradient_scale
+    _store_head(
+        grad_key, key_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
+        ROTATE_BACK, HEAD_DIM,
+    )  # fmt: skip
+    _store_head(
+        grad_value, value_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
+        False, HEAD_DIM,
+    )  # fmt: skip

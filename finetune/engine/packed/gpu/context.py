@@ -1,0 +1,27 @@
+"""What the layers of the GPU decoder share during one pass."""
+
+from dataclasses import dataclass
+
+import torch
+
+from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.attention import SpanTables
+from finetune.engine.packed.gpu.lowrank import AdapterTables
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """One forward and backward pass: its tokens, the slots' adapters, the rotary embedding."""
+
+    batch: PackedBatch
+    spans: SpanTables
+    adapters: AdapterTables
+    adapted_layers: frozenset[str]
+    """Names of the linear layers that have an adapter in some slot."""
+    cos: torch.Tensor
+    """[tokens, head_dim]"""
+    sin: torch.Tensor
+    """[tokens, head_dim]"""
+    weight_cache: dict[str, torch.Tensor] | None = None
+    """Dequantised weights of a block, by layer, from its recomputation to its backward pass; None:
+    each of the two dequantises them."""

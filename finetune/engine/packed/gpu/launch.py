@@ -1,0 +1,46 @@
+"""Launch Triton kernels without Triton's inspection of every argument at every launch."""
+
+from typing import Any
+
+import torch
+
+from finetune.compat import compile_and_launch
+
+_compiled: dict[Any, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """Launch a kernel on the current device.
+
+    Triton's own inspection of the arguments takes longer than a small kernel runs. Here it is done
+    once for each combination of what Triton compiles for: dtypes, alignment to 16, ones, and
+    integers of more than 31 bits.
+
+    Args:
+        kernel: A function compiled by `triton.jit`.
+        grid: Number of programs in each dimension.
+        arguments: Tensors, integers and floats.
+        constants: The kernel's `tl.constexpr` arguments.
+        warps: Warps of one program.
+        stages: Stages of software pipelining.
+    """
+    kinds = tuple(
+        (argument.dtype, argument.data_ptr() % 16 == 0)
+        if isinstance(argument, torch.Tensor)
+        else (argument % 16 == 0, argument == 1, argument >> 31)
+        for argument in arguments
+        if not isinstance(argument, float)
+    )
+    key = (kernel, kinds, constants, warps, stages)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = compile_and_launch(kernel, grid, arguments, constants, warps, stages)
+    else:
+        compiled[grid](*arguments, *constants)

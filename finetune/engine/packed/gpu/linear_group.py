@@ -1,0 +1,178 @@
+"""Frozen linear layers that share their input, with the adapters of all slots."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from finetune.engine.packed.gpu import lowrank
+from finetune.engine.packed.gpu.context import PassContext
+from finetune.model.quantization import dense_weight
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers with the same input.
+
+    `shrunk` is that input through A [layers, tokens, rank]; None where no layer is adapted.
+    """
+
+    layers: list[Any]
+    names: list[str]
+    """Full names of the layers in the base."""
+    table_row: int
+    """Row of the first layer in the slots' tables; the others follow."""
+
+    def is_adapted(self, context: PassContext) -> bool:
+        """Whether some slot has an adapter on some of the layers."""
+        return not context.adapted_layers.isdisjoint(self.names)
+
+    def forward(
+        self, x: torch.Tensor, context: PassContext, residual: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Compute the outputs of all layers, with the adapters' contributions.
+
+        Args:
+            x: The input [tokens, in_features].
+            context: The pass.
+            residual: The output of a group of one layer is added to it, in place.
+
+        Returns:
+            The output of each layer [tokens, out_features], and `shrunk`.
+        """
+        shrunk = self.shrink(x, context)
+        outputs = []
+        for number in range(len(self.layers)):
+            outputs.append(self._forward_layer(number, x, shrunk, context, residual))
+        return outputs, shrunk
+
+    def _forward_layer(
+        self,
+        number: int,
+        x: torch.Tensor,
+        shrunk: torch.Tensor | None,
+        context: PassContext,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
+        layer = self.layers[number]
+        name = self.names[number]
+        weight = dense_weight(layer)
+        if context.weight_cache is not None:
+            context.weight_cache[name] = weight
+        # `addmm_` adds the product to what is there without a pass of its own over memory, and
+        # rounds once. The adapter's contribution is not added to the residual by itself: in 16
+        # bits it may be too small to change the much larger residual.
+        if shrunk is not None and name in context.adapted_layers:
+            row = self.table_row + number
+            output = lowrank.expand(shrunk[number], context.adapters, row, len(weight))
+            output.addmm_(x, weight.t())
+            if layer.bias is not None:
+                output.add_(layer.bias)
+        elif residual is None or layer.bias is not None:
+            output = linear(x, weight, layer.bias)
+        else:
+            return residual.addmm_(x, weight.t())
+        return output if residual is None else residual.add_(output)
+
+    def shrink(self, x: torch.Tensor, context: PassContext) -> torch.Tensor | None:
+        """Compute `shrunk` alone; None where no layer is adapted."""
+        if not self.is_adapted(context):
+            return None
+        return lowrank.shrink(x, context.adapters, self.table_row, len(self.layers))
+
+    def backward_b(
+        self, grad_outputs: list[torch.Tensor], shrunk: torch.Tensor | None, context: PassContext
+    ) -> torch.Tensor | None:
+        """Compute the gradients of B, which go into the slots, and of `shrunk`.
+
+        Args:
+            grad_outputs: Gradients of the layers' outputs [tokens, out_features].
+            shrunk: From `forward`.
+            context: The pass.
+
+        Returns:
+            The gradient of `shrunk` [layers, tokens, rank].
+        """
+        if shrunk is None:
+            return None
+        grad_shrunk = torch.empty_like(shrunk)
+        for number, name in enumerate(self.names):
+            if name in context.adapted_layers:
+                lowrank.expand_backward(
+                    grad_outputs[number],
+                    shrunk[number],
+                    grad_shrunk[number],
+                    context.adapters,
+                    self.table_row + number,
+                )
+        return grad_shrunk
+
+    def backward(
+        self, grad_outputs: list[torch.Tensor], shrunk: torch.Tensor | None, context: PassContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the gradient of the input, and as `backward_b`.
+
+        Args:
+            grad_outputs: Gradients of the layers' outputs [tokens, out_features].
+            shrunk: From `forward`.
+            context: The pass.
+
+        Returns:
+            The gradients of the input [tokens, in_features] and of `shrunk`.
+        """
+        grad_shrunk = self.backward_b(grad_outputs, shrunk, context)
+        grad_x = None
+        if grad_shrunk is not None:
+            in_features = self.layers[0].in_features
+            grad_x = lowrank.shrink_backward(
+                grad_shrunk, context.adapters, self.table_row, in_features
+            )
+        for number, grad_output in enumerate(grad_outputs):
+            weight = self._backward_weight(number, context)
+            if grad_x is None:
+                grad_x = grad_output @ weight
+            else:
+                grad_x.addmm_(grad_output, weight)
+            del weight  # or two dequantised ones would be in memory
+        assert grad_x is not None
+        return grad_x, grad_shrunk
+
+    def backward_a(
+        self, x: torch.Tensor | None, grad_shrunk: torch.Tensor | None, context: PassContext
+    ) -> None:
+        """Compute the gradients of A, which go into the slots.
+
+        Args:
+            x: The input [tokens, in_features]; None only where no layer is adapted.
+            grad_shrunk: From `backward` or `backward_b`.
+            context: The pass.
+        """
+        if grad_shrunk is not None:
+            assert x is not None
+            lowrank.shrink_weight_gradient(x, grad_shrunk, context.adapters, self.table_row)
+
+    def _backward_weight(self, number: int, context: PassContext) -> torch.Tensor:
+        """A layer's weight: from the cache, which lets go of it, or dequantised."""
+        cached = None
+        if context.weight_cache:
+            cached = context.weight_cache.pop(self.names[number], None)
+        return dense_weight(self.layers[number]) if cached is None else cached
+
+
+def linear_group(
+    module: Any, module_name: str, projections: tuple[str, ...], table_rows: dict[str, int]
+) -> LinearGroup:
+    """Make a group of a module's linear layers.
+
+    Args:
+        module: Holds the layers.
+        module_name: Its full name in the base.
+        projections: The layers' names in the module.
+        table_rows: Each linear layer's row in the slots' tables, by full name.
+    """
+    names = [f"{module_name}.{projection}" for projection in projections]
+    rows = [table_rows[name] for name in names]
+    assert rows == list(range(rows[0], rows[0] + len(rows)))  # the kernels count on it
+    layers = [getattr(module, projection) for projection in projections]
+    return LinearGroup(layers, names, rows[0])

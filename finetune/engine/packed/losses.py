@@ -1,0 +1,69 @@
+"""Losses of answer tokens and their gradient, from the last hidden states."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from finetune.engine.packed.backend import Backend
+from finetune.model.quantization import dense_weight
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of the answer tokens of a pass."""
+
+    losses: torch.Tensor
+    """Negative log-likelihoods in nats, float32 [answer tokens]."""
+    correct: torch.Tensor
+    """Whether the answer token is the most likely one [answer tokens]; not set with a gradient."""
+    gradient: torch.Tensor | None
+    """Gradient of the weighted losses with respect to the hidden states
+    [answer tokens, hidden_size]; None without weights."""
+
+
+def token_losses(
+    backend: Backend,
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    loss_weights: torch.Tensor | None,
+) -> TokenLosses:
+    """Compute the losses of answer tokens, and with weights their gradient.
+
+    The logits are computed in chunks, because they are by far the largest tensors.
+
+    Args:
+        backend: Computes the cross-entropy.
+        head: The base's output embedding.
+        hidden: Hidden states that predict the answer tokens [answer tokens, hidden_size].
+        targets: The answer tokens [answer tokens].
+        loss_weights: Weight of each token's loss [answer tokens]; None: no gradient.
+    """
+    weight = dense_weight(head)
+    losses = []
+    correct = []
+    gradients = []
+    size = _chunk_size(len(hidden), backend.logits_chunk)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
+        # No name is bound to the logits here, so that `score` can free them.
+        chunk_losses, chunk_correct, grad_logits = backend.score(
+            linear(hidden[chunk], weight), targets[chunk], loss_weights is not None
+        )
+        losses.append(chunk_losses)
+        correct.append(chunk_correct)
+        if loss_weights is not None:
+            assert grad_logits is not None
+            grad_hidden = grad_logits.to(hidden.dtype) @ weight
+            gradients.append((grad_hidden * loss_weights[chunk, None]).to(hidden.dtype))
+        del grad_logits  # or those of two chunks would be in memory
+    gradient = torch.cat(gradients) if gradients else None
+    return TokenLosses(torch.cat(losses), torch.cat(correct), gradient)
+
+
+def _chunk_size(tokens: int, limit: int) -> int:
+    """Tokens of a chunk: about equal for all chunks, and a multiple of 16."""
+    chunks = math.ceil(tokens / limit)
+    return 16 * math.ceil(tokens / chunks / 16)
