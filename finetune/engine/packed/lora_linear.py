@@ -117,10 +117,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.layer = layer
         ctx.slot_tokens = slot_tokens
         ctx.computes_base = output is None
-        if output is None:
-            y = linear(x, dense_weight(layer), getattr(layer, "bias", None))
-        else:
-            y = output.clone()
+        y = _base_output(x, layer) if output is None else output.clone()
         flat_x = x.flatten(0, -2)
         flat_y = y.flatten(0, -2)
         saved: list[torch.Tensor | None] = []
@@ -139,11 +136,10 @@ class _LoraLinear(torch.autograd.Function):
         (grad_output,) = grad_outputs
         x, *saved = ctx.saved_tensors
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            if ctx.computes_base:
-                grad_x = grad_output @ dense_weight(ctx.layer)
-            else:
-                grad_x = torch.zeros_like(x)
+        if ctx.needs_input_grad[0] and ctx.computes_base:
+            grad_x = grad_output @ dense_weight(ctx.layer)
+        elif ctx.needs_input_grad[0]:
+            grad_x = torch.zeros_like(x)
         flat_x = x.flatten(0, -2)
         flat_grad_output = grad_output.flatten(0, -2)
         flat_grad_x = None if grad_x is None else grad_x.flatten(0, -2)
@@ -161,6 +157,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 lora_linear: Callable[..., torch.Tensor] = _LoraLinear.apply
+
+
+def _base_output(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    return linear(x, dense_weight(layer), getattr(layer, "bias", None))
 
 
 def _drop(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
