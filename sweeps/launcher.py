@@ -136,11 +136,11 @@ class SlotsLauncher(Launcher):
 
     def _checked(self, config: "DictConfig") -> "RunConfig | None":
         """A job's config; None where something is wrong with it, which the job says itself."""
-        from finetune.run.job import checked
+        from finetune.run.job import check_job
         from sweeps.study.job import hydra_config
 
         with suppress(ValueError), hydra_config(config):
-            return checked(config)
+            return check_job(config)
         return None
 
     def _lane(self, config: "DictConfig", done: dict[int, JobReturn], shared: dict[str, Any]) -> "PackedRun":

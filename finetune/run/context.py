@@ -1,4 +1,4 @@
-"""How a run relates to its surroundings: alone on the terminal, or one of many."""
+"""The surroundings of a run: alone on the terminal, or one of many."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,22 +11,27 @@ from finetune.tracking.tracker import Label
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a run takes part in something larger; by default it stands alone."""
+    """What a run is given besides its config; the defaults are those of a run alone."""
 
     observer: Observer = field(default_factory=Observer)
+    """Receives each evaluation, and may stop the run."""
     resources: SharedResources = field(default_factory=SharedResources)
+    """Rows, tokens and the loaded base."""
     label: Label = field(default_factory=Label)
+    """What trackers call the run."""
     interactive: bool = True
-    """Whether the run has the terminal for itself, and ends with the sample prompts.
+    """Whether the run has the terminal for itself, and answers the sample prompts.
 
-    A study asks for these of few of its trials, by `final_evaluation`.
+    Of a study's trials only few answer them, at the study's end: see `final_evaluation`.
     """
     evaluate_test_rows: bool = True
-    """Whether the run ends with the test rows: not where a choice could see them."""
+    """Whether the run ends with the test rows. False where the result could influence a
+    decision."""
     interrupt: Interrupt = field(default_factory=Interrupt)
+    """Ctrl-C and SIGTERM, shared by the runs of one process."""
     slots: int = 1
-    """How many runs may train together with this one, itself counted."""
+    """How many runs may train together, this one included."""
     checkpointed_bases: Sequence[object] = ()
-    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true, decided for all of these."""
+    """Keys (`base_key`) of bases on which `trainer.gradient_checkpointing=auto` means true."""
     packed_with: set[str] = field(default_factory=set)
-    """Names of the runs that have trained together with this one; whoever brings them together adds to it."""
+    """Names of the runs that have trained together with this one, filled in by the pack."""

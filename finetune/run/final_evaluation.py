@@ -1,20 +1,26 @@
-"""The last word on a run of a study: its test rows and sample prompts, once every choice is made."""
+"""The final evaluation of a finished run of a study: its test rows and its sample prompts.
+
+The trials of a study don't see the test rows while they train. When every choice is made, the study
+evaluates its winner and its baseline on them.
+"""
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from finetune.config.schema import RunConfig
+from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.packed.training import PackedTraining
 from finetune.engine.steps import drive
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.model.adapter import load_adapter
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
-from finetune.run.samples import Samples, surviving_samples
+from finetune.run.samples import Samples, survive_samples
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -22,75 +28,124 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from finetune.engine.evaluation import Evaluation
 
+def evaluate_finished_run(
+    path: str | Path, resources: SharedResources, answer_prompts: bool
+) -> Evaluation | None:
+    """Evaluate a completed run's adapter on its test rows, and answer its sample prompts if wanted.
 
-def evaluate_finished_run(path: str | Path, resources: SharedResources, ask: bool) -> "Evaluation | None":
-    """What a completed run makes of the test rows (None: there are none); the sample prompts are asked if wanted.
+    What was done before is not done again. Afterwards the run's files hold what they would hold if
+    the run had been alone.
 
-    What is known already is not measured again; the run's files then hold what they would if it had been alone.
+    Args:
+        path: The run folder.
+        resources: Hold the base.
+        answer_prompts: Whether to answer the sample prompts, before and after.
+
+    Returns:
+        The evaluation; None without test rows.
     """
-    from finetune.model.adapter import load_adapter
-
-    config, folder = read_run_config(path), RunFolder(path)
+    config = read_run_config(path)
+    folder = RunFolder(path)
     rows = resources.rows(config.dataset)
     test = resources.tokens("test", rows.test, config)
-    known = read_test_evaluation(folder)
-    ask = ask and config.sample_prompts != [] and not all("after" in row for row in read_json(folder.samples) or [{}])
-    measures = bool(test) and not known
-    if ask or measures:
-        with (
-            contextlib.nullcontext() if measures else surviving_samples("after training"),
-            _fresh(config, folder, resources, test) as (model, measure, generation_model),
-        ):
-            samples = Samples(config, folder, rows, generation_model, resources)
-            if ask:
+    evaluation = read_test_evaluation(folder)
+    needs_evaluation = bool(test) and evaluation is None
+    needs_answers = answer_prompts and _lacks_answers(config, folder)
+    if needs_evaluation or needs_answers:
+        # Where only samples are missing, no error may end the study.
+        errors = contextlib.nullcontext() if needs_evaluation else survive_samples("after training")
+        with errors, _open_adapter(config, folder, resources, test) as opened:
+            samples = Samples(config, folder, rows, opened.generation_model, resources)
+            if needs_answers:
                 samples.before()
-            load_adapter(model, folder.adapter)
-            if measures:
-                known = measure()
-                write_json(folder.test_rows, dataclasses.asdict(known))
-            if ask:
+            load_adapter(opened.model, folder.adapter)
+            if needs_evaluation:
+                evaluation = opened.evaluate()
+                write_json(folder.test_rows, dataclasses.asdict(evaluation))
+            if needs_answers:
                 samples.after(Tracker(), 0)
-    numbers = read_json(folder.result)
-    if known is not None and "test/loss" not in numbers["metrics"]:
-        numbers["metrics"] |= known.metrics("test")
-        folder.log(numbers["step"], known.metrics("test"))
-        write_json(folder.result, numbers)
-    return known
+    _record(evaluation, folder)
+    return evaluation
 
 
-def read_test_evaluation(folder: RunFolder) -> "Evaluation | None":
-    """What a run has made of the test rows, row by row; None where it was not measured, or a loss is no number."""
-    from finetune.engine.evaluation import Evaluation
-
-    known = read_json(folder.test_rows)
-    if known is None or None in known["row_losses"]:
+def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
+    """Read a run's evaluation on the test rows; None if there is none, or a loss is NaN."""
+    recorded = read_json(folder.test_rows)
+    if recorded is None or None in recorded["row_losses"]:
         return None
-    return Evaluation(tuple(known["row_losses"]), tuple(known["row_tokens"]), known["accuracy"])
+    losses = tuple(recorded["row_losses"])
+    tokens = tuple(recorded["row_tokens"])
+    return Evaluation(losses, tokens, recorded["accuracy"])
 
 
-Speaking = Callable[[], AbstractContextManager["PreTrainedModel"]]
+def _lacks_answers(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether sample prompts are left to be answered."""
+    if config.sample_prompts == []:
+        return False
+    samples = read_json(folder.samples)
+    return not samples or any("after" not in sample for sample in samples)
+
+
+def _record(evaluation: Evaluation | None, folder: RunFolder) -> None:
+    """Add the test metrics to the run's `result.json` and `metrics.jsonl`."""
+    result = read_json(folder.result)
+    if evaluation is None or "test/loss" in result["metrics"]:
+        return
+    metrics = evaluation.metrics("test")
+    result["metrics"] |= metrics
+    folder.log(result["step"], metrics)
+    write_json(folder.result, result)
+
+
+class _OpenedAdapter(Protocol):
+    """A fresh adapter on the base, into which a saved one can be loaded."""
+
+    model: "PeftModel"
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the adapter on the test rows."""
+
+    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
+        """The model to generate text with."""
 
 
 @contextlib.contextmanager
-def _fresh(
+def _open_adapter(
     config: RunConfig, folder: RunFolder, resources: SharedResources, test: "Dataset"
-) -> "Iterator[tuple[PeftModel, Callable[[], Evaluation], Speaking]]":
-    """A fresh adapter for the run's: its model, what measures the test rows by it, and the model to be asked.
+) -> Iterator[_OpenedAdapter]:
+    """Put a fresh adapter on the base, by the engine that trained the run.
 
-    By the engine that trained the run: another's numbers would differ in their last digits.
+    The other engine's losses would differ in their last digits.
     """
     if read_json(folder.result)["engine"] == "packed":
-        from finetune.engine.packed.training import PackedTraining
-
-        with resources.slot(config) as place:
-            training = PackedTraining(config, place(), test, 1)
-            yield training.model, lambda: drive(training.evaluate(test)), training.generation_model
+        with resources.slot(config) as create_slot:
+            yield _PackedAdapter(PackedTraining(config, create_slot(), test, 1), test)
     else:
-        from finetune.engine.evaluation import evaluate
-
         with resources.model(config) as model:
-            batch_size = config.trainer.per_device_eval_batch_size
-            measure = functools.partial(evaluate, model, test, batch_size, config.quantization)
-            yield model, measure, lambda: contextlib.nullcontext(model)
+            yield _TrlAdapter(config, model, test)
+
+
+class _PackedAdapter:
+    def __init__(self, training: PackedTraining, test: "Dataset") -> None:
+        self.model = training.model
+        self.generation_model = training.generation_model
+        self._training = training
+        self._test = test
+
+    def evaluate(self) -> Evaluation:
+        return drive(self._training.evaluate(self._test))
+
+
+class _TrlAdapter:
+    def __init__(self, config: RunConfig, model: "PeftModel", test: "Dataset") -> None:
+        self.model = model
+        self._config = config
+        self._test = test
+
+    def evaluate(self) -> Evaluation:
+        batch_size = self._config.trainer.per_device_eval_batch_size
+        return evaluate(self.model, self._test, batch_size, self._config.quantization)
+
+    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
+        return contextlib.nullcontext(self.model)

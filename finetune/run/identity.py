@@ -1,4 +1,4 @@
-"""What makes a run this run and no other, so that no other one resumes in its folder."""
+"""The identity of a run, so that no other run resumes in its folder."""
 
 from typing import Any
 
@@ -10,9 +10,21 @@ from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.source import BaseSource
 
+KEYS_WITHOUT_EFFECT = ("name", "resume", "tracker.", "hub.", "sample_", "model.learning_rate")
+"""Beginnings of the keys that may change when a run or a study is resumed: they change no number.
+
+`model.learning_rate` acts through `optimizer.learning_rate`, which is a number when it is compared.
+"""
+
 
 def run_identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) -> dict[str, Any]:
-    """What makes a run this run and no other; kept in its folder as `run.json`."""
+    """Return the content of `run.json`: the config, and hashes of the rows and of the base.
+
+    Args:
+        config: The run's config.
+        rows: Its rows; None where they have not been read yet.
+        base: Its base; None where it has not been looked for yet.
+    """
     return {
         "config": config.anchored().to_dict(),
         "dataset_fingerprint": rows.fingerprint if rows else None,
@@ -20,21 +32,21 @@ def run_identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) 
     }
 
 
-KEYS_WITHOUT_EFFECT = ("name", "resume", "tracker.", "hub.", "sample_", "model.learning_rate")
-"""Keys that may change while a run, or a study, goes on: they change no number.
-
-A base's rate acts through `optimizer.learning_rate`, which is a number before it is compared.
-"""
-
-
 def require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
-    """Refuse to go on with another run than the one that began in the folder. Where its metrics go may change."""
-    known = read_json(folder.identity)
-    if known is None:
+    """Raise ConfigError if another run began in the folder. Unknown hashes are not compared."""
+    recorded = read_json(folder.identity)
+    if recorded is None:
         return
-    then, now = flatten(known), flatten(identity)
-    for key, value in now.items():
-        free = key.removeprefix("config.").startswith(KEYS_WITHOUT_EFFECT)
-        if not free and value != then.get(key) and (value is not None or key.startswith("config.")):
-            allowed = f"the run that began in {folder.path} has {then.get(key)}; give another hydra.run.dir or name"
-            raise refusal(key.removeprefix("config."), value, allowed)
+    recorded_values = flatten(recorded)
+    for path, value in flatten(identity).items():
+        key = path.removeprefix("config.")
+        is_config = path.startswith("config.")
+        if key.startswith(KEYS_WITHOUT_EFFECT) or (value is None and not is_config):
+            continue
+        recorded_value = recorded_values.get(path)
+        if value != recorded_value:
+            allowed = (
+                f"the run that began in {folder.path} has {recorded_value}; "
+                "give another hydra.run.dir or name"
+            )
+            raise refusal(key, value, allowed)

@@ -1,61 +1,73 @@
-"""A run as a Hydra job: the config is checked, and the run is made in Hydra's folder."""
+"""A run as a Hydra job: the composed config is checked, and the run gets Hydra's folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from finetune.config.schema import RunConfig
+from finetune.config.secrets import refuse_secrets_in
+from finetune.errors import ConfigError, refusal
+from finetune.files.run_folder import RunFolder, discard_if_untouched
+from finetune.run.context import RunContext
+from finetune.run.resources import shared_resources
+from finetune.run.run import run_steps
+from finetune.tracking.tracker import Label
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from finetune.config.schema import RunConfig
     from finetune.engine.steps import RunSteps
     from finetune.run.result import Objective
 
 
-def checked(composed: "DictConfig") -> "RunConfig":
-    """A job's config. Raises ConfigError for what no run takes, before anything heavy is imported."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+def check_job(composed: "DictConfig") -> RunConfig:
+    """Check a job's config.
 
-    from finetune.config.schema import RunConfig
-    from finetune.config.secrets import refuse_secrets_in
-    from finetune.errors import ConfigError, refusal
-
-    sweeper = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=False)
-    storage = sweeper.get("storage") if isinstance(sweeper, dict) else None
-    refuse_secrets_in(f"hydra.sweeper.storage={storage}")  # from a file: one run writes its whole Hydra config
+    Raises:
+        ConfigError: No run can have this config.
+    """
+    _refuse_secrets_in_storage()
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
-            raise ConfigError(
-                f"{override}: only the Optuna sweeper searches: python -m finetune -m hydra/sweeper=optuna"
-            )
+            command = "python -m finetune -m hydra/sweeper=optuna"
+            raise ConfigError(f"{override}: only the Optuna sweeper searches: {command}")
     config = RunConfig.from_hydra(composed)
     if config.resume is not None:
-        raise refusal("resume", config.resume, "belongs on the command line: python -m finetune resume=FOLDER")
+        command = "python -m finetune resume=FOLDER"
+        raise refusal("resume", config.resume, f"belongs on the command line: {command}")
     return config
 
 
-def job(composed: "DictConfig", **beside: Any) -> "RunSteps[Objective]":
-    """Check the config, and return its run in Hydra's folder, as work that takes turns with others beside it."""
-    from hydra.core.hydra_config import HydraConfig
+def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
+    """Check a job's config, and return the steps of its run.
 
-    from finetune.files.run_folder import RunFolder, discard_if_untouched
+    Args:
+        composed: The job's config; Hydra's own part is that of the current job.
+        context: Further fields of `RunContext`.
 
+    Raises:
+        ConfigError: No run can have this config. The folder that Hydra made is removed.
+    """
     hydra = HydraConfig.get()
     folder = hydra.runtime.output_dir
     try:
-        config = checked(composed)
+        config = check_job(composed)
     except ValueError:
         discard_if_untouched(folder)
         raise
-    from finetune.run.context import RunContext
-    from finetune.run.resources import shared_resources
-    from finetune.run.run import run_steps
-    from finetune.tracking.tracker import Label
-
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
         label = Label(name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial")
-    return run_steps(config, RunFolder(folder), RunContext(resources=shared_resources, label=label, **beside))
+    run_context = RunContext(resources=shared_resources, label=label, **context)
+    return run_steps(config, RunFolder(folder), run_context)
+
+
+def _refuse_secrets_in_storage() -> None:
+    """Refuse a password in the sweeper's address: Hydra writes its whole config to files."""
+    sweeper = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=False)
+    storage = sweeper.get("storage") if isinstance(sweeper, dict) else None
+    refuse_secrets_in(f"hydra.sweeper.storage={storage}")

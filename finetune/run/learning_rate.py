@@ -1,7 +1,7 @@
-"""The learning rate of a run that gives none: the one that suits its base.
+"""The learning rate that suits the base, for runs that give none.
 
-`optimizer.learning_rate=null` takes `model.learning_rate`, which a model's YAML gives for its own base, and for every
-other base a rule of its width. Nothing here loads torch.
+`optimizer.learning_rate=null` means `model.learning_rate`, which a model's YAML has for its own
+base. Every other base gets a rate by its hidden size. No torch is imported.
 """
 
 import dataclasses
@@ -31,12 +31,14 @@ WIDTH_NAMES = ("hidden_size", "n_embd", "d_model")
 
 
 def rate_of_width(hidden_size: int) -> float:
-    """The LoRA learning rate that suits a base of this hidden size: 4e-4 * sqrt(4096 / hidden_size), 1e-3 at most.
+    """Return the LoRA rate for a hidden size: 4e-4 * sqrt(4096 / hidden_size), at most 1e-3.
 
-    A power law fitted by least squares of logarithms to the best rates of 35 models of hidden size 2048 to 8192,
-    as published in tinker-cookbook (Thinking Machines, recipes/chat_sl/results/sft_sweep.md: LoRA of ranks 1 to 128,
-    tulu3, batches of 128; rates 4e-5, 1e-4, 3e-4, 1e-3 and 3e-3). The fit has the exponent -0.50 and 4.0e-4 at 4096.
-    26 of the 35 lie within a factor of 1.8 of it. Below 2048 it is extrapolated; no model was best above 1e-3.
+    A power law, fitted by least squares of logarithms to the best rates of 35 models with hidden
+    sizes from 2048 to 8192, as published in tinker-cookbook (Thinking Machines,
+    recipes/chat_sl/results/sft_sweep.md: LoRA of ranks 1 to 128, tulu3, batches of 128; rates
+    4e-5, 1e-4, 3e-4, 1e-3 and 3e-3). The fit has the exponent -0.50 and 4.0e-4 at 4096; 26 of the
+    35 rates lie within a factor of 1.8 of it. Below 2048 it is extrapolated. No model was best
+    above 1e-3.
 
     Args:
         hidden_size: The width of the base's layers; of a base with several parts, its text part's.
@@ -48,7 +50,7 @@ def rate_of_width(hidden_size: int) -> float:
 
 
 def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> RunConfig:
-    """The run with `optimizer.learning_rate` as a number; a number that the config has already stays.
+    """Return the config with `optimizer.learning_rate` as a number; a number stays as it is.
 
     The base's config is read only where neither the user nor the model's YAML gives a rate.
 
@@ -64,7 +66,9 @@ def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> Ru
         rate = rate_of_width(width)
         reason = f"by hidden size {width}"
     log.info("optimizer.learning_rate=%s (%s)", rate, reason)
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate)
+    )
 
 
 def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:
@@ -76,13 +80,23 @@ def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise refusal("model.name_or_path", name, f"its config.json can't be read: {reason}") from error
-    sections = [section for key in ("text_config", "llm_config") if isinstance(section := values.get(key), Mapping)]
+        raise refusal(
+            "model.name_or_path", name, f"its config.json can't be read: {reason}"
+        ) from error
+    sections = [
+        section
+        for key in ("text_config", "llm_config")
+        if isinstance(section := values.get(key), Mapping)
+    ]
     for section in (*sections, values):
         for key in WIDTH_NAMES:
             if isinstance(section.get(key), int):
                 return int(section[key])
-    raise refusal("optimizer.learning_rate", None, f"the config.json of {name} has no hidden_size; give a number")
+    raise refusal(
+        "optimizer.learning_rate",
+        None,
+        f"the config.json of {name} has no hidden_size; give a number",
+    )
 
 
 def _fetch_config(source: "BaseSource") -> Path:

@@ -1,4 +1,4 @@
-"""A run that has ended, loaded from its folder: its config, and its adapter on its base."""
+"""A run that has ended, loaded from its folder: its config, its base, its adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's base, ready to generate and to be measured, and then its adapter on it."""
+    """A finished run whose base is loaded."""
 
     config: RunConfig
     folder: RunFolder
@@ -26,7 +26,7 @@ class TrainedRun:
     base: "PreTrainedModel"
 
     def with_adapter(self) -> "PeftModel":
-        """The adapter on the base. The base itself is measured before: some adapters change it for good."""
+        """Put the adapter on the base. Some adapters change the base for good: use it before."""
         from peft import PeftModel
 
         model: PeftModel = PeftModel.from_pretrained(self.base, self.folder.adapter)
@@ -35,20 +35,31 @@ class TrainedRun:
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
-    """The config that a run folder was trained with. Raises ConfigError where the folder holds no run."""
-    known = read_json(RunFolder(folder).identity)
-    if known is None:
+    """Read the config that a run was trained with.
+
+    Raises:
+        ConfigError: The folder holds no run.
+    """
+    identity = read_json(RunFolder(folder).identity)
+    if identity is None:
         raise ConfigError(f"{folder}: is no run folder: it has no run.json")
-    return RunConfig.from_dict(known["config"])
+    return RunConfig.from_dict(identity["config"])
 
 
 def load_run(folder: str | Path) -> TrainedRun:
-    """A run's base. Raises ConfigError where the folder holds no run, or one without an adapter yet."""
-    config, run = read_run_config(folder), RunFolder(folder)
+    """Load the base and the tokenizer of a run.
+
+    Raises:
+        ConfigError: The folder holds no run, or one without an adapter yet.
+    """
+    config = read_run_config(folder)
+    run = RunFolder(folder)
     if not (run.adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder}: the run has no adapter yet; python -m finetune resume={folder} goes on with it")
+        command = f"python -m finetune resume={folder}"
+        raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
     quiet_libraries()
     from finetune.model.loading import load_base, load_tokenizer
 
     source = find_base(config.model)
-    return TrainedRun(config, run, load_tokenizer(source, config.model), load_base(source, config))
+    tokenizer = load_tokenizer(source, config.model)
+    return TrainedRun(config, run, tokenizer, load_base(source, config))

@@ -1,17 +1,28 @@
-"""What runs in one process share: rows, tokens, tokenizer and the frozen base, each made when first asked for."""
+"""What the runs of one process share: rows, tokens, tokenizer and the loaded base.
+
+Each is created when a run first needs it, and kept while the following runs need the same: the next
+trial of a study neither reads nor loads anything.
+"""
 
 import atexit
 import contextlib
 import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from finetune.config.schema import DatasetSettings, ModelSettings, RunConfig, leaves_base_as_it_was
+from finetune.config.schema import (
+    DatasetSettings,
+    ModelSettings,
+    RunConfig,
+    leaves_base_as_it_was,
+)
 from finetune.data.rows import load_rows
 from finetune.data.types import Row, Rows
+from finetune.files.run_folder import Metrics
 from finetune.model.source import BaseSource, find_base
+from finetune.run.cached import Cached
+from finetune.run.shared_computation import SharedComputation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,116 +32,143 @@ if TYPE_CHECKING:
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.slot import Slot
 
+atexit.register(
+    gc.unfreeze
+)  # a loaded base is frozen; at exit it is collected like everything else
 
-T = TypeVar("T")
-
-
-atexit.register(gc.unfreeze)  # what `bank` freezes: at the end too all is let go
+ADAPTER_THREAD = ThreadPoolExecutor(1)
+"""Draws the adapter of the next run while others train: of a 7B base it takes half a second."""
 
 
 class SharedResources:
-    """Keeps one of each kind, as long as runs ask for the same: the next trial neither reads nor loads anything."""
+    """One value of each kind, for all runs that get the same `SharedResources`."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[object, Any]] = {}
-
-    def keep(self, kind: str, key: object, make: Callable[[], T]) -> T:
-        """The thing of a kind that was made for this key, or a new one; one made for another key is let go first."""
-        if kind not in self._kept or self._kept[kind][0] != key:
-            self.drop(kind)
-            self.put(kind, key, make())
-        kept: T = self._kept[kind][1]
-        return kept
-
-    def known(self, kind: str, key: object) -> Any:
-        """The thing of a kind that was made for this key, None if there is none."""
-        kept = self._kept.get(kind)
-        return kept[1] if kept is not None and kept[0] == key else None
-
-    def put(self, kind: str, key: object, thing: object) -> None:
-        """Keep a thing of a kind that was made for this key, in place of any other."""
-        self._kept[kind] = (key, thing)
-
-    def drop(self, kind: str) -> None:
-        """Let go of what is kept of a kind, and give its memory back."""
-        if self._kept.pop(kind, None) is not None and "torch" in sys.modules:
-            from finetune.model.memory import free_memory
-
-            free_memory()
+        self._rows: Cached[DatasetSettings, Rows] = Cached()
+        self._source: Cached[ModelSettings, BaseSource] = Cached()
+        self._tokenizer: Cached[ModelSettings, PreTrainedTokenizerBase] = Cached()
+        self._tokens: dict[str, Cached[object, Dataset]] = {
+            part: Cached() for part in ("train", "eval", "test")
+        }
+        self._bank: Cached[object, Bank] = Cached()
+        self._base_answers: Cached[object, list[str]] = Cached()
+        self._base_metrics: Cached[object, SharedComputation[Metrics]] = Cached(frees_memory=False)
+        self._checked_targets: Cached[object, bool] = Cached(frees_memory=False)
 
     def rows(self, settings: DatasetSettings) -> Rows:
-        """The data set, read and split."""
-        return self.keep("rows", settings, lambda: load_rows(settings))
+        """Return the data set, read and split."""
+        return self._rows.get(settings, lambda: load_rows(settings))
 
     def source(self, settings: ModelSettings) -> BaseSource:
-        """Where the base is, and its hash."""
-        return self.keep("source", settings, lambda: find_base(settings))
+        """Return where the base is loaded from, and its hash."""
+        return self._source.get(settings, lambda: find_base(settings))
 
     def tokenizer(self, settings: ModelSettings) -> "PreTrainedTokenizerBase":
-        """The base's tokenizer."""
+        """Return the base's tokenizer."""
         from finetune.model.loading import load_tokenizer
 
-        return self.keep("tokenizer", settings, lambda: load_tokenizer(self.source(settings), settings))
+        return self._tokenizer.get(
+            settings, lambda: load_tokenizer(self.source(settings), settings)
+        )
 
     def tokens(self, part: str, rows: list[Row], config: RunConfig) -> "Dataset":
-        """The rows of a part (train, eval, test), tokenised."""
+        """Return the tokenised rows of a part.
+
+        Args:
+            part: train, eval or test.
+            rows: The rows of that part of `config.dataset`.
+            config: Names the data set and the tokenizer.
+        """
         from finetune.data.tokens import tokenize
 
         key = (config.model, config.dataset)
-        return self.keep(
-            f"{part} tokens", key, lambda: tokenize(part, rows, self.tokenizer(config.model), config.dataset)
+        return self._tokens[part].get(
+            key, lambda: tokenize(part, rows, self.tokenizer(config.model), config.dataset)
         )
 
+    def check_targets(self, config: RunConfig) -> None:
+        """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""
+        from finetune.model.adapter import check_targets
+
+        def check() -> bool:
+            check_targets(self.source(config.model), config.model, config.lora)
+            return True
+
+        self._checked_targets.get((config.model, config.lora.target_modules), check)
+
+    def base_answers(
+        self, config: RunConfig, prompts: Sequence[str], generate: Callable[[], list[str]]
+    ) -> list[str]:
+        """Return the base's answers to prompts, generated by the first run that asks."""
+        bounds = (config.sample_max_new_tokens, config.sample_max_length)
+        key = (config.model, config.quantization, tuple(prompts), *bounds)
+        return self._base_answers.get(key, generate)
+
+    def base_metrics(self, config: RunConfig, engine: str) -> SharedComputation[Metrics]:
+        """Return the base's metrics on the held-out rows, which the first run computes."""
+        batch_size = config.trainer.per_device_eval_batch_size
+        key = (config.model, config.quantization, config.dataset, batch_size, engine)
+        return self._base_metrics.get(key, SharedComputation)
+
     def bank(self, config: RunConfig) -> "Bank":
-        """The base, quantised and frozen, for runs to put their adapters on."""
+        """Return the base, quantised and frozen, with the slots that runs train in."""
+        return self._bank.get(base_key(config), lambda: self._load_bank(config))
+
+    def loaded_bank(self) -> "Bank | None":
+        """Return the bank if a base is loaded."""
+        entry = self._bank.peek()
+        return None if entry is None else entry[1]
+
+    def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
         from finetune.model.loading import load_base
         from finetune.model.memory import free_memory
         from finetune.model.quantization import keep_dequantized
 
-        def load() -> Bank:
-            if gc.get_freeze_count():
-                free_memory()  # another's base may be frozen still
-            base = load_base(self.source(config.model), config)
-            keep_dequantized(base, config)
-            bank = Bank(base, config)
-            free_memory()
-            gc.freeze()  # what there is stays: at the end of each run the garbage collector need not go through it
-            return bank
-
-        return self.keep("bank", base_key(config), load)
+        if gc.get_freeze_count():
+            free_memory()  # the base of another owner may be frozen still
+        base = load_base(self.source(config.model), config)
+        keep_dequantized(base, config)
+        bank = Bank(base, config)
+        free_memory()
+        gc.freeze()  # the garbage collector need not visit the base at the end of each run
+        return bank
 
     def has_room(self, config: RunConfig, engine: str) -> bool:
-        """Whether a run can begin beside those that train: on the same base, in a slot of its own."""
-        bank: Bank | None = self._kept["bank"][1] if "bank" in self._kept else None
-        return (
-            bank is None
-            or not bank.slots_in_use
-            or (engine == "packed" and self.known("bank", base_key(config)) is bank)
-        )
+        """Whether a run can begin now: no run trains, or all train in slots of the same base."""
+        entry = self._bank.peek()
+        if entry is None:
+            return True
+        loaded_key, bank = entry
+        if not bank.slots_in_use:
+            return True
+        return engine == "packed" and loaded_key == base_key(config)
 
     @contextlib.contextmanager
     def slot(self, config: RunConfig) -> "Iterator[Callable[[], Slot]]":
-        """A place on the base, beside other runs'; called, it gives the slot, with a fresh adapter of the run's own.
+        """Reserve a slot on the bank; yields a function that returns it with a fresh adapter.
 
-        Of a large base that takes half a second to draw: whoever waits with the call lets others train meanwhile.
+        The adapter is drawn by another thread: a run that calls the function one step later lets
+        the others train meanwhile.
         """
         from finetune.model.memory import collect_garbage
 
-        bank, lora, seed = self.bank(config), config.lora, config.seed
-        model = _BESIDE.submit(bank.draw_adapter, lora, seed)
+        bank = self.bank(config)
+        lora = config.lora
+        seed = config.seed
+        adapter = ADAPTER_THREAD.submit(bank.draw_adapter, lora, seed)
         bank.slots_in_use += 1
         try:
-            yield lambda: bank.create_slot(lora, seed, model.result())  # noqa: F821  deleted once nobody calls any more
+            yield lambda: bank.create_slot(lora, seed, adapter.result())  # noqa: F821  both exist then
         finally:
             bank.slots_in_use -= 1
-            model.cancel()
-            del model, bank
-            collect_garbage()  # the GPU's memory stays at hand for the next slot
+            adapter.cancel()
+            del adapter, bank
+            collect_garbage()  # the GPU's memory stays reserved for the next slot
 
     @contextlib.contextmanager
     def model(self, config: RunConfig) -> "Iterator[PeftModel]":
-        """The base for this run alone, with a fresh adapter; afterwards it is as it was, for the next run."""
+        """Lend the base to one run, with a fresh adapter; afterwards it is as it was."""
         from finetune.model.adapter import add_adapter
         from finetune.model.memory import free_memory
 
@@ -146,19 +184,16 @@ class SharedResources:
                 if forward is not None:
                     base.forward = forward
             else:
-                self.drop("bank")
+                self._bank.drop()
             del model, base
             free_memory()
 
 
-_BESIDE = ThreadPoolExecutor(1)
-"""Draws adapters while runs train."""
-
-
 shared_resources = SharedResources()
-"""What all runs of this process share, where they are told of no other."""
+"""The resources of all runs of this process that are started by Hydra."""
 
 
 def base_key(config: RunConfig) -> object:
-    """What a loaded base depends on; further arguments of the trainer may patch it in place."""
-    return (config.model, config.quantization, config.trainer.gradient_checkpointing is True, config.trainer.extra)
+    """Return what a loaded base depends on; `trainer.extra` may make TRL patch it in place."""
+    checkpointing = config.trainer.gradient_checkpointing is True
+    return (config.model, config.quantization, checkpointing, config.trainer.extra)

@@ -13,40 +13,51 @@ from finetune.model.source import BaseSource
 from finetune.run.context import RunContext
 
 Objective = float | tuple[float, ...] | None
-"""What a run is judged by: one value, one for each of several objectives, or None without held-out rows."""
+"""What a run returns: its objective, one value for each of several objectives, or None without
+held-out rows."""
+
+
+def objective_of(config: RunConfig, metrics: Metrics) -> Objective:
+    """Return the objective of a run from its final metrics."""
+    values = tuple(metrics[name] for name in config.objectives)
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else values
 
 
 @dataclass
 class Result:
-    """What `result.json` holds; filled in as the run goes on."""
+    """The result so far: a run records what it knows, and writes it however the run ends."""
 
     config: RunConfig
-    part: RunContext
-    engine: str | None = None
+    context: RunContext
     status: str = "running"
+    """running, completed, pruned, interrupted or failed."""
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
-    progress: Progress | None = None
-    base: BaseSource | None = None
+    """What ended a failed or interrupted run, in one line."""
     rows: Rows | None = None
+    base: BaseSource | None = None
+    engine: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
-    """Rows without an answer's token within `max_length`, by part."""
+    """Rows without an answer's token within `dataset.max_length`, by part."""
+    progress: Progress | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the file has it."""
-        seconds = self.progress.train_seconds if self.progress else 0.0
-        tokens = self.progress.train_tokens if self.progress else 0
-        objectives = [{"name": name, "value": self.metrics.get(name)} for name in self.config.objectives]
+        """Return the content of `result.json`."""
+        progress = self.progress or Progress()
+        seconds = progress.train_seconds
+        tokens = progress.train_tokens
         return {
             "status": self.status,
-            "objective": objectives[0] if len(objectives) == 1 else objectives or None,
+            "objective": self._objectives(),
             "metrics": self.metrics,
             "error": self.error,
-            "step": self.progress.step if self.progress else 0,
+            "step": progress.step,
             "seed": self.config.seed,
             "engine": self.engine,
-            "slots": self.part.slots,
-            "companions": sorted(self.part.packed_with),
+            "slots": self.context.slots,
+            "companions": sorted(self.context.packed_with),
             "learning_rate": self.config.optimizer.learning_rate,
             "effective_batch_size": self.config.trainer.effective_batch_size,
             "train_tokens": tokens,
@@ -59,3 +70,12 @@ class Result:
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
             "rows": {**self.rows.counts, "left_out": self.left_out} if self.rows else None,
         }
+
+    def _objectives(self) -> object:
+        """One objective as a mapping, several as a list of mappings, none as None."""
+        objectives = [
+            {"name": name, "value": self.metrics.get(name)} for name in self.config.objectives
+        ]
+        if len(objectives) == 1:
+            return objectives[0]
+        return objectives or None

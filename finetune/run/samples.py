@@ -1,8 +1,10 @@
-"""The same prompts answered before and after training, so that a reader sees what was learnt."""
+"""Sample prompts: answered before and after training, so that a reader sees what was learnt."""
 
 import contextlib
 import logging
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig, starts_as_base
@@ -13,27 +15,30 @@ from finetune.engine.generation import generate_answers
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.model.memory import free_memory
 from finetune.run.resources import SharedResources
 from finetune.tracking.tracker import Sample, Tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
-
     from transformers import PreTrainedModel
-
 
 log = logging.getLogger(__name__)
 
-
 HELD_OUT_PROMPTS = 2
-"""How many held-out questions are asked where the config names no prompts."""
+"""Number of held-out questions that are asked where the config names no prompts."""
 
 
 class Samples:
-    """A run's `samples.json`: a list of `prompt`, `before` and `after`.
+    """The content of `samples.json`: a list of `prompt`, `before` and `after`.
 
-    A run never fails by its samples: an answer that could not be generated is left out of its row.
+    Samples never fail a run: an answer that could not be generated is left out of its row.
+
+    Args:
+        config: The run's config.
+        folder: The run folder.
+        rows: Rows to take questions from.
+        generation_model: Returns a context manager that gives the model as the adapter makes it.
+        resources: Share the tokenizer and the base's answers.
     """
 
     def __init__(
@@ -44,43 +49,42 @@ class Samples:
         generation_model: "Callable[[], AbstractContextManager[PreTrainedModel]]",
         resources: SharedResources,
     ) -> None:
-        self._config, self._file, self._generation_model, self._supplies = (
-            config,
-            folder.samples,
-            generation_model,
-            resources,
-        )
-        questions = [first_question(row) for row in rows.evaluation or rows.train]
-        held_out = [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
-        self._prompts = held_out if config.sample_prompts is None else config.sample_prompts
+        self._config = config
+        self._file = folder.samples
+        self._generation_model = generation_model
+        self._resources = resources
+        self._prompts = _choose_prompts(config, rows)
 
     def before(self) -> None:
-        """Ask the fresh adapter, which answers as its base; a resumed run has asked already."""
-        if self._prompts and not self._file.exists():
-            config = self._config
-            bounds = (config.sample_max_new_tokens, config.sample_max_length)
-            key = (config.model, config.quantization, self._prompts, *bounds)
-            rows: list[Sample] = [{"prompt": prompt} for prompt in self._prompts]
-            with surviving_samples("before training"):
-                shared = starts_as_base(config.lora)
-                answers = self._supplies.keep("base's answers", key, self._answers) if shared else self._answers()
-                for row, text in zip(rows, answers, strict=True):
-                    row["before"] = text
-            write_json(self._file, rows)
+        """Ask the fresh adapter. A resumed run has asked already."""
+        if not self._prompts or self._file.exists():
+            return
+        samples: list[Sample] = [{"prompt": prompt} for prompt in self._prompts]
+        with survive_samples("before training"):
+            for sample, answer in zip(samples, self._answers_before(), strict=True):
+                sample["before"] = answer
+        write_json(self._file, samples)
 
     def after(self, tracker: Tracker, step: int) -> None:
-        """Ask the trained adapter, and show both answers."""
-        rows: list[Sample] = read_json(self._file) or []
-        if rows:
-            with surviving_samples("after training"):
-                for row, text in zip(rows, self._answers(), strict=True):
-                    row["after"] = text
-            write_json(self._file, rows)
-            tracker.log_samples(step, rows)
+        """Ask the trained adapter, and show both answers on the tracker."""
+        samples: list[Sample] = read_json(self._file) or []
+        if not samples:
+            return
+        with survive_samples("after training"):
+            for sample, answer in zip(samples, self._answers(), strict=True):
+                sample["after"] = answer
+        write_json(self._file, samples)
+        tracker.log_samples(step, samples)
+
+    def _answers_before(self) -> list[str]:
+        """Answers of the fresh adapter; where it equals the base, all runs share them."""
+        if not starts_as_base(self._config.lora):
+            return self._answers()
+        return self._resources.base_answers(self._config, self._prompts, self._answers)
 
     def _answers(self) -> list[str]:
         config = self._config
-        tokenizer = self._supplies.tokenizer(config.model)
+        tokenizer = self._resources.tokenizer(config.model)
         with self._generation_model() as model:
             return generate_answers(
                 model,
@@ -92,11 +96,20 @@ class Samples:
             )
 
 
-@contextlib.contextmanager
-def surviving_samples(when: str) -> "Iterator[None]":
-    """Turn an error into one line: samples are only shown, and the run is worth more than they are.
+def _choose_prompts(config: RunConfig, rows: Rows) -> list[str]:
+    """The config's prompts, or the first held-out questions."""
+    if config.sample_prompts is not None:
+        return config.sample_prompts
+    questions = (first_question(row) for row in rows.evaluation or rows.train)
+    return [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
 
-    An interruption passes.
+
+@contextlib.contextmanager
+def survive_samples(when: str) -> Iterator[None]:
+    """Turn an error of the samples into a warning: they are only shown. Interruptions are raised.
+
+    Args:
+        when: "before training" or "after training", for the warning.
     """
     try:
         yield
@@ -104,9 +117,8 @@ def surviving_samples(when: str) -> "Iterator[None]":
     except Interrupted:
         raise
     except Exception as error:
-        log.warning("the sample prompts are not answered %s: %s: %s", when, type(error).__name__, summary_line(error))
+        reason = f"{type(error).__name__}: {summary_line(error)}"
+        log.warning("the sample prompts are not answered %s: %s", when, reason)
         note_traceback(error)
-        traceback.clear_frames(error.__traceback__)  # they hold what did not fit
-    from finetune.model.memory import free_memory
-
+        traceback.clear_frames(error.__traceback__)  # they hold the memory that was too small
     free_memory()

@@ -110,7 +110,7 @@ def _test(
 ) -> dict[str, Any] | None:
     """The test losses of the winner and of the baseline; None without test rows. What was measured is not again."""
     log.info("the last word: the winner and the baseline on the test rows")
-    of_winner = evaluate_finished_run(source.path, resources, ask=True)
+    of_winner = evaluate_finished_run(source.path, resources, answer_prompts=True)
     if of_winner is None or not math.isfinite(of_winner.loss):
         return None
     found: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
@@ -119,7 +119,7 @@ def _test(
         if not folder.adapter.is_dir() and not read_test_evaluation(folder):
             log.warning("trial %d, the baseline, is not measured: its adapter is gone", baseline.number)
             return found
-        of_baseline = evaluate_finished_run(folder.path, resources, ask=False)
+        of_baseline = evaluate_finished_run(folder.path, resources, answer_prompts=False)
         if of_baseline is None or not math.isfinite(of_baseline.loss):
             return found
         result = compare([of_winner], [of_baseline])

@@ -12,12 +12,12 @@ COMMANDS = [
     Case(
         "generate-no-adapter",
         "generate run --prompt Hi",
-        "run: the run has no adapter yet; python -m finetune resume=run goes on with it",
+        "run: the run has no adapter yet; python -m finetune resume=run resumes it",
     ),
     Case(
         "merge-no-adapter",
         "merge run --to new",
-        "run: the run has no adapter yet; python -m finetune resume=run goes on with it",
+        "run: the run has no adapter yet; python -m finetune resume=run resumes it",
     ),
     Case("evaluate-no-data", "evaluate run --data no.jsonl", f"--data=no.jsonl: no such file or folder; {ANY_FILE}"),
     Case("generate-flag", "generate run --prompt Hi --frobnicate", "unrecognized arguments: --frobnicate; see --help"),

@@ -138,7 +138,7 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that they share it. Two jobs have no rows, which they say themselves."""
-    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources = SharedResources()
     kept, saved, small = (
         plan_memory(tiny(*MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"), resources).peak()
@@ -164,11 +164,11 @@ finetune.model.memory.available_memory = lambda: {int(memory)}
 def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources, wide = SharedResources(), f"model.name_or_path={wide_base(tiny_base, tmp_path)}"
     kept, saved = (tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}") for saves in ("false", "true"))
     between = sum(plan_memory(config, resources).peak() for config in (kept, saved)) / 2 / USABLE
-    monkeypatch.setattr("finetune.model.memory.available_memory", lambda: int(between))
+    monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
     large, small = (*MULTIRUN, wide), (*MULTIRUN, wide, f"{BATCH}=1")
     for jobs, wanted in (
         ((large, MULTIRUN), [base_key(saved)]),

@@ -74,7 +74,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is False
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
-    monkeypatch.setattr("finetune.model.memory.available_memory", lambda: int(between))
+    monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
     with caplog.at_level("INFO"):
         run(config, tmp_path, RunContext(resources=resources, interactive=False))
 
@@ -99,7 +99,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from finetune.engine.packed.gpu import attention, kernels, lowrank
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
-    from finetune.run.memory_plan import _activation_elements, _ends
+    from finetune.run.memory_costs import activation_elements, adapted_layers
 
     for module in (attention, kernels, lowrank):
         monkeypatch.setattr(module, "launch", lambda *_: None)
@@ -114,13 +114,13 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
     bank = Bank(base, config)
     places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
-    elements = _activation_elements(base.config, config, _ends(places[0].model), slots)
+    elements = activation_elements(base.config, config, adapted_layers(places[0].model), slots)
     ids = torch.randint(0, 300, (8, 300)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
     work = {
         elements.training: lambda: bank.forward_backward([ForwardBackward(*part, 0.1, 1) for part in parts]),
-        elements.measuring: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
+        elements.evaluating: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
     }
     for planned, run_it in work.items():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -12,7 +12,7 @@ import pytest
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer
 from finetune.run.context import RunContext
-from finetune.run.resources import SharedResources, base_key
+from finetune.run.resources import SharedResources
 from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
@@ -172,7 +172,7 @@ def test_a_base_that_a_run_has_changed_is_let_go(lora: str, stays: bool, tiny: T
     resources = SharedResources()
     config = tiny(*FEW, NONE, "trainer.engine=auto", lora)
     run(config, tmp_path, RunContext(resources=resources, interactive=False))
-    assert (resources.known("bank", base_key(config)) is not None) is stays
+    assert (resources.loaded_bank() is not None) is stays
 
 
 def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:

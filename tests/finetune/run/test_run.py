@@ -360,7 +360,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
     resumed = station.run(f"resume={tmp_path / 'killed'}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step" in resumed.stderr
+    assert "resuming after step" in resumed.stderr
     assert adapter_of(tmp_path / "killed") == adapter_of(tmp_path / "whole")
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
 

@@ -123,7 +123,7 @@ def test_a_winners_failing_samples_leave_its_test_loss(
     run(tiny(*DEBUG), tmp_path, RunContext(resources=resources, interactive=False, evaluate_test_rows=measured))
     failing(monkeypatch, RuntimeError("no room"), calls)
 
-    evaluation = evaluate_finished_run(tmp_path, resources, ask=True)
+    evaluation = evaluate_finished_run(tmp_path, resources, answer_prompts=True)
 
     assert evaluation is not None
     assert content(tmp_path / "result.json")["metrics"]["test/loss"] == evaluation.loss
@@ -143,7 +143,7 @@ def test_a_base_that_has_no_room_for_samples_alone_leaves_a_winners_test_loss(
 
     monkeypatch.setattr("finetune.model.loading.load_base", no_room)
 
-    assert evaluate_finished_run(tmp_path, SharedResources(), ask=True) is not None
+    assert evaluate_finished_run(tmp_path, SharedResources(), answer_prompts=True) is not None
     assert warnings_of(caplog) == ["the sample prompts are not answered after training: MemoryError: no room"]
 
 

@@ -34,7 +34,7 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     step = result_of(tmp_path, 0)["step"]
     ended = station.run(*study, *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert f"going on from step {step}" in read(folder_of(tmp_path) / "trials/0/train.log")
+    assert f"resuming after step {step}" in read(folder_of(tmp_path) / "trials/0/train.log")
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     ended = station.run(*study, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     for trial, step in zip(begun, steps, strict=True):
-        assert f"going on from step {step}" in read(trial / "train.log")
+        assert f"resuming after step {step}" in read(trial / "train.log")
     assert [trial.number for trial in trials_of(tmp_path, *FINISHED)] == [0, 1, 2, 3]
     assert not trials_of(tmp_path, TrialState.FAIL)
 

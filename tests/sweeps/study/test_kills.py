@@ -113,7 +113,7 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
     ended = station.run(*study, *more, cwd=killed)
     assert ended.returncode == 0, ended.stderr
     assert "2 of 3 trials to go" in ended.stderr
-    assert "going on from step" in (adopted / "train.log").read_text().removeprefix(log)
+    assert "resuming after step" in (adopted / "train.log").read_text().removeprefix(log)
     assert [told(trial) for trial in trials_of(killed)] == [told(trial) for trial in trials_of(whole)]
     for number in range(3):
         one, other = (folder_of(place) / "trials" / str(number) for place in (killed, whole))
@@ -141,7 +141,7 @@ def test_a_killed_pack_is_the_pack_that_was_not(station: Station, tiny_base: Pat
     assert ended.returncode == 0, ended.stderr
     assert "4 of 4 trials to go" in ended.stderr
     for trial in begun:
-        assert (trial / "train.log").read_text().count("going on from step") == 1
+        assert (trial / "train.log").read_text().count("resuming after step") == 1
     assert [trial.number for trial in trials_of(killed, TrialState.COMPLETE)] == [0, 1, 2, 3]
     for one, other in zip(trials_of(killed), trials_of(whole), strict=True):
         assert one.params == other.params

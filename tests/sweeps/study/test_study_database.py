@@ -177,7 +177,7 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
 
     ended = station.run(*arguments, cwd=lost, before=with_address(database))
     assert ended.returncode == 0, ended.stderr
-    assert "going on from step" in (lost / "outputs/sweeps/lost/trials/0/train.log").read_text()
+    assert "resuming after step" in (lost / "outputs/sweeps/lost/trials/0/train.log").read_text()
     assert len(study_of(lost, "lost", monkeypatch, database).trials(*FINISHED)) == 4
 
 
@@ -190,7 +190,7 @@ def test_a_killed_study_on_sqlite_goes_on(station: Station, tiny_base: Path, tmp
     ended = station.run(*arguments, cwd=tmp_path)
 
     assert ended.returncode == 0, ended.stderr
-    assert "going on from step" in (tmp_path / "outputs/sweeps/s/trials/0/train.log").read_text()
+    assert "resuming after step" in (tmp_path / "outputs/sweeps/s/trials/0/train.log").read_text()
     results = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/sweeps/s/trials/*/result.json")]
     assert [result["status"] for result in results] == ["completed"] * 3
 
@@ -258,7 +258,7 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
     again = station.run(*arguments, cwd=tmp_path, before=with_address(server.address))
     assert again.returncode == 0, again.stderr
     for number in range(slots):
-        assert "going on from step" in (folder / f"trials/{number}/train.log").read_text()
+        assert "resuming after step" in (folder / f"trials/{number}/train.log").read_text()
     assert [trial.number for trial in study.trials(TrialState.COMPLETE)] == [0, 1, 2]
 
 

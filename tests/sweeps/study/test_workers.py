@@ -97,7 +97,7 @@ def require_clean_end(cwd: Path, study: list[str], station: Station) -> None:
     ended = station.run(*study, "hydra.sweeper.n_jobs=1", cwd=cwd)
     assert ended.returncode == 0, ended.stderr
     for trial, step in enumerate(steps):
-        assert f"going on from step {step}" in read(folder_of(cwd) / "trials" / str(trial) / "train.log")
+        assert f"resuming after step {step}" in read(folder_of(cwd) / "trials" / str(trial) / "train.log")
     assert len(trials_of(cwd, TrialState.COMPLETE)) == 3
 
 

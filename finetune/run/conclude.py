@@ -1,0 +1,72 @@
+"""The third stage of a run: final metrics, test rows, sample prompts, upload."""
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from finetune.config.schema import RunConfig
+from finetune.console import summary_line
+from finetune.engine.checkpoint import Progress
+from finetune.engine.steps import RunSteps
+from finetune.files.atomic import write_json
+from finetune.files.run_folder import Metrics, RunFolder
+from finetune.run.context import RunContext
+from finetune.run.prepare import Prepared
+from finetune.run.train import Training, sample_prompts
+from finetune.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+log = logging.getLogger(__name__)
+
+
+def conclude(
+    prepared: Prepared,
+    training: Training,
+    progress: Progress,
+    folder: RunFolder,
+    tracker: Tracker,
+    context: RunContext,
+) -> RunSteps[Metrics]:
+    """Evaluate the test rows, answer the sample prompts, and upload the adapter if wanted.
+
+    A pruned run only counts its adapter's weights.
+
+    Returns:
+        The metrics that no evaluation during training has: `adapter/parameters`, `test/…`.
+    """
+    weights = (weight for weight in training.model.parameters() if weight.requires_grad)
+    metrics: Metrics = {"adapter/parameters": sum(weight.numel() for weight in weights)}
+    if progress.stop == "pruned":
+        return metrics
+    if context.evaluate_test_rows and prepared.test:
+        metrics |= yield from evaluate_test_rows(prepared, training, folder)
+    if context.interactive:
+        sample_prompts(prepared, training, folder, context).after(tracker, progress.step)
+        _push(prepared.config, training.model)
+    return metrics
+
+
+def evaluate_test_rows(
+    prepared: Prepared, training: Training, folder: RunFolder
+) -> RunSteps[Metrics]:
+    """Evaluate the adapter on the test rows, and write each row's loss to `test_rows.json`.
+
+    The same for a run of a study, once every choice is made, is `final_evaluation`.
+    """
+    evaluation = yield from training.evaluate(prepared.test)
+    write_json(folder.test_rows, dataclasses.asdict(evaluation))
+    return evaluation.metrics("test")
+
+
+def _push(config: RunConfig, model: "PeftModel") -> None:
+    """Upload the adapter to the hub if `hub.push` is set; a failure is one warning."""
+    if not config.hub.push:
+        return
+    name = config.hub.model_id or config.name
+    try:
+        model.push_to_hub(name, private=config.hub.private)
+    except Exception as error:
+        reason = summary_line(error)
+        log.warning("hub.push=true: not pushed (%s); the adapter is in the run folder", reason)

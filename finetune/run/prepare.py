@@ -1,0 +1,69 @@
+"""The first stage of a run: everything that is checked and computed before the base is loaded."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune.config.schema import RunConfig
+from finetune.data.tokens import left_out_count
+from finetune.data.types import Rows
+from finetune.engine.schedule import total_steps
+from finetune.engine.selection import choose_engine
+from finetune.model.adapter import lora_config
+from finetune.run.context import RunContext
+from finetune.run.memory_plan import resolve_checkpointing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains with, and what it trains and is evaluated on."""
+
+    config: RunConfig
+    """The config with every `auto` decided."""
+    engine: str
+    """packed or trl."""
+    rows: Rows
+    tokenizer: "PreTrainedTokenizerBase"
+    train: "Dataset"
+    """Tokenised training rows: `input_ids` and `labels`."""
+    held_out: "Dataset"
+    """Tokenised rows for the evaluations during training; may be empty."""
+    test: "Dataset"
+    """Tokenised test rows; may be empty."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rows without an answer's token within `dataset.max_length`, by part."""
+        parts = {"train": self.train, "eval": self.held_out, "test": self.test}
+        return {name: left_out_count(tokens) for name, tokens in parts.items()}
+
+
+def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
+    """Tokenise the rows, choose the engine, and check all that needs no weights of the base.
+
+    Args:
+        config: The run's config, its learning rate a number.
+        rows: The rows of `config.dataset`.
+        context: Shares tokenizer and tokens with other runs.
+
+    Raises:
+        ConfigError: A target module does not exist, an argument of LoRA is unknown, the engine that
+            was asked for does not support the config, or no row has an answer within `max_length`.
+    """
+    resources = context.resources
+    source = resources.source(config.model)
+    tokenizer = resources.tokenizer(config.model)
+    resources.check_targets(config)
+    lora_config(config.lora)  # raises for unknown arguments
+    engine = choose_engine(config, source)
+    config = resolve_checkpointing(config, engine, resources, context.checkpointed_bases)
+    train = resources.tokens("train", rows.train, config)
+    held_out = resources.tokens("eval", rows.evaluation, config)
+    test = resources.tokens("test", rows.test, config)
+    steps = total_steps(config, len(train))
+    return Prepared(config, engine, rows, tokenizer, train, held_out, test, steps)

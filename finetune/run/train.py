@@ -1,0 +1,157 @@
+"""The second stage of a run: the engine is started on the base, and trains.
+
+The training loops themselves are `finetune.engine.packed.training` and `finetune.engine.trl`.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from finetune.config.schema import starts_as_base
+from finetune.engine.checkpoint import Progress
+from finetune.engine.packed.training import PackedTraining
+from finetune.engine.reporter import Reporter
+from finetune.engine.steps import RunSteps
+from finetune.errors import Interrupted
+from finetune.files.run_folder import Metrics, RunFolder
+from finetune.model.adapter import load_adapter, save_adapter
+from finetune.model.memory import reset_peak_memory
+from finetune.run.context import RunContext
+from finetune.run.prepare import Prepared
+from finetune.run.resources import SharedResources
+from finetune.run.samples import Samples
+from finetune.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from finetune.engine.trl import TrlTraining
+
+Training: TypeAlias = "PackedTraining | TrlTraining"
+
+log = logging.getLogger(__name__)
+
+
+def start_training(
+    prepared: Prepared,
+    folder: RunFolder,
+    resources: SharedResources,
+    stack: contextlib.ExitStack,
+) -> RunSteps[Training]:
+    """Load the base if it is not loaded yet, and put a fresh adapter on it.
+
+    Args:
+        prepared: The run.
+        folder: Where TRL writes checkpoints.
+        resources: Hold the base.
+        stack: Gives the slot, or the whole base, back when it is closed.
+
+    Returns:
+        The run's engine, ready to train.
+    """
+    config = prepared.config
+    reset_peak_memory()
+    if prepared.engine == "packed":
+        create_slot = stack.enter_context(resources.slot(config))
+        yield None  # the other runs train a step while the adapter is drawn
+        return PackedTraining(config, create_slot(), prepared.train, prepared.total_steps)
+    from finetune.engine.trl import TrlTraining, training_arguments
+
+    arguments = training_arguments(config, folder.checkpoints, prepared.total_steps)
+    model = stack.enter_context(resources.model(config))
+    return TrlTraining(config, arguments, model, prepared.tokenizer, prepared.train)
+
+
+def train(
+    prepared: Prepared,
+    training: Training,
+    progress: Progress,
+    folder: RunFolder,
+    tracker: Tracker,
+    context: RunContext,
+) -> RunSteps[None]:
+    """Train from the last checkpoint to the last step, or until the run is stopped.
+
+    Afterwards the model has the adapter that the run ends with, and the folder has it too.
+
+    Raises:
+        Interrupted: The user interrupted the run; a checkpoint is written.
+        Diverged: A loss is not a number.
+    """
+    config = prepared.config
+    checkpoint = folder.last_checkpoint()
+    folder.rewind(progress.step if checkpoint else -1)
+    if context.interactive:
+        sample_prompts(prepared, training, folder, context).before()
+    reporter = Reporter(
+        config,
+        progress,
+        prepared.total_steps,
+        folder,
+        tracker,
+        context.observer,
+        context.interrupt,
+        evaluate=_held_out_evaluation(prepared, training, progress, context.resources),
+        keep_best=lambda step: _save(training, prepared, folder.best(step)),
+        bar=context.interactive,
+    )
+    batch_size = config.trainer.effective_batch_size
+    log.info(
+        "training on %d rows: %d steps of %d", len(prepared.train), prepared.total_steps, batch_size
+    )
+    if checkpoint:
+        log.info("resuming after step %d", progress.step)
+    yield from training.train(reporter, folder, checkpoint)
+    if progress.stop == "interrupted":
+        hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
+        raise Interrupted(
+            f"interrupted after step {progress.step}; python -m finetune {hint} resumes it"
+        )
+    if config.objective_at == "best":
+        load_adapter(training.model, folder.best(progress.best_step))
+    _save(training, prepared, folder.adapter)
+
+
+def sample_prompts(
+    prepared: Prepared, training: Training, folder: RunFolder, context: RunContext
+) -> Samples:
+    """Return the sample prompts of a run, to be answered by its model as it is then."""
+    return Samples(
+        prepared.config, folder, prepared.rows, training.generation_model, context.resources
+    )
+
+
+def _save(training: Training, prepared: Prepared, folder: Path) -> None:
+    """Save the adapter as it is now."""
+    with training.weights_on_cpu():
+        save_adapter(training.model, prepared.tokenizer, folder)
+
+
+def _held_out_evaluation(
+    prepared: Prepared, training: Training, progress: Progress, resources: SharedResources
+) -> "functools.partial[RunSteps[Metrics]] | None":
+    """Return the function that evaluates the held-out rows, None where there are none."""
+    if not prepared.held_out:
+        return None
+    return functools.partial(_evaluate_held_out, prepared, training, progress, resources)
+
+
+def _evaluate_held_out(
+    prepared: Prepared, training: Training, progress: Progress, resources: SharedResources
+) -> RunSteps[Metrics]:
+    """Evaluate the held-out rows.
+
+    Before the first step the adapter answers exactly as the base does: one run evaluates for all.
+    """
+    config = prepared.config
+
+    def evaluate() -> RunSteps[Metrics]:
+        evaluation = yield from training.evaluate(prepared.held_out)
+        return evaluation.metrics("eval")
+
+    if progress.step > 0 or not starts_as_base(config.lora):
+        return (yield from evaluate())
+    base_metrics = resources.base_metrics(config, prepared.engine)
+    return dict((yield from base_metrics.get(evaluate)))
