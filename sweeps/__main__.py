@@ -1,9 +1,10 @@
-"""Commands on studies: `python -m sweeps list | show S | best S | stop S 7 | report S | confirm S`.
+"""Commands on studies: `python -m sweeps COMMAND`, as in `python -m sweeps show my_study`.
 
-S is a study's name or its folder.
+A study is given by its name under `outputs/sweeps` or by its folder.
 """
 
 import argparse
+import logging
 import os
 import shlex
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.console import command_parser, one_line, run_command
+from finetune.console import command_parser, one_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,96 +20,124 @@ if TYPE_CHECKING:
 
 
 STUDIES = Path("outputs/sweeps")
+"""Folder of all studies, relative to the working directory."""
 
 
 def main() -> None:
-    """The command line."""
-    parser = command_parser("Look at studies, and act on them.")
+    """Run the command line."""
+    parser = _parser()
+
+    def execute() -> None:
+        arguments = parser.parse_args()
+        arguments.action(arguments)
+
+    run_command(execute)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; `action` is the function of the chosen one."""
+    parser = command_parser("List and inspect studies, and act on them.")
+    parser.prog = "python -m sweeps"  # Python before 3.14 prints the file's name, `__main__.py`
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, action: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(
+        name: str, action: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.error = parser.error  # type: ignore[method-assign]
         command.set_defaults(action=action)
         return command
 
-    add("list", _list, "all studies under outputs/sweeps")
-    for name, action, text in (
-        ("show", _show, "a study's trials"),
-        ("best", _best, "take the winner anew: best/, experiment/best.yaml, and how to use them"),
-        ("stop", _stop, "end a running trial at its next step; it is recorded as pruned"),
-        ("report", _report, "write report.html, which needs no network"),
-        ("confirm", _confirm, "train the best trials anew with other seeds: was the winner luck?"),
-    ):
+    def add_for_study(
+        name: str, action: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
         command = add(name, action, text)
-        command.add_argument("study", metavar="S", help="a study's name, or its folder")
-        if name == "stop":
-            command.add_argument("trial", type=int, help="its number")
-        if name == "report":
-            command.add_argument("--watch", action="store_true", help="again and again, while the study runs")
-        if name == "confirm":
-            command.add_argument("--top", type=_positive, default=3, help="how many of the best (3)")
-            command.add_argument("--seeds", type=_positive, default=5, help="how many other seeds (5)")
+        command.add_argument("study", metavar="S", help="name or folder of the study")
+        return command
 
-    def act() -> None:
-        arguments = parser.parse_args()
-        arguments.action(arguments)
+    add("list", _list, f"list all studies under {STUDIES}")
+    add_for_study("show", _show, "list the trials of a study")
+    add_for_study("best", _best, "write best/ and experiment/best.yaml again from the winner")
+    stop = add_for_study(
+        "stop", _stop, "stop a running trial at its next step and record it as pruned"
+    )
+    stop.add_argument("trial", type=int, help="number of the trial")
+    report = add_for_study("report", _report, "write report.html, which needs no network")
+    report.add_argument("--watch", action="store_true", help="update it until no trial is running")
+    confirm = add_for_study("confirm", _confirm, "retrain the best trials with other seeds")
+    confirm.add_argument(
+        "--top", type=_positive, default=3, help="number of best trials (default 3)"
+    )
+    confirm.add_argument("--seeds", type=_positive, default=5, help="number of seeds (default 5)")
+    return parser
 
-    run_command(act)
+
+def _positive(text: str) -> int:
+    """Parse a positive integer for argparse."""
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return number
 
 
-def _study(name: str) -> "Study":
+def _find_study(name: str) -> "Study":
+    """Load a study by its folder or its name. Raises ConfigError if there is none."""
     from sweeps.study.study import Study
 
     for folder in (Path(name), STUDIES / name):
         if (folder / "study.json").is_file():
             return Study.load(folder.absolute())
-    known = sorted(path.parent.name for path in STUDIES.glob("*/study.json"))
-    raise ConfigError(f"{name}: no such study; allowed: a study's folder, or one of {', '.join(known) or 'none yet'}")
+    names = sorted(path.parent.name for path in STUDIES.glob("*/study.json"))
+    allowed = f"a study's folder, or one of {', '.join(names) or 'none yet'}"
+    raise ConfigError(f"{name}: no such study; allowed: {allowed}")
+
+
+def _find_study_for_work(name: str) -> "Study":
+    """Load a study whose runs will be loaded or trained, and print log lines on the terminal."""
+    study = _find_study(name)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries(bars=False)
+    return study
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from sweeps.study.formatting import format_table, objective_cells
+    from sweeps.study.formatting import format_table
+
+    paths = sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime)
+    if paths:
+        print(
+            format_table(["study", "begun", "trials", "best"], [_list_row(path) for path in paths])
+        )
+    else:
+        print(f"no studies under {STUDIES}")
+
+
+def _list_row(path: Path) -> list[str]:
+    """Name, start, trial count and best value of the study with this `study.json`."""
+    from sweeps.study.formatting import objective_cells
     from sweeps.study.study import Study
 
-    rows = []
-    for path in sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime):
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        try:
-            study = Study.load(path.parent.absolute(), patience=0)
-        except Exception as error:  # its database is out of reach, or its files are broken
-            rows.append([path.parent.name, began, "", one_line(error)])
-            continue
-        best = next(iter(study.ranked()), None)
-        value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
-        rows.append([study.name, began, f"{len(study.finished())}/{len(study.trials())}", value])
-    print(format_table(["study", "begun", "trials", "best"], rows) if rows else f"no studies under {STUDIES}")
+    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    try:
+        study = Study.load(path.parent.absolute(), patience=0)
+    except Exception as error:  # its database cannot be reached, or its files are damaged
+        return [path.parent.name, start, "", one_line(error)]
+    best = next(iter(study.ranked()), None)
+    value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
+    return [study.name, start, f"{len(study.finished())}/{len(study.trials())}", value]
 
 
 def _show(arguments: argparse.Namespace) -> None:
     from sweeps.study.formatting import trials_table
 
-    study = _study(arguments.study)
-    print(trials_table(study))
+    print(trials_table(_find_study(arguments.study)))
 
 
 def _best(arguments: argparse.Namespace) -> None:
-    study = _prepared(arguments.study)
+    study = _find_study_for_work(arguments.study)
     if not study.ranked():
         raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
     _conclude(study)
-
-
-def _prepared(name: str) -> "Study":
-    """A study whose runs are to be loaded or trained, with its lines on the terminal."""
-    import logging
-
-    from finetune.console import quiet_libraries
-
-    study = _study(name)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quiet_libraries(bars=False)
-    return study
 
 
 def _conclude(study: "Study") -> None:
@@ -121,7 +150,7 @@ def _conclude(study: "Study") -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from sweeps.answer.report import watch, write_report
 
-    study = _study(arguments.study)
+    study = _find_study(arguments.study)
     if arguments.watch:
         watch(study, lambda line: print(line, flush=True))
     else:
@@ -131,28 +160,24 @@ def _report(arguments: argparse.Namespace) -> None:
 def _confirm(arguments: argparse.Namespace) -> None:
     from sweeps.answer.confirm import confirm
 
-    study = _prepared(arguments.study)
+    study = _find_study_for_work(arguments.study)
     confirm(study, arguments.seeds, arguments.top)
     _conclude(study)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
-    return number
 
 
 def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
-    study = _study(arguments.study)
+    from sweeps.compat import trial_id
+
+    study = _find_study(arguments.study)
     running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
     if arguments.trial not in running:
-        names = ", ".join(map(str, running)) or "none"
-        raise ConfigError(f"trial {arguments.trial}: is not running; running: {names}")
-    study.storage.set_trial_user_attr(running[arguments.trial]._trial_id, "stop", True)
-    print(f"trial {arguments.trial} ends at its next step; python -m sweeps show {shlex.quote(arguments.study)}")
+        numbers = ", ".join(map(str, running)) or "none"
+        raise ConfigError(f"trial {arguments.trial}: is not running; running: {numbers}")
+    study.storage.set_trial_user_attr(trial_id(running[arguments.trial]), "stop", True)
+    command = f"python -m sweeps show {shlex.quote(arguments.study)}"
+    print(f"trial {arguments.trial} stops at its next step; check with: {command}")
 
 
 if __name__ == "__main__":

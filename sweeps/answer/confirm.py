@@ -1,6 +1,7 @@
-"""Whether the best trial was luck: the best ones are trained anew with other seeds, and the answer may change.
+"""Confirm a study's winner: retrain the best trials with other seeds, and compare them again.
 
-Which trial wins is decided by the held-out rows, as in the study; the test rows only prove it.
+The winner is chosen by the held-out rows, as in the study. The test rows only show how much better
+it is.
 """
 
 import dataclasses
@@ -10,29 +11,20 @@ import shlex
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
-from finetune.config.schema import RunConfig
-from finetune.console import one_line
-from finetune.engine.interrupt import Interrupt
-from finetune.engine.steps import RunSteps
 from finetune.errors import ConfigError, Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
-from finetune.run.context import RunContext
 from finetune.run.final_evaluation import read_test_evaluation
 from finetune.run.load import read_run_config
-from finetune.run.resources import shared_resources
-from finetune.run.run import run_steps
-from finetune.tracking.tracker import Label
 from sweeps.answer.compare import compare
-from sweeps.study.pack import PackedRun, runs_log_to_files, train_together
+from sweeps.answer.retrain import Repeat, retrain
 from sweeps.study.study import CONFIRMATION, Study, role
 
 if TYPE_CHECKING:
@@ -43,24 +35,26 @@ log = logging.getLogger(__name__)
 
 
 TOP = 3
-"""How many of the best trials are trained anew, where nothing else is said; the baseline is always with them."""
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """A trial to be trained once more, with another seed."""
-
-    trial: int
-    seed: int
-    folder: RunFolder
-    config: RunConfig
+"""Default number of best trials that are retrained; the baseline is always added."""
 
 
 def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
-    """Train the best trials and the baseline with other seeds, and write down and return what came of it.
+    """Retrain the best trials and the baseline with other seeds, and write `confirm.json`.
 
-    What a session before has trained is kept, so the same call goes on after an interruption. Two calls at once come
-    one after the other. Raises ConfigError where there is nothing to choose between.
+    Runs that an earlier call has trained are reused, so the same call resumes an interrupted one.
+    A second call at the same time waits for the first.
+
+    Args:
+        study: the study.
+        seeds: number of seeds for each trial.
+        top: number of best trials.
+
+    Returns:
+        The content of `confirm.json`.
+
+    Raises:
+        ConfigError: if there is no complete trial, or no single best one.
+        Interrupted: on SIGINT or SIGTERM.
     """
     with file_lock(study.folder / ".confirm.lock"):
         return _confirm(study, seeds, top)
@@ -68,154 +62,183 @@ def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
 
 def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     candidates = _candidates(study, top)
-    own = max(read_run_config(study.folder_of(trial.number).path).seed for trial in candidates)  # it may be searched
-    repeats = [_repeat(study, trial, seed) for seed in range(own + 1, own + 1 + seeds) for trial in candidates]
-    log.info(
-        "confirming %s with %d other seeds: %d runs",
-        ", ".join(f"trial {trial.number}" for trial in candidates),
-        seeds,
-        len(repeats),
-    )
+    repeats = _plan_repeats(study, candidates, seeds)
+    names = ", ".join(f"trial {trial.number}" for trial in candidates)
+    log.info("confirming %s with %d other seeds: %d runs", names, seeds, len(repeats))
     try:
-        found = _weigh(study, candidates, repeats, _train(study, repeats))
-        write_json(study.folder / CONFIRMATION, found)
-        kept = [] if study.folder_of(found["winner"]).adapter.is_dir() else _runs(repeats, found["winner"])
-        if kept and not any(repeat.folder.adapter.is_dir() for repeat in kept):  # removed by a confirmation before
-            kept[0].folder.clear()
-            _train(study, kept[:1])
+        errors = retrain(study, repeats)
+        confirmation = _evaluate(study, candidates, repeats, errors)
+        write_json(study.folder / CONFIRMATION, confirmation)
+        with_adapter = _repeats_with_adapter(study, repeats, confirmation["winner"])
     except (Interrupted, KeyboardInterrupt):
-        again = f"python -m sweeps confirm {shlex.quote(os.path.relpath(study.folder))} --top {top} --seeds {seeds}"
-        raise Interrupted(f"interrupted; {again} goes on") from None
-    for repeat in repeats:  # what they have come to is written down
+        folder = shlex.quote(os.path.relpath(study.folder))
+        command = f"python -m sweeps confirm {folder} --top {top} --seeds {seeds}"
+        raise Interrupted(f"interrupted; resume with: {command}") from None
+    for repeat in repeats:
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
-        if repeat not in kept:
+        if repeat not in with_adapter:
             shutil.rmtree(repeat.folder.adapter, ignore_errors=True)
-    return found
+    return confirmation
 
 
-def _runs(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
-    return [repeat for repeat in repeats if repeat.trial == trial]
+def read_confirmation(study: Study) -> dict[str, Any] | None:
+    """Read `confirm.json`.
 
+    Args:
+        study: the study.
 
-def confirmation(study: Study) -> dict[str, Any] | None:
-    """What a confirmation has found; None where there was none, or trials have since come out better than its first."""
-    known: dict[str, Any] | None = read_json(study.folder / CONFIRMATION)
+    Returns:
+        Its content; None if there is none, or if it is outdated because another trial is the best
+        by now.
+    """
+    confirmation: dict[str, Any] | None = read_json(study.folder / CONFIRMATION)
     ranked = study.ranked()
-    return known if known and ranked and ranked[0].number == known["before"] else None
+    if not confirmation or not ranked or ranked[0].number != confirmation["before"]:
+        return None
+    return confirmation
 
 
 def _candidates(study: Study, top: int) -> list[FrozenTrial]:
+    """Select the best trials and the baseline."""
     if len(study.objectives) > 1:
-        raise ConfigError(f"study {study.name}: has several objectives, so there is no first to be confirmed")
-    ranked, baseline = study.ranked(), study.baseline()
+        raise ConfigError(f"study {study.name}: has several objectives, so no single best trial")
+    ranked = study.ranked()
     if not ranked:
-        raise ConfigError(f"study {study.name}: no trial is complete, so there is nothing to confirm")
-    best = ranked[:top]
-    return [*best, *([baseline] if baseline is not None and baseline not in best else [])]
-
-
-def _repeat(study: Study, trial: FrozenTrial, seed: int) -> Repeat:
-    config = dataclasses.replace(read_run_config(study.folder_of(trial.number).path), seed=seed)
-    place = study.folder / "confirm" / f"{trial.number}-seed{seed}"
-    return Repeat(trial.number, seed, RunFolder(place), config)
-
-
-def _train(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
-    """Train what is not trained yet, in the study's slots; returns what went wrong, by folder."""
-    slots = int(study.optuna.user_attrs.get("slots", 1))
-    interrupt, waiting, errors = Interrupt(), iter(repeats), dict[Path, str]()
-
-    def work(repeat: Repeat, packed_with: set[str]) -> RunSteps[None]:
-        label = Label(
-            id=f"{study.uid}-{repeat.trial}-seed{repeat.seed}",
-            name=f"{study.name}-{repeat.trial}-seed{repeat.seed}",
-            group=study.name,
-            job_type="confirm",
+        raise ConfigError(
+            f"study {study.name}: no trial is complete, so there is nothing to confirm"
         )
-        part = RunContext(
-            resources=shared_resources,
-            label=label,
-            interactive=False,
-            interrupt=interrupt,
-            slots=slots,
-            packed_with=packed_with,
-        )
-        try:
-            yield from run_steps(repeat.config, repeat.folder, part)
-        except Interrupted:
-            raise
-        except Exception as error:
-            errors[repeat.folder.path] = one_line(error)
-        known = read_json(repeat.folder.result)
-        value = known["metrics"].get(study.objectives[0]) if known else None
-        said = errors.get(repeat.folder.path) or f"{study.objectives[0]} {value:.4f}"
-        log.info("trial %d with seed %d: %s", repeat.trial, repeat.seed, said)
-
-    def take() -> PackedRun | None:
-        repeat = next(waiting, None)
-        if repeat is None:
-            return None
-        repeat.folder.path.mkdir(parents=True, exist_ok=True)
-        packed_with: set[str] = set()
-        return PackedRun(
-            repeat.folder.path.name, work(repeat, packed_with), repeat.folder.path / "train.log", packed_with
-        )
-
-    with runs_log_to_files():
-        train_together(take, slots)
-    return errors
+    candidates = ranked[:top]
+    baseline = study.baseline()
+    if baseline is not None and baseline not in candidates:
+        candidates.append(baseline)
+    return candidates
 
 
-def _weigh(
-    study: Study, candidates: Sequence[FrozenTrial], repeats: Sequence[Repeat], errors: dict[Path, str]
+def _plan_repeats(study: Study, candidates: Sequence[FrozenTrial], seeds: int) -> list[Repeat]:
+    """Plan one run for each seed and candidate, with seeds that no candidate has used."""
+    folders = [study.folder_of(trial.number).path for trial in candidates]
+    configs = [read_run_config(folder) for folder in folders]
+    first_seed = max(config.seed for config in configs) + 1  # the seed itself may be searched
+    repeats = []
+    for seed in range(first_seed, first_seed + seeds):
+        for trial, config in zip(candidates, configs, strict=True):
+            folder = study.folder / "confirm" / f"{trial.number}-seed{seed}"
+            seeded = dataclasses.replace(config, seed=seed)
+            repeats.append(Repeat(trial.number, seed, RunFolder(folder), seeded))
+    return repeats
+
+
+def _repeats_with_adapter(study: Study, repeats: Sequence[Repeat], winner: int) -> list[Repeat]:
+    """Select the repeats whose adapters must stay: the winner's, if its own adapter is gone.
+
+    An earlier confirmation, with another winner, may have removed those adapters too. Then one of
+    the runs is trained again.
+    """
+    if study.folder_of(winner).adapter.is_dir():
+        return []
+    winners = _repeats_of(repeats, winner)
+    if not any(repeat.folder.adapter.is_dir() for repeat in winners):
+        winners[0].folder.clear()
+        retrain(study, winners[:1])
+    return winners
+
+
+def _repeats_of(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
+    return [repeat for repeat in repeats if repeat.trial == trial]
+
+
+def _evaluate(
+    study: Study,
+    candidates: Sequence[FrozenTrial],
+    repeats: Sequence[Repeat],
+    errors: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """Each candidate's mean and spread over the seeds, the winner among them, and its proof on the test rows."""
-    name = study.objectives[0]
-    seeds = sorted({repeat.seed for repeat in repeats})
-    rows: list[dict[str, Any]] = []
-    for trial in candidates:
-        own = _runs(repeats, trial.number)
-        results = [read_json(repeat.folder.result) for repeat in own if repeat.folder.path not in errors]
-        values = [result["metrics"][name] for result in results]
-        tests = [loss for result in results if (loss := result["metrics"].get("test/loss")) is not None]
-        rows.append(
-            {
-                "trial": trial.number,
-                "role": role(trial),
-                "study": trial.value,
-                "values": values,
-                "mean": statistics.fmean(values) if values else None,
-                "spread": statistics.stdev(values) if len(values) > 1 else None,
-                "test": statistics.fmean(tests) if tests else None,
-                "failed": [errors[repeat.folder.path] for repeat in own if repeat.folder.path in errors],
-            }
-        )
-    whole = [row for row in rows if not row["failed"]] or [row for row in rows if row["values"]]
-    if not whole:
-        raise ConfigError(f"study {study.name}: no run of the confirmation ended well: {next(iter(errors.values()))}")
-    winner: int = min(whole, key=lambda row: study.cost(row["mean"]))["trial"]
+    """Build the content of `confirm.json`: each candidate's values, the winner, comparisons."""
+    summaries = [
+        _summarize(study, trial, _repeats_of(repeats, trial.number), errors) for trial in candidates
+    ]
+    winner = _choose_winner(study, summaries, errors)
     return {
         "before": candidates[0].number,
         "winner": winner,
-        "objective": name,
-        "seeds": seeds,
-        "candidates": rows,
-        "comparisons": _comparisons(repeats, winner, [trial.number for trial in candidates]),
+        "objective": study.objectives[0],
+        "seeds": sorted({repeat.seed for repeat in repeats}),
+        "candidates": summaries,
+        "comparisons": _compare_with_winner(repeats, winner, candidates),
     }
 
 
-def _comparisons(repeats: Sequence[Repeat], winner: int, others: Sequence[int]) -> list[dict[str, Any]]:
-    """The winner against each other candidate on the test rows, over the seeds that both have."""
-    measures: dict[int, dict[int, Evaluation]] = defaultdict(dict)
+def _summarize(
+    study: Study, trial: FrozenTrial, repeats: Sequence[Repeat], errors: Mapping[Path, str]
+) -> dict[str, Any]:
+    """Summarize a candidate's runs: mean and standard deviation over the seeds."""
+    objective = study.objectives[0]
+    values, test_losses, failures = [], [], []
+    for repeat in repeats:
+        error = errors.get(repeat.folder.path)
+        if error is not None:
+            failures.append(error)
+            continue
+        metrics = read_json(repeat.folder.result)["metrics"]
+        values.append(metrics[objective])
+        if metrics.get("test/loss") is not None:
+            test_losses.append(metrics["test/loss"])
+    return {
+        "trial": trial.number,
+        "role": role(trial),
+        "study": trial.value,
+        "values": values,
+        "mean": statistics.fmean(values) if values else None,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "test": statistics.fmean(test_losses) if test_losses else None,
+        "failed": failures,
+    }
+
+
+def _choose_winner(
+    study: Study, summaries: Sequence[Mapping[str, Any]], errors: Mapping[Path, str]
+) -> int:
+    """Choose the candidate with the best mean, among those without failed runs if there are any."""
+    without_failures = [summary for summary in summaries if not summary["failed"]]
+    with_values = [summary for summary in summaries if summary["values"]]
+    eligible = without_failures or with_values
+    if not eligible:
+        error = next(iter(errors.values()))
+        raise ConfigError(f"study {study.name}: every run of the confirmation failed: {error}")
+    best = min(eligible, key=lambda summary: study.cost(summary["mean"]))
+    return int(best["trial"])
+
+
+def _compare_with_winner(
+    repeats: Sequence[Repeat], winner: int, candidates: Sequence[FrozenTrial]
+) -> list[dict[str, Any]]:
+    """Compare the winner with each other candidate on the test rows, by the seeds both have."""
+    evaluations = _test_evaluations(repeats)
+    of_winner = evaluations[winner]
+    comparisons = []
+    for candidate in candidates:
+        of_candidate = evaluations[candidate.number]
+        seeds = sorted(of_winner.keys() & of_candidate.keys())
+        if candidate.number == winner or not seeds:
+            continue
+        result = compare(
+            [of_winner[seed] for seed in seeds], [of_candidate[seed] for seed in seeds]
+        )
+        comparison = {
+            "trial": winner,
+            "other": candidate.number,
+            "rows": len(of_winner[seeds[0]].row_losses),
+            **dataclasses.asdict(result),
+        }
+        comparisons.append(comparison)
+    return comparisons
+
+
+def _test_evaluations(repeats: Sequence[Repeat]) -> "dict[int, dict[int, Evaluation]]":
+    """Read the evaluations on the test rows: by trial, then by seed."""
+    evaluations: dict[int, dict[int, Evaluation]] = defaultdict(dict)
     for repeat in repeats:
         evaluation = read_test_evaluation(repeat.folder)
         if evaluation is not None:
-            measures[repeat.trial][repeat.seed] = evaluation
-    own, found = measures[winner], []
-    for other in others:
-        seeds = sorted(own.keys() & measures[other].keys())
-        if other != winner and seeds:
-            result = compare([own[seed] for seed in seeds], [measures[other][seed] for seed in seeds])
-            rows = len(own[seeds[0]].row_losses)
-            found.append({"trial": winner, "other": other, "rows": rows, **dataclasses.asdict(result)})
-    return found
+            evaluations[repeat.trial][repeat.seed] = evaluation
+    return evaluations

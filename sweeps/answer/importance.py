@@ -1,4 +1,4 @@
-"""How much each parameter mattered, and how sure that is, from all trials that were measured, pruned ones too."""
+"""Importance of each parameter with its uncertainty, from all measured trials, pruned ones too."""
 
 import math
 import random
@@ -7,119 +7,181 @@ from dataclasses import dataclass
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-LEAST = 8
-"""Trials needed before a share means anything."""
+MIN_TRIALS = 8
+"""Measured trials that are needed before a share means anything."""
 
 
 RESAMPLES = 20
 
 
-MOST = 60
-"""Trials in a resample at most: forests of more take long and say the same."""
+MAX_RESAMPLE = 60
+"""Largest number of trials in a resample: larger forests take longer and give the same shares."""
 
 
 TREES = 8
+"""Trees of the forest that is fitted to each resample."""
+
+
+MeasuredTrial = tuple[FrozenTrial, float]
+"""A trial and the value that it is compared by."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What part of the objective's variation a parameter explains."""
+    """Share of the objective's variation that one parameter explains."""
 
     share: float
-    """Median of the resamples, scaled so that all shares add up to 1."""
+    """Median of the resamples, scaled so that the shares of all parameters add up to 1."""
     low: float
-    """Nine of ten resamples lie between this and `high`."""
+    """5 % quantile of the resamples, so nine of ten lie between this and `high`."""
     high: float
+    """95 % quantile of the resamples."""
 
 
-def comparable_trials(study: optuna.Study, objective: int = 0) -> list[tuple[FrozenTrial, float]]:
-    """Trials that can be compared, each with its value.
+def comparable_trials(study: optuna.Study, objective: int = 0) -> list[MeasuredTrial]:
+    """Select the trials that can be compared, pruned ones included.
 
-    Complete ones would be few where much is pruned, so each trial counts with its value at the last rung that all of
-    them reported. Of several objectives, whose trials are not pruned, complete trials count with one of their values.
+    Where pruning leaves few complete trials, all trials are compared by their values at the last
+    rung that every trial has reported. With several objectives nothing is pruned, and complete
+    trials are compared by their final values.
+
+    Args:
+        study: the study.
+        objective: index of the objective whose values are taken.
+
+    Returns:
+        Each trial with its value; without trials whose value is not finite.
     """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    if len(study.directions) > 1 or not any(trial.intermediate_values for trial in trials):
-        pairs = [(trial, trial.values[objective]) for trial in trials if trial.state == TrialState.COMPLETE]
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    trials = study.get_trials(deepcopy=False, states=states)
+    reported = [trial for trial in trials if trial.intermediate_values]
+    if len(study.directions) > 1 or not reported:
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        measured = [(trial, trial.values[objective]) for trial in complete]
     else:
-        reported = [trial for trial in trials if trial.intermediate_values]
-        rung = max(set.intersection(*(set(trial.intermediate_values) for trial in reported)), default=0)
-        pairs = [(trial, trial.intermediate_values.get(rung, math.nan)) for trial in reported]
-    return [(trial, value) for trial, value in pairs if math.isfinite(value)]
+        rung = _common_rung(reported)
+        measured = [(trial, trial.intermediate_values.get(rung, math.nan)) for trial in reported]
+    return [(trial, value) for trial, value in measured if math.isfinite(value)]
+
+
+def _common_rung(trials: Sequence[FrozenTrial]) -> int:
+    """Return the last rung that all trials have reported, 0 if there is none."""
+    common = set.intersection(*(set(trial.intermediate_values) for trial in trials))
+    return max(common, default=0)
 
 
 def importances(study: optuna.Study, objective: int = 0) -> dict[str, Share]:
-    """Each parameter's share by fANOVA (Hutter et al., 2014) on resamples, the largest first; none of small studies."""
-    pairs = comparable_trials(study, objective)
-    names = [
-        name
-        for name in (pairs[0][0].params if pairs else ())
-        if all(name in trial.params for trial, _ in pairs) and len({str(trial.params[name]) for trial, _ in pairs}) > 1
-    ]
-    if len(pairs) < LEAST or not names or len({value for _, value in pairs}) < 2:
+    """Compute the importance of each parameter by fANOVA (Hutter et al., 2014) on resamples.
+
+    Args:
+        study: the study.
+        objective: index of the objective to explain.
+
+    Returns:
+        The share of each parameter that all trials have and that varies, the largest first. Empty
+        with fewer than `MIN_TRIALS` trials, or if their values are all equal.
+    """
+    measured = comparable_trials(study, objective)
+    names = _varying_parameters([trial for trial, _ in measured])
+    distinct_values = {value for _, value in measured}
+    if len(measured) < MIN_TRIALS or not names or len(distinct_values) < 2:
         return {}
-    draw, found = random.Random(0), []
+    shares = _resampled_shares(measured, names)
+    if not shares:
+        return {}
+    median = np.median(shares, axis=0)
+    low, high = np.quantile(shares, [0.05, 0.95], axis=0)
+    total = float(median.sum()) or 1.0
+    importance = {
+        name: Share(float(median[index] / total), float(low[index]), float(high[index]))
+        for index, name in enumerate(names)
+    }
+    return dict(sorted(importance.items(), key=lambda item: -item[1].share))
+
+
+def _varying_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
+    """Name the parameters that all trials have, with more than one value."""
+    if not trials:
+        return []
+    names = []
+    for name in trials[0].params:
+        if all(name in trial.params for trial in trials):
+            distinct = {str(trial.params[name]) for trial in trials}
+            if len(distinct) > 1:
+                names.append(name)
+    return names
+
+
+def _resampled_shares(measured: Sequence[MeasuredTrial], names: Sequence[str]) -> list[list[float]]:
+    """Compute the shares on bootstrap resamples: `[resamples, parameters]`."""
+    generator = random.Random(0)
+    shares = []
     for seed in range(RESAMPLES):
-        drawn = draw.choices(pairs, k=min(len(pairs), MOST))
-        copy = study_of_values(drawn, names)
-        forest = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+        resample = generator.choices(measured, k=min(len(measured), MAX_RESAMPLE))
+        study = study_of_values(resample, names)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
         try:
-            shares = optuna.importance.get_param_importances(copy, evaluator=forest, params=names)
+            importance = optuna.importance.get_param_importances(
+                study, evaluator=evaluator, params=list(names)
+            )
         except (ValueError, RuntimeError):  # the resample has no variation to explain
             continue
-        found.append([float(shares[name]) for name in names])
-    if not found:
-        return {}
-    median = np.median(found, axis=0)
-    low, high = np.quantile(found, [0.05, 0.95], axis=0)
-    whole = float(median.sum()) or 1.0
-    shares_of = zip(names, median / whole, low, high, strict=True)
-    made = {name: Share(float(share), float(less), float(more)) for name, share, less, more in shares_of}
-    return dict(sorted(made.items(), key=lambda item: -item[1].share))
+        shares.append([float(importance[name]) for name in names])
+    return shares
 
 
 def study_of_values(
-    pairs: Sequence[tuple[FrozenTrial, float]],
+    measured: Sequence[MeasuredTrial],
     names: Sequence[str],
     direction: StudyDirection = StudyDirection.MINIMIZE,
 ) -> optuna.Study:
-    """A study in memory in which each trial is complete with the value that it is compared by.
+    """Build a study in memory whose trials are complete with the values they are compared by.
 
-    Where the space was changed on the way, all trials stand in one that holds them all; a parameter that was once a
-    choice and once a range is left out.
+    If the space changed during the study, one range that contains all values of a parameter
+    replaces its ranges. A parameter that changed its type is left out.
+
+    Args:
+        measured: the trials and their values.
+        names: the parameters to keep.
+        direction: the direction of the new study.
+
+    Returns:
+        The study.
     """
-    spans = {name: _span([trial for trial, _ in pairs if name in trial.params], name) for name in names}
-    known = {name: span for name, span in spans.items() if span is not None}
-    copy = optuna.create_study(direction=direction)
-    copy.add_trials(
-        [
-            create_trial(
-                params={name: trial.params[name] for name in known if name in trial.params},
-                distributions={name: span for name, span in known.items() if name in trial.params},
-                value=value,
-            )
-            for trial, value in pairs
-        ]
-    )
-    return copy
+    ranges: dict[str, BaseDistribution] = {}
+    for name in names:
+        common = _common_range([trial for trial, _ in measured if name in trial.params], name)
+        if common is not None:
+            ranges[name] = common
+    study = optuna.create_study(direction=direction)
+    for trial, value in measured:
+        params = {name: trial.params[name] for name in ranges if name in trial.params}
+        distributions = {name: ranges[name] for name in params}
+        study.add_trial(create_trial(params=params, distributions=distributions, value=value))
+    return study
 
 
-def _span(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution | None:
-    """One distribution that holds all values that a parameter has had; None where they are of several kinds."""
-    seen = [trial.distributions[name] for trial in trials]
-    first = seen[0]
-    if all(other == first for other in seen):
+def _common_range(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution | None:
+    """Find one range that contains all of a parameter's values; None if its type changed."""
+    ranges = [trial.distributions[name] for trial in trials]
+    first = ranges[0]
+    if all(distribution == first for distribution in ranges):
         return first
-    if any(type(other) is not type(first) for other in seen):
+    if any(type(distribution) is not type(first) for distribution in ranges):
         return None
+    values = [trial.params[name] for trial in trials]
     if isinstance(first, CategoricalDistribution):
-        return CategoricalDistribution(list(dict.fromkeys(trial.params[name] for trial in trials)))
-    low, high = (end(trial.params[name] for trial in trials) for end in (min, max))
+        return CategoricalDistribution(list(dict.fromkeys(values)))
     if isinstance(first, IntDistribution):
-        return IntDistribution(low, high, log=first.log)
+        return IntDistribution(min(values), max(values), log=first.log)
     assert isinstance(first, FloatDistribution)
-    return FloatDistribution(low, high, log=first.log)
+    return FloatDistribution(min(values), max(values), log=first.log)

@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 from support.studies import COMPLETE, PRUNED, made_study, made_unchecked, trial
 
-from sweeps.answer.advice import advice
+from sweeps.answer.advice import advise
 from sweeps.answer.importance import Share
 
 
@@ -18,12 +18,12 @@ def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> N
     study = made_study(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)])
     shares = {"optimizer.learning_rate": Share(0.9, 0.8, 1.0), "lora.dropout": Share(0.02, 0.0, 0.05)}
 
-    lines = advice(study, shares)
+    lines = advise(study, shares)
 
-    pressed = r"optimizer\.learning_rate: \d+ of the best 10 trials lie at the upper end of .* search 0\.03 too"
+    pressed = r"optimizer\.learning_rate: \d+ of the best 10 trials are at the upper end of .* extend it to 0\.03"
     assert re.match(pressed, lines[0])
-    assert "hardly mattered: lora.dropout (2%, at most 5%); fix with lora.dropout=" in lines[1]
-    assert "the next trial can be expected to better eval/loss by" in lines[2]
+    assert "little influence: lora.dropout (2%, at most 5%); fix with lora.dropout=" in lines[1]
+    assert "expected gain of the next trial in eval/loss:" in lines[2]
 
 
 def pressed(folder: Path, what: BaseDistribution, best: object, other: object) -> list[str]:
@@ -33,7 +33,7 @@ def pressed(folder: Path, what: BaseDistribution, best: object, other: object) -
         create_trial(params={"x.y": value}, distributions={"x.y": what}, value=float(index))
         for index, value in enumerate(values)
     ]
-    return [line for line in advice(made_study(folder, trials), {}) if line.startswith("x.y")]
+    return [line for line in advise(made_study(folder, trials), {}) if line.startswith("x.y")]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_lies_beyond_a_bound_can_be_searched(
 ) -> None:
     lines = pressed(tmp_path / "s", what, best, other)
 
-    assert [line.partition("search ")[2] for line in lines] == ([f"{beyond} too"] if beyond else [])
+    assert [line.partition("extend it to ")[2] for line in lines] == ([beyond] if beyond else [])
 
 
 def test_advice_knows_the_range_that_is_searched_now(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_advice_knows_the_range_that_is_searched_now(tmp_path: Path) -> None:
     for each in trials[12:]:
         each._distributions["optimizer.learning_rate"] = FloatDistribution(1e-4, 1, log=True)
 
-    lines = advice(made_unchecked(tmp_path / "s", trials), {})
+    lines = advise(made_unchecked(tmp_path / "s", trials), {})
 
     assert not [line for line in lines if line.startswith("optimizer.learning_rate")]
 
@@ -75,8 +75,8 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
     def gain(folder: str, rates: list[float]) -> float:
         draw = random.Random(0)
         trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
-        (line,) = [line for line in advice(made_study(tmp_path / folder, trials), {}) if "expected" in line]
-        return float(re.search(r"by ([\d.e-]+)", line)[1])  # type: ignore[index]
+        (line,) = [line for line in advise(made_study(tmp_path / folder, trials), {}) if "expected" in line]
+        return float(re.search(r": ([\d.e-]+) \(", line)[1])  # type: ignore[index]
 
     searched = gain("searched", [10 ** (-4 + 2 * index / 19) for index in range(20)])
     half = gain("half", [10 ** (-4 + 1 * index / 19) for index in range(20)])
@@ -90,7 +90,7 @@ def test_luck_is_no_reason_for_more_trials(tmp_path: Path) -> None:
         draw = random.Random(seed)
         losses = [draw.gauss(3, 0.1) for _ in range(24)]
         trials = [trial(draw, value=loss, intermediate_values={1: loss}) for loss in losses]
-        hopeful += "goes on" in advice(made_study(tmp_path / str(seed), trials), {})[-1]
+        hopeful += "continue with" in advise(made_study(tmp_path / str(seed), trials), {})[-1]
 
     assert hopeful <= 3
 
@@ -99,19 +99,19 @@ def test_advice_asks_for_trials_that_the_study_can_have(tmp_path: Path) -> None:
     draw = random.Random(0)
     rates = [10 ** (-4 + index / 19) for index in range(20)]
     trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
-    full = advice(made_study(tmp_path / "full", trials), {})
-    begun = advice(made_study(tmp_path / "begun", [*trials, *[create_trial(state=TrialState.WAITING)] * 10]), {})
+    full = advise(made_study(tmp_path / "full", trials), {})
+    begun = advise(made_study(tmp_path / "begun", [*trials, *[create_trial(state=TrialState.WAITING)] * 10]), {})
     trials[0].user_attrs["role"] = "grid"
-    grid = advice(made_study(tmp_path / "grid", trials), {})
+    grid = advise(made_study(tmp_path / "grid", trials), {})
 
-    assert full[-1].endswith("hydra.sweeper.n_trials=40 goes on")
-    assert begun[-1].endswith("hydra.sweeper.n_trials=30 goes on")
+    assert full[-1].endswith("continue with hydra.sweeper.n_trials=40")
+    assert begun[-1].endswith("continue with hydra.sweeper.n_trials=30")
     assert not [line for line in grid if "n_trials" in line or "more trials" in line]
 
 
 def test_few_trials_give_no_advice(tmp_path: Path) -> None:
     draw = random.Random(0)
-    assert advice(made_study(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
+    assert advise(made_study(tmp_path / "s", [trial(draw) for _ in range(7)]), {}) == []
 
 
 def test_advice_says_where_it_rests_on_an_early_rung(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_advice_says_where_it_rests_on_an_early_rung(tmp_path: Path) -> None:
     whole = made_study(tmp_path / "whole", [trial(draw) for _ in range(9)])
     halved = made_study(tmp_path / "halved", [trial(draw, COMPLETE if number < 2 else PRUNED) for number in range(9)])
 
-    (said,) = [line for line in advice(whole, shares) if "hardly mattered" in line]
+    (said,) = [line for line in advise(whole, shares) if "little influence" in line]
     assert said.endswith("search fewer dimensions")
-    (said,) = [line for line in advice(halved, shares) if "hardly mattered" in line]
-    assert said.endswith("search fewer dimensions (judged at the last rung that all trials reached)")
+    (said,) = [line for line in advise(halved, shares) if "little influence" in line]
+    assert said.endswith("search fewer dimensions (measured at the last rung that all trials reached)")

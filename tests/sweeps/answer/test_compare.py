@@ -45,7 +45,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_few_seeds_are_not_surer_than_they_can_be(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.answer.compare.MOST_RESAMPLES", 1000)
+    monkeypatch.setattr("sweeps.answer.compare.MAX_RESAMPLES", 1000)
     draw = np.random.default_rng(0)
     none = measured(np.zeros((seeds, 40)), [1] * 40)
     held = sure = 0

@@ -28,7 +28,8 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
 from sweeps.answer.conclusion import conclude
-from sweeps.answer.confirm import Repeat, confirm, confirmation
+from sweeps.answer.confirm import confirm, read_confirmation
+from sweeps.answer.retrain import Repeat
 from sweeps.study.formatting import commands, confirmation_lines
 from sweeps.study.study import Study
 
@@ -66,7 +67,7 @@ def test_the_study_ends_with_it(done: Path) -> None:
     trials = [row["trial"] for row in found["candidates"]]
     assert trials[0] == found["before"] == found["winner"] == answer["trial"] == 1
     assert 0 in trials
-    assert re.search(r"confirmed +trial 1: eval/loss \d\.\d+ with 1 other seeds", said)
+    assert re.search(r"confirmed +trial 1: eval/loss \d\.\d+ with 1 other seed\n", said)
     assert "Confirmation" in (done / "report.html").read_text()
 
 
@@ -134,9 +135,9 @@ def test_luck_changes_the_answer(copied: Path, capfd: pytest.CaptureFixture[str]
     assert (found["before"], found["winner"]) == (0, 1)
     assert content(copied / "answer.json")["trial"] == 1
     assert content(copied / "best" / "run.json")["config"]["optimizer"]["learning_rate"] == 0.009
-    assert "Trial 1 of study s1" in (copied / "experiment" / "best.yaml").read_text()
+    assert "trial 1 of study s1" in (copied / "experiment" / "best.yaml").read_text()
     assert "Trial 1 wins" in (copied / "report.html").read_text()
-    assert "trial 1 is better on average than trial 0" in (copied / "report.html").read_text()
+    assert "trial 1 has a better mean than trial 0" in (copied / "report.html").read_text()
 
 
 def test_a_winner_whose_adapter_is_gone_has_one_of_the_runs_anew(copied: Path) -> None:
@@ -153,10 +154,10 @@ def test_a_winner_whose_adapter_is_gone_has_one_of_the_runs_anew(copied: Path) -
 
 def test_a_better_trial_that_came_later_is_not_confirmed(copied: Path) -> None:
     study = Study.load(copied)
-    assert confirmation(study) is not None
+    assert read_confirmation(study) is not None
     made_lucky(copied, 2)
 
-    assert confirmation(Study.load(copied)) is None
+    assert read_confirmation(Study.load(copied)) is None
 
 
 def test_a_run_that_fails_is_its_candidates_failure(copied: Path) -> None:
@@ -233,7 +234,7 @@ def test_two_confirmations_at_once_come_one_after_the_other(written: Study, monk
         order.append(f"{name} ends")
         return {}
 
-    monkeypatch.setattr(module, "_train", train)
+    monkeypatch.setattr(module, "retrain", train)
     confirm(written, 1)
     second.join()
 
@@ -247,15 +248,16 @@ def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.Mo
         for seed in (1, 2):
             ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=loss, test=loss)
     broken = written.folder / "confirm" / "0-seed2"
-    monkeypatch.setattr(module, "_train", lambda *_: {broken: "out of memory"})
+    monkeypatch.setattr(module, "retrain", lambda *_: {broken: "out of memory"})
 
     lines = confirmation_lines(confirm(written, seeds=2))
 
-    assert "not every run of trial 0, the study's best, came to its end: trial 1 is the answer" in lines
-    assert not [line for line in lines if "better on average" in line]
-    (against,) = [line for line in lines if "against trial 2" in line]
-    assert against.endswith("better with a chance of more than 99%")
-    assert against.startswith("trial 1 against trial 2: test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test")
+    assert "trial 0, the study's best, has failed runs: trial 1 is the winner" in lines
+    assert not [line for line in lines if "better mean" in line]
+    (against,) = [line for line in lines if "compared with trial 2" in line]
+    assert against.endswith("better with a probability of more than 99%")
+    difference = "test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test"
+    assert against.startswith(f"trial 1 compared with trial 2: {difference}")
 
 
 def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
@@ -266,7 +268,7 @@ def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     written.optuna.add_trial(create_trial(value=1.5))
     written.tidy(keep=2)
 
-    assert confirmation(written) is not None
+    assert read_confirmation(written) is not None
     assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]
 
 
@@ -285,7 +287,7 @@ def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
             repeats[0].folder.adapter.mkdir()
         return {}
 
-    monkeypatch.setattr("sweeps.answer.confirm._train", train)
+    monkeypatch.setattr("sweeps.answer.confirm.retrain", train)
     confirm(written, seeds=2)
 
     assert trained[1:] == [["0-seed1"]]
@@ -298,7 +300,8 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
     written.folder_of(0).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.0)
 
-    with pytest.raises(ConfigError, match=r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays as it"):
+    refusal = r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays unchanged"
+    with pytest.raises(ConfigError, match=refusal):
         conclude(written, SharedResources())
 
     assert best.is_dir()
@@ -307,7 +310,7 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
 
 def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    place = f"{os.path.relpath(written.folder)}/best: trial 0"
+    best = f"{os.path.relpath(written.folder)}/best:"
     written.folder_of(0).adapter.rename(written.folder / "aside")
     again = written.folder / "confirm" / "0-seed1"
     began(RunFolder(again), read_run_config(written.folder_of(0).path))
@@ -317,11 +320,11 @@ def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptu
     (again / "adapter").mkdir()
 
     conclude(written, SharedResources())
-    assert f"{place} trained anew, confirm/0-seed1: its first adapter did not stay on disk" in caplog.text
+    assert f"{best} trial 0, retrained in confirm/0-seed1, because its first adapter was removed" in caplog.text
 
     (written.folder / "aside").rename(written.folder_of(0).adapter)
     conclude(written, SharedResources())
-    assert f"{place}'s run folder" in caplog.text
+    assert f"{best} the run folder of trial 0" in caplog.text
 
 
 def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
@@ -332,7 +335,7 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog
     conclude(written, SharedResources())
 
     assert content(written.folder / "answer.json")["test"] == {"rows": 4, "winner": 1.5}
-    assert "trial 2, the baseline, is not measured: its adapter is gone" in caplog.text
+    assert "trial 2, the baseline, is not evaluated: its adapter is gone" in caplog.text
     assert "baseline itself" not in (written.folder / "report.html").read_text()
 
 
@@ -388,7 +391,7 @@ def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, co
             said = running.wait()
             ended += said.returncode != 0
             if number == signal.SIGINT and said.returncode:
-                assert "python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3 goes on" in said.stderr
+                assert "resume with: python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3\n" in said.stderr
     assert ended
     last = begin().wait()
     assert last.returncode == 0, last.stderr

@@ -25,7 +25,8 @@ from finetune.run.run import run
 from finetune.tracking.tracker import Label
 from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer import publish as module
-from sweeps.answer.publish import PUBLISHED, publish, workspace
+from sweeps.answer.publish import PUBLISHED, publish
+from sweeps.answer.workspace import build_workspace
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
 
@@ -214,7 +215,7 @@ def test_a_failure_is_one_warning_and_the_next_session_tries_again(
         assert publish(study, 0, TEST, report) == []
     (line,) = [record.message for record in caplog.records if record.name == module.__name__]
     assert line.startswith("W&B: ")
-    assert line.endswith("; it lacks report, test/loss")
+    assert line.endswith("; not uploaded: report, test/loss")
     (records,) = added(study)
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], "the run itself is sound"
 
@@ -224,7 +225,7 @@ def test_a_failure_is_one_warning_and_the_next_session_tries_again(
 
 def test_offline_no_view_is_saved_and_that_is_said(study: Study) -> None:
     (line,) = publish(study, 0, None, None, asked(study, workspace=True))
-    assert "none is saved" in line
+    assert "not saved" in line
     assert not added(study)
 
 
@@ -270,16 +271,16 @@ def test_a_view_that_can_not_be_saved_is_a_warning(
     def refuses(*_: Any) -> None:
         raise ConnectionError("no such project")
 
-    monkeypatch.setattr(module, "_save", refuses)
+    monkeypatch.setattr(module, "save_workspace", refuses)
     assert publish(study, 0, TEST, None, asked(study, workspace=True)) == []
     assert [record.message for record in caplog.records if record.name == module.__name__] == [
-        "W&B: no such project; it lacks test/loss, workspace"
+        "W&B: no such project; not uploaded: test/loss, workspace"
     ]
 
 
 def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """A view's specification as W&B is sent it: its runs' part, and its panels by kind."""
-    view = workspace(study, "me", "mine")._to_model()
+    view = build_workspace(study, "me", "mine")._to_model()
     section = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))["section"]
     panels: dict[str, list[dict[str, Any]]] = {}
     for part in section["panelBankConfig"]["sections"]:

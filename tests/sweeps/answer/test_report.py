@@ -78,14 +78,14 @@ def test_the_report_that_began_last_stays(tmp_path: Path, monkeypatch: pytest.Mo
     study = made_study(tmp_path / "s", [])
     later = threading.Thread(target=write_report, args=(study,))
 
-    def html(self: object, live: bool) -> str:
+    def render(data: object, live: bool) -> str:
         if later.ident is not None:
             return "the answer"
         later.start()
         later.join(0.5)
         return "no answer yet"
 
-    monkeypatch.setattr(report._Report, "html", html)
+    monkeypatch.setattr(report, "render_page", render)
     path = write_report(study)
     later.join()
 
@@ -126,7 +126,7 @@ def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
 def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
     page = text_of(write_report(made_study(tmp_path / "s", [trial(random.Random(0))])))
 
-    assert "Needs 8 trials that were measured and differ." in page
+    assert "Needs 8 measured trials with different values." in page
     assert "Too few trials for advice." in page
 
 
@@ -136,9 +136,9 @@ def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     page = text_of(write_report(study))
 
     front = len(study.optuna.best_trials)
-    assert f"is the first of {front} that no other beats in all objectives at once" in page
+    assert f"is the first of {front} trials on the Pareto front" in page
     assert "Too few trials" not in page
-    assert "confirm it" not in dict(commands(study))
+    assert "confirm" not in dict(commands(study))
 
 
 def test_every_number_of_objectives_shows_who_is_on_the_front(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> N
     page = text_of(write_report(study))
 
     assert f"Trial {largest.number} wins with eval/accuracy {largest.value:.4f}" in page
-    assert re.search(r"optimizer\.learning_rate: \d of the best 6 trials lie at the lower end", page)
+    assert re.search(r"optimizer\.learning_rate: \d of the best 6 trials are at the lower end", page)
     assert "eval/accuracy (maximize)" in page
 
 
@@ -193,6 +193,6 @@ def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
     page = text_of(write_report(study))
 
     assert "<b>7,500</b><span>tokens trained" in page
-    assert "<b>6,100</b><span>tokens trained by the confirmation, besides" in page
+    assert "<b>6,100</b><span>tokens trained by the confirmation, in addition" in page
     assert "<b>4,500</b><span>tokens saved by pruning" in page
     assert "<b>38%</b>" in page

@@ -39,7 +39,7 @@ def test_a_study_ends_with_its_report(done: Path) -> None:
 
     assert f"winner (trial {answer['trial']})" in page
     assert "python -m finetune.merge" in page
-    assert "that no choice has seen" in page
+    assert "that no decision has used" in page
     assert "chart-curves" in page
     assert "per_device_train_batch_size" in page
     assert '"transformers"' in page or "transformers:" in page
@@ -64,7 +64,7 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: py
     def look(seconds: float) -> None:
         (waiting,) = study.trials(TrialState.WAITING)
         page = text_of(study.folder / "report.html")
-        assert "1 to go" in page
+        assert "1 waiting" in page
         assert 'http-equiv="refresh"' in page
         study.optuna.tell(study.optuna.ask().number, 2.0)
         assert waiting.number == 1

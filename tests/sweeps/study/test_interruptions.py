@@ -38,19 +38,19 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
-SLOW_WORD = """
+SLOW_TEST_ROWS = """
 import time
 import sweeps.answer.conclusion
-sweeps.answer.conclusion.say_last_word = lambda *_, **__: time.sleep(60)
+sweeps.answer.conclusion.evaluate_finished_run = lambda *_, **__: time.sleep(60)
 """
-"""The last word takes a minute."""
+"""The evaluation of the test rows takes a minute."""
 
 
 @pytest.mark.fault
-def test_an_interrupted_last_word_says_how_to_have_it(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_interrupted_end_says_how_to_repeat_it(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", "hydra.sweep.dir=my studies/x"]
-    process = station.start(*study, cwd=tmp_path, before=SLOW_WORD)
-    wait_until(lambda: "the last word" in process.said(), process)
+    process = station.start(*study, cwd=tmp_path, before=SLOW_TEST_ROWS)
+    wait_until(lambda: "on the test rows" in process.said(), process)
     process.send_signal(signal.SIGINT)
     ended = process.wait()
 
@@ -126,7 +126,7 @@ def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_p
     wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
     stopped = station.run("stop", "s", "0", cwd=tmp_path, module="sweeps")
     assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stdout.splitlines()[-1] == "trial 0 ends at its next step; python -m sweeps show s"
+    assert stopped.stdout.splitlines()[-1] == "trial 0 stops at its next step; check with: python -m sweeps show s"
     ended = process.wait()
     assert ended.returncode == 0, ended.stderr
 

@@ -394,6 +394,16 @@ def test_list_and_show(done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ]
 
 
+def test_help_names_the_command_that_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((), ("confirm",)):
+        with pytest.raises(SystemExit) as ended:
+            command(monkeypatch, tmp_path, *words, "--help")
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: {' '.join(('python -m sweeps', *words))} [-h]")
+
+
 @pytest.mark.slow
 def test_best_takes_the_winner_anew(copied: Path, station: Station, tmp_path: Path) -> None:
     adapter = (copied / "best" / "adapter" / "adapter_model.safetensors").read_bytes()

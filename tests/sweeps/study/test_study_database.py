@@ -154,7 +154,7 @@ def test_two_machines_share_a_study(
     other = next(machine for machine in machines if machine != home)
     assert (home / "outputs/sweeps/shared/best/adapter").is_dir()
     again = station.start("best", "shared", cwd=other, module="sweeps", before=with_address(database)).wait()
-    assert f"trial {winner} wins; its machine has it" in again.stderr
+    assert f"trial {winner} wins; run `python -m sweeps best` on the machine that has its folder" in again.stderr
     for machine in machines:
         text = "".join(path.read_text() for path in machine.rglob("*.json"))
         assert "127.0.0.1" not in text

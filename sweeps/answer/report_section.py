@@ -1,0 +1,63 @@
+"""A section of the report's page, as the template takes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a section's table."""
+
+    cells: Sequence[str]
+    kind: str = ""
+    """The row's style: winner, baseline, or empty."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page. Empty fields are not shown."""
+
+    id: str
+    title: str
+    note: str = ""
+    figures: Sequence[tuple[str, str]] = ()
+    """Large numbers, each with its label."""
+    lines: Sequence[str] = ()
+    chart: str = ""
+    """HTML of a chart."""
+    head: Sequence[str] = ()
+    """Column titles of the table."""
+    rows: Sequence[Row] = ()
+    sortable: bool = False
+    samples: Sequence[Mapping[str, str]] = ()
+    """Prompts with the texts generated before and after training."""
+    folded: Sequence[tuple[str, str]] = ()
+    """Titles and texts that are shown on a click."""
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is anything to show under the title."""
+        contents = (self.note, self.lines, self.chart, self.rows)
+        return any(map(bool, (*contents, self.figures, self.samples, self.folded)))
+
+
+def chart_section(name: str, title: str, figure: go.Figure | None, note: str = "") -> Section:
+    """Build a section with one chart; an empty one if there is no chart."""
+    if figure is None:
+        return Section(name, title)
+    return Section(name, title, note, chart=chart_html(name, figure))
+
+
+def chart_html(name: str, figure: go.Figure | None) -> str:
+    """Render a chart as HTML that uses the page's copy of plotly; empty if there is no chart."""
+    if figure is None:
+        return ""
+    html: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"chart-{name}",
+        config={"displaylogo": False, "responsive": True},
+    )
+    return html

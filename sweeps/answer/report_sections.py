@@ -1,0 +1,194 @@
+"""The report's sections, in the order of the page."""
+
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from optuna.trial import FrozenTrial
+
+from finetune.files.atomic import read_json
+from finetune.files.run_folder import RunFolder
+from sweeps.answer import advice, charts, importance
+from sweeps.answer.learning_curves import curves_of, learning_curves
+from sweeps.answer.report_data import ReportData
+from sweeps.answer.report_section import Row, Section, chart_html, chart_section
+from sweeps.answer.report_tables import failures, leaderboard, spending
+from sweeps.study.formatting import commands, confirmation_lines, format_value, test_lines
+
+COMPARED = (
+    "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
+)
+
+
+ENVIRONMENT_KEYS = (
+    "engine",
+    "slots",
+    "learning_rate",
+    "effective_batch_size",
+    "peak_memory_bytes",
+    "git_commit",
+    "base_model",
+    "dataset_fingerprint",
+    "rows",
+    "versions",
+)
+"""Entries of `result.json` that describe how a trial was run."""
+
+
+def sections(data: ReportData) -> list[Section]:
+    """Build all sections that have content."""
+    study = data.study
+    every_section = [
+        _answer(data),
+        _advice(data),
+        _confirmation(data),
+        leaderboard(data),
+        _pareto(data),
+        _curves(data),
+        chart_section("history", "Optimisation history", charts.history(study)),
+        chart_section(
+            "parallel", "Parallel coordinates", charts.parallel_coordinates(study), COMPARED
+        ),
+        _importance(data),
+        chart_section("slices", "Slices", charts.slices(study), COMPARED),
+        spending(data),
+        failures(data),
+        _samples(data),
+        _commands(data),
+        _config(data),
+    ]
+    return [section for section in every_section if section.has_content]
+
+
+def _answer(data: ReportData) -> Section:
+    """Show the winner next to the baseline."""
+    winner, baseline = data.winner, data.study.baseline()
+    if winner is None:
+        return Section("answer", "Result", "No trial is complete yet.")
+    sides = {"winner": winner}
+    if baseline is not None and baseline != winner:
+        sides["baseline"] = baseline
+    head = ["", *(f"{side} (trial {trial.number})" for side, trial in sides.items())]
+    rows = [*_parameter_rows(sides), *_objective_rows(data, sides)]
+    if data.test is not None:
+        losses = [f"{data.test[side]:.4f}" if side in data.test else "" for side in sides]
+        rows.append(Row(["test/loss", *losses]))
+    lines = []
+    if data.answer is not None:
+        labels = ("test loss", "difference")
+        for label, line in zip(labels, test_lines(data.answer), strict=False):
+            lines.append(f"{label} {line}")
+    if baseline == winner:
+        lines.append("The winner is the baseline itself.")
+    return Section("answer", "Result", lines=lines, head=head, rows=rows)
+
+
+def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
+    names = dict.fromkeys(name for trial in sides.values() for name in trial.params)
+    rows = []
+    for name in names:
+        values = [format_value(trial.params.get(name, "")) for trial in sides.values()]
+        rows.append(Row([name, *values]))
+    return rows
+
+
+def _objective_rows(data: ReportData, sides: dict[str, FrozenTrial]) -> list[Row]:
+    rows = []
+    for index, name in enumerate(data.study.objectives):
+        values = [f"{trial.values[index]:.4f}" for trial in sides.values()]
+        rows.append(Row([name, *values], "winner"))
+    return rows
+
+
+def _advice(data: ReportData) -> Section:
+    measured = importance.comparable_trials(data.study.optuna)
+    has_too_few = 0 < len(measured) < advice.MIN_TRIALS
+    note = "Too few trials for advice." if has_too_few else ""
+    return Section("next", "Advice", note, lines=data.analysis.advice)
+
+
+def _confirmation(data: ReportData) -> Section:
+    if data.confirmation is None:
+        return Section("confirmed", "Confirmation")
+    return Section(
+        "confirmed",
+        "Confirmation",
+        "The best trials and the baseline were retrained with other seeds. "
+        "The winner is chosen on held-out rows and compared on test rows.",
+        lines=confirmation_lines(data.confirmation),
+        chart=chart_html("seeds", charts.seeds(data.confirmation)),
+    )
+
+
+def _pareto(data: ReportData) -> Section:
+    figure = charts.pareto_front(data.study) if data.has_several_objectives else None
+    return chart_section("pareto", "Pareto front", figure)
+
+
+def _curves(data: ReportData) -> Section:
+    note = ""
+    if not any(data.metrics.values()):
+        note = "From the values that trials reported; their folders are not on this machine."
+    curves = curves_of(data.study, data.metrics)
+    winner = data.winner.number if data.winner else None
+    figure = learning_curves(data.study, curves, winner)
+    return chart_section("curves", "Learning curves", figure, note)
+
+
+def _importance(data: ReportData) -> Section:
+    title = "Parameter importance"
+    if data.has_several_objectives:
+        title = f"{title} for {data.study.objectives[0]}"
+    shares = data.analysis.importance
+    if shares:
+        note = (
+            "Computed by fANOVA on resamples of the trials; "
+            f"the lines contain nine of ten resamples. {COMPARED}"
+        )
+        return chart_section("importance", title, charts.importance_bars(shares), note)
+    note = f"Needs {importance.MIN_TRIALS} measured trials with different values."
+    return Section("importance", title, note if data.trials else "")
+
+
+def _samples(data: ReportData) -> Section:
+    """Show what the base and the winner generate from the sample prompts."""
+    rows = None
+    if data.answer is not None:
+        rows = read_json(RunFolder(data.study.folder / "best").samples)
+    samples = []
+    for row in rows or []:
+        samples.append({key: str(row.get(key, "")) for key in ("prompt", "before", "after")})
+    return Section("samples", "Samples before and after training", samples=samples)
+
+
+def _commands(data: ReportData) -> Section:
+    if data.answer is None:
+        return Section("use", "Use the winner")
+    return Section(
+        "use",
+        "Use the winner",
+        "Run these commands in the folder in which this report was written. "
+        "Merge before you serve; replace YOU by your name on the hub.",
+        head=["purpose", "command"],
+        rows=[Row(pair) for pair in commands(data.study)],
+    )
+
+
+def _config(data: ReportData) -> Section:
+    """Show the resolved config and the environment of the winner, or else of the first trial."""
+    title = "Config and environment"
+    trial = data.winner or next(iter(data.trials.values()), None)
+    if trial is None:
+        return Section("config", title)
+    identity = read_json(data.study.folder_of(trial.number).identity) or {}
+    result = data.results[trial.number]
+    environment = {key: result.get(key) for key in ENVIRONMENT_KEYS}
+    folded = [
+        (f"config of trial {trial.number}", _yaml(identity.get("config", {}))),
+        ("environment", _yaml(environment)),
+    ]
+    return Section("config", title, folded=folded)
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text

@@ -1,0 +1,102 @@
+"""The summary that a study prints at the end of a session."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps.answer.advice import Analysis
+from sweeps.answer.confirm import read_confirmation
+from sweeps.study.formatting import (
+    commands,
+    confirmation_lines,
+    counts,
+    parameters,
+    test_lines,
+)
+from sweeps.study.study import Study, role
+
+SHOWN_TRIALS = 5
+"""Number of best trials that are listed; the baseline is always added."""
+
+
+def summary_lines(
+    study: Study, answer: Mapping[str, Any], analysis: Analysis, report: Path | None
+) -> list[str]:
+    """Format the end of a study.
+
+    Args:
+        study: the study.
+        answer: the content of `answer.json`.
+        analysis: the analysis of the study's trials.
+        report: path of the report, if it was written.
+
+    Returns:
+        Lines for the terminal.
+    """
+    confirmation = read_confirmation(study)
+    lines = [f"study {study.name}: {counts(study)}"]
+    lines += _trial_lines(study)
+    lines += _labelled("importance", _importance(analysis))
+    lines += _labelled("test loss", test_lines(answer))
+    lines += _labelled("confirmed", confirmation_lines(confirmation) if confirmation else [])
+    lines += _labelled("advice", analysis.advice)
+    for trial in study.trials(TrialState.FAIL):
+        lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
+    lines += _labelled("winner", [_winner(study, answer)])
+    for purpose, command in commands(study):
+        lines += _labelled(purpose, [command])
+    if report is not None:
+        lines += _labelled("report", [shlex.quote(os.path.relpath(report))])
+    return lines
+
+
+def _trial_lines(study: Study) -> list[str]:
+    """Describe the best trials and the baseline."""
+    front = set()
+    if len(study.objectives) > 1:
+        front = {trial.number for trial in study.optuna.best_trials}
+    shown = study.ranked()[:SHOWN_TRIALS]
+    baseline = study.baseline()
+    if baseline is not None and baseline not in shown:
+        shown.append(baseline)
+    return [_trial_line(study, trial, trial.number in front) for trial in shown]
+
+
+def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:
+    pairs = zip(study.objectives, trial.values, strict=True)
+    values = "  ".join(f"{name} {value:.4f}" for name, value in pairs)
+    line = f"  trial {trial.number:<4} {values}  {parameters(trial)}"
+    if role(trial) == "baseline":
+        line += "  baseline"
+    if is_on_front:
+        line += "  (on the Pareto front)"
+    return line
+
+
+def _importance(analysis: Analysis) -> list[str]:
+    """Describe each parameter's share on one line; no line if there are no shares."""
+    shares = [
+        f"{name} {share.share:.0%} ({share.low:.0%}-{share.high:.0%})"
+        for name, share in analysis.importance.items()
+    ]
+    return [", ".join(shares)] if shares else []
+
+
+def _winner(study: Study, answer: Mapping[str, Any]) -> str:
+    """Say where the winner is, and which run it comes from."""
+    folder = shlex.quote(os.path.relpath(study.folder))
+    number = answer["trial"]
+    if answer["run"] == f"trials/{number}":
+        return f"{folder}/best: the run folder of trial {number}"
+    source = f"retrained in {answer['run']}, because its first adapter was removed"
+    return f"{folder}/best: trial {number}, {source}"
+
+
+def _labelled(label: str, lines: Sequence[str]) -> list[str]:
+    """Put a label before the first line, and indent the others under it."""
+    labels = [label, *[""] * (len(lines) - 1)]
+    return [f"  {name:14} {line}" for name, line in zip(labels, lines, strict=False)]
