@@ -67,7 +67,7 @@ def test_the_study_ends_with_it(done: Path) -> None:
     trials = [row["trial"] for row in found["candidates"]]
     assert trials[0] == found["before"] == found["winner"] == answer["trial"] == 1
     assert 0 in trials
-    assert re.search(r"confirmed +trial 1: eval/loss \d\.\d+ with 1 other seed\n", said)
+    assert re.search(r"confirmed +trial 1: eval/loss \d\.\d+ with 1 other seed\b", said)
     assert "Confirmation" in (done / "report.html").read_text()
 
 
