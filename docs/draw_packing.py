@@ -60,7 +60,9 @@ class Picture:
             f'text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, arrow: bool = False) -> None:
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, stroke: str, arrow: bool = False
+    ) -> None:
         """Add a straight line, with an arrowhead at its end if asked for."""
         marker = ' marker-end="url(#arrow)"' if arrow else ""
         self.elements.append(
@@ -82,7 +84,8 @@ class Picture:
         )
         arrow = (
             '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker></defs>'
+            f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker>'
+            "</defs>"
         )
         background = '<rect width="100%" height="100%" fill="#ffffff"/>'
         path.write_text("\n".join([head, arrow, background, *self.elements, "</svg>\n"]))
@@ -127,7 +130,7 @@ def draw_line() -> Picture:
     picture.text(
         40,
         322,
-        "No padding. The system prompt that the rows of a batch begin with is laid once for the batch.",
+        "No padding. The system prompt that all rows of a batch begin with is laid once.",
         14,
         MUTED,
     )
@@ -209,8 +212,8 @@ def _draw_packed_line(picture: Picture, y: float) -> None:
     picture.text(
         40,
         top + 136,
-        "Backward: the gradient flows through W to the tokens of all slots, and into each slot's A and B "
-        "from its own tokens alone.",
+        "Backward: the gradient flows through W to the tokens of all slots, and into each slot's "
+        "A and B from its own tokens alone.",
         13,
         MUTED,
     )
@@ -300,7 +303,7 @@ def _draw_device(picture: Picture, y: float) -> None:
     picture.text(
         FIRST_PASS,
         y + 54,
-        "One line of tokens through the base in each pass. With an idle slot the line is shorter, and so is the pass.",
+        "One line of tokens through the base in each pass. An idle slot makes the pass shorter.",
         13,
         MUTED,
     )
