@@ -66,7 +66,8 @@ class Picture:
         """Add a straight line, with an arrowhead at its end if asked for."""
         marker = ' marker-end="url(#arrow)"' if arrow else ""
         self.elements.append(
-            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{stroke}" stroke-width="1.5"{marker}/>'
+            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" '
+            f'stroke="{stroke}" stroke-width="1.5"{marker}/>'
         )
 
     def arc(self, x1: float, x2: float, y: float, depth: float, stroke: str) -> None:

@@ -2,8 +2,8 @@
 
     python docs/make_pictures.py [STUDY_FOLDER]
 
-Without a folder the default study is run first, which takes minutes. Needs Chromium (apt-get install
-chromium) and Playwright, which the extra `dev` has.
+Without a folder the default study is run first, which takes minutes. Needs Chromium (apt-get
+install chromium) and Playwright, which the extra `dev` has.
 """
 
 import argparse
