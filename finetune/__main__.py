@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 
 def task(composed: "DictConfig") -> "Objective":
-    """Run the config to its end, and return the objective, which a sweeper reads."""
+    """Train the run of a composed config, and return its objective for a sweeper."""
     from finetune.engine.steps import drive
 
     return drive(job(composed))
 
 
 def resume(folder: str) -> "Objective":
-    """Go on with the run in a folder from its last checkpoint."""
+    """Continue the run in a folder from its last checkpoint."""
     from finetune.run.run import resume as resume_run
 
     return resume_run(folder)
 
 
 def main() -> None:
-    """The console script `finetune`."""
+    """Start the Hydra application. The console script `finetune` calls this."""
     hydra_app(task, resume)
 
 

@@ -1,125 +1,85 @@
 """The Hydra application that all runs and studies start from: compose, check overrides, resume."""
 
+import argparse
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from finetune.compat import hydra_argument_parser
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
+from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import one_line, refuse_flag, run_command
+from finetune.console import CommandParser, error_line, run_command
 from finetune.errors import ConfigError, Interrupted, did_you_mean, refusal
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from finetune.config.schema import RunConfig
-
+from finetune.files.run_folder import discard_multirun
 
 log = logging.getLogger(__name__)
 
 
-def hydra_app(task: Callable[["DictConfig"], object], resume: Callable[[str], object]) -> None:
-    """Compose `conf/` with the command line and call the task with the result, as `hydra.main` does.
+Task = Callable[[DictConfig], object]
+
+
+def hydra_app(task: Task, resume: Callable[[str], object]) -> None:
+    """Compose `conf/` with the command line and call the task with it, as `hydra.main` does.
 
     Args:
-        task: Trains the run of a composed config; called once for each job.
-        resume: Goes on with the run in a folder; called instead where the command line has `resume=FOLDER`.
+        task: trains the run of a composed config; called once for each job.
+        resume: continues the run in a folder; called instead of the task where the command line
+            has `resume=FOLDER`.
     """
-    run_command(lambda: _hydra_app(task, resume))
+    run_command(lambda: _run_app(task, resume))
 
 
-def _hydra_app(task: Callable[["DictConfig"], object], resume: Callable[[str], object]) -> None:
-    import hydra
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-    parser.error = refuse_flag  # type: ignore[method-assign]
-    arguments = parser.parse_intermixed_args()
-    given: list[str] = arguments.overrides
-    resumed = [override for override in given if override.lstrip("+").startswith("resume=")]
-    if resumed and not (arguments.cfg or arguments.help or arguments.info):
-        others = [override for override in given if override not in resumed]
-        resume(_run_to_resume(resumed[0].partition("=")[2], others))
+def _run_app(task: Task, resume: Callable[[str], object]) -> None:
+    arguments = parse_hydra_arguments(sys.argv[1:])
+    folder = _folder_to_resume(arguments)
+    if folder is not None:
+        resume(folder)
         return
-    sys.argv[1:] = [check_override(word) if word in given else word for word in sys.argv[1:]]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing; `run_command` prints
-    errors: list[tuple[int | None, BaseException]] = []
-    sweeps: set[Path] = set()
-    try:
-        hydra.main(config_path=str(CONF), config_name="config")(_keeping_errors(task, errors, sweeps))()
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        if error.filename is None:
-            raise
-        asked = (override.partition("=") for override in given)
-        folder = next((value for key, _, value in asked if key == "hydra.run.dir"), error.filename)
-        raise refusal("hydra.run.dir", folder, f"can't be made ({error.strerror}: {error.filename})") from error
-    if sweeps:
-        from finetune.files.run_folder import discard_multirun
-
-        for sweep in sweeps:
-            discard_multirun(sweep)
-    if errors:
-        job, first = errors[0]
-        if job is not None:
-            raise ConfigError(f"{len(errors)} failed; job {job}: {one_line(first)}")
-        raise first
+    overrides: list[str] = arguments.overrides
+    sys.argv[1:] = [check_override(word) if word in overrides else word for word in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    failures = _JobFailures()
+    with _explain_unusable_folder(overrides):
+        hydra.main(config_path=str(CONF), config_name="config")(failures.collect(task))()
+    failures.discard_empty_sweeps()
+    failures.raise_first()
 
 
-def compose_run(overrides: list[str]) -> "RunConfig":
-    """The checked config of a command line, for commands that are no Hydra application."""
-    from hydra import compose, initialize_config_dir
-
-    from finetune.config.schema import RunConfig
-
-    with initialize_config_dir(str(CONF)):
-        return RunConfig.from_hydra(compose("config", [check_override(word) for word in overrides]))
+def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
+    parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
+    return parser.parse_intermixed_args(arguments)
 
 
-def _run_to_resume(folder: str, others: list[str]) -> str:
-    """The folder of a run that is resumed with its own config, so that no other override can hold."""
-    if not folder:
-        raise refusal("resume", folder, "must be a run folder")
-    if others:
-        raise ConfigError(f"{others[0]}: resume takes no other override; a run goes on as it began")
-    return folder.strip("'\"")
+def compose_run(overrides: list[str]) -> RunConfig:
+    """Return the checked config of a command line, for commands that are no Hydra application.
 
-
-def _keeping_errors(
-    task: Callable[["DictConfig"], object], errors: list[tuple[int | None, BaseException]], sweeps: set[Path]
-) -> Callable[..., object]:
-    """The task, its error and job kept for `run_command`: Hydra would print lines, and end a sweep's other jobs.
-
-    The folders of sweeps whose jobs failed are kept too: where no job began they are not left behind.
+    Raises:
+        ConfigError: an override or the resulting config is not allowed.
     """
-
-    def kept(composed: "DictConfig") -> object:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        if "BasicLauncher" not in HydraConfig.get().launcher._target_ and HydraConfig.get().mode == RunMode.MULTIRUN:
-            return task(composed)  # another process, whose errors come back through Hydra
-        try:
-            return task(composed)
-        except (Exception, KeyboardInterrupt) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                if isinstance(error, KeyboardInterrupt | Interrupted):
-                    raise
-                log.error("job %s failed: %s", HydraConfig.get().job.num, one_line(error))
-                errors.append((HydraConfig.get().job.num, error))
-                sweeps.add(Path(HydraConfig.get().sweep.dir))
-            else:
-                errors.append((None, error))
-            return None
-
-    return kept
+    with hydra.initialize_config_dir(str(CONF)):
+        composed = hydra.compose("config", [check_override(override) for override in overrides])
+        return RunConfig.from_hydra(composed)
 
 
 def check_override(override: str) -> str:
-    """An override as Hydra takes it: `extra` takes any key; no credential, and no number for a choice, passes."""
+    """Return an override as Hydra accepts it: below `extra` any key may be added.
+
+    Raises:
+        ConfigError: the override holds a credential, names a folder that is not plain, or has a
+            number where a choice of a group belongs.
+    """
     refuse_secrets_in(override)
     key, _, value = override.partition("=")
     if key == "name" and not all(is_plain_name(name) for name in value.split(",")):
@@ -127,4 +87,108 @@ def check_override(override: str) -> str:
     if (CONF / key).is_dir() and value.isdigit():
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
-    return f"++{override}" if re.match(r"(model|lora|trainer)\.extra\b", override) else override
+    adds_key = re.match(r"(model|lora|trainer)\.extra\b", override)
+    return f"++{override}" if adds_key else override
+
+
+def _folder_to_resume(arguments: argparse.Namespace) -> str | None:
+    """Return the folder of `resume=FOLDER`, or None where the command line starts a new run.
+
+    A resumed run keeps the config that it started with, so no other override is allowed.
+    """
+    if arguments.cfg or arguments.help or arguments.info:
+        return None
+    overrides: list[str] = arguments.overrides
+    resumes = [override for override in overrides if override.lstrip("+").startswith("resume=")]
+    if not resumes:
+        return None
+    folder = resumes[0].partition("=")[2]
+    if not folder:
+        raise refusal("resume", folder, "must be a run folder")
+    for override in overrides:
+        if override not in resumes:
+            raise ConfigError(
+                f"{override}: resume takes no other override; a run continues with its own config"
+            )
+    return folder.strip("'\"")
+
+
+@contextlib.contextmanager
+def _explain_unusable_folder(overrides: list[str]) -> Iterator[None]:
+    """Name the key `hydra.run.dir` where Hydra can't create the folder of the run."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        values = dict(override.partition("=")[::2] for override in overrides)
+        folder = values.get("hydra.run.dir", error.filename)
+        reason = f"can't be created ({error.strerror}: {error.filename})"
+        raise refusal("hydra.run.dir", folder, reason) from error
+
+
+@dataclass(frozen=True)
+class _JobFailures:
+    """Errors of the jobs that ran in this process.
+
+    They are collected, because Hydra prints several lines for an error, and ends a sweep at its
+    first one.
+    """
+
+    errors: list[tuple[int | None, BaseException]] = field(default_factory=list)
+    """The number of the job in its sweep (None: a single run), and its error."""
+
+    sweep_folders: set[Path] = field(default_factory=set)
+    """Folders of the sweeps in which a job failed."""
+
+    def collect(self, task: Task) -> Task:
+        """Return a task that does the same, and adds its error here instead of raising it."""
+
+        def run_job(composed: DictConfig) -> object:
+            if _launcher_reports_errors():
+                return task(composed)
+            try:
+                return task(composed)
+            except (Exception, KeyboardInterrupt) as error:
+                if _is_multirun() and isinstance(error, KeyboardInterrupt | Interrupted):
+                    raise
+                self._add(error)
+                return None
+
+        return run_job
+
+    def discard_empty_sweeps(self) -> None:
+        """Remove the folders of sweeps in which no job began."""
+        for folder in self.sweep_folders:
+            discard_multirun(folder)
+
+    def raise_first(self) -> None:
+        """Raise the first error, for a sweep with the number of its job and of all that failed."""
+        if not self.errors:
+            return
+        job, error = self.errors[0]
+        if job is None:
+            raise error
+        raise ConfigError(f"{len(self.errors)} failed; job {job}: {error_line(error)}")
+
+    def _add(self, error: BaseException) -> None:
+        if not _is_multirun():
+            self.errors.append((None, error))
+            return
+        number = HydraConfig.get().job.num
+        log.error("job %s failed: %s", number, error_line(error))
+        self.errors.append((number, error))
+        self.sweep_folders.add(Path(HydraConfig.get().sweep.dir))
+
+
+def _is_multirun() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _launcher_reports_errors() -> bool:
+    """Whether the current job belongs to a sweep whose launcher reports its jobs' errors itself.
+
+    Hydra's basic launcher does not.
+    """
+    launcher = str(HydraConfig.get().launcher.get("_target_"))
+    return _is_multirun() and "BasicLauncher" not in launcher

@@ -4,12 +4,14 @@ Each function's docstring gives the reason, the version of the library in which 
 upstream thread, if there is one.
 """
 
+import argparse
 import contextlib
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     import wandb
 
 _DATASETS_OFFLINE = threading.Lock()
@@ -85,3 +87,44 @@ def compile_and_launch(
         The compiled kernel; None from Triton's interpreter.
     """
     return kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
+
+
+def hydra_argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of Hydra's command line.
+
+    Reason: `resume=FOLDER` and wrong flags are handled before Hydra starts, and a second list of
+    its flags would go out of date. hydra-core 1.4.0rc3, `hydra._internal.utils.get_args_parser`.
+    Upstream: none; `hydra.main` has no hook between parsing and composing.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
+
+
+def keep_4bit_layers_trainable(model: "torch.nn.Module") -> None:
+    """Keep bitsandbytes from repacking 4-bit weights of a model on a CPU with AVX512_BF16.
+
+    Reason: the first evaluation would repack the weights for inference; from then on training uses
+    a matrix product without a gradient, and learns nothing, without any error. bitsandbytes 0.50.2,
+    `bitsandbytes.nn.Linear4bit.forward` and its attribute `support_avx512bf16_for_cpu`.
+    Upstream: none.
+    """
+    attribute = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if hasattr(module, attribute):
+            setattr(module, attribute, False)
+
+
+def bitsandbytes_has_native_library() -> bool:
+    """Return whether bitsandbytes found its compiled library for this machine.
+
+    Reason: without one, importing it succeeds and the first quantization raises an error that names
+    no config key. bitsandbytes 0.50.2, `bitsandbytes.cextension.lib`, then an
+    `ErrorHandlerMockBNBNativeLibrary`. Upstream: none.
+
+    Raises:
+        ImportError: bitsandbytes can't be imported.
+    """
+    from bitsandbytes import cextension
+
+    return "Mock" not in type(cextension.lib).__name__

@@ -17,98 +17,136 @@ from finetune.errors import ConfigError, Interrupted, did_you_mean
 log = logging.getLogger(__name__)
 
 
+HYDRA_NOISE = (
+    "provider=",
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+    "Config search path",
+    "Set the environment",
+)
+"""Beginnings of lines in messages of Hydra and OmegaConf that tell a user nothing."""
+
+
+SUMMARY_LENGTH = 300
+"""Characters of another library's error message that are shown."""
+
+
+SWEEPER = "hydra.sweeper."
+
+
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; any error becomes one line on stderr and exit code 1, the traceback with HYDRA_FULL_ERROR=1."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run a command. An error becomes one line on stderr and exit code 1.
+
+    With HYDRA_FULL_ERROR=1 in the environment the error is raised, with its traceback. SIGTERM
+    interrupts the command as Ctrl-C does.
+    """
+    shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
     except (Exception, KeyboardInterrupt) as error:
-        if full_error:
+        if shows_traceback:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _terminate(signal_number: int, frame: object) -> NoReturn:
+def _interrupt(signal_number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, in one line for a user."""
+def error_line(error: BaseException) -> str:
+    """Return the error as one line for the user."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _hydra_line(error)
+        return _hydra_error_line(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, ConfigError | Interrupted):
-        return " ".join(str(error).split())
+        return _join_lines(str(error))
     return f"{type(error).__name__}: {summary_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def summary_line(error: BaseException) -> str:
-    """A foreign error's message on one line, its beginning if it is long."""
-    return " ".join(str(error).split())[:300]
+    """Return the beginning of another library's error message, on one line."""
+    return _join_lines(str(error))[:SUMMARY_LENGTH]
 
 
-def _hydra_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors of several lines as one, with the nearest names."""
+def _join_lines(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _hydra_error_line(error: Exception) -> str:
+    """Return an error of Hydra or OmegaConf as one line, with the nearest names."""
     from hydra.errors import MissingConfigException
 
     text = str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: no such choice; {did_you_mean(choice, error.options)}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+        if choice:
+            return f"{group}={choice}: no such choice; {did_you_mean(choice, error.options)}"
     unknown = re.search(r"Could not override '([^']*)'", text)
     if unknown:
-        return f"{unknown[1]}: no such key; {_known_keys(unknown[1])}"
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause).splitlines() and str(cause).splitlines()[0] not in text:
-        lines.append(str(cause).splitlines()[0])
-    noise = ("provider=", "full_key:", "object_type=", "reference_type=", "Config search path", "Set the environment")
-    return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(noise))
+        return f"{unknown[1]}: no such key; {_suggest_key(unknown[1])}"
+    lines = [_join_lines(line) for line in text.splitlines() if line.strip()]
+    cause = str(error.__cause__ or "").splitlines()
+    if cause and cause[0] not in text:
+        lines.append(cause[0])
+    return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(HYDRA_NOISE))
 
 
-def _known_keys(key: str) -> str:
-    """The keys beside an unknown one."""
+def _suggest_key(unknown: str) -> str:
+    """Return the keys nearest to an unknown one, and all keys of its group."""
     from omegaconf import DictConfig, OmegaConf
 
-    sweeper = key.startswith("hydra.sweeper.")
-    *path, last = key.removeprefix("hydra.sweeper.").split(".")
-    node: Any = OmegaConf.load(CONF / ("hydra/sweeper/optuna.yaml" if sweeper else "config.yaml"))
-    for part in path:
-        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
-    return did_you_mean(last, [str(name) for name in node if name != "defaults"]) if node else "see --cfg job"
+    file = "hydra/sweeper/optuna.yaml" if unknown.startswith(SWEEPER) else "config.yaml"
+    *groups, name = unknown.removeprefix(SWEEPER).split(".")
+    node: Any = OmegaConf.load(CONF / file)
+    for group in groups:
+        node = node.get(group) if isinstance(node, DictConfig) and group in node else None
+    if not node:
+        return "see --cfg job"
+    return did_you_mean(name, [str(key) for key in node if key != "defaults"])
 
 
-def refuse_flag(message: str) -> NoReturn:
-    """An argparse error handler that leaves printing and the exit code to `run_command`."""
-    raise ConfigError(f"{message}; see --help")
+class CommandParser(argparse.ArgumentParser):
+    """A parser that leaves the printing of errors and the exit code to `run_command`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print the usage and exit with code 2."""
+        raise ConfigError(f"{message}; see --help")
 
 
-def command_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for the small commands, whose errors are one line with exit code 1 as well."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.error = refuse_flag  # type: ignore[method-assign]
-    return parser
+def command_parser(module: str, description: str) -> CommandParser:
+    """Return the parser of a command.
+
+    Args:
+        module: the module that is run, for example `finetune.plan`.
+        description: what the command does, as its help prints it.
+    """
+    return CommandParser(prog=f"python -m {module}", description=description)
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Keep the libraries' remarks to their own developers, and their bars where there is no terminal, off the screen.
+    """Hide messages that libraries address to developers, and progress bars without a terminal.
 
     Called before torch and transformers are imported.
+
+    Args:
+        bars: whether a terminal may show progress bars.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # we say so ourselves
+    # The run logs this itself.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     if not (bars and sys.stderr.isatty()):
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
@@ -117,10 +155,12 @@ def quiet_libraries(bars: bool = True) -> None:
         disable_progress_bar()
 
 
-def note_traceback(error: BaseException) -> None:
-    """Keep the traceback of an unexpected error in the run's log, where it does not bury the one line."""
-    if not isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
-        text = "".join(traceback.format_exception(error))
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.emit(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+def log_traceback(error: BaseException) -> None:
+    """Write the traceback of an unexpected error to the log files, but not to the terminal."""
+    if isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
+        return
+    text = "".join(traceback.format_exception(error))
+    record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)

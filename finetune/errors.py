@@ -1,29 +1,41 @@
-"""Errors that users can act on: each message is one line."""
+"""Errors that a user can act on. Each message is one line."""
 
 import difflib
 from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Input that the user can correct. The message says what is wrong and what is allowed."""
+
+
+class Diverged(ConfigError):
+    """The loss or the gradient is NaN or infinite."""
 
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has stopped cleanly."""
 
 
-class ConfigError(ValueError):
-    """Input that the user can mend. The message is one line: what is wrong, and what is allowed."""
-
-
 def refusal(key: str, value: object, allowed: str) -> ConfigError:
-    """The error for a value that a key cannot have."""
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    """Return the error for a value that a key does not accept.
+
+    Args:
+        key: the dotted config key, or the flag of a command.
+        value: the refused value; shown as YAML writes null and booleans.
+        allowed: what the key accepts.
+    """
+    if value is None:
+        shown: object = "null"
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    else:
+        shown = value
     return ConfigError(f"{key}={shown}: {allowed}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The names nearest to a mistyped one, and all that exist."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"allowed: {', '.join(names)}"
-
-
-class Diverged(ConfigError):
-    """The loss or the gradient is no number any more."""
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return the names nearest to a mistyped word, followed by all allowed names."""
+    names = sorted(allowed)
+    nearest = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    suggestion = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    return f"{suggestion}allowed: {', '.join(names)}"

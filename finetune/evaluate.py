@@ -1,40 +1,110 @@
-"""A run's metrics on other data, beside its base's: `python -m finetune.evaluate RUN --data test.jsonl`."""
+"""Evaluate a run's adapter on other data: `python -m finetune.evaluate RUN --data FILE`.
 
+The base is evaluated on the same rows, without the adapter.
+"""
+
+import argparse
 import dataclasses
+import json
 import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from finetune.console import command_parser, run_command
 
-DATA_HELP = "a .jsonl .json .csv .parquet file, a hub id, or a folder: its test files, all files if none is named test"
+if TYPE_CHECKING:
+    from finetune.engine.evaluation import Evaluation
+
+
+METRICS = ("loss", "perplexity", "accuracy")
+"""Attributes of an `Evaluation`, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of a base alone and with its adapter, on the same rows."""
+
+    rows: int
+    base: "Evaluation"
+    adapter: "Evaluation"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics as `--json` prints them."""
+        return {
+            "rows": self.rows,
+            "tokens": self.adapter.tokens,
+            "base": {name: getattr(self.base, name) for name in METRICS},
+            "adapter": {name: getattr(self.adapter, name) for name in METRICS},
+        }
 
 
 def main() -> None:
-    """Read the command line, measure base and adapter on the rows, print both."""
-    parser = command_parser(__doc__ or "")
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--data", required=True, help=DATA_HELP)
-    arguments = parser.parse_args()
+    """Read the command line, evaluate base and adapter on the rows, print both."""
+    arguments = _parse_arguments()
+    _show_data_log()
+    comparison = _compare(arguments.run, arguments.data)
+    if arguments.json:
+        print(json.dumps({"data": arguments.data, **comparison.to_dict()}, indent=2))
+    else:
+        _print_table(arguments.data, comparison)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    description = "Evaluate the adapter of a run and its base on other data."
+    parser = command_parser("finetune.evaluate", description)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        required=True,
+        help="a .jsonl .json .csv .parquet file, a hub id, or a folder: its test files, or all "
+        "its files if none is named test",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args()
+
+
+def _show_data_log() -> None:
+    """Print which files of a folder are read, and which rows are left out, to stderr."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("finetune.data").setLevel(logging.INFO)  # which files of a folder, and which rows are left out
+    logging.getLogger("finetune.data").setLevel(logging.INFO)
+
+
+def _compare(folder: str, data: str) -> Comparison:
+    """Evaluate a run's base without and with the adapter.
+
+    Args:
+        folder: the run folder.
+        data: the path or hub id of the rows.
+    """
     from finetune.data.rows import load_all_rows
     from finetune.data.tokens import tokenize
     from finetune.run.load import load_run, read_run_config
 
-    config = read_run_config(arguments.run)
-    settings = dataclasses.replace(config.dataset, path=arguments.data, packing=False)
+    config = read_run_config(folder)
+    settings = dataclasses.replace(config.dataset, path=data, packing=False)
     rows = load_all_rows("--data", settings)
+
+    # Imports torch, so only after all that is refused without it.
     from finetune.engine.evaluation import evaluate
 
-    trained = load_run(arguments.run)
-    tokens = tokenize("test", rows, trained.tokenizer, settings)
-    batch = config.trainer.per_device_eval_batch_size
-    base = evaluate(trained.base, tokens, batch, config.quantization)
-    adapter = evaluate(trained.with_adapter(), tokens, batch, config.quantization)
-    print(f"{len(tokens)} rows, {adapter.tokens} answer tokens of {arguments.data}")
+    run = load_run(folder)
+    tokens = tokenize("test", rows, run.tokenizer, settings)
+    batch_size = config.trainer.per_device_eval_batch_size
+    # The base first: attaching the adapter may change it.
+    base = evaluate(run.base, tokens, batch_size, config.quantization)
+    adapter = evaluate(run.with_adapter(), tokens, batch_size, config.quantization)
+    return Comparison(len(tokens), base, adapter)
+
+
+def _print_table(data: str, comparison: Comparison) -> None:
+    print(f"{comparison.rows} rows, {comparison.adapter.tokens} answer tokens of {data}")
     print(f"{'':12}{'base':>10}{'adapter':>10}{'change':>10}")
-    for name in ("loss", "perplexity", "accuracy"):
-        before, after = getattr(base, name), getattr(adapter, name)
-        print(f"{name:12}{before:10.4f}{after:10.4f}{(after / before - 1) if before else 0:+10.1%}")
+    for name in METRICS:
+        base = getattr(comparison.base, name)
+        adapter = getattr(comparison.adapter, name)
+        change = adapter / base - 1 if base else 0
+        print(f"{name:12}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,70 @@
-"""Text from a run's adapter: `python -m finetune.generate RUN --prompt "…"`."""
+"""Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`."""
+
+import argparse
 
 from finetune.console import command_parser, run_command
-from finetune.engine.generation import generate_answers
 from finetune.errors import refusal
 
 
 def main() -> None:
-    """Read the command line, load the run, print the answers."""
-    parser = command_parser(__doc__ or "")
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, help="tokens of each answer at most (the run's own bounds)")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together at most")
-    parser.add_argument("--base", action="store_true", help="answer by the base, without the adapter")
+    """Read the command line, load the run, print an answer to each prompt."""
+    arguments = _parse_arguments()
+    for answer in _generate(arguments):
+        print(answer)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = command_parser("finetune.generate", "Generate text with the adapter of a run.")
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        required=True,
+        action="append",
+        help="a prompt; repeat the flag for several",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="TOKENS",
+        type=int,
+        help="limit of each answer (default: the limits of the run's samples)",
+    )
+    parser.add_argument(
+        "--max-length", metavar="TOKENS", type=int, help="limit of a prompt and its answer together"
+    )
+    parser.add_argument("--base", action="store_true", help="answer without the adapter")
     arguments = parser.parse_args()
-    bounds = {"max_new_tokens": arguments.max_new_tokens, "max_length": arguments.max_length}
-    for name, bound in bounds.items():
-        if bound is not None and bound < 1:
-            raise refusal(f"--{name.replace('_', '-')}", bound, "must be at least 1")
+    _require_positive("--max-new-tokens", arguments.max_new_tokens)
+    _require_positive("--max-length", arguments.max_length)
+    return arguments
+
+
+def _require_positive(flag: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise refusal(flag, limit, "must be at least 1")
+
+
+def _generate(arguments: argparse.Namespace) -> list[str]:
+    """Return the answers in the order of the prompts."""
     from finetune.run.load import load_run
 
-    trained = load_run(arguments.run)
-    config = trained.config
-    if not any(bounds.values()):
-        bounds = {"max_new_tokens": config.sample_max_new_tokens, "max_length": config.sample_max_length}
-    model = trained.base if arguments.base else trained.with_adapter()
-    for text in generate_answers(model, trained.tokenizer, arguments.prompt, config.quantization, **bounds):
-        print(text)
+    run = load_run(arguments.run)
+
+    # May import torch, so only after a folder without a run is refused.
+    from finetune.engine.generation import generate_answers
+
+    max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
+    if max_new_tokens is None and max_length is None:
+        max_new_tokens = run.config.sample_max_new_tokens
+        max_length = run.config.sample_max_length
+    return generate_answers(
+        run.base if arguments.base else run.with_adapter(),
+        run.tokenizer,
+        arguments.prompt,
+        run.config.quantization,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+    )
 
 
 if __name__ == "__main__":

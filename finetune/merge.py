@@ -1,9 +1,10 @@
-"""A run's adapter merged into its base: `python -m finetune.merge RUN --to DIR`.
+"""Merge a run's adapter into its base: `python -m finetune.merge RUN --to FOLDER`.
 
-The base is dequantised first: what is added to are the very weights that the adapter was trained on, and
-nothing is quantised again. What remains between the two is the rounding to 16 bit.
+The base is dequantised first, so the adapter is added to the very weights that it was trained on,
+and nothing is quantised again. The merged model differs only by rounding to 16 bits.
 """
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,58 @@ if TYPE_CHECKING:
 
 
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
+"""The text on which the merged model is compared with the adapter on its base."""
+
+
+def main() -> None:
+    """Read the command line, merge, save, print the differences that merging and rounding leave."""
+    arguments = _parse_arguments()
+    folder = Path(arguments.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise refusal("--to", arguments.to, "exists already; must be a new or an empty folder")
+    run = load_run(arguments.run)
+    expected = probe(run, run.with_adapter())
+    # Loaded again, because attaching an adapter may change its base (PiSSA).
+    merged = merge(load_run(arguments.run).base, run.folder.adapter)
+    difference = _largest_difference(expected, probe(run, merged))
+    merged = _round(merged, arguments.dtype)
+    difference_rounded = _largest_difference(expected, probe(run, merged))
+    merged.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    start = f"python -m finetune model.name_or_path={folder}"
+    print(f"merged model in {folder}: {start} starts from it")
+    print(
+        "largest difference of a log-probability on a fixed text, against the adapter on its "
+        "quantised base:"
+    )
+    print(
+        f"{difference:.1e} before rounding and {difference_rounded:.1e} "
+        f"after rounding to {arguments.dtype}"
+    )
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = command_parser("finetune.merge", "Merge the adapter of a run into its base.")
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--to", metavar="FOLDER", required=True, help="a new folder for the merged model"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="dtype of the merged weights (default: bfloat16)",
+    )
+    return parser.parse_args()
 
 
 def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """A base with a saved adapter added to its dequantised weights, in float32. The base must be as it was loaded."""
+    """Add a saved adapter to the dequantised weights of a base, in float32.
+
+    Args:
+        base: the base as it was loaded, with no adapter attached before.
+        adapter: the folder of a PEFT adapter.
+    """
     import torch
     from peft import PeftModel
 
@@ -31,41 +80,26 @@ def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     return merged
 
 
-def probe(trained: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tensor":
-    """Log-probabilities [tokens, vocabulary] that a model gives to a fixed text, in float32."""
+def probe(run: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tensor":
+    """Return the log-probabilities [tokens, vocabulary] of a model on a fixed text, in float32."""
     import torch
 
-    ids = torch.tensor([trained.tokenizer(PROBE)["input_ids"]], device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ids = torch.tensor([run.tokenizer(PROBE)["input_ids"]], device=device)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids).logits[0]
     return logits.float().log_softmax(-1)
 
 
-def main() -> None:
-    """Read the command line, merge, save, and say what difference the rounding leaves."""
-    parser = command_parser(__doc__ or "")
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--to", required=True, help="a new folder for the merged model")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    arguments = parser.parse_args()
-    target = Path(arguments.to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise refusal("--to", arguments.to, "exists already; must be a new or an empty folder")
-    trained = load_run(arguments.run)
+def _largest_difference(expected: "torch.Tensor", actual: "torch.Tensor") -> float:
+    return float((actual - expected).abs().max())
+
+
+def _round(model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":
     import torch
 
-    with_adapter = probe(trained, trained.with_adapter())
-    # Loaded again: attaching an adapter may change its base for good (PiSSA).
-    merged = merge(load_run(arguments.run).base, trained.folder.adapter)
-    exact = probe(trained, merged)
-    merged = merged.to(getattr(torch, arguments.dtype))
-    rounded = probe(trained, merged)
-    merged.save_pretrained(target)
-    trained.tokenizer.save_pretrained(target)
-    before, after = ((found - with_adapter).abs().max() for found in (exact, rounded))
-    print(f"merged model in {target}: python -m finetune model.name_or_path={target} starts from it")
-    print("largest difference of a log-probability on a fixed text, against the adapter on its quantised base:")
-    print(f"{before:.1e} before rounding and {after:.1e} after rounding to {arguments.dtype}")
+    rounded: PreTrainedModel = model.to(getattr(torch, dtype))
+    return rounded
 
 
 if __name__ == "__main__":

@@ -1,64 +1,135 @@
-"""What a run will need, before any weights load: `python -m finetune.plan` with the run's overrides."""
+"""Plan memory, tokens and time of a run: `python -m finetune.plan OVERRIDES`. Loads no weights."""
 
+import argparse
+import json
 import math
+import time
+from typing import Any
 
 from finetune.app import compose_run
-from finetune.console import command_parser, run_command
+from finetune.config.schema import RunConfig
+from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.run.learning_rate import resolve_learning_rate
-from finetune.run.memory_plan import GIB, plan_memory, resolve_checkpointing
+from finetune.run.memory_plan import GIB, Plan, plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources
+
+PASSES = 4
+"""Passes through the base for each trained token, in forward passes: a backward pass takes about
+twice as long, and the adapter and attention the rest."""
+
+
+TRAINING_SHARE = 0.7
+"""Share of the measured matrix-product speed at which training runs."""
 
 
 def main() -> None:
-    """Read the command line, plan, print."""
-    parser = command_parser(__doc__ or "")
-    parser.add_argument("overrides", nargs="*", help="as python -m finetune takes them")
-    config = compose_run(parser.parse_intermixed_args().overrides)
-    from finetune.console import quiet_libraries
-
+    """Read the command line, plan the run, print the plan."""
+    arguments = _parse_arguments()
+    config = compose_run(arguments.overrides)
     quiet_libraries()
     resources = SharedResources()
-    config = resolve_checkpointing(resolve_learning_rate(config, resources), "packed", resources)
-    found = plan_memory(config, resources)
-    gib = {
-        "python and libraries": found.process,
-        "base": found.base,
-        "adapter and its gradient": found.adapter,
-        "optimizer": found.optimizer,
-        f"activations ({max(found.batches)} tokens)": found.activations,
-        "logits": found.logits,
-        "evaluation": found.evaluation,
-    }
-    for name, amount in gib.items():
-        if amount:
-            print(f"{name:32}{amount / GIB:8.2f} GiB")
-    print(f"{'peak of one run':32}{found.peak() / GIB:8.2f} GiB of {found.available / GIB:.1f}")
-    found.require_room(config)
-    further = (found.peak(3) - found.peak(2)) / GIB  # the second also brings what only several keep
-    print(f"{'each further slot':32}{further:8.2f} GiB: room for {found.largest}, {found.slots} worth having")
-    print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")
-    seconds = found.train_tokens * 4 * found.weights / speed()
-    print(f"{'tokens':32}{found.train_tokens:8d}: about {max(1, math.ceil(seconds / 60))} min of training")
+    config = resolve_learning_rate(config, resources)
+    config = resolve_checkpointing(config, "packed", resources)
+    plan = plan_memory(config, resources)
+    if not arguments.json:
+        _print_memory(plan)
+    plan.require_room(config)
+    seconds = plan.train_tokens * PASSES * plan.weights / measure_speed()
+    if arguments.json:
+        print(json.dumps(_to_dict(plan, config, seconds), indent=2))
+    else:
+        _print_work(plan, config, seconds)
 
 
-def speed() -> float:
-    """What this machine multiplies, in floating point operations a second, as training does it."""
-    import time
+def _parse_arguments() -> argparse.Namespace:
+    description = "Plan memory, tokens and time of a run, before any weights load."
+    parser = command_parser("finetune.plan", description)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="as python -m finetune accepts them"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_intermixed_args()
 
+
+def measure_speed() -> float:
+    """Measure the floating point operations per second at which this machine trains.
+
+    Returns:
+        `TRAINING_SHARE` of the best of five measurements of a matrix product.
+    """
     import torch
 
     from finetune.model.device import on_gpu
 
     device, dtype = ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
-    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((512, 2048), (2048, 2048)))
+    rows, width, repeats = 512, 2048, 8
+    activations = torch.randn((rows, width), device=device, dtype=dtype)
+    weight = torch.randn((width, width), device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(8):
-            product = left @ right
-        float(product[0, 0])
-        best = max(best, 8 * 2 * 512 * 2048**2 / (time.perf_counter() - began))
-    return 0.7 * best
+        start = time.perf_counter()
+        for _ in range(repeats):
+            product = activations @ weight
+        float(product[0, 0])  # waits for the GPU
+        seconds = time.perf_counter() - start
+        best = max(best, repeats * 2 * rows * width**2 / seconds)
+    return TRAINING_SHARE * best
+
+
+def _further_slot(plan: Plan) -> int:
+    """Return the bytes that each further slot needs.
+
+    The second slot also brings what only several slots need, so the third is taken.
+    """
+    return plan.peak(3) - plan.peak(2)
+
+
+def _to_dict(plan: Plan, config: RunConfig, seconds: float) -> dict[str, Any]:
+    """Return the plan as `--json` prints it: memory in bytes, time in seconds."""
+    return {
+        "memory": {
+            "process": plan.process,
+            "base": plan.base,
+            "adapter": plan.adapter,
+            "optimizer": plan.optimizer,
+            "activations": plan.activations,
+            "logits": plan.logits,
+            "evaluation": plan.evaluation,
+        },
+        "peak": plan.peak(),
+        "available": plan.available,
+        "further_slot": _further_slot(plan),
+        "largest_slots": plan.largest,
+        "slots": plan.slots,
+        "learning_rate": config.optimizer.learning_rate,
+        "train_tokens": plan.train_tokens,
+        "train_seconds": seconds,
+    }
+
+
+def _print_memory(plan: Plan) -> None:
+    rows = {
+        "python and libraries": plan.process,
+        "base": plan.base,
+        "adapter and its gradient": plan.adapter,
+        "optimizer": plan.optimizer,
+        f"activations ({max(plan.batches)} tokens)": plan.activations,
+        "logits": plan.logits,
+        "evaluation": plan.evaluation,
+    }
+    for name, size in rows.items():
+        if size:
+            print(f"{name:32}{size / GIB:8.2f} GiB")
+    print(f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}")
+
+
+def _print_work(plan: Plan, config: RunConfig, seconds: float) -> None:
+    size = _further_slot(plan) / GIB
+    slots = f"room for {plan.largest}, {plan.slots} recommended"
+    minutes = max(1, math.ceil(seconds / 60))
+    print(f"{'each further slot':32}{size:8.2f} GiB: {slots}")
+    print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")
+    print(f"{'tokens':32}{plan.train_tokens:8d}: about {minutes} min of training")
 
 
 if __name__ == "__main__":

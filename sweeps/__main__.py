@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.console import command_parser, one_line, quiet_libraries, run_command
+from finetune.console import command_parser, error_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; `action` is the function of the chosen one."""
-    parser = command_parser("List and inspect studies, and act on them.")
+    parser = command_parser("sweeps", "List and inspect studies, and act on them.")
     parser.prog = "python -m sweeps"  # Python before 3.14 prints the file's name, `__main__.py`
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -44,7 +44,6 @@ def _parser() -> argparse.ArgumentParser:
         name: str, action: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.error = parser.error  # type: ignore[method-assign]
         command.set_defaults(action=action)
         return command
 
@@ -121,7 +120,7 @@ def _list_row(path: Path) -> list[str]:
     try:
         study = Study.load(path.parent.absolute(), patience=0)
     except Exception as error:  # its database cannot be reached, or its files are damaged
-        return [path.parent.name, start, "", one_line(error)]
+        return [path.parent.name, start, "", error_line(error)]
     best = next(iter(study.ranked()), None)
     value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
     return [study.name, start, f"{len(study.finished())}/{len(study.trials())}", value]

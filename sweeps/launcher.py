@@ -38,7 +38,7 @@ class SlotsLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run one job for each list of overrides; one that fails ends no other, and is told of when all have ended."""
-        from finetune.console import one_line, quiet_libraries
+        from finetune.console import error_line, quiet_libraries
         from finetune.engine.interrupt import Interrupt
         from finetune.errors import ConfigError, refusal
         from finetune.files.run_folder import discard_multirun
@@ -63,7 +63,9 @@ class SlotsLauncher(Launcher):
             return None if config is None else self._lane(config, done, shared)
 
         train_together(take, slots)
-        failed = {number: one_line(job._return_value) for number, job in done.items() if job.status == JobStatus.FAILED}
+        failed = {
+            number: error_line(job._return_value) for number, job in done.items() if job.status == JobStatus.FAILED
+        }
         for number, line in failed.items():
             log.error("job %d failed: %s", number, line)
         if failed:

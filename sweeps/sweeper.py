@@ -237,7 +237,7 @@ class StudySweeper(Sweeper):
         """Send the workers, again if one was killed, until none has anything left to do."""
         from hydra.core.utils import JobStatus
 
-        from finetune.console import one_line
+        from finetune.console import error_line
         from finetune.errors import ConfigError, Interrupted
         from sweeps.space.space import encode
         from sweeps.study.errors import StorageLost
@@ -258,7 +258,7 @@ class StudySweeper(Sweeper):
             except Exception as error:
                 if not study.orphans():
                     raise
-                log.warning("a worker was lost (%s); its trial is taken on", one_line(error))
+                log.warning("a worker was lost (%s); its trial is taken on", error_line(error))
                 continue
             for job in done:
                 if isinstance(job._return_value, StorageLost):

@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf, open_dict
 
-from finetune.app import check_override
+from finetune.app import check_override, parse_hydra_arguments
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
-from finetune.console import refuse_flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -63,9 +61,7 @@ def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     """Raise what the program raises for a command, up to the point where it would begin its work."""
     module, arguments = words[2], words[3:]
     if module == "finetune":
-        parser = get_args_parser()
-        parser.error = refuse_flag  # type: ignore[method-assign]
-        parsed = parser.parse_intermixed_args(arguments)
+        parsed = parse_hydra_arguments(arguments)
         if not parsed.help:
             require_composed(parsed.overrides, parsed.multirun, folder if parsed.config_dir else None)
     elif module == "finetune.plan":

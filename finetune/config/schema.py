@@ -107,6 +107,21 @@ class LoraSettings(Section):
         self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         self.require("target_modules", bool(self.target_modules), "must be all-linear or a list of module names")
 
+    @property
+    def leaves_base_unchanged(self) -> bool:
+        """Whether training and loading the adapter leave all weights of the base as they are.
+
+        Trained biases and initializations that split off a part of the base's weights do not; an
+        argument in `extra` might not.
+        """
+        initial = self.init_lora_weights in (True, False, "gaussian")
+        return self.bias == "none" and initial and not self.extra
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether a new adapter changes nothing yet, because its matrix B is zero."""
+        return self.leaves_base_unchanged and self.init_lora_weights is not False
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
@@ -347,13 +362,3 @@ def _select_rate_of_base(values: dict[Any, Any]) -> None:
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("learning_rate"), Mapping):
         model["learning_rate"] = model["learning_rate"].get(model.get("name_or_path"))
-
-
-def leaves_base_as_it_was(lora: LoraSettings) -> bool:
-    """Whether the adapter is only beside the base's weights: no trained bias, none split off them, nothing unknown."""
-    return lora.bias == "none" and lora.init_lora_weights in (True, False, "gaussian") and not lora.extra
-
-
-def starts_as_base(lora: LoraSettings) -> bool:
-    """Whether a fresh adapter answers exactly as the base does: its B is zero."""
-    return leaves_base_as_it_was(lora) and lora.init_lora_weights is not False

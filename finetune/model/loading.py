@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from finetune.compat import keep_4bit_layers_trainable
 from finetune.config.schema import ModelSettings, RunConfig
 from finetune.errors import ConfigError, refusal
 from finetune.model.device import on_gpu
@@ -86,11 +87,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             use_safetensors=True,
             **extra,
         )
-    for module in model.modules():
-        # On a CPU with AVX512_BF16 the first evaluation would repack 4-bit weights for inference, and from then
-        # on training would go through a product that has no gradient: silently nothing is learnt.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_layers_trainable(model)
     return model
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import BitsAndBytesConfig
 
+from finetune.compat import bitsandbytes_has_native_library
 from finetune.config.schema import QuantizationSettings, RunConfig
 from finetune.errors import refusal
 from finetune.model.device import on_gpu
@@ -106,8 +107,8 @@ def require_bitsandbytes(settings: QuantizationSettings) -> None:
         return
     key = "quantization.load_in_4bit" if settings.load_in_4bit else "quantization.load_in_8bit"
     try:
-        import bitsandbytes.cextension as native
+        usable = bitsandbytes_has_native_library()
     except ImportError as error:
         raise refusal(key, True, f"bitsandbytes can't be imported ({error}); allowed here: quantization=none") from None
-    if "Mock" in type(native.lib).__name__:
+    if not usable:
         raise refusal(key, True, "bitsandbytes has no library for this machine; allowed here: quantization=none")

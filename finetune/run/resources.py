@@ -15,7 +15,6 @@ from finetune.config.schema import (
     DatasetSettings,
     ModelSettings,
     RunConfig,
-    leaves_base_as_it_was,
 )
 from finetune.data.rows import load_rows
 from finetune.data.types import Row, Rows
@@ -178,7 +177,7 @@ class SharedResources:
         try:
             yield model
         finally:
-            if leaves_base_as_it_was(config.lora):
+            if config.lora.leaves_base_unchanged:
                 model.unload()
                 base.__dict__.pop("forward", None)  # TRL wraps it anew for each run
                 if forward is not None:

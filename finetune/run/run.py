@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
-from finetune.console import note_traceback, one_line, quiet_libraries
+from finetune.console import error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
 from finetune.errors import Interrupted
@@ -64,8 +64,8 @@ def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunS
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
             result.status = "interrupted" if interrupted else "failed"
-            result.error = one_line(error)
-            note_traceback(error)
+            result.error = error_line(error)
+            log_traceback(error)
             raise
         finally:
             recorded = result.to_dict()

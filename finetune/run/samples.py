@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import RunConfig, starts_as_base
-from finetune.console import note_traceback, summary_line
+from finetune.config.schema import RunConfig
+from finetune.console import log_traceback, summary_line
 from finetune.data.formats import first_question
 from finetune.data.types import Rows
 from finetune.engine.generation import generate_answers
@@ -78,7 +78,7 @@ class Samples:
 
     def _answers_before(self) -> list[str]:
         """Answers of the fresh adapter; where it equals the base, all runs share them."""
-        if not starts_as_base(self._config.lora):
+        if not self._config.lora.starts_at_zero:
             return self._answers()
         return self._resources.base_answers(self._config, self._prompts, self._answers)
 
@@ -119,6 +119,6 @@ def survive_samples(when: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {summary_line(error)}"
         log.warning("the sample prompts are not answered %s: %s", when, reason)
-        note_traceback(error)
+        log_traceback(error)
         traceback.clear_frames(error.__traceback__)  # they hold the memory that was too small
     free_memory()

@@ -11,7 +11,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from finetune.config.schema import starts_as_base
 from finetune.engine.checkpoint import Progress
 from finetune.engine.packed.training import PackedTraining
 from finetune.engine.reporter import Reporter
@@ -151,7 +150,7 @@ def _evaluate_held_out(
         evaluation = yield from training.evaluate(prepared.held_out)
         return evaluation.metrics("eval")
 
-    if progress.step > 0 or not starts_as_base(config.lora):
+    if progress.step > 0 or not config.lora.starts_at_zero:
         return (yield from evaluate())
     base_metrics = resources.base_metrics(config, prepared.engine)
     return dict((yield from base_metrics.get(evaluate)))

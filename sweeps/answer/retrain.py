@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
-from finetune.console import one_line
+from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
@@ -88,7 +88,7 @@ class _Retraining:
         except Interrupted:
             raise
         except Exception as error:
-            self._errors[repeat.folder.path] = one_line(error)
+            self._errors[repeat.folder.path] = error_line(error)
         self._log_end(repeat)
 
     def _label(self, repeat: Repeat) -> Label:

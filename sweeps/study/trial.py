@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.schema import RunConfig
-from finetune.console import one_line
+from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.steps import RunSteps
@@ -132,7 +132,7 @@ class TrialRunner:
         except Interrupted:
             raise
         except Exception as error:
-            failure = _Failure(one_line(error), out_of_memory(error))
+            failure = _Failure(error_line(error), out_of_memory(error))
         else:
             return None
         free_memory()

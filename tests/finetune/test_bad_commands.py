@@ -28,7 +28,7 @@ COMMANDS = [
     Case("generate-no-prompt", "generate run", "…required: --prompt; see --help"),
     Case("evaluate-no-data-flag", "evaluate run", "…required: --data; see --help"),
     Case("merge-no-target", "merge run", "…required: --to; see --help"),
-    Case("generate-nothing", "generate", "…required: run, --prompt; see --help"),
+    Case("generate-nothing", "generate", "…required: RUN, --prompt; see --help"),
     Case(
         "generate-length-text",
         "generate run --prompt Hi --max-length long",

@@ -85,6 +85,24 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_pat
     assert accuracy.startswith("accuracy")
 
 
+def test_evaluate_prints_the_same_figures_as_json(trained: Path, tmp_path: Path, station: Station) -> None:
+    data = write_jsonl(
+        tmp_path / "test.jsonl",
+        [{"prompt": "What does heapq.heappush do in Python?", "completion": "Push item onto heap."}],
+    )
+    arguments = (str(trained), "--data", str(data))
+    table = station.run(*arguments, cwd=tmp_path, module="finetune.evaluate").stdout.splitlines()
+    printed = station.run(*arguments, "--json", cwd=tmp_path, module="finetune.evaluate").stdout
+
+    figures = json.loads(printed)
+    assert figures["data"] == str(data)
+    assert table[0] == f"{figures['rows']} rows, {figures['tokens']} answer tokens of {data}"
+    for line in table[2:]:
+        name, base, adapter, _ = line.split()
+        assert f"{figures['base'][name]:.4f}" == base
+        assert f"{figures['adapter'][name]:.4f}" == adapter
+
+
 def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
     trained: Path, tmp_path: Path, station: Station
 ) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import datasets
 import pytest
 
-from finetune.compat import datasets_offline, wandb_summary
+from finetune.compat import (
+    attention_implementation,
+    bitsandbytes_has_native_library,
+    compile_and_launch,
+    datasets_offline,
+    hydra_argument_parser,
+    keep_4bit_layers_trainable,
+    wandb_summary,
+)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -78,7 +86,6 @@ def test_layers_of_a_model_look_up_the_attention_implementation_at_each_call() -
     import torch
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-    from finetune.compat import attention_implementation
 
     calls: list[int] = []
 
@@ -109,10 +116,51 @@ def test_a_launch_by_compat_runs_the_kernel() -> None:
     """By Triton's interpreter here; tests marked gpu launch compiled kernels a second time."""
     import torch
 
-    from finetune.compat import compile_and_launch
     from finetune.engine.packed.gpu import kernels
 
     gate, up = torch.randn(2, 16)
     output = torch.empty(16)
     compile_and_launch(kernels._swiglu_kernel, (1, 1, 1), (gate, up, output, 16), (32,), 4, 3)
     assert torch.allclose(output, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
+def test_hydra_argument_parser_reads_overrides_and_flags() -> None:
+    arguments = hydra_argument_parser().parse_intermixed_args(["a=1", "--cfg", "job", "b=2", "-m"])
+
+    assert arguments.overrides == ["a=1", "b=2"]
+    assert (arguments.cfg, arguments.help, arguments.info) == ("job", False, None)
+    assert arguments.multirun
+    assert arguments.config_dir is None
+
+
+def test_4bit_layers_train_on_a_cpu_after_an_evaluation() -> None:
+    """On every CPU the layer is made to believe in AVX512_BF16."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    layer.support_avx512bf16_for_cpu = True
+    model = torch.nn.Sequential(layer)
+    keep_4bit_layers_trainable(model)
+
+    weight = layer.weight.data.clone()
+    model.eval()(torch.ones(1, 64))
+    rows = torch.ones(1, 64, requires_grad=True)
+    model.train()(rows).sum().backward()
+
+    assert torch.equal(layer.weight.data, weight)
+    assert rows.grad is not None
+    assert rows.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_a_missing_native_library_is_noticed(usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes import cextension
+
+    real = cextension.lib
+    mock = cextension.ErrorHandlerMockBNBNativeLibrary("no library")
+    monkeypatch.setattr(cextension, "lib", real if usable else mock)
+
+    assert bitsandbytes_has_native_library() == usable

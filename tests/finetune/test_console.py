@@ -15,8 +15,12 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("--version",), ("--info", "config")])
-def test_asking_about_the_program_imports_none_of_the_large_libraries(arguments: tuple[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--cfg", "job"), ("--version",), ("--info", "config")]
+)
+def test_asking_about_the_program_imports_none_of_the_large_libraries(
+    arguments: tuple[str], tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
     asked = run_cli(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
 
@@ -27,7 +31,12 @@ def test_asking_about_the_program_imports_none_of_the_large_libraries(arguments:
 def test_help_gives_examples_and_the_choices(tmp_path: Path) -> None:
     text = run_cli("--help", cwd=tmp_path).stdout
 
-    for part in ("python -m finetune dataset.path=", "llama2_7b", "lora/target: all_linear, attention, q_v", "resume="):
+    for part in (
+        "python -m finetune dataset.path=",
+        "llama2_7b",
+        "lora/target: all_linear, attention, q_v",
+        "resume=",
+    ):
         assert part in text
 
 
@@ -36,3 +45,14 @@ def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
 
     assert "Traceback" in shown.stderr
     assert shown.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["finetune.generate", "finetune.evaluate", "finetune.merge", "finetune.plan", "sweeps"],
+)
+def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> None:
+    text = run_cli("--help", cwd=tmp_path, module=module).stdout
+
+    assert text.startswith(f"usage: python -m {module} ")
+    assert "`" not in text

@@ -148,9 +148,9 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     memory = (max(saved, small) + kept) / 2
     assert max(saved, small) < memory < kept
     machine = f"""
-import finetune.model.memory, finetune.run.memory_plan
-finetune.plan._resident = lambda: 2**28
-finetune.model.memory.available_memory = lambda: {int(memory)}
+import finetune.run.memory_plan
+finetune.run.memory_plan._resident = lambda: 2**28
+finetune.run.memory_plan.available_memory = lambda: {int(memory)}
 """
     rows = "dataset.path=nowhere.jsonl,python_docs"
     ended = station.run(*multirun(tiny_base, rows, f"{BATCH}=1,8"), cwd=tmp_path, before=machine)

@@ -36,6 +36,24 @@ def test_is_said_before_any_weights_load(station: Station, tiny_base: Path, tmp_
     assert 0.2 < planned(done.stdout) < 3
 
 
+def test_json_has_the_figures_of_the_table(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tiny_base), "trainer.max_steps=2"]
+    printed = station.run(*overrides, "--json", module="finetune.plan", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    figures = json.loads(printed.stdout)
+    table = station.run(*overrides, module="finetune.plan", cwd=tmp_path).stdout
+    gib = {name: f"{size / 2**30:.2f} GiB" for name, size in figures["memory"].items()}
+    for name, key in (("base", "base"), ("adapter and its gradient", "adapter"), ("logits", "logits")):
+        (line,) = (line for line in table.splitlines() if line.startswith(f"{name} "))
+        assert line.endswith(gib[key])
+    assert planned(table) == pytest.approx(figures["peak"] / 2**30, abs=0.05)
+    assert figures["peak"] <= figures["available"]
+    assert f" {figures['train_tokens']}: about " in table
+    assert f"room for {figures['largest_slots']}, {figures['slots']} recommended" in table
+    assert f"{figures['learning_rate']:8.2g}" in table
+    assert figures["train_seconds"] > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
