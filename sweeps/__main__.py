@@ -167,14 +167,13 @@ def _confirm(arguments: argparse.Namespace) -> None:
 def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
-    from sweeps.compat import trial_id
 
     study = _find_study(arguments.study)
     running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"
         raise ConfigError(f"trial {arguments.trial}: is not running; running: {numbers}")
-    study.storage.set_trial_user_attr(trial_id(running[arguments.trial]), "stop", True)
+    study.request_stop(arguments.trial)
     command = f"python -m sweeps show {shlex.quote(arguments.study)}"
     print(f"trial {arguments.trial} stops at its next step; check with: {command}")
 

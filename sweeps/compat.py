@@ -1,19 +1,133 @@
-"""Every private name, patch and trick on another library.
+"""Every private name, patch and trick on another library that studies need.
 
-One function each, with the reason, the version it was read in, and the upstream thread.
+One function each, with the reason, the version it was read in, and the upstream thread if one is
+known. `tests/sweeps/test_compat.py` asserts that each name exists and behaves as described. The
+libraries are imported inside the functions, so that a module which imports this one stays light.
 """
 
-import optuna
-from optuna.trial import FrozenTrial
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from optuna.storages import BaseStorage, RDBStorage
+    from optuna.trial import FrozenTrial
+    from sqlalchemy.orm import Session
+
+ENQUEUED_POINT = "fixed_params"
+"""The system attribute in which `optuna.Study.enqueue_trial` stores a waiting trial's point."""
+
+RDB_CALLS = (
+    "create_new_study",
+    "delete_study",
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_all_studies",
+    "get_trial_id_from_study_id_trial_number",
+    "get_trial",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "_create_new_trial",
+    "_get_best_trial_id",
+    "_get_trials",
+    "_set_trial_param",
+)
+"""The methods of `optuna.storages.RDBStorage` that run one transaction each.
+
+Optuna's cache (`optuna/storages/_cached_storage.py`) calls the private ones directly, so a storage
+that repeats a call after a lost connection has to wrap them as well. Left out is
+`set_trial_state_values`, which is safe to repeat only with further care. Read in Optuna 5.0.0,
+`optuna/storages/_rdb/storage.py`; its engine can't be told to repeat a transaction.
+"""
 
 
-def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
-    """Return the id under which a storage knows a trial.
+def enqueue_point(storage: BaseStorage, trial_id: int, point: dict[str, Any]) -> None:
+    """Fix the parameters of a trial that already waits.
 
-    Storages address trials by an id that differs from `trial.number` as soon as one database
-    holds several studies. Optuna has no public attribute for it.
-
-    Read in Optuna 5.0.0 (`optuna/trial/_frozen.py`, `optuna/trial/_trial.py`); see
-    https://github.com/optuna/optuna/pull/663 (it was made private).
+    `optuna.Study.enqueue_trial` adds a new trial with each point. A study has a fixed number of
+    trials, all added when it begins, so its points go to trials that exist. Read in Optuna 5.0.0,
+    `optuna/study/study.py`.
     """
-    return int(trial._trial_id)
+    storage.set_trial_system_attr(trial_id, ENQUEUED_POINT, point)
+
+
+def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
+    """Return the point that was enqueued for a trial, or None where its sampler chooses."""
+    return trial.system_attrs.get(ENQUEUED_POINT)
+
+
+def claim_waiting_trial(storage: RDBStorage, trial_id: int, attribute: str, token: str) -> bool:
+    """Set a waiting trial running and store who did, in one transaction.
+
+    `RDBStorage.set_trial_state_values` returns False both for a trial that another worker began
+    and for one that this worker began in a transaction whose confirmation was lost. The token
+    tells these apart. Read in Optuna 5.0.0, `optuna/storages/_rdb/storage.py` and `models.py`.
+
+    Args:
+        storage: the database.
+        trial_id: the storage's id of the trial.
+        attribute: the system attribute that holds the token.
+        token: names the call; the same token again finds the trial claimed by itself.
+
+    Returns:
+        Whether the trial runs under this token.
+    """
+    from optuna.storages._rdb import models
+    from optuna.storages._rdb.storage import _create_scoped_session
+    from optuna.trial import TrialState
+
+    with _create_scoped_session(storage.scoped_session) as session:
+        row: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        storage.check_trial_is_updatable(trial_id, row.state)
+        attributes = models.TrialSystemAttributeModel
+        if row.state != TrialState.WAITING:
+            claim: Any = attributes.find_by_trial_and_key(row, attribute, session)
+            return claim is not None and json.loads(claim.value_json) == token
+        row.state = TrialState.RUNNING
+        row.datetime_start = datetime.now()
+        storage._set_trial_attr_without_commit(session, attributes, trial_id, attribute, token)
+    return True
+
+
+def trial_row(session: Session, study_id: int, number: int) -> Any | None:
+    """Return the database's row of a study's trial, or None. Read in Optuna 5.0.0, `models.py`."""
+    from optuna.storages._rdb import models
+
+    return (
+        session.query(models.TrialModel).filter_by(study_id=study_id, number=number).one_or_none()
+    )
+
+
+def sweep_distribution(override: Override) -> Any:
+    """Return the Optuna distribution of a Hydra sweep override; the text of any other override.
+
+    Studies promise the meaning of hydra-optuna-sweeper's search spaces, and it has no public
+    function for one override. Read in hydra-optuna-sweeper 1.4.0rc3,
+    `hydra_plugins/hydra_optuna_sweeper/_impl.py`.
+
+    Raises:
+        ValueError, AssertionError, NotImplementedError: the override is no valid search space.
+    """
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+
+    return create_optuna_distribution_from_override(override)
+
+
+def job_error(job: JobReturn) -> Any | None:
+    """Return the exception that ended a failed job, or None where it completed.
+
+    The public `JobReturn.return_value` prints a line to stderr and raises. Read in Hydra 1.4.0rc3,
+    `hydra/core/utils.py`.
+    """
+    return job._return_value if job.status == JobStatus.FAILED else None

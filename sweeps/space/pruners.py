@@ -8,45 +8,74 @@ from optuna.trial import FrozenTrial
 
 
 class SuccessiveHalvingPruner(BasePruner):
-    """Asynchronous successive halving (ASHA, Li et al. 2018): of `reduction_factor` trials at a rung one goes on.
+    """Asynchronous successive halving (ASHA, Li et al. 2018).
 
-    A trial is compared with all that have reported the rung. Optuna's own compares with those that were judged there
-    before, so that of trials which report a rung at the same time the first always goes on, however bad it is. And a
-    trial that went on is judged by its rung again whenever this is asked, as others come to it that do better.
+    At each rung, the best one of `reduction_factor` trials continues. A trial is compared with all
+    trials that have reported the rung. Optuna's own pruner compares only with those that it judged
+    there before, so the first of several trials that report a rung together always continues,
+    however bad it is. A trial that continued can be pruned later by the same rung, as better
+    trials report it: call `prune` again.
 
-    `min_resource` is the first rung that judges; the next ones are `reduction_factor` times as far.
-    `min_early_stopping_rate` leaves out so many of them. Raises ValueError for values that make no rungs.
+    Args:
+        min_resource: the first rung at which trials are pruned.
+        reduction_factor: ratio of a rung to the one before, and of trials to those that continue.
+        min_early_stopping_rate: number of rungs left out at the beginning.
+
+    Raises:
+        ValueError: the arguments make no rungs.
     """
 
-    def __init__(self, min_resource: int = 1, reduction_factor: int = 3, min_early_stopping_rate: int = 0) -> None:
-        for name, value, least in (
-            ("min_resource", min_resource, 1),
-            ("reduction_factor", reduction_factor, 2),
-            ("min_early_stopping_rate", min_early_stopping_rate, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value}: must be a whole number, at least {least}")
-        self._first, self._factor = min_resource * reduction_factor**min_early_stopping_rate, reduction_factor
+    def __init__(
+        self,
+        min_resource: int = 1,
+        reduction_factor: int = 3,
+        min_early_stopping_rate: int = 0,
+    ) -> None:
+        _require_at_least("min_resource", min_resource, 1)
+        _require_at_least("reduction_factor", reduction_factor, 2)
+        _require_at_least("min_early_stopping_rate", min_early_stopping_rate, 0)
+        self._first_rung = min_resource * reduction_factor**min_early_stopping_rate
+        self._reduction_factor = reduction_factor
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial shall end, by the rung that it has passed last."""
-        step = self._passed(sorted(trial.intermediate_values))
+        """Whether a trial shall end, judged by the last rung that it has reported."""
+        step = self._last_rung_step(sorted(trial.intermediate_values))
         if step is None:
             return False
-        own: float = trial.intermediate_values[step]
-        if math.isnan(own):
+        objective: float = trial.intermediate_values[step]
+        if math.isnan(objective):
             return True
-        reported = [other.intermediate_values.get(step, math.nan) for other in study.get_trials(deepcopy=False)]
-        ranked: list[float] = sorted(value for value in reported if not math.isnan(value))
-        kept = max(len(ranked) // self._factor, 1)
-        return own < ranked[-kept] if study.direction == StudyDirection.MAXIMIZE else own > ranked[kept - 1]
+        ranked = _values_reported_at(step, study)
+        survivors = max(len(ranked) // self._reduction_factor, 1)
+        if study.direction == StudyDirection.MAXIMIZE:
+            return objective < ranked[-survivors]
+        return objective > ranked[survivors - 1]
 
-    def _passed(self, steps: list[int]) -> int | None:
-        """The last of a trial's reports that is at a rung which judges, or the first one after it."""
-        rung, passed = self._first, None
+    def _last_rung_step(self, steps: list[int]) -> int | None:
+        """Return the trial's report that counts for the last rung it has passed.
+
+        That is the report at the rung, or the first one after it; None before the first rung.
+        """
+        rung = self._first_rung
+        rung_step = None
         for step in steps:
             if step >= rung:
-                passed = step
+                rung_step = step
             while rung <= step:
-                rung *= self._factor
-        return passed
+                rung *= self._reduction_factor
+        return rung_step
+
+
+def _values_reported_at(step: int, study: Study) -> list[float]:
+    """Return all trials' objectives at a step, NaN left out, in ascending order."""
+    values = []
+    for trial in study.get_trials(deepcopy=False):
+        value = trial.intermediate_values.get(step, math.nan)
+        if not math.isnan(value):
+            values.append(value)
+    return sorted(values)
+
+
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value}: must be a whole number, at least {minimum}")

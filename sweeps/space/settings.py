@@ -1,4 +1,4 @@
-"""The keys of `hydra.sweeper`, checked once when a study begins."""
+"""The keys of `hydra.sweeper`, checked once when a session of a study begins."""
 
 import re
 from collections.abc import Mapping
@@ -10,66 +10,103 @@ from finetune.config.flatten import flatten
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.schema import Section
 from finetune.errors import ConfigError
-from sweeps.space.space import encode
+from sweeps.space.encoding import encode
 
 Direction = Literal["minimize", "maximize"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(Section):
-    """One study, as the user asked for it."""
+    """The keys of `hydra.sweeper`, checked."""
 
     section: ClassVar[str] = "hydra.sweeper"
     study_name: str
     storage: str | None
+    """The database's address as the user wrote it, with unresolved references to secrets.
+
+    None: a journal file in the study's folder.
+    """
     n_trials: int
+    """Number of trials that the study holds when it is done, over all sessions."""
     n_jobs: int | None
+    """Number of workers; None: one for each visible GPU, or one on a CPU."""
     slots: int | Literal["auto"]
+    """Number of trials that train together on one worker."""
     direction: Direction | list[Direction]
     max_failure_rate: float
+    """Fraction of the finished trials that may fail before the study ends."""
     params: dict[str, Any]
+    """Sweep syntax of each searched parameter."""
     custom_search_space: str | None
+    """Path of a function of (config, trial) that suggests further parameters."""
     baseline: bool
+    """Whether the first trial has the config's own values."""
     start: list[dict[str, Any]]
+    """Encoded points for the first trials."""
     timeout: float | None
+    """Seconds after which no trial begins and running trials are pruned."""
     keep_adapters: int
+    """Number of the best trials whose adapters and checkpoints stay on disk."""
     confirm: int
+    """Number of further seeds with which the best trials are trained again at the end."""
     allow_change: bool
+    """Whether to resume a study although its config or its space has changed."""
     sampler: dict[str, Any]
     pruner: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
-        self.require("n_trials", self.n_trials >= 1, "must be at least 1")
-        self.require("n_jobs", self.n_jobs is None or self.n_jobs >= 1, "must be at least 1, or null: one for each GPU")
-        self.require("slots", self.slots == "auto" or int(self.slots) >= 1, "must be at least 1, or auto: by memory")
-        self.require("direction", bool(self.direction), "must be minimize or maximize, or a list of them")
-        self.require("max_failure_rate", 0 <= self.max_failure_rate <= 1, "must be a share of the trials, from 0 to 1")
-        self.require("timeout", self.timeout is None or self.timeout > 0, "must be above 0 seconds, or null")
+        self._check_trials_and_workers()
+        self.require(
+            "direction", bool(self.direction), "must be minimize or maximize, or a list of them"
+        )
+        is_rate = 0 <= self.max_failure_rate <= 1
+        self.require("max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1")
+        has_time = self.timeout is None or self.timeout > 0
+        self.require("timeout", has_time, "must be above 0 seconds, or null")
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
-        self.require("confirm", not self.confirm or len(self.directions) == 1, "needs one objective; 0: none")
+        can_confirm = not self.confirm or len(self.directions) == 1
+        self.require("confirm", can_confirm, "needs one objective; 0: none")
+
+    def _check_trials_and_workers(self) -> None:
+        self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
+        self.require("n_trials", self.n_trials >= 1, "must be at least 1")
+        has_workers = self.n_jobs is None or self.n_jobs >= 1
+        self.require("n_jobs", has_workers, "must be at least 1, or null: one for each GPU")
+        has_slots = self.slots == "auto" or int(self.slots) >= 1
+        self.require("slots", has_slots, "must be at least 1, or auto: by memory")
 
     @classmethod
     def from_sweeper(cls, values: Mapping[str, Any]) -> "StudySettings":
-        """Check plain values. Raises ConfigError for the first thing wrong with them."""
+        """Check the plain values of `hydra.sweeper`.
+
+        Raises:
+            ConfigError: for the first value that is not allowed.
+        """
         start = values.get("start")
         points = [start] if isinstance(start, Mapping) else start
         if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
-            raise ConfigError(f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]")
-        return build(cls, "hydra.sweeper", {**values, "start": [_encoded(point) for point in points]})
+            raise ConfigError(
+                f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]"
+            )
+        encoded = [_encode_point(point) for point in points]
+        return build(cls, "hydra.sweeper", {**values, "start": encoded})
 
     @property
     def directions(self) -> list[Direction]:
-        """One for each objective."""
+        """One direction for each objective."""
         return [self.direction] if isinstance(self.direction, str) else list(self.direction)
 
     @property
     def is_grid(self) -> bool:
-        """Whether every point of the space shall be tried."""
+        """Whether the study tries every point of the space."""
         return bool(re.search(r"\bGridSampler$", str(self.sampler.get("_target_"))))
 
+    @property
+    def can_prune(self) -> bool:
+        """Whether a pruner is configured, other than Optuna's that never prunes."""
+        return "Nop" not in str(self.pruner.get("_target_"))
 
-def _encoded(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point as the space has its values."""
+
+def _encode_point(point: Mapping[str, Any]) -> dict[str, Any]:
     return {name: encode(value) for name, value in flatten(dict(point)).items()}

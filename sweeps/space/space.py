@@ -1,32 +1,19 @@
-"""What a study searches: distributions from Hydra's sweep syntax, the config's own point in them, and grids."""
+"""A study's search space: the searched parameters, points in the space, and grids over it."""
 
 import dataclasses
 import itertools
 import json
-import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    Glob,
-    IntervalSweep,
-    Override,
-    Quote,
-    QuotedString,
-    RangeSweep,
-    Sweep,
-    Transformer,
-)
+from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
 from hydra.errors import HydraException
-from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_optuna_distribution_from_override
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -36,265 +23,263 @@ from optuna.distributions import (
 )
 
 from finetune.errors import ConfigError, refusal
+from sweeps.space.distributions import describe, distribution_or_value, grid_values, widen
+from sweeps.space.encoding import NULL, encode
 
 Point = dict[str, Any]
-"""A value for each searched parameter."""
+"""One encoded value for each searched parameter."""
 
-
-SAME_FOR_ALL = (
-    r"\+*(dataset(?!\.limit\b)|objective|objective_at|name|resume|trainer\.engine|tracker|hub|search|hydra)\b.*"
+NOT_SEARCHABLE = (
+    r"\+*(dataset(?!\.limit\b)|objective|objective_at|name|resume|trainer\.engine|tracker|hub"
+    r"|search|hydra)\b.*"
 )
-"""Parameters that a search may not vary: trials would be measured on other rows, by another measure, or elsewhere."""
+"""Parameters that no search may vary.
+
+Trials would be evaluated on other rows or by another objective, or would store results elsewhere.
+"""
 
 
 RELATIVE = "relative"
-"""A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value of the parameter."""
+"""A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The searched parameters, and the overrides that all trials have in common."""
+    """The searched parameters, and the overrides that all trials share."""
 
     distributions: dict[str, BaseDistribution]
     fixed: dict[str, Any]
     """Parameters with one value."""
     fixed_overrides: list[str]
-    """What is no parameter with a value: deletions."""
+    """Overrides that delete a key, as the user wrote them."""
     relative: frozenset[str] = frozenset()
-    """Parameters whose interval is in multiples of the config's own value, until `scaled` has resolved them."""
+    """Parameters whose interval is in multiples of the config's own value, see `scaled`."""
 
     @classmethod
     def parse(cls, params: Mapping[str, Any], arguments: Sequence[str]) -> "Space":
-        """The space of `hydra.sweeper.params` and the command line, which wins."""
-        texts = [f"{name}={value if isinstance(value, str) else encode(value)}" for name, value in params.items()]
-        found: dict[str, tuple[str, Any]] = {}
+        """Parse `hydra.sweeper.params` and the command line, which takes precedence.
+
+        Args:
+            params: the sweep syntax, or the value, of each parameter.
+            arguments: overrides of the command line.
+
+        Raises:
+            ConfigError: an override can't be parsed, or its parameter can't be searched.
+        """
+        texts = [f"{name}={_as_text(value)}" for name, value in params.items()]
+        parameters: dict[str, tuple[str, Any]] = {}
         deletions = []
         relative: dict[str, bool] = {}
-        for override in _parsed([*texts, *arguments]):
+        for override in _parse_overrides([*texts, *arguments]):
             if override.is_delete():
                 deletions.append(str(override.input_line))
                 continue
             name = override.get_key_element()
-            found[name.lstrip("+")] = (name, _meaning(override))
+            # `+key` and `key` are the same parameter: the later one replaces the earlier.
+            parameters[name.lstrip("+")] = (name, distribution_or_value(override))
             relative[name] = _is_relative(override)
-        distributions = {name: what for name, what in found.values() if isinstance(what, BaseDistribution)}
-        fixed = {name: what for name, what in found.values() if not isinstance(what, BaseDistribution)}
-        for name in distributions:
-            if re.fullmatch(SAME_FOR_ALL, name):
-                raise ConfigError(
-                    f"{name}: can't be searched: all trials of a study are measured alike, on the same rows"
-                )
-        scaled = frozenset(name for name in distributions if relative[name])
-        return cls(distributions, fixed, deletions, scaled)
+        distributions: dict[str, BaseDistribution] = {}
+        fixed: dict[str, Any] = {}
+        for name, meaning in parameters.values():
+            if isinstance(meaning, BaseDistribution):
+                distributions[name] = meaning
+            else:
+                fixed[name] = meaning
+        _require_searchable(distributions)
+        relative_names = frozenset(name for name in distributions if relative[name])
+        return cls(distributions, fixed, deletions, relative_names)
 
     def scaled(self, composed: DictConfig) -> "Space":
-        """The same space with every relative interval in the parameter's unit.
+        """Convert relative intervals to the units of their parameters.
 
         Args:
-            composed: The config of a trial before anything is searched, its learning rate resolved.
+            composed: the config of a trial before anything is searched, with the learning rate
+                resolved.
 
         Raises:
-            ConfigError: The config has no number above 0 of a parameter whose interval is relative.
+            ConfigError: the config's own value of such a parameter is no number above 0.
         """
         distributions = dict(self.distributions)
         for name in self.relative:
             value = OmegaConf.select(composed, name.lstrip("+"))
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                needs = "a relative interval is in multiples of the config's own value, which must be a number above 0"
-                raise refusal(name.lstrip("+"), value, needs)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or value <= 0:
+                reason = (
+                    "a relative interval is in multiples of the config's own value, "
+                    "which must be a number above 0"
+                )
+                raise refusal(name.lstrip("+"), value, reason)
             multiples = distributions[name]
             assert isinstance(multiples, IntDistribution | FloatDistribution)
-            low, high = (float(f"{multiple * value:.12g}") for multiple in (multiples.low, multiples.high))
+            low = _rounded(multiples.low * value)
+            high = _rounded(multiples.high * value)
             distributions[name] = FloatDistribution(low, high, log=multiples.log)
         return dataclasses.replace(self, distributions=distributions, relative=frozenset())
 
     def overrides(self, point: Point) -> list[str]:
-        """The command line of a trial at a point."""
+        """Return the command-line overrides of a trial at a point."""
         return [*self.fixed_texts, *(f"{name}={value}" for name, value in point.items())]
 
     @property
     def fixed_texts(self) -> list[str]:
-        """The command line that all trials have in common."""
+        """The command-line overrides that all trials share."""
         return [*(f"{name}={value}" for name, value in self.fixed.items()), *self.fixed_overrides]
 
     def point_of(self, composed: DictConfig) -> Point | None:
-        """The config's own values of the searched parameters; None where it has none for one of them."""
+        """Return the values that a composed config has for the searched parameters.
+
+        Args:
+            composed: the config, with the `hydra` node.
+
+        Returns:
+            The point; None if the config has no value for one of the parameters.
+        """
+        group_choices = composed.hydra.runtime.choices
         point: Point = {}
-        for name in self.distributions:
-            choices = composed.hydra.runtime.choices  # of groups
-            bare = name.lstrip("+")
-            value = encode(choices[bare] if bare in choices else OmegaConf.select(composed, bare))
-            distribution = self.distributions[name]
-            if value == NULL and not (
-                isinstance(distribution, CategoricalDistribution) and NULL in distribution.choices
-            ):
+        for name, distribution in self.distributions.items():
+            key = name.lstrip("+")
+            value = group_choices[key] if key in group_choices else OmegaConf.select(composed, key)
+            encoded = encode(value)
+            if encoded == NULL and not _has_null(distribution):
                 return None
-            point[name] = value
+            point[name] = encoded
         return point
 
     def widened(self, point: Point) -> tuple["Space", list[str]]:
-        """A space that holds a point, and a line for each parameter that had to be widened for it."""
-        distributions, lines = dict(self.distributions), []
+        """Extend the space so that it contains a point.
+
+        Returns:
+            The space, and a line for the user on each parameter whose distribution was extended.
+        """
+        distributions = dict(self.distributions)
+        lines = []
         for name, value in point.items():
-            before = distributions[name]
-            after = _widened(name, before, value)
-            if after != before:
+            distributions[name] = widen(name, self.distributions[name], value)
+            if distributions[name] != self.distributions[name]:
+                before = describe(self.distributions[name])
                 lines.append(
-                    f"{name}={value}: the config's own value lies outside {describe(before)}, which now holds it"
+                    f"{name}={value}: the config's own value lies outside {before}, "
+                    "which now holds it"
                 )
-                distributions[name] = after
         return dataclasses.replace(self, distributions=distributions), lines
 
     def require(self, key: str, point: Mapping[str, Any]) -> None:
-        """Refuse a point that names an unknown parameter, or a value outside of the space."""
+        """Refuse a point that lies outside the space.
+
+        Args:
+            key: the config key that the point was given under, for the error.
+            point: values of some or all searched parameters.
+
+        Raises:
+            ConfigError: a parameter is not searched, or its value lies outside its distribution.
+        """
         for name, value in point.items():
             if name not in self.distributions:
-                raise ConfigError(f"{key}: {name} is not searched; allowed: {', '.join(self.distributions)}")
-            if _widened(f"{key}: {name}", self.distributions[name], value) != self.distributions[name]:
-                raise ConfigError(f"{key}: {name}={value} lies outside {describe(self.distributions[name])}")
+                allowed = ", ".join(self.distributions)
+                raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
+            distribution = self.distributions[name]
+            if widen(f"{key}: {name}", distribution, value) != distribution:
+                raise ConfigError(f"{key}: {name}={value} lies outside {describe(distribution)}")
 
     def extremes(self) -> list[Point]:
-        """Few points that have among them every choice and both ends of every range."""
+        """Return a few points that together have every choice and both ends of every range."""
         values: dict[str, list[Any]] = {}
-        for name, what in self.distributions.items():
-            if isinstance(what, CategoricalDistribution):
-                values[name] = list(what.choices)
+        for name, distribution in self.distributions.items():
+            if isinstance(distribution, CategoricalDistribution):
+                values[name] = list(distribution.choices)
             else:
-                assert isinstance(what, IntDistribution | FloatDistribution)
-                values[name] = [what.low, what.high]
+                assert isinstance(distribution, IntDistribution | FloatDistribution)
+                values[name] = [distribution.low, distribution.high]
         count = max(map(len, values.values()), default=0)
-        return [{name: those[index % len(those)] for name, those in values.items()} for index in range(count)]
+        points = []
+        for index in range(count):
+            points.append({name: ends[index % len(ends)] for name, ends in values.items()})
+        return points
 
     def grid(self, seed: int) -> list[Point]:
-        """Every point of a space of lists and steps, shuffled."""
-        try:
-            choices = [OptunaSweeperImpl._to_grid_sampler_choices(what) for what in self.distributions.values()]
-        except ValueError:
-            smooth = [name for name, what in self.distributions.items() if getattr(what, "step", 1) is None]
-            raise ConfigError(f"{', '.join(smooth)}: a grid needs a choice or a range with a step") from None
-        points = [dict(zip(self.distributions, values, strict=True)) for values in itertools.product(*choices)]
+        """Return every point of a space of choices and steps, in an order shuffled by a seed.
+
+        Raises:
+            ConfigError: a parameter is continuous.
+        """
+        values: list[list[Any]] = []
+        continuous = []
+        for name, distribution in self.distributions.items():
+            choices = grid_values(distribution)
+            if choices is None:
+                continuous.append(name)
+            else:
+                values.append(choices)
+        if continuous:
+            names = ", ".join(continuous)
+            raise ConfigError(f"{names}: a grid needs a choice or a range with a step")
+        combinations = itertools.product(*values)
+        points = [dict(zip(self.distributions, point, strict=True)) for point in combinations]
         random.Random(seed).shuffle(points)
         return points
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, to be kept and compared."""
-        return {name: json.loads(distribution_to_json(what)) for name, what in self.distributions.items()}
+        """Return the distributions as plain values, for storage and comparison."""
+        plain = {}
+        for name, distribution in self.distributions.items():
+            plain[name] = json.loads(distribution_to_json(distribution))
+        return plain
 
 
-def _parsed(texts: list[str]) -> list[Override]:
-    """Overrides as Hydra reads them. Globs find their groups' choices as long as Hydra runs."""
+def _is_relative(override: Override) -> bool:
+    """Whether an override is an interval of multiples.
+
+    Raises:
+        ConfigError: the tag is on anything but an interval.
+    """
+    sweep = override.value()
+    if not isinstance(sweep, Sweep) or RELATIVE not in sweep.tags:
+        return False
+    if not isinstance(sweep, IntervalSweep):
+        reason = "the tag relative is for an interval, as interval(0.1, 10)"
+        raise ConfigError(f"{override.input_line}: {reason}")
+    return True
+
+
+def _rounded(bound: float) -> float:
+    """Round to 12 significant digits, so that 0.1 times 0.002 is shown as 0.0002."""
+    return float(f"{bound:.12g}")
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else str(encode(value))
+
+
+def _has_null(distribution: BaseDistribution) -> bool:
+    return isinstance(distribution, CategoricalDistribution) and NULL in distribution.choices
+
+
+def _require_searchable(names: Mapping[str, BaseDistribution]) -> None:
+    for name in names:
+        if re.fullmatch(NOT_SEARCHABLE, name):
+            raise ConfigError(
+                f"{name}: can't be searched: all trials of a study are evaluated by the same "
+                "objective on the same rows"
+            )
+
+
+def _parse_overrides(texts: list[str]) -> list[Override]:
+    """Parse overrides as Hydra does. A glob over a config group needs an initialized Hydra."""
     hydra = GlobalHydra.instance()
-    parser = OverridesParser.create(config_loader=hydra.config_loader() if hydra.is_initialized() else None)
+    parser = OverridesParser.create(
+        config_loader=hydra.config_loader() if hydra.is_initialized() else None
+    )
     overrides: list[Override] = []
     for text in texts:
         try:
             overrides += parser.parse_overrides([text])
         except HydraException as error:
-            noise = ("Error when parsing", "Error parsing", "See https")
-            reasons = [line for line in str(error).splitlines() if not line.startswith(noise)]
-            raise ConfigError(f"{text}: {' '.join(reasons)}") from None
+            raise ConfigError(f"{text}: {_parser_reason(error)}") from None
     return overrides
 
 
-def _meaning(override: Override) -> Any:
-    """An override's distribution, as hydra-optuna-sweeper has it; of one without a sweep its value as text.
-
-    Choices stand as text that Hydra reads back as the same value, and in the order that they are written in:
-    a search knows no other order, and a study that is gone on with must find the same ones.
-    """
-    sweep = override.value()
-    try:
-        if isinstance(sweep, Glob):
-            return CategoricalDistribution([encode(choice) for choice in override.sweep_iterator()])
-        distribution = create_optuna_distribution_from_override(override)
-        if isinstance(distribution, CategoricalDistribution):
-            assert isinstance(sweep, ChoiceSweep | RangeSweep)
-            sweep.shuffle = False
-            choices = override.sweep_iterator(transformer=Transformer.identity)
-            return CategoricalDistribution([encode(choice) for choice in choices])
-    except (ValueError, NotImplementedError, AssertionError, HydraException) as error:  # all are of users' mistakes
-        raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from None
-    return distribution
-
-
-def _is_relative(override: Override) -> bool:
-    """Whether an override is an interval of multiples. Raises ConfigError for the tag on anything else."""
-    sweep = override.value()
-    if not isinstance(sweep, Sweep) or RELATIVE not in sweep.tags:
-        return False
-    if not isinstance(sweep, IntervalSweep):
-        raise ConfigError(f"{override.input_line}: the tag relative is for an interval, as interval(0.1, 10)")
-    return True
-
-
-def describe(distribution: BaseDistribution) -> str:
-    """A distribution as the user writes it."""
-    if isinstance(distribution, CategoricalDistribution):
-        return f"choice({', '.join(map(str, distribution.choices))})"
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
-    if distribution.step is not None and not (isinstance(distribution, IntDistribution) and distribution.step == 1):
-        return f"range({distribution.low}, …, {distribution.high}, step={distribution.step})"
-    interval = f"interval({distribution.low}, {distribution.high})"
-    interval = f"int({interval})" if isinstance(distribution, IntDistribution) else interval
-    return f"tag(log, {interval})" if distribution.log else interval
-
-
-NULL = "null"
-
-
-def encode(value: Any) -> Any:
-    """A config's value as Hydra's sweep syntax has it: numbers as they are, all else as text, quoted where need be."""
-    if value is None:
-        return NULL
-    if isinstance(value, Mapping | DictConfig):
-        return f"{{{','.join(f'{key}:{encode(item)}' for key, item in value.items())}}}"
-    if isinstance(value, list | tuple | ListConfig):
-        return f"[{','.join(str(encode(item)) for item in value)}]"
-    text = value.text if isinstance(value, QuotedString) else value
-    if isinstance(text, str) and not _is_word(text):
-        return QuotedString(text, Quote.single).with_quotes()
-    return text
-
-
-def _is_word(text: str) -> bool:
-    """Whether Hydra reads a text as itself without quotes."""
-    try:
-        float(text)
-    except ValueError:
-        return bool(re.fullmatch(r"[A-Za-z0-9_./:+@-]+", text)) and text.lower() not in ("true", "false", NULL)
-    return False
-
-
-def _widened(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribution:
-    """A distribution that holds a value: the same one, or a larger one of the same kind."""
-    if isinstance(distribution, CategoricalDistribution):
-        same = [
-            choice
-            for choice in distribution.choices
-            if choice == value and isinstance(choice, bool) == isinstance(value, bool)
-        ]
-        return distribution if same else CategoricalDistribution([*distribution.choices, value])
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value}: no number, as {describe(distribution)} needs")
-    if distribution._contains(float(value)):
-        return distribution
-    whole = isinstance(distribution, IntDistribution)
-    if whole and value != int(value):
-        raise ConfigError(f"{name}={value}: no whole number, as {describe(distribution)} needs")
-    if distribution.log and value <= 0:
-        raise ConfigError(
-            f"{name}={value}: can't be part of {describe(distribution)}; hydra.sweeper.baseline=false goes without"
-        )
-    low, high = min(distribution.low, value), max(distribution.high, value)
-    step = None if distribution.step is None else _common(distribution.step, value - distribution.low)
-    if whole:
-        return IntDistribution(int(low), int(high), log=distribution.log, step=int(step or 1))
-    return FloatDistribution(low, high, log=distribution.log, step=step)
-
-
-def _common(step: float, gap: float) -> float:
-    """The largest step that divides both."""
-    one, other = Fraction(str(step)), Fraction(str(gap))
-    whole = math.gcd(one.numerator * other.denominator, other.numerator * one.denominator)
-    return float(Fraction(whole, one.denominator * other.denominator))
+def _parser_reason(error: HydraException) -> str:
+    """Return what Hydra's parser has to say, without its lines of boilerplate."""
+    boilerplate = ("Error when parsing", "Error parsing", "See https")
+    reasons = [line for line in str(error).splitlines() if not line.startswith(boilerplate)]
+    return " ".join(reasons)

@@ -1,31 +1,25 @@
-"""A study's database: the driver it is opened with, and a storage that outlives lost connections.
+"""A study's database: a storage whose calls are retried after a lost connection.
 
-A lost connection is no trial's failure: a call that meets one is tried again, and where the server stays away
-`StorageLost` ends the worker. Each write may be repeated, as its commit may have happened before the connection was
-lost. The private names are those of Optuna 5's `optuna/storages/_rdb/storage.py`, which has no public way to do this.
+A lost connection is no trial's failure: the call is retried, and `StorageLost` ends the worker
+where the server stays out of reach. The commit of a call may have happened before its connection
+was lost, so each write must be safe to repeat.
 """
 
 import functools
-import importlib
-import json
 import logging
 import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,
-    NoSuchModuleError,
     OperationalError,
     PendingRollbackError,
 )
@@ -33,159 +27,108 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from finetune.config.addresses import hide_secrets, parse_address, show_address
 from finetune.console import summary_line
-from finetune.errors import ConfigError
+from sweeps.compat import RDB_CALLS, claim_waiting_trial, trial_row
+from sweeps.study.drivers import choose_driver
 from sweeps.study.errors import KEY, StorageLost
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.orm import Session
 
-
 log = logging.getLogger(__name__)
 
-
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
-
+Storage = TypeVar("Storage", bound=type)
 
 PATIENCE = 120.0
-"""Seconds for which a call is tried again while the server is out of reach."""
-
+"""Seconds for which a call is retried while the server is out of reach."""
 
 OPENING_PATIENCE = 30.0
-"""The same while a database is opened: nothing was computed yet that could be lost."""
+"""The same while a database is opened, when no work could be lost yet."""
 
-
+FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
-"""Seconds between two attempts, at most."""
-
+"""Seconds between two attempts; the pause doubles from the first to the longest."""
 
 CONNECTION = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-"""Arguments of libpq: a server that was switched off is noticed within a minute, not after many."""
-
+"""Arguments of libpq (s, s, ms), by which a server that was switched off is noticed in a minute."""
 
 CLAIM = "claim"
-"""The system attribute of a trial that names the call which began it."""
-
+"""The system attribute of a trial that holds the token of the call which began it."""
 
 _REFUSED = re.compile(
     r"(?i)authentication failed|no password supplied|access denied|does not exist|unknown database"
     r"|could not translate host|name or service not known|unable to open database file"
 )
-"""What a server says of an address that is wrong: to try again would not help."""
-
-
-class _Driver(NamedTuple):
-    name: str
-    module: str
-    package: str
-
-
-_POSTGRESQL = (
-    _Driver("psycopg2", "psycopg2", "psycopg2-binary"),
-    _Driver("psycopg", "psycopg", "psycopg[binary]"),
-    _Driver("pg8000", "pg8000", "pg8000"),
-)
-
-
-_MYSQL = (
-    _Driver("mysqldb", "MySQLdb", "mysqlclient"),
-    _Driver("pymysql", "pymysql", "pymysql"),
-    _Driver("mysqlconnector", "mysql.connector", "mysql-connector-python"),
-)
-
-
-DRIVERS = {"postgresql": _POSTGRESQL, "mysql": _MYSQL, "mariadb": _MYSQL}
-"""The drivers that a database can be opened with; the first is the one to install."""
-
-
-def choose_driver(url: "URL") -> "URL":
-    """An address with an installed driver.
-
-    The one that the address names, else SQLAlchemy's default, else another that is installed.
-
-    Raises:
-        ConfigError: there is none, or SQLAlchemy knows no such database.
-    """
-    backend = url.get_backend_name()
-    drivers = DRIVERS.get(backend)
-    try:
-        default = url.get_driver_name()
-    except NoSuchModuleError:
-        raise ConfigError(f"{KEY}: {url.drivername} is no database; allowed: postgresql, mysql, sqlite") from None
-    if drivers is None:
-        return url
-    is_named = "+" in url.drivername
-    candidates = [driver for driver in drivers if driver.name == default or not is_named]
-    if not candidates:
-        names = ", ".join(f"{backend}+{driver.name}" for driver in drivers)
-        raise ConfigError(f"{KEY}: {url.drivername} can't be used; allowed: {names}")
-    candidates.sort(key=lambda driver: driver.name != default)
-    for driver in candidates:
-        if _is_installed(driver):
-            return url.set(drivername=f"{backend}+{driver.name}")
-    names = ", ".join(driver.name for driver in candidates)
-    package = candidates[0].package if is_named else drivers[0].package
-    raise ConfigError(f"{KEY}: no driver for {backend} is installed ({names}): pip install '{package}'")
-
-
-def _is_installed(driver: _Driver) -> bool:
-    try:
-        importlib.import_module(driver.module)
-    except ImportError:  # also where the driver lacks a library of the system
-        return False
-    return True
+"""A server's messages about a wrong address, where a retry can't help."""
 
 
 def open_database(address: str, patience: float | None) -> "Database":
-    """Open a database, trying again while its server is out of reach. Raises what went wrong."""
+    """Open a database, retrying while its server is out of reach.
+
+    Args:
+        address: the database's address.
+        patience: seconds for which calls are retried; None: `PATIENCE`.
+
+    Raises:
+        ConfigError: the address is none, or no driver for it is installed.
+        Exception: the last error of the server, its driver or SQLAlchemy.
+    """
     url = choose_driver(parse_address(KEY, address))
-    waiting = PATIENCE if patience is None else patience
-    attempts = _Attempts(show_address(KEY, address), min(waiting, OPENING_PATIENCE))
+    seconds = PATIENCE if patience is None else patience
+    retry = _Retry(show_address(KEY, address), min(seconds, OPENING_PATIENCE))
     while True:
         try:
-            return Database(url, address, waiting)
+            return Database(url, address, seconds)
         except Exception as error:
             reason = _reason(error, address)
-            if not is_connection_error(error) or _REFUSED.search(reason) or attempts.are_over(reason):
+            can_recover = is_connection_error(error) and not _REFUSED.search(reason)
+            if not can_recover or retry.is_exhausted(reason):
                 raise
-        attempts.pause()
+        retry.pause()
 
 
 def is_connection_error(error: BaseException | None) -> bool:
-    """Whether an error is the connection's or the server's, not that of the data."""
+    """Whether an error is one of the connection or the server, not of the data."""
     if isinstance(error, StorageInternalError):
         error = error.__cause__
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    return isinstance(error, OperationalError | InterfaceError | PendingRollbackError | PoolTimeoutError)
+    connection_errors = (OperationalError, InterfaceError, PendingRollbackError, PoolTimeoutError)
+    return isinstance(error, connection_errors)
 
 
 def _reason(error: BaseException, address: str) -> str:
-    """What the server or its driver said, on one line without secrets."""
+    """Return the message of the server or its driver, on one line without secrets."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    said = cause.orig if isinstance(cause, DBAPIError) else cause
-    return hide_secrets(summary_line(said or error), KEY, address)
+    original = cause.orig if isinstance(cause, DBAPIError) else cause
+    return hide_secrets(summary_line(original or error), KEY, address)
 
 
-class _Attempts:
-    """One call's attempts while the server is out of reach."""
+class _Retry:
+    """The attempts of one call while the server is out of reach.
 
-    def __init__(self, place: str, patience: float) -> None:
-        self._place, self._patience = place, patience
-        self._began: float | None = None
-        self._pause = 0.1
+    Args:
+        shown_address: the database's address without secrets, for log lines.
+        patience: seconds from the first failed attempt to the last; 0: one attempt, no log lines.
+    """
 
-    def are_over(self, reason: str) -> bool:
-        """Count a failed attempt; whether it was the last."""
+    def __init__(self, shown_address: str, patience: float) -> None:
+        self._shown_address = shown_address
+        self._patience = patience
+        self._first_failure: float | None = None
+        self._pause = FIRST_PAUSE
+
+    def is_exhausted(self, reason: str) -> bool:
+        """Count a failed attempt; return whether it was the last."""
         now = time.monotonic()
-        if self._began is None:
-            self._began = now
+        if self._first_failure is None:
+            self._first_failure = now
             if self._patience > 0:
-                log.warning("%s is out of reach (%s): trying again for %.0f s", self._place, reason, self._patience)
-        return now - self._began >= self._patience
+                message = "%s is out of reach (%s): trying again for %.0f s"
+                log.warning(message, self._shown_address, reason, self._patience)
+        return now - self._first_failure >= self._patience
 
     def pause(self) -> None:
         """Wait before the next attempt, longer each time."""
@@ -193,112 +136,108 @@ class _Attempts:
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def succeed(self) -> None:
-        """Say so, if the server was out of reach."""
-        if self._began is not None and self._patience > 0:
-            log.warning("%s is back after %.0f s", self._place, time.monotonic() - self._began)
+        """Log that the server is back, if it was out of reach."""
+        if self._first_failure is not None and self._patience > 0:
+            seconds = time.monotonic() - self._first_failure
+            log.warning("%s is back after %.0f s", self._shown_address, seconds)
 
 
 def _retried(method: "Callable[Concatenate[Any, P], R]") -> "Callable[Concatenate[Any, P], R]":
-    """A method of `Database` that is tried again when it meets a lost connection."""
+    """Wrap a method of `Database` so that it is retried after a lost connection."""
 
-    def call(self: Any, /, *arguments: P.args, **more: P.kwargs) -> R:
-        attempts = _Attempts(self.place, 0.0 if self.is_lost else self.patience)
+    def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        retry = _Retry(self.shown_address, 0.0 if self.is_lost else self.patience)
         while True:
             try:
-                result = method(self, *arguments, **more)
+                result = method(self, *arguments, **keywords)
             except Exception as error:
                 if not is_connection_error(error):
                     raise
                 reason = _reason(error, self.address)
-                if attempts.are_over(reason):
+                if retry.is_exhausted(reason):
                     self.is_lost = True
-                    raise StorageLost(f"{KEY}: {self.place} stays out of reach ({reason})") from None
+                    message = f"{KEY}: {self.shown_address} stays out of reach ({reason})"
+                    raise StorageLost(message) from None
             else:
                 self.is_lost = False
-                attempts.succeed()
+                retry.succeed()
                 return result
-            attempts.pause()
+            retry.pause()
 
     functools.update_wrapper(call, method)
     return call
 
 
+def _retry_transactions(cls: Storage) -> Storage:
+    """Wrap all methods of Optuna's storage that run one transaction each."""
+    for name in RDB_CALLS:
+        setattr(cls, name, _retried(getattr(RDBStorage, name)))
+    return cls
+
+
+@_retry_transactions
 class Database(RDBStorage):
-    """Optuna's storage in a database, whose calls outlive lost connections.
+    """Optuna's database storage, with calls that are retried after a lost connection.
 
     Args:
         url: the address with its driver.
-        address: the address as it was given, whose secrets no message shows.
-        patience: seconds for which a call is tried again. Once it was in vain, later calls are tried once,
-            until one succeeds: each of a worker's trials would wait as long again otherwise.
+        address: the address as the user gave it. Messages hide its secrets.
+        patience: seconds for which a call is retried. After a call whose retries were in vain,
+            each further call is tried once, until one succeeds: otherwise each of a worker's
+            trials would wait as long again.
     """
 
     def __init__(self, url: "URL", address: str, patience: float) -> None:
-        self.place, self.address, self.patience, self.is_lost = show_address(KEY, address), address, patience, False
-        uses_libpq = url.get_backend_name() == "postgresql" and url.get_driver_name() in ("psycopg", "psycopg2")
-        arguments = {name: value for name, value in CONNECTION.items() if uses_libpq and name not in url.query}
+        self.address = address
+        self.shown_address = show_address(KEY, address)
+        self.patience = patience
+        self.is_lost = False
         super().__init__(
             url.render_as_string(hide_password=False),
-            engine_kwargs={"pool_pre_ping": True, "connect_args": arguments},
+            engine_kwargs={"pool_pre_ping": True, "connect_args": _connection_arguments(url)},
         )
 
-    create_new_study = _retried(RDBStorage.create_new_study)
-    delete_study = _retried(RDBStorage.delete_study)
-    set_study_user_attr = _retried(RDBStorage.set_study_user_attr)
-    set_study_system_attr = _retried(RDBStorage.set_study_system_attr)
-    get_study_id_from_name = _retried(RDBStorage.get_study_id_from_name)
-    get_study_name_from_id = _retried(RDBStorage.get_study_name_from_id)
-    get_study_directions = _retried(RDBStorage.get_study_directions)
-    get_study_user_attrs = _retried(RDBStorage.get_study_user_attrs)
-    get_study_system_attrs = _retried(RDBStorage.get_study_system_attrs)
-    get_all_studies = _retried(RDBStorage.get_all_studies)
-    get_trial_id_from_study_id_trial_number = _retried(RDBStorage.get_trial_id_from_study_id_trial_number)
-    get_trial = _retried(RDBStorage.get_trial)
-    set_trial_intermediate_value = _retried(RDBStorage.set_trial_intermediate_value)
-    set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
-    set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
-    _create_new_trial = _retried(RDBStorage._create_new_trial)
-    _get_best_trial_id = _retried(RDBStorage._get_best_trial_id)
-    _get_trials = _retried(RDBStorage._get_trials)
-    _set_trial_param = _retried(RDBStorage._set_trial_param)
-    _finish = _retried(RDBStorage.set_trial_state_values)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Begin or end a trial; also where an attempt had done so before its connection was lost."""
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Begin or finish a trial, once, even if the call is repeated after a lost connection."""
         if state == TrialState.RUNNING:
-            return self._begin(trial_id, uuid.uuid4().hex)
+            return self._claim(trial_id, uuid.uuid4().hex)
         try:
             return self._finish(trial_id, state, values)
         except UpdateFinishedTrialError:
+            # An attempt before this one may have been committed before its connection was lost.
             trial = self.get_trial(trial_id)
-            if (trial.state, trial.values) != (state, None if values is None else list(values)):
+            expected_values = None if values is None else list(values)
+            if (trial.state, trial.values) != (state, expected_values):
                 raise
             return True
 
+    _finish = _retried(RDBStorage.set_trial_state_values)
+
     @_retried
-    def _begin(self, trial_id: int, claim: str) -> bool:
+    def _claim(self, trial_id: int, token: str) -> bool:
         """Begin a waiting trial, unless another call than this one already has."""
-        with _create_scoped_session(self.scoped_session) as session:
-            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-            self.check_trial_is_updatable(trial_id, trial.state)
-            kind = models.TrialSystemAttributeModel
-            if trial.state != TrialState.WAITING:
-                known: Any = kind.find_by_trial_and_key(trial, CLAIM, session)
-                return known is not None and json.loads(known.value_json) == claim
-            trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
-            self._set_trial_attr_without_commit(session, kind, trial_id, CLAIM, claim)
-        return True
+        return claim_waiting_trial(self, trial_id, CLAIM, token)
 
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: "Session"
-    ) -> "models.TrialModel":
-        """Add a trial, unless the study holds one of the template's number.
+    ) -> Any:
+        """Add a trial, unless the study has one of the template's number.
 
-        An attempt before this one may have added it, or another machine. The study's row is locked here.
+        An earlier attempt may have added it, or another machine. Optuna calls this method
+        (`optuna/storages/_rdb/storage.py`, 5.0.0) with the study's row locked.
         """
         if template_trial is not None and template_trial.number >= 0:
-            numbered = session.query(models.TrialModel).filter_by(study_id=study_id, number=template_trial.number)
-            known = numbered.one_or_none()
-            if known is not None:
-                return known
+            row = trial_row(session, study_id, template_trial.number)
+            if row is not None:
+                return row
         return super()._get_prepared_new_trial(study_id, template_trial, session)
+
+
+def _connection_arguments(url: "URL") -> dict[str, int]:
+    """Return the arguments for libpq that the address itself does not set."""
+    is_postgresql = url.get_backend_name() == "postgresql"
+    if not is_postgresql or url.get_driver_name() not in ("psycopg", "psycopg2"):
+        return {}
+    return {name: value for name, value in CONNECTION.items() if name not in url.query}

@@ -3,8 +3,11 @@
 from finetune.errors import Interrupted
 
 KEY = "hydra.sweeper.storage"
-"""The key that errors of the storage name."""
+"""The config key that errors of the storage name."""
 
 
 class StorageLost(Interrupted):
-    """The database stayed out of reach. Running trials stay running, and are adopted later."""
+    """The database stayed out of reach.
+
+    Running trials stay running in the storage, and a later worker adopts them.
+    """

@@ -1,6 +1,7 @@
-"""A trial as a Hydra job: its folder, its files, its callbacks, as `hydra.core.utils.run_job` has them.
+"""A trial as a Hydra job: its folder, files and callbacks, as in `hydra.core.utils.run_job`.
 
-Hydra's own function runs a job to its end; these take turns with others in the same process.
+Hydra's own function runs a job to its end. Here several jobs train together in one process, so the
+job is a generator, see `finetune.engine.steps`.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,49 +23,70 @@ T = TypeVar("T")
 def run_as_job(
     config: DictConfig, context: HydraContext, task: Callable[[DictConfig], RunSteps[T]]
 ) -> RunSteps[JobReturn]:
-    """Run a task on a composed config as one of several jobs; what it raises is in the job's return.
+    """Run a task on a composed config, as one of several jobs.
 
-    The task reads its config when it is called, and does its work in turns.
+    Args:
+        config: the job's config, with the `hydra` node.
+        context: Hydra's context.
+        task: is called with the config without the `hydra` node, and returns the job's steps.
+
+    Returns:
+        The job's return. It holds the exception that ended the task, if there was one.
     """
     folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
-    done = JobReturn()
     with hydra_config(config):
-        done.cfg = deepcopy(config)
-        with read_write(done.cfg), open_dict(done.cfg):
-            del done.cfg["hydra"]
-        done.hydra_cfg = deepcopy(config)
-        done.overrides = list(config.hydra.overrides.task)
-        done.task_name, done.working_dir = config.hydra.job.name, str(Path.cwd())
+        job = _begin_job(config)
         if config.hydra.output_subdir is not None:
-            place = folder / config.hydra.output_subdir
-            place.mkdir(parents=True, exist_ok=True)
-            hydra_part = OmegaConf.masked_copy(config, "hydra")
-            parts = {"config": done.cfg, "hydra": hydra_part, "overrides": config.hydra.overrides.task}
-            for name, part in parts.items():
-                (place / f"{name}.yaml").write_text(OmegaConf.to_yaml(part), encoding="utf-8")
+            _write_config_files(job, folder / config.hydra.output_subdir)
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
         with hydra_config(config):
-            work = task(done.cfg)
-        done.return_value = yield from work
-        done.status = JobStatus.COMPLETED
+            steps = task(job.cfg)
+        job.return_value = yield from steps
+        job.status = JobStatus.COMPLETED
     except BaseException as error:
-        done.return_value, done.status = error, JobStatus.FAILED
+        job.return_value = error
+        job.status = JobStatus.FAILED
         if not isinstance(error, Exception):
             raise
     finally:
-        context.callbacks.on_job_end(config=config, job_return=done)
-    return done
+        context.callbacks.on_job_end(config=config, job_return=job)
+    return job
+
+
+def _begin_job(config: DictConfig) -> JobReturn:
+    job = JobReturn()
+    job.cfg = deepcopy(config)
+    with read_write(job.cfg), open_dict(job.cfg):
+        del job.cfg["hydra"]
+    job.hydra_cfg = deepcopy(config)
+    job.overrides = list(config.hydra.overrides.task)
+    job.task_name = config.hydra.job.name
+    job.working_dir = str(Path.cwd())
+    return job
+
+
+def _write_config_files(job: JobReturn, folder: Path) -> None:
+    """Write `config.yaml`, `hydra.yaml` and `overrides.yaml`, as Hydra does for each job."""
+    assert job.hydra_cfg is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "config": job.cfg,
+        "hydra": OmegaConf.masked_copy(job.hydra_cfg, "hydra"),
+        "overrides": job.hydra_cfg.hydra.overrides.task,
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(content), encoding="utf-8")
 
 
 @contextmanager
 def hydra_config(config: DictConfig) -> Iterator[None]:
-    """Hydra's config of the moment, which `${hydra:…}` is resolved by."""
-    before = HydraConfig.instance().cfg
+    """Set the config by which `${hydra:…}` is resolved, while the context lasts."""
+    previous = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
         yield
     finally:
-        HydraConfig.instance().cfg = before
+        HydraConfig.instance().cfg = previous

@@ -1,10 +1,14 @@
-"""A study on the terminal while it runs: a live table of what trains now. Elsewhere the workers' lines are enough."""
+"""A table on the terminal of the trials that train now, drawn while a session runs.
+
+Without a terminal there is no table, and the log lines are enough.
+"""
 
 import contextlib
 import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,83 +23,110 @@ from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import objective_cells, parameters
 from sweeps.study.study import Study
 
-REFRESH = 1.0
-"""Seconds between two looks at the study."""
+REFRESH_SECONDS = 1.0
+"""Seconds between two drawings."""
+
+METRICS_TAIL = 4096
+"""Bytes read from the end of a trial's metrics."""
 
 
 @contextlib.contextmanager
 def live_table(study: Study, total: int) -> Iterator[None]:
-    """Show the study below the lines that are printed, as long as the context lasts, if there is a terminal."""
+    """Draw the study below the log lines while the context lasts, if stderr is a terminal.
+
+    Args:
+        study: the study.
+        total: number of trials that the study shall hold.
+    """
     if not sys.stderr.isatty():
         yield
         return
-    # A storage of its own: it is drawn by another thread, which waits for no database.
-    view = _View(Study.load(study.folder, patience=0), total)
-    with Live(console=Console(stderr=True), get_renderable=view.draw, refresh_per_second=1 / REFRESH, transient=True):
+    # Another thread draws it, so it has a storage of its own, which does not wait for a database.
+    table = LiveTable(Study.load(study.folder, patience=0), total)
+    with Live(
+        console=Console(stderr=True),
+        get_renderable=table.draw,
+        refresh_per_second=1 / REFRESH_SECONDS,
+        transient=True,
+    ):
         yield
 
 
-class _View:
-    """What the table shows at a moment."""
+class LiveTable:
+    """Draws the running trials, and a line on the study.
+
+    Args:
+        study: the study.
+        total: number of trials that the study shall hold.
+    """
 
     def __init__(self, study: Study, total: int) -> None:
-        self._study, self._total = study, total
-        self._began, self._done_before = time.monotonic(), len(study.finished())
-        self._last: RenderableType = Text("")
+        self._study = study
+        self._total = total
+        self._began = time.monotonic()
+        self._finished_before = len(study.finished())
+        self._drawing: RenderableType = Text("")
 
     def draw(self) -> RenderableType:
-        """The running trials, and a line on the study as a whole; the last ones while its database is out of reach."""
+        """Draw the study as it is now, or as it was before its database was out of reach."""
         with contextlib.suppress(StorageLost):
-            self._last = self._draw()
-        return self._last
+            self._drawing = self._draw()
+        return self._drawing
 
     def _draw(self) -> RenderableType:
-        running = self._study.trials(TrialState.RUNNING)
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("trial", "parameters", "step", *self._study.objectives, "train/loss", "tokens/s"):
+        objectives = self._study.objectives
+        for column in ("trial", "parameters", "step", *objectives, "train/loss", "tokens/s"):
             table.add_column(column, justify="left" if column == "parameters" else "right")
-        for trial in running:
+        for trial in self._study.trials(TrialState.RUNNING):
             table.add_row(*self._row(trial))
-        return Group(table, Text(self._line()))
+        return Group(table, Text(self._summary()))
 
     def _row(self, trial: FrozenTrial) -> list[str]:
-        seen = last_metrics(self._study.folder_of(trial.number).path / "metrics.jsonl")
-        loss, speed = seen.get("train/loss"), seen.get("train/tokens_per_second")
+        metrics = last_metrics(self._study.folder_of(trial.number).path / "metrics.jsonl")
+        loss = metrics.get("train/loss")
+        speed = metrics.get("train/tokens_per_second")
         return [
             str(trial.number),
             parameters(trial),
-            f"{seen.get('step', 0)}/{trial.user_attrs.get('steps', '?')}",
+            f"{metrics.get('step', 0)}/{trial.user_attrs.get('steps', '?')}",
             *objective_cells(trial, len(self._study.objectives)),
             "" if loss is None else f"{loss:.4f}",
             "" if speed is None else f"{speed:.0f}",
         ]
 
-    def _line(self) -> str:
+    def _summary(self) -> str:
+        """Return the numbers of trials, the best one, and the time left, in one line."""
         finished = self._study.finished()
-        pruned, failed = (
-            sum(trial.state == state for trial in finished) for state in (TrialState.PRUNED, TrialState.FAIL)
-        )
+        states = Counter(trial.state for trial in finished)
+        pruned = states[TrialState.PRUNED]
+        failed = states[TrialState.FAIL]
         line = f"{len(finished)} of {self._total} done ({pruned} pruned, {failed} failed)"
         best = next(iter(self._study.ranked()), None)
         if best is not None:
-            line += f" · best {' '.join(objective_cells(best, len(best.values)))} (trial {best.number})"
-        here = len(finished) - self._done_before
-        if here and len(finished) < self._total:
-            left = (time.monotonic() - self._began) / here * (self._total - len(finished))
-            line += f" · about {max(1, round(left / 60))} min left"
+            cells = objective_cells(best, len(best.values))
+            line += f" · best {' '.join(cells)} (trial {best.number})"
+        finished_here = len(finished) - self._finished_before
+        unfinished = self._total - len(finished)
+        if finished_here and unfinished > 0:
+            seconds_per_trial = (time.monotonic() - self._began) / finished_here
+            minutes = max(1, round(seconds_per_trial * unfinished / 60))
+            line += f" · about {minutes} min left"
         return line
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of each metric that a run has logged lately."""
+    """Return the last value of each metric in the last lines of a run's `metrics.jsonl`."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - METRICS_TAIL))
             lines = file.read().splitlines()
     except FileNotFoundError:
         return {}
-    seen: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # cut off by the window, or being written
-            seen |= json.loads(line)
-    return seen
+        # The first line may be cut off, and the last one is perhaps being written.
+        with contextlib.suppress(json.JSONDecodeError):
+            metrics |= json.loads(line)
+    return metrics

@@ -1,211 +1,213 @@
-"""Runs that train together: each in a slot of one worker, all on one base."""
+"""Runs that train together in the slots of one worker, on one base."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import RunConfig
-from finetune.engine.steps import Request, RunSteps
+from finetune.engine.steps import Executor, Request, RunSteps
 from finetune.errors import Interrupted
-from finetune.run.resources import shared_resources
+from sweeps.study.logs import RunNameFormatter
 
-
-def choose_slots(wanted: int | str, neediest: RunConfig) -> tuple[int, RunConfig]:
-    """How many slots a worker has for runs that need no more than this one, which is returned resolved.
-
-    `auto`: as many as memory has room for and a GPU is kept busy by.
-    """
-    from finetune.model.device import on_gpu
-    from finetune.run.memory_plan import plan_memory, resolve_checkpointing
-
-    decided = resolve_checkpointing(neediest, "packed", shared_resources)
-    if wanted == "auto":
-        wanted = plan_memory(decided, shared_resources).slots if on_gpu() else 1  # one run keeps a CPU busy
-    return int(wanted), decided
-
-
-def memory_rank(config: RunConfig) -> tuple[int, int]:
-    """What a run's memory grows with, to order runs by."""
-    return config.trainer.per_device_train_batch_size, config.lora.r
+LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+"""The format of Hydra's own job logs."""
 
 
 @dataclass(eq=False)
 class PackedRun:
-    """A run in a slot: its work, and what it waits for."""
+    """A run in a slot, and the request that it waits for."""
 
     name: str
-    work: RunSteps[Any]
-    log: Path
-    """The file that gets its lines, and no other run's."""
+    steps: RunSteps[Any]
+    log_file: Path
+    """The file that receives the run's log lines, and no other run's."""
     packed_with: set[str]
-    """Filled with the names of the runs that train beside it."""
+    """Filled with the names of the runs that train together with this one."""
     request: Request | None = None
+    """What the run has asked to be computed; None: it has work to do by itself."""
+    response: Any = None
+    """The response to the last request. An exception is raised inside the run."""
     has_ended: bool = False
-    answer: Any = None
-    """What came of its last wish; an Exception is raised where the run waits for it."""
     handler: logging.Handler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.handler = logging.FileHandler(self.log, delay=True)
-        self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+        self.handler = logging.FileHandler(self.log_file, delay=True)
+        self.handler.setFormatter(logging.Formatter(LOG_FORMAT))
 
-    def go_on(self) -> None:
-        """Let the run work until it wishes for something, or ends."""
-        answer, self.answer = self.answer, None
+    def resume(self) -> None:
+        """Let the run work until its next request, or its end."""
+        response = self.response
+        self.response = None
         with self._logging():
             try:
-                self.request = self.work.throw(answer) if isinstance(answer, Exception) else self.work.send(answer)
+                if isinstance(response, Exception):
+                    self.request = self.steps.throw(response)
+                else:
+                    self.request = self.steps.send(response)
             except StopIteration:
                 self.has_ended = True
 
     def close(self) -> None:
         """End the run where it is."""
         with self._logging():
-            self.work.close()
+            self.steps.close()
         self.handler.close()
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
+        """Send log lines to the run's file, and put its name before those on the terminal."""
         logging.getLogger().addHandler(self.handler)
-        NamingFormatter.lane = self.name
+        RunNameFormatter.run_name = self.name
         try:
             yield
         finally:
-            NamingFormatter.lane = None
+            RunNameFormatter.run_name = None
             logging.getLogger().removeHandler(self.handler)
 
 
-class NamingFormatter(logging.Formatter):
-    """Another formatter's lines, each after the name of the lane that it is of."""
+def train_together(next_run: Callable[[], PackedRun | None], slots: int) -> int:
+    """Train runs in slots until there are no more.
 
-    lane: str | None = None
+    Requests that several runs have at the same time are executed together. A run without a
+    request (one that begins or ends) works while the GPU executes the others' requests, so that
+    its beginning and end cost them almost no time. While runs train, at most one begins in each
+    pass: several that begin together would also end together, and leave the GPU idle.
 
-    def __init__(self, plain: logging.Formatter) -> None:
-        super().__init__()
-        self._plain = plain
+    Args:
+        next_run: returns the next run, or None if there is none.
+        slots: number of runs that train at once, at most.
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = self._plain.format(record)
-        return text if self.lane is None else "\n".join(f"{self.lane}: {line}" for line in text.splitlines())
+    Returns:
+        The number of runs that have ended.
 
-
-@contextmanager
-def runs_log_to_files(beside: bool = False) -> Iterator[None]:
-    """Leave runs' own lines to their logs; beside a live table this process says only what must be known."""
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or (record.name.startswith("sweeps") and not beside)
-
-    screens = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
-    ]
-    for handler in screens:
-        handler.addFilter(passes)
-    try:
-        yield
-    finally:
-        for handler in screens:
-            handler.removeFilter(passes)
-
-
-def train_together(take: Callable[[], PackedRun | None], slots: int) -> int:
-    """Run lanes in so many slots until there are none to take; returns how many have ended.
-
-    What the runs wish for at the same time is computed together. One that wishes for nothing works while a GPU
-    computes what the others wish for: so a run's beginning and end hardly cost them anything. Beside runs that train
-    one begins in each pass: several that begin together would end together too, with nobody left to compute meanwhile.
-    When the user interrupts, all end before it is said.
+    Raises:
+        Interrupted: the user interrupted a run. All others are brought to an end first.
     """
-    return _Pack(take, slots).work()
+    return _Pack(next_run, slots).train()
 
 
 class _Pack:
-    """The lanes that train together."""
+    """The runs that train together."""
 
-    def __init__(self, take: Callable[[], PackedRun | None], slots: int) -> None:
-        self._take, self._slots = take, slots
-        self._lanes: list[PackedRun] = []
-        self._begun: list[PackedRun] = []
-        """What began beside the last pass; the adapter may still be drawn."""
+    def __init__(self, next_run: Callable[[], PackedRun | None], slots: int) -> None:
+        self._next_run = next_run
+        self._slots = slots
+        self._runs: list[PackedRun] = []
+        self._beginning: list[PackedRun] = []
+        """Runs that began during the last pass. Their adapters may still be being drawn."""
         self._ended = 0
         self._interrupted: Interrupted | None = None
 
-    def work(self) -> int:
-        """All of it; returns how many lanes have ended."""
+    def train(self) -> int:
+        """Train all runs; return how many have ended."""
         try:
-            while self._lanes or self._fill(self._slots):
-                wishing = [lane for lane in self._lanes if lane.request is not None]
-                self._execute(wishing)
-                self._go_on(wishing)
+            while self._runs or self._begin_runs(self._slots):
+                requesting = [run for run in self._runs if run.request is not None]
+                self._execute_requests(requesting)
+                self._resume(requesting)
         finally:
-            for lane in self._lanes:
-                lane.close()
+            for run in self._runs:
+                run.close()
         if self._interrupted is not None:
             raise self._interrupted
         return self._ended
 
-    def _fill(self, most: int) -> list[PackedRun]:
-        """Take so many lanes at most, as there is room, and return them."""
-        self._slots = min([self._slots, *_capacities(self._lanes)])
-        taken: list[PackedRun] = []
-        while self._interrupted is None and len(self._lanes) < self._slots and len(taken) < most:
-            lane = self._take()
-            if lane is None:
+    def _begin_runs(self, limit: int) -> list[PackedRun]:
+        """Fill free slots with at most `limit` new runs, and return them."""
+        self._slots = min([self._slots, *_capacities(self._runs)])
+        begun: list[PackedRun] = []
+        while self._interrupted is None and len(self._runs) < self._slots and len(begun) < limit:
+            run = self._next_run()
+            if run is None:
                 break
-            for other in self._lanes:
-                other.packed_with.add(lane.name)
-                lane.packed_with.add(other.name)
-            self._lanes.append(lane)
-            taken.append(lane)
-        return taken
+            for neighbour in self._runs:
+                neighbour.packed_with.add(run.name)
+                run.packed_with.add(neighbour.name)
+            self._runs.append(run)
+            begun.append(run)
+        return begun
 
-    def _go_on(self, lanes: list[PackedRun]) -> None:
-        """Let some lanes work, and part with those that end."""
-        for lane in lanes:
+    def _resume(self, runs: list[PackedRun]) -> None:
+        """Let some runs work, and remove those that end."""
+        for run in runs:
             try:
-                lane.go_on()
+                run.resume()
             except Interrupted as error:
-                lane.has_ended, self._interrupted = True, error
-        for lane in lanes:
-            if lane.has_ended:
-                self._lanes.remove(lane)
-                lane.close()
+                run.has_ended = True
+                self._interrupted = error
+        for run in runs:
+            if run.has_ended:
+                self._runs.remove(run)
+                run.close()
                 self._ended += 1
 
-    def _execute(self, wishing: list[PackedRun]) -> None:
-        """Compute what the lanes wish for, together where it is of the same bank, while the others go on."""
-        waiting = [lane for lane in self._lanes if lane.request is None]
-        begun = [lane for lane in self._begun if lane in waiting]
-        failures: list[Exception] = []
+    def _execute_requests(self, requesting: list[PackedRun]) -> None:
+        """Execute the runs' requests, those of one bank together, while the other runs work."""
+        host_work = _HostWork(self._advance_others)
+        for executor, runs in _by_executor(requesting):
+            # Only the first call of `host_work` does anything: it fills the first bank's wait.
+            responses = executor.execute([_request_of(run) for run in runs], host_work)
+            for run, response in zip(runs, responses, strict=True):
+                run.response = response
+        if not requesting:
+            host_work()
+        if host_work.error is not None:
+            raise host_work.error
 
-        def meanwhile() -> None:
-            try:
-                self._go_on([lane for lane in waiting if lane not in begun])
-                self._begun = self._fill(1)
-                self._go_on(self._begun)
-                self._go_on(begun)  # which wait until they are drawn
-            except Exception as error:  # a bank would take it for its own
-                failures.append(error)
-
-        requests = [(lane, lane.request) for lane in wishing if lane.request is not None]
-        if not requests:
-            meanwhile()
-        for number, bank in enumerate({id(request.executor): request.executor for _, request in requests}.values()):
-            own = [(lane, request) for lane, request in requests if request.executor is bank]
-            answers = bank.execute([request for _, request in own], None if number else meanwhile)
-            for (lane, _), answer in zip(own, answers, strict=True):
-                lane.answer = answer
-        if failures:
-            raise failures[0]
+    def _advance_others(self) -> None:
+        """Let the runs without a request work, and begin a new one."""
+        waiting = [run for run in self._runs if run.request is None]
+        drawing = [run for run in waiting if run in self._beginning]
+        self._resume([run for run in waiting if run not in drawing])
+        self._beginning = self._begin_runs(1)
+        self._resume(self._beginning)
+        # Last, because they wait until another thread has drawn their adapters.
+        self._resume(drawing)
 
 
-def _capacities(lanes: list[PackedRun]) -> list[int]:
-    """How many slots the lanes' banks have memory for, where that is known."""
-    return [
-        lane.request.executor.capacity for lane in lanes if lane.request is not None and lane.request.executor.capacity
-    ]
+class _HostWork:
+    """Work for the CPU while a GPU computes. It is done once, and its error is kept.
+
+    An error that it raised inside of a bank would be taken for one of the bank's requests.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: Callable[[], None] | None = work
+        self.error: Exception | None = None
+
+    def __call__(self) -> None:
+        work = self._work
+        self._work = None
+        if work is None:
+            return
+        try:
+            work()
+        except Exception as error:
+            self.error = error
+
+
+def _request_of(run: PackedRun) -> Request:
+    assert run.request is not None
+    return run.request
+
+
+def _by_executor(runs: Sequence[PackedRun]) -> list[tuple[Executor, list[PackedRun]]]:
+    """Group runs by the executor of their requests, in the order of their first requests."""
+    executors: dict[int, Executor] = {}
+    groups: dict[int, list[PackedRun]] = {}
+    for run in runs:
+        executor = _request_of(run).executor
+        executors[id(executor)] = executor
+        groups.setdefault(id(executor), []).append(run)
+    return [(executor, groups[key]) for key, executor in executors.items()]
+
+
+def _capacities(runs: Sequence[PackedRun]) -> list[int]:
+    """Return how many slots fit into the memory of the runs' banks, where that is known."""
+    capacities = []
+    for run in runs:
+        if run.request is not None and run.request.executor.capacity:
+            capacities.append(run.request.executor.capacity)
+    return capacities

@@ -1,4 +1,4 @@
-"""Where a study's trials are kept: a journal file that survives kills, or a database that several machines share."""
+"""A study's storage: a journal file that survives kills, or a database that several machines share."""
 
 import json
 import os
@@ -23,87 +23,113 @@ if TYPE_CHECKING:
 
 
 JOURNAL = "study.journal"
+"""The journal's file in the study's folder."""
+
+OPENING_ATTEMPTS = 10
+"""How often to open an empty database while other machines create its tables."""
+
+READ_BLOCK = 65536
+"""Bytes read at a time from the end of the journal."""
 
 
-OPENINGS = 10
-"""How often an empty database is opened while other machines make its tables."""
-
-
-def open_storage(address: str | None, folder: Path, patience: float | None = None) -> "BaseStorage":
-    """A journal in the study's folder, or the database at an address.
+def open_storage(
+    address: str | None, folder: Path, patience: float | None = None
+) -> "BaseStorage":
+    """Open the journal in a study's folder, or the database at an address.
 
     Args:
         address: the database's address; None: the journal.
         folder: the study's folder.
-        patience: seconds for which a lost connection is tried again; None: `database.PATIENCE`.
+        patience: seconds for which a lost connection is retried; None: `database.PATIENCE`.
 
     Raises:
-        ConfigError: it can't be opened. Secrets of the address are not shown.
+        ConfigError: the storage can't be opened. The message hides the address's secrets.
     """
     if address is None:
         return JournalStorage(_Journal(folder / JOURNAL))
     from sweeps.study.database import open_database
 
-    for attempt in range(OPENINGS):
+    for attempt in range(OPENING_ATTEMPTS):
         try:
             return get_storage(open_database(address, patience))
         except ConfigError:
             raise
         except Exception as error:
             reason = hide_secrets(summary_line(error), KEY, address)
-            if "already exists" not in reason or attempt == OPENINGS - 1:
-                place = show_address(KEY, address)
-                raise ConfigError(f"{KEY}: {place} can't be opened ({reason})") from None
-        time.sleep(random.uniform(0.2, 1.0))  # another machine is making the tables just now
+            is_last = attempt == OPENING_ATTEMPTS - 1
+            if "already exists" not in reason or is_last:
+                shown = show_address(KEY, address)
+                raise ConfigError(f"{KEY}: {shown} can't be opened ({reason})") from None
+        # Another machine is creating the same tables.
+        time.sleep(random.uniform(0.2, 1.0))
     raise AssertionError
 
 
 def check_address(address: str | None, workers: int) -> None:
-    """Refuse, before anything begins, an address that is none and a database that hands a trial out twice."""
+    """Check a database's address before a study begins.
+
+    Args:
+        address: the database's address; None: the journal.
+        workers: number of workers that will use it.
+
+    Raises:
+        ConfigError: the address is none, has no driver, or names a database that would give one
+            trial to several workers.
+    """
     if address is None:
         return
     if re.fullmatch(r"[\w./-]*", address):
-        allowed = f"must be null (a journal file in the study folder) or a database's address, as {EXAMPLE}"
+        allowed = (
+            "must be null (a journal file in the study folder) or a database's address, "
+            f"as {EXAMPLE}"
+        )
         raise refusal(KEY, address, allowed)
     url = parse_address(KEY, address)
     if url.drivername.startswith("sqlite") and workers > 1:
-        reason = f"SQLite gives one trial to several of {workers} workers; use null (a journal file) or PostgreSQL"
+        reason = (
+            f"SQLite gives one trial to several of {workers} workers; "
+            "use null (a journal file) or PostgreSQL"
+        )
         raise refusal(KEY, show_address(KEY, address), reason)
-    from sweeps.study.database import choose_driver
+    from sweeps.study.drivers import choose_driver
 
     choose_driver(url)
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, with a lock that dies with its holder and a tail that is mended before each append.
+    """Optuna's journal file, with a lock that its holder's death frees, repaired before each append.
 
-    A process killed in mid-write, or a full disk, leaves half a line; the next line would be glued to it and
-    the whole journal be unreadable from then on.
+    A process killed while it writes, or a full disk, leaves an incomplete line. The next line would
+    be appended to it, and the whole journal could not be read from then on.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self._path, self._thread_lock = path, threading.Lock()
+        self._path = path
+        self._thread_lock = threading.Lock()
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with self._thread_lock, file_lock(self._path.with_suffix(".lock")), open(self._path, "r+b") as file:
+        """Append entries as whole lines, and wait until they are on the disk."""
+        lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
+        lock = file_lock(self._path.with_suffix(".lock"))
+        with self._thread_lock, lock, open(self._path, "r+b") as file:
             file.seek(_end_of_last_line(file))
             file.truncate()
-            file.write(text.encode())
+            file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """Where the last whole line of a file ends."""
-    end = position = file.seek(0, os.SEEK_END)
+    """Return the offset in bytes behind the last newline of a file."""
+    size = file.seek(0, os.SEEK_END)
+    position = size
     while position > 0:
-        start = max(0, position - 65536)
+        start = max(0, position - READ_BLOCK)
         file.seek(start)
         block = file.read(position - start)
-        if position == end and block.endswith(b"\n"):
-            return end
+        if position == size and block.endswith(b"\n"):
+            return size
         if b"\n" in block:
             return start + block.rindex(b"\n") + 1
         position = start

@@ -1,75 +1,86 @@
-"""One study: its folder and storage, what it holds its trials to, and which worker takes which trial.
+"""A study that exists: its folder, its storage, its attributes, and its trials.
 
-Trials are written down as waiting when a study begins, exactly as many as it shall hold; a worker claims one at
-a time. Whoever claims a trial holds its folder's lock as long as the process lives: a running trial whose
-folder is free has lost its worker, and is taken on under its own number.
+The storage's study attributes hold what all workers and later sessions have to agree on:
+`uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
+(the number of trials), and `engine`, `slots` and `checkpointing` (see `EngineChoice`).
 """
 
-import contextlib
 import copy
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.secrets import refuse_secrets_in
+from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.space.settings import StudySettings
-from sweeps.space.space import Point, describe
 from sweeps.study.errors import KEY, StorageLost
 from sweeps.study.storage import open_storage
+from sweeps.study.terms import has_new_config, require_changeable, require_same_terms
 
 log = logging.getLogger(__name__)
 
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # what matters of it is said by the study itself
-
+# Optuna's own lines on each trial would repeat those of the study.
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 OUT_OF_TIME = "out of time"
-"""Why a trial was pruned that ran when the session's time was over."""
-
+"""The `reason` attribute of a trial that was pruned when the session's time was over."""
 
 CONFIRMATION = "confirm.json"
-"""What training the best trials anew has shown, in the study's folder."""
-
+"""The results of training the best trials again with other seeds, in the study's folder."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A trial that this worker has taken, and its folder, locked."""
+class EngineChoice:
+    """How all trials of a study are trained, decided once, when the study begins."""
 
-    number: int
-    trial_id: int
-    folder: RunFolder
+    name: str
+    """`packed` or `trl`."""
+    slots: int
+    """Number of trials that train together on one worker."""
+    checkpointing: bool = False
+    """The value of `trainer.gradient_checkpointing` where the config leaves it to `auto`."""
 
 
 class Study:
     """A study that exists: its Optuna study and its folder.
 
-    What all its workers and later sessions must know is kept in the storage as the study's own attributes:
-    `uid` (names its W&B runs), `terms` (what trials are held to, so that they can be compared).
+    Args:
+        folder: the study's folder.
+        name: the study's name in the storage.
+        address: the database's address; None: the journal in the folder.
+        patience: seconds for which a lost connection is retried; None: the default.
     """
 
-    def __init__(self, folder: Path, name: str, address: str | None, patience: float | None = None) -> None:
-        self.folder, self.name, self._is_shared = folder, name, address is not None
-        self.lost: StorageLost | None = None
-        """Set when the database stays out of reach: no trial is claimed any more."""
+    def __init__(
+        self, folder: Path, name: str, address: str | None, patience: float | None = None
+    ) -> None:
+        self.folder = folder
+        self.name = name
+        self.is_shared = address is not None
+        """Whether workers on other machines, with folders of their own, may take part."""
+        self.storage_error: StorageLost | None = None
+        """Set once the database stays out of reach: this worker claims no further trial."""
         self.storage = open_storage(address, folder, patience)
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
+        self._study_id = self.storage.get_study_id_from_name(name)
 
     @classmethod
     def open(
@@ -80,7 +91,18 @@ class Study:
         terms: Mapping[str, Any],
         distributions: Mapping[str, BaseDistribution],
     ) -> "Study":
-        """Begin a study, or go on with it. Raises ConfigError where it began on other terms."""
+        """Begin a study, or resume it.
+
+        Args:
+            folder: the study's folder; made if missing.
+            settings: the study's settings.
+            address: the database's address; None: a journal in the folder.
+            terms: what makes trials comparable, see `sweeps.study.terms`.
+            distributions: the searched parameters.
+
+        Raises:
+            ConfigError: the study began on other terms, or its storage can't be opened.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / ".lock"):
             optuna.create_study(
@@ -90,266 +112,206 @@ class Study:
                 load_if_exists=True,
             )
             study = cls(folder, settings.study_name, address)
-            study._agree(settings, terms, distributions)
-            write_json(folder / "study.json", {"name": settings.study_name, "storage": settings.storage})
+            study._ensure_uid()
+            study._update_terms(terms, distributions, settings.allow_change)
+            entry = {"name": settings.study_name, "storage": settings.storage}
+            write_json(folder / "study.json", entry)
         return study
 
     @classmethod
     def load(cls, folder: Path, patience: float | None = None) -> "Study":
-        """A study from its folder, to be looked at.
+        """Load a study from its folder, to read it.
 
         Args:
             folder: the study's folder.
-            patience: seconds for which a lost connection to its database is tried again; None: the usual time.
+            patience: seconds for which a lost connection is retried; None: the default.
 
         Raises:
-            ConfigError: there is none, or its database can't be opened.
+            ConfigError: there is no study, or its database can't be opened.
         """
-        from omegaconf import OmegaConf
-
-        known = read_json(folder / "study.json")
-        if known is None:
+        entry = read_json(folder / "study.json")
+        if entry is None:
             raise ConfigError(f"{folder}: is no study folder: it has no study.json")
-        address = OmegaConf.to_container(OmegaConf.create({"storage": known["storage"]}), resolve=True)
-        assert isinstance(address, dict)
+        # Resolves references to secrets in environment variables.
+        resolved = OmegaConf.create({"storage": entry["storage"]})
         try:
-            return cls(folder, known["name"], address["storage"], patience)
+            return cls(folder, entry["name"], resolved.storage, patience)
         except KeyError:
-            raise ConfigError(f"{folder}: its storage knows no study {known['name']}") from None
+            raise ConfigError(f"{folder}: its storage knows no study {entry['name']}") from None
 
-    def _agree(
-        self, settings: StudySettings, terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+    def _ensure_uid(self) -> None:
+        if "uid" in self.optuna.user_attrs:
+            return
+        if (self.folder / "trials").exists():
+            reason = f"another study's trials are in {self.folder}, which this storage does not know"
+            raise refusal("hydra.sweeper.study_name", self.name, f"{reason}; give another name")
+        self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
+
+    def _update_terms(
+        self,
+        terms: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        allow_change: bool,
     ) -> None:
-        """Hold a study that exists to what it began with, unless told to take what changed."""
-        known = self.optuna.user_attrs
-        if "uid" not in known:
-            if (self.folder / "trials").exists():
-                another = f"another study's trials are in {self.folder}, which this storage does not know"
-                raise refusal("hydra.sweeper.study_name", self.name, f"{another}; give another name")
-            self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
-        began = known.get("terms")
-        if began is not None:
-            if not settings.allow_change:
-                _require_same(self.name, began, json.loads(json.dumps(terms)))
-            self._require_changeable(began, terms, distributions)
-            if any(terms.get(key) != value for key, value in began.items() if not key.startswith("space.")):
-                self._begin_anew()
-        if began != terms:
+        """Compare the terms with those the study began with, and store those that hold now."""
+        stored = self.optuna.user_attrs.get("terms")
+        if stored is not None:
+            if not allow_change:
+                require_same_terms(self.name, stored, json.loads(json.dumps(terms)))
+            require_changeable(self.name, stored, terms, self.trials(), distributions)
+            if has_new_config(stored, terms):
+                self._clear_unfinished_runs()
+        if stored != terms:
             self.optuna.set_user_attr("terms", terms)
 
-    def _require_changeable(
-        self, began: Mapping[str, Any], terms: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
-    ) -> None:
-        """Refuse what no study can take: another measure, and for Optuna other choices under the same name."""
-        another = "give another hydra.sweeper.study_name"
-        for key in ("objective", "hydra.sweeper.direction"):
-            if began.get(key) != terms.get(key):
-                raise refusal(
-                    key, terms.get(key), f"study {self.name} judges its trials by {began.get(key)}; {another}"
-                )
-        for trial in self.trials():
-            for name in trial.distributions.keys() & distributions.keys():
-                try:
-                    check_distribution_compatibility(trial.distributions[name], distributions[name])
-                except ValueError:
-                    was, now = describe(trial.distributions[name]), describe(distributions[name])
-                    raise refusal(
-                        name, now, f"study {self.name} has trials of {was}, and choices can't change; {another}"
-                    ) from None
-
-    def _begin_anew(self) -> None:
-        """What has lost its worker under another config can't go on from there."""
+    def _clear_unfinished_runs(self) -> None:
+        """Make interrupted trials start anew: a checkpoint of another config can't be resumed."""
         for trial in self.trials(TrialState.RUNNING):
             folder = self.folder_of(trial.number)
-            if folder.path.exists():
-                with contextlib.suppress(FolderHeld), folder.locked():
-                    if (read_json(folder.result) or {}).get("status") not in ("completed", "pruned", "failed"):
+            if not folder.path.exists():
+                continue
+            try:
+                with folder.locked():
+                    result = read_json(folder.result) or {}
+                    if result.get("status") not in ("completed", "pruned", "failed"):
                         folder.clear()
+            except FolderHeld:  # a worker trains it
+                continue
 
-    def settle(self, engine: str, slots: int, checkpointing: bool) -> tuple[str, int, bool]:
-        """What all the study's trials have in common, decided when it began.
-
-        The engine, how many train together, and whether activations are computed twice where the config leaves it open.
-        """
+    def decide_engine(self, choice: EngineChoice) -> EngineChoice:
+        """Store how trials are trained, unless an earlier session did; return the stored choice."""
         if "engine" not in self.optuna.user_attrs:
-            self.optuna.set_user_attr("slots", slots)
-            self.optuna.set_user_attr("checkpointing", checkpointing)
-            self.optuna.set_user_attr("engine", engine)
-        known = self.optuna.user_attrs
-        return str(known["engine"]), int(known["slots"]), bool(known.get("checkpointing", False))
+            self.optuna.set_user_attr("slots", choice.slots)
+            self.optuna.set_user_attr("checkpointing", choice.checkpointing)
+            # Last, because its presence says that all three are stored.
+            self.optuna.set_user_attr("engine", choice.name)
+        stored = self.optuna.user_attrs
+        return EngineChoice(
+            name=str(stored["engine"]),
+            slots=int(stored["slots"]),
+            checkpointing=bool(stored.get("checkpointing", False)),
+        )
 
     @property
     def uid(self) -> str:
-        """Random, the study's own: trials' W&B runs are named by it."""
+        """A random id of the study; the W&B run ids of its trials begin with it."""
         return str(self.optuna.user_attrs["uid"])
 
     @property
+    def lock_path(self) -> Path:
+        """The file lock under which trials are added and claimed on this machine."""
+        return self.folder / ".lock"
+
+    @property
     def written_address(self) -> str | None:
-        """The storage's address as the user wrote it, secrets by the names of their variables; None: the journal."""
-        known: str | None = read_json(self.folder / "study.json")["storage"]
-        if known is None:
+        """The database's address as the user wrote it, without secrets; None: the journal."""
+        address: str | None = read_json(self.folder / "study.json")["storage"]
+        if address is None:
             return None
         try:
-            refuse_secrets_in(f"{KEY}={known}")
-        except ConfigError:  # written by a version that let it pass
+            refuse_secrets_in(f"{KEY}={address}")
+        except ConfigError:  # an earlier version accepted a password in the address
             return "${oc.env:STUDY_DATABASE}"
-        return known
+        return address
 
     @property
     def objectives(self) -> list[str]:
-        """The names of the metrics that trials are judged by."""
+        """The names of the metrics that the study optimizes."""
         names = self.optuna.user_attrs["terms"]["objective"]
         return [names] if isinstance(names, str) else list(names)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """All trials, or those in certain states, by number."""
+        """Return all trials, or those in some states, by number. They are not copies."""
         return self.optuna.get_trials(deepcopy=False, states=states or None)
 
     def finished(self) -> list[FrozenTrial]:
-        """Trials that are complete, pruned or failed."""
+        """Return the trials that are complete, pruned or failed, by number."""
         return self.trials(*FINISHED)
 
-    def folder_of(self, number: int) -> RunFolder:
-        """A trial's run folder."""
-        return RunFolder(self.folder / "trials" / str(number))
-
-    def snapshot(self) -> "Study":
-        """The study as it is now, in memory: what is asked of it one after the other agrees, while workers go on."""
-        taken, storage = copy.copy(self), optuna.storages.InMemoryStorage()
-        number = storage.create_new_study(self.optuna.directions, self.name)
-        for name, value in self.optuna.user_attrs.items():
-            storage.set_study_user_attr(number, name, value)
-        for trial in self.trials():
-            storage.create_new_trial(number, trial)
-        taken.storage, taken.optuna = storage, optuna.load_study(study_name=self.name, storage=storage)
-        return taken
-
-    def enlist(self, total: int, points: list[tuple[str, Point]]) -> int:
-        """Write down waiting trials until the study holds so many; returns how many are still to be done.
-
-        Points that no trial has been given yet go to the next that wait, each with the role (baseline, start,
-        grid) that its trial keeps. There is one baseline, and once more where time was over before its end.
-        """
-        with file_lock(self.folder / ".lock"):
-            self.optuna.set_user_attr("total", total)
-            for number in range(len(self.trials()), total):
-                trial = create_trial(state=TrialState.WAITING)
-                trial.number = number  # a database adds none that it holds: another machine may add them just now
-                self.optuna.add_trial(trial)
-            trials = [trial for trial in self.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
-            given = [trial.system_attrs["fixed_params"] for trial in trials if "fixed_params" in trial.system_attrs]
-            roles = {role(trial) for trial in trials}
-            new: list[tuple[str, Point]] = []
-            for why, point in points:
-                if point not in [*given, *(other for _, other in new)] and not (why == "baseline" and why in roles):
-                    new.append((why, point))
-            free = [trial for trial in self.trials(TrialState.WAITING) if "fixed_params" not in trial.system_attrs]
-            for trial, (why, point) in zip(free, new, strict=False):
-                self.storage.set_trial_system_attr(trial._trial_id, "fixed_params", point)
-                self.storage.set_trial_user_attr(trial._trial_id, "role", why)
-            if len(new) > len(free):
-                more = len(new) - len(free)
-                log.info("%d points wait for a trial: hydra.sweeper.n_trials=%d takes them", more, total + more)
-            return total - len(self.finished())
-
-    @contextlib.contextmanager
-    def claim(self, wanted: Callable[[FrozenTrial], bool] = lambda _: True) -> Iterator[Claim | None]:
-        """Take the next wanted trial: one that has lost its worker, else the next that waits; None if there is none.
-
-        The trial's folder is held while the context lasts.
-        """
-        with contextlib.ExitStack() as held:
-            with file_lock(self.folder / ".lock"):
-                claim = self._take(held, wanted)
-            yield claim
-
-    def _take(self, held: contextlib.ExitStack, wanted: Callable[[FrozenTrial], bool]) -> Claim | None:
-        total = self.optuna.user_attrs.get("total", len(self.trials()))
-        waiting = [trial for trial in self.trials(TrialState.WAITING) if trial.number < total]  # was it more once?
-        for trial in filter(wanted, [*self.trials(TrialState.RUNNING), *waiting]):
-            folder = self.folder_of(trial.number)
-            if self._is_shared and trial.state == TrialState.RUNNING and not folder.path.exists():
-                continue  # another machine's, whose folders are not here
-            try:
-                held.enter_context(folder.locked())
-            except FolderHeld:
-                continue
-            if self._set_running(trial):
-                return Claim(trial.number, trial._trial_id, folder)
-            held.close()
-            _discard(folder)
-        return None
-
-    def _set_running(self, trial: FrozenTrial) -> bool:
-        """Whether the trial is this worker's: it ran and still does, or nobody else has taken it meanwhile."""
-        if trial.state == TrialState.RUNNING:
-            return self.storage.get_trial(trial._trial_id).state == TrialState.RUNNING
-        try:
-            return self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
-        except UpdateFinishedTrialError:
-            return False
-
-    def orphans(self) -> list[int]:
-        """Running trials that have lost their worker, by number."""
-        lost = []
-        with file_lock(self.folder / ".lock"):
-            for trial in self.trials(TrialState.RUNNING):
-                folder = self.folder_of(trial.number)
-                if folder.path.exists():
-                    with contextlib.suppress(FolderHeld), folder.locked():
-                        lost.append(trial.number)
-        return lost
-
-    def tidy(self, keep: int) -> None:
-        """Keep the adapters of so many best trials, of the baseline, and of the winner that a confirmation has found.
-
-        The others' go, with their checkpoints.
-        """
-        finished, baseline = self.finished(), self.baseline()  # one that ends from here on may be among the best
-        kept = {trial.number for trial in [*self.ranked()[:keep], *([baseline] if baseline else [])]}
-        confirmed = read_json(self.folder / CONFIRMATION)
-        kept |= {confirmed["winner"]} if confirmed else set()
-        for trial in finished:
-            if trial.number not in kept:
-                folder = self.folder_of(trial.number)
-                for weights in (folder.adapter, folder.checkpoints):
-                    shutil.rmtree(weights, ignore_errors=True)
-
     def ranked(self) -> list[FrozenTrial]:
-        """Complete trials, the best first; of several objectives those that nothing beats in all, then the rest."""
+        """Return the complete trials, the best first.
+
+        With several objectives, the Pareto front comes first, then the others, each by number.
+        """
         complete = self.trials(TrialState.COMPLETE)
-        if len(self.optuna.directions) > 1:
-            front = {trial.number for trial in self.optuna.best_trials}
-            return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
-        return sorted(complete, key=lambda trial: (self.cost(trial.value or 0.0), trial.number))
+        if len(self.optuna.directions) == 1:
+            return sorted(complete, key=lambda trial: (self.cost(trial.value or 0.0), trial.number))
+        front = {trial.number for trial in self.optuna.best_trials}
+        return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
 
     def cost(self, value: float) -> float:
-        """A value of the one objective, turned so that less is better."""
-        return value if self.optuna.direction == optuna.study.StudyDirection.MINIMIZE else -value
+        """Return a value of the study's one objective, negated if larger values are better."""
+        return value if self.optuna.direction == StudyDirection.MINIMIZE else -value
 
     def baseline(self) -> FrozenTrial | None:
-        """The trial of the config's own values, if it is complete."""
-        return next((trial for trial in self.trials(TrialState.COMPLETE) if role(trial) == "baseline"), None)
+        """Return the trial of the config's own values, if it is complete."""
+        for trial in self.trials(TrialState.COMPLETE):
+            if role(trial) == "baseline":
+                return trial
+        return None
 
+    def trial_id(self, number: int) -> int:
+        """Return the id under which the storage knows a trial; it may differ from its number."""
+        return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
-def _discard(folder: RunFolder) -> None:
-    """Remove the folder of a trial that another machine has taken: it would look like one of ours later."""
-    if {entry.name for entry in folder.path.iterdir()} == {".lock"}:
-        (folder.path / ".lock").unlink()
-        folder.path.rmdir()
+    def folder_of(self, number: int) -> RunFolder:
+        """Return a trial's run folder."""
+        return RunFolder(self.folder / "trials" / str(number))
+
+    def request_stop(self, number: int) -> None:
+        """Ask the worker of a running trial to end it at its next step, as pruned."""
+        self.storage.set_trial_user_attr(self.trial_id(number), "stop", True)
+
+    def snapshot(self) -> "Study":
+        """Copy the study's present state into memory, so that several reads agree."""
+        storage = InMemoryStorage()
+        study_id = storage.create_new_study(self.optuna.directions, self.name)
+        for name, value in self.optuna.user_attrs.items():
+            storage.set_study_user_attr(study_id, name, value)
+        for trial in self.trials():
+            storage.create_new_trial(study_id, trial)
+        snapshot = copy.copy(self)
+        snapshot.storage = storage
+        snapshot.optuna = optuna.load_study(study_name=self.name, storage=storage)
+        snapshot._study_id = study_id
+        return snapshot
+
+    def release_trials(self, error: StorageLost, interrupt: Interrupt) -> None:
+        """End this worker's trials after their present step, with a checkpoint, and claim no more.
+
+        They stay running in the storage, and a later worker adopts them.
+
+        Args:
+            error: why the storage is lost.
+            interrupt: the interrupt that this worker's trials share.
+        """
+        self.storage_error = error
+        interrupt.asked = True
+
+    def remove_adapters(self, keep: int) -> None:
+        """Remove adapters and checkpoints of finished trials that nobody needs any more.
+
+        Those of the baseline and of the winner that a confirmation has chosen stay.
+
+        Args:
+            keep: number of the best trials whose adapters and checkpoints stay.
+        """
+        # Read before the ranking: a trial that finishes in between may be one of the best.
+        finished = self.finished()
+        needed = {trial.number for trial in self.ranked()[:keep]}
+        baseline = self.baseline()
+        if baseline is not None:
+            needed.add(baseline.number)
+        confirmation = read_json(self.folder / CONFIRMATION)
+        if confirmation:
+            needed.add(confirmation["winner"])
+        for trial in finished:
+            if trial.number not in needed:
+                folder = self.folder_of(trial.number)
+                shutil.rmtree(folder.adapter, ignore_errors=True)
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def role(trial: FrozenTrial | optuna.Trial) -> str:
-    """Why a trial is at its point: baseline, start, grid; empty where the sampler chose it."""
+    """Return why a trial has its point: baseline, start or grid; empty if the sampler chose it."""
     return str(trial.user_attrs.get("role", ""))
-
-
-def _require_same(name: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in sorted({key.removeprefix("space.") for key in (*began, *now)}):
-        then, given = (terms.get(f"space.{key}", terms.get(key)) for terms in (began, now))
-        if then != given:
-            part = "the search space" if f"space.{key}" in {*began, *now} else "the config"
-            raise ConfigError(
-                f"{key}={json.dumps(given)}: study {name} began with {json.dumps(then)} in {part}; "
-                "give another hydra.sweeper.study_name, or hydra.sweeper.allow_change=true to go on with the change"
-            )

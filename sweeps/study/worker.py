@@ -1,6 +1,7 @@
-"""A worker: holds one loaded base, and claims trials and gives them slots until none is left.
+"""A worker: loads one base, and claims trials for its slots until none is left.
 
-A worker is the task that a Hydra launcher runs, in this process or in others: it carries all it needs.
+A Hydra launcher runs a worker as a job, in this process or in another one. It is pickled, so it
+carries everything that it needs.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ from optuna.trial import FrozenTrial
 from finetune.console import quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import Interrupted
+from sweeps.study.claims import claim_trial
 from sweeps.study.errors import StorageLost
-from sweeps.study.pack import PackedRun, runs_log_to_files, train_together
+from sweeps.study.logs import run_lines_to_files
+from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner, is_on_last_attempt
@@ -25,57 +28,77 @@ from sweeps.study.trial import TrialRunner, is_on_last_attempt
 
 @dataclass(frozen=True)
 class Worker:
-    """The task that a launcher runs: one process, or this one, that trains trials of a session."""
+    """The task that a launcher runs in each process."""
 
     session: Session
 
     def __call__(self, composed: DictConfig) -> float:
-        """Work until no trial is left; returns the number of trials finished. What a launcher calls."""
-        session = self.session
+        """Train trials until none is left; return the number of trials that ended."""
+        is_other_process = os.getpid() != self.session.sweeper_pid
+        below_live_table = is_other_process and sys.stderr.isatty()
         try:
-            with runs_log_to_files(beside=os.getpid() != session.process and sys.stderr.isatty()):
-                return self._work()
+            with run_lines_to_files(warnings_only=below_live_table):
+                return float(self._work())
         finally:
-            if session.is_orphan:
-                os._exit(1)  # nobody is there to be told; waiting for orders would only hold the base's memory
+            if self.session.is_orphaned:
+                # The launcher's parent is dead. To wait for its orders would only hold memory.
+                os._exit(1)
 
-    def _work(self) -> float:
+    def _work(self) -> int:
         quiet_libraries(bars=False)
         from finetune.model.device import take_device
 
         take_device(HydraConfig.get().job.num)
-        session, interrupt = self.session, Interrupt()
+        session = self.session
         study = Study(session.folder, session.settings.study_name, session.address)
+        trials = _TrialSource(session, study)
+        ended = 0
         try:
-            alone = train_together(lambda: self._next(study, interrupt, is_on_last_attempt), 1)
-            beside = train_together(
-                lambda: self._next(study, interrupt, lambda trial: not is_on_last_attempt(trial)), session.slots
+            # Trials that have lost their workers train one by one, without others at risk.
+            ended += train_together(lambda: trials.next_run(is_on_last_attempt), 1)
+            ended += train_together(
+                lambda: trials.next_run(lambda trial: not is_on_last_attempt(trial)),
+                session.engine.slots,
             )
         except Interrupted:
-            if study.lost is None:
+            if study.storage_error is None:
                 raise
-        if study.lost is not None:  # the reason why trials were interrupted
-            raise study.lost
-        return float(alone + beside)
+        if study.storage_error is not None:  # which has interrupted the trials
+            raise study.storage_error
+        return ended
 
-    def _next(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> PackedRun | None:
-        """The next wanted trial, in a slot; None if there is none, or none shall begin."""
-        if study.lost is not None:
+
+class _TrialSource:
+    """Claims trials for the slots of one worker."""
+
+    def __init__(self, session: Session, study: Study) -> None:
+        self._session = session
+        self._study = study
+        self._interrupt = Interrupt()
+
+    def next_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
+        """Claim the next acceptable trial; None if there is none, or if none shall begin."""
+        if self._study.storage_error is not None:
             return None
         try:
-            return self._claimed(study, interrupt, wanted)
+            if self._session.is_over(self._study):
+                return None
+            return self._claim_run(accepts)
         except StorageLost as error:
-            study.lost, interrupt.asked = error, True  # the trials beside it end with a checkpoint
+            self._study.release_trials(error, self._interrupt)
             return None
 
-    def _claimed(self, study: Study, interrupt: Interrupt, wanted: Callable[[FrozenTrial], bool]) -> PackedRun | None:
-        if self.session.is_over(study):
-            return None
-        with contextlib.ExitStack() as held:
-            claim = held.enter_context(study.claim(wanted))
+    def _claim_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
+        with contextlib.ExitStack() as stack:
+            claim = stack.enter_context(claim_trial(self._study, accepts))
             if claim is None:
                 return None
-            turn = TrialRunner(self.session, study, claim, interrupt)
-            return PackedRun(
-                str(claim.number), turn.take(held.pop_all()), claim.folder.path / "train.log", turn.packed_with
-            )
+            runner = TrialRunner(self._session, self._study, claim, self._interrupt)
+            # From here on the run holds the claim.
+            steps = runner.run(folder_lock=stack.pop_all())
+        return PackedRun(
+            name=str(claim.number),
+            steps=steps,
+            log_file=claim.folder.path / "train.log",
+            packed_with=runner.packed_with,
+        )

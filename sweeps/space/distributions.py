@@ -1,0 +1,160 @@
+"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, and listed for grids."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    FloatRange,
+    Glob,
+    Override,
+    RangeSweep,
+    Transformer,
+)
+from hydra.errors import HydraException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from finetune.errors import ConfigError
+from sweeps import compat
+from sweeps.space.encoding import encode
+
+STEP_TOLERANCE = 1e-8
+"""How far, in steps, a float may lie from a grid point of its range; Optuna's own tolerance."""
+
+
+def distribution_or_value(override: Override) -> BaseDistribution | Any:
+    """Read the distribution of a sweep override, or the value of any other override as text.
+
+    Distributions are those of hydra-optuna-sweeper. Choices are encoded as text that Hydra reads
+    back as the same value, in the order in which they are written: a shuffled order would differ
+    between sessions, and a resumed study must find the same choices.
+
+    Raises:
+        ConfigError: the override is no valid search space.
+    """
+    sweep = override.value()
+    try:
+        if isinstance(sweep, Glob):
+            return CategoricalDistribution([encode(name) for name in override.sweep_iterator()])
+        distribution = compat.sweep_distribution(override)
+        if isinstance(distribution, CategoricalDistribution):
+            assert isinstance(sweep, ChoiceSweep | RangeSweep)
+            sweep.shuffle = False
+            choices = override.sweep_iterator(transformer=Transformer.identity)
+            return CategoricalDistribution([encode(choice) for choice in choices])
+    except (ValueError, NotImplementedError, AssertionError, HydraException) as error:
+        # Hydra and its sweeper raise all of these for mistakes in the user's text.
+        raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from None
+    return distribution
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """Write a distribution in Hydra's sweep syntax."""
+    if isinstance(distribution, CategoricalDistribution):
+        return f"choice({', '.join(map(str, distribution.choices))})"
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    is_int = isinstance(distribution, IntDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is not None and not (is_int and step == 1):
+        return f"range({low}, …, {high}, step={step})"
+    interval = f"interval({low}, {high})"
+    if is_int:
+        interval = f"int({interval})"
+    return f"tag(log, {interval})" if distribution.log else interval
+
+
+def contains(distribution: IntDistribution | FloatDistribution, value: float) -> bool:
+    """Whether a number lies in a numeric distribution, on a step where it has steps."""
+    if not distribution.low <= value <= distribution.high:
+        return False
+    if isinstance(distribution, IntDistribution):
+        return (value - distribution.low) % distribution.step == 0
+    if distribution.step is None:
+        return True
+    steps = (value - distribution.low) / distribution.step
+    return abs(steps - round(steps)) < STEP_TOLERANCE
+
+
+def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribution:
+    """Extend a distribution so that it contains a value.
+
+    Args:
+        name: the parameter, which errors name.
+        distribution: the distribution to extend.
+        value: an encoded value, see `encode`.
+
+    Returns:
+        The same distribution if it contains the value already, else a larger one of its kind.
+
+    Raises:
+        ConfigError: no distribution of the kind contains the value.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        if _has_choice(distribution, value):
+            return distribution
+        return CategoricalDistribution([*distribution.choices, value])
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value}: no number, as {describe(distribution)} needs")
+    if contains(distribution, float(value)):
+        return distribution
+    if isinstance(distribution, IntDistribution) and value != int(value):
+        raise ConfigError(f"{name}={value}: no whole number, as {describe(distribution)} needs")
+    if distribution.log and value <= 0:
+        raise ConfigError(
+            f"{name}={value}: can't be part of {describe(distribution)}; "
+            "hydra.sweeper.baseline=false goes without"
+        )
+    return _widen_range(distribution, value)
+
+
+def _has_choice(distribution: CategoricalDistribution, value: Any) -> bool:
+    """Whether a value is among the choices; True and 1 are equal in Python, but not in a config."""
+    for choice in distribution.choices:
+        if choice == value and isinstance(choice, bool) == isinstance(value, bool):
+            return True
+    return False
+
+
+def _widen_range(
+    distribution: IntDistribution | FloatDistribution, value: float
+) -> BaseDistribution:
+    low = min(distribution.low, value)
+    high = max(distribution.high, value)
+    step = distribution.step
+    if step is not None:
+        step = _common_step(step, value - distribution.low)
+    if isinstance(distribution, IntDistribution):
+        return IntDistribution(int(low), int(high), log=distribution.log, step=int(step or 1))
+    return FloatDistribution(low, high, log=distribution.log, step=step)
+
+
+def _common_step(step: float, offset: float) -> float:
+    """Return the largest step that divides both a step and an offset from the range's start."""
+    first = Fraction(str(step))
+    second = Fraction(str(offset))
+    numerator = math.gcd(
+        first.numerator * second.denominator, second.numerator * first.denominator
+    )
+    return float(Fraction(numerator, first.denominator * second.denominator))
+
+
+def grid_values(distribution: BaseDistribution) -> list[Any] | None:
+    """List a distribution's values, as hydra-optuna-sweeper's grid does; None if it is continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(distribution, FloatDistribution)
+    if distribution.step is None:
+        return None
+    values = list(FloatRange(distribution.low, distribution.high, distribution.step))
+    if not values or values[-1] != distribution.high:
+        values.append(distribution.high)
+    return values

@@ -1,0 +1,80 @@
+"""Samplers and pruners, made from a study's settings."""
+
+import zlib
+from typing import Any
+
+from hydra.utils import instantiate
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler
+
+from finetune.errors import refusal
+from sweeps.space.settings import StudySettings
+
+ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
+ALLOWED_PRUNERS = ("optuna.pruners.*", "sweeps.space.pruners.*")
+
+MOVED_CLASSES = {
+    "sweeps.halving.SuccessiveHalvingPruner": "sweeps.space.pruners.SuccessiveHalvingPruner",
+}
+"""Old class paths, which users' YAML files and commands may still name."""
+
+
+def make_pruner(settings: StudySettings) -> BasePruner:
+    """Make the study's pruner; with several objectives, one that never prunes."""
+    if len(settings.directions) > 1:
+        return NopPruner()
+    pruner: BasePruner = instantiate(
+        _with_current_path(settings.pruner), _execution_whitelist_=ALLOWED_PRUNERS
+    )
+    return pruner
+
+
+def make_sampler(settings: StudySettings, run_seed: int, trial_number: int) -> BaseSampler:
+    """Make the sampler of one trial.
+
+    Args:
+        settings: the study's settings.
+        run_seed: the config's seed, used where the sampler has none of its own.
+        trial_number: the trial's number in the study.
+
+    Returns:
+        A sampler seeded by both the study's seed and the trial's number.
+
+    Raises:
+        ConfigError: the sampler's seed is no whole number.
+    """
+    if settings.is_grid:
+        return RandomSampler(run_seed)
+    seed = _sampler_seed(settings.sampler, run_seed, trial_number)
+    sampler: BaseSampler = instantiate(
+        {**settings.sampler, "seed": seed}, _execution_whitelist_=ALLOWED_SAMPLERS
+    )
+    return sampler
+
+
+def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -> int:
+    """Derive the seed of one trial's sampler.
+
+    A sampler with the study's seed would repeat its suggestions after each resume, so the trial's
+    number goes into the seed. QMC is the exception: it counts its points in the storage, and they
+    form one low-discrepancy sequence only under one seed.
+    """
+    study_seed = arguments.get("seed")
+    if study_seed is None:
+        study_seed = run_seed
+    if not isinstance(study_seed, int):
+        allowed = "must be a whole number, or null: the run's seed"
+        raise refusal("hydra.sweeper.sampler.seed", study_seed, allowed)
+    if str(arguments["_target_"]).endswith("QMCSampler"):
+        return study_seed
+    return zlib.crc32(f"{study_seed} {trial_number}".encode())
+
+
+def _with_current_path(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace a class path from before a module moved, also in a nested pruner (`wrapped_pruner`)."""
+    current = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = _with_current_path(value)
+        current[key] = MOVED_CLASSES.get(value, value) if key == "_target_" else value
+    return current

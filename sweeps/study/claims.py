@@ -1,0 +1,169 @@
+"""Which worker trains which trial.
+
+All trials of a study are added when it begins, waiting, and a worker claims one at a time. A claim
+holds the lock of the trial's folder as long as the worker's process lives. A running trial whose
+folder is not locked has lost its worker; the next claim adopts it under its own number.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from finetune.files.lock import file_lock
+from finetune.files.run_folder import FolderHeld, RunFolder
+from sweeps.compat import enqueue_point, enqueued_point
+from sweeps.space.space import Point
+from sweeps.study.study import OUT_OF_TIME, Study, role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker trains, and its locked folder."""
+
+    number: int
+    trial_id: int
+    """The storage's id of the trial."""
+    folder: RunFolder
+
+
+def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) -> int:
+    """Add waiting trials until the study has its total, and give them the points not yet tried.
+
+    Args:
+        study: the study.
+        total: number of trials that the study shall hold when it is done.
+        points: role (baseline, start, grid) and point, for the next waiting trials. The baseline
+            is tried once, and again if it ran out of time.
+
+    Returns:
+        The number of trials that are not finished.
+    """
+    with file_lock(study.lock_path):
+        study.optuna.set_user_attr("total", total)
+        _add_waiting_trials(study, total)
+        untried = _untried_points(study, points)
+        waiting = study.trials(TrialState.WAITING)
+        free = [trial for trial in waiting if enqueued_point(trial) is None]
+        for trial, (point_role, point) in zip(free, untried, strict=False):
+            trial_id = study.trial_id(trial.number)
+            enqueue_point(study.storage, trial_id, point)
+            study.storage.set_trial_user_attr(trial_id, "role", point_role)
+        excess = len(untried) - len(free)
+        if excess > 0:
+            log.info(
+                "%d points wait for a trial: hydra.sweeper.n_trials=%d takes them",
+                excess,
+                total + excess,
+            )
+        return total - len(study.finished())
+
+
+def _add_waiting_trials(study: Study, total: int) -> None:
+    for number in range(len(study.trials()), total):
+        trial = create_trial(state=TrialState.WAITING)
+        # Another machine may add the same trial now: a database refuses a number that it holds.
+        trial.number = number
+        study.optuna.add_trial(trial)
+
+
+def _untried_points(study: Study, points: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
+    """Return the points that no trial has, each once."""
+    trials = [trial for trial in study.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
+    tried = [enqueued_point(trial) for trial in trials]
+    has_baseline = any(role(trial) == "baseline" for trial in trials)
+    untried: list[tuple[str, Point]] = []
+    for point_role, point in points:
+        if point in tried or (point_role == "baseline" and has_baseline):
+            continue
+        untried.append((point_role, point))
+        tried.append(point)
+    return untried
+
+
+@contextlib.contextmanager
+def claim_trial(
+    study: Study, accepts: Callable[[FrozenTrial], bool] = lambda _: True
+) -> Iterator[Claim | None]:
+    """Claim the next trial: a running one without a worker, else the next that waits.
+
+    Args:
+        study: the study.
+        accepts: which trials to consider.
+
+    Yields:
+        The claim, or None if there is no such trial. The trial's folder is locked until the
+        context ends.
+    """
+    with contextlib.ExitStack() as folder_lock:
+        with file_lock(study.lock_path):
+            claim = _claim_next(study, accepts, folder_lock)
+        yield claim
+
+
+def _claim_next(
+    study: Study, accepts: Callable[[FrozenTrial], bool], folder_lock: contextlib.ExitStack
+) -> Claim | None:
+    for trial in filter(accepts, _claimable_trials(study)):
+        folder = study.folder_of(trial.number)
+        try:
+            folder_lock.enter_context(folder.locked())
+        except FolderHeld:
+            continue
+        trial_id = study.trial_id(trial.number)
+        if _set_running(study, trial, trial_id):
+            return Claim(trial.number, trial_id, folder)
+        folder_lock.close()
+        _remove_unused_folder(folder)
+    return None
+
+
+def _claimable_trials(study: Study) -> list[FrozenTrial]:
+    """Return the running trials whose folders are on this machine, then those that wait."""
+    adoptable = []
+    for trial in study.trials(TrialState.RUNNING):
+        # A running trial without a folder here belongs to another machine.
+        if not study.is_shared or study.folder_of(trial.number).path.exists():
+            adoptable.append(trial)
+    # An earlier session may have added more trials than the study shall hold now.
+    total = study.optuna.user_attrs.get("total", len(study.trials()))
+    waiting = [trial for trial in study.trials(TrialState.WAITING) if trial.number < total]
+    return [*adoptable, *waiting]
+
+
+def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
+    """Set a waiting trial running; return whether the trial is this worker's now."""
+    if trial.state == TrialState.RUNNING:  # it may have finished since it was read
+        return study.storage.get_trial(trial_id).state == TrialState.RUNNING
+    try:
+        return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+    except UpdateFinishedTrialError:
+        return False
+
+
+def _remove_unused_folder(folder: RunFolder) -> None:
+    """Remove the folder of a trial that another machine claimed first.
+
+    Its folder would make the trial look like one of this machine's.
+    """
+    if {entry.name for entry in folder.path.iterdir()} == {".lock"}:
+        (folder.path / ".lock").unlink()
+        folder.path.rmdir()
+
+
+def orphaned_trials(study: Study) -> list[int]:
+    """Return the numbers of this machine's running trials that have lost their worker."""
+    numbers = []
+    with file_lock(study.lock_path):
+        for trial in study.trials(TrialState.RUNNING):
+            folder = study.folder_of(trial.number)
+            if not folder.path.exists():
+                continue
+            with contextlib.suppress(FolderHeld), folder.locked():
+                numbers.append(trial.number)
+    return numbers

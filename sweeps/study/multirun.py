@@ -1,0 +1,203 @@
+"""The jobs of a plain multirun, trained together in one process."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, configure_log, filter_overrides
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict, read_write
+
+from finetune.config.schema import RunConfig
+from finetune.console import one_line, quiet_libraries, summary_line
+from finetune.engine.interrupt import Interrupt
+from finetune.engine.selection import reason_unsupported
+from finetune.engine.steps import RunSteps
+from finetune.errors import ConfigError, Interrupted
+from finetune.files.run_folder import discard_multirun
+from finetune.run.job import check_job, job
+from finetune.run.resources import base_key, shared_resources
+from finetune.run.result import Objective
+from sweeps.compat import job_error
+from sweeps.study.job import hydra_config, run_as_job
+from sweeps.study.logs import RunNameFormatter
+from sweeps.study.pack import PackedRun, train_together
+from sweeps.study.slots import choose_slots, memory_rank
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobSlots:
+    """How the jobs of a multirun share a worker."""
+
+    count: int
+    checkpointed_bases: list[object] = field(default_factory=list)
+    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true."""
+
+
+class Multirun:
+    """Trains the jobs of a plain multirun.
+
+    Args:
+        context: Hydra's context.
+        config: the multirun's config.
+        slots: number of jobs that train at once; `auto`: as many as fit into memory.
+    """
+
+    def __init__(self, context: HydraContext, config: DictConfig, slots: int | str) -> None:
+        self._context = context
+        self._config = config
+        self._slots = slots
+        self._interrupt = Interrupt()
+        self._returns: dict[int, JobReturn] = {}
+
+    def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+        """Train all jobs, and return what they returned, in their order.
+
+        Args:
+            job_overrides: the command line of each job.
+            first_number: the first job's number.
+
+        Raises:
+            ConfigError: a job failed; raised when all have ended.
+        """
+        composed = []
+        for number, overrides in enumerate(job_overrides, first_number):
+            composed.append(self._compose(number, list(overrides)))
+        self._configure_log()
+        valid = [config for config in map(_check, composed) if config is not None]
+        quiet_libraries(bars=False)
+        chosen = choose_job_slots(self._slots, valid)
+        count = min(chosen.count, len(composed))
+        slots = JobSlots(count, chosen.checkpointed_bases)
+        waiting = iter(composed)
+
+        def next_run() -> PackedRun | None:
+            config = next(waiting, None)
+            return None if config is None else self._packed_run(config, slots)
+
+        train_together(next_run, slots.count)
+        self._raise_failures()
+        return [self._returns[number] for number in sorted(self._returns)]
+
+    def _compose(self, number: int, overrides: list[str]) -> DictConfig:
+        config = self._context.config_loader.load_sweep_config(self._config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        log.info("job %d: %s", number, " ".join(filter_overrides(overrides)))
+        return config
+
+    def _configure_log(self) -> None:
+        """Set up the jobs' logging without its file, because each job has a file of its own.
+
+        Lines on the terminal begin with the job's number.
+        """
+        settings = deepcopy(self._config.hydra.job_logging)
+        with read_write(settings), open_dict(settings):
+            if "file" in settings.get("handlers", {}):
+                del settings.handlers["file"]
+                settings.root.handlers = [name for name in settings.root.handlers if name != "file"]
+        whitelist = self._context.execution_whitelist
+        configure_log(settings, self._config.hydra.verbose, execution_whitelist=whitelist)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(RunNameFormatter(handler.formatter or logging.Formatter()))
+
+    def _packed_run(self, config: DictConfig, slots: JobSlots) -> PackedRun:
+        """Return a job as a run in a slot, which stores the job's return when it ends."""
+        number = config.hydra.job.num
+        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+        packed_with: set[str] = set()
+
+        def task(composed: DictConfig) -> RunSteps[Objective]:
+            return job(
+                composed,
+                packed_with=packed_with,
+                interrupt=self._interrupt,
+                slots=slots.count,
+                checkpointed_bases=slots.checkpointed_bases,
+            )
+
+        def steps() -> RunSteps[None]:
+            job_return = yield from run_as_job(config, self._context, task)
+            self._returns[number] = job_return
+            error = job_error(job_return)
+            if isinstance(error, Interrupted):
+                raise error
+
+        return PackedRun(str(number), steps(), folder / "train.log", packed_with)
+
+    def _raise_failures(self) -> None:
+        """Log each failed job, and raise the first one's error."""
+        failures: dict[int, str] = {}
+        for number, job_return in self._returns.items():
+            error = job_error(job_return)
+            if error is not None:
+                failures[number] = one_line(error)
+        for number, line in failures.items():
+            log.error("job %d failed: %s", number, line)
+        if failures:
+            discard_multirun(Path(self._config.hydra.sweep.dir))
+            first = min(failures)
+            raise ConfigError(f"{len(failures)} failed; job {first}: {failures[first]}")
+
+
+def _check(composed: DictConfig) -> RunConfig | None:
+    """Return a job's checked config; None if it is not valid, which the job itself reports."""
+    with suppress(ValueError), hydra_config(composed):
+        return check_job(composed)
+    return None
+
+
+def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> JobSlots:
+    """Choose how many jobs train at once, from the neediest job of each base and data set.
+
+    Args:
+        slots: the number; `auto`: as many as fit into memory.
+        configs: the jobs' configs.
+    """
+    packed = [config for config in configs if config.trainer.engine != "trl"]
+    fixed_count = slots if isinstance(slots, int) else 1
+    if not packed:
+        return JobSlots(fixed_count)
+    from finetune.model.device import take_device
+
+    take_device(0)
+    planned: set[str] = set()
+    counts = []
+    checkpointed_bases: list[object] = []
+    for config in sorted(packed, key=memory_rank, reverse=True):
+        kind = repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset))
+        if kind in planned:
+            continue
+        plan = _plan(slots, config)
+        if plan is None:
+            continue
+        planned.add(kind)
+        count, resolved = plan
+        counts.append(count)
+        is_auto = config.trainer.gradient_checkpointing == "auto"
+        if is_auto and resolved.trainer.gradient_checkpointing is True:
+            checkpointed_bases.append(base_key(resolved))
+    return JobSlots(min(counts, default=fixed_count), checkpointed_bases)
+
+
+def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
+    """Plan slots for one job; None if TRL trains it, or if it can't be planned.
+
+    A job that can't be planned reports by itself what is wrong.
+    """
+    from finetune.model.loading import read_base_config
+
+    try:
+        base = shared_resources.source(config.model)
+        if reason_unsupported(config, read_base_config(base, config.model)):
+            return None
+        return choose_slots(slots, config)
+    except Exception as error:
+        log.debug("not planned: %s", summary_line(error))
+        return None

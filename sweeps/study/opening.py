@@ -1,0 +1,73 @@
+"""Begin or resume the study of a checked session: its data, its base model, its engine."""
+
+import dataclasses
+import logging
+
+from finetune.config.schema import RunConfig
+from finetune.console import quiet_libraries
+from finetune.engine.selection import choose_engine
+from finetune.run.resources import shared_resources
+from sweeps.space.settings import StudySettings
+from sweeps.study.draft import check_space
+from sweeps.study.launching import worker_count
+from sweeps.study.session import Session
+from sweeps.study.slots import choose_slots, memory_rank
+from sweeps.study.storage import check_address
+from sweeps.study.study import EngineChoice, Study
+from sweeps.study.terms import study_terms
+
+log = logging.getLogger(__name__)
+
+
+def open_study(draft: Session) -> tuple[Study, Session]:
+    """Begin or resume a session's study, once everything is checked.
+
+    Args:
+        draft: the session, before its engine is chosen.
+
+    Returns:
+        The study, and the session with the study's engine.
+
+    Raises:
+        ConfigError: the study can't begin, or began on other terms.
+    """
+    settings, config = draft.settings, draft.common
+    extremes = check_space(draft)
+    quiet_libraries(bars=False)
+    # A missing base model is reported at once, and a remote one downloaded once.
+    shared_resources.source(config.model)
+    fingerprint = shared_resources.rows(config.dataset).fingerprint
+    terms = study_terms(config, draft.space, settings, fingerprint)
+    check_address(draft.address, worker_count(settings))
+    _log_why_no_pruning(settings, config)
+    choice = _choose_engine(settings, [config, *extremes])
+    distributions = draft.space.distributions
+    study = Study.open(draft.folder, settings, draft.address, terms, distributions)
+    engine = study.decide_engine(choice)
+    if settings.slots not in ("auto", engine.slots):
+        if engine.name == "trl":
+            reason = "trl trains one trial at a time"
+        else:
+            reason = "the study keeps those that it began with"
+        log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, engine.slots, reason)
+    return study, dataclasses.replace(draft, engine=engine)
+
+
+def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineChoice:
+    """Choose one engine for all trials: TRL if one of the configs needs it."""
+    for config in configs:
+        # The first config that the packed engine does not support logs the reason.
+        if choose_engine(config, shared_resources.source(config.model)) == "trl":
+            return EngineChoice("trl", slots=1)
+    slots, neediest = choose_slots(settings.slots, max(configs, key=memory_rank))
+    has_checkpointing = neediest.trainer.gradient_checkpointing is True
+    return EngineChoice("packed", slots, has_checkpointing)
+
+
+def _log_why_no_pruning(settings: StudySettings, config: RunConfig) -> None:
+    if not settings.can_prune:
+        return
+    if len(settings.directions) > 1:
+        log.info("no pruning: trials with several objectives can't be ranked before their end")
+    elif not config.objectives[0].startswith("eval/"):
+        log.info("no pruning: %s is not known before a trial's end", config.objectives[0])

@@ -1,0 +1,133 @@
+"""The observer of a trial's run: reports its rungs to the study, and stops it."""
+
+import logging
+import time
+from typing import ClassVar
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from finetune.engine.interrupt import Interrupt
+from finetune.engine.observer import Observer, Rung
+from finetune.files.run_folder import Metrics
+from finetune.tracking.wandb_finished import remove_tag
+from sweeps.study.errors import StorageLost
+from sweeps.study.session import Session
+from sweeps.study.study import OUT_OF_TIME, Study, role
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+"""Seconds between two looks at the clock and at the storage while a trial trains."""
+
+
+class PruningObserver(Observer):
+    """Stops a trial that the pruner gives up, that the user stops, or that is out of time.
+
+    A trial is judged at each rung that it reports, and again by its last rung as other trials
+    report theirs: after each report in this process, and every `POLL_SECONDS` for the others.
+
+    Args:
+        session: the session.
+        study: the study.
+        trial: the trial, with the study's pruner.
+        trial_id: the storage's id of the trial.
+        interrupt: the interrupt that this worker's trials share.
+    """
+
+    reports: ClassVar[int] = 0
+    """Number of reports of all trials in this process."""
+
+    def __init__(
+        self,
+        session: Session,
+        study: Study,
+        trial: optuna.Trial,
+        trial_id: int,
+        interrupt: Interrupt,
+    ) -> None:
+        self._session = session
+        self._study = study
+        self._trial = trial
+        self._trial_id = trial_id
+        self._interrupt = interrupt
+        self._last_poll = time.monotonic()
+        self._reported_rungs = set(self._stored_trial().intermediate_values)
+        # The value of `reports` when the trial was last judged; None: it has reported no rung yet.
+        # An adopted trial was judged in another process, so it is due.
+        self._judged_at_report: int | None = -1 if self._reported_rungs else None
+
+    def _stored_trial(self) -> FrozenTrial:
+        return self._study.storage.get_trial(self._trial_id)
+
+    def on_step(self, step: int) -> bool:
+        try:
+            return self._stops_after_step()
+        except StorageLost as error:
+            self._study.release_trials(error, self._interrupt)
+            return False
+
+    def _stops_after_step(self) -> bool:
+        polls = time.monotonic() - self._last_poll >= POLL_SECONDS
+        if self._is_due(polls) and self._is_pruned():
+            return self._stop("worse than others at its last rung, as more came to it")
+        if not polls:
+            return False
+        self._last_poll = time.monotonic()
+        if self._session.is_stopping:
+            self._interrupt.asked = True
+            return False
+        if self._stored_trial().user_attrs.get("stop"):
+            return self._stop("told to stop")
+        return self._session.is_out_of_time and self._stop(OUT_OF_TIME)
+
+    def _is_due(self, polls: bool) -> bool:
+        """Whether other trials may have reported a rung since this one was judged."""
+        if self._judged_at_report is None:
+            return False
+        return polls or self._judged_at_report < self.reports
+
+    def on_rung(self, rung: Rung) -> None:
+        """Report a rung. The evaluation before training is none: there all trials are alike."""
+        if rung.index == 0:
+            self._trial.set_user_attr("steps", rung.total)
+        if not self._is_reportable(rung):
+            return
+        value = rung.metrics["objective"]
+        if rung.index not in self._reported_rungs:
+            self._trial.report(value, rung.index)
+            PruningObserver.reports += 1
+        name = self._study.objectives[0]
+        log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
+
+    def judge(self, rung: Rung) -> bool:
+        """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""
+        if not self._is_reportable(rung) or rung.step >= rung.total:
+            return False
+        return self._is_pruned() and self._stop("worse than others at this rung")
+
+    def _is_pruned(self) -> bool:
+        self._judged_at_report = self.reports
+        # The pruner is asked for the baseline too: some of Optuna's note whom they have judged.
+        return self._trial.should_prune() and role(self._trial) != "baseline"
+
+    def _is_reportable(self, rung: Rung) -> bool:
+        has_one_objective = len(self._session.settings.directions) == 1
+        return rung.index > 0 and "objective" in rung.metrics and has_one_objective
+
+    def _stop(self, reason: str) -> bool:
+        self._trial.set_user_attr("reason", reason)
+        return True
+
+    def on_completed(self, metrics: Metrics) -> list[str]:
+        """Return the tag `best` if the trial is the best so far, and take it from the one before."""
+        objectives = self._study.objectives
+        if len(objectives) > 1 or objectives[0] not in metrics:
+            return []
+        best = next(iter(self._study.ranked()), None)
+        if best is not None and best.value is not None:
+            cost = self._study.cost(metrics[objectives[0]])
+            if cost >= self._study.cost(best.value):
+                return []
+            remove_tag(self._study.folder_of(best.number), "best")
+        return ["best"]

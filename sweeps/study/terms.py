@@ -1,0 +1,104 @@
+"""The terms of a study: the config that all its trials share, so that they can be compared."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.trial import FrozenTrial
+
+from finetune.config.flatten import flatten
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError, refusal
+from finetune.run.identity import KEYS_WITHOUT_EFFECT
+from sweeps.space.distributions import describe
+from sweeps.space.settings import StudySettings
+from sweeps.space.space import Space
+
+OTHER_NAME = "give another hydra.sweeper.study_name"
+
+
+def study_terms(
+    config: RunConfig, space: Space, settings: StudySettings, dataset_fingerprint: str
+) -> dict[str, Any]:
+    """Collect the config without what is searched, the objective, the data, and the space.
+
+    Args:
+        config: the config's own values.
+        space: the searched parameters.
+        settings: the study's settings.
+        dataset_fingerprint: identifies the rows of the data set.
+
+    Returns:
+        A value for each config key, and for each parameter an entry `space.<name>`.
+    """
+    searched = {name.lstrip("+") for name in space.distributions}
+    # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
+    groups = [name.replace("/", ".") for name in searched if "/" in name or "." not in name]
+    excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
+    terms: dict[str, Any] = {}
+    for key, value in flatten(config.anchored().to_dict()).items():
+        if key not in searched and not key.startswith(excluded_prefixes):
+            terms[key] = value
+    terms["objective"] = config.objective
+    terms["hydra.sweeper.direction"] = settings.directions
+    terms["dataset_fingerprint"] = dataset_fingerprint
+    for name, distribution in space.to_dict().items():
+        terms[f"space.{name}"] = distribution
+    return terms
+
+
+def require_same_terms(study: str, stored: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    """Refuse terms that differ from those that a study began with.
+
+    Raises:
+        ConfigError: names the first key that differs, and both its values.
+    """
+    for key in sorted({key.removeprefix("space.") for key in (*stored, *terms)}):
+        # A key may have moved from the config to the space or back.
+        before = stored.get(f"space.{key}", stored.get(key))
+        now = terms.get(f"space.{key}", terms.get(key))
+        if before != now:
+            is_searched = f"space.{key}" in stored or f"space.{key}" in terms
+            section = "the search space" if is_searched else "the config"
+            raise ConfigError(
+                f"{key}={json.dumps(now)}: study {study} began with {json.dumps(before)} "
+                f"in {section}; {OTHER_NAME}, or hydra.sweeper.allow_change=true to go on with "
+                "the change"
+            )
+
+
+def require_changeable(
+    study: str,
+    stored: Mapping[str, Any],
+    terms: Mapping[str, Any],
+    trials: Sequence[FrozenTrial],
+    distributions: Mapping[str, BaseDistribution],
+) -> None:
+    """Refuse a change that no study can take, even with `allow_change`.
+
+    Raises:
+        ConfigError: the objective has changed, or a parameter's choices, which Optuna can't
+            compare with those of the earlier trials.
+    """
+    for key in ("objective", "hydra.sweeper.direction"):
+        if stored.get(key) != terms.get(key):
+            reason = f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"
+            raise refusal(key, terms.get(key), reason)
+    for trial in trials:
+        for name in trial.distributions.keys() & distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], distributions[name])
+            except ValueError:
+                before = describe(trial.distributions[name])
+                reason = f"study {study} has trials of {before}, and choices can't change"
+                now = describe(distributions[name])
+                raise refusal(name, now, f"{reason}; {OTHER_NAME}") from None
+
+
+def has_new_config(stored: Mapping[str, Any], terms: Mapping[str, Any]) -> bool:
+    """Whether anything has changed besides the search space."""
+    for key, value in stored.items():
+        if not key.startswith("space.") and terms.get(key) != value:
+            return True
+    return False
