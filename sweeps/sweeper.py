@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.errors import ConfigError, Interrupted
+from finetune.run.resources import shared_resources
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -75,7 +76,9 @@ def _enqueue(study: "Study", draft: "Draft") -> bool:
         return True
     finished = len(study.finished())
     if draft.is_whole_grid:
-        advice = "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+        advice = (
+            "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+        )
     else:
         advice = f"hydra.sweeper.n_trials={finished + total} goes on"
     log.info("study %s is full (%d trials): %s", study.name, finished, advice)
@@ -91,7 +94,6 @@ def _conclude(study: "Study", session: "Session") -> None:
     """
     from optuna.trial import TrialState
 
-    from finetune.run.resources import shared_resources
     from sweeps.answer.conclusion import conclude
     from sweeps.study.session import has_failed_too_often
 

@@ -26,7 +26,7 @@ from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
-from sweeps.study.pack import runs_log_to_files
+from sweeps.study.logs import run_lines_to_files
 from sweeps.study.study import Study
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def conclude(
     Raises:
         ConfigError: if the winner's adapter is gone.
     """
-    with file_lock(study.folder / ".answer.lock"), runs_log_to_files():
+    with file_lock(study.folder / ".answer.lock"), run_lines_to_files():
         _conclude(study, resources, tracker)
 
 

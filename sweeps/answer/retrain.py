@@ -16,7 +16,8 @@ from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
-from sweeps.study.pack import PackedRun, runs_log_to_files, train_together
+from sweeps.study.logs import run_lines_to_files
+from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.study import Study
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class _Retraining:
         self._errors: dict[Path, str] = {}
 
     def run(self) -> dict[Path, str]:
-        with runs_log_to_files():
+        with run_lines_to_files():
             train_together(self._next_run, self._slots)
         return self._errors
 

@@ -1,4 +1,4 @@
-"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, and listed for grids."""
+"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed for grids."""
 
 import math
 from fractions import Fraction
@@ -139,14 +139,12 @@ def _common_step(step: float, offset: float) -> float:
     """Return the largest step that divides both a step and an offset from the range's start."""
     first = Fraction(str(step))
     second = Fraction(str(offset))
-    numerator = math.gcd(
-        first.numerator * second.denominator, second.numerator * first.denominator
-    )
+    numerator = math.gcd(first.numerator * second.denominator, second.numerator * first.denominator)
     return float(Fraction(numerator, first.denominator * second.denominator))
 
 
 def grid_values(distribution: BaseDistribution) -> list[Any] | None:
-    """List a distribution's values, as hydra-optuna-sweeper's grid does; None if it is continuous."""
+    """List a distribution's values as hydra-optuna-sweeper's grid does; None if continuous."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):

@@ -71,7 +71,7 @@ def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -
 
 
 def _with_current_path(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace a class path from before a module moved, also in a nested pruner (`wrapped_pruner`)."""
+    """Replace class paths from before a module moved, also of a `wrapped_pruner`."""
     current = {}
     for key, value in settings.items():
         if isinstance(value, dict):

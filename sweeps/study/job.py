@@ -37,13 +37,14 @@ def run_as_job(
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):
-        job = _begin_job(config)
+        task_config = _without_hydra(config)
+        job = _begin_job(config, task_config)
         if config.hydra.output_subdir is not None:
             _write_config_files(job, folder / config.hydra.output_subdir)
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
         with hydra_config(config):
-            steps = task(job.cfg)
+            steps = task(task_config)
         job.return_value = yield from steps
         job.status = JobStatus.COMPLETED
     except BaseException as error:
@@ -56,11 +57,16 @@ def run_as_job(
     return job
 
 
-def _begin_job(config: DictConfig) -> JobReturn:
+def _without_hydra(config: DictConfig) -> DictConfig:
+    task_config = deepcopy(config)
+    with read_write(task_config), open_dict(task_config):
+        del task_config["hydra"]
+    return task_config
+
+
+def _begin_job(config: DictConfig, task_config: DictConfig) -> JobReturn:
     job = JobReturn()
-    job.cfg = deepcopy(config)
-    with read_write(job.cfg), open_dict(job.cfg):
-        del job.cfg["hydra"]
+    job.cfg = task_config
     job.hydra_cfg = deepcopy(config)
     job.overrides = list(config.hydra.overrides.task)
     job.task_name = config.hydra.job.name

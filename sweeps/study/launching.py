@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -84,7 +84,7 @@ def _worker_overrides(study: Study, session: Session, workers: int) -> list[list
     return jobs
 
 
-def _raise_worker_error(returns: list[JobReturn], resume: str) -> None:
+def _raise_worker_error(returns: Sequence[JobReturn], resume: str) -> None:
     """Raise the first worker's error; one that a user can mend says how to resume."""
     for job in returns:
         error = job_error(job)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, open_dict, read_write
 from finetune.config.schema import RunConfig
 from finetune.console import one_line, quiet_libraries, summary_line
 from finetune.engine.interrupt import Interrupt
-from finetune.engine.selection import reason_unsupported
 from finetune.engine.steps import RunSteps
 from finetune.errors import ConfigError, Interrupted
 from finetune.files.run_folder import discard_multirun
@@ -191,6 +190,7 @@ def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
 
     A job that can't be planned reports by itself what is wrong.
     """
+    from finetune.engine.selection import reason_unsupported
     from finetune.model.loading import read_base_config
 
     try:

@@ -120,7 +120,7 @@ class PruningObserver(Observer):
         return True
 
     def on_completed(self, metrics: Metrics) -> list[str]:
-        """Return the tag `best` if the trial is the best so far, and take it from the one before."""
+        """Return the tag `best` if the trial is the best so far, and untag the previous best."""
         objectives = self._study.objectives
         if len(objectives) > 1 or objectives[0] not in metrics:
             return []

@@ -1,4 +1,4 @@
-"""A study's storage: a journal file that survives kills, or a database that several machines share."""
+"""A study's storage: a journal file that survives kills, or a database shared by machines."""
 
 import json
 import os
@@ -32,9 +32,7 @@ READ_BLOCK = 65536
 """Bytes read at a time from the end of the journal."""
 
 
-def open_storage(
-    address: str | None, folder: Path, patience: float | None = None
-) -> "BaseStorage":
+def open_storage(address: str | None, folder: Path, patience: float | None = None) -> "BaseStorage":
     """Open the journal in a study's folder, or the database at an address.
 
     Args:
@@ -97,7 +95,7 @@ def check_address(address: str | None, workers: int) -> None:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, with a lock that its holder's death frees, repaired before each append.
+    """Optuna's journal file, repaired before each append, with a lock freed by its holder's death.
 
     A process killed while it writes, or a full disk, leaves an incomplete line. The next line would
     be appended to it, and the whole journal could not be read from then on.

@@ -143,7 +143,9 @@ class Study:
         if "uid" in self.optuna.user_attrs:
             return
         if (self.folder / "trials").exists():
-            reason = f"another study's trials are in {self.folder}, which this storage does not know"
+            reason = (
+                f"another study's trials are in {self.folder}, which this storage does not know"
+            )
             raise refusal("hydra.sweeper.study_name", self.name, f"{reason}; give another name")
         self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
 

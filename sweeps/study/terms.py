@@ -98,7 +98,5 @@ def require_changeable(
 
 def has_new_config(stored: Mapping[str, Any], terms: Mapping[str, Any]) -> bool:
     """Whether anything has changed besides the search space."""
-    for key, value in stored.items():
-        if not key.startswith("space.") and terms.get(key) != value:
-            return True
-    return False
+    config = {key: value for key, value in stored.items() if not key.startswith("space.")}
+    return any(terms.get(key) != value for key, value in config.items())

@@ -24,6 +24,7 @@ from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import checkpoint_step
+from finetune.model.memory import free_memory, out_of_memory, says_out_of_memory
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
@@ -72,9 +73,7 @@ class TrialRunner:
         interrupt: the interrupt that this worker's trials share.
     """
 
-    def __init__(
-        self, session: Session, study: Study, claim: Claim, interrupt: Interrupt
-    ) -> None:
+    def __init__(self, session: Session, study: Study, claim: Claim, interrupt: Interrupt) -> None:
         self._session = session
         self._study = study
         self._claim = claim
@@ -119,8 +118,6 @@ class TrialRunner:
 
     def _is_finished(self, result: dict[str, Any]) -> bool:
         """Whether the run had ended before its worker was lost, and is not to be tried again."""
-        from finetune.model.memory import says_out_of_memory
-
         status = result.get("status")
         if status == "failed" and says_out_of_memory(str(result.get("error"))):
             return not self._reduce_batch()
@@ -153,8 +150,6 @@ class TrialRunner:
 
     def _attempt(self) -> RunSteps[_Failure | None]:
         """Run the trial; return why it failed, or None."""
-        from finetune.model.memory import free_memory, out_of_memory
-
         try:
             overrides = self.suggest_overrides()
             yield from self._train([*overrides, *self.trial.user_attrs.get("shrunk", [])])

@@ -12,7 +12,7 @@ from support.commands import Station
 from support.studies import made_study
 
 PASSWORD = "hunter2horse"
-BY_STUDY = "can't be searched: all trials of a study are measured alike, on the same rows"
+BY_STUDY = "can't be searched: all trials of a study are evaluated by the same objective on the same rows"
 
 
 def search(workplace: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s") -> Outcome:

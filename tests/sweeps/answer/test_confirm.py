@@ -266,7 +266,7 @@ def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     assert confirm(written, seeds=1)["winner"] == 1
 
     written.optuna.add_trial(create_trial(value=1.5))
-    written.tidy(keep=2)
+    written.remove_adapters(keep=2)
 
     assert read_confirmation(written) is not None
     assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]

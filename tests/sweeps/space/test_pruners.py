@@ -1,18 +1,20 @@
 """The pruners that come with the project."""
 
+import dataclasses
 import math
 import warnings
 from typing import Any
 
 import optuna
 import pytest
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
-from support.studies import PRUNERS, PRUNERS_ALLOWED, composed
+from support.studies import PRUNERS, PRUNERS_ALLOWED, composed, settings_of
 
 from sweeps.space.pruners import SuccessiveHalvingPruner
+from sweeps.space.samplers import MOVED_CLASSES, make_pruner
 
 RUNGS = 4
 FINALS = [0.9, 0.8, 0.7, 1.0, 0.95, 0.6]
@@ -112,3 +114,26 @@ def test_hyperband_judges_within_four_rungs() -> None:
                 study.tell(trial, 2.0 - (number * 7 % 10) / 10)
     assert 5 <= pruned <= 25
     assert study.best_value == pytest.approx(1.1)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_class_path_from_before_a_move_still_makes_its_pruner(is_wrapped: bool) -> None:
+    """In a user's YAML, or in a command that resumes an older study."""
+    moved = {"_target_": "sweeps.halving.SuccessiveHalvingPruner", "reduction_factor": 2}
+    wrapper = {"_target_": "optuna.pruners.PatientPruner", "wrapped_pruner": moved, "patience": 1}
+    settings = dataclasses.replace(settings_of(), pruner=wrapper if is_wrapped else moved)
+
+    pruner = make_pruner(settings)
+
+    if is_wrapped:
+        assert isinstance(pruner, optuna.pruners.PatientPruner)
+    else:
+        assert isinstance(pruner, SuccessiveHalvingPruner)
+
+
+def test_every_moved_class_is_where_its_new_path_says() -> None:
+    for old, new in MOVED_CLASSES.items():
+        assert get_class(new).__name__ == old.rpartition(".")[2]
+        with pytest.raises(ImportError):
+            get_class(old)

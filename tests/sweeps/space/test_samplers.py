@@ -17,8 +17,9 @@ from support.studies import settings_of
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from sweeps.space.space import Point, Space
+from sweeps.study.claims import claim_trial, enqueue_trials
 from sweeps.study.session import Session
-from sweeps.study.study import Study
+from sweeps.study.study import EngineChoice, Study
 from sweeps.study.trial import TrialRunner
 
 SAMPLERS = ["tpe", "random", "cmaes", "qmc", "gp", "nsgaii", "nsgaiii"]
@@ -33,7 +34,8 @@ PARAMS = {
 def session_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")) -> Session:
     nothing: Any = None  # it composes no trial
     config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
-    return Session(folder, None, settings_of(*overrides), space, config, nothing, common, None, "packed", 1)
+    engine = EngineChoice("packed", slots=1)
+    return Session(folder, None, settings_of(*overrides), space, config, nothing, common, None, engine)
 
 
 def loss(point: Point) -> float:
@@ -66,14 +68,14 @@ def drive(tmp_path: Path) -> Drive:
         opened = Study.open(
             tmp_path / study, session.settings, None, {"objective": "eval/loss"}, session.space.distributions
         )
-        opened.enlist(trials, points or [])
+        enqueue_trials(opened, trials, points or [])
         while True:
-            with opened.claim() as claim:
+            with claim_trial(opened) as claim:
                 if claim is None:
                     break
-                turn = TrialRunner(session, opened, claim, Interrupt())
-                turn._overrides()
-                opened.optuna.tell(turn.trial, values(turn.trial.params))
+                runner = TrialRunner(session, opened, claim, Interrupt())
+                runner.suggest_overrides()
+                opened.optuna.tell(runner.trial, values(runner.trial.params))
         return [trial.params for trial in opened.trials()]
 
     return run

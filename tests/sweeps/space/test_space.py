@@ -16,8 +16,10 @@ from support.studies import PRUNERS, composed
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from sweeps.space.distributions import describe
+from sweeps.space.encoding import encode
 from sweeps.space.settings import StudySettings
-from sweeps.space.space import Space, describe, encode
+from sweeps.space.space import Space
 
 SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
 

@@ -8,15 +8,16 @@ from rich.console import Console
 from support.studies import settings_of
 
 from sweeps.space.space import Space
-from sweeps.study.live_table import _View
+from sweeps.study.claims import enqueue_trials
+from sweeps.study.live_table import LiveTable
 from sweeps.study.study import Study
 
 
 def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path: Path) -> None:
     distributions = Space.parse({"lora.r": "choice(4,8)"}, []).distributions
     study = Study.open(tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions)
-    study.enlist(2, [("start", {"lora.r": 4})])
-    view = _View(study, 2)
+    enqueue_trials(study, 2, [("start", {"lora.r": 4})])
+    view = LiveTable(study, 2)
     view._began = time.monotonic() - 60
 
     def shown() -> str:

@@ -268,7 +268,7 @@ def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
         return found
 
     monkeypatch.setattr(study, "ranked", ends_meanwhile)
-    study.tidy(1)
+    study.remove_adapters(1)
     assert study.optuna.best_trial.number == last
     assert weights.exists()
 

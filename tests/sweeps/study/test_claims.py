@@ -10,10 +10,12 @@ import pytest
 from optuna.trial import TrialState
 from support.studies import made_study
 
+from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Rung
 from sweeps.space.pruners import SuccessiveHalvingPruner
+from sweeps.study.claims import enqueue_trials
+from sweeps.study.pruning import PruningObserver
 from sweeps.study.study import Study
-from sweeps.study.trial import PruningObserver
 
 
 def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -22,11 +24,11 @@ def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: p
     ended = optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=notes, system_attrs={"fixed_params": point})
     study = made_study(tmp_path / "s", [ended])
 
-    study.enlist(2, [("baseline", point)])
-    study.enlist(2, [("baseline", point)])
+    enqueue_trials(study, 2, [("baseline", point)])
+    enqueue_trials(study, 2, [("baseline", point)])
 
     assert [trial.user_attrs.get("role") for trial in study.trials()] == ["baseline", "baseline"]
-    study.enlist(3, [("baseline", point)])
+    enqueue_trials(study, 3, [("baseline", point)])
     assert "role" not in study.trials()[2].user_attrs
 
 
@@ -35,7 +37,7 @@ def test_points_that_find_no_trial_are_told_of(tmp_path: Path, caplog: pytest.Lo
     points = [("start", {"lora.r": rank}) for rank in (4, 4, 8, 16)]
 
     with caplog.at_level("INFO"):
-        study.enlist(2, points)
+        enqueue_trials(study, 2, points)
 
     given = [trial.system_attrs["fixed_params"] for trial in study.trials()]
     assert given == [{"lora.r": 4}, {"lora.r": 8}]
@@ -47,14 +49,13 @@ class Judged:
 
     def __init__(self, study: Study, pruner: Any, role: str = "", trial: optuna.Trial | None = None) -> None:
         asked = optuna.Study(study.name, study.storage, pruner=pruner)
-        self.trial = asked.ask() if trial is None else optuna.Trial(asked, trial._trial_id)
+        self.trial = asked.ask() if trial is None else optuna.Trial(asked, study.trial_id(trial.number))
         self.trial.set_user_attr("role", role)
-        session = SimpleNamespace(
-            settings=SimpleNamespace(directions=["minimize"]), asked_to_end=False, out_of_time=False
+        session: Any = SimpleNamespace(
+            settings=SimpleNamespace(directions=["minimize"]), is_stopping=False, is_out_of_time=False
         )
-        claim = SimpleNamespace(trial_id=self.trial._trial_id)
-        turn: Any = SimpleNamespace(trial=self.trial, study=study, claim=claim, session=session)
-        self.judge = PruningObserver(turn)
+        trial_id = study.trial_id(self.trial.number)
+        self.judge = PruningObserver(session, study, self.trial, trial_id, Interrupt())
 
     def ends_at(self, rung: int, value: float) -> bool:
         reached = Rung(rung, 10 * rung, 90, {"objective": value})
@@ -69,7 +70,7 @@ class Judged:
 def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sweeps.study.trial.LOOK_EVERY", math.inf)
+    monkeypatch.setattr("sweeps.study.pruning.POLL_SECONDS", math.inf)
     study, pruner = made_study(tmp_path / "s", []), SuccessiveHalvingPruner()
     baseline, early = Judged(study, pruner, "baseline"), Judged(study, pruner)
     assert not early.ends_at(1, 2.0)
@@ -82,7 +83,7 @@ def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
             Judged(study, pruner).trial.report(value, 1)
     if where == "in another process":
         assert not early.ends_after(12), "it has not looked"
-        monkeypatch.setattr("sweeps.study.trial.LOOK_EVERY", 0)
+        monkeypatch.setattr("sweeps.study.pruning.POLL_SECONDS", 0)
     elif where == "before it was resumed":
         baseline, early = (
             Judged(study, pruner, role, own.trial) for role, own in (("baseline", baseline), ("", early))
