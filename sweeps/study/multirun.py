@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
@@ -12,30 +11,19 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
 from finetune.config.schema import RunConfig
-from finetune.console import one_line, quiet_libraries, summary_line
+from finetune.console import one_line, quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import ConfigError, Interrupted
 from finetune.files.run_folder import discard_multirun
 from finetune.run.job import check_job, job
-from finetune.run.resources import base_key, shared_resources
 from finetune.run.result import Objective
 from sweeps.compat import job_error
 from sweeps.study.job import hydra_config, run_as_job
 from sweeps.study.logs import RunNameFormatter
 from sweeps.study.pack import PackedRun, train_together
-from sweeps.study.slots import choose_slots, memory_rank
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class JobSlots:
-    """How the jobs of a multirun share a worker."""
-
-    count: int
-    checkpointed_bases: list[object] = field(default_factory=list)
-    """Bases, by their `base_key`, on which `trainer.gradient_checkpointing=auto` is true."""
 
 
 class Multirun:
@@ -53,6 +41,8 @@ class Multirun:
         self._slots = slots
         self._interrupt = Interrupt()
         self._returns: dict[int, JobReturn] = {}
+        self._slot_count = 1
+        self._checkpointed_bases: list[object] = []
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
         """Train all jobs, and return what they returned, in their order.
@@ -70,16 +60,14 @@ class Multirun:
         self._configure_log()
         valid = [config for config in map(_check, composed) if config is not None]
         quiet_libraries(bars=False)
-        chosen = choose_job_slots(self._slots, valid)
-        count = min(chosen.count, len(composed))
-        slots = JobSlots(count, chosen.checkpointed_bases)
+        self._choose_slots(valid, len(composed))
         waiting = iter(composed)
 
         def next_run() -> PackedRun | None:
             config = next(waiting, None)
-            return None if config is None else self._packed_run(config, slots)
+            return None if config is None else self._packed_run(config)
 
-        train_together(next_run, slots.count)
+        train_together(next_run, self._slot_count)
         self._raise_failures()
         return [self._returns[number] for number in sorted(self._returns)]
 
@@ -90,6 +78,15 @@ class Multirun:
             config.hydra.job.num = number
         log.info("job %d: %s", number, " ".join(filter_overrides(overrides)))
         return config
+
+    def _choose_slots(self, valid: list[RunConfig], jobs: int) -> None:
+        """Choose the number of slots. Without a valid job, none is planned and no torch loaded."""
+        if not valid:
+            return
+        from sweeps.study.slots import choose_job_slots
+
+        count, self._checkpointed_bases = choose_job_slots(self._slots, valid)
+        self._slot_count = min(count, jobs)
 
     def _configure_log(self) -> None:
         """Set up the jobs' logging without its file, because each job has a file of its own.
@@ -106,7 +103,7 @@ class Multirun:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(RunNameFormatter(handler.formatter or logging.Formatter()))
 
-    def _packed_run(self, config: DictConfig, slots: JobSlots) -> PackedRun:
+    def _packed_run(self, config: DictConfig) -> PackedRun:
         """Return a job as a run in a slot, which stores the job's return when it ends."""
         number = config.hydra.job.num
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
@@ -117,8 +114,8 @@ class Multirun:
                 composed,
                 packed_with=packed_with,
                 interrupt=self._interrupt,
-                slots=slots.count,
-                checkpointed_bases=slots.checkpointed_bases,
+                slots=self._slot_count,
+                checkpointed_bases=self._checkpointed_bases,
             )
 
         def steps() -> RunSteps[None]:
@@ -150,54 +147,3 @@ def _check(composed: DictConfig) -> RunConfig | None:
     with suppress(ValueError), hydra_config(composed):
         return check_job(composed)
     return None
-
-
-def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> JobSlots:
-    """Choose how many jobs train at once, from the neediest job of each base and data set.
-
-    Args:
-        slots: the number; `auto`: as many as fit into memory.
-        configs: the jobs' configs.
-    """
-    packed = [config for config in configs if config.trainer.engine != "trl"]
-    fixed_count = slots if isinstance(slots, int) else 1
-    if not packed:
-        return JobSlots(fixed_count)
-    from finetune.model.device import take_device
-
-    take_device(0)
-    planned: set[str] = set()
-    counts = []
-    checkpointed_bases: list[object] = []
-    for config in sorted(packed, key=memory_rank, reverse=True):
-        kind = repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset))
-        if kind in planned:
-            continue
-        plan = _plan(slots, config)
-        if plan is None:
-            continue
-        planned.add(kind)
-        count, resolved = plan
-        counts.append(count)
-        is_auto = config.trainer.gradient_checkpointing == "auto"
-        if is_auto and resolved.trainer.gradient_checkpointing is True:
-            checkpointed_bases.append(base_key(resolved))
-    return JobSlots(min(counts, default=fixed_count), checkpointed_bases)
-
-
-def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
-    """Plan slots for one job; None if TRL trains it, or if it can't be planned.
-
-    A job that can't be planned reports by itself what is wrong.
-    """
-    from finetune.engine.selection import reason_unsupported
-    from finetune.model.loading import read_base_config
-
-    try:
-        base = shared_resources.source(config.model)
-        if reason_unsupported(config, read_base_config(base, config.model)):
-            return None
-        return choose_slots(slots, config)
-    except Exception as error:
-        log.debug("not planned: %s", summary_line(error))
-        return None

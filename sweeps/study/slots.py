@@ -1,8 +1,17 @@
 """How many runs train together on one worker."""
 
+import logging
+from collections.abc import Sequence
+
 from finetune.config.schema import RunConfig
+from finetune.console import summary_line
+from finetune.engine.selection import reason_unsupported
+from finetune.model.device import on_gpu, take_device
+from finetune.model.loading import read_base_config
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
-from finetune.run.resources import shared_resources
+from finetune.run.resources import base_key, shared_resources
+
+log = logging.getLogger(__name__)
 
 
 def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]:
@@ -15,8 +24,6 @@ def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]
     Returns:
         The number of slots, and the config with `gradient_checkpointing` decided.
     """
-    from finetune.model.device import on_gpu
-
     resolved = resolve_checkpointing(neediest, "packed", shared_resources)
     if slots != "auto":
         return int(slots), resolved
@@ -28,3 +35,53 @@ def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]
 def memory_rank(config: RunConfig) -> tuple[int, int]:
     """Return a sort key that grows with a run's memory: batch size, then LoRA rank."""
     return config.trainer.per_device_train_batch_size, config.lora.r
+
+
+def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[int, list[object]]:
+    """Choose how many jobs train at once, from the neediest job of each base and data set.
+
+    Args:
+        slots: the number; `auto`: as many as fit into memory.
+        configs: the jobs' configs.
+
+    Returns:
+        The number of slots, and the bases, by their `base_key`, on which
+        `trainer.gradient_checkpointing=auto` is true.
+    """
+    packed = [config for config in configs if config.trainer.engine != "trl"]
+    fixed_count = slots if isinstance(slots, int) else 1
+    if not packed:
+        return fixed_count, []
+    take_device(0)
+    planned: set[str] = set()
+    counts = []
+    checkpointed_bases: list[object] = []
+    for config in sorted(packed, key=memory_rank, reverse=True):
+        kind = repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset))
+        if kind in planned:
+            continue
+        plan = _plan(slots, config)
+        if plan is None:
+            continue
+        planned.add(kind)
+        count, resolved = plan
+        counts.append(count)
+        is_auto = config.trainer.gradient_checkpointing == "auto"
+        if is_auto and resolved.trainer.gradient_checkpointing is True:
+            checkpointed_bases.append(base_key(resolved))
+    return min(counts, default=fixed_count), checkpointed_bases
+
+
+def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
+    """Plan slots for one job; None if TRL trains it, or if it can't be planned.
+
+    A job that can't be planned reports by itself what is wrong.
+    """
+    try:
+        base = shared_resources.source(config.model)
+        if reason_unsupported(config, read_base_config(base, config.model)):
+            return None
+        return choose_slots(slots, config)
+    except Exception as error:
+        log.debug("not planned: %s", summary_line(error))
+        return None

@@ -19,7 +19,7 @@ from finetune.files.run_folder import checkpoints_in
 from finetune.run.memory_plan import USABLE, plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources, base_key
 from finetune.run.run import run
-from sweeps.study.multirun import JobSlots, choose_job_slots
+from sweeps.study.slots import choose_job_slots
 
 Tiny = Callable[..., RunConfig]
 
@@ -177,7 +177,7 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
         ((small, (*large, "lora.use_dora=true")), []),  # TRL trains it
         ((large, (*large, "lora.r=64", "lora.target_modules=[nope]")), [base_key(saved)]),
     ):
-        assert choose_job_slots("auto", [tiny(*job) for job in jobs]) == JobSlots(1, wanted)
+        assert choose_job_slots("auto", [tiny(*job) for job in jobs]) == (1, wanted)
     assert (
         resolve_checkpointing(tiny(*MULTIRUN), "packed", resources, [base_key(saved)]).trainer.gradient_checkpointing
         is False
