@@ -167,7 +167,6 @@ def _confirm(arguments: argparse.Namespace) -> None:
 def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
-
     study = _find_study(arguments.study)
     running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
     if arguments.trial not in running:

@@ -44,6 +44,21 @@ def test_points_that_find_no_trial_are_told_of(tmp_path: Path, caplog: pytest.Lo
     assert caplog.messages == ["1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"]
 
 
+def test_the_storage_knows_a_trial_by_its_id_and_not_by_its_number(tmp_path: Path) -> None:
+    """Where one database holds several studies."""
+    address = f"sqlite:///{tmp_path / 'studies.db'}"
+    optuna.create_study(study_name="first", storage=address).ask()
+    trial = optuna.create_study(study_name="second", storage=address).ask()
+    assert trial.number == 0
+
+    study = Study(tmp_path, "second", address)
+
+    assert study.trial_id(0) == 2
+    assert study.storage.get_trial(study.trial_id(0)).number == 0
+    study.request_stop(0)
+    assert [trial.user_attrs for trial in study.trials()] == [{"stop": True}]
+
+
 class Judged:
     """A trial of a study, and what a worker hears of it."""
 
