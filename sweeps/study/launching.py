@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from finetune.console import one_line
+from finetune.console import error_line
 from finetune.errors import ConfigError, Interrupted
 from sweeps.compat import job_error
 from sweeps.space.encoding import encode
@@ -66,7 +66,7 @@ def run_workers(study: Study, session: Session, total: int) -> None:
         except Exception as error:
             if not orphaned_trials(study):
                 raise
-            log.warning("a worker was lost (%s); its trial is taken on", one_line(error))
+            log.warning("a worker was lost (%s); its trial is taken on", error_line(error))
             continue
         _raise_worker_error(returns, resume)
         if not orphaned_trials(study) or session.is_over(study):

@@ -11,7 +11,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
 from finetune.config.schema import RunConfig
-from finetune.console import one_line, quiet_libraries
+from finetune.console import error_line, quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import ConfigError, Interrupted
@@ -133,7 +133,7 @@ class Multirun:
         for number, job_return in self._returns.items():
             error = job_error(job_return)
             if error is not None:
-                failures[number] = one_line(error)
+                failures[number] = error_line(error)
         for number, line in failures.items():
             log.error("job %d failed: %s", number, line)
         if failures:
