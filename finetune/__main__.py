@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING
 
 from finetune.app import hydra_app
+from finetune.engine.steps import drive
 from finetune.run.job import job
+from finetune.run.run import resume as resume_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -13,15 +15,11 @@ if TYPE_CHECKING:
 
 def task(composed: "DictConfig") -> "Objective":
     """Train the run of a composed config, and return its objective for a sweeper."""
-    from finetune.engine.steps import drive
-
     return drive(job(composed))
 
 
 def resume(folder: str) -> "Objective":
     """Continue the run in a folder from its last checkpoint."""
-    from finetune.run.run import resume as resume_run
-
     return resume_run(folder)
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import command_parser, run_command
+from finetune.data.rows import load_all_rows
+from finetune.data.tokens import tokenize
+from finetune.run.load import load_run, read_run_config
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
@@ -77,10 +80,6 @@ def _compare(folder: str, data: str) -> Comparison:
         folder: the run folder.
         data: the path or hub id of the rows.
     """
-    from finetune.data.rows import load_all_rows
-    from finetune.data.tokens import tokenize
-    from finetune.run.load import load_run, read_run_config
-
     config = read_run_config(folder)
     settings = dataclasses.replace(config.dataset, path=data, packing=False)
     rows = load_all_rows("--data", settings)

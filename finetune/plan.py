@@ -4,14 +4,18 @@ import argparse
 import json
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.app import compose_run
 from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
+from finetune.model.memory import GIB
 from finetune.run.learning_rate import resolve_learning_rate
-from finetune.run.memory_plan import GIB, Plan, plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources
+
+if TYPE_CHECKING:
+    from finetune.run.memory_plan import Plan
+
 
 PASSES = 4
 """Passes through the base for each trained token, in forward passes: a backward pass takes about
@@ -28,7 +32,10 @@ def main() -> None:
     config = compose_run(arguments.overrides)
     quiet_libraries()
     resources = SharedResources()
+    resources.rows(config.dataset)  # mistakes in the rows are said before torch is imported
     config = resolve_learning_rate(config, resources)
+    from finetune.run.memory_plan import plan_memory, resolve_checkpointing
+
     config = resolve_checkpointing(config, "packed", resources)
     plan = plan_memory(config, resources)
     if not arguments.json:
@@ -76,7 +83,7 @@ def measure_speed() -> float:
     return TRAINING_SHARE * best
 
 
-def _further_slot(plan: Plan) -> int:
+def _further_slot(plan: "Plan") -> int:
     """Return the bytes that each further slot needs.
 
     The second slot also brings what only several slots need, so the third is taken.
@@ -84,7 +91,7 @@ def _further_slot(plan: Plan) -> int:
     return plan.peak(3) - plan.peak(2)
 
 
-def _to_dict(plan: Plan, config: RunConfig, seconds: float) -> dict[str, Any]:
+def _to_dict(plan: "Plan", config: RunConfig, seconds: float) -> dict[str, Any]:
     """Return the plan as `--json` prints it: memory in bytes, time in seconds."""
     return {
         "memory": {
@@ -107,7 +114,7 @@ def _to_dict(plan: Plan, config: RunConfig, seconds: float) -> dict[str, Any]:
     }
 
 
-def _print_memory(plan: Plan) -> None:
+def _print_memory(plan: "Plan") -> None:
     rows = {
         "python and libraries": plan.process,
         "base": plan.base,
@@ -123,7 +130,7 @@ def _print_memory(plan: Plan) -> None:
     print(f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}")
 
 
-def _print_work(plan: Plan, config: RunConfig, seconds: float) -> None:
+def _print_work(plan: "Plan", config: RunConfig, seconds: float) -> None:
     size = _further_slot(plan) / GIB
     slots = f"room for {plan.largest}, {plan.slots} recommended"
     minutes = max(1, math.ceil(seconds / 60))

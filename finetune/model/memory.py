@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+GIB = 2**30
+
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the machine's or the GPU's memory was too small."""

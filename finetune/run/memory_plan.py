@@ -26,7 +26,7 @@ from finetune.model.adapter import add_adapter, modules_beside_language_model
 from finetune.model.architectures import text_config_of
 from finetune.model.device import on_gpu
 from finetune.model.loading import read_base_config, skeleton_of
-from finetune.model.memory import available_memory, resident_memory_bytes
+from finetune.model.memory import GIB, available_memory, resident_memory_bytes
 from finetune.model.quantization import (
     compute_dtype,
     require_bitsandbytes,
@@ -61,8 +61,6 @@ library keeps."""
 
 LIBRARIES = 300 * 2**20
 """Bytes of its libraries that a run on a CPU pages in once it computes."""
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
