@@ -3,7 +3,9 @@
 import argparse
 
 from finetune.console import command_parser, run_command
+from finetune.engine.generation import generate_answers
 from finetune.errors import refusal
+from finetune.run.load import load_run
 
 
 def main() -> None:
@@ -46,13 +48,7 @@ def _require_positive(flag: str, limit: int | None) -> None:
 
 def _generate(arguments: argparse.Namespace) -> list[str]:
     """Return the answers in the order of the prompts."""
-    from finetune.run.load import load_run
-
     run = load_run(arguments.run)
-
-    # May import torch, so only after a folder without a run is refused.
-    from finetune.engine.generation import generate_answers
-
     max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens

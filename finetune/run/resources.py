@@ -17,6 +17,7 @@ from finetune.config.schema import (
     RunConfig,
 )
 from finetune.data.rows import load_rows
+from finetune.data.tokens import tokenize
 from finetune.data.types import Row, Rows
 from finetune.files.run_folder import Metrics
 from finetune.model.source import BaseSource, find_base
@@ -78,8 +79,6 @@ class SharedResources:
             rows: The rows of that part of `config.dataset`.
             config: Names the data set and the tokenizer.
         """
-        from finetune.data.tokens import tokenize
-
         key = (config.model, config.dataset)
         return self._tokens[part].get(
             key, lambda: tokenize(part, rows, self.tokenizer(config.model), config.dataset)
