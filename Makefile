@@ -1,4 +1,4 @@
-.PHONY: measure-gpu check test test-all format
+.PHONY: measure-gpu check test test-all test-matrix format
 
 check:            ## lint and types
 	ruff check .
@@ -9,7 +9,10 @@ test:             ## the fast tests
 	pytest -n 2 --dist loadfile
 
 test-all:         ## slow and fault tests too, as CI runs them
-	pytest -m "not gpu"
+	pytest -n 2 --dist loadfile -m "not gpu and not matrix"
+
+test-matrix:      ## the fast tests with all cases of the large tables, of which CI runs a part
+	pytest -n 2 --dist loadfile -m "matrix or not (slow or fault or gpu)"
 
 format:
 	ruff check --fix .

@@ -50,7 +50,7 @@ COMMANDS = [
 ]
 
 
-@each(COMMANDS)
+@each(COMMANDS, kind=lambda case: (case.arguments.split()[0], case.kind))
 def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None:
     workplace.write({"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})})
     before = workplace.files()

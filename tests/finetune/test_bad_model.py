@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.bad_input import ROWS, Case, Outcome, Workplace, assert_the_result_says, each, lines, matches
+from support.commands import Station
 
 WEIGHTS_LOAD = "no GPU: training on the CPU"
 """Logged on a CPU right before a base's weights load."""
@@ -149,12 +151,12 @@ LOADING = [
 @pytest.mark.slow
 @each(LIBRARIES)
 def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
-    case: Case, workplace: Workplace, tiny_base: Path
+    case: Case, workplace: Workplace, station: Station, tiny_base: Path
 ) -> None:
     workplace.write({"d.jsonl": ROWS, **case.files})
     (workplace.cwd / "base").symlink_to(tiny_base)
 
-    outcome = workplace.call(*TINY.split(), *case.arguments.split())
+    outcome = replace(workplace, station=station).call(*TINY.split(), *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
     assert WEIGHTS_LOAD not in outcome.stderr
@@ -164,13 +166,15 @@ def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
 
 @pytest.mark.slow
 @each(LOADING)
-def test_what_only_loading_can_tell_is_one_line_too(case: Case, workplace: Workplace, tiny_base: Path) -> None:
+def test_what_only_loading_can_tell_is_one_line_too(
+    case: Case, workplace: Workplace, station: Station, tiny_base: Path
+) -> None:
     workplace.write({"d.jsonl": ROWS})
     shutil.copytree(tiny_base, workplace.cwd / "base")
     if case.id == "damaged-weights":
         os.truncate(workplace.cwd / "base" / "model.safetensors", 1000)
 
-    outcome = workplace.call(*TINY.split(), *case.arguments.split())
+    outcome = replace(workplace, station=station).call(*TINY.split(), *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
     assert WEIGHTS_LOAD in outcome.stderr  # else the other tests' absence of it proves nothing
@@ -198,6 +202,7 @@ def can_mount() -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs a small disk to fill: Linux with user namespaces")
 def test_a_full_disk_is_one_line_that_names_the_file(workplace: Workplace, tiny_base: Path) -> None:
     workplace.write({"d.jsonl": ROWS, "run/": b""})

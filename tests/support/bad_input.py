@@ -3,13 +3,15 @@
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from support.commands import Station
+from support.matrix import fixed_part
 
 OBSERVER = """
 import atexit, os, sys
@@ -106,9 +108,25 @@ class Case:
     says: str
     files: Mapping[str, str | bytes] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What the case has in common with others: section, message, and the form of what is refused."""
+        section = self.says.partition(".")[0]
+        message = re.split(r"[…;?]", self.says.partition(": ")[2])[0] or self.id
+        sign = re.match(r"[-+~]*", self.arguments)
+        return section, message, sign[0] if sign else "", _form(self.arguments.rpartition("=")[2])
 
-def each(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
+
+def _form(value: str) -> str:
+    """The type of a value on the command line; infinity and not-a-number are types of their own."""
+    if value in ("nan", "inf"):
+        return value
+    return type(yaml.safe_load(value)).__name__
+
+
+def each(cases: list[Case], kind: Callable[[Case], object] = lambda case: case.kind) -> pytest.MarkDecorator:
+    """Parametrize a test by the cases of a table, of which a fixed part runs by default."""
+    return pytest.mark.parametrize("case", fixed_part(cases, kind), ids=[case.id for case in cases])
 
 
 def lines(*rows: object) -> str:

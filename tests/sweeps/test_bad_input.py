@@ -9,6 +9,7 @@ import pytest
 from optuna.trial import create_trial
 from support.bad_input import Case, Outcome, Workplace, each, matches
 from support.commands import Station
+from support.matrix import fixed_part
 from support.studies import made_study
 
 PASSWORD = "hunter2horse"
@@ -119,21 +120,26 @@ def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(workplace: Workpla
     assert not outcome.torch_imported
 
 
+ADDRESSES = [
+    f"postgresql://me:{PASSWORD}@127.0.0.1:1/x",
+    f"sqlite://me:{PASSWORD}@/x.db",
+    f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
+    f"me:{PASSWORD}@host",
+    f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}",
+    f"postgresql+psycopg2://me:a/{PASSWORD}@127.0.0.1:1/x",
+    f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1:1/x",
+    f"postgresql+psycopg2://me:{PASSWORD},b@127.0.0.1:1/x",
+    f"postgresql+psycopg2://me:{PASSWORD}",
+]
+
+
 @pytest.mark.parametrize(
-    "address",
+    ("address", "mode"),
     [
-        f"postgresql://me:{PASSWORD}@127.0.0.1:1/x",
-        f"sqlite://me:{PASSWORD}@/x.db",
-        f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
-        f"me:{PASSWORD}@host",
-        f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}",
-        f"postgresql+psycopg2://me:a/{PASSWORD}@127.0.0.1:1/x",
-        f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1:1/x",
-        f"postgresql+psycopg2://me:{PASSWORD},b@127.0.0.1:1/x",
-        f"postgresql+psycopg2://me:{PASSWORD}",
+        *((address, "-m") for address in ADDRESSES),
+        *fixed_part([(address, "") for address in ADDRESSES], lambda case: "a run"),
     ],
 )
-@pytest.mark.parametrize("mode", ["-m", ""])
 def test_a_databases_password_reaches_neither_a_file_nor_the_screen(
     mode: str, address: str, workplace: Workplace
 ) -> None:
