@@ -93,12 +93,12 @@ def _bound_lines(ranked: Sequence[FrozenTrial]) -> list[str]:
         if crowded is None:
             continue
         count, end = crowded
-        beyond = value_beyond(distribution, end)
-        if beyond is not None:
+        extension = value_beyond(distribution, end)
+        if extension is not None:
             low, high = map(format_value, bounds(distribution))
             lines.append(
                 f"{name}: {count} of the best {len(best)} trials are at the {end} end of "
-                f"{low} … {high}; extend it to {format_value(beyond)}"
+                f"{low} … {high}; extend it to {format_value(extension)}"
             )
     return lines
 

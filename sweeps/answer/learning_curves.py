@@ -8,11 +8,14 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.answer.chart_style import GREEN, GREY, ORANGE, STATES, set_titles
-from sweeps.study.formatting import parameters
+from sweeps.study.formatting import format_parameters
 from sweeps.study.study import Study
 
 Curve = list[tuple[float, float]]
 """Evaluations of a trial: optimizer step (or share of its steps) and objective."""
+
+
+TrialCurve = tuple[FrozenTrial, Curve]
 
 
 def learning_curves(
@@ -29,7 +32,7 @@ def learning_curves(
         The chart.
     """
     trials = {trial.number: trial for trial in study.trials()}
-    drawn = {number: curve for number, curve in curves.items() if curve}
+    drawn = [(trials[number], curve) for number, curve in curves.items() if curve]
     if not drawn:
         return None
     baseline = study.baseline()
@@ -37,34 +40,38 @@ def learning_curves(
         winner: ("winner", GREEN),
         baseline.number if baseline else None: ("baseline", ORANGE),
     }
-    figure = go.Figure()
-    for state, colour in STATES.items():
-        pairs = [
-            (trials[number], curve)
-            for number, curve in drawn.items()
-            if trials[number].state == state and number not in highlights
-        ]
-        if pairs:
-            figure.add_trace(_curves_trace(pairs, state.name.lower(), colour, 1.2))
-    ends = [
-        (trials[number], curve[-1:])
-        for number, curve in drawn.items()
-        if trials[number].state == TrialState.PRUNED
-    ]
-    if ends:
-        crosses = _curves_trace(ends, "pruned after this", GREY, 1)
-        marker = {"symbol": "x", "size": 7, "color": GREY}
-        figure.add_trace(crosses.update(mode="markers", marker=marker))
+    ordinary = [pair for pair in drawn if pair[0].number not in highlights]
+    figure = go.Figure(_state_traces(ordinary))
+    pruned = [pair for pair in drawn if pair[0].state == TrialState.PRUNED]
+    if pruned:
+        figure.add_trace(_crosses_trace(pruned))
+    by_number = {trial.number: (trial, curve) for trial, curve in drawn}
     for number, (name, colour) in highlights.items():
-        if number in drawn:
-            figure.add_trace(_curves_trace([(trials[number], drawn[number])], name, colour, 3))
+        if number in by_number:
+            figure.add_trace(_curves_trace([by_number[number]], name, colour, 3))
     steps = "optimizer step" if _have_equal_steps(trials.values()) else "share of the trial's steps"
     return set_titles(figure, steps, study.objectives[0])
 
 
-def _curves_trace(
-    pairs: Sequence[tuple[FrozenTrial, Curve]], name: str, colour: str, width: float
-) -> go.Scatter:
+def _state_traces(pairs: Sequence[TrialCurve]) -> list[go.Scatter]:
+    """Draw the curves of each state in its colour."""
+    traces = []
+    for state, colour in STATES.items():
+        in_state = [pair for pair in pairs if pair[0].state == state]
+        if in_state:
+            traces.append(_curves_trace(in_state, state.name.lower(), colour, 1.2))
+    return traces
+
+
+def _crosses_trace(pruned: Sequence[TrialCurve]) -> go.Scatter:
+    """Mark the last evaluation of each pruned trial."""
+    ends = [(trial, curve[-1:]) for trial, curve in pruned]
+    marker = {"symbol": "x", "size": 7, "color": GREY}
+    trace = _curves_trace(ends, "pruned after this", GREY, 1)
+    return trace.update(mode="markers", marker=marker)
+
+
+def _curves_trace(pairs: Sequence[TrialCurve], name: str, colour: str, width: float) -> go.Scatter:
     """Combine the curves of many trials in one trace, with gaps between them."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -72,7 +79,7 @@ def _curves_trace(
     for trial, curve in pairs:
         x += [*(step for step, _ in curve), None]
         y += [*(value for _, value in curve), None]
-        text += [*([f"trial {trial.number}: {parameters(trial)}"] * len(curve)), None]
+        text += [*([f"trial {trial.number}: {format_parameters(trial)}"] * len(curve)), None]
     mode = "lines+markers" if all(len(curve) < 30 for _, curve in pairs) else "lines"
     return go.Scatter(
         x=x, y=y, text=text, name=name, mode=mode, connectgaps=False,

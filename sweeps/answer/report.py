@@ -17,7 +17,7 @@ from finetune.files.lock import file_lock
 from sweeps.answer.advice import Analysis
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_sections import sections
-from sweeps.study.formatting import counts, test_lines
+from sweeps.study.formatting import format_counts, test_loss_lines
 from sweeps.study.study import Study
 
 REPORT = "report.html"
@@ -55,7 +55,7 @@ def watch(study: Study, print_line: Callable[[str], None]) -> None:
     """
     while True:
         path = write_report(study, live=True)
-        print_line(f"{time.strftime('%H:%M:%S')}  {counts(study)}: {os.path.relpath(path)}")
+        print_line(f"{time.strftime('%H:%M:%S')}  {format_counts(study)}: {os.path.relpath(path)}")
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
         time.sleep(REFRESH)
@@ -79,7 +79,7 @@ def render_page(data: ReportData, live: bool = False) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     html: str = environment.get_template("report.html.jinja").render(
         study=study.name,
-        counts=counts(study),
+        counts=format_counts(study),
         waiting=waiting,
         running=running,
         refresh=REFRESH if live and is_unfinished else None,
@@ -113,4 +113,4 @@ def _verdict(data: ReportData) -> str:
     result = f"Trial {winner.number} wins with {data.study.objectives[0]} {winner.value:.4f}"
     if data.answer is None or data.test is None:
         return f"{result}."
-    return f"{result}; test loss {'; difference '.join(test_lines(data.answer))}."
+    return f"{result}; test loss {'; difference '.join(test_loss_lines(data.answer))}."

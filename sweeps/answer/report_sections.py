@@ -12,7 +12,7 @@ from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
-from sweeps.study.formatting import commands, confirmation_lines, format_value, test_lines
+from sweeps.study.formatting import commands, confirmation_lines, format_value, test_loss_lines
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
@@ -75,7 +75,7 @@ def _answer(data: ReportData) -> Section:
     lines = []
     if data.answer is not None:
         labels = ("test loss", "difference")
-        for label, line in zip(labels, test_lines(data.answer), strict=False):
+        for label, line in zip(labels, test_loss_lines(data.answer), strict=False):
             lines.append(f"{label} {line}")
     if baseline == winner:
         lines.append("The winner is the baseline itself.")

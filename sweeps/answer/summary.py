@@ -13,9 +13,9 @@ from sweeps.answer.confirm import read_confirmation
 from sweeps.study.formatting import (
     commands,
     confirmation_lines,
-    counts,
-    parameters,
-    test_lines,
+    format_counts,
+    format_parameters,
+    test_loss_lines,
 )
 from sweeps.study.study import Study, role
 
@@ -38,10 +38,10 @@ def summary_lines(
         Lines for the terminal.
     """
     confirmation = read_confirmation(study)
-    lines = [f"study {study.name}: {counts(study)}"]
+    lines = [f"study {study.name}: {format_counts(study)}"]
     lines += _trial_lines(study)
     lines += _labelled("importance", _importance(analysis))
-    lines += _labelled("test loss", test_lines(answer))
+    lines += _labelled("test loss", test_loss_lines(answer))
     lines += _labelled("confirmed", confirmation_lines(confirmation) if confirmation else [])
     lines += _labelled("advice", analysis.advice)
     for trial in study.trials(TrialState.FAIL):
@@ -69,7 +69,7 @@ def _trial_lines(study: Study) -> list[str]:
 def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:
     pairs = zip(study.objectives, trial.values, strict=True)
     values = "  ".join(f"{name} {value:.4f}" for name, value in pairs)
-    line = f"  trial {trial.number:<4} {values}  {parameters(trial)}"
+    line = f"  trial {trial.number:<4} {values}  {format_parameters(trial)}"
     if role(trial) == "baseline":
         line += "  baseline"
     if is_on_front:

@@ -76,7 +76,7 @@ def trial_note(trial: FrozenTrial) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def parameters(trial: FrozenTrial) -> str:
+def format_parameters(trial: FrozenTrial) -> str:
     """Format a trial's parameters on one line."""
     return " ".join(
         f"{short_name(name)}={format_value(value)}" for name, value in trial.params.items()
@@ -93,7 +93,7 @@ def format_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def counts(study: Study) -> str:
+def format_counts(study: Study) -> str:
     """Count the complete, pruned and failed trials."""
     complete = len(study.trials(TrialState.COMPLETE))
     pruned = len(study.trials(TrialState.PRUNED))
@@ -101,7 +101,7 @@ def counts(study: Study) -> str:
     return f"{complete} complete, {pruned} pruned, {failed} failed"
 
 
-def test_lines(answer: Mapping[str, Any]) -> list[str]:
+def test_loss_lines(answer: Mapping[str, Any]) -> list[str]:
     """Describe the test losses of the winner and the baseline.
 
     Args:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.study.errors import StorageLost
-from sweeps.study.formatting import objective_cells, parameters
+from sweeps.study.formatting import format_parameters, objective_cells
 from sweeps.study.study import Study
 
 REFRESH_SECONDS = 1.0
@@ -88,7 +88,7 @@ class LiveTable:
         speed = metrics.get("train/tokens_per_second")
         return [
             str(trial.number),
-            parameters(trial),
+            format_parameters(trial),
             f"{metrics.get('step', 0)}/{trial.user_attrs.get('steps', '?')}",
             *objective_cells(trial, len(self._study.objectives)),
             "" if loss is None else f"{loss:.4f}",
