@@ -134,7 +134,6 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
 
 
     import finetune.run.resources as run_resources
-    from finetune.data import tokens
     from finetune.engine import trl as trl_engine
     from finetune.engine.packed import bank
     from finetune.model import loading as base
