@@ -133,6 +133,7 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
     assert left_by(tmp_path / "after") == alone(tiny(*RUN, NF4))
 
 
+def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import finetune.run.resources as run_resources
     from finetune.engine import trl as trl_engine
     from finetune.engine.packed import bank
