@@ -1,1 +1,14 @@
-"""Engines: what turns batches into weight updates, and what both engines share."""
+"""Engines turn batches into weight updates.
+
+Where to look first:
+
+- `packed/training.py`: the training loop of the packed engine, one run as a generator.
+- `trl.py`: the same for TRL's SFTTrainer.
+- `selection.py`: which of the two trains a run, and why.
+- `steps.py`: the generator protocol by which several runs train in one process.
+- `reporter.py`: what both engines do after each optimizer step: log, evaluate, decide whether to stop.
+- `early_stopping.py`: the best evaluation, its adapter, and the patience.
+- `schedule.py`: number of steps, order of the rows, steps with an evaluation.
+- `evaluation.py`, `generation.py`: the loss on held-out rows, and answers to prompts.
+- `checkpoint.py`: the format of a checkpoint's folder.
+"""

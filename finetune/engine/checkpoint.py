@@ -1,4 +1,17 @@
-"""The part of a checkpoint that is not weights: how far the run has come."""
+"""The checkpoint: a folder `checkpoints/checkpoint-<step>/` from which a killed run resumes.
+
+Files of a checkpoint, by engine:
+
+- packed: `slot.safetensors` holds the adapter's weights as one float32 vector [parameters], the
+  state of AdamW (two more vectors and the step), and with float16 the loss scale.
+- trl: what transformers' Trainer writes: `adapter_model.safetensors`, `optimizer.pt`,
+  `scheduler.pt`, `rng_state.pth`, `trainer_state.json`.
+- both: `progress.json`, this module's `Progress`. It is written last: a checkpoint without it was
+  cut short by a kill, and is removed instead of resumed from.
+
+`checkpoints/best-<step>/` is not a checkpoint but a plain adapter folder: the adapter of the best
+evaluation so far, with `objective_at=best` (see `early_stopping`).
+"""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -11,44 +24,92 @@ from finetune.files.run_folder import PROGRESS, Metrics
 
 @dataclass
 class Progress:
-    """A run's state between steps beside weights and optimizer, saved with each checkpoint."""
+    """A run's state between two optimizer steps, without weights and optimizer.
+
+    The names of the fields are the keys of `progress.json`.
+    """
 
     step: int = 0
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     train_tokens: int = 0
-    """Trained so far, padding not counted."""
+    """Tokens trained so far, without padding."""
     train_seconds: float = 0.0
-    """Spent on them: evaluations and checkpoints not counted."""
+    """Seconds spent in optimizer steps, without evaluations and checkpoints."""
     train_loss: float = math.nan
-    """As last logged."""
+    """`train/loss` as last logged, in nats per token; NaN before the first logged line."""
     window_losses: list[float] = field(default_factory=list)
-    """Of the steps since the last logged line."""
+    """Loss of each step since the last logged line, in nats per token."""
     window_tokens: int = 0
+    """Tokens trained since the last logged line."""
     window_seconds: float = 0.0
+    """Seconds of training since the last logged line."""
     silent_steps: int = 0
-    """Steps from the start whose gradient was exactly zero."""
+    """Number of steps, counted from the first, whose gradient was exactly zero."""
     rungs: list[dict[str, Any]] = field(default_factory=list)
+    """Each evaluation so far, as the fields of a `Rung`."""
     best: float | None = None
+    """The best objective of an evaluation so far."""
     best_step: int = 0
+    """Optimizer step of the best evaluation."""
     rungs_without_better: int = 0
+    """Evaluations since the best one."""
     stop: str | None = None
-    """Why training ended before its last step: pruned, early, interrupted."""
+    """Why training ended before its last step: `pruned`, `early` or `interrupted`."""
+
+    def add_step(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+        """Count a completed optimizer step.
+
+        Args:
+            step: The step's number, from 1.
+            loss: Mean loss of the step, in nats per token.
+            tokens: Tokens of the step's rows.
+            seconds: Duration of the step.
+        """
+        self.step = step
+        self.train_tokens += tokens
+        self.train_seconds += seconds
+        self.window_losses.append(loss)
+        self.window_tokens += tokens
+        self.window_seconds += seconds
+
+    def window_metrics(self) -> Metrics:
+        """Return the mean loss and the speed of the steps since the last logged line."""
+        return {
+            "train/loss": math.fsum(self.window_losses) / len(self.window_losses),
+            "train/tokens_per_second": self.window_tokens / max(self.window_seconds, 1e-9),
+        }
+
+    def close_window(self, loss: float) -> None:
+        """Begin a new window after a logged line with this `train/loss`."""
+        self.train_loss = loss
+        self.window_losses = []
+        self.window_tokens = 0
+        self.window_seconds = 0.0
 
     def final_metrics(self, best: bool) -> Metrics:
-        """What the run ends with: its last evaluation, or its best."""
-        window = self.window_losses  # of a run that was stopped before its first logged line
-        loss = self.train_loss if math.isfinite(self.train_loss) or not window else math.fsum(window) / len(window)
+        """Return the metrics that the run ends with.
+
+        Args:
+            best: Take the held-out metrics of the best evaluation, not of the last.
+        """
+        loss = self.train_loss
+        if not math.isfinite(loss) and self.window_losses:  # stopped before its first logged line
+            loss = math.fsum(self.window_losses) / len(self.window_losses)
         metrics: Metrics = {"train/loss": loss, "train/seconds": self.train_seconds}
         rungs = [rung for rung in self.rungs if not best or rung["step"] == self.best_step]
-        return metrics | (rungs[-1]["metrics"] if rungs else {})
+        if rungs:
+            metrics |= rungs[-1]["metrics"]
+        return metrics
 
     def save(self, checkpoint: Path) -> None:
-        """Keep the state in a checkpoint's folder."""
+        """Write `progress.json` into a checkpoint's folder."""
         write_json(checkpoint / PROGRESS, asdict(self))
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Progress":
-        """The state that a checkpoint keeps; what ended the run then does not end it now."""
-        saved = read_json(checkpoint / PROGRESS)
-        loss = saved["train_loss"]
-        return cls(**saved | {"stop": None, "train_loss": math.nan if loss is None else loss})
+        """Read `progress.json` of a checkpoint. The reason for which the run stopped is cleared."""
+        values = read_json(checkpoint / PROGRESS)
+        values["stop"] = None
+        if values["train_loss"] is None:  # JSON has no NaN
+            values["train_loss"] = math.nan
+        return cls(**values)

@@ -1,4 +1,7 @@
-"""The loss on held-out rows: one measure for all engines and commands, the same whatever the batch size."""
+"""The loss on held-out rows: one measure for all engines and commands.
+
+It does not depend on the batch size, draws no random numbers, and leaves the model as it was.
+"""
 
 import contextlib
 import copy
@@ -24,40 +27,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of the answers' tokens of a set of rows."""
+    """A model's losses on the answer tokens of a set of rows."""
 
     row_losses: tuple[float, ...]
-    """Of each row in its order: the sum of its tokens' negative log-likelihoods, in nats."""
+    """Sum of the negative log-likelihoods of each row's answer tokens, in nats."""
     row_tokens: tuple[int, ...]
+    """Number of answer tokens of each row."""
     accuracy: float
-    """Share of tokens that the model would have chosen itself."""
+    """Share of answer tokens that the model finds most likely, in [0, 1]."""
 
     @property
     def tokens(self) -> int:
-        """All that were counted."""
+        """Number of answer tokens of all rows."""
         return sum(self.row_tokens)
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of a token, in nats."""
+        """Mean negative log-likelihood of an answer token, in nats."""
         return math.fsum(self.row_losses) / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, 700.0))  # exp overflows above 709
 
-    def metrics(self, part: str) -> dict[str, float]:
-        """Under the names that files and trackers use, for example `eval/loss`."""
-        return {f"{part}/loss": self.loss, f"{part}/accuracy": self.accuracy}
+    def metrics(self, split: str) -> dict[str, float]:
+        """Return loss and accuracy as files and trackers name them, for example `eval/loss`.
+
+        Args:
+            split: `eval` or `test`.
+        """
+        return {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode and no gradients, while the context lasts.
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, without gradients, within the block.
 
-    A mixture of experts gives no router logits meanwhile: TRL turns them on for its auxiliary loss, which transformers
-    can't compute where keys and values are remembered.
+    A mixture of experts returns no router logits within the block: TRL turns them on for its
+    auxiliary loss, which transformers can't compute with cached keys and values.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
@@ -79,65 +87,145 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def evaluate(
     model: torch.nn.Module, rows: "Dataset", batch_size: int, quantization: QuantizationSettings
 ) -> Evaluation:
-    """Measure a causal language model on tokenised rows (`input_ids`, `labels`).
+    """Evaluate a causal language model on tokenised rows.
 
-    Rows are batched by length, so that little is padding; what they all begin with (a system prompt) is computed
-    once; only the positions that predict an answer's token get logits. The model's mode is left as it was; no
-    random number is drawn.
+    Rows are batched by length to save padding. A prefix that all rows share (a system prompt) is
+    computed once. Only positions that predict an answer token get logits.
+
+    Args:
+        model: A base, or a base with an adapter.
+        rows: Columns `input_ids` and `labels`; of packed sequences also `seq_lengths`.
+        batch_size: Rows computed at once.
+        quantization: As the base was loaded.
     """
     examples = as_list(rows)
-    shared = common_prefix_length(examples)
+    prefix_length = common_prefix_length(examples)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
-    losses, tokens, correct = [0.0] * len(examples), [0] * len(examples), 0
-    with evaluating(model), autocast(quantization):
-        beginning = _remember(model, examples[0]["input_ids"][:shared]) if shared else None
+    losses = [0.0] * len(examples)
+    tokens = [0] * len(examples)
+    correct = 0
+    with evaluation_mode(model), autocast(quantization):
+        prefix_cache = _compute_prefix(model, examples, prefix_length)
         for start in range(0, len(examples), batch_size):
-            batch = order[start : start + batch_size]
-            logits, targets, owners = _answers(model, [examples[index] for index in batch], shared, beginning)
-            each = cross_entropy(logits.float(), targets, reduction="none").double()
-            sums = torch.zeros(len(batch), dtype=torch.float64, device=each.device).index_add(0, owners, each)
-            counts = torch.bincount(owners, minlength=len(batch))
-            for index, loss, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
-                losses[index], tokens[index] = loss, count
-            correct += int((logits.argmax(-1) == targets).sum())
+            indices = order[start : start + batch_size]
+            batch = [examples[index] for index in indices]
+            predictions = _predict(model, batch, prefix_length, prefix_cache)
+            row_losses, row_tokens = predictions.sum_by_row(len(batch))
+            for position, index in enumerate(indices):
+                losses[index] = row_losses[position]
+                tokens[index] = row_tokens[position]
+            correct += predictions.count_correct()
     return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
 
 
-def _remember(model: torch.nn.Module, ids: list[int]) -> Any:
-    """The keys and values [1, heads, tokens, width] of a text, by layer."""
+@dataclass(frozen=True)
+class _Predictions:
+    """Predictions of the answer tokens of a batch."""
+
+    logits: torch.Tensor
+    """[answer tokens, vocabulary]"""
+    targets: torch.Tensor
+    """Token ids [answer tokens]."""
+    rows: torch.Tensor
+    """The number of each token's row in the batch [answer tokens]."""
+
+    def sum_by_row(self, row_count: int) -> tuple[list[float], list[int]]:
+        """Return each row's summed loss in nats, and its number of answer tokens."""
+        losses = cross_entropy(self.logits.float(), self.targets, reduction="none").double()
+        sums = torch.zeros(row_count, dtype=torch.float64, device=losses.device)
+        sums.index_add_(0, self.rows, losses)
+        counts = torch.bincount(self.rows, minlength=row_count)
+        return sums.tolist(), counts.tolist()
+
+    def count_correct(self) -> int:
+        """Count the tokens that the model finds most likely."""
+        return int((self.logits.argmax(-1) == self.targets).sum())
+
+
+def _compute_prefix(
+    model: torch.nn.Module, examples: Sequence[dict[str, Any]], prefix_length: int
+) -> Any:
+    """Return the cached keys and values of the first tokens that all rows share.
+
+    Each layer's are [1, heads, tokens, head_dim]. None if no tokens are shared.
+    """
+    if prefix_length == 0:
+        return None
     device = next(model.parameters()).device
-    return model(input_ids=torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1).past_key_values
+    ids = torch.tensor([examples[0]["input_ids"][:prefix_length]], device=device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _answers(
-    model: torch.nn.Module, batch: Sequence[dict[str, Any]], shared: int, beginning: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary], targets [tokens] and rows [tokens] where the loss counts.
+def _predict(
+    model: torch.nn.Module,
+    batch: Sequence[dict[str, Any]],
+    prefix_length: int,
+    prefix_cache: Any,
+) -> _Predictions:
+    """Predict the answer tokens of a batch.
 
-    So many first tokens are shared by the rows; what the model remembers of them is given.
+    Args:
+        model: In evaluation mode.
+        batch: Tokenised rows.
+        prefix_length: Number of first tokens that all rows share; they are in `prefix_cache`.
+        prefix_cache: Keys and values of those tokens; None: there are none.
     """
     device = next(model.parameters()).device
-    longest = max(len(row["input_ids"]) for row in batch) - shared
+    inputs = _padded_inputs(batch, prefix_length)
+    labels = _next_token_labels(batch, prefix_length, inputs.get("position_ids"))
+    is_answer = labels != IGNORED
+    first = int(is_answer.any(0).nonzero()[0])  # no row has an answer token before it
+    positions = torch.arange(first, labels.shape[1])
+    arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+    if prefix_cache is not None:
+        cache = copy.deepcopy(prefix_cache)  # the forward pass appends to it
+        cache.batch_repeat_interleave(len(batch))
+        arguments["past_key_values"] = cache
+    output = model(
+        **arguments, logits_to_keep=positions.to(device), use_cache=prefix_cache is not None
+    )
+    is_answer = is_answer[:, positions].to(device)
+    labels = labels[:, positions].to(device)
+    rows = is_answer.nonzero()[:, 0]
+    return _Predictions(output.logits[is_answer], labels[is_answer], rows)
 
-    def padded(key: str, filler: int) -> torch.Tensor:
-        rests = [row[key][shared:] for row in batch]
-        return torch.tensor([rest + [filler] * (longest - len(rest)) for rest in rests])
 
-    ids, labels = padded("input_ids", 0), padded("labels", IGNORED)[:, 1:]
+def _padded_inputs(batch: Sequence[dict[str, Any]], prefix_length: int) -> dict[str, torch.Tensor]:
+    """Return a batch's inputs after the shared prefix, padded on the right [rows, tokens]."""
+    ids = _pad([row["input_ids"][prefix_length:] for row in batch], 0)
+    if "seq_lengths" in batch[0]:
+        # Packed sequences: positions restart at each original row, which separates the rows.
+        positions = [_restarting_positions(row["seq_lengths"]) for row in batch]
+        return {"input_ids": ids, "position_ids": _pad(positions, 0)}
     lengths = torch.tensor([[len(row["input_ids"])] for row in batch])
-    inputs = {"input_ids": ids, "attention_mask": (torch.arange(shared + longest) < lengths).long()}
-    if "seq_lengths" in batch[0]:  # packed: positions start anew with each row, and mark the boundaries
-        positions = [[n for length in row["seq_lengths"] for n in range(length)] for row in batch]
-        inputs["position_ids"] = torch.tensor([row + [0] * (longest - len(row)) for row in positions])
-        del inputs["attention_mask"]
-        labels = labels.masked_fill(inputs["position_ids"][:, 1:] == 0, IGNORED)  # no row's first token is predicted
-    counted = labels != IGNORED
-    first = int(counted.any(0).nonzero()[0])  # no row of the batch has an answer's token before it
-    kept = torch.arange(first, longest - 1)
-    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
-    if beginning is not None:
-        moved["past_key_values"] = copy.deepcopy(beginning)
-        moved["past_key_values"].batch_repeat_interleave(len(batch))
-    logits = model(**moved, logits_to_keep=kept.to(device), use_cache=beginning is not None).logits
-    counted, labels = counted[:, kept].to(device), labels[:, kept].to(device)
-    return logits[counted], labels[counted], counted.nonzero()[:, 0]
+    is_token = torch.arange(prefix_length + ids.shape[1]) < lengths
+    return {"input_ids": ids, "attention_mask": is_token.long()}
+
+
+def _next_token_labels(
+    batch: Sequence[dict[str, Any]], prefix_length: int, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the label that each position predicts, IGNORED where none counts [rows, tokens - 1].
+
+    Args:
+        batch: Tokenised rows.
+        prefix_length: Number of first tokens to leave out.
+        position_ids: Of packed sequences [rows, tokens]: an original row's first token is not
+            predicted from the row before it.
+    """
+    labels = _pad([row["labels"][prefix_length:] for row in batch], IGNORED)[:, 1:]
+    if position_ids is not None:
+        labels = labels.masked_fill(position_ids[:, 1:] == 0, IGNORED)
+    return labels
+
+
+def _restarting_positions(lengths: Sequence[int]) -> list[int]:
+    """Return the positions of concatenated rows of these lengths, each from 0."""
+    return [position for length in lengths for position in range(length)]
+
+
+def _pad(sequences: Sequence[list[int]], filler: int) -> torch.Tensor:
+    """Pad sequences on the right to the longest [rows, tokens]."""
+    longest = max(len(sequence) for sequence in sequences)
+    padded = [sequence + [filler] * (longest - len(sequence)) for sequence in sequences]
+    return torch.tensor(padded)

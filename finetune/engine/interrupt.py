@@ -8,29 +8,41 @@ from typing import Any
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM while runs train: they end cleanly, after the step in progress. A second one ends at once."""
+    """A request to stop, by Ctrl-C, SIGTERM or code.
+
+    Runs that share it end cleanly after their current step, with a checkpoint. A second signal
+    raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._listeners = 0
-        self._before: dict[int, Any] = {}
+        """Whether the runs should stop."""
+        self._active_blocks = 0
+        self._previous_handlers: dict[int, Any] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear them as long as any run listens, whichever ends first. Only the main thread can."""
-        if self._listeners == 0 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._listeners += 1
+    def handle_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM within the block; blocks of several runs may overlap.
+
+        Only the main thread can install handlers; in any other thread nothing is changed.
+        """
+        if self._active_blocks == 0 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[number] = signal.signal(number, self._handle)
+        self._active_blocks += 1
         try:
             yield
         finally:
-            self._listeners -= 1
-            if self._listeners == 0:
-                for number, previous in self._before.items():
-                    signal.signal(number, previous)
-                self._before = {}
+            self._active_blocks -= 1
+            if self._active_blocks == 0:
+                self._restore_handlers()
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
+
+    def _handle(self, number: int, frame: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

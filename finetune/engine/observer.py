@@ -1,4 +1,4 @@
-"""An observer of a run: it receives each evaluation, and may stop the run."""
+"""The observer of a run: receives each step and each evaluation, and may stop the run."""
 
 from dataclasses import dataclass
 
@@ -10,30 +10,31 @@ class Rung:
     """An evaluation: a point where a run reports its objective and may be stopped."""
 
     index: int
-    """How many times as far it is as the first one after training began; 0 is before the first step."""
+    """The rung's position as a multiple of the first rung's; 0: before the first step."""
     step: int
+    """Optimizer step of the evaluation."""
     total: int
-    """Steps that the run shall have."""
+    """Optimizer steps of the whole run."""
     metrics: Metrics
 
 
 class Observer:
-    """Hears of every step and every rung, and may stop the run there. This one lets it go on.
+    """Base class: lets the run go on until its last step.
 
-    Runs that began together report the same rung before any of them is judged there.
+    In a pack, runs that began together have all reported a rung before any of them is judged there.
     """
 
     def on_step(self, step: int) -> bool:
-        """Whether the run shall stop after this optimizer step, pruned."""
+        """Return whether to stop the run after this optimizer step, as pruned."""
         return False
 
     def on_rung(self, rung: Rung) -> None:
-        """Take the report."""
+        """Receive an evaluation."""
 
     def judge(self, rung: Rung) -> bool:
-        """Whether the run shall stop here, pruned."""
+        """Return whether to stop the run at this rung, as pruned."""
         return False
 
     def on_completed(self, metrics: Metrics) -> list[str]:
-        """Tags for the run that has reached its end."""
+        """Return tags for the tracker's run. Called with the final metrics of a completed run."""
         return []

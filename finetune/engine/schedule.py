@@ -1,4 +1,7 @@
-"""Steps of a run: how many, in which order rows are visited, where it is evaluated."""
+"""The schedule of a run: number of steps, order of the rows, steps with an evaluation.
+
+Loads torch only when it draws an order: `finetune.run.run` imports this module at its top.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,45 +9,74 @@ from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
 
+SEED_STRIDE = 1_000_003
+"""Distance between the seeds of two runs' first epochs, more than a run has epochs."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of an optimizer step, batch by batch."""
+    """The rows of an optimizer step."""
 
     epoch: int
     batches: list[list[int]]
+    """Row numbers of each batch; more than one with gradient accumulation."""
 
 
 def step_batches(lengths: list[int], config: RunConfig, total: int) -> Iterator[Step]:
-    """The rows of each optimizer step, in the order that both engines have; an epoch's last step may be smaller."""
+    """Yield the rows of each optimizer step, in the order of both engines.
+
+    An epoch's last step may have fewer rows.
+
+    Args:
+        lengths: Tokens of each row.
+        config: The run's config.
+        total: Number of optimizer steps.
+    """
     trainer = config.trainer
-    rows, batches = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
-    done = epoch = 0
-    while done < total:
-        order = epoch_order(lengths, trainer.effective_batch_size, config.seed, epoch, trainer.group_by_length)
-        parts = [order[start : start + rows] for start in range(0, len(order), rows)]
-        for start in range(0, len(parts), batches):
-            if done < total:
-                yield Step(epoch, parts[start : start + batches])
-                done += 1
+    batch_rows = trainer.per_device_train_batch_size
+    accumulation = trainer.gradient_accumulation_steps
+    step = 0
+    epoch = 0
+    while step < total:
+        order = epoch_order(
+            lengths, trainer.effective_batch_size, config.seed, epoch, trainer.group_by_length
+        )
+        batches = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+        for start in range(0, len(batches), accumulation):
+            if step == total:
+                return
+            yield Step(epoch, batches[start : start + accumulation])
+            step += 1
         epoch += 1
 
 
 def resolve_steps(setting: float, total: int) -> int:
-    """A number of steps from a setting that may be a share of them all; 0 stays 0: never."""
+    """Return a number of steps from a setting that may be a share of all steps.
+
+    Args:
+        setting: A number of steps, or a share of them (above 0, below 1); 0: never, stays 0.
+        total: Optimizer steps of the whole run.
+    """
     return max(1, math.ceil(setting * total)) if 0 < setting < 1 else int(setting)
 
 
 def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]:
-    """The steps of a run after which it is evaluated, and each one's index: how many times as far as the first.
+    """Return the optimizer steps after which a run is evaluated, each with its rung's index.
 
-    They are every so many steps, or those of a list, and the last one in any case.
+    Args:
+        setting: `trainer.eval_steps`: an interval, or a list of steps, each in steps or as a share
+            of all steps; 0: none.
+        total: Optimizer steps of the whole run; an evaluation after the last step is added.
+
+    Returns:
+        Rung indices by step: 0 before the first step, then the position as a multiple of the first
+        rung's, at least one more than the index before.
     """
     if isinstance(setting, list):
-        points = sorted(part * total if part < 1 else part for part in setting if part)
+        points = sorted(_position(value, total) for value in setting if value)
     else:
-        every = resolve_steps(setting, total)
-        points = [*range(every, total, every)] if every else []
+        interval = resolve_steps(setting, total)
+        points = [*range(interval, total, interval)] if interval else []
     points = [*(point for point in points if point < total), total]
     rungs = {0: 0}
     for point in points:
@@ -53,28 +85,49 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
     return rungs
 
 
+def _position(value: float, total: int) -> float:
+    """Return a position in steps, not rounded, from a number of steps or a share of all steps."""
+    return value * total if value < 1 else value
+
+
 def total_steps(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of a run on so many rows (or packed sequences)."""
+    """Return the number of optimizer steps of a run.
+
+    Args:
+        config: The run's config.
+        rows: Number of training rows, or of packed sequences.
+    """
     trainer = config.trainer
     if trainer.max_steps > 0:
         return trainer.max_steps
     batches = math.ceil(rows / trainer.per_device_train_batch_size)
-    return math.ceil(trainer.num_train_epochs * math.ceil(batches / trainer.gradient_accumulation_steps))
+    steps_per_epoch = math.ceil(batches / trainer.gradient_accumulation_steps)
+    return math.ceil(trainer.num_train_epochs * steps_per_epoch)
 
 
-def epoch_order(lengths: Sequence[int], batch_rows: int, seed: int, epoch: int, group_by_length: bool) -> list[int]:
-    """The order in which an epoch visits the rows: the same for every engine, whatever else draws random numbers.
+def epoch_order(
+    lengths: Sequence[int], batch_rows: int, seed: int, epoch: int, group_by_length: bool
+) -> list[int]:
+    """Return the order in which an epoch visits the rows.
 
-    Grouped by length, rows are shuffled, sorted within stretches of 50 batches, and the longest batch comes
-    first, as in transformers' `LengthGroupedSampler`.
+    It depends on the arguments alone, not on the engine or on any global random state.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_rows: Rows of an optimizer step.
+        seed: The run's seed.
+        epoch: Number of the epoch, from 0.
+        group_by_length: Sort shuffled rows by length within stretches of 50 batches, the longest
+            batch first, as transformers' `LengthGroupedSampler` does.
     """
-
     import torch
 
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
     if group_by_length:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        order: list[int] = get_length_grouped_indices(list(lengths), batch_rows, generator=generator)
+        order: list[int] = get_length_grouped_indices(
+            list(lengths), batch_rows, generator=generator
+        )
         return order
     return [int(index) for index in torch.randperm(len(lengths), generator=generator)]

@@ -4,7 +4,7 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import LoraSettings, ModelSettings, RunConfig
 from finetune.errors import refusal
 from finetune.model.architectures import LLAMA_LIKE, text_config_of
 from finetune.model.device import on_gpu
@@ -20,50 +20,104 @@ log = logging.getLogger(__name__)
 
 
 ADAMW = {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"}
-"""Spellings of the same mathematics."""
+"""Optimizers that compute the same update as `torch.optim.AdamW`."""
+
+SUPPORTED_MODEL_ARGUMENTS = {"device_map"}
+"""Keys of `model.extra` that the packed engine supports."""
+
+SUPPORTED_TRAINER_ARGUMENTS = {"lr_scheduler_kwargs", "save_total_limit"}
+"""Keys of `trainer.extra` that the packed engine supports."""
 
 
 def choose_engine(config: RunConfig, source: BaseSource) -> str:
-    """The engine of a run: `packed` wherever it does what the config asks for, else `trl`.
+    """Return the engine of a run, `packed` or `trl`; log why if `auto` becomes `trl`.
 
-    Raises ConfigError where `trainer.engine=packed` is asked for in vain.
+    Raises:
+        ConfigError: The config asks for `packed`, which does not support something else in it.
     """
-    wanted = config.trainer.engine
-    if wanted == "trl":
-        return wanted
+    setting = config.trainer.engine
+    if setting == "trl":
+        return "trl"
     reason = reason_unsupported(config, read_base_config(source, config.model))
     if reason is None:
         return "packed"
-    if wanted == "packed":
-        raise refusal("trainer.engine", wanted, f"does not do {reason}; allowed: auto, trl")
+    if setting == "packed":
+        raise refusal("trainer.engine", setting, f"does not do {reason}; allowed: auto, trl")
     log.info("engine: trl, as packed does not do %s", reason)
     return "trl"
 
 
 def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
-    """Why a run is not for this engine, as `key=value`; None: it is."""
-    lora, optimizer, trainer, quantization = config.lora, config.optimizer, config.trainer, config.quantization
-    targets = lora.target_modules
-    pattern = targets if isinstance(targets, str) else "|".join(map(re.escape, targets))
-    computed = str(compute_dtype(quantization)).removeprefix("torch.")
-    half = config.quantization.bnb_4bit_compute_dtype == "float16"
-    attention_dropout = getattr(text_config_of(base), "attention_dropout", 0)
-    reasons = {
-        f"model.name_or_path={config.model.name_or_path} (of type {base.model_type})": base.model_type
-        not in LLAMA_LIKE,
-        f"model.dtype={config.model.dtype}": config.model.dtype not in ("auto", computed),
-        f"model.attn_implementation={config.model.attn_implementation}": config.model.attn_implementation
-        not in (None, "sdpa"),
-        f"model.extra={config.model.extra}": bool(config.model.extra.keys() - {"device_map"}),
-        f"the model's attention_dropout={attention_dropout}": bool(attention_dropout),
-        "lora.use_dora=true": lora.use_dora,
-        f"lora.bias={lora.bias}": lora.bias != "none",
-        f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights not in (True, False, "gaussian"),
-        f"lora.extra={lora.extra}": bool(lora.extra),
-        f"lora.target_modules={lora.target_modules} (with the head)": bool(re.fullmatch(pattern, "lm_head")),
-        f"optimizer.name={optimizer.name}": optimizer.name not in ADAMW,
-        f"trainer.extra={trainer.extra}": bool(trainer.extra.keys() - {"lr_scheduler_kwargs", "save_total_limit"}),
-        "dataset.packing=true": config.dataset.packing,
-        f"quantization.bnb_4bit_compute_dtype={quantization.bnb_4bit_compute_dtype}": half and not on_gpu(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    """Return the first setting that the packed engine does not support, or None.
+
+    Args:
+        config: The run's config.
+        base: The base's own config.
+
+    Returns:
+        The setting as `key=value`, with a note where the value alone does not say why.
+    """
+    return (
+        _unsupported_base(config.model, base)
+        or _unsupported_model_setting(config)
+        or _unsupported_attention(base)
+        or _unsupported_lora_setting(config.lora)
+        or _unsupported_training_setting(config)
+    )
+
+
+def _unsupported_base(model: ModelSettings, base: "PreTrainedConfig") -> str | None:
+    if base.model_type not in LLAMA_LIKE:
+        return f"model.name_or_path={model.name_or_path} (of type {base.model_type})"
+    return None
+
+
+def _unsupported_model_setting(config: RunConfig) -> str | None:
+    model = config.model
+    product_dtype = str(compute_dtype(config.quantization)).removeprefix("torch.")
+    if model.dtype not in ("auto", product_dtype):
+        return f"model.dtype={model.dtype}"
+    if model.attn_implementation not in (None, "sdpa"):
+        return f"model.attn_implementation={model.attn_implementation}"
+    if model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS:
+        return f"model.extra={model.extra}"
+    return None
+
+
+def _unsupported_attention(base: "PreTrainedConfig") -> str | None:
+    dropout = getattr(text_config_of(base), "attention_dropout", 0)
+    return f"the model's attention_dropout={dropout}" if dropout else None
+
+
+def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
+    if lora.use_dora:
+        return "lora.use_dora=true"
+    if lora.bias != "none":
+        return f"lora.bias={lora.bias}"
+    if lora.init_lora_weights not in (True, False, "gaussian"):
+        return f"lora.init_lora_weights={lora.init_lora_weights}"
+    if lora.extra:
+        return f"lora.extra={lora.extra}"
+    if _targets_head(lora.target_modules):
+        return f"lora.target_modules={lora.target_modules} (with the head)"
+    return None
+
+
+def _targets_head(target_modules: str | list[str]) -> bool:
+    """Whether the output layer is among the target modules."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, "lm_head") is not None
+    return "lm_head" in target_modules
+
+
+def _unsupported_training_setting(config: RunConfig) -> str | None:
+    if config.optimizer.name not in ADAMW:
+        return f"optimizer.name={config.optimizer.name}"
+    if config.trainer.extra.keys() - SUPPORTED_TRAINER_ARGUMENTS:
+        return f"trainer.extra={config.trainer.extra}"
+    if config.dataset.packing:
+        return "dataset.packing=true"
+    dtype = config.quantization.bnb_4bit_compute_dtype
+    if dtype == "float16" and not on_gpu():
+        return f"quantization.bnb_4bit_compute_dtype={dtype}"
+    return None

@@ -1,4 +1,9 @@
-"""The generator protocol of a run: it yields requests and receives responses."""
+"""The generator protocol of a run: it yields requests and receives responses.
+
+A run is a generator, so that its code reads like a plain loop while several runs train in one
+process: `sweeps.study.pack` collects the requests of all runs and executes them together, `drive`
+executes those of a single run one by one.
+"""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -7,37 +12,51 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Computes the requests of several runs together."""
+    """Executes the requests of several runs together."""
 
     capacity: int | None
-    """How many requests fit into memory at once, where that was found out; None: no limit is known."""
+    """Number of requests that fit into memory at once; None: no limit is known."""
 
-    def execute(self, requests: Sequence[Any], host_work: Callable[[], None] | None = None) -> Sequence[Any]:
-        """Responses to the requests, in their order; an exception in place of one that failed."""
+    def execute(
+        self, requests: Sequence[Any], host_work: Callable[[], None] | None = None
+    ) -> Sequence[Any]:
+        """Execute requests.
+
+        Args:
+            requests: The requests of all runs, each addressed to this executor.
+            host_work: Called once while a GPU computes; must not raise.
+
+        Returns:
+            The responses in the order of the requests, an exception in place of a failed one.
+        """
 
 
 class Request(Protocol):
-    """Something that a run wants computed."""
+    """A computation that a run asks for."""
 
     @property
     def executor(self) -> Executor:
-        """What computes it, together with the requests that other runs have at the same time."""
+        """Executes the request, together with simultaneous requests of other runs."""
 
 
 RunSteps = Generator[Request | None, Any, T]
-"""Work that takes turns with other runs' in one process.
+"""The steps of a run, which may be interleaved with those of other runs in one process.
 
-It yields what it wants computed and is sent what came of it; None lets all others of the same turn come as far first.
+The generator yields a request and receives its response. It yields None where all other runs of
+the same round should reach their next request first.
 """
 
 
-def drive(work: RunSteps[T]) -> T:
-    """Do work to its end with nobody beside it."""
-    answer: Any = None
+def drive(steps: RunSteps[T]) -> T:
+    """Execute the steps of a single run, and return the generator's result."""
+    response: Any = None
     try:
         while True:
-            request = work.throw(answer) if isinstance(answer, Exception) else work.send(answer)
-            answer = None if request is None else request.executor.execute([request])[0]
+            if isinstance(response, Exception):
+                request = steps.throw(response)
+            else:
+                request = steps.send(response)
+            response = None if request is None else request.executor.execute([request])[0]
     except StopIteration as end:
         result: T = end.value
         return result
