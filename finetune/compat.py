@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     import wandb
+    from torch.utils.data import Sampler
+    from transformers import Trainer
 
 _DATASETS_OFFLINE = threading.Lock()
 """The flag is one for the process, and the runs of a pack read their data in several threads."""
@@ -128,3 +130,15 @@ def bitsandbytes_has_native_library() -> bool:
     from bitsandbytes import cextension
 
     return "Mock" not in type(cextension.lib).__name__
+
+
+def set_train_sampler(trainer: "Trainer", sampler: "Sampler[int]") -> None:
+    """Make a Trainer draw its training rows in the order of a sampler.
+
+    Reason: the Trainer creates its sampler itself, from `train_sampling_strategy` and the global
+    seed, and accepts no other; overriding `get_train_dataloader`, the public method, would mean to
+    copy what it does about collators, workers and accelerate. transformers 5.23,
+    `Trainer._get_train_sampler`, looked up on the trainer by `get_train_dataloader`.
+    Upstream: none.
+    """
+    trainer._get_train_sampler = lambda train_dataset=None: sampler

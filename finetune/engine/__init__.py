@@ -6,7 +6,8 @@ Where to look first:
 - `trl.py`: the same for TRL's SFTTrainer.
 - `selection.py`: which of the two trains a run, and why.
 - `steps.py`: the generator protocol by which several runs train in one process.
-- `reporter.py`: what both engines do after each optimizer step: log, evaluate, decide whether to stop.
+- `reporter.py`: what both engines do after each optimizer step: log, evaluate, stop.
+- `output.py`: where metrics go: `metrics.jsonl`, the tracker, the terminal.
 - `early_stopping.py`: the best evaluation, its adapter, and the patience.
 - `schedule.py`: number of steps, order of the rows, steps with an evaluation.
 - `evaluation.py`, `generation.py`: the loss on held-out rows, and answers to prompts.

@@ -125,9 +125,8 @@ class Reporter:
         if math.isfinite(loss):
             return
         rate = self._config.optimizer.resolved_learning_rate
-        raise Diverged(
-            f"optimizer.learning_rate={rate}: training diverged at step {step} (loss {loss}); lower it"
-        )
+        reason = f"training diverged at step {step} (loss {loss}); lower it"
+        raise Diverged(f"optimizer.learning_rate={rate}: {reason}")
 
     def _check_gradient(self, step: int, grad_norm: float | None) -> None:
         if grad_norm != 0 or self.state.silent_steps != step - 1:
@@ -177,6 +176,4 @@ class Reporter:
         if math.isfinite(loss):
             return
         rate = self._config.optimizer.resolved_learning_rate
-        raise Diverged(
-            f"eval/loss={loss} at step {step}: lower optimizer.learning_rate={rate}"
-        )
+        raise Diverged(f"eval/loss={loss} at step {step}: lower optimizer.learning_rate={rate}")

@@ -52,11 +52,15 @@ def drive(steps: RunSteps[T]) -> T:
     response: Any = None
     try:
         while True:
-            if isinstance(response, Exception):
-                request = steps.throw(response)
-            else:
-                request = steps.send(response)
+            request = _resume(steps, response)
             response = None if request is None else request.executor.execute([request])[0]
     except StopIteration as end:
         result: T = end.value
         return result
+
+
+def _resume(steps: RunSteps[T], response: Any) -> Request | None:
+    """Give a generator its response, or raise it there if it is an exception."""
+    if isinstance(response, Exception):
+        return steps.throw(response)
+    return steps.send(response)

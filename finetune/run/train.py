@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from finetune.engine.checkpoint import Progress
+from finetune.engine.early_stopping import EarlyStopping
+from finetune.engine.output import RunOutput
 from finetune.engine.packed.training import PackedTraining
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps
@@ -84,22 +86,22 @@ def train(
     folder.rewind(progress.step if checkpoint else -1)
     if context.interactive:
         sample_prompts(prepared, training, folder, context).before()
+    total = prepared.total_steps
+    early_stopping = EarlyStopping(
+        config, progress, total, lambda step: _save(training, prepared, folder.best(step))
+    )
     reporter = Reporter(
-        config,
-        progress,
-        prepared.total_steps,
-        folder,
-        tracker,
-        context.observer,
-        context.interrupt,
+        config=config,
+        progress=progress,
+        total=total,
+        output=RunOutput(folder, tracker, total, context.interactive),
         evaluate=_held_out_evaluation(prepared, training, progress, context.resources),
-        keep_best=lambda step: _save(training, prepared, folder.best(step)),
-        bar=context.interactive,
+        early_stopping=early_stopping,
+        observer=context.observer,
+        interrupt=context.interrupt,
     )
     batch_size = config.trainer.effective_batch_size
-    log.info(
-        "training on %d rows: %d steps of %d", len(prepared.train), prepared.total_steps, batch_size
-    )
+    log.info("training on %d rows: %d steps of %d", len(prepared.train), total, batch_size)
     if checkpoint:
         log.info("resuming after step %d", progress.step)
     yield from training.train(reporter, folder, checkpoint)

@@ -16,6 +16,7 @@ from finetune.compat import (
     datasets_offline,
     hydra_argument_parser,
     keep_4bit_layers_trainable,
+    set_train_sampler,
     wandb_summary,
 )
 
@@ -160,3 +161,25 @@ def test_a_missing_native_library_is_noticed(usable: bool, monkeypatch: pytest.M
     monkeypatch.setattr(cextension, "lib", real if usable else mock)
 
     assert bitsandbytes_has_native_library() == usable
+
+
+def test_a_trainer_draws_rows_in_the_samplers_order(tmp_path: Path) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    rows = datasets.Dataset.from_dict({"x": list(range(8))})
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=3, report_to="none"
+    )
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    trainer = Trainer(model=Model(), args=arguments, train_dataset=rows)
+    order = [5, 1, 7, 0, 2, 6, 3, 4]
+    set_train_sampler(trainer, order)  # type: ignore[arg-type]
+
+    batches = [batch["x"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert batches == [[5, 1, 7], [0, 2, 6], [3, 4]]

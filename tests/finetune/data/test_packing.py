@@ -62,16 +62,19 @@ def test_training_on_packed_sequences_takes_each_row_for_itself(
     tiny: Callable[..., RunConfig], tokenizer: Any, settings: Settings, tmp_path: Path, rows: list[Row], attention: str
 ) -> None:
     import torch
+    from trl import SFTTrainer
 
+    from finetune.compat import set_train_sampler
     from finetune.engine.evaluation import evaluate
-    from finetune.engine.trl import _Order, _Trainer, training_arguments
+    from finetune.engine.trl import EpochSampler, training_arguments
 
     model = sharp_model(tiny)
     model.set_attn_implementation(attention)
     packed, single = packed_and_single(rows, tokenizer, settings, length=256)
     config = tiny("quantization=none", "dataset.packing=true", "dataset.max_length=256")
-    trainer = _Trainer(model, training_arguments(config, tmp_path, 1), train_dataset=packed, processing_class=tokenizer)
-    trainer.order = _Order([len(ids) for ids in packed["input_ids"]], config)
+    arguments = training_arguments(config, tmp_path, 1)
+    trainer = SFTTrainer(model, arguments, train_dataset=packed, processing_class=tokenizer)
+    set_train_sampler(trainer, EpochSampler([len(ids) for ids in packed["input_ids"]], config))
 
     total, count = 0.0, 0
     for batch in trainer.get_train_dataloader():
