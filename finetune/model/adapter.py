@@ -1,8 +1,13 @@
-"""The LoRA adapter: its PEFT config, creation, saving and loading."""
+"""The LoRA adapter: its `LoraConfig`, creation, saving and loading with PEFT.
+
+PEFT is imported only inside functions: it imports bitsandbytes, which initialises CUDA and so fixes
+the visible GPUs (see `device.take_device`).
+"""
 
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +28,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_SEED_LOCK = threading.Lock()
+"""Held while an adapter is drawn: PEFT draws from PyTorch's global generator, which all threads
+share."""
+
+
 def lora_config(settings: LoraSettings) -> "LoraConfig":
-    """The arguments of PEFT."""
+    """Return PEFT's config of an adapter.
+
+    Raises:
+        ConfigError: `lora.extra` names an argument that has a key of its own, or that LoraConfig
+            does not accept.
+    """
     from peft import LoraConfig
 
+    alpha = settings.alpha
     arguments: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "r": settings.r,
-        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": settings.dropout,
         "target_modules": settings.target_modules,
         "bias": settings.bias,
@@ -38,77 +54,104 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
         "use_dora": settings.use_dora,
         "init_lora_weights": settings.init_lora_weights,
     }
-    for name in settings.extra:
+    for name, value in settings.extra.items():
         if name in arguments:
-            raise refusal(f"lora.extra.{name}", settings.extra[name], "has a key of its own")
+            raise refusal(f"lora.extra.{name}", value, "has a key of its own")
     try:
         return LoraConfig(**arguments | settings.extra)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora.extra={settings.extra}: {error}") from None
 
 
-def modules_beside_language_model(model: "PreTrainedModel") -> list[str]:
-    """The names of the modules that are neither the language model nor its head; those below them are not listed.
+def modules_outside_language_model(model: "PreTrainedModel") -> list[str]:
+    """Return the names of the modules that belong neither to the language model nor to its head.
 
-    In a model of text and images these are the vision tower and what projects its output. Empty for a model of text.
+    In a model of text and images these are the vision tower and the projection of its output.
+    Submodules of a listed module are not listed. Empty for a model of text alone.
     """
     if text_config_of(model.config) is model.config:
         return []
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    decoder_path = next(name for name, module in model.named_modules() if module is decoder)
-    beside: list[str] = []
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+    outside: list[str] = []
     for name, module in model.named_modules():
-        contains_decoder = f"{decoder_path}.".startswith(f"{name}.") or not name
-        inside = [f"{above}." for above in (decoder_path, *beside)]
-        if module is not head and not contains_decoder and not name.startswith(tuple(inside)):
-            beside.append(name)
-    return beside
+        contains_decoder = not name or f"{decoder_name}.".startswith(f"{name}.")
+        if module is head or contains_decoder or _is_inside(name, [decoder_name, *outside]):
+            continue
+        outside.append(name)
+    return outside
+
+
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a module is one of the modules, or a submodule of one."""
+    return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
 def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
-    """Refuse target modules that the base's language model does not have, before the weights are loaded."""
-    if lora.target_modules == "all-linear":
+    """Check `lora.target_modules` against the base's layers, before its weights are loaded.
+
+    Raises:
+        ConfigError: A target matches no linear layer of the base's language model.
+    """
+    targets = lora.target_modules
+    if targets == "all-linear":
         return
-    skeleton = skeleton_of(read_base_config(source, model), model)
-    beside = tuple(f"{name}." for name in modules_beside_language_model(skeleton))
-    linear = {
+    names = _linear_layers(skeleton_of(read_base_config(source, model), model))
+    if isinstance(targets, str):  # PEFT matches a string as a pattern with whole names
+        patterns = {targets: targets}
+    else:  # and the items of a list with the ends of names
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    for target, pattern in patterns.items():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            allowed = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            reason = f"matches no linear layer; allowed: {allowed}"
+            raise refusal("lora.target_modules", target, reason)
+
+
+def _linear_layers(model: "PreTrainedModel") -> set[str]:
+    """Return the names of the linear layers of a model's language model, and of its head."""
+    outside = modules_outside_language_model(model)
+    return {
         name
-        for name, module in skeleton.named_modules()
-        if isinstance(module, torch.nn.Linear) and not f"{name}.".startswith(beside)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not _is_inside(name, outside)
     }
-    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    for target in targets:
-        # PEFT takes a text as a pattern for whole names, a list's items as their ends.
-        pattern = target if isinstance(lora.target_modules, str) else rf"(.*\.)?{re.escape(target)}"
-        if not any(re.fullmatch(pattern, name) for name in linear):
-            there = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise refusal("lora.target_modules", target, f"matches no linear layer; allowed: {', '.join(there)}")
-
-
-_ONE_GENERATOR = threading.Lock()
-"""PyTorch's own is the same for all threads."""
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
-    """A fresh LoRA adapter in float32 on a base, drawn from the run's own seed.
+    """Add a fresh LoRA adapter in float32 to a base.
 
-    Rows are text alone, so in a model of text and images only the language model gets an adapter, unless
-    `lora.extra.exclude_modules` says otherwise.
+    In a model of text and images only the language model gets an adapter, because rows are text
+    alone, unless `lora.extra.exclude_modules` says otherwise.
+
+    Args:
+        model: The base; its target modules are replaced in place.
+        lora: The adapter's settings.
+        seed: Seed of the adapter's initial weights.
     """
     from peft import get_peft_model
 
-    arguments = lora_config(lora)
-    beside = modules_beside_language_model(model)
-    if beside and "exclude_modules" not in lora.extra:
-        log.info("lora: the language model gets the adapter; without: %s", ", ".join(beside))
-        arguments.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
-    with _ONE_GENERATOR:
+    config = lora_config(lora)
+    outside = modules_outside_language_model(model)
+    if outside and "exclude_modules" not in lora.extra:
+        names = ", ".join(outside)
+        log.info("lora: the language model gets the adapter; without: %s", names)
+        alternatives = "|".join(map(re.escape, outside))
+        config.exclude_modules = rf"({alternatives})(\..*)?"
+    with _SEED_LOCK:
         torch.manual_seed(seed)
-        return get_peft_model(model, arguments)
+        return get_peft_model(model, config)
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Save the adapter and the tokenizer as a folder that PEFT reads, complete or not at all."""
+    """Save the adapter and the tokenizer as a PEFT folder, completely or not at all.
+
+    Args:
+        model: The model with the adapter.
+        tokenizer: The base's tokenizer.
+        folder: It is replaced.
+    """
     with replace_folder(folder) as draft:
         with name_file_in_errors(draft):
             model.save_pretrained(draft, save_embedding_layers=False)
@@ -116,7 +159,8 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:
-    """Put saved adapter weights into a model that has the same adapter."""
+    """Load saved adapter weights into a model that has an adapter of the same shape."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    weights = load_peft_weights(str(folder), device="cpu")
+    set_peft_model_state_dict(model, weights)

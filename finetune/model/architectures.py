@@ -1,4 +1,4 @@
-"""Architectures of base models that the packed engine knows."""
+"""Architectures of base models."""
 
 from typing import TYPE_CHECKING
 
@@ -7,10 +7,14 @@ if TYPE_CHECKING:
 
 
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
-"""Architectures whose decoder's last state goes through one linear head, and into the loss as it is."""
+"""Values of `model_type` that the packed engine supports: one linear head maps the decoder's last
+hidden state to logits, and nothing scales or caps them."""
 
 
 def text_config_of(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """The config of the language model: in a model of text and images the sizes stand in an inner config."""
+    """Return the language model's config, with its sizes.
+
+    It is the config itself, or in a model of text and images an inner one.
+    """
     text_config: PreTrainedConfig = config.get_text_config(decoder=True)
     return text_config

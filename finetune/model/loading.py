@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,13 +24,22 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTokenizerBase":
-    """The base's tokenizer, padding on the right with the end token: labels and masks tell padding from an end."""
+    """Load the base's tokenizer, set to pad on the right with the end token.
+
+    An end token and padding are told apart by labels and attention masks, not by their ids.
+
+    Raises:
+        ConfigError: The tokenizer can't be loaded, or has no end token.
+    """
     with explain_loading_errors(settings):
         tokenizer = AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=settings.trust_remote_code
+            source.location,
+            revision=source.revision,
+            trust_remote_code=settings.trust_remote_code,
         )
     if tokenizer.eos_token is None:
-        raise refusal("model.name_or_path", settings.name_or_path, "its tokenizer has no end token")
+        reason = "its tokenizer has no end token"
+        raise refusal("model.name_or_path", settings.name_or_path, reason)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     if settings.chat_template is not None:
@@ -39,20 +48,28 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
 
 
 def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedConfig":
-    """The base's own config: its architecture and shapes."""
+    """Read the base's own config: its architecture and sizes.
+
+    Raises:
+        ConfigError: It can't be read.
+    """
     with explain_loading_errors(model):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=model.trust_remote_code
+            source.location,
+            revision=source.revision,
+            trust_remote_code=model.trust_remote_code,
         )
     return config
 
 
 def skeleton_of(config: "PreTrainedConfig", model: ModelSettings) -> "PreTrainedModel":
-    """A base's shapes without its weights.
+    """Create a base without weights, on the meta device.
 
-    Always in float32: while transformers builds a model, PyTorch has its dtype for a default, in all threads, and
-    one of them may be drawing an adapter.
+    Raises:
+        ConfigError: transformers can't create it.
     """
+    # Always float32: while transformers creates a model, its dtype is PyTorch's default in all
+    # threads, and another one may be drawing an adapter.
     with explain_loading_errors(model), torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=model.trust_remote_code, dtype=torch.float32
@@ -61,29 +78,27 @@ def skeleton_of(config: "PreTrainedConfig", model: ModelSettings) -> "PreTrained
 
 
 def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
-    """The base with its weights, quantised and frozen, on the GPU if there is one.
+    """Load the base with its weights, quantised, on the GPU if there is one.
 
-    Raises ConfigError where bitsandbytes or the model's files can't give what is asked.
+    Raises:
+        ConfigError: bitsandbytes does not work here, the files can't be read, or `model.extra` has
+            an argument that `from_pretrained` does not accept.
     """
+    settings = config.model
     require_bitsandbytes(config.quantization)
-    quantized = quantization_config(config.quantization)
-    extra = dict(config.model.extra)
+    product_dtype = compute_dtype(config.quantization)
+    bitsandbytes_config = quantization_config(config.quantization)
+    extra = _extra_arguments(settings)
     if not on_gpu():
-        extra.pop("device_map", None)
-        paged = ", the paged optimizer in plain memory" if config.optimizer.name.startswith("paged") else ""
-        dtype = str(compute_dtype(config.quantization)).removeprefix("torch.")
-        log.info("no GPU: training on the CPU, in %s%s", dtype, paged)
-    elif "device_map" not in extra:
-        extra["device_map"] = {"": torch.cuda.current_device()}
-    named = config.model.dtype
-    with explain_loading_errors(config.model), _known_extra(config.model):
+        _log_cpu_training(config)
+    with explain_loading_errors(settings), _explain_extra_errors(settings):
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
-            trust_remote_code=config.model.trust_remote_code,
-            attn_implementation=config.model.attn_implementation,
-            dtype=compute_dtype(config.quantization) if named == "auto" else getattr(torch, named),
-            quantization_config=quantized,
+            trust_remote_code=settings.trust_remote_code,
+            attn_implementation=settings.attn_implementation,
+            dtype=product_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            quantization_config=bitsandbytes_config,
             use_safetensors=True,
             **extra,
         )
@@ -91,9 +106,26 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     return model
 
 
+def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
+    """Return the further arguments of `from_pretrained`, with the device that holds the base."""
+    arguments = dict(settings.extra)
+    if not on_gpu():
+        arguments.pop("device_map", None)
+    elif "device_map" not in arguments:
+        arguments["device_map"] = {"": torch.cuda.current_device()}
+    return arguments
+
+
+def _log_cpu_training(config: RunConfig) -> None:
+    dtype = str(compute_dtype(config.quantization)).removeprefix("torch.")
+    is_paged = config.optimizer.name.startswith("paged")
+    note = ", the paged optimizer in plain memory" if is_paged else ""
+    log.info("no GPU: training on the CPU, in %s%s", dtype, note)
+
+
 @contextlib.contextmanager
-def _known_extra(settings: ModelSettings) -> Iterator[None]:
-    """Name the key of an argument that from_pretrained does not take."""
+def _explain_extra_errors(settings: ModelSettings) -> Iterator[None]:
+    """Turn the error for an unknown argument of `from_pretrained` into one of `model.extra`."""
     try:
         yield
     except TypeError as error:
@@ -104,11 +136,17 @@ def _known_extra(settings: ModelSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_loading_errors(settings: ModelSettings) -> Iterator[None]:
-    """Say in one line what transformers says of a model folder that it can't read."""
+    """Turn an error for a model folder that transformers can't read into one line.
+
+    Raises:
+        ConfigError: It names `model.name_or_path`, and the first line of the error.
+    """
     try:
         yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise refusal("model.name_or_path", settings.name_or_path, f"can't be loaded: {reason}") from error
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        allowed = f"can't be loaded: {reason}"
+        raise refusal("model.name_or_path", settings.name_or_path, allowed) from error

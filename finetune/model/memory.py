@@ -1,4 +1,7 @@
-"""Memory of the GPU and of the host: how much there is, how much was used, and freeing it."""
+"""Memory of the GPU and of the host: its size, its use, and how to free it.
+
+Loads torch only inside functions: `finetune.run.run` imports this module at its top.
+"""
 
 import contextlib
 import ctypes
@@ -10,34 +13,40 @@ from pathlib import Path
 import psutil
 
 GIB = 2**30
+"""Bytes of a gibibyte."""
 
+OUT_OF_MEMORY_PHRASES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "MemoryError",
+)
+"""In messages of CUDA, PyTorch's CPU allocator and Python."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine's or the GPU's memory was too small."""
+    """Return whether an error means that the GPU's or the host's memory was too small."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and says_out_of_memory(str(error))
-    )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
 
 
-def says_out_of_memory(text: str) -> bool:
-    """Whether an error's message is of memory."""
-    return any(
-        words in text for words in ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
-    )
+def says_out_of_memory(message: str) -> bool:
+    """Return whether an error message means that memory was too small."""
+    return any(phrase in message for phrase in OUT_OF_MEMORY_PHRASES)
 
 
 def collect_garbage() -> None:
-    """Collect what nothing refers to, and hand the host's memory back to the system."""
+    """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # GNU's C library keeps freed memory otherwise
+    with contextlib.suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def free_memory() -> None:
-    """Collect what nothing refers to, frozen or not, and hand the host's and the GPU's memory back."""
+    """Collect unreachable objects, frozen ones too; return host and GPU memory to the system."""
     import torch
 
     gc.unfreeze()
@@ -47,7 +56,10 @@ def free_memory() -> None:
 
 
 def available_memory() -> int:
-    """Bytes of memory to compute in: the GPU's, or what this process may take of it, else the machine's."""
+    """Return the bytes that a run may compute in: of the GPU if there is one, else of the host.
+
+    On a GPU it is this process's share, as `set_per_process_memory_fraction` has set it.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -57,12 +69,12 @@ def available_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Count the peak anew from here: a process may train several runs."""
+    """Measure the peak from here on: a process may train several runs."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux has it, where the system allows it
+    with contextlib.suppress(OSError):  # on Linux, if the system allows it
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -72,7 +84,10 @@ def resident_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest memory of this process since `reset_peak_memory`, in bytes: the GPU's, else the host's."""
+    """Return the peak memory of this process since `reset_peak_memory`, in bytes.
+
+    On a GPU it is the memory that PyTorch has allocated there, else the host's resident memory.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -81,11 +96,11 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_resident_memory() -> int:
-    """The peak resident memory on the host since `reset_peak_memory`, in bytes.
+    """Return the peak resident memory on the host, in bytes.
 
-    Read from /proc, because neither psutil nor `getrusage` has the peak since a reset: psutil has
-    only the current value, and `ru_maxrss` is the peak of the process's whole life. The latter is
-    used only where there is no /proc.
+    It is read from /proc, because neither psutil nor `getrusage` reports the peak since a reset:
+    psutil has only the current value, and `ru_maxrss` is the peak of the process's whole life. The
+    latter is used only where there is no /proc.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

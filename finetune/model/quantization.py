@@ -1,4 +1,8 @@
-"""Quantization of the base by bitsandbytes: its arguments, compute dtype, dequantised weights."""
+"""Quantization of the base by bitsandbytes: its arguments, compute dtype, dequantised weights.
+
+bitsandbytes is imported only inside functions: importing it initialises CUDA, which fixes the
+visible GPUs (see `device.take_device`), and may fail, which `require_bitsandbytes` explains.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,42 +19,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """A linear layer's weight [out, in] as it is multiplied by: what 4 bits hold, dequantised."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    dense: torch.Tensor = dequantize_4bit(weight.data, state)
-    return dense
-
-
 DEQUANTIZED_SHARE = 0.25
-"""A dequantised base may take so much of the memory there is."""
+"""Share of the available memory that a dequantised base may take, in [0, 1]."""
 
 
 def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
-    """The dtype of matrix products: on a CPU float32, unless bfloat16 is asked for by name."""
+    """Return the dtype of matrix products.
+
+    On a CPU it is float32, unless the config names bfloat16. On a GPU with `auto` it is bfloat16
+    where the hardware has it, else float16.
+    """
     name = settings.bnb_4bit_compute_dtype
     if not on_gpu():
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def autocast(settings: QuantizationSettings) -> torch.autocast:
-    """Mixed precision as training has it, for evaluation and generation; nothing on a CPU."""
+    """Return the mixed precision of training, for evaluation and generation; off on a CPU."""
     dtype = compute_dtype(settings)
     return torch.autocast("cuda", dtype=dtype, enabled=on_gpu() and dtype != torch.float32)
 
 
 def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig | None:
-    """The arguments of bitsandbytes, None for a base that is not quantised."""
+    """Return the arguments of bitsandbytes; None for a base that is not quantised."""
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not settings.load_in_4bit:
@@ -63,52 +59,86 @@ def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig | 
     )
 
 
-def keeps_dequantized(weights: int, config: RunConfig) -> bool:
-    """Whether so many 4-bit weights are dequantised once: where memory allows.
+def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """Return the weight that a linear layer multiplies by, dequantised if it is 4-bit [out, in]."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
 
-    On a GPU not with gradient checkpointing, which is for where memory is short.
+    dense: torch.Tensor = dequantize_4bit(weight.data, state)
+    return dense
+
+
+def keeps_dequantized(weights: int, config: RunConfig) -> bool:
+    """Return whether a 4-bit base is dequantised once, because memory allows it.
+
+    On a GPU not with gradient checkpointing, which is for runs that are short of memory.
+
+    Args:
+        weights: Number of 4-bit weights.
+        config: The run's config.
     """
-    if not config.quantization.load_in_4bit or (on_gpu() and config.trainer.gradient_checkpointing is True):
+    if not config.quantization.load_in_4bit:
         return False
-    return compute_dtype(config.quantization).itemsize * weights <= available_memory() * DEQUANTIZED_SHARE
+    if on_gpu() and config.trainer.gradient_checkpointing is True:
+        return False
+    dequantized_bytes = compute_dtype(config.quantization).itemsize * weights
+    return dequantized_bytes <= available_memory() * DEQUANTIZED_SHARE
 
 
 def keep_dequantized(model: "PreTrainedModel", config: RunConfig) -> None:
-    """Dequantise a 4-bit base's weights once, not in each forward and backward, where memory allows.
+    """Dequantise a 4-bit base once instead of in each forward and backward, if memory allows it.
 
-    The numbers are the same, bit for bit: bitsandbytes too multiplies by the dequantised weights.
+    The results are the same, bit for bit: bitsandbytes multiplies by the dequantised weights too.
+
+    Args:
+        model: The base; its 4-bit layers are replaced by plain linear layers.
+        config: The run's config.
     """
     if not config.quantization.load_in_4bit:
         return
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    layers = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Linear4bit)
-    ]
-    if not keeps_dequantized(sum(layer.in_features * layer.out_features for _, _, layer in layers), config):
+    layers = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, Linear4bit):
+                layers.append((parent, name, child))
+    weights = sum(layer.in_features * layer.out_features for _, _, layer in layers)
+    if not keeps_dequantized(weights, config):
         return
     for parent, name, layer in layers:
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        weight = dense_weight(layer)
         if weight.dtype != compute_dtype(config.quantization):
             return  # forward and backward would round differently
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-        plain.bias = layer.bias
-        setattr(parent, name, plain)
+        setattr(parent, name, _plain_linear(weight, layer.bias))
+
+
+def _plain_linear(weight: torch.Tensor, bias: torch.nn.Parameter | None) -> torch.nn.Linear:
+    """Create a frozen linear layer from a weight [out, in], without allocating another."""
+    out_features, in_features = weight.shape
+    layer = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.bias = bias  # type: ignore[assignment]  # None: no bias
+    return layer
 
 
 def require_bitsandbytes(settings: QuantizationSettings) -> None:
-    """Refuse to quantise where bitsandbytes does not work; even PEFT imports it."""
+    """Refuse to quantise where bitsandbytes does not work.
+
+    Raises:
+        ConfigError: bitsandbytes can't be imported, or has no library for this machine.
+    """
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return
     key = "quantization.load_in_4bit" if settings.load_in_4bit else "quantization.load_in_8bit"
+    remedy = "allowed here: quantization=none"
     try:
-        usable = bitsandbytes_has_native_library()
+        has_library = bitsandbytes_has_native_library()
     except ImportError as error:
-        raise refusal(key, True, f"bitsandbytes can't be imported ({error}); allowed here: quantization=none") from None
-    if not usable:
-        raise refusal(key, True, "bitsandbytes has no library for this machine; allowed here: quantization=none")
+        raise refusal(key, True, f"bitsandbytes can't be imported ({error}); {remedy}") from None
+    if not has_library:
+        raise refusal(key, True, f"bitsandbytes has no library for this machine; {remedy}")

