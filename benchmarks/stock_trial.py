@@ -129,7 +129,7 @@ def train(config: DictConfig) -> SFTTrainer:
 
 def common_measure(model: torch.nn.Module, tokens: Path) -> float:
     """The held-out loss as this project has it: the mean over all answers' tokens."""
-    from finetune.config.schema import QuantizationSettings
+    from finetune.config.sections.model import QuantizationSettings
     from finetune.engine.evaluation import evaluate
 
     rows = Dataset.from_list([json.loads(line) for line in tokens.read_text(encoding="utf-8").splitlines()])

@@ -1,10 +1,11 @@
-"""Addresses of databases: how they are read, what in them is secret, and what of them may be shown.
+"""Database addresses: parsed, refused if they hold a secret, and shown without secrets.
 
-Everything is decided on the address as SQLAlchemy reads it. SQLAlchemy is imported when an address is given.
+Addresses are parsed by SQLAlchemy, which is imported only when an address is given.
 """
 
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import quote, quote_plus
 
 from finetune.errors import ConfigError
 
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 
 
 EXAMPLE = "postgresql+psycopg2://user@host/name"
-"""An address as it is documented; its driver comes with `pip install psycopg2-binary`."""
+"""An address as documented; its driver comes with `pip install psycopg2-binary`."""
 
 
 ENVIRONMENT = "907261548"
-"""Stands for the value of an environment variable while an address is read; digits, as it may be a port."""
+"""Stands for the value of an environment variable while an address is parsed. Digits, because the
+variable may hold a port."""
 
 
 _SECRET_NAME = r"passw|passphrase|passcode|pwd|secret|token|api_?key|credential"
@@ -27,22 +29,25 @@ _SECRET_KEY = re.compile(rf"(?i){_SECRET_NAME}")
 
 
 _SECRET_SETTING = re.compile(rf"(?i)\w*({_SECRET_NAME})\w*\s*=\s*\S")
-"""A secret in a query's value, as in `options=-c app.token=…`."""
+"""A secret in the value of a query parameter, as in `options=-c app.token=…`."""
 
 
 def parse_address(key: str, address: str) -> "URL":
-    """Read an address. Raises ConfigError, which does not show the address, where it can't be read.
+    """Parse a database address.
 
     Args:
-        key: the config key that the address belongs to.
+        key: the config key of the address, for the error message.
         address: the address, without interpolations.
+
+    Raises:
+        ConfigError: the address can't be parsed. The message does not show it.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         url = make_url(address)
-    except (ArgumentError, ValueError):  # the messages repeat pieces of the address, passwords among them
+    except (ArgumentError, ValueError):  # their messages repeat pieces of the address
         raise ConfigError(
             f"{key}: is no database's address, as {EXAMPLE} (not shown: it may hold a password); "
             "write : / @ ? in a user's name or password as %3A %2F %40 %3F"
@@ -57,15 +62,20 @@ def parse_address(key: str, address: str) -> "URL":
 
 
 def refuse_secrets_in_address(key: str, written: str) -> None:
-    """Refuse an address, as the user wrote it, with a secret that does not come from an environment variable.
+    """Refuse an address with a secret that does not come from an environment variable.
+
+    Args:
+        key: the config key of the address.
+        written: the address as the user wrote it, with interpolations.
 
     Raises:
-        ConfigError: it holds a secret, or can't be read. Its text is not repeated.
+        ConfigError: the address holds a secret, or can't be parsed. The message does not show it.
     """
-    text = _without_interpolations(written)
-    if "://" not in text and not re.search(r"[@:?=]", text):
-        return  # a name, which is refused by the name
-    if any(secret.replace(ENVIRONMENT, "") for secret in secrets_in(parse_address(key, text))):
+    address = _without_interpolations(written)
+    if "://" not in address and not re.search(r"[@:?=]", address):
+        return  # a plain word, which the opening of the storage refuses
+    secrets = secrets_in(parse_address(key, address))
+    if any(secret.replace(ENVIRONMENT, "") for secret in secrets):
         raise ConfigError(
             f"{key}: a password in an address would be written to files; "
             f"{key}='${{oc.env:NAME}}' takes the address from an environment variable"
@@ -73,43 +83,51 @@ def refuse_secrets_in_address(key: str, written: str) -> None:
 
 
 def secrets_in(url: "URL") -> list[str]:
-    """An address's secret pieces: its password, and what its query has of that kind."""
-    pieces = [str(url.password)] if url.password else []
+    """Return the secrets of an address: its password, and secret values in its query."""
+    secrets = [str(url.password)] if url.password else []
     for name, values in url.normalized_query.items():
-        secret = bool(_SECRET_KEY.search(name))
-        pieces += [value for value in values if value and (secret or _SECRET_SETTING.search(value))]
-    return pieces
+        is_secret = bool(_SECRET_KEY.search(name))
+        for value in values:
+            if value and (is_secret or _SECRET_SETTING.search(value)):
+                secrets.append(value)
+    return secrets
 
 
 def show_address(key: str, address: str) -> str:
-    """An address as it may be shown: without password and query."""
+    """Return an address without password and query."""
     url = parse_address(key, address)
-    return url.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
+    public = url.create(url.drivername, url.username, None, url.host, url.port, url.database)
+    return public.render_as_string()
 
 
 def hide_secrets(text: str, key: str, address: str) -> str:
-    """A foreign error's text, with the address and its secrets replaced."""
-    from urllib.parse import quote, quote_plus
+    """Replace an address and its secrets in another library's error message.
 
+    Args:
+        text: the message.
+        key: the config key of the address.
+        address: the address, without interpolations.
+    """
     url = parse_address(key, address)
-    shown = show_address(key, address)
-    for whole in (address, url.render_as_string(hide_password=False)):
-        text = text.replace(whole, shown)
+    public = show_address(key, address)
+    for full_address in (address, url.render_as_string(hide_password=False)):
+        text = text.replace(full_address, public)
     for secret in sorted(secrets_in(url), key=len, reverse=True):
-        for form in {secret, quote(secret, safe=""), quote(secret, safe=" +"), quote_plus(secret)}:
-            text = text.replace(form, "***")
+        encodings = {secret, quote(secret, safe=""), quote(secret, safe=" +"), quote_plus(secret)}
+        for encoded in encodings:
+            text = text.replace(encoded, "***")
     return text
 
 
 def _without_interpolations(written: str) -> str:
-    """Written text with each interpolation replaced by its default, or by a stand-in for its value."""
+    """Replace each interpolation by its default, or by `ENVIRONMENT`."""
 
-    def value(match: re.Match[str]) -> str:
+    def stand_in(match: re.Match[str]) -> str:
         _, comma, default = match[1].partition(",")
         return default.strip(" '\"") if comma else ENVIRONMENT
 
-    while True:
-        replaced = re.sub(r"\$\{([^{}]*)\}", value, written)
+    while True:  # interpolations may be nested
+        replaced = re.sub(r"\$\{([^{}]*)\}", stand_in, written)
         if replaced == written:
             return written
         written = replaced

@@ -1,4 +1,7 @@
-"""Plain values as typed dataclasses, or a refusal of one line that names the key, the value and what is allowed."""
+"""Convert plain values to typed dataclasses.
+
+A value that does not fit is refused in one line that names the key, the value and what is allowed.
+"""
 
 import dataclasses
 import math
@@ -16,80 +19,118 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 
+DESCRIPTIONS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
+
+
+class _MismatchError(Exception):
+    """A value is not of a type."""
+
+
 def build(cls: type[T], path: str, values: Any) -> T:
-    """A settings dataclass from plain values: each key known, and given or with a default; each value of its type."""
+    """Build a settings dataclass from plain values.
+
+    Args:
+        cls: the dataclass; its annotations say which types are allowed.
+        path: the dotted key of the values, empty at the top level.
+        values: a mapping from field names to plain values.
+
+    Raises:
+        ConfigError: an unknown key, a missing key, or a value of a wrong type.
+    """
     if not isinstance(values, Mapping):
         raise refusal(path, values, "must be a group of keys")
-    hints = typing.get_type_hints(cls)
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in fields:
             raise ConfigError(f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}")
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{field.name}: must be given")
-    return cls(**{name: _convert(hints[name], f"{prefix}{name}", values[name]) for name in fields if name in values})
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{name}: must be given")
+    hints = typing.get_type_hints(cls)
+    converted: dict[str, Any] = {}
+    for name in fields:
+        if name in values:
+            converted[name] = _convert(hints[name], f"{prefix}{name}", values[name])
+    return cls(**converted)
 
 
 def _convert(hint: Any, path: str, value: Any) -> Any:
-    """A plain value as the type that the hint names, or a refusal that says what is allowed."""
+    """Return a plain value as the annotated type, or refuse it."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, path, value)
-    for option in _options(hint):
-        matches, converted = _try(option, value)
-        if matches:
-            return converted
-    words = [choice for option in _options(hint) for choice in _choices(option)]
-    if words and isinstance(value, str):
-        raise refusal(path, value, did_you_mean(value, words))
-    raise refusal(path, value, "must be " + " or ".join(_describe(option) for option in _options(hint)))
+    alternatives = _alternatives(hint)
+    for alternative in alternatives:
+        try:
+            return _convert_plain(alternative, value)
+        except _MismatchError:
+            continue
+    choices = [choice for alternative in alternatives for choice in _choices(alternative)]
+    if choices and isinstance(value, str):
+        raise refusal(path, value, did_you_mean(value, choices))
+    descriptions = [_describe(alternative) for alternative in alternatives]
+    raise refusal(path, value, f"must be {' or '.join(descriptions)}")
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union; a single type for any other annotation."""
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
 
 
-def _choices(option: Any) -> tuple[str, ...]:
-    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the words of a Literal; none for any other annotation."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def _try(option: Any, value: Any) -> tuple[bool, Any]:
-    """Whether a value is of one plain type, and the value as that type."""
-    origin = typing.get_origin(option)
-    if origin is Literal:
-        return value in typing.get_args(option) and isinstance(value, str), value
+def _convert_plain(hint: Any, value: Any) -> Any:
+    """Return a value as one type that is no dataclass and no union.
+
+    Raises:
+        _MismatchError: the value is not of the type.
+    """
+    origin = typing.get_origin(hint)
     if origin is list:
-        if not isinstance(value, list):
-            return False, None
-        items = [_try(typing.get_args(option)[0], item) for item in value]
-        return all(matches for matches, _ in items), [item for _, item in items]
-    if origin is dict:
-        return isinstance(value, Mapping), value
-    if option is float:  # a whole number will do; nan and inf never
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value), float(value) if number else None
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if option is str and isinstance(value, int) and not isinstance(value, bool):
-        return True, str(value)  # name=2026
-    if option is types.NoneType:
-        return value is None, None
-    return isinstance(value, option), value
-
-
-def _describe(option: Any) -> str:
-    origin = typing.get_origin(option)
+        return _convert_list(hint, value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_whole = is_number and isinstance(value, int)
+    if hint is str and is_whole:
+        return str(value)  # name=2026
+    if hint is float and is_number and math.isfinite(value):
+        return float(value)
     if origin is Literal:
-        return f"one of {', '.join(typing.get_args(option))}"
+        matches = isinstance(value, str) and value in typing.get_args(hint)
+    elif origin is dict:
+        matches = isinstance(value, Mapping)
+    elif hint is int:
+        matches = is_whole
+    else:
+        matches = hint is not float and isinstance(value, hint)
+    if not matches:
+        raise _MismatchError
+    return value
+
+
+def _convert_list(hint: Any, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise _MismatchError
+    (item_hint,) = typing.get_args(hint)
+    return [_convert_plain(item_hint, item) for item in value]
+
+
+def _describe(hint: Any) -> str:
+    """Return what a type accepts, in words for the user."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
     if origin is list:
-        return f"a list, each item {_describe(typing.get_args(option)[0])}"
+        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
     if origin is dict:
         return "a group of keys"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[
-        option
-    ]
+    return DESCRIPTIONS[hint]

@@ -3,9 +3,12 @@
 from typing import Any
 
 
-def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    found: dict[str, Any] = {}
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted keys: `{"lora": {"r": 8}}` becomes `{"lora.r": 8}`."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

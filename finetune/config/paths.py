@@ -1,4 +1,4 @@
-"""Where the config folder is, and which names may become folders."""
+"""The config folder, and names that may become folders."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,13 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-"""The config folder: inside the package in an installed wheel, beside it in a checkout."""
+"""The config folder: in an installed wheel inside the package, in a checkout next to it."""
 
 
 PLAIN_NAME = "names a folder: letters, digits, '.', '_' and '-' only"
+"""What `is_plain_name` accepts, for error messages."""
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a run's name stays within its parent folder."""
+    """Return whether a name is safe as the name of a folder, and stays within its parent."""
     return bool(re.fullmatch(r"[\w.-]+", name)) and bool(name.strip("."))

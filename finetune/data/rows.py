@@ -4,7 +4,7 @@ import logging
 import random
 from pathlib import Path
 
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.formats import FORMATS, detect_format
 from finetune.data.sources import open_files, open_source
 from finetune.data.splits import file_names, files_by_split, files_for_split

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.compat import datasets_offline
 from finetune.config.data_folder import SUFFIXES
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers import read_file
 from finetune.data.types import Row

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from finetune.config.data_folder import SPLITS, SUFFIXES, data_files, data_folder, named_splits
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.errors import refusal
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.encoding import IGNORED, encode
 from finetune.data.types import Row, fingerprint
 from finetune.errors import refusal

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
-from finetune.config.schema import QuantizationSettings
+from finetune.config.sections.model import QuantizationSettings
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import common_prefix_length
 from finetune.data.tokens import as_list

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config.schema import LoraSettings, ModelSettings
+from finetune.config.sections.lora import LoraSettings
+from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import name_file_in_errors, replace_folder
 from finetune.model.architectures import text_config_of

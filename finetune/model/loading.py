@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.compat import keep_4bit_layers_trainable
-from finetune.config.schema import ModelSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError, refusal
 from finetune.model.device import on_gpu
 from finetune.model.quantization import compute_dtype, quantization_config, require_bitsandbytes

@@ -10,7 +10,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from finetune.compat import bitsandbytes_has_native_library
-from finetune.config.schema import QuantizationSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.model import QuantizationSettings
 from finetune.errors import refusal
 from finetune.model.device import on_gpu
 from finetune.model.memory import available_memory

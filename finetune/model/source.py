@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from finetune.config.schema import ModelSettings
+from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 from finetune.model.packaged import PACKAGED

@@ -26,7 +26,7 @@ def run_identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) 
         base: Its base; None where it has not been looked for yet.
     """
     return {
-        "config": config.anchored().to_dict(),
+        "config": config.with_absolute_paths().to_dict(),
         "dataset_fingerprint": rows.fingerprint if rows else None,
         "base_model": base.identity if base else None,
     }

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import (
-    DatasetSettings,
-    ModelSettings,
-    RunConfig,
-)
+from finetune.config.schema import RunConfig
+from finetune.config.sections.dataset import DatasetSettings
+from finetune.config.sections.model import ModelSettings
 from finetune.data.rows import load_rows
 from finetune.data.tokens import tokenize
 from finetune.data.types import Row, Rows

@@ -6,7 +6,8 @@ import urllib.parse
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from finetune.config.schema import RunConfig, TrackerSettings
+from finetune.config.schema import RunConfig
+from finetune.config.sections.tracker import TrackerSettings
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.tracking.tracker import Label

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from finetune.config.schema import TrackerSettings
+from finetune.config.sections.tracker import TrackerSettings
 from finetune.console import summary_line
 from finetune.errors import ConfigError
 from finetune.files.atomic import write_json

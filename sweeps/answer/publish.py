@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config.schema import TrackerSettings
+from finetune.config.sections.tracker import TrackerSettings
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
 from finetune.run.load import read_run_config

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from finetune.config.convert import build
 from finetune.config.flatten import flatten
 from finetune.config.paths import PLAIN_NAME, is_plain_name
-from finetune.config.schema import Section
+from finetune.config.sections.section import Section
 from finetune.errors import ConfigError
 from sweeps.space.encoding import encode
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import DatasetSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.dataset import DatasetSettings
 
 Row = dict[str, Any]
 Settings = Callable[..., DatasetSettings]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from finetune.config.schema import QuantizationSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.slot import Slot

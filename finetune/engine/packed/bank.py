@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config.schema import LoraSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.lora import LoraSettings
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from finetune.config.schema import LoraSettings
+from finetune.config.sections.lora import LoraSettings
 from finetune.engine.packed.lora_linear import Adapter
 from finetune.engine.steps import Executor
 from finetune.model.device import copy_stream_after, to_device

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from support.configs import compose
 
 from finetune.config.paths import CONF
-from finetune.config.schema import OptimizerName, RunConfig, ScheduleName
+from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import OptimizerName, ScheduleName
 
 YAMLS = [file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))]
 CHOICES = [choice for choice in YAMLS if len(choice.parts) > 1]

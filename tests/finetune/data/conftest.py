@@ -9,7 +9,8 @@ from support.configs import compose
 from support.models import load_tokenizer
 from support.rows import Settings
 
-from finetune.config.schema import DatasetSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.dataset import DatasetSettings
 
 
 @pytest.fixture(scope="module")

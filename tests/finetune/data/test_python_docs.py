@@ -16,7 +16,7 @@ import hashlib, json, sys
 {first}
 from finetune.data.rows import load_rows
 from finetune.data.python_docs import question_answer_pairs
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 rows = question_answer_pairs()
 split = load_rows(DatasetSettings(path="python_docs", name=None, split="train", format="auto", text_field="text",
     max_length=None, packing=False, limit=None, eval_fraction=0.1, eval_path=None, test_fraction=0.1, test_path=None,

@@ -68,7 +68,7 @@ RACE = """
 import json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from finetune.config.schema import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.tokens import tokenize
 base, folder, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)

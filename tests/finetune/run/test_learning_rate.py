@@ -201,7 +201,7 @@ def test_a_run_trains_with_the_rate_that_it_says(
 def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(by_width: RunConfig, tmp_path: Path) -> None:
     import dataclasses
 
-    from finetune.config.schema import OptimizerSettings
+    from finetune.config.sections.optimizer import OptimizerSettings
 
     def with_rate(rate: float | None) -> RunConfig:
         optimizer: OptimizerSettings = dataclasses.replace(by_width.optimizer, learning_rate=rate)

@@ -198,7 +198,7 @@ def written(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Study:
 
 def began(folder: RunFolder, config: RunConfig) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(folder.identity, {"config": config.anchored().to_dict()})
+    write_json(folder.identity, {"config": config.with_absolute_paths().to_dict()})
 
 
 def ended(folder: Path, loss: float, test: float) -> None:

@@ -18,7 +18,7 @@ from support.commands import Station
 from support.configs import compose, study_overrides, tiny_overrides
 from support.wandb_log import wandb_files, wandb_items, wandb_summary
 
-from finetune.config.schema import TrackerSettings
+from finetune.config.sections.tracker import TrackerSettings
 from finetune.run.context import RunContext
 from finetune.run.load import read_run_config
 from finetune.run.run import run

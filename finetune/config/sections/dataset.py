@@ -1,0 +1,83 @@
+"""The rows that a run reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.config.data_folder import has_evaluation_files
+from finetune.config.sections.section import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings(Section):
+    """The rows: where they are, how they are formatted and split."""
+
+    section = "dataset"
+
+    path: str
+    """A hub id, a .jsonl .json .csv .parquet file, a folder of such files (its train, validation
+    and test files are recognised by their names), or `python_docs`."""
+
+    name: str | None
+    """Name of a configuration of a data set on the hub; null: its only one."""
+
+    split: str
+    """The split of a data set on the hub that is read."""
+
+    format: Literal["auto", "text", "chat", "prompt_completion", "alpaca"]
+    """Format of the rows; auto: detected from their fields."""
+
+    text_field: str
+    """The field that holds the text of a row of format `text`."""
+
+    max_length: int | None
+    """Tokens of a row; longer rows are cut. null: no limit."""
+
+    packing: bool
+    """Whether several rows are joined to one sequence of `max_length` tokens."""
+
+    limit: int | None
+    """Train on at most this many rows; null: all; auto: 240 of `python_docs`, all of any other."""
+
+    eval_fraction: float
+    """Share of the rows held out for evaluation, where no file has them; 0: none."""
+
+    eval_path: str | None
+    """A file of rows for evaluation; null: `eval_fraction` of the rows."""
+
+    test_fraction: float
+    """Share of the rows held out for the final test, where no file has them; 0: none. No choice of
+    a study uses these rows."""
+
+    test_path: str | None
+    """A file of rows for the final test; null: `test_fraction` of the rows."""
+
+    split_seed: int
+    """Seed of the choice of held-out rows. Apart from `seed`, so that trials are comparable."""
+
+    def __post_init__(self) -> None:
+        self.require("path", bool(self.path), "must be a hub id, a file, a folder, or python_docs")
+        for field, minimum in (("max_length", 2), ("limit", 1)):
+            value = getattr(self, field)
+            allowed = f"must be a whole number of at least {minimum}, or null"
+            self.require(field, value is None or value >= minimum, allowed)
+        for field in ("eval_fraction", "test_fraction"):
+            allowed = "must be at least 0 and below 1 (0: no such rows)"
+            self.require(field, 0 <= getattr(self, field) < 1, allowed)
+        reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
+        self.require("test_fraction", self._held_out_fraction < 1, reason)
+        has_length = self.max_length is not None
+        self.require("packing", not self.packing or has_length, "needs dataset.max_length")
+
+    @property
+    def _held_out_fraction(self) -> float:
+        """Share of the rows of `path` that are not trained on."""
+        evaluation = 0.0 if self.eval_path else self.eval_fraction
+        test = 0.0 if self.test_path else self.test_fraction
+        return evaluation + test
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        if self.eval_path is not None or self.eval_fraction > 0:
+            return True
+        return has_evaluation_files(self.path, self.test_path)

@@ -1,0 +1,69 @@
+"""The LoRA adapter."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune.config.sections.section import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Section):
+    """The LoRA adapter."""
+
+    section = "lora"
+
+    r: int
+    """Rank: the inner dimension of the matrices A and B."""
+
+    alpha: float
+    """The adapter's output is scaled by alpha / r (with `use_rslora`: by alpha / sqrt(r))."""
+
+    dropout: float
+    """Probability that an element of the adapter's input is dropped in training, in [0, 1)."""
+
+    target_modules: str | list[str]
+    """Layers that get an adapter: `all-linear` (all but the output head), or a list of module
+    names."""
+
+    bias: Literal["none", "all", "lora_only"]
+    """Which biases are trained as well."""
+
+    use_rslora: bool
+    """Whether the scaling is rank-stabilised (arXiv 2312.03732)."""
+
+    use_dora: bool
+    """Whether magnitude and direction of a weight are trained apart (DoRA, arXiv 2402.09353)."""
+
+    init_lora_weights: bool | str
+    """Initialization, as in peft: true (B is zero), false, gaussian, pissa, olora, …"""
+
+    extra: dict[str, Any]
+    """Further arguments of `peft.LoraConfig`."""
+
+    def __post_init__(self) -> None:
+        self.require("r", self.r >= 1, "must be a whole number of at least 1")
+        self.require("alpha", self.alpha > 0, "must be above 0")
+        self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
+        allowed = "must be all-linear or a list of module names"
+        self.require("target_modules", bool(self.target_modules), allowed)
+
+    @property
+    def leaves_base_unchanged(self) -> bool:
+        """Whether training and loading the adapter leave all weights of the base as they are.
+
+        Trained biases and initializations that split off a part of the base's weights do not; an
+        argument in `extra` might not.
+        """
+        adds_only = self.init_lora_weights in (True, False, "gaussian")
+        return self.bias == "none" and adds_only and not self.extra
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether a new adapter changes nothing yet, because its matrix B is zero."""
+        return self.leaves_base_unchanged and self.init_lora_weights is not False
+
+    @property
+    def is_computed_from_base(self) -> bool:
+        """Whether the adapter's initial weights are computed from the base's dense weights."""
+        methods = ("pissa", "corda", "orthogonal", "loftq")
+        return str(self.init_lora_weights).startswith(methods)

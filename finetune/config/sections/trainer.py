@@ -1,0 +1,91 @@
+"""Length and rhythm of a training."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune.config.sections.section import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(Section):
+    """Length of the training, batches, evaluations, checkpoints."""
+
+    section = "trainer"
+
+    engine: Literal["auto", "packed", "trl"]
+    """packed: trains many trials on one base; trl: TRL's SFTTrainer; auto: packed where it supports
+    the config."""
+
+    num_train_epochs: float
+    """Passes over the training rows, where `max_steps` is -1."""
+
+    max_steps: int
+    """Optimizer steps; -1: as many as `num_train_epochs` takes."""
+
+    per_device_train_batch_size: int
+    """Rows in one batch of training."""
+
+    per_device_eval_batch_size: int
+    """Rows in one batch of evaluation."""
+
+    gradient_accumulation_steps: int
+    """Batches in one optimizer step."""
+
+    gradient_checkpointing: bool | Literal["auto"]
+    """Whether activations are computed again in the backward pass, which saves memory and takes
+    time; auto: where they would not fit otherwise."""
+
+    group_by_length: bool
+    """Whether rows of similar length are put into the same batch."""
+
+    eval_steps: float | list[float]
+    """Evaluate every this many optimizer steps; below 1: every such share of all steps; a list:
+    after each of those steps or shares; 0: only before and after training."""
+
+    save_steps: float
+    """Write a checkpoint every this many optimizer steps; below 1: every such share of all steps;
+    0: none."""
+
+    logging_steps: int
+    """Log training metrics every this many optimizer steps."""
+
+    early_stopping_patience: int | None
+    """Stop after this many evaluations without a better objective; null: never."""
+
+    extra: dict[str, Any]
+    """Further arguments of `trl.SFTConfig`."""
+
+    def __post_init__(self) -> None:
+        self.require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
+        has_limit = self.max_steps >= 1
+        allowed = "must be at least 1, or -1: by epochs"
+        self.require("max_steps", has_limit or self.max_steps == -1, allowed)
+        for field in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        ):
+            self.require(field, getattr(self, field) >= 1, "must be a whole number of at least 1")
+        allowed = (
+            "must be a whole number of steps, a share of them from 0.001 to below 1, or 0: none"
+        )
+        intervals = self.eval_steps if isinstance(self.eval_steps, list) else [self.eval_steps]
+        are_valid = all(_is_interval(steps) for steps in intervals)
+        self.require("eval_steps", are_valid, f"{allowed}; or a list of those")
+        self.require("save_steps", _is_interval(self.save_steps), allowed)
+        patience = self.early_stopping_patience
+        allowed = "must be at least 1, or null"
+        self.require("early_stopping_patience", patience is None or patience >= 1, allowed)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows in one optimizer step on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def _is_interval(steps: float) -> bool:
+    """Whether a number is 0, a whole number of steps, or a share of all steps."""
+    is_share = 0.001 <= steps < 1
+    is_count = steps >= 1 and steps == int(steps)
+    return steps == 0 or is_share or is_count
