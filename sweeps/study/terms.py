@@ -37,7 +37,7 @@ def study_terms(
     groups = [name.replace("/", ".") for name in searched if "/" in name or "." not in name]
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     terms: dict[str, Any] = {}
-    for key, value in flatten(config.anchored().to_dict()).items():
+    for key, value in flatten(config.with_absolute_paths().to_dict()).items():
         if key not in searched and not key.startswith(excluded_prefixes):
             terms[key] = value
     terms["objective"] = config.objective
