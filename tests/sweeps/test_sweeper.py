@@ -8,6 +8,7 @@ from hydra.plugins.sweeper import Sweeper
 from support.studies import sweeper_config
 
 from finetune.config.paths import CONF
+from sweeps.study.draft import draft_session
 
 
 def test_hydra_finds_the_sweeper() -> None:
@@ -34,9 +35,12 @@ def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
     with initialize_config_dir(str(CONF)):
         HydraConfig.instance().set_config(config)
         context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=cast(Any, None))
-        sweeper = Plugins.instance().instantiate_sweeper(
-            hydra_context=context, task_function=lambda config: None, config=config
+        sweeper = cast(
+            Any,
+            Plugins.instance().instantiate_sweeper(
+                hydra_context=context, task_function=lambda config: None, config=config
+            ),
         )
-        _, points = cast(Any, sweeper)._draft([searched, *overrides])
+        draft = draft_session(config, context, sweeper._values, [searched, *overrides])
 
-    assert points == [("baseline", {"dataset.limit": limit})]
+    assert draft.points == [("baseline", {"dataset.limit": limit})]
