@@ -15,7 +15,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         """Whether the runs should stop."""
         self._active_blocks = 0
         self._previous_handlers: dict[int, Any] = {}
@@ -43,6 +43,6 @@ class Interrupt:
         self._previous_handlers = {}
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

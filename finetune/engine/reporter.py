@@ -105,7 +105,7 @@ class Reporter:
         if step in self._rungs:
             yield from self._evaluate_rung(step)
         if self.state.stop is None and step < self.total:
-            if self._interrupt.asked:
+            if self._interrupt.requested:
                 self.state.stop = "interrupted"
             elif self._observer.on_step(step):
                 self.state.stop = "pruned"

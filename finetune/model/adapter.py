@@ -1,7 +1,7 @@
 """The LoRA adapter: its `LoraConfig`, creation, saving and loading with PEFT.
 
 PEFT is imported only inside functions: it imports bitsandbytes, which initialises CUDA and so fixes
-the visible GPUs (see `device.take_device`).
+the visible GPUs (see `device.select_gpu`).
 """
 
 import logging

@@ -17,7 +17,7 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def newer_gpu(device: torch.device) -> bool:
+def is_ampere_or_later(device: torch.device) -> bool:
     """Return whether a device is an NVIDIA GPU of compute capability 8.0 (Ampere) or later.
 
     The packed engine's Triton kernels are written for these.
@@ -27,7 +27,7 @@ def newer_gpu(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def take_device(number: int) -> None:
+def select_gpu(number: int) -> None:
     """Make one GPU visible to this process: the Trainer would spread a run over all visible ones.
 
     Call it before any GPU is used, and before bitsandbytes is imported.

@@ -114,9 +114,9 @@ def _train_and_conclude(result: Result, folder: RunFolder, tracker: Tracker) -> 
     context = result.context
     assert result.rows is not None
     quiet_libraries(bars=context.interactive)
-    from finetune.model.device import take_device
+    from finetune.model.device import select_gpu
 
-    take_device(0)  # before bitsandbytes is imported, which looks for GPUs
+    select_gpu(0)  # before bitsandbytes is imported, which looks for GPUs
     from finetune.run.conclude import conclude
     from finetune.run.prepare import prepare
     from finetune.run.train import start_training, train

@@ -75,7 +75,7 @@ class PruningObserver(Observer):
             return False
         self._last_poll = time.monotonic()
         if self._session.is_stopping:
-            self._interrupt.asked = True
+            self._interrupt.requested = True
             return False
         if self._stored_trial().user_attrs.get("stop"):
             return self._stop("told to stop")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.engine.selection import reason_unsupported
-from finetune.model.device import on_gpu, take_device
+from finetune.model.device import on_gpu, select_gpu
 from finetune.model.loading import read_base_config
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.resources import base_key, shared_resources
@@ -52,7 +52,7 @@ def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[in
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
         return fixed_count, []
-    take_device(0)
+    select_gpu(0)
     planned: set[str] = set()
     counts = []
     checkpointed_bases: list[object] = []

@@ -288,7 +288,7 @@ class Study:
             interrupt: the interrupt that this worker's trials share.
         """
         self.storage_error = error
-        interrupt.asked = True
+        interrupt.requested = True
 
     def remove_adapters(self, keep: int) -> None:
         """Remove adapters and checkpoints of finished trials that nobody needs any more.

@@ -46,9 +46,9 @@ class Worker:
 
     def _work(self) -> int:
         quiet_libraries(bars=False)
-        from finetune.model.device import take_device
+        from finetune.model.device import select_gpu
 
-        take_device(HydraConfig.get().job.num)
+        select_gpu(HydraConfig.get().job.num)
         session = self.session
         study = Study(session.folder, session.settings.study_name, session.address)
         trials = _TrialSource(session, study)

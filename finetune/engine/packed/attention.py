@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from finetune.engine.packed.batch import PackedBatch, Span
-from finetune.model.device import newer_gpu
+from finetune.model.device import is_ampere_or_later
 
 MAX_LENGTH_RATIO = 1.5
 """Spans in one bucket differ in length by at most this factor (plus 16 tokens)."""
@@ -98,7 +98,7 @@ class PackedAttention:
         Returns:
             [tokens, heads, head_dim].
         """
-        if query.dtype in (torch.bfloat16, torch.float16) and newer_gpu(query.device):
+        if query.dtype in (torch.bfloat16, torch.float16) and is_ampere_or_later(query.device):
             return self._attend_varlen(query, key, value, scale, window)
         return self._attend_padded(query, key, value, scale, window)
 

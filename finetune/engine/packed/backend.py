@@ -13,7 +13,7 @@ from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.slot import Slot
 from finetune.model.architectures import LLAMA_LIKE
-from finetune.model.device import newer_gpu
+from finetune.model.device import is_ampere_or_later
 from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationS
     if not head_dim:
         head_dim = shapes.hidden_size // shapes.num_attention_heads
     return (
-        newer_gpu(torch.device("cuda"))
+        is_ampere_or_later(torch.device("cuda"))
         and compute_dtype(quantization).itemsize == 2
         and not quantization.load_in_8bit
         and shapes.hidden_act in ("silu", "swish")

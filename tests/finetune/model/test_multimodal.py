@@ -152,7 +152,7 @@ def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_ker
 
     from finetune.engine.packed.backend import supports_gpu_decoder
 
-    monkeypatch.setattr("finetune.engine.packed.backend.newer_gpu", lambda _: True)
+    monkeypatch.setattr("finetune.engine.packed.backend.is_ampere_or_later", lambda _: True)
     monkeypatch.setattr("finetune.engine.packed.backend.compute_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr("finetune.engine.packed.backend._kernels_work", lambda: True)
     shapes = getattr(transformers, f"{kind}Config")()
