@@ -4,7 +4,9 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import LoraSettings, ModelSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.lora import LoraSettings
+from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.model.architectures import LLAMA_LIKE, text_config_of
 from finetune.model.device import on_gpu

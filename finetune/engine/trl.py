@@ -23,7 +23,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from finetune.compat import set_train_sampler
-from finetune.config.schema import OptimizerSettings, RunConfig
+from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import OptimizerSettings
 from finetune.engine.evaluation import Evaluation, evaluate
 from finetune.engine.reporter import Reporter
 from finetune.engine.schedule import epoch_order, resolve_steps

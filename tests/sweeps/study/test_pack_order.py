@@ -120,10 +120,10 @@ def test_runs_begin_and_end_while_others_compute(
     """What beginning and end take the host, a GPU need not wait for; so in each pass one begins."""
     from finetune.engine.packed.bank import Bank
     from finetune.files.atomic import write_json
-    from finetune.model import loading as base
+    from finetune.run import train
 
     passes, current, seen = 0, 0, []
-    execute, save, slot = Bank.execute, base.save_adapter, Bank.create_slot
+    execute, save, slot = Bank.execute, train.save_adapter, Bank.create_slot
 
     def having_drawn(bank: Bank, lora: Any, seed: int, model: Any) -> Any:
         seen.append((str(seed), "is drawn", current))
@@ -152,7 +152,7 @@ def test_runs_begin_and_end_while_others_compute(
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
         patched.setattr(Bank, "create_slot", having_drawn)
-        patched.setattr(base, "save_adapter", saving)
+        patched.setattr(train, "save_adapter", saving)
         patched.setattr("finetune.run.run.write_json", writing)
         places = train_in_slots(configs, tmp_path, 3)
 
