@@ -74,8 +74,12 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
     choices = [choice for alternative in alternatives for choice in _choices(alternative)]
     if choices and isinstance(value, str):
         raise refusal(path, value, did_you_mean(value, choices))
-    descriptions = [_describe(alternative) for alternative in alternatives]
-    raise refusal(path, value, f"must be {' or '.join(descriptions)}")
+    raise refusal(path, value, f"must be {describe_type(hint)}")
+
+
+def describe_type(hint: Any) -> str:
+    """Return what an annotation of a field accepts, in words for the user."""
+    return " or ".join(_describe(alternative) for alternative in _alternatives(hint))
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -125,10 +129,10 @@ def _convert_list(hint: Any, value: Any) -> list[Any]:
 
 
 def _describe(hint: Any) -> str:
-    """Return what a type accepts, in words for the user."""
     origin = typing.get_origin(hint)
     if origin is Literal:
-        return f"one of {', '.join(typing.get_args(hint))}"
+        words = typing.get_args(hint)
+        return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
     if origin is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
     if origin is dict:

@@ -21,38 +21,42 @@ class StudySettings(Section):
 
     section: ClassVar[str] = "hydra.sweeper"
     study_name: str
+    """Name of the study and its folder; that of an existing study resumes it. null: the time."""
     storage: str | None
-    """The database's address as the user wrote it, with unresolved references to secrets.
-
-    None: a journal file in the study's folder.
-    """
+    """Address of a database, `postgresql+psycopg2://user@host/name` (a secret in it only as
+    `${oc.env:NAME}`); null: a journal file in the study's folder."""
     n_trials: int
     """Number of trials that the study holds when it is done, over all sessions."""
     n_jobs: int | None
-    """Number of workers; None: one for each visible GPU, or one on a CPU."""
+    """Number of workers; null: one for each visible GPU, or one on a CPU."""
     slots: int | Literal["auto"]
-    """Number of trials that train together on one worker."""
+    """Number of trials that train together on one worker; auto: by memory, 1 on a CPU."""
     direction: Direction | list[Direction]
+    """Whether the objective is minimized or maximized; a list for several objectives."""
     max_failure_rate: float
-    """Fraction of the finished trials that may fail before the study ends."""
+    """Fraction of the finished trials (at least five) that may fail before the study ends."""
     params: dict[str, Any]
-    """Sweep syntax of each searched parameter."""
+    """Sweep syntax of each searched key; null: the parameters of the group `search`.
+    `tag(relative, interval(a, b))` searches multiples of the config's own value."""
     custom_search_space: str | None
-    """Path of a function of (config, trial) that suggests further parameters."""
+    """Path of a function of (config, trial) that suggests further parameters; null: none."""
     baseline: bool
-    """Whether the first trial has the config's own values."""
+    """Whether the first trial has the config's own values. It is never pruned."""
     start: list[dict[str, Any]]
-    """Encoded points for the first trials."""
+    """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     timeout: float | None
-    """Seconds after which no trial begins and running trials are pruned."""
+    """Seconds after which no trial begins and running trials are pruned; null: no limit."""
     keep_adapters: int
     """Number of the best trials whose adapters and checkpoints stay on disk."""
     confirm: int
-    """Number of further seeds with which the best trials are trained again at the end."""
+    """Number of further seeds with which the best trials and the baseline are trained again at the
+    end; 0: none."""
     allow_change: bool
     """Whether to resume a study although its config or its space has changed."""
     sampler: dict[str, Any]
+    """Optuna's sampler and its arguments: the group `hydra/sweeper/sampler`."""
     pruner: dict[str, Any]
+    """The pruner and its arguments: the group `hydra/sweeper/pruner`."""
 
     def __post_init__(self) -> None:
         self._check_trials_and_workers()
