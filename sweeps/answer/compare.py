@@ -49,7 +49,11 @@ class Comparison:
         return "no clear difference"
 
 
-def compare(first: Sequence["Evaluation"], second: Sequence["Evaluation"]) -> Comparison:
+def compare(
+    first: Sequence["Evaluation"],
+    second: Sequence["Evaluation"],
+    max_resamples: int = MAX_RESAMPLES,
+) -> Comparison:
     """Compare two sides by the paired bootstrap (Efron and Tibshirani, 1993).
 
     Rows are resampled with replacement, and each row keeps its losses on both sides and with all
@@ -64,6 +68,7 @@ def compare(first: Sequence["Evaluation"], second: Sequence["Evaluation"]) -> Co
     Args:
         first: one evaluation for each seed, on the same rows.
         second: evaluations on the same rows and with the same seeds, in the same order.
+        max_resamples: resamples where memory allows so many.
 
     Returns:
         The difference with its confidence interval.
@@ -72,19 +77,22 @@ def compare(first: Sequence["Evaluation"], second: Sequence["Evaluation"]) -> Co
     second_losses = np.array([evaluation.row_losses for evaluation in second])
     differences = first_losses - second_losses  # [seeds, rows], nats summed over a row's tokens
     tokens = np.array(first[0].row_tokens, dtype=float)
-    means = _resampled_means(differences, tokens)
+    means = _resampled_means(differences, tokens, max_resamples)
     low, high = np.quantile(means, [0.025, 0.975])
     chance = float((means < 0).mean() + (means == 0).mean() / 2)
     difference = differences.mean(0).sum() / max(tokens.sum(), 1)
     return Comparison(float(difference), float(low), float(high), chance)
 
 
-def _resampled_means(differences: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _resampled_means(
+    differences: np.ndarray, tokens: np.ndarray, max_resamples: int
+) -> np.ndarray:
     """Compute the mean difference per token in each resample.
 
     Args:
         differences: loss differences `[seeds, rows]`.
         tokens: tokens of each row `[rows]`.
+        max_resamples: upper bound of the number of resamples.
 
     Returns:
         Mean differences `[resamples]`.
@@ -92,7 +100,7 @@ def _resampled_means(differences: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     seeds, rows = differences.shape
     generator = np.random.default_rng(0)
     affordable = MAX_DRAWS // rows // BLOCK * BLOCK
-    means = np.empty(min(MAX_RESAMPLES, max(MIN_RESAMPLES, affordable)))
+    means = np.empty(min(max_resamples, max(MIN_RESAMPLES, affordable)))
     for start in range(0, len(means), BLOCK):
         row_counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=BLOCK)
         seed_weights = _seed_weights(generator, seeds)

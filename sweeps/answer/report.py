@@ -46,19 +46,24 @@ def write_report(study: Study, live: bool = False, analysis: Analysis | None = N
     return path
 
 
-def watch(study: Study, print_line: Callable[[str], None]) -> None:
+def watch(
+    study: Study,
+    print_line: Callable[[str], None],
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
     """Write the report every `REFRESH` seconds until no trial runs or waits.
 
     Args:
         study: the study.
         print_line: called with a line for the terminal after each update.
+        pause: waits for a number of seconds between two updates.
     """
     while True:
         path = write_report(study, live=True)
         print_line(f"{time.strftime('%H:%M:%S')}  {format_counts(study)}: {os.path.relpath(path)}")
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
-        time.sleep(REFRESH)
+        pause(REFRESH)
 
 
 def render_page(data: ReportData, live: bool = False) -> str:

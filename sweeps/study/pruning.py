@@ -33,6 +33,7 @@ class PruningObserver(Observer):
         trial: the trial, with the study's pruner.
         trial_id: the storage's id of the trial.
         interrupt: the interrupt that this worker's trials share.
+        poll_seconds: seconds between two looks at the clock and at the storage.
     """
 
     reports: ClassVar[int] = 0
@@ -45,12 +46,14 @@ class PruningObserver(Observer):
         trial: optuna.Trial,
         trial_id: int,
         interrupt: Interrupt,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._session = session
         self._study = study
         self._trial = trial
         self._trial_id = trial_id
         self._interrupt = interrupt
+        self.poll_seconds = poll_seconds
         self._last_poll = time.monotonic()
         self._reported_rungs = set(self._stored_trial().intermediate_values)
         # The value of `reports` when the trial was last judged; None: it has reported no rung yet.
@@ -68,7 +71,7 @@ class PruningObserver(Observer):
             return False
 
     def _stops_after_step(self) -> bool:
-        polls = time.monotonic() - self._last_poll >= POLL_SECONDS
+        polls = time.monotonic() - self._last_poll >= self.poll_seconds
         if self._is_due(polls) and self._is_pruned():
             return self._stop("worse than others at its last rung, as more came to it")
         if not polls:

@@ -46,12 +46,16 @@ log = logging.getLogger(__name__)
 class Bank:
     """A frozen base and the slots on it. Between calls the base works as if there were no bank."""
 
-    def __init__(self, base: "PreTrainedModel", config: RunConfig) -> None:
+    def __init__(
+        self, base: "PreTrainedModel", config: RunConfig, backend: Backend | None = None
+    ) -> None:
         """Freeze a base and choose the backend.
 
         Args:
             base: The loaded base; its linear layers are hooked in place.
             config: The config of any run on this base.
+            backend: Computes training and evaluation; None: the GPU decoder where it is
+                supported, else autograd.
         """
         self.base = base.requires_grad_(False)
         self.dtype = compute_dtype(config.quantization)
@@ -63,8 +67,7 @@ class Bank:
         # There in any case: text generation needs the base's own modules, with a cache of keys
         # and values, which the GPU decoder does not have.
         self._autograd = AutogradBackend(base, gradient_checkpointing)
-        self.backend: Backend = gpu_decoder(base, config) or self._autograd
-        """Computes training and evaluation: the GPU decoder where it is supported."""
+        self.backend: Backend = backend or gpu_decoder(base, config) or self._autograd
         self.slots_in_use = 0
         """Slots in which runs train now."""
         self.capacity: int | None = None

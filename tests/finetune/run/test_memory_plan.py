@@ -121,7 +121,6 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
     for module in (attention, kernels, lowrank):
         monkeypatch.setattr(module, "launch", lambda *_: None)
-    monkeypatch.setattr("finetune.engine.packed.bank.gpu_decoder", lambda base, _: Decoder(base, saves))
     shapes = {
         "hidden_size": 512,
         "intermediate_size": 1376,
@@ -130,7 +129,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
     config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
-    bank = Bank(base, config)
+    bank = Bank(base, config, Decoder(base, saves))
     places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
     elements = activation_elements(base.config, config, adapted_layers(places[0].model), slots)
     ids = torch.randint(0, 300, (8, 300)).tolist()

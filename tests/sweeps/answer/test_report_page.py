@@ -56,7 +56,7 @@ def test_the_command_writes_it_anew(done: Path, station: Station) -> None:
     assert (done / "report.html").stat().st_size > 1e6
 
 
-def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
     said: list[str] = []
@@ -69,8 +69,7 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path, monkeypatch: py
         study.optuna.tell(study.optuna.ask().number, 2.0)
         assert waiting.number == 1
 
-    monkeypatch.setattr(report.time, "sleep", look)
-    report.watch(study, said.append)
+    report.watch(study, said.append, pause=look)
 
     assert len(said) == 2
     assert "2 complete" in said[-1]

@@ -70,7 +70,7 @@ class Judged:
             settings=SimpleNamespace(directions=["minimize"]), is_stopping=False, is_out_of_time=False
         )
         trial_id = study.trial_id(self.trial.number)
-        self.judge = PruningObserver(session, study, self.trial, trial_id, Interrupt())
+        self.judge = PruningObserver(session, study, self.trial, trial_id, Interrupt(), poll_seconds=math.inf)
 
     def ends_at(self, rung: int, value: float) -> bool:
         reached = Rung(rung, 10 * rung, 90, {"objective": value})
@@ -82,10 +82,7 @@ class Judged:
 
 
 @pytest.mark.parametrize("where", ["here", "in another process", "before it was resumed"])
-def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sweeps.study.pruning.POLL_SECONDS", math.inf)
+def test_a_trial_is_judged_anew_as_others_come_to_its_rung(where: str, tmp_path: Path) -> None:
     study, pruner = made_study(tmp_path / "s", []), SuccessiveHalvingPruner()
     baseline, early = Judged(study, pruner, "baseline"), Judged(study, pruner)
     assert not early.ends_at(1, 2.0)
@@ -98,7 +95,7 @@ def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
             Judged(study, pruner).trial.report(value, 1)
     if where == "in another process":
         assert not early.ends_after(12), "it has not looked"
-        monkeypatch.setattr("sweeps.study.pruning.POLL_SECONDS", 0)
+        early.judge.poll_seconds = baseline.judge.poll_seconds = 0
     elif where == "before it was resumed":
         baseline, early = (
             Judged(study, pruner, role, own.trial) for role, own in (("baseline", baseline), ("", early))

@@ -1,12 +1,10 @@
 """The decoder written by hand equals each architecture with autograd."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    pass
-
+from finetune.config.schema import RunConfig
 
 SLOTS = (
     ("lora.r=4", "lora/target=all_linear", "lora.alpha=8"),
@@ -22,6 +20,21 @@ ARCHITECTURES = {
 }
 
 
+def load_bank(config: RunConfig, saves: bool | None) -> Any:
+    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with autograd."""
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.model.loading import load_base
+    from finetune.model.quantization import keep_dequantized
+    from finetune.model.source import find_base
+
+    base = load_base(find_base(config.model), config)
+    keep_dequantized(base, config)
+    bank = Bank(base, config, None if saves is None else Decoder(base, saves))
+    assert isinstance(bank.backend, Decoder) is (saves is not None)
+    return bank
+
+
 @pytest.mark.parametrize(
     ("architecture", "saves"),
     [
@@ -35,7 +48,6 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     tiny: Any,
     tiny_base: Any,
     tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     saves: bool,
 ) -> None:
@@ -44,9 +56,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
-    from finetune.run.resources import SharedResources
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     shapes = AutoConfig.from_pretrained(folder).to_dict()
@@ -66,13 +76,8 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
     found = []
     for by_hand in (False, True):
-        with monkeypatch.context() as patched:
-            if by_hand:
-                patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda base, _: Decoder(base, saves))
-            resources = SharedResources()
-            bank = resources.bank(configs[0])
-            assert isinstance(bank.backend, Decoder) is by_hand
-            slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+        bank = load_bank(configs[0], saves if by_hand else None)
+        slots = [bank.create_slot(config.lora, config.seed) for config in configs]
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
@@ -96,22 +101,15 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
 
 @pytest.mark.slow
-def test_dropout_is_the_same_when_activations_are_computed_again(
-    kernels: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_is_the_same_when_activations_are_computed_again(kernels: Any, tiny: Any) -> None:
     import torch
 
-    from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import ForwardBackward
-    from finetune.run.resources import SharedResources
 
     config = tiny("lora.dropout=0.5", "lora.r=4")
     found = []
     for saves in (False, True):
-        monkeypatch.setattr(
-            "finetune.engine.packed.bank.gpu_decoder", lambda base, _, saves=saves: Decoder(base, saves)
-        )
-        slot = SharedResources().bank(config).create_slot(config.lora, 0)
+        slot = load_bank(config, saves).create_slot(config.lora, 0)
         torch.manual_seed(1)
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
