@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.console import command_parser, error_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
+from finetune.run.resources import shared_resources
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -140,7 +141,6 @@ def _best(arguments: argparse.Namespace) -> None:
 
 
 def _conclude(study: "Study") -> None:
-    from finetune.run.resources import shared_resources
     from sweeps.answer.conclusion import conclude
 
     conclude(study, shared_resources)

@@ -1,7 +1,7 @@
-"""The layers of the packages: imports go one way, and what starts fast loads nothing heavy.
+"""The layers of the packages: imports go one way, and light modules load nothing heavy.
 
-The order is the list `LAYERS` below, the highest first. A module imports only from its own layer or from a lower one,
-wherever the import stands: at the top, inside a function, or for types alone.
+The order is the list `LAYERS` below, the highest first. A module imports only from its own layer or
+from a lower one, wherever the import stands: at the top, inside a function, or for types alone.
 """
 
 import ast
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,9 +47,10 @@ LIGHT = (
 """Modules, and packages with all their modules, that load no torch when they are imported."""
 
 HEAVY = {
-    "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "hydra_plugins", "jinja2", "numpy", "optuna",
-    "peft", "plotly", "psutil", "pyarrow", "rich", "safetensors", "scipy", "sklearn", "sqlalchemy", "torch",
-    "tqdm", "transformers", "triton", "trl", "wandb", "wandb_workspaces",
+    "accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
+    "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich",
+    "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
+    "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip
 """Packages that take long to import, or that not every command needs."""
 
@@ -62,6 +65,9 @@ class Import:
     in_function: bool
     for_types: bool
 
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} imports {self.target}"
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -75,18 +81,20 @@ def modules() -> dict[str, ast.Module]:
     return {module_name(path): ast.parse(path.read_text()) for path in paths}
 
 
-def walk(node: ast.AST, in_function: bool = False, for_types: bool = False) -> Iterator[tuple[ast.stmt, bool, bool]]:
+def walk(
+    node: ast.AST, in_function: bool = False, for_types: bool = False
+) -> Iterator[tuple[ast.stmt, bool, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, in_function, for_types
-        inside = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        types = for_types or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
-        yield from walk(child, inside, types)
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        yield from walk(child, in_function or is_function, for_types or is_for_types)
 
 
 @cache
 def imports() -> tuple[Import, ...]:
-    found = []
+    statements = []
     for source, tree in modules().items():
         for node, in_function, for_types in walk(tree):
             if isinstance(node, ast.Import):
@@ -96,85 +104,117 @@ def imports() -> tuple[Import, ...]:
                 assert node.level == 0, f"{source}:{node.lineno}: a relative import"
                 module = str(node.module)
                 names = [f"{module}.{alias.name}" for alias in node.names]
-                targets = list(dict.fromkeys(name if name in modules() else module for name in names))
-            found += [Import(source, target, node.lineno, in_function, for_types) for target in targets]
-    return tuple(found)
+                targets = [name if name in modules() else module for name in names]
+            for target in dict.fromkeys(targets):
+                statements.append(Import(source, target, node.lineno, in_function, for_types))
+    return tuple(statements)
+
+
+@cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    return tuple(statement for statement in imports() if statement.source == module)
+
+
+def is_in(module: str, names: tuple[str, ...]) -> bool:
+    """Whether a module is one of the names, or inside one of them."""
+    return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
 def layer_of(module: str) -> int | None:
-    for number, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return number
-    return None
-
-
-def is_light(module: str) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in LIGHT)
+    return next((number for number, names in enumerate(LAYERS) if is_in(module, names)), None)
 
 
 @cache
 def loads(module: str) -> frozenset[str]:
-    """The heavy packages that importing a module loads, by the statements at the top of it and of what it imports."""
-    seen: set[str] = set()
-    heavy: set[str] = set()
+    """The modules and heavy packages that importing a module loads, through the tops of modules."""
+    loaded: set[str] = set()
     waiting = [module]
     while waiting:
         current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in modules():
-            tops = [i.target for i in imports() if i.source == current and not i.in_function and not i.for_types]
-            parents = [current.rsplit(".", count)[0] for count in range(1, current.count(".") + 1)]
-            waiting += [*tops, *parents]
+        if current in modules() and current not in loaded:
+            loaded.add(current)
+            for statement in imports_of(current):
+                if not (statement.in_function or statement.for_types):
+                    waiting.append(statement.target)
+            waiting += [current.rsplit(".", count)[0] for count in range(1, current.count(".") + 1)]
         elif current.split(".")[0] in HEAVY:
-            heavy.add(current.split(".")[0])
-    return frozenset(heavy)
+            loaded.add(current.split(".")[0])
+    return frozenset(loaded)
 
 
 def test_every_module_has_a_layer() -> None:
     without = [m for m in modules() if layer_of(m) is None and m not in ("finetune", "sweeps")]
-    assert not without
+    assert without == []
 
 
 def test_imports_go_down_the_list_of_layers() -> None:
     upward = []
-    for found in imports():
-        above, below = layer_of(found.source), layer_of(found.target)
-        if above is not None and below is not None and below < above:
-            upward.append(f"{found.source}:{found.line} imports {found.target}")
-    assert not upward
+    for statement in imports():
+        source, target = layer_of(statement.source), layer_of(statement.target)
+        if source is not None and target is not None and target < source:
+            upward.append(str(statement))
+    assert upward == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
-        module: {i.target for i in imports() if i.source == module and i.target in modules()} for module in modules()
+        module: {i.target for i in imports_of(module)} & modules().keys() for module in modules()
     }
 
     def reachable(start: str) -> set[str]:
-        seen: set[str] = set()
+        reached: set[str] = set()
         waiting = [*graph[start]]
         while waiting:
             current = waiting.pop()
-            if current not in seen:
-                seen.add(current)
+            if current not in reached:
+                reached.add(current)
                 waiting += graph[current]
-        return seen
+        return reached
 
     circles = [module for module in modules() if module in reachable(module)]
-    assert not circles
+    assert circles == []
+
+
+def test_imports_inside_functions_only_keep_a_light_module_light() -> None:
+    """An import inside a function is of something heavy that the module does not load anyway."""
+    needless = []
+    for statement in imports():
+        if not statement.in_function or statement.for_types:
+            continue
+        target, source = statement.target, statement.source
+        added = loads(target) if target in modules() else {target.split(".")[0]}
+        if not (added & HEAVY) - loads(source):
+            needless.append(str(statement))
+    assert needless == []
 
 
 def test_light_modules_load_no_torch() -> None:
-    """Each one alone: what another one has loaded does not excuse it."""
-    light = sorted(module for module in modules() if is_light(module))
+    """Each one alone, so that it is not excused by what another one has loaded."""
+    light = sorted(module for module in modules() if is_in(module, LIGHT))
     guilty = [module for module in light if "torch" in loads(module)]
-    assert not guilty
+    assert guilty == []
     code = (
         "import importlib, sys\n"
         f"for name in {light!r}:\n"
         "    importlib.import_module(name)\n"
         "    if 'torch' in sys.modules or 'transformers' in sys.modules: sys.exit(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["finetune", "sweeps"])
+def test_private_modules_of_other_libraries_are_imported_in_compat_alone(package: str) -> None:
+    guilty = []
+    for module, tree in modules().items():
+        if module == f"{package}.compat" or not is_in(module, (package,)):
+            continue
+        for node, _, for_types in walk(tree):
+            if for_types or not isinstance(node, ast.ImportFrom):
+                continue
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            is_own = names[0] in ("finetune", "sweeps", "__future__")
+            if not is_own and any(name.startswith("_") for name in names):
+                guilty.append(f"{module}:{node.lineno} imports {'.'.join(names)}")
+    assert guilty == []

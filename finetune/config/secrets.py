@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.config.addresses import refuse_secrets_in_address
 from finetune.errors import ConfigError
 
 STORAGE = "hydra.sweeper.storage"
@@ -48,9 +49,6 @@ def refuse_secrets_in(override: str) -> None:
     if secret:
         raise ConfigError(_secret_refusal(secret[1]))
     for address in _addresses_in(override):
-        # Imports SQLAlchemy, which few commands need.
-        from finetune.config.addresses import refuse_secrets_in_address
-
         refuse_secrets_in_address(STORAGE, address)
 
 

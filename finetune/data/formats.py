@@ -1,23 +1,23 @@
 """Formats of rows: one function for each, which converts a raw row to the common form.
 
 To add a format: write its function, add it to `FORMATS` below, add its name to the type of
-`DatasetSettings.format` in `finetune/config/schema.py`, and let `detect_format` recognise its
+`DatasetSettings.format` in `finetune/config/sections/dataset.py`, and let `detect_format` recognise its
 columns. `_alpaca` is an example.
 
-The contract of such a function:
+The arguments and the result of such a function:
 
-    Args:
-        row: A row as its file or the hub holds it.
-        where: The key, the file and the number of the row, to begin error messages with.
-        text_field: `dataset.text_field`; only plain text uses it.
+Args:
+    row: A row as its file or the hub holds it.
+    where: The key, the file and the number of the row, to begin error messages with.
+    text_field: `dataset.text_field`; only plain text uses it.
 
-    Returns:
-        The row as `{"text": …}`, or as `{"messages": [{"role": …, "content": …}, …]}` with an
-        assistant's message last. None if the row has nothing to learn from (no text, no answer);
-        such rows are counted and reported.
+Returns:
+    The row as `{"text": …}`, or as `{"messages": [{"role": …, "content": …}, …]}` with an
+    assistant's message last. None if the row has nothing to learn from (no text, no answer);
+    such rows are counted and reported.
 
-    Raises:
-        ConfigError: A field is missing or has the wrong type. The message names the field.
+Raises:
+    ConfigError: A field is missing or has the wrong type. The message names the field.
 """
 
 from collections.abc import Callable

@@ -76,7 +76,7 @@ def _json_list(file: Path) -> Iterator[Row]:
 
 
 def _may_hold_surrogates(text: str) -> bool:
-    """Whether JSON text has an escape of a surrogate (`\\ud800` to `\\udfff`)."""
+    """Whether JSON text has an escape of a surrogate (U+D800 to U+DFFF)."""
     return "\\ud" in text.lower()
 
 

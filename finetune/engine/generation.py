@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.config.sections.model import QuantizationSettings
+from finetune.data.encoding import render_chat
+from finetune.model.architectures import text_config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +46,6 @@ def generate_answers(
         a warning says.
     """
     from finetune.engine.evaluation import evaluation_mode
-    from finetune.model.architectures import text_config_of
     from finetune.model.quantization import autocast
 
     prompt_ids = _encode_prompts(tokenizer, prompts)
@@ -67,8 +68,6 @@ def _encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
 ) -> list[list[int]]:
     """Return the token ids of each prompt, as a chat if the tokenizer has a template."""
-    from finetune.data.encoding import render_chat
-
     if tokenizer.chat_template is None:
         return [tokenizer(prompt)["input_ids"] for prompt in prompts]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]

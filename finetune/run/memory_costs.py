@@ -123,8 +123,7 @@ def block_weights(shapes: Any, config: RunConfig) -> int:
 
 
 def _inner_width(shapes: Any) -> int:
-    """Elements inside a feed-forward layer: four times the hidden size where the config does not
-    say."""
+    """Elements inside a feed-forward layer; by default four times the hidden size."""
     return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
 
 

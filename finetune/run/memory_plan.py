@@ -129,8 +129,7 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """The number of slots worth having: as many as keep a GPU busy. One slot keeps a CPU
-        busy."""
+        """The recommended number of slots: as many as keep a GPU busy; 1 on a CPU."""
         busy = math.ceil(BUSY_TOKENS / statistics.fmean(self.batches)) if on_gpu() else 1
         return max(1, min(busy, self.largest, MOST_SLOTS))
 
@@ -299,6 +298,5 @@ def _multiplied_weights(skeleton: "PreTrainedModel") -> int:
 
 @functools.cache
 def _resident() -> int:
-    """This process's memory when it first plans: its libraries are imported, and no base is
-    loaded."""
+    """Memory of this process when it first plans: libraries imported, no base loaded."""
     return resident_memory_bytes()

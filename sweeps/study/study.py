@@ -275,7 +275,7 @@ class Study:
         snapshot = copy.copy(self)
         snapshot.storage = storage
         snapshot.optuna = optuna.load_study(study_name=self.name, storage=storage)
-        snapshot._study_id = study_id
+        snapshot._study_id = study_id  # noqa: SLF001  (an attribute of its own class)
         return snapshot
 
     def release_trials(self, error: StorageLost, interrupt: Interrupt) -> None:
