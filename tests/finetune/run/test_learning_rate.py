@@ -26,11 +26,12 @@ from finetune.run.learning_rate import HIGHEST_RATE, rate_of_width, resolve_lear
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
 from finetune.run.run import run
-from sweeps.sweeper import StudySweeper, _terms
+from sweeps.study.draft import draft_session
+from sweeps.study.terms import study_terms
 
 if TYPE_CHECKING:
     from sweeps.space.space import Point
-    from sweeps.study.worker import Worker
+    from sweeps.study.session import Session
 
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
@@ -240,14 +241,14 @@ def test_a_plan_says_the_rate(tiny_base: Path, tmp_path: Path, station: Station)
 # A search
 
 
-Draft = Callable[..., "tuple[Worker, list[tuple[str, Point]]]"]
+Draft = Callable[..., "tuple[Session, list[tuple[str, Point]]]"]
 
 
 @pytest.fixture
 def draft() -> Draft:
     """What a study begins with: its worker and its first points."""
 
-    def make(*overrides: str) -> "tuple[Worker, list[tuple[str, Point]]]":
+    def make(*overrides: str) -> "tuple[Session, list[tuple[str, Point]]]":
         from hydra import compose as hydra_compose
         from hydra import initialize_config_dir
         from hydra._internal.callbacks import Callbacks
@@ -258,10 +259,9 @@ def draft() -> Draft:
         with initialize_config_dir(str(CONF)):
             config = hydra_compose("config", ["hydra/sweeper=optuna", *given], return_hydra_config=True)
             values = {str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"}
-            sweeper = StudySweeper(**values | {"study_name": "s"})
             context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-            sweeper.setup(hydra_context=context, task_function=print, config=config)
-            return sweeper._draft(tasks)
+            drafted = draft_session(config, context, values | {"study_name": "s"}, tasks)
+            return drafted.session, drafted.points
 
     return make
 
@@ -281,9 +281,9 @@ def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(search: str, dra
         (["experiment=llama2_guanaco", "dataset.eval_fraction=0.1"], 2e-4, rates(2e-5, 2e-3)),
     ]
     for overrides, rate, distribution in cases:
-        worker, points = draft(f"search={search}", *overrides)
-        assert worker.space.distributions[RATE] == distribution, overrides
-        assert worker.common.optimizer.learning_rate == rate
+        session, points = draft(f"search={search}", *overrides)
+        assert session.space.distributions[RATE] == distribution, overrides
+        assert session.common.optimizer.learning_rate == rate
         ((role, baseline), *others) = points
         assert (role, baseline[RATE], others) == ("baseline", rate, [])
 
@@ -302,9 +302,9 @@ def test_a_users_space_is_absolute_unless_it_is_tagged(
     overrides: list[str], distribution: FloatDistribution, draft: Draft, tmp_path: Path
 ) -> None:
     wide = base_of(tmp_path / "my-7b", {"hidden_size": 4096})
-    worker, points = draft(f"model.name_or_path={wide}", *overrides)
+    session, points = draft(f"model.name_or_path={wide}", *overrides)
     name = "lora.alpha" if "lora.alpha" in overrides[0] else RATE
-    assert worker.space.distributions[name] == distribution
+    assert session.space.distributions[name] == distribution
     assert points[0][0] == "baseline"
 
 
@@ -331,8 +331,9 @@ def test_a_relative_interval_needs_something_to_be_relative_to(searched: str, sa
 @pytest.mark.parametrize("overrides", [[], ["lora.r=choice(4,8)", "~search"]])
 def test_what_a_study_on_the_packaged_base_holds_fast_is_as_before(overrides: list[str], draft: Draft) -> None:
     """So that one that began with 0.001 written in the config, and its space of 1e-4 to 1e-2, goes on."""
-    worker, _ = draft(*overrides)
-    terms = _terms(worker.common, worker.space, worker.settings)
+    session, _ = draft(*overrides)
+    fingerprint = SharedResources().rows(session.common.dataset).fingerprint
+    terms = study_terms(session.common, session.space, session.settings, fingerprint)
     assert "model.learning_rate" not in terms
     if overrides:
         assert terms[RATE] == 1e-3
