@@ -1,20 +1,23 @@
-"""Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on Llama-2-7B's shapes.
+"""Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on
+Llama-2-7B's shapes.
 
-    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto] [--length short,long]
-                             [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4] [--memory GIB]
-                             [--tiny]
+    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto] [--length
+    short,long]
+                             [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4]
+                             [--memory GIB] [--tiny]
 
-The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in bfloat16. Rows have random
-tokens, all of which the loss counts: short ones 128 to 512 tokens (mean about 350), long ones 2,048. Batch 4, AdamW in
-32 bits. Tokens are counted without padding; the first steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16
-without.
+The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
+bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
+about 350), long ones 2,048. Batch 4, AdamW in 32 bits. Tokens are counted without padding; the
+first steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16 without.
 
-`ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and `planned` what
-`finetune.plan` says of its memory. `trl` is SFTTrainer as it is; `best` is the best that can be made of
-it: Liger's kernels, and no padding, with PyTorch's attention within boundaries put in for flash-attn. `unsloth` runs
-where Unsloth is installed, and alone, as it changes the other libraries. The share of the roofline is of this GPU's
-rate for a bfloat16 matrix product, at 4 operations a weight and token (6 with checkpointing). `--memory` lets no more
-than so many GiB be used. `--tiny` is a dry run with a small model, on a CPU too.
+`ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and
+`planned` what `finetune.plan` says of its memory. `trl` is SFTTrainer as it is; `best` is the best
+that can be made of it: Liger's kernels, and no padding, with PyTorch's attention within boundaries
+put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
+other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
+4 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be
+used. `--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -30,10 +33,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import DEVICE, DTYPE, GPU, SEED, attention_within_bounds, make_base, shapes, tokenizer, write_checkpoint
+from llama import (
+    DEVICE,
+    DTYPE,
+    GPU,
+    SEED,
+    attention_within_bounds,
+    make_base,
+    shapes,
+    tokenizer,
+    write_checkpoint,
+)
 
 WARM = 4
-"""Steps before the clock starts, with fewer than four slots more of them: a matrix product's kernel is loaded when its
+"""Steps before the clock starts, with fewer than four slots more of them: a matrix product's
+kernel is loaded when its
 shape is first met."""
 
 UNCUT = ("eval_fraction=0", "test_fraction=0", "max_length=null")
@@ -42,13 +56,17 @@ LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear"
 
 def main() -> None:
     """Measure each side in turn and print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sides", default="ours,trl,best")
     parser.add_argument("--slots", default="1,2,4,8,16,auto")
     parser.add_argument("--length", default="short")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--lora", default="q_v,all_linear")
-    parser.add_argument("--quantization", default="nf4", choices=["nf4", "nf4_double"], help="of all but Unsloth's")
+    parser.add_argument(
+        "--quantization", default="nf4", choices=["nf4", "nf4_double"], help="of all but Unsloth's"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
@@ -66,7 +84,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if GPU else "CPU"
     rates = f"matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}"
     print(f"{device}, {arguments.quantization}, {rates}", flush=True)
-    print("| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |")
+    print(
+        "| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for side in arguments.sides.split(","):
         for checkpointing in arguments.checkpointing.split(","):
@@ -74,7 +94,14 @@ def main() -> None:
             for length in arguments.length.split(","):
                 for lora in arguments.lora.split(","):
                     for slots in arguments.slots.split(",") if side == "ours" else ["1"]:
-                        kind = (side, lora, length, checkpointing == "on", slots, arguments.quantization)
+                        kind = (
+                            side,
+                            lora,
+                            length,
+                            checkpointing == "on",
+                            slots,
+                            arguments.quantization,
+                        )
                         case = Case(*kind, arguments.steps, arguments.tiny)
                         if base is None:
                             base = case.base()
@@ -95,9 +122,23 @@ class Case:
     """One line of the table."""
 
     def __init__(
-        self, side: str, lora: str, length: str, saving: bool, slots: str, quantization: str, steps: int, tiny: bool
+        self,
+        side: str,
+        lora: str,
+        length: str,
+        saving: bool,
+        slots: str,
+        quantization: str,
+        steps: int,
+        tiny: bool,
     ) -> None:
-        self.side, self.lora, self.length, self.saving, self.quantization = side, lora, length, saving, quantization
+        self.side, self.lora, self.length, self.saving, self.quantization = (
+            side,
+            lora,
+            length,
+            saving,
+            quantization,
+        )
         self.warm, self.steps, self.tiny = WARM, steps, tiny
         self.rows = make_rows(length, tiny)
         self.planned = ""
@@ -114,8 +155,15 @@ class Case:
         """The run's config, as a command line has it."""
         from finetune.app import compose_run
 
-        base = (f"quantization={self.quantization}", f"trainer.gradient_checkpointing={str(self.saving).lower()}")
-        steps = (f"trainer.max_steps={self.steps + self.warm}", "trainer.save_steps=0", "optimizer.learning_rate=1e-3")
+        base = (
+            f"quantization={self.quantization}",
+            f"trainer.gradient_checkpointing={str(self.saving).lower()}",
+        )
+        steps = (
+            f"trainer.max_steps={self.steps + self.warm}",
+            "trainer.save_steps=0",
+            "optimizer.learning_rate=1e-3",
+        )
         return compose_run([*LORA[self.lora], *base, f"seed={seed}", *steps, *more])
 
     def plan_memory(self) -> Any:
@@ -129,9 +177,13 @@ class Case:
             tokenizer().save_pretrained(folder)
             (folder / "model.safetensors").touch()
             texts = [" ".join(f"w{number}" for number in row["input_ids"]) for row in self.rows]
-            (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            (folder / "rows.jsonl").write_text(
+                "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            )
             more = (f"model.name_or_path={folder}", f"dataset.path={folder / 'rows.jsonl'}")
-            return plan_memory(self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), SharedResources())
+            return plan_memory(
+                self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), SharedResources()
+            )
 
     def base(self) -> Any:
         """A fresh base as the side has it."""
@@ -177,12 +229,15 @@ def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
 
 
 def matmul_rate() -> tuple[float, float]:
-    """Operations a second of a matrix product of the base's shape: the best of some, and where they go on for a while.
+    """Operations a second of a matrix product of the base's shape: the best of some, and where
+    they go on for a while.
 
     A GPU at its power limit is slower than one that has just begun.
     """
     shape, rounds = ((8192, 4096, 11008), 200) if GPU else ((512, 512, 1024), 10)
-    left, right = (torch.randn(sides, device=DEVICE, dtype=DTYPE) for sides in (shape[:2], shape[1:]))
+    left, right = (
+        torch.randn(sides, device=DEVICE, dtype=DTYPE) for sides in (shape[:2], shape[1:])
+    )
     rates = []
     for _ in range(rounds):
         synchronize()
@@ -222,7 +277,9 @@ class Counter:
         """Nothing is measured first."""
         yield from ()
 
-    def step(self, number: int, loss: float, norm: float, rate: float, tokens: int, seconds: float) -> Iterator[Any]:
+    def step(
+        self, number: int, loss: float, norm: float, rate: float, tokens: int, seconds: float
+    ) -> Iterator[Any]:
         """A step was taken."""
         self.tokens += tokens
         yield from ()
@@ -239,7 +296,9 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     works = []
     for seed in range(case.slots):
         config = case.config(seed)
-        training = PackedTraining(config, bank.create_slot(config.lora, seed), data, case.steps + case.warm + 1)
+        training = PackedTraining(
+            config, bank.create_slot(config.lora, seed), data, case.steps + case.warm + 1
+        )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]
     for step in range(case.steps + case.warm):
@@ -284,7 +343,9 @@ def unsloth(base: Any, case: Case) -> tuple[float, int]:
     lora = case.config().lora
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), case.tiny)
-        model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, dtype=DTYPE, load_in_4bit=True)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=4096, dtype=DTYPE, load_in_4bit=True
+        )
     weights = weights_of(model)
     targets = ["q_proj", "v_proj"]
     if case.lora == "all_linear":

@@ -1,4 +1,5 @@
-"""A Llama of Llama-2-7B's shapes with random weights, and what its measurements share; small where it is `tiny`."""
+"""A Llama of Llama-2-7B's shapes with random weights, and what its measurements share; small where
+it is `tiny`."""
 
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,16 @@ def make_base(tiny: bool, double: bool) -> Any:
                     device="meta",
                 )  # fmt: skip
                 weight = torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
-                data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
+                data, state = quantize_4bit(
+                    weight, blocksize=64, quant_type="nf4", compress_statistics=double
+                )
                 layer.weight = Params4bit(
-                    data, requires_grad=False, quant_state=state, quant_type="nf4", blocksize=64, bnb_quantized=True
+                    data,
+                    requires_grad=False,
+                    quant_state=state,
+                    quant_type="nf4",
+                    blocksize=64,
+                    bnb_quantized=True,
                 )
                 layer.quant_state = state
                 setattr(parent, name, layer)
@@ -58,7 +66,9 @@ def make_base(tiny: bool, double: bool) -> Any:
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
     model.is_loaded_in_4bit = True
     model.quantization_method = "bitsandbytes"
-    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPE)
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=DTYPE
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -84,16 +94,26 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 32000)}}
+    words = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{f"w{number}": number for number in range(3, 32000)},
+    }
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=made,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
     )
 
 
 def attention_within_bounds() -> str:
-    """Put PyTorch's attention within boundaries into transformers, for batches without padding; returns its name."""
+    """Put PyTorch's attention within boundaries into transformers, for batches without padding;
+    returns its name."""
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface
 
@@ -115,7 +135,9 @@ def attention_within_bounds() -> str:
             latest.update(of=position_ids, bounds=bounds, longest=int(bounds.diff().max()))
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         bounds, longest = latest["bounds"], latest["longest"]
-        found = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+        found = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
         assert isinstance(found, torch.Tensor)
         return found[None], None
 

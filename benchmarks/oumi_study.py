@@ -1,24 +1,33 @@
-"""The study as Oumi's own tuner does it: the third side of study.py. What it is told, and what its adapters are worth.
+"""The study as Oumi's own tuner does it: the third side of study.py. What it is told, and what its
+adapters are worth.
 
-    python oumi_study.py    in the folder of a study that `oumi tune` has ended: writes oumi_records.jsonl
+    python oumi_study.py    in the folder of a study that `oumi tune` has ended: writes
+    oumi_records.jsonl
 
-Oumi needs an environment of its own, since its releases of torch, transformers and TRL are others (0.9 was tried):
+Oumi needs an environment of its own, since its releases of torch, transformers and TRL are others
+(0.9 was tried):
 
     python -m venv OUMI
     OUMI/bin/pip install "oumi[tune]"
 
-and then `python benchmarks/study.py --oumi OUMI/bin/oumi`. `oumi tune` is one process that runs Optuna over LoRA, one
-trial after the other, each with TRL's SFTTrainer on a base loaded anew; it prunes nothing.
+and then `python benchmarks/study.py --oumi OUMI/bin/oumi`. `oumi tune` is one process that runs
+Optuna over LoRA, one trial after the other, each with TRL's SFTTrainer on a base loaded anew; it
+prunes nothing.
 
-The same as on the other sides: the base, the rows, the space, TPE, LoRA on all linear layers, AdamW, cosine schedule
-with a warm-up of 5 %, batch 4, the optimizer steps, batches of 8 for evaluation. Chosen to its good:
+The same as on the other sides: the base, the rows, the space, TPE, LoRA on all linear layers,
+AdamW, cosine schedule with a warm-up of 5 %, batch 4, the optimizer steps, batches of 8 for
+evaluation. Chosen to its good:
 - The rows come tokenised: it learns the very same tokens, and has no work with them.
-- The base is plain float32, not NF4: nothing is dequantised. Its adapters are measured on that base.
-- Logits are computed only where a label is (TRL's `chunked_nll`), as the later TRL of the stock side does by itself.
-- No checkpoints on the way, no tracker, no usage reports, no gradient checkpointing. The adapters are saved.
+- The base is plain float32, not NF4: nothing is dequantised. Its adapters are measured on that
+base.
+- Logits are computed only where a label is (TRL's `chunked_nll`), as the later TRL of the stock
+side does by itself.
+- No checkpoints on the way, no tracker, no usage reports, no gradient checkpointing. The adapters
+are saved.
 
-It searches by an evaluation after each trial's end, which it makes in any case. With four evaluations a trial, three
-are therefore on the way: after a half, three quarters and all of the steps. Its sampler takes no seed.
+It searches by an evaluation after each trial's end, which it makes in any case. With four
+evaluations a trial, three are therefore on the way: after a half, three quarters and all of the
+steps. Its sampler takes no seed.
 """
 
 import csv
@@ -30,7 +39,8 @@ CONFIG, OUTPUT, RECORDS = "oumi.yaml", "oumi", "oumi_records.jsonl"
 
 
 def write_config(folder: Path, trials: int, steps: int, quarters: int) -> None:
-    """What `oumi tune` reads; JSON is YAML too. So many quarters of a trial end with an evaluation."""
+    """What `oumi tune` reads; JSON is YAML too. So many quarters of a trial end with an
+    evaluation."""
     config = {
         "model": {"model_name": "base", "torch_dtype_str": "float32"},
         "data": {
@@ -40,7 +50,9 @@ def write_config(folder: Path, trials: int, steps: int, quarters: int) -> None:
         "tuning": {
             "n_trials": trials,
             "output_dir": OUTPUT,
-            "tunable_training_params": {"learning_rate": {"type": "loguniform", "low": 1e-4, "high": 1e-2}},
+            "tunable_training_params": {
+                "learning_rate": {"type": "loguniform", "low": 1e-4, "high": 1e-2}
+            },
             "tunable_peft_params": {
                 "lora_r": {"type": "categorical", "choices": [4, 8, 16, 32, 64]},
                 "lora_alpha": {"type": "categorical", "choices": [8, 16, 32, 64]},

@@ -1,13 +1,16 @@
-"""What a search loses by asking for several trials at once, and by pruning: best loss so far, pruned winners.
+"""What a search loses by asking for several trials at once, and by pruning: best loss so far,
+pruned winners.
 
-    python benchmarks/search_quality.py [--seeds 10] [--trials 16] [--jobs 2] [--steps 40] [--evaluations 4]
+    python benchmarks/search_quality.py [--seeds 10] [--trials 16] [--jobs 2] [--steps 40]
+    [--evaluations 4]
                                         [--slots 1,4,8] [--schedules constant,cosine]
 
-Trials that train together in K slots are asked for before their companions' losses are known. Here whole studies
-run for each K, seed and schedule, unpruned, with the default space and sampler, on a Llama of two layers with
-random weights: the best loss after n trials shows what knowing less costs. The pruners are then replayed on the curves
-of each study, K trials reporting a rung before any is judged: a winner is lost where the trial that ended best is not
-among those that are left. With 27 evaluations they are replayed on every third one alone, too.
+Trials that train together in K slots are asked for before their companions' losses are known. Here
+whole studies run for each K, seed and schedule, unpruned, with the default space and sampler, on a
+Llama of two layers with random weights: the best loss after n trials shows what knowing less
+costs. The pruners are then replayed on the curves of each study, K trials reporting a rung before
+any is judged: a winner is lost where the trial that ended best is not among those that are left.
+With 27 evaluations they are replayed on every third one alone, too.
 """
 
 import argparse
@@ -33,17 +36,23 @@ Curves = dict[tuple[str, int], list[list[Curve]]]
 
 def main() -> None:
     """Run the studies, replay the pruners, print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="studies at once, each on one core")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="studies at once, each on one core"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of a trial")
     parser.add_argument("--evaluations", type=int, default=4, help="of a trial")
     parser.add_argument("--slots", default="1,4,8")
     parser.add_argument("--schedules", default="constant,cosine")
     arguments = parser.parse_args()
     kinds = [
-        (schedule, int(slots)) for schedule in arguments.schedules.split(",") for slots in arguments.slots.split(",")
+        (schedule, int(slots))
+        for schedule in arguments.schedules.split(",")
+        for slots in arguments.slots.split(",")
     ]
     length = (arguments.trials, arguments.steps, arguments.steps // arguments.evaluations)
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,7 +61,10 @@ def main() -> None:
         cells = [(*kind, seed) for kind in kinds for seed in range(arguments.seeds)]
         with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
             found = list(pool.map(lambda cell: study(folder, *length, *cell), cells))
-    curves = {kind: [own for cell, own in zip(cells, found, strict=True) if cell[:2] == kind] for kind in kinds}
+    curves = {
+        kind: [own for cell, own in zip(cells, found, strict=True) if cell[:2] == kind]
+        for kind in kinds
+    }
     print_best(curves, arguments.trials)
     print_pruning(curves)
 
@@ -69,18 +81,28 @@ def make_base(folder: Path) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["</s>"], initial_alphabet=alphabet)
-    bpe.train_from_iterator((text for row in question_answer_pairs() for text in row.values()), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["</s>"], initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(
+        (text for row in question_answer_pairs() for text in row.values()), trainer
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
     shapes = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     LlamaForCausalLM(shapes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def study(folder: Path, trials: int, steps: int, eval_steps: int, schedule: str, slots: int, seed: int) -> list[Curve]:
+def study(
+    folder: Path, trials: int, steps: int, eval_steps: int, schedule: str, slots: int, seed: int
+) -> list[Curve]:
     """The curves of one unpruned study, by trial."""
     name = f"{schedule}-{slots}-{seed}"
     command = [
@@ -98,7 +120,10 @@ def study(folder: Path, trials: int, steps: int, eval_steps: int, schedule: str,
     from sweeps.study.study import Study
 
     found = Study.load(folder / name).trials()
-    return [[trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)] for trial in found]
+    return [
+        [trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)]
+        for trial in found
+    ]
 
 
 def print_best(curves: Curves, trials: int) -> None:
@@ -110,7 +135,9 @@ def print_best(curves: Curves, trials: int) -> None:
         cells = []
         for count in counts:
             best = [min(curve[-1] for curve in study[:count]) for study in studies]
-            cells.append(f"{statistics.mean(best):.4f} ± {statistics.stdev(best) / len(best) ** 0.5:.4f}")
+            cells.append(
+                f"{statistics.mean(best):.4f} ± {statistics.stdev(best) / len(best) ** 0.5:.4f}"
+            )
         print(f"| {schedule} | {slots} | {' | '.join(cells)} |")
     print()
 
@@ -120,10 +147,14 @@ def print_pruning(curves: Curves) -> None:
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
         "halving by 2": lambda: SuccessiveHalvingPruner(reduction_factor=2),
         "halving by 3": lambda: SuccessiveHalvingPruner(reduction_factor=3),
-        "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+        "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=1, reduction_factor=3
+        ),
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0),
     }
-    print("| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |")
+    print(
+        "| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |"
+    )
     print("|---|---|---|---|---|---|---|")
     for (schedule, slots), studies in curves.items():
         rungs = len(studies[0][0])
@@ -133,7 +164,11 @@ def print_pruning(curves: Curves) -> None:
                 for own in ([curve[every - 1 :: every] for curve in study] for study in studies):
                     reached = replay(own, slots, make())
                     best = min(curve[-1] for curve in own)
-                    left = min(curve[-1] for curve, seen in zip(own, reached, strict=True) if seen == len(curve))
+                    left = min(
+                        curve[-1]
+                        for curve, seen in zip(own, reached, strict=True)
+                        if seen == len(curve)
+                    )
                     lost += left > best
                     given += left - best
                     kept += sum(reached) / sum(map(len, own))
@@ -143,7 +178,8 @@ def print_pruning(curves: Curves) -> None:
 
 
 def replay(curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner) -> list[int]:
-    """How many rungs each trial reaches; the first is the baseline, which is judged too, but never pruned."""
+    """How many rungs each trial reaches; the first is the baseline, which is judged too, but never
+    pruned."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     replayed = optuna.create_study(pruner=pruner)
     reached = [0] * len(curves)

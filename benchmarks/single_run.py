@@ -2,14 +2,16 @@
 
     python benchmarks/single_run.py [--rows chat|text] [--steps 12]
 
-All train NF4 and LoRA r 16 on all linear layers, AdamW, batch 4. Rows are the default run's chats (`chat`: of
-unequal lengths, the answers learnt), or texts of exactly 128 tokens, all of them learnt (`text`: nothing to pad,
-nothing shared, nothing left out). None evaluates or saves on the way. The plain script runs as TRL has it (it
-rounds the adapter's weights to bfloat16) and with the adapter in float32, as this project keeps it.
+All train NF4 and LoRA r 16 on all linear layers, AdamW, batch 4. Rows are the default run's chats
+(`chat`: of unequal lengths, the answers learnt), or texts of exactly 128 tokens, all of them
+learnt (`text`: nothing to pad, nothing shared, nothing left out). None evaluates or saves on the
+way. The plain script runs as TRL has it (it rounds the adapter's weights to bfloat16) and with the
+adapter in float32, as this project keeps it.
 
-For the speed, all train in one process, one step each in turn, so that a machine whose speed drifts treats them
-alike; a step's time runs until the next begins, optimizer and logging included. Tokens are the rows' own, without
-padding. Peak memory is a whole process's that trains three steps alone.
+For the speed, all train in one process, one step each in turn, so that a machine whose speed
+drifts treats them alike; a step's time runs until the next begins, optimizer and logging included.
+Tokens are the rows' own, without padding. Peak memory is a whole process's that trains three steps
+alone.
 """
 
 import argparse
@@ -33,10 +35,16 @@ OURS, FLOAT32, PLAIN = "this project", "plain TRL, float32 adapter", "plain TRL 
 
 def main() -> None:
     """Take the turns, measure the memory and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", choices=["chat", "text"], default="chat")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--alone", choices=[OURS, FLOAT32, PLAIN], help="train one side, three steps, and say nothing")
+    parser.add_argument(
+        "--alone",
+        choices=[OURS, FLOAT32, PLAIN],
+        help="train one side, three steps, and say nothing",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -52,7 +60,8 @@ def main() -> None:
 
 
 def prepare(folder: Path, kind: str, steps: int) -> None:
-    """The default run's chats, in each side's form; or plain texts, each longer than LENGTH tokens and so cut to it."""
+    """The default run's chats, in each side's form; or plain texts, each longer than LENGTH tokens
+    and so cut to it."""
     from finetune.console import quiet_libraries
     from finetune.data.python_docs import question_answer_pairs
 
@@ -60,14 +69,23 @@ def prepare(folder: Path, kind: str, steps: int) -> None:
     pairs = list(question_answer_pairs())
     if kind == "chat":
         turns = [
-            ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+            (
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            )
             for row in pairs[: steps * BATCH]
         ]
         write(folder / OWN_ROWS, [{"messages": [question, answer]} for question, answer in turns])
-        write(folder / THEIR_ROWS, [{"prompt": [question], "completion": [answer]} for question, answer in turns])
+        write(
+            folder / THEIR_ROWS,
+            [{"prompt": [question], "completion": [answer]} for question, answer in turns],
+        )
         return
     answers = [row["completion"] for row in pairs]
-    texts = [" ".join(answers[(start * 7 + n) % len(answers)] for n in range(20)) for start in range(steps * BATCH)]
+    texts = [
+        " ".join(answers[(start * 7 + n) % len(answers)] for n in range(20))
+        for start in range(steps * BATCH)
+    ]
     for name in (OWN_ROWS, THEIR_ROWS):
         write(folder / name, [{"text": text} for text in texts])
 
@@ -121,9 +139,13 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
 
     gpu, base = torch.cuda.is_available(), PACKAGED.fetch()
     dtype = torch.bfloat16 if gpu else torch.float32
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=dtype),
+        model=AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=quantization, dtype=dtype
+        ),
         args=SFTConfig(
             output_dir=str(folder / "plain"),
             max_steps=steps,
@@ -141,7 +163,9 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
         ),
         train_dataset=load_dataset("json", data_files=str(folder / THEIR_ROWS), split="train"),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"
+        ),
     )
     for weight in trainer.model.parameters():
         if float32 and weight.requires_grad:
@@ -150,7 +174,8 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
 
 
 class Turns:
-    """Lets threads work one at a time, each from the beginning of one of its training steps to the next."""
+    """Lets threads work one at a time, each from the beginning of one of its training steps to the
+    next."""
 
     def __init__(self, names: list[str]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -160,7 +185,8 @@ class Turns:
         self._arrived: set[str] = set()
 
     def arrived(self, thread: threading.Thread) -> None:
-        """Wait until a thread has loaded all and is at its first step: libraries' loading is for one at a time."""
+        """Wait until a thread has loaded all and is at its first step: libraries' loading is for
+        one at a time."""
         while thread.is_alive() and thread.name not in self._arrived:
             time.sleep(0.1)
 
@@ -176,7 +202,9 @@ class Turns:
             if self._turn == name and self._began:
                 self.seconds[name].append(time.perf_counter() - self._began)
                 self._pass_on(name)
-            self._changed.wait_for(lambda: self._turn == name and self._arrived.issuperset(self._waiting))
+            self._changed.wait_for(
+                lambda: self._turn == name and self._arrived.issuperset(self._waiting)
+            )
             self.tokens[name].append(tokens)
             self._began = time.perf_counter()
 
@@ -255,7 +283,9 @@ def taking(turns: Turns) -> Iterator[None]:
 
 def peak_memory(side: str, rows: str) -> int:
     """The most memory in bytes that a process had which trained one side."""
-    process = subprocess.Popen([sys.executable, __file__, "--alone", side, "--rows", rows], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--alone", side, "--rows", rows], stderr=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -264,7 +294,8 @@ def peak_memory(side: str, rows: str) -> int:
 
 
 def print_table(turns: Turns, memory: dict[str, int]) -> None:
-    """Each side's rate over its steps but the first two, which warm up caches, and the last; and the ratios."""
+    """Each side's rate over its steps but the first two, which warm up caches, and the last; and
+    the ratios."""
     rates, medians = {}, {}
     for name, seconds in turns.seconds.items():
         pairs = list(zip(turns.tokens[name], seconds, strict=False))[2:]
@@ -279,7 +310,10 @@ def print_table(turns: Turns, memory: dict[str, int]) -> None:
         speed = f"{middle:.3f} (middle half {low:.3f} to {high:.3f})"
         print(f"| {OURS} / {other} | {speed} | {memory[OURS] / memory[other]:.3f} |")
     flops = matmul_rate()
-    print(f"float32 matrix product {flops / 1e9:.0f} GFLOP/s; at 4 operations a weight and token {OURS} has ", end="")
+    print(
+        f"float32 matrix product {flops / 1e9:.0f} GFLOP/s; at 4 operations a weight and token {OURS} has ",
+        end="",
+    )
     print(f"{medians[OURS] * 4 * WEIGHTS / flops:.0%} of it")
 
 

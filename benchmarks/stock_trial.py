@@ -1,16 +1,18 @@
-"""The script that people write around TRL to be swept by hydra-optuna-sweeper: the stock side of study.py.
+"""The script that people write around TRL to be swept by hydra-optuna-sweeper: the stock side of
+study.py.
 
     python stock_trial.py -m hydra/sweeper=optuna lora.r=choice(8,16) ...
 
-It loads the base, trains an adapter, evaluates on the way and returns the last evaluation's loss. Nothing slows it
-down: no checkpoints, no tracker, no gradient checkpointing, batches of 8 for evaluation. Twice it departs from
-plain TRL, each time to its own good: on CPUs whose bitsandbytes kernels for inference have no gradient those are
-switched off, so that it learns at all; and the adapter, which TRL rounds to bfloat16, is put back to float32, since
-bfloat16 is very slow on CPUs without it.
+It loads the base, trains an adapter, evaluates on the way and returns the last evaluation's loss.
+Nothing slows it down: no checkpoints, no tracker, no gradient checkpointing, batches of 8 for
+evaluation. Twice it departs from plain TRL, each time to its own good: on CPUs whose bitsandbytes
+kernels for inference have no gradient those are switched off, so that it learns at all; and the
+adapter, which TRL rounds to bfloat16, is put back to float32, since bfloat16 is very slow on CPUs
+without it.
 
-When a trial has ended, its model is measured as this project measures its own, on the same tokens. That takes
-no part in the study; its seconds are written down and subtracted. gpu_study.py leaves it out, and gives further
-arguments of SFTConfig.
+When a trial has ended, its model is measured as this project measures its own, on the same tokens.
+That takes no part in the study; its seconds are written down and subtracted. gpu_study.py leaves
+it out, and gives further arguments of SFTConfig.
 """
 
 import json
@@ -69,7 +71,9 @@ def train(config: DictConfig) -> SFTTrainer:
     set_seed(config.seed)
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
     attention = None
     if config.within_bounds:
         from llama import attention_within_bounds
@@ -105,7 +109,9 @@ def train(config: DictConfig) -> SFTTrainer:
         "bf16": gpu,
     }
     rows = load_dataset("json", data_files={"train": config.rows.train, "eval": config.rows.eval})
-    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
+    targets = (
+        config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
+    )
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**arguments | dict(config.arguments)),
@@ -132,7 +138,9 @@ def common_measure(model: torch.nn.Module, tokens: Path) -> float:
     from finetune.config.sections.model import QuantizationSettings
     from finetune.engine.evaluation import evaluate
 
-    rows = Dataset.from_list([json.loads(line) for line in tokens.read_text(encoding="utf-8").splitlines()])
+    rows = Dataset.from_list(
+        [json.loads(line) for line in tokens.read_text(encoding="utf-8").splitlines()]
+    )
     quantization = QuantizationSettings(
         load_in_4bit=True,
         load_in_8bit=False,

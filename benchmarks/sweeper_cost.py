@@ -2,10 +2,10 @@
 
     python benchmarks/sweeper_cost.py [--more 20] [--pairs 3]
 
-A study of few and of many trials, and plain multiruns of as many jobs, in turns: all train three steps of a Llama
-with two layers and random weights, on the same rows, with the same evaluations. What one more trial costs is the
-difference of many and few by their number, so that starting and loading do not count; what one more job costs is
-subtracted.
+A study of few and of many trials, and plain multiruns of as many jobs, in turns: all train three
+steps of a Llama with two layers and random weights, on the same rows, with the same evaluations.
+What one more trial costs is the difference of many and few by their number, so that starting and
+loading do not count; what one more job costs is subtracted.
 """
 
 import argparse
@@ -22,8 +22,15 @@ FEW = 4
 
 def main() -> None:
     """Time them in turns and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--more", type=int, default=20, help="trials of the larger study beyond those of the smaller")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--more",
+        type=int,
+        default=20,
+        help="trials of the larger study beyond those of the smaller",
+    )
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()
     trials, jobs = [], []
@@ -32,11 +39,16 @@ def main() -> None:
         make_base(folder / "base")
         for turn in range(arguments.pairs):
             many = FEW + arguments.more
-            trials.append((study(folder, f"many{turn}", many) - study(folder, f"few{turn}", FEW)) / arguments.more)
+            trials.append(
+                (study(folder, f"many{turn}", many) - study(folder, f"few{turn}", FEW))
+                / arguments.more
+            )
             jobs.append((multirun(folder, many) - multirun(folder, FEW)) / arguments.more)
     trial, job = statistics.median(trials), statistics.median(jobs)
     print("| | seconds |\n|---|---|")
-    print(f"| one more trial | {trial:.3f} |\n| one more job | {job:.3f} |\n| the sweeper's own | {trial - job:.3f} |")
+    print(
+        f"| one more trial | {trial:.3f} |\n| one more job | {job:.3f} |\n| the sweeper's own | {trial - job:.3f} |"
+    )
 
 
 def make_base(folder: Path) -> None:
@@ -47,11 +59,21 @@ def make_base(folder: Path) -> None:
     from finetune.app import compose_run
     from finetune.run.resources import SharedResources
 
-    tokenizer = AutoTokenizer.from_pretrained(SharedResources().source(compose_run([]).model).location)
+    tokenizer = AutoTokenizer.from_pretrained(
+        SharedResources().source(compose_run([]).model).location
+    )
     torch.manual_seed(0)
-    shapes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shapes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, **shapes
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        **shapes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -65,7 +87,11 @@ COMMON = [
 
 def study(folder: Path, name: str, trials: int) -> float:
     """Seconds of a study that prunes nothing."""
-    more = [f"hydra.sweeper.study_name={name}", f"hydra.sweeper.n_trials={trials}", "hydra/sweeper/pruner=none"]
+    more = [
+        f"hydra.sweeper.study_name={name}",
+        f"hydra.sweeper.n_trials={trials}",
+        "hydra/sweeper/pruner=none",
+    ]
     return timed(folder, [*COMMON, "hydra/sweeper=optuna", *more])
 
 
@@ -79,7 +105,10 @@ def timed(folder: Path, arguments: list[str]) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "finetune", *arguments], cwd=folder, env=environment, capture_output=True
+        [sys.executable, "-m", "finetune", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
     )
     if done.returncode:
         raise SystemExit(done.stderr.decode())

@@ -1,3 +1,3 @@
-"""One QLoRA fine-tuning run, from one resolved config to an adapter with its proof. Knows nothing of studies."""
+"""One QLoRA fine-tuning run, from its config to an adapter with its evaluation."""
 
 __version__ = "0.1.0"

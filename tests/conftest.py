@@ -1,4 +1,5 @@
-"""What tests share: a tiny random base with a real tokenizer, configs composed as Hydra does, whole commands."""
+"""What tests share: a tiny random base with a real tokenizer, configs composed as Hydra does,
+whole commands."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -37,9 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What tests leave stays out of the user's folders; the packaged model, fetched once, is looked for there."""
+    """What tests leave stays out of the user's folders; the packaged model, fetched once, is
+    looked for there."""
     os.environ.setdefault("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))  # copies of artifacts' files
+    os.environ["WANDB_DATA_DIR"] = str(
+        tmp_path_factory.mktemp("wandb")
+    )  # copies of artifacts' files
 
 
 @pytest.fixture
@@ -50,7 +54,8 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights, and a byte-level BPE tokenizer with a ChatML template; pad is eos."""
+    """A Llama of two layers with random weights, and a byte-level BPE tokenizer with a ChatML
+    template; pad is eos."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,8 +71,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((text for row in question_answer_pairs() for text in row.values()), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    bpe.train_from_iterator(
+        (text for row in question_answer_pairs() for text in row.values()), trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     tokenizer.chat_template = CHATML
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -92,7 +101,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_base: Path) -> Callable[..., RunConfig]:
-    """Composes a config of seconds: the tiny base, few short rows, no tracker; further overrides win."""
+    """Composes a config of seconds: the tiny base, few short rows, no tracker; further overrides
+    win."""
 
     def make(*overrides: str) -> RunConfig:
         return compose(*tiny_overrides(tiny_base), "optimizer.learning_rate=1e-3", *overrides)

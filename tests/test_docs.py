@@ -1,4 +1,5 @@
-"""Every command in README.md, docs/ and the help text can be pasted into bash, and the program takes it."""
+"""Every command in README.md, docs/ and the help text can be pasted into bash, and the program
+takes it."""
 
 import argparse
 import importlib
@@ -22,13 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"python -m (?:finetune|sweeps)\b.*")
 ARGUMENT = re.compile(r"['\"]?([~+]*[a-z][a-z_0-9]*([./][a-z_0-9]+)*=|~[a-z]|--config-dir )")
-"""How a code span of arguments alone begins: `key=value`, `~key`, `--config-dir`; capitals: the environment."""
+"""How a code span of arguments alone begins: `key=value`, `~key`, `--config-dir`; capitals: the
+environment."""
 STAND_INS = {"model": "name_or_path: smollm2_135m\n", "dataset": "path: python_docs\n"}
 """Choices of a reader's own folder, by group: where a choice must give a value."""
 
 
 def written_commands(text: str) -> Iterator[str]:
-    """The commands of a Markdown text: lines of code, and code spans; arguments alone are those of a study."""
+    """The commands of a Markdown text: lines of code, and code spans; arguments alone are those of
+    a study."""
     fenced = False
     for line in text.splitlines():
         if line.lstrip().startswith("```"):
@@ -44,7 +47,8 @@ def written_commands(text: str) -> Iterator[str]:
 
 
 def bash_words(line: str) -> list[str]:
-    """The words of a command line. Raises ValueError for what bash would read as more than plain words."""
+    """The words of a command line. Raises ValueError for what bash would read as more than plain
+    words."""
     unquoted = re.sub(r"'[^']*'|\"[^\"$`]*\"", "quoted", line)
     command, *_ = re.split(r"\s#", unquoted, maxsplit=1)
     special = re.search(r"[][(){}<>|&;*?!$`\"'…\\]", command)
@@ -58,12 +62,15 @@ class Parsed(BaseException):
 
 
 def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise what the program raises for a command, up to the point where it would begin its work."""
+    """Raise what the program raises for a command, up to the point where it would begin its
+    work."""
     module, arguments = words[2], words[3:]
     if module == "finetune":
         parsed = parse_hydra_arguments(arguments)
         if not parsed.help:
-            require_composed(parsed.overrides, parsed.multirun, folder if parsed.config_dir else None)
+            require_composed(
+                parsed.overrides, parsed.multirun, folder if parsed.config_dir else None
+            )
     elif module == "finetune.plan":
         require_composed(arguments, False, None)
     elif arguments != ["--help"]:
@@ -81,15 +88,20 @@ def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def require_composed(overrides: list[str], multirun: bool, further: Path | None) -> None:
-    """Compose and check a run's config; of a sweep the run with the first values. `further` stands for --config-dir."""
-    for_study = [text for text in overrides if text.startswith(("hydra/sweeper", "hydra.sweeper", "search"))]
+    """Compose and check a run's config; of a sweep the run with the first values. `further` stands
+    for --config-dir."""
+    for_study = [
+        text for text in overrides if text.startswith(("hydra/sweeper", "hydra.sweeper", "search"))
+    ]
     assert multirun or not for_study, f"{for_study} has no effect without -m"
     parsed = OverridesParser.create().parse_overrides([check_override(text) for text in overrides])
     texts = [first_value(override) if multirun else str(override.input_line) for override in parsed]
     if further is not None:
         for override in parsed:
             choice = further / override.key_or_group / f"{override.value()}.yaml"
-            if (CONF / override.key_or_group).is_dir() and not (CONF / choice.relative_to(further)).exists():
+            if (CONF / override.key_or_group).is_dir() and not (
+                CONF / choice.relative_to(further)
+            ).exists():
                 choice.parent.mkdir(parents=True, exist_ok=True)
                 choice.write_text(STAND_INS.get(override.key_or_group, "# @package _global_\n"))
         texts.append(f"hydra.searchpath=[file://{further}]")
@@ -105,7 +117,9 @@ def first_value(override: Override) -> str:
     if not override.is_sweep_override():
         return str(override.input_line)
     sweep = override.value()
-    value = sweep.start if isinstance(sweep, IntervalSweep) else next(override.sweep_string_iterator())
+    value = (
+        sweep.start if isinstance(sweep, IntervalSweep) else next(override.sweep_string_iterator())
+    )
     return f"{override.get_key_element()}={value}"
 
 
@@ -116,13 +130,19 @@ def help_commands() -> list[str]:
 
 
 ALL = [
-    *((path.relative_to(ROOT).as_posix(), command) for path in DOCS for command in written_commands(path.read_text())),
+    *(
+        (path.relative_to(ROOT).as_posix(), command)
+        for path in DOCS
+        for command in written_commands(path.read_text())
+    ),
     *(("help", command) for command in help_commands()),
 ]
 
 
 def test_there_are_commands_to_test() -> None:
-    assert {"README.md", "docs/reports.md", "docs/search-space.md", "help"} <= {source for source, _ in ALL}
+    assert {"README.md", "docs/reports.md", "docs/search-space.md", "help"} <= {
+        source for source, _ in ALL
+    }
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in ALL))

@@ -1,8 +1,8 @@
 """Formats of rows: one function for each, which converts a raw row to the common form.
 
 To add a format: write its function, add it to `FORMATS` below, add its name to the type of
-`DatasetSettings.format` in `finetune/config/sections/dataset.py`, and let `detect_format` recognise its
-columns. `_alpaca` is an example.
+`DatasetSettings.format` in `finetune/config/sections/dataset.py`, and let `detect_format`
+recognise its columns. `_alpaca` is an example.
 
 The arguments and the result of such a function:
 

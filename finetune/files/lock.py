@@ -1,7 +1,8 @@
 """A lock file between processes that the system frees when its holder dies.
 
-A held lock proves that its holder is alive: this is how a study tells a running trial from one whose
-worker was killed. So a file system without `flock` is an error, not a reason for a weaker lock.
+A held lock proves that its holder is alive: this is how a study tells a running trial from one
+whose worker was killed. So a file system without `flock` is an error, not a reason for a weaker
+lock.
 """
 
 import contextlib

@@ -84,9 +84,7 @@ def compare(
     return Comparison(float(difference), float(low), float(high), chance)
 
 
-def _resampled_means(
-    differences: np.ndarray, tokens: np.ndarray, max_resamples: int
-) -> np.ndarray:
+def _resampled_means(differences: np.ndarray, tokens: np.ndarray, max_resamples: int) -> np.ndarray:
     """Compute the mean difference per token in each resample.
 
     Args:

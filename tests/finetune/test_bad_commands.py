@@ -6,8 +6,16 @@ from support.bad_input import ANY_FILE, ROWS, Case, Workplace, each, matches
 from support.configs import compose
 
 COMMANDS = [
-    Case("generate-no-run", "generate nowhere --prompt Hi", "nowhere: is no run folder: it has no run.json"),
-    Case("evaluate-no-run", "evaluate nowhere --data d.jsonl", "nowhere: is no run folder: it has no run.json"),
+    Case(
+        "generate-no-run",
+        "generate nowhere --prompt Hi",
+        "nowhere: is no run folder: it has no run.json",
+    ),
+    Case(
+        "evaluate-no-run",
+        "evaluate nowhere --data d.jsonl",
+        "nowhere: is no run folder: it has no run.json",
+    ),
     Case("merge-no-run", "merge nowhere --to new", "nowhere: is no run folder: it has no run.json"),
     Case(
         "generate-no-adapter",
@@ -19,12 +27,26 @@ COMMANDS = [
         "merge run --to new",
         "run: the run has no adapter yet; python -m finetune resume=run resumes it",
     ),
-    Case("evaluate-no-data", "evaluate run --data no.jsonl", f"--data=no.jsonl: no such file or folder; {ANY_FILE}"),
-    Case("generate-flag", "generate run --prompt Hi --frobnicate", "unrecognized arguments: --frobnicate; see --help"),
     Case(
-        "evaluate-flag", "evaluate run --data d.jsonl --frobnicate", "unrecognized arguments: --frobnicate; see --help"
+        "evaluate-no-data",
+        "evaluate run --data no.jsonl",
+        f"--data=no.jsonl: no such file or folder; {ANY_FILE}",
     ),
-    Case("merge-flag", "merge run --to new --frobnicate", "unrecognized arguments: --frobnicate; see --help"),
+    Case(
+        "generate-flag",
+        "generate run --prompt Hi --frobnicate",
+        "unrecognized arguments: --frobnicate; see --help",
+    ),
+    Case(
+        "evaluate-flag",
+        "evaluate run --data d.jsonl --frobnicate",
+        "unrecognized arguments: --frobnicate; see --help",
+    ),
+    Case(
+        "merge-flag",
+        "merge run --to new --frobnicate",
+        "unrecognized arguments: --frobnicate; see --help",
+    ),
     Case("generate-no-prompt", "generate run", "…required: --prompt; see --help"),
     Case("evaluate-no-data-flag", "evaluate run", "…required: --data; see --help"),
     Case("merge-no-target", "merge run", "…required: --to; see --help"),
@@ -34,7 +56,11 @@ COMMANDS = [
         "generate run --prompt Hi --max-length long",
         "argument --max-length: …'long'; see --help",
     ),
-    Case("generate-length-zero", "generate run --prompt Hi --max-length 0", "…--max-length…0…at least 1…"),
+    Case(
+        "generate-length-zero",
+        "generate run --prompt Hi --max-length 0",
+        "…--max-length…0…at least 1…",
+    ),
     Case(
         "generate-new-tokens-zero",
         "generate run --prompt Hi --max-new-tokens 0",
@@ -45,8 +71,16 @@ COMMANDS = [
         "merge run --to new --dtype int4",
         "argument --dtype: …'int4'…bfloat16…float16…float32…; see --help",
     ),
-    Case("merge-to-a-full-folder", "merge run --to run", "--to=run: exists already; must be a new or an empty folder"),
-    Case("merge-to-a-file", "merge run --to d.jsonl", "--to=d.jsonl: exists already; must be a new or an empty folder"),
+    Case(
+        "merge-to-a-full-folder",
+        "merge run --to run",
+        "--to=run: exists already; must be a new or an empty folder",
+    ),
+    Case(
+        "merge-to-a-file",
+        "merge run --to d.jsonl",
+        "--to=d.jsonl: exists already; must be a new or an empty folder",
+    ),
 ]
 
 

@@ -1,6 +1,8 @@
-"""A bad config ends in one line that names the key, the value and what is allowed, before torch loads.
+"""A bad config ends in one line that names the key, the value and what is allowed, before torch
+loads.
 
-Every case is a whole command in a process of its own. Expected lines are written with … for any text.
+Every case is a whole command in a process of its own. Expected lines are written with … for any
+text.
 """
 
 import pytest
@@ -8,13 +10,33 @@ from support.bad_input import Case, Workplace, each, matches
 
 SECRET = "hf_abcdefSECRETghijkl"
 CONFIG = [
-    Case("choice", "model=llama2", "model=llama2: …did you mean llama2_7b…allowed: gemma3_4b, …smollm2_135m…"),
-    Case("nested-choice", "lora/target=qv", "lora/target=qv: …did you mean q_v? allowed: all_linear, attention, q_v"),
-    Case("experiment", "experiment=llama_guanaco", "experiment=llama_guanaco: …did you mean llama2_guanaco?…"),
+    Case(
+        "choice",
+        "model=llama2",
+        "model=llama2: …did you mean llama2_7b…allowed: gemma3_4b, …smollm2_135m…",
+    ),
+    Case(
+        "nested-choice",
+        "lora/target=qv",
+        "lora/target=qv: …did you mean q_v? allowed: all_linear, attention, q_v",
+    ),
+    Case(
+        "experiment",
+        "experiment=llama_guanaco",
+        "experiment=llama_guanaco: …did you mean llama2_guanaco?…",
+    ),
     Case("choice-that-is-a-number", "lora=8", "lora=8: …r8…"),
-    Case("key", "lora.alhpa=8", "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…"),
+    Case(
+        "key",
+        "lora.alhpa=8",
+        "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…",
+    ),
     Case("added-key", "+lora.rank=8", "lora.rank: no such key;…allowed: alpha, bias, …use_rslora"),
-    Case("added-group", "+optimiser.name=sgd", "optimiser: no such key; did you mean optimizer…allowed: dataset, …"),
+    Case(
+        "added-group",
+        "+optimiser.name=sgd",
+        "optimiser: no such key; did you mean optimizer…allowed: dataset, …",
+    ),
     Case("top-level-key", "sede=1", "sede: no such key; did you mean seed…"),
     Case("key-below-a-value", "seed.value=1", "seed.value: no such key…"),
     Case("flag", "--frobnicate", "unrecognized arguments: --frobnicate; see --help"),
@@ -22,23 +44,57 @@ CONFIG = [
     Case("interpolation", "name=${nope}", "…nope…"),
     Case("config-folder", "--config-dir nowhere", "…nowhere…"),
     Case("text-for-a-whole-number", "lora.r=abc", "lora.r=abc: must be a whole number"),
-    Case("fraction-for-a-whole-number", "trainer.max_steps=1.5", "trainer.max_steps=1.5: must be a whole number"),
+    Case(
+        "fraction-for-a-whole-number",
+        "trainer.max_steps=1.5",
+        "trainer.max_steps=1.5: must be a whole number",
+    ),
     Case("boolean-for-a-whole-number", "lora.r=true", "lora.r=true: must be a whole number"),
     Case("text-for-a-boolean", "lora.use_dora=maybe", "lora.use_dora=maybe: must be true or false"),
-    Case("number-for-a-boolean", "trainer.group_by_length=1", "trainer.group_by_length=1: must be true or false"),
+    Case(
+        "number-for-a-boolean",
+        "trainer.group_by_length=1",
+        "trainer.group_by_length=1: must be true or false",
+    ),
     Case("null-for-a-number", "lora.r=null", "lora.r=null: must be a whole number"),
     Case("value-for-a-group", "lora.extra=5", "lora.extra=5: must be a group of keys"),
-    Case("list-with-a-wrong-item", "lora.target_modules=[1.5]", "lora.target_modules=[1.5]: must be text or a list…"),
+    Case(
+        "list-with-a-wrong-item",
+        "lora.target_modules=[1.5]",
+        "lora.target_modules=[1.5]: must be text or a list…",
+    ),
     Case("r-zero", "lora.r=0", "lora.r=0: must be a whole number of at least 1"),
     Case("r-negative", "lora.r=-4", "lora.r=-4: must be a whole number of at least 1"),
-    Case("no-targets", "lora.target_modules=[]", "lora.target_modules=[]: must be all-linear or a list…"),
+    Case(
+        "no-targets",
+        "lora.target_modules=[]",
+        "lora.target_modules=[]: must be all-linear or a list…",
+    ),
     Case("dropout-one", "lora.dropout=1.0", "lora.dropout=1.0: must be at least 0 and below 1"),
-    Case("dropout-negative", "lora.dropout=-0.1", "lora.dropout=-0.1: must be at least 0 and below 1"),
+    Case(
+        "dropout-negative", "lora.dropout=-0.1", "lora.dropout=-0.1: must be at least 0 and below 1"
+    ),
     Case("rate-zero", "optimizer.learning_rate=0", "optimizer.learning_rate=0…: must be above 0"),
-    Case("rate-negative", "optimizer.learning_rate=-1e-4", "optimizer.learning_rate=-0.0001: must be above 0"),
-    Case("rate-text", "optimizer.learning_rate=fast", "optimizer.learning_rate=fast: must be a number or null"),
-    Case("rate-nan", "optimizer.learning_rate=nan", "optimizer.learning_rate=nan: must be a number or null"),
-    Case("rate-infinite", "optimizer.learning_rate=inf", "optimizer.learning_rate=inf: must be a number or null"),
+    Case(
+        "rate-negative",
+        "optimizer.learning_rate=-1e-4",
+        "optimizer.learning_rate=-0.0001: must be above 0",
+    ),
+    Case(
+        "rate-text",
+        "optimizer.learning_rate=fast",
+        "optimizer.learning_rate=fast: must be a number or null",
+    ),
+    Case(
+        "rate-nan",
+        "optimizer.learning_rate=nan",
+        "optimizer.learning_rate=nan: must be a number or null",
+    ),
+    Case(
+        "rate-infinite",
+        "optimizer.learning_rate=inf",
+        "optimizer.learning_rate=inf: must be a number or null",
+    ),
     Case(
         "both-4-and-8-bit",
         "quantization=nf4 quantization.load_in_8bit=true",
@@ -49,7 +105,9 @@ CONFIG = [
         "quantization.bnb_4bit_quant_type=nf3",
         "quantization.bnb_4bit_quant_type=nf3: did you mean nf4…allowed: fp4, nf4",
     ),
-    Case("dtype", "model.dtype=bf16", "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32"),
+    Case(
+        "dtype", "model.dtype=bf16", "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32"
+    ),
     Case(
         "optimizer",
         "optimizer.name=adamw_tork",
@@ -65,18 +123,34 @@ CONFIG = [
         "dataset.format=chatml",
         "dataset.format=chatml: did you mean chat? allowed: alpaca, auto, chat, …text",
     ),
-    Case("metric", "objective=eval/los", "objective=eval/los: did you mean eval/loss…allowed: adapter/parameters, …"),
+    Case(
+        "metric",
+        "objective=eval/los",
+        "objective=eval/los: did you mean eval/loss…allowed: adapter/parameters, …",
+    ),
     Case("metric-in-a-list", "objective=[eval/loss,eval/f1]", "objective=…eval/f1…eval/accuracy…"),
     Case("engine", "trainer.engine=trk", "trainer.engine=trk: …allowed: …trl"),
-    Case("tracker", "tracker.name=mlflow", "tracker.name=mlflow: allowed: both, none, tensorboard, wandb"),
+    Case(
+        "tracker",
+        "tracker.name=mlflow",
+        "tracker.name=mlflow: allowed: both, none, tensorboard, wandb",
+    ),
     Case("no-path", "dataset=local", "dataset.path: must be given, as dataset.path=…"),
     Case(
         "fractions-sum-to-one",
         "dataset.eval_fraction=0.5 dataset.test_fraction=0.5",
         "dataset.test_fraction=0.5: with eval_fraction=0.5 leaves no rows to train on",
     ),
-    Case("fraction-of-one", "dataset.eval_fraction=1", "dataset.eval_fraction=1…: must be at least 0 and below 1…"),
-    Case("no-rows-wanted", "dataset.limit=0", "dataset.limit=0: must be a whole number of at least 1, or null"),
+    Case(
+        "fraction-of-one",
+        "dataset.eval_fraction=1",
+        "dataset.eval_fraction=1…: must be at least 0 and below 1…",
+    ),
+    Case(
+        "no-rows-wanted",
+        "dataset.limit=0",
+        "dataset.limit=0: must be a whole number of at least 1, or null",
+    ),
     Case(
         "packing-without-a-length",
         "dataset.packing=true dataset.max_length=null",
@@ -88,8 +162,16 @@ CONFIG = [
         "trainer.eval_steps=2.5",
         "trainer.eval_steps=2.5: must be a whole number of steps, a share of them from 0.001 to below 1, or 0…",
     ),
-    Case("steps-in-a-list", "trainer.eval_steps=[0.1,-1]", "trainer.eval_steps=[0.1, -1…]: …; or a list of those"),
-    Case("a-share-too-small", "trainer.save_steps=1e-9", "trainer.save_steps=1e-09: …from 0.001 to below 1…"),
+    Case(
+        "steps-in-a-list",
+        "trainer.eval_steps=[0.1,-1]",
+        "trainer.eval_steps=[0.1, -1…]: …; or a list of those",
+    ),
+    Case(
+        "a-share-too-small",
+        "trainer.save_steps=1e-9",
+        "trainer.save_steps=1e-09: …from 0.001 to below 1…",
+    ),
     Case("checkpoints-in-a-list", "trainer.save_steps=[1,2]", "trainer.save_steps=…"),
     Case("seed", "seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     Case("name-is-a-path", "name=../x", "name=../x: …letters, digits…"),
@@ -110,15 +192,31 @@ CONFIG = [
         "sample_max_new_tokens=0",
         "sample_max_new_tokens=0: must be a whole number of at least 1, or null",
     ),
-    Case("sample-length", "sample_max_length=0", "sample_max_length=0: must be a whole number of at least 1, or null"),
-    Case("no-sample-bound", "sample_max_new_tokens=null", "sample_max_new_tokens=null: needs sample_max_length"),
-    Case("empty-prompt", "sample_prompts=['']", "sample_prompts=['']: must be texts that are not empty, or null"),
+    Case(
+        "sample-length",
+        "sample_max_length=0",
+        "sample_max_length=0: must be a whole number of at least 1, or null",
+    ),
+    Case(
+        "no-sample-bound",
+        "sample_max_new_tokens=null",
+        "sample_max_new_tokens=null: needs sample_max_length",
+    ),
+    Case(
+        "empty-prompt",
+        "sample_prompts=['']",
+        "sample_prompts=['']: must be texts that are not empty, or null",
+    ),
     Case(
         "schedule",
         "optimizer.lr_scheduler_type=cosine_with_min_lr",
         "optimizer.lr_scheduler_type=…trainer.extra.lr_scheduler_kwargs",
     ),
-    Case("pissa-on-4-bit", "lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa: …quantization=none"),
+    Case(
+        "pissa-on-4-bit",
+        "lora.init_lora_weights=pissa",
+        "lora.init_lora_weights=pissa: …quantization=none",
+    ),
     Case("resume-nothing", "resume=", "resume=: must be a run folder"),
     Case("resume-added", "++resume=nowhere", "nowhere: is no run folder…"),
 ]
@@ -161,20 +259,28 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("arguments", SECRETS.values(), ids=SECRETS)
-def test_a_secret_on_the_command_line_reaches_no_file_and_no_output(arguments: str, workplace: Workplace) -> None:
+def test_a_secret_on_the_command_line_reaches_no_file_and_no_output(
+    arguments: str, workplace: Workplace
+) -> None:
     workplace.write({"run/notes.txt": "older than the command"})
 
     outcome = workplace.call(*arguments.split(), "dataset.path=missing.jsonl")
 
-    holders = [path for path in workplace.cwd.rglob("*") if path.is_file() and SECRET in path.read_text()]
+    holders = [
+        path for path in workplace.cwd.rglob("*") if path.is_file() and SECRET in path.read_text()
+    ]
     assert holders == []
     assert SECRET not in outcome.stdout + outcome.stderr
-    assert matches("…: a credential in a config would be written to files; set HF_TOKEN or …", outcome.error)
+    assert matches(
+        "…: a credential in a config would be written to files; set HF_TOKEN or …", outcome.error
+    )
     assert not outcome.torch_imported
 
 
 @pytest.mark.parametrize("folder", ["/proc/nope/x", "file/x"])
-def test_a_folder_that_cannot_be_made_is_named_with_its_key(folder: str, workplace: Workplace) -> None:
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(
+    folder: str, workplace: Workplace
+) -> None:
     workplace.write({"file": "regular"})
 
     outcome = workplace.call(f"hydra.run.dir={folder}")

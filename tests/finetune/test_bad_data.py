@@ -1,11 +1,26 @@
 """A bad data set ends in one line that names the file and the row, before torch loads."""
 
-from support.bad_input import ANY_FILE, ROWS, Case, Workplace, assert_the_result_says, each, lines, matches
+from support.bad_input import (
+    ANY_FILE,
+    ROWS,
+    Case,
+    Workplace,
+    assert_the_result_says,
+    each,
+    lines,
+    matches,
+)
 
 DATA = [
-    Case("no-file", "dataset.path=no.jsonl", f"dataset.path=no.jsonl: no such file or folder; {ANY_FILE}"),
     Case(
-        "no-eval-file", "dataset.eval_path=./no.csv", f"dataset.eval_path=./no.csv: no such file or folder; {ANY_FILE}"
+        "no-file",
+        "dataset.path=no.jsonl",
+        f"dataset.path=no.jsonl: no such file or folder; {ANY_FILE}",
+    ),
+    Case(
+        "no-eval-file",
+        "dataset.eval_path=./no.csv",
+        f"dataset.eval_path=./no.csv: no such file or folder; {ANY_FILE}",
     ),
     Case(
         "a-kind-not-read",
@@ -115,7 +130,12 @@ DATA = [
         "dataset.text_field=text: dataset.path=d.csv has no such field…its fields: id, body",
         {"d.csv": "id,body\n1,hello\n"},
     ),
-    Case("csv-short-of-a-header", "dataset.path=d.csv", "dataset.path=d.csv: holds no rows", {"d.csv": "text\n"}),
+    Case(
+        "csv-short-of-a-header",
+        "dataset.path=d.csv",
+        "dataset.path=d.csv: holds no rows",
+        {"d.csv": "text\n"},
+    ),
     Case(
         "corrupt-parquet",
         "dataset.path=d.parquet",
@@ -123,7 +143,10 @@ DATA = [
         {"d.parquet": b"PAR1 but not really PAR1"},
     ),
     Case(
-        "latin-1", "", "dataset.path=d.jsonl: is not UTF-8 text (…)", {"d.jsonl": '{"text": "ä"}\n'.encode("latin-1")}
+        "latin-1",
+        "",
+        "dataset.path=d.jsonl: is not UTF-8 text (…)",
+        {"d.jsonl": '{"text": "ä"}\n'.encode("latin-1")},
     ),
     Case(
         "latin-1-csv",
@@ -131,7 +154,12 @@ DATA = [
         "dataset.path=d.csv: is not UTF-8 text (…)",
         {"d.csv": "text\nä\n".encode("latin-1")},
     ),
-    Case("only-empty-texts", "", "dataset.path=d.jsonl: no rows are left…3…", {"d.jsonl": lines(*[{"text": " "}] * 3)}),
+    Case(
+        "only-empty-texts",
+        "",
+        "dataset.path=d.jsonl: no rows are left…3…",
+        {"d.jsonl": lines(*[{"text": " "}] * 3)},
+    ),
     Case(
         "eval-fraction-of-no-row",
         "dataset.eval_fraction=0.0001",
@@ -157,6 +185,8 @@ def test_bad_data_is_one_line_before_torch_loads(case: Case, workplace: Workplac
     outcome = workplace.call("dataset.path=d.jsonl", *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
-    assert all(line.startswith("data: ") for line in outcome.stderr.splitlines()[:-1]), outcome.stderr
+    assert all(line.startswith("data: ") for line in outcome.stderr.splitlines()[:-1]), (
+        outcome.stderr
+    )
     assert not outcome.torch_imported
     assert_the_result_says(workplace, outcome.error)

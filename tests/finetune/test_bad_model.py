@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.bad_input import ROWS, Case, Outcome, Workplace, assert_the_result_says, each, lines, matches
+from support.bad_input import (
+    ROWS,
+    Case,
+    Outcome,
+    Workplace,
+    assert_the_result_says,
+    each,
+    lines,
+    matches,
+)
 from support.commands import Station
 
 WEIGHTS_LOAD = "no GPU: training on the CPU"
@@ -65,7 +74,8 @@ def test_a_bad_base_is_one_line_before_torch_loads(case: Case, workplace: Workpl
 
 @contextlib.contextmanager
 def silent_server() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers (it hangs up after 60 seconds)."""
+    """The address of a server that accepts connections and never answers (it hangs up after 60
+    seconds)."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         held: list[socket.socket] = []
 
@@ -94,19 +104,27 @@ HUB = {
         "model.name_or_path=FOLDER takes a model folder from this machine",
         ["dataset.path=d.jsonl"],
     ),
-    "dataset.path": ("dataset.path=FILE takes a .jsonl, .csv or .parquet file from this machine", []),
+    "dataset.path": (
+        "dataset.path=FILE takes a .jsonl, .csv or .parquet file from this machine",
+        [],
+    ),
 }
 
 
 @pytest.mark.parametrize("key", list(HUB))
-@pytest.mark.parametrize("hub", ["real", "refusing", pytest.param("silent", marks=pytest.mark.slow), "offline"])
-def test_a_hub_id_out_of_reach_is_said_within_15_seconds(key: str, hub: str, workplace: Workplace) -> None:
+@pytest.mark.parametrize(
+    "hub", ["real", "refusing", pytest.param("silent", marks=pytest.mark.slow), "offline"]
+)
+def test_a_hub_id_out_of_reach_is_said_within_15_seconds(
+    key: str, hub: str, workplace: Workplace
+) -> None:
     workplace.write({"d.jsonl": ROWS})
     instead, others = HUB[key]
     # The real hub, where there is one, says that there is no such repository.
-    reason = {"real": "the hub …", "offline": f"HF_HUB_OFFLINE is set and nothing of it is cached; {instead}"}.get(
-        hub, f"the hub can't be reached (…) and nothing of it is cached; {instead}"
-    )
+    reason = {
+        "real": "the hub …",
+        "offline": f"HF_HUB_OFFLINE is set and nothing of it is cached; {instead}",
+    }.get(hub, f"the hub can't be reached (…) and nothing of it is cached; {instead}")
     with silent_server() as silent:
         environment = {
             "refusing": {"HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -124,7 +142,11 @@ def test_a_hub_id_out_of_reach_is_said_within_15_seconds(key: str, hub: str, wor
 TINY = "model.name_or_path=base dataset.path=d.jsonl tracker=none trainer.max_steps=1 sample_max_new_tokens=1"
 LINEAR = "down_proj, gate_proj, k_proj, …o_proj, q_proj, up_proj, v_proj"
 LIBRARIES = [
-    Case("trainer-key-in-extra", "trainer.extra.max_steps=3", "trainer.extra.max_steps=3: has a key of its own…"),
+    Case(
+        "trainer-key-in-extra",
+        "trainer.extra.max_steps=3",
+        "trainer.extra.max_steps=3: has a key of its own…",
+    ),
     Case("lora-key-in-extra", "lora.extra.r=2", "lora.extra.r=2: has a key of its own"),
     Case("argument-in-a-group", "trainer.extra={frobnicate:1}", "trainer.extra=…frobnicate…"),
     Case(
@@ -182,13 +204,17 @@ def test_what_only_loading_can_tell_is_one_line_too(
 
 
 @pytest.mark.slow
-def test_4_bit_without_bitsandbytes_says_so_and_what_works_here(workplace: Workplace, tiny_base: Path) -> None:
+def test_4_bit_without_bitsandbytes_says_so_and_what_works_here(
+    workplace: Workplace, tiny_base: Path
+) -> None:
     workplace.write({"d.jsonl": ROWS})
     (workplace.cwd / "base").symlink_to(tiny_base)
 
     outcome = workplace.call(*TINY.split(), "quantization=nf4", TEST_WITHOUT_BITSANDBYTES="1")
 
-    expected = "quantization.load_in_4bit=true: …libcudart is broken…; allowed here: quantization=none"
+    expected = (
+        "quantization.load_in_4bit=true: …libcudart is broken…; allowed here: quantization=none"
+    )
     assert matches(expected, outcome.error), outcome.error
     assert WEIGHTS_LOAD not in outcome.stderr
 
@@ -198,12 +224,17 @@ def can_mount() -> bool:
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return False
     return (
-        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+        subprocess.run(
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+        ).returncode
+        == 0
     )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="needs a small disk to fill: Linux with user namespaces")
+@pytest.mark.skipif(
+    not can_mount(), reason="needs a small disk to fill: Linux with user namespaces"
+)
 def test_a_full_disk_is_one_line_that_names_the_file(workplace: Workplace, tiny_base: Path) -> None:
     workplace.write({"d.jsonl": ROWS, "run/": b""})
     (workplace.cwd / "base").symlink_to(tiny_base)

@@ -15,7 +15,9 @@ def trained(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPath
     """A run's folder, made by the command."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     overrides = ["trainer.max_steps=20", "optimizer.learning_rate=0.02", "lora.bias=none"]
-    done = station.run(*tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent)
+    done = station.run(
+        *tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -37,8 +39,17 @@ def test_the_run_ends_with_a_summary(trained: Path) -> None:
 
 def test_generate_answers_by_the_adapter_or_the_base(trained: Path, station: Station) -> None:
     sample = json.loads((trained / "samples.json").read_text())[0]
-    adapter = station.run(str(trained), "--prompt", sample["prompt"], cwd=trained, module="finetune.generate")
-    base = station.run(str(trained), "--prompt", sample["prompt"], "--base", cwd=trained, module="finetune.generate")
+    adapter = station.run(
+        str(trained), "--prompt", sample["prompt"], cwd=trained, module="finetune.generate"
+    )
+    base = station.run(
+        str(trained),
+        "--prompt",
+        sample["prompt"],
+        "--base",
+        cwd=trained,
+        module="finetune.generate",
+    )
 
     assert " ".join(adapter.stdout.split()) == " ".join(sample["after"].split())
     assert " ".join(base.stdout.split()) == " ".join(sample["before"].split())
@@ -55,24 +66,34 @@ def test_generate_answers_by_the_adapter_or_the_base(trained: Path, station: Sta
 def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
     trained: Path, tmp_path: Path, flags: list[str], answered: bool, station: Station
 ) -> None:
-    """By a run that began before there was a bound of new tokens: without a flag, its prompt and answer have 64."""
+    """By a run that began before there was a bound of new tokens: without a flag, its prompt and
+    answer have 64."""
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     identity = json.loads((folder / "run.json").read_text())
     del identity["config"]["sample_max_new_tokens"]
     (folder / "run.json").write_text(json.dumps(identity))
     prompt = "What does heapq.heappush do in Python, and why? " * 5
-    done = station.run(str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate")
+    done = station.run(
+        str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate"
+    )
 
     assert done.returncode == 0, done.stderr
     line = "gets no answer: prompt and answer together have"
     assert (len(done.stdout.strip()) > 1, done.stderr.count(line)) == (answered, int(not answered))
 
 
-def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_path: Path, station: Station) -> None:
+def test_evaluate_measures_adapter_and_base_on_other_rows(
+    trained: Path, tmp_path: Path, station: Station
+) -> None:
     data = write_jsonl(
         tmp_path / "test.jsonl",
-        [{"prompt": "What does heapq.heappush do in Python?", "completion": "Push item onto heap."}],
+        [
+            {
+                "prompt": "What does heapq.heappush do in Python?",
+                "completion": "Push item onto heap.",
+            }
+        ],
     )
     done = station.run(str(trained), "--data", str(data), cwd=tmp_path, module="finetune.evaluate")
 
@@ -85,10 +106,17 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(trained: Path, tmp_pat
     assert accuracy.startswith("accuracy")
 
 
-def test_evaluate_prints_the_same_figures_as_json(trained: Path, tmp_path: Path, station: Station) -> None:
+def test_evaluate_prints_the_same_figures_as_json(
+    trained: Path, tmp_path: Path, station: Station
+) -> None:
     data = write_jsonl(
         tmp_path / "test.jsonl",
-        [{"prompt": "What does heapq.heappush do in Python?", "completion": "Push item onto heap."}],
+        [
+            {
+                "prompt": "What does heapq.heappush do in Python?",
+                "completion": "Push item onto heap.",
+            }
+        ],
     )
     arguments = (str(trained), "--data", str(data))
     table = station.run(*arguments, cwd=tmp_path, module="finetune.evaluate").stdout.splitlines()
@@ -114,26 +142,37 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
     exact, half = tmp_path / "float32", tmp_path / "bfloat16"
     for target in (exact, half):
         done = station.run(
-            str(trained), "--to", str(target), "--dtype", target.name, cwd=tmp_path, module="finetune.merge"
+            str(trained),
+            "--to",
+            str(target),
+            "--dtype",
+            target.name,
+            cwd=tmp_path,
+            module="finetune.merge",
         )
         assert done.returncode == 0, done.stderr
     assert "after rounding to bfloat16" in done.stdout
 
-    ids = torch.tensor([AutoTokenizer.from_pretrained(half)("What does heapq.heappush do in Python?")["input_ids"]])
+    ids = torch.tensor(
+        [AutoTokenizer.from_pretrained(half)("What does heapq.heappush do in Python?")["input_ids"]]
+    )
     with torch.inference_mode():
         wanted = load_run(trained).with_adapter()(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(exact)
         rounded = AutoModelForCausalLM.from_pretrained(half)
         assert rounded.dtype == torch.bfloat16
         assert not hasattr(merged.config, "quantization_config")
-        # In float32 the two are the same product in another order; what remains in 16 bit is rounding.
+        # In float32 the two are the same product in another order; what remains in 16 bit is
+        # rounding.
         assert (merged(input_ids=ids).logits - wanted).abs().max() < 1e-4
         assert (rounded.float()(input_ids=ids).logits - wanted).abs().max() < 0.1
 
 
 @pytest.mark.slow
 def test_a_merged_model_is_a_base_again(trained: Path, tmp_path: Path, station: Station) -> None:
-    station.run(str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge")
+    station.run(
+        str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge"
+    )
     again = station.run(*tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
@@ -171,7 +210,9 @@ def test_commands_work_from_another_folder_and_with_odd_names(
     (tmp_path / "elsewhere").mkdir()
 
     resumed = station.run(f"resume={folder}", cwd=tmp_path / "elsewhere")
-    text = station.run(str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate")
+    text = station.run(
+        str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate"
+    )
 
     assert "completed already" in resumed.stderr
     assert text.returncode == 0, text.stderr

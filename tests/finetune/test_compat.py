@@ -22,7 +22,9 @@ from finetune.compat import (
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_datasets_is_offline_only_within_the_block(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_is_offline_only_within_the_block(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", before)
     with contextlib.suppress(KeyError), datasets_offline():
         assert datasets.config.HF_HUB_OFFLINE
@@ -54,7 +56,9 @@ def test_threads_that_are_offline_at_the_same_time_leave_no_flag(
     assert not datasets.config.HF_HUB_OFFLINE
 
 
-def test_datasets_reads_the_flag_when_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_reads_the_flag_when_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unknown data set is refused at once, with the library's words for its offline mode."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
@@ -82,7 +86,6 @@ def test_wandb_summary_is_that_of_the_run(tmp_path: Path) -> None:
 def test_layers_of_a_model_look_up_the_attention_implementation_at_each_call() -> None:
     import torch
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-
 
     calls: list[int] = []
 

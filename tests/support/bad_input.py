@@ -72,12 +72,16 @@ class Workplace:
             **environment,
         }
         start = time.monotonic()
-        done = self.station.run(*arguments, cwd=self.cwd, module=module, before=OBSERVER, environment=variables)
+        done = self.station.run(
+            *arguments, cwd=self.cwd, module=module, before=OBSERVER, environment=variables
+        )
         seconds = time.monotonic() - start
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
         assert "Error executing job" not in done.stderr
-        return Outcome(done.returncode, done.stdout, done.stderr, observed.read_text() == "True", seconds)
+        return Outcome(
+            done.returncode, done.stdout, done.stderr, observed.read_text() == "True", seconds
+        )
 
     def files(self) -> set[str]:
         """Everything in the working directory but the folder `outputs` itself."""
@@ -110,7 +114,8 @@ class Case:
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """What the case has in common with others: section, message, and the form of what is refused."""
+        """What the case has in common with others: section, message, and the form of what is
+        refused."""
         section = self.says.partition(".")[0]
         message = re.split(r"[…;?]", self.says.partition(": ")[2])[0] or self.id
         sign = re.match(r"[-+~]*", self.arguments)
@@ -124,7 +129,9 @@ def _form(value: str) -> str:
     return type(yaml.safe_load(value)).__name__
 
 
-def each(cases: list[Case], kind: Callable[[Case], object] = lambda case: case.kind) -> pytest.MarkDecorator:
+def each(
+    cases: list[Case], kind: Callable[[Case], object] = lambda case: case.kind
+) -> pytest.MarkDecorator:
     """Parametrize a test by the cases of a table, of which a fixed part runs by default."""
     return pytest.mark.parametrize("case", fixed_part(cases, kind), ids=[case.id for case in cases])
 
@@ -134,7 +141,9 @@ def lines(*rows: object) -> str:
 
 
 ROWS = lines(*({"text": f"Row {number} says something."} for number in range(20)))
-ANY_FILE = "allowed: python_docs, a hub id (owner/name), a .jsonl .json .csv .parquet file, a folder"
+ANY_FILE = (
+    "allowed: python_docs, a hub id (owner/name), a .jsonl .json .csv .parquet file, a folder"
+)
 
 
 def assert_the_result_says(workplace: Workplace, error: str) -> None:

@@ -1,4 +1,5 @@
-"""Whole commands as a user runs them: new processes, or forked from one that has imported everything."""
+"""Whole commands as a user runs them: new processes, or forked from one that has imported
+everything."""
 
 import contextlib
 import json
@@ -19,7 +20,9 @@ def run_cli(
 ) -> subprocess.CompletedProcess[str]:
     """A command as a user runs it: a process of its own."""
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 STATION = """
@@ -64,7 +67,8 @@ Plugins.instance()
 OverridesParser.create().parse_overrides(["a=choice(1,2)"])
 assert not {"torch", "datasets", "transformers", "huggingface_hub"} & set(sys.modules)
 """
-"""What a command imports up to the checked config, without torch or anything that reads the environment."""
+"""What a command imports up to the checked config, without torch or anything that reads the
+environment."""
 
 
 SLOW_STEPS = """
@@ -134,10 +138,14 @@ class Station:
         self._logs, self._count = logs, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([sys.executable, "-c", STATION, imports], env=environment, **pipes)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STATION, imports], env=environment, **pipes
+        )
         assert self._process.stdout is not None
         lines = iter(self._process.stdout)
-        self._answers = (line for line in lines if not line.startswith("[INFO]"))  # transformers' remark on W&B
+        self._answers = (
+            line for line in lines if not line.startswith("[INFO]")
+        )  # transformers' remark on W&B
 
     def ask(self, order: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -181,7 +189,9 @@ class Station:
         self._process.stdout.close()
 
 
-def wait_until(true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300) -> None:
+def wait_until(
+    true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300
+) -> None:
     """The process must live till then."""
     end = time.monotonic() + seconds
     while not true():

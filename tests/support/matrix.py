@@ -25,5 +25,7 @@ def fixed_part(cases: Iterable[Any], kind: Callable[[Any], object], every: int =
         number = counts.get(kind(case), 0)
         counts[kind(case)] = number + 1
         values = case if isinstance(case, tuple) else (case,)
-        marked.append(pytest.param(*values, marks=() if number % every == 0 else pytest.mark.matrix))
+        marked.append(
+            pytest.param(*values, marks=() if number % every == 0 else pytest.mark.matrix)
+        )
     return marked

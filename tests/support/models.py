@@ -28,7 +28,12 @@ def wide_base(tiny_base: Path, folder: Path) -> Path:
     for file in tiny_base.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
     config = json.loads((place / "config.json").read_text())
-    config |= {"num_hidden_layers": 8, "hidden_size": 4096, "intermediate_size": 16384, "head_dim": 1024}
+    config |= {
+        "num_hidden_layers": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "head_dim": 1024,
+    }
     (place / "config.json").write_text(json.dumps(config))
     return place
 
@@ -63,7 +68,11 @@ def short_tokens(config: RunConfig, tokenizer: Any) -> Any:
 
     roles = ("user", "assistant")
     rows = [
-        {"messages": [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]}
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in zip(roles, pair, strict=True)
+            ]
+        }
         for pair in SHORT_ROWS
     ]
     return tokenize("train", rows, tokenizer, config.dataset)
@@ -73,7 +82,9 @@ def collate(rows: list[Row], tokenizer: Any) -> dict[str, Any]:
     """A training batch as TRL makes it of tokenised rows."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    batch: dict[str, Any] = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows)
+    batch: dict[str, Any] = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(
+        rows
+    )
     return batch
 
 

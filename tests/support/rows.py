@@ -28,7 +28,12 @@ def texts(count: int, word: str = "row") -> list[Row]:
 
 def chat(*contents: str) -> Row:
     """A chat row; the user begins."""
-    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[n % 2], "content": text}
+            for n, text in enumerate(contents)
+        ]
+    }
 
 
 def asked(question: str, answer: str) -> list[Row]:
@@ -66,7 +71,10 @@ Q, A = "How many?", "Four."
 CHATS = [
     chat("What is 1 + 1?", "2"),
     chat("Say hello.", " Hello,\n\nworld — “ünïcode” ✓ "),
-    chat("What does math.gcd do in Python?", "Greatest Common Divisor of two integers, and of many more than two."),
+    chat(
+        "What does math.gcd do in Python?",
+        "Greatest Common Divisor of two integers, and of many more than two.",
+    ),
     chat("A long question, " * 12, "A short answer."),
     chat("A short question?", "a long answer " * 20),
     chat(Q, "It ends with <|im_end|> inside."),

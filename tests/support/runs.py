@@ -37,7 +37,8 @@ def train_in_slots(
     observers: dict[int, Any] | None = None,
     errors: dict[int, Exception] | None = None,
 ) -> list[Path]:
-    """Train runs in so many slots of one process, each in a folder of its own; errors are taken where asked for."""
+    """Train runs in so many slots of one process, each in a folder of its own; errors are taken
+    where asked for."""
     from finetune.files.run_folder import RunFolder
     from finetune.run.run import run_steps
     from sweeps.study.pack import PackedRun, train_together
@@ -76,5 +77,10 @@ SHORT = (
     "dataset.max_length=64",
 )
 Alone = Callable[[RunConfig], list[float]]
-NONE, NF4, TRL, PACKED = "quantization=none", "quantization=nf4", "trainer.engine=trl", "trainer.engine=packed"
+NONE, NF4, TRL, PACKED = (
+    "quantization=none",
+    "quantization=nf4",
+    "trainer.engine=trl",
+    "trainer.engine=packed",
+)
 Tiny = Callable[..., RunConfig]

@@ -33,7 +33,9 @@ def settings_of(*overrides: str) -> StudySettings:
     return StudySettings.from_sweeper(plain | {"study_name": "s", "params": plain["params"] or {}})
 
 
-def made_study(folder: Path, trials: Sequence[Any], *objectives: str, direction: str = "minimize") -> Any:
+def made_study(
+    folder: Path, trials: Sequence[Any], *objectives: str, direction: str = "minimize"
+) -> Any:
     """A study of trials that are written down, not run."""
 
     from sweeps.study.storage import open_storage
@@ -41,7 +43,9 @@ def made_study(folder: Path, trials: Sequence[Any], *objectives: str, direction:
     folder.mkdir(parents=True)
     names = list(objectives) or ["eval/loss"]
     study = optuna.create_study(
-        study_name=folder.name, storage=open_storage(None, folder), directions=[direction] * len(names)
+        study_name=folder.name,
+        storage=open_storage(None, folder),
+        directions=[direction] * len(names),
     )
     study.set_user_attr("uid", "made")
     study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
@@ -68,24 +72,33 @@ def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> Fr
     loss = 3 - 0.3 * math.log10(params["optimizer.learning_rate"] * 1e4)
     rungs = {COMPLETE: 4, PRUNED: 1}.get(state, 0)
     reported = {rung: loss - 0.1 * rung for rung in range(1, rungs + 1)}
-    notes = {"steps": 60, "step": 60 if state == COMPLETE else 15, "reason": "worse than others at this rung"}
+    notes = {
+        "steps": 60,
+        "step": 60 if state == COMPLETE else 15,
+        "reason": "worse than others at this rung",
+    }
     return create_trial(
         state=state,
         params=params,
         distributions={name: SPACE[name] for name in params},
         user_attrs=notes | ({"error": "<b>out of memory</b>"} if state == FAIL else {}),
-        **{"intermediate_values": reported, "value": loss - 0.4 if state == COMPLETE else None} | given,
+        **{"intermediate_values": reported, "value": loss - 0.4 if state == COMPLETE else None}
+        | given,
     )
 
 
 def text_of(path: Path) -> str:
     """The page without plotly's own code."""
-    return re.sub(r"<script>.*?</script>", "", path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
+    return re.sub(
+        r"<script>.*?</script>", "", path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL
+    )
 
 
 def two_values(draw: random.Random) -> FrozenTrial:
     return create_trial(
-        params={"lora.r": 8}, distributions={"lora.r": SPACE["lora.r"]}, values=[draw.random(), draw.random()]
+        params={"lora.r": 8},
+        distributions={"lora.r": SPACE["lora.r"]},
+        values=[draw.random(), draw.random()],
     )
 
 
@@ -105,18 +118,25 @@ def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
         "two": ([trial(draw), trial(draw, PRUNED)], []),
         "failed": ([trial(draw, FAIL) for _ in range(3)], []),
         "pruned": ([trial(draw, PRUNED) for _ in range(9)], []),
-        "nan": ([trial(draw), nan, trial(draw, PRUNED, intermediate_values={1: math.inf}), trial(draw)], []),
+        "nan": (
+            [trial(draw), nan, trial(draw, PRUNED, intermediate_values={1: math.inf}), trial(draw)],
+            [],
+        ),
         "infinite": (infinite, []),
         "partial": ([*(trial(draw) for _ in range(9)), partial], []),
         "no-parameters": ([create_trial(value=1.0), create_trial(value=2.0)], []),
         "equal": ([trial(draw, value=1.0, intermediate_values={1: 1.0}) for _ in range(10)], []),
-        "two-objectives": ([two_values(draw) for _ in range(9)], ["eval/loss", "adapter/parameters"]),
+        "two-objectives": (
+            [two_values(draw) for _ in range(9)],
+            ["eval/loss", "adapter/parameters"],
+        ),
         "mixed": ([trial(draw, state) for state in (COMPLETE, PRUNED, FAIL) * 5], []),
     }
 
 
 def made_unchecked(folder: Path, trials: list[FrozenTrial]) -> Study:
-    """A study with trials that Optuna would not take any more, as one has that went on under `allow_change`."""
+    """A study with trials that Optuna would not take any more, as one has that went on under
+    `allow_change`."""
     study = made_study(folder, [])
     for each in trials:
         study.storage.create_new_trial(study.optuna._study_id, each)

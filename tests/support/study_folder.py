@@ -22,7 +22,9 @@ def trials_of(place: Path, *states: TrialState) -> list[FrozenTrial]:
 
 
 def result_of(place: Path, number: int) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder_of(place) / "trials" / str(number) / "result.json").read_text())
+    content: dict[str, Any] = json.loads(
+        (folder_of(place) / "trials" / str(number) / "result.json").read_text()
+    )
     return content
 
 

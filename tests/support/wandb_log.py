@@ -16,7 +16,10 @@ def _wandb_file(file: Path) -> Iterator[Any]:
         if 32768 - position % 32768 < 7:  # no chunk's header fits in what is left of the block
             position += 32768 - position % 32768
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
         if position + 7 + length > len(data):
             return  # it is being written
         parts += data[position + 7 : position + 7 + length]
@@ -33,11 +36,16 @@ def wandb_files(folder: Path) -> list[list[Any]]:
 
     W&B writes the last of them from a process of its own, a moment after the run has finished.
     """
-    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
+    files = sorted(
+        folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns
+    )
     end = time.monotonic() + 120
     while True:
         found = [list(_wandb_file(file)) for file in files]
-        if all(any(record.HasField("exit") for record in records) for records in found) or time.monotonic() > end:
+        if (
+            all(any(record.HasField("exit") for record in records) for records in found)
+            or time.monotonic() > end
+        ):
             return found
         time.sleep(0.05)
 

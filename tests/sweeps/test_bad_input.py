@@ -1,6 +1,8 @@
-"""A study that can't be is refused in one line that names the key, the value and what is allowed, before torch loads.
+"""A study that can't be is refused in one line that names the key, the value and what is allowed,
+before torch loads.
 
-Every case is a whole command in a process of its own. Expected lines are written with … for any text.
+Every case is a whole command in a process of its own. Expected lines are written with … for any
+text.
 """
 
 from pathlib import Path
@@ -13,20 +15,40 @@ from support.matrix import fixed_part
 from support.studies import made_study
 
 PASSWORD = "hunter2horse"
-BY_STUDY = "can't be searched: all trials of a study are evaluated by the same objective on the same rows"
+BY_STUDY = (
+    "can't be searched: all trials of a study are evaluated by the same objective on the same rows"
+)
 
 
-def search(workplace: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s") -> Outcome:
+def search(
+    workplace: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s"
+) -> Outcome:
     """A study's command."""
     return workplace.call("-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments)
 
 
 SETTINGS = [
     Case("no-trials", "hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0: must be at least 1"),
-    Case("trials-text", "hydra.sweeper.n_trials=many", "hydra.sweeper.n_trials=many: must be a whole number"),
-    Case("no-workers", "hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs=0: must be at least 1, or null: …GPU"),
-    Case("direction", "hydra.sweeper.direction=up", "hydra.sweeper.direction=up: …allowed: maximize, minimize"),
-    Case("directions-none", "hydra.sweeper.direction=[]", "hydra.sweeper.direction=[]: must be minimize or maximize…"),
+    Case(
+        "trials-text",
+        "hydra.sweeper.n_trials=many",
+        "hydra.sweeper.n_trials=many: must be a whole number",
+    ),
+    Case(
+        "no-workers",
+        "hydra.sweeper.n_jobs=0",
+        "hydra.sweeper.n_jobs=0: must be at least 1, or null: …GPU",
+    ),
+    Case(
+        "direction",
+        "hydra.sweeper.direction=up",
+        "hydra.sweeper.direction=up: …allowed: maximize, minimize",
+    ),
+    Case(
+        "directions-none",
+        "hydra.sweeper.direction=[]",
+        "hydra.sweeper.direction=[]: must be minimize or maximize…",
+    ),
     Case(
         "directions-too-many",
         "hydra.sweeper.direction=[minimize,minimize]",
@@ -37,7 +59,11 @@ SETTINGS = [
         "objective=[eval/loss,adapter/parameters]",
         "hydra.sweeper.direction=minimize: must be one for each objective (2: eval/loss, adapter/parameters)",
     ),
-    Case("no-held-out-rows", "dataset.eval_fraction=0", "objective=eval/loss: …dataset.eval_fraction above 0, or …"),
+    Case(
+        "no-held-out-rows",
+        "dataset.eval_fraction=0",
+        "objective=eval/loss: …dataset.eval_fraction above 0, or …",
+    ),
     Case(
         "storage",
         "hydra.sweeper.storage=foo",
@@ -48,20 +74,50 @@ SETTINGS = [
         "hydra.sweeper.storage=sqlite:///x.db hydra.sweeper.n_jobs=2",
         "hydra.sweeper.storage=sqlite:///x.db: …2 workers; use null (a journal file) or PostgreSQL",
     ),
-    Case("failure-rate", "hydra.sweeper.max_failure_rate=2", "hydra.sweeper.max_failure_rate=2…: …from 0 to 1"),
-    Case("timeout", "hydra.sweeper.timeout=0", "hydra.sweeper.timeout=0…: must be above 0 seconds, or null"),
-    Case("adapters", "hydra.sweeper.keep_adapters=0", "hydra.sweeper.keep_adapters=0: must be at least 1"),
-    Case("baseline", "hydra.sweeper.baseline=maybe", "hydra.sweeper.baseline=maybe: must be true or false"),
     Case(
-        "sampler", "hydra/sweeper/sampler=tpee", "hydra/sweeper/sampler=tpee: …did you mean tpe…allowed: cmaes, gp, …"
+        "failure-rate",
+        "hydra.sweeper.max_failure_rate=2",
+        "hydra.sweeper.max_failure_rate=2…: …from 0 to 1",
     ),
-    Case("pruner", "hydra/sweeper/pruner=medan", "hydra/sweeper/pruner=medan: …did you mean median? allowed: hyper…"),
-    Case("search", "search=nope", "search=nope: no such choice; …allowed: lora, lora_rate, lora_targets, schedule"),
+    Case(
+        "timeout",
+        "hydra.sweeper.timeout=0",
+        "hydra.sweeper.timeout=0…: must be above 0 seconds, or null",
+    ),
+    Case(
+        "adapters",
+        "hydra.sweeper.keep_adapters=0",
+        "hydra.sweeper.keep_adapters=0: must be at least 1",
+    ),
+    Case(
+        "baseline",
+        "hydra.sweeper.baseline=maybe",
+        "hydra.sweeper.baseline=maybe: must be true or false",
+    ),
+    Case(
+        "sampler",
+        "hydra/sweeper/sampler=tpee",
+        "hydra/sweeper/sampler=tpee: …did you mean tpe…allowed: cmaes, gp, …",
+    ),
+    Case(
+        "pruner",
+        "hydra/sweeper/pruner=medan",
+        "hydra/sweeper/pruner=medan: …did you mean median? allowed: hyper…",
+    ),
+    Case(
+        "search",
+        "search=nope",
+        "search=nope: no such choice; …allowed: lora, lora_rate, lora_targets, schedule",
+    ),
     Case("job-config", "lora.alpha=0", "lora.alpha=0…: must be above 0"),
 ]
 
 SPACE = [
-    Case("start-text", "hydra.sweeper.start=7", "hydra.sweeper.start=7: must be a list of points, as [{lora.r: 8}]"),
+    Case(
+        "start-text",
+        "hydra.sweeper.start=7",
+        "hydra.sweeper.start=7: must be a list of points, as [{lora.r: 8}]",
+    ),
     Case(
         "start-unknown",
         "hydra.sweeper.start=[{lora.nope:8}]",
@@ -78,7 +134,11 @@ SPACE = [
     Case("objective-at", "objective_at=choice(last,best)", f"objective_at: {BY_STUDY}"),
     Case("name", "name=a,b", f"name: {BY_STUDY}"),
     Case("step-zero", "lora.r=range(1,4,0)", "lora.r=range(1,4,0): …nonzero step…"),
-    Case("interval-backwards", "lora.dropout=interval(0.2,0.1)", "lora.dropout=interval(0.2,0.1): …low <= high…"),
+    Case(
+        "interval-backwards",
+        "lora.dropout=interval(0.2,0.1)",
+        "lora.dropout=interval(0.2,0.1): …low <= high…",
+    ),
     Case("no-choice", "lora.r=choice()", "…lora.r=choice()…empty choice…"),
     Case("glob-of-nothing", "lora/target=glob(z*)", "lora/target=glob(z*): …"),
     Case(
@@ -96,7 +156,9 @@ SPACE = [
 
 @pytest.mark.slow
 @each([*SETTINGS, *SPACE])
-def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, workplace: Workplace) -> None:
+def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(
+    case: Case, workplace: Workplace
+) -> None:
     outcome = search(workplace, *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
@@ -108,7 +170,10 @@ def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(case: Case, workpla
 def test_a_study_name_is_no_path(workplace: Workplace) -> None:
     outcome = search(workplace, name="hydra.sweeper.study_name=a/b")
 
-    assert outcome.error == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
+    assert (
+        outcome.error
+        == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
+    )
     assert workplace.files() == set()
 
 
@@ -143,7 +208,9 @@ ADDRESSES = [
 def test_a_databases_password_reaches_neither_a_file_nor_the_screen(
     mode: str, address: str, workplace: Workplace
 ) -> None:
-    outcome = workplace.call(*mode.split(), "hydra/sweeper=optuna", f"hydra.sweeper.storage={address}")
+    outcome = workplace.call(
+        *mode.split(), "hydra/sweeper=optuna", f"hydra.sweeper.storage={address}"
+    )
 
     assert outcome.error.startswith("hydra.sweeper.storage: ")
     assert PASSWORD not in outcome.stderr + outcome.stdout
@@ -159,7 +226,9 @@ def test_a_databases_password_in_a_file_is_refused(mode: str, workplace: Workpla
     workplace.write({"my/experiment/own.yaml": own})
     outcome = workplace.call(*mode.split(), "--config-dir", "my", "experiment=own")
 
-    assert outcome.error.startswith("hydra.sweeper.storage: a password in an address would be written to files")
+    assert outcome.error.startswith(
+        "hydra.sweeper.storage: a password in an address would be written to files"
+    )
     assert PASSWORD not in outcome.stderr + outcome.stdout
     assert {name for name in workplace.files() if not str(name).startswith("my")} == set()
 
@@ -167,8 +236,14 @@ def test_a_databases_password_in_a_file_is_refused(mode: str, workplace: Workpla
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        (f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1/x", "…the address has an @ too many…%40"),
-        (f"nosuchdb://me:{PASSWORD}@127.0.0.1/x", "…nosuchdb is no database; allowed: postgresql, mysql, sqlite"),
+        (
+            f"postgresql+psycopg2://me:a@{PASSWORD}@127.0.0.1/x",
+            "…the address has an @ too many…%40",
+        ),
+        (
+            f"nosuchdb://me:{PASSWORD}@127.0.0.1/x",
+            "…nosuchdb is no database; allowed: postgresql, mysql, sqlite",
+        ),
     ],
 )
 def test_an_address_from_the_environment_shows_no_password(
@@ -184,11 +259,17 @@ def test_an_address_from_the_environment_shows_no_password(
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes()
 
 
-@pytest.mark.parametrize("arguments", ["search=lora_rate", "-m search=lora_rate", "-m search=lora,schedule"])
-def test_a_search_space_without_the_sweeper_says_how_to_search(arguments: str, workplace: Workplace) -> None:
+@pytest.mark.parametrize(
+    "arguments", ["search=lora_rate", "-m search=lora_rate", "-m search=lora,schedule"]
+)
+def test_a_search_space_without_the_sweeper_says_how_to_search(
+    arguments: str, workplace: Workplace
+) -> None:
     outcome = workplace.call(*arguments.split())
 
-    assert matches("…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna", outcome.error)
+    assert matches(
+        "…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna", outcome.error
+    )
     assert not outcome.torch_imported
     assert workplace.files() == set()
 
@@ -223,22 +304,53 @@ def test_a_study_without_a_name_is_checked_as_any_other(workplace: Workplace) ->
 
 
 BEFORE_IT_BEGINS = [
-    Case("unknown-parameter", "lora.alhpa=choice(8,16)", "lora.alhpa: no such key; did you mean alpha…"),
+    Case(
+        "unknown-parameter",
+        "lora.alhpa=choice(8,16)",
+        "lora.alhpa: no such key; did you mean alpha…",
+    ),
     Case("value-of-another-type", "lora.r=interval(4,64)", "lora.r=…: must be a whole number"),
-    Case("value-not-allowed", "lora.dropout=choice(0.1,1.5)", "lora.dropout=1.5: must be at least 0 and below 1"),
-    Case("no-such-group-choice", "lora/target=choice(q_v,qv)", "lora/target=qv: no such choice; did you mean q_v?…"),
-    Case("custom-space", "hydra.sweeper.custom_search_space=nowhere.f", "hydra.sweeper.custom_search_space=nowhere.f…"),
+    Case(
+        "value-not-allowed",
+        "lora.dropout=choice(0.1,1.5)",
+        "lora.dropout=1.5: must be at least 0 and below 1",
+    ),
+    Case(
+        "no-such-group-choice",
+        "lora/target=choice(q_v,qv)",
+        "lora/target=qv: no such choice; did you mean q_v?…",
+    ),
+    Case(
+        "custom-space",
+        "hydra.sweeper.custom_search_space=nowhere.f",
+        "hydra.sweeper.custom_search_space=nowhere.f…",
+    ),
     Case("sampler-removed", "hydra/sweeper/sampler=motpe", "…hydra/sweeper/sampler…tpe…"),
     Case("sampler-seed", "hydra.sweeper.sampler.seed=abc", "hydra.sweeper.sampler.seed=abc…"),
-    Case("sampler-target", "hydra.sweeper.sampler._target_=os.system", "hydra.sweeper.sampler…os.system…"),
-    Case("pruner-key", "hydra.sweeper.pruner.reduction_factor=0", "hydra.sweeper.pruner…reduction_factor…"),
+    Case(
+        "sampler-target",
+        "hydra.sweeper.sampler._target_=os.system",
+        "hydra.sweeper.sampler…os.system…",
+    ),
+    Case(
+        "pruner-key",
+        "hydra.sweeper.pruner.reduction_factor=0",
+        "hydra.sweeper.pruner…reduction_factor…",
+    ),
 ]
 
 
 @pytest.mark.slow
 @each(BEFORE_IT_BEGINS)
-def test_what_no_trial_could_do_is_refused_before_the_study_begins(case: Case, workplace: Workplace) -> None:
-    outcome = search(workplace, *case.arguments.split(), "hydra.sweeper.n_trials=2", "hydra.sweeper.baseline=false")
+def test_what_no_trial_could_do_is_refused_before_the_study_begins(
+    case: Case, workplace: Workplace
+) -> None:
+    outcome = search(
+        workplace,
+        *case.arguments.split(),
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.baseline=false",
+    )
 
     assert matches(case.says, outcome.error), outcome.error
     assert not list(workplace.cwd.rglob("study.journal"))
@@ -262,4 +374,6 @@ def test_a_broken_study_costs_the_list_no_other(light_station: Station, tmp_path
     assert "its storage knows no study empty" in rows["empty"]
     assert "NO_SUCH_DATABASE" in rows["far"]
     assert "JSONDecodeError" in rows["torn"]
-    assert matches("error: …outputs/sweeps/empty: its storage knows no study empty", reported.stderr.strip())
+    assert matches(
+        "error: …outputs/sweeps/empty: its storage knows no study empty", reported.stderr.strip()
+    )

@@ -55,7 +55,9 @@ def test_a_waiting_trial_is_claimed_by_one_token(tmp_path: Path) -> None:
     storage = database(tmp_path)
     _, trial_id = waiting_trial(storage)
 
-    claims = [compat.claim_waiting_trial(storage, trial_id, "claim", token) for token in ("a", "a", "b")]
+    claims = [
+        compat.claim_waiting_trial(storage, trial_id, "claim", token) for token in ("a", "a", "b")
+    ]
 
     trial = storage.get_trial(trial_id)
     assert claims == [True, True, False]

@@ -1,4 +1,5 @@
-"""Plain multiruns, as commands: their jobs train together, each in its own folder, and end each in its own way."""
+"""Plain multiruns, as commands: their jobs train together, each in its own folder, and end each in
+its own way."""
 
 import json
 import signal
@@ -40,12 +41,16 @@ def error_of(said: str) -> str:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return rows
 
 
 @pytest.fixture(scope="module")
-def two(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def two(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """The folder of a multirun of two jobs in two slots, and what it said."""
     place = tmp_path_factory.mktemp("two")
     more = ("lora=r4,r8", "hydra.launcher.slots=2", "tracker=wandb", "lora.dropout=0.1")
@@ -74,25 +79,39 @@ def test_each_job_leaves_a_run_folder_with_hydras_files(two: tuple[Path, str]) -
         assert hydra["runtime"]["choices"]["lora"] == f"r{rank}"
 
 
-def test_each_jobs_log_holds_its_own_lines_and_the_terminal_says_whose_each_is(two: tuple[Path, str]) -> None:
+def test_each_jobs_log_holds_its_own_lines_and_the_terminal_says_whose_each_is(
+    two: tuple[Path, str],
+) -> None:
     folder, said = two
     for number in range(2):
         place = folder / "trials" / str(number)
         lines = (place / "train.log").read_text().splitlines()
-        dated = [line for line in lines if not line.startswith("  ")]  # a run's summary is of several lines
+        dated = [
+            line for line in lines if not line.startswith("  ")
+        ]  # a run's summary is of several lines
         assert all(line.startswith("[20") for line in dated), "lines have a date, as Hydra's"
         texts = [line.split(" - ", 1)[1] if line in dated else line for line in lines]
         shown = [text for text in texts if text.startswith("step ") and "held-out" not in text]
         assert [f"{row['train/loss']:.4f}" for row in logged(place) if "train/loss" in row] == [
             text.split()[3] for text in shown
         ]
-        own = [line.removeprefix(f"{number}: ") for line in said.splitlines() if line.startswith(f"{number}: ")]
+        own = [
+            line.removeprefix(f"{number}: ")
+            for line in said.splitlines()
+            if line.startswith(f"{number}: ")
+        ]
         assert own == texts
 
 
 def test_a_job_is_the_run_alone(two: tuple[Path, str], tiny: Tiny, tmp_path: Path) -> None:
     folder, _ = two
-    common = ("dataset.max_length=64", "sample_prompts=[]", "trainer.max_steps=4", "lora.dropout=0.1", "lora=r8")
+    common = (
+        "dataset.max_length=64",
+        "sample_prompts=[]",
+        "trainer.max_steps=4",
+        "lora.dropout=0.1",
+        "lora=r8",
+    )
     run(tiny(*common), tmp_path)
     place = folder / "trials" / "1"
     assert losses(place) == pytest.approx(losses(tmp_path), rel=1e-5)
@@ -110,25 +129,46 @@ def test_each_job_is_a_wandb_run_of_one_group(two: tuple[Path, str]) -> None:
         (opened,) = [record.run for record in records if record.HasField("run")][:1]
         shown.append((opened.display_name, opened.run_group, opened.job_type))
         steps = wandb_history(records)
-        for name in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "objective", "test/loss"):
+        for name in (
+            "train/loss",
+            "train/grad_norm",
+            "train/learning_rate",
+            "eval/loss",
+            "objective",
+            "test/loss",
+        ):
             wanted = [row[name] for row in logged(place) if name in row]
             assert wanted
             assert [row[name] for row in steps if name in row] == wanted
     assert shown == [("default-0", "jobs", "trial"), ("default-1", "jobs", "trial")]
 
 
-def test_jobs_that_fail_end_no_other_and_are_told_of(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_jobs_that_fail_end_no_other_and_are_told_of(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     """One before it trains, one while it trains; the free slots go to the jobs that wait."""
     rates = "optimizer.learning_rate=1e-3,1e30,-1,1e-4"
-    more = (rates, "hydra.launcher.slots=2", "quantization=none", "trainer.max_steps=8", "trainer.eval_steps=0")
+    more = (
+        rates,
+        "hydra.launcher.slots=2",
+        "quantization=none",
+        "trainer.max_steps=8",
+        "trainer.eval_steps=0",
+    )
     ended = station.run(*multirun(tiny_base, *more), cwd=tmp_path)
     assert ended.returncode == 1
     line = error_of(ended.stderr)
     assert line == ended.stderr.splitlines()[-1]
-    assert line.startswith("error: 2 failed; job 1: optimizer.learning_rate=1e+30: training diverged at step ")
+    assert line.startswith(
+        "error: 2 failed; job 1: optimizer.learning_rate=1e+30: training diverged at step "
+    )
     assert "job 2 failed: optimizer.learning_rate=-1" in ended.stderr
     trials = tmp_path / "jobs" / "trials"
-    assert [final(trials / number)["status"] for number in "013"] == ["completed", "failed", "completed"]
+    assert [final(trials / number)["status"] for number in "013"] == [
+        "completed",
+        "failed",
+        "completed",
+    ]
     assert final(trials / "1")["error"].startswith("optimizer.learning_rate=1e+30")
     assert not (trials / "2").exists(), "a job that never began leaves nothing"
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
@@ -141,7 +181,9 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources = SharedResources()
     kept, saved, small = (
-        plan_memory(tiny(*MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"), resources).peak()
+        plan_memory(
+            tiny(*MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"), resources
+        ).peak()
         / USABLE
         for saves, rows in (("false", 8), ("true", 8), ("false", 1))
     )
@@ -166,20 +208,28 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
 ) -> None:
     monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources, wide = SharedResources(), f"model.name_or_path={wide_base(tiny_base, tmp_path)}"
-    kept, saved = (tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}") for saves in ("false", "true"))
+    kept, saved = (
+        tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}")
+        for saves in ("false", "true")
+    )
     between = sum(plan_memory(config, resources).peak() for config in (kept, saved)) / 2 / USABLE
     monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
     large, small = (*MULTIRUN, wide), (*MULTIRUN, wide, f"{BATCH}=1")
     for jobs, wanted in (
         ((large, MULTIRUN), [base_key(saved)]),
         ((small, (*large, "trainer.gradient_checkpointing=true")), []),
-        ((large, (*large, f"{BATCH}=8", "trainer.gradient_checkpointing=false")), [base_key(saved)]),
+        (
+            (large, (*large, f"{BATCH}=8", "trainer.gradient_checkpointing=false")),
+            [base_key(saved)],
+        ),
         ((small, (*large, "lora.use_dora=true")), []),  # TRL trains it
         ((large, (*large, "lora.r=64", "lora.target_modules=[nope]")), [base_key(saved)]),
     ):
         assert choose_job_slots("auto", [tiny(*job) for job in jobs]) == (1, wanted)
     assert (
-        resolve_checkpointing(tiny(*MULTIRUN), "packed", resources, [base_key(saved)]).trainer.gradient_checkpointing
+        resolve_checkpointing(
+            tiny(*MULTIRUN), "packed", resources, [base_key(saved)]
+        ).trainer.gradient_checkpointing
         is False
     )
 
@@ -189,10 +239,20 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
 def test_an_interrupted_multirun_ends_each_job_with_a_checkpoint(
     number: int, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("lora=r4,r8,r16", "hydra.launcher.slots=2", "trainer.max_steps=100000", "trainer.save_steps=0")
+    more = (
+        "lora=r4,r8,r16",
+        "hydra.launcher.slots=2",
+        "trainer.max_steps=100000",
+        "trainer.save_steps=0",
+    )
     process = station.start(*multirun(tiny_base, *more, "trainer.eval_steps=0"), cwd=tmp_path)
     trials = [tmp_path / "jobs" / "trials" / str(job) for job in range(2)]
-    wait_until(lambda: all((trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials), process)
+    wait_until(
+        lambda: all(
+            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials
+        ),
+        process,
+    )
     process.send_signal(number)
     ended = process.wait()
 
@@ -203,19 +263,33 @@ def test_an_interrupted_multirun_ends_each_job_with_a_checkpoint(
         result = final(trial)
         assert result["status"] == "interrupted"
         assert len(losses(trial)) == result["step"]
-        assert [path.name for path in checkpoints_in(trial / "checkpoints")] == [f"checkpoint-{result['step']}"]
-    assert not (tmp_path / "jobs" / "trials" / "2").exists(), "a job has begun after the interruption"
+        assert [path.name for path in checkpoints_in(trial / "checkpoints")] == [
+            f"checkpoint-{result['step']}"
+        ]
+    assert not (tmp_path / "jobs" / "trials" / "2").exists(), (
+        "a job has begun after the interruption"
+    )
 
 
 @pytest.mark.fault
 def test_a_job_that_was_interrupted_is_resumed_as_a_run(
     station: Station, tiny_base: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    steps = ("trainer.max_steps=40", "trainer.save_steps=0", "lora.dropout=0.1", "quantization=none")
+    steps = (
+        "trainer.max_steps=40",
+        "trainer.save_steps=0",
+        "lora.dropout=0.1",
+        "quantization=none",
+    )
     more = ("lora=r4,r8", "hydra.launcher.slots=2", *steps)
     process = station.start(*multirun(tiny_base, *more), cwd=tmp_path, before=SLOW_STEPS)
     trials = [tmp_path / "jobs" / "trials" / str(job) for job in range(2)]
-    wait_until(lambda: all((trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials), process)
+    wait_until(
+        lambda: all(
+            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials
+        ),
+        process,
+    )
     process.send_signal(signal.SIGINT)
     process.wait()
     resumed = station.run(f"resume={trials[1]}", cwd=tmp_path)
@@ -238,7 +312,9 @@ def test_without_slots_jobs_run_one_after_the_other_in_one_process(
 
 
 @pytest.mark.slow
-def test_jobs_of_other_bases_and_engines_wait_for_each_other(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_jobs_of_other_bases_and_engines_wait_for_each_other(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = ("quantization=none,nf4", "trainer.engine=packed,trl", "hydra.launcher.slots=3")
     ended = station.run(*multirun(tiny_base, *more), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -252,21 +328,31 @@ def test_jobs_of_other_bases_and_engines_wait_for_each_other(station: Station, t
 
 
 @pytest.mark.slow
-def test_the_basic_launcher_still_runs_jobs_one_by_one(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_basic_launcher_still_runs_jobs_one_by_one(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     ended = station.run(*multirun(tiny_base, "lora=r4,r8", "hydra/launcher=basic"), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert [final(tmp_path / "jobs" / "trials" / str(job))["status"] for job in range(2)] == ["completed"] * 2
+    assert [final(tmp_path / "jobs" / "trials" / str(job))["status"] for job in range(2)] == [
+        "completed"
+    ] * 2
 
 
 @pytest.mark.parametrize("slots", ["0", "-1", "many", "1.5"])
-def test_slots_that_cannot_be_are_refused(slots: str, station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    ended = station.run(*multirun(tiny_base, "lora=r4,r8", f"hydra.launcher.slots={slots}"), cwd=tmp_path)
+def test_slots_that_cannot_be_are_refused(
+    slots: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    ended = station.run(
+        *multirun(tiny_base, "lora=r4,r8", f"hydra.launcher.slots={slots}"), cwd=tmp_path
+    )
     assert ended.returncode == 1
     assert error_of(ended.stderr).startswith(f"error: hydra.launcher.slots={slots}: must be ")
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_callback_hears_of_each_jobs_start_and_end(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_callback_hears_of_each_jobs_start_and_end(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     """What Hydra tells of jobs that it runs itself."""
     heard = """
 from hydra.experimental.callback import Callback

@@ -34,7 +34,9 @@ def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
     config = sweeper_config("hydra.sweeper.study_name=s", "~search")
     with initialize_config_dir(str(CONF)):
         HydraConfig.instance().set_config(config)
-        context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=cast(Any, None))
+        context = HydraContext(
+            config_loader=GlobalHydra.instance().config_loader(), callbacks=cast(Any, None)
+        )
         sweeper = cast(
             Any,
             Plugins.instance().instantiate_sweeper(

@@ -1,4 +1,5 @@
-"""What of a database's address is secret, which secrets are refused, and what is shown of the rest."""
+"""What of a database's address is secret, which secrets are refused, and what is shown of the
+rest."""
 
 import builtins
 import importlib
@@ -80,12 +81,16 @@ def test_an_address_without_a_secret_is_taken(address: str) -> None:
 @pytest.mark.parametrize("password", [SECRET, f"{SECRET}/%40:?", f"a b&{SECRET}"])
 def test_what_is_shown_of_an_address_and_of_errors_has_no_secret(password: str) -> None:
     url = (
-        make_url("postgresql+psycopg2://me@host:5/db").set(password=password).update_query_dict({"sslpassword": SECRET})
+        make_url("postgresql+psycopg2://me@host:5/db")
+        .set(password=password)
+        .update_query_dict({"sslpassword": SECRET})
     )
     address = url.render_as_string(hide_password=False)
 
     assert show_address(KEY, address) == "postgresql+psycopg2://me@host:5/db"
-    assert SECRET not in hide_secrets(f"no connection to {address} with {password!s}, {SECRET}", KEY, address)
+    assert SECRET not in hide_secrets(
+        f"no connection to {address} with {password!s}, {SECRET}", KEY, address
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,11 +104,27 @@ def test_what_is_shown_of_an_address_and_of_errors_has_no_secret(password: str) 
         ("mysql://host/db", ["pymysql"], "mysql+pymysql"),
         ("mariadb://host/db", ["mysql.connector"], "mariadb+mysqlconnector"),
         ("sqlite:///x.db", [], "sqlite"),
-        ("postgresql://host/db", [], "no driver for postgresql is installed (…): pip install 'psycopg2-binary'"),
-        ("postgresql+psycopg://host/db", ["psycopg2"], "no driver … (psycopg): pip install 'psycopg[binary]'"),
+        (
+            "postgresql://host/db",
+            [],
+            "no driver for postgresql is installed (…): pip install 'psycopg2-binary'",
+        ),
+        (
+            "postgresql+psycopg://host/db",
+            ["psycopg2"],
+            "no driver … (psycopg): pip install 'psycopg[binary]'",
+        ),
         ("mysql://host/db", [], "no driver for mysql is installed (…): pip install 'mysqlclient'"),
-        ("postgresql+asyncpg://host/db", ["asyncpg"], "postgresql+asyncpg can't be used; allowed: …psycopg2…"),
-        ("postgres://host/db", ["psycopg2"], "postgres is no database; allowed: postgresql, mysql, sqlite"),
+        (
+            "postgresql+asyncpg://host/db",
+            ["asyncpg"],
+            "postgresql+asyncpg can't be used; allowed: …psycopg2…",
+        ),
+        (
+            "postgres://host/db",
+            ["psycopg2"],
+            "postgres is no database; allowed: postgresql, mysql, sqlite",
+        ),
     ],
 )
 def test_the_driver_is_one_that_is_installed(

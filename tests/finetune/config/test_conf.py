@@ -1,4 +1,5 @@
-"""Every choice in conf/ composes and is valid, and the published Llama 2 recipe holds, value for value."""
+"""Every choice in conf/ composes and is valid, and the published Llama 2 recipe holds, value for
+value."""
 
 import dataclasses
 import json
@@ -47,15 +48,26 @@ def test_a_choice_composes_and_its_values_arrive(choice: Path) -> None:
     if isinstance(values.get("learning_rate"), dict):  # by the base's name
         values["learning_rate"] = values["learning_rate"][values["name_or_path"]]
     group = str(choice.parent)
-    package = next((line.split()[-1] for line in file.read_text().splitlines() if line.startswith("# @package")), group)
+    package = next(
+        (
+            line.split()[-1]
+            for line in file.read_text().splitlines()
+            if line.startswith("# @package")
+        ),
+        group,
+    )
     missing = {key: "given.jsonl" for key, value in values.items() if value == "???"}
 
-    sweeper = ["hydra/sweeper=optuna"] if group.startswith("hydra/sweeper/") else []  # only beside it are they groups
+    sweeper = (
+        ["hydra/sweeper=optuna"] if group.startswith("hydra/sweeper/") else []
+    )  # only beside it are they groups
     given = (f"{package}.{key}={value}" for key, value in missing.items())
 
     config = compose(*sweeper, f"{group}={choice.name}", *given)
 
-    if not package.startswith(("hydra", "search")):  # those are the sweeper's; a run's config has no place for them
+    if not package.startswith(
+        ("hydra", "search")
+    ):  # those are the sweeper's; a run's config has no place for them
         whole = config.to_dict()
         assert holds(whole if package == "_global_" else whole[package], values | missing)
 
@@ -98,7 +110,9 @@ def test_optimizers_and_schedules_are_transformers_names() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_only_python_docs_has_a_limit_that_nobody_gave(overrides: list[str], limit: int | None, tmp_path: Path) -> None:
+def test_only_python_docs_has_a_limit_that_nobody_gave(
+    overrides: list[str], limit: int | None, tmp_path: Path
+) -> None:
     yamls = {
         "experiment/unlimited_docs": "# @package _global_\nlora: {r: 8}\n",
         "experiment/limited": "# @package _global_\ndataset: {limit: 30}\n",
@@ -206,7 +220,12 @@ GUANACO: dict[str, Any] = {
         "extra": {"fp16": False, "bf16": False},
     },
 }
-LEAVES = [(section, key) for section, values in GUANACO.items() if isinstance(values, dict) for key in values]
+LEAVES = [
+    (section, key)
+    for section, values in GUANACO.items()
+    if isinstance(values, dict)
+    for key in values
+]
 
 
 def test_a_run_that_began_before_new_tokens_were_counted_means_what_it_meant() -> None:
@@ -221,7 +240,9 @@ def test_guanaco_has_the_published_value(guanaco: RunConfig, section: str, key: 
     assert getattr(getattr(guanaco, section), key) == GUANACO[section][key]
 
 
-@pytest.mark.parametrize("key", [key for key, value in GUANACO.items() if not isinstance(value, dict)])
+@pytest.mark.parametrize(
+    "key", [key for key, value in GUANACO.items() if not isinstance(value, dict)]
+)
 def test_guanaco_has_the_published_top_level_value(guanaco: RunConfig, key: str) -> None:
     assert getattr(guanaco, key) == GUANACO[key]
 
@@ -270,7 +291,8 @@ def test_guanaco_quantizes_as_published(guanaco: RunConfig) -> None:
     assert not arguments.load_in_8bit
     assert arguments.bnb_4bit_quant_type == "nf4"
     assert not arguments.bnb_4bit_use_double_quant
-    # float16 on a GPU (the next test); on a CPU it is replaced by float32, which has the products it lacks
+    # float16 on a GPU (the next test); on a CPU it is replaced by float32, which has the products
+    # it lacks
     assert arguments.bnb_4bit_compute_dtype == compute_dtype(guanaco.quantization)
 
 
@@ -291,14 +313,21 @@ def test_guanaco_adapts_as_published(guanaco: RunConfig) -> None:
 
     arguments = lora_config(guanaco.lora)
 
-    assert (arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.bias) == (64, 16, 0.1, "none")
+    assert (arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.bias) == (
+        64,
+        16,
+        0.1,
+        "none",
+    )
     assert arguments.target_modules == {"q_proj", "v_proj"}
     assert arguments.task_type == "CAUSAL_LM"
     assert not arguments.use_rslora
     assert not arguments.use_dora
 
 
-def test_guanaco_pads_on_the_right_with_the_end_token(guanaco: RunConfig, tiny_base: Path, tmp_path: Path) -> None:
+def test_guanaco_pads_on_the_right_with_the_end_token(
+    guanaco: RunConfig, tiny_base: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     from finetune.model.loading import load_tokenizer

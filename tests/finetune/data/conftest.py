@@ -23,7 +23,9 @@ def settings(_defaults: DatasetSettings) -> Settings:
     """The default data set settings with some changed, nothing held out."""
 
     def make(**changes: Any) -> DatasetSettings:
-        return dataclasses.replace(_defaults, **{"eval_fraction": 0.0, "test_fraction": 0.0} | changes)
+        return dataclasses.replace(
+            _defaults, **{"eval_fraction": 0.0, "test_fraction": 0.0} | changes
+        )
 
     return make
 

@@ -19,13 +19,31 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize(
     ("part", "names"),
     [
-        ("train", "train.jsonl TRAIN.jsonl Train.JSONL my_train.jsonl train-00000-of-00002.parquet data.train.csv"),
+        (
+            "train",
+            "train.jsonl TRAIN.jsonl Train.JSONL my_train.jsonl train-00000-of-00002.parquet data.train.csv",
+        ),
         ("train", "train1.json trainData.json 2024-train.json my-training.json en train v2.json"),
-        ("eval", "validation.jsonl valid.csv val.json dev.jsonl eval.parquet evaluation.json Validation.jsonl"),
-        ("eval", "my_val.jsonl val-00001-of-00002.parquet data.dev.csv EVAL_2.json qa.valid.json mySetVal.json"),
-        ("test", "test.jsonl Test.json my-test.csv data.test.csv test_00000.parquet test2.json testSet.json"),
-        ("train", "latest.jsonl contest.jsonl attest.json tested.json devices.json evaluated.json value.json"),
-        ("train", "invalid.json validated.json trainer.json rows.json 2024.json fastest_rows.csv retrieval.json"),
+        (
+            "eval",
+            "validation.jsonl valid.csv val.json dev.jsonl eval.parquet evaluation.json Validation.jsonl",
+        ),
+        (
+            "eval",
+            "my_val.jsonl val-00001-of-00002.parquet data.dev.csv EVAL_2.json qa.valid.json mySetVal.json",
+        ),
+        (
+            "test",
+            "test.jsonl Test.json my-test.csv data.test.csv test_00000.parquet test2.json testSet.json",
+        ),
+        (
+            "train",
+            "latest.jsonl contest.jsonl attest.json tested.json devices.json evaluated.json value.json",
+        ),
+        (
+            "train",
+            "invalid.json validated.json trainer.json rows.json 2024.json fastest_rows.csv retrieval.json",
+        ),
     ],
 )
 def test_a_file_is_what_a_whole_word_of_its_name_says(
@@ -34,7 +52,9 @@ def test_a_file_is_what_a_whole_word_of_its_name_says(
     folder = tmp_path / "mine"
     folder.mkdir()
     write_jsonl(folder / "train_rows.jsonl", texts(3))
-    for number, name in enumerate(re.findall(r"\S.*?\.(?:jsonl|json|csv|parquet)(?= |$)", names, re.IGNORECASE)):
+    for number, name in enumerate(
+        re.findall(r"\S.*?\.(?:jsonl|json|csv|parquet)(?= |$)", names, re.IGNORECASE)
+    ):
         write = {".csv": write_csv, ".parquet": write_parquet}.get(Path(name).suffix, write_jsonl)
         write(folder / name, texts(2, f"file {number}"))
         rows = load_rows(settings(path=str(folder)))
@@ -132,9 +152,13 @@ def test_files_of_a_folder_are_the_parts_that_they_are_named_for(
         if isinstance(expected, int):
             assert len(held) == expected
         else:
-            assert marks(held) == marks(row for file in expected for row in texts(files[file], file))
+            assert marks(held) == marks(
+                row for file in expected for row in texts(files[file], file)
+            )
     assert not marks(rows.train) & marks(rows.evaluation + rows.test)
-    assert [line for line in caplog.messages if "train =" in line] == ([f"data: {folder}: {says}"] if says else [])
+    assert [line for line in caplog.messages if "train =" in line] == (
+        [f"data: {folder}: {says}"] if says else []
+    )
 
 
 def test_explicit_files_win_over_files_by_name_which_train_no_less_then(
@@ -143,7 +167,9 @@ def test_explicit_files_win_over_files_by_name_which_train_no_less_then(
     folder = folder_of(tmp_path, train=6, validation=3, test=3, held=2)
     other = write_jsonl(tmp_path / "other.jsonl", texts(4, "other"))
     with caplog.at_level(logging.INFO, "finetune"):
-        rows = load_rows(settings(path=str(folder), eval_path=str(other), test_path=str(folder / "held.jsonl")))
+        rows = load_rows(
+            settings(path=str(folder), eval_path=str(other), test_path=str(folder / "held.jsonl"))
+        )
     assert marks(rows.train) == marks(texts(6, "train"))
     assert marks(rows.evaluation) == marks(texts(4, "other"))
     assert marks(rows.test) == marks(texts(2, "held"))
@@ -152,7 +178,9 @@ def test_explicit_files_win_over_files_by_name_which_train_no_less_then(
     assert f"test = dataset.test_path={folder / 'held.jsonl'} (not used: test.jsonl)" in line
 
 
-def test_a_folder_given_for_one_part_is_its_files_of_that_name(settings: Settings, tmp_path: Path) -> None:
+def test_a_folder_given_for_one_part_is_its_files_of_that_name(
+    settings: Settings, tmp_path: Path
+) -> None:
     folder = str(folder_of(tmp_path, train=6, validation=3, test=2))
     file = str(write_jsonl(tmp_path / "rows.jsonl", texts(9)))
     rows = load_rows(settings(path=file, eval_path=folder, test_path=folder))
@@ -165,7 +193,11 @@ def test_a_folder_given_for_one_part_is_its_files_of_that_name(settings: Setting
     ("files", "expected", "says"),
     [
         ({"train": 4, "test": 2}, ["test"], "test.jsonl only, named for it, of 2 files"),
-        ({"train": 4, "validation": 2}, ["train", "validation"], "all 2 files, as none is named test"),
+        (
+            {"train": 4, "validation": 2},
+            ["train", "validation"],
+            "all 2 files, as none is named test",
+        ),
         ({"test_a": 4, "test_b": 2}, ["test_a", "test_b"], None),
         ({"a": 4, "b": 2}, ["a", "b"], None),
     ],
@@ -193,8 +225,16 @@ def test_a_folder_to_evaluate_on_is_its_test_files_or_all(
             {},
             "the folder has test.jsonl, and no file to train on; dataset.path={}/test.jsonl trains on it",
         ),
-        ({"validation": 3, "test": 3}, {}, "the folder has test.jsonl, validation.jsonl, and no file to train on; "),
-        ({"rows": 3}, {"eval_path": "{}/rows.jsonl"}, "the folder has rows.jsonl, and no file to train on; "),
+        (
+            {"validation": 3, "test": 3},
+            {},
+            "the folder has test.jsonl, validation.jsonl, and no file to train on; ",
+        ),
+        (
+            {"rows": 3},
+            {"eval_path": "{}/rows.jsonl"},
+            "the folder has rows.jsonl, and no file to train on; ",
+        ),
         (
             {"train": 3, "train_test": 3},
             {},
@@ -219,7 +259,10 @@ def test_rows_of_named_files_that_also_stand_in_training_are_left_out_and_counte
 ) -> None:
     folder = folder_of(tmp_path, train=6)
     write_jsonl(folder / "val.jsonl", texts(2, "train") + texts(3, "new") + [{"text": ""}])
-    write_jsonl(folder / "test.jsonl", texts(1, "train") + texts(1, "new") + texts(4, "last") + [{"text": " "}] * 2)
+    write_jsonl(
+        folder / "test.jsonl",
+        texts(1, "train") + texts(1, "new") + texts(4, "last") + [{"text": " "}] * 2,
+    )
     rows = load_rows(settings(path=str(folder)))
     assert (len(rows.train), rows.evaluation, rows.test) == (6, texts(3, "new"), texts(4, "last"))
     assert sorted(rows.dropped.values()) == [1, 2, 2, 2]
@@ -227,7 +270,10 @@ def test_rows_of_named_files_that_also_stand_in_training_are_left_out_and_counte
     write_jsonl(folder / "test.jsonl", texts(3, "train"))
     with pytest.raises(ConfigError) as refused:
         load_rows(settings(path=str(folder)))
-    assert str(refused.value) == f"dataset.path={folder}: all 3 rows of test.jsonl also stand in training"
+    assert (
+        str(refused.value)
+        == f"dataset.path={folder}: all 3 rows of test.jsonl also stand in training"
+    )
 
 
 def test_a_folders_validation_files_are_held_out_rows_for_the_config_too(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from finetune.data.tokens import tokenize
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
-def packed_and_single(rows: list[Row], tokenizer: Any, settings: Settings, length: int) -> tuple[Any, Any]:
+def packed_and_single(
+    rows: list[Row], tokenizer: Any, settings: Settings, length: int
+) -> tuple[Any, Any]:
     """The tokens of the same rows, several in a sequence and one by one."""
     packed = tokenize("train", rows, tokenizer, settings(packing=True, max_length=length))
     single = tokenize("train", rows, tokenizer, settings(max_length=length))
@@ -25,7 +27,8 @@ def packed_and_single(rows: list[Row], tokenizer: Any, settings: Settings, lengt
 
 
 def sharp_model(tiny: Callable[..., RunConfig]) -> Any:
-    """The tiny base with weights so large that what a token attends to shows clearly in its loss."""
+    """The tiny base with weights so large that what a token attends to shows clearly in its
+    loss."""
     import torch
 
     from finetune.model.loading import load_base
@@ -43,7 +46,11 @@ def sharp_model(tiny: Callable[..., RunConfig]) -> Any:
 @pytest.mark.parametrize("rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_packed_sequences_cost_what_their_rows_cost_alone(
-    tiny: Callable[..., RunConfig], tokenizer: Any, settings: Settings, rows: list[Row], batch_size: int
+    tiny: Callable[..., RunConfig],
+    tokenizer: Any,
+    settings: Settings,
+    rows: list[Row],
+    batch_size: int,
 ) -> None:
     from finetune.engine.evaluation import evaluate
 
@@ -59,7 +66,12 @@ def test_packed_sequences_cost_what_their_rows_cost_alone(
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"])
 def test_training_on_packed_sequences_takes_each_row_for_itself(
-    tiny: Callable[..., RunConfig], tokenizer: Any, settings: Settings, tmp_path: Path, rows: list[Row], attention: str
+    tiny: Callable[..., RunConfig],
+    tokenizer: Any,
+    settings: Settings,
+    tmp_path: Path,
+    rows: list[Row],
+    attention: str,
 ) -> None:
     import torch
     from trl import SFTTrainer

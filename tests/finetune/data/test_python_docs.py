@@ -28,12 +28,16 @@ print(json.dumps([hashlib.sha256(json.dumps(rows).encode()).hexdigest(), split.f
 def printed_by(script: str, cwd: Path, **environment: str) -> Any:
     """What a fresh interpreter prints, as JSON."""
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=cwd, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_python_docs_are_the_same_rows_whatever_the_hash_seed_and_with_torch_imported_or_not(tmp_path: Path) -> None:
+def test_python_docs_are_the_same_rows_whatever_the_hash_seed_and_with_torch_imported_or_not(
+    tmp_path: Path,
+) -> None:
     bare = printed_by(PRINT_DOCS.format(first=""), tmp_path, PYTHONHASHSEED="1")
     beside_torch = printed_by(PRINT_DOCS.format(first="import torch"), tmp_path, PYTHONHASHSEED="2")
 
@@ -41,11 +45,15 @@ def test_python_docs_are_the_same_rows_whatever_the_hash_seed_and_with_torch_imp
     assert bare[:2] == beside_torch[:2]
 
 
-def test_python_docs_ignore_modules_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_docs_ignore_modules_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune.data.python_docs import question_answer_pairs
 
     before = question_answer_pairs()
-    (tmp_path / "heapq.py").write_text("raise SystemExit('a file of the user, not the standard module')")
+    (tmp_path / "heapq.py").write_text(
+        "raise SystemExit('a file of the user, not the standard module')"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert question_answer_pairs() == before
@@ -61,4 +69,6 @@ def test_python_docs_answers_are_unique_short_and_many() -> None:
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert all(SHORTEST <= len(answer) <= LONGEST for answer in answers)
     assert {"prompt", "completion"} == set().union(*rows)
-    assert not any(" at 0x" in answer for answer in answers)  # a memory address would differ from run to run
+    assert not any(
+        " at 0x" in answer for answer in answers
+    )  # a memory address would differ from run to run

@@ -21,7 +21,9 @@ TWO_CHATS = [
 
 
 def write_json_lines_with_byte_order_mark(file: Path, rows: list[Row]) -> Path:
-    file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    file.write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig"
+    )
     return file
 
 
@@ -50,7 +52,9 @@ def test_reads_chats_from_parquet(settings: Settings, tmp_path: Path) -> None:
     assert load_all_rows("dataset.path", settings(path=str(file))) == rows
 
 
-def test_reads_all_files_of_a_folder_in_the_order_of_their_names(settings: Settings, tmp_path: Path) -> None:
+def test_reads_all_files_of_a_folder_in_the_order_of_their_names(
+    settings: Settings, tmp_path: Path
+) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     rows = texts(8)
@@ -67,7 +71,11 @@ def test_reads_all_files_of_a_folder_in_the_order_of_their_names(settings: Setti
     [
         ("b.jsonl", '{"text": "fine"}\n{"text": 1}\n', "row 2: field 'text' is no text but int"),
         ("b.jsonl", '{"text": "fine"}\n\n{"text": \n', "line 3 is no whole JSON object"),
-        ("b.json", '[{"text": "fine"}, {"tekst": "b"}]', "row 2 has no field 'text'; its fields: tekst"),
+        (
+            "b.json",
+            '[{"text": "fine"}, {"tekst": "b"}]',
+            "row 2 has no field 'text'; its fields: tekst",
+        ),
         ("b.csv", "tekst\nfine\n", "row 1 has no field 'text'; its fields: tekst"),
         ("a.csv", "tekst\nfine\n", "has no such field, and no chat either; its fields: tekst"),
     ],
@@ -86,7 +94,9 @@ def test_a_bad_row_in_a_folder_is_named_by_its_file_and_its_place_in_it(
     assert says in str(refused.value)
 
 
-def test_reads_csv_cells_longer_than_the_csv_module_takes_by_default(settings: Settings, tmp_path: Path) -> None:
+def test_reads_csv_cells_longer_than_the_csv_module_takes_by_default(
+    settings: Settings, tmp_path: Path
+) -> None:
     rows = [{"text": "word " * 40_000}]
     file = write_csv(tmp_path / "rows.csv", rows)
     assert load_all_rows("dataset.path", settings(path=str(file))) == rows
@@ -128,8 +138,14 @@ def require_refusal(settings: Settings, file: Path, content: str, words: list[st
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (json.dumps({"text": "fine"}, indent=1), ["line 1", "a list of objects, or one object on each line"]),
-        ('[{"text": "fine"},\n "text"]', ["row 2 is no JSON object", "a list of objects, or one object on each line"]),
+        (
+            json.dumps({"text": "fine"}, indent=1),
+            ["line 1", "a list of objects, or one object on each line"],
+        ),
+        (
+            '[{"text": "fine"},\n "text"]',
+            ["row 2 is no JSON object", "a list of objects, or one object on each line"],
+        ),
         ('[\n{"text": "a"},\n{"text" "b"}]', ["line 3 is broken JSON"]),
         ('[{"text": "fine"},\n{"text": "half a pair \\ud83d"}]', ["row 2", "surrogate"]),
     ],

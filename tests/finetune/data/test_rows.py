@@ -1,4 +1,5 @@
-"""Which rows a run trains on and holds out: fractions, own files, duplicates, limits, the fingerprint."""
+"""Which rows a run trains on and holds out: fractions, own files, duplicates, limits, the
+fingerprint."""
 
 import dataclasses
 import logging
@@ -19,7 +20,9 @@ from finetune.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
-def test_splits_by_fraction_into_parts_that_share_no_row(settings: Settings, tmp_path: Path) -> None:
+def test_splits_by_fraction_into_parts_that_share_no_row(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(40))
     rows = load_rows(settings(path=str(file), eval_fraction=0.1, test_fraction=0.25))
     assert [len(rows.train), len(rows.evaluation), len(rows.test)] == [26, 4, 10]
@@ -27,7 +30,9 @@ def test_splits_by_fraction_into_parts_that_share_no_row(settings: Settings, tmp
     assert not rows.dropped
 
 
-def test_held_out_rows_are_fixed_by_split_seed_and_by_nothing_else(settings: Settings, tmp_path: Path) -> None:
+def test_held_out_rows_are_fixed_by_split_seed_and_by_nothing_else(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(60))
 
     def held_out(**changes: Any) -> tuple[list[Row], list[Row]]:
@@ -36,7 +41,13 @@ def test_held_out_rows_are_fixed_by_split_seed_and_by_nothing_else(settings: Set
         return rows.evaluation, rows.test
 
     usual = held_out()
-    for changes in ({"limit": 5}, {"limit": None}, {"max_length": 16}, {"packing": True}, {"format": "text"}):
+    for changes in (
+        {"limit": 5},
+        {"limit": None},
+        {"max_length": 16},
+        {"packing": True},
+        {"format": "text"},
+    ):
         assert held_out(**changes) == usual
     random.seed(99)
     assert held_out() == usual
@@ -45,13 +56,18 @@ def test_held_out_rows_are_fixed_by_split_seed_and_by_nothing_else(settings: Set
 
 def test_the_split_is_independent_of_the_seed_of_the_run(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(30))
-    configs = [compose(f"dataset.path={file}", f"seed={seed}", "lora.r=4", "tracker=none") for seed in (0, 7)]
+    configs = [
+        compose(f"dataset.path={file}", f"seed={seed}", "lora.r=4", "tracker=none")
+        for seed in (0, 7)
+    ]
     first, second = (load_rows(config.dataset) for config in configs)
     assert first == second
     assert len(first.evaluation) == 3
 
 
-def test_limit_cuts_training_rows_only_and_keeps_their_order(settings: Settings, tmp_path: Path) -> None:
+def test_limit_cuts_training_rows_only_and_keeps_their_order(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(40))
     whole = load_rows(settings(path=str(file), eval_fraction=0.25))
     limited = load_rows(settings(path=str(file), eval_fraction=0.25, limit=7))
@@ -60,8 +76,13 @@ def test_limit_cuts_training_rows_only_and_keeps_their_order(settings: Settings,
     assert len(limited.evaluation) == 10
 
 
-def test_own_files_are_held_out_whole_and_win_over_the_fractions(settings: Settings, tmp_path: Path) -> None:
-    paths = {part: write_jsonl(tmp_path / f"{part}.jsonl", texts(6, part)) for part in ("train", "eval", "test")}
+def test_own_files_are_held_out_whole_and_win_over_the_fractions(
+    settings: Settings, tmp_path: Path
+) -> None:
+    paths = {
+        part: write_jsonl(tmp_path / f"{part}.jsonl", texts(6, part))
+        for part in ("train", "eval", "test")
+    }
     rows = load_rows(
         settings(
             path=str(paths["train"]),
@@ -82,7 +103,9 @@ def test_an_own_file_may_have_another_format(settings: Settings, tmp_path: Path)
     assert load_rows(settings(path=str(train), eval_path=str(held))).evaluation == asked(Q, A)
 
 
-def test_held_out_rows_that_also_stand_in_training_are_left_out_and_counted(settings: Settings, tmp_path: Path) -> None:
+def test_held_out_rows_that_also_stand_in_training_are_left_out_and_counted(
+    settings: Settings, tmp_path: Path
+) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", texts(6))
     evaluation = write_jsonl(tmp_path / "eval.jsonl", texts(2) + texts(3, "new") + texts(1, "new"))
     test = write_jsonl(tmp_path / "test.jsonl", texts(1) + texts(1, "new") + texts(4, "last"))
@@ -94,10 +117,14 @@ def test_held_out_rows_that_also_stand_in_training_are_left_out_and_counted(sett
     assert {name.split()[0] for name in rows.dropped} == {"eval", "test"}
 
 
-def test_twins_of_training_rows_are_never_held_out_by_a_fraction(settings: Settings, tmp_path: Path) -> None:
+def test_twins_of_training_rows_are_never_held_out_by_a_fraction(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(30) + texts(15))
     for split_seed in range(5):
-        rows = load_rows(settings(path=str(file), eval_fraction=0.3, test_fraction=0.2, split_seed=split_seed))
+        rows = load_rows(
+            settings(path=str(file), eval_fraction=0.3, test_fraction=0.2, split_seed=split_seed)
+        )
         train, evaluation, test = marks(rows.train), marks(rows.evaluation), marks(rows.test)
         assert not train & evaluation
         assert not train & test
@@ -106,7 +133,9 @@ def test_twins_of_training_rows_are_never_held_out_by_a_fraction(settings: Setti
         assert kept + sum(rows.dropped.values()) == 45
 
 
-def test_rows_cut_off_by_limit_do_not_come_back_as_held_out(settings: Settings, tmp_path: Path) -> None:
+def test_rows_cut_off_by_limit_do_not_come_back_as_held_out(
+    settings: Settings, tmp_path: Path
+) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", texts(20))
     evaluation = write_jsonl(tmp_path / "eval.jsonl", texts(20) + texts(2, "new"))
     for limit in (1, 10, None):
@@ -114,13 +143,19 @@ def test_rows_cut_off_by_limit_do_not_come_back_as_held_out(settings: Settings, 
         assert rows.evaluation == texts(2, "new")
 
 
-def test_test_rows_stay_the_same_whatever_is_held_out_for_evaluation(settings: Settings, tmp_path: Path) -> None:
+def test_test_rows_stay_the_same_whatever_is_held_out_for_evaluation(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", texts(40)))
-    few, many = (load_rows(settings(path=file, eval_fraction=part, test_fraction=0.2)) for part in (0.1, 0.4))
+    few, many = (
+        load_rows(settings(path=file, eval_fraction=part, test_fraction=0.2)) for part in (0.1, 0.4)
+    )
     assert few.test == many.test
 
 
-def test_a_split_that_leaves_nothing_is_refused_by_its_key(settings: Settings, tmp_path: Path) -> None:
+def test_a_split_that_leaves_nothing_is_refused_by_its_key(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", texts(4)))
     with pytest.raises(ConfigError, match=r"dataset\.eval_fraction=0\.01"):
         load_rows(settings(path=file, eval_fraction=0.01))
@@ -130,13 +165,21 @@ def test_a_split_that_leaves_nothing_is_refused_by_its_key(settings: Settings, t
         load_rows(settings(path=file, eval_path=file))
 
 
-@pytest.mark.parametrize(("limit", "says"), [(1200, ["1,200 of 1,500 rows (dataset.limit)"]), (1500, []), (None, [])])
+@pytest.mark.parametrize(
+    ("limit", "says"), [(1200, ["1,200 of 1,500 rows (dataset.limit)"]), (1500, []), (None, [])]
+)
 def test_a_limit_that_cuts_is_said(
-    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int | None, says: list[str]
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    limit: int | None,
+    says: list[str],
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(2000))
     with caplog.at_level(logging.INFO, "finetune"):
-        rows = load_rows(settings(path=str(file), eval_fraction=0.05, test_fraction=0.2, limit=limit))
+        rows = load_rows(
+            settings(path=str(file), eval_fraction=0.05, test_fraction=0.2, limit=limit)
+        )
     assert len(rows.train) == (limit or 1500)
     assert [line for line in caplog.messages if "rows (dataset.limit)" in line] == [
         f"data: training on {words}" for words in says

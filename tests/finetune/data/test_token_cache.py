@@ -18,13 +18,16 @@ from finetune.files.atomic import create_folder
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
-def test_the_same_rows_are_tokenised_once(tokenizer: Any, settings: Settings, tmp_path: Path) -> None:
+def test_the_same_rows_are_tokenised_once(
+    tokenizer: Any, settings: Settings, tmp_path: Path
+) -> None:
     from datasets import Dataset
 
     first = tokenize("train", CHATS, tokenizer, settings()).to_list()
     tokens = tmp_path / "cache" / "tokens"
     [kept] = tokens.iterdir()
-    # What the cache holds is changed behind its back: a second call that returns it has not tokenised.
+    # What the cache holds is changed behind its back: a second call that returns it has not
+    # tokenised.
     other = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}]
     kept.rename(tmp_path / "aside")
     Dataset.from_list(other).save_to_disk(str(kept))
@@ -34,7 +37,9 @@ def test_the_same_rows_are_tokenised_once(tokenizer: Any, settings: Settings, tm
     assert first != other
 
 
-def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(tokenizer: Any, settings: Settings) -> None:
+def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(
+    tokenizer: Any, settings: Settings
+) -> None:
     tokens = tokenize("train", CHATS, tokenizer, settings())
     rows = as_list(tokens)
     assert rows == tokens.to_list()
@@ -59,8 +64,12 @@ def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings:
 
 def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) -> None:
     tokenize("train", texts(2), tokenizer, settings())
-    tokenizer.eos_token = "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
-    ends = [row["input_ids"][-1] for row in tokenize("train", texts(2), tokenizer, settings()).to_list()]
+    tokenizer.eos_token = (
+        "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
+    )
+    ends = [
+        row["input_ids"][-1] for row in tokenize("train", texts(2), tokenizer, settings()).to_list()
+    ]
     assert ends == [tokenizer.eos_token_id] * 2
 
 
@@ -86,7 +95,9 @@ print(json.dumps(lengths))
 
 
 @pytest.mark.slow
-def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     ready = tmp_path / "ready"
     ready.mkdir()
     command = [sys.executable, "-c", RACE, str(tiny_base), str(ready)]
@@ -121,7 +132,10 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not
     done = subprocess.run([sys.executable, "-c", KILLED, str(tokens / "rows")])
     assert done.returncode == -signal.SIGKILL
     [killed] = tokens.iterdir()
-    living, elsewhere = killed.with_suffix(f".{os.getppid()}"), killed.with_name(f"rows.elsewhere{killed.suffix}")
+    living, elsewhere = (
+        killed.with_suffix(f".{os.getppid()}"),
+        killed.with_name(f"rows.elsewhere{killed.suffix}"),
+    )
     living.mkdir()
     elsewhere.mkdir()
 

@@ -25,7 +25,8 @@ HISTORY_WITHOUT_REASONING = (
     "{{- '<|im_start|>' + m['role'] + '\n' + content + '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-"""Drops the reasoning of earlier answers and gives the last one an empty reasoning, as Qwen3's template does."""
+"""Drops the reasoning of earlier answers and gives the last one an empty reasoning, as Qwen3's
+template does."""
 SYSTEM_IN_LAST_QUESTION = (
     "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}"
     "{%- set turns = messages[1:] -%}{%- else -%}{%- set turns = messages -%}{%- endif -%}{%- for m in turns -%}"
@@ -34,10 +35,13 @@ SYSTEM_IN_LAST_QUESTION = (
     "{%- elif m['role'] == 'user' -%}{{- '[INST] ' + m['content'] + '[/INST]' -}}"
     "{%- else -%}{{- ' ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
 )
-"""Puts the system's text into a question that stands last, as the template of Mistral-7B-Instruct-v0.3 does."""
+"""Puts the system's text into a question that stands last, as the template of
+Mistral-7B-Instruct-v0.3 does."""
 
 
-def trl_tokens(tokenizer: Any, tiny_base: Path, rows: list[Row], max_length: int | None, folder: Path) -> list[Row]:
+def trl_tokens(
+    tokenizer: Any, tiny_base: Path, rows: list[Row], max_length: int | None, folder: Path
+) -> list[Row]:
     """`input_ids` and `labels` as TRL's own SFTTrainer prepares them."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -45,7 +49,9 @@ def trl_tokens(tokenizer: Any, tiny_base: Path, rows: list[Row], max_length: int
 
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_base),
-        args=SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", max_length=max_length),
+        args=SFTConfig(
+            str(folder), use_cpu=True, bf16=False, report_to="none", max_length=max_length
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -61,11 +67,17 @@ def by_columns(row: Row) -> Row:
 def test_chats_become_the_tokens_and_labels_that_trl_makes_of_prompt_and_completion(
     tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path, max_length: int | None
 ) -> None:
-    with_system = {"messages": [{"role": "system", "content": "Be short."}, *chat(Q, A)["messages"]]}
+    with_system = {
+        "messages": [{"role": "system", "content": "Be short."}, *chat(Q, A)["messages"]]
+    }
     rows = [*CHATS, with_system]
-    theirs = trl_tokens(tokenizer, tiny_base, [by_columns(row) for row in rows], max_length, tmp_path)
+    theirs = trl_tokens(
+        tokenizer, tiny_base, [by_columns(row) for row in rows], max_length, tmp_path
+    )
     ours = tokenize("train", rows, tokenizer, settings(max_length=max_length)).to_list()
-    assert len(ours) == len(rows) - (max_length is not None)  # the long question leaves no room for its answer
+    assert len(ours) == len(rows) - (
+        max_length is not None
+    )  # the long question leaves no room for its answer
     for mine, trls in zip(ours, theirs, strict=True):
         assert mine["input_ids"] == trls["input_ids"]
         assert mine["labels"] == trls["labels"]
@@ -99,7 +111,10 @@ def test_without_a_template_an_answer_follows_its_question_as_trl_has_it(
     tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = None
-    columns = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "Name a colour:\n", "completion": "blue"}]
+    columns = [
+        {"prompt": "2 + 2 =", "completion": " 4"},
+        {"prompt": "Name a colour:\n", "completion": "blue"},
+    ]
     theirs = trl_tokens(tokenizer, tiny_base, columns, None, tmp_path)
     rows = [chat(row["prompt"], row["completion"]) for row in columns]
     assert tokenize("train", rows, tokenizer, settings()).to_list() == theirs
@@ -118,7 +133,9 @@ def labelled(row: Row, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids) for ids in stretches if ids]
 
 
-def test_every_assistant_turn_is_labelled_with_its_end_and_nothing_else(tokenizer: Any, settings: Settings) -> None:
+def test_every_assistant_turn_is_labelled_with_its_end_and_nothing_else(
+    tokenizer: Any, settings: Settings
+) -> None:
     system = {"messages": [{"role": "system", "content": "Be short."}, *MANY_TURNS["messages"]]}
     for row in tokenize("train", [MANY_TURNS, system], tokenizer, settings()).to_list():
         ends = ["Two.<|im_end|>\n", "Four!<|im_end|>\n", "You are welcome.<|im_end|>\n"]
@@ -131,41 +148,62 @@ def test_where_history_is_rendered_otherwise_the_last_answer_is_labelled_and_no_
     tokenizer: Any, settings: Settings
 ) -> None:
     tokenizer.chat_template = HISTORY_WITHOUT_REASONING
-    thinking = chat("1 + 1?", "<think>\nOne, one.\n</think>\n\nTwo.", "2 + 2?", "<think>\nTwo, two.\n</think>\n\nFour.")
+    thinking = chat(
+        "1 + 1?",
+        "<think>\nOne, one.\n</think>\n\nTwo.",
+        "2 + 2?",
+        "<think>\nTwo, two.\n</think>\n\nFour.",
+    )
     plain = chat("1 + 1?", "Two.", "2 + 2?", "Four.")
-    # The kept part of the first answer begins as its reasoning does: a common prefix must not be taken for an answer.
-    alike = chat("1 + 1?", "<think>\nA.\n</think>\n\n<think less", "2 + 2?", "<think>\nB.\n</think>\n\nFour.")
+    # The kept part of the first answer begins as its reasoning does: a common prefix must not be
+    # taken for an answer.
+    alike = chat(
+        "1 + 1?", "<think>\nA.\n</think>\n\n<think less", "2 + 2?", "<think>\nB.\n</think>\n\nFour."
+    )
     rows = tokenize("train", [thinking, plain, alike], tokenizer, settings()).to_list()
 
     assert "One, one" not in tokenizer.decode(rows[0]["input_ids"])
     assert labelled(rows[0], tokenizer) == ["<think>\nTwo, two.\n</think>\n\nFour.<|im_end|>\n"]
     assert labelled(rows[1], tokenizer) == ["<think>\n\n</think>\n\nFour.<|im_end|>\n"]
     assert labelled(rows[2], tokenizer)[-1] == "<think>\nB.\n</think>\n\nFour.<|im_end|>\n"
-    assert all("2 + 2" not in text and "<|im_start|>" not in text for text in labelled(rows[2], tokenizer))
+    assert all(
+        "2 + 2" not in text and "<|im_start|>" not in text for text in labelled(rows[2], tokenizer)
+    )
 
 
 def test_a_question_is_never_labelled_where_the_template_moves_the_system_text(
     tokenizer: Any, settings: Settings
 ) -> None:
     tokenizer.chat_template = SYSTEM_IN_LAST_QUESTION
-    row = {"messages": [{"role": "system", "content": "Be short."}, *chat("2 + 2?", "Four.")["messages"]]}
+    row = {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            *chat("2 + 2?", "Four.")["messages"],
+        ]
+    }
     [tokens] = tokenize("train", [row], tokenizer, settings()).to_list()
     assert [text.strip() for text in labelled(tokens, tokenizer)] == ["Four.<|im_end|>"]
 
 
-def test_the_rows_own_end_token_is_learnt_although_it_is_the_padding(tokenizer: Any, settings: Settings) -> None:
+def test_the_rows_own_end_token_is_learnt_although_it_is_the_padding(
+    tokenizer: Any, settings: Settings
+) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     for row in tokenize("train", [*CHATS, *texts(2)], tokenizer, settings()).to_list():
         assert tokenizer.eos_token_id in row["labels"][-2:]
 
 
-def test_max_length_cuts_rows_and_leaves_out_those_without_an_answer_left(tokenizer: Any, settings: Settings) -> None:
+def test_max_length_cuts_rows_and_leaves_out_those_without_an_answer_left(
+    tokenizer: Any, settings: Settings
+) -> None:
     whole = tokenize("train", CHATS, tokenizer, settings(max_length=None)).to_list()
     cut = tokenize("train", CHATS, tokenizer, settings(max_length=40)).to_list()
     assert max(len(row["input_ids"]) for row in whole) > 100
     assert max(len(row["input_ids"]) for row in cut) == 40
     assert cut == [
-        {key: ids[:40] for key, ids in row.items()} for row in whole if any(n != IGNORED for n in row["labels"][:40])
+        {key: ids[:40] for key, ids in row.items()}
+        for row in whole
+        if any(n != IGNORED for n in row["labels"][:40])
     ]
     with pytest.raises(ConfigError, match=r"dataset\.max_length=4"):
         tokenize("train", CHATS, tokenizer, settings(max_length=4))
@@ -175,13 +213,22 @@ def test_max_length_cuts_rows_and_leaves_out_those_without_an_answer_left(tokeni
 def test_rows_left_out_are_counted_and_said_from_the_cache_too(
     tokenizer: Any, settings: Settings, caplog: pytest.LogCaptureFixture, packing: bool
 ) -> None:
-    assert left_out_count(tokenize("train", CHATS, tokenizer, settings(max_length=512, packing=packing))) == 0
+    assert (
+        left_out_count(
+            tokenize("train", CHATS, tokenizer, settings(max_length=512, packing=packing))
+        )
+        == 0
+    )
     assert "left out" not in caplog.text
     caplog.set_level(logging.INFO)
     counts = []
     for _ in range(2):
         caplog.clear()
-        counts.append(left_out_count(tokenize("eval", CHATS, tokenizer, settings(max_length=64, packing=packing))))
+        counts.append(
+            left_out_count(
+                tokenize("eval", CHATS, tokenizer, settings(max_length=64, packing=packing))
+            )
+        )
         assert "left out 1 eval rows with no answer within dataset.max_length" in caplog.text
     assert counts == [1, 1]  # the long question
 

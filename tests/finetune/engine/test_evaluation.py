@@ -1,4 +1,5 @@
-"""The measure of held-out rows: equal to the plain reference, blind to batching, and leaving no trace."""
+"""The measure of held-out rows: equal to the plain reference, blind to batching, and leaving no
+trace."""
 
 import random
 from collections.abc import Callable
@@ -35,7 +36,18 @@ def rows() -> list[Row]:
     """Rows of many lengths whose answers begin, and pause, at different positions."""
     draw = random.Random(0)
     made = []
-    for length, first in [(3, 1), (40, 39), (17, 1), (25, 20), (60, 2), (9, 5), (9, 8), (31, 0), (2, 0), (50, 25)]:
+    for length, first in [
+        (3, 1),
+        (40, 39),
+        (17, 1),
+        (25, 20),
+        (60, 2),
+        (9, 5),
+        (9, 8),
+        (31, 0),
+        (2, 0),
+        (50, 25),
+    ]:
         ids = [draw.randrange(600) for _ in range(length)]
         labels = [IGNORED] * first + ids[first:]
         if length > 30:
@@ -45,7 +57,8 @@ def rows() -> list[Row]:
 
 
 def reference(model: Any, rows: list[Row]) -> tuple[float, float, int]:
-    """Loss, accuracy and tokens by transformers' own loss, row by row, in training's plainest form."""
+    """Loss, accuracy and tokens by transformers' own loss, row by row, in training's plainest
+    form."""
     import torch
 
     total, correct, tokens = 0.0, 0, 0
@@ -70,7 +83,9 @@ def measured(model: Any, rows: list[Row], batch_size: int, config: RunConfig) ->
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_equals_transformers_own_loss_row_by_row(tiny: Tiny, rows: list[Row], quantization: str) -> None:
+def test_equals_transformers_own_loss_row_by_row(
+    tiny: Tiny, rows: list[Row], quantization: str
+) -> None:
     config = tiny(f"quantization={quantization}")
     model = make_model(config, adapter_noise=0.3)
     loss, accuracy, tokens = reference(model, rows)
@@ -160,7 +175,10 @@ def test_accuracy_is_the_share_of_tokens_that_the_model_would_choose(tiny: Tiny)
     right_three_of_four = [IGNORED, chosen[0], chosen[1], chosen[2], wrong, IGNORED]
     result = measured(model, [{"input_ids": ids, "labels": right_three_of_four}], 1, config)
     assert (result.accuracy, result.tokens) == (0.75, 4)
-    shifted = {"input_ids": ids, "labels": [chosen[0], *chosen[:5]]}  # what stands first is predicted by nothing
+    shifted = {
+        "input_ids": ids,
+        "labels": [chosen[0], *chosen[:5]],
+    }  # what stands first is predicted by nothing
     assert measured(model, [shifted], 1, config).accuracy == 1.0
 
 
@@ -198,9 +216,12 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     model = make_model(config, adapter_noise=0.3)
     system = [7, 8, 9, 10] * 5
     together: list[Row] = [
-        {"input_ids": system + row["input_ids"], "labels": [IGNORED] * len(system) + row["labels"]} for row in rows
+        {"input_ids": system + row["input_ids"], "labels": [IGNORED] * len(system) + row["labels"]}
+        for row in rows
     ]
-    assert lengths.common_prefix_length(together) == len(system) - 1  # the last one predicts some rows' first token
+    assert (
+        lengths.common_prefix_length(together) == len(system) - 1
+    )  # the last one predicts some rows' first token
     loss, accuracy, tokens = reference(model, together)
     computed: list[int] = []
     model.get_base_model().model.register_forward_pre_hook(
@@ -226,8 +247,12 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
         ([[1] * 12, [1] * 9 + [2] * 5], 9, 8),
     ],
 )
-def test_no_answers_token_is_in_what_rows_share(ids: list[list[int]], first_label: int, shared: int) -> None:
+def test_no_answers_token_is_in_what_rows_share(
+    ids: list[list[int]], first_label: int, shared: int
+) -> None:
     from finetune.data.lengths import common_prefix_length
 
-    rows = [{"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]} for row in ids]
+    rows = [
+        {"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]} for row in ids
+    ]
     assert common_prefix_length(rows) == shared

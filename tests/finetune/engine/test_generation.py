@@ -13,8 +13,11 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 @pytest.fixture(scope="module")
-def overfit(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Any, Any]:
-    """A config, the tiny base that has learnt the short rows by heart (all its weights trained), its tokenizer."""
+def overfit(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, Any, Any]:
+    """A config, the tiny base that has learnt the short rows by heart (all its weights trained),
+    its tokenizer."""
     import torch
     from support.configs import compose, tiny_overrides
 
@@ -49,11 +52,18 @@ def answers(
 
     config, model, tokenizer = overfit
     return generate_answers(
-        model, tokenizer, prompts, config.quantization, max_new_tokens=max_new_tokens, max_length=max_length
+        model,
+        tokenizer,
+        prompts,
+        config.quantization,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
     )
 
 
-def test_generation_stops_by_itself_although_the_padding_is_the_end_token(overfit: tuple[RunConfig, Any, Any]) -> None:
+def test_generation_stops_by_itself_although_the_padding_is_the_end_token(
+    overfit: tuple[RunConfig, Any, Any],
+) -> None:
     assert overfit[2].pad_token_id == overfit[2].eos_token_id
     for question, expected in SHORT_ROWS:
         assert answers(overfit, [question], 400) == [expected]
@@ -73,7 +83,9 @@ def test_what_ends_an_answer_is_the_end_token_itself(overfit: tuple[RunConfig, A
 
 
 def test_answers_of_a_batch_equal_single_answers(overfit: tuple[RunConfig, Any, Any]) -> None:
-    questions = [question for question, _ in SHORT_ROWS] + ["Something never seen, and rather longer than the others?"]
+    questions = [question for question, _ in SHORT_ROWS] + [
+        "Something never seen, and rather longer than the others?"
+    ]
     single = [answers(overfit, [question], 100)[0] for question in questions]
     assert answers(overfit, questions, 100) == single
     assert answers(overfit, questions[::-1], 100) == single[::-1]
@@ -92,17 +104,24 @@ def test_padding_is_not_attended_to(tiny: Tiny) -> None:
     with torch.no_grad():  # so sharp that whatever is attended to changes what is said
         for name, weight in model.named_parameters():
             weight.mul_(1 if "norm" in name else 8)
-    questions = ["Hm?", "What does math.gcd do in Python, and why would anybody ask for it?", "Sea, or not?"]
+    questions = [
+        "Hm?",
+        "What does math.gcd do in Python, and why would anybody ask for it?",
+        "Sea, or not?",
+    ]
     bounds = {"max_new_tokens": 60, "max_length": 90}
     single = [
-        generate_answers(model, tokenizer, [question], config.quantization, **bounds)[0] for question in questions
+        generate_answers(model, tokenizer, [question], config.quantization, **bounds)[0]
+        for question in questions
     ]
     assert len(set(single)) == 3
     assert min(map(len, single)) > 20
     assert generate_answers(model, tokenizer, questions, config.quantization, **bounds) == single
 
 
-def test_max_length_counts_prompt_and_answer_of_each_row_by_itself(overfit: tuple[RunConfig, Any, Any]) -> None:
+def test_max_length_counts_prompt_and_answer_of_each_row_by_itself(
+    overfit: tuple[RunConfig, Any, Any],
+) -> None:
     tokenizer = overfit[2]
     (short, _), (long, _), (question, expected) = SHORT_ROWS
     chat = [{"role": "user", "content": question}]
@@ -120,7 +139,11 @@ def test_max_length_counts_prompt_and_answer_of_each_row_by_itself(overfit: tupl
 )
 @pytest.mark.parametrize("length", ["short", "long"])
 def test_an_answer_keeps_both_bounds_whatever_its_prompts_length(
-    overfit: tuple[RunConfig, Any, Any], length: str, max_new_tokens: int | None, room: int | None, expected: int
+    overfit: tuple[RunConfig, Any, Any],
+    length: str,
+    max_new_tokens: int | None,
+    room: int | None,
+    expected: int,
 ) -> None:
     """`room` is what the bound of prompt and answer together leaves for the answer."""
     _, model, tokenizer = overfit
@@ -143,7 +166,9 @@ def test_an_answer_keeps_both_bounds_whatever_its_prompts_length(
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     chat = [{"role": "user", "content": prompt}]
-    ids: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids: list[int] = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     return ids
 
 
@@ -155,7 +180,9 @@ def test_a_prompt_that_reaches_the_length_alone_gets_no_answer_and_one_line_says
 
     assert answers(overfit, [long, short], max_length=length) == ["", expected]
 
-    assert caplog.messages == [f"a prompt of {length} tokens gets no answer: prompt and answer together have {length}"]
+    assert caplog.messages == [
+        f"a prompt of {length} tokens gets no answer: prompt and answer together have {length}"
+    ]
 
 
 def test_answers_stay_within_the_models_positions(
@@ -171,13 +198,20 @@ def test_answers_stay_within_the_models_positions(
     tokenizer = load_tokenizer(config)
     torch.manual_seed(0)
     shapes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **shapes))
-    lengths = {prompt: len(prompt_ids(tokenizer, prompt)) for prompt in ("Hm?", "Hm? " * 6, "Hm? " * 70)}
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **shapes)
+    )
+    lengths = {
+        prompt: len(prompt_ids(tokenizer, prompt)) for prompt in ("Hm?", "Hm? " * 6, "Hm? " * 70)
+    }
     short, middle, long = lengths
     assert lengths[middle] + 100 > 128 > lengths[short] + 100
 
     bounds: dict[str, Any] = {"max_new_tokens": 100, "max_length": None}
-    single = [generate_answers(model, tokenizer, [prompt], config.quantization, **bounds)[0] for prompt in lengths]
+    single = [
+        generate_answers(model, tokenizer, [prompt], config.quantization, **bounds)[0]
+        for prompt in lengths
+    ]
     lines = list(caplog.messages)
     together = generate_answers(model, tokenizer, list(lengths), config.quantization, **bounds)
 
@@ -191,7 +225,9 @@ def test_answers_stay_within_the_models_positions(
     assert caplog.messages == lines * 2
 
 
-def test_answering_leaves_the_mode_and_the_random_numbers_alone(overfit: tuple[RunConfig, Any, Any]) -> None:
+def test_answering_leaves_the_mode_and_the_random_numbers_alone(
+    overfit: tuple[RunConfig, Any, Any],
+) -> None:
     import torch
 
     model = overfit[1]

@@ -12,8 +12,14 @@ LENGTHS = [random.Random(index).randrange(5, 200) for index in range(103)]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_an_epoch_visits_each_row_once_and_each_epoch_and_seed_in_another_order(grouped: bool) -> None:
-    orders = [epoch_order(LENGTHS, 4, seed, epoch, grouped) for seed in (0, 1, 2**32 - 1) for epoch in (0, 1, 2)]
+def test_an_epoch_visits_each_row_once_and_each_epoch_and_seed_in_another_order(
+    grouped: bool,
+) -> None:
+    orders = [
+        epoch_order(LENGTHS, 4, seed, epoch, grouped)
+        for seed in (0, 1, 2**32 - 1)
+        for epoch in (0, 1, 2)
+    ]
     assert all(sorted(order) == list(range(103)) for order in orders)
     assert len({tuple(order) for order in orders}) == 9
     assert epoch_order(LENGTHS, 4, 1, 1, grouped) == orders[4]
@@ -34,11 +40,15 @@ def test_the_order_neither_reads_nor_moves_the_global_random_numbers(grouped: bo
     assert epoch_order(LENGTHS, 4, 0, 0, grouped) == order
 
 
-def test_grouped_by_length_the_longest_batch_comes_first_and_batches_hold_rows_of_like_length() -> None:
+def test_grouped_by_length_the_longest_batch_comes_first_and_batches_hold_rows_of_like_length() -> (
+    None
+):
     grouped, shuffled = (epoch_order(LENGTHS, 4, 0, 0, group) for group in (True, False))
 
     def batches(order: list[int]) -> list[list[int]]:
-        return [[LENGTHS[row] for row in order[start : start + 4]] for start in range(0, len(order), 4)]
+        return [
+            [LENGTHS[row] for row in order[start : start + 4]] for start in range(0, len(order), 4)
+        ]
 
     def padding(order: list[int]) -> int:
         return sum(max(batch) - length for batch in batches(order) for length in batch)

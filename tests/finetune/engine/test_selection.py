@@ -17,8 +17,12 @@ UNSUPPORTED = {
     "lora.bias=all": ("lora.bias=all",),
     "lora.init_lora_weights=pissa": ("lora.init_lora_weights=pissa", NONE),
     "lora.extra={'lora_bias': True}": ("+lora.extra.lora_bias=true",),
-    "lora.target_modules=['lm_head', 'q_proj'] (with the head)": ("lora.target_modules=[lm_head,q_proj]",),
-    "lora.target_modules=.*(head|q_proj) (with the head)": ("lora.target_modules='.*(head|q_proj)'",),
+    "lora.target_modules=['lm_head', 'q_proj'] (with the head)": (
+        "lora.target_modules=[lm_head,q_proj]",
+    ),
+    "lora.target_modules=.*(head|q_proj) (with the head)": (
+        "lora.target_modules='.*(head|q_proj)'",
+    ),
     "optimizer.name=adamw_8bit": ("optimizer=adamw_8bit",),
     "optimizer.name=lion_32bit": ("optimizer.name=lion_32bit",),
     "dataset.packing=true": ("dataset.packing=true",),
@@ -80,7 +84,10 @@ def test_what_is_for_the_packed_engine_is_its_without_a_word(
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"model_type": "gemma2"}, "(of type gemma2)"), ({"attention_dropout": 0.1}, "attention_dropout=0.1")],
+    [
+        ({"model_type": "gemma2"}, "(of type gemma2)"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ],
     ids=str,
 )
 def test_a_base_of_another_kind_is_trls(
@@ -110,15 +117,23 @@ def test_a_command_refuses_the_engine_before_the_base_is_loaded(
     asked = station.run(*tiny_overrides(tiny_base), *DORA, "trainer.engine=packed", cwd=tmp_path)
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
-    assert line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+    assert (
+        line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+    )
     assert "no GPU" not in asked.stderr
 
 
-def test_a_study_refuses_the_engine_before_it_begins(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    asked = station.run(*study_overrides(tiny_base, "s"), *DORA, "trainer.engine=packed", cwd=tmp_path)
+def test_a_study_refuses_the_engine_before_it_begins(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    asked = station.run(
+        *study_overrides(tiny_base, "s"), *DORA, "trainer.engine=packed", cwd=tmp_path
+    )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
-    assert line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+    assert (
+        line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+    )
     assert not list(tmp_path.rglob("study.journal"))
 
 

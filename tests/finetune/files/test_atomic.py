@@ -57,7 +57,9 @@ def test_a_folder_is_replaced_only_at_the_end_of_the_block(tmp_path: Path) -> No
         with replace_folder(folder) as draft:
             draft.mkdir()
             (draft / content).touch()
-            assert [path.name for path in folder.glob("*")] == ([] if content == "first" else ["first"])
+            assert [path.name for path in folder.glob("*")] == (
+                [] if content == "first" else ["first"]
+            )
         assert os.listdir(folder) == [content]
     assert os.listdir(tmp_path) == ["best"]
 

@@ -56,7 +56,11 @@ def test_all_linear_leaves_out_the_output_head(
     if not tied:
         folder = changed_copy(tiny_base, tmp_path / "untied", tie_word_embeddings=False)
     model = load(tiny(f"quantization={quantization}", f"model.name_or_path={folder}"))
-    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapted = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
     projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert adapted == projections
 
@@ -73,12 +77,16 @@ def test_target_modules_that_the_base_lacks_are_refused_with_those_it_has(tiny: 
     check("lora.target_modules=[q_proj,down_proj]")
     check("lora.target_modules=[layers.0.self_attn.q_proj]")
     for missing in ("c_attn", "proj", "embed_tokens", "self_attn"):
-        with pytest.raises(ConfigError, match=rf"lora\.target_modules={missing}: .*down_proj.*v_proj") as refused:
+        with pytest.raises(
+            ConfigError, match=rf"lora\.target_modules={missing}: .*down_proj.*v_proj"
+        ) as refused:
             check(f"lora.target_modules=[q_proj,{missing}]")
         assert "\n" not in str(refused.value)
 
 
-def test_the_check_of_target_modules_reads_no_weights(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_check_of_target_modules_reads_no_weights(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     from finetune.model.adapter import check_targets
     from finetune.model.source import BaseSource
 
@@ -89,7 +97,9 @@ def test_the_check_of_target_modules_reads_no_weights(tiny: Tiny, tiny_base: Pat
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("extra", [[], ["lora.use_rslora=true", "lora.r=3", "lora.alpha=5"], ["lora.use_dora=true"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["lora.use_rslora=true", "lora.r=3", "lora.alpha=5"], ["lora.use_dora=true"]]
+)
 def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, quantization: str, extra: list[str]
 ) -> None:
@@ -111,7 +121,9 @@ def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(
     base = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.float32, quantization_config=quantization_config(config.quantization)
     )
-    for module in base.modules():  # bitsandbytes' inference in bfloat16 on some CPUs would blur the comparison
+    for module in (
+        base.modules()
+    ):  # bitsandbytes' inference in bfloat16 on some CPUs would blur the comparison
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     plain = PeftModel.from_pretrained(base, folder).eval()

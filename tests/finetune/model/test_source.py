@@ -12,7 +12,9 @@ from finetune.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
-def test_a_bases_weights_are_hashed_once_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bases_weights_are_hashed_once_while_others_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import hashlib
     import io
     import threading
@@ -27,7 +29,9 @@ def test_a_bases_weights_are_hashed_once_while_others_work(tmp_path: Path, monke
             reads.append(Path(str(self.name)).name)
             return super().readinto(part) or 0
 
-    monkeypatch.setattr("finetune.model.source.open", lambda file, mode, buffering: Watched(file), raising=False)
+    monkeypatch.setattr(
+        "finetune.model.source.open", lambda file, mode, buffering: Watched(file), raising=False
+    )
     for name in ("b.safetensors", "a.safetensors"):
         (tmp_path / name).write_bytes(name.encode())
     source = BaseSource(str(tmp_path), "base", sha256=WeightsHash(tmp_path.glob("*.safetensors")))
@@ -36,7 +40,12 @@ def test_a_bases_weights_are_hashed_once_while_others_work(tmp_path: Path, monke
     expected = hashlib.sha256(b"".join(parts)).hexdigest()
     assert source.identity == {"name": "base", "revision": None, "sha256": expected}
     assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() == expected
-    assert sorted(reads) == ["a.safetensors", "a.safetensors", "b.safetensors", "b.safetensors"]  # each till its end
+    assert sorted(reads) == [
+        "a.safetensors",
+        "a.safetensors",
+        "b.safetensors",
+        "b.safetensors",
+    ]  # each till its end
     (tmp_path / "a.safetensors").write_bytes(b"another")
     assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() != expected
 
@@ -53,7 +62,9 @@ def test_weights_that_could_not_be_read_once_are_tried_again(tmp_path: Path) -> 
     assert weights.hexdigest() == WeightsHash([gone]).hexdigest()
 
 
-def test_a_base_with_a_file_that_cant_be_read_is_refused_at_once(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_base_with_a_file_that_cant_be_read_is_refused_at_once(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     from finetune.model.source import find_base
 
     folder = tmp_path / "base"

@@ -1,4 +1,5 @@
-"""The learning rate that suits a base: its model's YAML, a rule of hidden size, and the search spaces around it."""
+"""The learning rate that suits a base: its model's YAML, a rule of hidden size, and the search
+spaces around it."""
 
 import json
 import logging
@@ -48,7 +49,8 @@ PUBLISHED = {
     7168: [3e-4, 3e-4, 3e-4, 3e-4, 4e-4],
     8192: [3e-4, 3e-4, 3e-4],
 }
-"""By hidden size, the best rates of 35 models in tinker-cookbook's recipes/chat_sl/results/sft_sweep.md."""
+"""By hidden size, the best rates of 35 models in tinker-cookbook's
+recipes/chat_sl/results/sft_sweep.md."""
 
 
 def base_of(folder: Path, config: dict[str, Any]) -> Path:
@@ -69,7 +71,11 @@ def resolved(*overrides: str) -> float | None:
 def test_the_rule_is_the_least_squares_fit_of_the_published_rates() -> None:
     from statistics import linear_regression
 
-    pairs = [(math.log(width / 4096), math.log(rate)) for width, rates in PUBLISHED.items() for rate in rates]
+    pairs = [
+        (math.log(width / 4096), math.log(rate))
+        for width, rates in PUBLISHED.items()
+        for rate in rates
+    ]
     assert len(pairs) == 35
     slope, intercept = linear_regression(*zip(*pairs, strict=True))
     assert slope == pytest.approx(-0.5, abs=0.005)
@@ -78,7 +84,9 @@ def test_the_rule_is_the_least_squares_fit_of_the_published_rates() -> None:
 
 def test_the_rule_is_near_most_published_rates_and_above_none_of_the_highest() -> None:
     factors = [
-        math.exp(abs(math.log(rate_of_width(width) / rate))) for width, rates in PUBLISHED.items() for rate in rates
+        math.exp(abs(math.log(rate_of_width(width) / rate)))
+        for width, rates in PUBLISHED.items()
+        for rate in rates
     ]
     assert sum(factor <= 1.8 for factor in factors) == 26
     assert sum(factor <= 2.5 for factor in factors) == 34
@@ -86,7 +94,8 @@ def test_the_rule_is_near_most_published_rates_and_above_none_of_the_highest() -
 
 
 @pytest.mark.parametrize(
-    ("width", "rate"), [(64, 1e-3), (576, 1e-3), (1024, 8e-4), (2048, 5.7e-4), (4096, 4e-4), (8192, 2.8e-4)]
+    ("width", "rate"),
+    [(64, 1e-3), (576, 1e-3), (1024, 8e-4), (2048, 5.7e-4), (4096, 4e-4), (8192, 2.8e-4)],
 )
 def test_wider_bases_take_lower_rates(width: int, rate: float) -> None:
     assert rate_of_width(width) == rate
@@ -98,7 +107,10 @@ def test_wider_bases_take_lower_rates(width: int, rate: float) -> None:
         ({"hidden_size": 4096}, 4e-4),
         ({"model_type": "gpt2", "n_embd": 1024}, 8e-4),
         ({"model_type": "mpt", "d_model": 4096}, 4e-4),
-        ({"hidden_size": 1024, "text_config": {"hidden_size": 4096}}, 4e-4),  # the text's width, of a base with images
+        (
+            {"hidden_size": 1024, "text_config": {"hidden_size": 4096}},
+            4e-4,
+        ),  # the text's width, of a base with images
     ],
 )
 def test_the_width_is_the_text_parts(tmp_path: Path, config: dict[str, Any], rate: float) -> None:
@@ -109,7 +121,10 @@ def test_a_base_without_a_width_needs_a_rate(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", {"model_type": "new"})
     with pytest.raises(ConfigError) as refused:
         resolved(f"model.name_or_path={base}")
-    assert str(refused.value) == f"{RATE}=null: the config.json of {base} has no hidden_size; give a number"
+    assert (
+        str(refused.value)
+        == f"{RATE}=null: the config.json of {base} has no hidden_size; give a number"
+    )
     assert resolved(f"model.name_or_path={base}", f"{RATE}=2e-4") == 2e-4
 
 
@@ -122,7 +137,10 @@ def test_each_models_yaml_has_a_rate_near_the_rule(model: str) -> None:
     config = compose(f"model={model}")
     assert list(rates) == [config.model.name_or_path]
     assert 2e-4 <= float(rates[config.model.name_or_path]) <= HIGHEST_RATE
-    assert resolve_learning_rate(config, SharedResources()).optimizer.learning_rate == config.model.learning_rate
+    assert (
+        resolve_learning_rate(config, SharedResources()).optimizer.learning_rate
+        == config.model.learning_rate
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +175,10 @@ def test_a_yamls_rate_is_of_its_own_base_alone(model: str, tmp_path: Path) -> No
         (f"{RATE}=0", f"{RATE}=0.0: must be above 0"),
         ("model.learning_rate=0", "model.learning_rate=0.0: must be above 0, or null"),
         ("model.learning_rate=fast", "model.learning_rate=fast: must be a number or null"),
-        ("model.learning_rate={smollm2_135m: fast}", "model.learning_rate=fast: must be a number or null"),
+        (
+            "model.learning_rate={smollm2_135m: fast}",
+            "model.learning_rate=fast: must be a number or null",
+        ),
     ],
 )
 def test_a_rate_that_is_none_is_refused(override: str, says: str) -> None:
@@ -172,7 +193,14 @@ def test_a_rate_that_is_none_is_refused(override: str, says: str) -> None:
 @pytest.fixture
 def by_width(tiny_base: Path) -> RunConfig:
     """A run of seconds that leaves its rate to its base."""
-    return compose_run([*tiny_overrides(tiny_base), "quantization=none", "trainer.max_steps=4", "sample_prompts=[]"])
+    return compose_run(
+        [
+            *tiny_overrides(tiny_base),
+            "quantization=none",
+            "trainer.max_steps=4",
+            "sample_prompts=[]",
+        ]
+    )
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +213,9 @@ def test_a_run_trains_with_the_rate_that_it_says(
 ) -> None:
     import dataclasses
 
-    config = dataclasses.replace(by_width, trainer=dataclasses.replace(by_width.trainer, engine=engine))
+    config = dataclasses.replace(
+        by_width, trainer=dataclasses.replace(by_width.trainer, engine=engine)
+    )
     assert config.optimizer.learning_rate is None
     with caplog.at_level(logging.INFO):
         run(config, tmp_path / "run")
@@ -196,10 +226,14 @@ def test_a_run_trains_with_the_rate_that_it_says(
     assert written["optimizer"]["learning_rate"] == 1e-3
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
     run(dataclasses.replace(config, optimizer=optimizer), tmp_path / "written")
-    assert plain(final(tmp_path / "run")["metrics"]) == plain(final(tmp_path / "written")["metrics"])
+    assert plain(final(tmp_path / "run")["metrics"]) == plain(
+        final(tmp_path / "written")["metrics"]
+    )
 
 
-def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(by_width: RunConfig, tmp_path: Path) -> None:
+def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(
+    by_width: RunConfig, tmp_path: Path
+) -> None:
     import dataclasses
 
     from finetune.config.sections.optimizer import OptimizerSettings
@@ -215,17 +249,26 @@ def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(by_width: R
 
     value = run(by_width, tmp_path)
     assert value == run(with_rate(1e-3), tmp_path) == run(read_run_config(tmp_path), tmp_path)
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.002: the run that began in .* has 0\.001"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.learning_rate=0\.002: the run that began in .* has 0\.001"
+    ):
         run(with_rate(2e-3), tmp_path)
 
     identity["config"]["optimizer"]["learning_rate"] = 2e-3
     (tmp_path / "run.json").write_text(json.dumps(identity))
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.001: the run that began in .* has 0\.002"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.learning_rate=0\.001: the run that began in .* has 0\.002"
+    ):
         run(by_width, tmp_path)
 
 
 def test_divergence_names_the_number(tiny_base: Path, tmp_path: Path) -> None:
-    overrides = [*tiny_overrides(tiny_base), "quantization=none", "trainer.max_steps=20", "sample_prompts=[]"]
+    overrides = [
+        *tiny_overrides(tiny_base),
+        "quantization=none",
+        "trainer.max_steps=20",
+        "sample_prompts=[]",
+    ]
     config = compose(*overrides, "model.learning_rate=1e20")
     with pytest.raises(Diverged, match=r"optimizer\.learning_rate=1e\+20"):
         run(config, tmp_path, RunContext(interactive=False))
@@ -233,7 +276,9 @@ def test_divergence_names_the_number(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_a_plan_says_the_rate(tiny_base: Path, tmp_path: Path, station: Station) -> None:
     wide = wide_base(tiny_base, tmp_path)
-    shown = station.run(*tiny_overrides(wide), "trainer.max_steps=2", cwd=tmp_path, module="finetune.plan")
+    shown = station.run(
+        *tiny_overrides(wide), "trainer.max_steps=2", cwd=tmp_path, module="finetune.plan"
+    )
     assert "optimizer.learning_rate" not in shown.stdout
     assert "learning rate                     0.0004" in shown.stdout
 
@@ -255,10 +300,18 @@ def draft() -> Draft:
         from hydra.types import HydraContext
 
         tasks = [word for word in overrides if not word.startswith("hydra.")]
-        given = [word for word in overrides if word not in tasks or ("interval" not in word and "choice" not in word)]
+        given = [
+            word
+            for word in overrides
+            if word not in tasks or ("interval" not in word and "choice" not in word)
+        ]
         with initialize_config_dir(str(CONF)):
-            config = hydra_compose("config", ["hydra/sweeper=optuna", *given], return_hydra_config=True)
-            values = {str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"}
+            config = hydra_compose(
+                "config", ["hydra/sweeper=optuna", *given], return_hydra_config=True
+            )
+            values = {
+                str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"
+            }
             context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
             drafted = draft_session(config, context, values | {"study_name": "s"}, tasks)
             return drafted.session, drafted.points
@@ -271,7 +324,9 @@ def rates(low: float, high: float) -> FloatDistribution:
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(search: str, draft: Draft, tmp_path: Path) -> None:
+def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(
+    search: str, draft: Draft, tmp_path: Path
+) -> None:
     wide = base_of(tmp_path / "my-7b", {"hidden_size": 4096})
     cases: list[tuple[list[str], float, FloatDistribution]] = [
         ([], 1e-3, rates(1e-4, 1e-2)),
@@ -293,7 +348,10 @@ def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(search: str, dra
     [
         ([f"{RATE}=tag(log,interval(1e-5,1e-3))"], rates(1e-5, 1e-3)),
         ([f"{RATE}=tag(log,interval(0.1,10))"], rates(4e-4, 10)),
-        (["hydra.sweeper.params={optimizer.learning_rate: 'tag(log, interval(1e-5, 1e-3))'}"], rates(1e-5, 1e-3)),
+        (
+            ["hydra.sweeper.params={optimizer.learning_rate: 'tag(log, interval(1e-5, 1e-3))'}"],
+            rates(1e-5, 1e-3),
+        ),
         ([f"{RATE}=tag(relative,interval(0.5,2))"], FloatDistribution(2e-4, 8e-4)),
         (["lora.alpha=tag(log,relative,interval(1,4))"], rates(16, 64)),
     ],
@@ -311,7 +369,10 @@ def test_a_users_space_is_absolute_unless_it_is_tagged(
 @pytest.mark.parametrize(
     ("searched", "says"),
     [
-        (f"{RATE}=tag(relative,choice(1,2))", "the tag relative is for an interval, as interval(0.1, 10)"),
+        (
+            f"{RATE}=tag(relative,choice(1,2))",
+            "the tag relative is for an interval, as interval(0.1, 10)",
+        ),
         (
             "lora.dropout=tag(relative,interval(0.1,10))",
             "lora.dropout=0.0: a relative interval is in multiples of the config's own value",
@@ -322,15 +383,20 @@ def test_a_users_space_is_absolute_unless_it_is_tagged(
         ),
     ],
 )
-def test_a_relative_interval_needs_something_to_be_relative_to(searched: str, says: str, draft: Draft) -> None:
+def test_a_relative_interval_needs_something_to_be_relative_to(
+    searched: str, says: str, draft: Draft
+) -> None:
     with pytest.raises(ConfigError) as refused:
         draft(searched)
     assert says in str(refused.value)
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora.r=choice(4,8)", "~search"]])
-def test_what_a_study_on_the_packaged_base_holds_fast_is_as_before(overrides: list[str], draft: Draft) -> None:
-    """So that one that began with 0.001 written in the config, and its space of 1e-4 to 1e-2, goes on."""
+def test_what_a_study_on_the_packaged_base_holds_fast_is_as_before(
+    overrides: list[str], draft: Draft
+) -> None:
+    """So that one that began with 0.001 written in the config, and its space of 1e-4 to 1e-2, goes
+    on."""
     session, _ = draft(*overrides)
     fingerprint = SharedResources().rows(session.common.dataset).fingerprint
     terms = study_terms(session.common, session.space, session.settings, fingerprint)
@@ -338,7 +404,12 @@ def test_what_a_study_on_the_packaged_base_holds_fast_is_as_before(overrides: li
     if overrides:
         assert terms[RATE] == 1e-3
     else:
-        assert terms[f"space.{RATE}"]["attributes"] == {"step": None, "low": 1e-4, "high": 1e-2, "log": True}
+        assert terms[f"space.{RATE}"]["attributes"] == {
+            "step": None,
+            "low": 1e-4,
+            "high": 1e-2,
+            "log": True,
+        }
 
 
 def test_a_study_on_a_users_base_has_its_baseline_and_its_answer_the_number(
@@ -349,9 +420,14 @@ def test_a_study_on_a_users_base_has_its_baseline_and_its_answer_the_number(
     assert ended.returncode == 0, ended.stderr
     folder = tmp_path / "outputs" / "sweeps" / "s"
     assert f"{RATE}=0.001 (by hidden size 64)" in ended.stderr
-    assert [final(folder / "trials" / str(number))["learning_rate"] for number in (0, 1)] == [1e-3, 1e-3]
+    assert [final(folder / "trials" / str(number))["learning_rate"] for number in (0, 1)] == [
+        1e-3,
+        1e-3,
+    ]
     assert OmegaConf.load(folder / "experiment" / "best.yaml").optimizer.learning_rate == 1e-3
     assert "learning_rate: 0.001" in (folder / "report.html").read_text()
-    again = station.run("--config-dir", str(folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path)
+    again = station.run(
+        "--config-dir", str(folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert final(tmp_path / "again")["learning_rate"] == 1e-3

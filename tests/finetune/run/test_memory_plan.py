@@ -26,24 +26,42 @@ def planned(output: str) -> float:
 
 def test_is_said_before_any_weights_load(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    for file in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
-        (tmp_path / "base" / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
+    for (
+        file
+    ) in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
+        (tmp_path / "base" / file.name).write_bytes(
+            b"" if file.suffix == ".safetensors" else file.read_bytes()
+        )
     done = station.run(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ("base", "adapter and its gradient", "optimizer", "activations", "logits", "tokens", "each further slot")
+    names = (
+        "base",
+        "adapter and its gradient",
+        "optimizer",
+        "activations",
+        "logits",
+        "tokens",
+        "each further slot",
+    )
     lines = done.stdout.splitlines()
     assert all(any(line.startswith(name) for line in lines) for name in names), done.stdout
     assert 0.2 < planned(done.stdout) < 3
 
 
-def test_json_has_the_figures_of_the_table(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_json_has_the_figures_of_the_table(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     overrides = [*tiny_overrides(tiny_base), "trainer.max_steps=2"]
     printed = station.run(*overrides, "--json", module="finetune.plan", cwd=tmp_path)
     assert printed.returncode == 0, printed.stderr
     figures = json.loads(printed.stdout)
     table = station.run(*overrides, module="finetune.plan", cwd=tmp_path).stdout
     gib = {name: f"{size / 2**30:.2f} GiB" for name, size in figures["memory"].items()}
-    for name, key in (("base", "base"), ("adapter and its gradient", "adapter"), ("logits", "logits")):
+    for name, key in (
+        ("base", "base"),
+        ("adapter and its gradient", "adapter"),
+        ("logits", "logits"),
+    ):
         (line,) = (line for line in table.splitlines() if line.startswith(f"{name} "))
         assert line.endswith(gib[key])
     assert planned(table) == pytest.approx(figures["peak"] / 2**30, abs=0.05)
@@ -70,8 +88,14 @@ def test_refuses_in_one_line(
 ) -> None:
     rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
     (tmp_path / "d.jsonl").write_text(rows)
-    more = ["dataset.path=d.jsonl", "dataset.limit=300", "model.name_or_path=" + str(wide_base(tiny_base, tmp_path))]
-    done = station.run(*tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path)
+    more = [
+        "dataset.path=d.jsonl",
+        "dataset.limit=300",
+        "model.name_or_path=" + str(wide_base(tiny_base, tmp_path)),
+    ]
+    done = station.run(
+        *tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path
+    )
     assert done.returncode == 1, done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert named in done.stderr.splitlines()[-1]
@@ -79,24 +103,34 @@ def test_refuses_in_one_line(
 
 
 def test_activations_that_would_not_fit_are_computed_twice(
-    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources = SharedResources()
     config = tiny("trainer.max_steps=2")
     kept, saved = (
-        plan_memory(tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"), resources)
+        plan_memory(
+            tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"), resources
+        )
         for saving in ("false", "true")
     )
     assert saved.peak() < kept.peak()
-    assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is False
+    assert (
+        resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is False
+    )
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
     monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
     with caplog.at_level("INFO"):
         run(config, tmp_path, RunContext(resources=resources, interactive=False))
 
-    assert "trainer.gradient_checkpointing=true: the activations would not fit otherwise" in caplog.messages
+    assert (
+        "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
+        in caplog.messages
+    )
     assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is True
     assert resolve_checkpointing(config, "trl", resources).trainer.gradient_checkpointing is False
     wanted = tiny("trainer.gradient_checkpointing=false")
@@ -104,11 +138,18 @@ def test_activations_that_would_not_fit_are_computed_twice(
 
 
 @pytest.mark.parametrize("target", ["q_v", "all_linear"])
-@pytest.mark.parametrize(("saves", "slots"), [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("saves", "slots"), [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)]
+)
 def test_a_gpus_plan_is_what_its_decoder_allocates(
-    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, target: str, saves: bool, slots: int
+    tiny: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    saves: bool,
+    slots: int,
 ) -> None:
-    """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing, are not run."""
+    """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing,
+    are not run."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,7 +169,11 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         "num_attention_heads": 8,
     }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
-    config = tiny("quantization=none", f"lora/target={target}", f"trainer.gradient_checkpointing={str(saves).lower()}")
+    config = tiny(
+        "quantization=none",
+        f"lora/target={target}",
+        f"trainer.gradient_checkpointing={str(saves).lower()}",
+    )
     bank = Bank(base, config, Decoder(base, saves))
     places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
     elements = activation_elements(base.config, config, adapted_layers(places[0].model), slots)
@@ -136,7 +181,9 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     rows = [{"input_ids": row, "labels": row} for row in ids]
     parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
     work = {
-        elements.training: lambda: bank.forward_backward([ForwardBackward(*part, 0.1, 1) for part in parts]),
+        elements.training: lambda: bank.forward_backward(
+            [ForwardBackward(*part, 0.1, 1) for part in parts]
+        ),
         elements.evaluating: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
     }
     for planned, run_it in work.items():
@@ -151,12 +198,22 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]]
+)
 def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     """Within 15 % on a CPU, of a whole process on the packaged model."""
-    both = ["tracker=none", "sample_prompts=[]", "trainer.max_steps=8", "trainer.eval_steps=4", *overrides]
+    both = [
+        "tracker=none",
+        "sample_prompts=[]",
+        "trainer.max_steps=8",
+        "trainer.eval_steps=4",
+        *overrides,
+    ]
     told = run_cli(*both, module="finetune.plan", cwd=tmp_path)
     done = run_cli(*both, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"] / 2**30
+    measured = (
+        json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"] / 2**30
+    )
     assert planned(told.stdout) == pytest.approx(measured, rel=0.15)

@@ -1,4 +1,5 @@
-"""Runs that share a base, rows and tokens are the runs alone, bit for bit, and leave no memory behind."""
+"""Runs that share a base, rows and tokens are the runs alone, bit for bit, and leave no memory
+behind."""
 
 import contextlib
 import json
@@ -25,7 +26,10 @@ RUN = (*FEW, "lora.dropout=0.1", "lora.r=4", "lora/target=attention", "seed=3")
 def left_by(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The adapter, and all that was logged while it was trained, but for the clock's."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows]
+    logged = [
+        {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        for row in rows
+    ]
     training = [row for row in logged if "test/loss" not in row and "adapter/parameters" not in row]
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), training
 
@@ -77,7 +81,11 @@ def test_a_run_after_another_is_the_run_alone(
     base: str, before: tuple[str, ...], tiny: Tiny, alone: Alone, tmp_path: Path
 ) -> None:
     resources = SharedResources()
-    run(tiny(*FEW, base, *before), tmp_path / "before", RunContext(resources=resources, interactive=False))
+    run(
+        tiny(*FEW, base, *before),
+        tmp_path / "before",
+        RunContext(resources=resources, interactive=False),
+    )
     run(tiny(*RUN, base), tmp_path / "after", RunContext(resources=resources, interactive=False))
 
     assert left_by(tmp_path / "after") == alone(tiny(*RUN, base))
@@ -93,7 +101,14 @@ def test_a_run_after_another_is_the_run_alone(
         (NF4, ("lora.use_dora=true", WILD)),
         (NONE, ("lora.init_lora_weights=pissa", WILD)),
         (NF4, ("trainer.gradient_checkpointing=true",)),
-        (NF4, ("trainer.group_by_length=true", "trainer.per_device_train_batch_size=2", "objective_at=best")),
+        (
+            NF4,
+            (
+                "trainer.group_by_length=true",
+                "trainer.per_device_train_batch_size=2",
+                "objective_at=best",
+            ),
+        ),
         (NF4, ("dataset.limit=8", "dataset.max_length=32")),
         (NF4, (NONE,)),
         (NONE, ("++lora.extra.modules_to_save=[norm]", WILD)),
@@ -108,14 +123,28 @@ def test_a_run_after_any_other_is_the_run_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lora", ["lora.bias=all", "lora.init_lora_weights=pissa", "lora.init_lora_weights=false", "lora.use_dora=true"]
+    "lora",
+    [
+        "lora.bias=all",
+        "lora.init_lora_weights=pissa",
+        "lora.init_lora_weights=false",
+        "lora.use_dora=true",
+    ],
 )
 def test_a_run_that_begins_elsewhere_than_its_base_is_the_run_alone(
     lora: str, tiny: Tiny, alone: Alone, tmp_path: Path
 ) -> None:
     resources = SharedResources()
-    run(tiny(*FEW, NONE, WILD), tmp_path / "before", RunContext(resources=resources, interactive=False))
-    run(tiny(*FEW, NONE, lora), tmp_path / "after", RunContext(resources=resources, interactive=False))
+    run(
+        tiny(*FEW, NONE, WILD),
+        tmp_path / "before",
+        RunContext(resources=resources, interactive=False),
+    )
+    run(
+        tiny(*FEW, NONE, lora),
+        tmp_path / "after",
+        RunContext(resources=resources, interactive=False),
+    )
 
     assert left_by(tmp_path / "after") == alone(tiny(*FEW, NONE, lora))
 
@@ -127,13 +156,19 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
 ) -> None:
     resources = SharedResources()
     with contextlib.suppress(RuntimeError):
-        run(tiny(*FEW, NF4, WILD), tmp_path / "before", RunContext(observer, resources, interactive=False))
+        run(
+            tiny(*FEW, NF4, WILD),
+            tmp_path / "before",
+            RunContext(observer, resources, interactive=False),
+        )
     run(tiny(*RUN, NF4), tmp_path / "after", RunContext(resources=resources, interactive=False))
 
     assert left_by(tmp_path / "after") == alone(tiny(*RUN, NF4))
 
 
-def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_is_loaded_and_measured_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import finetune.run.resources as run_resources
     from finetune.engine import trl as trl_engine
     from finetune.engine.packed import bank
@@ -156,10 +191,23 @@ def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkey
     count_calls(trl_engine, "evaluate", "evaluate trl")
     resources = SharedResources()
     held_out = len(resources.rows(tiny(*FEW).dataset).evaluation)
-    for name, engine, rank in (("one", "packed", 4), ("two", "packed", 8), ("three", "trl", 4), ("four", "trl", 8)):
-        more = (f"trainer.per_device_eval_batch_size={held_out}", "trainer.eval_steps=3", f"trainer.engine={engine}")
+    for name, engine, rank in (
+        ("one", "packed", 4),
+        ("two", "packed", 8),
+        ("three", "trl", 4),
+        ("four", "trl", 8),
+    ):
+        more = (
+            f"trainer.per_device_eval_batch_size={held_out}",
+            "trainer.eval_steps=3",
+            f"trainer.engine={engine}",
+        )
         config = tiny(*FEW, NF4, f"lora.r={rank}", *more)
-        run(config, tmp_path / name, RunContext(resources=resources, interactive=False, evaluate_test_rows=False))
+        run(
+            config,
+            tmp_path / name,
+            RunContext(resources=resources, interactive=False, evaluate_test_rows=False),
+        )
 
     assert calls.count("load") == 1
     assert calls.count("tokenize") == 3
@@ -168,7 +216,9 @@ def test_the_base_is_loaded_and_measured_once(tiny: Tiny, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("lora", "stays"), [("lora.bias=all", False), ("lora.bias=none", True)])
-def test_a_base_that_a_run_has_changed_is_let_go(lora: str, stays: bool, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_base_that_a_run_has_changed_is_let_go(
+    lora: str, stays: bool, tiny: Tiny, tmp_path: Path
+) -> None:
     resources = SharedResources()
     config = tiny(*FEW, NONE, "trainer.engine=auto", lora)
     run(config, tmp_path, RunContext(resources=resources, interactive=False))
@@ -176,7 +226,8 @@ def test_a_base_that_a_run_has_changed_is_let_go(lora: str, stays: bool, tiny: T
 
 
 def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
-    """A base stays out of the garbage collector's sight while it is kept, and no longer; a slot on it never does."""
+    """A base stays out of the garbage collector's sight while it is kept, and no longer; a slot on
+    it never does."""
     from finetune.model.memory import collect_garbage, free_memory
 
     resources, config = SharedResources(), tiny(*RUN)

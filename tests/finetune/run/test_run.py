@@ -1,4 +1,5 @@
-"""One run, end to end, on a tiny real model: what it leaves, that it repeats, that it goes on after a stop."""
+"""One run, end to end, on a tiny real model: what it leaves, that it repeats, that it goes on
+after a stop."""
 
 import json
 import os
@@ -20,7 +21,11 @@ from finetune.run.context import RunContext
 from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
-DROPOUT = ("lora.dropout=0.1", "optimizer.learning_rate=0.01", "trainer.per_device_train_batch_size=2")
+DROPOUT = (
+    "lora.dropout=0.1",
+    "optimizer.learning_rate=0.01",
+    "trainer.per_device_train_batch_size=2",
+)
 by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.engine=trl"])
 by_trl_slowly = pytest.mark.parametrize(
     "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
@@ -35,14 +40,19 @@ def result_of(folder: Path) -> dict[str, Any]:
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """All logged lines, without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        for row in rows
+    ]
 
 
 def adapter_of(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,19 +65,30 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(tiny: Tiny, tiny_bas
     assert result["engine"] == "packed"
     assert result["slots"] == 1
     assert result["effective_batch_size"] == 4
-    assert result["tokens_per_second"] == pytest.approx(result["train_tokens"] / result["train_seconds"])
+    assert result["tokens_per_second"] == pytest.approx(
+        result["train_tokens"] / result["train_seconds"]
+    )
     assert result["peak_memory_bytes"] > 2**20
     assert result["versions"]["torch"]
     assert result["base_model"]["sha256"]
     assert len(result["dataset_fingerprint"]) == 16
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter"
+    )
     assert model.peft_config["default"].r == 16
     AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert [set(row) for row in json.loads((tmp_path / "samples.json").read_text())] == [
         {"prompt", "before", "after"}
     ] * 2
     names = {name for row in metrics_of(tmp_path) for name in row}
-    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "objective", "test/loss"} <= names
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "eval/loss",
+        "objective",
+        "test/loss",
+    } <= names
 
 
 @by_both
@@ -77,17 +98,24 @@ def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) 
     from finetune.model.loading import load_tokenizer
     from finetune.model.source import find_base
 
-    config = tiny(engine, "dataset.limit=12", "trainer.per_device_train_batch_size=4", "sample_prompts=[]")
+    config = tiny(
+        engine, "dataset.limit=12", "trainer.per_device_train_batch_size=4", "sample_prompts=[]"
+    )
     run(config, tmp_path)
 
     tokens = tokenize(
-        "train", load_rows(config.dataset).train, load_tokenizer(find_base(config.model), config.model), config.dataset
+        "train",
+        load_rows(config.dataset).train,
+        load_tokenizer(find_base(config.model), config.model),
+        config.dataset,
     )
     assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
 
 
 @by_trl_slowly
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
         run(tiny(*DROPOUT, engine, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
 
@@ -118,10 +146,14 @@ class StopsAt(Observer):
 
 
 @by_both
-def test_an_observer_hears_every_rung_and_may_stop_the_run(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_observer_hears_every_rung_and_may_stop_the_run(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     observer = StopsAt(2)
     run(
-        tiny(engine, "trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]"), tmp_path, RunContext(observer)
+        tiny(engine, "trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]"),
+        tmp_path,
+        RunContext(observer),
     )
 
     assert [rung.step for rung in observer.seen] == [0, 2, 4]
@@ -171,8 +203,14 @@ def test_rungs(setting: float | list[float], total: int, expected: dict[int, int
 
 
 @by_both
-def test_an_observer_may_stop_the_run_between_rungs(engine: str, tiny: Tiny, tmp_path: Path) -> None:
-    run(tiny(engine, "trainer.max_steps=8", "sample_prompts=[]"), tmp_path, RunContext(StopsAfter(3)))
+def test_an_observer_may_stop_the_run_between_rungs(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    run(
+        tiny(engine, "trainer.max_steps=8", "sample_prompts=[]"),
+        tmp_path,
+        RunContext(StopsAfter(3)),
+    )
 
     assert (result_of(tmp_path)["status"], result_of(tmp_path)["step"]) == ("pruned", 3)
     assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [1, 2, 3]
@@ -181,9 +219,18 @@ def test_an_observer_may_stop_the_run_between_rungs(engine: str, tiny: Tiny, tmp
 @by_both
 def test_stops_early_and_keeps_the_best_adapter(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     # A rate that soon overshoots: held-out loss falls first and rises then.
-    wild = ("optimizer.learning_rate=0.3", "optimizer.lr_scheduler_type=constant", "quantization=none", engine)
+    wild = (
+        "optimizer.learning_rate=0.3",
+        "optimizer.lr_scheduler_type=constant",
+        "quantization=none",
+        engine,
+    )
     config = tiny(
-        *wild, "trainer.max_steps=60", "trainer.eval_steps=1", "trainer.early_stopping_patience=2", "objective_at=best"
+        *wild,
+        "trainer.max_steps=60",
+        "trainer.eval_steps=1",
+        "trainer.early_stopping_patience=2",
+        "objective_at=best",
     )
     objective = run(config, tmp_path)
 
@@ -198,8 +245,12 @@ def test_stops_early_and_keeps_the_best_adapter(engine: str, tiny: Tiny, tmp_pat
     from finetune.run.load import load_run
 
     trained = load_run(tmp_path)
-    held_out = tokenize("eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset)
-    assert evaluate(trained.with_adapter(), held_out, 8, config.quantization).loss == pytest.approx(objective, rel=1e-5)
+    held_out = tokenize(
+        "eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset
+    )
+    assert evaluate(trained.with_adapter(), held_out, 8, config.quantization).loss == pytest.approx(
+        objective, rel=1e-5
+    )
     assert measured_on_test_rows(config, tmp_path) == pytest.approx(
         result_of(tmp_path)["metrics"]["test/loss"], rel=1e-5
     )
@@ -217,14 +268,21 @@ def measured_on_test_rows(config: RunConfig, folder: Path) -> float:
     return evaluate(trained.with_adapter(), rows, 8, config.quantization).loss
 
 
-def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(tiny: Tiny, tmp_path: Path) -> None:
-    """As `objective_at=best` does at a run's end; where matrix products have another dtype than the weights."""
+def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """As `objective_at=best` does at a run's end; where matrix products have another dtype than
+    the weights."""
     from finetune.engine.packed.training import PackedTraining
     from finetune.engine.steps import drive
     from finetune.model.adapter import load_adapter
     from finetune.run.resources import SharedResources
 
-    config = tiny("optimizer.learning_rate=0.3", "trainer.max_steps=6", "quantization.bnb_4bit_compute_dtype=bfloat16")
+    config = tiny(
+        "optimizer.learning_rate=0.3",
+        "trainer.max_steps=6",
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
+    )
     resources = SharedResources()
     run(config, tmp_path, RunContext(resources=resources, interactive=False))
     held_out = resources.tokens("eval", resources.rows(config.dataset).evaluation, config)
@@ -257,14 +315,22 @@ def test_a_fresh_adapter_is_its_base_in_bfloat16_too(
     for name, more in (("half", ("quantization.bnb_4bit_compute_dtype=bfloat16",)), ("exact", ())):
         run(tiny(*few, *more), tmp_path / name, RunContext(interactive=False))
     half, exact = (
-        [row["train/loss"] for row in metrics_of(tmp_path / name) if "train/loss" in row] for name in ("half", "exact")
+        [row["train/loss"] for row in metrics_of(tmp_path / name) if "train/loss" in row]
+        for name in ("half", "exact")
     )
     assert half == pytest.approx(exact, rel=2e-3)
 
 
 @by_both
-def test_a_diverged_run_is_failed_and_names_the_rate(engine: str, tiny: Tiny, tmp_path: Path) -> None:
-    diverges = ("optimizer.learning_rate=1e20", "trainer.max_steps=20", "quantization=none", "sample_prompts=[]")
+def test_a_diverged_run_is_failed_and_names_the_rate(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    diverges = (
+        "optimizer.learning_rate=1e20",
+        "trainer.max_steps=20",
+        "quantization=none",
+        "sample_prompts=[]",
+    )
     with pytest.raises(ValueError, match=r"optimizer.learning_rate=1e\+20: .*diverged"):
         run(tiny(*diverges, engine), tmp_path)
 
@@ -277,24 +343,37 @@ def test_the_published_recipe_trains_without_a_gpu_and_says_how(
 ) -> None:
     rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(12)]
     data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
-    recipe = ("experiment=llama2_guanaco", f"model.name_or_path={tiny_base}", f"dataset.path={data}", "tracker=none")
+    recipe = (
+        "experiment=llama2_guanaco",
+        f"model.name_or_path={tiny_base}",
+        f"dataset.path={data}",
+        "tracker=none",
+    )
     with caplog.at_level("INFO", logger="finetune"):
         objective = run(compose(*recipe), tmp_path / "run")
 
     assert objective is None
-    assert "no GPU: training on the CPU, in float32, the paged optimizer in plain memory" in caplog.messages
+    assert (
+        "no GPU: training on the CPU, in float32, the paged optimizer in plain memory"
+        in caplog.messages
+    )
     result = result_of(tmp_path / "run")
     assert result["status"] == "completed"
     assert result["objective"] is None
     samples = json.loads((tmp_path / "run" / "samples.json").read_text())
-    assert [row["prompt"] for row in samples] == ["Who is Leonardo Da Vinci?", "What is Datacamp Career track?"]
+    assert [row["prompt"] for row in samples] == [
+        "Who is Leonardo Da Vinci?",
+        "What is Datacamp Career track?",
+    ]
 
 
 STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
 
 
 @by_trl_slowly
-def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     config = tiny(*STEPS, engine, "trainer.max_steps=5", "sample_prompts=[]")
     run(config, tmp_path)
     adapter = adapter_of(tmp_path)
@@ -308,21 +387,28 @@ def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(engine: str
 
 def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> None:
     data = write_jsonl(
-        tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60)]
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60)],
     )
     config = tiny(*STEPS, f"dataset.path={data}", "dataset.eval_fraction=0.1")
     run(config, tmp_path / "run", RunContext(StopsAt(1)))
-    write_jsonl(data, [{"prompt": f"What is {n}?", "completion": f"It is {n} now."} for n in range(60)])
+    write_jsonl(
+        data, [{"prompt": f"What is {n}?", "completion": f"It is {n} now."} for n in range(60)]
+    )
 
     with pytest.raises(ValueError, match=r"dataset_fingerprint=.*the run that began in"):
         run(config, tmp_path / "run")
 
 
 @by_trl_slowly
-def test_a_checkpoint_that_was_cut_short_costs_no_other(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_cut_short_costs_no_other(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     config = tiny(*STEPS, engine, "sample_prompts=[]")
     run(config, tmp_path / "whole")
-    run(config, tmp_path / "run", RunContext(StopsAt(1)))  # at step 6, after the checkpoint of step 4
+    run(
+        config, tmp_path / "run", RunContext(StopsAt(1))
+    )  # at step 6, after the checkpoint of step 4
     (tmp_path / "run" / "checkpoints" / "checkpoint-8").mkdir()
     run(config, tmp_path / "run")
 
@@ -330,11 +416,15 @@ def test_a_checkpoint_that_was_cut_short_costs_no_other(engine: str, tiny: Tiny,
 
 
 @by_trl_slowly
-def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     best = (*STEPS, engine, "objective_at=best", "trainer.eval_steps=2", "sample_prompts=[]")
     run(tiny(*best), tmp_path / "whole")
     run(tiny(*best), tmp_path / "run", RunContext(StopsAt(3)))
-    newest = max((tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:]))
+    newest = max(
+        (tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:])
+    )
     newest.rename(newest.with_name(f".{newest.name}.draft"))
     run(tiny(*best), tmp_path / "run")
 

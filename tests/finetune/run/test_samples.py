@@ -1,4 +1,5 @@
-"""The sample prompts: what a run and a study's winner keep of them, and that no run fails by them."""
+"""The sample prompts: what a run and a study's winner keep of them, and that no run fails by
+them."""
 
 import json
 from collections.abc import Callable
@@ -14,15 +15,25 @@ from finetune.run.resources import SharedResources
 from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
-DEBUG = ("trainer=debug", "quantization=none", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[Hm?]")
+DEBUG = (
+    "trainer=debug",
+    "quantization=none",
+    "trainer.eval_steps=0",
+    "trainer.save_steps=0",
+    "sample_prompts=[Hm?]",
+)
 
 
 def errors() -> dict[str, Exception]:
     import torch
 
     return {
-        "of an expert": RuntimeError("The size of tensor a (2) must match\nthe size of tensor b (62)"),
-        "of the GPU's memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        "of an expert": RuntimeError(
+            "The size of tensor a (2) must match\nthe size of tensor b (62)"
+        ),
+        "of the GPU's memory": torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2 GiB"
+        ),
         "of the host's memory": MemoryError("no room"),
         "of a template": ValueError("no such role"),
     }
@@ -86,7 +97,8 @@ def test_a_run_is_completed_whatever_its_samples_raise(
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     when = {0: "before", 1: "after"}
     assert warnings_of(caplog) == [
-        f"the sample prompts are not answered {when[call]} training: {reason}" for call in sorted(calls)
+        f"the sample prompts are not answered {when[call]} training: {reason}"
+        for call in sorted(calls)
     ]
 
 
@@ -100,7 +112,12 @@ def test_a_run_is_completed_whatever_its_samples_raise(
     ],
 )
 def test_an_interruption_while_sampling_ends_the_run(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, error: BaseException, call: int
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    error: BaseException,
+    call: int,
 ) -> None:
     failing(monkeypatch, error, {call})
     with pytest.raises(type(error)):
@@ -120,7 +137,11 @@ def test_a_winners_failing_samples_leave_its_test_loss(
     from finetune.run.final_evaluation import evaluate_finished_run
 
     resources = SharedResources()
-    run(tiny(*DEBUG), tmp_path, RunContext(resources=resources, interactive=False, evaluate_test_rows=measured))
+    run(
+        tiny(*DEBUG),
+        tmp_path,
+        RunContext(resources=resources, interactive=False, evaluate_test_rows=measured),
+    )
     failing(monkeypatch, RuntimeError("no room"), calls)
 
     evaluation = evaluate_finished_run(tmp_path, resources, answer_prompts=True)
@@ -144,7 +165,9 @@ def test_a_base_that_has_no_room_for_samples_alone_leaves_a_winners_test_loss(
     monkeypatch.setattr("finetune.model.loading.load_base", no_room)
 
     assert evaluate_finished_run(tmp_path, SharedResources(), answer_prompts=True) is not None
-    assert warnings_of(caplog) == ["the sample prompts are not answered after training: MemoryError: no room"]
+    assert warnings_of(caplog) == [
+        "the sample prompts are not answered after training: MemoryError: no room"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
@@ -156,16 +179,33 @@ def test_a_mixture_of_experts_answers_after_training(
     from support.models import with_tokenizer_of
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    shapes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    shapes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    }
     more = {"vocab_size": 600, "num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shapes, **experts, **more))
     base = with_tokenizer_of(tiny_base, model, tmp_path / "base")
 
-    # Prompts of different lengths need padding, and with it the cache that router logits can't have.
+    # Prompts of different lengths need padding, and with it the cache that router logits can't
+    # have.
     prompts = "sample_prompts=[Hm?,What does it do and why?]"
-    config = tiny(*DEBUG, "dataset.limit=40", "dataset.eval_fraction=0.2", f"model.name_or_path={base}", prompts)
+    config = tiny(
+        *DEBUG,
+        "dataset.limit=40",
+        "dataset.eval_fraction=0.2",
+        f"model.name_or_path={base}",
+        prompts,
+    )
     run(config, tmp_path / "run")
 
     samples = content(tmp_path / "run" / "samples.json")

@@ -1,4 +1,5 @@
-"""A shared computation: one run computes, the others wait, and a failure is left to the next run."""
+"""A shared computation: one run computes, the others wait, and a failure is left to the next
+run."""
 
 from collections.abc import Generator
 from typing import Any

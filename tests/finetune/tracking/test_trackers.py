@@ -1,4 +1,5 @@
-"""What W&B and TensorBoard are shown, read back from their own files; and that they never end a run."""
+"""What W&B and TensorBoard are shown, read back from their own files; and that they never end a
+run."""
 
 import json
 import os
@@ -34,7 +35,9 @@ def wandb_records(folder: Path) -> list[Any]:
 
 
 def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
-    run(tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path)
+    run(
+        tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path
+    )
 
     records = wandb_records(tmp_path)
     opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
@@ -46,7 +49,9 @@ def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path
     assert config["optimizer"]["name"] == "adamw_torch"
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for name in ("train/loss", "eval/loss", "objective"):
-        assert [row[name] for row in history if name in row] == [row[name] for row in logged if name in row]
+        assert [row[name] for row in history if name in row] == [
+            row[name] for row in logged if name in row
+        ]
     assert any(name.startswith("samples") for row in history for name in row)
     assert summary["status"] == "completed"
     assert summary["test/loss"] == logged[-1]["test/loss"]
@@ -57,7 +62,9 @@ class StopsAtFirstRung(Observer):
         return rung.index == 1
 
 
-@pytest.mark.parametrize(("save_steps", "adds"), [(1, True), (0, False)], ids=["from a checkpoint", "anew"])
+@pytest.mark.parametrize(
+    ("save_steps", "adds"), [(1, True), (0, False)], ids=["from a checkpoint", "anew"]
+)
 def test_a_run_that_goes_on_offline_adds_to_its_history(
     save_steps: int, adds: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -67,7 +74,10 @@ def test_a_run_that_goes_on_offline_adds_to_its_history(
         run(config, tmp_path, RunContext(observer))
 
     first, last = wandb_files(tmp_path)
-    opened = [next(record.run for record in records if record.HasField("run")) for records in (first, last)]
+    opened = [
+        next(record.run for record in records if record.HasField("run"))
+        for records in (first, last)
+    ]
     assert len({one.run_id for one in opened}) == 1
     assert [one.resume for one in opened] == [False, adds]
     assert [row["_step"] for row in wandb_history(last)] == ([3, 4] if adds else [0, 1, 2, 3, 4])
@@ -142,31 +152,52 @@ def artifacts(folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("adapters", "interactive", "count"), [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)]
+    ("adapters", "interactive", "count"),
+    [("none", True, 0), ("best", True, 1), ("best", False, 0), ("all", False, 1)],
 )
 def test_wandb_gets_the_adapters_that_it_shall(
     adapters: str, interactive: bool, count: int, tiny: Tiny, tmp_path: Path
 ) -> None:
-    run(tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK), tmp_path, RunContext(interactive=interactive))
+    run(
+        tiny("tracker=wandb", f"tracker.adapters={adapters}", *QUICK),
+        tmp_path,
+        RunContext(interactive=interactive),
+    )
 
     logged = artifacts(tmp_path)
-    assert [(artifact.type, artifact.name) for artifact in logged] == [("model", "default-adapter")] * count
+    assert [(artifact.type, artifact.name) for artifact in logged] == [
+        ("model", "default-adapter")
+    ] * count
     files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
-    shutil.rmtree(tmp_path / "adapter")  # a study removes those of most trials, perhaps before they are synced
+    shutil.rmtree(
+        tmp_path / "adapter"
+    )  # a study removes those of most trials, perhaps before they are synced
     for artifact in logged:
-        assert {file.path: Path(file.local_path).read_bytes() for file in artifact.manifest.contents} == files
+        assert {
+            file.path: Path(file.local_path).read_bytes() for file in artifact.manifest.contents
+        } == files
 
 
 def test_an_adapter_that_wandb_can_not_take_is_a_warning(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
-    run(tiny("tracker=wandb", "tracker.adapters=all", *QUICK), tmp_path, RunContext(interactive=False))
+    run(
+        tiny("tracker=wandb", "tracker.adapters=all", *QUICK),
+        tmp_path,
+        RunContext(interactive=False),
+    )
 
-    (line,) = [record.message for record in caplog.records if record.name == "finetune.tracking.wandb"]
+    (line,) = [
+        record.message for record in caplog.records if record.name == "finetune.tracking.wandb"
+    ]
     assert line.endswith(f"it lacks the adapter, which is in {tmp_path / 'adapter'}")
     assert not artifacts(tmp_path)
-    shown = [wandb_items(record.summary.update) for record in wandb_records(tmp_path) if record.HasField("summary")]
+    shown = [
+        wandb_items(record.summary.update)
+        for record in wandb_records(tmp_path)
+        if record.HasField("summary")
+    ]
     assert "completed" in [summary.get("status") for summary in shown]
 
 

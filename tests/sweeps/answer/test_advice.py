@@ -5,7 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState, create_trial
 from support.studies import COMPLETE, PRUNED, made_study, made_unchecked, trial
 
@@ -15,8 +20,13 @@ from sweeps.answer.importance import Share
 
 def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)])
-    shares = {"optimizer.learning_rate": Share(0.9, 0.8, 1.0), "lora.dropout": Share(0.02, 0.0, 0.05)}
+    study = made_study(
+        tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)]
+    )
+    shares = {
+        "optimizer.learning_rate": Share(0.9, 0.8, 1.0),
+        "lora.dropout": Share(0.02, 0.0, 0.05),
+    }
 
     lines = advise(study, shares)
 
@@ -75,7 +85,9 @@ def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Pa
     def gain(folder: str, rates: list[float]) -> float:
         draw = random.Random(0)
         trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
-        (line,) = [line for line in advise(made_study(tmp_path / folder, trials), {}) if "expected" in line]
+        (line,) = [
+            line for line in advise(made_study(tmp_path / folder, trials), {}) if "expected" in line
+        ]
         return float(re.search(r": ([\d.e-]+) \(", line)[1])  # type: ignore[index]
 
     searched = gain("searched", [10 ** (-4 + 2 * index / 19) for index in range(20)])
@@ -100,7 +112,10 @@ def test_advice_asks_for_trials_that_the_study_can_have(tmp_path: Path) -> None:
     rates = [10 ** (-4 + index / 19) for index in range(20)]
     trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
     full = advise(made_study(tmp_path / "full", trials), {})
-    begun = advise(made_study(tmp_path / "begun", [*trials, *[create_trial(state=TrialState.WAITING)] * 10]), {})
+    begun = advise(
+        made_study(tmp_path / "begun", [*trials, *[create_trial(state=TrialState.WAITING)] * 10]),
+        {},
+    )
     trials[0].user_attrs["role"] = "grid"
     grid = advise(made_study(tmp_path / "grid", trials), {})
 
@@ -118,9 +133,14 @@ def test_advice_says_where_it_rests_on_an_early_rung(tmp_path: Path) -> None:
     draw = random.Random(0)
     shares = {"lora.dropout": Share(0.02, 0.0, 0.05)}
     whole = made_study(tmp_path / "whole", [trial(draw) for _ in range(9)])
-    halved = made_study(tmp_path / "halved", [trial(draw, COMPLETE if number < 2 else PRUNED) for number in range(9)])
+    halved = made_study(
+        tmp_path / "halved",
+        [trial(draw, COMPLETE if number < 2 else PRUNED) for number in range(9)],
+    )
 
     (said,) = [line for line in advise(whole, shares) if "little influence" in line]
     assert said.endswith("search fewer dimensions")
     (said,) = [line for line in advise(halved, shares) if "little influence" in line]
-    assert said.endswith("search fewer dimensions (measured at the last rung that all trials reached)")
+    assert said.endswith(
+        "search fewer dimensions (measured at the last rung that all trials reached)"
+    )

@@ -49,11 +49,17 @@ def test_few_seeds_are_not_surer_than_they_can_be(seeds: int) -> None:
     none = measured(np.zeros((seeds, 40)), [1] * 40)
     held = sure = 0
     for _ in range(200):
-        noise = draw.normal(0, 1, (seeds, 1)) + draw.normal(0, 0.3, (1, 40)) + draw.normal(0, 0.5, (seeds, 40))
+        noise = (
+            draw.normal(0, 1, (seeds, 1))
+            + draw.normal(0, 0.3, (1, 40))
+            + draw.normal(0, 0.5, (seeds, 40))
+        )
         found = compare(measured(noise, [1] * 40), none, max_resamples=1000)
         held += found.low <= 0 <= found.high
         sure += not 0.01 <= found.chance <= 0.99
-    assert held >= 182  # of 200 that are equal in truth, 95 % and what three standard deviations take from them
+    assert (
+        held >= 182
+    )  # of 200 that are equal in truth, 95 % and what three standard deviations take from them
     assert sure <= 10
 
 
@@ -63,7 +69,10 @@ def test_seeds_that_disagree_make_the_interval_wider() -> None:
     tokens = [1] * 30
     none = measured(np.zeros((4, 30)), tokens)
     alike = compare(measured(np.tile(rows, (4, 1)) - 0.1, tokens), none)
-    apart = compare(measured(np.tile(rows, (4, 1)) - 0.1 + np.array([[-1.5], [1.5], [-1.5], [1.5]]), tokens), none)
+    apart = compare(
+        measured(np.tile(rows, (4, 1)) - 0.1 + np.array([[-1.5], [1.5], [-1.5], [1.5]]), tokens),
+        none,
+    )
 
     assert apart.difference == pytest.approx(alike.difference)
     assert apart.high - apart.low > 1.5 * (alike.high - alike.low)

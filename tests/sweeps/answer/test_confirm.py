@@ -1,4 +1,5 @@
-"""The best trials trained anew with other seeds: what is compared, how the answer changes, kills and interruptions."""
+"""The best trials trained anew with other seeds: what is compared, how the answer changes, kills
+and interruptions."""
 
 import contextlib
 import json
@@ -38,10 +39,13 @@ POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rat
 
 @pytest.fixture(scope="module")
 def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of a baseline, a far better point and two more trials, confirmed with one seed at its end."""
+    """A study of a baseline, a far better point and two more trials, confirmed with one seed at
+    its end."""
     place = tmp_path_factory.mktemp("confirmed")
     more = ("hydra/sweeper/pruner=none", "hydra.sweeper.n_trials=4", "hydra.sweeper.confirm=1")
-    ended = station.run(*study_overrides(tiny_base, "s1"), f"hydra.sweeper.start={POINTS}", *more, cwd=place)
+    ended = station.run(
+        *study_overrides(tiny_base, "s1"), f"hydra.sweeper.start={POINTS}", *more, cwd=place
+    )
     assert ended.returncode == 0, ended.stderr
     (place / "said").write_text(ended.stderr)
     return place / "outputs" / "sweeps" / "s1"
@@ -76,7 +80,10 @@ def test_each_run_is_the_trial_with_another_seed(done: Path) -> None:
 
     for row in found["candidates"]:
         (folder,) = (done / "confirm").glob(f"{row['trial']}-seed*")
-        again, trial = (content(run / "run.json")["config"] for run in (folder, done / "trials" / str(row["trial"])))
+        again, trial = (
+            content(run / "run.json")["config"]
+            for run in (folder, done / "trials" / str(row["trial"]))
+        )
         assert again.pop("seed") == 1
         assert trial.pop("seed") == 0
         assert again == trial
@@ -188,7 +195,10 @@ def test_what_cannot_be_confirmed_is_refused(copied: Path, monkeypatch: pytest.M
 def written(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Study:
     """A study of three trials whose runs are written down, not trained."""
     losses = (1.0, 2.0, 3.0)
-    trials = [create_trial(value=loss, user_attrs={"role": "" if loss < 3 else "baseline"}) for loss in losses]
+    trials = [
+        create_trial(value=loss, user_attrs={"role": "" if loss < 3 else "baseline"})
+        for loss in losses
+    ]
     study: Study = made_study(tmp_path / "s", trials)
     for number in range(3):
         began(study.folder_of(number), tiny())
@@ -204,11 +214,19 @@ def began(folder: RunFolder, config: RunConfig) -> None:
 def ended(folder: Path, loss: float, test: float) -> None:
     """Write down that a run has come to its end."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "result.json", {"status": "completed", "metrics": {"eval/loss": loss, "test/loss": test}})
-    write_json(folder / "test_rows.json", {"row_losses": [test] * 4, "row_tokens": [1] * 4, "accuracy": 0.5})
+    write_json(
+        folder / "result.json",
+        {"status": "completed", "metrics": {"eval/loss": loss, "test/loss": test}},
+    )
+    write_json(
+        folder / "test_rows.json",
+        {"row_losses": [test] * 4, "row_tokens": [1] * 4, "accuracy": 0.5},
+    )
 
 
-def test_no_seed_is_one_that_a_candidate_had_in_the_study(written: Study, tiny: Callable[..., RunConfig]) -> None:
+def test_no_seed_is_one_that_a_candidate_had_in_the_study(
+    written: Study, tiny: Callable[..., RunConfig]
+) -> None:
     began(written.folder_of(1), tiny("seed=7"))  # it was searched
     for trial in (0, 1, 2):
         for seed in (8, 9):
@@ -217,7 +235,9 @@ def test_no_seed_is_one_that_a_candidate_had_in_the_study(written: Study, tiny: 
     assert confirm(written, seeds=2)["seeds"] == [8, 9]
 
 
-def test_two_confirmations_at_once_come_one_after_the_other(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_confirmations_at_once_come_one_after_the_other(
+    written: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sweeps.answer import confirm as module
 
     second = threading.Thread(target=confirm, args=(written, 1))
@@ -320,14 +340,19 @@ def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptu
     (again / "adapter").mkdir()
 
     conclude(written, SharedResources())
-    assert f"{best} trial 0, retrained in confirm/0-seed1, because its first adapter was removed" in caplog.text
+    assert (
+        f"{best} trial 0, retrained in confirm/0-seed1, because its first adapter was removed"
+        in caplog.text
+    )
 
     (written.folder / "aside").rename(written.folder_of(0).adapter)
     conclude(written, SharedResources())
     assert f"{best} the run folder of trial 0" in caplog.text
 
 
-def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_baseline_whose_adapter_is_gone_is_not_measured(
+    written: Study, caplog: pytest.LogCaptureFixture
+) -> None:
     written.folder_of(2).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.5)
     write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
@@ -339,19 +364,28 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(written: Study, caplog
     assert "baseline itself" not in (written.folder / "report.html").read_text()
 
 
-def test_wandb_calls_the_confirmed_winner_the_best(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.tracking.wandb_finished.reopen_run", lambda *_: contextlib.nullcontext())
+def test_wandb_calls_the_confirmed_winner_the_best(
+    written: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "finetune.tracking.wandb_finished.reopen_run", lambda *_: contextlib.nullcontext()
+    )
     monkeypatch.setattr("sweeps.answer.conclusion.publish", lambda *_: [])
     for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
         ended(written.folder_of(trial).path, loss=trial, test=trial)
         ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
         write_json(written.folder_of(trial).samples, [{"prompt": "?", "before": "", "after": ""}])
-        write_json(written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags})
+        write_json(
+            written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags}
+        )
     assert confirm(written, seeds=1)["winner"] == 1
 
     conclude(written, SharedResources())
 
-    tags_of = {trial: content(written.folder_of(trial).path / "tracker.json")["tags"] for trial in (0, 1, 2)}
+    tags_of = {
+        trial: content(written.folder_of(trial).path / "tracker.json")["tags"]
+        for trial in (0, 1, 2)
+    }
     assert tags_of == {0: ["mine"], 1: ["mine", "best"], 2: None}
 
 
@@ -367,12 +401,17 @@ def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -
     ended = station.run("confirm", "s1", flag, cwd=copied.parents[2], module="sweeps")
 
     assert ended.returncode == 1
-    assert re.fullmatch(r"error: argument --\w+: \S+: must be a whole number, at least 1; see --help\n", ended.stderr)
+    assert re.fullmatch(
+        r"error: argument --\w+: \S+: must be a whole number, at least 1; see --help\n",
+        ended.stderr,
+    )
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, copied: Path, done: Path) -> None:
+def test_goes_on_after_it_was_ended(
+    number: signal.Signals, station: Station, copied: Path, done: Path
+) -> None:
     def begin() -> Any:
         arguments = ("confirm", "s1", "--top", "1", "--seeds", "3")
         return station.start(*arguments, cwd=copied.parents[2], module="sweeps", before=SLOW_STEPS)
@@ -391,7 +430,10 @@ def test_goes_on_after_it_was_ended(number: signal.Signals, station: Station, co
             said = running.wait()
             ended += said.returncode != 0
             if number == signal.SIGINT and said.returncode:
-                assert "resume with: python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3\n" in said.stderr
+                assert (
+                    "resume with: python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3\n"
+                    in said.stderr
+                )
     assert ended
     last = begin().wait()
     assert last.returncode == 0, last.stderr

@@ -15,7 +15,9 @@ def test_the_parameter_that_matters_is_said_to_matter() -> None:
         rate, dropout = trial.suggest_float("rate", 0, 1), trial.suggest_float("dropout", 0, 1)
         trial.suggest_categorical("fixed", [1])
         trial.report((rate - 0.5) ** 2 + dropout / 100, 1)
-        study.tell(trial, state=TrialState.PRUNED) if rate > 0.9 else study.tell(trial, (rate - 0.5) ** 2)
+        study.tell(trial, state=TrialState.PRUNED) if rate > 0.9 else study.tell(
+            trial, (rate - 0.5) ** 2
+        )
     shares = importances(study)
     assert list(shares) == ["rate", "dropout"]
     assert shares["rate"].share > 0.8

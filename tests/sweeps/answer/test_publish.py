@@ -1,4 +1,5 @@
-"""What W&B gets when a study ends, read back from its offline files; a view's specification, as it would be sent."""
+"""What W&B gets when a study ends, read back from its offline files; a view's specification, as it
+would be sent."""
 
 import contextlib
 import dataclasses
@@ -41,7 +42,9 @@ SPACE: dict[str, BaseDistribution] = {
 def begin(folder: Path, objective: str | list[str], directions: list[str]) -> Study:
     """A study without trials."""
     folder.mkdir()
-    begun = optuna.create_study(study_name="s", storage=open_storage(None, folder), directions=directions)
+    begun = optuna.create_study(
+        study_name="s", storage=open_storage(None, folder), directions=directions
+    )
     begun.set_user_attr("uid", "abc")
     begun.set_user_attr("terms", {"objective": objective})
     (folder / "study.json").write_text(json.dumps({"name": "s", "storage": None}))
@@ -53,11 +56,20 @@ def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of one trial, which is its winner, with an adapter for W&B from nobody yet."""
     folder = tmp_path_factory.mktemp("studies") / "s"
     study = begin(folder, "eval/loss", ["minimize"])
-    overrides = ["tracker=wandb", "tracker.tags=[mine]", "quantization=none", "dataset.max_length=64"]
+    overrides = [
+        "tracker=wandb",
+        "tracker.tags=[mine]",
+        "quantization=none",
+        "dataset.max_length=64",
+    ]
     overrides += ["trainer.max_steps=1", "dataset.test_fraction=0"]
     label = Label("abc-0", "s-0", "s", "trial")
     place = study.folder_of(0).path
-    loss = run(compose(*tiny_overrides(tiny_base), *overrides), place, RunContext(label=label, interactive=False))
+    loss = run(
+        compose(*tiny_overrides(tiny_base), *overrides),
+        place,
+        RunContext(label=label, interactive=False),
+    )
     assert isinstance(loss, float)
     params = {"lora.r": 8, "optimizer.learning_rate": 1e-3, "optimizer.lr_scheduler_type": "cosine"}
     study.optuna.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
@@ -96,12 +108,16 @@ def opened(records: list[Any]) -> Any:
 def initial_config(records: list[Any]) -> dict[str, Any]:
     """The config that a file begins with, but for what W&B adds."""
     run = next(record.run for record in records if record.HasField("run"))
-    return {name: value for name, value in wandb_items(run.config.update).items() if name != "_wandb"}
+    return {
+        name: value for name, value in wandb_items(run.config.update).items() if name != "_wandb"
+    }
 
 
 def lasting_summary(records: list[Any]) -> dict[str, Any]:
     """What a file says of a run, but for the times and steps that W&B itself counts."""
-    return {name: value for name, value in wandb_summary(records).items() if not name.startswith("_")}
+    return {
+        name: value for name, value in wandb_summary(records).items() if not name.startswith("_")
+    }
 
 
 def assert_all_is_sent_again(first: list[Any], later: list[Any], added: set[str]) -> None:
@@ -109,7 +125,9 @@ def assert_all_is_sent_again(first: list[Any], later: list[Any], added: set[str]
     assert initial_config(later) == initial_config(first)
     assert opened(later).resume, "else the history that was sent before is lost"
     before, after = lasting_summary(first), lasting_summary(later)
-    assert {"status", "error", "objective", "eval/loss", "eval/accuracy", "train/loss"} <= set(before)
+    assert {"status", "error", "objective", "eval/loss", "eval/accuracy", "train/loss"} <= set(
+        before
+    )
     assert {name: after.get(name) for name in before} == before
     assert set(after) - set(before) == added
 
@@ -132,7 +150,11 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report:
     (records,) = added(study)
     (opened,) = [record.run for record in records if record.HasField("run")]
     assert (opened.run_id, opened.run_group, opened.job_type) == ("abc-0", "s", "trial")
-    summary = [(item.key or item.nested_key[0], item.value_json) for r in records for item in r.summary.update]
+    summary = [
+        (item.key or item.nested_key[0], item.value_json)
+        for r in records
+        for item in r.summary.update
+    ]
     assert ("test/loss", "1.25") in summary
     adapter = {file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()}
     assert artifacts(records) == {
@@ -153,7 +175,11 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report:
 )
 @pytest.mark.parametrize("status", ["completed", "pruned"])
 def test_a_run_that_is_opened_again_offline_is_sent_whole(
-    change: Callable[[Study], None], tags: list[str], added_to_summary: set[str], status: str, study: Study
+    change: Callable[[Study], None],
+    tags: list[str],
+    added_to_summary: set[str],
+    status: str,
+    study: Study,
 ) -> None:
     path = study.folder_of(0).result
     result = json.loads(path.read_text())
@@ -169,10 +195,22 @@ def test_a_run_that_is_opened_again_offline_is_sent_whole(
         assert lasting_summary(last)["pruned_at"] == result["step"]
 
 
-def test_a_study_sends_its_winner_and_the_one_before_whole(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_study_sends_its_winner_and_the_one_before_whole(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     better = "hydra.sweeper.start=[{optimizer.learning_rate: 1e-2}]"
-    more = ("tracker=wandb", "tracker.tags=[mine]", "hydra.sweeper.n_trials=2", "hydra.sweeper.slots=1", better)
-    space = ("~search", "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "hydra/sweeper/pruner=none")
+    more = (
+        "tracker=wandb",
+        "tracker.tags=[mine]",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.slots=1",
+        better,
+    )
+    space = (
+        "~search",
+        "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))",
+        "hydra/sweeper/pruner=none",
+    )
     ended = station.run(*study_overrides(tiny_base, "s1"), *more, *space, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
@@ -185,17 +223,24 @@ def test_a_study_sends_its_winner_and_the_one_before_whole(station: Station, tin
     assert_all_is_sent_again(winner[0], winner[-1], {"test/loss", "test/accuracy"})
 
 
-def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(study: Study, report: Path) -> None:
+def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(
+    study: Study, report: Path
+) -> None:
     for _ in range(2):
         publish(study, 0, TEST, report, asked(study, adapters="all"))
     assert len(added(study)) == 1
 
     report.write_text("<p>Another</p>")
     publish(study, 0, TEST, report, asked(study, adapters="all"))
-    assert [list(artifacts(records)) for records in added(study)] == [["s-adapter", "s-report"], ["s-report"]]
+    assert [list(artifacts(records)) for records in added(study)] == [
+        ["s-adapter", "s-report"],
+        ["s-report"],
+    ]
 
 
-def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_rows(study: Study, tmp_path: Path) -> None:
+def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_rows(
+    study: Study, tmp_path: Path
+) -> None:
     assert publish(study, 0, None, tmp_path / "no report.html") == []
     assert not added(study)
     assert not (study.folder / PUBLISHED).exists()
@@ -217,7 +262,9 @@ def test_a_failure_is_one_warning_and_the_next_session_tries_again(
     assert line.startswith("W&B: ")
     assert line.endswith("; not uploaded: report, test/loss")
     (records,) = added(study)
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], "the run itself is sound"
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], (
+        "the run itself is sound"
+    )
 
     publish(study, 0, TEST, report)
     assert list(artifacts(added(study)[-1])) == ["s-report"]
@@ -259,14 +306,19 @@ def test_online_the_view_is_saved_once_and_its_address_said_each_time(
     for _ in range(2):
         (line,) = publish(study, 0, TEST, None, asked(study, workspace=True))
         assert line == "W&B workspace: https://wandb.ai/me/mine?nw=name"
-    assert [(view.entity, view.project, view.display_name) for view in server] == [("me", "mine", "Study s")]
+    assert [(view.entity, view.project, view.display_name) for view in server] == [
+        ("me", "mine", "Study s")
+    ]
     assert capsys.readouterr().err == ""
 
     assert publish(study, 0, TEST, None, asked(study)) == []
 
 
 def test_a_view_that_can_not_be_saved_is_a_warning(
-    study: Study, server: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    study: Study,
+    server: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def refuses(*_: Any) -> None:
         raise ConnectionError("no such project")
@@ -293,8 +345,13 @@ def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> No
     runs, panels = sent(study)
 
     filters = [(one["key"]["name"], one["op"], one["value"]) for one in runs["filters"]["filters"]]
-    assert filters == [("group", "=", "s"), ("jobType", "=", "trial")]  # a confirmation's runs are none of its trials
-    assert runs["sort"]["keys"] == [{"key": {"section": "summary", "name": "objective"}, "ascending": True}]
+    assert filters == [
+        ("group", "=", "s"),
+        ("jobType", "=", "trial"),
+    ]  # a confirmation's runs are none of its trials
+    assert runs["sort"]["keys"] == [
+        {"key": {"section": "summary", "name": "objective"}, "ascending": True}
+    ]
     assert list(runs["runFeed"]["columnPinned"]) == [
         "run:displayName",
         "run:state",
@@ -304,18 +361,26 @@ def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> No
         "config:optimizer.value.lr_scheduler_type",
     ]
     (coordinates,) = panels["Parallel Coordinates Plot"]
-    assert [(column["accessor"], column.get("log", False)) for column in coordinates["columns"]] == [
+    assert [
+        (column["accessor"], column.get("log", False)) for column in coordinates["columns"]
+    ] == [
         ("config:lora.value.r", False),
         ("config:optimizer.value.learning_rate", True),
         ("config:optimizer.value.lr_scheduler_type", False),
         ("summary:objective", False),
     ]
     assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["objective"]
-    assert [(panel["xAxis"], panel["yAxis"], panel.get("xAxisLogScale")) for panel in panels["Scatter Plot"]] == [
+    assert [
+        (panel["xAxis"], panel["yAxis"], panel.get("xAxisLogScale"))
+        for panel in panels["Scatter Plot"]
+    ] == [
         ("config:lora.value.r", "summary:objective", None),
         ("config:optimizer.value.learning_rate", "summary:objective", True),
     ]
-    assert [panel["metrics"] for panel in panels["Run History Line Plot"]] == [["eval/loss"], ["train/loss"]]
+    assert [panel["metrics"] for panel in panels["Run History Line Plot"]] == [
+        ["eval/loss"],
+        ["train/loss"],
+    ]
     assert panels["Run Comparer"] == [{"diffOnly": "split"}]
 
 
@@ -323,7 +388,10 @@ def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_
     tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
     study = begin(tmp_path / "s", ["eval/accuracy", "adapter/parameters"], ["maximize", "minimize"])
-    space = {"lora/target": CategoricalDistribution(["q_v", "attention"]), "own": FloatDistribution(0, 1)}
+    space = {
+        "lora/target": CategoricalDistribution(["q_v", "attention"]),
+        "own": FloatDistribution(0, 1),
+    }
     for number, target in enumerate(["q_v", "attention"]):
         values = {"params": {"lora/target": target, "own": 0.5}, "values": [0.5, 100 + number]}
         study.optuna.add_trial(create_trial(distributions=space, **values))
@@ -334,8 +402,15 @@ def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_
     runs, panels = sent(study)
 
     accessors = [column["accessor"] for column in panels["Parallel Coordinates Plot"][0]["columns"]]
-    assert accessors == ["config:lora.value.target_modules", "summary:eval/accuracy", "summary:adapter/parameters"]
-    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["eval/accuracy", "adapter/parameters"]
+    assert accessors == [
+        "config:lora.value.target_modules",
+        "summary:eval/accuracy",
+        "summary:adapter/parameters",
+    ]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == [
+        "eval/accuracy",
+        "adapter/parameters",
+    ]
     assert runs["sort"]["keys"][0]["ascending"] is False
     curves = [panel["metrics"] for panel in panels["Run History Line Plot"]]
     assert curves == [["eval/loss"], ["eval/accuracy"], ["train/loss"]]

@@ -1,4 +1,5 @@
-"""The report: every kind of study has one, it says what is so, and a browser draws it without the network."""
+"""The report: every kind of study has one, it says what is so, and a browser draws it without the
+network."""
 
 import json
 import random
@@ -11,7 +12,16 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
-from support.studies import COMPLETE, PRUNED, kinds, made_study, made_unchecked, text_of, trial, two_values
+from support.studies import (
+    COMPLETE,
+    PRUNED,
+    kinds,
+    made_study,
+    made_unchecked,
+    text_of,
+    trial,
+    two_values,
+)
 
 from sweeps.answer import report
 from sweeps.answer.importance import Share, importances
@@ -37,14 +47,18 @@ def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
 
 def test_500_trials_are_a_page_of_less_than_10_megabytes_in_5_seconds(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "large", [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)])
+    study = made_study(
+        tmp_path / "large",
+        [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)],
+    )
 
     def seconds() -> float:
         began = time.process_time()
         write_report(study)
         return time.process_time() - began
 
-    # The first time libraries are imported too; what else runs on the machine takes its toll on some.
+    # The first time libraries are imported too; what else runs on the machine takes its toll on
+    # some.
     assert any(seconds() < 5 for _ in range(3))
     path = study.folder / "report.html"
     assert path.stat().st_size < 10e6
@@ -62,8 +76,12 @@ def test_a_space_that_changed_on_the_way_is_drawn_as_one(tmp_path: Path) -> None
     assert "chart-parallel" in page
 
 
-def test_a_trial_that_ends_meanwhile_is_in_the_next_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = made_study(tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2])
+def test_a_trial_that_ends_meanwhile_is_in_the_next_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = made_study(
+        tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2]
+    )
 
     def end_another(seen: optuna.Study) -> dict[str, Share]:
         study.optuna.tell(study.optuna.ask().number, 1.0)
@@ -104,7 +122,9 @@ def test_texts_of_the_config_are_shown_as_they_are(tmp_path: Path) -> None:
 
 def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)])
+    study = made_study(
+        tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)]
+    )
 
     shares = importances(study.optuna)
 
@@ -116,7 +136,9 @@ def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
 
 
 def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
-    runs = trial(random.Random(0), TrialState.RUNNING, intermediate_values={1: 2.5, 2: 2.25}, value=None)
+    runs = trial(
+        random.Random(0), TrialState.RUNNING, intermediate_values={1: 2.5, 2: 2.25}, value=None
+    )
     page = text_of(write_report(made_study(tmp_path / "s", [runs])))
 
     assert "chart-curves" in page
@@ -132,7 +154,9 @@ def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "s", [two_values(draw) for _ in range(9)], "eval/loss", "adapter/parameters")
+    study = made_study(
+        tmp_path / "s", [two_values(draw) for _ in range(9)], "eval/loss", "adapter/parameters"
+    )
     page = text_of(write_report(study))
 
     front = len(study.optuna.best_trials)
@@ -143,20 +167,26 @@ def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
 
 def test_every_number_of_objectives_shows_who_is_on_the_front(tmp_path: Path) -> None:
     values = [[0.0, 9.0, 9.0, 9.0], [9.0, 0.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.5]]
-    study = made_study(tmp_path / "s", [create_trial(values=each) for each in values], "a/1", "a/2", "a/3", "a/4")
+    study = made_study(
+        tmp_path / "s", [create_trial(values=each) for each in values], "a/1", "a/2", "a/3", "a/4"
+    )
 
     assert text_of(write_report(study)).count("<td>on the Pareto front</td>") == 2
 
 
 def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "s", [trial(draw) for _ in range(24)], "eval/accuracy", direction="maximize")
+    study = made_study(
+        tmp_path / "s", [trial(draw) for _ in range(24)], "eval/accuracy", direction="maximize"
+    )
     largest = max(study.trials(), key=lambda each: each.value)
 
     page = text_of(write_report(study))
 
     assert f"Trial {largest.number} wins with eval/accuracy {largest.value:.4f}" in page
-    assert re.search(r"optimizer\.learning_rate: \d of the best 6 trials are at the lower end", page)
+    assert re.search(
+        r"optimizer\.learning_rate: \d of the best 6 trials are at the lower end", page
+    )
     assert "eval/accuracy (maximize)" in page
 
 
@@ -166,7 +196,9 @@ def test_test_rows_that_gave_no_number_are_no_proof(tmp_path: Path) -> None:
     study = made_study(tmp_path / "s", [trial(random.Random(0))])
     folder = study.folder_of(0)
     folder.path.mkdir(parents=True)
-    folder.test_rows.write_text(json.dumps({"row_losses": [1.0, None], "row_tokens": [1, 1], "accuracy": 0.5}))
+    folder.test_rows.write_text(
+        json.dumps({"row_losses": [1.0, None], "row_tokens": [1, 1], "accuracy": 0.5})
+    )
 
     assert read_test_evaluation(folder) is None
 
@@ -185,10 +217,16 @@ def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
 def test_counts_what_pruning_has_saved(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(tmp_path / "s", [trial(draw), trial(draw, PRUNED)])
-    places = [study.folder_of(0).path, study.folder_of(1).path, study.folder / "confirm" / "0-seed1"]
+    places = [
+        study.folder_of(0).path,
+        study.folder_of(1).path,
+        study.folder / "confirm" / "0-seed1",
+    ]
     for folder, tokens in zip(places, (6000, 1500, 6100), strict=True):
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"train_tokens": tokens, "train_seconds": tokens / 100}))
+        (folder / "result.json").write_text(
+            json.dumps({"train_tokens": tokens, "train_seconds": tokens / 100})
+        )
 
     page = text_of(write_report(study))
 

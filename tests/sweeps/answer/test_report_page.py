@@ -87,7 +87,9 @@ def test_a_page_that_nobody_writes_anew_stays(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' not in text_of(write_report(made_study(tmp_path / "s", [runs])))
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,10 @@ def browser() -> Iterator[Any]:
         pytest.fail("these tests need Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
-    quiet = ["--no-sandbox", *(f"--disable-{what}" for what in ("gpu", "background-networking", "component-update"))]
+    quiet = [
+        "--no-sandbox",
+        *(f"--disable-{what}" for what in ("gpu", "background-networking", "component-update")),
+    ]
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=120_000)
         yield opened
@@ -121,13 +126,21 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
         path = done / "report.html"
     else:
         draw = random.Random(0)
-        many = [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)], list[str]()
+        many = (
+            [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)],
+            list[str](),
+        )
         trials, objectives = many if kind == "large" else kinds()[kind]
         path = write_report(made_study(tmp_path / kind, trials, *objectives))
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     wrong: list[str] = []
     asked: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
 
@@ -140,7 +153,9 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
     assert asked == [path.as_uri()]
     assert drawn == len(charts)
     if kind in ("real", "large", "mixed"):
-        assert charts >= {f"chart-{name}" for name in ("curves", "history", "parallel", "importance", "slices")}
+        assert charts >= {
+            f"chart-{name}" for name in ("curves", "history", "parallel", "importance", "slices")
+        }
     assert ("chart-tokens" in charts) == (kind == "real")
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 1280  # nothing sticks out
@@ -156,7 +171,10 @@ def test_the_leaderboard_sorts_by_a_column_that_is_clicked(browser: Any, done: P
 
     def cells() -> list[float]:
         rows = page.locator("#leaderboard tbody tr")
-        return [float(rows.nth(index).locator("td").nth(column).text_content()) for index in range(rows.count())]
+        return [
+            float(rows.nth(index).locator("td").nth(column).text_content())
+            for index in range(rows.count())
+        ]
 
     head.click()
     assert cells() == sorted(cells())
@@ -180,7 +198,9 @@ def test_optuna_dashboard_reads_the_studys_storage(done: Path) -> None:
         end = time.monotonic() + 120
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=60) as reply:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/api/studies", timeout=60
+                ) as reply:
                     found = json.load(reply)
                 break
             except OSError:

@@ -3,7 +3,12 @@
 from typing import Any
 
 import pytest
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from finetune.config.paths import CONF
 from finetune.errors import ConfigError
@@ -30,15 +35,23 @@ def distribution_of(expression: str) -> BaseDistribution:
         ("tag(log, int(interval(1, 5)))", IntDistribution(1, 5, log=True)),
         ("range(0.5, 5.5, step=1)", FloatDistribution(0.5, 4.5, step=1)),
         ("range(0,1000000000000)", IntDistribution(0, 999999999999)),
-        ("range(-1000000000000000.0,1e-15,1.0)", FloatDistribution(-1000000000000000.0, 0.0, step=1.0)),
-        ("range(1000000000000000.0,-1e-15,-1.0)", FloatDistribution(0.0, 1000000000000000.0, step=1.0)),
+        (
+            "range(-1000000000000000.0,1e-15,1.0)",
+            FloatDistribution(-1000000000000000.0, 0.0, step=1.0),
+        ),
+        (
+            "range(1000000000000000.0,-1e-15,-1.0)",
+            FloatDistribution(0.0, 1000000000000000.0, step=1.0),
+        ),
         (
             "range(-1000000000000000.0,-999999999999999.5,0.3)",
             CategoricalDistribution((-1000000000000000.0, -999999999999999.8)),
         ),
     ],
 )
-def test_an_override_gives_the_stock_sweepers_distribution(expression: str, expected: BaseDistribution) -> None:
+def test_an_override_gives_the_stock_sweepers_distribution(
+    expression: str, expected: BaseDistribution
+) -> None:
     assert distribution_of(expression) == expected
 
 
@@ -94,7 +107,10 @@ def test_a_sweep_of_no_value_is_refused_by_its_text(expression: str) -> None:
 
 
 def test_shuffled_choices_keep_their_order_so_that_a_study_can_go_on() -> None:
-    spaces = [Space.parse({}, ["a=shuffle(choice(1,2,3,4,5,6,7,8))", "b=shuffle(range(0,9))"]) for _ in range(5)]
+    spaces = [
+        Space.parse({}, ["a=shuffle(choice(1,2,3,4,5,6,7,8))", "b=shuffle(range(0,9))"])
+        for _ in range(5)
+    ]
     assert all(space == spaces[0] for space in spaces)
 
 
@@ -103,10 +119,17 @@ def test_shuffled_choices_keep_their_order_so_that_a_study_can_go_on() -> None:
     [
         (["key=choice(1,2)"], ({"key": CategoricalDistribution([1, 2])}, {}, [])),
         (["key=5"], ({}, {"key": "5"}, [])),
-        (["key1=choice(1,2)", "key2=5"], ({"key1": CategoricalDistribution([1, 2])}, {"key2": "5"}, [])),
+        (
+            ["key1=choice(1,2)", "key2=5"],
+            ({"key1": CategoricalDistribution([1, 2])}, {"key2": "5"}, []),
+        ),
         (
             ["key1=choice(1,2)", "key2=5", "key3=range(1,3)"],
-            ({"key1": CategoricalDistribution([1, 2]), "key3": IntDistribution(1, 2)}, {"key2": "5"}, []),
+            (
+                {"key1": CategoricalDistribution([1, 2]), "key3": IntDistribution(1, 2)},
+                {"key2": "5"},
+                [],
+            ),
         ),
         (["~z"], ({}, {}, ["~z"])),
         (["~z=10"], ({}, {}, ["~z=10"])),
@@ -127,15 +150,25 @@ def test_overrides_are_searched_fixed_or_deletions(
         ("choice(4,8)", "++lora.r=16", None),
     ],
 )
-def test_the_command_line_wins_over_params(params: str, argument: str, expected: BaseDistribution | None) -> None:
+def test_the_command_line_wins_over_params(
+    params: str, argument: str, expected: BaseDistribution | None
+) -> None:
     space = Space.parse({"lora.r": params}, [argument])
     assert list(space.distributions.values()) == ([] if expected is None else [expected])
     assert space.overrides({}) == ([argument] if expected is None else [])
 
 
 def test_a_trials_command_line_is_what_is_fixed_deleted_and_suggested() -> None:
-    space = Space.parse({"lora.r": "choice(4,8)", "lora.extra": {"a": [1]}}, ["seed=3", "~tracker.tags", "+x=1"])
-    assert space.overrides({"lora.r": 8}) == ["lora.extra={a:[1]}", "seed=3", "+x=1", "~tracker.tags", "lora.r=8"]
+    space = Space.parse(
+        {"lora.r": "choice(4,8)", "lora.extra": {"a": [1]}}, ["seed=3", "~tracker.tags", "+x=1"]
+    )
+    assert space.overrides({"lora.r": 8}) == [
+        "lora.extra={a:[1]}",
+        "seed=3",
+        "+x=1",
+        "~tracker.tags",
+        "lora.r=8",
+    ]
 
 
 def test_a_glob_searches_the_choices_of_a_group() -> None:

@@ -22,10 +22,15 @@ FINALS = [0.9, 0.8, 0.7, 1.0, 0.95, 0.6]
 
 
 def pruned_at(pruner_name: str, final: float) -> int | None:
-    """The rung at which a trial is pruned that comes after others; None where it may go on to its end."""
-    configured = OmegaConf.to_container(composed(f"hydra/sweeper/pruner={pruner_name}").hydra.sweeper.pruner)
+    """The rung at which a trial is pruned that comes after others; None where it may go on to its
+    end."""
+    configured = OmegaConf.to_container(
+        composed(f"hydra/sweeper/pruner={pruner_name}").hydra.sweeper.pruner
+    )
     pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
-    study = optuna.create_study(study_name="s", pruner=pruner)  # hyperband chooses brackets by the name
+    study = optuna.create_study(
+        study_name="s", pruner=pruner
+    )  # hyperband chooses brackets by the name
     for end in (*FINALS, final):
         trial = study.ask()
         judged = None
@@ -34,7 +39,9 @@ def pruned_at(pruner_name: str, final: float) -> int | None:
             if trial.should_prune():
                 judged = rung
                 break
-        study.tell(trial, None if judged else end, TrialState.PRUNED if judged else TrialState.COMPLETE)
+        study.tell(
+            trial, None if judged else end, TrialState.PRUNED if judged else TrialState.COMPLETE
+        )
     return judged
 
 
@@ -45,14 +52,17 @@ def test_a_pruner_never_ends_the_best_trial(pruner: str) -> None:
         assert pruned_at(pruner, 0.3) is None
 
 
-@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name not in ("none", "hyperband", "patient")])
+@pytest.mark.parametrize(
+    "pruner", [name for name in PRUNERS if name not in ("none", "hyperband", "patient")]
+)
 def test_a_pruner_ends_a_hopeless_trial_at_its_first_rungs(pruner: str) -> None:
     assert pruned_at(pruner, 1.9) == 1
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -> None:
-    """Optuna's own lets the first that is judged go on, and its next ones too if each is the best so far."""
+    """Optuna's own lets the first that is judged go on, and its next ones too if each is the best
+    so far."""
     sign = 1 if direction == "minimize" else -1
     study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
 
@@ -70,13 +80,21 @@ def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -
     assert left([study.ask()], 1, [0.41]) == []
     early = study.ask()
     assert left([early], 1, [0.4]) == [0]
-    assert left([study.ask()], 2, [0.85]) == [], "no report at the first rung: judged where it is passed"
+    assert left([study.ask()], 2, [0.85]) == [], (
+        "no report at the first rung: judged where it is passed"
+    )
     assert left([study.ask() for _ in range(3)], 1, [0.1, 0.2, 0.05]) == [0, 1, 2]
     assert early.should_prune(), "as better ones have come to its last rung"
 
 
 @pytest.mark.parametrize(
-    "values", [{"min_resource": 0}, {"reduction_factor": 1}, {"min_early_stopping_rate": -1}, {"min_resource": 1.5}]
+    "values",
+    [
+        {"min_resource": 0},
+        {"reduction_factor": 1},
+        {"min_early_stopping_rate": -1},
+        {"min_resource": 1.5},
+    ],
 )
 def test_halving_refuses_what_makes_no_rungs(values: dict[str, Any]) -> None:
     (name,) = values
@@ -98,7 +116,9 @@ def test_patience_waits_while_a_trial_still_improves() -> None:
 def test_hyperband_judges_within_four_rungs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        configured = OmegaConf.to_container(composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner)
+        configured = OmegaConf.to_container(
+            composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner
+        )
         pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
         study = optuna.create_study(study_name="s", pruner=pruner)
         pruned = 0

@@ -10,7 +10,14 @@ import optuna
 import pytest
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from optuna.samplers import CmaEsSampler, GPSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, TPESampler
+from optuna.samplers import (
+    CmaEsSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    QMCSampler,
+    TPESampler,
+)
 from support.configs import compose
 from support.studies import settings_of
 
@@ -35,13 +42,19 @@ def session_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path
     nothing: Any = None  # it composes no trial
     config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
     engine = EngineChoice("packed", slots=1)
-    return Session(folder, None, settings_of(*overrides), space, config, nothing, common, None, engine)
+    return Session(
+        folder, None, settings_of(*overrides), space, config, nothing, common, None, engine
+    )
 
 
 def loss(point: Point) -> float:
     """Best at a rate of 1e-3, no dropout and r of 32."""
     rate = point.get("optimizer.learning_rate", 1e-3)
-    return (math.log10(rate) + 3) ** 2 + point.get("lora.dropout", 0.0) + abs(point.get("lora.r", 32) - 32) / 64
+    return (
+        (math.log10(rate) + 3) ** 2
+        + point.get("lora.dropout", 0.0)
+        + abs(point.get("lora.r", 32) - 32) / 64
+    )
 
 
 Drive = Callable[..., list[Point]]
@@ -49,7 +62,8 @@ Drive = Callable[..., list[Point]]
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Drive:
-    """Runs a study's trials as a worker does, but for the training; returns the points of all its trials."""
+    """Runs a study's trials as a worker does, but for the training; returns the points of all its
+    trials."""
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
     def run(
@@ -63,10 +77,18 @@ def drive(tmp_path: Path) -> Drive:
         values: Callable[[Point], list[float]] = lambda point: [loss(point)],
     ) -> list[Point]:
         session = session_of(
-            f"hydra/sweeper/sampler={sampler}", *overrides, space=Space.parse(params, []), seed=seed, folder=tmp_path
+            f"hydra/sweeper/sampler={sampler}",
+            *overrides,
+            space=Space.parse(params, []),
+            seed=seed,
+            folder=tmp_path,
         )
         opened = Study.open(
-            tmp_path / study, session.settings, None, {"objective": "eval/loss"}, session.space.distributions
+            tmp_path / study,
+            session.settings,
+            None,
+            {"objective": "eval/loss"},
+            session.space.distributions,
         )
         enqueue_trials(opened, trials, points or [])
         while True:
@@ -101,7 +123,9 @@ def test_a_custom_search_space_suggests_further_parameters(drive: Drive) -> None
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(sampler: str, drive: Drive) -> None:
+def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(
+    sampler: str, drive: Drive
+) -> None:
     trials = 6 if sampler == "gp" else 9
     few = ["hydra.sweeper.sampler.n_startup_trials=4"] if sampler in ("tpe", "gp", "cmaes") else []
     few += ["hydra.sweeper.sampler.population_size=4"] if sampler.startswith("nsga") else []
@@ -119,7 +143,9 @@ def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(sampler: str, 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_study_that_goes_on_is_not_given_its_first_points_again(sampler: str, drive: Drive) -> None:
+def test_a_study_that_goes_on_is_not_given_its_first_points_again(
+    sampler: str, drive: Drive
+) -> None:
     first = drive(sampler, 4)
     both = drive(sampler, 8)
     assert both[:4] == first
@@ -134,15 +160,23 @@ def test_qmc_gives_one_low_discrepancy_sequence(drive: Drive) -> None:
     one = optuna.create_study(
         sampler=QMCSampler(seed=0, warn_asynchronous_seeding=False, warn_independent_sampling=False)
     )
-    one.optimize(lambda trial: sum(trial.suggest_float(name, 0.0, 1.0) for name in params), n_trials=17)
+    one.optimize(
+        lambda trial: sum(trial.suggest_float(name, 0.0, 1.0) for name in params), n_trials=17
+    )
     assert points == [trial.params for trial in one.trials]
-    quarters = {(int(point["lora.dropout"] * 4), int(point["optimizer.weight_decay"] * 4)) for point in points[1:]}
+    quarters = {
+        (int(point["lora.dropout"] * 4), int(point["optimizer.weight_decay"] * 4))
+        for point in points[1:]
+    }
     assert len(quarters) == 16
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
 def test_a_sampler_learns_although_each_trial_has_a_fresh_one(sampler: str, drive: Drive) -> None:
-    params = {"optimizer.learning_rate": "tag(log, interval(1e-6, 1))", "lora.dropout": "interval(0.0, 1.0)"}
+    params = {
+        "optimizer.learning_rate": "tag(log, interval(1e-6, 1))",
+        "lora.dropout": "interval(0.0, 1.0)",
+    }
     trials = 12 if sampler == "gp" else 36  # it learns the fastest, and thinks the longest
     few = [f"hydra.sweeper.sampler.n_startup_trials={trials // 3}"]
     losses = [loss(point) for point in drive(sampler, trials, *few, params=params)]
@@ -150,11 +184,14 @@ def test_a_sampler_learns_although_each_trial_has_a_fresh_one(sampler: str, driv
 
 
 @pytest.mark.parametrize("sampler", ["nsgaii", "nsgaiii"])
-def test_generations_go_on_although_each_trial_has_a_fresh_sampler(sampler: str, drive: Drive, tmp_path: Path) -> None:
+def test_generations_go_on_although_each_trial_has_a_fresh_sampler(
+    sampler: str, drive: Drive, tmp_path: Path
+) -> None:
     drive(sampler, 12, "hydra.sweeper.sampler.population_size=4")
     trials = Study(tmp_path / "a", "s", None).trials()
     generations = [
-        next(value for key, value in trial.system_attrs.items() if key.endswith("generation")) for trial in trials
+        next(value for key, value in trial.system_attrs.items() if key.endswith("generation"))
+        for trial in trials
     ]
     assert generations == [0] * 4 + [1] * 4 + [2] * 4
 
@@ -172,7 +209,9 @@ def test_several_objectives_have_a_front_of_which_none_beats_another(
     study = Study(tmp_path / "a", "s", None)
     front = study.optuna.best_trials
     assert front
-    assert [trial.number for trial in study.ranked()[: len(front)]] == sorted(trial.number for trial in front)
+    assert [trial.number for trial in study.ranked()[: len(front)]] == sorted(
+        trial.number for trial in front
+    )
     for one in front:
         for other in front:
             pairs = list(zip(one.values, other.values, strict=True))
@@ -180,7 +219,11 @@ def test_several_objectives_have_a_front_of_which_none_beats_another(
 
 
 def test_a_grid_is_every_point_once(drive: Drive) -> None:
-    params = {"lora.r": "choice(4,8,16)", "optimizer.warmup_ratio": "range(0,0.3,0.1)", "lora.use_dora": "true,false"}
+    params = {
+        "lora.r": "choice(4,8,16)",
+        "optimizer.warmup_ratio": "range(0,0.3,0.1)",
+        "lora.use_dora": "true,false",
+    }
     grid = Space.parse(params, []).grid(0)
     assert distinct(grid) == len(grid) == 18
 
@@ -190,7 +233,9 @@ def test_a_grid_is_every_point_once(drive: Drive) -> None:
 
 
 def test_a_grid_of_a_smooth_parameter_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^lora\.dropout: a grid needs a choice or a range with a step"):
+    with pytest.raises(
+        ConfigError, match=r"^lora\.dropout: a grid needs a choice or a range with a step"
+    ):
         Space.parse({"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}, []).grid(0)
 
 
@@ -221,7 +266,10 @@ def _without_experimental_warnings() -> Iterator[None]:
     ],
 )
 def test_a_sampler_is_chosen_by_its_name(sampler: str, kind: type) -> None:
-    assert type(session_of(f"hydra/sweeper/sampler={sampler}", space=Space({}, {}, [])).sampler(0)) is kind
+    assert (
+        type(session_of(f"hydra/sweeper/sampler={sampler}", space=Space({}, {}, [])).sampler(0))
+        is kind
+    )
 
 
 def test_tpe_draws_parameters_together_and_counts_running_trials() -> None:
@@ -247,8 +295,12 @@ def test_tpe_draws_parameters_together_and_counts_running_trials() -> None:
         ("gp", "deterministic_objective", "true", True),
     ],
 )
-def test_a_samplers_own_keys_can_be_given(sampler: str, key: str, text: str, expected: object) -> None:
-    settings = settings_of(f"hydra/sweeper/sampler={sampler}", f"hydra.sweeper.sampler.{key}={text}")
+def test_a_samplers_own_keys_can_be_given(
+    sampler: str, key: str, text: str, expected: object
+) -> None:
+    settings = settings_of(
+        f"hydra/sweeper/sampler={sampler}", f"hydra.sweeper.sampler.{key}={text}"
+    )
     assert settings.sampler[key] == expected
 
 
@@ -262,10 +314,14 @@ def test_nsgaiii_takes_reference_points() -> None:
 
 
 def test_the_sampler_that_optuna_has_removed_says_what_to_use() -> None:
-    with pytest.raises((ValueError, InstantiationException), match="Use 'hydra/sweeper/sampler=tpe' instead"):
+    with pytest.raises(
+        (ValueError, InstantiationException), match="Use 'hydra/sweeper/sampler=tpe' instead"
+    ):
         session_of("hydra/sweeper/sampler=motpe", space=Space({}, {}, [])).sampler(0)
 
 
 def test_a_sampler_is_one_of_optunas_and_nothing_else() -> None:
     with pytest.raises(InstantiationException, match="whitelist"):
-        session_of("++hydra.sweeper.sampler._target_=builtins.print", space=Space({}, {}, [])).sampler(0)
+        session_of(
+            "++hydra.sweeper.sampler._target_=builtins.print", space=Space({}, {}, [])
+        ).sampler(0)

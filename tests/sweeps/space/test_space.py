@@ -1,4 +1,5 @@
-"""What a study searches: the config's own point, spaces that are widened for it, points and keys that are refused.
+"""What a study searches: the config's own point, spaces that are widened for it, points and keys
+that are refused.
 
 The search spaces, samplers and pruners that come with the project are looked at one by one.
 """
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from support.studies import PRUNERS, composed
 
 from finetune.config.paths import CONF
@@ -33,11 +39,50 @@ def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
     "value",
     [
         *("abc", "a b", " a ", "it's", 'say "x"', 'it\'s "x"', "", "é", "日本", "a\tb", "a\nb"),
-        *("a\\b", "a\\", "\\", "\\'", "a\\\\", "$x", "${x}", "\\${x}", "a,b", "[1]", "{a:1}", "(x)", "choice(1,2)"),
-        *("true", "null", "NULL", "5", "-5", "1e-3", ".5", "1_000", "nan", "inf", "a=b", "#c", "~", "+k", "-x", "?"),
+        *(
+            "a\\b",
+            "a\\",
+            "\\",
+            "\\'",
+            "a\\\\",
+            "$x",
+            "${x}",
+            "\\${x}",
+            "a,b",
+            "[1]",
+            "{a:1}",
+            "(x)",
+            "choice(1,2)",
+        ),
+        *(
+            "true",
+            "null",
+            "NULL",
+            "5",
+            "-5",
+            "1e-3",
+            ".5",
+            "1_000",
+            "nan",
+            "inf",
+            "a=b",
+            "#c",
+            "~",
+            "+k",
+            "-x",
+            "?",
+        ),
         *("a:b", "/x/y z", "..", "q_proj", "%", "a;b", "*"),
         *(5, -5, 0.1, 1e-5, 1e22, float("inf"), True, False, None),
-        *([], [1, 2], ["a", "b c"], ["it's", [1]], ["null", "5", None, True, 5], ["a\\"], ["a,b", "[", "${x}"]),
+        *(
+            [],
+            [1, 2],
+            ["a", "b c"],
+            ["it's", [1]],
+            ["null", "5", None, True, 5],
+            ["a\\"],
+            ["a,b", "[", "${x}"],
+        ),
         *({}, {"a": 1}, {"a": [1, "x y"], "b": {"c": None}}),
     ],
     ids=repr,
@@ -48,7 +93,9 @@ def test_hydra_reads_an_encoded_value_back(value: object) -> None:
     assert type(read) is type(value)
 
 
-@pytest.mark.parametrize("value", ["a b", "it's", "true", "5", "a\\", "", ["a b", "5"], [1, None], "x,y"])
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", "true", "5", "a\\", "", ["a b", "5"], [1, None], "x,y"]
+)
 def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> None:
     space = Space.parse({}, [f"key=choice({encode(value)},other)"])
     point = {"key": encode(value)}
@@ -70,7 +117,11 @@ def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> 
         ("lora/target=choice(q_v,attention)", ["lora/target=q_v"], "q_v"),
         ("lora.target_modules=choice([q_proj],all-linear)", [], "all-linear"),
         ("lora.target_modules=choice([q_proj],all-linear)", ["lora/target=q_v"], "[q_proj,v_proj]"),
-        ("lora.target_modules=choice([q_proj],[k_proj])", ["lora.target_modules=[ q_proj ]"], "[q_proj]"),
+        (
+            "lora.target_modules=choice([q_proj],[k_proj])",
+            ["lora.target_modules=[ q_proj ]"],
+            "[q_proj]",
+        ),
         ("model.name_or_path=choice(a,b)", ["model.name_or_path='/my models/a'"], "'/my models/a'"),
         ("dataset.limit=null,100", ["dataset.limit=null"], "null"),
         ("dataset.limit=choice(50,100)", ["dataset.limit=50"], 50),
@@ -78,7 +129,9 @@ def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> 
         ("lora.extra=choice({a:1},{a:2})", ["+lora.extra.a=1"], "{a:1}"),
     ],
 )
-def test_the_configs_own_value_of_what_is_searched(searched: str, overrides: list[str], expected: object) -> None:
+def test_the_configs_own_value_of_what_is_searched(
+    searched: str, overrides: list[str], expected: object
+) -> None:
     assert own_values(searched, *overrides) == {searched.partition("=")[0]: expected}
 
 
@@ -115,14 +168,18 @@ def test_there_is_no_own_point_without_a_value_for_each_parameter(searched: str)
         ("range(0.0,0.5,0.1)", 0.25, FloatDistribution(0.0, 0.4, step=0.05)),
     ],
 )
-def test_a_space_is_widened_to_hold_a_value(expression: str, value: Any, expected: BaseDistribution) -> None:
+def test_a_space_is_widened_to_hold_a_value(
+    expression: str, value: Any, expected: BaseDistribution
+) -> None:
     space = Space.parse({}, [f"key={expression}"])
 
     wider, lines = space.widened({"key": value})
 
     assert wider.distributions == {"key": expected}
     before = describe(space.distributions["key"])
-    assert lines == [f"key={value}: the config's own value lies outside {before}, which now holds it"]
+    assert lines == [
+        f"key={value}: the config's own value lies outside {before}, which now holds it"
+    ]
     assert wider.widened({"key": value}) == (wider, [])
     wider.require("start", {"key": value})
 
@@ -158,7 +215,9 @@ def test_a_space_that_holds_a_value_stays_as_it_is(expression: str, value: Any) 
         ),
     ],
 )
-def test_a_value_that_no_wider_space_can_hold_is_refused(expression: str, value: Any, says: str) -> None:
+def test_a_value_that_no_wider_space_can_hold_is_refused(
+    expression: str, value: Any, says: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         Space.parse({}, [f"key={expression}"]).widened({"key": value})
     assert str(refused.value) == says
@@ -186,8 +245,14 @@ def test_a_distribution_is_said_as_users_write_it(expression: str, said: str) ->
         ({"lora.nope": 8}, "start: lora.nope is not searched; allowed: lora.r, lora.dropout"),
         ({"lora.r": 5}, "start: lora.r=5 lies outside choice(4, 8)"),
         ({"lora.r": "8"}, "start: lora.r=8 lies outside choice(4, 8)"),
-        ({"lora.r": 8, "lora.dropout": 0.5}, "start: lora.dropout=0.5 lies outside interval(0.0, 0.1)"),
-        ({"lora.dropout": "much"}, "start: lora.dropout=much: no number, as interval(0.0, 0.1) needs"),
+        (
+            {"lora.r": 8, "lora.dropout": 0.5},
+            "start: lora.dropout=0.5 lies outside interval(0.0, 0.1)",
+        ),
+        (
+            {"lora.dropout": "much"},
+            "start: lora.dropout=much: no number, as interval(0.0, 0.1) needs",
+        ),
     ],
 )
 def test_a_start_point_outside_of_the_space_is_refused(point: Mapping[str, Any], says: str) -> None:
@@ -220,8 +285,24 @@ def settings(**values: Any) -> StudySettings:
 @pytest.mark.parametrize(
     "name",
     [
-        *("dataset", "dataset.max_length", "dataset.path", "dataset.split_seed", "dataset.packing", "+dataset.new"),
-        *("objective", "objective_at", "name", "resume", "trainer.engine", "tracker", "tracker.tags", "hub.push"),
+        *(
+            "dataset",
+            "dataset.max_length",
+            "dataset.path",
+            "dataset.split_seed",
+            "dataset.packing",
+            "+dataset.new",
+        ),
+        *(
+            "objective",
+            "objective_at",
+            "name",
+            "resume",
+            "trainer.engine",
+            "tracker",
+            "tracker.tags",
+            "hub.push",
+        ),
         *("search", "hydra.sweeper.n_trials", "++name"),
     ],
 )
@@ -232,7 +313,9 @@ def test_what_trials_are_compared_by_cant_be_searched(name: str) -> None:
     assert Space.parse({name: "a"}, []).distributions == {}
 
 
-@pytest.mark.parametrize("name", ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"])
+@pytest.mark.parametrize(
+    "name", ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"]
+)
 def test_all_else_can_be_searched(name: str) -> None:
     assert list(Space.parse({name: "choice(a,b)"}, []).distributions) == [name]
 
@@ -241,7 +324,10 @@ def test_a_space_is_kept_as_plain_values() -> None:
     space = Space.parse({"a": "choice(x,[y,z])", "b": "tag(log,interval(1,2))"}, [])
     assert space.to_dict() == {
         "a": {"name": "CategoricalDistribution", "attributes": {"choices": ["x", "[y,z]"]}},
-        "b": {"name": "FloatDistribution", "attributes": {"step": None, "low": 1.0, "high": 2.0, "log": True}},
+        "b": {
+            "name": "FloatDistribution",
+            "attributes": {"step": None, "low": 1.0, "high": 2.0, "log": True},
+        },
     }
 
 
@@ -259,21 +345,33 @@ def test_a_search_space_holds_the_default_config_and_only_valid_values(search: s
         what.choices if isinstance(what, CategoricalDistribution) else (what.low, what.high)  # type: ignore[attr-defined]
         for what in space.distributions.values()
     ]
-    for values in zip(*(itertools.islice(itertools.cycle(end), max(map(len, ends))) for end in ends), strict=True):
+    for values in zip(
+        *(itertools.islice(itertools.cycle(end), max(map(len, ends))) for end in ends), strict=True
+    ):
         trial = composed(*space.overrides(dict(zip(space.distributions, values, strict=True))))
-        RunConfig.from_hydra(OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "hydra"]))
+        RunConfig.from_hydra(
+            OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "hydra"])
+        )
 
 
 @pytest.mark.parametrize(
     ("sampler", "pruner"),
     [
-        *((sampler, "none") for sampler in ("tpe", "random", "cmaes", "grid", "qmc", "gp", "nsgaii", "nsgaiii")),
+        *(
+            (sampler, "none")
+            for sampler in ("tpe", "random", "cmaes", "grid", "qmc", "gp", "nsgaii", "nsgaiii")
+        ),
         *(("tpe", pruner) for pruner in PRUNERS if pruner != "none"),
     ],
 )
 def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> None:
-    sweeper = composed(f"hydra/sweeper/sampler={sampler}", f"hydra/sweeper/pruner={pruner}").hydra.sweeper
-    checked = settings(sampler=OmegaConf.to_container(sweeper.sampler), pruner=OmegaConf.to_container(sweeper.pruner))
+    sweeper = composed(
+        f"hydra/sweeper/sampler={sampler}", f"hydra/sweeper/pruner={pruner}"
+    ).hydra.sweeper
+    checked = settings(
+        sampler=OmegaConf.to_container(sweeper.sampler),
+        pruner=OmegaConf.to_container(sweeper.pruner),
+    )
     assert checked.is_grid == (sampler == "grid")
     assert "seed" in checked.sampler
     assert checked.pruner["_target_"].startswith(("optuna.pruners.", "sweeps.space.pruners."))

@@ -18,10 +18,14 @@ from sweeps.study.pruning import PruningObserver
 from sweeps.study.study import Study
 
 
-def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_baseline_that_time_ended_is_tried_once_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     point = {"lora.r": 16}
     notes = {"role": "baseline", "reason": "out of time"}
-    ended = optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=notes, system_attrs={"fixed_params": point})
+    ended = optuna.trial.create_trial(
+        state=TrialState.PRUNED, user_attrs=notes, system_attrs={"fixed_params": point}
+    )
     study = made_study(tmp_path / "s", [ended])
 
     enqueue_trials(study, 2, [("baseline", point)])
@@ -32,7 +36,9 @@ def test_a_baseline_that_time_ended_is_tried_once_more(tmp_path: Path, caplog: p
     assert "role" not in study.trials()[2].user_attrs
 
 
-def test_points_that_find_no_trial_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_that_find_no_trial_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     study = made_study(tmp_path / "s", [])
     points = [("start", {"lora.r": rank}) for rank in (4, 4, 8, 16)]
 
@@ -62,15 +68,23 @@ def test_the_storage_knows_a_trial_by_its_id_and_not_by_its_number(tmp_path: Pat
 class Judged:
     """A trial of a study, and what a worker hears of it."""
 
-    def __init__(self, study: Study, pruner: Any, role: str = "", trial: optuna.Trial | None = None) -> None:
+    def __init__(
+        self, study: Study, pruner: Any, role: str = "", trial: optuna.Trial | None = None
+    ) -> None:
         asked = optuna.Study(study.name, study.storage, pruner=pruner)
-        self.trial = asked.ask() if trial is None else optuna.Trial(asked, study.trial_id(trial.number))
+        self.trial = (
+            asked.ask() if trial is None else optuna.Trial(asked, study.trial_id(trial.number))
+        )
         self.trial.set_user_attr("role", role)
         session: Any = SimpleNamespace(
-            settings=SimpleNamespace(directions=["minimize"]), is_stopping=False, is_out_of_time=False
+            settings=SimpleNamespace(directions=["minimize"]),
+            is_stopping=False,
+            is_out_of_time=False,
         )
         trial_id = study.trial_id(self.trial.number)
-        self.judge = PruningObserver(session, study, self.trial, trial_id, Interrupt(), poll_seconds=math.inf)
+        self.judge = PruningObserver(
+            session, study, self.trial, trial_id, Interrupt(), poll_seconds=math.inf
+        )
 
     def ends_at(self, rung: int, value: float) -> bool:
         reached = Rung(rung, 10 * rung, 90, {"objective": value})
@@ -98,7 +112,8 @@ def test_a_trial_is_judged_anew_as_others_come_to_its_rung(where: str, tmp_path:
         early.judge.poll_seconds = baseline.judge.poll_seconds = 0
     elif where == "before it was resumed":
         baseline, early = (
-            Judged(study, pruner, role, own.trial) for role, own in (("baseline", baseline), ("", early))
+            Judged(study, pruner, role, own.trial)
+            for role, own in (("baseline", baseline), ("", early))
         )
     assert early.ends_after(13)
     assert not baseline.ends_after(13), "it is never pruned"
@@ -106,6 +121,9 @@ def test_a_trial_is_judged_anew_as_others_come_to_its_rung(where: str, tmp_path:
 
 def test_the_baseline_counts_where_optunas_halving_judges(tmp_path: Path) -> None:
     """Which notes who was asked, and compares with them alone."""
-    study, pruner = made_study(tmp_path / "s", []), optuna.pruners.SuccessiveHalvingPruner(min_resource=1)
+    study, pruner = (
+        made_study(tmp_path / "s", []),
+        optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
+    )
     assert not Judged(study, pruner, "baseline").ends_at(1, 1.0)
     assert Judged(study, pruner).ends_at(1, 2.0)

@@ -12,11 +12,16 @@ from support.study_folder import folder_of, result_of, trials_of
 
 from sweeps.study.study import FINISHED
 
-DIVERGES = ("hydra.sweeper.start=[{optimizer.learning_rate: 1e20}]", "optimizer.learning_rate=choice(1e-3,1e-2,1e20)")
+DIVERGES = (
+    "hydra.sweeper.start=[{optimizer.learning_rate: 1e20}]",
+    "optimizer.learning_rate=choice(1e-3,1e-2,1e20)",
+)
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_does_not_end_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_trial_that_fails_does_not_end_the_study(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = (*DIVERGES, "hydra.sweeper.n_trials=3", "seed=1", "trainer.max_steps=12")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -25,7 +30,11 @@ def test_a_trial_that_fails_does_not_end_the_study(station: Station, tiny_base: 
     assert all(trial.state in FINISHED for trial in trials)
     assert trials[1].state == TrialState.FAIL
     assert trials[1].user_attrs["role"] == "start"
-    assert trials[1].user_attrs["error"].startswith("optimizer.learning_rate=1e+20: training diverged at step")
+    assert (
+        trials[1]
+        .user_attrs["error"]
+        .startswith("optimizer.learning_rate=1e+20: training diverged at step")
+    )
     assert result_of(tmp_path, 1)["error"] == trials[1].user_attrs["error"]
     assert not (folder_of(tmp_path) / "trials" / "1" / "checkpoints").exists()
     assert f"trial 1    failed: {trials[1].user_attrs['error']}" in ended.stderr
@@ -54,15 +63,25 @@ def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
 
 
 @pytest.mark.slow
-def test_no_failure_allowed_ends_at_the_first(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = (*DIVERGES, "hydra.sweeper.n_trials=6", "hydra.sweeper.max_failure_rate=0", "trainer.max_steps=12")
+def test_no_failure_allowed_ends_at_the_first(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        *DIVERGES,
+        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.max_failure_rate=0",
+        "trainer.max_steps=12",
+    )
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(
         "error: hydra.sweeper.max_failure_rate=0.0: 1 of 2 trials failed; trial 1: optimizer.learning"
     )
-    assert [trial.state for trial in trials_of(tmp_path, *FINISHED)] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert [trial.state for trial in trials_of(tmp_path, *FINISHED)] == [
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+    ]
 
 
 SMALL_MEMORY = """
@@ -97,12 +116,20 @@ def test_out_of_memory_goes_on_with_half_the_batch(
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.COMPLETE
     assert "trainer.per_device_train_batch_size=2" in trial.user_attrs["shrunk"]
-    assert (result_of(tmp_path, 0)["engine"], result_of(tmp_path, 0)["effective_batch_size"]) == (engine, 4)
+    assert (result_of(tmp_path, 0)["engine"], result_of(tmp_path, 0)["effective_batch_size"]) == (
+        engine,
+        4,
+    )
     best = yaml.safe_load((folder_of(tmp_path) / "experiment" / "best.yaml").read_text())
     assert best["trainer"]["per_device_train_batch_size"] == 2
     assert best["trainer"]["gradient_accumulation_steps"] == 2
     again = station.run(
-        "--config-dir", str(folder_of(tmp_path)), "experiment=best", "hydra.run.dir=again", "tracker=none", cwd=tmp_path
+        "--config-dir",
+        str(folder_of(tmp_path)),
+        "experiment=best",
+        "hydra.run.dir=again",
+        "tracker=none",
+        cwd=tmp_path,
     )
     assert again.returncode == 0, again.stderr
     repeated = json.loads((tmp_path / "again" / "result.json").read_text())
@@ -110,7 +137,9 @@ def test_out_of_memory_goes_on_with_half_the_batch(
 
 
 @pytest.mark.slow
-def test_out_of_memory_twice_is_a_failure(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_out_of_memory_twice_is_a_failure(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = ("hydra.sweeper.n_trials=1", "trainer.per_device_train_batch_size=8")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
     (trial,) = trials_of(tmp_path)
@@ -120,7 +149,9 @@ def test_out_of_memory_twice_is_a_failure(station: Station, tiny_base: Path, tmp
 
 
 @pytest.mark.slow
-def test_the_memory_of_thirty_trials_is_that_of_five(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_memory_of_thirty_trials_is_that_of_five(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = ("hydra.sweeper.n_trials=30", "hydra.sweeper.keep_adapters=2", "quantization=nf4")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -22,13 +22,17 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     more = ("hydra.sweeper.n_trials=2", "trainer.max_steps=40", "trainer.save_steps=0")
     study = study_overrides(tiny_base, "s")
     process = station.start(*study, *more, cwd=tmp_path, before=SLOW_STEPS)
-    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    wait_until(
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+    )
     process.send_signal(number)
     ended = process.wait()
 
     assert ended.returncode == 1
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: interrupted; the same command with hydra.sweeper.study_name=s goes on"]
+    assert errors == [
+        "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
+    ]
     assert "Traceback" not in ended.stderr
     assert result_of(tmp_path, 0)["status"] == "interrupted"
     step = result_of(tmp_path, 0)["step"]
@@ -47,15 +51,24 @@ sweeps.answer.conclusion.evaluate_finished_run = lambda *_, **__: time.sleep(60)
 
 
 @pytest.mark.fault
-def test_an_interrupted_end_says_how_to_repeat_it(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", "hydra.sweep.dir=my studies/x"]
+def test_an_interrupted_end_says_how_to_repeat_it(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [
+        *study_overrides(tiny_base, "s"),
+        "hydra.sweeper.n_trials=1",
+        "hydra.sweep.dir=my studies/x",
+    ]
     process = station.start(*study, cwd=tmp_path, before=SLOW_TEST_ROWS)
     wait_until(lambda: "on the test rows" in process.said(), process)
     process.send_signal(signal.SIGINT)
     ended = process.wait()
 
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1] == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
+    assert (
+        ended.stderr.splitlines()[-1]
+        == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
+    )
     ended = station.run("best", "my studies/x", cwd=tmp_path, module="sweeps")
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "my studies" / "x" / "best" / "adapter").exists()
@@ -66,26 +79,39 @@ def test_an_interrupted_end_says_how_to_repeat_it(station: Station, tiny_base: P
 def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     number: int, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=60", "trainer.save_steps=0", "hydra.sweeper.slots=3")
+    more = (
+        "hydra.sweeper.n_trials=4",
+        "trainer.max_steps=60",
+        "trainer.save_steps=0",
+        "hydra.sweeper.slots=3",
+    )
     study = [*study_overrides(tiny_base, "s"), *more]
     process = station.start(*study, cwd=tmp_path, before=SLOW_STEPS)
     begun = [folder_of(tmp_path) / "trials" / str(trial) for trial in range(3)]
-    wait_until(lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun), process)
+    wait_until(
+        lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun), process
+    )
     process.send_signal(number)
     ended = process.wait()
 
     assert ended.returncode == 1
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: interrupted; the same command with hydra.sweeper.study_name=s goes on"]
+    assert errors == [
+        "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
+    ]
     assert "Traceback" not in ended.stderr
     steps = []
     for trial in begun:
         result = json.loads((trial / "result.json").read_text())
         assert result["status"] == "interrupted"
-        assert [path.name for path in checkpoints_in(trial / "checkpoints")] == [f"checkpoint-{result['step']}"]
+        assert [path.name for path in checkpoints_in(trial / "checkpoints")] == [
+            f"checkpoint-{result['step']}"
+        ]
         steps.append(result["step"])
     assert len(trials_of(tmp_path, TrialState.RUNNING)) == 3
-    assert len(trials_of(tmp_path, TrialState.WAITING)) == 1, "a trial has begun after the interruption"
+    assert len(trials_of(tmp_path, TrialState.WAITING)) == 1, (
+        "a trial has begun after the interruption"
+    )
     ended = station.run(*study, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     for trial, step in zip(begun, steps, strict=True):
@@ -107,9 +133,18 @@ Reporter.step = late_step
 
 
 @pytest.mark.slow
-def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = (*NO_END, "hydra.sweeper.timeout=3600", "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=4")
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=AN_HOUR_PASSES)
+def test_time_that_is_over_ends_the_study(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        *NO_END,
+        "hydra.sweeper.timeout=3600",
+        "hydra.sweeper.baseline=false",
+        "hydra.sweeper.n_trials=4",
+    )
+    ended = station.run(
+        *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=AN_HOUR_PASSES
+    )
     assert ended.returncode == 0, ended.stderr
 
     (trial,) = trials_of(tmp_path, *FINISHED)
@@ -123,10 +158,15 @@ def test_time_that_is_over_ends_the_study(station: Station, tiny_base: Path, tmp
 def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_path: Path) -> None:
     more = (*NO_END, "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=1")
     process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
-    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    wait_until(
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+    )
     stopped = station.run("stop", "s", "0", cwd=tmp_path, module="sweeps")
     assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stdout.splitlines()[-1] == "trial 0 stops at its next step; check with: python -m sweeps show s"
+    assert (
+        stopped.stdout.splitlines()[-1]
+        == "trial 0 stops at its next step; check with: python -m sweeps show s"
+    )
     ended = process.wait()
     assert ended.returncode == 0, ended.stderr
 

@@ -1,4 +1,5 @@
-"""Killed studies: no finished trial is lost or run twice, and the result is that of an undisturbed study."""
+"""Killed studies: no finished trial is lost or run twice, and the result is that of an undisturbed
+study."""
 
 import json
 import random
@@ -33,12 +34,17 @@ def test_kills_lose_nothing_and_run_nothing_twice(
     """A study of twelve, and another where one has all its trials before its kills."""
     chance, kills, round_ = random.Random(4), 0, 0
     while kills < wanted:
-        kills += kill_a_study(station, tiny_base, tmp_path / str(round_), chance, wanted - kills, slots)
+        kills += kill_a_study(
+            station, tiny_base, tmp_path / str(round_), chance, wanted - kills, slots
+        )
         round_ += 1
 
 
-def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int, slots: int) -> int:
-    """Begin a study, kill it so often, end it, and see that all is right; returns how often it was killed."""
+def kill_a_study(
+    station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int, slots: int
+) -> int:
+    """Begin a study, kill it so often, end it, and see that all is right; returns how often it was
+    killed."""
     study = [
         *study_overrides(tiny_base, "s"),
         f"hydra.sweeper.slots={slots}",
@@ -63,7 +69,11 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
         assert all(isinstance(json.loads(line), dict) for line in whole)
         trials = trials_of(place)
         assert len(trials) == 12
-        now = {trial.number: (told(trial), result_lines(place, trial)) for trial in trials if trial.state in FINISHED}
+        now = {
+            trial.number: (told(trial), result_lines(place, trial))
+            for trial in trials
+            if trial.state in FINISHED
+        }
         assert {number: now[number] for number in finished} == finished
         finished = now
     ended = station.run(*study, cwd=place)
@@ -71,7 +81,9 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
 
     trials = trials_of(place, *FINISHED)
     assert [trial.number for trial in trials] == list(range(12))
-    assert {trial.number: (told(trial), result_lines(place, trial)) for trial in trials}.items() >= finished.items()
+    assert {
+        trial.number: (told(trial), result_lines(place, trial)) for trial in trials
+    }.items() >= finished.items()
     for trial in trials:
         if trial.state == TrialState.FAIL:
             assert trial.user_attrs["error"] == "lost its worker 3 times without a new checkpoint"
@@ -79,9 +91,15 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
             assert len(set(trial.user_attrs["starts"][-3:])) == 1
         else:
             result = result_of(place, trial.number)
-            assert result["status"] == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+            assert (
+                result["status"] == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+            )
             assert (result["engine"], result["slots"]) == ("packed", slots)
-            steps = [row["step"] for row in metrics_of(folder / "trials" / str(trial.number)) if "train/loss" in row]
+            steps = [
+                row["step"]
+                for row in metrics_of(folder / "trials" / str(trial.number))
+                if "train/loss" in row
+            ]
             assert steps == list(range(1, result["step"] + 1)), "steps were lost, or trained twice"
     assert any(trial.state == TrialState.COMPLETE for trial in trials)
     require_params_agree(place)
@@ -89,22 +107,35 @@ def kill_a_study(station: Station, tiny_base: Path, place: Path, chance: random.
 
 
 def result_lines(place: Path, trial: FrozenTrial) -> tuple[int, str]:
-    """When and what the trial's training wrote last; test rows are seen later, by the winner and the baseline."""
+    """When and what the trial's training wrote last; test rows are seen later, by the winner and
+    the baseline."""
     folder = folder_of(place) / "trials" / str(trial.number)
-    training = [line for line in read(folder / "metrics.jsonl").splitlines() if "test/loss" not in line]
+    training = [
+        line for line in read(folder / "metrics.jsonl").splitlines() if "test/loss" not in line
+    ]
     return written_at(folder / ".hydra" / "overrides.yaml"), "\n".join(training)
 
 
 @pytest.mark.fault
-def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=3", "trainer.max_steps=24", "trainer.save_steps=4", "hydra/sweeper/pruner=none")
+def test_a_killed_study_is_the_study_that_was_not(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        "hydra.sweeper.n_trials=3",
+        "trainer.max_steps=24",
+        "trainer.save_steps=4",
+        "hydra/sweeper/pruner=none",
+    )
     study = study_overrides(tiny_base, "s")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = station.run(*study, *more, cwd=whole)
     assert ended.returncode == 0, ended.stderr
     process = station.start(*study, *more, cwd=killed, before=SLOW_STEPS)
     adopted = folder_of(killed) / "trials" / "1"
-    wait_until(lambda: any(checkpoint_step(path) >= 8 for path in checkpoints_in(adopted / "checkpoints")), process)
+    wait_until(
+        lambda: any(checkpoint_step(path) >= 8 for path in checkpoints_in(adopted / "checkpoints")),
+        process,
+    )
     process.kill()
     assert checkpoints_in(adopted / "checkpoints"), "killed too late"
     assert not (adopted / "result.json").exists()
@@ -114,7 +145,9 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
     assert ended.returncode == 0, ended.stderr
     assert "2 of 3 trials to go" in ended.stderr
     assert "resuming after step" in (adopted / "train.log").read_text().removeprefix(log)
-    assert [told(trial) for trial in trials_of(killed)] == [told(trial) for trial in trials_of(whole)]
+    assert [told(trial) for trial in trials_of(killed)] == [
+        told(trial) for trial in trials_of(whole)
+    ]
     for number in range(3):
         one, other = (folder_of(place) / "trials" / str(number) for place in (killed, whole))
         weights = Path("adapter") / "adapter_model.safetensors"
@@ -123,10 +156,22 @@ def test_a_killed_study_is_the_study_that_was_not(station: Station, tiny_base: P
 
 
 @pytest.mark.fault
-def test_a_killed_pack_is_the_pack_that_was_not(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_killed_pack_is_the_pack_that_was_not(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     """To float32's rounding: what trains beside a trial is not the same after the kill."""
-    more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=24", "trainer.save_steps=4", "hydra/sweeper/pruner=none")
-    study = [*study_overrides(tiny_base, "s"), *more, "hydra.sweeper.slots=3", "hydra/sweeper/sampler=random"]
+    more = (
+        "hydra.sweeper.n_trials=4",
+        "trainer.max_steps=24",
+        "trainer.save_steps=4",
+        "hydra/sweeper/pruner=none",
+    )
+    study = [
+        *study_overrides(tiny_base, "s"),
+        *more,
+        "hydra.sweeper.slots=3",
+        "hydra/sweeper/sampler=random",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = station.run(*study, cwd=whole)
     assert ended.returncode == 0, ended.stderr
@@ -146,7 +191,9 @@ def test_a_killed_pack_is_the_pack_that_was_not(station: Station, tiny_base: Pat
     for one, other in zip(trials_of(killed), trials_of(whole), strict=True):
         assert one.params == other.params
         assert one.values == pytest.approx(other.values, rel=1e-5)
-        ours, theirs = (metrics_of(folder_of(place) / "trials" / str(one.number)) for place in (killed, whole))
+        ours, theirs = (
+            metrics_of(folder_of(place) / "trials" / str(one.number)) for place in (killed, whole)
+        )
         assert [row["step"] for row in ours] == [row["step"] for row in theirs]
         for row, known in zip(ours, theirs, strict=True):
             assert row.get("train/loss", 0) == pytest.approx(known.get("train/loss", 0), rel=1e-5)

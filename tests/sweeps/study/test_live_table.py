@@ -15,7 +15,9 @@ from sweeps.study.study import Study
 
 def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path: Path) -> None:
     distributions = Space.parse({"lora.r": "choice(4,8)"}, []).distributions
-    study = Study.open(tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions)
+    study = Study.open(
+        tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions
+    )
     enqueue_trials(study, 2, [("start", {"lora.r": 4})])
     view = LiveTable(study, 2)
     view._began = time.monotonic() - 60
@@ -29,7 +31,9 @@ def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path
     trial = study.optuna.ask(distributions)
     folder = study.folder_of(0).path
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"step": 7, "train/loss": 2.5, "train/tokens_per_second": 99.6}\n{"st')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 7, "train/loss": 2.5, "train/tokens_per_second": 99.6}\n{"st'
+    )
     trial.set_user_attr("steps", 20)
     trial.report(2.25, 1)
     head, row, line = (text.split() for text in shown().splitlines())
@@ -42,4 +46,7 @@ def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path
         == "1 of 2 done (0 pruned, 0 failed) · best 2.0000 (trial 0) · about 1 min left"
     )
     study.optuna.tell(study.optuna.ask(distributions), state=TrialState.FAIL)
-    assert shown().splitlines()[-1].rstrip() == "2 of 2 done (0 pruned, 1 failed) · best 2.0000 (trial 0)"
+    assert (
+        shown().splitlines()[-1].rstrip()
+        == "2 of 2 done (0 pruned, 1 failed) · best 2.0000 (trial 0)"
+    )

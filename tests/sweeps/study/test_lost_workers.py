@@ -23,14 +23,19 @@ def test_a_trial_that_lost_its_worker_waits_for_the_next_session_where_time_is_o
     ended = station.run(*study, "hydra.sweeper.timeout=0.1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
-    assert [trial.state for trial in trials_of(tmp_path)] == [TrialState.RUNNING, TrialState.WAITING]
+    assert [trial.state for trial in trials_of(tmp_path)] == [
+        TrialState.RUNNING,
+        TrialState.WAITING,
+    ]
     ended = station.run(*study, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert len(trials_of(tmp_path, TrialState.COMPLETE)) == 2
 
 
 @pytest.mark.fault
-def test_a_trial_that_kills_its_worker_thrice_is_failed(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_trial_that_kills_its_worker_thrice_is_failed(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = ("hydra.sweeper.n_trials=2",)
     study = study_overrides(tiny_base, "s")
     for _ in range(3):
@@ -61,7 +66,11 @@ Bank.forward_backward = kills
 def test_a_trial_that_kills_its_worker_does_not_fail_those_beside_it(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("hydra.sweeper.n_trials=4", "hydra.sweeper.slots=3", "hydra.sweeper.start=[{lora.dropout: 0.03}]")
+    more = (
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.slots=3",
+        "hydra.sweeper.start=[{lora.dropout: 0.03}]",
+    )
     study = [*study_overrides(tiny_base, "s"), *more]
     for _ in range(3):
         assert station.run(*study, cwd=tmp_path, before=KILLS).returncode == -signal.SIGKILL
@@ -79,7 +88,9 @@ def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
 ) -> None:
     study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", *NO_END]
     process = station.start(*study, cwd=tmp_path)
-    wait_until(lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process)
+    wait_until(
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+    )
     process.send_signal(signal.SIGINT)
     assert process.wait().returncode == 1
     for _ in range(3):
@@ -117,19 +128,29 @@ def test_a_trial_that_lost_its_worker_begins_anew_where_the_config_may_change(
 
 
 @pytest.mark.slow
-def test_fewer_trials_than_before_are_taken_as_the_total(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_fewer_trials_than_before_are_taken_as_the_total(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     study = study_overrides(tiny_base, "s")
-    assert station.run(*study, "hydra.sweeper.n_trials=5", cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    assert (
+        station.run(*study, "hydra.sweeper.n_trials=5", cwd=tmp_path, before=DIES).returncode
+        == -signal.SIGKILL
+    )
     ended = station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
-def test_optuna_reads_a_journal_without_us(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_optuna_reads_a_journal_without_us(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     study = study_overrides(tiny_base, "s")
-    assert station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+    assert (
+        station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path, before=DIES).returncode
+        == -signal.SIGKILL
+    )
     storage = JournalStorage(JournalFileBackend(str(folder_of(tmp_path) / "study.journal")))
     assert len(optuna.load_study(study_name="s", storage=storage).trials) == 2

@@ -1,4 +1,5 @@
-"""Runs that train together: what one lacks or breaks is its own, they judge at the same time, and each is itself."""
+"""Runs that train together: what one lacks or breaks is its own, they judge at the same time, and
+each is itself."""
 
 import json
 import shutil
@@ -16,7 +17,9 @@ from finetune.run.resources import SharedResources
 @pytest.mark.parametrize(
     ("what", "slots"),
     [
-        pytest.param(what, slots, marks=() if (what, slots) == ("forward_backward", 5) else pytest.mark.slow)
+        pytest.param(
+            what, slots, marks=() if (what, slots) == ("forward_backward", 5) else pytest.mark.slow
+        )
         for what in ("forward_backward", "evaluate")
         for slots in (4, 5)
     ],
@@ -36,7 +39,10 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(bank, requests)
 
-    configs = [tiny(*SHORT, f"seed={seed}", "lora.dropout=0.1", f"lora.r={seed + 2}") for seed in range(slots + 3)]
+    configs = [
+        tiny(*SHORT, f"seed={seed}", "lora.dropout=0.1", f"lora.r={seed + 2}")
+        for seed in range(slots + 3)
+    ]
     resources = SharedResources()
     with monkeypatch.context() as patched:
         patched.setattr(Bank, what, small)
@@ -46,7 +52,9 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
     assert [size for size in sizes if size > 2] == [slots], "tried again and again"
     assert [final(place)["status"] for place in places] == ["completed"] * len(configs)
     later = [str(number) for number in range(slots, slots + 3)]
-    assert final(places[slots])["companions"] == later[1:2], "more have begun than there is memory for"
+    assert final(places[slots])["companions"] == later[1:2], (
+        "more have begun than there is memory for"
+    )
     for config, place in zip(configs, places, strict=True):
         assert losses(place) == pytest.approx(alone(config), rel=1e-5)
 
@@ -102,9 +110,16 @@ def test_an_error_in_one_runs_batch_reaches_that_run_alone(
         places = train_in_slots(configs, tmp_path, 3, resources, errors=errors)
 
     assert {number: str(error) for number, error in errors.items()} == {1: "index out of range"}
-    assert [final(place)["status"] for place in places] == ["completed", "failed", "completed", "completed"]
+    assert [final(place)["status"] for place in places] == [
+        "completed",
+        "failed",
+        "completed",
+        "completed",
+    ]
     assert final(places[1])["step"] == when - 1
-    assert final(places[3])["companions"] == ["0", "2"], "the slot that is free takes the next run at once"
+    assert final(places[3])["companions"] == ["0", "2"], (
+        "the slot that is free takes the next run at once"
+    )
     assert resources.bank(configs[0]).capacity is None
     for number in (0, 2, 3):
         assert losses(places[number]) == pytest.approx(alone(configs[number]), rel=1e-5)
@@ -129,7 +144,13 @@ class Careful(SharedResources):
             for jobs in (
                 ((TRL,), (TRL, "lora.r=4")),
                 ((PACKED,), (TRL,), (PACKED, "seed=1")),
-                ((NF4, "trainer.gradient_checkpointing=true"), (NONE, TRL), (NF4,), (NONE, PACKED), (NF4, TRL)),
+                (
+                    (NF4, "trainer.gradient_checkpointing=true"),
+                    (NONE, TRL),
+                    (NF4,),
+                    (NONE, PACKED),
+                    (NF4, TRL),
+                ),
                 ((TRL, "lora.bias=all"), (PACKED,), (TRL,)),
             )
         ),
@@ -172,7 +193,11 @@ def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
             return None
         folder = RunFolder(tmp_path / str(steps))
         config = tiny(*SHORT, f"trainer.max_steps={steps}")
-        work = run_steps(config, folder, RunContext(resources=resources, interactive=False, evaluate_test_rows=False))
+        work = run_steps(
+            config,
+            folder,
+            RunContext(resources=resources, interactive=False, evaluate_test_rows=False),
+        )
         return PackedRun(folder.path.name, work, tmp_path / "log", set())
 
     monkeypatch.setattr(Bank, "forward_backward", forward_backward)
@@ -187,7 +212,8 @@ def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
 def test_nothing_changes_the_default_dtype_while_adapters_are_drawn(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch has one for all threads, and transformers sets it to the base's own where a model is built."""
+    """PyTorch has one for all threads, and transformers sets it to the base's own where a model is
+    built."""
     import torch
 
     base = shutil.copytree(tiny_base, tmp_path / "bfloat16")
@@ -197,19 +223,27 @@ def test_nothing_changes_the_default_dtype_while_adapters_are_drawn(
     seen: list[torch.dtype] = []
 
     def slot(resources: SharedResources, config: RunConfig) -> Any:
-        monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (seen.append(dtype), sets(dtype)))
+        monkeypatch.setattr(
+            torch, "set_default_dtype", lambda dtype: (seen.append(dtype), sets(dtype))
+        )
         return takes(resources, config)
 
     monkeypatch.setattr(SharedResources, "slot", slot)
-    configs = [tiny(*SHORT, f"model.name_or_path={base}", "lora/target=q_v", f"seed={n}") for n in range(2)]
+    configs = [
+        tiny(*SHORT, f"model.name_or_path={base}", "lora/target=q_v", f"seed={n}") for n in range(2)
+    ]
     train_in_slots(configs, tmp_path / "runs", 2)
     assert set(seen) == {torch.float32}
 
 
-def test_a_result_tells_the_engine_the_slots_and_who_trained_beside(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_result_tells_the_engine_the_slots_and_who_trained_beside(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     configs = [tiny(*SHORT, f"trainer.max_steps={steps}") for steps in (2, 5, 5, 2)]
     places = train_in_slots(configs, tmp_path, 2)
-    told = [{key: final(place)[key] for key in ("engine", "slots", "companions")} for place in places]
+    told = [
+        {key: final(place)[key] for key in ("engine", "slots", "companions")} for place in places
+    ]
     assert told == [
         {"engine": "packed", "slots": 2, "companions": packed_with}
         for packed_with in (["1"], ["0", "2"], ["1", "3"], ["2"])

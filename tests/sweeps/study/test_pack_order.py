@@ -15,7 +15,9 @@ from finetune.run.resources import SharedResources
 class Listens(Observer):
     """Writes down what it hears, and by whom; stops at one rung."""
 
-    def __init__(self, number: int, heard: list[tuple[str, int, int]], stops_at: int | None) -> None:
+    def __init__(
+        self, number: int, heard: list[tuple[str, int, int]], stops_at: int | None
+    ) -> None:
         self._number, self._heard, self._stops_at = number, heard, stops_at
 
     def on_rung(self, rung: Rung) -> None:
@@ -29,7 +31,12 @@ class Listens(Observer):
 def test_all_report_a_rung_before_any_is_judged_there(tiny: Tiny, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     observers = {0: Listens(0, heard, None), 1: Listens(1, heard, 2), 2: Listens(2, heard, None)}
-    more = (*SHORT, "trainer.max_steps=6", "trainer.eval_steps=2", "trainer.per_device_eval_batch_size=2")
+    more = (
+        *SHORT,
+        "trainer.max_steps=6",
+        "trainer.eval_steps=2",
+        "trainer.per_device_eval_batch_size=2",
+    )
     configs = [tiny(*more, f"lora.r={4 * number + 4}", f"seed={number}") for number in range(3)]
     places = train_in_slots(configs, tmp_path, 3, observers=observers)
 
@@ -44,11 +51,18 @@ def test_all_report_a_rung_before_any_is_judged_there(tiny: Tiny, tmp_path: Path
 
 
 def test_runs_of_other_lengths_never_hold_each_other_up(tiny: Tiny, tmp_path: Path) -> None:
-    """One has its rungs between the others', one takes two batches a step; all have all of theirs."""
+    """One has its rungs between the others', one takes two batches a step; all have all of
+    theirs."""
     heard: list[tuple[str, int, int]] = []
-    more = (("trainer.max_steps=3", "trainer.eval_steps=1"), ("trainer.gradient_accumulation_steps=2",), ())
+    more = (
+        ("trainer.max_steps=3", "trainer.eval_steps=1"),
+        ("trainer.gradient_accumulation_steps=2",),
+        (),
+    )
     configs = [tiny(*SHORT, "trainer.eval_steps=2", *job) for job in more]
-    places = train_in_slots(configs, tmp_path, 3, observers={n: Listens(n, heard, None) for n in range(3)})
+    places = train_in_slots(
+        configs, tmp_path, 3, observers={n: Listens(n, heard, None) for n in range(3)}
+    )
 
     assert [final(place)["step"] for place in places] == [3, 5, 5]
     for number, rungs in enumerate((4, 4, 4)):
@@ -61,7 +75,12 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 ) -> None:
     from finetune.engine.packed.bank import Bank
 
-    learns, draws, takes, trained = Bank.forward_backward, Bank.draw_adapter, SharedResources.slot, threading.Event()
+    learns, draws, takes, trained = (
+        Bank.forward_backward,
+        Bank.draw_adapter,
+        SharedResources.slot,
+        threading.Event(),
+    )
 
     def forward_backward(bank: Bank, requests: Any) -> Any:
         trained.set()
@@ -78,7 +97,10 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
     monkeypatch.setattr(SharedResources, "slot", slot)
     monkeypatch.setattr(Bank, "forward_backward", forward_backward)
     monkeypatch.setattr(Bank, "draw_adapter", draw)
-    configs = [tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}") for n, steps in enumerate((15, 2, 2))]
+    configs = [
+        tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}")
+        for n, steps in enumerate((15, 2, 2))
+    ]
     places = train_in_slots(configs, tmp_path, 2)
     assert [final(place)["step"] for place in places] == [15, 2, 2]
 
@@ -87,19 +109,25 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 def test_runs_that_begin_together_measure_the_base_once(
     fails: bool, tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait for the first, and go on at the same time; where it fails the next one measures."""
+    """The others wait for the first, and go on at the same time; where it fails the next one
+    measures."""
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.requests import ForwardBackward
 
     execute, response = Bank.execute, []
 
     def granting(bank: Bank, requests: Any, meanwhile: Any = None) -> Any:
-        kinds = {"forward_backward" if isinstance(request, ForwardBackward) else "evaluate" for request in requests}
+        kinds = {
+            "forward_backward" if isinstance(request, ForwardBackward) else "evaluate"
+            for request in requests
+        }
         response.append((len(requests), *sorted(kinds)))
         found = execute(bank, requests, meanwhile)
         return [ValueError("broken")] if fails and len(response) == 2 else found
 
-    configs = [tiny(*SHORT, f"seed={seed}", "trainer.per_device_eval_batch_size=2") for seed in range(3)]
+    configs = [
+        tiny(*SHORT, f"seed={seed}", "trainer.per_device_eval_batch_size=2") for seed in range(3)
+    ]
     errors: dict[int, Exception] = {}
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
@@ -148,7 +176,10 @@ def test_runs_begin_and_end_while_others_compute(
         write_json(path, content)
 
     lengths = (20, 3, 3, 2, 2)
-    configs = [tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}") for seed, steps in enumerate(lengths)]
+    configs = [
+        tiny(*SHORT, f"seed={seed}", f"trainer.max_steps={steps}")
+        for seed, steps in enumerate(lengths)
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
         patched.setattr(Bank, "create_slot", having_drawn)
@@ -157,12 +188,16 @@ def test_runs_begin_and_end_while_others_compute(
         places = train_in_slots(configs, tmp_path, 3)
 
     at = {(name, what): number for name, what, number in seen}
-    assert [at[name, "begins"] for name in "012"] == [0, 0, 0], "there was nobody to train meanwhile"
+    assert [at[name, "begins"] for name in "012"] == [0, 0, 0], (
+        "there was nobody to train meanwhile"
+    )
     ended = at["1", "ends"]
     assert ended == at["2", "ends"] > 0
     assert at["4", "begins"] == at["3", "begins"] + 1 == at["3", "is drawn"] > ended + 1
     names = [(name, what) for name, what, _ in seen]
-    assert names.index(("4", "begins")) < names.index(("3", "is drawn")), "it is drawn while the next one begins"
+    assert names.index(("4", "begins")) < names.index(("3", "is drawn")), (
+        "it is drawn while the next one begins"
+    )
     assert at["4", "ends"] == at["3", "ends"] + 1
     assert [name for name, what, _ in seen if what == "ends"] == [*"12340"]
     for config, place in zip(configs, places, strict=True):

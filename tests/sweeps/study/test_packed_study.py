@@ -19,7 +19,9 @@ TRIALS = 5
 
 
 @pytest.fixture(scope="module")
-def packed_study(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_study(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The folder of a study whose trials have trained in three slots."""
     place = tmp_path_factory.mktemp("packed")
     return run_study(station, tiny_base, place, "tracker=wandb")
@@ -33,7 +35,9 @@ def run_study(station: Station, tiny_base: Path, place: Path, *more: str) -> Pat
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return rows
 
 
@@ -44,7 +48,11 @@ def test_a_packed_study_holds_its_trials_and_each_says_who_was_beside(packed_stu
     assert trials[0].state == TrialState.COMPLETE
     results = [final(packed_study / "trials" / str(number)) for number in range(TRIALS)]
     assert {(result["engine"], result["slots"]) for result in results} == {("packed", 3)}
-    beside = {(number, int(other)) for number, result in enumerate(results) for other in result["companions"]}
+    beside = {
+        (number, int(other))
+        for number, result in enumerate(results)
+        for other in result["companions"]
+    }
     assert {(0, 1), (0, 2), (1, 2)} <= beside
     assert all((other, number) in beside for number, other in beside)
     assert all(any(number == own for own, _ in beside) for number in range(TRIALS))
@@ -54,8 +62,12 @@ def test_each_trials_log_holds_its_own_lines_alone(packed_study: Path) -> None:
     for trial in Study.load(packed_study).trials():
         folder = packed_study / "trials" / str(trial.number)
         lines = (folder / "train.log").read_text().splitlines()
-        steps = [line.split(" - ", 1)[1].split()[1].split("/")[0] for line in lines if " - step " in line]
-        shown = [str(row["step"]) for row in logged(folder) if "train/loss" in row or "eval/loss" in row]
+        steps = [
+            line.split(" - ", 1)[1].split()[1].split("/")[0] for line in lines if " - step " in line
+        ]
+        shown = [
+            str(row["step"]) for row in logged(folder) if "train/loss" in row or "eval/loss" in row
+        ]
         assert steps == shown
         others = [f"trial {number}" for number in range(TRIALS) if number != trial.number]
         assert not [line for line in lines for other in others if other in line]
@@ -67,7 +79,10 @@ def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
     # Beside the baseline's 1e-3: the second ends at its first rung, and the third takes its place.
     points = ",".join(f"{{optimizer.learning_rate: {rate}}}" for rate in (2e-3, 1e-6, 1e-2))
     rungs = ("optimizer.warmup_ratio=0", "trainer.max_steps=40", "trainer.eval_steps=[5]")
-    more = ("optimizer.learning_rate=tag(log,interval(1e-6,1e-1))", f"hydra.sweeper.start=[{points}]")
+    more = (
+        "optimizer.learning_rate=tag(log,interval(1e-6,1e-1))",
+        f"hydra.sweeper.start=[{points}]",
+    )
     study = run_study(station, tiny_base, tmp_path, *rungs, *more, "hydra.sweeper.n_trials=4")
     first, second, third = Study.load(study).trials()[1:]
     assert (second.state, second.user_attrs["step"]) == (TrialState.PRUNED, 5)
@@ -77,13 +92,22 @@ def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
     assert first.user_attrs["reason"] == "worse than others at its last rung, as more came to it"
 
 
-def test_each_slot_has_its_own_wandb_run_with_trls_names(packed_study: Path, tiny: Tiny, tmp_path: Path) -> None:
-    run(tiny(*SHORT, "trainer.engine=trl", "tracker=wandb"), tmp_path, RunContext(interactive=False))
+def test_each_slot_has_its_own_wandb_run_with_trls_names(
+    packed_study: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    run(
+        tiny(*SHORT, "trainer.engine=trl", "tracker=wandb"), tmp_path, RunContext(interactive=False)
+    )
     wanted = history_names(tmp_path)
     uid = Study.load(packed_study).uid
     for number in range(TRIALS):
         folder = packed_study / "trials" / str(number)
-        opened = [record.run.run_id for records in wandb_files(folder) for record in records if record.HasField("run")]
+        opened = [
+            record.run.run_id
+            for records in wandb_files(folder)
+            for record in records
+            if record.HasField("run")
+        ]
         assert set(opened) == {f"{uid}-{number}"}
         names = history_names(folder)
         assert names <= wanted
@@ -108,7 +132,9 @@ def test_the_winner_of_a_pack_trained_again_alone_is_the_same_to_rounding(
     again = station.run("--config-dir", str(packed_study), *more, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "again") == pytest.approx(losses(packed_study / "best"), rel=1e-5)
-    there, here = (final(folder)["metrics"] for folder in (packed_study / "best", tmp_path / "again"))
+    there, here = (
+        final(folder)["metrics"] for folder in (packed_study / "best", tmp_path / "again")
+    )
     assert here["eval/loss"] == pytest.approx(there["eval/loss"], rel=1e-5)
     assert here["test/loss"] == pytest.approx(there["test/loss"], rel=1e-5)
 
@@ -121,7 +147,10 @@ def test_the_same_seed_gives_the_same_packed_study(
 
     def told(folder: Path) -> list[Any]:
         trials = Study.load(folder).trials(*FINISHED)
-        return [(trial.number, trial.state, trial.params, trial.values, trial.intermediate_values) for trial in trials]
+        return [
+            (trial.number, trial.state, trial.params, trial.values, trial.intermediate_values)
+            for trial in trials
+        ]
 
     assert told(again) == told(packed_study)
     for number in range(TRIALS):

@@ -1,4 +1,5 @@
-"""A study, end to end, by one worker: what it holds, leaves and says, that it repeats, and that it goes on."""
+"""A study, end to end, by one worker: what it holds, leaves and says, that it repeats, and that it
+goes on."""
 
 import json
 import os
@@ -34,7 +35,9 @@ class Done:
         return Study.load(self.folder).trials()
 
     def result(self, number: int) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "trials" / str(number) / "result.json").read_text())
+        content: dict[str, Any] = json.loads(
+            (self.folder / "trials" / str(number) / "result.json").read_text()
+        )
         return content
 
 
@@ -63,7 +66,11 @@ def go_on(station: Station, tiny_base: Path, cwd: Path, *more: str) -> Any:
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Metrics without what depends on the clock."""
-    return {name: value for name, value in values.items() if name not in ("train/seconds", "train/tokens_per_second")}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in ("train/seconds", "train/tokens_per_second")
+    }
 
 
 def trials_in(folder: Path) -> list[tuple[Any, ...]]:
@@ -80,7 +87,12 @@ def test_holds_exactly_its_trials_the_first_being_the_baseline(done: Done) -> No
     baseline = done.trials[0]
     assert baseline.user_attrs["role"] == "baseline"
     assert baseline.state == TrialState.COMPLETE
-    assert baseline.params == {"lora.r": 16, "lora.alpha": 16, "lora.dropout": 0.0, "optimizer.learning_rate": 1e-3}
+    assert baseline.params == {
+        "lora.r": 16,
+        "lora.alpha": 16,
+        "lora.dropout": 0.0,
+        "optimizer.learning_rate": 1e-3,
+    }
     assert sorted(map(int, os.listdir(done.folder / "trials"))) == list(range(TRIALS))
 
 
@@ -88,7 +100,8 @@ def test_each_trials_folder_says_what_the_storage_says(done: Done) -> None:
     for trial in done.trials:
         folder = done.folder / "trials" / str(trial.number)
         overrides = dict(
-            line.split("=", 1) for line in yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+            line.split("=", 1)
+            for line in yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
         )
         config = json.loads((folder / "run.json").read_text())["config"]
         result = done.result(trial.number)
@@ -103,14 +116,19 @@ def test_each_trials_folder_says_what_the_storage_says(done: Done) -> None:
             assert result["status"] == "pruned"
             assert result["step"] == trial.user_attrs["step"]
         rungs = [
-            row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "objective" in row
+            row
+            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            if "objective" in row
         ]
-        assert {index: row["objective"] for index, row in enumerate(rungs) if index} == trial.intermediate_values
+        assert {
+            index: row["objective"] for index, row in enumerate(rungs) if index
+        } == trial.intermediate_values
 
 
 def test_keeps_the_adapters_of_the_best_and_of_the_baseline(done: Done) -> None:
     complete = sorted(
-        (trial for trial in done.trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.value or 0
+        (trial for trial in done.trials if trial.state == TrialState.COMPLETE),
+        key=lambda trial: trial.value or 0,
     )
     assert len(complete) > 2, "the study says nothing here"
     kept = {int(path.parent.name) for path in done.folder.glob("trials/*/adapter")}
@@ -139,7 +157,9 @@ def test_says_the_winner_beside_the_baseline_and_how_to_use_it(done: Done) -> No
 def test_the_winner_is_a_run_folder_and_its_experiment_reproduces_it(
     done: Done, station: Station, tmp_path: Path
 ) -> None:
-    again = station.run("--config-dir", str(done.folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path)
+    again = station.run(
+        "--config-dir", str(done.folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
 
     best = done.folder / "best"
@@ -151,7 +171,9 @@ def test_the_winner_is_a_run_folder_and_its_experiment_reproduces_it(
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_trials(done: Done, station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_trials(
+    done: Done, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = (f"hydra.sweeper.n_trials={TRIALS}",)
     ended = station.run(*study_overrides(tiny_base, "s2"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -178,7 +200,13 @@ def shown(folder: Path) -> Iterator[Shown]:
     for records in wandb_files(folder):
         run = [record.run for record in records if record.HasField("run")][-1]
         (exit_code,) = [record.exit.exit_code for record in records if record.HasField("exit")]
-        yield Shown(run, wandb_items(run.config.update), wandb_history(records), wandb_summary(records), exit_code)
+        yield Shown(
+            run,
+            wandb_items(run.config.update),
+            wandb_history(records),
+            wandb_summary(records),
+            exit_code,
+        )
 
 
 def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> None:
@@ -215,7 +243,10 @@ def test_a_full_study_says_how_to_go_on(
 ) -> None:
     ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.slots=3")
     assert ended.returncode == 0, ended.stderr
-    assert "hydra.sweeper.slots=3: 1 instead, as the study keeps those that it began with" in ended.stderr
+    assert (
+        "hydra.sweeper.slots=3: 1 instead, as the study keeps those that it began with"
+        in ended.stderr
+    )
     assert "study s1 is full (6 trials): hydra.sweeper.n_trials=12 goes on" in ended.stderr
     assert trials_in(copied) == trials_in(done.folder)
 
@@ -248,8 +279,13 @@ def test_goes_on_to_more_trials_after_half_a_line(
     assert [told(trial) for trial in trials[:TRIALS]] == before
     assert [json.loads(line) for line in journal.read_bytes().splitlines()]
     winner = json.loads((copied / "answer.json").read_text())["trial"]
-    spoken = (copied / "trials" / "0" / "result.json", copied / "trials" / str(winner) / "result.json")
-    assert all(path.stat().st_mtime_ns == then for path, then in results.items() if path not in spoken)
+    spoken = (
+        copied / "trials" / "0" / "result.json",
+        copied / "trials" / str(winner) / "result.json",
+    )
+    assert all(
+        path.stat().st_mtime_ns == then for path, then in results.items() if path not in spoken
+    )
 
 
 def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
@@ -279,7 +315,11 @@ def untell(folder: Path, number: int) -> None:
     kept = []
     for line in journal.read_text().splitlines(keepends=True):
         entry = json.loads(line)
-        if entry["op_code"] == 6 and entry["trial_id"] == number and entry["state"] != TrialState.RUNNING:
+        if (
+            entry["op_code"] == 6
+            and entry["trial_id"] == number
+            and entry["state"] != TrialState.RUNNING
+        ):
             break
         kept.append(line)
     journal.write_text("".join(kept))
@@ -321,7 +361,14 @@ def test_another_storage_does_not_take_a_studys_folders_for_its_own(
     ],
 )
 def test_a_change_is_refused_with_both_values(
-    override: str, key: str, began: str, copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
+    override: str,
+    key: str,
+    began: str,
+    copied: Path,
+    done: Done,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     ended = go_on(station, tiny_base, tmp_path, override, f"hydra.sweeper.n_trials={TRIALS + 1}")
     assert ended.returncode == 1
@@ -333,8 +380,14 @@ def test_a_change_is_refused_with_both_values(
 
 
 @pytest.mark.slow
-def test_a_change_is_taken_when_told_to(copied: Path, station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.allow_change=true", f"hydra.sweeper.n_trials={TRIALS + 1}", "optimizer.weight_decay=0.1")
+def test_a_change_is_taken_when_told_to(
+    copied: Path, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        "hydra.sweeper.allow_change=true",
+        f"hydra.sweeper.n_trials={TRIALS + 1}",
+        "optimizer.weight_decay=0.1",
+    )
     ended = go_on(station, tiny_base, tmp_path, *more)
     assert ended.returncode == 0, ended.stderr
     identity = json.loads((copied / "trials" / str(TRIALS) / "run.json").read_text())
@@ -343,7 +396,9 @@ def test_a_change_is_taken_when_told_to(copied: Path, station: Station, tiny_bas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["lora.alpha=choice(1,2,16)", "hydra.sweeper.direction=maximize"])
+@pytest.mark.parametrize(
+    "change", ["lora.alpha=choice(1,2,16)", "hydra.sweeper.direction=maximize"]
+)
 def test_what_no_study_can_take_is_refused_even_when_told_to(
     change: str, copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -355,9 +410,16 @@ def test_what_no_study_can_take_is_refused_even_when_told_to(
 
 
 @pytest.mark.slow
-def test_several_objectives_have_a_front_and_no_pruning(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    both = ("objective=[eval/loss,adapter/parameters]", "hydra.sweeper.direction=[minimize,minimize]")
-    ended = station.run(*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=4", *both, cwd=tmp_path)
+def test_several_objectives_have_a_front_and_no_pruning(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    both = (
+        "objective=[eval/loss,adapter/parameters]",
+        "hydra.sweeper.direction=[minimize,minimize]",
+    )
+    ended = station.run(
+        *study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=4", *both, cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     assert "no pruning: trials with several objectives" in ended.stderr
     assert "(on the Pareto front)" in ended.stderr
@@ -377,7 +439,9 @@ def command(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) -> None
     main()
 
 
-def test_list_and_show(done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_and_show(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = done.folder.parents[2]
     command(monkeypatch, place, "list")
     best = min(trial.value for trial in done.trials if trial.value is not None)
@@ -401,7 +465,9 @@ def test_help_names_the_command_that_was_typed(
         with pytest.raises(SystemExit) as ended:
             command(monkeypatch, tmp_path, *words, "--help")
         assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(f"usage: {' '.join(('python -m sweeps', *words))} [-h]")
+        assert capsys.readouterr().out.startswith(
+            f"usage: {' '.join(('python -m sweeps', *words))} [-h]"
+        )
 
 
 @pytest.mark.slow
@@ -453,4 +519,6 @@ def test_best_of_a_study_without_a_complete_trial_is_refused(
     (folder / "study.json").write_text(json.dumps({"name": "empty", "storage": None}))
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path, "best", "empty")
-    assert capsys.readouterr().err == "error: empty: no trial is complete yet, so there is no best\n"
+    assert (
+        capsys.readouterr().err == "error: empty: no trial is complete yet, so there is no best\n"
+    )

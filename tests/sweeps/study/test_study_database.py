@@ -1,4 +1,5 @@
-"""Studies on a real PostgreSQL server, which several machines share: here two folders, each with its own trials."""
+"""Studies on a real PostgreSQL server, which several machines share: here two folders, each with
+its own trials."""
 
 import contextlib
 import json
@@ -31,7 +32,10 @@ pytestmark = pytest.mark.fault
 
 def postgres_command(name: str) -> str:
     """One of PostgreSQL's programs."""
-    found = [shutil.which(name), *map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}")))]
+    found = [
+        shutil.which(name),
+        *map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))),
+    ]
     paths = [path for path in found if path]
     if not paths:
         pytest.fail("these tests need PostgreSQL's server: apt-get install postgresql")
@@ -39,7 +43,8 @@ def postgres_command(name: str) -> str:
 
 
 class Server:
-    """A PostgreSQL server of the tests' own; it refuses to run as root, so then it runs as its own user."""
+    """A PostgreSQL server of the tests' own; it refuses to run as root, so then it runs as its own
+    user."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -130,12 +135,20 @@ def kill_in_its_first_trial(machine: Path, name: str, running: Forked) -> None:
 
 
 def test_two_machines_share_a_study(
-    database: str, station: Station, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: str,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = [tmp_path / "one", tmp_path / "two"]
     more = ("hydra.sweeper.n_trials=9", "trainer.max_steps=12", "hydra/sweeper/pruner=median")
     started = [
-        station.start(*command(tiny_base, "shared", *more), cwd=machine, before=with_address(database) + SLOW_STEPS)
+        station.start(
+            *command(tiny_base, "shared", *more),
+            cwd=machine,
+            before=with_address(database) + SLOW_STEPS,
+        )
         for machine in machines
     ]
     ended = [running.wait() for running in started]
@@ -153,18 +166,32 @@ def test_two_machines_share_a_study(
     (home,) = [machine for machine, own in zip(machines, (one, two), strict=True) if winner in own]
     other = next(machine for machine in machines if machine != home)
     assert (home / "outputs/sweeps/shared/best/adapter").is_dir()
-    again = station.start("best", "shared", cwd=other, module="sweeps", before=with_address(database)).wait()
-    assert f"trial {winner} wins; run `python -m sweeps best` on the machine that has its folder" in again.stderr
+    again = station.start(
+        "best", "shared", cwd=other, module="sweeps", before=with_address(database)
+    ).wait()
+    assert (
+        f"trial {winner} wins; run `python -m sweeps best` on the machine that has its folder"
+        in again.stderr
+    )
     for machine in machines:
         text = "".join(path.read_text() for path in machine.rglob("*.json"))
         assert "127.0.0.1" not in text
 
 
 def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
-    database: str, station: Station, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: str,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost, other = tmp_path / "lost", tmp_path / "other"
-    more = ("hydra.sweeper.n_trials=4", "trainer.max_steps=60", "trainer.save_steps=1", "hydra/sweeper/pruner=none")
+    more = (
+        "hydra.sweeper.n_trials=4",
+        "trainer.max_steps=60",
+        "trainer.save_steps=1",
+        "hydra/sweeper/pruner=none",
+    )
     arguments = command(tiny_base, "lost", *more)
     running = station.start(*arguments, cwd=lost, before=with_address(database) + SLOW_STEPS)
     kill_in_its_first_trial(lost, "lost", running)
@@ -172,7 +199,9 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
     ended = station.run(*arguments, cwd=other, before=with_address(database))
     assert ended.returncode == 0, ended.stderr
     study = study_of(other, "lost", monkeypatch, database)
-    assert [trial.number for trial in study.trials(TrialState.RUNNING)] == [0], "another machine's trial was taken"
+    assert [trial.number for trial in study.trials(TrialState.RUNNING)] == [0], (
+        "another machine's trial was taken"
+    )
     assert numbers_in(other, "lost") == {1, 2, 3}
 
     ended = station.run(*arguments, cwd=lost, before=with_address(database))
@@ -181,9 +210,20 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
     assert len(study_of(lost, "lost", monkeypatch, database).trials(*FINISHED)) == 4
 
 
-def test_a_killed_study_on_sqlite_goes_on(station: Station, tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=3", "trainer.max_steps=40", "trainer.save_steps=1", "hydra/sweeper/pruner=none")
-    arguments = [*study_overrides(tiny_base, "s"), "hydra.sweeper.storage=sqlite:///trials.db", *more]
+def test_a_killed_study_on_sqlite_goes_on(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        "hydra.sweeper.n_trials=3",
+        "trainer.max_steps=40",
+        "trainer.save_steps=1",
+        "hydra/sweeper/pruner=none",
+    )
+    arguments = [
+        *study_overrides(tiny_base, "s"),
+        "hydra.sweeper.storage=sqlite:///trials.db",
+        *more,
+    ]
     running = station.start(*arguments, cwd=tmp_path, before=SLOW_STEPS)
     kill_in_its_first_trial(tmp_path, "s", running)
 
@@ -191,15 +231,27 @@ def test_a_killed_study_on_sqlite_goes_on(station: Station, tiny_base: Path, tmp
 
     assert ended.returncode == 0, ended.stderr
     assert "resuming after step" in (tmp_path / "outputs/sweeps/s/trials/0/train.log").read_text()
-    results = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/sweeps/s/trials/*/result.json")]
+    results = [
+        json.loads(path.read_text())
+        for path in tmp_path.glob("outputs/sweeps/s/trials/*/result.json")
+    ]
     assert [result["status"] for result in results] == ["completed"] * 3
 
 
-SIX_TRIALS = ("hydra.sweeper.n_trials=6", "trainer.max_steps=8", "trainer.save_steps=2", "hydra/sweeper/pruner=none")
+SIX_TRIALS = (
+    "hydra.sweeper.n_trials=6",
+    "trainer.max_steps=8",
+    "trainer.save_steps=2",
+    "hydra/sweeper/pruner=none",
+)
 
 
 def test_a_study_outlives_lost_connections_and_a_restart_of_its_server(
-    server: Server, station: Station, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = [tmp_path / "one", tmp_path / "two"]
     arguments = command(tiny_base, "cut", *SIX_TRIALS, "hydra.sweeper.slots=2")
@@ -222,7 +274,9 @@ def test_a_study_outlives_lost_connections_and_a_restart_of_its_server(
 
     assert [run.returncode for run in ended] == [0, 0], "\n".join(run.stderr for run in ended)
     study = study_of(machines[0], "cut", monkeypatch, server.address)
-    assert [(trial.number, trial.state) for trial in study.trials()] == [(n, TrialState.COMPLETE) for n in range(6)]
+    assert [(trial.number, trial.state) for trial in study.trials()] == [
+        (n, TrialState.COMPLETE) for n in range(6)
+    ]
     one, two = (numbers_in(machine, "cut") for machine in machines)
     assert one | two == set(range(6))
     assert not one & two
@@ -231,16 +285,29 @@ def test_a_study_outlives_lost_connections_and_a_restart_of_its_server(
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
-    slots: int, server: Server, station: Station, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slots: int,
+    server: Server,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = f"away{slots}"
-    sizes = ("hydra.sweeper.n_trials=3", "trainer.max_steps=40", "trainer.save_steps=1", "hydra/sweeper/pruner=none")
+    sizes = (
+        "hydra.sweeper.n_trials=3",
+        "trainer.max_steps=40",
+        "trainer.save_steps=1",
+        "hydra/sweeper/pruner=none",
+    )
     arguments = command(tiny_base, name, *sizes, f"hydra.sweeper.slots={slots}")
     impatient = "import sweeps.study.database; sweeps.study.database.PATIENCE = 2.0"
     before = f"{with_address(server.address)}\n{impatient}\n{SLOW_STEPS}"
     running = station.start(*arguments, cwd=tmp_path, before=before)
     folder = tmp_path / "outputs/sweeps" / name
-    wait_until(lambda: any(folder.glob(f"trials/{slots - 1}/checkpoints/checkpoint-*/progress.json")), running)
+    wait_until(
+        lambda: any(folder.glob(f"trials/{slots - 1}/checkpoints/checkpoint-*/progress.json")),
+        running,
+    )
     server.stop()
     try:
         ended = running.wait()
@@ -264,7 +331,8 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
 
 @pytest.fixture
 def losing_answers(server: Server, tmp_path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """A storage, and what makes the answer to its next commit get lost: the commit happens, the connection ends."""
+    """A storage, and what makes the answer to its next commit get lost: the commit happens, the
+    connection ends."""
     storage: Any = open_storage(server.address, tmp_path)
     engine = storage._backend.engine
     armed: list[bool] = []
@@ -274,7 +342,9 @@ def losing_answers(server: Server, tmp_path: Path) -> Iterator[tuple[Any, Callab
             armed.clear()
             driver = connection.connection.driver_connection
             driver.commit()
-            driver.cursor().execute("select 1")  # a transaction, so that SQLAlchemy's own commit asks the server
+            driver.cursor().execute(
+                "select 1"
+            )  # a transaction, so that SQLAlchemy's own commit asks the server
             server.cut_connections()
 
     event.listen(engine, "commit", commit)
@@ -297,7 +367,9 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
 
     lose_next()
     assert storage.set_trial_state_values(trial, TrialState.RUNNING) is True
-    assert storage.set_trial_state_values(trial, TrialState.RUNNING) is False, "another worker's call"
+    assert storage.set_trial_state_values(trial, TrialState.RUNNING) is False, (
+        "another worker's call"
+    )
     lose_next()
     storage.set_trial_param(trial, "x", 0.5, optuna.distributions.FloatDistribution(0, 1))
     lose_next()
@@ -314,7 +386,9 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
     assert (known.intermediate_values, known.user_attrs) == ({1: 2.5}, {"steps": 3})
 
 
-def test_after_a_loss_calls_are_tried_once_until_one_succeeds(server: Server, tmp_path: Path) -> None:
+def test_after_a_loss_calls_are_tried_once_until_one_succeeds(
+    server: Server, tmp_path: Path
+) -> None:
     storage = open_storage(server.address, tmp_path, patience=1.0)
     storage.get_all_studies()
     server.stop()
@@ -332,7 +406,9 @@ def test_after_a_loss_calls_are_tried_once_until_one_succeeds(server: Server, tm
     storage.get_all_studies()
 
 
-def test_an_address_without_a_driver_is_opened_by_the_one_that_is_installed(server: Server, tmp_path: Path) -> None:
+def test_an_address_without_a_driver_is_opened_by_the_one_that_is_installed(
+    server: Server, tmp_path: Path
+) -> None:
     storage: Any = open_storage(server.address.replace("+psycopg2", ""), tmp_path)
 
     assert storage.get_all_studies() is not None

@@ -23,15 +23,25 @@ from sweeps.study.study import FINISHED
 def test_any_number_of_workers_give_exactly_the_trials(
     workers: int, slots: int, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("hydra.sweeper.n_trials=9", f"hydra.sweeper.n_jobs={workers}", f"hydra.sweeper.slots={slots}")
+    more = (
+        "hydra.sweeper.n_trials=9",
+        f"hydra.sweeper.n_jobs={workers}",
+        f"hydra.sweeper.slots={slots}",
+    )
     ended = run_cli(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert ended.returncode == 0, ended.stderr
 
-    assert [trial.number for trial in trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)] == list(range(9))
+    assert [
+        trial.number for trial in trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)
+    ] == list(range(9))
     assert all(trial.user_attrs["starts"] == [0] for trial in trials_of(tmp_path))
     require_params_agree(tmp_path)
     journal = map(json.loads, (folder_of(tmp_path) / "study.journal").read_text().splitlines())
-    took = [line["trial_id"] for line in journal if line["op_code"] == 6 and line["state"] == TrialState.RUNNING]
+    took = [
+        line["trial_id"]
+        for line in journal
+        if line["op_code"] == 6 and line["state"] == TrialState.RUNNING
+    ]
     assert sorted(took) == list(range(9))
 
 
@@ -43,14 +53,24 @@ def workers_of(process: subprocess.Popen[str], place: Path) -> list[int]:
             opened = [os.readlink(link) for link in (folder / "fd").iterdir()]
         except OSError:
             continue
-        if any(path.startswith(str(folder_of(place) / "trials")) and path.endswith(".lock") for path in opened):
+        if any(
+            path.startswith(str(folder_of(place) / "trials")) and path.endswith(".lock")
+            for path in opened
+        ):
             found.append(int(folder.name))
     return [pid for pid in found if pid != process.pid]
 
 
 @pytest.mark.fault
-def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(tiny_base: Path, tmp_path: Path) -> None:
-    more = ("hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", "trainer.max_steps=12", "trainer.save_steps=4")
+def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (
+        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.n_jobs=2",
+        "trainer.max_steps=12",
+        "trainer.save_steps=4",
+    )
     process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
     wait_until(lambda: len(workers_of(process, tmp_path)) == 2, process)
     wait_until(lambda: any(folder_of(tmp_path).glob("trials/*/checkpoints/checkpoint-*")), process)
@@ -75,7 +95,12 @@ def start_slowly(study: list[str], cwd: Path) -> subprocess.Popen[str]:
 
 def with_two_workers(tiny_base: Path, cwd: Path) -> tuple[list[str], subprocess.Popen[str]]:
     """A study whose two workers train trials of many steps without a checkpoint."""
-    more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "trainer.max_steps=100", "trainer.save_steps=0")
+    more = (
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=2",
+        "trainer.max_steps=100",
+        "trainer.save_steps=0",
+    )
     study = [*study_overrides(tiny_base, "s"), *more, "hydra/sweeper/pruner=none"]
     process = start_slowly(study, cwd)
     metrics = [folder_of(cwd) / "trials" / str(trial) / "metrics.jsonl" for trial in range(2)]
@@ -97,12 +122,16 @@ def require_clean_end(cwd: Path, study: list[str], station: Station) -> None:
     ended = station.run(*study, "hydra.sweeper.n_jobs=1", cwd=cwd)
     assert ended.returncode == 0, ended.stderr
     for trial, step in enumerate(steps):
-        assert f"resuming after step {step}" in read(folder_of(cwd) / "trials" / str(trial) / "train.log")
+        assert f"resuming after step {step}" in read(
+            folder_of(cwd) / "trials" / str(trial) / "train.log"
+        )
     assert len(trials_of(cwd, TrialState.COMPLETE)) == 3
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("everyone", [False, True], ids=["the command alone", "as a terminal sends it"])
+@pytest.mark.parametrize(
+    "everyone", [False, True], ids=["the command alone", "as a terminal sends it"]
+)
 def test_workers_end_cleanly_when_the_study_is_interrupted(
     everyone: bool, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +140,10 @@ def test_workers_end_cleanly_when_the_study_is_interrupted(
     _, said = process.communicate(timeout=120)
 
     assert process.returncode == 1
-    assert "error: interrupted; the same command with hydra.sweeper.study_name=s goes on" in said.splitlines()
+    assert (
+        "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
+        in said.splitlines()
+    )
     assert "Traceback" not in said
     require_clean_end(tmp_path, study, station)
 
@@ -125,7 +157,9 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.fault
-def test_workers_end_cleanly_when_their_sweeper_is_killed(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_workers_end_cleanly_when_their_sweeper_is_killed(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     study, process = with_two_workers(tiny_base, tmp_path)
     workers = workers_of(process, tmp_path)
     process.kill()

@@ -28,8 +28,12 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     every = [loss(seed, draw) for seed in range(3) for draw in (1, 2, 3)]
     assert len(set(every)) == 9
     assert [loss(seed, draw) for seed in range(3) for draw in (1, 2, 3)] == every
-    packed = bank.forward_backward([ForwardBackward(slot, rows, 1.0, 2) for slot in reversed(slots)])
-    assert [learnt.loss for learnt in packed] == pytest.approx([loss(seed, 2) for seed in (2, 1, 0)], rel=1e-5)
+    packed = bank.forward_backward(
+        [ForwardBackward(slot, rows, 1.0, 2) for slot in reversed(slots)]
+    )
+    assert [learnt.loss for learnt in packed] == pytest.approx(
+        [loss(seed, 2) for seed in (2, 1, 0)], rel=1e-5
+    )
 
 
 def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
@@ -45,7 +49,9 @@ def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
     found = {}
     for dropout in (0.0, 0.25, 0.5):
         stretch = SlotTokens(3, dropout, adapter, 0, 4000, 1)
-        added = lora_linear(x, torch.zeros((), requires_grad=True), None, layer, [stretch]) - layer(x)
+        added = lora_linear(x, torch.zeros((), requires_grad=True), None, layer, [stretch]) - layer(
+            x
+        )
         found[dropout] = added[0].detach()
     assert torch.allclose(found[0.0], 0.5 * x[0] @ a.t() @ b.t(), rtol=1e-4)
     for dropout in (0.25, 0.5):

@@ -1,4 +1,5 @@
-"""The packed engine: equal to TRL and to itself alone, blind to a sick neighbour; adapters, gradients, resume."""
+"""The packed engine: equal to TRL and to itself alone, blind to a sick neighbour; adapters,
+gradients, resume."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,12 @@ from finetune.run.run import run, run_steps
 
 Tiny = Callable[..., RunConfig]
 
-ONE_EPOCH = ("trainer.max_steps=50", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[]")
+ONE_EPOCH = (
+    "trainer.max_steps=50",
+    "trainer.eval_steps=0",
+    "trainer.save_steps=0",
+    "sample_prompts=[]",
+)
 
 
 def adapter(folder: Path) -> Any:
@@ -33,8 +39,17 @@ def adapter(folder: Path) -> Any:
     [
         (),
         ("quantization=none", "trainer.group_by_length=true", "optimizer.weight_decay=0.1"),
-        ("trainer.gradient_accumulation_steps=3", "trainer.per_device_train_batch_size=2", "lora.use_rslora=true"),
-        ("quantization=fp4", "lora/target=q_v", "optimizer.lr_scheduler_type=linear", "optimizer.max_grad_norm=0"),
+        (
+            "trainer.gradient_accumulation_steps=3",
+            "trainer.per_device_train_batch_size=2",
+            "lora.use_rslora=true",
+        ),
+        (
+            "quantization=fp4",
+            "lora/target=q_v",
+            "optimizer.lr_scheduler_type=linear",
+            "optimizer.max_grad_norm=0",
+        ),
     ],
     ids=lambda overrides: ",".join(overrides) or "default",
 )
@@ -55,12 +70,27 @@ def test_equals_trl(tiny: Tiny, tmp_path: Path, overrides: tuple[str, ...]) -> N
 EIGHT = [
     ("lora.r=4", "optimizer.learning_rate=1e-3", "lora.dropout=0.1"),
     ("lora.r=64", "lora.alpha=8", "lora.dropout=0.05", "seed=1"),
-    ("trainer.per_device_train_batch_size=2", "lora.dropout=0.3", "optimizer.lr_scheduler_type=linear"),
+    (
+        "trainer.per_device_train_batch_size=2",
+        "lora.dropout=0.3",
+        "optimizer.lr_scheduler_type=linear",
+    ),
     ("trainer.max_steps=30", "lora/target=q_v", "lora.dropout=0.1", "seed=2"),
     ("trainer.gradient_accumulation_steps=2", "lora.use_rslora=true", "lora.dropout=0.2"),
-    ("optimizer.learning_rate=1e-4", "lora.target_modules=[down_proj]", "lora.dropout=0.1", "trainer.max_steps=41"),
+    (
+        "optimizer.learning_rate=1e-4",
+        "lora.target_modules=[down_proj]",
+        "lora.dropout=0.1",
+        "trainer.max_steps=41",
+    ),
     ("trainer.group_by_length=true", "lora.dropout=0.15", "seed=3", "optimizer.weight_decay=0.1"),
-    ("trainer.per_device_train_batch_size=6", "lora.r=1", "lora.alpha=4", "lora.dropout=0.01", "seed=4"),
+    (
+        "trainer.per_device_train_batch_size=6",
+        "lora.r=1",
+        "lora.alpha=4",
+        "lora.dropout=0.01",
+        "seed=4",
+    ),
 ]
 
 
@@ -74,15 +104,23 @@ def eight_alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return [folder / str(number) for number in range(len(EIGHT))]
 
 
-@pytest.mark.parametrize("slots", [*(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 3)), 8])
-def test_equals_itself_alone(tiny: Tiny, eight_alone: list[Path], tmp_path: Path, slots: int) -> None:
+@pytest.mark.parametrize(
+    "slots", [*(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 3)), 8]
+)
+def test_equals_itself_alone(
+    tiny: Tiny, eight_alone: list[Path], tmp_path: Path, slots: int
+) -> None:
     """With 2 and 3 slots trials join late and leave early."""
     configs = [tiny(*ONE_EPOCH, *overrides) for overrides in EIGHT]
     packed = train_in_slots(configs, tmp_path, slots)
-    for number, (config, lonely, place) in enumerate(zip(configs, eight_alone, packed, strict=True)):
+    for number, (config, lonely, place) in enumerate(
+        zip(configs, eight_alone, packed, strict=True)
+    ):
         assert losses(place) == pytest.approx(losses(lonely), rel=1e-5), EIGHT[number]
         there, here = final(lonely), final(place)
-        assert here["metrics"]["eval/loss"] == pytest.approx(there["metrics"]["eval/loss"], rel=1e-4)
+        assert here["metrics"]["eval/loss"] == pytest.approx(
+            there["metrics"]["eval/loss"], rel=1e-4
+        )
         assert len(losses(place)) == config.trainer.max_steps
         assert (here["engine"], here["slots"], there["slots"]) == ("packed", slots, 1)
         assert here["companions"]
@@ -91,11 +129,19 @@ def test_equals_itself_alone(tiny: Tiny, eight_alone: list[Path], tmp_path: Path
 
 def test_a_sick_neighbour_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """To the last bit while it stays in the pack: its loss is no number there as well."""
-    healthy = [tiny(*ONE_EPOCH, "seed=1", "lora.dropout=0.1"), tiny(*ONE_EPOCH, "lora.r=4", "seed=2")]
+    healthy = [
+        tiny(*ONE_EPOCH, "seed=1", "lora.dropout=0.1"),
+        tiny(*ONE_EPOCH, "lora.r=4", "seed=2"),
+    ]
     rates = ("1e-4", "1e30")
     found = []
     for rate in rates:
-        sick = tiny(*ONE_EPOCH, f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=0", "trainer.max_steps=20")
+        sick = tiny(
+            *ONE_EPOCH,
+            f"optimizer.learning_rate={rate}",
+            "optimizer.max_grad_norm=0",
+            "trainer.max_steps=20",
+        )
         places = [tmp_path / rate / str(number) for number in range(3)]
         found.append(together_step_by_step([healthy[0], sick, healthy[1]], places))
     well, ill = found
@@ -112,7 +158,9 @@ def together_step_by_step(configs: list[RunConfig], places: list[Path]) -> list[
     rows = resources.rows(configs[0].dataset).train
     slots = [resources.bank(config).create_slot(config.lora, config.seed) for config in configs]
     trainings = [
-        PackedTraining(config, slot, resources.tokens("train", rows, config), config.trainer.max_steps)
+        PackedTraining(
+            config, slot, resources.tokens("train", rows, config), config.trainer.max_steps
+        )
         for config, slot in zip(configs, slots, strict=True)
     ]
     bank = slots[0].bank
@@ -123,7 +171,9 @@ def together_step_by_step(configs: list[RunConfig], places: list[Path]) -> list[
     ]
     requests = [next(work) for work in works]
     for _ in range(19):
-        requests = [work.send(answer) for work, answer in zip(works, bank.execute(requests), strict=True)]
+        requests = [
+            work.send(answer) for work, answer in zip(works, bank.execute(requests), strict=True)
+        ]
     return [recorder.losses for recorder in recorders]
 
 
@@ -156,7 +206,9 @@ def test_a_diverged_trial_fails_alone(tiny: Tiny, tmp_path: Path) -> None:
 
     def guarded(config: RunConfig, place: Path) -> Any:
         try:
-            yield from run_steps(config, RunFolder(place), RunContext(resources=resources, interactive=False))
+            yield from run_steps(
+                config, RunFolder(place), RunContext(resources=resources, interactive=False)
+            )
         except Diverged as error:
             ended.append(str(error))
 
@@ -174,7 +226,9 @@ def test_a_diverged_trial_fails_alone(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_saved_adapters_are_plain_pefts_at_their_true_rank(tiny: Tiny, tmp_path: Path, quantization: str) -> None:
+def test_saved_adapters_are_plain_pefts_at_their_true_rank(
+    tiny: Tiny, tmp_path: Path, quantization: str
+) -> None:
     import torch
     from peft import PeftModel
 
@@ -183,7 +237,12 @@ def test_saved_adapters_are_plain_pefts_at_their_true_rank(tiny: Tiny, tmp_path:
 
     ranks = (4, 16, 3)
     configs = [
-        tiny(f"quantization={quantization}", "trainer.max_steps=6", f"lora.r={rank}", "lora.dropout=0.1")
+        tiny(
+            f"quantization={quantization}",
+            "trainer.max_steps=6",
+            f"lora.r={rank}",
+            "lora.dropout=0.1",
+        )
         for rank in ranks
     ]
     places = train_in_slots(configs, tmp_path, 3)
@@ -205,7 +264,8 @@ def test_saved_adapters_are_plain_pefts_at_their_true_rank(tiny: Tiny, tmp_path:
 
 
 def test_gradients_are_autograds(tiny: Tiny) -> None:
-    """The packed linear layer in float64: of its input by gradcheck, of the adapters against plain autograd."""
+    """The packed linear layer in float64: of its input by gradcheck, of the adapters against plain
+    autograd."""
     import torch
 
     from finetune.engine.packed.lora_linear import Adapter, SlotTokens, lora_linear
@@ -216,7 +276,8 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     anchor = torch.zeros((), requires_grad=True)
 
     weights = [
-        (torch.randn(rank, 6, dtype=torch.float64), torch.randn(5, rank, dtype=torch.float64)) for rank in (2, 3)
+        (torch.randn(rank, 6, dtype=torch.float64), torch.randn(5, rank, dtype=torch.float64))
+        for rank in (2, 3)
     ]
     gradients = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in weights]
     stretches = [

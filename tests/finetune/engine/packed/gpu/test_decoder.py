@@ -21,7 +21,8 @@ ARCHITECTURES = {
 
 
 def load_bank(config: RunConfig, saves: bool | None) -> Any:
-    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with autograd."""
+    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with
+    autograd."""
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.model.loading import load_base
@@ -40,7 +41,10 @@ def load_bank(config: RunConfig, saves: bool | None) -> Any:
     [
         ("llama", True),
         pytest.param("llama", False, marks=pytest.mark.slow),
-        *(pytest.param(other, other == "qwen3", marks=pytest.mark.slow) for other in list(ARCHITECTURES)[1:]),
+        *(
+            pytest.param(other, other == "qwen3", marks=pytest.mark.slow)
+            for other in list(ARCHITECTURES)[1:]
+        ),
     ],
 )
 def test_the_decoder_by_hand_is_each_architecture_with_autograd(
@@ -60,9 +64,20 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     shapes = AutoConfig.from_pretrained(folder).to_dict()
-    wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shapes = {name: shapes[name] for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")}
-    shapes["num_hidden_layers"] = 3  # with checkpointing the last is not computed again, and the first is the first
+    wanted = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    shapes = {
+        name: shapes[name]
+        for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")
+    }
+    shapes["num_hidden_layers"] = (
+        3  # with checkpointing the last is not computed again, and the first is the first
+    )
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(architecture, **shapes, **ARCHITECTURES[architecture])
@@ -73,7 +88,9 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     fresh.save_pretrained(folder)
     here = f"model.name_or_path={folder}"
     saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
-    configs = [tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)]
+    configs = [
+        tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)
+    ]
     found = []
     for by_hand in (False, True):
         bank = load_bank(configs[0], saves if by_hand else None)
@@ -90,8 +107,12 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
         learnt = bank.forward_backward(
             [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
         )
-        measured = bank.evaluate([Evaluate(slot, own) for slot, own in zip(slots, parts, strict=True)])
-        losses = [one.loss for one in learnt] + [loss for one in measured for loss in one.row_losses]
+        measured = bank.evaluate(
+            [Evaluate(slot, own) for slot, own in zip(slots, parts, strict=True)]
+        )
+        losses = [one.loss for one in learnt] + [
+            loss for one in measured for loss in one.row_losses
+        ]
         found.append((losses, [slot.gradient.clone() for slot in slots]))
     (losses, gradients), (others, expected) = found[1], found[0]
     assert losses == pytest.approx(others, rel=1e-5)

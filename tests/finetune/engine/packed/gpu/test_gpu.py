@@ -17,7 +17,12 @@ from finetune.run.run import run
 
 Tiny = Callable[..., RunConfig]
 pytestmark = pytest.mark.gpu
-STEPS = ("trainer.max_steps=30", "trainer.eval_steps=0", "trainer.save_steps=0", "sample_prompts=[]")
+STEPS = (
+    "trainer.max_steps=30",
+    "trainer.eval_steps=0",
+    "trainer.save_steps=0",
+    "sample_prompts=[]",
+)
 RATES = ("3e-5", "1e-3", "1e-2")
 
 
@@ -28,9 +33,16 @@ def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("wide") / "base"
-    shapes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16}
+    shapes = {
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+    }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=32000, dtype=torch.bfloat16, **shapes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32000, dtype=torch.bfloat16, **shapes)).save_pretrained(
+        folder
+    )
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
     return folder
 
@@ -38,7 +50,9 @@ def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def long_rows(tmp_path: Path) -> Path:
     """Rows of about 600 tokens."""
-    rows = [{"text": " ".join(f"word {number * row}" for number in range(120))} for row in range(40)]
+    rows = [
+        {"text": " ".join(f"word {number * row}" for number in range(120))} for row in range(40)
+    ]
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
@@ -47,15 +61,21 @@ def by(one: Any, other: Any) -> float:
     return max(abs(mine / theirs - 1) for mine, theirs in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("saves", "dtype"), [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")])
-def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, dtype: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("saves", "dtype"), [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")]
+)
+def test_the_decoder_by_hand_is_the_base_with_autograd(
+    tiny: Tiny, saves: str, dtype: str, monkeypatch: Any
+) -> None:
     import torch
 
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import ForwardBackward
 
     computed = f"quantization.bnb_4bit_compute_dtype={dtype}"
-    config = tiny("lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}", computed)
+    config = tiny(
+        "lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}", computed
+    )
     found = []
     for by_hand in (True, False):
         with monkeypatch.context() as patched:
@@ -81,7 +101,8 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(tiny: Tiny, saves: str, d
 
 
 def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
-    """It begins and ends runs: an adapter is fetched without waiting for the pass that others' batches take."""
+    """It begins and ends runs: an adapter is fetched without waiting for the pass that others'
+    batches take."""
     import torch
 
     from finetune.engine.packed.requests import ForwardBackward
@@ -107,7 +128,9 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     def meanwhile() -> None:
         busy.append(not torch.cuda.current_stream().query())
         with other.weights_on_cpu(mark):
-            busy.append(all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained))
+            busy.append(
+                all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained)
+            )
         busy.append(not torch.cuda.current_stream().query())
         time.sleep(1)
 
@@ -117,11 +140,16 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     assert all(weight.device.type == "cuda" for weight in trained)
 
 
-def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_shape(tiny: Tiny, tmp_path: Path) -> None:
-    """In bfloat16: a trial in a pack, alone, and alone with its batches cut in two; and the trials' order."""
+def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_shape(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """In bfloat16: a trial in a pack, alone, and alone with its batches cut in two; and the
+    trials' order."""
     configs = [tiny(*STEPS, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]
     halves = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2")
-    cut = [tiny(*STEPS, *halves, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]
+    cut = [
+        tiny(*STEPS, *halves, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES
+    ]
     packed = train_in_slots(configs, tmp_path / "packed", 3)
     alone = train_in_slots(configs, tmp_path / "alone", 1)
     other = train_in_slots(cut, tmp_path / "cut", 1)
@@ -140,7 +168,11 @@ def ranking(places: list[Path]) -> list[int]:
 @pytest.mark.parametrize("engine", ["trl", "packed"])
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8", "none"])
 def test_a_run_learns(tiny: Tiny, tmp_path: Path, engine: str, quantization: str) -> None:
-    chosen = (f"trainer.engine={engine}", f"quantization={quantization}", "optimizer.learning_rate=1e-2")
+    chosen = (
+        f"trainer.engine={engine}",
+        f"quantization={quantization}",
+        "optimizer.learning_rate=1e-2",
+    )
     run(tiny("trainer.max_steps=20", "sample_prompts=[Hello]", *chosen), tmp_path)
     result = final(tmp_path)
     assert result["status"] == "completed"
@@ -158,7 +190,12 @@ def test_both_engines_learn_alike(tiny: Tiny, tmp_path: Path) -> None:
 def test_the_published_recipe_trains(tiny_base: Path, tmp_path: Path) -> None:
     rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(48)]
     data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
-    recipe = ("experiment=llama2_guanaco", f"model.name_or_path={tiny_base}", f"dataset.path={data}", "tracker=none")
+    recipe = (
+        "experiment=llama2_guanaco",
+        f"model.name_or_path={tiny_base}",
+        f"dataset.path={data}",
+        "tracker=none",
+    )
     run(compose(*recipe), tmp_path / "run")
     assert final(tmp_path / "run")["status"] == "completed"
 
@@ -172,16 +209,26 @@ def little_memory() -> Iterator[Callable[[float], None]]:
 
     def limit(size: float) -> None:
         free_memory()
-        torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            size / torch.cuda.get_device_properties(0).total_memory
+        )
 
     yield limit
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
-    wide_base: Path, tiny_base: Path, long_rows: Path, tmp_path: Path, little_memory: Callable[[float], None]
+    wide_base: Path,
+    tiny_base: Path,
+    long_rows: Path,
+    tmp_path: Path,
+    little_memory: Callable[[float], None],
 ) -> None:
-    overrides = [*tiny_overrides(tiny_base), f"model.name_or_path={wide_base}", f"dataset.path={long_rows}"]
+    overrides = [
+        *tiny_overrides(tiny_base),
+        f"model.name_or_path={wide_base}",
+        f"dataset.path={long_rows}",
+    ]
     more = ["trainer.max_steps=3", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
     configs = [compose(*overrides, *more, f"seed={seed}") for seed in range(6)]
     resources = SharedResources()
@@ -203,7 +250,11 @@ def test_the_plan_is_the_measured_peak(
     from finetune.model.memory import free_memory
     from finetune.run.memory_plan import plan_memory
 
-    overrides = [*tiny_overrides(tiny_base), f"model.name_or_path={wide_base}", f"dataset.path={long_rows}"]
+    overrides = [
+        *tiny_overrides(tiny_base),
+        f"model.name_or_path={wide_base}",
+        f"dataset.path={long_rows}",
+    ]
     more = ["trainer.max_steps=6", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
     saving = f"trainer.gradient_checkpointing={saves}"
     configs = [compose(*overrides, *more, saving, f"seed={seed}") for seed in range(slots)]
@@ -219,7 +270,9 @@ def test_a_study_trains_in_slots(tiny_base: Path, tmp_path: Path) -> None:
     more = ("trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]", "hydra.sweep.dir=s")
     done = run_cli(*study, *tiny_overrides(tiny_base), *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    results = [json.loads(file.read_text()) for file in (tmp_path / "s" / "trials").glob("*/result.json")]
+    results = [
+        json.loads(file.read_text()) for file in (tmp_path / "s" / "trials").glob("*/result.json")
+    ]
     assert len(results) == 6
     assert all(result["status"] in ("completed", "pruned") for result in results)
     assert {result["engine"] for result in results} == {"packed"}

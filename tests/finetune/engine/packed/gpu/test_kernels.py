@@ -67,7 +67,9 @@ def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
     slope = draw(1, heads, 6, width)
     (expected,) = torch.autograd.grad(y, x, slope)
     found, back = (
-        kernels.apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[None]
+        kernels.apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(
+            0, 1
+        )[None]
         for part, sign in ((x.detach(), 1.0), (slope, -1.0))
     )
     assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
@@ -83,21 +85,29 @@ def test_score_is_cross_entropy(kernels: Any) -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     for learns in (False, True):
-        losses, right, found = kernels.cross_entropy(taken := logits.detach().clone(), targets, learns)
+        losses, right, found = kernels.cross_entropy(
+            taken := logits.detach().clone(), targets, learns
+        )
         assert torch.allclose(losses, expected, rtol=1e-5)
         assert torch.equal(right, logits.argmax(-1) == targets)
         assert bool(right[5])
-        assert torch.allclose(found, slope, rtol=1e-4, atol=1e-7) if learns else torch.equal(taken, logits)
+        assert (
+            torch.allclose(found, slope, rtol=1e-4, atol=1e-7)
+            if learns
+            else torch.equal(taken, logits)
+        )
 
 
 WIDTHS = (200, 136)
 """Of the layers' input and outputs; neither is a multiple of a block."""
 PARTS = ((0, 21, (5, 3)), (21, 90, (0, 0)), (90, 100, (16, 0)), (100, 117, (130, 24)))
-"""Each slot's tokens, from and to, and its ranks in two layers with the same input; 0: no adapter there."""
+"""Each slot's tokens, from and to, and its ranks in two layers with the same input; 0: no adapter
+there."""
 
 
 class Case:
-    """Three layers with the same input and several slots, as the kernels see them and as PyTorch computes them.
+    """Three layers with the same input and several slots, as the kernels see them and as PyTorch
+    computes them.
 
     Nothing adapts the first.
     """
@@ -119,7 +129,9 @@ class Case:
             for layer, rank in enumerate(ranks):
                 if rank:
                     a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
-                    adapter = Adapter(7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b))
+                    adapter = Adapter(
+                        7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b)
+                    )
                     table[1 + layer] = torch.tensor(adapter.table_row())
                     self.adapters[layer].append(adapter)
                     stretch = SlotTokens(0, dropout, adapter, start, stop, None)
@@ -130,7 +142,12 @@ class Case:
 
     def gradients(self) -> list["torch.Tensor"]:
         """The adapters' own."""
-        return [part for layer in self.adapters for own in layer for part in (own.gradient_a, own.gradient_b)]
+        return [
+            part
+            for layer in self.adapters
+            for own in layer
+            for part in (own.gradient_a, own.gradient_b)
+        ]
 
     def by_kernels(self, x: "torch.Tensor", slopes: list["torch.Tensor"]) -> list["torch.Tensor"]:
         """What is added to both outputs and the input's gradient, and the adapters' gradients."""
@@ -164,7 +181,11 @@ class Case:
         anchor = torch.zeros((), requires_grad=True)
         outputs = [lora_linear(x, anchor, None, plain, stretches) for stretches in self.stretches]
         (into_x,) = torch.autograd.grad(outputs, x, self.slopes)
-        return [*(y.detach() for y in outputs), into_x, *(gradient.clone() for gradient in self.gradients())]
+        return [
+            *(y.detach() for y in outputs),
+            into_x,
+            *(gradient.clone() for gradient in self.gradients()),
+        ]
 
 
 def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
@@ -174,7 +195,8 @@ def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
 
 
 def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -> None:
-    """What an adapter adds is linear in its weights, so that <slope, output> is <weight, gradient> of A and of B."""
+    """What an adapter adds is linear in its weights, so that <slope, output> is <weight, gradient>
+    of A and of B."""
     import torch
 
     case = Case(kernels, 0.5)
@@ -190,12 +212,20 @@ def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -
             added = float((outputs[layer][own] * case.slopes[layer][own]).sum())
             together += added
             adapter = next(adapters[layer])
-            assert float((adapter.gradient_a * adapter.a).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
-            assert float((adapter.gradient_b * adapter.b).sum()) == pytest.approx(added, rel=1e-3, abs=0.1)
-        assert float((into_x[own] * case.x[own]).sum()) == pytest.approx(together, rel=1e-3, abs=0.1), ranks
+            assert float((adapter.gradient_a * adapter.a).sum()) == pytest.approx(
+                added, rel=1e-3, abs=0.1
+            )
+            assert float((adapter.gradient_b * adapter.b).sum()) == pytest.approx(
+                added, rel=1e-3, abs=0.1
+            )
+        assert float((into_x[own] * case.x[own]).sum()) == pytest.approx(
+            together, rel=1e-3, abs=0.1
+        ), ranks
 
 
-def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(kernels: Any) -> None:
+def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(
+    kernels: Any,
+) -> None:
     """Where A is ones and what comes back is one, the input's gradient shows the mask."""
     import torch
 
@@ -215,7 +245,9 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
         assert into_x.unique().tolist() == [0.0, 1.0]
         x = draw(tokens, width)
         y = lowrank.expand(lowrank.shrink(x, tables, 0, 1)[0], tables, 0, 8)
-        expected = (x * into_x).sum(1, keepdim=True) / 0.7  # what is kept stands for the rest as well
+        expected = (x * into_x).sum(
+            1, keepdim=True
+        ) / 0.7  # what is kept stands for the rest as well
         assert torch.allclose(y, expected.expand(-1, 8), rtol=1e-4, atol=1e-4)
         return into_x > 0
 
@@ -243,8 +275,15 @@ def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
     found = []
     for x, slopes in ((case.x, case.slopes), (sick_x, sick_slopes)):
         *parts, into_x = case.by_kernels(x, slopes)[:3]
-        own = [part for layer in case.adapters for one in layer[:-1] for part in (one.gradient_a, one.gradient_b)]
-        found.append([part[: PARTS[-1][0]] for part in (*parts, into_x)] + [part.clone() for part in own])
+        own = [
+            part
+            for layer in case.adapters
+            for one in layer[:-1]
+            for part in (one.gradient_a, one.gradient_b)
+        ]
+        found.append(
+            [part[: PARTS[-1][0]] for part in (*parts, into_x)] + [part.clone() for part in own]
+        )
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert not bool(parts[0][sick].isfinite().all())
@@ -258,7 +297,10 @@ def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
     from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
 
     torch.manual_seed(0)
-    rows = [{"input_ids": list(range(size)), "labels": [-100] * 3 + list(range(3, size))} for size in (20, 70, 9)]
+    rows = [
+        {"input_ids": list(range(size)), "labels": [-100] * 3 + list(range(3, size))}
+        for size in (20, 70, 9)
+    ]
     line = PackedBatch([[row] for row in rows], torch.device("cpu"))
     states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
     sick = line.spans[-1].start
@@ -276,8 +318,11 @@ def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)])
-def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int, window: int | None) -> None:
-    """Rows of one token, of more than a block, and rows that share a beginning; rotated before it or not."""
+def test_attention_is_the_cpus(
+    kernels: Any, heads: int, groups: int, width: int, window: int | None
+) -> None:
+    """Rows of one token, of more than a block, and rows that share a beginning; rotated before it
+    or not."""
     import torch
 
     from finetune.engine.packed.attention import PackedAttention
@@ -286,7 +331,9 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
 
     torch.manual_seed(0)
     ids = torch.randint(0, 99, (6, 150)).tolist()
-    plain = [{"input_ids": ids[0][:size], "labels": ids[0][:size]} for size in (2, 71, 65)]  # the last is not computed
+    plain = [
+        {"input_ids": ids[0][:size], "labels": ids[0][:size]} for size in (2, 71, 65)
+    ]  # the last is not computed
     sharing = [
         {"input_ids": ids[1][:66] + own[:size], "labels": [-100] * 67 + own[1:size]}
         for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
@@ -294,7 +341,9 @@ def test_attention_is_the_cpus(kernels: Any, heads: int, groups: int, width: int
     line = PackedBatch([plain, sharing], torch.device("cpu"))
     assert any(span.prefix_length for span in line.spans)
     tokens = line.input_ids.shape[1]
-    query, key, value = (draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups))
+    query, key, value = (
+        draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups)
+    )
     out = PackedAttention(line).attend(query, key, value, 0.2, window)
     slope = draw(tokens, heads, width)
     expected = torch.autograd.grad(out, (query, key, value), slope)
