@@ -142,3 +142,16 @@ def set_train_sampler(trainer: "Trainer", sampler: "Sampler[int]") -> None:
     Upstream: none.
     """
     trainer._get_train_sampler = lambda train_dataset=None: sampler
+
+
+def hub_network_error() -> type[Exception]:
+    """Return the base class of all network errors that huggingface_hub lets through.
+
+    Reason: it is the class of the hub's HTTP library, which is no dependency of this project and
+    has changed before (requests, httpx, httpx2). huggingface_hub 2.4, its `errors.HTTPError`,
+    which that module imports for its own classes. Upstream: none.
+    """
+    from huggingface_hub import errors
+
+    error: type[Exception] = vars(errors)["HTTPError"]
+    return error

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from finetune.compat import hub_network_error
 from finetune.errors import refusal
 
 log = logging.getLogger(__name__)
@@ -31,17 +32,16 @@ def ask_hub(
         ConfigError: The repository is gated or missing, its revision is missing, or neither the hub
             nor the cache has an answer.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]  # of its HTTP library
 
     reason = "HF_HUB_OFFLINE is set"
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if not is_offline_mode():
             return ask()
     except GatedRepoError:
         raise refusal(key, name, "is gated: accept its terms on the hub and set HF_TOKEN") from None
@@ -51,7 +51,7 @@ def ask_hub(
         raise refusal(
             key, name, "the hub has no such repository (a private one needs HF_TOKEN)"
         ) from None
-    except (NetworkError, OSError) as error:
+    except (hub_network_error(), OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     try:
         answer = in_cache()

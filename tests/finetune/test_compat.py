@@ -14,6 +14,7 @@ from finetune.compat import (
     bitsandbytes_has_native_library,
     compile_and_launch,
     datasets_offline,
+    hub_network_error,
     hydra_argument_parser,
     keep_4bit_layers_trainable,
     set_train_sampler,
@@ -186,3 +187,12 @@ def test_a_trainer_draws_rows_in_the_samplers_order(tmp_path: Path) -> None:
     batches = [batch["x"].tolist() for batch in trainer.get_train_dataloader()]
 
     assert batches == [[5, 1, 7], [0, 2, 6], [3, 4]]
+
+
+def test_hub_network_errors_are_of_one_class() -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session
+
+    assert issubclass(HfHubHTTPError, hub_network_error())
+    with pytest.raises(hub_network_error()):
+        get_session().get("http://127.0.0.1:9")  # nothing listens there
