@@ -1,5 +1,4 @@
-"""What tests share: a tiny random base with a real tokenizer, configs composed as Hydra does,
-whole commands."""
+"""Fixtures of all tests: a tiny random base with a real tokenizer, configs, commands."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -38,24 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What tests leave stays out of the user's folders; the packaged model, fetched once, is
-    looked for there."""
+    """Keep caches out of the user's folders; FINETUNE_CACHE may name one with the packaged model."""
     os.environ.setdefault("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    os.environ["WANDB_DATA_DIR"] = str(
-        tmp_path_factory.mktemp("wandb")
-    )  # copies of artifacts' files
+    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))  # copies of artifacts
 
 
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test is served tokens that another one, or older code, has left."""
+    """Give a test an empty cache, without tokens from other tests or older code."""
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with random weights, and a byte-level BPE tokenizer with a ChatML
-    template; pad is eos."""
+    template, whose padding token is its end token.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Bad input, tried on whole commands: what must be said, and what must not happen."""
+"""Run whole commands on bad input, and check their error line and what they leave."""
 
 import json
 import re
@@ -28,7 +28,7 @@ atexit.register(lambda: open(os.environ["TEST_OBSERVED"], "w").write(str("torch"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left."""
+    """The exit code, output and duration of a command."""
 
     code: int
     stdout: str
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one error line, which is the last."""
+        """The text of the error line, which must be the only one and the last line of stderr."""
         lines = self.stderr.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1, self.stderr
@@ -84,11 +84,11 @@ class Workplace:
         )
 
     def files(self) -> set[str]:
-        """Everything in the working directory but the folder `outputs` itself."""
+        """Return all paths in the working directory except the folder `outputs` itself."""
         return {str(path.relative_to(self.cwd)) for path in self.cwd.rglob("*")} - {"outputs"}
 
     def write(self, files: Mapping[str, str | bytes]) -> None:
-        """Make files; a name that ends in / is a folder."""
+        """Write files by name; a name that ends in / makes a folder."""
         for name, content in files.items():
             path = self.cwd / name
             if name.endswith("/"):
@@ -99,7 +99,7 @@ class Workplace:
 
 
 def matches(expected: str, line: str) -> bool:
-    """Whether a line is as expected, … standing for any text."""
+    """Whether a line equals the expected one, in which … stands for any text."""
     return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
 
 
@@ -137,6 +137,7 @@ def each(
 
 
 def lines(*rows: object) -> str:
+    """Return rows as the text of a JSON lines file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -147,7 +148,7 @@ ANY_FILE = (
 
 
 def assert_the_result_says(workplace: Workplace, error: str) -> None:
-    """The only run folder's `result.json` has the same error."""
+    """Check that `result.json` of the only run folder has the error."""
     (result,) = workplace.cwd.glob("outputs/runs/default/*/result.json")
     content = json.loads(result.read_text())
     assert (content["status"], content["error"]) == ("failed", error)

@@ -1,5 +1,4 @@
-"""Whole commands as a user runs them: new processes, or forked from one that has imported
-everything."""
+"""Run whole commands: in a new process, or forked from a process that has their modules."""
 
 import contextlib
 import json
@@ -18,7 +17,7 @@ import pytest
 def run_cli(
     *arguments: str, cwd: Path, module: str = "finetune", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command as a user runs it: a process of its own."""
+    """Run a command in a new process, as a user does."""
     env = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True
@@ -80,18 +79,18 @@ def slow_step(*arguments, **more):
     return step(*arguments, **more)
 Reporter.step = slow_step
 """
-"""A step takes long enough to be met in the middle of a run, also on a busy machine."""
+"""Makes each step take half a second, so that a test can act in the middle of a run on a busy machine too."""
 
 
 class Forked:
-    """A command that runs, in a process and a process group of its own."""
+    """A running command, in its own process group."""
 
     def __init__(self, station: "Station", pid: int, log: Path) -> None:
         self._station, self.pid, self._log = station, pid, log
         self._returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, as subprocess has it; None while it runs."""
+        """Return the exit code as subprocess does; None while the command runs."""
         if self._returncode is None:
             pid, status = self._station.ask({"poll": self.pid})
             if pid:
@@ -102,13 +101,13 @@ class Forked:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """The whole group, at once."""
+        """Kill the whole process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
 
     def wait(self, seconds: float = 240) -> subprocess.CompletedProcess[str]:
-        """Till its end, and what it has said."""
+        """Wait for the end of the command, and return its exit code and output."""
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
@@ -119,7 +118,7 @@ class Forked:
         return subprocess.CompletedProcess([], self.poll() or 0, out, self.said())
 
     def said(self) -> str:
-        """What it has written to stderr till now."""
+        """Return what the command has written to stderr so far."""
         return self._log.read_text() if self._log.exists() else ""
 
 
@@ -192,10 +191,10 @@ class Station:
 def wait_until(
     true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300
 ) -> None:
-    """The process must live till then."""
+    """Wait until a condition holds; fail if the process ends before."""
     end = time.monotonic() + seconds
     while not true():
         lives = process.poll() is None
         assert lives or true(), getattr(process, "said", lambda: "ended")()
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Configs composed as Hydra does, and the overrides of a run or a study of seconds."""
+"""Compose configs, and the overrides of a run or a study that takes seconds."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from finetune.config.schema import RunConfig
 
 
 def compose(*overrides: str) -> RunConfig:
-    """The checked config of a command line."""
+    """Compose and check the config of a command line."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -16,7 +16,7 @@ def compose(*overrides: str) -> RunConfig:
 
 
 def tiny_overrides(tiny_base: Path) -> list[str]:
-    """The command line of a run of seconds."""
+    """Return the overrides of a run that takes seconds."""
     return [
         f"model.name_or_path={tiny_base}",
         "tracker=none",
@@ -29,7 +29,7 @@ def tiny_overrides(tiny_base: Path) -> list[str]:
 
 
 def study_overrides(tiny_base: Path, name: str) -> list[str]:
-    """The command line of a study whose trials take about a second."""
+    """Return the arguments of a study whose trials take about a second."""
     return [
         "-m",
         "hydra/sweeper=optuna",

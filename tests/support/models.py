@@ -22,7 +22,7 @@ def with_tokenizer_of(base: Path, model: Any, folder: Path) -> Path:
 
 
 def wide_base(tiny_base: Path, folder: Path) -> Path:
-    """The tiny base, said to have the shapes of a large one: a plan believes its config."""
+    """Copy the tiny base with the shapes of a large model in its config, which a plan reads."""
     place = folder / "wide"
     place.mkdir()
     for file in tiny_base.iterdir():

@@ -1,4 +1,4 @@
-"""Runs: their files, and several in slots."""
+"""Read the files of runs, and train several runs in slots."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,19 +12,19 @@ from finetune.run.resources import SharedResources
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows as a JSON lines file."""
+    """Write rows as a JSON lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def losses(folder: Path) -> list[float]:
-    """Of each step of a run that logs every step."""
+    """Return the training loss of each step of a run that logs every step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/grad_norm" in row]
 
 
 def final(folder: Path) -> dict[str, Any]:
-    """A run's `result.json`."""
+    """Return the content of a run's `result.json`."""
     content: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return content
 

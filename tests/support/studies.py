@@ -1,4 +1,4 @@
-"""Studies whose trials are written down, not run."""
+"""Studies with made-up trials, and their settings."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from sweeps.study.study import Study
 
 
 def sweeper_config(*overrides: str) -> DictConfig:
-    """The composed config of a sweep, Hydra's part included."""
+    """Compose the config of a sweep, with the node `hydra`."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(CONF)):
@@ -36,7 +36,7 @@ def settings_of(*overrides: str) -> StudySettings:
 def made_study(
     folder: Path, trials: Sequence[Any], *objectives: str, direction: str = "minimize"
 ) -> Any:
-    """A study of trials that are written down, not run."""
+    """Write a study with the given trials, without running any."""
 
     from sweeps.study.storage import open_storage
 

@@ -10,10 +10,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.study.study import FINISHED, Study
 
 NO_END = ("trainer.max_steps=100000", "trainer.eval_steps=0", "trainer.save_steps=5")
-"""A trial that goes on until it is stopped."""
+"""Overrides of a trial that trains until it is stopped."""
 
 
 def folder_of(place: Path, name: str = "s") -> Path:
+    """Return the folder of a study that was started in a directory."""
     return place / "outputs" / "sweeps" / name
 
 
@@ -37,7 +38,7 @@ def written_at(path: Path) -> int:
 
 
 def require_params_agree(place: Path) -> None:
-    """Storage, overrides and config of each finished trial say the same."""
+    """Check that storage, overrides and config of each finished trial have the same parameters."""
     for trial in trials_of(place, *FINISHED):
         folder = folder_of(place) / "trials" / str(trial.number)
         if trial.state == TrialState.FAIL and not (folder / "run.json").exists():

@@ -1,4 +1,4 @@
-"""Reads the file of an offline W&B run."""
+"""Read the file of an offline W&B run."""
 
 import json
 import time
@@ -21,7 +21,7 @@ def _wandb_file(file: Path) -> Iterator[Any]:
             data[position + 6],
         )
         if position + 7 + length > len(data):
-            return  # it is being written
+            return  # W&B is still writing it
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last chunk of one
@@ -51,12 +51,12 @@ def wandb_files(folder: Path) -> list[list[Any]]:
 
 
 def wandb_items(items: Any) -> dict[str, Any]:
-    """What a record of a W&B file says, by name."""
+    """Return the items of a record by name."""
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
 def wandb_summary(records: list[Any]) -> dict[str, Any]:
-    """What the records of a W&B file say of a run in the end."""
+    """Return the final summary of a run."""
     summary: dict[str, Any] = {}
     for record in records:
         if record.HasField("summary"):
@@ -65,5 +65,5 @@ def wandb_summary(records: list[Any]) -> dict[str, Any]:
 
 
 def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
-    """The rows of metrics among the records of a W&B file."""
+    """Return the logged rows of metrics."""
     return [wandb_items(record.history.item) for record in records if record.HasField("history")]
