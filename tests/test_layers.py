@@ -42,7 +42,8 @@ LAYERS = (
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.data", "finetune.files", "finetune.console",
     "finetune.config", "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
-    "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.space", *LAYERS[5],
+    "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.space",
+    "sweeps.answer.report", *LAYERS[5],
 )  # fmt: skip
 """Modules, and packages with all their modules, that load no torch when they are imported."""
 

@@ -21,7 +21,7 @@ from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.compare import compare
-from sweeps.answer.confirm import read_confirmation
+from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER

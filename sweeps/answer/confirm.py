@@ -81,23 +81,6 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     return confirmation
 
 
-def read_confirmation(study: Study) -> dict[str, Any] | None:
-    """Read `confirm.json`.
-
-    Args:
-        study: the study.
-
-    Returns:
-        Its content; None if there is none, or if it is outdated because another trial is the best
-        by now.
-    """
-    confirmation: dict[str, Any] | None = read_json(study.folder / CONFIRMATION)
-    ranked = study.ranked()
-    if not confirmation or not ranked or ranked[0].number != confirmation["before"]:
-        return None
-    return confirmation
-
-
 def _candidates(study: Study, top: int) -> list[FrozenTrial]:
     """Select the best trials and the baseline."""
     if len(study.objectives) > 1:

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.atomic import read_json
 from sweeps.answer.advice import Analysis, analyze
-from sweeps.answer.confirm import read_confirmation
+from sweeps.answer.confirmation import read_confirmation
 from sweeps.study.study import Study
 
 ANSWER = "answer.json"

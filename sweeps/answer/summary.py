@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.answer.advice import Analysis
-from sweeps.answer.confirm import read_confirmation
+from sweeps.answer.confirmation import read_confirmation
 from sweeps.study.formatting import (
     commands,
     confirmation_lines,

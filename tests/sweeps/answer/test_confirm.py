@@ -29,7 +29,8 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
 from sweeps.answer.conclusion import conclude
-from sweeps.answer.confirm import confirm, read_confirmation
+from sweeps.answer.confirm import confirm
+from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.retrain import Repeat
 from sweeps.study.formatting import commands, confirmation_lines
 from sweeps.study.study import Study
