@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Each message is one line."""
+"""Errors that a user can act on. Each message is one line; `console.run_command` prints it."""
 
 import difflib
 from collections.abc import Iterable

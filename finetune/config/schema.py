@@ -87,13 +87,13 @@ class RunConfig(Section):
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)
-        self._check_held_out_rows()
+        self._require_held_out_rows()
         prompts = self.sample_prompts
         allowed = "must be texts that are not empty, or null"
         self.require("sample_prompts", prompts is None or all(prompts), allowed)
-        self._check_schedule()
-        self._check_initialization()
-        self._check_selection()
+        self._require_schedule_arguments()
+        self._require_unquantized_base()
+        self._require_one_eval_objective()
 
     def _check_sample_limits(self) -> None:
         limits = (self.sample_max_new_tokens, self.sample_max_length)
@@ -104,7 +104,7 @@ class RunConfig(Section):
             self.require(field, limit is None or limit >= 1, allowed)
         self.require("sample_max_new_tokens", limits != (None, None), "needs sample_max_length")
 
-    def _check_held_out_rows(self) -> None:
+    def _require_held_out_rows(self) -> None:
         if self.dataset.holds_out:
             return
         reason = "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"
@@ -112,19 +112,19 @@ class RunConfig(Section):
         stops_early = self.trainer.early_stopping_patience is not None
         self.trainer.require("early_stopping_patience", not stops_early, reason)
 
-    def _check_schedule(self) -> None:
+    def _require_schedule_arguments(self) -> None:
         needs_arguments = ("cosine_with_min_lr", "warmup_stable_decay")
         if self.optimizer.lr_scheduler_type in needs_arguments:
             has_arguments = "lr_scheduler_kwargs" in self.trainer.extra
             reason = "needs trainer.extra.lr_scheduler_kwargs"
             self.optimizer.require("lr_scheduler_type", has_arguments, reason)
 
-    def _check_initialization(self) -> None:
+    def _require_unquantized_base(self) -> None:
         impossible = self.quantization.is_quantized and self.lora.is_computed_from_base
         reason = "needs the base's own weights: quantization=none"
         self.lora.require("init_lora_weights", not impossible, reason)
 
-    def _check_selection(self) -> None:
+    def _require_one_eval_objective(self) -> None:
         if self.objective_at == "best" or self.trainer.early_stopping_patience:
             names = ", ".join(SELECTION_METRICS)
             reason = f"objective_at=best and early stopping need one of {names}"
@@ -142,7 +142,7 @@ class RunConfig(Section):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(values, dict)
-        _select_rate_of_base(values)
+        _pick_learning_rate(values)
         return cls.from_dict({str(key): value for key, value in values.items()})
 
     @classmethod
@@ -175,7 +175,7 @@ class RunConfig(Section):
 
     @property
     def objectives(self) -> list[str]:
-        """Names of the metrics that the run returns. Without held-out rows, none of evaluations."""
+        """Names of the metrics that the run returns; `eval/…` only if there are held-out rows."""
         names = [self.objective] if isinstance(self.objective, str) else self.objective
         return [name for name in names if self.dataset.holds_out or not name.startswith("eval/")]
 
@@ -189,7 +189,7 @@ def _absolute_path(path: str) -> str:
 
 
 def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace `dataset.limit=auto` by a number or null, which depends on `dataset.path`."""
+    """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
     dataset = values.get("dataset")
     if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
         return values
@@ -197,7 +197,7 @@ def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "dataset": {**dataset, "limit": limit}}
 
 
-def _select_rate_of_base(values: dict[Any, Any]) -> None:
+def _pick_learning_rate(values: dict[Any, Any]) -> None:
     """Replace a mapping in `model.learning_rate` by the rate of the run's base, or null.
 
     A model's YAML gives the rate of its own base, which must not apply to another `name_or_path`.

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.formats import FORMATS, detect_format
 from finetune.data.sources import open_files, open_source
-from finetune.data.splits import file_names, files_by_split, files_for_split
+from finetune.data.split_files import file_names, files_by_split, files_for_split
 from finetune.data.types import Row, Rows, fingerprint
 from finetune.errors import refusal
 

@@ -1,4 +1,7 @@
-"""The third stage of a run: final metrics, test rows, sample prompts, upload."""
+"""The third stage of a run: final metrics, test rows, sample prompts, upload.
+
+The test rows of a study's trials are evaluated at the study's end, in `final_evaluation`.
+"""
 
 import dataclasses
 import logging

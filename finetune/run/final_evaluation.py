@@ -1,7 +1,7 @@
 """The final evaluation of a finished run of a study: its test rows and its sample prompts.
 
 The trials of a study don't see the test rows while they train. When every choice is made, the study
-evaluates its winner and its baseline on them.
+evaluates its winner and its baseline on them. A run alone evaluates its test rows in `conclude`.
 """
 
 import contextlib

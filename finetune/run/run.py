@@ -36,7 +36,7 @@ def run(config: RunConfig, path: str | Path, context: RunContext | None = None) 
         context: The run's surroundings; None: it is alone on the terminal.
 
     Returns:
-        The objective; None without held-out rows.
+        The objective; None if it is an evaluation's and there are no held-out rows.
 
     Raises:
         ConfigError: The user can mend it.
@@ -48,9 +48,10 @@ def run(config: RunConfig, path: str | Path, context: RunContext | None = None) 
 def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunSteps[Objective]:
     """Do what `run` does, as a generator, so that many runs can train together in one process."""
     with folder.locked():
-        if folder.identity.exists():  # the identity has the learning rate as a number
+        # Compare the config before rows and base are read. The recorded one has its rate resolved.
+        if folder.identity.exists():
             config = resolve_learning_rate(config, context.resources)
-        require_same_run(folder, run_identity(config, None, None))
+        require_same_run(folder, run_identity(config, rows=None, base=None))
         metrics = _completed_metrics(folder)
         if metrics is not None:
             log.info("%s: this run is completed already", folder.path)

@@ -79,11 +79,11 @@ def train(
 
     Raises:
         Interrupted: The user interrupted the run; a checkpoint is written.
-        Diverged: A loss is not a number.
+        Diverged: A loss is NaN or infinite.
     """
     config = prepared.config
     checkpoint = folder.last_checkpoint()
-    folder.rewind(progress.step if checkpoint else -1)
+    folder.rewind(progress.step if checkpoint else -1)  # -1: the metrics of step 0 go too
     if context.interactive:
         sample_prompts(prepared, training, folder, context).before()
     total = prepared.total_steps
@@ -118,7 +118,7 @@ def train(
 def sample_prompts(
     prepared: Prepared, training: Training, folder: RunFolder, context: RunContext
 ) -> Samples:
-    """Return the sample prompts of a run, to be answered by its model as it is then."""
+    """Return what answers the sample prompts with the model's current weights."""
     return Samples(
         prepared.config, folder, prepared.rows, training.generation_model, context.resources
     )

@@ -83,7 +83,7 @@ class Multirun:
         """Choose the number of slots. Without a valid job, none is planned and no torch loaded."""
         if not valid:
             return
-        from sweeps.study.slots import choose_job_slots
+        from sweeps.study.slot_count import choose_job_slots
 
         count, self._checkpointed_bases = choose_job_slots(self._slots, valid)
         self._slot_count = min(count, jobs)

@@ -11,7 +11,7 @@ from sweeps.space.settings import StudySettings
 from sweeps.study.draft import check_space
 from sweeps.study.launching import worker_count
 from sweeps.study.session import Session
-from sweeps.study.slots import choose_slots, memory_rank
+from sweeps.study.slot_count import choose_slots, memory_rank
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice, Study
 from sweeps.study.terms import study_terms

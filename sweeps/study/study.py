@@ -140,11 +140,12 @@ class Study:
             raise ConfigError(f"{folder}: its storage knows no study {entry['name']}") from None
 
     def _ensure_uid(self) -> None:
+        """Give a new study its uid; refuse the folder of another study."""
         if "uid" in self.optuna.user_attrs:
             return
         if (self.folder / "trials").exists():
             reason = (
-                f"another study's trials are in {self.folder}, which this storage does not know"
+                f"another study's trials are in {self.folder}, and this storage has no such study"
             )
             raise refusal("hydra.sweeper.study_name", self.name, f"{reason}; give another name")
         self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
@@ -167,7 +168,7 @@ class Study:
             self.optuna.set_user_attr("terms", terms)
 
     def _clear_unfinished_runs(self) -> None:
-        """Make interrupted trials start anew: a checkpoint of another config can't be resumed."""
+        """Empty the folders of running trials without a worker: their config is another now."""
         for trial in self.trials(TrialState.RUNNING):
             folder = self.folder_of(trial.number)
             if not folder.path.exists():
@@ -315,5 +316,5 @@ class Study:
 
 
 def role(trial: FrozenTrial | optuna.Trial) -> str:
-    """Return why a trial has its point: baseline, start or grid; empty if the sampler chose it."""
+    """Return where a trial's values come from: baseline, start, grid; empty: the sampler."""
     return str(trial.user_attrs.get("role", ""))

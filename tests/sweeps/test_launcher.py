@@ -20,7 +20,7 @@ from finetune.files.run_folder import checkpoints_in
 from finetune.run.memory_plan import USABLE, plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources, base_key
 from finetune.run.run import run
-from sweeps.study.slots import choose_job_slots
+from sweeps.study.slot_count import choose_job_slots
 
 Tiny = Callable[..., RunConfig]
 

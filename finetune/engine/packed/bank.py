@@ -64,12 +64,12 @@ class Bank:
         self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
         gradient_checkpointing = config.trainer.gradient_checkpointing is True
-        # There in any case: text generation needs the base's own modules, with a cache of keys
-        # and values, which the GPU decoder does not have.
+        # Made even beside the GPU decoder, because text generation needs the base's own modules:
+        # the decoder has no cache of keys and values.
         self._autograd = AutogradBackend(base, gradient_checkpointing)
         self.backend: Backend = backend or gpu_decoder(base, config) or self._autograd
         self.slots_in_use = 0
-        """Slots in which runs train now."""
+        """Slots in which runs train now, counted by `SharedResources.slot`."""
         self.capacity: int | None = None
         """How many requests fit into memory at once; None: no limit has been met."""
         self._host_work: Callable[[], None] | None = None
@@ -247,13 +247,13 @@ class Bank:
             yield base
 
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
-        """The requests' slots, with the weights of the last update."""
+        """Refresh the rounded weights of the requests' slots; return the slots."""
         for request in requests:
             request.slot.round()
         return [request.slot for request in requests]
 
     def _fetch(self, figures: torch.Tensor) -> list[Any]:
-        """Copy a pass's figures to the host, which works until the GPU has computed them."""
+        """Copy a pass's figures to the host. On a GPU, `host_work` runs while they are computed."""
         if self.device.type == "cuda":
             self._run_host_work()
         values: list[Any] = figures.tolist()

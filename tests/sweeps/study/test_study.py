@@ -347,7 +347,7 @@ def test_another_storage_does_not_take_a_studys_folders_for_its_own(
     ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.storage=sqlite:///other.db")
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    place = f"another study's trials are in {copied}, which this storage does not know"
+    place = f"another study's trials are in {copied}, and this storage has no such study"
     assert line == f"error: hydra.sweeper.study_name=s1: {place}; give another name"
 
 

@@ -1,4 +1,4 @@
-"""How many runs train together on one worker."""
+"""How many runs train together on one worker. How they take turns is in `pack`."""
 
 import logging
 from collections.abc import Sequence

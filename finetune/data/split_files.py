@@ -1,4 +1,7 @@
-"""Which files of a folder are read for which split: train, eval or test."""
+"""Which files of a folder are read for which split: train, eval or test.
+
+Fractions of rows are taken in `rows`.
+"""
 
 import logging
 from pathlib import Path
