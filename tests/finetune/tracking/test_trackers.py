@@ -92,7 +92,7 @@ def test_a_run_that_fails_before_its_first_step_has_no_history_offline(
     def fails(*_: Any) -> Any:
         raise RuntimeError("no base")
 
-    monkeypatch.setattr("finetune.run.run._prepare", fails)
+    monkeypatch.setattr("finetune.run.prepare.prepare", fails)
     with pytest.raises(RuntimeError, match="no base"):
         run(tiny("tracker=wandb", *QUICK), tmp_path)
 
