@@ -57,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add("list", _list, f"list all studies under {STUDIES}")
     add_for_study("show", _show, "list the trials of a study")
-    add_for_study("best", _best, "write best/ and experiment/best.yaml again from the winner")
+    add_for_study(
+        "best",
+        _best,
+        "write best/ and experiment/best.yaml again from the winner, and print the result",
+    )
     stop = add_for_study(
         "stop", _stop, "stop a running trial at its next step and record it as pruned"
     )
@@ -88,7 +92,9 @@ def _find_study(name: str) -> "Study":
         if (folder / "study.json").is_file():
             return Study.load(folder.absolute())
     names = sorted(path.parent.name for path in STUDIES.glob("*/study.json"))
-    allowed = f"a study's folder, or one of {', '.join(names) or 'none yet'}"
+    allowed = f"a study's folder (there are no studies under {STUDIES} yet)"
+    if names:
+        allowed = f"a study's folder, or one of {', '.join(names)}"
     raise ConfigError(f"{name}: no such study; allowed: {allowed}")
 
 
