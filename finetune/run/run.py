@@ -83,6 +83,7 @@ def resume(path: str | Path) -> Objective:
     """Resume the run in a folder from its last checkpoint, with its own config."""
     config = read_run_config(path)
     terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(Path(path) / "train.log")
     file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
