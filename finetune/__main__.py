@@ -3,9 +3,6 @@
 from typing import TYPE_CHECKING
 
 from finetune.app import hydra_app
-from finetune.engine.steps import drive
-from finetune.run.job import job
-from finetune.run.run import resume as resume_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -15,11 +12,16 @@ if TYPE_CHECKING:
 
 def task(composed: "DictConfig") -> "Objective":
     """Train the run of a composed config, and return its objective for a sweeper."""
-    return drive(job(composed))
+    # Imported late: --help, --cfg and a refused override need nothing of it.
+    from finetune.run.job import run_job
+
+    return run_job(composed)
 
 
 def resume(folder: str) -> "Objective":
     """Continue the run in a folder from its last checkpoint."""
+    from finetune.run.run import resume as resume_run
+
     return resume_run(folder)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from finetune.console import command_parser, error_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
-from finetune.run.resources import shared_resources
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -149,7 +148,7 @@ def _best(arguments: argparse.Namespace) -> None:
 def _conclude(study: "Study") -> None:
     from sweeps.answer.conclusion import conclude
 
-    conclude(study, shared_resources)
+    conclude(study)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.errors import ConfigError, Interrupted
-from finetune.run.resources import shared_resources
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -102,7 +101,7 @@ def _conclude(study: "Study", session: "Session") -> None:
         study.remove_adapters(session.settings.keep_adapters)
         if session.settings.confirm:
             _confirm(study, session)
-        conclude(study, shared_resources, session.common.tracker)
+        conclude(study, session.common.tracker)
     except KeyboardInterrupt:
         command = f"python -m sweeps best {shlex.quote(folder)}"
         raise Interrupted(f"interrupted; {command} takes the winner") from None

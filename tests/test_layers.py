@@ -48,7 +48,7 @@ LIGHT = (
 """Modules, and packages with all their modules, that load no torch when they are imported."""
 
 HEAVY = {
-    "accelerate", "bitsandbytes", "datasets", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
+    "accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
     "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich",
     "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
@@ -186,6 +186,13 @@ def test_imports_inside_functions_only_keep_a_light_module_light() -> None:
         added = loads(target) if target in modules() else {target.split(".")[0]}
         if not (added & HEAVY) - loads(source):
             needless.append(str(statement))
+    assert needless == []
+
+
+@pytest.mark.parametrize("module", ["finetune.__main__", "sweeps.sweeper", "sweeps.launcher"])
+def test_every_start_loads_only_what_composes_a_config(module: str) -> None:
+    """Hydra imports its plugins at every start; `--help` and a refused override need no run."""
+    needless = [name for name in loads(module) if is_in(name, ("finetune.run", "finetune.data"))]
     assert needless == []
 
 

@@ -10,8 +10,6 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
-
 POLL_INTERVAL = 0.005
 """Seconds between two attempts to take a lock that is held: appends to a journal take about one."""
 
@@ -30,6 +28,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         BlockingIOError: `wait` is false and the lock is held.
         OSError: The file system has no locks, or the file can't be created.
     """
+    from filelock import FileLock, SoftFileLock, Timeout
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0, poll_interval=POLL_INTERVAL)

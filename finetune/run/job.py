@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
+from finetune.engine.steps import drive
 from finetune.errors import ConfigError, refusal
 from finetune.files.run_folder import RunFolder, discard_if_untouched
 from finetune.run.context import RunContext
@@ -39,6 +40,11 @@ def check_job(composed: "DictConfig") -> RunConfig:
         command = "python -m finetune resume=FOLDER"
         raise refusal("resume", config.resume, f"belongs on the command line: {command}")
     return config
+
+
+def run_job(composed: "DictConfig") -> "Objective":
+    """Check a job's config, and train its run. Arguments and errors are those of `job`."""
+    return drive(job(composed))
 
 
 def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":

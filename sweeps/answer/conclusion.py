@@ -16,7 +16,7 @@ from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.final_evaluation import evaluate_finished_run, read_test_evaluation
-from finetune.run.resources import SharedResources
+from finetune.run.resources import SharedResources, shared_resources
 from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def conclude(
-    study: Study, resources: SharedResources, tracker: TrackerSettings | None = None
+    study: Study,
+    tracker: TrackerSettings | None = None,
+    resources: SharedResources = shared_resources,
 ) -> None:
     """Evaluate the winner and the baseline on the test rows, and write and print the answer.
 

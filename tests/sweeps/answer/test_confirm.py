@@ -138,7 +138,7 @@ def test_luck_changes_the_answer(copied: Path, capfd: pytest.CaptureFixture[str]
     assert Study.load(copied).ranked()[0].number == 0
 
     found = confirm(Study.load(copied), seeds=2, top=2)
-    conclude(Study.load(copied), SharedResources())
+    conclude(Study.load(copied), resources=SharedResources())
 
     assert (found["before"], found["winner"]) == (0, 1)
     assert content(copied / "answer.json")["trial"] == 1
@@ -153,7 +153,7 @@ def test_a_winner_whose_adapter_is_gone_has_one_of_the_runs_anew(copied: Path) -
     shutil.rmtree(copied / "trials" / "1" / "adapter")
 
     confirm(Study.load(copied), seeds=2, top=2)
-    conclude(Study.load(copied), SharedResources())
+    conclude(Study.load(copied), resources=SharedResources())
 
     assert content(copied / "best" / "run.json")["config"]["seed"] in (1, 2)
     assert (copied / "best" / "adapter" / "adapter_model.safetensors").is_file()
@@ -323,7 +323,7 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
 
     refusal = r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays unchanged"
     with pytest.raises(ConfigError, match=refusal):
-        conclude(written, SharedResources())
+        conclude(written, resources=SharedResources())
 
     assert best.is_dir()
     assert (written.folder / "report.html").is_file()
@@ -340,14 +340,14 @@ def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptu
         write_json(run / "samples.json", [{"prompt": "?", "before": "", "after": ""}])
     (again / "adapter").mkdir()
 
-    conclude(written, SharedResources())
+    conclude(written, resources=SharedResources())
     assert (
         f"{best} trial 0, retrained in confirm/0-seed1, because its first adapter was removed"
         in caplog.text
     )
 
     (written.folder / "aside").rename(written.folder_of(0).adapter)
-    conclude(written, SharedResources())
+    conclude(written, resources=SharedResources())
     assert f"{best} the run folder of trial 0" in caplog.text
 
 
@@ -358,7 +358,7 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(
     ended(written.folder_of(0).path, loss=1.0, test=1.5)
     write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
 
-    conclude(written, SharedResources())
+    conclude(written, resources=SharedResources())
 
     assert content(written.folder / "answer.json")["test"] == {"rows": 4, "winner": 1.5}
     assert "trial 2, the baseline, is not evaluated: its adapter is gone" in caplog.text
@@ -381,7 +381,7 @@ def test_wandb_calls_the_confirmed_winner_the_best(
         )
     assert confirm(written, seeds=1)["winner"] == 1
 
-    conclude(written, SharedResources())
+    conclude(written, resources=SharedResources())
 
     tags_of = {
         trial: content(written.folder_of(trial).path / "tracker.json")["tags"]
