@@ -23,18 +23,18 @@ Raises:
 from collections.abc import Callable
 from typing import Any
 
-from finetune.data.types import Row
+from finetune.data.types import RawRow, Row
 from finetune.errors import ConfigError, refusal
 
-Format = Callable[[Row, str, str], Row | None]
+Format = Callable[[RawRow, str, str], dict[str, Any] | None]
 
 
-def _text(row: Row, where: str, text_field: str) -> Row | None:
+def _text(row: RawRow, where: str, text_field: str) -> dict[str, Any] | None:
     text = _field(row, text_field, where)
     return {"text": text} if text.strip() else None
 
 
-def _chat(row: Row, where: str, _: str) -> Row | None:
+def _chat(row: RawRow, where: str, _: str) -> dict[str, Any] | None:
     """`messages` as OpenAI and TRL write them, or ShareGPT's `conversations`."""
     turns = row.get("messages", row.get("conversations"))
     if not isinstance(turns, list):
@@ -47,7 +47,7 @@ def _chat(row: Row, where: str, _: str) -> Row | None:
     return {"messages": messages} if any(answer.strip() for answer in answers) else None
 
 
-def _prompt_completion(row: Row, where: str, text_field: str) -> Row | None:
+def _prompt_completion(row: RawRow, where: str, text_field: str) -> dict[str, Any] | None:
     """`prompt` and `completion`, as two texts or as two lists of messages."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -55,7 +55,7 @@ def _prompt_completion(row: Row, where: str, text_field: str) -> Row | None:
     return _question_and_answer(_field(row, "prompt", where), _field(row, "completion", where))
 
 
-def _alpaca(row: Row, where: str, _: str) -> Row | None:
+def _alpaca(row: RawRow, where: str, _: str) -> dict[str, Any] | None:
     """`instruction`, an optional `input` for it, and `output`."""
     question = _field(row, "instruction", where)
     context = _field(row, "input", where) if "input" in row else ""
@@ -73,7 +73,7 @@ FORMATS: dict[str, Format] = {
 """The formats by their names in `dataset.format`."""
 
 
-def detect_format(key: str, path: str, row: Row, text_field: str) -> str:
+def detect_format(key: str, path: str, row: RawRow, text_field: str) -> str:
     """Return the name of the format that a row has, by its columns.
 
     Args:
@@ -122,7 +122,7 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
 
 
-def _question_and_answer(question: str, answer: str) -> Row | None:
+def _question_and_answer(question: str, answer: str) -> dict[str, Any] | None:
     if not answer.strip():
         return None
     user = {"role": "user", "content": question}
@@ -130,7 +130,7 @@ def _question_and_answer(question: str, answer: str) -> Row | None:
     return {"messages": [user, assistant]}
 
 
-def _field(row: Row, name: str, where: str) -> str:
+def _field(row: RawRow, name: str, where: str) -> str:
     """A field's text; null counts as empty."""
     if name not in row:
         raise ConfigError(f"{where} has no field '{name}'; its fields: {_field_names(row)}")
@@ -140,5 +140,5 @@ def _field(row: Row, name: str, where: str) -> str:
     return value or ""
 
 
-def _field_names(row: Row) -> str:
+def _field_names(row: RawRow) -> str:
     return ", ".join(map(str, row))

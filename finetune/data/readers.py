@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune.config.data_folder import SUFFIXES
-from finetune.data.types import Row
+from finetune.data.types import RawRow
 from finetune.errors import refusal
 
 
-def read_file(key: str, file: Path) -> Iterator[Row]:
+def read_file(key: str, file: Path) -> Iterator[RawRow]:
     """Yield the raw rows of a file.
 
     Args:
@@ -50,7 +50,7 @@ class _UnreadableError(Exception):
 _JSON_LINES = "a .jsonl file holds one object on each line"
 
 
-def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[Row]:
+def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[RawRow]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -63,7 +63,7 @@ def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[Row]:
             yield _require_object(row, _may_hold_surrogates(line), f"line {number}", expected)
 
 
-def _json_list(file: Path) -> Iterator[Row]:
+def _json_list(file: Path) -> Iterator[RawRow]:
     """A JSON list of objects; a file of JSON lines is often called .json as well."""
     expected = "a .json file holds a list of objects, or one object on each line"
     text = file.read_text(encoding="utf-8-sig")
@@ -80,7 +80,7 @@ def _may_hold_surrogates(text: str) -> bool:
     return "\\ud" in text.lower()
 
 
-def _require_object(row: object, check_surrogates: bool, where: str, expected: str) -> Row:
+def _require_object(row: object, check_surrogates: bool, where: str, expected: str) -> RawRow:
     """Refuse a value that is no object, and a text with half a surrogate pair.
 
     JSON can escape half a pair, but it can't be encoded as UTF-8, so no tokenizer takes it.
@@ -96,7 +96,7 @@ def _require_object(row: object, check_surrogates: bool, where: str, expected: s
     return row
 
 
-def _csv(file: Path) -> Iterator[Row]:
+def _csv(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -107,7 +107,7 @@ def _csv(file: Path) -> Iterator[Row]:
             raise _UnreadableError(reason) from None
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -118,7 +118,7 @@ def _parquet(file: Path) -> Iterator[Row]:
         raise _UnreadableError(reason) from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json_list,
     ".csv": _csv,

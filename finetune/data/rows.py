@@ -167,9 +167,9 @@ def _read(
             if format_name == "auto":
                 format_name = detect_format(key, source.name, raw_row, settings.text_field)
             where = f"{key}={source.name}: row {number}"
-            row = FORMATS[format_name](raw_row, where, settings.text_field)
-            if row is not None:
-                rows.append(row)
+            content = FORMATS[format_name](raw_row, where, settings.text_field)
+            if content is not None:
+                rows.append(Row(content, source.name, number))
             total += 1
     shown_path = path if files is None else f"{path} ({file_names(files)})"
     if not total:

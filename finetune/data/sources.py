@@ -10,7 +10,7 @@ from finetune.config.data_folder import SUFFIXES
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers import read_file
-from finetune.data.types import Row
+from finetune.data.types import RawRow
 from finetune.errors import ConfigError, refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 
@@ -21,7 +21,7 @@ class Source:
 
     name: str
     """The file or data set, for error messages."""
-    rows: Iterable[Row]
+    rows: Iterable[RawRow]
 
 
 def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
@@ -63,7 +63,7 @@ def open_files(key: str, folder: str, files: list[Path]) -> list[Source]:
     return [Source(str(file), read_file(key, file)) for file in files]
 
 
-def _hub_rows(key: str, path: str, name: str | None, split: str) -> Iterable[Row]:
+def _hub_rows(key: str, path: str, name: str | None, split: str) -> Iterable[RawRow]:
     """The rows of a data set on the hub, from its cache if the hub does not answer."""
     from huggingface_hub import HfApi
 

@@ -6,11 +6,39 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
-"""A row as a file holds it, or in the common form: `{"text": …}` or `{"messages": […]}`."""
+RawRow = dict[str, Any]
+"""A row as its file holds it: the value of each column."""
 
-Messages = list[dict[str, str]]
-"""The turns of a chat, each with `role` and `content`."""
+Message = dict[str, Any]
+"""A turn of a chat in the common form.
+
+`role` and `content`; where the row has them `reasoning_content`, `thinking`, `tool_calls`,
+`tool_call_id`, `name`; and `train: False` on an assistant's message that is not to be learnt.
+"""
+
+Messages = list[Message]
+
+
+class Row(dict[str, Any]):
+    """A row in the common form: `{"text": …}`, or `{"messages": […]}` and perhaps `"tools": […]`.
+
+    Args:
+        content: The row.
+        source: The file or data set that the row comes from.
+        number: The row's number in its source, from 1.
+    """
+
+    __slots__ = ("number", "source")
+
+    def __init__(self, content: dict[str, Any], source: str = "", number: int = 0) -> None:
+        super().__init__(content)
+        self.source = source
+        self.number = number
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, as error messages name it."""
+        return f"{self.source}: row {self.number}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The rows that a run reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config.data_folder import has_evaluation_files
@@ -54,15 +54,49 @@ class DatasetSettings(Section):
     split_seed: int
     """Seed of the choice of held-out rows. Apart from `seed`, so that trials are comparable."""
 
+    # The defaults below are for run folders that were written before these keys existed.
+
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the hub; null: the default branch."""
+
+    encoding: str | None = None
+    """Character encoding of text files, for example cp1252; null: UTF-8, or UTF-16 by its mark."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of the columns that hold a row's `prompt`, `completion`, `system`, `messages`, `tools`
+    or `history`, for example `{prompt: question, completion: answer}`."""
+
+    template: str | None = None
+    """One line of Jinja over a row's columns that makes the prompt, for example
+    `{{title}}: {{body}}`."""
+
+    ignore: list[str] = field(default_factory=list)
+    """Fields of rows that are left out, for example `[reasoning]`, where the chat template can't
+    render them."""
+
+    loss_on: Literal["assistant", "last_answer", "all"] = "assistant"
+    """Which tokens are learnt: every answer of a chat, its last answer, or all tokens. Of plain
+    text all tokens are learnt."""
+
+    on_too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What happens to a row of more than `max_length` tokens."""
+
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """Whether a row that can't be read ends the run, or is left out, counted and listed."""
+
+    group_by: str | None = None
+    """The column that says which rows belong together (a conversation, a document); such rows are
+    never divided between training and held-out rows."""
+
     def __post_init__(self) -> None:
         self.require("path", bool(self.path), "must be a hub id, a file, a folder, or python_docs")
-        for field, minimum in (("max_length", 2), ("limit", 1)):
-            value = getattr(self, field)
+        for name, minimum in (("max_length", 2), ("limit", 1)):
+            value = getattr(self, name)
             allowed = f"must be a whole number of at least {minimum}, or null"
-            self.require(field, value is None or value >= minimum, allowed)
-        for field in ("eval_fraction", "test_fraction"):
+            self.require(name, value is None or value >= minimum, allowed)
+        for name in ("eval_fraction", "test_fraction"):
             allowed = "must be at least 0 and below 1 (0: no such rows)"
-            self.require(field, 0 <= getattr(self, field) < 1, allowed)
+            self.require(name, 0 <= getattr(self, name) < 1, allowed)
         reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
         self.require("test_fraction", self._held_out_fraction < 1, reason)
         has_length = self.max_length is not None

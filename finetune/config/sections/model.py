@@ -1,6 +1,6 @@
 """The base model and its quantization."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.config.sections.section import DtypeName, Section
@@ -37,7 +37,10 @@ class ModelSettings(Section):
     learning_rate: float | None = None
     """LoRA learning rate that suits this base: a number, or a mapping from `name_or_path` to
     numbers; null: a rule of the base's hidden size. `optimizer.learning_rate` wins over it."""
-    # The default is for run folders that were written before this key existed.
+    # The defaults are for run folders that were written before these keys existed.
+
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, for example `{enable_thinking: false}`."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
