@@ -1,14 +1,28 @@
-"""The data files of a folder, and the split (train, eval, test) that each file's name tells.
+"""The data files of a path: their types by suffix, and the split that a file's name tells.
 
 It belongs to the config, and not to `finetune.data`, because the checks of a config need it:
 whether a run has rows to evaluate on depends on the names of the files.
 """
 
+import json
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+from finetune.errors import refusal
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+
+ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
+
+SUFFIXES = TEXT_SUFFIXES + ARROW_SUFFIXES
+
+COMPRESSIONS = (".gz", ".zst")
+"""Suffixes after those of `TEXT_SUFFIXES`."""
+
+ANY_FILE = f"{' '.join(TEXT_SUFFIXES)} (also .gz .zst) {' '.join(ARROW_SUFFIXES)} file"
+"""The types of files that are read, for messages."""
 
 SPLITS = ("train", "eval", "test")
 
@@ -22,30 +36,107 @@ _SPLIT_OF_WORD = {
 _WORD_BOUNDARY = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 
 
+def file_type(name: str) -> tuple[str, str]:
+    """Return the type and the compression of a file by its name.
+
+    `(".jsonl", ".gz")` for `Rows.JSONL.gz`, `(".csv", "")` for `rows.csv`, and two empty texts for
+    a file that is not read.
+    """
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in (TEXT_SUFFIXES if compression else SUFFIXES):
+        return "", ""
+    return suffix, compression
+
+
+def is_remote(path: str) -> bool:
+    """Return whether a path is a URL of object storage, which fsspec opens."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str) -> Path:
+    """Return a path on this machine, which may be written as `file://…`."""
+    return Path(path.removeprefix("file://")).expanduser()
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether `datasets.Dataset.save_to_disk` wrote a folder. It is read like a file."""
+    return all(os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json"))
+
+
 def data_folder(path: str) -> Path | None:
-    """Return the folder that `dataset.path` names; None for a file, a hub id and `python_docs`."""
-    folder = Path(path).expanduser()
-    return folder if path != "python_docs" and folder.is_dir() else None
+    """Return the folder of files that `dataset.path` names.
+
+    None for a file, a saved data set, a URL, a hub id and `python_docs`.
+    """
+    if path == "python_docs" or is_remote(path):
+        return None
+    folder = local_path(path)
+    return folder if os.path.isdir(folder) and not is_saved_dataset(folder) else None
 
 
 def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
     """Return the files of a folder that can hold rows, ordered by name.
 
+    Saved data sets in the folder, as of a `DatasetDict`, count as files where it has no other.
+    Texts (.txt) are read only where nothing else is there, as folders have notes in such files.
+
     Args:
         folder: The folder; its subfolders are not searched.
         excluded: Paths of files to leave out, or None.
+
+    Raises:
+        ConfigError: The folder can't be listed, or a file is there twice, compressed and not.
     """
-    excluded_files = {Path(path).expanduser().resolve() for path in excluded if path is not None}
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    return [file for file in files if file.resolve() not in excluded_files]
+    excluded_files = {local_path(path).resolve() for path in excluded if path is not None}
+    return [file for file in _candidates(folder) if file.resolve() not in excluded_files]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The files or saved data sets of a folder that can hold rows."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        reason = f"the folder can't be listed ({error.strerror})"
+        raise refusal("dataset.path", folder, reason) from None
+    if (folder / "dataset_dict.json").is_file():
+        return _saved_splits(folder)
+    files = [entry for entry in entries if any(file_type(entry.name)) and not entry.is_dir()]
+    data = [file for file in files if file_type(file.name)[0] != ".txt"]
+    if not data:
+        return [entry for entry in entries if is_saved_dataset(entry)] or _without_copies(files)
+    return _without_copies(data)
+
+
+def _saved_splits(folder: Path) -> list[Path]:
+    """The saved data sets of a `DatasetDict`."""
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        return sorted(folder / name for name in splits)
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = "its dataset_dict.json can't be read; save the data set again"
+        raise refusal("dataset.path", folder, reason) from None
+
+
+def _without_copies(files: list[Path]) -> list[Path]:
+    """The files without compressed copies of files that stand beside them."""
+    names = {file.name.lower() for file in files}
+    return [
+        file
+        for file in files
+        if not file_type(file.name)[1] or file.name.lower().rpartition(".")[0] not in names
+    ]
 
 
 def named_splits(file: Path) -> list[str]:
     """Return the splits for which a file's name has a word of its own.
 
-    None for `latest.jsonl`, test for `data.test.csv`, train and test for `train_test.json`.
+    None for `latest.jsonl`, test for `data.test.csv.gz`, train and test for `train_test.json`.
     """
-    words = {word.lower() for word in _WORD_BOUNDARY.split(file.stem)}
+    suffix, compression = file_type(file.name)
+    stem = file.name[: len(file.name) - len(suffix + compression)]
+    words = {word.lower() for word in _WORD_BOUNDARY.split(stem)}
     splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
     return [split for split in SPLITS if split in splits]
 

@@ -158,7 +158,11 @@ def _read(
         settings: The rows' format. `auto` takes the format of the first row for all rows.
         dropped: Where rows with nothing to learn from are counted.
     """
-    sources = [open_source(key, path, settings)] if files is None else open_files(key, path, files)
+    sources = (
+        [open_source(key, path, settings)]
+        if files is None
+        else open_files(key, path, files, settings)
+    )
     format_name: str = settings.format
     rows: list[Row] = []
     total = 0

@@ -6,7 +6,7 @@ Fractions of rows are taken in `rows`.
 import logging
 from pathlib import Path
 
-from finetune.config.data_folder import SPLITS, SUFFIXES, data_files, data_folder, named_splits
+from finetune.config.data_folder import ANY_FILE, SPLITS, data_files, data_folder, named_splits
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.errors import refusal
 
@@ -29,7 +29,7 @@ def files_by_split(settings: DatasetSettings) -> dict[str, list[Path]]:
         return {}
     all_files = data_files(folder)
     if not all_files:
-        raise refusal(key, path, f"the folder has no {' '.join(SUFFIXES)} file")
+        raise refusal(key, path, f"the folder has no {ANY_FILE}")
     files: dict[str, list[Path]] = {split: [] for split in SPLITS}
     unnamed = []
     for file in data_files(folder, [settings.eval_path, settings.test_path]):

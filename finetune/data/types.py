@@ -9,6 +9,21 @@ from typing import Any
 RawRow = dict[str, Any]
 """A row as its file holds it: the value of each column."""
 
+
+class BadRow(RawRow):
+    """An empty row in place of one that can't be read, where `dataset.on_bad_row` is `skip`.
+
+    Args:
+        reason: Why it can't be read, with its line or number, without the file's name.
+    """
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
 Message = dict[str, Any]
 """A turn of a chat in the common form.
 

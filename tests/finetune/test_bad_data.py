@@ -2,6 +2,7 @@
 
 from support.bad_input import (
     ANY_FILE,
+    FILE_TYPES,
     ROWS,
     Case,
     Workplace,
@@ -24,15 +25,15 @@ DATA = [
     ),
     Case(
         "a-kind-not-read",
-        "dataset.path=d.txt",
-        "dataset.path=d.txt: must be a .jsonl .json .csv .parquet file",
-        {"d.txt": ROWS},
+        "dataset.path=d.xml",
+        f"dataset.path=d.xml: must be a {FILE_TYPES}",
+        {"d.xml": ROWS},
     ),
     Case(
         "folder-without-data",
         "dataset.path=data",
-        "dataset.path=data: the folder has no .jsonl .json .csv .parquet file",
-        {"data/notes.txt": "x"},
+        f"dataset.path=data: the folder has no {FILE_TYPES}",
+        {"data/notes.md": "x"},
     ),
     Case("empty-file", "", "dataset.path=d.jsonl: the file is empty", {"d.jsonl": ""}),
     Case("blank-file", "", "dataset.path=d.jsonl: holds no rows", {"d.jsonl": "\n\n"}),
@@ -145,13 +146,13 @@ DATA = [
     Case(
         "latin-1",
         "",
-        "dataset.path=d.jsonl: is not UTF-8 text (…)",
+        "dataset.path=d.jsonl: line 1 is not UTF-8 text; it looks like cp1252: dataset.encoding=cp1252 reads it",
         {"d.jsonl": '{"text": "ä"}\n'.encode("latin-1")},
     ),
     Case(
         "latin-1-csv",
         "dataset.path=d.csv",
-        "dataset.path=d.csv: is not UTF-8 text (…)",
+        "dataset.path=d.csv: line 2 is not UTF-8 text; it looks like cp1252: dataset.encoding=cp1252 reads it",
         {"d.csv": "text\nä\n".encode("latin-1")},
     ),
     Case(

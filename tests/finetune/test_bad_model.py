@@ -105,7 +105,7 @@ HUB = {
         ["dataset.path=d.jsonl"],
     ),
     "dataset.path": (
-        "dataset.path=FILE takes a .jsonl, .csv or .parquet file from this machine",
+        "dataset.path=FILE takes a file from this machine",
         [],
     ),
 }

@@ -142,9 +142,8 @@ def lines(*rows: object) -> str:
 
 
 ROWS = lines(*({"text": f"Row {number} says something."} for number in range(20)))
-ANY_FILE = (
-    "allowed: python_docs, a hub id (owner/name), a .jsonl .json .csv .parquet file, a folder"
-)
+FILE_TYPES = ".jsonl .json .csv .tsv .txt (also .gz .zst) .parquet .arrow .feather file"
+ANY_FILE = f"allowed: python_docs, a hub id (owner/name), a {FILE_TYPES}, a folder"
 
 
 def assert_the_result_says(workplace: Workplace, error: str) -> None:

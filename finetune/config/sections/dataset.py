@@ -14,8 +14,10 @@ class DatasetSettings(Section):
     section = "dataset"
 
     path: str
-    """A hub id, a .jsonl .json .csv .parquet file, a folder of such files (its train, validation
-    and test files are recognised by their names), or `python_docs`."""
+    """A hub id, a .jsonl .json .csv .tsv .txt (also .gz .zst) .parquet .arrow .feather file, its URL
+    in object storage (s3://…, gs://…, hf://…), a folder of such files (its train, validation and
+    test files are recognised by their names), a folder written by `save_to_disk`, or
+    `python_docs`."""
 
     name: str | None
     """Name of a configuration of a data set on the hub; null: its only one."""
@@ -60,7 +62,8 @@ class DatasetSettings(Section):
     """Branch, tag or commit of a data set on the hub; null: the default branch."""
 
     encoding: str | None = None
-    """Character encoding of text files, for example cp1252; null: UTF-8, or UTF-16 by its mark."""
+    """Character encoding of text files, for example cp1252; null: UTF-8. A byte order mark (of
+    UTF-8, UTF-16, UTF-32) wins over it."""
 
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the columns that hold a row's `prompt`, `completion`, `system`, `messages`, `tools`
@@ -97,6 +100,8 @@ class DatasetSettings(Section):
         for name in ("eval_fraction", "test_fraction"):
             allowed = "must be at least 0 and below 1 (0: no such rows)"
             self.require(name, 0 <= getattr(self, name) < 1, allowed)
+        allowed = "must be a text encoding that Python knows, as utf-8, utf-16 or cp1252, or null"
+        self.require("encoding", _is_text_encoding(self.encoding), allowed)
         reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
         self.require("test_fraction", self._held_out_fraction < 1, reason)
         has_length = self.max_length is not None
@@ -115,3 +120,12 @@ class DatasetSettings(Section):
         if self.eval_path is not None or self.eval_fraction > 0:
             return True
         return has_evaluation_files(self.path, self.test_path)
+
+
+def _is_text_encoding(name: str | None) -> bool:
+    """Whether Python has a codec of this name from bytes to text; None is allowed too."""
+    try:
+        "".encode(name or "utf-8")
+    except (LookupError, ValueError):
+        return False
+    return name != ""

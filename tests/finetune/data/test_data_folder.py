@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bad_input import FILE_TYPES
 from support.configs import compose
 from support.rows import Settings, marks, texts, write_csv, write_parquet
 from support.runs import write_jsonl
@@ -240,7 +241,7 @@ def test_a_folder_to_evaluate_on_is_its_test_files_or_all(
             {},
             "train_test.jsonl is named for train and test; give it the name of one split",
         ),
-        ({}, {}, "the folder has no .jsonl .json .csv .parquet file"),
+        ({}, {}, f"the folder has no {FILE_TYPES}"),
     ],
 )
 def test_a_folder_without_files_to_train_on_or_with_doubtful_names_is_refused(

@@ -1,0 +1,1 @@
+"""Raw rows of files: `read.py` has the one function that other modules call."""
