@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.config.data_folder import ANY_FILE
 from finetune.console import command_parser, run_command
 from finetune.data.rows import load_all_rows
 from finetune.data.tokens import tokenize
@@ -60,8 +61,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--data",
         metavar="DATA",
         required=True,
-        help="a .jsonl .json .csv .parquet file, a hub id, or a folder: its test files, or all "
-        "its files if none is named test",
+        help=f"a {ANY_FILE}, its URL, a hub id, or a folder: its test files, or all its files if "
+        "none is named test",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()

@@ -48,7 +48,7 @@ LIGHT = (
 """Modules, and packages with all their modules, that load no torch when they are imported."""
 
 HEAVY = {
-    "accelerate", "bitsandbytes", "datasets", "filelock", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
+    "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
     "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich",
     "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",

@@ -14,10 +14,10 @@ class DatasetSettings(Section):
     section = "dataset"
 
     path: str
-    """A hub id, a .jsonl .json .csv .tsv .txt (also .gz .zst) .parquet .arrow .feather file, its URL
-    in object storage (s3://…, gs://…, hf://…), a folder of such files (its train, validation and
-    test files are recognised by their names), a folder written by `save_to_disk`, or
-    `python_docs`."""
+    """A hub id, a .jsonl .json .csv .tsv .txt (also .gz .zst) .parquet .arrow .feather file, the
+    URL of such a file in object storage (s3://…, gs://…, hf://…), a folder of such files (its
+    train, validation and test files are recognised by their names), a folder that `save_to_disk`
+    wrote, or `python_docs`."""
 
     name: str | None
     """Name of a configuration of a data set on the hub; null: its only one."""

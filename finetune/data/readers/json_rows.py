@@ -82,7 +82,8 @@ def _rows_of_list(text: str) -> Iterator[RawRow]:
             except json.JSONDecodeError:
                 raise
             except (RecursionError, ValueError) as error:
-                raise UnreadableError(f"row {number} can't be parsed ({first_line(error)})") from None
+                reason = f"row {number} can't be parsed ({first_line(error)})"
+                raise UnreadableError(reason) from None
             yield _row_of_text(text[position:end], f"row {number}")
             position = _after_space(text, end)
             separator = text[position : position + 1]
@@ -92,7 +93,8 @@ def _rows_of_list(text: str) -> Iterator[RawRow]:
             if separator != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, position - 1)
             position = _after_space(text, position)
-    if text[position:].strip():
+    position = _after_space(text, position)
+    if position < len(text):
         raise json.JSONDecodeError("Extra data", text, position)
 
 

@@ -32,7 +32,7 @@ def parse_json(text: str) -> Any:
 
 
 def _require_usable(value: Any, text: str) -> None:
-    """Raise JsonContentError if a parsed value is nested too deeply, or holds half a surrogate pair.
+    """Refuse a value that is nested too deeply, or that holds half a surrogate pair.
 
     Args:
         value: What `text` was parsed to.

@@ -113,11 +113,10 @@ def _likely_encoding(sample: bytes) -> str | None:
         return None
     if sample and _decodes(sample, "utf-8"):
         return "utf-8"
-    # In western languages letters with accents stand alone among those of ASCII, in all others
-    # most letters are no ASCII.
-    alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
-    all_others = re.findall(rb"[\x80-\xff]", sample)
-    if len(alone) * 2 > len(all_others) and _decodes(sample, "cp1252"):
+    # In western languages letters with accents stand alone or in pairs between those of ASCII; in
+    # other languages whole words are no ASCII, and a letter may take several bytes.
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    if sum(map(len, runs)) < 2 * len(runs) and _decodes(sample, "cp1252"):
         return "cp1252"
     from charset_normalizer import from_bytes
 

@@ -120,7 +120,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         b"instruction;output\nWho?;A;B\nWho?;A\nWho?;B\n",
         "line 2 has 3 cells, the header 2; a cell that holds a semicolon stands in quotes",
     ),
-    ("d.csv", b'a,b\n"1\n1",2\n\n3\n', "line 5 has 1 cells, the header 2; …"),
+    ("d.csv", b'text,b\n"1\n1",2\n\n3\n', "line 5 has 1 cells, the header 2; …"),
     ("d.tsv", b"a\tb\n1\t2\t3\n", "line 2 has 3 cells, the header 2; a cell that holds a tab stands in quotes"),
     ("d.csv", b"text,text\na,b\n", "line 1, the header, names 'text' twice"),
     ("d.csv", b'"", \na,b\n', "line 1, the header, names no column"),
@@ -254,5 +254,7 @@ def test_numbers_that_json_does_not_have_are_read_where_no_format_uses_them(
     file.write_text('{"text": "a", "score": NaN}\n')
     assert load_all_rows("dataset.path", settings(path=str(file))) == [{"text": "a"}]
     write_parquet(tmp_path / "rows.parquet", [{"text": "a", "score": float("nan")}])
-    assert load_all_rows("dataset.path", settings(path=f"{tmp_path}/rows.parquet")) == [{"text": "a"}]
+    assert load_all_rows("dataset.path", settings(path=f"{tmp_path}/rows.parquet")) == [
+        {"text": "a"}
+    ]
     assert json.loads(file.read_text())

@@ -142,7 +142,7 @@ def test_a_text_file_has_a_row_for_each_line_that_is_not_blank(
     settings: Settings, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.txt"
-    file.write_bytes(b"First line, \"as it is\"\r\n\n  \nsecond\x0b line\nlast")
+    file.write_bytes(b'First line, "as it is"\r\n\n  \nsecond\x0b line\nlast')
     expected = ['First line, "as it is"', "second\x0b line", "last"]
     assert [row["text"] for row in raw_rows(file, settings)] == expected
 
@@ -185,7 +185,7 @@ def test_the_delimiter_is_one_that_divides_the_header_and_the_rows(
 def test_text_is_read_by_its_mark_or_as_the_config_says(
     settings: Settings, tmp_path: Path, suffix: str, written: str, encoding: str | None
 ) -> None:
-    word = "Kätzchen – “ja”"
+    word = "Kätzchen: “ja”"
     contents = {".jsonl": f'{{"text": "{word}"}}\n', ".csv": f"text\n{word}\n", ".txt": f"{word}\n"}
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(contents[suffix].encode(written))
@@ -256,7 +256,9 @@ def test_saved_data_sets_and_compressed_files_of_a_folder_are_what_their_names_s
     for folder in (saved, files):
         path = f"file://{folder}" if as_url else str(folder)
         rows = load_rows(settings(path=path))
-        assert sorted(row["text"] for row in rows.train) == [row["text"] for row in texts(4, "train")]
+        assert sorted(row["text"] for row in rows.train) == [
+            row["text"] for row in texts(4, "train")
+        ]
         assert rows.evaluation == texts(4, "validation")
         assert rows.test == texts(4, "test")
         assert settings(path=path).holds_out
@@ -278,7 +280,9 @@ def test_notes_and_compressed_copies_beside_data_files_are_no_rows(
     assert load_all_rows("dataset.path", settings(path=str(folder))) == texts(3, "saved")
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"]
+)
 def test_rows_are_read_one_by_one(settings: Settings, tmp_path: Path, name: str) -> None:
     rows = texts(60_000, "a row that is long enough to be seen in memory " * 4)
     write = {".csv": write_csv, ".parquet": write_parquet}.get(Path(name).suffix, write_jsonl)
