@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +44,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("d.xml", LINE, f"must be a {FILE_TYPES}"),
     ("d.parquet.gz", LINE, f"must be a {FILE_TYPES}"),
     ("d.gz", LINE, f"must be a {FILE_TYPES}"),
-    ("d.jsonl.gz", b"", "no readable gzip file (…)|the file is empty"),
+    ("d.jsonl.gz", b"", "the file is empty"),
     ("d.jsonl.gz", gzip.compress(b""), "the file is empty"),
     ("d.jsonl.gz", LINE, "no readable gzip file (Not a gzipped file…)"),
     ("d.jsonl.gz", gzip.compress(LINE * 99)[:-9], "no readable gzip file (…)"),
@@ -60,7 +59,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("d.csv", parquet(), "is a Parquet file: its name must end in .parquet"),
     ("d.csv", b"PK\x03\x04" + bytes(30), "is a zip archive or a spreadsheet: …"),
     ("d.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "line 1 is not UTF-8 text; …binary file"),
-    ("d.txt", LINE + os.urandom(40) + bytes(10) + b"\xff", "line 2 is not UTF-8 text; …binary file"),
+    ("d.txt", LINE + bytes(range(128, 256)) + bytes(10), "line 2 is not UTF-8 text; …binary file"),
     ("d.parquet", b"", "the file is empty"),
     ("d.parquet", parquet(slice(None, -20)), "no readable Parquet file (…)"),
     ("d.parquet", parquet(slice(20, None)), "no readable Parquet file (…)"),
@@ -146,8 +145,7 @@ def require_refusal(settings: Settings, path: str, says: str, **changes: object)
     with pytest.raises(ConfigError) as refused:
         load_all_rows("dataset.path", settings(path=path, **changes))
     message = str(refused.value)
-    expected = [f"dataset.path={path}: {alternative}" for alternative in says.split("|")]
-    assert any(matches(alternative, message) for alternative in expected), message
+    assert matches(f"dataset.path={path}: {says}", message), message
     assert "\n" not in message
 
 
