@@ -1,9 +1,16 @@
 """Encode rows: token ids, and labels that say which tokens the loss counts."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import bisect
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from finetune.data.types import Messages, Row
+from finetune.data.answers import Chat, Example
+from finetune.data.chat_template import ChatTemplate, fold_system
+from finetune.data.frames import Frames
+from finetune.data.types import Messages
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,113 +19,219 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that the loss leaves out."""
 
-Encoded = tuple[list[int], list[int]]
-"""Token ids and labels of a row, both of its length in tokens."""
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as a model takes it. Both lists have its length in tokens."""
+
+    ids: list[int]
+    labels: list[int]
+    """The ids where the loss counts, `IGNORED` elsewhere."""
+    turns: int = 0
+    """Number of the chat's messages that stand in the example; 0: the row is no chat."""
+
+    def has_label(self, length: int | None) -> bool:
+        """Whether the loss counts any of the first tokens; no token predicts the first one."""
+        return any(label != IGNORED for label in self.labels[1:length])
 
 
-def encode(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    """Encode a row in the common form.
+@dataclass(frozen=True)
+class EncodedRow:
+    """What a row becomes: one example, or several where the chat template needs them."""
 
-    Labels equal the ids where the loss counts and are -100 elsewhere. Of chats the assistant's
-    tokens count, the end-of-turn token among them, as with TRL's prompt and completion columns; of
-    plain text all tokens count.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template, or its template refuses the chat.
-    """
-    if "text" in row:
-        ids: list[int] = tokenizer(_with_end_token(row["text"], tokenizer))["input_ids"]
-        return ids, list(ids)
-    if tokenizer.chat_template is None:
-        return _encode_without_template(row["messages"], tokenizer)
-    return _encode_chat(row["messages"], tokenizer)
+    examples: list[Encoded]
+    unlearnt: Counter[str] = field(default_factory=Counter)
+    """How many of the row's answers are not learnt, by reason."""
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, ask: bool = False
-) -> list[int]:
-    """Return a chat's token ids by the tokenizer's template.
+class Encoder:
+    """Encodes rows for one tokenizer.
 
     Args:
-        tokenizer: A tokenizer with a chat template.
-        messages: The chat.
-        ask: Add a generation prompt, the beginning of an assistant's message.
-
-    Raises:
-        ConfigError: The template refuses the chat (some take no system message); the message holds
-            the template's own words.
+        tokenizer: The base's tokenizer.
+        variables: Variables of the chat template (`model.template_kwargs`).
+        loss_on: `dataset.loss_on`.
     """
-    from jinja2 import TemplateError
 
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=ask, return_dict=False
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        variables: Mapping[str, Any] | None = None,
+        loss_on: str = "assistant",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._loss_on = loss_on
+        self._frames = Frames()
+        self.template: ChatTemplate | None = None
+        """The chat template; None if the tokenizer has none."""
+        if tokenizer.chat_template is not None:
+            self.template = ChatTemplate(tokenizer, variables)
+
+    def encode(self, row: Mapping[str, Any]) -> EncodedRow:
+        """Encode a row in the common form.
+
+        Of chats the answers and their ends are learnt, of plain text all tokens.
+
+        Raises:
+            ConfigError: The tokenizer has no chat template for the chat, or the template refuses
+                it, or leaves out one of its fields.
+        """
+        if "text" in row:
+            ids = self._encode_text(row["text"])
+            return EncodedRow([Encoded(ids, list(ids))])
+        messages: Messages = row["messages"]
+        if self.template is None:
+            return EncodedRow([self._encode_pair(messages)])
+        if self.template.folds_system:
+            messages = fold_system(messages)
+        return self._encode_chat(messages, row.get("tools"), last_only=self._loss_on != "assistant")
+
+    def encode_without_oldest_turns(
+        self, row: Mapping[str, Any], turns: int, length: int
+    ) -> Encoded | None:
+        """Encode the end of a chat, with as many turns as leave room for its last answer.
+
+        Args:
+            row: A chat in the common form.
+            turns: The number of its messages that are encoded; the last of them is the answer.
+            length: The tokens within which a label must stand.
+
+        Returns:
+            The example; None if the last question alone is too long.
+        """
+        if self.template is None or not turns:
+            return None
+        messages: Messages = row["messages"]
+        if self.template.folds_system:
+            messages = fold_system(messages)
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        for start in range(len(system) + 1, turns):
+            if messages[start]["role"] != "user":
+                continue
+            chat = [*system, *messages[start:turns]]
+            encoded = self._encode_chat(chat, row.get("tools"), last_only=True)
+            for example in encoded.examples:
+                if example.has_label(length):
+                    return example
+        return None
+
+    def _encode_chat(
+        self, messages: Messages, tools: Sequence[Any] | None, last_only: bool
+    ) -> EncodedRow:
+        assert self.template is not None
+        chat = Chat(self.template, messages, tools, self._tokenizer.eos_token, self._frames)
+        examples, unlearnt = chat.examples(last_only)
+        return EncodedRow([self._encode_example(chat, example) for example in examples], unlearnt)
+
+    def encode_prompt(self, prompt: str, system: str | None = None) -> list[int]:
+        """Encode a question as rows have it, up to where the answer begins.
+
+        Args:
+            prompt: The question; without a chat template the text to continue.
+            system: The system turn before it.
+        """
+        if self.template is None:
+            text = prompt if system is None else f"{system}\n\n{prompt}"
+            return self._beginning + self._plain_ids(text)
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self._plain_ids(self.template.render(messages, ask=True))
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids of the tokens that end an answer: the template's and the tokenizer's."""
+        tokens = [self._tokenizer.eos_token]
+        if self.template is not None:
+            tokens.append(self.template.end)
+        ids = {self._tokenizer.convert_tokens_to_ids(token) for token in tokens if token}
+        return sorted(ids)
+
+    def _encode_example(self, chat: Chat, example: Example) -> Encoded:
+        """Encode a rendered chat, with labels for its answers."""
+        if self._loss_on == "all":
+            ids = self._plain_ids(example.text)
+            return Encoded(ids, list(ids), example.turns)
+        if not self._tokenizer.is_fast:
+            return self._encode_by_prefixes(example)
+        encoding = self._tokenizer(
+            example.text, add_special_tokens=False, return_offsets_mapping=True
         )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        reason = f"can't render a chat of {roles}: {error}"
-        raise ConfigError(f"model.chat_template: {reason}") from error
-    return ids
+        ids = encoding["input_ids"]
+        places = encoding["offset_mapping"]
+        ends = [end for _, end in places]
+        labels = [IGNORED] * len(ids)
+        for answer in example.answers:
+            first = bisect.bisect_right(ends, answer.start)
+            if places[first][0] < answer.start:
+                # A token holds the end of the prompt and what follows. If the template put
+                # something between prompt and answer, the answer begins after that.
+                content_start = chat.content_start(answer.turn, example.text)
+                first = bisect.bisect_right(ends, max(answer.start, content_start))
+            last = bisect.bisect_right(ends, answer.end)
+            labels[first:last] = ids[first:last]
+        return Encoded(ids, labels, example.turns)
 
+    def _encode_by_prefixes(self, example: Example) -> Encoded:
+        """Encode with a tokenizer that does not say where in the text its tokens stand."""
+        ids = self._plain_ids(example.text)
+        labels = [IGNORED] * len(ids)
+        for answer in example.answers:
+            start = _common_prefix(self._plain_ids(example.text[: answer.start]), ids)
+            end = _common_prefix(self._plain_ids(example.text[: answer.end]), ids)
+            labels[start:end] = ids[start:end]
+        return Encoded(ids, labels, example.turns)
 
-def _encode_without_template(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    """Encode a question and its answer one after the other, for a base without a chat template.
+    def _encode_pair(self, messages: Messages) -> Encoded:
+        """Encode a question and its answer one after the other, for a base without a template.
 
-    If neither ends or begins with white space, the answer begins on a new line, which is learnt as
-    part of it.
-    """
-    if len(messages) != 2:
-        reason = "this tokenizer has none, and the chats have more than two turns"
-        raise ConfigError(f"model.chat_template=null: {reason}")
-    question, answer = (message["content"] for message in messages)
-    needs_new_line = question and not question[-1].isspace() and not answer[0].isspace()
-    text = question + ("\n" if needs_new_line else "") + answer
-    question_ids = tokenizer(question)["input_ids"]
-    ids = tokenizer(_with_end_token(text, tokenizer))["input_ids"]
-    # The tokens at the border can differ from those of the question alone.
-    start = _common_prefix(question_ids, ids)
-    return ids, [IGNORED] * start + ids[start:]
+        If neither ends or begins with white space, the answer begins on a new line, which is learnt
+        as part of it.
+        """
+        if len(messages) != 2:
+            reason = "this tokenizer has none, and the chats have more than two turns"
+            raise ConfigError(f"model.chat_template=null: {reason}")
+        question, answer = (message["content"] for message in messages)
+        needs_new_line = question and not question[-1].isspace() and not answer[0].isspace()
+        ids = self._encode_text(question + ("\n" if needs_new_line else "") + answer)
+        if self._loss_on == "all":
+            return Encoded(ids, list(ids))
+        # The tokens at the border can differ from those of the question alone.
+        start = _common_prefix(self._beginning + self._plain_ids(question), ids)
+        return Encoded(ids, [IGNORED] * start + ids[start:])
 
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode text with one beginning and one end, whichever of them it has already."""
+        ids = self._plain_ids(text)
+        if not self._has_end(ids) and self._tokenizer.eos_token is not None:
+            ids = self._plain_ids(text + str(self._tokenizer.eos_token))
+        beginning = self._beginning
+        if ids[: len(beginning)] == beginning:
+            return ids
+        return beginning + ids
 
-def _encode_chat(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    """Encode a chat by the tokenizer's template, with labels for the assistant's messages.
+    def _has_end(self, ids: Sequence[int]) -> bool:
+        """Whether tokens end with an end token, but for white space."""
+        for token in reversed(ids):
+            if token in self.ends:
+                return True
+            if self._tokenizer.decode([token]).strip():
+                return False
+        return False
 
-    An answer begins where the whole chat and the chat so far with a generation prompt diverge, and
-    ends where the next message begins. Some templates render an answer differently once other
-    messages follow it (they drop its reasoning): no such span exists then, and only the last answer
-    has labels.
-    """
-    ids = render_chat(tokenizer, messages)
-    labels = [IGNORED] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant" or turn == 0:
-            continue
-        start = _answer_start(tokenizer, messages, turn, ids)
-        end = len(ids)
-        if turn < len(messages) - 1:
-            end = _common_prefix(render_chat(tokenizer, messages[: turn + 1]), ids)
-        labels[start:end] = ids[start:end]
-    return ids, labels
+    @functools.cached_property
+    def _beginning(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text, for example `<s>`."""
+        plain = self._plain_ids("a")
+        whole: list[int] = self._tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start]
+        return []
 
-
-def _answer_start(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, turn: int, ids: list[int]
-) -> int:
-    """The index in a chat's `ids` at which the answer of a turn begins."""
-    prompt = render_chat(tokenizer, messages[:turn], ask=True)
-    start = _common_prefix(prompt, ids)
-    if start == len(prompt):
-        return start
-    # The template moved something: the answer begins where a different answer would diverge.
-    different_answer = {**messages[turn], "content": "\0"}
-    different_chat = [*messages[:turn], different_answer, *messages[turn + 1 :]]
-    return max(start, _common_prefix(render_chat(tokenizer, different_chat), ids))
-
-
-def _with_end_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text with the end token, so that generation learns to stop."""
-    end = str(tokenizer.eos_token)
-    return text if text.endswith(end) else text + end
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -1,13 +1,18 @@
 """Tokenised rows: encoded, cut, packed if asked for, and cached on disk."""
 
+import json
 import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.encoding import IGNORED, encode
+from finetune.data.chat_template import FIXED_DATE
+from finetune.data.encoding import Encoded, Encoder
 from finetune.data.types import Row, fingerprint
-from finetune.errors import refusal
+from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import create_folder
 from finetune.files.cache import cache_folder
 
@@ -17,12 +22,59 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 """Increased when the encoding changes, so that tokens cached by an earlier version are not used."""
+
+NO_ANSWER_WITHIN = "rows with no answer within dataset.max_length"
+NOTHING_LEARNT = "rows of which no answer is learnt"
+TOO_LONG = "rows longer than dataset.max_length"
+REFUSED = "rows that can't be encoded (dataset.on_bad_row=skip)"
+LISTED_ROWS = 3
+"""How many skipped rows the log names."""
+
+
+@dataclass
+class TokenReport:
+    """What became of rows when they were tokenised."""
+
+    rows: int = 0
+    """Rows that were given."""
+    examples: int = 0
+    """What training sees: a row can become several."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that became no example, by reason."""
+    cut: int = 0
+    """Examples whose end is lost to `dataset.max_length`."""
+    shortened: int = 0
+    """Examples that lost their oldest turns, to leave room for their answer."""
+    unlearnt: Counter[str] = field(default_factory=Counter)
+    """Answers that are not learnt, by reason."""
+    notes: list[str] = field(default_factory=list)
+    """What else a reader should know of the encoding, one line each."""
+
+    def lines(self, split: str, max_length: int | None) -> list[str]:
+        """Return what the log says, one line for each count."""
+        lines = [f"left out {count} {split} {reason}" for reason, count in self.left_out.items()]
+        if self.cut:
+            rows = f"{self.cut} of {self.rows} {split} rows"
+            lines.append(f"cut {rows} to dataset.max_length={max_length}: their end is lost")
+        if self.shortened:
+            reason = "to keep the answer within dataset.max_length"
+            lines.append(f"left out the oldest turns of {self.shortened} {split} rows, {reason}")
+        for reason, count in self.unlearnt.items():
+            lines.append(f"{split}: not learnt: {count} {reason}")
+        if self.examples > self.rows - self.left_out.total():
+            reason = "the chat template renders earlier answers otherwise, so each has its own"
+            lines.append(f"{self.examples} {split} examples of {self.rows} rows: {reason}")
+        return lines + self.notes
 
 
 def tokenize(
-    split: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", settings: DatasetSettings
+    split: str,
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DatasetSettings,
+    variables: Mapping[str, Any] | None = None,
 ) -> "Dataset":
     """Tokenise rows, or load their tokens from the cache.
 
@@ -30,12 +82,12 @@ def tokenize(
         split: The name of the split, for messages.
         rows: Rows in the common form.
         tokenizer: The base's tokenizer.
-        settings: `max_length`, to which rows are cut, and `packing`.
+        settings: `max_length`, `packing`, and what is learnt, cut and skipped.
+        variables: Variables of the chat template (`model.template_kwargs`).
 
     Returns:
-        `input_ids` and `labels` of each row (see `encode`); with packing, of each sequence, and the
-        lengths of its rows as `seq_lengths`. Rows without a label within `max_length` are left
-        out; `left_out_count` returns their number.
+        `input_ids` and `labels` of each example (see `Encoder`); with packing, of each sequence,
+        and the lengths of its examples as `seq_lengths`. `report_of` says what became of the rows.
 
     Raises:
         ConfigError: No row has a label within `max_length`, or a row can't be encoded.
@@ -45,21 +97,34 @@ def tokenize(
     disable_progress_bars()
     if not rows:
         return Dataset.from_dict({"input_ids": [], "labels": []})
-    folder = cache_folder() / "tokens" / _cache_key(rows, tokenizer, settings)
+    key = _cache_key(rows, tokenizer, settings, variables)
+    folder = cache_folder() / "tokens" / key
     if not folder.exists():
-        dataset = _encode_all(split, rows, tokenizer, settings)
+        dataset = _encode_all(
+            split, rows, Encoder(tokenizer, variables, settings.loss_on), settings
+        )
         with create_folder(folder) as draft:
             dataset.save_to_disk(str(draft))
     tokens = load_from_disk(str(folder))
-    count = left_out_count(tokens)
-    if count:
-        log.info("data: left out %d %s rows with no answer within dataset.max_length", count, split)
+    for line in report_of(tokens).lines(split, settings.max_length):
+        log.info("data: %s", line)
     return tokens
 
 
+def report_of(tokens: "Dataset") -> TokenReport:
+    """Return what became of the rows that `tokenize` has tokenised."""
+    if not tokens.info.description:
+        return TokenReport()
+    values = json.loads(tokens.info.description)
+    report = TokenReport(**values)
+    report.left_out = Counter(values["left_out"])
+    report.unlearnt = Counter(values["unlearnt"])
+    return report
+
+
 def left_out_count(tokens: "Dataset") -> int:
-    """Return how many rows `tokenize` left out because they have no label within `max_length`."""
-    return int(tokens.info.description or 0)
+    """Return how many rows `tokenize` left out."""
+    return report_of(tokens).left_out.total()
 
 
 def as_list(tokens: "Dataset") -> list[dict[str, Any]]:
@@ -76,45 +141,147 @@ _lists: "WeakKeyDictionary[Dataset, list[dict[str, Any]]]" = WeakKeyDictionary()
 
 
 def _cache_key(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", settings: DatasetSettings
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DatasetSettings,
+    variables: Mapping[str, Any] | None,
 ) -> str:
     """A hash of everything that tokens depend on."""
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A tokenizer without a backend is its class and its vocabulary.
+    content = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
     return fingerprint(
         [
             ENCODING_VERSION,
             rows,
-            tokenizer.backend_tokenizer.to_str(),
+            content,
             tokenizer.chat_template,
             special_tokens,
+            dict(variables or {}),
             settings.max_length,
             settings.packing,
+            settings.loss_on,
+            settings.on_too_long,
+            settings.on_bad_row,
         ]
     )
 
 
 def _encode_all(
-    split: str, rows: list[Row], tokenizer: "PreTrainedTokenizerBase", settings: DatasetSettings
+    split: str, rows: Sequence[Row], encoder: Encoder, settings: DatasetSettings
 ) -> "Dataset":
     """Encode rows, cut them to `max_length`, and pack them if `packing` is set."""
     from datasets import Dataset
 
+    report = TokenReport(rows=len(rows), notes=_notes(rows, encoder))
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for row in rows:
-        ids, labels = encode(row, tokenizer)
-        labels = labels[: settings.max_length]
-        # No token predicts the first one, so its label counts for nothing.
-        if any(label != IGNORED for label in labels[1:]):
-            columns["input_ids"].append(ids[: settings.max_length])
-            columns["labels"].append(labels)
-    count = len(columns["labels"])
-    if not count:
+        for example in encode_row(row, encoder, settings, report):
+            columns["input_ids"].append(example.ids[: settings.max_length])
+            columns["labels"].append(example.labels[: settings.max_length])
+    report.examples = len(columns["labels"])
+    if not report.examples:
         reason = f"leaves no {split} row an answer's token to learn from"
+        if set(report.left_out) == {NOTHING_LEARNT}:
+            answers = "; ".join(f"{count} {why}" for why, count in report.unlearnt.items())
+            raise ConfigError(
+                f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}"
+            )
         raise refusal("dataset.max_length", settings.max_length, reason)
     dataset = Dataset.from_dict(columns)
     if settings.packing:
         from trl import pack_dataset
 
         dataset = pack_dataset(dataset, settings.max_length)
-    dataset.info.description = str(len(rows) - count)  # saved with the rows, for `left_out_count`
+    dataset.info.description = json.dumps(vars(report))  # saved with the rows, for `report_of`
     return dataset
+
+
+def encode_row(
+    row: Row, encoder: Encoder, settings: DatasetSettings, report: TokenReport
+) -> Iterator[Encoded]:
+    """Encode a row, and count in the report what is lost.
+
+    Args:
+        row: A row in the common form.
+        encoder: Encodes it.
+        settings: `max_length`, and what happens to longer rows and to rows that can't be encoded.
+        report: Counts are added here.
+
+    Yields:
+        The row's examples, of any length; what stands beyond `max_length` is to be cut.
+
+    Raises:
+        ConfigError: The row can't be encoded or is too long, and its config says to refuse.
+    """
+    try:
+        encoded = encoder.encode(row)
+    except ConfigError as error:
+        if settings.on_bad_row == "refuse":
+            raise ConfigError(f"{place_of(row)}: {error}") from None
+        if report.left_out[REFUSED] < LISTED_ROWS:
+            log.info("data: skipped %s: %s", place_of(row), error)
+        report.left_out[REFUSED] += 1
+        return
+    report.unlearnt += encoded.unlearnt
+    limit = settings.max_length
+    reasons = []
+    examples = []
+    for example in encoded.examples:
+        is_long = limit is not None and len(example.ids) > limit
+        if is_long and settings.on_too_long == "refuse":
+            tokens = f"has {len(example.ids)} tokens"
+            allowed = f"dataset.max_length={limit} (dataset.on_too_long=refuse)"
+            raise ConfigError(f"{place_of(row)}: {tokens}; {allowed}")
+        if is_long and settings.on_too_long == "drop":
+            reasons.append(TOO_LONG)
+            continue
+        if example.has_label(limit):
+            report.cut += is_long
+            examples.append(example)
+            continue
+        shorter = None
+        if limit is not None:
+            shorter = encoder.encode_without_oldest_turns(row, example.turns, limit)
+        if shorter is None:
+            reasons.append(NO_ANSWER_WITHIN)
+            continue
+        report.shortened += 1
+        report.cut += limit is not None and len(shorter.ids) > limit
+        examples.append(shorter)
+    if not examples:
+        report.left_out[reasons[0] if reasons else NOTHING_LEARNT] += 1
+    yield from examples
+
+
+def place_of(row: Row) -> str:
+    """Where a row stands, for messages: `FILE: row 3`."""
+    return row.place if isinstance(row, Row) else "row"
+
+
+def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
+    """What a reader should know of the chat template, one line each."""
+    template = encoder.template
+    if template is None or all("text" in row for row in rows):
+        return []
+    notes = []
+    if template.writes_date:
+        date = FIXED_DATE.date().isoformat()
+        notes.append(
+            f"the chat template writes the date: always {date}, so that rows stay the same"
+        )
+    with_system = next((row for row in rows if _has_system(row)), None)
+    if with_system is not None and template.folds_system:
+        place = place_of(with_system)
+        notes.append(
+            "the chat template has no system turns: they are put before the first question "
+            f"(first in {place})"
+        )
+    if template.end is None:
+        notes.append("the chat template writes no end after an answer: the tokenizer's is added")
+    return notes
+
+
+def _has_system(row: Row) -> bool:
+    return any(message["role"] == "system" for message in row.get("messages", ()))

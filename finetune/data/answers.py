@@ -1,0 +1,299 @@
+"""Find the answers of a chat in its rendered text.
+
+An answer begins after the generation prompt and ends with the token that ends it. Most templates
+render a message alike whatever follows it: then one text holds all answers of a chat. Others render
+earlier answers otherwise (Qwen 3 drops their reasoning, gpt-oss ends them with another token): an
+answer that does not stand whole in the text gets a text of its own, which ends with it, as the
+model will be asked for it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.chat_template import ChatTemplate
+from finetune.data.frames import Frames, Places, content_places
+from finetune.data.types import Message, Messages
+from finetune.errors import ConfigError
+
+NOT_WHOLE = "answers that the chat template does not render whole"
+NO_QUESTION = "answers that begin a chat, before any question"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer stands in a text, in characters."""
+
+    turn: int
+    """The number of its message, from 0."""
+    start: int
+    end: int
+    """After the token that ends the answer, and white space that always follows it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rendered chat, or its beginning, with answers to learn."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    """What is learnt, in order."""
+    turns: int
+    """Number of the chat's messages that stand in the text."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat to be rendered."""
+
+    template: ChatTemplate
+    messages: Messages
+    """The messages in the common form, system turns folded if the template has none."""
+    tools: Sequence[Any] | None
+    """Schemas of the tools that the model may call."""
+    fallback_end: str | None
+    """What ends an answer where the template writes nothing: the tokenizer's end token."""
+    frames: Frames
+    """What is remembered of the template from other chats."""
+
+    def examples(self, last_only: bool = False) -> tuple[list[Example], Counter[str]]:
+        """Render the chat in as few texts as hold every answer whole.
+
+        Args:
+            last_only: Learn the last answer alone.
+
+        Returns:
+            The examples, the shortest first, and how many answers are not learnt, by reason.
+
+        Raises:
+            ConfigError: The template refuses the chat.
+        """
+        unlearnt: Counter[str] = Counter()
+        pending = [turn for turn, message in enumerate(self.messages) if is_learnt(message)]
+        if last_only:
+            pending = pending[-1:]
+        if pending and pending[0] == 0:
+            # Nothing asks for it, so no generation prompt says where it begins.
+            pending = pending[1:]
+            unlearnt[NO_QUESTION] += 1
+        examples: list[Example] = []
+        while pending:
+            last = pending.pop()
+            text = self._render_to(last)
+            places = None if self.tools else content_places(self.messages[: last + 1], text)
+            answer = self._find(text, last, places, self._last_answer)
+            if answer is None:
+                self._require_fields(last, text)
+                unlearnt[NOT_WHOLE] += 1
+                continue
+            if not examples and places is None:
+                self._require_context(text, last)
+            answers = [answer]
+            for turn in pending:
+                earlier = self._find(text, turn, places, self._earlier_answer)
+                if earlier is not None:
+                    answers.append(earlier)
+            answers.sort(key=lambda answer: answer.turn)
+            examples.append(Example(text, tuple(answers), last + 1))
+            learnt = {answer.turn for answer in answers}
+            pending = [turn for turn in pending if turn not in learnt]
+        return examples[::-1], unlearnt
+
+    def _find(
+        self,
+        text: str,
+        turn: int,
+        places: Places | None,
+        search: Callable[[str, int], Answer | None],
+    ) -> Answer | None:
+        """Find an answer by what is remembered of the template, or exactly."""
+        if places is None:
+            return search(text, turn)
+
+        def exact() -> tuple[int, int] | None:
+            answer = search(text, turn)
+            return None if answer is None else (answer.start, answer.end)
+
+        span = self.frames.locate(self.messages, places, text, turn, exact)
+        return None if span is None else Answer(turn, *span)
+
+    def _require_fields(self, turn: int, text: str) -> None:
+        """Refuse an answer whose reasoning or calls the template leaves out."""
+        message = self.messages[turn]
+        for field, name in (("reasoning", "reasoning_content"), ("reasoning", "thinking")):
+            if message.get(name) and not stands_in(message[name], text):
+                raise _not_rendered(f"message {turn + 1}: {name}", field)
+        if not all(stands_in(value, text) for value in call_texts(message)):
+            raise _not_rendered(f"message {turn + 1}: tool_calls", "tool_calls")
+
+    def _require_context(self, text: str, last: int) -> None:
+        """Refuse a chat whose tools, system turn, questions or tool results are left out."""
+        messages = self.messages[: last + 1]
+        names = [str(_tool_name(tool)) for tool in self.tools or ()]
+        if not all(name in text for name in names):
+            without_tools = self.template.render(messages)
+            if text.startswith(without_tools):
+                raise _not_rendered("tools", "tools")
+        for turn, message in enumerate(messages):
+            content = message["content"]
+            if message["role"] == "assistant" or stands_in(content.strip(), text):
+                continue
+            changed = [*messages[:turn], {**message, "content": ""}, *messages[turn + 1 :]]
+            if text.startswith(self.template.render(changed, self.tools)):
+                field = "system" if message["role"] == "system" else "content"
+                raise _not_rendered(f"message {turn + 1}: {message['role']}'s content", field)
+
+    def _render_to(self, turn: int) -> str:
+        """The text of the chat up to a turn, with the end of its answer."""
+        text = self._render(turn + 1)
+        if self.template.ends_with_next_turn:
+            end = self.template.next_turn_token(self.messages[: turn + 1], self.tools)
+            return text + (end or self.template.end or "")
+        if self._ends_with_special_token(text):
+            return text
+        return text + (self.template.end or self.fallback_end or "")
+
+    def _last_answer(self, text: str, turn: int) -> Answer | None:
+        """The last answer of a text; None if the template does not render it whole."""
+        start = self._start(turn, text)
+        whole = is_whole(self.messages[turn], text[start:])
+        return Answer(turn, start, len(text)) if whole else None
+
+    def _earlier_answer(self, text: str, turn: int) -> Answer | None:
+        """An answer in a text that goes on after it; None if it is not whole there."""
+        alone = self._render(turn + 1)
+        common = _common_prefix(alone, text)
+        start = self._start(turn, alone)
+        if start > common:
+            return None
+        end = self._end(text, start, common, is_all=common == len(alone))
+        if end is None or not is_whole(self.messages[turn], text[start:end]):
+            return None
+        return Answer(turn, start, end)
+
+    def _end(self, text: str, start: int, common: int, is_all: bool) -> int | None:
+        """Where an earlier answer's end token and the white space after it end.
+
+        Args:
+            text: The chat, which goes on after the answer.
+            start: Where the answer begins.
+            common: How far the text is that of the chat up to the answer.
+            is_all: The text has all of the chat up to the answer.
+        """
+        if self.template.end is None:
+            return common if is_all else None
+        if self.template.ends_with_next_turn:
+            match = self.template.special_tokens.match(text, common)
+            return match.end() if is_all and match else None
+        end = None
+        for match in self.template.special_tokens.finditer(text, start):
+            if match.end() > common:
+                break
+            end = match.end()
+        if end is None:
+            return None
+        while end < common and text[end].isspace():
+            end += 1
+        return end
+
+    def _start(self, turn: int, text: str) -> int:
+        """Where the answer of a turn begins in a text that holds it."""
+        prompt = self._render(turn, ask=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        # The generation prompt begins what the model thinks, or the template moved something.
+        return max(_common_prefix(prompt, text), self.content_start(turn, text))
+
+    def content_start(self, turn: int, text: str) -> int:
+        """Where a different answer of a turn would diverge from a text that holds the answer."""
+        different = {"role": "assistant", "content": "\0" + self.messages[turn]["content"]}
+        changed = self.template.render([*self.messages[:turn], different], self.tools)
+        start = _common_prefix(changed, text)
+        for match in self.template.special_tokens.finditer(text):
+            if match.start() < start < match.end():
+                return match.start()
+        return start
+
+    def _render(self, count: int, ask: bool = False) -> str:
+        return self.template.render(self.messages[:count], self.tools, ask)
+
+    def _ends_with_special_token(self, text: str) -> bool:
+        matches = list(self.template.special_tokens.finditer(text, max(0, len(text) - 64)))
+        return bool(matches) and not text[matches[-1].end() :].strip()
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a message is an answer to learn."""
+    return message["role"] == "assistant" and bool(message.get("train", True))
+
+
+def is_whole(message: Message, text: str) -> bool:
+    """Whether everything that an answer holds stands in a text, but for white space."""
+    content = message["content"]
+    if content.strip() not in text and _squeeze(content) not in _squeeze(text):
+        return False
+    return all(stands_in(value, text) for value in further_texts(message))
+
+
+def further_texts(message: Message) -> list[str]:
+    """The texts of a message beside its content: reasoning, names and arguments of tool calls."""
+    reasoning = [message[name] for name in ("reasoning_content", "thinking") if message.get(name)]
+    return reasoning + call_texts(message)
+
+
+def call_texts(message: Message) -> list[str]:
+    """The names of a message's tool calls, and the texts and numbers in their arguments."""
+    texts = []
+    for call in message.get("tool_calls", ()):
+        texts.append(call["function"]["name"])
+        texts += _leaves(call["function"]["arguments"])
+    return texts
+
+
+def stands_in(value: str, text: str) -> bool:
+    """Whether a value stands in a text, as it is or as JSON writes it, but for white space."""
+    if value in text or _squeeze(value) in _squeeze(text):
+        return True
+    escaped = value.encode("unicode_escape").decode()
+    return _squeeze(escaped) in _squeeze(text.replace('\\"', '"'))
+
+
+def _not_rendered(place: str, field: str) -> ConfigError:
+    reason = f"{place} is not rendered by the chat template"
+    return ConfigError(f"{reason}; dataset.ignore=[{field}] trains without it")
+
+
+def _tool_name(tool: Any) -> Any:
+    """The name of a tool by its schema; None if the schema has none."""
+    return tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
+
+
+def _leaves(value: Any) -> list[str]:
+    """The texts and numbers inside the arguments of a call."""
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    if isinstance(value, bool) or value is None:
+        return []  # true and True, null and None: each template has its own
+    return [value if isinstance(value, str) else str(value)]
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _common_prefix(left: str, right: str) -> int:
+    """The number of characters with which both texts begin."""
+    if right.startswith(left):
+        return len(left)
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[:middle] == right[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
