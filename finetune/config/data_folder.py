@@ -24,8 +24,10 @@ _WORD_BOUNDARY = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 
 def data_folder(path: str) -> Path | None:
     """Return the folder that `dataset.path` names; None for a file, a hub id and `python_docs`."""
+    if path == "python_docs":
+        return None  # the packaged rows, even where a folder has this name
     folder = Path(path).expanduser()
-    return folder if path != "python_docs" and folder.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
@@ -36,8 +38,12 @@ def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
         excluded: Paths of files to leave out, or None.
     """
     excluded_files = {Path(path).expanduser().resolve() for path in excluded if path is not None}
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    return [file for file in files if file.resolve() not in excluded_files]
+    files = []
+    for file in sorted(folder.iterdir()):
+        is_data = file.suffix.lower() in SUFFIXES
+        if is_data and file.resolve() not in excluded_files:
+            files.append(file)
+    return files
 
 
 def named_splits(file: Path) -> list[str]:
