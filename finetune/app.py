@@ -47,7 +47,9 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
         resume(folder)
         return
     overrides: list[str] = arguments.overrides
-    sys.argv[1:] = [check_override(word) if word in overrides else word for word in sys.argv[1:]]
+    for position, word in enumerate(sys.argv[1:], start=1):
+        if word in overrides:
+            sys.argv[position] = check_override(word)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     failures = _JobFailures()
     with _explain_unusable_folder(overrides):

@@ -6,6 +6,7 @@ upstream thread, if there is one.
 
 import argparse
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,24 @@ def hydra_argument_parser() -> argparse.ArgumentParser:
     from hydra._internal.utils import get_args_parser
 
     return get_args_parser()
+
+
+@contextlib.contextmanager
+def gguf_bar_on_terminal_only() -> Iterator[None]:
+    """Show the progress bar of a GGUF conversion within the block only if stderr is a terminal.
+
+    Reason: `transformers.utils.logging.disable_progress_bar` does not reach this bar, and in a log
+    file it fills hundreds of lines. transformers 5.23, `modeling_gguf_pytorch_utils.tqdm`; its
+    argument `disable=None` means what this function does. Upstream: none.
+    """
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+    bar = gguf_utils.tqdm
+    gguf_utils.tqdm = functools.partial(bar, disable=None)
+    try:
+        yield
+    finally:
+        gguf_utils.tqdm = bar
 
 
 def keep_4bit_layers_trainable(model: "torch.nn.Module") -> None:

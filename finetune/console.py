@@ -28,6 +28,13 @@ HYDRA_NOISE = (
 """Beginnings of lines in messages of Hydra and OmegaConf that tell a user nothing."""
 
 
+SWEEP_WITHOUT_MULTIRUN = re.compile(
+    r"(Ambiguous value for argument|Sweep parameters) '(?P<override>.*)'( requires --multirun)?$",
+    re.MULTILINE,
+)
+"""Hydra's messages about sweep syntax without -m."""
+
+
 SUMMARY_LENGTH = 300
 """Characters of another library's error message that are shown."""
 
@@ -43,6 +50,8 @@ def run_command(command: Callable[[], object]) -> None:
     """
     shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     signal.signal(signal.SIGTERM, _interrupt)
+    if not sys.stderr.isatty():
+        _hide_download_bars()
     try:
         command()
     except (Exception, KeyboardInterrupt) as error:
@@ -56,13 +65,23 @@ def _interrupt(signal_number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _hide_download_bars() -> None:
+    """Hide the bars of data and model downloads, which would fill a log file.
+
+    By the environment, because the libraries read it when they are imported, and importing them
+    here would delay every command.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def error_line(error: BaseException) -> str:
     """Return the error as one line for the user."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_error_line(error)
     if isinstance(error, OSError) and error.strerror:
@@ -93,11 +112,26 @@ def _hydra_error_line(error: Exception) -> str:
     unknown = re.search(r"Could not override '([^']*)'", text)
     if unknown:
         return f"{unknown[1]}: no such key; {_suggest_key(unknown[1])}"
+    sweep = SWEEP_WITHOUT_MULTIRUN.search(text)
+    if sweep:
+        return _sweep_refusal(sweep["override"])
     lines = [_join_lines(line) for line in text.splitlines() if line.strip()]
     cause = str(error.__cause__ or "").splitlines()
     if cause and cause[0] not in text:
         lines.append(cause[0])
     return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(HYDRA_NOISE))
+
+
+def _sweep_refusal(override: str) -> str:
+    """Return the error for sweep syntax on the command line of a single run."""
+    key, _, values = override.partition("=")
+    if "interval(" in values:
+        return f"{override}: a range needs python -m finetune -m hydra/sweeper=optuna"
+    remedy = "several values need python -m finetune -m"
+    is_group = (CONF / key).is_dir()
+    if not is_group and "(" not in values:
+        remedy += f"; one list is {key}=[{values}]"
+    return f"{override}: {remedy}"
 
 
 def _suggest_key(unknown: str) -> str:

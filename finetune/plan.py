@@ -14,7 +14,7 @@ from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import SharedResources
 
 if TYPE_CHECKING:
-    from finetune.run.memory_plan import Plan
+    from finetune.run.plan import Plan
 
 
 PASSES = 4

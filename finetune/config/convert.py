@@ -71,7 +71,9 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
             return _convert_plain(alternative, value)
         except _MismatchError:
             continue
-    choices = [choice for alternative in alternatives for choice in _choices(alternative)]
+    choices: list[str] = []
+    for alternative in alternatives:
+        choices += _choices(alternative)
     if choices and isinstance(value, str):
         raise refusal(path, value, did_you_mean(value, choices))
     raise refusal(path, value, f"must be {describe_type(hint)}")
@@ -102,6 +104,7 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin is list:
         return _convert_list(hint, value)
+    # In Python true and false are whole numbers as well.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_whole = is_number and isinstance(value, int)
     if hint is str and is_whole:
@@ -130,11 +133,11 @@ def _convert_list(hint: Any, value: Any) -> list[Any]:
 
 def _describe(hint: Any) -> str:
     origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin is Literal:
-        words = typing.get_args(hint)
-        return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
     if origin is list:
-        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+        return f"a list, each item {_describe(arguments[0])}"
     if origin is dict:
         return "a group of keys"
     return DESCRIPTIONS[hint]

@@ -7,8 +7,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values by their dotted keys: `{"lora": {"r": 8}}` becomes `{"lora.r": 8}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        path = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{path}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[path] = value
     return flat

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
@@ -160,12 +160,11 @@ class RunConfig(Section):
         model = dataclasses.replace(
             self.model, name_or_path=_absolute_path(self.model.name_or_path)
         )
-        data = self.dataset
         dataset = dataclasses.replace(
-            data,
-            path=_absolute_path(data.path),
-            eval_path=_absolute_path(data.eval_path) if data.eval_path else data.eval_path,
-            test_path=_absolute_path(data.test_path) if data.test_path else data.test_path,
+            self.dataset,
+            path=_absolute_path(self.dataset.path),
+            eval_path=_absolute_path(self.dataset.eval_path),
+            test_path=_absolute_path(self.dataset.test_path),
         )
         return dataclasses.replace(self, model=model, dataset=dataset)
 
@@ -177,22 +176,27 @@ class RunConfig(Section):
     def objectives(self) -> list[str]:
         """Names of the metrics that the run returns; `eval/…` only if there are held-out rows."""
         names = [self.objective] if isinstance(self.objective, str) else self.objective
-        return [name for name in names if self.dataset.holds_out or not name.startswith("eval/")]
+        if self.dataset.holds_out:
+            return [*names]
+        return [name for name in names if not name.startswith("eval/")]
 
 
-def _absolute_path(path: str) -> str:
+PathOrNone = TypeVar("PathOrNone", str, str | None)
+
+
+def _absolute_path(path: PathOrNone) -> PathOrNone:
     """Return the absolute path of an existing file or folder; anything else as it is."""
-    expanded = Path(path).expanduser()
-    if path == "python_docs" or not expanded.exists():
+    if not path or path == "python_docs":
         return path
-    return str(expanded.absolute())
+    expanded = Path(path).expanduser()
+    return str(expanded.absolute()) if expanded.exists() else path
 
 
 def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
     dataset = values.get("dataset")
     if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
-        return values
+        return values  # `build` refuses what is no mapping
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
 

@@ -4,6 +4,7 @@ import logging
 import random
 from pathlib import Path
 
+from finetune.config.schema import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.formats import FORMATS, detect_format
 from finetune.data.sources import open_files, open_source
@@ -48,8 +49,7 @@ def load_rows(settings: DatasetSettings) -> Rows:
         raise refusal("dataset.path", settings.path, "no rows are left to train on")
     _log_dropped(dropped)
     if len(train) < len(pool):
-        shares = f"{len(train):,}", f"{len(pool):,}"
-        log.info("data: training on %s of %s rows (dataset.limit)", *shares)
+        _log_limit(settings, len(train), len(pool))
     return Rows(train, held_out["eval"], held_out["test"], dropped)
 
 
@@ -68,6 +68,14 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
     rows = _read(key, settings.path, files, settings, dropped)
     _log_dropped(dropped)
     return rows
+
+
+def _log_limit(settings: DatasetSettings, trained: int, total: int) -> None:
+    reason = "dataset.limit"
+    if (settings.path, settings.limit) == ("python_docs", PYTHON_DOCS_LIMIT):
+        # Most likely the user has set no limit: dataset.limit=auto has become this one.
+        reason = f"dataset.limit={settings.limit}, the default of python_docs; null: all rows"
+    log.info("data: training on %s of %s rows (%s)", f"{trained:,}", f"{total:,}", reason)
 
 
 def _log_dropped(dropped: Dropped) -> None:

@@ -28,7 +28,8 @@ def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
     Raises:
         OSError: The file can't be written (disk full); the message names `path`.
     """
-    draft = path.with_name(f".{path.name}.{'draft' if single_writer else os.getpid()}")
+    suffix = "draft" if single_writer else os.getpid()
+    draft = path.with_name(f".{path.name}.{suffix}")
     try:
         with name_file_in_errors(path):
             draft.write_text(text, encoding="utf-8")
@@ -110,7 +111,7 @@ def create_folder(path: Path) -> Iterator[Path]:
         try:
             os.rename(draft, path)
         except OSError:
-            if not path.exists():
+            if not path.exists():  # else another process was first
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -6,5 +6,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Return FINETUNE_CACHE if it is set, else `finetune` in XDG_CACHE_HOME or `~/.cache`."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
-    return Path(os.environ.get("FINETUNE_CACHE") or default)
+    folder = os.environ.get("FINETUNE_CACHE")
+    if folder:
+        return Path(folder)
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "finetune"

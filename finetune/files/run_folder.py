@@ -20,6 +20,10 @@ It is written last: a checkpoint without it is incomplete.
 """
 
 
+LOCK = ".lock"
+"""The lock file of a run folder."""
+
+
 class FolderHeld(ConfigError):
     """Another live process holds the run's folder."""
 
@@ -55,7 +59,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self.path / ".lock", wait=False))
+                stack.enter_context(file_lock(self.path / LOCK, wait=False))
             except BlockingIOError:
                 raise FolderHeld(
                     f"{self.path}: another process is training in this folder"
@@ -133,20 +137,48 @@ def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> No
         shutil.rmtree(path)
 
 
+HYDRA_FILES = {".hydra", "train.log"}
+"""What Hydra writes into the folder of a run before the run's own code starts."""
+
+
+def is_new(folder: RunFolder) -> bool:
+    """Return whether Hydra has just made a folder: no file of a user or an earlier start is there.
+
+    An earlier start would have left lines in `train.log`, which Hydra appends to.
+    """
+    log_file = folder.path / "train.log"
+    has_log_lines = log_file.exists() and log_file.stat().st_size > 0
+    return not has_log_lines and _file_names(folder.path) <= HYDRA_FILES
+
+
 def discard_if_untouched(folder: str | Path) -> None:
     """Remove a folder that Hydra made for a run that never began, and its empty parents."""
-    path = Path(folder)
-    if path.resolve() == Path.cwd():
-        return
-    names = {entry.name for entry in path.iterdir()}
-    if names <= {".hydra", "train.log"}:
+    _discard(Path(folder), HYDRA_FILES)
+
+
+def discard_refused(folder: RunFolder) -> None:
+    """Remove a new folder (`is_new`) whose run was refused before it wrote `run.json`.
+
+    It stays where another process has begun a run in it meanwhile.
+    """
+    with contextlib.suppress(FolderHeld), folder.locked():
+        _discard(folder.path, HYDRA_FILES | {LOCK, folder.result.name})
+
+
+def _discard(path: Path, names: set[str]) -> None:
+    """Remove a folder that holds nothing but these names, and its empty parents."""
+    if path.resolve() != Path.cwd() and _file_names(path) <= names:
         shutil.rmtree(path)
         _remove_empty(path.parent)
 
 
+def _file_names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
 def discard_multirun(folder: Path) -> None:
     """Remove the folder of a sweep in which no job left a file, and its empty parents."""
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"multirun.yaml"}:
+    if folder.is_dir() and _file_names(folder) == {"multirun.yaml"}:
         shutil.rmtree(folder)
         _remove_empty(folder.parent)
 

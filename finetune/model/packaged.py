@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.compat import gguf_bar_on_terminal_only
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import create_folder
@@ -99,9 +100,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    with gguf_bar_on_terminal_only():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     # The weights are dequantised: without this the folder would say that they are GGUF's.
     model.hf_quantizer = None
     del model.config.quantization_config

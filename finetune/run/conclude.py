@@ -44,9 +44,14 @@ def conclude(
     if progress.stop == "pruned":
         return metrics
     if context.evaluate_test_rows and prepared.test:
+        if context.interactive:
+            log.info("evaluating %d test rows", len(prepared.test))
         metrics |= yield from evaluate_test_rows(prepared, training, folder)
     if context.interactive:
-        sample_prompts(prepared, training, folder, context).after(tracker, progress.step)
+        samples = sample_prompts(prepared, training, folder, context)
+        if samples.asked:
+            log.info("answering %d sample prompts after training", samples.asked)
+        samples.after(tracker, progress.step)
         _push(prepared.config, training.model)
     return metrics
 

@@ -40,13 +40,10 @@ def require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
     recorded_values = flatten(recorded)
     for path, value in flatten(identity).items():
         key = path.removeprefix("config.")
-        is_config = path.startswith("config.")
-        if key.startswith(KEYS_WITHOUT_EFFECT) or (value is None and not is_config):
+        is_unknown_hash = value is None and not path.startswith("config.")
+        if key.startswith(KEYS_WITHOUT_EFFECT) or is_unknown_hash:
             continue
         recorded_value = recorded_values.get(path)
         if value != recorded_value:
-            allowed = (
-                f"the run that began in {folder.path} has {recorded_value}; "
-                "give another hydra.run.dir or name"
-            )
-            raise refusal(key, value, allowed)
+            began = f"the run that began in {folder.path} has {recorded_value}"
+            raise refusal(key, value, f"{began}; give another hydra.run.dir or name")

@@ -11,7 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
 from finetune.engine.steps import drive
 from finetune.errors import ConfigError, refusal
-from finetune.files.run_folder import RunFolder, discard_if_untouched
+from finetune.files.run_folder import RunFolder, discard_if_untouched, discard_refused, is_new
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.run import run_steps
@@ -54,22 +54,38 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
         composed: The job's config; Hydra's own part is that of the current job.
         context: Further fields of `RunContext`.
 
+    Returns:
+        The steps of the run. Where its data or its base is refused, they remove the folder that
+        Hydra made, unless the job belongs to a sweep: a sweep's folder shows which jobs failed.
+
     Raises:
         ConfigError: No run can have this config. The folder that Hydra made is removed.
     """
     hydra = HydraConfig.get()
-    folder = hydra.runtime.output_dir
+    folder = RunFolder(hydra.runtime.output_dir)
     try:
         config = check_job(composed)
     except ValueError:
-        discard_if_untouched(folder)
+        discard_if_untouched(folder.path)
         raise
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
         label = Label(name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial")
     run_context = RunContext(resources=shared_resources, label=label, **context)
-    return run_steps(config, RunFolder(folder), run_context)
+    steps = run_steps(config, folder, run_context)
+    if hydra.mode == RunMode.RUN and is_new(folder):
+        return _in_new_folder(steps, folder)
+    return steps
+
+
+def _in_new_folder(steps: "RunSteps[Objective]", folder: RunFolder) -> "RunSteps[Objective]":
+    """Run the steps; a refusal or Ctrl-C before the run has begun leaves no folder behind."""
+    try:
+        return (yield from steps)
+    except (ConfigError, KeyboardInterrupt):
+        discard_refused(folder)
+        raise
 
 
 def _refuse_secrets_in_storage() -> None:

@@ -73,30 +73,41 @@ def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> Ru
 
 def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:
     """The width of the base's layers, from its `config.json` alone."""
-    folder = Path(source.location)
     name = config.model.name_or_path
     try:
-        file = folder / "config.json" if folder.is_dir() else _fetch_config(source)
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values = _read_base_config(source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise refusal(
             "model.name_or_path", name, f"its config.json can't be read: {reason}"
         ) from error
-    sections = [
-        section
-        for key in ("text_config", "llm_config")
-        if isinstance(section := values.get(key), Mapping)
-    ]
-    for section in (*sections, values):
-        for key in WIDTH_NAMES:
-            if isinstance(section.get(key), int):
-                return int(section[key])
-    raise refusal(
-        "optimizer.learning_rate",
-        None,
-        f"the config.json of {name} has no hidden_size; give a number",
-    )
+    # A base of several parts, as text and images, names its language model's width in a section.
+    sections = [values.get("text_config"), values.get("llm_config"), values]
+    for section in sections:
+        width = _width_in(section)
+        if width is not None:
+            return width
+    reason = f"the config.json of {name} has no hidden_size; give a number"
+    raise refusal("optimizer.learning_rate", None, reason)
+
+
+def _width_in(section: object) -> int | None:
+    """The width that a section of a `config.json` names, None if it names none."""
+    if not isinstance(section, Mapping):
+        return None
+    for name in WIDTH_NAMES:
+        width = section.get(name)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _read_base_config(source: "BaseSource") -> dict[str, Any]:
+    """The content of a base's `config.json`."""
+    folder = Path(source.location)
+    file = folder / "config.json" if folder.is_dir() else _fetch_config(source)
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
 
 
 def _fetch_config(source: "BaseSource") -> Path:

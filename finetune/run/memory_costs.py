@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.model.quantization import compute_dtype, keeps_dequantized
 
@@ -14,40 +15,68 @@ if TYPE_CHECKING:
 
 
 def base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
-    """Return the bytes of the base: quantised layers with scales, or dequantised layers."""
-    quantization = config.quantization
+    """Return the bytes of the base: quantised layers with scales, or dequantised layers.
+
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+    """
+    linear = _linear_weights(skeleton)
+    total = sum(weight.numel() for weight in skeleton.parameters())
+    # Embeddings, norms and the output layer are never quantised.
+    rest = total - linear
+    rest_bytes = rest * compute_dtype(config.quantization).itemsize
+    return int(linear * _bytes_per_linear_weight(linear, config) + rest_bytes)
+
+
+def _linear_weights(skeleton: "PreTrainedModel") -> int:
+    """Weights of the layers that quantization applies to: all linear ones but the output layer."""
     head = skeleton.get_output_embeddings()
-    element_bytes = compute_dtype(quantization).itemsize
-    linear = sum(
-        module.weight.numel()
-        for module in skeleton.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    )
-    rest = sum(weight.numel() for weight in skeleton.parameters()) - linear
+    weights = 0
+    for module in skeleton.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            weights += module.weight.numel()
+    return weights
+
+
+def _bytes_per_linear_weight(linear: int, config: RunConfig) -> float:
+    quantization = config.quantization
     if quantization.load_in_4bit and not keeps_dequantized(linear, config):
-        # One float32 scale for 64 weights; double quantisation stores it in 8 bits, and one for
-        # 256 of them.
-        double = quantization.bnb_4bit_use_double_quant
-        scales = 1 / 64 + 4 / (64 * 256) if double else 4 / 64
-        linear_bytes = 0.5 + scales
-    elif quantization.load_in_8bit:
-        linear_bytes = 1.0
-    else:
-        linear_bytes = float(element_bytes)
-    return int(linear * linear_bytes + rest * element_bytes)
+        return 0.5 + _scale_bytes(quantization)
+    if quantization.load_in_8bit:
+        return 1.0
+    return float(compute_dtype(quantization).itemsize)
+
+
+def _scale_bytes(quantization: QuantizationSettings) -> float:
+    """Bytes of the scales of 4-bit weights, for each weight."""
+    if not quantization.bnb_4bit_use_double_quant:
+        return 4 / 64  # one float32 scale for 64 weights
+    # The scale has 8 bits, and 256 scales have one in float32.
+    return 1 / 64 + 4 / (64 * 256)
 
 
 def logits_bytes(vocabulary: int, uses_decoder: bool, half_precision: bool) -> int:
-    """One chunk of logits. Autograd's backend also has the chunk and its softmax in float32."""
+    """Return the bytes of one chunk of logits.
+
+    Args:
+        vocabulary: The number of tokens that the base knows.
+        uses_decoder: Whether the GPU's decoder computes; else autograd does, which also has the
+            chunk and its softmax in float32.
+        half_precision: Whether the base computes in 16 bits.
+    """
     if uses_decoder:
         from finetune.engine.packed.gpu.decoder import Decoder
 
-        return int(Decoder.logits_chunk * vocabulary * (2 if half_precision else 4))
-    return int(AutogradBackend.logits_chunk * vocabulary * (8 + (2 if half_precision else 0)))
+        logit_bytes = 2 if half_precision else 4
+        return int(Decoder.logits_chunk * vocabulary * logit_bytes)
+    float32_bytes = 4 + 4
+    logit_bytes = float32_bytes + 2 if half_precision else float32_bytes
+    return int(AutogradBackend.logits_chunk * vocabulary * logit_bytes)
 
 
 def adapted_layers(model: Any) -> set[str]:
-    """The last parts of the names of the layers that have an adapter, for example q_proj."""
+    """Return the last parts of the names of the layers with an adapter, for example q_proj."""
     modules = model.named_modules()
     return {name.rsplit(".", 1)[-1] for name, module in modules if hasattr(module, "lora_A")}
 
@@ -58,6 +87,19 @@ class Elements:
 
     training: int
     evaluating: int
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Elements that one token has in the tensors of a layer."""
+
+    hidden: int
+    """Between layers, and in the norms."""
+    queries: int
+    keys: int
+    """Its keys; the values have as many."""
+    inner: int
+    """Inside a feed-forward layer."""
 
 
 def activation_elements(
@@ -77,59 +119,75 @@ def activation_elements(
         targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
         slots: How many slots train together.
     """
-    hidden = shapes.hidden_size
-    inner = _inner_width(shapes)
-    layers = shapes.num_hidden_layers
-    queries, keys = _attention_widths(shapes)
+    layers: int = shapes.num_hidden_layers
+    widths = _read_widths(shapes)
     checkpointing = config.trainer.gradient_checkpointing is True
     if targets is None:
-        layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner
-        passing = 4 * hidden + 2 * queries + 4 * inner
-        if not checkpointing:
-            return Elements(layers * layer + passing, passing)
-        passing += layer
-        return Elements(layers * hidden + passing, passing)
+        return _autograd_elements(layers, widths, checkpointing)
+    layer = _decoder_layer_elements(widths, config.lora.r, targets)
+    if shapes.model_type == "qwen3":
+        layer += widths.queries + widths.keys  # the inputs of the heads' own norms
+    return _decoder_elements(layers, widths, layer, checkpointing, slots)
+
+
+def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Elements:
+    attention = 2 * widths.queries + 2 * widths.keys
+    layer = 4 * widths.hidden + attention + 3 * widths.inner
+    passing = 4 * widths.hidden + 2 * widths.queries + 4 * widths.inner
+    if not checkpointing:
+        return Elements(layers * layer + passing, passing)
+    # The layer whose backward pass runs has computed all its activations again.
+    passing += layer
+    return Elements(layers * widths.hidden + passing, passing)
+
+
+def _decoder_elements(
+    layers: int, widths: _Widths, layer: int, checkpointing: bool, slots: int
+) -> Elements:
+    """Count the elements of the GPU's decoder, of which one layer keeps `layer`."""
     from finetune.engine.packed.gpu.decoder import stored_blocks
 
-    layer = _decoder_layer_elements(shapes, config.lora.r, targets)
-    whole = stored_blocks(layers, slots) if checkpointing else layers
-    training = whole * layer + (layers - whole) * hidden + 3 * hidden + 2 * inner
-    return Elements(training, layer + hidden + inner)
+    stored = stored_blocks(layers, slots) if checkpointing else layers
+    inputs = (layers - stored) * widths.hidden
+    passing = 3 * widths.hidden + 2 * widths.inner
+    evaluating = layer + widths.hidden + widths.inner
+    return Elements(stored * layer + inputs + passing, evaluating)
 
 
-def _decoder_layer_elements(shapes: Any, rank: int, targets: set[str]) -> int:
+def _decoder_layer_elements(widths: _Widths, rank: int, targets: set[str]) -> int:
     """Elements that one layer of the GPU's decoder keeps for each token."""
-    hidden = shapes.hidden_size
-    queries, keys = _attention_widths(shapes)
     adapts_attention = bool(targets & {"q_proj", "k_proj", "v_proj"})
     adapts_gate = bool(targets & {"gate_proj", "up_proj"})
-    elements = (2 + adapts_attention + adapts_gate) * hidden
-    elements += 2 * queries + 2 * keys + 2 * _inner_width(shapes)
-    if shapes.model_type == "qwen3":
-        elements += queries + keys  # the inputs of the heads' own norms
+    norm_inputs = 2 * widths.hidden
+    adapter_inputs = (adapts_attention + adapts_gate) * widths.hidden
+    attention = 2 * widths.queries + 2 * widths.keys
+    gate_inputs = 2 * widths.inner
     # A group of projections with one input is computed together: all of them have a column of
     # ranks.
     projections = 3 * adapts_attention + 2 * adapts_gate + len(targets & {"o_proj", "down_proj"})
+    # The kernels compute with a power of two of at least 16.
     padded_rank = max(16, 1 << (rank - 1).bit_length())
-    return int(elements + projections * padded_rank)
+    rank_columns = projections * padded_rank
+    return norm_inputs + adapter_inputs + attention + gate_inputs + rank_columns
 
 
 def block_weights(shapes: Any, config: RunConfig) -> int:
-    """Dequantised weights of a block, kept from its second forward pass to its backward pass."""
+    """Return the dequantised weights of a block that several slots keep with checkpointing.
+
+    They are kept from the block's second forward pass to its backward pass.
+    """
     checkpointing = config.trainer.gradient_checkpointing is True
     if not (checkpointing and config.quantization.load_in_4bit):
         return 0
-    return int(shapes.hidden_size * 2 * (sum(_attention_widths(shapes)) + _inner_width(shapes)))
+    widths = _read_widths(shapes)
+    return widths.hidden * 2 * (widths.queries + widths.keys + widths.inner)
 
 
-def _inner_width(shapes: Any) -> int:
-    """Elements inside a feed-forward layer; by default four times the hidden size."""
-    return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
-
-
-def _attention_widths(shapes: Any) -> tuple[int, int]:
-    """Elements of a token's queries, and of its keys."""
-    heads = shapes.num_attention_heads
-    head_size = getattr(shapes, "head_dim", None) or shapes.hidden_size // heads
-    key_heads = getattr(shapes, "num_key_value_heads", heads)
-    return heads * head_size, key_heads * head_size
+def _read_widths(shapes: Any) -> _Widths:
+    """Read the widths of a base's text config, with transformers' defaults."""
+    hidden: int = shapes.hidden_size
+    heads: int = shapes.num_attention_heads
+    key_heads: int = getattr(shapes, "num_key_value_heads", heads)
+    head_size: int = getattr(shapes, "head_dim", None) or hidden // heads
+    inner: int = getattr(shapes, "intermediate_size", None) or 4 * hidden
+    return _Widths(hidden, heads * head_size, key_heads * head_size, inner)

@@ -1,4 +1,4 @@
-"""The memory that a run will need, computed before any weights load, and how many slots fit.
+"""The memory that a run will need, computed before any weights load.
 
 `python -m finetune.plan` prints it; runs use it to decide `trainer.gradient_checkpointing=auto`,
 studies to decide the number of slots.
@@ -7,8 +7,6 @@ studies to decide the number of slots.
 import dataclasses
 import functools
 import logging
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,16 +19,13 @@ from finetune.data.tokens import as_list
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
-from finetune.errors import ConfigError, refusal
+from finetune.errors import refusal
 from finetune.model.adapter import add_adapter, modules_outside_language_model
 from finetune.model.architectures import text_config_of
 from finetune.model.device import on_gpu
 from finetune.model.loading import read_base_config, skeleton_of
-from finetune.model.memory import GIB, available_memory, resident_memory_bytes
-from finetune.model.quantization import (
-    compute_dtype,
-    require_bitsandbytes,
-)
+from finetune.model.memory import available_memory, resident_memory_bytes
+from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.run.memory_costs import (
     activation_elements,
     adapted_layers,
@@ -38,6 +33,7 @@ from finetune.run.memory_costs import (
     block_weights,
     logits_bytes,
 )
+from finetune.run.plan import Plan
 from finetune.run.resources import SharedResources, base_key
 
 if TYPE_CHECKING:
@@ -45,128 +41,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-USABLE = 0.9
-"""Fraction of the memory that the plan may use."""
-
-BUSY_TOKENS = 10_000
-"""Tokens in one pass that keep a GPU busy: more slots bring next to nothing
-(docs/benchmarks.md)."""
-
-MOST_SLOTS = 16
-"""Limit of `slots=auto`."""
-
 CPU_SLACK = 1.7
 """Factor on a CPU's activations, measured: padded copies in attention, and freed memory that the C
 library keeps."""
 
+ADAMW_BYTES = 2 * 4
+"""AdamW keeps two averages of each weight's gradient, in float32."""
+
 LIBRARIES = 300 * 2**20
 """Bytes of its libraries that a run on a CPU pages in once it computes."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Memory in bytes by what it is for, and work in tokens."""
-
-    process: int
-    """Python and its libraries, where memory is the host's."""
-    base: int
-    """The frozen base."""
-    adapter: int
-    """One slot's weights, gradient, rounded copy, and the sum of the gradients of several
-    batches."""
-    optimizer: int
-    """One slot's optimizer state."""
-    activations: int
-    """Activations of one slot's largest batch that the backward pass needs, when it trains
-    alone."""
-    activations_beside: int
-    """The same when other slots train with it."""
-    held: int
-    """Dequantised weights of one block, kept where several slots train with checkpointing."""
-    logits: int
-    """One chunk of logits, and in float32 its softmax."""
-    evaluation: int
-    """Activations of one slot's largest batch of held-out rows, without a backward pass."""
-    available: int
-    """The memory there is: the GPU's, else the host's."""
-    batches: tuple[int, ...]
-    """Tokens in each of one slot's batches; a prefix that the rows share is counted once."""
-    train_tokens: int
-    """Tokens of the whole run without padding."""
-    weights: int
-    """Weights that each token is multiplied by."""
-
-    def tokens(self, slots: int) -> float:
-        """Return the tokens in the largest pass of several slots.
-
-        Batches are drawn independently, so the largest ones hardly ever meet: by extreme value
-        theory the maximum of n sums is about their mean plus sqrt(2 ln n) standard deviations.
-        """
-        mean = statistics.fmean(self.batches)
-        largest = max(self.batches)
-        deviations = math.sqrt(2 * math.log(len(self.batches)) * slots)
-        expected = slots * mean + statistics.pstdev(self.batches) * deviations
-        return max(largest, min(slots * largest, expected))
-
-    def peak(self, slots: int = 1) -> int:
-        """Return the most bytes that so many slots need at once."""
-        if slots == 1:
-            activations = self.activations
-            dequantized = 0
-        else:
-            activations = self.activations_beside
-            dequantized = self.held
-        training = activations * self.tokens(slots) / max(self.batches) + dequantized
-        rows = max(training, slots * self.evaluation)
-        adapters = slots * (self.adapter + self.optimizer)
-        return int(self.process + self.base + self.logits + adapters + rows)
-
-    @property
-    def largest(self) -> int:
-        """The number of slots that fit, at most 64; 0: not even one fits."""
-        limit = USABLE * self.available
-        return sum(self.peak(slots) <= limit for slots in range(1, 65))
-
-    @property
-    def slots(self) -> int:
-        """The recommended number of slots: as many as keep a GPU busy; 1 on a CPU."""
-        busy = math.ceil(BUSY_TOKENS / statistics.fmean(self.batches)) if on_gpu() else 1
-        return max(1, min(busy, self.largest, MOST_SLOTS))
-
-    def require_room(self, config: RunConfig) -> None:
-        """Raise ConfigError, with the keys to change, where not one slot fits."""
-        if self.largest:
-            return
-        purposes = {
-            "the base": self.base,
-            "activations": self.activations,
-            "evaluation": self.evaluation,
-        }
-        purpose = max(purposes, key=lambda name: purposes[name])
-        key, advice = _advice(purpose, config)
-        need = f"the run needs {self.peak() / GIB:.1f} GiB"
-        share = f"most of it for {purpose} ({purposes[purpose] / GIB:.1f})"
-        limit = f"of {self.available * USABLE / GIB:.1f} GiB"
-        raise ConfigError(f"{key}: {need}, {share}, {limit}; {advice}")
-
-
-def _advice(purpose: str, config: RunConfig) -> tuple[str, str]:
-    """The key that decides how much memory a purpose takes, and how to change it."""
-    trainer = config.trainer
-    if purpose == "the base":
-        if config.quantization.load_in_4bit:
-            return "quantization", "take a smaller model"
-        return "quantization", "quantization=nf4 needs less"
-    if purpose == "evaluation":
-        return (
-            f"trainer.per_device_eval_batch_size={trainer.per_device_eval_batch_size}",
-            "lower it",
-        )
-    key = f"trainer.per_device_train_batch_size={trainer.per_device_train_batch_size}"
-    advice = "lower it (and raise trainer.gradient_accumulation_steps)"
-    if trainer.gradient_checkpointing is not True:
-        advice += ", or trainer.gradient_checkpointing=true"
-    return key, advice
 
 
 def resolve_checkpointing(
@@ -196,14 +79,13 @@ def resolve_checkpointing(
     if engine != "packed":
         return without
     if base_key(checkpointed) in checkpointed_bases:
-        reason = "as for all jobs on this base"
-    elif (
-        plan_memory(without, resources).largest or not plan_memory(checkpointed, resources).largest
-    ):
+        log.info("trainer.gradient_checkpointing=true: as for all jobs on this base")
+        return checkpointed
+    if plan_memory(without, resources).largest:
         return without
-    else:
-        reason = "the activations would not fit otherwise"
-    log.info("trainer.gradient_checkpointing=true: %s", reason)
+    if not plan_memory(checkpointed, resources).largest:
+        return without  # does not fit either way: slower training would gain nothing
+    log.info("trainer.gradient_checkpointing=true: the activations would not fit otherwise")
     return checkpointed
 
 
@@ -231,21 +113,19 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    has_gpu = on_gpu()
-    half_precision = has_gpu and compute_dtype(config.quantization).itemsize == 2
+    half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
     targets = adapted_layers(adapted) if uses_decoder else None
-    alone = activation_elements(shapes, config, targets, 1)
-    packed = activation_elements(shapes, config, targets, 2)
-    largest_batch_bytes = max(work.batches) * element_bytes * (1 if has_gpu else CPU_SLACK)
-    sums_gradients = config.trainer.gradient_accumulation_steps > 1
-    bytes_per_weight = 8 + (2 if half_precision else 0) + (4 if sums_gradients else 0)
+    alone = activation_elements(shapes, config, targets, slots=1)
+    packed = activation_elements(shapes, config, targets, slots=2)
+    slack = 1 if on_gpu() else CPU_SLACK
+    largest_batch_bytes = max(work.batches) * element_bytes * slack
     return Plan(
-        process=0 if has_gpu else _resident() + LIBRARIES,
+        process=0 if on_gpu() else _resident() + LIBRARIES,
         base=base_bytes(skeleton, config),
-        adapter=trained * bytes_per_weight,
-        optimizer=trained * 8,
+        adapter=trained * _bytes_per_trained_weight(config, half_precision),
+        optimizer=trained * ADAMW_BYTES,
         activations=int(largest_batch_bytes * alone.training),
         activations_beside=int(largest_batch_bytes * packed.training),
         held=block_weights(shapes, config) * element_bytes if uses_decoder else 0,
@@ -256,6 +136,16 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         train_tokens=work.train_tokens,
         weights=weights,
     )
+
+
+def _bytes_per_trained_weight(config: RunConfig, half_precision: bool) -> int:
+    """Bytes of a weight and its gradient, and of the copies that some configs need."""
+    size = 4 + 4
+    if half_precision:
+        size += 2  # the copy that is rounded to 16 bits
+    if config.trainer.gradient_accumulation_steps > 1:
+        size += 4  # the sum of the batches' gradients
+    return size
 
 
 @dataclass(frozen=True)
@@ -276,24 +166,26 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
     held_out = as_list(resources.tokens("eval", rows.evaluation, config))
     test = as_list(resources.tokens("test", rows.test, config))
     lengths = [len(row["input_ids"]) for row in train]
-    steps = step_batches(lengths, config, total_steps(config, len(train)))
-    batches = [batch for step in steps for batch in step.batches]
-    evaluated = sorted(held_out + test, key=computed_length, reverse=True)
-    return _Work(
-        batches=tuple(packed_length([train[index] for index in batch]) for batch in batches),
-        evaluated=packed_length(evaluated[: config.trainer.per_device_eval_batch_size]),
-        train_tokens=sum(lengths[index] for batch in batches for index in batch),
-    )
+    batch_lengths: list[int] = []
+    train_tokens = 0
+    for step in step_batches(lengths, config, total_steps(config, len(train))):
+        for batch in step.batches:
+            batch_lengths.append(packed_length([train[index] for index in batch]))
+            train_tokens += sum(lengths[index] for index in batch)
+    # Evaluation batches have rows of similar length, so the longest rows come together.
+    longest_first = sorted(held_out + test, key=computed_length, reverse=True)
+    largest_evaluation = longest_first[: config.trainer.per_device_eval_batch_size]
+    return _Work(tuple(batch_lengths), packed_length(largest_evaluation), train_tokens)
 
 
 def _multiplied_weights(skeleton: "PreTrainedModel") -> int:
     """Weights of the language model without its embedding, which is only looked up."""
-    others = tuple(f"{name}." for name in modules_outside_language_model(skeleton))
-    return sum(
-        weight.numel()
-        for name, weight in skeleton.named_parameters()
-        if "embed" not in name and not name.startswith(others)
-    )
+    outside = tuple(f"{name}." for name in modules_outside_language_model(skeleton))
+    weights = 0
+    for name, weight in skeleton.named_parameters():
+        if "embed" not in name and not name.startswith(outside):
+            weights += weight.numel()
+    return weights
 
 
 @functools.cache

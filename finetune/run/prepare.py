@@ -38,9 +38,12 @@ class Prepared:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Rows without an answer's token within `dataset.max_length`, by part."""
-        parts = {"train": self.train, "eval": self.held_out, "test": self.test}
-        return {name: left_out_count(tokens) for name, tokens in parts.items()}
+        """Rows without an answer's token within `dataset.max_length`, by split."""
+        return {
+            "train": left_out_count(self.train),
+            "eval": left_out_count(self.held_out),
+            "test": left_out_count(self.test),
+        }
 
 
 def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:

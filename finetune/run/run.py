@@ -12,11 +12,12 @@ from finetune.config.schema import RunConfig
 from finetune.console import error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.run.context import RunContext
 from finetune.run.identity import require_same_run, run_identity
+from finetune.run.interruption import explain_interruption
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.load import read_run_config
 from finetune.run.result import Objective, Result, objective_of
@@ -57,30 +58,42 @@ def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunS
             log.info("%s: this run is completed already", folder.path)
             return objective_of(config, metrics)
         result = Result(config, context)
-        tracker = Tracker()
-        try:
-            _read_inputs(result, folder)
-            tracker = open_tracker(result.config, folder, context.label)
-            yield from _train_and_conclude(result, folder, tracker)
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
-            result.status = "interrupted" if interrupted else "failed"
-            result.error = error_line(error)
-            log_traceback(error)
-            raise
-        finally:
-            recorded = result.to_dict()
-            try:
-                write_json(folder.result, recorded)
-            finally:
-                tracker.finish(result.status, final_summary(recorded))
-        if context.interactive:
-            print_summary(folder, result, recorded, tracker)
+        yield from _run_and_record(result, folder)
         return objective_of(config, result.metrics)
 
 
+def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
+    """Go through all stages, and write `result.json` however they end."""
+    tracker = Tracker()  # shows nothing: an error may come before the config's tracker is open
+    try:
+        with explain_interruption(result, folder):
+            _read_inputs(result, folder)
+            tracker = open_tracker(result.config, folder, result.context.label)
+            yield from _train_and_conclude(result, folder, tracker)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
+        result.status = "interrupted" if interrupted else "failed"
+        result.error = error_line(error)
+        log_traceback(error)
+        raise
+    finally:
+        recorded = result.to_dict()
+        try:
+            write_json(folder.result, recorded)
+        finally:  # with a full disk too: an online tracker still shows how the run ended
+            tracker.finish(result.status, final_summary(recorded))
+    if result.context.interactive:
+        print_summary(folder, result, recorded, tracker)
+
+
 def resume(path: str | Path) -> Objective:
-    """Resume the run in a folder from its last checkpoint, with its own config."""
+    """Resume the run in a folder from its last checkpoint, with its own config.
+
+    Raises:
+        ConfigError: No run began in the folder, or the user can mend what ended it.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    _require_run_folder(path)
     config = read_run_config(path)
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -88,6 +101,16 @@ def resume(path: str | Path) -> Objective:
     file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
     return run(config, path)
+
+
+def _require_run_folder(path: str | Path) -> None:
+    """Refuse the value of `resume=` if no run began there."""
+    folder = RunFolder(path)
+    if folder.identity.exists():
+        return
+    problem = "it has no run.json" if folder.path.is_dir() else "no such folder"
+    allowed = "allowed: the folder of a run that has begun, as outputs/runs/NAME/TIME"
+    raise refusal("resume", path, f"{problem}; {allowed}")
 
 
 def _completed_metrics(folder: RunFolder) -> Metrics | None:
@@ -149,6 +172,7 @@ def _mark_completed(result: Result, folder: RunFolder, tracker: Tracker) -> None
     """Tag the tracker's run, and let the tracker keep the adapter if wanted."""
     context = result.context
     tracker.add_tags(context.observer.on_completed(result.metrics))
-    wanted = result.config.tracker.adapters
-    if wanted == "all" or (wanted == "best" and context.interactive):
+    uploads = result.config.tracker.adapters
+    # best: of a study only the winner's, which the study uploads when it is known.
+    if uploads == "all" or (uploads == "best" and context.interactive):
         tracker.log_adapter(folder.adapter)

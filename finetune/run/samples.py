@@ -55,9 +55,19 @@ class Samples:
         self._resources = resources
         self._prompts = _choose_prompts(config, rows)
 
+    @property
+    def unasked(self) -> int:
+        """How many prompts `before` will answer: none where a resumed run has asked already."""
+        return 0 if self._file.exists() else len(self._prompts)
+
+    @property
+    def asked(self) -> int:
+        """How many prompts `after` will answer."""
+        return len(read_json(self._file) or [])
+
     def before(self) -> None:
         """Ask the fresh adapter. A resumed run has asked already."""
-        if not self._prompts or self._file.exists():
+        if not self.unasked:
             return
         samples: list[Sample] = [{"prompt": prompt} for prompt in self._prompts]
         with survive_samples("before training"):

@@ -31,11 +31,12 @@ def print_summary(
         *_quality(result, recorded),
         *_cost(recorded),
         *_answers(folder),
-        *_next_steps(folder),
-        *(("look at it", line) for line in tracker.locations()),
+        *_next_steps(folder, tracker),
     ]
     lines = [f"{result.status}: {result.config.name}"]
-    lines += [f"  {name:14} {text}" for name, text in facts]
+    for name, text in facts:
+        lines.append(f"  {name:14} {text}")
+    # One record: in a pack, no line of another run comes between.
     log.info("%s", "\n".join(lines))
 
 
@@ -47,11 +48,14 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
     if result.progress and result.progress.rungs:
         before = result.progress.rungs[0]["metrics"]["eval/loss"]
         after = metrics["eval/loss"]
-        change = f"{before:.3f} -> {after:.3f} ({after / before - 1:+.1%})"
-        facts.append(("held-out loss", f"{change} on {counts['eval']} rows"))
+        change = after / before - 1
+        rows = counts["eval"]
+        losses = f"{before:.3f} -> {after:.3f} ({change:+.1%}) on {rows} rows"
+        facts.append(("held-out loss", losses))
     if "test/loss" in metrics:
-        rows = f"{counts['test']} rows that no decision has used"
-        facts.append(("test loss", f"{metrics['test/loss']:.3f} on {rows}"))
+        loss = metrics["test/loss"]
+        rows = counts["test"]
+        facts.append(("test loss", f"{loss:.3f} on {rows} rows that no decision has used"))
     return facts
 
 
@@ -60,9 +64,13 @@ def _cost(recorded: dict[str, Any]) -> list[Fact]:
     speed = recorded["tokens_per_second"]
     if not speed:
         return []
-    work = f"{recorded['train_tokens']} tokens in {recorded['train_seconds']:.0f} s"
+    tokens = recorded["train_tokens"]
+    seconds = recorded["train_seconds"]
     memory = recorded["peak_memory_bytes"] / 2**30
-    return [("speed", f"{speed:.0f} tokens/s: {work}"), ("peak memory", f"{memory:.1f} GiB")]
+    return [
+        ("speed", f"{speed:.0f} tokens/s: {tokens} tokens in {seconds:.0f} s"),
+        ("peak memory", f"{memory:.1f} GiB"),
+    ]
 
 
 def _answers(folder: RunFolder) -> list[Fact]:
@@ -71,15 +79,18 @@ def _answers(folder: RunFolder) -> list[Fact]:
     for sample in read_json(folder.samples) or []:
         facts.append(("prompt", sample["prompt"]))
         for when in ("before", "after"):
-            answer = " ".join(sample.get(when, "").split())
+            answer = " ".join(sample.get(when, "").split())  # an answer may have several lines
             facts.append((f"  {when}", answer))
     return facts
 
 
-def _next_steps(folder: RunFolder) -> list[Fact]:
-    """Where the adapter is, and the command that uses it."""
+def _next_steps(folder: RunFolder, tracker: Tracker) -> list[Fact]:
+    """Where the adapter is, the command that uses it, and where the run can be looked at."""
     run = shlex.quote(os.path.relpath(folder.path))
-    return [
+    facts = [
         ("adapter", os.path.relpath(folder.adapter)),
         ("use it", f'python -m finetune.generate {run} --prompt "…"'),
     ]
+    for location in tracker.locations():
+        facts.append(("look at it", location))
+    return facts

@@ -6,8 +6,6 @@ The training loops themselves are `finetune.engine.packed.training` and `finetun
 import contextlib
 import functools
 import logging
-import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,6 +20,7 @@ from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.adapter import load_adapter, save_adapter
 from finetune.model.memory import reset_peak_memory
 from finetune.run.context import RunContext
+from finetune.run.interruption import resume_command
 from finetune.run.prepare import Prepared
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples
@@ -85,34 +84,54 @@ def train(
     checkpoint = folder.last_checkpoint()
     folder.rewind(progress.step if checkpoint else -1)  # -1: the metrics of step 0 go too
     if context.interactive:
-        sample_prompts(prepared, training, folder, context).before()
-    total = prepared.total_steps
-    early_stopping = EarlyStopping(
-        config, progress, total, lambda step: _save(training, prepared, folder.best(step))
-    )
-    reporter = Reporter(
-        config=config,
-        progress=progress,
-        total=total,
-        output=RunOutput(folder, tracker, total, context.interactive),
-        evaluate=_held_out_evaluation(prepared, training, progress, context.resources),
-        early_stopping=early_stopping,
-        observer=context.observer,
-        interrupt=context.interrupt,
-    )
+        _answer_before_training(sample_prompts(prepared, training, folder, context))
+    reporter = _create_reporter(prepared, training, progress, folder, tracker, context)
+    steps = prepared.total_steps
     batch_size = config.trainer.effective_batch_size
-    log.info("training on %d rows: %d steps of %d", len(prepared.train), total, batch_size)
+    log.info("training on %d rows: %d steps of %d", len(prepared.train), steps, batch_size)
     if checkpoint:
         log.info("resuming after step %d", progress.step)
     yield from training.train(reporter, folder, checkpoint)
     if progress.stop == "interrupted":
-        hint = shlex.quote(f"resume={os.path.relpath(folder.path)}")
-        raise Interrupted(
-            f"interrupted after step {progress.step}; python -m finetune {hint} resumes it"
-        )
+        command = resume_command(folder)
+        raise Interrupted(f"interrupted after step {progress.step}; {command} resumes it")
     if config.objective_at == "best":
         load_adapter(training.model, folder.best(progress.best_step))
     _save(training, prepared, folder.adapter)
+
+
+def _answer_before_training(samples: Samples) -> None:
+    if samples.unasked:
+        # On a CPU this takes a minute in which nothing else is shown.
+        log.info("answering %d sample prompts before training", samples.unasked)
+    samples.before()
+
+
+def _create_reporter(
+    prepared: Prepared,
+    training: Training,
+    progress: Progress,
+    folder: RunFolder,
+    tracker: Tracker,
+    context: RunContext,
+) -> Reporter:
+    """Create what logs, evaluates and stops the run while it trains."""
+    config = prepared.config
+    total = prepared.total_steps
+
+    def save_best(step: int) -> None:
+        _save(training, prepared, folder.best(step))
+
+    return Reporter(
+        config=config,
+        progress=progress,
+        total=total,
+        output=RunOutput(folder, tracker, total, context.interactive),
+        evaluate=_held_out_evaluation(prepared, training, progress, context),
+        early_stopping=EarlyStopping(config, progress, total, save_best),
+        observer=context.observer,
+        interrupt=context.interrupt,
+    )
 
 
 def sample_prompts(
@@ -131,16 +150,16 @@ def _save(training: Training, prepared: Prepared, folder: Path) -> None:
 
 
 def _held_out_evaluation(
-    prepared: Prepared, training: Training, progress: Progress, resources: SharedResources
+    prepared: Prepared, training: Training, progress: Progress, context: RunContext
 ) -> "functools.partial[RunSteps[Metrics]] | None":
     """Return the function that evaluates the held-out rows, None where there are none."""
     if not prepared.held_out:
         return None
-    return functools.partial(_evaluate_held_out, prepared, training, progress, resources)
+    return functools.partial(_evaluate_held_out, prepared, training, progress, context)
 
 
 def _evaluate_held_out(
-    prepared: Prepared, training: Training, progress: Progress, resources: SharedResources
+    prepared: Prepared, training: Training, progress: Progress, context: RunContext
 ) -> RunSteps[Metrics]:
     """Evaluate the held-out rows.
 
@@ -149,10 +168,12 @@ def _evaluate_held_out(
     config = prepared.config
 
     def evaluate() -> RunSteps[Metrics]:
+        if progress.step == 0 and context.interactive:
+            log.info("evaluating %d held-out rows before the first step", len(prepared.held_out))
         evaluation = yield from training.evaluate(prepared.held_out)
         return evaluation.metrics("eval")
 
     if progress.step > 0 or not config.lora.starts_at_zero:
         return (yield from evaluate())
-    base_metrics = resources.base_metrics(config, prepared.engine)
+    base_metrics = context.resources.base_metrics(config, prepared.engine)
     return dict((yield from base_metrics.get(evaluate)))

@@ -20,7 +20,8 @@ class TensorboardTracker(Tracker):
         # A resumed run logs the steps after its checkpoint again: hide the earlier ones.
         purge_step = checkpoint_step(checkpoint) + 1 if checkpoint else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-        self._writer.add_text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
+        text = json.dumps(config.to_dict(), indent=2)
+        self._writer.add_text("config", f"```\n{text}\n```")
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -28,7 +29,9 @@ class TensorboardTracker(Tracker):
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
         for sample in samples:
-            text = f"**before:** {sample.get('before', '')}\n\n**after:** {sample.get('after', '')}"
+            before = sample.get("before", "")
+            after = sample.get("after", "")
+            text = f"**before:** {before}\n\n**after:** {after}"
             self._writer.add_text(f"samples/{sample['prompt']}", text, step)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

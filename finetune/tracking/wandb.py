@@ -34,8 +34,8 @@ class WandbTracker(Tracker):
         self._arguments = init_arguments(config, folder, label)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
-        for metric, best in (("eval/loss", "min"), ("eval/accuracy", "max")):
-            self._run.define_metric(metric, summary=f"{best},last")
+        self._run.define_metric("eval/loss", summary="min,last")
+        self._run.define_metric("eval/accuracy", summary="max,last")
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
@@ -66,8 +66,10 @@ class WandbTracker(Tracker):
 
         self._last_logged_step = step
         columns = ["prompt", "before", "after"]
-        rows = [[sample.get(column, "") for column in columns] for sample in samples]
-        self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=step)
+        table = wandb.Table(columns=columns)
+        for sample in samples:
+            table.add_data(*(sample.get(column, "") for column in columns))
+        self._run.log({"samples": table}, step=step)
 
     def add_tags(self, tags: list[str]) -> None:
         if not tags:
@@ -102,4 +104,6 @@ class WandbTracker(Tracker):
         if self._arguments["mode"] == "online":
             sync = f"if anything is missing there: wandb sync {files}/run-*"
             return [f"W&B: {self._run.url} ({sync})"]
-        return [f"W&B: offline; wandb sync {files}/offline-run-*"] if os.path.isdir(files) else []
+        if not os.path.isdir(files):
+            return []
+        return [f"W&B: offline; wandb sync {files}/offline-run-*"]

@@ -26,14 +26,16 @@ def log_artifact(
     """
     import wandb
 
-    artifact = wandb.Artifact(re.sub(r"(?a)[^\w.-]", "-", name), type=kind)
+    allowed_name = re.sub(r"(?a)[^\w.-]", "-", name)
+    artifact = wandb.Artifact(allowed_name, type=kind)
+    root = path.parent if path.is_file() else path
     for file in files_of(path):
-        artifact.add_file(
-            str(file), name=file.name if file == path else str(file.relative_to(path))
-        )
+        artifact.add_file(str(file), name=str(file.relative_to(root)))
     run.log_artifact(artifact, aliases=["latest", *aliases])
 
 
 def files_of(path: Path) -> list[Path]:
     """Return the files of an artifact in order: a file itself, or all files below a folder."""
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file())

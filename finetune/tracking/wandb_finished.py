@@ -48,8 +48,8 @@ def reopen_run(
     try:
         if is_offline:
             result = read_json(folder.result)
-            status = {"status": result["status"]}
-            run.summary.update({**summary, **status, **final_summary(result)})
+            final = final_summary(result)
+            run.summary.update({**summary, "status": result["status"], **final})
         yield run
     finally:
         run.finish(exit_code=0)  # the run did complete, whatever happens to what is added to it
@@ -66,13 +66,16 @@ def remove_tag(folder: RunFolder, tag: str) -> None:
     """Remove a tag from the W&B run of a finished run, if it has one. A failure is a warning."""
     arguments = _arguments(folder)
     if arguments is not None and tag in _tags(arguments):
-        _write_tags(folder, arguments, [name for name in _tags(arguments) if name != tag])
+        remaining_tags = [name for name in _tags(arguments) if name != tag]
+        _write_tags(folder, arguments, remaining_tags)
 
 
 def _arguments(folder: RunFolder) -> dict[str, Any] | None:
     """The content of `tracker.json`, None if the run has no W&B run."""
     arguments: dict[str, Any] | None = read_json(folder.path / TRACKER)
-    return None if arguments is None or arguments["mode"] == "disabled" else arguments
+    if arguments is None or arguments["mode"] == "disabled":
+        return None
+    return arguments
 
 
 def _tags(arguments: dict[str, Any]) -> list[str]:

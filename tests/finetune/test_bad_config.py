@@ -186,7 +186,14 @@ CONFIG = [
         "objective_at=best objective=train/loss",
         "objective=train/loss: …objective_at=best…one of eval/loss, eval/accuracy",
     ),
-    Case("resume", "resume=nowhere", "nowhere: is no run folder…"),
+    Case(
+        "resume",
+        "resume=nowhere",
+        "resume=nowhere: no such folder; allowed: the folder of a run that has begun, as …",
+    ),
+    Case(
+        "resume-no-run", "resume=.", "resume=.: it has no run.json; allowed: the folder of a run…"
+    ),
     Case(
         "new-tokens",
         "sample_max_new_tokens=0",
@@ -218,8 +225,41 @@ CONFIG = [
         "lora.init_lora_weights=pissa: …quantization=none",
     ),
     Case("resume-nothing", "resume=", "resume=: must be a run folder"),
-    Case("resume-added", "++resume=nowhere", "nowhere: is no run folder…"),
+    Case("resume-added", "++resume=nowhere", "resume=nowhere: no such folder; allowed: …"),
 ]
+
+
+SWEEPS_WITHOUT_MULTIRUN = {
+    "lora=r8,r16": "several values need python -m finetune -m",
+    "quantization=nf4,none": "several values need python -m finetune -m",
+    "lora.r=8,16": "several values need python -m finetune -m; one list is lora.r=[8,16]",
+    "sample_prompts=Hello,World": (
+        "several values need python -m finetune -m; one list is sample_prompts=[Hello,World]"
+    ),
+    "dataset.text_field='a','b'": (
+        "several values need python -m finetune -m; one list is dataset.text_field=['a','b']"
+    ),
+    "lora.r=choice(8,16)": "several values need python -m finetune -m",
+    "lora.r=range(1,4)": "several values need python -m finetune -m",
+    "seed=shuffle(1,2)": "several values need python -m finetune -m",
+    "optimizer.learning_rate=interval(1e-4,1e-3)": (
+        "a range needs python -m finetune -m hydra/sweeper=optuna"
+    ),
+    "optimizer.learning_rate=tag(log,interval(1e-4,1e-3))": (
+        "a range needs python -m finetune -m hydra/sweeper=optuna"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", SWEEPS_WITHOUT_MULTIRUN)
+def test_several_values_without_m_are_one_line_that_says_to_add_it(
+    override: str, workplace: Workplace
+) -> None:
+    outcome = workplace.call(override)
+
+    assert outcome.stderr == f"error: {override}: {SWEEPS_WITHOUT_MULTIRUN[override]}\n"
+    assert not outcome.torch_imported
+    assert workplace.files() == set()
 
 
 @each(CONFIG)

@@ -1,16 +1,20 @@
 """A bad data set ends in one line that names the file and the row, before torch loads."""
 
+import json
+
+import pytest
 from support.bad_input import (
     ANY_FILE,
     FILE_TYPES,
     ROWS,
     Case,
     Workplace,
-    assert_the_result_says,
     each,
     lines,
     matches,
 )
+
+from finetune.files.run_folder import RunFolder
 
 DATA = [
     Case(
@@ -182,6 +186,7 @@ DATA = [
 @each(DATA)
 def test_bad_data_is_one_line_before_torch_loads(case: Case, workplace: Workplace) -> None:
     workplace.write({"d.jsonl": ROWS, **case.files})
+    before = workplace.files()
 
     outcome = workplace.call("dataset.path=d.jsonl", *case.arguments.split())
 
@@ -190,4 +195,32 @@ def test_bad_data_is_one_line_before_torch_loads(case: Case, workplace: Workplac
         outcome.stderr
     )
     assert not outcome.torch_imported
-    assert_the_result_says(workplace, outcome.error)
+    assert workplace.files() == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train.log"])
+def test_bad_data_leaves_a_folder_that_was_there_before(name: str, workplace: Workplace) -> None:
+    workplace.write({f"run/{name}": "An earlier line.\n"})
+
+    outcome = workplace.call("dataset.path=no.jsonl", "hydra.run.dir=run")
+
+    assert (workplace.cwd / "run" / name).read_text().startswith("An earlier line.\n")
+    result = json.loads((workplace.cwd / "run" / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", outcome.error)
+
+
+def test_bad_data_leaves_the_folder_that_another_process_trains_in(workplace: Workplace) -> None:
+    folder = workplace.cwd / "run"
+    workplace.write({"run/": ""})
+    with RunFolder(folder).locked():
+        outcome = workplace.call("dataset.path=no.jsonl", "hydra.run.dir=run")
+
+    assert outcome.error == f"{folder}: another process is training in this folder"
+    assert (folder / ".lock").exists()
+
+
+def test_a_multiruns_job_with_bad_data_leaves_its_result(workplace: Workplace) -> None:
+    outcome = workplace.call("-m", "dataset.path=no.jsonl", "hydra/launcher=basic")
+
+    (result,) = workplace.cwd.glob("outputs/sweeps/*/trials/0/result.json")
+    assert json.loads(result.read_text())["error"] in outcome.error

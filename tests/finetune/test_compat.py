@@ -14,6 +14,7 @@ from finetune.compat import (
     bitsandbytes_has_native_library,
     compile_and_launch,
     datasets_offline,
+    gguf_bar_on_terminal_only,
     hub_network_error,
     hydra_argument_parser,
     keep_4bit_layers_trainable,
@@ -31,6 +32,20 @@ def test_datasets_is_offline_only_within_the_block(
         assert datasets.config.HF_HUB_OFFLINE
         raise KeyError
     assert datasets.config.HF_HUB_OFFLINE is before
+
+
+def test_a_gguf_conversion_shows_no_bar_without_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+    def shown() -> str:
+        assert list(gguf_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
+        return capsys.readouterr().err
+
+    with gguf_bar_on_terminal_only():
+        assert shown() == ""
+    assert "Converting" in shown()
 
 
 def test_threads_that_are_offline_at_the_same_time_leave_no_flag(

@@ -1,9 +1,14 @@
 """The command line itself: fast, and helpful."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.commands import run_cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WITHOUT_TORCH = """
 import sys
@@ -45,6 +50,27 @@ def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
 
     assert "Traceback" in shown.stderr
     assert shown.returncode == 1
+
+
+SHOWS_BARS = """
+from finetune.console import run_command
+def command():
+    from datasets import is_progress_bar_enabled
+    from huggingface_hub.utils import are_progress_bars_disabled
+    print(is_progress_bar_enabled(), not are_progress_bars_disabled())
+run_command(command)
+"""
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
+    terminal, stderr = os.openpty() if on_terminal else os.pipe()
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOWS_BARS], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr
+    )
+    os.close(stderr)
+    os.close(terminal)
+    assert shown.stdout.decode() == f"{on_terminal} {on_terminal}\n"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from support.wandb_log import wandb_files, wandb_history
 
 from finetune.config.schema import RunConfig
 from finetune.files.run_folder import checkpoints_in
-from finetune.run.memory_plan import USABLE, plan_memory, resolve_checkpointing
+from finetune.run.memory_plan import plan_memory, resolve_checkpointing
+from finetune.run.plan import USABLE
 from finetune.run.resources import SharedResources, base_key
 from finetune.run.run import run
 from sweeps.study.slot_count import choose_job_slots

@@ -186,6 +186,23 @@ def test_a_limit_that_cuts_is_said(
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((), "dataset.limit=240, the default of python_docs; null: all rows"),
+        (("dataset.limit=100",), "dataset.limit"),
+    ],
+)
+def test_a_limit_that_the_user_has_not_set_is_explained(
+    overrides: tuple[str, ...], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "finetune"):
+        rows = load_rows(compose(*overrides).dataset)
+    (line,) = [line for line in caplog.messages if line.startswith("data: training on")]
+    assert line.startswith(f"data: training on {len(rows.train)} of ")
+    assert line.endswith(f" rows ({says})")
+
+
 def test_the_fingerprint_changes_with_any_row_of_any_part_and_only_then() -> None:
     def rows() -> Rows:
         return Rows(texts(3), [chat(Q, A)], [chat(Q, "Five.")], {})

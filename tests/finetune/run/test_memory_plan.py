@@ -12,7 +12,8 @@ from support.models import wide_base
 
 from finetune.config.schema import RunConfig
 from finetune.run.context import RunContext
-from finetune.run.memory_plan import USABLE, plan_memory, resolve_checkpointing
+from finetune.run.memory_plan import plan_memory, resolve_checkpointing
+from finetune.run.plan import USABLE
 from finetune.run.resources import SharedResources
 from finetune.run.run import run
 

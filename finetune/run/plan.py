@@ -1,0 +1,131 @@
+"""The plan of a run: its memory by purpose, and how many slots fit. `memory_plan` computes it."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
+from finetune.model.device import on_gpu
+from finetune.model.memory import GIB
+
+USABLE = 0.9
+"""Fraction of the memory that the plan may use."""
+
+BUSY_TOKENS = 10_000
+"""Tokens in one pass that keep a GPU busy: more slots bring next to nothing
+(docs/benchmarks.md)."""
+
+MOST_SLOTS = 16
+"""Limit of `slots=auto`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory in bytes by what it is for, and work in tokens."""
+
+    process: int
+    """Python and its libraries, where memory is the host's."""
+    base: int
+    """The frozen base."""
+    adapter: int
+    """One slot's weights, gradient, rounded copy, and the sum of the gradients of several
+    batches."""
+    optimizer: int
+    """One slot's optimizer state."""
+    activations: int
+    """Activations of one slot's largest batch that the backward pass needs, when it trains
+    alone."""
+    activations_beside: int
+    """The same when other slots train with it."""
+    held: int
+    """Dequantised weights of one block, kept where several slots train with checkpointing."""
+    logits: int
+    """One chunk of logits, and in float32 its softmax."""
+    evaluation: int
+    """Activations of one slot's largest batch of held-out rows, without a backward pass."""
+    available: int
+    """The memory there is: the GPU's, else the host's."""
+    batches: tuple[int, ...]
+    """Tokens in each of one slot's batches; a prefix that the rows share is counted once."""
+    train_tokens: int
+    """Tokens of the whole run without padding."""
+    weights: int
+    """Weights that each token is multiplied by."""
+
+    def tokens(self, slots: int) -> float:
+        """Return the tokens in the largest pass of several slots.
+
+        Batches are drawn independently, so the largest ones hardly ever meet: by extreme value
+        theory the maximum of n sums is about their mean plus sqrt(2 ln n) standard deviations.
+        """
+        mean = statistics.fmean(self.batches)
+        largest = max(self.batches)
+        deviations = math.sqrt(2 * math.log(len(self.batches)) * slots)
+        expected = slots * mean + statistics.pstdev(self.batches) * deviations
+        return max(largest, min(slots * largest, expected))
+
+    def peak(self, slots: int = 1) -> int:
+        """Return the most bytes that so many slots need at once, while they train or evaluate."""
+        if slots == 1:
+            activations = self.activations
+            dequantized = 0
+        else:
+            activations = self.activations_beside
+            dequantized = self.held
+        training = activations * self.tokens(slots) / max(self.batches) + dequantized
+        rows = max(training, slots * self.evaluation)
+        adapters = slots * (self.adapter + self.optimizer)
+        return int(self.process + self.base + self.logits + adapters + rows)
+
+    @property
+    def largest(self) -> int:
+        """The number of slots that fit, at most 64; 0: not even one fits."""
+        limit = USABLE * self.available
+        # The peak grows with the slots: those that fit are the first ones.
+        return sum(self.peak(slots) <= limit for slots in range(1, 65))
+
+    @property
+    def slots(self) -> int:
+        """The recommended number of slots: as many as keep a GPU busy; 1 on a CPU."""
+        if not on_gpu():
+            return 1  # one run keeps all cores busy
+        busy = math.ceil(BUSY_TOKENS / statistics.fmean(self.batches))
+        return max(1, min(busy, self.largest, MOST_SLOTS))
+
+    def require_room(self, config: RunConfig) -> None:
+        """Refuse a run that does not fit.
+
+        Raises:
+            ConfigError: Not one slot fits. The message names the key to change.
+        """
+        if self.largest:
+            return
+        purposes = {
+            "the base": self.base,
+            "activations": self.activations,
+            "evaluation": self.evaluation,
+        }
+        purpose = max(purposes, key=lambda name: purposes[name])
+        key, advice = _advice(purpose, config)
+        need = f"the run needs {self.peak() / GIB:.1f} GiB"
+        share = f"most of it for {purpose} ({purposes[purpose] / GIB:.1f})"
+        limit = f"of {self.available * USABLE / GIB:.1f} GiB"
+        raise ConfigError(f"{key}: {need}, {share}, {limit}; {advice}")
+
+
+def _advice(purpose: str, config: RunConfig) -> tuple[str, str]:
+    """The key that decides how much memory a purpose takes, and how to change it."""
+    trainer = config.trainer
+    if purpose == "the base":
+        if config.quantization.load_in_4bit:
+            return "quantization", "take a smaller model"
+        return "quantization", "quantization=nf4 needs less"
+    if purpose == "evaluation":
+        size = trainer.per_device_eval_batch_size
+        return f"trainer.per_device_eval_batch_size={size}", "lower it"
+    key = f"trainer.per_device_train_batch_size={trainer.per_device_train_batch_size}"
+    advice = "lower it (and raise trainer.gradient_accumulation_steps)"
+    if trainer.gradient_checkpointing is not True:
+        advice += ", or trainer.gradient_checkpointing=true"
+    return key, advice
