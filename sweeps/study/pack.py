@@ -122,9 +122,9 @@ class _Pack:
             run = self._next_run()
             if run is None:
                 break
-            for present in self._runs:
-                present.packed_with.add(run.name)
-                run.packed_with.add(present.name)
+            for member in self._runs:
+                member.packed_with.add(run.name)
+                run.packed_with.add(member.name)
             self._runs.append(run)
             begun.append(run)
         return begun

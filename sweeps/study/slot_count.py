@@ -55,7 +55,7 @@ def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[in
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
         return fixed_count, []
-    select_gpu(0)
+    select_gpu(0)  # before a plan asks for the GPU's memory
     planned: set[str] = set()  # kinds of jobs whose neediest one has been planned
     counts = []
     checkpointed_bases: list[object] = []
