@@ -39,6 +39,10 @@ SUMMARY_LENGTH = 300
 """Characters of another library's error message that are shown."""
 
 
+LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+"""The format of lines in a `train.log`: that of Hydra's own job logs."""
+
+
 SWEEPER = "hydra.sweeper."
 
 

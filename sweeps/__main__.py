@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sweeps.study.study import Study
 
 
+# Studies and their answers are imported inside the functions: they load Optuna, which `--help` and
+# a mistake on the command line do not need.
+
 STUDIES = Path("outputs/sweeps")
 """Folder of all studies, relative to the working directory."""
 
@@ -109,12 +112,11 @@ def _list(arguments: argparse.Namespace) -> None:
     from sweeps.study.formatting import format_table
 
     paths = sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime)
-    if paths:
-        print(
-            format_table(["study", "begun", "trials", "best"], [_list_row(path) for path in paths])
-        )
-    else:
+    if not paths:
         print(f"no studies under {STUDIES}")
+        return
+    rows = [_list_row(path) for path in paths]
+    print(format_table(["study", "begun", "trials", "best"], rows))
 
 
 def _list_row(path: Path) -> list[str]:
@@ -124,18 +126,22 @@ def _list_row(path: Path) -> list[str]:
 
     start = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     try:
-        study = Study.load(path.parent.absolute(), patience=0)
+        study = Study.load(path.parent.absolute(), retry_seconds=0)
     except Exception as error:  # its database cannot be reached, or its files are damaged
         return [path.parent.name, start, "", error_line(error)]
-    best = next(iter(study.ranked()), None)
-    value = " ".join(objective_cells(best, len(study.objectives))) if best else ""
-    return [study.name, start, f"{len(study.finished())}/{len(study.trials())}", value]
+    counts = f"{len(study.finished())}/{len(study.trials())}"
+    ranked = study.ranked()
+    value = ""
+    if ranked:
+        value = " ".join(objective_cells(ranked[0], len(study.objectives)))
+    return [study.name, start, counts, value]
 
 
 def _show(arguments: argparse.Namespace) -> None:
     from sweeps.study.formatting import trials_table
 
-    print(trials_table(_find_study(arguments.study)))
+    study = _find_study(arguments.study)
+    print(trials_table(study))
 
 
 def _best(arguments: argparse.Namespace) -> None:
@@ -157,8 +163,9 @@ def _report(arguments: argparse.Namespace) -> None:
     study = _find_study(arguments.study)
     if arguments.watch:
         watch(study, lambda line: print(line, flush=True))
-    else:
-        print(os.path.relpath(write_report(study)))
+        return
+    path = write_report(study)
+    print(os.path.relpath(path))
 
 
 def _confirm(arguments: argparse.Namespace) -> None:

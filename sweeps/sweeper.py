@@ -45,10 +45,12 @@ class StudySweeper(Sweeper):
         """Run one session: until the study has its trials, is out of time, or is interrupted."""
         from sweeps.study.draft import draft_session
 
+        # Their lines on each launch and job would stand between those of the study.
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
         draft = draft_session(self._config, self._hydra_context, self._values, arguments)
 
+        # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
         from sweeps.study.opening import open_study
 

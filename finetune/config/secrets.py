@@ -7,7 +7,7 @@ from typing import Any
 from finetune.config.addresses import refuse_secrets_in_address
 from finetune.errors import ConfigError
 
-STORAGE = "hydra.sweeper.storage"
+STORAGE_KEY = "hydra.sweeper.storage"
 """The config key of a database address, which may hold a password."""
 
 
@@ -49,7 +49,7 @@ def refuse_secrets_in(override: str) -> None:
     if secret:
         raise ConfigError(_secret_refusal(secret[1]))
     for address in _addresses_in(override):
-        refuse_secrets_in_address(STORAGE, address)
+        refuse_secrets_in_address(STORAGE_KEY, address)
 
 
 def _secret_refusal(key: str) -> str:

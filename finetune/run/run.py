@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
-from finetune.console import error_line, log_traceback, quiet_libraries
+from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
 from finetune.errors import Interrupted, refusal
@@ -98,7 +98,7 @@ def resume(path: str | Path) -> Objective:
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(Path(path) / "train.log")
-    file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    file.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
     return run(config, path)
 

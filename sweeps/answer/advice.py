@@ -29,6 +29,11 @@ AT_COMMON_RUNG = "at the last rung that all trials reached"
 """Where trials are compared if some were pruned. It may be an early rung, so the advice says so."""
 
 
+MIN_BEST = 4
+MAX_BEST = 10
+"""The best quarter of the trials is looked at for bounds, within these numbers of trials."""
+
+
 EDGE = 0.15
 """Share of a range, at each end, in which a trial counts as close to the bound."""
 
@@ -80,13 +85,14 @@ def advise(study: Study, importance: Mapping[str, Share]) -> list[str]:
 
 def _rank(study: Study, measured: Iterable[MeasuredTrial]) -> list[MeasuredTrial]:
     """Replace values by costs (less is better) and sort, the best first."""
-    costs = [(trial, study.cost(value)) for trial, value in measured]
+    costs = [(trial, study.to_cost(value)) for trial, value in measured]
     return sorted(costs, key=lambda pair: pair[1])
 
 
 def _bound_lines(ranked: Sequence[FrozenTrial]) -> list[str]:
     """Name the parameters whose best values are close to a bound, and a value beyond it."""
-    best = ranked[: min(10, max(4, len(ranked) // 4))]
+    best_count = max(MIN_BEST, len(ranked) // 4)
+    best = ranked[: min(best_count, MAX_BEST)]
     lines = []
     for name, distribution in newest_distributions(ranked).items():
         crowded = _crowded_end(distribution, best, name)
@@ -95,10 +101,11 @@ def _bound_lines(ranked: Sequence[FrozenTrial]) -> list[str]:
         count, end = crowded
         extension = value_beyond(distribution, end)
         if extension is not None:
-            low, high = map(format_value, bounds(distribution))
+            low, high = bounds(distribution)
+            interval = f"{format_value(low)} … {format_value(high)}"
             lines.append(
                 f"{name}: {count} of the best {len(best)} trials are at the {end} end of "
-                f"{low} … {high}; extend it to {format_value(extension)}"
+                f"{interval}; extend it to {format_value(extension)}"
             )
     return lines
 
@@ -112,26 +119,30 @@ def _crowded_end(
         The number of trials close to that end, and the end; None if there is none.
     """
     edge = _edge_width(distribution)
-    values = [trial.params[name] for trial in best if name in trial.params]
-    if edge is None or len(values) < len(best):
+    if edge is None:
         return None
     positions = []
-    for value in values:
-        at = position(distribution, value)
-        if at is None:
+    for trial in best:
+        if name not in trial.params:
             return None
-        positions.append(at)
-    lower = sum(at <= edge for at in positions)
-    upper = sum(at >= 1 - edge for at in positions)
-    count, end = (lower, "lower") if lower > upper else (upper, "upper")
-    by_chance = binomtest(count, len(best), edge, "greater").pvalue
-    return (count, end) if by_chance < SIGNIFICANCE else None  # type: ignore[return-value]
+        relative_position = position(distribution, trial.params[name])
+        if relative_position is None:
+            return None
+        positions.append(relative_position)
+    lower_count = sum(at <= edge for at in positions)
+    upper_count = sum(at >= 1 - edge for at in positions)
+    end: End = "lower" if lower_count > upper_count else "upper"
+    count = max(lower_count, upper_count)
+    # If values had nothing to do with the result, each would be in the edge with this probability.
+    probability = binomtest(count, len(best), edge, "greater").pvalue
+    return (count, end) if probability < SIGNIFICANCE else None
 
 
 def _edge_width(distribution: BaseDistribution) -> float | None:
     """Return the share of a range that counts as an edge; None if it has no ends."""
     if not isinstance(distribution, CategoricalDistribution):
         return EDGE
+    # Of two choices, each is at an end.
     if is_ordered(distribution) and len(distribution.choices) > 2:
         return 1 / len(distribution.choices)
     return None
@@ -139,19 +150,18 @@ def _edge_width(distribution: BaseDistribution) -> float | None:
 
 def _fixable_lines(best: FrozenTrial, importance: Mapping[str, Share]) -> list[str]:
     """Name the parameters with little influence, and the best trial's values to fix them at."""
-    names = [
-        name
-        for name, share in importance.items()
-        if share.high < NEGLIGIBLE_SHARE and name in best.params
-    ]
-    if not names:
+    shares = []
+    overrides = []
+    for name, share in importance.items():
+        if share.high < NEGLIGIBLE_SHARE and name in best.params:
+            shares.append(f"{name} ({share.share:.0%}, at most {share.high:.0%})")
+            overrides.append(f"{name}={format_value(best.params[name])}")
+    if not shares:
         return []
-    shares = ", ".join(
-        f"{name} ({importance[name].share:.0%}, at most {importance[name].high:.0%})"
-        for name in names
-    )
-    overrides = " ".join(f"{name}={format_value(best.params[name])}" for name in names)
-    return [f"little influence: {shares}; fix with {overrides} and search fewer dimensions"]
+    return [
+        f"little influence: {', '.join(shares)}; "
+        f"fix with {' '.join(overrides)} and search fewer dimensions"
+    ]
 
 
 def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[str]:
@@ -162,7 +172,8 @@ def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[st
     if any(role(trial) == "grid" for trial in study.trials()):
         return []
     objective = study.objectives[0]
-    complete = _rank(study, _final_values(trial for trial, _ in ranked))
+    final_values = _final_values(trial for trial, _ in ranked)
+    complete = _rank(study, final_values)
     if len(complete) >= MIN_TRIALS:
         improvement = expected_improvement(complete)
     else:
@@ -170,7 +181,8 @@ def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[st
         objective = f"{objective} {AT_COMMON_RUNG}"
     if improvement is None:
         return []
-    gain = f"{improvement.gain:.2g} ({improvement.relative:.0%} of the spread between trials)"
+    relative_gain = f"{improvement.relative:.0%} of the spread between trials"
+    gain = f"{improvement.gain:.2g} ({relative_gain})"
     if improvement.gain > WORTHWHILE_GAIN * improvement.spread:
         conclusion = f"continue with hydra.sweeper.n_trials={_larger_total(study)}"
     else:
@@ -192,4 +204,6 @@ def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:
 def _larger_total(study: Study) -> int:
     """Return the trial count to continue with: twice as many, or all that already wait."""
     total = len(study.trials())
-    return total if study.trials(TrialState.WAITING) else 2 * total
+    if study.trials(TrialState.WAITING):
+        return total
+    return 2 * total

@@ -10,7 +10,12 @@ from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.answer.chart_style import BLUE, GREEN, ORANGE, STATES, set_style, set_titles
-from sweeps.answer.importance import Share, comparable_trials, study_of_values
+from sweeps.answer.importance import (
+    Share,
+    common_parameters,
+    comparable_trials,
+    study_of_values,
+)
 from sweeps.study.formatting import short_name
 from sweeps.study.study import Study
 
@@ -46,10 +51,10 @@ def _comparable_plot(study: Study, plot: Callable[..., go.Figure]) -> go.Figure 
     measured = comparable_trials(study.optuna)
     if len(measured) < 2:
         return None
-    trials = [trial for trial, _ in measured]
-    names = [name for name in trials[0].params if all(name in trial.params for trial in trials)]
+    names = common_parameters([trial for trial, _ in measured])
     if not names:
         return None
+    # A copy in which pruned trials are complete: Optuna's plots would leave them out.
     copy = study_of_values(measured, names, study.optuna.directions[0])
     return set_style(plot(copy, target_name=study.objectives[0]))
 
@@ -60,6 +65,7 @@ def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
         return None
     names = list(importance)[::-1]  # the first bar is at the bottom
     shares = [importance[name] for name in names]
+    # At least 0: the shares are scaled to a sum of 1, the quantiles are not.
     error = {
         "type": "data", "symmetric": False, "color": "#475569",
         "array": [max(share.high - share.share, 0) for share in shares],
@@ -84,10 +90,11 @@ def spending(study: Study, tokens: Mapping[int, int]) -> go.Figure | None:
     figure = go.Figure()
     for state, colour in STATES.items():
         numbers = [trial.number for trial in trials if trial.state == state]
+        heights = [tokens[number] for number in numbers]
         if numbers:
             figure.add_bar(
-                x=numbers, y=[tokens[number] for number in numbers], name=state.name.lower(),
-                marker_color=colour, hovertemplate="trial %{x}: %{y} tokens<extra></extra>",
+                x=numbers, y=heights, name=state.name.lower(), marker_color=colour,
+                hovertemplate="trial %{x}: %{y} tokens<extra></extra>",
             )  # fmt: skip
     return set_titles(figure, "trial", "tokens trained").update_layout(bargap=0.15)
 
@@ -95,9 +102,10 @@ def spending(study: Study, tokens: Mapping[int, int]) -> go.Figure | None:
 def pareto_front(study: Study) -> go.Figure | None:
     """Draw trials by their two or three objectives, with the Pareto front highlighted."""
     complete = study.trials(TrialState.COMPLETE)
-    finite = [trial for trial in complete if all(map(math.isfinite, trial.values))]
+    finite = [trial for trial in complete if all(math.isfinite(value) for value in trial.values)]
     if len(study.objectives) not in (2, 3) or not finite:
         return None
+    # A copy without the trials whose values are not finite, which have no place in the chart.
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
     return set_style(visualization.plot_pareto_front(copy, target_names=study.objectives))

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 
 MAX_RESAMPLES = 10_000
+"""Resamples where there are few rows: the interval's ends are stable to about 1 % of its width."""
 
 
 MIN_RESAMPLES = 1_000
+"""Resamples at least, however many rows there are."""
 
 
 MAX_DRAWS = 10_000_000
@@ -77,15 +79,19 @@ def compare(
     second_losses = np.array([evaluation.row_losses for evaluation in second])
     differences = first_losses - second_losses  # [seeds, rows], nats summed over a row's tokens
     tokens = np.array(first[0].row_tokens, dtype=float)
+    difference = differences.mean(0).sum() / max(tokens.sum(), 1)
     means = _resampled_means(differences, tokens, max_resamples)
     low, high = np.quantile(means, [0.025, 0.975])
-    chance = float((means < 0).mean() + (means == 0).mean() / 2)
-    difference = differences.mean(0).sum() / max(tokens.sum(), 1)
-    return Comparison(float(difference), float(low), float(high), chance)
+    share_better = (means < 0).mean()
+    share_equal = (means == 0).mean()
+    chance = share_better + share_equal / 2
+    return Comparison(float(difference), float(low), float(high), float(chance))
 
 
 def _resampled_means(differences: np.ndarray, tokens: np.ndarray, max_resamples: int) -> np.ndarray:
     """Compute the mean difference per token in each resample.
+
+    A resample is a count for each row: how often the row is in it.
 
     Args:
         differences: loss differences `[seeds, rows]`.
@@ -96,14 +102,17 @@ def _resampled_means(differences: np.ndarray, tokens: np.ndarray, max_resamples:
         Mean differences `[resamples]`.
     """
     seeds, rows = differences.shape
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # the same losses give the same interval
     affordable = MAX_DRAWS // rows // BLOCK * BLOCK
     means = np.empty(min(max_resamples, max(MIN_RESAMPLES, affordable)))
+    equal_chances = np.full(rows, 1 / rows)
     for start in range(0, len(means), BLOCK):
-        row_counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=BLOCK)
+        row_counts = generator.multinomial(rows, equal_chances, size=BLOCK)  # [BLOCK, rows]
         seed_weights = _seed_weights(generator, seeds)
-        sums = (seed_weights @ differences * row_counts).sum(1)
-        means[start : start + BLOCK] = sums / np.maximum(row_counts @ tokens, 1)
+        row_differences = seed_weights @ differences  # [BLOCK, rows]
+        sums = (row_differences * row_counts).sum(1)
+        token_counts = np.maximum(row_counts @ tokens, 1)
+        means[start : start + BLOCK] = sums / token_counts
     return means
 
 
@@ -113,5 +122,6 @@ def _seed_weights(generator: np.random.Generator, seeds: int) -> np.ndarray:
     if seeds > 1:
         errors = generator.normal(size=(BLOCK, seeds))
         errors -= errors.mean(1, keepdims=True)
-        weights += errors / np.sqrt(seeds * generator.chisquare(seeds - 1, size=(BLOCK, 1)))
+        chi_squares = generator.chisquare(seeds - 1, size=(BLOCK, 1))
+        weights += errors / np.sqrt(seeds * chi_squares)
     return weights

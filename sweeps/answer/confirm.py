@@ -56,12 +56,13 @@ def confirm(study: Study, seeds: int, top: int = TOP) -> dict[str, Any]:
         ConfigError: if there is no complete trial, or no single best one.
         Interrupted: on SIGINT or SIGTERM.
     """
+    # Two confirmations at once would train in the same folders.
     with file_lock(study.folder / ".confirm.lock"):
         return _confirm(study, seeds, top)
 
 
 def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
-    candidates = _candidates(study, top)
+    candidates = _select_candidates(study, top)
     repeats = _plan_repeats(study, candidates, seeds)
     names = ", ".join(f"trial {trial.number}" for trial in candidates)
     log.info("confirming %s with %d other seeds: %d runs", names, seeds, len(repeats))
@@ -69,19 +70,24 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
         errors = retrain(study, repeats)
         confirmation = _evaluate(study, candidates, repeats, errors)
         write_json(study.folder / CONFIRMATION, confirmation)
-        with_adapter = _repeats_with_adapter(study, repeats, confirmation["winner"])
+        with_adapter = _ensure_adapter(study, repeats, confirmation["winner"])
     except (Interrupted, KeyboardInterrupt):
         folder = shlex.quote(os.path.relpath(study.folder))
         command = f"python -m sweeps confirm {folder} --top {top} --seeds {seeds}"
         raise Interrupted(f"interrupted; resume with: {command}") from None
+    _remove_unneeded_files(repeats, with_adapter)
+    return confirmation
+
+
+def _remove_unneeded_files(repeats: Sequence[Repeat], with_adapter: Sequence[Repeat]) -> None:
+    """Remove the checkpoints of all repeats, and the adapters of those that need none."""
     for repeat in repeats:
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
         if repeat not in with_adapter:
             shutil.rmtree(repeat.folder.adapter, ignore_errors=True)
-    return confirmation
 
 
-def _candidates(study: Study, top: int) -> list[FrozenTrial]:
+def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:
     """Select the best trials and the baseline."""
     if len(study.objectives) > 1:
         raise ConfigError(f"study {study.name}: has several objectives, so no single best trial")
@@ -101,21 +107,25 @@ def _plan_repeats(study: Study, candidates: Sequence[FrozenTrial], seeds: int) -
     """Plan one run for each seed and candidate, with seeds that no candidate has used."""
     folders = [study.folder_of(trial.number).path for trial in candidates]
     configs = [read_run_config(folder) for folder in folders]
-    first_seed = max(config.seed for config in configs) + 1  # the seed itself may be searched
+    # Above the largest, because the seed itself may be searched.
+    first_seed = max(config.seed for config in configs) + 1
     repeats = []
     for seed in range(first_seed, first_seed + seeds):
         for trial, config in zip(candidates, configs, strict=True):
-            folder = study.folder / "confirm" / f"{trial.number}-seed{seed}"
-            seeded = dataclasses.replace(config, seed=seed)
-            repeats.append(Repeat(trial.number, seed, RunFolder(folder), seeded))
+            folder = RunFolder(study.folder / "confirm" / f"{trial.number}-seed{seed}")
+            config_with_seed = dataclasses.replace(config, seed=seed)
+            repeats.append(Repeat(trial.number, seed, folder, config_with_seed))
     return repeats
 
 
-def _repeats_with_adapter(study: Study, repeats: Sequence[Repeat], winner: int) -> list[Repeat]:
-    """Select the repeats whose adapters must stay: the winner's, if its own adapter is gone.
+def _ensure_adapter(study: Study, repeats: Sequence[Repeat], winner: int) -> list[Repeat]:
+    """Ensure that the winner has an adapter, of the trial itself or of one of its repeats.
 
-    An earlier confirmation, with another winner, may have removed those adapters too. Then one of
-    the runs is trained again.
+    An earlier confirmation, with another winner, may have removed the repeats' adapters too. Then
+    one of them is trained again.
+
+    Returns:
+        The repeats whose adapters must stay: the winner's, if the trial's own adapter is gone.
     """
     if study.folder_of(winner).adapter.is_dir():
         return []
@@ -137,15 +147,17 @@ def _evaluate(
     errors: Mapping[Path, str],
 ) -> dict[str, Any]:
     """Build the content of `confirm.json`: each candidate's values, the winner, comparisons."""
-    summaries = [
-        _summarize(study, trial, _repeats_of(repeats, trial.number), errors) for trial in candidates
-    ]
+    summaries = []
+    for trial in candidates:
+        of_trial = _repeats_of(repeats, trial.number)
+        summaries.append(_summarize(study, trial, of_trial, errors))
     winner = _choose_winner(study, summaries, errors)
+    seeds = {repeat.seed for repeat in repeats}
     return {
         "before": candidates[0].number,
         "winner": winner,
         "objective": study.objectives[0],
-        "seeds": sorted({repeat.seed for repeat in repeats}),
+        "seeds": sorted(seeds),
         "candidates": summaries,
         "comparisons": _compare_with_winner(repeats, winner, candidates),
     }
@@ -156,7 +168,9 @@ def _summarize(
 ) -> dict[str, Any]:
     """Summarize a candidate's runs: mean and standard deviation over the seeds."""
     objective = study.objectives[0]
-    values, test_losses, failures = [], [], []
+    values = []
+    test_losses = []
+    failures = []
     for repeat in repeats:
         error = errors.get(repeat.folder.path)
         if error is not None:
@@ -188,7 +202,7 @@ def _choose_winner(
     if not eligible:
         error = next(iter(errors.values()))
         raise ConfigError(f"study {study.name}: every run of the confirmation failed: {error}")
-    best = min(eligible, key=lambda summary: study.cost(summary["mean"]))
+    best = min(eligible, key=lambda summary: study.to_cost(summary["mean"]))
     return int(best["trial"])
 
 
@@ -204,16 +218,16 @@ def _compare_with_winner(
         seeds = sorted(of_winner.keys() & of_candidate.keys())
         if candidate.number == winner or not seeds:
             continue
-        result = compare(
-            [of_winner[seed] for seed in seeds], [of_candidate[seed] for seed in seeds]
-        )
-        comparison = {
+        winner_evaluations = [of_winner[seed] for seed in seeds]
+        candidate_evaluations = [of_candidate[seed] for seed in seeds]
+        comparison = compare(winner_evaluations, candidate_evaluations)
+        entry = {
             "trial": winner,
             "other": candidate.number,
-            "rows": len(of_winner[seeds[0]].row_losses),
-            **dataclasses.asdict(result),
+            "rows": len(winner_evaluations[0].row_losses),
+            **dataclasses.asdict(comparison),
         }
-        comparisons.append(comparison)
+        comparisons.append(entry)
     return comparisons
 
 

@@ -18,6 +18,7 @@ def read_confirmation(study: Study) -> dict[str, Any] | None:
     """
     confirmation: dict[str, Any] | None = read_json(study.folder / CONFIRMATION)
     ranked = study.ranked()
-    if not confirmation or not ranked or ranked[0].number != confirmation["before"]:
+    if not confirmation or not ranked:
         return None
-    return confirmation
+    best = ranked[0].number
+    return confirmation if confirmation["before"] == best else None

@@ -21,6 +21,7 @@ MIN_TRIALS = 8
 
 
 RESAMPLES = 20
+"""Resamples whose shares give a parameter's median and its interval."""
 
 
 MAX_RESAMPLE = 60
@@ -69,13 +70,18 @@ def comparable_trials(study: optuna.Study, objective: int = 0) -> list[MeasuredT
         measured = [(trial, trial.values[objective]) for trial in complete]
     else:
         rung = _common_rung(reported)
-        measured = [(trial, trial.intermediate_values.get(rung, math.nan)) for trial in reported]
+        measured = []
+        for trial in reported:
+            # Rungs begin at 1: without a common one, no trial has a value at rung 0.
+            value = trial.intermediate_values.get(rung, math.nan)
+            measured.append((trial, value))
     return [(trial, value) for trial, value in measured if math.isfinite(value)]
 
 
 def _common_rung(trials: Sequence[FrozenTrial]) -> int:
     """Return the last rung that all trials have reported, 0 if there is none."""
-    common = set.intersection(*(set(trial.intermediate_values) for trial in trials))
+    rungs = [set(trial.intermediate_values) for trial in trials]
+    common = set.intersection(*rungs)
     return max(common, default=0)
 
 
@@ -98,35 +104,45 @@ def importances(study: optuna.Study, objective: int = 0) -> dict[str, Share]:
     shares = _resampled_shares(measured, names)
     if not shares:
         return {}
-    median = np.median(shares, axis=0)
-    low, high = np.quantile(shares, [0.05, 0.95], axis=0)
-    total = float(median.sum()) or 1.0
-    importance = {
-        name: Share(float(median[index] / total), float(low[index]), float(high[index]))
-        for index, name in enumerate(names)
-    }
-    return dict(sorted(importance.items(), key=lambda item: -item[1].share))
+    medians = np.median(shares, axis=0)
+    lows, highs = np.quantile(shares, [0.05, 0.95], axis=0)
+    total = float(medians.sum()) or 1.0
+    importance: dict[str, Share] = {}
+    for name, median, low, high in zip(names, medians, lows, highs, strict=True):
+        importance[name] = Share(float(median / total), float(low), float(high))
+    largest_first = sorted(importance.items(), key=lambda item: -item[1].share)
+    return dict(largest_first)
 
 
-def _varying_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
-    """Name the parameters that all trials have, with more than one value."""
+def common_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
+    """Name the parameters that all trials have, in the first trial's order."""
     if not trials:
         return []
     names = []
     for name in trials[0].params:
         if all(name in trial.params for trial in trials):
-            distinct = {str(trial.params[name]) for trial in trials}
-            if len(distinct) > 1:
-                names.append(name)
+            names.append(name)
+    return names
+
+
+def _varying_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
+    """Name the parameters that all trials have, with more than one value."""
+    names = []
+    for name in common_parameters(trials):
+        # As text: True and 1 are equal in Python, but not in a config.
+        distinct_values = {str(trial.params[name]) for trial in trials}
+        if len(distinct_values) > 1:
+            names.append(name)
     return names
 
 
 def _resampled_shares(measured: Sequence[MeasuredTrial], names: Sequence[str]) -> list[list[float]]:
     """Compute the shares on bootstrap resamples: `[resamples, parameters]`."""
-    generator = random.Random(0)
+    generator = random.Random(0)  # the same study gives the same shares
+    size = min(len(measured), MAX_RESAMPLE)
     shares = []
     for seed in range(RESAMPLES):
-        resample = generator.choices(measured, k=min(len(measured), MAX_RESAMPLE))
+        resample = generator.choices(measured, k=size)
         study = study_of_values(resample, names)
         evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
         try:
@@ -159,7 +175,8 @@ def study_of_values(
     """
     ranges: dict[str, BaseDistribution] = {}
     for name in names:
-        common = _common_range([trial for trial, _ in measured if name in trial.params], name)
+        trials = [trial for trial, _ in measured if name in trial.params]
+        common = _common_range(trials, name)
         if common is not None:
             ranges[name] = common
     study = optuna.create_study(direction=direction)

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from sweeps.answer.importance import MeasuredTrial
+from sweeps.answer.importance import MeasuredTrial, common_parameters
 from sweeps.answer.ranges import newest_distributions, position
 
 MAX_FITTED = 200
@@ -54,9 +54,11 @@ def expected_improvement(ranked: Sequence[MeasuredTrial]) -> Improvement | None:
     if not columns:
         return None
     costs = np.array([cost for _, cost in ranked])
-    unit = float(costs.std()) or 1.0
-    gain = _largest_gain(columns, (costs - costs.mean()) / unit) * unit
-    spread = float(np.quantile(costs, 0.75) - np.quantile(costs, 0.25)) or 1.0
+    deviation = float(costs.std()) or 1.0
+    standardized = (costs - costs.mean()) / deviation
+    gain = _largest_gain(columns, standardized) * deviation
+    first_quartile, third_quartile = np.quantile(costs, [0.25, 0.75])
+    spread = float(third_quartile - first_quartile) or 1.0
     return Improvement(gain, spread)
 
 
@@ -71,18 +73,25 @@ def _largest_gain(columns: Sequence[np.ndarray], costs: np.ndarray) -> float:
         process.fit(points, costs)
         incumbent = float(process.predict(points).min())
         mean, deviation = process.predict(candidates, return_std=True)
+    # The deviation of the objective itself: that of a measurement contains the noise as well.
     noise = process.kernel_.k2.noise_level
     deviation = np.sqrt(np.maximum(deviation**2 - noise, 1e-12))
     gap = incumbent - mean
-    expected = gap * norm.cdf(gap / deviation) + deviation * norm.pdf(gap / deviation)
+    standardized_gap = gap / deviation
+    by_mean = gap * norm.cdf(standardized_gap)
+    by_uncertainty = deviation * norm.pdf(standardized_gap)
+    expected = by_mean + by_uncertainty
     return float(expected.max())
 
 
 def _process(width: int) -> GaussianProcessRegressor:
     """Build a process with one length scale for each of `width` columns, and noise."""
-    smooth = Matern(np.full(width, 2.0), (0.2, 20.0), nu=2.5)
-    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * smooth + WhiteKernel(1.0, (1e-4, 1.0))
-    return GaussianProcessRegressor(kernel, random_state=0)
+    # Columns lie between 0 and 1 and costs are standardized, which gives the bounds their scale.
+    length_scales = np.full(width, 2.0)
+    smooth = Matern(length_scales, (0.2, 20.0), nu=2.5)
+    amplitude = ConstantKernel(1.0, (1e-2, 1e2))
+    noise = WhiteKernel(1.0, (1e-4, 1.0))
+    return GaussianProcessRegressor(amplitude * smooth + noise, random_state=0)
 
 
 def _parameter_columns(ranked: Sequence[MeasuredTrial]) -> list[np.ndarray]:
@@ -90,10 +99,9 @@ def _parameter_columns(ranked: Sequence[MeasuredTrial]) -> list[np.ndarray]:
     trials = [trial for trial, _ in ranked]
     distributions = newest_distributions(trials)
     columns = []
-    for name in trials[0].params:
-        if all(name in trial.params for trial in trials):
-            values = [trial.params[name] for trial in trials]
-            columns.append(_encode(distributions[name], values))
+    for name in common_parameters(trials):
+        values = [trial.params[name] for trial in trials]
+        columns.append(_encode(distributions[name], values))
     return columns
 
 
@@ -104,20 +112,27 @@ def _encode(distribution: BaseDistribution, values: Sequence[Any]) -> np.ndarray
         return np.array(positions, dtype=float)[:, None]
     texts = [str(value) for value in values]
     choices = sorted(set(texts))
-    return np.array([[float(text == choice) for choice in choices] for text in texts])
+    rows = []
+    for text in texts:
+        rows.append([float(text == choice) for choice in choices])
+    return np.array(rows)
 
 
 def _candidate_points(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spread candidates evenly over the space: `[CANDIDATES, columns]`."""
-    uniform = qmc.Sobol(len(columns), seed=0).random(CANDIDATES)
-    encoded = [_decode_uniform(column, uniform[:, index]) for index, column in enumerate(columns)]
+    sequence = qmc.Sobol(len(columns), seed=0)
+    uniform = sequence.random(CANDIDATES)  # [CANDIDATES, parameters], between 0 and 1
+    encoded = []
+    for parameter_columns, positions in zip(columns, uniform.T, strict=True):
+        encoded.append(_encode_positions(positions, parameter_columns))
     return np.concatenate(encoded, axis=1)
 
 
-def _decode_uniform(columns: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Turn uniform numbers into a parameter's encoded values."""
+def _encode_positions(positions: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Encode uniform positions as a parameter's trials are: one column, or one-hot."""
     if columns.shape[1] == 1:
-        return uniform[:, None]
+        return positions[:, None]
     distinct: np.ndarray = np.unique(columns, axis=0)
-    chosen: np.ndarray = distinct[(uniform * len(distinct)).astype(int)]
-    return chosen
+    indices = (positions * len(distinct)).astype(int)
+    encoded: np.ndarray = distinct[indices]
+    return encoded

@@ -18,6 +18,14 @@ Curve = list[tuple[float, float]]
 TrialCurve = tuple[FrozenTrial, Curve]
 
 
+MAX_POINTS_WITH_MARKERS = 30
+"""From this number of evaluations on, markers would hide the line."""
+
+
+MAX_OPAQUE_CURVES = 50
+"""More curves are translucent, so that they can be told apart where they overlap."""
+
+
 def learning_curves(
     study: Study, curves: Mapping[int, Curve], winner: int | None
 ) -> go.Figure | None:
@@ -29,35 +37,53 @@ def learning_curves(
         winner: number of the trial to highlight.
 
     Returns:
-        The chart.
+        The chart; None if no trial has an evaluation.
     """
-    trials = {trial.number: trial for trial in study.trials()}
-    drawn = [(trials[number], curve) for number, curve in curves.items() if curve]
-    if not drawn:
+    trials = study.trials()
+    trial_curves: dict[int, TrialCurve] = {}
+    for trial in trials:
+        curve = curves.get(trial.number)
+        if curve:
+            trial_curves[trial.number] = (trial, curve)
+    if not trial_curves:
         return None
-    baseline = study.baseline()
-    highlights = {
-        winner: ("winner", GREEN),
-        baseline.number if baseline else None: ("baseline", ORANGE),
-    }
-    ordinary = [pair for pair in drawn if pair[0].number not in highlights]
+    highlights = _highlights(study, winner)
+    ordinary = []
+    for number, trial_curve in trial_curves.items():
+        if number not in highlights:
+            ordinary.append(trial_curve)
     figure = go.Figure(_state_traces(ordinary))
-    pruned = [pair for pair in drawn if pair[0].state == TrialState.PRUNED]
+    pruned = _in_state(trial_curves.values(), TrialState.PRUNED)
     if pruned:
         figure.add_trace(_crosses_trace(pruned))
-    by_number = {trial.number: (trial, curve) for trial, curve in drawn}
+    # Last, so that they lie above all other curves.
     for number, (name, colour) in highlights.items():
-        if number in by_number:
-            figure.add_trace(_curves_trace([by_number[number]], name, colour, 3))
-    steps = "optimizer step" if _have_equal_steps(trials.values()) else "share of the trial's steps"
+        if number in trial_curves:
+            figure.add_trace(_curves_trace([trial_curves[number]], name, colour, 3))
+    steps = "optimizer step" if _have_equal_steps(trials) else "share of the trial's steps"
     return set_titles(figure, steps, study.objectives[0])
 
 
-def _state_traces(pairs: Sequence[TrialCurve]) -> list[go.Scatter]:
+def _highlights(study: Study, winner: int | None) -> dict[int, tuple[str, str]]:
+    """Return name and colour of the winner's and the baseline's curve, by their numbers."""
+    highlights = {}
+    if winner is not None:
+        highlights[winner] = ("winner", GREEN)
+    baseline = study.baseline()
+    if baseline is not None:
+        highlights[baseline.number] = ("baseline", ORANGE)
+    return highlights
+
+
+def _in_state(trial_curves: Iterable[TrialCurve], state: TrialState) -> list[TrialCurve]:
+    return [(trial, curve) for trial, curve in trial_curves if trial.state == state]
+
+
+def _state_traces(trial_curves: Sequence[TrialCurve]) -> list[go.Scatter]:
     """Draw the curves of each state in its colour."""
     traces = []
     for state, colour in STATES.items():
-        in_state = [pair for pair in pairs if pair[0].state == state]
+        in_state = _in_state(trial_curves, state)
         if in_state:
             traces.append(_curves_trace(in_state, state.name.lower(), colour, 1.2))
     return traces
@@ -71,21 +97,30 @@ def _crosses_trace(pruned: Sequence[TrialCurve]) -> go.Scatter:
     return trace.update(mode="markers", marker=marker)
 
 
-def _curves_trace(pairs: Sequence[TrialCurve], name: str, colour: str, width: float) -> go.Scatter:
+def _curves_trace(
+    trial_curves: Sequence[TrialCurve], name: str, colour: str, width: float
+) -> go.Scatter:
     """Combine the curves of many trials in one trace, with gaps between them."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str | None] = []
-    for trial, curve in pairs:
-        x += [*(step for step, _ in curve), None]
-        y += [*(value for _, value in curve), None]
-        text += [*([f"trial {trial.number}: {format_parameters(trial)}"] * len(curve)), None]
-    mode = "lines+markers" if all(len(curve) < 30 for _, curve in pairs) else "lines"
+    for trial, curve in trial_curves:
+        description = f"trial {trial.number}: {format_parameters(trial)}"
+        for step, value in curve:
+            x.append(step)
+            y.append(value)
+            text.append(description)
+        # A point without coordinates: plotly draws no line from one trial's curve to the next.
+        x.append(None)
+        y.append(None)
+        text.append(None)
+    longest = max(len(curve) for _, curve in trial_curves)
     return go.Scatter(
-        x=x, y=y, text=text, name=name, mode=mode, connectgaps=False,
+        x=x, y=y, text=text, name=name, connectgaps=False,
+        mode="lines+markers" if longest < MAX_POINTS_WITH_MARKERS else "lines",
         line={"color": colour, "width": width}, marker={"size": 4},
         hovertemplate="%{text}<br>%{y:.4f}<extra></extra>",
-        opacity=0.35 if len(pairs) > 50 else 1,
+        opacity=0.35 if len(trial_curves) > MAX_OPAQUE_CURVES else 1,
     )  # fmt: skip
 
 
@@ -109,18 +144,27 @@ def curves_of(study: Study, metrics: Mapping[int, Sequence[Mapping[str, Any]]]) 
     objective = study.objectives[0]
     trials = study.trials()
     have_equal_steps = _have_equal_steps(trials)
-    last_rung = max((max(trial.intermediate_values, default=0) for trial in trials), default=0) or 1
+    last_rung = _last_rung(trials)
     curves: dict[int, Curve] = {}
     for trial in trials:
         steps = trial.user_attrs.get("steps") or 1
         lines = metrics.get(trial.number, ())
         points = [(line["step"], line[objective]) for line in lines if objective in line]
         if not points:
-            reported = trial.intermediate_values.items()
-            points = [(rung * steps / last_rung, value) for rung, value in reported]
+            for rung, value in trial.intermediate_values.items():
+                points.append((rung * steps / last_rung, value))
         curve: Curve = []
         for step, value in points:
-            if value is not None and math.isfinite(value):
-                curve.append((step if have_equal_steps else step / steps, value))
+            if value is None or not math.isfinite(value):
+                continue
+            if not have_equal_steps:
+                step /= steps
+            curve.append((step, value))
         curves[trial.number] = curve
     return curves
+
+
+def _last_rung(trials: Iterable[FrozenTrial]) -> int:
+    """Return the last rung that any trial has reported; 1 if there is none."""
+    rungs = [rung for trial in trials for rung in trial.intermediate_values]
+    return max(rungs, default=0) or 1

@@ -54,8 +54,8 @@ def publish(
         return []
     tracker = tracker or read_run_config(folder.path).tracker
     publication = _Publication(study, winner_number, run_arguments, test, report, tracker)
-    published = read_json(study.folder / PUBLISHED) or {}
     contents = publication.contents()
+    published = read_json(study.folder / PUBLISHED) or {}
     changed = {name for name, content in contents.items() if content != published.get(name)}
     if changed:
         try:
@@ -68,11 +68,11 @@ def publish(
         if address is not None:
             published["url"] = address
         write_json(study.folder / PUBLISHED, published)
-    if "workspace" in contents:
-        return [f"W&B workspace: {published['url']}"]
-    if tracker.workspace:
+    if not tracker.workspace:
+        return []
+    if "workspace" not in contents:
         return ["W&B workspace: not saved, because the study's runs are offline"]
-    return []
+    return [f"W&B workspace: {published['url']}"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class _Publication:
 
     def contents(self) -> dict[str, Any]:
         """Return the name of each item to publish, and a value that changes with its content."""
+        # With the run's id, because another winner has another W&B run.
         run_id = self.run_arguments["id"]
         contents: dict[str, Any] = {}
         if self.test is not None:

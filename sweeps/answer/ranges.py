@@ -17,16 +17,19 @@ End = Literal["lower", "upper"]
 
 def newest_distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
     """Map each parameter to its newest range; a study may have been resumed with another one."""
+    by_number = sorted(trials, key=lambda trial: trial.number)
     newest: dict[str, BaseDistribution] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number):
+    for trial in by_number:
         newest |= trial.distributions
     return newest
 
 
 def is_ordered(distribution: CategoricalDistribution) -> bool:
     """Return whether the choices are numbers in rising order."""
-    numbers: list[Any] = [choice for choice in distribution.choices if _is_number(choice)]
-    return len(numbers) == len(distribution.choices) and numbers == sorted(numbers)
+    choices: list[Any] = list(distribution.choices)
+    if not all(_is_number(choice) for choice in choices):
+        return False
+    return choices == sorted(choices)
 
 
 def _is_number(choice: Any) -> bool:
@@ -36,6 +39,10 @@ def _is_number(choice: Any) -> bool:
 def position(distribution: BaseDistribution, value: Any) -> float | None:
     """Return the relative position of a value in its range.
 
+    Args:
+        distribution: the range.
+        value: a value of a trial, perhaps of one from before the range was changed.
+
     Returns:
         0 at the lower bound, 1 at the upper one, in between on the range's own scale. None if the
         range has no order or no width.
@@ -43,21 +50,28 @@ def position(distribution: BaseDistribution, value: Any) -> float | None:
     if isinstance(distribution, CategoricalDistribution):
         if not is_ordered(distribution):
             return None
-        return distribution.choices.index(value) / max(len(distribution.choices) - 1, 1)
+        last_index = len(distribution.choices) - 1
+        return distribution.choices.index(value) / max(last_index, 1)
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    low, high = float(distribution.low), float(distribution.high)
+    low = float(distribution.low)
+    high = float(distribution.high)
     number = float(value)
     if distribution.log:
         if number <= 0:
             return None  # from a trial before the range became logarithmic
-        low, high, number = math.log(low), math.log(high), math.log(number)
-    return (number - low) / (high - low) if high > low else None
+        low = math.log(low)
+        high = math.log(high)
+        number = math.log(number)
+    if high <= low:
+        return None
+    return (number - low) / (high - low)
 
 
 def bounds(distribution: BaseDistribution) -> tuple[float, float]:
     """Return the lowest and the highest value of a range or of ordered choices."""
     if isinstance(distribution, CategoricalDistribution):
-        first, last = distribution.choices[0], distribution.choices[-1]
+        first = distribution.choices[0]
+        last = distribution.choices[-1]
         assert isinstance(first, int | float)
         assert isinstance(last, int | float)
         return first, last
@@ -71,6 +85,10 @@ def value_beyond(distribution: BaseDistribution, end: End) -> float | None:
     The distance is a factor of 2 for choices, a factor of 3 on a logarithmic scale, and half the
     range's width otherwise. Integers stay integers, and a range below 1 stays below 1, because such
     a parameter is a share.
+
+    Args:
+        distribution: a range, or ordered choices.
+        end: the end beyond which the value lies.
 
     Returns:
         The value; None if no sensible one exists (below 0, or the integer 0, which would be a count
@@ -88,7 +106,9 @@ def value_beyond(distribution: BaseDistribution, end: End) -> float | None:
         value = round(value)
         if value == 0:
             return None
-    return None if value == bound else value
+    if value == bound:
+        return None
+    return value
 
 
 def _scaled(bound: float, end: End, factor: int) -> float:
@@ -97,7 +117,12 @@ def _scaled(bound: float, end: End, factor: int) -> float:
 
 def _shifted(low: float, high: float, end: End) -> float:
     """Move a bound outwards by half the width, but not past 0 or 1 if the range ends there."""
-    half = (high - low) / 2
-    if end == "upper":
-        return high + half if high >= 1 else min(high + half, (1 + high) / 2)
-    return max(low - half, 0.0) if low >= 0 else low - half
+    half_width = (high - low) / 2
+    if end == "lower":
+        extended = low - half_width
+        return max(extended, 0.0) if low >= 0 else extended
+    extended = high + half_width
+    if high >= 1:
+        return extended
+    halfway_to_1 = (1 + high) / 2
+    return min(extended, halfway_to_1)

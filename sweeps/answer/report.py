@@ -15,9 +15,10 @@ from plotly.offline import get_plotlyjs
 from finetune.files.atomic import write_text
 from finetune.files.lock import file_lock
 from sweeps.answer.advice import Analysis
+from sweeps.answer.descriptions import test_loss_lines
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_sections import sections
-from sweeps.study.formatting import format_counts, test_loss_lines
+from sweeps.study.formatting import format_counts
 from sweeps.study.study import Study
 
 REPORT = "report.html"

@@ -46,18 +46,24 @@ class ReportData:
         Returns:
             The data.
         """
-        trials = {
-            trial.number: trial for trial in study.trials() if trial.state != TrialState.WAITING
-        }
-        folders = {number: study.folder_of(number) for number in trials}
+        trials: dict[int, FrozenTrial] = {}
+        results: dict[int, Mapping[str, Any]] = {}
+        metrics: dict[int, Sequence[Mapping[str, Any]]] = {}
+        for trial in study.trials():
+            if trial.state == TrialState.WAITING:
+                continue
+            folder = study.folder_of(trial.number)
+            trials[trial.number] = trial
+            results[trial.number] = read_json(folder.result) or {}
+            metrics[trial.number] = folder.metrics()
         confirmation = read_confirmation(study)
         winner = _winner(study, confirmation)
         return cls(
             study=study,
             analysis=analysis or analyze(study),
             trials=trials,
-            results={number: read_json(folder.result) or {} for number, folder in folders.items()},
-            metrics={number: folder.metrics() for number, folder in folders.items()},
+            results=results,
+            metrics=metrics,
             confirmation=confirmation,
             winner=winner,
             answer=_answer(study, winner),
@@ -92,4 +98,6 @@ def _answer(study: Study, winner: FrozenTrial | None) -> Mapping[str, Any] | Non
     if winner is None:
         return None
     answer: Mapping[str, Any] | None = read_json(study.folder / ANSWER)
-    return answer if answer is not None and answer["trial"] == winner.number else None
+    if answer is None or answer["trial"] != winner.number:
+        return None
+    return answer

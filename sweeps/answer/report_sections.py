@@ -8,11 +8,13 @@ from optuna.trial import FrozenTrial
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.answer import advice, charts, importance
+from sweeps.answer.commands import commands
+from sweeps.answer.descriptions import confirmation_lines, test_loss_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
-from sweeps.study.formatting import commands, confirmation_lines, format_value, test_loss_lines
+from sweeps.study.formatting import format_value
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
@@ -61,13 +63,15 @@ def sections(data: ReportData) -> list[Section]:
 
 def _answer(data: ReportData) -> Section:
     """Show the winner next to the baseline."""
-    winner, baseline = data.winner, data.study.baseline()
+    winner = data.winner
+    baseline = data.study.baseline()
     if winner is None:
         return Section("answer", "Result", "No trial is complete yet.")
     sides = {"winner": winner}
     if baseline is not None and baseline != winner:
         sides["baseline"] = baseline
-    head = ["", *(f"{side} (trial {trial.number})" for side, trial in sides.items())]
+    titles = [f"{side} (trial {trial.number})" for side, trial in sides.items()]
+    head = ["", *titles]
     rows = [*_parameter_rows(sides), *_objective_rows(data, sides)]
     if data.test is not None:
         losses = [f"{data.test[side]:.4f}" if side in data.test else "" for side in sides]
@@ -83,7 +87,10 @@ def _answer(data: ReportData) -> Section:
 
 
 def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
-    names = dict.fromkeys(name for trial in sides.values() for name in trial.params)
+    # A dict in place of a set, to keep the order of the winner's parameters.
+    names: dict[str, None] = {}
+    for trial in sides.values():
+        names |= dict.fromkeys(trial.params)
     rows = []
     for name in names:
         values = [format_value(trial.params.get(name, "")) for trial in sides.values()]

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
@@ -11,36 +11,41 @@ from finetune.files.atomic import read_json
 from sweeps.answer import charts
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html
-from sweeps.study.formatting import format_value, objective_cells, short_name, trial_note
+from sweeps.study.formatting import (
+    objective_cells,
+    parameter_cells,
+    parameter_names,
+    short_name,
+    trial_note,
+)
 from sweeps.study.study import OUT_OF_TIME, Study, role
 
 
 def leaderboard(data: ReportData) -> Section:
     """List all trials, the ranked ones first."""
-    names = sorted({name for trial in data.trials.values() for name in trial.params})
-    columns = [*data.study.objectives, *map(short_name, names)]
+    names = parameter_names(data.trials.values())
+    short_names = [short_name(name) for name in names]
+    head = ["trial", "state", *data.study.objectives, *short_names, "step", "tokens/s", "note"]
     ranked = [trial.number for trial in data.study.ranked()]
     front = data.pareto_front()
     rows = []
+    # Each trial once, at its first position: the ranked ones come before all in their own order.
     for number in dict.fromkeys([*ranked, *data.trials]):
         trial = data.trials[number]
         note = "on the Pareto front" if number in front else trial_note(trial)
         cells = [*_trial_cells(data, trial, names), note]
         rows.append(Row(cells, _row_kind(data, trial)))
-    head = ["trial", "state", *columns, "step", "tokens/s", "note"]
     return Section("leaderboard", "Leaderboard", head=head, rows=rows, sortable=True)
 
 
-def _trial_cells(data: ReportData, trial: FrozenTrial, names: list[str]) -> list[str]:
+def _trial_cells(data: ReportData, trial: FrozenTrial, names: Sequence[str]) -> list[str]:
     result = data.results[trial.number]
-    return [
-        str(trial.number),
-        trial.state.name.lower(),
-        *objective_cells(trial, len(data.study.objectives)),
-        *(format_value(trial.params.get(name, "")) for name in names),
-        str(result.get("step", "")),
-        _format_speed(result.get("tokens_per_second")),
-    ]
+    state = trial.state.name.lower()
+    objectives = objective_cells(trial, len(data.study.objectives))
+    parameters = parameter_cells(trial, names)
+    step = str(result.get("step", ""))
+    speed = _format_speed(result.get("tokens_per_second"))
+    return [str(trial.number), state, *objectives, *parameters, step, speed]
 
 
 def _format_speed(tokens_per_second: float | None) -> str:
@@ -61,25 +66,32 @@ class _Effort:
 
     tokens: float
     seconds: float
+    """Seconds of training, summed over the trials."""
 
 
 def spending(data: ReportData) -> Section:
     """Show how many tokens and how much time were spent, and what pruning saved."""
     title = "Time and tokens"
-    tokens = {n: result.get("train_tokens") or 0 for n, result in data.results.items()}
-    seconds = {n: result.get("train_seconds") or 0.0 for n, result in data.results.items()}
+    tokens: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for number, result in data.results.items():
+        tokens[number] = result.get("train_tokens") or 0
+        seconds[number] = result.get("train_seconds") or 0.0
     chart = chart_html("tokens", charts.spending(data.study, tokens))
-    spent = sum(tokens.values())
-    if not spent:
+    total_tokens = sum(tokens.values())
+    if not total_tokens:
         return Section("spent", title, chart=chart)
     saved = _saved_by_pruning(data.study, tokens, seconds)
+    saved_share = saved.tokens / (total_tokens + saved.tokens)
+    training_time = _format_duration(sum(seconds.values()))
+    wall_time = _format_duration(_wall_time(data))
     figures = [
-        (f"{spent:,}", "tokens trained"),
-        (_format_duration(sum(seconds.values())), "of training"),
-        (_format_duration(_wall_time(data)), "from the first trial's start to the last one's end"),
+        (f"{total_tokens:,}", "tokens trained"),
+        (training_time, "of training"),
+        (wall_time, "from the first trial's start to the last one's end"),
         (f"{saved.tokens:,.0f}", "tokens saved by pruning"),
         (_format_duration(saved.seconds), "of training saved"),
-        (f"{saved.tokens / (spent + saved.tokens):.0%}", "of all tokens saved"),
+        (f"{saved_share:.0%}", "of all tokens saved"),
     ]
     confirmation_tokens = _confirmation_tokens(data.study)
     if confirmation_tokens:
@@ -92,11 +104,15 @@ def _saved_by_pruning(
     study: Study, tokens: Mapping[int, int], seconds: Mapping[int, float]
 ) -> _Effort:
     """Estimate what pruned trials would have cost from their last step to their end."""
-    saved_tokens, saved_seconds = 0.0, 0.0
+    saved_tokens = 0.0
+    saved_seconds = 0.0
     for trial in study.trials(TrialState.PRUNED):
-        step, steps = trial.user_attrs.get("step"), trial.user_attrs.get("steps")
-        if trial.user_attrs.get("reason") != OUT_OF_TIME and step and steps:
-            remaining = steps / step - 1
+        if trial.user_attrs.get("reason") == OUT_OF_TIME:
+            continue  # the session's end, not the pruner, stopped it
+        step = trial.user_attrs.get("step")
+        steps = trial.user_attrs.get("steps")
+        if step and steps:
+            remaining = steps / step - 1  # a share of what the trial has cost so far
             saved_tokens += tokens[trial.number] * remaining
             saved_seconds += seconds[trial.number] * remaining
     return _Effort(saved_tokens, saved_seconds)
@@ -115,7 +131,9 @@ def _wall_time(data: ReportData) -> float:
     """Return the seconds from the first start to the last end, 0 if no trial has ended."""
     starts = [trial.datetime_start for trial in data.trials.values() if trial.datetime_start]
     ends = [trial.datetime_complete for trial in data.trials.values() if trial.datetime_complete]
-    return (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0
+    if not starts or not ends:
+        return 0.0
+    return (max(ends) - min(starts)).total_seconds()
 
 
 def _format_duration(seconds: float) -> str:
@@ -131,7 +149,8 @@ def failures(data: ReportData) -> Section:
     """List the failed trials with their errors and folders."""
     rows = []
     for trial in data.study.trials(TrialState.FAIL):
+        error = str(trial.user_attrs.get("error"))
         folder = os.path.relpath(data.study.folder_of(trial.number).path)
-        rows.append(Row([str(trial.number), str(trial.user_attrs.get("error")), folder]))
+        rows.append(Row([str(trial.number), error, folder]))
     head = ["trial", "reason", "folder"] if rows else ()
     return Section("failures", "Failed trials", head=head, rows=rows)

@@ -54,6 +54,7 @@ class _Retraining:
 
     def __init__(self, study: Study, repeats: Sequence[Repeat]) -> None:
         self._study = study
+        # As many as fitted into memory when the study began.
         self._slots = int(study.optuna.user_attrs.get("slots", 1))
         self._waiting: Iterator[Repeat] = iter(repeats)
         self._interrupt = Interrupt()

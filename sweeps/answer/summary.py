@@ -9,14 +9,10 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.answer.advice import Analysis
+from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
-from sweeps.study.formatting import (
-    commands,
-    confirmation_lines,
-    format_counts,
-    format_parameters,
-    test_loss_lines,
-)
+from sweeps.answer.descriptions import confirmation_lines, test_loss_lines
+from sweeps.study.formatting import format_counts, format_parameters
 from sweeps.study.study import Study, role
 
 SHOWN_TRIALS = 5
@@ -42,15 +38,18 @@ def summary_lines(
     lines += _trial_lines(study)
     lines += _labelled("importance", _importance(analysis))
     lines += _labelled("test loss", test_loss_lines(answer))
-    lines += _labelled("confirmed", confirmation_lines(confirmation) if confirmation else [])
+    if confirmation is not None:
+        lines += _labelled("confirmed", confirmation_lines(confirmation))
     lines += _labelled("advice", analysis.advice)
     for trial in study.trials(TrialState.FAIL):
-        lines.append(f"  trial {trial.number:<4} failed: {trial.user_attrs.get('error')}")
+        error = trial.user_attrs.get("error")
+        lines.append(f"  trial {trial.number:<4} failed: {error}")
     lines += _labelled("winner", [_winner(study, answer)])
     for purpose, command in commands(study):
         lines += _labelled(purpose, [command])
     if report is not None:
-        lines += _labelled("report", [shlex.quote(os.path.relpath(report))])
+        path = shlex.quote(os.path.relpath(report))
+        lines += _labelled("report", [path])
     return lines
 
 
@@ -67,8 +66,10 @@ def _trial_lines(study: Study) -> list[str]:
 
 
 def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:
-    pairs = zip(study.objectives, trial.values, strict=True)
-    values = "  ".join(f"{name} {value:.4f}" for name, value in pairs)
+    objectives = []
+    for name, value in zip(study.objectives, trial.values, strict=True):
+        objectives.append(f"{name} {value:.4f}")
+    values = "  ".join(objectives)
     line = f"  trial {trial.number:<4} {values}  {format_parameters(trial)}"
     if role(trial) == "baseline":
         line += "  baseline"
@@ -79,10 +80,10 @@ def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:
 
 def _importance(analysis: Analysis) -> list[str]:
     """Describe each parameter's share on one line; no line if there are no shares."""
-    shares = [
-        f"{name} {share.share:.0%} ({share.low:.0%}-{share.high:.0%})"
-        for name, share in analysis.importance.items()
-    ]
+    shares = []
+    for name, share in analysis.importance.items():
+        interval = f"{share.low:.0%}-{share.high:.0%}"
+        shares.append(f"{name} {share.share:.0%} ({interval})")
     return [", ".join(shares)] if shares else []
 
 
@@ -98,5 +99,8 @@ def _winner(study: Study, answer: Mapping[str, Any]) -> str:
 
 def _labelled(label: str, lines: Sequence[str]) -> list[str]:
     """Put a label before the first line, and indent the others under it."""
-    labels = [label, *[""] * (len(lines) - 1)]
-    return [f"  {name:14} {line}" for name, line in zip(labels, lines, strict=False)]
+    labelled = []
+    for index, line in enumerate(lines):
+        shown_label = label if index == 0 else ""
+        labelled.append(f"  {shown_label:14} {line}")
+    return labelled

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -29,7 +29,14 @@ SearchedKeys = Mapping[str, BaseDistribution | None]
 
 
 def save_workspace(workspace: "Workspace") -> str:
-    """Save a view as a new one and return its address."""
+    """Save a view as a new one.
+
+    Args:
+        workspace: the view, from `build_workspace`.
+
+    Returns:
+        Its address.
+    """
     with contextlib.redirect_stderr(io.StringIO()):  # W&B prints the address too
         workspace.save()
     return str(workspace.url)
@@ -51,6 +58,7 @@ def build_workspace(study: Study, entity: str, project: str) -> "Workspace":
 
     keys = searched_keys(study)
     summaries = _objective_summaries(study)
+    search = _search_panels(keys, summaries)
     curves = [wr.LinePlot(title=name, y=[name]) for name in _curve_names(study)]
     table = [wr.RunComparer(diff_only="split")]
     return ws.Workspace(
@@ -58,7 +66,7 @@ def build_workspace(study: Study, entity: str, project: str) -> "Workspace":
         project=project,
         name=f"Study {study.name}",
         sections=[
-            ws.Section(name="Search", panels=_search_panels(keys, summaries), is_open=True),
+            ws.Section(name="Search", panels=search, is_open=True),
             ws.Section(name="Curves", panels=curves, is_open=True),
             ws.Section(name="Table", panels=table, is_open=True),
         ],
@@ -76,10 +84,10 @@ def _search_panels(keys: SearchedKeys, summaries: Mapping[str, str]) -> "list[Pa
         column = wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=_is_log(distribution))
         columns.append(column)
     for summary, name in summaries.items():
-        columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(summary), name))
-    panels: list[PanelTypes] = [
-        wr.ParallelCoordinatesPlot(columns, layout=wr.Layout(w=24, h=9)),
-    ]
+        column = wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(summary), name)
+        columns.append(column)
+    whole_width = wr.Layout(w=24, h=9)  # W&B's grid has 24 columns
+    panels: list[PanelTypes] = [wr.ParallelCoordinatesPlot(columns, layout=whole_width)]
     for summary, name in summaries.items():
         panels.append(wr.ParameterImportancePlot(summary))
         for key, distribution in keys.items():
@@ -100,15 +108,13 @@ def _runset(study: Study, keys: SearchedKeys, summaries: Mapping[str, str]) -> "
 
     is_minimized = study.optuna.directions[0] == StudyDirection.MINIMIZE
     first_summary = next(iter(summaries))
+    best_first = ws.Ordering(ws.Summary(first_summary), ascending=is_minimized)
+    objectives = [f"summary:{summary}" for summary in summaries]
+    parameters = [f"config:{_accessor(key)}" for key in keys]
     return ws.RunsetSettings(
         filters=f"Metric('Group') == {study.name!r} and Metric('JobType') == 'trial'",
-        order=[ws.Ordering(ws.Summary(first_summary), ascending=is_minimized)],
-        pinned_columns=[
-            "run:displayName",
-            "run:state",
-            *(f"summary:{summary}" for summary in summaries),
-            *(f"config:{_accessor(key)}" for key in keys),
-        ],
+        order=[best_first],
+        pinned_columns=["run:displayName", "run:state", *objectives, *parameters],
     )
 
 
@@ -137,22 +143,37 @@ def searched_keys(study: Study) -> dict[str, BaseDistribution | None]:
         Keys of the runs' configs with their ranges. A config group is replaced by its keys that
         differ between trials, with None.
     """
-    identities = [read_json(study.folder_of(trial.number).identity) for trial in study.finished()]
-    configs = [flatten(identity["config"]) for identity in identities if identity]
-    config_keys = dict.fromkeys(key for config in configs for key in config)
+    configs = _trial_configs(study)
+    # A dict in place of a set, because the order of the keys is that of the view's columns.
+    config_keys: dict[str, None] = {}
+    for config in configs:
+        config_keys |= dict.fromkeys(config)
     keys: dict[str, BaseDistribution | None] = {}
     for name, distribution in newest_distributions(study.trials()).items():
         key = name.lstrip("+").replace("/", ".")
         if key in config_keys:
             keys[key] = distribution
-        else:
-            prefix = key if "/" in name else f"{key}."
-            members = [member for member in config_keys if member.startswith(prefix)]
-            keys |= {member: None for member in members if _differs(configs, member)}
+            continue
+        # The group `lora/target` sets keys that begin like it (`lora.target_modules`), the group
+        # `lora` all keys of its section.
+        prefix = key if "/" in name else f"{key}."
+        for member in config_keys:
+            if member.startswith(prefix) and _differs(configs, member):
+                keys[member] = None
     return keys
 
 
-def _differs(configs: list[dict[str, Any]], key: str) -> bool:
+def _trial_configs(study: Study) -> list[dict[str, Any]]:
+    """Read the configs of the finished trials, with dotted keys."""
+    configs = []
+    for trial in study.finished():
+        identity = read_json(study.folder_of(trial.number).identity)
+        if identity:
+            configs.append(flatten(identity["config"]))
+    return configs
+
+
+def _differs(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
     """Return whether a key has several values."""
     values = {json.dumps(config.get(key)) for config in configs}
     return len(values) > 1

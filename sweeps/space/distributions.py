@@ -1,6 +1,7 @@
-"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed for grids."""
+"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed, suggested."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import Trial
 
 from finetune.errors import ConfigError
 from sweeps import compat
@@ -35,6 +37,9 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
     back as the same value, in the order in which they are written: a shuffled order would differ
     between sessions, and a resumed study must find the same choices.
 
+    Args:
+        override: a parsed override, with a sweep or a plain value.
+
     Raises:
         ConfigError: the override is no valid search space.
     """
@@ -50,23 +55,30 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
             return CategoricalDistribution([encode(choice) for choice in choices])
     except (ValueError, NotImplementedError, AssertionError, HydraException) as error:
         # Hydra and its sweeper raise all of these for mistakes in the user's text.
-        raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())  # on one line
+        raise ConfigError(f"{override.input_line}: {reason}") from None
     return distribution
 
 
 def describe(distribution: BaseDistribution) -> str:
     """Write a distribution in Hydra's sweep syntax."""
     if isinstance(distribution, CategoricalDistribution):
-        return f"choice({', '.join(map(str, distribution.choices))})"
+        choices = ", ".join(map(str, distribution.choices))
+        return f"choice({choices})"
     assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low = distribution.low
+    high = distribution.high
+    step = distribution.step
     is_int = isinstance(distribution, IntDistribution)
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if step is not None and not (is_int and step == 1):
+    has_every_value = step is None or (is_int and step == 1)
+    if not has_every_value:
         return f"range({low}, …, {high}, step={step})"
-    interval = f"interval({low}, {high})"
+    text = f"interval({low}, {high})"
     if is_int:
-        interval = f"int({interval})"
-    return f"tag(log, {interval})" if distribution.log else interval
+        text = f"int({text})"
+    if distribution.log:
+        text = f"tag(log, {text})"
+    return text
 
 
 def contains(distribution: IntDistribution | FloatDistribution, value: float) -> bool:
@@ -137,10 +149,14 @@ def _widen_range(
 
 def _common_step(step: float, offset: float) -> float:
     """Return the largest step that divides both a step and an offset from the range's start."""
+    # By their decimal digits: as binary fractions, 0.1 and 0.05 have no useful common divisor.
     first = Fraction(str(step))
     second = Fraction(str(offset))
-    numerator = math.gcd(first.numerator * second.denominator, second.numerator * first.denominator)
-    return float(Fraction(numerator, first.denominator * second.denominator))
+    denominator = first.denominator * second.denominator
+    first_numerator = first.numerator * second.denominator
+    second_numerator = second.numerator * first.denominator
+    divisor = math.gcd(first_numerator, second_numerator)
+    return float(Fraction(divisor, denominator))
 
 
 def grid_values(distribution: BaseDistribution) -> list[Any] | None:
@@ -153,6 +169,23 @@ def grid_values(distribution: BaseDistribution) -> list[Any] | None:
     if distribution.step is None:
         return None
     values = list(FloatRange(distribution.low, distribution.high, distribution.step))
+    # Hydra's range ends before the upper bound; Optuna's contains it.
     if not values or values[-1] != distribution.high:
         values.append(distribution.high)
     return values
+
+
+def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Let a trial's sampler choose a parameter, unless an earlier attempt of the trial has."""
+    if name in trial.params:
+        return
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+        return
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    suggest_number: Callable[..., float] = trial.suggest_float
+    if isinstance(distribution, IntDistribution):
+        suggest_number = trial.suggest_int
+    suggest_number(
+        name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+    )

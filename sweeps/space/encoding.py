@@ -33,6 +33,7 @@ def encode(value: Any) -> Any:
 
 def _is_unquoted_word(text: str) -> bool:
     """Whether Hydra reads a text without quotes as that text, not as a number, boolean or null."""
+    # What Hydra reads as a number, such as 1e3, nan or 1_000, is one for Python too.
     try:
         float(text)
     except ValueError:

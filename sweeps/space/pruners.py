@@ -46,6 +46,7 @@ class SuccessiveHalvingPruner(BasePruner):
         if math.isnan(objective):
             return True
         ranked = _values_reported_at(step, study)
+        # Where fewer trials than the factor have come so far, the best one continues.
         survivors = max(len(ranked) // self._reduction_factor, 1)
         if study.direction == StudyDirection.MAXIMIZE:
             return objective < ranked[-survivors]

@@ -12,6 +12,7 @@ from sweeps.space.settings import StudySettings
 
 ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 ALLOWED_PRUNERS = ("optuna.pruners.*", "sweeps.space.pruners.*")
+"""Classes that a YAML file or a command may name; Hydra instantiates no others."""
 
 MOVED_CLASSES = {
     "sweeps.halving.SuccessiveHalvingPruner": "sweeps.space.pruners.SuccessiveHalvingPruner",
@@ -44,6 +45,7 @@ def make_sampler(settings: StudySettings, run_seed: int, trial_number: int) -> B
         ConfigError: the sampler's seed is no whole number.
     """
     if settings.is_grid:
+        # Each trial of a grid has a point; only a `custom_search_space` leaves more to choose.
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
     sampler: BaseSampler = instantiate(

@@ -84,17 +84,14 @@ class StudySettings(Section):
     def from_sweeper(cls, values: Mapping[str, Any]) -> "StudySettings":
         """Check the plain values of `hydra.sweeper`.
 
+        Args:
+            values: the keys and their values, without OmegaConf's types.
+
         Raises:
             ConfigError: for the first value that is not allowed.
         """
-        start = values.get("start")
-        points = [start] if isinstance(start, Mapping) else start
-        if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
-            raise ConfigError(
-                f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]"
-            )
-        encoded = [_encode_point(point) for point in points]
-        return build(cls, "hydra.sweeper", {**values, "start": encoded})
+        points = _start_points(values.get("start"))
+        return build(cls, "hydra.sweeper", {**values, "start": points})
 
     @property
     def directions(self) -> list[Direction]:
@@ -112,5 +109,16 @@ class StudySettings(Section):
         return "Nop" not in str(self.pruner.get("_target_"))
 
 
+def _start_points(start: Any) -> list[dict[str, Any]]:
+    """Encode the points of `hydra.sweeper.start`, a list of them or a single one."""
+    points = [start] if isinstance(start, Mapping) else start
+    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
+        raise ConfigError(
+            f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]"
+        )
+    return [_encode_point(point) for point in points]
+
+
 def _encode_point(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: encode(value) for name, value in flatten(dict(point)).items()}
+    dotted = flatten(dict(point))
+    return {name: encode(value) for name, value in dotted.items()}

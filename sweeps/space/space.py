@@ -4,15 +4,10 @@ import dataclasses
 import itertools
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import (
     BaseDistribution,
@@ -25,22 +20,10 @@ from optuna.distributions import (
 from finetune.errors import ConfigError, refusal
 from sweeps.space.distributions import describe, distribution_or_value, grid_values, widen
 from sweeps.space.encoding import NULL, encode
+from sweeps.space.overrides import is_relative, parse_overrides, require_searchable
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
-
-NOT_SEARCHABLE = (
-    r"\+*(dataset(?!\.limit\b)|objective|objective_at|name|resume|trainer\.engine|tracker|hub"
-    r"|search|hydra)\b.*"
-)
-"""Parameters that no search may vary.
-
-Trials would be evaluated on other rows or by another objective, or would store results elsewhere.
-"""
-
-
-RELATIVE = "relative"
-"""A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +49,30 @@ class Space:
         Raises:
             ConfigError: an override can't be parsed, or its parameter can't be searched.
         """
-        texts = [f"{name}={_as_text(value)}" for name, value in params.items()]
         parameters: dict[str, tuple[str, Any]] = {}
         deletions = []
-        relative: dict[str, bool] = {}
-        for override in _parse_overrides([*texts, *arguments]):
+        relative_names = set()
+        for override in parse_overrides(params, arguments):
             if override.is_delete():
                 deletions.append(str(override.input_line))
                 continue
             name = override.get_key_element()
             # `+key` and `key` are the same parameter: the later one replaces the earlier.
             parameters[name.lstrip("+")] = (name, distribution_or_value(override))
-            relative[name] = _is_relative(override)
+            if is_relative(override):
+                relative_names.add(name)
+            else:
+                relative_names.discard(name)
         distributions: dict[str, BaseDistribution] = {}
         fixed: dict[str, Any] = {}
-        for name, meaning in parameters.values():
-            if isinstance(meaning, BaseDistribution):
-                distributions[name] = meaning
+        for name, distribution_or_text in parameters.values():
+            if isinstance(distribution_or_text, BaseDistribution):
+                distributions[name] = distribution_or_text
             else:
-                fixed[name] = meaning
-        _require_searchable(distributions)
-        relative_names = frozenset(name for name in distributions if relative[name])
-        return cls(distributions, fixed, deletions, relative_names)
+                fixed[name] = distribution_or_text
+        require_searchable(distributions)
+        relative = relative_names & distributions.keys()
+        return cls(distributions, fixed, deletions, frozenset(relative))
 
     def scaled(self, composed: DictConfig) -> "Space":
         """Convert relative intervals to the units of their parameters.
@@ -101,14 +86,7 @@ class Space:
         """
         distributions = dict(self.distributions)
         for name in self.relative:
-            value = OmegaConf.select(composed, name.lstrip("+"))
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or value <= 0:
-                reason = (
-                    "a relative interval is in multiples of the config's own value, "
-                    "which must be a number above 0"
-                )
-                raise refusal(name.lstrip("+"), value, reason)
+            value = _positive_number(composed, name.lstrip("+"))
             multiples = distributions[name]
             assert isinstance(multiples, IntDistribution | FloatDistribution)
             low = _rounded(multiples.low * value)
@@ -118,12 +96,12 @@ class Space:
 
     def overrides(self, point: Point) -> list[str]:
         """Return the command-line overrides of a trial at a point."""
-        return [*self.fixed_texts, *(f"{name}={value}" for name, value in point.items())]
+        return self.fixed_texts + _assignments(point)
 
     @property
     def fixed_texts(self) -> list[str]:
         """The command-line overrides that all trials share."""
-        return [*(f"{name}={value}" for name, value in self.fixed.items()), *self.fixed_overrides]
+        return _assignments(self.fixed) + self.fixed_overrides
 
     def point_of(self, composed: DictConfig) -> Point | None:
         """Return the values that a composed config has for the searched parameters.
@@ -154,9 +132,10 @@ class Space:
         distributions = dict(self.distributions)
         lines = []
         for name, value in point.items():
-            distributions[name] = widen(name, self.distributions[name], value)
-            if distributions[name] != self.distributions[name]:
-                before = describe(self.distributions[name])
+            distribution = self.distributions[name]
+            distributions[name] = widen(name, distribution, value)
+            if distributions[name] != distribution:
+                before = describe(distribution)
                 lines.append(
                     f"{name}={value}: the config's own value lies outside {before}, "
                     "which now holds it"
@@ -190,14 +169,21 @@ class Space:
             else:
                 assert isinstance(distribution, IntDistribution | FloatDistribution)
                 values[name] = [distribution.low, distribution.high]
-        count = max(map(len, values.values()), default=0)
+        count = max((len(extremes) for extremes in values.values()), default=0)
         points = []
         for index in range(count):
-            points.append({name: ends[index % len(ends)] for name, ends in values.items()})
+            point: Point = {}
+            for name, extremes in values.items():
+                # A parameter with fewer extremes than another begins again with its first.
+                point[name] = extremes[index % len(extremes)]
+            points.append(point)
         return points
 
     def grid(self, seed: int) -> list[Point]:
         """Return every point of a space of choices and steps, in an order shuffled by a seed.
+
+        Args:
+            seed: the run's seed, so that a resumed study has the same order.
 
         Raises:
             ConfigError: a parameter is continuous.
@@ -213,8 +199,10 @@ class Space:
         if continuous:
             names = ", ".join(continuous)
             raise ConfigError(f"{names}: a grid needs a choice or a range with a step")
-        combinations = itertools.product(*values)
-        points = [dict(zip(self.distributions, point, strict=True)) for point in combinations]
+        points = []
+        for combination in itertools.product(*values):
+            points.append(dict(zip(self.distributions, combination, strict=True)))
+        # Shuffled, so that a study which is stopped early has seen all regions of the grid.
         random.Random(seed).shuffle(points)
         return points
 
@@ -226,19 +214,22 @@ class Space:
         return plain
 
 
-def _is_relative(override: Override) -> bool:
-    """Whether an override is an interval of multiples.
+def _positive_number(composed: DictConfig, key: str) -> float:
+    """Return the config's own value of a key that is searched in multiples of it."""
+    value = OmegaConf.select(composed, key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value <= 0:
+        reason = (
+            "a relative interval is in multiples of the config's own value, "
+            "which must be a number above 0"
+        )
+        raise refusal(key, value, reason)
+    number: float = value
+    return number
 
-    Raises:
-        ConfigError: the tag is on anything but an interval.
-    """
-    sweep = override.value()
-    if not isinstance(sweep, Sweep) or RELATIVE not in sweep.tags:
-        return False
-    if not isinstance(sweep, IntervalSweep):
-        reason = "the tag relative is for an interval, as interval(0.1, 10)"
-        raise ConfigError(f"{override.input_line}: {reason}")
-    return True
+
+def _assignments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in values.items()]
 
 
 def _rounded(bound: float) -> float:
@@ -246,40 +237,5 @@ def _rounded(bound: float) -> float:
     return float(f"{bound:.12g}")
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else str(encode(value))
-
-
 def _has_null(distribution: BaseDistribution) -> bool:
     return isinstance(distribution, CategoricalDistribution) and NULL in distribution.choices
-
-
-def _require_searchable(names: Mapping[str, BaseDistribution]) -> None:
-    for name in names:
-        if re.fullmatch(NOT_SEARCHABLE, name):
-            raise ConfigError(
-                f"{name}: can't be searched: all trials of a study are evaluated by the same "
-                "objective on the same rows"
-            )
-
-
-def _parse_overrides(texts: list[str]) -> list[Override]:
-    """Parse overrides as Hydra does. A glob over a config group needs an initialized Hydra."""
-    hydra = GlobalHydra.instance()
-    parser = OverridesParser.create(
-        config_loader=hydra.config_loader() if hydra.is_initialized() else None
-    )
-    overrides: list[Override] = []
-    for text in texts:
-        try:
-            overrides += parser.parse_overrides([text])
-        except HydraException as error:
-            raise ConfigError(f"{text}: {_parser_reason(error)}") from None
-    return overrides
-
-
-def _parser_reason(error: HydraException) -> str:
-    """Return what Hydra's parser has to say, without its lines of boilerplate."""
-    boilerplate = ("Error when parsing", "Error parsing", "See https")
-    reasons = [line for line in str(error).splitlines() if not line.startswith(boilerplate)]
-    return " ".join(reasons)

@@ -47,20 +47,7 @@ def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) ->
     with file_lock(study.lock_path):
         study.optuna.set_user_attr("total", total)
         _add_waiting_trials(study, total)
-        untried = _untried_points(study, points)
-        waiting = study.trials(TrialState.WAITING)
-        free = [trial for trial in waiting if enqueued_point(trial) is None]
-        for trial, (point_role, point) in zip(free, untried, strict=False):
-            trial_id = study.trial_id(trial.number)
-            enqueue_point(study.storage, trial_id, point)
-            study.storage.set_trial_user_attr(trial_id, "role", point_role)
-        excess = len(untried) - len(free)
-        if excess > 0:
-            log.info(
-                "%d points wait for a trial: hydra.sweeper.n_trials=%d takes them",
-                excess,
-                total + excess,
-            )
+        _enqueue_points(study, points, total)
         return total - len(study.finished())
 
 
@@ -72,14 +59,32 @@ def _add_waiting_trials(study: Study, total: int) -> None:
         study.optuna.add_trial(trial)
 
 
+def _enqueue_points(study: Study, points: list[tuple[str, Point]], total: int) -> None:
+    """Give the points not yet tried to waiting trials without one, in order."""
+    untried = _untried_points(study, points)
+    waiting = study.trials(TrialState.WAITING)
+    free = [trial for trial in waiting if enqueued_point(trial) is None]
+    for trial, (point_role, point) in zip(free, untried, strict=False):
+        trial_id = study.trial_id(trial.number)
+        enqueue_point(study.storage, trial_id, point)
+        study.storage.set_trial_user_attr(trial_id, "role", point_role)
+    excess = len(untried) - len(free)
+    if excess > 0:
+        message = "%d points wait for a trial: hydra.sweeper.n_trials=%d takes them"
+        log.info(message, excess, total + excess)
+
+
 def _untried_points(study: Study, points: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
     """Return the points that no trial has, each once."""
+    # A trial that ran out of time has not shown what its point is worth.
     trials = [trial for trial in study.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
     tried = [enqueued_point(trial) for trial in trials]
     has_baseline = any(role(trial) == "baseline" for trial in trials)
     untried: list[tuple[str, Point]] = []
     for point_role, point in points:
-        if point in tried or (point_role == "baseline" and has_baseline):
+        # A resumed study's config may have other own values; its first baseline stays the one.
+        is_second_baseline = point_role == "baseline" and has_baseline
+        if point in tried or is_second_baseline:
             continue
         untried.append((point_role, point))
         tried.append(point)
@@ -101,6 +106,7 @@ def claim_trial(
         context ends.
     """
     with contextlib.ExitStack() as folder_lock:
+        # As in `orphaned_trials`, which takes folder locks for a moment to test them.
         with file_lock(study.lock_path):
             claim = _claim_next(study, accepts, folder_lock)
         yield claim
@@ -113,7 +119,7 @@ def _claim_next(
         folder = study.folder_of(trial.number)
         try:
             folder_lock.enter_context(folder.locked())
-        except FolderHeld:
+        except FolderHeld:  # another worker of this machine trains it
             continue
         trial_id = study.trial_id(trial.number)
         if _set_running(study, trial, trial_id):
@@ -142,7 +148,7 @@ def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
         return study.storage.get_trial(trial_id).state == TrialState.RUNNING
     try:
         return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
-    except UpdateFinishedTrialError:
+    except UpdateFinishedTrialError:  # another machine has claimed and finished it meanwhile
         return False
 
 
@@ -164,6 +170,7 @@ def orphaned_trials(study: Study) -> list[int]:
             folder = study.folder_of(trial.number)
             if not folder.path.exists():
                 continue
+            # A lock that can be taken shows that no worker holds it.
             with contextlib.suppress(FolderHeld), folder.locked():
                 numbers.append(trial.number)
     return numbers

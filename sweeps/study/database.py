@@ -26,10 +26,11 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from finetune.config.addresses import hide_secrets, parse_address, show_address
+from finetune.config.secrets import STORAGE_KEY
 from finetune.console import summary_line
 from sweeps.compat import RDB_CALLS, claim_waiting_trial, trial_row
 from sweeps.study.drivers import choose_driver
-from sweeps.study.errors import KEY, StorageLost
+from sweeps.study.errors import StorageLost
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -41,10 +42,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Storage = TypeVar("Storage", bound=type)
 
-PATIENCE = 120.0
+RETRY_SECONDS = 120.0
 """Seconds for which a call is retried while the server is out of reach."""
 
-OPENING_PATIENCE = 30.0
+OPENING_RETRY_SECONDS = 30.0
 """The same while a database is opened, when no work could be lost yet."""
 
 FIRST_PAUSE = 0.1
@@ -64,20 +65,21 @@ _REFUSED = re.compile(
 """A server's messages about a wrong address, where a retry can't help."""
 
 
-def open_database(address: str, patience: float | None) -> "Database":
+def open_database(address: str, retry_seconds: float | None) -> "Database":
     """Open a database, retrying while its server is out of reach.
 
     Args:
         address: the database's address.
-        patience: seconds for which calls are retried; None: `PATIENCE`.
+        retry_seconds: seconds for which calls are retried; None: `RETRY_SECONDS`.
 
     Raises:
         ConfigError: the address is none, or no driver for it is installed.
         Exception: the last error of the server, its driver or SQLAlchemy.
     """
-    url = choose_driver(parse_address(KEY, address))
-    seconds = PATIENCE if patience is None else patience
-    retry = _Retry(show_address(KEY, address), min(seconds, OPENING_PATIENCE))
+    url = choose_driver(parse_address(STORAGE_KEY, address))
+    seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
+    shown_address = show_address(STORAGE_KEY, address)
+    retry = _Retry(shown_address, min(seconds, OPENING_RETRY_SECONDS))
     while True:
         try:
             return Database(url, address, seconds)
@@ -103,7 +105,7 @@ def _reason(error: BaseException, address: str) -> str:
     """Return the message of the server or its driver, on one line without secrets."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     original = cause.orig if isinstance(cause, DBAPIError) else cause
-    return hide_secrets(summary_line(original or error), KEY, address)
+    return hide_secrets(summary_line(original or error), STORAGE_KEY, address)
 
 
 class _Retry:
@@ -111,12 +113,13 @@ class _Retry:
 
     Args:
         shown_address: the database's address without secrets, for log lines.
-        patience: seconds from the first failed attempt to the last; 0: one attempt, no log lines.
+        retry_seconds: seconds from the first failed attempt to the last; 0: one attempt, without
+            log lines.
     """
 
-    def __init__(self, shown_address: str, patience: float) -> None:
+    def __init__(self, shown_address: str, retry_seconds: float) -> None:
         self._shown_address = shown_address
-        self._patience = patience
+        self._retry_seconds = retry_seconds
         self._first_failure: float | None = None
         self._pause = FIRST_PAUSE
 
@@ -125,19 +128,20 @@ class _Retry:
         now = time.monotonic()
         if self._first_failure is None:
             self._first_failure = now
-            if self._patience > 0:
+            if self._retry_seconds > 0:
                 message = "%s is out of reach (%s): trying again for %.0f s"
-                log.warning(message, self._shown_address, reason, self._patience)
-        return now - self._first_failure >= self._patience
+                log.warning(message, self._shown_address, reason, self._retry_seconds)
+        return now - self._first_failure >= self._retry_seconds
 
     def pause(self) -> None:
         """Wait before the next attempt, longer each time."""
+        # At random, so that workers that lost the server together do not come back together.
         time.sleep(self._pause * random.uniform(0.5, 1.0))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def succeed(self) -> None:
         """Log that the server is back, if it was out of reach."""
-        if self._first_failure is not None and self._patience > 0:
+        if self._first_failure is not None and self._retry_seconds > 0:
             seconds = time.monotonic() - self._first_failure
             log.warning("%s is back after %.0f s", self._shown_address, seconds)
 
@@ -146,7 +150,8 @@ def _retried(method: "Callable[Concatenate[Any, P], R]") -> "Callable[Concatenat
     """Wrap a method of `Database` so that it is retried after a lost connection."""
 
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
-        retry = _Retry(self.shown_address, 0.0 if self.is_lost else self.patience)
+        retry_seconds = 0.0 if self.is_lost else self.retry_seconds
+        retry = _Retry(self.shown_address, retry_seconds)
         while True:
             try:
                 result = method(self, *arguments, **keywords)
@@ -156,7 +161,7 @@ def _retried(method: "Callable[Concatenate[Any, P], R]") -> "Callable[Concatenat
                 reason = _reason(error, self.address)
                 if retry.is_exhausted(reason):
                     self.is_lost = True
-                    message = f"{KEY}: {self.shown_address} stays out of reach ({reason})"
+                    message = f"{STORAGE_KEY}: {self.shown_address} stays out of reach ({reason})"
                     raise StorageLost(message) from None
             else:
                 self.is_lost = False
@@ -182,20 +187,22 @@ class Database(RDBStorage):
     Args:
         url: the address with its driver.
         address: the address as the user gave it. Messages hide its secrets.
-        patience: seconds for which a call is retried. After a call whose retries were in vain,
-            each further call is tried once, until one succeeds: otherwise each of a worker's
+        retry_seconds: seconds for which a call is retried. After a call whose retries were in
+            vain, each further call is tried once, until one succeeds: otherwise each of a worker's
             trials would wait as long again.
     """
 
-    def __init__(self, url: "URL", address: str, patience: float) -> None:
+    def __init__(self, url: "URL", address: str, retry_seconds: float) -> None:
         self.address = address
-        self.shown_address = show_address(KEY, address)
-        self.patience = patience
+        self.shown_address = show_address(STORAGE_KEY, address)
+        self.retry_seconds = retry_seconds
         self.is_lost = False
-        super().__init__(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"pool_pre_ping": True, "connect_args": _connection_arguments(url)},
-        )
+        engine_arguments = {
+            # A pooled connection is tried before each use, as the server may have closed it.
+            "pool_pre_ping": True,
+            "connect_args": _connection_arguments(url),
+        }
+        super().__init__(url.render_as_string(hide_password=False), engine_kwargs=engine_arguments)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
@@ -209,7 +216,7 @@ class Database(RDBStorage):
             # An attempt before this one may have been committed before its connection was lost.
             trial = self.get_trial(trial_id)
             expected_values = None if values is None else list(values)
-            if (trial.state, trial.values) != (state, expected_values):
+            if trial.state != state or trial.values != expected_values:
                 raise
             return True
 

@@ -2,25 +2,22 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext
-from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.schema import RunConfig
-from finetune.config.secrets import refuse_secrets_in
-from finetune.console import summary_line
+from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.errors import ConfigError, refusal
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
-from sweeps.study.errors import KEY
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
@@ -40,7 +37,9 @@ class Draft:
     def total(self) -> int:
         """Number of trials that the study shall hold; a grid has no more than its points."""
         settings = self.session.settings
-        return min(settings.n_trials, len(self.points)) if settings.is_grid else settings.n_trials
+        if settings.is_grid:
+            return min(settings.n_trials, len(self.points))
+        return settings.n_trials
 
     @property
     def is_whole_grid(self) -> bool:
@@ -65,40 +64,37 @@ def draft_session(
     Raises:
         ConfigError: for the first value that is not allowed.
     """
+    # The time limit counts from the command's start: checks and downloads are part of it.
     began = time.time()
     plain = _plain_values(values)
     params = _search_params(config, values)
     settings = _check_settings(config, plain, params)
-    space = Space.parse(params, arguments)
-    if not space.distributions and settings.custom_search_space is None:
-        raise ConfigError(
-            "nothing is searched: give search=lora (or another space), "
-            "or sweeps as lora.r=choice(8,16)"
-        )
+    space = _parse_space(settings, params, arguments)
     composed = context.config_loader.load_sweep_config(config, space.fixed_texts)
+    # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
     common = _check_run_config(settings, composed)
-    # The number that `auto` stands for, so that the baseline has it.
-    composed.dataset.limit = common.dataset.limit
-    check_address(plain["storage"], settings.n_jobs or 1)
-    common = resolve_learning_rate(common, shared_resources)
-    OmegaConf.update(composed, "optimizer.learning_rate", common.optimizer.learning_rate)
+    address = plain["storage"]
+    check_address(address, settings.n_jobs or 1)
+    common = _resolve_automatic_values(common, composed)
     space, points = _first_points(settings, space.scaled(composed), composed, common.seed)
+    deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
-        address=plain["storage"],
+        address=address,
         settings=settings,
         space=space,
         config=config,
         hydra_context=context,
         common=common,
-        deadline=None if settings.timeout is None else began + settings.timeout,
+        deadline=deadline,
         engine=EngineChoice(common.trainer.engine, slots=1),
     )
     return Draft(session, points)
 
 
 def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sweeper's arguments without OmegaConf's types."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if OmegaConf.is_config(value):
@@ -125,15 +121,42 @@ def _check_settings(
     """Check the settings; they keep the storage's address unresolved, without secrets."""
     written = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     assert isinstance(written, dict)
-    refuse_secrets_in(f"{KEY}={written['storage']}")
+    written_address = written["storage"]
+    refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
     study_name = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
-    checked = {
+    values = {
         **plain,
         "study_name": study_name,
-        "storage": written["storage"],
+        "storage": written_address,
         "params": params,
     }
-    return StudySettings.from_sweeper(checked)
+    return StudySettings.from_sweeper(values)
+
+
+def _parse_space(settings: StudySettings, params: Mapping[str, Any], arguments: list[str]) -> Space:
+    space = Space.parse(params, arguments)
+    if not space.distributions and settings.custom_search_space is None:
+        raise ConfigError(
+            "nothing is searched: give search=lora (or another space), "
+            "or sweeps as lora.r=choice(8,16)"
+        )
+    return space
+
+
+def _resolve_automatic_values(common: RunConfig, composed: DictConfig) -> RunConfig:
+    """Replace values that are chosen by base and data set, so that the baseline has them.
+
+    Args:
+        common: the checked config, with the number that `dataset.limit=auto` stands for.
+        composed: the config from which the baseline's values are read; it is changed.
+
+    Returns:
+        The config with its learning rate.
+    """
+    resolved = resolve_learning_rate(common, shared_resources)
+    composed.dataset.limit = resolved.dataset.limit
+    OmegaConf.update(composed, "optimizer.learning_rate", resolved.optimizer.learning_rate)
+    return resolved
 
 
 def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfig:
@@ -192,42 +215,3 @@ def _first_points(
     chosen = [point for _, point in points]
     points += [("grid", point) for point in grid if point not in chosen]
     return space, points
-
-
-def check_space(session: Session) -> list[RunConfig]:
-    """Check sampler, pruner, the user's function, and configs at the ends of the space.
-
-    Returns:
-        The configs at the extremes of the space.
-
-    Raises:
-        ConfigError: no trial of the study could run.
-    """
-    _require_makes("sampler", lambda: session.sampler(0))
-    _require_makes("pruner", session.pruner)
-    _check_function(session.settings.custom_search_space)
-    configs = []
-    for point in session.space.extremes():
-        composed = session.compose(0, session.space.overrides(point))
-        HydraConfig.instance().set_config(composed)
-        configs.append(session.check(RunConfig.from_hydra(composed)))
-    return configs
-
-
-def _require_makes(key: str, make: Callable[[], object]) -> None:
-    try:
-        make()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"hydra.sweeper.{key}: {summary_line(error)}") from error
-
-
-def _check_function(path: str | None) -> None:
-    if not path:
-        return
-    try:
-        get_method(path)
-    except Exception as error:
-        reason = f"no such function ({summary_line(error)})"
-        raise refusal("hydra.sweeper.custom_search_space", path, reason) from error

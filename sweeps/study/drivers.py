@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy.exc import NoSuchModuleError
 
+from finetune.config.secrets import STORAGE_KEY
 from finetune.errors import ConfigError
-from sweeps.study.errors import KEY
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -51,7 +51,7 @@ def choose_driver(url: "URL") -> "URL":
         default = url.get_driver_name()
     except NoSuchModuleError:
         allowed = "allowed: postgresql, mysql, sqlite"
-        raise ConfigError(f"{KEY}: {url.drivername} is no database; {allowed}") from None
+        raise ConfigError(f"{STORAGE_KEY}: {url.drivername} is no database; {allowed}") from None
     drivers = DRIVERS.get(backend)
     if drivers is None:
         return url
@@ -59,7 +59,7 @@ def choose_driver(url: "URL") -> "URL":
     candidates = [driver for driver in drivers if driver.name == default or not is_named]
     if not candidates:
         names = ", ".join(f"{backend}+{driver.name}" for driver in drivers)
-        raise ConfigError(f"{KEY}: {url.drivername} can't be used; allowed: {names}")
+        raise ConfigError(f"{STORAGE_KEY}: {url.drivername} can't be used; allowed: {names}")
     candidates.sort(key=lambda driver: driver.name != default)
     for driver in candidates:
         if _is_installed(driver):
@@ -67,7 +67,7 @@ def choose_driver(url: "URL") -> "URL":
     names = ", ".join(driver.name for driver in candidates)
     package = candidates[0].package if is_named else drivers[0].package
     raise ConfigError(
-        f"{KEY}: no driver for {backend} is installed ({names}): pip install '{package}'"
+        f"{STORAGE_KEY}: no driver for {backend} is installed ({names}): pip install '{package}'"
     )
 
 

@@ -2,9 +2,6 @@
 
 from finetune.errors import Interrupted
 
-KEY = "hydra.sweeper.storage"
-"""The config key that errors of the storage name."""
-
 
 class StorageLost(Interrupted):
     """The database stayed out of reach.

@@ -43,6 +43,7 @@ def run_as_job(
             _write_config_files(job, folder / config.hydra.output_subdir)
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
+        # The task reads its config here. Its steps come later, between those of other jobs.
         with hydra_config(config):
             steps = task(task_config)
         job.return_value = yield from steps
@@ -50,6 +51,7 @@ def run_as_job(
     except BaseException as error:
         job.return_value = error
         job.status = JobStatus.FAILED
+        # KeyboardInterrupt, SystemExit, and GeneratorExit of a closed run end more than this job.
         if not isinstance(error, Exception):
             raise
     finally:

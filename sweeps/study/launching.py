@@ -64,6 +64,8 @@ def run_workers(study: Study, session: Session, total: int) -> None:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {resume}") from None
         except Exception as error:
+            # A launcher reports a killed process by an error of its own kind. A running trial
+            # whose folder is not locked shows that it was that.
             if not orphaned_trials(study):
                 raise
             log.warning("a worker was lost (%s); its trial is taken on", error_line(error))

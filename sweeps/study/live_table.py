@@ -27,7 +27,7 @@ REFRESH_SECONDS = 1.0
 """Seconds between two drawings."""
 
 METRICS_TAIL = 4096
-"""Bytes read from the end of a trial's metrics."""
+"""Bytes read from the end of a trial's metrics: some lines, also where one has many metrics."""
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def live_table(study: Study, total: int) -> Iterator[None]:
         yield
         return
     # Another thread draws it, so it has a storage of its own, which does not wait for a database.
-    table = LiveTable(Study.load(study.folder, patience=0), total)
+    table = LiveTable(Study.load(study.folder, retry_seconds=0), total)
     with Live(
         console=Console(stderr=True),
         get_renderable=table.draw,
@@ -83,13 +83,16 @@ class LiveTable:
         return Group(table, Text(self._summary()))
 
     def _row(self, trial: FrozenTrial) -> list[str]:
-        metrics = last_metrics(self._study.folder_of(trial.number).path / "metrics.jsonl")
+        folder = self._study.folder_of(trial.number)
+        metrics = last_metrics(folder.path / "metrics.jsonl")
+        step = metrics.get("step", 0)
+        steps = trial.user_attrs.get("steps", "?")
         loss = metrics.get("train/loss")
         speed = metrics.get("train/tokens_per_second")
         return [
             str(trial.number),
             format_parameters(trial),
-            f"{metrics.get('step', 0)}/{trial.user_attrs.get('steps', '?')}",
+            f"{step}/{steps}",
             *objective_cells(trial, len(self._study.objectives)),
             "" if loss is None else f"{loss:.4f}",
             "" if speed is None else f"{speed:.0f}",

@@ -58,7 +58,11 @@ class Multirun:
         for number, overrides in enumerate(job_overrides, first_number):
             composed.append(self._compose(number, list(overrides)))
         self._configure_log()
-        valid = [config for config in map(_check, composed) if config is not None]
+        valid = []
+        for job_config in composed:
+            run_config = _check(job_config)
+            if run_config is not None:
+                valid.append(run_config)
         quiet_libraries(bars=False)
         self._choose_slots(valid, len(composed))
         waiting = iter(composed)

@@ -8,10 +8,11 @@ from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.run.resources import shared_resources
 from sweeps.space.settings import StudySettings
-from sweeps.study.draft import check_space
+from sweeps.study.creation import create_or_resume, decide_engine
 from sweeps.study.launching import worker_count
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
+from sweeps.study.space_check import check_space
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice, Study
 from sweeps.study.terms import study_terms
@@ -31,25 +32,23 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     Raises:
         ConfigError: the study can't begin, or began on other terms.
     """
-    settings, config = draft.settings, draft.common
+    settings = draft.settings
+    config = draft.common
     extremes = check_space(draft)
     quiet_libraries(bars=False)
     # A missing base model is reported at once, and a remote one downloaded once.
     shared_resources.source(config.model)
     fingerprint = shared_resources.rows(config.dataset).fingerprint
     terms = study_terms(config, draft.space, settings, fingerprint)
+    # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
     check_address(draft.address, worker_count(settings))
     _log_why_no_pruning(settings, config)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
-    study = Study.open(draft.folder, settings, draft.address, terms, distributions)
-    engine = study.decide_engine(choice)
+    study = create_or_resume(draft.folder, settings, draft.address, terms, distributions)
+    engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):
-        if engine.name == "trl":
-            reason = "trl trains one trial at a time"
-        else:
-            reason = "the study keeps those that it began with"
-        log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, engine.slots, reason)
+        _log_why_other_slots(settings, engine)
     return study, dataclasses.replace(draft, engine=engine)
 
 
@@ -59,9 +58,18 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # The first config that the packed engine does not support logs the reason.
         if choose_engine(config, shared_resources.source(config.model)) == "trl":
             return EngineChoice("trl", slots=1)
-    slots, neediest = choose_slots(settings.slots, max(configs, key=memory_rank))
-    has_checkpointing = neediest.trainer.gradient_checkpointing is True
+    neediest = max(configs, key=memory_rank)
+    slots, resolved = choose_slots(settings.slots, neediest)
+    has_checkpointing = resolved.trainer.gradient_checkpointing is True
     return EngineChoice("packed", slots, has_checkpointing)
+
+
+def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:
+    if engine.name == "trl":
+        reason = "trl trains one trial at a time"
+    else:
+        reason = "the study keeps those that it began with"
+    log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, engine.slots, reason)
 
 
 def _log_why_no_pruning(settings: StudySettings, config: RunConfig) -> None:

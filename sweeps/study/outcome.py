@@ -29,6 +29,9 @@ class Outcome:
         Args:
             result: the file's content.
             objectives: the names of the study's metrics.
+
+        Returns:
+            The outcome; a failure where the run has no value of an objective.
         """
         if result["status"] == "failed":
             return cls.failed(result["error"])
@@ -49,5 +52,7 @@ class Outcome:
         if self.state == TrialState.PRUNED:
             return f"pruned at step {self.attributes['step']}"
         assert self.values is not None
-        pairs = zip(objectives, self.values, strict=True)
-        return f"completed, {', '.join(f'{name} {value:.4f}' for name, value in pairs)}"
+        results = []
+        for name, value in zip(objectives, self.values, strict=True):
+            results.append(f"{name} {value:.4f}")
+        return f"completed, {', '.join(results)}"

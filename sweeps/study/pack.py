@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.console import LOG_FORMAT
 from finetune.engine.steps import Executor, Request, RunSteps
 from finetune.errors import Interrupted
 from sweeps.study.logs import RunNameFormatter
-
-LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
-"""The format of Hydra's own job logs."""
 
 
 @dataclass(eq=False)
@@ -33,6 +31,7 @@ class PackedRun:
     handler: logging.Handler = field(init=False)
 
     def __post_init__(self) -> None:
+        # Opened with the first line: the run's folder may not exist yet.
         self.handler = logging.FileHandler(self.log_file, delay=True)
         self.handler.setFormatter(logging.Formatter(LOG_FORMAT))
 
@@ -96,7 +95,7 @@ class _Pack:
         self._slots = slots
         self._runs: list[PackedRun] = []
         self._beginning: list[PackedRun] = []
-        """Runs that began during the last pass. Their adapters may still be being drawn."""
+        """Runs of the last pass, whose adapters another thread may still initialise."""
         self._ended = 0
         self._interrupted: Interrupted | None = None
 
@@ -116,15 +115,16 @@ class _Pack:
 
     def _begin_runs(self, limit: int) -> list[PackedRun]:
         """Fill free slots with at most `limit` new runs, and return them."""
+        # A pack that memory has made smaller stays so when its slots are filled again.
         self._slots = min([self._slots, *_capacities(self._runs)])
         begun: list[PackedRun] = []
         while self._interrupted is None and len(self._runs) < self._slots and len(begun) < limit:
             run = self._next_run()
             if run is None:
                 break
-            for neighbour in self._runs:
-                neighbour.packed_with.add(run.name)
-                run.packed_with.add(neighbour.name)
+            for member in self._runs:
+                member.packed_with.add(run.name)
+                run.packed_with.add(member.name)
             self._runs.append(run)
             begun.append(run)
         return begun
@@ -147,8 +147,9 @@ class _Pack:
         """Execute the runs' requests, those of one bank together, while the other runs work."""
         host_work = _HostWork(self._advance_others)
         for executor, runs in _by_executor(requesting):
+            requests = [_request_of(run) for run in runs]
             # Only the first call of `host_work` does anything: it fills the first bank's wait.
-            responses = executor.execute([_request_of(run) for run in runs], host_work)
+            responses = executor.execute(requests, host_work)
             for run, response in zip(runs, responses, strict=True):
                 run.response = response
         if not requesting:
@@ -159,12 +160,13 @@ class _Pack:
     def _advance_others(self) -> None:
         """Let the runs without a request work, and begin a new one."""
         waiting = [run for run in self._runs if run.request is None]
-        drawing = [run for run in waiting if run in self._beginning]
-        self._resume([run for run in waiting if run not in drawing])
+        initialising = [run for run in waiting if run in self._beginning]
+        ready = [run for run in waiting if run not in initialising]
+        self._resume(ready)
         self._beginning = self._begin_runs(1)
         self._resume(self._beginning)
-        # Last, because they wait until another thread has drawn their adapters.
-        self._resume(drawing)
+        # Last, because they wait until another thread has initialised their adapters.
+        self._resume(initialising)
 
 
 class _HostWork:
@@ -208,6 +210,8 @@ def _capacities(runs: Sequence[PackedRun]) -> list[int]:
     """Return how many slots fit into the memory of the runs' banks, where that is known."""
     capacities = []
     for run in runs:
-        if run.request is not None and run.request.executor.capacity:
-            capacities.append(run.request.executor.capacity)
+        if run.request is not None:
+            capacity = run.request.executor.capacity
+            if capacity:
+                capacities.append(capacity)
     return capacities

@@ -88,6 +88,7 @@ class PruningObserver(Observer):
         """Whether other trials may have reported a rung since this one was judged."""
         if self._judged_at_report is None:
             return False
+        # Reports in this process are counted; those of other workers show only in the storage.
         return polls or self._judged_at_report < self.reports
 
     def on_rung(self, rung: Rung) -> None:
@@ -97,6 +98,7 @@ class PruningObserver(Observer):
         if not self._is_reportable(rung):
             return
         value = rung.metrics["objective"]
+        # A trial that resumes from a checkpoint comes again to rungs that it has reported.
         if rung.index not in self._reported_rungs:
             self._trial.report(value, rung.index)
             PruningObserver.reports += 1
@@ -129,8 +131,8 @@ class PruningObserver(Observer):
             return []
         best = next(iter(self._study.ranked()), None)
         if best is not None and best.value is not None:
-            cost = self._study.cost(metrics[objectives[0]])
-            if cost >= self._study.cost(best.value):
+            cost = self._study.to_cost(metrics[objectives[0]])
+            if cost >= self._study.to_cost(best.value):
                 return []
             remove_tag(self._study.folder_of(best.number), "best")
         return ["best"]

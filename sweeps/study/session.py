@@ -79,6 +79,9 @@ class Session:
     def check(self, config: RunConfig) -> RunConfig:
         """Return a trial's config if it shares rows and objective with the other trials.
 
+        Args:
+            config: the trial's config.
+
         Raises:
             ConfigError: a searched config group, or the user's function, has changed them.
         """
@@ -115,6 +118,7 @@ class Session:
     @property
     def is_orphaned(self) -> bool:
         """Whether this process is a child of the sweep command, and that was killed."""
+        # The operating system gives a process whose parent has died another one.
         return self.sweeper_pid == PARENT_PID and os.getppid() != PARENT_PID
 
     @property

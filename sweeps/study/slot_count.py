@@ -33,7 +33,10 @@ def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]
 
 
 def memory_rank(config: RunConfig) -> tuple[int, int]:
-    """Return a sort key that grows with a run's memory: batch size, then LoRA rank."""
+    """Return a sort key that grows with a run's memory: batch size, then LoRA rank.
+
+    Activations, which grow with the batch, take far more memory than an adapter.
+    """
     return config.trainer.per_device_train_batch_size, config.lora.r
 
 
@@ -52,12 +55,13 @@ def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[in
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
         return fixed_count, []
-    select_gpu(0)
-    planned: set[str] = set()
+    select_gpu(0)  # before a plan asks for the GPU's memory
+    planned: set[str] = set()  # kinds of jobs whose neediest one has been planned
     counts = []
     checkpointed_bases: list[object] = []
     for config in sorted(packed, key=memory_rank, reverse=True):
-        kind = repr((base_key(config), config.trainer.gradient_checkpointing, config.dataset))
+        checkpointing = config.trainer.gradient_checkpointing
+        kind = repr((base_key(config), checkpointing, config.dataset))
         if kind in planned:
             continue
         plan = _plan(slots, config)
@@ -66,8 +70,7 @@ def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[in
         planned.add(kind)
         count, resolved = plan
         counts.append(count)
-        is_auto = config.trainer.gradient_checkpointing == "auto"
-        if is_auto and resolved.trainer.gradient_checkpointing is True:
+        if checkpointing == "auto" and resolved.trainer.gradient_checkpointing is True:
             checkpointed_bases.append(base_key(resolved))
     return min(counts, default=fixed_count), checkpointed_bases
 

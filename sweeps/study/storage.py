@@ -13,10 +13,10 @@ from optuna.storages import JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from finetune.config.addresses import EXAMPLE, hide_secrets, parse_address, show_address
+from finetune.config.secrets import STORAGE_KEY
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
 from finetune.files.lock import file_lock
-from sweeps.study.errors import KEY
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -32,13 +32,19 @@ READ_BLOCK = 65536
 """Bytes read at a time from the end of the journal."""
 
 
-def open_storage(address: str | None, folder: Path, patience: float | None = None) -> "BaseStorage":
+def open_storage(
+    address: str | None, folder: Path, retry_seconds: float | None = None
+) -> "BaseStorage":
     """Open the journal in a study's folder, or the database at an address.
 
     Args:
         address: the database's address; None: the journal.
         folder: the study's folder.
-        patience: seconds for which a lost connection is retried; None: `database.PATIENCE`.
+        retry_seconds: seconds for which a lost connection is retried; None:
+            `database.RETRY_SECONDS`.
+
+    Returns:
+        The storage.
 
     Raises:
         ConfigError: the storage can't be opened. The message hides the address's secrets.
@@ -49,16 +55,16 @@ def open_storage(address: str | None, folder: Path, patience: float | None = Non
 
     for attempt in range(OPENING_ATTEMPTS):
         try:
-            return get_storage(open_database(address, patience))
+            return get_storage(open_database(address, retry_seconds))
         except ConfigError:
             raise
         except Exception as error:
-            reason = hide_secrets(summary_line(error), KEY, address)
+            reason = hide_secrets(summary_line(error), STORAGE_KEY, address)
             is_last = attempt == OPENING_ATTEMPTS - 1
             if "already exists" not in reason or is_last:
-                shown = show_address(KEY, address)
-                raise ConfigError(f"{KEY}: {shown} can't be opened ({reason})") from None
-        # Another machine is creating the same tables.
+                shown = show_address(STORAGE_KEY, address)
+                raise ConfigError(f"{STORAGE_KEY}: {shown} can't be opened ({reason})") from None
+        # Another machine is creating the same tables. At random, or both would collide again.
         time.sleep(random.uniform(0.2, 1.0))
     raise AssertionError
 
@@ -81,14 +87,14 @@ def check_address(address: str | None, workers: int) -> None:
             "must be null (a journal file in the study folder) or a database's address, "
             f"as {EXAMPLE}"
         )
-        raise refusal(KEY, address, allowed)
-    url = parse_address(KEY, address)
+        raise refusal(STORAGE_KEY, address, allowed)
+    url = parse_address(STORAGE_KEY, address)
     if url.drivername.startswith("sqlite") and workers > 1:
         reason = (
             f"SQLite gives one trial to several of {workers} workers; "
             "use null (a journal file) or PostgreSQL"
         )
-        raise refusal(KEY, show_address(KEY, address), reason)
+        raise refusal(STORAGE_KEY, show_address(STORAGE_KEY, address), reason)
     from sweeps.study.drivers import choose_driver
 
     choose_driver(url)
@@ -109,11 +115,12 @@ class _Journal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries as whole lines, and wait until they are on the disk."""
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
-        lock = file_lock(self._path.with_suffix(".lock"))
-        with self._thread_lock, lock, open(self._path, "r+b") as file:
+        entries = "".join(lines).encode()
+        process_lock = file_lock(self._path.with_suffix(".lock"))
+        with self._thread_lock, process_lock, open(self._path, "r+b") as file:
             file.seek(_end_of_last_line(file))
             file.truncate()
-            file.write("".join(lines).encode())
+            file.write(entries)
             file.flush()
             os.fsync(file.fileno())
 

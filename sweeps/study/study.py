@@ -6,34 +6,23 @@ The storage's study attributes hold what all workers and later sessions have to 
 """
 
 import copy
-import json
-import logging
 import shutil
-import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.distributions import BaseDistribution
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.config.secrets import refuse_secrets_in
+from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.engine.interrupt import Interrupt
-from finetune.errors import ConfigError, refusal
-from finetune.files.atomic import read_json, write_json
-from finetune.files.lock import file_lock
-from finetune.files.run_folder import FolderHeld, RunFolder
-from sweeps.space.settings import StudySettings
-from sweeps.study.errors import KEY, StorageLost
+from finetune.errors import ConfigError
+from finetune.files.atomic import read_json
+from finetune.files.run_folder import RunFolder
+from sweeps.study.errors import StorageLost
 from sweeps.study.storage import open_storage
-from sweeps.study.terms import has_new_config, require_changeable, require_same_terms
-
-log = logging.getLogger(__name__)
 
 # Optuna's own lines on each trial would repeat those of the study.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -66,11 +55,11 @@ class Study:
         folder: the study's folder.
         name: the study's name in the storage.
         address: the database's address; None: the journal in the folder.
-        patience: seconds for which a lost connection is retried; None: the default.
+        retry_seconds: seconds for which a lost connection is retried; None: the default.
     """
 
     def __init__(
-        self, folder: Path, name: str, address: str | None, patience: float | None = None
+        self, folder: Path, name: str, address: str | None, retry_seconds: float | None = None
     ) -> None:
         self.folder = folder
         self.name = name
@@ -78,53 +67,17 @@ class Study:
         """Whether workers on other machines, with folders of their own, may take part."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
-        self.storage = open_storage(address, folder, patience)
+        self.storage = open_storage(address, folder, retry_seconds)
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
         self._study_id = self.storage.get_study_id_from_name(name)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        settings: StudySettings,
-        address: str | None,
-        terms: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-    ) -> "Study":
-        """Begin a study, or resume it.
-
-        Args:
-            folder: the study's folder; made if missing.
-            settings: the study's settings.
-            address: the database's address; None: a journal in the folder.
-            terms: what makes trials comparable, see `sweeps.study.terms`.
-            distributions: the searched parameters.
-
-        Raises:
-            ConfigError: the study began on other terms, or its storage can't be opened.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder / ".lock"):
-            optuna.create_study(
-                study_name=settings.study_name,
-                storage=open_storage(address, folder),
-                directions=settings.directions,
-                load_if_exists=True,
-            )
-            study = cls(folder, settings.study_name, address)
-            study._ensure_uid()
-            study._update_terms(terms, distributions, settings.allow_change)
-            entry = {"name": settings.study_name, "storage": settings.storage}
-            write_json(folder / "study.json", entry)
-        return study
-
-    @classmethod
-    def load(cls, folder: Path, patience: float | None = None) -> "Study":
+    def load(cls, folder: Path, retry_seconds: float | None = None) -> "Study":
         """Load a study from its folder, to read it.
 
         Args:
             folder: the study's folder.
-            patience: seconds for which a lost connection is retried; None: the default.
+            retry_seconds: seconds for which a lost connection is retried; None: the default.
 
         Raises:
             ConfigError: there is no study, or its database can't be opened.
@@ -135,65 +88,9 @@ class Study:
         # Resolves references to secrets in environment variables.
         resolved = OmegaConf.create({"storage": entry["storage"]})
         try:
-            return cls(folder, entry["name"], resolved.storage, patience)
+            return cls(folder, entry["name"], resolved.storage, retry_seconds)
         except KeyError:
             raise ConfigError(f"{folder}: its storage knows no study {entry['name']}") from None
-
-    def _ensure_uid(self) -> None:
-        """Give a new study its uid; refuse the folder of another study."""
-        if "uid" in self.optuna.user_attrs:
-            return
-        if (self.folder / "trials").exists():
-            reason = (
-                f"another study's trials are in {self.folder}, and this storage has no such study"
-            )
-            raise refusal("hydra.sweeper.study_name", self.name, f"{reason}; give another name")
-        self.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
-
-    def _update_terms(
-        self,
-        terms: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-        allow_change: bool,
-    ) -> None:
-        """Compare the terms with those the study began with, and store those that hold now."""
-        stored = self.optuna.user_attrs.get("terms")
-        if stored is not None:
-            if not allow_change:
-                require_same_terms(self.name, stored, json.loads(json.dumps(terms)))
-            require_changeable(self.name, stored, terms, self.trials(), distributions)
-            if has_new_config(stored, terms):
-                self._clear_unfinished_runs()
-        if stored != terms:
-            self.optuna.set_user_attr("terms", terms)
-
-    def _clear_unfinished_runs(self) -> None:
-        """Empty the folders of running trials without a worker: their config is another now."""
-        for trial in self.trials(TrialState.RUNNING):
-            folder = self.folder_of(trial.number)
-            if not folder.path.exists():
-                continue
-            try:
-                with folder.locked():
-                    result = read_json(folder.result) or {}
-                    if result.get("status") not in ("completed", "pruned", "failed"):
-                        folder.clear()
-            except FolderHeld:  # a worker trains it
-                continue
-
-    def decide_engine(self, choice: EngineChoice) -> EngineChoice:
-        """Store how trials are trained, unless an earlier session did; return the stored choice."""
-        if "engine" not in self.optuna.user_attrs:
-            self.optuna.set_user_attr("slots", choice.slots)
-            self.optuna.set_user_attr("checkpointing", choice.checkpointing)
-            # Last, because its presence says that all three are stored.
-            self.optuna.set_user_attr("engine", choice.name)
-        stored = self.optuna.user_attrs
-        return EngineChoice(
-            name=str(stored["engine"]),
-            slots=int(stored["slots"]),
-            checkpointing=bool(stored.get("checkpointing", False)),
-        )
 
     @property
     def uid(self) -> str:
@@ -212,7 +109,7 @@ class Study:
         if address is None:
             return None
         try:
-            refuse_secrets_in(f"{KEY}={address}")
+            refuse_secrets_in(f"{STORAGE_KEY}={address}")
         except ConfigError:  # an earlier version accepted a password in the address
             return "${oc.env:STUDY_DATABASE}"
         return address
@@ -238,13 +135,19 @@ class Study:
         """
         complete = self.trials(TrialState.COMPLETE)
         if len(self.optuna.directions) == 1:
-            return sorted(complete, key=lambda trial: (self.cost(trial.value or 0.0), trial.number))
+            return sorted(complete, key=self._cost_and_number)
         front = {trial.number for trial in self.optuna.best_trials}
         return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
 
-    def cost(self, value: float) -> float:
-        """Return a value of the study's one objective, negated if larger values are better."""
-        return value if self.optuna.direction == StudyDirection.MINIMIZE else -value
+    def _cost_and_number(self, trial: FrozenTrial) -> tuple[float, int]:
+        """Return the sort key of a complete trial; equal ones are ranked by number."""
+        return self.to_cost(trial.value or 0.0), trial.number
+
+    def to_cost(self, value: float) -> float:
+        """Convert a value of the study's one objective, so that less is better."""
+        if self.optuna.direction == StudyDirection.MAXIMIZE:
+            return -value
+        return value
 
     def baseline(self) -> FrozenTrial | None:
         """Return the trial of the config's own values, if it is complete."""

@@ -36,8 +36,10 @@ def study_terms(
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
     groups = [name.replace("/", ".") for name in searched if "/" in name or "." not in name]
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
+    # Absolute paths, so that the same data has the same terms from any working directory.
+    config_values = flatten(config.with_absolute_paths().to_dict())
     terms: dict[str, Any] = {}
-    for key, value in flatten(config.with_absolute_paths().to_dict()).items():
+    for key, value in config_values.items():
         if key not in searched and not key.startswith(excluded_prefixes):
             terms[key] = value
     terms["objective"] = config.objective
@@ -51,21 +53,25 @@ def study_terms(
 def require_same_terms(study: str, stored: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
     """Refuse terms that differ from those that a study began with.
 
+    Args:
+        study: the study's name.
+        stored: the terms that the study's storage holds.
+        terms: the terms of this session, as plain as JSON makes them.
+
     Raises:
         ConfigError: names the first key that differs, and both its values.
     """
-    for key in sorted({key.removeprefix("space.") for key in (*stored, *terms)}):
+    keys = {key.removeprefix("space.") for key in (*stored, *terms)}
+    for key in sorted(keys):
         # A key may have moved from the config to the space or back.
         before = stored.get(f"space.{key}", stored.get(key))
         now = terms.get(f"space.{key}", terms.get(key))
         if before != now:
             is_searched = f"space.{key}" in stored or f"space.{key}" in terms
             section = "the search space" if is_searched else "the config"
-            raise ConfigError(
-                f"{key}={json.dumps(now)}: study {study} began with {json.dumps(before)} "
-                f"in {section}; {OTHER_NAME}, or hydra.sweeper.allow_change=true to go on with "
-                "the change"
-            )
+            began = f"study {study} began with {json.dumps(before)} in {section}"
+            choices = f"{OTHER_NAME}, or hydra.sweeper.allow_change=true to go on with the change"
+            raise ConfigError(f"{key}={json.dumps(now)}: {began}; {choices}")
 
 
 def require_changeable(
@@ -77,6 +83,13 @@ def require_changeable(
 ) -> None:
     """Refuse a change that no study can take, even with `allow_change`.
 
+    Args:
+        study: the study's name.
+        stored: the terms that the study's storage holds.
+        terms: the terms of this session.
+        trials: the study's trials.
+        distributions: the searched parameters of this session.
+
     Raises:
         ConfigError: the objective has changed, or a parameter's choices, which Optuna can't
             compare with those of the earlier trials.
@@ -87,16 +100,18 @@ def require_changeable(
             raise refusal(key, terms.get(key), reason)
     for trial in trials:
         for name in trial.distributions.keys() & distributions.keys():
+            before = trial.distributions[name]
+            now = distributions[name]
             try:
-                check_distribution_compatibility(trial.distributions[name], distributions[name])
+                check_distribution_compatibility(before, now)
             except ValueError:
-                before = describe(trial.distributions[name])
-                reason = f"study {study} has trials of {before}, and choices can't change"
-                now = describe(distributions[name])
-                raise refusal(name, now, f"{reason}; {OTHER_NAME}") from None
+                reason = f"study {study} has trials of {describe(before)}, and choices can't change"
+                raise refusal(name, describe(now), f"{reason}; {OTHER_NAME}") from None
 
 
 def has_new_config(stored: Mapping[str, Any], terms: Mapping[str, Any]) -> bool:
     """Whether anything has changed besides the search space."""
-    config = {key: value for key, value in stored.items() if not key.startswith("space.")}
-    return any(terms.get(key) != value for key, value in config.items())
+    for key, value in stored.items():
+        if not key.startswith("space.") and terms.get(key) != value:
+            return True
+    return False

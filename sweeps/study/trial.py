@@ -9,12 +9,6 @@ from typing import Any
 import optuna
 from hydra.utils import get_method
 from omegaconf import DictConfig
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.trial import FrozenTrial
 
 from finetune.config.schema import RunConfig
@@ -31,6 +25,7 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
+from sweeps.space.distributions import suggest
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value
@@ -38,6 +33,7 @@ from sweeps.study.job import run_as_job
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
 from sweeps.study.session import Session
+from sweeps.study.smaller_batch import smaller_batch
 from sweeps.study.study import Study, role
 
 log = logging.getLogger(__name__)
@@ -51,8 +47,9 @@ def is_on_last_attempt(trial: FrozenTrial) -> bool:
 
     Such a trial trains alone, so that no other trial on its worker can be the cause.
     """
-    starts = trial.user_attrs.get("starts", [])[1 - MAX_STARTS :]
-    return len(starts) == MAX_STARTS - 1 and len(set(starts)) == 1
+    starts = trial.user_attrs.get("starts", [])
+    last_starts = starts[1 - MAX_STARTS :]
+    return len(last_starts) == MAX_STARTS - 1 and len(set(last_starts)) == 1
 
 
 @dataclass(frozen=True)
@@ -119,6 +116,7 @@ class TrialRunner:
     def _is_finished(self, result: dict[str, Any]) -> bool:
         """Whether the run had ended before its worker was lost, and is not to be tried again."""
         status = result.get("status")
+        # The worker was lost after the run had failed, and before it began again.
         if status == "failed" and says_out_of_memory(str(result.get("error"))):
             return not self._reduce_batch()
         return status in ("completed", "pruned", "failed")
@@ -143,7 +141,8 @@ class TrialRunner:
         if failure is not None and failure.is_out_of_memory and self._reduce_batch():
             failure = yield from self._attempt()
         if failure is None:
-            return Outcome.of_result(read_json(self._folder.result), self._study.objectives)
+            result = read_json(self._folder.result)
+            return Outcome.of_result(result, self._study.objectives)
         if not self._folder.result.exists():  # the config was refused before a run began
             write_json(self._folder.result, {"status": "failed", "error": failure.reason})
         return Outcome.failed(failure.reason)
@@ -152,7 +151,8 @@ class TrialRunner:
         """Run the trial; return why it failed, or None."""
         try:
             overrides = self.suggest_overrides()
-            yield from self._train([*overrides, *self.trial.user_attrs.get("shrunk", [])])
+            overrides += self.trial.user_attrs.get("shrunk", [])
+            yield from self._train(overrides)
         except Interrupted:
             raise
         except Exception as error:
@@ -169,14 +169,15 @@ class TrialRunner:
         for name, value in space.fixed.items():
             self.trial.set_user_attr(name, value)
         for name, distribution in space.distributions.items():
-            _suggest(self.trial, name, distribution)
+            suggest(self.trial, name, distribution)
         function_path = self._session.settings.custom_search_space
         if function_path:
             extend: Callable[[DictConfig, optuna.Trial], None] = get_method(function_path)
             extend(self._session.config, self.trial)
         params = self.trial.params
-        values = ", ".join(f"{name}={format_value(value)}" for name, value in params.items())
-        log.info("trial %d: %s%s", self.trial.number, values, _role_note(self.trial))
+        assignments = [f"{name}={format_value(value)}" for name, value in params.items()]
+        point = ", ".join(assignments)
+        log.info("trial %d: %s%s", self.trial.number, point, _role_note(self.trial))
         return [*space.overrides(params), *self._session.common_overrides]
 
     def _train(self, overrides: list[str]) -> RunSteps[None]:
@@ -225,11 +226,9 @@ class TrialRunner:
         overrides = smaller_batch(trainer)
         if overrides is None or self.trial.user_attrs.get("shrunk"):
             return False
-        log.warning(
-            "trial %d: out of memory; once more with less at once: %s",
-            self.trial.number,
-            ", ".join(overrides),
-        )
+        message = "trial %d: out of memory; once more with less at once: %s"
+        log.warning(message, self.trial.number, ", ".join(overrides))
+        # Before the folder is cleared: a worker lost in between must not forget the overrides.
         self.trial.set_user_attr("shrunk", overrides)
         self._folder.clear()
         return True
@@ -242,20 +241,6 @@ class TrialRunner:
         log.info("trial %d: %s", self.trial.number, outcome.describe(self._study.objectives))
 
 
-def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
-    """Let a trial's sampler choose a parameter, unless an earlier attempt has."""
-    if name in trial.params:
-        return
-    if isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(name, distribution.choices)
-        return
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
-    suggest: Callable[..., float] = (
-        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    )
-    suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
 def _role_note(trial: optuna.Trial) -> str:
     """Return, for the log, why a trial has its point if the sampler did not choose it."""
     notes = {
@@ -263,27 +248,3 @@ def _role_note(trial: optuna.Trial) -> str:
         "start": " (hydra.sweeper.start)",
     }
     return notes.get(role(trial), "")
-
-
-def smaller_batch(trainer: dict[str, Any]) -> list[str] | None:
-    """Return overrides that need less memory and leave the effective batch size as it was.
-
-    Args:
-        trainer: the `trainer` section of the run's config.
-
-    Returns:
-        Overrides that divide the batch by its smallest factor, multiply the gradient accumulation
-        by it, and halve the evaluation batch; None if both batches have one row.
-    """
-    train_rows = trainer.get("per_device_train_batch_size", 1)
-    eval_rows = trainer.get("per_device_eval_batch_size", 1)
-    accumulation = trainer.get("gradient_accumulation_steps", 1)
-    if train_rows == eval_rows == 1:
-        return None
-    factors = (factor for factor in range(2, train_rows + 1) if train_rows % factor == 0)
-    factor = next(factors, 1)
-    return [
-        f"trainer.per_device_train_batch_size={train_rows // factor}",
-        f"trainer.gradient_accumulation_steps={accumulation * factor}",
-        f"trainer.per_device_eval_batch_size={max(1, eval_rows // 2)}",
-    ]

@@ -28,11 +28,12 @@ from finetune.files.atomic import write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
+from sweeps.answer.commands import commands
 from sweeps.answer.conclusion import conclude
 from sweeps.answer.confirm import confirm
 from sweeps.answer.confirmation import read_confirmation
+from sweeps.answer.descriptions import confirmation_lines
 from sweeps.answer.retrain import Repeat
-from sweeps.study.formatting import commands, confirmation_lines
 from sweeps.study.study import Study
 
 POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"

@@ -24,9 +24,9 @@ from support.studies import (
 )
 
 from sweeps.answer import report
+from sweeps.answer.commands import commands
 from sweeps.answer.importance import Share, importances
 from sweeps.answer.report import write_report
-from sweeps.study.formatting import commands
 from sweeps.study.study import OUT_OF_TIME
 
 

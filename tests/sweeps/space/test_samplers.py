@@ -25,6 +25,7 @@ from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial, enqueue_trials
+from sweeps.study.creation import create_or_resume
 from sweeps.study.session import Session
 from sweeps.study.study import EngineChoice, Study
 from sweeps.study.trial import TrialRunner
@@ -83,7 +84,7 @@ def drive(tmp_path: Path) -> Drive:
             seed=seed,
             folder=tmp_path,
         )
-        opened = Study.open(
+        opened = create_or_resume(
             tmp_path / study,
             session.settings,
             None,

@@ -9,13 +9,13 @@ from support.studies import settings_of
 
 from sweeps.space.space import Space
 from sweeps.study.claims import enqueue_trials
+from sweeps.study.creation import create_or_resume
 from sweeps.study.live_table import LiveTable
-from sweeps.study.study import Study
 
 
 def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path: Path) -> None:
     distributions = Space.parse({"lora.r": "choice(4,8)"}, []).distributions
-    study = Study.open(
+    study = create_or_resume(
         tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions
     )
     enqueue_trials(study, 2, [("start", {"lora.r": 4})])

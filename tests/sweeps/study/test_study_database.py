@@ -300,7 +300,7 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
         "hydra/sweeper/pruner=none",
     )
     arguments = command(tiny_base, name, *sizes, f"hydra.sweeper.slots={slots}")
-    impatient = "import sweeps.study.database; sweeps.study.database.PATIENCE = 2.0"
+    impatient = "import sweeps.study.database; sweeps.study.database.RETRY_SECONDS = 2.0"
     before = f"{with_address(server.address)}\n{impatient}\n{SLOW_STEPS}"
     running = station.start(*arguments, cwd=tmp_path, before=before)
     folder = tmp_path / "outputs/sweeps" / name
@@ -389,7 +389,7 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
 def test_after_a_loss_calls_are_tried_once_until_one_succeeds(
     server: Server, tmp_path: Path
 ) -> None:
-    storage = open_storage(server.address, tmp_path, patience=1.0)
+    storage = open_storage(server.address, tmp_path, retry_seconds=1.0)
     storage.get_all_studies()
     server.stop()
     try:
@@ -416,7 +416,9 @@ def test_an_address_without_a_driver_is_opened_by_the_one_that_is_installed(
 
 def test_a_server_that_is_not_there_is_said_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        open_storage("postgresql+psycopg2://me:hunter2horse@127.0.0.1:1/x", tmp_path, patience=1.0)
+        open_storage(
+            "postgresql+psycopg2://me:hunter2horse@127.0.0.1:1/x", tmp_path, retry_seconds=1.0
+        )
 
     assert "postgresql+psycopg2://me@127.0.0.1:1/x can't be opened" in str(refused.value)
     assert "hunter2horse" not in str(refused.value)

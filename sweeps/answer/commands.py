@@ -1,0 +1,58 @@
+"""Shell commands that use a study's winner or show its trials."""
+
+import os
+import re
+import shlex
+
+from sweeps.study.storage import JOURNAL
+from sweeps.study.study import Study
+
+
+def commands(study: Study) -> list[tuple[str, str]]:
+    """List shell commands that use a study's winner or show its trials.
+
+    Args:
+        study: the study.
+
+    Returns:
+        Pairs of a short purpose and a command, for the current working directory.
+    """
+    folder = shlex.quote(os.path.relpath(study.folder))
+    merged = shlex.quote(os.path.relpath(study.folder / "merged"))
+    pairs = [
+        ("generate", f'python -m finetune.generate {folder}/best --prompt "…"'),
+        ("train again", f"python -m finetune --config-dir {folder} experiment=best"),
+    ]
+    if len(study.objectives) == 1:
+        pairs.append(("confirm", f"python -m sweeps confirm {folder} --top 3 --seeds 5"))
+    pairs += [
+        ("merge", f"python -m finetune.merge {folder}/best --to {merged}"),
+        ("serve", f"vllm serve {merged}"),
+        ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
+        ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
+    ]
+    offline_runs = _offline_runs(study, folder)
+    if offline_runs:
+        pairs.append(("W&B", f"wandb sync {' '.join(offline_runs)}"))
+    return pairs
+
+
+def _offline_runs(study: Study, folder: str) -> list[str]:
+    """Return shell patterns of the W&B runs that are stored on this machine only."""
+    patterns = []
+    for runs in ("trials", "confirm"):
+        pattern = f"{runs}/*/wandb/offline-run-*"
+        if any(study.folder.glob(pattern)):
+            # Without quotes, because the shell has to expand it.
+            patterns.append(f"{folder}/{pattern}")
+    return patterns
+
+
+def _shell_storage(study: Study) -> str:
+    """Format the study's storage as a shell word; secrets stay environment variables."""
+    address = study.written_address
+    if address is None:
+        return shlex.quote(os.path.relpath(study.folder / JOURNAL))
+    # ${oc.env:NAME} of OmegaConf, perhaps with a default, is $NAME in a shell.
+    with_shell_variables = re.sub(r"\$\{oc\.env:(\w+)[^}]*\}", r"$\1", address)
+    return f'"{with_shell_variables}"'

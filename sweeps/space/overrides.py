@@ -1,0 +1,94 @@
+"""The overrides of a sweep: parsed as Hydra does, and checked for what no search may vary."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
+from hydra.errors import HydraException
+
+from finetune.errors import ConfigError
+from sweeps.space.encoding import encode
+
+NOT_SEARCHABLE = (
+    r"\+*(dataset(?!\.limit\b)|objective|objective_at|name|resume|trainer\.engine|tracker|hub"
+    r"|search|hydra)\b.*"
+)
+"""Parameters that no search may vary.
+
+Trials would be evaluated on other rows or by another objective, or would store results elsewhere.
+"""
+
+
+RELATIVE = "relative"
+"""A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
+
+
+def parse_overrides(params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
+    """Parse overrides as Hydra does. A glob over a config group needs an initialized Hydra.
+
+    Args:
+        params: the sweep syntax, or the value, of each parameter.
+        arguments: overrides of the command line.
+
+    Returns:
+        The overrides of `params`, then those of the command line.
+
+    Raises:
+        ConfigError: an override can't be parsed.
+    """
+    texts = [f"{name}={_as_text(value)}" for name, value in params.items()]
+    hydra = GlobalHydra.instance()
+    config_loader = hydra.config_loader() if hydra.is_initialized() else None
+    parser = OverridesParser.create(config_loader)
+    overrides: list[Override] = []
+    # One at a time, so that an error can name the override.
+    for text in [*texts, *arguments]:
+        try:
+            overrides += parser.parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(f"{text}: {_parser_reason(error)}") from None
+    return overrides
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as the right side of an override; text is sweep syntax already."""
+    return value if isinstance(value, str) else str(encode(value))
+
+
+def _parser_reason(error: HydraException) -> str:
+    """Return what Hydra's parser has to say, without its lines of boilerplate."""
+    boilerplate = ("Error when parsing", "Error parsing", "See https")
+    reasons = [line for line in str(error).splitlines() if not line.startswith(boilerplate)]
+    return " ".join(reasons)
+
+
+def is_relative(override: Override) -> bool:
+    """Whether an override is an interval of multiples.
+
+    Raises:
+        ConfigError: the tag is on anything but an interval.
+    """
+    sweep = override.value()
+    if not isinstance(sweep, Sweep) or RELATIVE not in sweep.tags:
+        return False
+    if not isinstance(sweep, IntervalSweep):
+        reason = "the tag relative is for an interval, as interval(0.1, 10)"
+        raise ConfigError(f"{override.input_line}: {reason}")
+    return True
+
+
+def require_searchable(names: Iterable[str]) -> None:
+    """Refuse parameters that no search may vary.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for name in names:
+        if re.fullmatch(NOT_SEARCHABLE, name):
+            raise ConfigError(
+                f"{name}: can't be searched: all trials of a study are evaluated by the same "
+                "objective on the same rows"
+            )

@@ -1,0 +1,136 @@
+"""Begin a study, or resume it, on the terms that its trials share."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+
+from finetune.errors import refusal
+from finetune.files.atomic import read_json, write_json
+from finetune.files.lock import file_lock
+from finetune.files.run_folder import FolderHeld, RunFolder
+from sweeps.space.settings import StudySettings
+from sweeps.study.storage import open_storage
+from sweeps.study.study import EngineChoice, Study
+from sweeps.study.terms import has_new_config, require_changeable, require_same_terms
+
+
+def create_or_resume(
+    folder: Path,
+    settings: StudySettings,
+    address: str | None,
+    terms: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+) -> Study:
+    """Begin a study, or resume it.
+
+    Args:
+        folder: the study's folder; made if missing.
+        settings: the study's settings.
+        address: the database's address; None: a journal in the folder.
+        terms: what makes trials comparable, see `sweeps.study.terms`.
+        distributions: the searched parameters.
+
+    Returns:
+        The study.
+
+    Raises:
+        ConfigError: the study began on other terms, or its storage can't be opened.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two commands with the same new name must not both give it a uid and terms.
+    with file_lock(folder / ".lock"):
+        optuna.create_study(
+            study_name=settings.study_name,
+            storage=open_storage(address, folder),
+            directions=settings.directions,
+            load_if_exists=True,
+        )
+        study = Study(folder, settings.study_name, address)
+        _ensure_uid(study)
+        _update_terms(study, terms, distributions, settings.allow_change)
+        # The address as the user wrote it: secrets stay references to environment variables.
+        entry = {"name": settings.study_name, "storage": settings.storage}
+        write_json(folder / "study.json", entry)
+    return study
+
+
+def _ensure_uid(study: Study) -> None:
+    """Give a new study its uid; refuse the folder of another study."""
+    if "uid" in study.optuna.user_attrs:
+        return
+    if (study.folder / "trials").exists():
+        reason = (
+            f"another study's trials are in {study.folder}, and this storage has no such study; "
+            "give another name"
+        )
+        raise refusal("hydra.sweeper.study_name", study.name, reason)
+    study.optuna.set_user_attr("uid", uuid.uuid4().hex[:8])
+
+
+def _update_terms(
+    study: Study,
+    terms: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+    allow_change: bool,
+) -> None:
+    """Compare the terms with those the study began with, and store those that hold now."""
+    stored = study.optuna.user_attrs.get("terms")
+    if stored is not None:
+        if not allow_change:
+            # Stored terms have gone through JSON, which makes lists of tuples.
+            plain_terms = json.loads(json.dumps(terms))
+            require_same_terms(study.name, stored, plain_terms)
+        require_changeable(study.name, stored, terms, study.trials(), distributions)
+        if has_new_config(stored, terms):
+            _clear_unfinished_runs(study)
+    if stored != terms:
+        study.optuna.set_user_attr("terms", terms)
+
+
+def _clear_unfinished_runs(study: Study) -> None:
+    """Empty the folders of running trials without a worker: their config is another now."""
+    for trial in study.trials(TrialState.RUNNING):
+        folder = study.folder_of(trial.number)
+        if folder.path.exists():
+            _clear_unfinished_run(folder)
+
+
+def _clear_unfinished_run(folder: RunFolder) -> None:
+    """Empty a run's folder, unless a worker trains the run or it has ended."""
+    try:
+        with folder.locked():
+            result = read_json(folder.result) or {}
+            # A run that has ended counts, though its worker was lost before it could say so.
+            if result.get("status") not in ("completed", "pruned", "failed"):
+                folder.clear()
+    except FolderHeld:
+        return
+
+
+def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
+    """Store how trials are trained, unless an earlier session did.
+
+    Args:
+        study: the study.
+        choice: this session's choice.
+
+    Returns:
+        The stored choice.
+    """
+    if "engine" not in study.optuna.user_attrs:
+        study.optuna.set_user_attr("slots", choice.slots)
+        study.optuna.set_user_attr("checkpointing", choice.checkpointing)
+        # Last, because its presence says that all three are stored.
+        study.optuna.set_user_attr("engine", choice.name)
+    stored = study.optuna.user_attrs
+    return EngineChoice(
+        name=str(stored["engine"]),
+        slots=int(stored["slots"]),
+        checkpointing=bool(stored.get("checkpointing", False)),
+    )

@@ -1,0 +1,58 @@
+"""Check before a study begins that its trials can run: sampler, pruner, and ends of the space."""
+
+from collections.abc import Callable
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
+
+from finetune.config.schema import RunConfig
+from finetune.console import summary_line
+from finetune.errors import ConfigError, refusal
+from sweeps.study.session import Session
+
+
+def check_space(session: Session) -> list[RunConfig]:
+    """Check sampler, pruner, the user's function, and configs at the ends of the space.
+
+    Args:
+        session: the session, before its engine is chosen.
+
+    Returns:
+        The configs at the extremes of the space.
+
+    Raises:
+        ConfigError: no trial of the study could run.
+    """
+    _require_makes("sampler", lambda: session.sampler(0))
+    _require_makes("pruner", session.pruner)
+    _check_function(session.settings.custom_search_space)
+    configs = []
+    for point in session.space.extremes():
+        overrides = session.space.overrides(point)
+        composed = session.compose(0, overrides)
+        # For the interpolations `${hydra:…}` in the config.
+        HydraConfig.instance().set_config(composed)
+        config = RunConfig.from_hydra(composed)
+        configs.append(session.check(config))
+    return configs
+
+
+def _require_makes(key: str, make: Callable[[], object]) -> None:
+    """Refuse a sampler or pruner that can't be made from its settings."""
+    try:
+        make()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"hydra.sweeper.{key}: {summary_line(error)}") from error
+
+
+def _check_function(path: str | None) -> None:
+    """Refuse a `custom_search_space` that can't be imported."""
+    if not path:
+        return
+    try:
+        get_method(path)
+    except Exception as error:
+        reason = f"no such function ({summary_line(error)})"
+        raise refusal("hydra.sweeper.custom_search_space", path, reason) from error
