@@ -7,7 +7,7 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.model.quantization import compute_dtype, keeps_dequantized
+from finetune.model.quantization import compute_dtype, should_dequantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ def base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     rest = sum(weight.numel() for weight in skeleton.parameters()) - linear
-    if quantization.load_in_4bit and not keeps_dequantized(linear, config):
+    if quantization.load_in_4bit and not should_dequantize(linear, config):
         # One float32 scale for 64 weights; double quantisation stores it in 8 bits, and one for
         # 256 of them.
         double = quantization.bnb_4bit_use_double_quant
