@@ -193,14 +193,14 @@ class Case:
         if self.side != "ours":
             return base
         from finetune.engine.packed.bank import Bank
-        from finetune.model.quantization import keep_dequantized
+        from finetune.model.quantization import dequantize_base
 
-        keep_dequantized(base, self.config())
+        dequantize_base(base, self.config())
         return Bank(base, self.config())
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
-        from finetune.model.memory import out_of_memory
+        from finetune.model.memory import is_out_of_memory_error
 
         free()
         line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
@@ -208,7 +208,7 @@ class Case:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
             rate, weights = run(base, self)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory_error(error):
                 raise
             print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
@@ -267,7 +267,7 @@ class Counter:
     def __init__(self) -> None:
         from finetune.engine.checkpoint import Progress
 
-        self.state, self.tokens = Progress(), 0
+        self.progress, self.tokens = Progress(), 0
 
     def live(self) -> Any:
         """Nothing is shown."""
@@ -277,7 +277,7 @@ class Counter:
         """Nothing is measured first."""
         yield from ()
 
-    def step(
+    def report_step(
         self, number: int, loss: float, norm: float, rate: float, tokens: int, seconds: float
     ) -> Iterator[Any]:
         """A step was taken."""

@@ -3,7 +3,7 @@
 Where to look first:
 
 - `packed/training.py`: the training loop of the packed engine, one run as a generator.
-- `trl.py`: the same for TRL's SFTTrainer.
+- `trl/training.py`: the same for TRL's SFTTrainer.
 - `selection.py`: which of the two trains a run, and why.
 - `steps.py`: the generator protocol by which several runs train in one process.
 - `reporter.py`: what both engines do after each optimizer step: log, evaluate, stop.

@@ -67,21 +67,33 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     A mixture of experts returns no router logits within the block: TRL turns them on for its
     auxiliary loss, which transformers can't compute with cached keys and values.
     """
+    # Module by module, because `model.train()` would change those that were in evaluation mode.
     modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    text_config = text_config_of(config) if isinstance(config, PreTrainedConfig) else None
-    router_logits = getattr(text_config, "output_router_logits", None)
     model.eval()
     try:
-        if text_config is not None and router_logits:
-            text_config.output_router_logits = False
-        with torch.inference_mode():
+        with _without_router_logits(model), torch.inference_mode():
             yield
     finally:
-        if text_config is not None and router_logits:
-            text_config.output_router_logits = router_logits
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def _without_router_logits(model: torch.nn.Module) -> Iterator[None]:
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        yield
+        return
+    text_config = text_config_of(config)
+    router_logits = getattr(text_config, "output_router_logits", None)
+    if not router_logits:
+        yield
+        return
+    text_config.output_router_logits = False
+    try:
+        yield
+    finally:
+        text_config.output_router_logits = router_logits
 
 
 def evaluate(
@@ -97,6 +109,9 @@ def evaluate(
         rows: Columns `input_ids` and `labels`; of packed sequences also `seq_lengths`.
         batch_size: Rows computed at once.
         quantization: As the base was loaded.
+
+    Returns:
+        The evaluation, with the rows in their order.
     """
     examples = as_list(rows)
     prefix_length = common_prefix_length(examples)
@@ -115,7 +130,8 @@ def evaluate(
                 losses[index] = row_losses[position]
                 tokens[index] = row_tokens[position]
             correct += predictions.count_correct()
-    return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
+    accuracy = correct / max(sum(tokens), 1)
+    return Evaluation(tuple(losses), tuple(tokens), accuracy)
 
 
 @dataclass(frozen=True)
@@ -131,15 +147,17 @@ class _Predictions:
 
     def sum_by_row(self, row_count: int) -> tuple[list[float], list[int]]:
         """Return each row's summed loss in nats, and its number of answer tokens."""
-        losses = cross_entropy(self.logits.float(), self.targets, reduction="none").double()
+        losses = cross_entropy(self.logits.float(), self.targets, reduction="none")
+        # In float64 the sum of a row hardly depends on the order of its terms.
         sums = torch.zeros(row_count, dtype=torch.float64, device=losses.device)
-        sums.index_add_(0, self.rows, losses)
+        sums.index_add_(0, self.rows, losses.double())
         counts = torch.bincount(self.rows, minlength=row_count)
         return sums.tolist(), counts.tolist()
 
     def count_correct(self) -> int:
         """Count the tokens that the model finds most likely."""
-        return int((self.logits.argmax(-1) == self.targets).sum())
+        likeliest = self.logits.argmax(-1)
+        return int((likeliest == self.targets).sum())
 
 
 def _compute_prefix(
@@ -152,8 +170,10 @@ def _compute_prefix(
     if prefix_length == 0:
         return None
     device = next(model.parameters()).device
-    ids = torch.tensor([examples[0]["input_ids"][:prefix_length]], device=device)
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    prefix = examples[0]["input_ids"][:prefix_length]
+    input_ids = torch.tensor([prefix], device=device)
+    output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+    return output.past_key_values
 
 
 def _predict(
@@ -174,16 +194,17 @@ def _predict(
     inputs = _padded_inputs(batch, prefix_length)
     labels = _next_token_labels(batch, prefix_length, inputs.get("position_ids"))
     is_answer = labels != IGNORED
-    first = int(is_answer.any(0).nonzero()[0])  # no row has an answer token before it
+    # Logits are the largest tensor: none of positions before the first answer token of any row.
+    first = int(is_answer.any(0).nonzero()[0])
     positions = torch.arange(first, labels.shape[1])
     arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+    arguments["logits_to_keep"] = positions.to(device)
+    arguments["use_cache"] = prefix_cache is not None
     if prefix_cache is not None:
         cache = copy.deepcopy(prefix_cache)  # the forward pass appends to it
         cache.batch_repeat_interleave(len(batch))
         arguments["past_key_values"] = cache
-    output = model(
-        **arguments, logits_to_keep=positions.to(device), use_cache=prefix_cache is not None
-    )
+    output = model(**arguments)
     is_answer = is_answer[:, positions].to(device)
     labels = labels[:, positions].to(device)
     rows = is_answer.nonzero()[:, 0]
@@ -197,6 +218,7 @@ def _padded_inputs(batch: Sequence[dict[str, Any]], prefix_length: int) -> dict[
         # Packed sequences: positions restart at each original row, which separates the rows.
         positions = [_restarting_positions(row["seq_lengths"]) for row in batch]
         return {"input_ids": ids, "position_ids": _pad(positions, 0)}
+    # The mask covers the cached prefix too.
     lengths = torch.tensor([[len(row["input_ids"])] for row in batch])
     is_token = torch.arange(prefix_length + ids.shape[1]) < lengths
     return {"input_ids": ids, "attention_mask": is_token.long()}
@@ -221,7 +243,10 @@ def _next_token_labels(
 
 def _restarting_positions(lengths: Sequence[int]) -> list[int]:
     """Return the positions of concatenated rows of these lengths, each from 0."""
-    return [position for length in lengths for position in range(length)]
+    positions: list[int] = []
+    for length in lengths:
+        positions += range(length)
+    return positions
 
 
 def _pad(sequences: Sequence[list[int]], filler: int) -> torch.Tensor:

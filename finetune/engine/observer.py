@@ -31,8 +31,8 @@ class Observer:
     def on_rung(self, rung: Rung) -> None:
         """Receive an evaluation."""
 
-    def judge(self, rung: Rung) -> bool:
-        """Return whether to stop the run at this rung, as pruned."""
+    def should_prune(self, rung: Rung) -> bool:
+        """Return whether to stop the run at this rung, as pruned. Called after `on_rung`."""
         return False
 
     def on_completed(self, metrics: Metrics) -> list[str]:

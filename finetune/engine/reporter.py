@@ -1,6 +1,7 @@
 """What both engines do after each optimizer step: log, evaluate, and decide whether to stop.
 
-An engine calls `Reporter.step` with the step's figures, and ends when `state.stop` is set.
+An engine calls `Reporter.report_step` with the step's figures, and ends when `progress.stop` is
+set.
 """
 
 import math
@@ -51,7 +52,7 @@ class Reporter:
             observer: Receives each step and each evaluation, and may stop the run.
             interrupt: Ctrl-C and SIGTERM.
         """
-        self.state = progress
+        self.progress = progress
         self.total = total
         self._config = config
         self._output = output
@@ -69,11 +70,11 @@ class Reporter:
 
     def begin(self) -> RunSteps[None]:
         """Evaluate before the first step. A resumed run has done so already."""
-        self._output.advance(self.state.step)
-        if self.state.step == 0:
+        self._output.advance(self.progress.step)
+        if self.progress.step == 0:
             yield from self._evaluate_rung(0)
 
-    def step(
+    def report_step(
         self,
         step: int,
         loss: float,
@@ -82,7 +83,7 @@ class Reporter:
         tokens: int,
         seconds: float,
     ) -> RunSteps[None]:
-        """Record an optimizer step; log, evaluate and set `state.stop` where due.
+        """Record an optimizer step; log, evaluate and set `progress.stop` where due.
 
         Args:
             step: The step's number, from 1.
@@ -96,7 +97,8 @@ class Reporter:
             Diverged: The loss is not finite.
             RuntimeError: No gradient reaches the adapter.
         """
-        self.state.add_step(step, loss, tokens, seconds)
+        self.progress.add_step(step, loss, tokens, seconds)
+        # Before anything is logged: a diverged run ends here.
         self._check_loss(step, loss)
         self._check_gradient(step, grad_norm)
         self._output.advance()
@@ -104,21 +106,21 @@ class Reporter:
             self._log_window(step, learning_rate, grad_norm)
         if step in self._rungs:
             yield from self._evaluate_rung(step)
-        if self.state.stop is None and step < self.total:
+        if self.progress.stop is None and step < self.total:
             if self._interrupt.requested:
-                self.state.stop = "interrupted"
+                self.progress.stop = "interrupted"
             elif self._observer.on_step(step):
-                self.state.stop = "pruned"
+                self.progress.stop = "pruned"
 
-    def saved(self, checkpoint: Path, limit: int | None) -> None:
+    def complete_checkpoint(self, checkpoint: Path, limit: int | None) -> None:
         """Complete a checkpoint that the engine has written, and remove outdated ones.
 
         Args:
             checkpoint: The checkpoint's folder, complete but for `progress.json`.
             limit: Number of checkpoints that stay; None: all.
         """
-        self.state.save(checkpoint)
-        remove_old_checkpoints(checkpoint.parent, limit, self.state.best_step)
+        self.progress.save(checkpoint)
+        remove_old_checkpoints(checkpoint.parent, limit, self.progress.best_step)
 
     def _check_loss(self, step: int, loss: float) -> None:
         # Only the loss: float16's loss scaling skips a step whose gradient overflows.
@@ -129,9 +131,10 @@ class Reporter:
         raise Diverged(f"optimizer.learning_rate={rate}: {reason}")
 
     def _check_gradient(self, step: int, grad_norm: float | None) -> None:
-        if grad_norm != 0 or self.state.silent_steps != step - 1:
+        # Only the run's first steps in a row count.
+        if grad_norm != 0 or self.progress.silent_steps != step - 1:
             return
-        self.state.silent_steps = step
+        self.progress.silent_steps = step
         if step == STEPS_WITHOUT_GRADIENT:
             raise RuntimeError(
                 "no gradient reaches the adapter: the first three steps had a gradient norm of 0"
@@ -139,7 +142,7 @@ class Reporter:
 
     def _log_window(self, step: int, learning_rate: float, grad_norm: float | None) -> None:
         """Log the steps since the last logged line."""
-        window = self.state.window_metrics()
+        window = self.progress.window_metrics()
         metrics = {
             "train/loss": window["train/loss"],
             "train/learning_rate": learning_rate,
@@ -147,7 +150,7 @@ class Reporter:
         }
         if grad_norm is not None:
             metrics["train/grad_norm"] = grad_norm
-        self.state.close_window(metrics["train/loss"])
+        self.progress.close_window(metrics["train/loss"])
         self._output.log(step, metrics)
         self._output.show_training(step, metrics)
 
@@ -159,18 +162,21 @@ class Reporter:
         names = self._config.objectives
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
+        loss = metrics["eval/loss"]
         rung = Rung(self._rungs[step], step, self.total, metrics)
-        self.state.rungs.append(asdict(rung))
+        self.progress.rungs.append(asdict(rung))
+        # Logged before it is checked, so that the files show the loss that ended the run.
         self._output.log(step, metrics)
-        self._output.show_evaluation(step, metrics["eval/loss"])
-        self._check_evaluation(step, metrics["eval/loss"])
+        self._output.show_evaluation(step, loss)
+        self._check_evaluation(step, loss)
         self._early_stopping.record(step, metrics.get("objective"))
         self._observer.on_rung(rung)
-        yield None  # runs of one pack report the same rung before any of them is judged there
-        if self._observer.judge(rung):
-            self.state.stop = "pruned"
+        # Runs of one pack all report the rung before the pruner compares any of them there.
+        yield None
+        if self._observer.should_prune(rung):
+            self.progress.stop = "pruned"
         elif self._early_stopping.should_stop(step):
-            self.state.stop = "early"
+            self.progress.stop = "early"
 
     def _check_evaluation(self, step: int, loss: float) -> None:
         if math.isfinite(loss):

@@ -57,7 +57,9 @@ def resolve_steps(setting: float, total: int) -> int:
         setting: A number of steps, or a share of them (above 0, below 1); 0: never, stays 0.
         total: Optimizer steps of the whole run.
     """
-    return max(1, math.ceil(setting * total)) if 0 < setting < 1 else int(setting)
+    if 0 < setting < 1:
+        return max(1, math.ceil(setting * total))
+    return int(setting)
 
 
 def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]:
@@ -77,7 +79,8 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
     else:
         interval = resolve_steps(setting, total)
         points = [*range(interval, total, interval)] if interval else []
-    points = [*(point for point in points if point < total), total]
+    points = [point for point in points if point < total]
+    points.append(total)
     rungs = {0: 0}
     for point in points:
         index = max(round(point / points[0]), max(rungs.values()) + 1)

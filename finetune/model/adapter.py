@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 _SEED_LOCK = threading.Lock()
-"""Held while an adapter is drawn: PEFT draws from PyTorch's global generator, which all threads
-share."""
+"""Held while an adapter is initialised: PEFT draws from PyTorch's global generator, which all
+threads share."""
 
 
 def lora_config(settings: LoraSettings) -> "LoraConfig":

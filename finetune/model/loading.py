@@ -70,7 +70,7 @@ def skeleton_of(config: "PreTrainedConfig", model: ModelSettings) -> "PreTrained
         ConfigError: transformers can't create it.
     """
     # Always float32: while transformers creates a model, its dtype is PyTorch's default in all
-    # threads, and another one may be drawing an adapter.
+    # threads, and another one may be initialising an adapter.
     with explain_loading_errors(model), torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=model.trust_remote_code, dtype=torch.float32

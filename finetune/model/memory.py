@@ -24,16 +24,16 @@ OUT_OF_MEMORY_PHRASES = (
 """In messages of CUDA, PyTorch's CPU allocator and Python."""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory_error(error: BaseException) -> bool:
     """Return whether an error means that the GPU's or the host's memory was too small."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+    return isinstance(error, RuntimeError) and is_out_of_memory_message(str(error))
 
 
-def says_out_of_memory(message: str) -> bool:
+def is_out_of_memory_message(message: str) -> bool:
     """Return whether an error message means that memory was too small."""
     return any(phrase in message for phrase in OUT_OF_MEMORY_PHRASES)
 

@@ -73,10 +73,11 @@ def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
     return dense
 
 
-def keeps_dequantized(weights: int, config: RunConfig) -> bool:
-    """Return whether a 4-bit base is dequantised once, because memory allows it.
+def should_dequantize(weights: int, config: RunConfig) -> bool:
+    """Return whether `dequantize_base` dequantises a base.
 
-    On a GPU not with gradient checkpointing, which is for runs that are short of memory.
+    It does if the base is 4-bit and memory allows it; on a GPU not with gradient checkpointing,
+    which is for runs that are short of memory.
 
     Args:
         weights: Number of 4-bit weights.
@@ -90,7 +91,7 @@ def keeps_dequantized(weights: int, config: RunConfig) -> bool:
     return dequantized_bytes <= available_memory() * DEQUANTIZED_SHARE
 
 
-def keep_dequantized(model: "PreTrainedModel", config: RunConfig) -> None:
+def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
     """Dequantise a 4-bit base once instead of in each forward and backward, if memory allows it.
 
     The results are the same, bit for bit: bitsandbytes multiplies by the dequantised weights too.
@@ -109,7 +110,7 @@ def keep_dequantized(model: "PreTrainedModel", config: RunConfig) -> None:
             if isinstance(child, Linear4bit):
                 layers.append((parent, name, child))
     weights = sum(layer.in_features * layer.out_features for _, _, layer in layers)
-    if not keeps_dequantized(weights, config):
+    if not should_dequantize(weights, config):
         return
     for parent, name, layer in layers:
         weight = dense_weight(layer)

@@ -8,7 +8,7 @@ import torch
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.model.quantization import compute_dtype, keeps_dequantized
+from finetune.model.quantization import compute_dtype, should_dequantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def _linear_weights(skeleton: "PreTrainedModel") -> int:
 
 def _bytes_per_linear_weight(linear: int, config: RunConfig) -> float:
     quantization = config.quantization
-    if quantization.load_in_4bit and not keeps_dequantized(linear, config):
+    if quantization.load_in_4bit and not should_dequantize(linear, config):
         return 0.5 + _scale_bytes(quantization)
     if quantization.load_in_8bit:
         return 1.0

@@ -120,12 +120,12 @@ class SharedResources:
         from finetune.engine.packed.bank import Bank
         from finetune.model.loading import load_base
         from finetune.model.memory import free_memory
-        from finetune.model.quantization import keep_dequantized
+        from finetune.model.quantization import dequantize_base
 
         if gc.get_freeze_count():
             free_memory()  # the base of another owner may be frozen still
         base = load_base(self.source(config.model), config)
-        keep_dequantized(base, config)
+        dequantize_base(base, config)
         bank = Bank(base, config)
         free_memory()
         gc.freeze()  # the garbage collector need not visit the base at the end of each run
@@ -145,15 +145,15 @@ class SharedResources:
     def slot(self, config: RunConfig) -> "Iterator[Callable[[], Slot]]":
         """Reserve a slot on the bank; yields a function that returns it with a fresh adapter.
 
-        The adapter is drawn by another thread: a run that calls the function one step later lets
-        the others train meanwhile.
+        The adapter is initialised by another thread: a run that calls the function one step later
+        lets the others train meanwhile.
         """
         from finetune.model.memory import collect_garbage
 
         bank = self.bank(config)
         lora = config.lora
         seed = config.seed
-        adapter = ADAPTER_THREAD.submit(bank.draw_adapter, lora, seed)
+        adapter = ADAPTER_THREAD.submit(bank.initialise_adapter, lora, seed)
         bank.slots_in_use += 1
         try:
             yield lambda: bank.create_slot(lora, seed, adapter.result())  # noqa: F821  both exist then

@@ -1,6 +1,7 @@
 """The second stage of a run: the engine is started on the base, and trains.
 
-The training loops themselves are `finetune.engine.packed.training` and `finetune.engine.trl`.
+The training loops themselves are `finetune.engine.packed.training` and
+`finetune.engine.trl.training`.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from finetune.run.samples import Samples
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from finetune.engine.trl import TrlTraining
+    from finetune.engine.trl.training import TrlTraining
 
 Training: TypeAlias = "PackedTraining | TrlTraining"
 
@@ -55,9 +56,10 @@ def start_training(
     reset_peak_memory()
     if prepared.engine == "packed":
         create_slot = stack.enter_context(resources.slot(config))
-        yield None  # the other runs train a step while the adapter is drawn
+        yield None  # the other runs train a step while the adapter is initialised
         return PackedTraining(config, create_slot(), prepared.train, prepared.total_steps)
-    from finetune.engine.trl import TrlTraining, training_arguments
+    from finetune.engine.trl.arguments import training_arguments
+    from finetune.engine.trl.training import TrlTraining
 
     arguments = training_arguments(config, folder.checkpoints, prepared.total_steps)
     model = stack.enter_context(resources.model(config))

@@ -105,7 +105,7 @@ class PruningObserver(Observer):
         name = self._study.objectives[0]
         log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
 
-    def judge(self, rung: Rung) -> bool:
+    def should_prune(self, rung: Rung) -> bool:
         """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""
         if not self._is_reportable(rung) or rung.step >= rung.total:
             return False

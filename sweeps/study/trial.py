@@ -18,7 +18,7 @@ from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import checkpoint_step
-from finetune.model.memory import free_memory, out_of_memory, says_out_of_memory
+from finetune.model.memory import free_memory, is_out_of_memory_error, is_out_of_memory_message
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
@@ -117,7 +117,7 @@ class TrialRunner:
         """Whether the run had ended before its worker was lost, and is not to be tried again."""
         status = result.get("status")
         # The worker was lost after the run had failed, and before it began again.
-        if status == "failed" and says_out_of_memory(str(result.get("error"))):
+        if status == "failed" and is_out_of_memory_message(str(result.get("error"))):
             return not self._reduce_batch()
         return status in ("completed", "pruned", "failed")
 
@@ -156,7 +156,7 @@ class TrialRunner:
         except Interrupted:
             raise
         except Exception as error:
-            failure = _Failure(error_line(error), out_of_memory(error))
+            failure = _Failure(error_line(error), is_out_of_memory_error(error))
         else:
             return None
         # Outside the handler, where the exception no longer holds the run's tensors.

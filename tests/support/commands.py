@@ -52,7 +52,7 @@ runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
 """
 
 TRAINING_IMPORTS = """
-import finetune.engine.packed.training, finetune.run.samples, finetune.engine.trl
+import finetune.engine.packed.training, finetune.run.samples, finetune.engine.trl.training
 import sweeps.answer.conclusion, sweeps.launcher, sweeps.study.pack, sweeps.sweeper, sweeps.study.worker
 """
 """All that a run or a study imports, torch included."""
@@ -73,11 +73,11 @@ environment."""
 SLOW_STEPS = """
 import time
 from finetune.engine.reporter import Reporter
-step = Reporter.step
+step = Reporter.report_step
 def slow_step(*arguments, **more):
     time.sleep(0.5)
     return step(*arguments, **more)
-Reporter.step = slow_step
+Reporter.report_step = slow_step
 """
 """Makes each step take half a second, so that a test can act in the middle of a run on a busy machine too."""
 

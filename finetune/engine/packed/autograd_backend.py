@@ -58,6 +58,12 @@ class AutogradBackend:
     logits_chunk = 512
 
     def __init__(self, base: "PreTrainedModel", gradient_checkpointing: bool) -> None:
+        """Prepare a base for passes.
+
+        Args:
+            base: Its norms and feed-forward layers are fused in place.
+            gradient_checkpointing: Recompute activations in the backward pass.
+        """
         self._base = base
         self._gradient_checkpointing = gradient_checkpointing
         self._pass: _Pass | None = None
@@ -79,9 +85,9 @@ class AutogradBackend:
     ) -> tuple[torch.Tensor, _Trace]:
         """See `Backend.forward`."""
         spans = []
-        for number, (slot, (start, stop)) in enumerate(zip(slots, batch.batch_spans, strict=True)):
-            dropout_step = None if dropout_steps is None else dropout_steps[number]
-            spans.append(_SlotSpan(slot, start, stop, dropout_step))
+        steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
+        for slot, (start, stop), step in zip(slots, batch.batch_spans, steps, strict=True):
+            spans.append(_SlotSpan(slot, start, stop, step))
         current_pass = _Pass(spans, training=dropout_steps is not None)
         with self._during(current_pass):
             states = self._base.get_decoder()(
@@ -91,12 +97,13 @@ class AutogradBackend:
                 packed_attention=PackedAttention(batch),
             )
         hidden = states.last_hidden_state[0, batch.prediction_positions]
+        # Detached: head and loss are computed without autograd, `backward` gets their gradient.
         return hidden.detach(), _Trace(current_pass, hidden)
 
     def backward(self, trace: _Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
         for span in trace.current_pass.spans:
-            span.slot.gradient.zero_()
+            span.slot.gradient.zero_()  # `lora_linear` adds to it
         with self._during(trace.current_pass):
             torch.autograd.backward(trace.hidden, gradient)
 
@@ -111,10 +118,12 @@ class AutogradBackend:
         if not with_gradient:
             return losses, logits.argmax(-1) == targets, None
         del logits  # makes room for the gradient
+        # The gradient is the probabilities, minus 1 at the target.
         gradient = log_probabilities.exp_()
         minus_one = gradient.new_full((1, 1), -1).expand(len(targets), 1)
         gradient.scatter_add_(-1, targets[:, None], minus_one)
-        return losses, torch.ones_like(targets, dtype=torch.bool), gradient
+        correct = torch.ones_like(targets, dtype=torch.bool)  # not used with a gradient
+        return losses, correct, gradient
 
     @contextlib.contextmanager
     def generation_model(self, slot: "Slot") -> Iterator["PreTrainedModel"]:
@@ -143,9 +152,8 @@ class AutogradBackend:
             stack.enter_context(attention_implementation(self._base.config, ATTENTION))
             if checkpointing:
                 stack.enter_context(_gradient_checkpointing(self._base))
-            self._base.train(
-                current_pass.training
-            )  # transformers checkpoints in training mode only
+            # Transformers checkpoints in training mode only.
+            self._base.train(current_pass.training)
             yield
 
     def _finish_pass(self, was_training: bool) -> None:
@@ -165,7 +173,8 @@ class AutogradBackend:
             output = None
             if separate:
                 spans = self._pass.spans
-                output = torch.cat([original(x[:, span.start : span.stop]) for span in spans], 1)
+                slot_outputs = [original(x[:, span.start : span.stop]) for span in spans]
+                output = torch.cat(slot_outputs, 1)
             return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward

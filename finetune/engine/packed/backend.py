@@ -108,9 +108,9 @@ def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationS
 def _kernels_work() -> bool:
     """Try one kernel: Triton may be missing, or the C compiler that it needs to launch kernels."""
     try:
-        from finetune.engine.packed.gpu import kernels
+        from finetune.engine.packed.gpu.swiglu import swiglu
 
-        kernels.swiglu(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
+        swiglu(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
     except Exception as error:
         log.warning(
             "the GPU kernels cannot be compiled; training with PyTorch's slower operations (%s)",

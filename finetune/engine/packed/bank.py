@@ -8,7 +8,6 @@ it would have alone, up to the rounding of matrix products.
 import contextlib
 import copy
 import logging
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.losses import token_losses
+from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
@@ -31,8 +31,7 @@ from finetune.engine.packed.requests import (
 )
 from finetune.engine.packed.slot import Slot
 from finetune.model.adapter import add_adapter
-from finetune.model.device import record_event
-from finetune.model.memory import free_memory, out_of_memory
+from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Bank:
 
         Args:
             base: The loaded base; its linear layers are hooked in place.
-            config: The config of any run on this base.
+            config: The config of any run on this base; they agree on what concerns the base.
             backend: Computes training and evaluation; None: the GPU decoder where it is
                 supported, else autograd.
         """
@@ -74,7 +73,7 @@ class Bank:
         """How many requests fit into memory at once; None: no limit has been met."""
         self._host_work: Callable[[], None] | None = None
 
-    def draw_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
+    def initialise_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """Initialise an adapter exactly as PEFT does on the real base.
 
         Args:
@@ -92,10 +91,10 @@ class Bank:
         Args:
             lora: The adapter's settings.
             seed: The run's seed.
-            model: The adapter from `draw_adapter`; None: it is drawn now.
+            model: The adapter from `initialise_adapter`; None: it is initialised now.
         """
         if model is None:
-            model = self.draw_adapter(lora, seed)
+            model = self.initialise_adapter(lora, seed)
         slot = Slot(self, lora, seed, model)
         self.backend.attach(slot)
         self._autograd.attach(slot)
@@ -107,7 +106,8 @@ class Bank:
             skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._base_config))
         for module in skeleton.modules():
             if isinstance(module, torch.nn.Linear):
-                # PEFT initialises the adapter on the device of the layer's weight.
+                # PEFT initialises the adapter on the device of the layer's weight, which must not
+                # be meta. An expanded tensor has the shape, and memory for one element.
                 one_element = torch.zeros(1, 1).expand(module.weight.shape)
                 module.weight = torch.nn.Parameter(one_element, requires_grad=False)
         return skeleton
@@ -140,9 +140,10 @@ class Bank:
             size = max(self.capacity or len(group), 1)
             for start in range(0, len(group), size):
                 chunk = group[start : start + size]
-                for request, response in zip(chunk, self._execute_chunk(chunk), strict=True):
+                chunk_responses = self._execute_chunk(chunk)
+                for request, response in zip(chunk, chunk_responses, strict=True):
                     responses[id(request)] = response
-        self._run_host_work()
+        self._run_host_work()  # on a CPU, or if no pass got far enough to call it
         return [responses[id(request)] for request in requests]
 
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
@@ -156,7 +157,7 @@ class Bank:
             if len(requests) == 1:
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
                 return [error]
-            if out_of_memory(error):
+            if is_out_of_memory_error(error):
                 self.capacity = half
                 log.warning(
                     "memory is too small for %d slots at once; %d from now on", len(requests), half
@@ -178,7 +179,7 @@ class Bank:
         Returns:
             The result of each request. The gradients replace those in the slots.
         """
-        timer = _PassTimer(self.device)
+        timer = PassTimer(self.device)
         batch = PackedBatch([request.rows for request in requests], self.device)
         loss_weights = self._loss_weights(requests, batch)
         slots = self._rounded_slots(requests)
@@ -188,9 +189,10 @@ class Bank:
         del hidden  # makes room for the backward pass
         assert result.gradient is not None
         self.backend.backward(trace, result.gradient)
-        sums = [result.losses[start:stop].double().sum() for start, stop in batch.target_spans]
-        norms = torch.stack([slot.gradient.norm() for slot in slots]).double()
-        figures = torch.stack([torch.stack(sums), norms], 1)
+        # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
+        losses = [result.losses[start:stop].double().sum() for start, stop in batch.target_spans]
+        norms = [slot.gradient.norm() for slot in slots]
+        figures = torch.stack([torch.stack(losses), torch.stack(norms).double()], 1)
         timer.stop()
         pairs = self._fetch(figures)  # one copy from the GPU for all slots
         seconds = timer.seconds()
@@ -215,8 +217,9 @@ class Bank:
             The evaluation of each request's rows.
         """
         batch = PackedBatch([request.rows for request in requests], self.device)
+        slots = self._rounded_slots(requests)
         with torch.inference_mode():
-            hidden, _ = self.backend.forward(batch, self._rounded_slots(requests), None)
+            hidden, _ = self.backend.forward(batch, slots, None)
             result = token_losses(self.backend, self._head, hidden, batch.targets, None)
         row_count = sum(len(request.rows) for request in requests)
         zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
@@ -227,8 +230,10 @@ class Bank:
         first_row = 0
         for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
             rows = slice(first_row, first_row + len(request.rows))
-            accuracy = int(result.correct[start:stop].sum()) / max(stop - start, 1)
-            evaluations.append(Evaluation(tuple(losses[rows]), tuple(tokens[rows]), accuracy))
+            correct = int(result.correct[start:stop].sum())
+            accuracy = correct / max(stop - start, 1)
+            evaluation = Evaluation(tuple(losses[rows]), tuple(tokens[rows]), accuracy)
+            evaluations.append(evaluation)
             first_row = rows.stop
         return evaluations
 
@@ -262,27 +267,6 @@ class Bank:
     def _run_host_work(self) -> None:
         """Call `host_work`, unless it has been called already."""
         host_work = self._host_work
-        self._host_work = None
+        self._host_work = None  # first, so that it is called once
         if host_work is not None:
             host_work()
-
-
-class _PassTimer:
-    """Measures a pass: on a GPU by CUDA events, so that host work meanwhile does not count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start_time = time.perf_counter()
-        self._start_event = record_event(device)
-        self._stop_event: torch.cuda.Event | None = None
-
-    def stop(self) -> None:
-        """Mark the end of the pass's operations, which the GPU may not have begun yet."""
-        self._stop_event = record_event(self._device)
-
-    def seconds(self) -> float:
-        """Duration of the pass; on a GPU to be called after its results have been fetched."""
-        if self._start_event is None or self._stop_event is None:
-            return time.perf_counter() - self._start_time
-        milliseconds: float = self._start_event.elapsed_time(self._stop_event)
-        return milliseconds / 1000

@@ -21,8 +21,9 @@ Row = dict[str, list[int]]
 
 def packed_length(rows: Sequence[dict[str, Any]]) -> int:
     """Count the tokens that a batch takes in a packed batch, a common prefix once."""
-    repeated = max(len(rows) - 1, 0)
-    return sum(map(computed_length, rows)) - common_prefix_length(rows) * repeated
+    repetitions = max(len(rows) - 1, 0)
+    row_tokens = sum(map(computed_length, rows))
+    return row_tokens - common_prefix_length(rows) * repetitions
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Span:
     def prefix_stop(self) -> int:
         """One past the prefix's last token."""
         return self.prefix_start + self.prefix_length
+
+    def key_indices(self) -> torch.Tensor:
+        """The tokens that the last query attends to: the prefix and the span itself [keys]."""
+        prefix = torch.arange(self.prefix_start, self.prefix_stop)
+        return torch.cat([prefix, torch.arange(self.start, self.stop)])
 
 
 @dataclass
@@ -84,7 +90,8 @@ class _Layout:
         """Append a row without its shared prefix, up to the token that predicts its last answer."""
         start = len(self.input_ids)
         length = computed_length(row)
-        self.spans.append(Span(start, length - prefix_length, prefix_start, prefix_length))
+        span = Span(start, length - prefix_length, prefix_start, prefix_length)
+        self.spans.append(span)
         self.input_ids += row["input_ids"][prefix_length:length]
         self.position_ids.append(numpy.arange(prefix_length, length))
         # The hidden state of a token predicts the label of the next one.
@@ -122,11 +129,10 @@ class PackedBatch:
             numpy.concatenate(layout.position_ids),
             numpy.array(layout.input_ids),
         ]
-        # One copy to the device for all of them.
+        # One copy to the device for all of them: each copy is a launch.
         joined = to_device(torch.from_numpy(numpy.concatenate(arrays)), device)
-        targets, target_rows, positions, position_ids, input_ids = torch.split(
-            joined, [len(array) for array in arrays]
-        )
+        sizes = [len(array) for array in arrays]
+        targets, target_rows, positions, position_ids, input_ids = torch.split(joined, sizes)
         self.targets = targets
         """The answer tokens [answer tokens]."""
         self.target_rows = target_rows

@@ -45,18 +45,28 @@ def _replace_forward(
     original = module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = fused(x) if active() else original(x)
-        return result
+        if active():
+            return fused(x)
+        output: torch.Tensor = original(x)
+        return output
 
     module.forward = forward
 
 
 def _fused_rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, module.weight, module.variance_epsilon)
+
+    return forward
 
 
 def _fused_swiglu(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # No name is bound to the product, so that it can be freed as soon as nothing needs it.
+        output: torch.Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+        return output
+
+    return forward
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,15 +81,20 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = (x_float32 * x_float32).mean(-1, keepdim=True)
         inverse_rms = torch.rsqrt(mean_square + epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * (x_float32 * inverse_rms).to(x.dtype)
+        # Rounded before it is multiplied by the weight, as in transformers.
+        normalized = (x_float32 * inverse_rms).to(x.dtype)
+        return weight * normalized
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse_rms = ctx.saved_tensors
-        grad_normalized = (grad_outputs[0] * weight).float()
+        (grad_output,) = grad_outputs
+        grad_normalized = (grad_output * weight).float()
         normalized = x.float() * inverse_rms
         projection = (grad_normalized * normalized).mean(-1, keepdim=True)
-        grad_x = grad_normalized.sub_(normalized.mul_(projection)).mul_(inverse_rms)
+        # (grad_normalized - normalized · projection) · inverse_rms, in place to save memory.
+        parallel = normalized.mul_(projection)
+        grad_x = grad_normalized.sub_(parallel).mul_(inverse_rms)
         return grad_x.to(x.dtype), None, None
 
 
@@ -94,8 +109,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad_outputs[0] * up, gate)
-        grad_up = silu(gate).mul_(grad_outputs[0])
+        (grad_output,) = grad_outputs
+        grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)
+        grad_up = silu(gate).mul_(grad_output)
         return grad_gate, grad_up
 
 

@@ -4,6 +4,7 @@ Each slot's adapter acts on that slot's tokens only. Adapter gradients are added
 slots' gradient vectors; autograd sees only the input and the output of the layer.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,13 @@ class Adapter:
         """Describe the adapter to the GPU kernels.
 
         Returns:
-            The `lowrank.COLUMNS` integers of the adapter's row in its slot's table.
+            The `adapter_tables.COLUMNS` integers of the adapter's row in its slot's table.
         """
         tensors = (self.a, self.b, self.gradient_a, self.gradient_b)
         addresses = [tensor.data_ptr() for tensor in tensors]
         rank = len(self.a)
-        scaling_bits = int(torch.tensor(self.scaling, dtype=torch.float64).view(torch.int64))
+        scaling = torch.tensor(self.scaling, dtype=torch.float64)
+        scaling_bits = int(scaling.view(torch.int64))
         return [*addresses, rank, self.number, scaling_bits, 0]
 
 
@@ -76,13 +78,16 @@ class SlotTokens:
         if self.dropout_step is None or not self.dropout:
             return None
         generator = torch.Generator(x.device)
+        # No two masks share a seed while a run has fewer batches and adapters than these factors.
         batch_seed = self.seed * 1_000_003 + self.dropout_step
         generator.manual_seed((batch_seed * 4_093 + self.adapter.number) % 2**63)
         # One 64-bit draw serves four elements: drawing is the main cost of dropout on a CPU.
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        word_count = math.ceil(x.numel() / 4)
+        words = torch.empty(word_count, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=generator)
         uniform = words.view(torch.int16)[: x.numel()].view(x.shape)
-        return uniform < round(self.dropout * 65536) - 32768
+        threshold = round(self.dropout * 65536) - 32768  # int16 begins at -32768
+        return uniform < threshold
 
     @property
     def scaling(self) -> float:
@@ -120,36 +125,43 @@ class _LoraLinear(torch.autograd.Function):
         y = _base_output(x, layer) if output is None else output.clone()
         flat_x = x.flatten(0, -2)
         flat_y = y.flatten(0, -2)
-        saved: list[torch.Tensor | None] = []
+        activations: list[torch.Tensor | None] = []
+        """Of each slot in turn: the input through A, and the dropout mask."""
         for slot in slot_tokens:
-            slot_x = flat_x[slot.start : slot.stop]
+            tokens = slice(slot.start, slot.stop)
+            slot_x = flat_x[tokens]
             mask = slot.dropout_mask(slot_x)
             shrunk = _drop(slot_x, mask) @ slot.adapter.a.t()
-            slot_y = flat_y[slot.start : slot.stop]
-            slot_y.addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
-            saved += [shrunk, mask]
-        ctx.save_for_backward(x, *saved)
+            # In place on a view of y: one output for all slots, without a copy.
+            flat_y[tokens].addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
+            activations += [shrunk, mask]
+        ctx.save_for_backward(x, *activations)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        x, *saved = ctx.saved_tensors
+        x, *activations = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0] and ctx.computes_base:
             grad_x = grad_output @ dense_weight(ctx.layer)
         elif ctx.needs_input_grad[0]:
+            # Autograd adds the gradient through the base, which another operation has computed.
             grad_x = torch.zeros_like(x)
         flat_x = x.flatten(0, -2)
         flat_grad_output = grad_output.flatten(0, -2)
         flat_grad_x = None if grad_x is None else grad_x.flatten(0, -2)
-        for slot, shrunk, mask in zip(ctx.slot_tokens, saved[::2], saved[1::2], strict=True):
+        all_shrunk = activations[::2]
+        masks = activations[1::2]
+        for slot, shrunk, mask in zip(ctx.slot_tokens, all_shrunk, masks, strict=True):
             tokens = slice(slot.start, slot.stop)
             adapter = slot.adapter
             slot_grad = flat_grad_output[tokens]
             grad_shrunk = (slot_grad @ adapter.b) * slot.scaling
             _add_product(adapter.gradient_b, slot_grad.t(), shrunk, slot.scaling)
-            _add_product(adapter.gradient_a, grad_shrunk.t(), _drop(flat_x[tokens], mask), 1.0)
+            slot_x = _drop(flat_x[tokens], mask)
+            _add_product(adapter.gradient_a, grad_shrunk.t(), slot_x, 1.0)
+            del slot_x  # with dropout it is a copy
             if flat_grad_x is not None:
                 _add_input_gradient(flat_grad_x[tokens], grad_shrunk, adapter.a, mask)
         grad_base = None if ctx.computes_base else grad_output
@@ -173,7 +185,7 @@ def _add_product(
     """Add `scale · left @ right` to a float32 gradient."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
-    else:
+    else:  # `addmm_` does not mix dtypes
         total.add_(left @ right, alpha=scale)
 
 

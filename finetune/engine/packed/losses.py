@@ -57,7 +57,9 @@ def token_losses(
         if loss_weights is not None:
             assert grad_logits is not None
             grad_hidden = grad_logits.to(hidden.dtype) @ weight
-            gradients.append((grad_hidden * loss_weights[chunk, None]).to(hidden.dtype))
+            # The weights are float32, so weighting adds no rounding of its own to 16 bits.
+            weighted = grad_hidden * loss_weights[chunk, None]
+            gradients.append(weighted.to(hidden.dtype))
         del grad_logits  # or those of two chunks would be in memory
     gradient = torch.cat(gradients) if gradients else None
     return TokenLosses(torch.cat(losses), torch.cat(correct), gradient)

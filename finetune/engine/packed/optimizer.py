@@ -36,7 +36,7 @@ class SlotOptimizer:
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
-            fused=True,
+            fused=True,  # one kernel for the whole vector
         )
         scheduler = get_scheduler(
             settings.lr_scheduler_type,
@@ -45,6 +45,8 @@ class SlotOptimizer:
             num_training_steps=total,
             scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
         )
+        # Only its function of the step: the rate is set by hand in `update`, so that a resumed run
+        # has no state of a scheduler to restore.
         self._schedule = scheduler.lr_lambdas[0]
         self._loss_scale = LossScale() if slot.bank.dtype == torch.float16 else None
 
@@ -69,13 +71,14 @@ class SlotOptimizer:
         if self._loss_scale is not None:
             gradient.div_(self._loss_scale.value)
         limit = self._settings.max_grad_norm
-        if limit and not norm + 1e-6 <= limit:  # true for NaN as well
-            gradient.mul_(limit / (norm + 1e-6))
+        padded_norm = norm + 1e-6  # as `torch.nn.utils.clip_grad_norm_` pads it
+        if limit and not padded_norm <= limit:  # true for NaN as well
+            gradient.mul_(limit / padded_norm)
         if self._loss_scale is None or self._loss_scale.update(math.isfinite(norm)):
             self._adamw.param_groups[0]["lr"] = learning_rate
             self._weights.grad = gradient
             self._adamw.step()
-            self._weights.grad = None
+            self._weights.grad = None  # lets go of an accumulated gradient's memory
 
     def save(self, checkpoint: Path) -> None:
         """Write the weights and the state into a checkpoint folder."""

@@ -38,7 +38,7 @@ class Slot:
     """
 
     def __init__(self, bank: SlotBank, lora: LoraSettings, seed: int, model: "PeftModel") -> None:
-        """Copy a drawn adapter to the bank's device.
+        """Copy a fresh adapter to the bank's device.
 
         Args:
             bank: The bank that the slot is on.
@@ -73,7 +73,7 @@ class Slot:
         gradients = self._views(self.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
-            index = 2 * number
+            index = 2 * number  # A and B of each layer in turn, as in `_trained_parameters`
             adapters[name] = Adapter(
                 number=number,
                 scaling=float(layer.scaling["default"]),
@@ -86,8 +86,10 @@ class Slot:
 
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A view of the vector for each of the model's parameters, in its shape."""
-        pairs = zip(self._parameters, self._slices, strict=True)
-        return [vector[section].view(parameter.shape) for parameter, section in pairs]
+        views = []
+        for parameter, section in zip(self._parameters, self._slices, strict=True):
+            views.append(vector[section].view(parameter.shape))
+        return views
 
     def _bind_model(self, vector: torch.Tensor) -> None:
         """Make the model's weights views of a vector."""
@@ -122,6 +124,7 @@ def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
     # Late, as PEFT imports bitsandbytes: `require_bitsandbytes` must be able to refuse it first.
     from peft.tuners.lora import LoraLayer
 
+    # `base_model.model` is the base itself, so the names are those of its layers.
     modules = model.base_model.model.named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 

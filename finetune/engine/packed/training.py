@@ -71,19 +71,21 @@ class PackedTraining:
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
         lengths = [len(row["input_ids"]) for row in self._rows]
+        steps = step_batches(lengths, self._config, self._total)
+        progress = reporter.progress
         with reporter.live():
             yield from reporter.begin()
-            for number, step in enumerate(step_batches(lengths, self._config, self._total), 1):
-                if reporter.state.stop is not None:
+            for number, step in enumerate(steps, 1):
+                if progress.stop is not None:
                     break
-                if number <= reporter.state.step:
+                if number <= progress.step:  # before the checkpoint that the run resumes from
                     continue
                 yield from self._step(number, step, reporter)
-                due = save_every and (number % save_every == 0 or number == self._total)
-                if due or reporter.state.stop == "interrupted":
+                is_due = save_every and (number % save_every == 0 or number == self._total)
+                if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
                     self._optimizer.save(path)
-                    reporter.saved(path, checkpoint_limit)
+                    reporter.complete_checkpoint(path, checkpoint_limit)
 
     def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
@@ -97,8 +99,8 @@ class PackedTraining:
         examples = as_list(rows)
         batch_size = self._config.trainer.per_device_eval_batch_size
         order = sorted(range(len(examples)), key=lambda index: -computed_length(examples[index]))
-        losses = [0.0] * len(order)
-        tokens = [0] * len(order)
+        losses = [0.0] * len(examples)
+        tokens = [0] * len(examples)
         correct = 0.0
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -108,7 +110,8 @@ class PackedTraining:
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
             correct += evaluation.accuracy * evaluation.tokens
-        return Evaluation(tuple(losses), tuple(tokens), correct / max(sum(tokens), 1))
+        accuracy = correct / max(sum(tokens), 1)
+        return Evaluation(tuple(losses), tuple(tokens), accuracy)
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.
@@ -124,8 +127,9 @@ class PackedTraining:
     def _step(self, number: int, step: Step, reporter: Reporter) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
-        batches = [[self._rows[index] for index in batch] for batch in step.batches]
-        token_weight = 1 / max(sum(map(count_answer_tokens, batches)), 1)
+        batches = [[self._rows[index] for index in indices] for indices in step.batches]
+        answer_tokens = sum(map(count_answer_tokens, batches))
+        token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
@@ -149,11 +153,14 @@ class PackedTraining:
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
         tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
-        yield from reporter.step(number, loss, norm, learning_rate, tokens, seconds)
+        yield from reporter.report_step(number, loss, norm, learning_rate, tokens, seconds)
 
 
 def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.clone() if total is None else total.add_(gradient)
+    """Add a batch's gradient to the sum of those before it, in place; None: there are none."""
+    if total is None:
+        return gradient.clone()  # the next batch overwrites the gradient
+    return total.add_(gradient)
 
 
 def count_answer_tokens(rows: list[Row]) -> int:

@@ -253,7 +253,7 @@ def test_guanaco_holds_no_rows_out_and_so_has_no_objective(guanaco: RunConfig) -
 
 
 def test_guanaco_trains_by_the_published_arguments(guanaco: RunConfig, tmp_path: Path) -> None:
-    from finetune.engine.trl import training_arguments
+    from finetune.engine.trl.arguments import training_arguments
 
     arguments = training_arguments(guanaco, tmp_path, steps=250)
 

@@ -78,7 +78,8 @@ def test_training_on_packed_sequences_takes_each_row_for_itself(
 
     from finetune.compat import set_train_sampler
     from finetune.engine.evaluation import evaluate
-    from finetune.engine.trl import EpochSampler, training_arguments
+    from finetune.engine.trl.arguments import training_arguments
+    from finetune.engine.trl.sampler import EpochSampler
 
     model = sharp_model(tiny)
     model.set_attn_implementation(attention)

@@ -169,7 +169,7 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
 
     from finetune.model.adapter import add_adapter
     from finetune.model.loading import load_base
-    from finetune.model.quantization import keep_dequantized
+    from finetune.model.quantization import dequantize_base
     from finetune.model.source import find_base
 
     config = tiny(f"quantization={quantization}")
@@ -178,7 +178,7 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
     for kept in (False, True):
         base = load_base(find_base(config.model), config)
         if kept:
-            keep_dequantized(base, config)
+            dequantize_base(base, config)
             assert not any(isinstance(module, Linear4bit) for module in base.modules())
         model = add_adapter(base, config.lora, seed=0)
         loss = model(input_ids=ids, labels=ids).loss

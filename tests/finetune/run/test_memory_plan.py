@@ -156,12 +156,19 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune.engine.packed.bank import Bank
-    from finetune.engine.packed.gpu import attention, kernels, lowrank
+    from finetune.engine.packed.gpu import (
+        attention,
+        cross_entropy,
+        lowrank,
+        rms_norm,
+        rotary,
+        swiglu,
+    )
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
-    for module in (attention, kernels, lowrank):
+    for module in (attention, cross_entropy, lowrank, rms_norm, rotary, swiglu):
         monkeypatch.setattr(module, "launch", lambda *_: None)
     shapes = {
         "hidden_size": 512,

@@ -141,7 +141,7 @@ class StopsAt(Observer):
     def on_rung(self, rung: Rung) -> None:
         self.seen.append(rung)
 
-    def judge(self, rung: Rung) -> bool:
+    def should_prune(self, rung: Rung) -> bool:
         return rung.index == self.rung
 
 

@@ -58,7 +58,7 @@ def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path
 
 
 class StopsAtFirstRung(Observer):
-    def judge(self, rung: Rung) -> bool:
+    def should_prune(self, rung: Rung) -> bool:
         return rung.index == 1
 
 

@@ -89,7 +89,7 @@ class Judged:
     def ends_at(self, rung: int, value: float) -> bool:
         reached = Rung(rung, 10 * rung, 90, {"objective": value})
         self.judge.on_rung(reached)
-        return self.judge.judge(reached)
+        return self.judge.should_prune(reached)
 
     def ends_after(self, step: int) -> bool:
         return self.judge.on_step(step)

@@ -87,7 +87,7 @@ def test_no_failure_allowed_ends_at_the_first(
 SMALL_MEMORY = """
 import torch
 from finetune.engine.packed.bank import Bank
-from finetune.engine.trl import TrlTraining
+from finetune.engine.trl.training import TrlTraining
 learn, train = Bank.forward_backward, TrlTraining.train
 def fits(rows):
     if rows > 2:

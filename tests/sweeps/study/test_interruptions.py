@@ -123,11 +123,11 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
 AN_HOUR_PASSES = """
 import time
 from finetune.engine.reporter import Reporter
-step, now = Reporter.step, time.time
+step, now = Reporter.report_step, time.time
 def late_step(*arguments, **more):
     time.time = lambda: now() + 3600
     return step(*arguments, **more)
-Reporter.step = late_step
+Reporter.report_step = late_step
 """
 """By the clock, with the first step."""
 

@@ -23,7 +23,7 @@ class Listens(Observer):
     def on_rung(self, rung: Rung) -> None:
         self._heard.append(("report", rung.index, self._number))
 
-    def judge(self, rung: Rung) -> bool:
+    def should_prune(self, rung: Rung) -> bool:
         self._heard.append(("judge", rung.index, self._number))
         return rung.index == self._stops_at
 
@@ -77,7 +77,7 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 
     learns, draws, takes, trained = (
         Bank.forward_backward,
-        Bank.draw_adapter,
+        Bank.initialise_adapter,
         SharedResources.slot,
         threading.Event(),
     )
@@ -96,7 +96,7 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 
     monkeypatch.setattr(SharedResources, "slot", slot)
     monkeypatch.setattr(Bank, "forward_backward", forward_backward)
-    monkeypatch.setattr(Bank, "draw_adapter", draw)
+    monkeypatch.setattr(Bank, "initialise_adapter", draw)
     configs = [
         tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}")
         for n, steps in enumerate((15, 2, 2))

@@ -18,8 +18,8 @@ from finetune.engine.packed.gpu.attention_kernels import (
     attention_backward_query_kernel,
     attention_kernel,
 )
-from finetune.engine.packed.gpu.kernels import apply_rotary
 from finetune.engine.packed.gpu.launch import launch
+from finetune.engine.packed.gpu.rotary import apply_rotary
 from finetune.model.device import to_device
 
 BLOCK = 64
@@ -54,25 +54,23 @@ class SpanTables:
 
 
 def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
-    stops = {span.start: span.stop for span in spans}
-    last_readers = dict(stops)
+    """The rows of `SpanTables.spans`."""
+    last_readers = {span.start: span.stop for span in spans}
     """One past the last token that attends to the span that starts there."""
     for span in spans:
         if span.prefix_length:
-            last_readers[span.prefix_start] = max(last_readers[span.prefix_start], span.stop)
-    return [
-        (
-            span.start,
-            stops[span.start],
-            span.prefix_start,
-            span.prefix_stop,
-            last_readers[span.start],
-        )
-        for span in spans
-    ]
+            last_reader = last_readers[span.prefix_start]
+            last_readers[span.prefix_start] = max(last_reader, span.stop)
+    rows = []
+    for span in spans:
+        last_reader = last_readers[span.start]
+        row = (span.start, span.stop, span.prefix_start, span.prefix_stop, last_reader)
+        rows.append(row)
+    return rows
 
 
 def _block_rows(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The rows of `SpanTables.blocks`."""
     rows = []
     for number, span in enumerate(spans):
         for first in range(span.start, span.stop, BLOCK):
@@ -127,7 +125,8 @@ def attention(
         scale * LOG2_E, tokens, heads, group_size, head_dim, window_tokens,
     )  # fmt: skip
     grid = (len(tables.blocks), heads, 1)
-    launch(attention_kernel, grid, arguments, _constants(head_dim, window_tokens), 4, 3)
+    constants = _constants(head_dim, window_tokens)
+    launch(attention_kernel, grid, arguments, constants, 4, 3)
     return AttentionTrace(query, key, value, output, log_sum_exp, scale, window_tokens)
 
 
@@ -149,30 +148,30 @@ def attention_backward(
     Returns:
         Gradients in the shapes of query, key and value.
     """
-    query, key, value = trace.query, trace.key, trace.value
+    query = trace.query
     tokens, heads, head_dim = query.shape
-    key_heads = key.shape[1]
+    key_heads = trace.key.shape[1]
     grad_query = torch.empty_like(query)
-    grad_key = torch.empty_like(key)
-    grad_value = torch.empty_like(value)
+    grad_key = torch.empty_like(trace.key)
+    grad_value = torch.empty_like(trace.value)
     # Sum of output · gradient of each row (D in the paper): the first kernel writes it, the
     # second one reads it.
     output_grad_sum = torch.empty_like(trace.log_sum_exp)
-    constants = _constants(head_dim, trace.window)
     # The kernels rotate back themselves where the two halves of a head are halves of the block.
-    rotate_in_kernel = rotation is not None and constants[1] == head_dim
-    cos, sin = rotation or (query, query)
-    common = (
-        cos, sin, query, key, value, grad_output, trace.log_sum_exp, output_grad_sum,
+    rotate_in_kernel = rotation is not None and _padded_head_dim(head_dim) == head_dim
+    cos, sin = rotation or (query, query)  # any tensors, where the kernels don't read them
+    shared_arguments = (
+        cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
         tables.position_ids, tables.blocks, tables.spans,
         trace.scale * LOG2_E, trace.scale, tokens, heads, heads // key_heads, head_dim,
         trace.window,
     )  # fmt: skip
-    constants = (rotate_in_kernel, *constants)
+    constants = (rotate_in_kernel, *_constants(head_dim, trace.window))
     blocks = len(tables.blocks)
-    query_arguments = (grad_query, trace.output, *common)
-    launch(attention_backward_query_kernel, (blocks, heads, 1), query_arguments, constants, 4, 3)
-    key_arguments = (grad_key, grad_value, *common)
+    query_arguments = (grad_query, trace.output, *shared_arguments)
+    query_grid = (blocks, heads, 1)
+    launch(attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3)
+    key_arguments = (grad_key, grad_value, *shared_arguments)
     key_grid = (blocks, key_heads, 1)
     launch(attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2)
     if rotation is not None and not rotate_in_kernel:
@@ -183,4 +182,10 @@ def attention_backward(
 
 def _constants(head_dim: int, window: int) -> tuple[Any, ...]:
     """The kernels' constants WINDOW, HEAD_DIM, BLOCK and STEP."""
-    return window > 0, max(16, triton.next_power_of_2(head_dim)), BLOCK, STEP
+    return window > 0, _padded_head_dim(head_dim), BLOCK, STEP
+
+
+def _padded_head_dim(head_dim: int) -> int:
+    """Columns of the kernels' blocks: a power of 2, and at least the 16 that `tl.dot` needs."""
+    power: int = triton.next_power_of_2(head_dim)
+    return max(16, power)

@@ -4,23 +4,43 @@ Written after the fused attention of Triton's tutorials. A program of the forwar
 queries' backward kernel owns a block of queries and goes over the keys that these see: the shared
 prefix, then the span up to the block. A program of the keys' backward kernel owns a block of keys
 and goes over the queries that see them: the rest of the span, then the spans that share it.
+
+Scores are scaled by LOG2_E as well, because a GPU computes 2 ** x faster than exp(x). Products get
+`input_precision="ieee"`: Triton would otherwise round float32 operands to TF32.
 """
 
 import triton
 import triton.language as tl
 
+from finetune.engine.packed.gpu.element_access import load_float32, store_rounded
+
 
 @triton.jit
 def _load_block(blocks, spans):
-    """This program's first token, and the row of its span in the table."""
+    """This program's first token, and the row of its span in `SpanTables.spans`."""
     block = blocks + 2 * tl.program_id(0)
-    return tl.load(block + 1), spans + 5 * tl.load(block)
+    span = tl.load(block)
+    first_token = tl.load(block + 1)
+    return first_token, spans + 5 * span
+
+
+@triton.jit
+def _load_span(span):
+    """Start, stop, prefix start, prefix stop, and one past the span's last reader."""
+    start = tl.load(span)
+    stop = tl.load(span + 1)
+    prefix_start = tl.load(span + 2)
+    prefix_stop = tl.load(span + 3)
+    last_reader = tl.load(span + 4)
+    return start, stop, prefix_start, prefix_stop, last_reader
 
 
 @triton.jit
 def _load_head(base, tokens, heads, head, head_dim, columns, token_mask):
     """One head of some tokens [tokens, head_dim]."""
-    offsets = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim + columns[None, :]
+    # 64 bits: a long batch has more elements than 32 bits can count.
+    first_element = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim
+    offsets = first_element + columns[None, :]
     mask = token_mask[:, None] & (columns < head_dim)[None, :]
     return tl.load(base + offsets, mask=mask, other=0.0)
 
@@ -38,20 +58,20 @@ def _store_head(
     if ROTATE_BACK:
         half: tl.constexpr = HEAD_DIM // 2
         columns = tl.arange(0, half)[None, :]
-        offsets = tokens.to(tl.int64)[:, None] * head_dim + columns
+        angle_offsets = tokens.to(tl.int64)[:, None] * head_dim + columns
         mask = token_mask[:, None]
-        c = tl.load(cos + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(sin + offsets, mask=mask, other=0.0).to(tl.float32)
-        halves = tl.permute(tl.reshape(values, (values.shape[0], 2, half)), (0, 2, 1))
-        first, second = tl.split(halves)
-        dtype = base.dtype.element_ty
-        tl.store(base + first_element + columns, (first * c + second * s).to(dtype), mask=mask)
-        rotated_second = (second * c - first * s).to(dtype)
-        tl.store(base + first_element + columns + half, rotated_second, mask=mask)
+        c = load_float32(cos, angle_offsets, mask)
+        s = load_float32(sin, angle_offsets, mask)
+        # `tl.split` splits the last dimension, so the two halves of a head have to get there.
+        halves = tl.reshape(values, (values.shape[0], 2, half))
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        offsets = first_element + columns
+        store_rounded(base, offsets, first * c + second * s, mask)
+        store_rounded(base + half, offsets, second * c - first * s, mask)
     else:
         columns = tl.arange(0, HEAD_DIM)[None, :]
         mask = token_mask[:, None] & (columns < head_dim)
-        tl.store(base + first_element + columns, values.to(base.dtype.element_ty), mask=mask)
+        store_rounded(base, first_element + columns, values, mask)
 
 
 @triton.jit
@@ -93,18 +113,35 @@ def _load_keys(
     return keys, values, visible
 
 
+@triton.jit
+def _softmax_step(scores, maximum, denominator):
+    """Go over further scores of an online softmax (Milakov and Gimelshein, 2018).
+
+    Returns the new maximum and denominator, the weights of these scores, and the factor by which
+    the weights of earlier scores shrink.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # A query that sees no key yet has the maximum -inf, and -inf - -inf would be NaN.
+    finite_maximum = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - finite_maximum[:, None])
+    rescale = tl.exp2(maximum - finite_maximum)
+    denominator = denominator * rescale + tl.sum(weights, 1)
+    return new_maximum, denominator, weights, rescale
+
+
 @triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
 def attention_kernel(
     query, key, value, output, log_sum_exp, position_ids, blocks, spans, scale, token_count,
     heads, group_size, head_dim, window,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    """output = softmax(scale · query keyᵀ) value, and the softmax's log-sum-exp."""
     first, span = _load_block(blocks, spans)
-    start, stop = tl.load(span), tl.load(span + 1)
-    prefix_start, prefix_stop = tl.load(span + 2), tl.load(span + 3)
+    start, stop, prefix_start, prefix_stop, _ = _load_span(span)
     head = tl.program_id(1)
-    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
+    columns = tl.arange(0, HEAD_DIM)
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -112,9 +149,11 @@ def attention_kernel(
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for section in tl.static_range(2):  # the shared prefix, then the span itself
         if section == 0:
-            begin, end = prefix_start, prefix_stop
+            begin = prefix_start
+            end = prefix_stop
         else:
-            begin, end = start, tl.minimum(first + BLOCK, stop)
+            begin = start
+            end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
                 key, value, position_ids, key_token, end, query_positions, heads, group_size,
@@ -122,17 +161,12 @@ def attention_kernel(
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(visible, scores, -float("inf"))
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            finite_maximum = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
-            weights = tl.exp2(scores - finite_maximum[:, None])
-            rescale = tl.exp2(maximum - finite_maximum)
-            denominator = denominator * rescale + tl.sum(weights, 1)
+            maximum, denominator, weights, rescale = _softmax_step(scores, maximum, denominator)
             rescaled = result * rescale[:, None]
             result = tl.dot(weights.to(values.dtype), values, rescaled, input_precision="ieee")
-            maximum = new_maximum
-    denominator = tl.where(token_mask, denominator, 1.0)
-    token_log_sum_exp = maximum + tl.log2(denominator)
-    tl.store(log_sum_exp + head * token_count + tokens, token_log_sum_exp, mask=token_mask)
+    denominator = tl.where(token_mask, denominator, 1.0)  # beyond the span it is 0
+    query_log_sum_exp = maximum + tl.log2(denominator)
+    tl.store(log_sum_exp + head * token_count + tokens, query_log_sum_exp, mask=token_mask)
     result = result / denominator[:, None]
     _store_head(
         output, result, output, output, tokens, heads, head, head_dim, token_mask, False, HEAD_DIM
@@ -147,33 +181,37 @@ def attention_backward_query_kernel(
     ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of the queries; writes output · gradient of each query for the next kernel."""
     first, span = _load_block(blocks, spans)
-    start, stop = tl.load(span), tl.load(span + 1)
-    prefix_start, prefix_stop = tl.load(span + 2), tl.load(span + 3)
+    start, stop, prefix_start, prefix_stop, _ = _load_span(span)
     head = tl.program_id(1)
-    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
+    columns = tl.arange(0, HEAD_DIM)
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
-    level = tl.load(log_sum_exp + head * token_count + tokens, mask=token_mask, other=0.0)
+    first_query = head * token_count  # of this head, in what has one number for each query
+    query_log_sum_exp = tl.load(log_sum_exp + first_query + tokens, mask=token_mask, other=0.0)
     outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
-    tl.store(output_grad_sum + head * token_count + tokens, grad_sums, mask=token_mask)
+    tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for section in tl.static_range(2):  # the shared prefix, then the span itself
         if section == 0:
-            begin, end = prefix_start, prefix_stop
+            begin = prefix_start
+            end = prefix_stop
         else:
-            begin, end = start, tl.minimum(first + BLOCK, stop)
+            begin = start
+            end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
                 key, value, position_ids, key_token, end, query_positions, heads, group_size,
                 head, head_dim, columns, window, WINDOW, STEP,
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = scores - level[:, None]
-            weights = tl.exp2(tl.where(visible, scores, -float("inf")))
+            log_weights = tl.where(visible, scores - query_log_sum_exp[:, None], -float("inf"))
+            weights = tl.exp2(log_weights)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
             grad_scores = weights * (grad_weights - grad_sums[:, None])
             result = tl.dot(grad_scores.to(keys.dtype), keys, result, input_precision="ieee")
@@ -184,6 +222,28 @@ def attention_backward_query_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _load_queries(
+    query, grad_output, log_sum_exp, output_grad_sum, position_ids, first, end, key_positions,
+    key_mask, token_count, heads, head, head_dim, columns, window,
+    WINDOW: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The queries from a token on, their outputs' gradients, and which of them see each key."""
+    tokens = first + tl.arange(0, STEP)
+    token_mask = tokens < end
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    first_query = head * token_count
+    query_log_sum_exp = tl.load(log_sum_exp + first_query + tokens, mask=token_mask, other=0.0)
+    grad_sums = tl.load(output_grad_sum + first_query + tokens, mask=token_mask, other=0.0)
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    mask = token_mask[None, :] & key_mask[:, None]
+    visible = _attention_mask(
+        query_positions[None, :], key_positions[:, None], mask, window, WINDOW
+    )
+    return queries, grads, query_log_sum_exp, grad_sums, visible
+
+
 @triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
 def attention_backward_key_value_kernel(
     grad_key, grad_value, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
@@ -192,41 +252,38 @@ def attention_backward_key_value_kernel(
     ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of the keys and values, summed over the query heads that share a key head."""
     first, span = _load_block(blocks, spans)
-    stop, last_reader = tl.load(span + 1), tl.load(span + 4)
+    _, stop, _, _, last_reader = _load_span(span)
     key_head = tl.program_id(1)
     key_heads = heads // group_size
-    tokens, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
+    columns = tl.arange(0, HEAD_DIM)
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
     values = _load_head(value, tokens, key_heads, key_head, head_dim, columns, token_mask)
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for head in range(key_head * group_size, (key_head + 1) * group_size):
+    first_head = key_head * group_size
+    for head in range(first_head, first_head + group_size):
         for section in tl.static_range(2):  # the span from here on, then the rows that share it
-            begin, end = (first, stop) if section == 0 else (stop, last_reader)
+            if section == 0:
+                begin = first
+                end = stop
+            else:
+                begin = stop
+                end = last_reader
             for query_token in range(begin, end, STEP):
-                query_tokens = query_token + tl.arange(0, STEP)
-                query_mask = query_tokens < end
-                queries = _load_head(
-                    query, query_tokens, heads, head, head_dim, columns, query_mask
-                )
-                grads = _load_head(
-                    grad_output, query_tokens, heads, head, head_dim, columns, query_mask
-                )
-                level_address = log_sum_exp + head * token_count + query_tokens
-                level = tl.load(level_address, mask=query_mask, other=0.0)
-                grad_sum_address = output_grad_sum + head * token_count + query_tokens
-                grad_sums = tl.load(grad_sum_address, mask=query_mask, other=0.0)
-                query_positions = _load_positions(position_ids, query_tokens, query_mask, WINDOW)
-                visible = _attention_mask(
-                    query_positions[None, :], key_positions[:, None],
-                    query_mask[None, :] & token_mask[:, None], window, WINDOW,
+                queries, grads, query_log_sum_exp, grad_sums, visible = _load_queries(
+                    query, grad_output, log_sum_exp, output_grad_sum, position_ids, query_token,
+                    end, key_positions, token_mask, token_count, heads, head, head_dim, columns,
+                    window, WINDOW, STEP,
                 )  # fmt: skip
+                # Transposed, keys by queries, so that the sums over queries below are products.
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
-                scores = scores - level[None, :]
-                weights = tl.exp2(tl.where(visible, scores, -float("inf")))
+                log_weights = tl.where(visible, scores - query_log_sum_exp[None, :], -float("inf"))
+                weights = tl.exp2(log_weights)
                 value_result = tl.dot(
                     weights.to(grads.dtype), grads, value_result, input_precision="ieee"
                 )

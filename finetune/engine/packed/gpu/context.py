@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.attention import SpanTables
-from finetune.engine.packed.gpu.lowrank import AdapterTables
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The backend on a GPU: the decoder of a Llama-like base with hand-written kernels.
 
 A run alone is limited by how fast operations can be launched, so there are few of them: norms,
-SwiGLU and the rotary embedding are one kernel each (`kernels`), the adapters of all slots are
-computed at once (`lowrank`), and attention stays within each row without padding (`attention`).
+SwiGLU and the rotary embedding are one kernel each (`rms_norm`, `swiglu`, `rotary`), the adapters
+of all slots are computed at once (`lowrank`), and attention stays within each row without padding
+(`attention`).
 
 With gradient checkpointing (Chen et al., 2016) a block keeps only its input and is computed again
 for its backward pass, except for its last product, which no gradient needs. The last blocks keep
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.gpu import kernels, lowrank
+from finetune.engine.packed.gpu.adapter_tables import COLUMNS, AdapterSpan, AdapterTables
 from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
-from finetune.engine.packed.gpu.lowrank import AdapterSpan, AdapterTables
+from finetune.engine.packed.gpu.cross_entropy import cross_entropy
+from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +41,13 @@ def stored_blocks(layers: int, slots: int) -> int:
     Args:
         layers: Blocks of the decoder.
         slots: Slots that train together.
+
+    Returns:
+        A number of blocks, at least 1.
     """
-    return 1 if slots == 1 else max(1, layers // 8)
+    if slots == 1:
+        return 1
+    return max(1, layers // 8)
 
 
 @dataclass
@@ -79,20 +86,24 @@ class Decoder:
         linear_names = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
+        # Mistral's attention modules read the window from the config at each call; the other
+        # models' modules hold it.
         is_mistral = base.config.model_type == "mistral"
         sliding_window = base.config.sliding_window if is_mistral else None
-        self._blocks = [
-            Block(module, f"{prefix}.layers.{number}", self._table_rows, sliding_window)
-            for number, module in enumerate(model.layers)
-        ]
+        self._blocks: list[Block] = []
+        for number, module in enumerate(model.layers):
+            name = f"{prefix}.layers.{number}"
+            self._blocks.append(Block(module, name, self._table_rows, sliding_window))
 
-    score = staticmethod(kernels.cross_entropy)
+    score = staticmethod(cross_entropy)
 
     def attach(self, slot: "Slot") -> None:
-        """Set `slot.kernel_table` [layers, columns]; see `lowrank.COLUMNS`."""
-        table = torch.zeros(len(self._table_rows), lowrank.COLUMNS, dtype=torch.int64)
+        """Set `slot.kernel_table` [layers, columns]; see `adapter_tables.COLUMNS`."""
+        # All zero in the row of a layer without an adapter: rank 0 stands for none.
+        table = torch.zeros(len(self._table_rows), COLUMNS, dtype=torch.int64)
         for name, adapter in slot.adapters.items():
-            table[self._table_rows[name]] = torch.tensor(adapter.table_row())
+            row = self._table_rows[name]
+            table[row] = torch.tensor(adapter.table_row())
         slot.kernel_table = table
 
     @torch.no_grad()
@@ -110,11 +121,11 @@ class Decoder:
             output, activations = block.forward(x, context)
             assert output is not None
             x = output
-            if dropout_steps:
+            if dropout_steps:  # training
                 stored.append(activations.block_input if number < recomputed else activations)
             del activations, output  # or they would outlive the next block's forward pass
         hidden = x[batch.prediction_positions]
-        normalized, inverse_rms, _ = kernels.rms_norm(
+        normalized, inverse_rms, _ = rms_norm(
             hidden, self._norm.weight, self._norm.variance_epsilon
         )
         return normalized, Trace(context, stored, hidden, inverse_rms)
@@ -126,14 +137,16 @@ class Decoder:
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
     ) -> PassContext:
+        # Transformers' module reads no more of x than its dtype and device.
         cos, sin = self._rotary(x[None], batch.position_ids)
         spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+        adapted_layers: frozenset[str] = frozenset().union(*(slot.adapters for slot in slots))
         return PassContext(
             batch=batch,
             spans=SpanTables(batch.spans, batch.position_ids[0]),
             adapters=AdapterTables(spans, tables, x.device),
-            adapted_layers=frozenset().union(*(slot.adapters for slot in slots)),
+            adapted_layers=adapted_layers,
             cos=cos[0].contiguous(),
             sin=sin[0].contiguous(),
         )
@@ -143,7 +156,8 @@ class Decoder:
         """See `Backend.backward`."""
         batch = trace.context.batch
         grad = gradient.new_zeros(batch.input_ids.shape[1], gradient.shape[1])
-        grad[batch.prediction_positions] = kernels.rms_norm_backward(
+        # An answer token is predicted at one position only, so nothing has to be summed.
+        grad[batch.prediction_positions] = rms_norm_backward(
             gradient.contiguous(), trace.hidden, self._norm.weight, trace.inverse_rms
         )
         del trace.hidden, gradient  # makes room
@@ -166,9 +180,12 @@ def _adapter_spans(
     """Each slot's tokens, dropout, and the key of its dropout masks."""
     spans = []
     for number, (slot, (start, stop)) in enumerate(zip(slots, batch.batch_spans, strict=True)):
+        key = 0
+        dropout = 0.0
         if dropout_steps:
-            key = random.Random(f"{slot.seed} {dropout_steps[number]}").getrandbits(63)
-            spans.append(AdapterSpan(start, stop, key, slot.dropout))
-        else:
-            spans.append(AdapterSpan(start, stop, 0, 0.0))
+            # Of the run's seed and its batch alone, whatever else trains beside it.
+            seed = f"{slot.seed} {dropout_steps[number]}"
+            key = random.Random(seed).getrandbits(63)  # one bit less: the tables are signed
+            dropout = slot.dropout
+        spans.append(AdapterSpan(start, stop, key, dropout))
     return spans

@@ -31,6 +31,7 @@ def launch(
         warps: Warps of one program.
         stages: Stages of software pipelining.
     """
+    # One expression without function calls of its own, because every launch waits for it.
     kinds = tuple(
         (argument.dtype, argument.data_ptr() % 16 == 0)
         if isinstance(argument, torch.Tensor)

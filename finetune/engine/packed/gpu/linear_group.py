@@ -96,16 +96,15 @@ class LinearGroup:
         """
         if shrunk is None:
             return None
+        # Rows of layers without any adapter stay uninitialised: no kernel reads them.
         grad_shrunk = torch.empty_like(shrunk)
         for number, name in enumerate(self.names):
-            if name in context.adapted_layers:
-                lowrank.expand_backward(
-                    grad_outputs[number],
-                    shrunk[number],
-                    grad_shrunk[number],
-                    context.adapters,
-                    self.table_row + number,
-                )
+            if name not in context.adapted_layers:
+                continue
+            row = self.table_row + number
+            lowrank.expand_backward(
+                grad_outputs[number], shrunk[number], grad_shrunk[number], context.adapters, row
+            )
         return grad_shrunk
 
     def backward(
@@ -123,6 +122,8 @@ class LinearGroup:
         """
         grad_shrunk = self.backward_b(grad_outputs, shrunk, context)
         grad_x = None
+        # The smaller contribution first: `addmm_` then adds the large products to it, each
+        # without a pass of its own over memory.
         if grad_shrunk is not None:
             in_features = self.layers[0].in_features
             grad_x = lowrank.shrink_backward(
@@ -154,10 +155,11 @@ class LinearGroup:
 
     def _backward_weight(self, number: int, context: PassContext) -> torch.Tensor:
         """A layer's weight: from the cache, which lets go of it, or dequantised."""
-        cached = None
         if context.weight_cache:
             cached = context.weight_cache.pop(self.names[number], None)
-        return dense_weight(self.layers[number]) if cached is None else cached
+            if cached is not None:
+                return cached
+        return dense_weight(self.layers[number])
 
 
 def linear_group(

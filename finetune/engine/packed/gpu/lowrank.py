@@ -8,87 +8,16 @@ is needed. Only the activations between A and B are padded to a common rank. The
 in `lowrank_kernels`.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 
+from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.lowrank_kernels import (
     expand_kernel,
     shrink_kernel,
     weight_gradient_kernel,
 )
-from finetune.model.device import to_device
-
-COLUMNS = 8
-"""Integers of a layer in a slot's table. 0 to 3: addresses of A, B and their gradients; 4: rank, 0
-where the layer has no adapter; 5: the adapter's number; 6: the bits of its scaling, a float64; 7:
-unused, for rows of 64 bytes."""
-
-
-@dataclass(frozen=True)
-class AdapterSpan:
-    """The tokens of one slot in a pass, and its dropout."""
-
-    start: int
-    """First token."""
-    stop: int
-    """One past the last token."""
-    dropout_key: int
-    """63 bits that seed the dropout masks of this batch."""
-    dropout: float
-
-    def row(self) -> tuple[int, int, int, int]:
-        """As the kernels read it: the dropout in units of 2**-32."""
-        threshold = round(min(self.dropout, 1 - 2**-20) * 2**32)
-        return self.start, self.stop, self.dropout_key, threshold
-
-
-class AdapterTables:
-    """The tables by which the kernels find each slot's tokens and adapters in a pass."""
-
-    def __init__(
-        self,
-        spans: list[AdapterSpan],
-        slot_tables: list[torch.Tensor],
-        device: torch.device | str,
-    ) -> None:
-        """Copy the tables to the device.
-
-        Args:
-            spans: One for each slot, in the order of their tokens.
-            slot_tables: One for each slot [layers, COLUMNS], int64 on the CPU.
-            device: Of the pass.
-        """
-        tokens = max(span.stop for span in spans)
-        # Small tiles keep a large GPU busy with few tokens.
-        self.tile_tokens = 64 if tokens >= 4096 else 16
-        """Tokens of one program."""
-        tables = torch.stack(slot_tables)
-        ranks = tables[:, :, 4]
-        addresses = tables[:, :, :4]
-        self.rank = max(16, triton.next_power_of_2(int(ranks.max())))
-        """Columns of the activations between A and B: the largest rank, rounded up."""
-        self.aligned = not bool((ranks % 8).any() | (addresses % 16).any())
-        """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
-        self.has_dropout = any(span.dropout for span in spans)
-        span_rows = torch.tensor([span.row() for span in spans])
-        self.spans = to_device(span_rows, device)
-        """[slots, 4], as `AdapterSpan.row`."""
-        tile_rows = torch.tensor(_tile_rows(spans, self.tile_tokens), dtype=torch.int32)
-        self.tiles = to_device(tile_rows, device)
-        """For each tile of tokens: its slot and its first token [tiles, 2]."""
-        self.layers = to_device(tables, device).unbind(1)
-        """For each layer, its row in each slot's table [slots, COLUMNS]."""
-
-
-def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> list[tuple[int, int]]:
-    rows = []
-    for number, span in enumerate(spans):
-        for first in range(span.start, span.stop, tile_tokens):
-            rows.append((number, first))
-    return rows
 
 
 def shrink(x: torch.Tensor, tables: AdapterTables, layer: int, count: int) -> torch.Tensor:
@@ -178,6 +107,7 @@ def _launch_shrink(
     x: torch.Tensor, shrunk: torch.Tensor, tables: AdapterTables, layer: int, through_b: bool
 ) -> None:
     count, tokens, rank = shrunk.shape
+    width = x.shape[1]
     table = tables.layers[layer]
     rank_block = min(rank, 128)
     dropout = tables.has_dropout and not through_b
@@ -187,8 +117,8 @@ def _launch_shrink(
         inner_block, warps, stages = 128, 8, 3
     else:
         inner_block, warps, stages = 256, 8, 2
-    grid = (count * (rank // rank_block), len(tables.tiles), 1)
-    width = x.shape[1]
+    rank_blocks = rank // rank_block
+    grid = (count * rank_blocks, len(tables.tiles), 1)
     arguments = (x, shrunk, table, tables.spans, tables.tiles, table.stride(0), width, tokens)
     constants = (
         through_b, dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
@@ -201,16 +131,17 @@ def _launch_expand(
 ) -> torch.Tensor:
     count, tokens, rank = shrunk.shape
     table = tables.layers[layer]
-    dropout = tables.has_dropout and through_a
-    y = torch.empty(tokens, width, dtype=shrunk.dtype, device=shrunk.device)
+    rank_block = min(rank, 64)
     outer_block = 128
+    dropout = tables.has_dropout and through_a
+    warps = 8 if tables.tile_tokens == 64 else 4
+    y = torch.empty(tokens, width, dtype=shrunk.dtype, device=shrunk.device)
     grid = (triton.cdiv(width, outer_block), len(tables.tiles), 1)
     arguments = (y, shrunk, table, tables.spans, tables.tiles, table.stride(0), width, tokens)
     constants = (
-        through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, min(rank, 64),
+        through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, rank_block,
         outer_block,
     )  # fmt: skip
-    warps = 8 if tables.tile_tokens == 64 else 4
     launch(expand_kernel, grid, arguments, constants, warps, 2)
     return y
 
@@ -219,12 +150,15 @@ def _launch_weight_gradient(
     x: torch.Tensor, shrunk: torch.Tensor, tables: AdapterTables, layer: int, of_b: bool
 ) -> None:
     count, tokens, rank = shrunk.shape
-    table = tables.layers[layer]
     width = x.shape[1]
+    table = tables.layers[layer]
+    token_block = 64
     rank_block = min(rank, 64)
     outer_block = 64
-    grid = (count * (rank // rank_block), triton.cdiv(width, outer_block), len(tables.spans))
-    arguments = (x, shrunk, table, tables.spans, table.stride(0), width, tokens)
     dropout = tables.has_dropout and not of_b
-    constants = (of_b, dropout, tables.aligned, rank, 64, rank_block, outer_block)
+    rank_blocks = rank // rank_block
+    outer_blocks = triton.cdiv(width, outer_block)
+    grid = (count * rank_blocks, outer_blocks, len(tables.spans))
+    arguments = (x, shrunk, table, tables.spans, table.stride(0), width, tokens)
+    constants = (of_b, dropout, tables.aligned, rank, token_block, rank_block, outer_block)
     launch(weight_gradient_kernel, grid, arguments, constants)

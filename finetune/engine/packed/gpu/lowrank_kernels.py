@@ -1,11 +1,14 @@
 """Triton kernels of `lowrank`: products with each slot's A and B on that slot's tokens.
 
-Every kernel finds a slot's matrices by its table (`lowrank.COLUMNS`), so slots may have different
-ranks. `aligned` tables let the compiler use vector loads.
+Every kernel finds a slot's matrices by its table (`adapter_tables.COLUMNS`), so slots may have
+different ranks. `aligned` tables let the compiler use vector loads. Products get
+`input_precision="ieee"`: Triton would otherwise round float32 operands to TF32.
 """
 
 import triton
 import triton.language as tl
+
+from finetune.engine.packed.gpu.element_access import store_rounded
 
 
 @triton.jit
@@ -24,13 +27,25 @@ def _dropout_keeps(span, table, tokens, columns):
 
     Depends on the slot's key for this batch, the adapter, the token within the slot and the column.
     """
-    key, number = tl.load(span + 2), tl.load(table + 5)
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-    row = _hash(tokens.to(tl.uint32) + _hash(low ^ _hash(high + number.to(tl.uint32))))
+    key = tl.load(span + 2)
+    threshold = tl.load(span + 3).to(tl.uint32)
+    number = tl.load(table + 5)
+    low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = (key >> 32).to(tl.uint32)
+    seed = _hash(low ^ _hash(high + number.to(tl.uint32)))
+    row = _hash(tokens.to(tl.uint32) + seed)
+    column = _hash(columns.to(tl.uint32))
     # High bits of a product of two random odd numbers: a better hash for each element would be
     # most of the cost of dropout.
-    uniform = (_hash(columns.to(tl.uint32)) | 1)[None, :] * (row | 1)[:, None]
-    return uniform >= tl.load(span + 3).to(tl.uint32)
+    uniform = (column | 1)[None, :] * (row | 1)[:, None]
+    return uniform >= threshold
+
+
+@triton.jit
+def _drop(values, span, table, tokens, columns):
+    """Set what dropout drops to 0 [tokens, columns]; `_load_scaling` scales up the rest."""
+    keeps = _dropout_keeps(span, table, tokens, columns)
+    return tl.where(keeps, values, tl.zeros_like(values))
 
 
 @triton.jit
@@ -40,6 +55,30 @@ def _matrix(table, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.conste
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def _matrix_a(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """A [rank, in_features]."""
+    return _matrix(table, 0, dtype, ALIGNED)
+
+
+@triton.jit
+def _matrix_b(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """B [out_features, rank]."""
+    return _matrix(table, 1, dtype, ALIGNED)
+
+
+@triton.jit
+def _gradient_a(table, ALIGNED: tl.constexpr):
+    """The gradient of A [rank, in_features], always float32."""
+    return _matrix(table, 2, tl.float32, ALIGNED)
+
+
+@triton.jit
+def _gradient_b(table, ALIGNED: tl.constexpr):
+    """The gradient of B [out_features, rank], always float32."""
+    return _matrix(table, 3, tl.float32, ALIGNED)
 
 
 @triton.jit
@@ -53,8 +92,10 @@ def _load_rank(table, ALIGNED: tl.constexpr):
 @triton.jit
 def _load_scaling(span, table):
     """The adapter's scaling, divided by the share of elements that dropout keeps."""
-    scaling = tl.load(table + 6).to(tl.float64, bitcast=True).to(tl.float32)
-    return scaling / (1 - tl.load(span + 3) / 4294967296)
+    scaling_bits = tl.load(table + 6)
+    scaling = scaling_bits.to(tl.float64, bitcast=True).to(tl.float32)
+    dropout = tl.load(span + 3) / 4294967296  # in units of 2**-32
+    return scaling / (1 - dropout)
 
 
 @triton.jit
@@ -62,7 +103,16 @@ def _load_tile(tiles, spans, tables, stride):
     """This program's first token, and the rows of its slot in both tables."""
     tile = tiles + 2 * tl.program_id(1)
     slot = tl.load(tile)
-    return tl.load(tile + 1), spans + 4 * slot, tables + slot * stride
+    first_token = tl.load(tile + 1)
+    return first_token, spans + 4 * slot, tables + slot * stride
+
+
+@triton.jit
+def _load_elements(x, tokens, columns, width, token_mask, column_mask):
+    """Elements of x [tokens, width]; 0 where a mask is False."""
+    offsets = tokens[:, None] * width + columns[None, :]
+    mask = token_mask[:, None] & column_mask[None, :]
+    return tl.load(x + offsets, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
@@ -73,27 +123,28 @@ def shrink_kernel(
 ):  # fmt: skip
     """shrunk = x Aᵀ of one layer for a tile of tokens; THROUGH_B: scaling · x B, its gradient."""
     first, span, table = _load_tile(tiles, spans, tables, stride)
-    # Programs that read the same tokens are next to each other.
-    layer = tl.program_id(0) // (RANK // RANK_BLOCK)
+    # Programs that read the same tokens are next to each other, so that a cache may hold them.
+    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
+    layer = tl.program_id(0) // rank_blocks
+    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
     table += 8 * layer
     rank = _load_rank(table, ALIGNED)
     if rank == 0:
         return
-    start, stop = tl.load(span), tl.load(span + 1)
+    start = tl.load(span)
+    stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
     token_mask = tokens < stop
-    ranks = tl.program_id(0) % (RANK // RANK_BLOCK) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+    ranks = first_rank + tl.arange(0, RANK_BLOCK)
     total = tl.zeros((TOKENS, RANK_BLOCK), dtype=tl.float32)
     dtype: tl.constexpr = x.dtype.element_ty
-    weight = _matrix(table, 1, dtype, ALIGNED) if THROUGH_B else _matrix(table, 0, dtype, ALIGNED)
+    weight = _matrix_b(table, dtype, ALIGNED) if THROUGH_B else _matrix_a(table, dtype, ALIGNED)
     for begin in range(0, width, INNER_BLOCK):
         inner = begin + tl.arange(0, INNER_BLOCK)
         inner_mask = inner < width
-        mask = token_mask[:, None] & inner_mask[None, :]
-        values = tl.load(x + tokens[:, None] * width + inner[None, :], mask=mask, other=0.0)
+        values = _load_elements(x, tokens, inner, width, token_mask, inner_mask)
         if DROPOUT:
-            keeps = _dropout_keeps(span, table, tokens - start, inner)
-            values = tl.where(keeps, values, tl.zeros_like(values))
+            values = _drop(values, span, table, tokens - start, inner)
         if THROUGH_B:
             weight_offsets = inner[:, None] * rank + ranks[None, :]
         else:
@@ -104,8 +155,29 @@ def shrink_kernel(
     if THROUGH_B:
         total *= _load_scaling(span, table)
     rows = layer.to(tl.int64) * token_count + tokens[:, None]
-    address = shrunk + rows * RANK + ranks[None, :]
-    tl.store(address, total.to(shrunk.dtype.element_ty), mask=token_mask[:, None])
+    store_rounded(shrunk, rows * RANK + ranks[None, :], total, token_mask[:, None])
+
+
+@triton.jit
+def _expand_product(
+    shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
+    THROUGH_A: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    OUTER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """shrunk Bᵀ of one layer, or shrunk A, for a tile of tokens [TOKENS, OUTER_BLOCK]."""
+    total = tl.zeros((TOKENS, OUTER_BLOCK), dtype=tl.float32)
+    for begin in tl.static_range(0, RANK, RANK_BLOCK):
+        ranks = begin + tl.arange(0, RANK_BLOCK)
+        rank_mask = ranks < rank
+        values = _load_elements(shrunk, tokens, ranks, RANK, token_mask, rank_mask)
+        if THROUGH_A:
+            weight_offsets = ranks[:, None] * width + outer[None, :]
+        else:
+            weight_offsets = outer[None, :] * rank + ranks[:, None]
+        weight_mask = rank_mask[:, None] & outer_mask[None, :]
+        weights = tl.load(weight + weight_offsets, mask=weight_mask, other=0.0)
+        total = tl.dot(values, weights, total, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
@@ -116,7 +188,8 @@ def expand_kernel(
 ):  # fmt: skip
     """y = scaling · shrunk Bᵀ for a tile of tokens; THROUGH_A: the sum of shrunk A over layers."""
     first, span, table = _load_tile(tiles, spans, tables, stride)
-    start, stop = tl.load(span), tl.load(span + 1)
+    start = tl.load(span)
+    stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
     token_mask = tokens < stop
     outer = tl.program_id(0) * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
@@ -126,35 +199,23 @@ def expand_kernel(
     for _ in tl.static_range(LAYERS):
         rank = _load_rank(table, ALIGNED)
         if rank > 0:
-            total = tl.zeros((TOKENS, OUTER_BLOCK), dtype=tl.float32)
-            weight = (
-                _matrix(table, 0, dtype, ALIGNED)
-                if THROUGH_A
-                else _matrix(table, 1, dtype, ALIGNED)
-            )
-            for begin in tl.static_range(0, RANK, RANK_BLOCK):
-                ranks = begin + tl.arange(0, RANK_BLOCK)
-                rank_mask = ranks < rank
-                shrunk_address = shrunk + tokens[:, None] * RANK + ranks[None, :]
-                shrunk_mask = token_mask[:, None] & rank_mask[None, :]
-                values = tl.load(shrunk_address, mask=shrunk_mask, other=0.0)
-                if THROUGH_A:
-                    weight_offsets = ranks[:, None] * width + outer[None, :]
-                else:
-                    weight_offsets = outer[None, :] * rank + ranks[:, None]
-                weight_mask = rank_mask[:, None] & outer_mask[None, :]
-                weights = tl.load(weight + weight_offsets, mask=weight_mask, other=0.0)
-                total = tl.dot(values, weights, total, input_precision="ieee")
+            if THROUGH_A:
+                weight = _matrix_a(table, dtype, ALIGNED)
+            else:
+                weight = _matrix_b(table, dtype, ALIGNED)
+            total = _expand_product(
+                shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
+                THROUGH_A, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK,
+            )  # fmt: skip
             if not THROUGH_A:
                 total *= _load_scaling(span, table)
             if DROPOUT:
-                total = tl.where(_dropout_keeps(span, table, tokens - start, outer), total, 0.0)
+                total = _drop(total, span, table, tokens - start, outer)
             result += total
         table += 8
         shrunk += token_count.to(tl.int64) * RANK
-    address = y + tokens[:, None] * width + outer[None, :]
     mask = token_mask[:, None] & outer_mask[None, :]
-    tl.store(address, result.to(y.dtype.element_ty), mask=mask)
+    store_rounded(y, tokens[:, None] * width + outer[None, :], result, mask)
 
 
 @triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
@@ -165,32 +226,37 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """Gradient of A: shrunkᵀ x over a slot's tokens; OF_B: of B, scaling · xᵀ shrunk."""
     slot = tl.program_id(2)
-    # Programs that read the same tokens are next to each other.
-    layer = tl.program_id(0) // (RANK // RANK_BLOCK)
-    span, table = spans + 4 * slot, tables + slot * stride + 8 * layer
+    # Programs that read the same tokens are next to each other, so that a cache may hold them.
+    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
+    layer = tl.program_id(0) // rank_blocks
+    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
+    span = spans + 4 * slot
+    table = tables + slot * stride + 8 * layer
     rank = _load_rank(table, ALIGNED)
     if rank == 0:
         return
-    start, stop = tl.load(span), tl.load(span + 1)
+    start = tl.load(span)
+    stop = tl.load(span + 1)
     outer = tl.program_id(1) * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
     outer_mask = outer < width
-    ranks = tl.program_id(0) % (RANK // RANK_BLOCK) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+    ranks = first_rank + tl.arange(0, RANK_BLOCK)
     shrunk += layer.to(tl.int64) * token_count * RANK
     total = tl.zeros((OUTER_BLOCK, RANK_BLOCK), dtype=tl.float32)
     for begin in range(start, stop, TOKENS):
         tokens = begin + tl.arange(0, TOKENS)
         token_mask = tokens < stop
-        mask = token_mask[:, None] & outer_mask[None, :]
-        values = tl.load(x + tokens[:, None] * width + outer[None, :], mask=mask, other=0.0)
+        values = _load_elements(x, tokens, outer, width, token_mask, outer_mask)
         if DROPOUT:
-            keeps = _dropout_keeps(span, table, tokens - start, outer)
-            values = tl.where(keeps, values, tl.zeros_like(values))
-        shrunk_address = shrunk + tokens[:, None] * RANK + ranks[None, :]
-        low_rank = tl.load(shrunk_address, mask=token_mask[:, None], other=0.0)
+            values = _drop(values, span, table, tokens - start, outer)
+        shrunk_offsets = tokens[:, None] * RANK + ranks[None, :]
+        low_rank = tl.load(shrunk + shrunk_offsets, mask=token_mask[:, None], other=0.0)
         total = tl.dot(tl.trans(values), low_rank, total, input_precision="ieee")
     if OF_B:
         total *= _load_scaling(span, table)
-        address = _matrix(table, 3, tl.float32, ALIGNED) + outer[:, None] * rank + ranks[None, :]
+        gradient = _gradient_b(table, ALIGNED)
+        gradient_offsets = outer[:, None] * rank + ranks[None, :]
     else:
-        address = _matrix(table, 2, tl.float32, ALIGNED) + ranks[None, :] * width + outer[:, None]
-    tl.store(address, total, mask=outer_mask[:, None] & (ranks < rank)[None, :])
+        gradient = _gradient_a(table, ALIGNED)
+        gradient_offsets = ranks[None, :] * width + outer[:, None]
+    mask = outer_mask[:, None] & (ranks < rank)[None, :]
+    tl.store(gradient + gradient_offsets, total, mask=mask)

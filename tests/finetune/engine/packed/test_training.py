@@ -183,7 +183,7 @@ class Recorder:
     def __init__(self) -> None:
         from finetune.engine.checkpoint import Progress
 
-        self.state, self.losses = Progress(), list[float]()
+        self.progress, self.losses = Progress(), list[float]()
 
     def live(self) -> Any:
         import contextlib
@@ -193,7 +193,7 @@ class Recorder:
     def begin(self) -> Any:
         yield from ()
 
-    def step(self, step: int, loss: float, *_: Any) -> Any:
+    def report_step(self, step: int, loss: float, *_: Any) -> Any:
         self.losses.append(loss)
         yield from ()
 

@@ -26,11 +26,11 @@ def load_bank(config: RunConfig, saves: bool | None) -> Any:
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.model.loading import load_base
-    from finetune.model.quantization import keep_dequantized
+    from finetune.model.quantization import dequantize_base
     from finetune.model.source import find_base
 
     base = load_base(find_base(config.model), config)
-    keep_dequantized(base, config)
+    dequantize_base(base, config)
     bank = Bank(base, config, None if saves is None else Decoder(base, saves))
     assert isinstance(bank.backend, Decoder) is (saves is not None)
     return bank
@@ -48,7 +48,6 @@ def load_bank(config: RunConfig, saves: bool | None) -> Any:
     ],
 )
 def test_the_decoder_by_hand_is_each_architecture_with_autograd(
-    kernels: Any,
     tiny: Any,
     tiny_base: Any,
     tmp_path: Any,
@@ -122,7 +121,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
 
 @pytest.mark.slow
-def test_dropout_is_the_same_when_activations_are_computed_again(kernels: Any, tiny: Any) -> None:
+def test_dropout_is_the_same_when_activations_are_computed_again(tiny: Any) -> None:
     import torch
 
     from finetune.engine.packed.requests import ForwardBackward

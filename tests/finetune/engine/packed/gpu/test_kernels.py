@@ -1,6 +1,6 @@
 """The GPU's kernels, by Triton's interpreter on the CPU, against PyTorch's own operations."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,9 +15,11 @@ def draw(*shape: int) -> "torch.Tensor":
 
 
 @pytest.mark.parametrize("width", [64, 96, 576])
-def test_norm_is_transformers(kernels: Any, width: int) -> None:
+def test_norm_is_transformers(width: int) -> None:
     import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
 
     torch.manual_seed(0)
     plain = LlamaRMSNorm(width, 1e-5)
@@ -28,36 +30,40 @@ def test_norm_is_transformers(kernels: Any, width: int) -> None:
     (expected,) = torch.autograd.grad(y, x, slope)
     x = x.detach()
     for copies in (False, True):
-        found, inverse, copy = kernels.rms_norm(x, weight, 1e-5, copies)
+        found, inverse, copy = rms_norm(x, weight, 1e-5, copies)
         assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy, x) if copies else copy is None
-    into_x = kernels.rms_norm_backward(slope, x, weight, inverse)
+    into_x = rms_norm_backward(slope, x, weight, inverse)
     assert torch.allclose(into_x, expected, rtol=1e-4, atol=1e-6)
-    into_x = kernels.rms_norm_backward(slope, x, weight, inverse, residual)
+    into_x = rms_norm_backward(slope, x, weight, inverse, residual)
     assert torch.allclose(into_x, expected + residual, rtol=1e-4, atol=1e-6)
 
 
-def test_gate_is_pytorchs(kernels: Any) -> None:
+def test_gate_is_pytorchs() -> None:
     import torch
+
+    from finetune.engine.packed.gpu.swiglu import swiglu, swiglu_backward
 
     torch.manual_seed(0)
     gated, up = (draw(1, 5, 300).requires_grad_() for _ in range(2))
     slope = draw(1, 5, 300)
     y = torch.nn.functional.silu(gated) * up
     y.backward(slope)
-    assert torch.allclose(kernels.swiglu(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(swiglu(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
     for again in (False, True):
         into_gated, into_up = gated.detach().clone(), up.detach().clone()
-        product = kernels.swiglu_backward(slope.clone(), into_gated, into_up, again)
+        product = swiglu_backward(slope.clone(), into_gated, into_up, again)
         assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
         assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
         assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("heads", "width"), [(3, 64), (20, 80)])
-def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
+def test_rotation_is_transformers(heads: int, width: int) -> None:
     import torch
     from transformers.models.llama import modeling_llama
+
+    from finetune.engine.packed.gpu.rotary import apply_rotary
 
     torch.manual_seed(0)
     x = draw(1, 6, heads, width).transpose(1, 2).requires_grad_()
@@ -67,17 +73,19 @@ def test_rotation_is_transformers(kernels: Any, heads: int, width: int) -> None:
     slope = draw(1, heads, 6, width)
     (expected,) = torch.autograd.grad(y, x, slope)
     found, back = (
-        kernels.apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(
-            0, 1
-        )[None]
+        apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[
+            None
+        ]
         for part, sign in ((x.detach(), 1.0), (slope, -1.0))
     )
     assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
     assert torch.allclose(back, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_score_is_cross_entropy(kernels: Any) -> None:
+def test_score_is_cross_entropy() -> None:
     import torch
+
+    from finetune.engine.packed.gpu.cross_entropy import cross_entropy
 
     torch.manual_seed(0)
     logits = draw(6, 5000).requires_grad_()
@@ -85,9 +93,7 @@ def test_score_is_cross_entropy(kernels: Any) -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     for learns in (False, True):
-        losses, right, found = kernels.cross_entropy(
-            taken := logits.detach().clone(), targets, learns
-        )
+        losses, right, found = cross_entropy(taken := logits.detach().clone(), targets, learns)
         assert torch.allclose(losses, expected, rtol=1e-5)
         assert torch.equal(right, logits.argmax(-1) == targets)
         assert bool(right[5])
@@ -112,10 +118,10 @@ class Case:
     Nothing adapts the first.
     """
 
-    def __init__(self, kernels: Any, dropout: float) -> None:
+    def __init__(self, dropout: float) -> None:
         import torch
 
-        from finetune.engine.packed.gpu.lowrank import COLUMNS, AdapterSpan, AdapterTables
+        from finetune.engine.packed.gpu.adapter_tables import COLUMNS, AdapterSpan, AdapterTables
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
         torch.manual_seed(0)
@@ -188,18 +194,18 @@ class Case:
         ]
 
 
-def test_adapters_at_once_are_adapters_in_turn(kernels: Any) -> None:
-    case = Case(kernels, 0.0)
+def test_adapters_at_once_are_adapters_in_turn() -> None:
+    case = Case(0.0)
     for one, other in zip(case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
-def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -> None:
+def test_dropout_of_the_kernels_is_the_same_forward_and_backward() -> None:
     """What an adapter adds is linear in its weights, so that <slope, output> is <weight, gradient>
     of A and of B."""
     import torch
 
-    case = Case(kernels, 0.5)
+    case = Case(0.5)
     *outputs, into_x = case.by_kernels(case.x, case.slopes)[:3]
     assert torch.equal(outputs[0], case.by_kernels(case.x, case.slopes)[0]), "the same masks again"
     adapters = [iter(own) for own in case.adapters]
@@ -223,13 +229,12 @@ def test_dropout_of_the_kernels_is_the_same_forward_and_backward(kernels: Any) -
         ), ranks
 
 
-def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token(
-    kernels: Any,
-) -> None:
+def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token() -> None:
     """Where A is ones and what comes back is one, the input's gradient shows the mask."""
     import torch
 
     from finetune.engine.packed.gpu import lowrank
+    from finetune.engine.packed.gpu.adapter_tables import AdapterSpan, AdapterTables
     from finetune.engine.packed.lora_linear import Adapter
 
     tokens, width = 40, 500
@@ -237,8 +242,8 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     def mask(key: int, number: int) -> torch.Tensor:
         a, b = torch.ones(1, width), torch.ones(8, 1)
         adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
-        span = lowrank.AdapterSpan(0, tokens, key, 0.3)
-        tables = lowrank.AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
+        span = AdapterSpan(0, tokens, key, 0.3)
+        tables = AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
         into_h = torch.zeros(1, tokens, tables.rank)
         into_h[0, :, 0] = 1
         into_x = lowrank.shrink_backward(into_h, tables, 0, width)
@@ -264,10 +269,10 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
+def test_one_slots_numbers_never_reach_another() -> None:
     import torch
 
-    case = Case(kernels, 0.5)
+    case = Case(0.5)
     sick = slice(*PARTS[-1][:2])  # the blocks of the slot before reach into it
     sick_x, sick_slopes = case.x.clone(), [slope.clone() for slope in case.slopes]
     for part, value in ((sick_x, "nan"), *((slope, "inf") for slope in sick_slopes)):
@@ -290,7 +295,7 @@ def test_one_slots_numbers_never_reach_another(kernels: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
+def test_one_rows_attention_never_reaches_another() -> None:
     import torch
 
     from finetune.engine.packed.batch import PackedBatch
@@ -318,9 +323,7 @@ def test_one_rows_attention_never_reaches_another(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)])
-def test_attention_is_the_cpus(
-    kernels: Any, heads: int, groups: int, width: int, window: int | None
-) -> None:
+def test_attention_is_the_cpus(heads: int, groups: int, width: int, window: int | None) -> None:
     """Rows of one token, of more than a block, and rows that share a beginning; rotated before it
     or not."""
     import torch
@@ -328,6 +331,7 @@ def test_attention_is_the_cpus(
     from finetune.engine.packed.attention import PackedAttention
     from finetune.engine.packed.batch import PackedBatch
     from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
+    from finetune.engine.packed.gpu.rotary import apply_rotary
 
     torch.manual_seed(0)
     ids = torch.randint(0, 99, (6, 150)).tolist()
@@ -354,18 +358,18 @@ def test_attention_is_the_cpus(
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
     angles = draw(tokens, width // 2).repeat(1, 2)
     turn = (angles.cos(), angles.sin())
-    turned = [*(kernels.apply_rotary(part, *turn, -1.0) for part in expected[:2]), expected[2]]
+    turned = [*(apply_rotary(part, *turn, -1.0) for part in expected[:2]), expected[2]]
     for one, other in zip(attention_backward(slope, attended, rows, turn), turned, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input(kernels: Any) -> None:
+def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input() -> None:
     """In 16 bits it may be far smaller than the steps of the sum that it becomes part of."""
     import torch
 
+    from finetune.engine.packed.gpu.adapter_tables import AdapterSpan, AdapterTables
     from finetune.engine.packed.gpu.context import PassContext
     from finetune.engine.packed.gpu.linear_group import LinearGroup
-    from finetune.engine.packed.gpu.lowrank import AdapterSpan, AdapterTables
     from finetune.engine.packed.lora_linear import Adapter
 
     torch.manual_seed(0)

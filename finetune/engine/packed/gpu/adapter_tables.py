@@ -1,0 +1,82 @@
+"""The tables by which the Triton kernels of `lowrank` find each slot's tokens and adapters."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from finetune.model.device import to_device
+
+COLUMNS = 8
+"""Integers of a layer in a slot's table. 0 to 3: addresses of A, B and their gradients; 4: rank, 0
+where the layer has no adapter; 5: the adapter's number; 6: the bits of its scaling, a float64; 7:
+unused, for rows of 64 bytes."""
+
+
+@dataclass(frozen=True)
+class AdapterSpan:
+    """The tokens of one slot in a pass, and its dropout."""
+
+    start: int
+    """First token."""
+    stop: int
+    """One past the last token."""
+    dropout_key: int
+    """63 bits that seed the dropout masks of this batch."""
+    dropout: float
+
+    def row(self) -> tuple[int, int, int, int]:
+        """As the kernels read it: the dropout in units of 2**-32."""
+        # Below 1, because the kernels divide by the share of elements that dropout keeps.
+        dropout = min(self.dropout, 1 - 2**-20)
+        threshold = round(dropout * 2**32)
+        return self.start, self.stop, self.dropout_key, threshold
+
+
+class AdapterTables:
+    """The tables by which the kernels find each slot's tokens and adapters in a pass."""
+
+    def __init__(
+        self,
+        spans: list[AdapterSpan],
+        slot_tables: list[torch.Tensor],
+        device: torch.device | str,
+    ) -> None:
+        """Copy the tables to the device.
+
+        Args:
+            spans: One for each slot, in the order of their tokens.
+            slot_tables: One for each slot [layers, COLUMNS], int64 on the CPU.
+            device: Of the pass.
+        """
+        tokens = max(span.stop for span in spans)
+        # Small tiles keep a large GPU busy with few tokens.
+        self.tile_tokens = 64 if tokens >= 4096 else 16
+        """Tokens of one program."""
+        tables = torch.stack(slot_tables)
+        ranks = tables[:, :, 4]
+        addresses = tables[:, :, :4]
+        # `tl.dot` needs at least 16 columns, and Triton's blocks are powers of 2.
+        self.rank = max(16, triton.next_power_of_2(int(ranks.max())))
+        """Columns of the activations between A and B: the largest rank, rounded up."""
+        misaligned = (ranks % 8).any() | (addresses % 16).any()
+        self.aligned = not bool(misaligned)
+        """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
+        self.has_dropout = any(span.dropout for span in spans)
+        span_rows = torch.tensor([span.row() for span in spans])
+        self.spans = to_device(span_rows, device)
+        """[slots, 4], as `AdapterSpan.row`."""
+        tile_rows = _tile_rows(spans, self.tile_tokens)
+        self.tiles = to_device(torch.tensor(tile_rows, dtype=torch.int32), device)
+        """For each tile of tokens: its slot and its first token [tiles, 2]."""
+        self.layers = to_device(tables, device).unbind(1)
+        """For each layer, its row in each slot's table [slots, COLUMNS]."""
+
+
+def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> list[tuple[int, int]]:
+    """The rows of `AdapterTables.tiles`. A tile has the tokens of one slot only."""
+    rows = []
+    for number, span in enumerate(spans):
+        for first in range(span.start, span.stop, tile_tokens):
+            rows.append((number, first))
+    return rows

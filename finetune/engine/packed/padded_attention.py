@@ -1,0 +1,153 @@
+"""Attention of a packed batch by PyTorch's scaled dot-product attention, on any device.
+
+Spans of about the same length are padded together into a bucket, and each bucket takes one call.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from finetune.engine.packed.batch import Span
+
+MAX_LENGTH_RATIO = 1.5
+"""Spans in one bucket differ in length by at most this factor (plus 16 tokens)."""
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Spans of about the same length, padded: indices of tokens in the packed batch."""
+
+    queries: torch.Tensor
+    """[spans, longest span]"""
+    keys: torch.Tensor
+    """[spans, longest span with its prefix]"""
+    distance: torch.Tensor
+    """Position of the query minus that of the key [spans, 1, queries, keys]; negative: the key
+    comes later, or is padding."""
+
+    @functools.cached_property
+    def causal_mask(self) -> torch.Tensor:
+        """True where a query attends to a key."""
+        return self.distance >= 0
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """The causal mask, limited to a sliding window of that many tokens."""
+        if window is None:
+            return self.causal_mask
+        return self.causal_mask & (self.distance < window)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets of a packed batch."""
+
+    buckets: list[_Bucket]
+    output_indices: torch.Tensor
+    """Where the output of each token is in the buckets' outputs, one after another [tokens]."""
+
+
+def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Buckets:
+    """Sort a batch's spans into buckets.
+
+    Args:
+        spans: Of the packed batch, in order.
+        tokens: Tokens of the packed batch.
+        device: Where the tensors go.
+    """
+    output_indices = torch.empty(tokens, dtype=torch.long)
+    buckets = []
+    offset = 0
+    for group in _group_by_length(spans):
+        longest = group[0].length
+        for number, span in enumerate(group):
+            first_output = offset + number * longest
+            output_indices[span.start : span.stop] = torch.arange(span.length) + first_output
+        buckets.append(_make_bucket(group, device))
+        offset += len(group) * longest
+    return Buckets(buckets, output_indices.to(device))
+
+
+def _group_by_length(spans: list[Span]) -> list[list[Span]]:
+    """Group spans, the longest first, so that little of a group is padding."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: -span.length):
+        if groups and groups[-1][0].length <= MAX_LENGTH_RATIO * span.length + 16:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
+    """Pad spans, the longest first, to a common length."""
+    query_count = spans[0].length
+    key_count = max(span.prefix_length + span.length for span in spans)
+    # Padding repeats the span's own first token: that of another run might be NaN.
+    starts = torch.tensor([[span.start] for span in spans])
+    queries = starts.repeat(1, query_count)
+    keys = starts.repeat(1, key_count)
+    for number, span in enumerate(spans):
+        key_indices = span.key_indices()
+        queries[number, : span.length] = torch.arange(span.start, span.stop)
+        keys[number, : len(key_indices)] = key_indices
+    # A query comes after its whole prefix; keys are counted from the prefix's first token. The
+    # keys' padding comes after the span's last query, so the causal mask hides it as well.
+    prefix_lengths = torch.tensor([span.prefix_length for span in spans])[:, None, None]
+    query_positions = torch.arange(query_count)[:, None] + prefix_lengths
+    distance = query_positions - torch.arange(key_count)
+    return _Bucket(queries.to(device), keys.to(device), distance[:, None].to(device))
+
+
+def attend_padded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    buckets: Buckets,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Compute the attention of every span. See `PackedAttention.attend`.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        key: [tokens, key/value heads, head_dim].
+        value: As the key.
+        buckets: From `make_buckets`.
+        scale: Factor of the scores; None: 1 / √head_dim.
+        window: Tokens that a query sees, itself included; None: all before it.
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    tokens, heads, head_dim = query.shape
+    flat_query = query.reshape(tokens, -1)
+    flat_key = key.reshape(tokens, -1)
+    flat_value = value.reshape(tokens, -1)
+    outputs = []
+    for bucket in buckets.buckets:
+        q = _gather(flat_query, bucket.queries, head_dim)
+        k = _repeat_heads(_gather(flat_key, bucket.keys, head_dim), heads)
+        v = _repeat_heads(_gather(flat_value, bucket.keys, head_dim), heads)
+        mask = bucket.mask(window)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return embedding(buckets.output_indices, joined).view(query.shape)
+
+
+def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Gather a bucket's tokens: [tokens, heads · head_dim] to [spans, heads, length, head_dim].
+
+    The gradient of `embedding` sums over the rows that share a prefix.
+    """
+    padded = embedding(indices, states)
+    return padded.view(*padded.shape[:2], -1, head_dim).transpose(1, 2)
+
+
+def _repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat key/value heads for grouped-query attention [spans, heads, length, head_dim]."""
+    if states.shape[1] == heads:
+        return states
+    return states.repeat_interleave(heads // states.shape[1], dim=1)

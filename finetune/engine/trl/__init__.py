@@ -1,0 +1,1 @@
+"""The TRL engine: one run, trained by TRL's SFTTrainer."""

@@ -1,0 +1,135 @@
+"""TRL's arguments (`SFTConfig`) for a run, from the run's config."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import OptimizerSettings
+from finetune.engine.schedule import resolve_steps
+from finetune.errors import ConfigError, refusal
+from finetune.model.device import on_gpu
+from finetune.model.quantization import compute_dtype
+
+RESERVED_ARGUMENTS = {
+    "activation_checkpointing", "do_eval", "eval_on_start", "eval_steps", "gradient_checkpointing",
+    "load_best_model_at_end", "logging_first_step", "logging_strategy", "warmup_ratio",
+}  # fmt: skip
+"""Arguments of SFTConfig that `trainer.extra` may not set, because the reporter relies on them."""
+
+OVERRIDABLE_ARGUMENTS = {"fp16", "bf16"}
+"""Arguments that a run sets and `trainer.extra` may set otherwise."""
+
+
+def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTConfig:
+    """Return TRL's arguments for a run.
+
+    Args:
+        config: The run's config.
+        checkpoints: Folder of the run's checkpoints.
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        The arguments, with those of `trainer.extra`.
+
+    Raises:
+        ConfigError: `trainer.extra` names an argument that has a key of its own, or that SFTConfig
+            does not accept.
+    """
+    arguments = {
+        "output_dir": str(checkpoints),
+        "seed": config.seed,
+        **_batch_arguments(config),
+        **_optimizer_arguments(config.optimizer),
+        **_reporting_arguments(config, steps),
+        **_precision_arguments(config),
+        **_dataset_arguments(config),
+    }
+    extra = config.trainer.extra
+    _check_extra(extra, arguments.keys())
+    # save_total_limit: the reporter removes old checkpoints, once the next one is complete.
+    arguments |= {**extra, "save_total_limit": None}
+    try:
+        return SFTConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())  # in one line
+        raise ConfigError(f"trainer.extra={extra}: {reason}") from None
+
+
+def _check_extra(extra: dict[str, Any], arguments: Iterable[str]) -> None:
+    """Refuse further arguments that a run sets itself."""
+    refused = {*arguments, *RESERVED_ARGUMENTS} - OVERRIDABLE_ARGUMENTS
+    for name, value in extra.items():
+        if name in refused:
+            allowed = "has a key of its own, or is the project's to set"
+            raise refusal(f"trainer.extra.{name}", value, allowed)
+
+
+def _batch_arguments(config: RunConfig) -> dict[str, Any]:
+    trainer = config.trainer
+    strategy = "group_by_length" if trainer.group_by_length else "random"
+    return {
+        "num_train_epochs": trainer.num_train_epochs,
+        "max_steps": trainer.max_steps,
+        "per_device_train_batch_size": trainer.per_device_train_batch_size,
+        "per_device_eval_batch_size": trainer.per_device_eval_batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "train_sampling_strategy": strategy,
+        _checkpointing_argument(): trainer.gradient_checkpointing,
+    }
+
+
+def _checkpointing_argument() -> str:
+    """Return the name of the gradient checkpointing argument; transformers 5.23 renamed it."""
+    names = {field.name for field in dataclasses.fields(SFTConfig)}
+    new_name = "activation_checkpointing"
+    return new_name if new_name in names else "gradient_checkpointing"
+
+
+def _optimizer_arguments(optimizer: OptimizerSettings) -> dict[str, Any]:
+    return {
+        "optim": optimizer.name,
+        "learning_rate": optimizer.resolved_learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler_type": optimizer.lr_scheduler_type,
+        "warmup_steps": optimizer.warmup_ratio,  # a value below 1 is a share of all steps
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_epsilon,
+    }
+
+
+def _reporting_arguments(config: RunConfig, steps: int) -> dict[str, Any]:
+    """Let TRL report every step, to the reporter alone, and save at the run's interval."""
+    save_steps = resolve_steps(config.trainer.save_steps, steps)
+    return {
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # or transformers would hide a loss of NaN
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 1,
+        "eval_strategy": "no",
+        "report_to": "none",
+    }
+
+
+def _precision_arguments(config: RunConfig) -> dict[str, Any]:
+    dtype = compute_dtype(config.quantization)
+    return {
+        "use_cpu": not on_gpu(),
+        "bf16": on_gpu() and dtype == torch.bfloat16,
+        "fp16": on_gpu() and dtype == torch.float16,
+    }
+
+
+def _dataset_arguments(config: RunConfig) -> dict[str, Any]:
+    return {
+        "max_length": config.dataset.max_length,
+        "packing": config.dataset.packing,
+        "dataset_text_field": config.dataset.text_field,
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokenised already
+    }

@@ -1,0 +1,122 @@
+"""Training of one run by TRL's SFTTrainer, for configs that `packed` does not support.
+
+`TrlTraining.train` starts the trainer; the training loop itself is transformers' `Trainer.train`.
+Logging, evaluation and stopping are the `Reporter`'s, called from a trainer callback.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from finetune.compat import set_train_sampler
+from finetune.config.schema import RunConfig
+from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.reporter import Reporter
+from finetune.engine.steps import RunSteps, drive
+from finetune.engine.trl.callback import ReporterCallback
+from finetune.engine.trl.sampler import EpochSampler
+from finetune.files.run_folder import RunFolder
+from finetune.model.adapter import load_adapter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+class TrlTraining:
+    """One run's model and trainer."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: SFTConfig,
+        model: "PeftModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: "Dataset",
+    ) -> None:
+        """Set up the training of a run.
+
+        Args:
+            config: The run's config.
+            arguments: From `training_arguments`.
+            model: The base with a fresh adapter; no other run uses it meanwhile.
+            tokenizer: The base's tokenizer.
+            rows: The tokenised training rows.
+        """
+        self.model = model
+        self._config = config
+        self._arguments = arguments
+        self._tokenizer = tokenizer
+        self._rows = rows
+
+    def train(
+        self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None
+    ) -> RunSteps[None]:
+        """Train until the last step or until the reporter stops the run.
+
+        Args:
+            reporter: Receives every step, evaluates, and decides when to stop.
+            folder: The run's folder; checkpoints go where the training arguments say.
+            checkpoint: To resume from; None: from the start.
+
+        Returns:
+            Nothing; the trained adapter is in `model`.
+        """
+        yield from ()  # no requests: the base can't be shared with other runs
+        if checkpoint is not None and reporter.progress.step >= reporter.total:
+            load_adapter(self.model, checkpoint)  # the Trainer would train one more step
+            return
+        trainer = self._create_trainer(reporter)
+        with reporter.live():
+            drive(reporter.begin())
+            if reporter.progress.stop is None:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
+        """Compute the adapter's losses on rows.
+
+        Args:
+            rows: Tokenised rows.
+
+        Returns:
+            The evaluation, with the rows in their order.
+        """
+        yield from ()
+        batch_size = self._config.trainer.per_device_eval_batch_size
+        return evaluate(self.model, rows, batch_size, self._config.quantization)
+
+    def weights_on_cpu(self) -> "AbstractContextManager[None]":
+        """Leave the weights where they are: no other run computes that a copy could wait for."""
+        return nullcontext()
+
+    def generation_model(self) -> "AbstractContextManager[PeftModel]":
+        """Return the model with the adapter, for text generation."""
+        return nullcontext(self.model)
+
+    def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
+        # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded
+        # away: the float32 weights are put back afterwards, before the optimizer is created.
+        weights = {}
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                weights[name] = weight.detach().clone()
+        checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
+        trainer = SFTTrainer(
+            model=self.model,
+            args=self._arguments,
+            train_dataset=self._rows,
+            processing_class=self._tokenizer,
+            callbacks=[ReporterCallback(reporter, checkpoint_limit)],
+        )
+        for name, weight in self.model.named_parameters():
+            if name in weights:
+                weight.data = weights[name]
+        lengths = [len(ids) for ids in self._rows["input_ids"]]
+        set_train_sampler(trainer, EpochSampler(lengths, self._config))
+        trainer.remove_callback(PrinterCallback)  # the reporter shows progress
+        trainer.remove_callback(ProgressCallback)
+        return trainer
