@@ -89,7 +89,7 @@ def _compare(folder: str, data: str) -> Comparison:
     from finetune.engine.evaluation import evaluate
 
     run = load_run(folder)
-    tokens = tokenize("test", rows, run.tokenizer, settings)
+    tokens = tokenize("test", rows, run.tokenizer, settings, run.config.model.template_kwargs)
     batch_size = config.trainer.per_device_eval_batch_size
     # The base first: attaching the adapter may change it.
     base = evaluate(run.base, tokens, batch_size, config.quantization)

@@ -3,6 +3,7 @@
 import argparse
 
 from finetune.console import command_parser, run_command
+from finetune.data.types import Prompt
 from finetune.engine.generation import generate_answers
 from finetune.errors import refusal
 from finetune.run.load import load_run
@@ -24,6 +25,9 @@ def _parse_arguments() -> argparse.Namespace:
         required=True,
         action="append",
         help="a prompt; repeat the flag for several",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="the system turn before each prompt (default: none)"
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -56,10 +60,11 @@ def _generate(arguments: argparse.Namespace) -> list[str]:
     return generate_answers(
         run.base if arguments.base else run.with_adapter(),
         run.tokenizer,
-        arguments.prompt,
+        [Prompt(text, arguments.system) for text in arguments.prompt],
         run.config.quantization,
         max_new_tokens=max_new_tokens,
         max_length=max_length,
+        variables=run.config.model.template_kwargs,
     )
 
 

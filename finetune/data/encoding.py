@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.answers import Chat, Example
 from finetune.data.chat_template import ChatTemplate, fold_system
 from finetune.data.frames import Frames
-from finetune.data.types import Messages
+from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,20 +123,15 @@ class Encoder:
         examples, unlearnt = chat.examples(last_only)
         return EncodedRow([self._encode_example(chat, example) for example in examples], unlearnt)
 
-    def encode_prompt(self, prompt: str, system: str | None = None) -> list[int]:
-        """Encode a question as rows have it, up to where the answer begins.
-
-        Args:
-            prompt: The question; without a chat template the text to continue.
-            system: The system turn before it.
-        """
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Encode a question as rows have it, up to where the answer begins."""
         if self.template is None:
-            text = prompt if system is None else f"{system}\n\n{prompt}"
+            text = prompt.text if prompt.system is None else f"{prompt.system}\n\n{prompt.text}"
             return self._beginning + self._plain_ids(text)
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return self._plain_ids(self.template.render(messages, ask=True))
+        messages = [{"role": "user", "content": prompt.text}]
+        if prompt.system is not None:
+            messages.insert(0, {"role": "system", "content": prompt.system})
+        return self._plain_ids(self.template.render(messages, prompt.tools, ask=True))
 
     @property
     def ends(self) -> list[int]:

@@ -23,7 +23,7 @@ Raises:
 from collections.abc import Callable
 from typing import Any
 
-from finetune.data.types import RawRow, Row
+from finetune.data.types import RawRow
 from finetune.errors import ConfigError, refusal
 
 Format = Callable[[RawRow, str, str], dict[str, Any] | None]
@@ -98,14 +98,6 @@ def detect_format(key: str, path: str, row: RawRow, text_field: str) -> str:
         return "text"
     reason = f"{key}={path} has no such field, and no chat either; its fields: {_field_names(row)}"
     raise refusal("dataset.text_field", text_field, reason)
-
-
-def first_question(row: Row) -> str | None:
-    """Return the first user message of a row in the common form, None for plain text."""
-    for message in row.get("messages", ()):
-        if message["role"] == "user":
-            return str(message["content"])
-    return None
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}

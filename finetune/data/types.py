@@ -57,6 +57,18 @@ class Row(dict[str, Any]):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A question to be answered, asked as rows ask it."""
+
+    text: str
+    """The question; without a chat template the text to continue."""
+    system: str | None = None
+    """The system turn before it."""
+    tools: list[Any] | None = None
+    """Schemas of the tools that the model may call."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a run in the common form, by split."""
 

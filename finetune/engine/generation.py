@@ -4,11 +4,12 @@ Loads no torch when it is imported, because a command and `finetune.run.run` imp
 """
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.sections.model import QuantizationSettings
-from finetune.data.encoding import render_chat
+from finetune.data.encoding import Encoder
+from finetune.data.types import Prompt
 from finetune.model.architectures import text_config_of
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ log = logging.getLogger(__name__)
 def generate_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     quantization: QuantizationSettings,
     *,
     max_new_tokens: int | None,
     max_length: int | None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Generate an answer to each prompt; each token is the most likely one.
 
@@ -40,6 +42,7 @@ def generate_answers(
         max_new_tokens: Limit on an answer's tokens; None: `max_length` alone is the limit.
         max_length: Limit on the tokens of a prompt and its answer together; None:
             `max_new_tokens` alone is the limit.
+        variables: Variables of the chat template (`model.template_kwargs`).
 
     Returns:
         The answers, in the order of the prompts; empty where a limit leaves no token for one, which
@@ -48,7 +51,9 @@ def generate_answers(
     from finetune.engine.evaluation import evaluation_mode
     from finetune.model.quantization import autocast
 
-    prompt_ids = _encode_prompts(tokenizer, prompts)
+    encoder = Encoder(tokenizer, variables)
+    questions = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    prompt_ids = [encoder.encode_prompt(question) for question in questions]
     lengths = [len(ids) for ids in prompt_ids]
     config = text_config_of(model.config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -58,20 +63,10 @@ def generate_answers(
         for batch in _batches(lengths, limits, positions):
             batch_ids = [prompt_ids[row] for row in batch]
             batch_limits = [limits[row] for row in batch]
-            texts = _generate_batch(model, tokenizer, batch_ids, batch_limits)
+            texts = _generate_batch(model, tokenizer, encoder.ends, batch_ids, batch_limits)
             for row, text in zip(batch, texts, strict=True):
                 answers[row] = text
     return answers
-
-
-def _encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
-) -> list[list[int]]:
-    """Return the token ids of each prompt, as a chat if the tokenizer has a template."""
-    if tokenizer.chat_template is None:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [render_chat(tokenizer, chat, ask=True) for chat in chats]
 
 
 def _answer_limit(
@@ -135,6 +130,7 @@ def _batches(
 def _generate_batch(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    ends: list[int],
     prompt_ids: list[list[int]],
     limits: list[int],
 ) -> list[str]:
@@ -156,7 +152,7 @@ def _generate_batch(
         max_new_tokens=max(limits),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=_end_tokens(model, ends),
     )
     answers = []
     for sequence, limit in zip(sequences, limits, strict=True):
@@ -165,9 +161,8 @@ def _generate_batch(
     return answers
 
 
-def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end an answer: the tokenizer's and those of the generation config."""
+def _end_tokens(model: "PreTrainedModel", ends: list[int]) -> list[int]:
+    """Return the ids that end an answer: those of the rows and of the generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    tokens = set(configured if isinstance(configured, list) else [configured])
-    tokens.add(tokenizer.eos_token_id)
+    tokens = {*ends, *(configured if isinstance(configured, list) else [configured])}
     return sorted(token for token in tokens if token is not None)

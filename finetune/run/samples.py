@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.console import log_traceback, summary_line
-from finetune.data.formats import first_question
-from finetune.data.types import Rows
+from finetune.data.prompts import first_prompt, shared_system
+from finetune.data.types import Prompt, Rows
 from finetune.engine.generation import generate_answers
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
@@ -69,7 +69,7 @@ class Samples:
         """Ask the fresh adapter. A resumed run has asked already."""
         if not self.unasked:
             return
-        samples: list[Sample] = [{"prompt": prompt} for prompt in self._prompts]
+        samples: list[Sample] = [{"prompt": prompt.text} for prompt in self._prompts]
         with survive_samples("before training"):
             for sample, answer in zip(samples, self._answers_before(), strict=True):
                 sample["before"] = answer
@@ -103,15 +103,17 @@ class Samples:
                 config.quantization,
                 max_new_tokens=config.sample_max_new_tokens,
                 max_length=config.sample_max_length,
+                variables=config.model.template_kwargs,
             )
 
 
-def _choose_prompts(config: RunConfig, rows: Rows) -> list[str]:
-    """The config's prompts, or the first held-out questions."""
+def _choose_prompts(config: RunConfig, rows: Rows) -> list[Prompt]:
+    """The config's prompts with the system turn that all rows share, or held-out questions."""
     if config.sample_prompts is not None:
-        return config.sample_prompts
-    questions = (first_question(row) for row in rows.evaluation or rows.train)
-    return [question for question in questions if question is not None][:HELD_OUT_PROMPTS]
+        system = shared_system(rows.train)
+        return [Prompt(text, system) for text in config.sample_prompts]
+    prompts = (first_prompt(row) for row in rows.evaluation or rows.train)
+    return [prompt for prompt in prompts if prompt is not None][:HELD_OUT_PROMPTS]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,27 @@
+"""Questions to show what a model has learnt, asked as the rows ask theirs."""
+
+from collections.abc import Iterable
+
+from finetune.data.types import Prompt, Row
+
+
+def first_prompt(row: Row) -> Prompt | None:
+    """Return the first question of a row with its system turn and tools, None for plain text."""
+    for message in row.get("messages", ()):
+        if message["role"] == "user":
+            return Prompt(str(message["content"]), system_of(row), row.get("tools"))
+    return None
+
+
+def system_of(row: Row) -> str | None:
+    """Return the system turn with which a chat begins."""
+    messages = row.get("messages")
+    if messages and messages[0]["role"] == "system":
+        return str(messages[0]["content"])
+    return None
+
+
+def shared_system(rows: Iterable[Row]) -> str | None:
+    """Return the system turn that all rows have alike, None if they differ."""
+    turns = {system_of(row) for row in rows}
+    return turns.pop() if len(turns) == 1 else None
