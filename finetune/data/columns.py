@@ -53,7 +53,12 @@ class Cells:
             return str(value)
         if isinstance(value, float) and math.isfinite(value) and value.is_integer():
             return str(int(value))
-        return self.text("completion")
+        if value is None or isinstance(value, str):
+            return value or ""
+        kind = f"no text and no whole number but {type(value).__name__}"
+        column = self.columns["completion"]
+        text_alone = "; dataset.format=text learns the text alone" if column == "label" else ""
+        raise ConfigError(f"{self.where}: field '{column}' is {kind}{text_alone}")
 
     def list_or_null(self, purpose: str) -> Any:
         """Return a value that may be JSON text; an empty one counts as null."""

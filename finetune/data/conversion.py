@@ -13,6 +13,7 @@ from finetune.data.messages import is_answer
 from finetune.data.other_shapes import refuse_marked, refuse_media
 from finetune.data.prompt_template import KEY as TEMPLATE_KEY
 from finetune.data.prompt_template import PromptTemplate
+from finetune.data.tool_calls import parse_list
 from finetune.data.types import RawRow
 from finetune.errors import ConfigError, did_you_mean, refusal
 
@@ -46,13 +47,13 @@ class RowFormats:
         """Remember which ignored names a row's columns and messages have."""
         if not self.unseen:
             return
-        self.unseen -= row.keys()
-        self._seen_names |= row.keys()
-        for value in row.values():
-            for item in value if isinstance(value, list) else ():
+        names = set(row)
+        for value in map(parse_list, row.values()):
+            for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, dict):
-                    self.unseen -= item.keys()
-                    self._seen_names |= item.keys()
+                    names |= item.keys()
+        self.unseen -= names
+        self._seen_names |= names
 
     def check_ignored(self) -> None:
         """Refuse a name of `dataset.ignore` that no row has. Call it when all rows are read."""

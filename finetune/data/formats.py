@@ -67,7 +67,7 @@ def _prompt_completion(cells: Cells) -> Content | None:
     """
     prompt = _prompt_messages(cells)
     completion = cells.value("completion")
-    if isinstance(completion, list):
+    if _is_messages(completion):
         answer = normalize_messages(completion, f"{cells.where}, completion message", cells.ignored)
     else:
         answer = _answer(cells.answer())
@@ -161,9 +161,13 @@ def first_question(row: Row) -> str | None:
     return None
 
 
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def _prompt_messages(cells: Cells) -> Messages:
     prompt = cells.value("prompt")
-    if not isinstance(prompt, list):
+    if not _is_messages(prompt):
         return [{"role": "user", "content": cells.text("prompt")}]
     messages = normalize_messages(prompt, f"{cells.where}, prompt message", cells.ignored)
     for message in messages:

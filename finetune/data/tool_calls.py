@@ -1,5 +1,6 @@
 """Tool calls and tool schemas in the common form, from the ways in which data sets write them."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -44,6 +45,14 @@ def parse_json(text: str, where: str) -> Any:
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise ConfigError(f"{where} must be JSON, but is {_shorten(text)} ({reason})") from None
+
+
+def parse_list(value: Any) -> Any:
+    """Return the list that JSON text holds; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
