@@ -145,11 +145,6 @@ DATA = [
         "dataset.columns.prompt=frage: dataset.path=d.jsonl: row 1 has no such column; its fields: text",
     ),
     Case(
-        "purpose-that-is-not-there",
-        "dataset.columns={question:text}",
-        "dataset.columns.question=text: no such purpose; did you mean …? allowed: completion, history, …",
-    ),
-    Case(
         "template-that-is-no-jinja",
         "dataset.template='{{text'",
         "dataset.template={{text: must be a Jinja template (…)",
