@@ -76,7 +76,9 @@ def compose_run(overrides: list[str]) -> RunConfig:
 
 
 def check_override(override: str) -> str:
-    """Return an override as Hydra accepts it: below `extra` any key may be added.
+    """Return an override as Hydra accepts it: to some groups of keys any key may be added.
+
+    These are `extra`, `dataset.columns` and `model.template_kwargs`.
 
     Raises:
         ConfigError: the override holds a credential, names a folder that is not plain, or has a
@@ -89,7 +91,8 @@ def check_override(override: str) -> str:
     if (CONF / key).is_dir() and value.isdigit():
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
-    adds_key = re.match(r"(model|lora|trainer)\.extra\b", override)
+    open_groups = r"((model|lora|trainer)\.extra|dataset\.columns|model\.template_kwargs)\b"
+    adds_key = re.match(open_groups, override)
     return f"++{override}" if adds_key else override
 
 

@@ -52,7 +52,10 @@ def test_the_pruner_prunes_what_is_worse_by_more_than_the_gap() -> None:
 def test_the_format_converts_a_row() -> None:
     convert = example("def _squad", vars(formats))["_squad"]
     row = {"context": "A box.", "question": "What?", "answers": {"text": ["a box"]}}
-    assert convert(row, "row 1", "text")["messages"][-1]["content"] == "a box"
+    columns = {"prompt": "question", "input": "context", "completion": "answers"}
+    content = convert(formats.Cells(row, columns, "row 1"))
+    assert content["messages"][0]["content"] == "A box.\n\nWhat?"
+    assert content["messages"][-1]["content"] == "a box"
 
 
 def test_the_search_space_suggests_dropout_for_large_ranks_only() -> None:

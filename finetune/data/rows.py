@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune.config.schema import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.formats import FORMATS, detect_format
+from finetune.data.conversion import RowFormats
+from finetune.data.labels import class_names
 from finetune.data.sources import open_files, open_source
 from finetune.data.split_files import file_names, files_by_split, files_for_split
 from finetune.data.types import Row, Rows, fingerprint
@@ -26,18 +27,20 @@ def load_rows(settings: DatasetSettings) -> Rows:
             the line or row.
     """
     dropped: Dropped = {}
+    formats = RowFormats(settings)
     files = files_by_split(settings)
-    pool = _read("dataset.path", settings.path, files.get("train"), settings, dropped)
+    pool = _read("dataset.path", settings.path, files.get("train"), formats, dropped)
     random.Random(f"split {settings.split_seed}").shuffle(pool)
     total = len(pool)
     held_out: dict[str, list[Row]] = {}
     # The test rows come first, so that which rows these are depends on no other fraction.
     for split in ("test", "eval"):
-        rows = _read_split(split, settings, files.get(split), dropped)
+        rows = _read_split(split, formats, files.get(split), dropped)
         if rows is None:
             count = _held_out_count(split, settings, total, len(pool))
             rows, pool = pool[:count], pool[count:]
         held_out[split] = rows
+    formats.check_ignored()
     fingerprints = {fingerprint(row) for row in pool}
     for split in ("eval", "test"):
         unique = _drop_duplicates(split, held_out[split], fingerprints, dropped)
@@ -65,7 +68,7 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
     """
     dropped: Dropped = {}
     files = files_for_split("test", key, settings.path)
-    rows = _read(key, settings.path, files, settings, dropped)
+    rows = _read(key, settings.path, files, RowFormats(settings), dropped)
     _log_dropped(dropped)
     return rows
 
@@ -84,15 +87,16 @@ def _log_dropped(dropped: Dropped) -> None:
 
 
 def _read_split(
-    split: str, settings: DatasetSettings, files: list[Path] | None, dropped: Dropped
+    split: str, formats: RowFormats, files: list[Path] | None, dropped: Dropped
 ) -> list[Row] | None:
     """The rows of a split that has a path or files of its own; None if it has neither."""
+    settings = formats.settings
     path: str | None = getattr(settings, f"{split}_path")
     if path is not None:
         key = f"dataset.{split}_path"
-        return _read(key, path, files_for_split(split, key, path), settings, dropped)
+        return _read(key, path, files_for_split(split, key, path), formats, dropped)
     if files:
-        return _read("dataset.path", settings.path, files, settings, dropped)
+        return _read("dataset.path", settings.path, files, formats, dropped)
     return None
 
 
@@ -155,7 +159,7 @@ def _all_in_training(
 
 
 def _read(
-    key: str, path: str, files: list[Path] | None, settings: DatasetSettings, dropped: Dropped
+    key: str, path: str, files: list[Path] | None, formats: RowFormats, dropped: Dropped
 ) -> list[Row]:
     """Read all rows of a path in the common form.
 
@@ -163,29 +167,29 @@ def _read(
         key: The config key of the path, for error messages.
         path: A folder, or anything else that `dataset.path` may be.
         files: The files to read if the path is a folder, else None.
-        settings: The rows' format. `auto` takes the format of the first row for all rows.
+        formats: The conversion of the rows; the first row decides the format of all.
         dropped: Where rows with nothing to learn from are counted.
     """
+    settings = formats.settings
     sources = (
         [open_source(key, path, settings)]
         if files is None
         else open_files(key, path, files, settings)
     )
-    format_name: str = settings.format
+    shown_path = path if files is None else f"{path} ({file_names(files)})"
+    converter = formats.open(key, shown_path)
     rows: list[Row] = []
     total = 0
     for source in sources:
+        names = class_names(source.rows)
         for number, raw_row in enumerate(source.rows, start=1):
-            if format_name == "auto":
-                format_name = detect_format(key, source.name, raw_row, settings.text_field)
-            where = f"{key}={source.name}: row {number}"
-            content = FORMATS[format_name](raw_row, where, settings.text_field)
+            content = converter.convert(raw_row, source.name, number, names)
             if content is not None:
                 rows.append(Row(content, source.name, number))
             total += 1
-    shown_path = path if files is None else f"{path} ({file_names(files)})"
     if not total:
         raise refusal(key, shown_path, "holds no rows")
+    converter.finish()
     if len(rows) < total:
         reason = f"rows of {shown_path} with nothing to learn from"
         dropped[reason] = dropped.get(reason, 0) + total - len(rows)

@@ -57,6 +57,16 @@ CONFIG = [
         "trainer.group_by_length=1: must be true or false",
     ),
     Case("null-for-a-number", "lora.r=null", "lora.r=null: must be a whole number"),
+    Case(
+        "purpose-of-a-column",
+        "dataset.columns={question:text}",
+        "dataset.columns.question=text: no such purpose; …allowed: completion, history, …",
+    ),
+    Case(
+        "column-of-two-purposes",
+        "dataset.columns.prompt=a dataset.columns.completion=a",
+        "dataset.columns.prompt=a: each column can serve one purpose only",
+    ),
     Case("value-for-a-group", "lora.extra=5", "lora.extra=5: must be a group of keys"),
     Case(
         "list-with-a-wrong-item",

@@ -80,18 +80,18 @@ DATA = [
     Case(
         "no-text-field",
         "",
-        "dataset.text_field=text: dataset.path=d.jsonl has no such field…its fields: body, title",
+        "dataset.path=d.jsonl: row 1 has the columns of no format; its fields: body, title; formats: …",
         {"d.jsonl": lines({"body": "b", "title": "t"})},
     ),
     Case(
         "no-named-text-field",
         "dataset.format=text dataset.text_field=body",
-        "dataset.path=d.jsonl: row 1 has no field 'body'; its fields: text",
+        "dataset.path=d.jsonl: row 1 has no field 'body'; its fields: text; format text needs body",
     ),
     Case(
         "text-field-missing-later",
         "",
-        "dataset.path=d.jsonl: row 21 has no field 'text'; its fields: tekst",
+        "dataset.path=d.jsonl: row 21 has no field 'text'; its fields: tekst; format text needs text",
         {"d.jsonl": ROWS + lines({"tekst": "a"})},
     ),
     Case(
@@ -103,36 +103,71 @@ DATA = [
     Case(
         "no-chat",
         "dataset.format=chat",
-        "dataset.path=d.jsonl: row 1 has no list 'messages' or 'conversations'; its fields: text",
+        "dataset.path=d.jsonl: row 1 has no list 'messages' or 'conversations'; its fields: text; format chat needs messages or conversations",
     ),
     Case(
         "message-without-content",
         "",
-        "dataset.path=d.jsonl: row 1: a message must have 'role' and 'content'…",
+        "dataset.path=d.jsonl: row 1, message 1: a message must have 'role' and 'content'…",
         {"d.jsonl": lines({"messages": [{"role": "user"}]})},
     ),
     Case(
         "message-that-is-text",
         "",
-        "dataset.path=d.jsonl: row 1: a message must have 'role' and 'content'…",
+        "dataset.path=d.jsonl: row 1, message 1: a message must have 'role' and 'content'…",
         {"d.jsonl": lines({"messages": ["hello"]})},
     ),
     Case(
         "no-completion",
         "dataset.format=prompt_completion",
-        "dataset.path=d.jsonl: row 1 has no field 'completion'; its fields: prompt",
+        "dataset.path=d.jsonl: row 1 has no field 'completion'; its fields: prompt; format prompt_completion needs prompt and completion, or …",
         {"d.jsonl": lines({"prompt": "p"})},
     ),
     Case(
         "no-output",
         "dataset.format=alpaca",
-        "dataset.path=d.jsonl: row 1 has no field 'output'; its fields: instruction",
+        "dataset.path=d.jsonl: row 1 has no field 'output'; its fields: instruction; format alpaca needs instruction and output, or …",
         {"d.jsonl": lines({"instruction": "p"})},
+    ),
+    Case(
+        "call-without-json",
+        "",
+        "dataset.path=d.jsonl: row 1, message 2: tool_calls must be JSON, but is 'find(0)' (…)",
+        {
+            "d.jsonl": lines(
+                {
+                    "conversations": [
+                        {"from": "human", "value": "Find it."},
+                        {"from": "function_call", "value": "find(0)"},
+                    ]
+                }
+            )
+        },
+    ),
+    Case(
+        "column-that-is-not-there",
+        "dataset.columns={prompt:frage,completion:text}",
+        "dataset.columns.prompt=frage: dataset.path=d.jsonl: row 1 has no such column; its fields: text",
+    ),
+    Case(
+        "template-that-is-no-jinja",
+        "dataset.template='{{text'",
+        "dataset.template={{text: must be a Jinja template (…)",
+    ),
+    Case(
+        "template-of-a-missing-column",
+        "dataset.template='{{titel}}' dataset.columns={completion:text}",
+        "dataset.template={{titel}}: dataset.path=d.jsonl: row 1: 'titel' is undefined; its fields: text",
+    ),
+    Case(
+        "ignored-field-of-no-row",
+        "dataset.ignore=[reasonning]",
+        "dataset.ignore=[reasonning]: no row has such a field; did you mean reasoning…",
     ),
     Case(
         "csv-without-the-field",
         "dataset.path=d.csv",
-        "dataset.text_field=text: dataset.path=d.csv has no such field…its fields: id, body",
+        "dataset.path=d.csv: row 1 has the columns of no format; its fields: id, body; formats: …",
         {"d.csv": "id,body\n1,hello\n"},
     ),
     Case(

@@ -5,6 +5,10 @@ from typing import Literal
 
 from finetune.config.data_folder import has_evaluation_files
 from finetune.config.sections.section import Section
+from finetune.errors import did_you_mean, refusal
+
+COLUMN_PURPOSES = ("prompt", "completion", "system", "messages", "tools", "history")
+"""Names that `dataset.columns` accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,29 @@ class DatasetSettings(Section):
         self.require("test_fraction", self._held_out_fraction < 1, reason)
         has_length = self.max_length is not None
         self.require("packing", not self.packing or has_length, "needs dataset.max_length")
+        self._check_columns()
+        self.require("ignore", "role" not in self.ignore, "a message's role can't be left out")
+
+    def _check_columns(self) -> None:
+        for purpose, column in self.columns.items():
+            key = f"dataset.columns.{purpose}"
+            if purpose not in COLUMN_PURPOSES:
+                allowed = did_you_mean(str(purpose), COLUMN_PURPOSES)
+                raise refusal(key, column, f"no such purpose; {allowed}")
+            if not isinstance(column, str) or not column:
+                raise refusal(key, column, "must be the name of a column")
+            if list(self.columns.values()).count(column) > 1:
+                raise refusal(key, column, "each column can serve one purpose only")
+        has_pair = not self.columns.keys().isdisjoint({"prompt", "completion"})
+        has_messages = "messages" in self.columns
+        if has_messages and (has_pair or self.template is not None):
+            reason = "not with prompt, completion or dataset.template"
+            raise refusal("dataset.columns.messages", self.columns["messages"], reason)
+        has_prompt = "prompt" in self.columns
+        reason = "makes the prompt; not with dataset.columns.prompt"
+        self.require("template", self.template is None or not has_prompt, reason)
+        allowed = "must be text, or null"
+        self.require("template", self.template is None or bool(self.template.strip()), allowed)
 
     @property
     def _held_out_fraction(self) -> float:

@@ -215,7 +215,9 @@ def test_a_folder_to_evaluate_on_is_its_test_files_or_all(
     with caplog.at_level(logging.INFO, "finetune"):
         rows = load_all_rows("--data", settings(path=str(folder)))
     assert rows == [row for name in expected for row in texts(files[name], name)]
-    assert caplog.messages == ([f"data: --data={folder}: {says}"] if says else [])
+    *said, format_line = caplog.messages
+    assert said == ([f"data: --data={folder}: {says}"] if says else [])
+    assert format_line.endswith(": format text (text)")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_reads_all_files_of_a_folder_in_the_order_of_their_names(
             "row 2 has no field 'text'; its fields: tekst",
         ),
         ("b.csv", "tekst\nfine\n", "row 1 has no field 'text'; its fields: tekst"),
-        ("a.csv", "tekst\nfine\n", "has no such field, and no chat either; its fields: tekst"),
+        ("a.csv", "tekst\nfine\n", "row 1 has the columns of no format; its fields: tekst"),
     ],
     ids=["jsonl", "broken_line", "json", "csv", "first_file"],
 )

@@ -1,0 +1,46 @@
+"""Names of classes: data sets keep a class as a number, and its name beside the rows."""
+
+from typing import Any
+
+from finetune.data.types import RawRow
+from finetune.errors import ConfigError
+
+ClassNames = dict[str, list[str]]
+"""The names of the classes, by column."""
+
+
+def class_names(rows: object) -> ClassNames:
+    """Return the class names that a data set of the `datasets` library has for its columns.
+
+    Args:
+        rows: A data set, or any other rows, which have no class names.
+    """
+    features: Any = getattr(rows, "features", None) or {}
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+
+
+def name_classes(row: RawRow, names: ClassNames, where: str) -> RawRow:
+    """Return a row with the names of its classes in the place of their numbers.
+
+    Args:
+        row: The row.
+        names: The class names.
+        where: The row's place, to begin error messages with.
+
+    Raises:
+        ConfigError: A number stands for no class.
+    """
+    named = dict(row)
+    for column, labels in names.items():
+        value = row.get(column)
+        if isinstance(value, int):
+            if not 0 <= value < len(labels):
+                classes = ", ".join(labels)
+                reason = f"field '{column}' is {value}, which is no class; the classes: {classes}"
+                raise ConfigError(f"{where}: {reason}")
+            named[column] = labels[value]
+    return named
