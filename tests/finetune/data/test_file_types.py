@@ -209,9 +209,10 @@ def test_columns_that_the_config_names_decide_which_cells_are_json(
 ) -> None:
     row = {"log": json.dumps(CHAT), "history": "[1]", "tools": "[2] and no JSON", "dialog": "[3]"}
     file = write_csv(tmp_path / "rows.csv", [row])
-    columns = {"messages": "log", "prompt": "history"}
-    changes = {"columns": columns, "text_field": "dialog"}
-    assert raw_rows(file, settings, **changes) == [{**row, "log": CHAT}]
+    chats = raw_rows(file, settings, columns={"messages": "log"}, text_field="dialog")
+    assert chats == [{**row, "log": CHAT, "history": [1]}]
+    columns = {"prompt": "history", "completion": "tools"}
+    assert raw_rows(file, settings, columns=columns, text_field="dialog") == [row]
 
 
 def test_one_row_on_one_line_of_a_json_file_stays_a_row(settings: Settings, tmp_path: Path) -> None:

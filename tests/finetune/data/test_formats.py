@@ -7,7 +7,7 @@ from support.models import Row
 from support.rows import A, Q, Settings, asked, chat
 from support.runs import write_jsonl
 
-from finetune.data.formats import first_question
+from finetune.data.prompts import first_prompt
 from finetune.data.rows import load_all_rows, load_rows
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -86,7 +86,7 @@ def test_keeps_the_system_turn_and_cuts_what_follows_the_last_answer(
     )
     [row] = load_all_rows("dataset.path", settings(path=str(file)))
     assert row["messages"] == [{"role": "system", "content": "Be short."}, *chat(Q, A)["messages"]]
-    assert first_question(row) == Q
+    assert first_prompt(row).text == Q
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,10 @@ def test_columns_may_name_system_history_and_tools() -> None:
     assert content["tools"] == [{"type": "function", "function": {"name": "f"}}]
 
 
-def test_of_a_prompt_with_answers_only_the_completion_is_learnt() -> None:
+def test_answers_within_a_prompt_are_learnt_as_in_every_chat() -> None:
     [content] = convert({"prompt": [*EARLIER, ASKED], "completion": [ANSWERED]})
     answers = [message for message in content["messages"] if message["role"] == "assistant"]
-    assert [answer.get("train", True) for answer in answers] == [False, True]
+    assert [answer.get("train", True) for answer in answers] == [True, True]
 
 
 @pytest.mark.parametrize(

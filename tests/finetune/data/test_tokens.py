@@ -9,7 +9,7 @@ from support.models import Row
 from support.rows import CHATS, MANY_TURNS, A, Q, Settings, chat, texts
 
 from finetune.data.encoding import IGNORED
-from finetune.data.tokens import left_out_count, tokenize
+from finetune.data.tokens import left_out_count, report_of, tokenize
 from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -83,17 +83,24 @@ def test_chats_become_the_tokens_and_labels_that_trl_makes_of_prompt_and_complet
         assert mine["labels"] == trls["labels"]
 
 
-@pytest.mark.parametrize("template", ["chatml", "reasoning"])
 def test_many_turns_become_trls_tokens_and_their_last_answer_trls_labels(
-    tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path, template: str
+    tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    if template == "reasoning":
-        tokenizer.chat_template = HISTORY_WITHOUT_REASONING
     [theirs] = trl_tokens(tokenizer, tiny_base, [by_columns(MANY_TURNS)], None, tmp_path)
     [ours] = tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list()
     assert ours["input_ids"] == theirs["input_ids"]
     last = next(n for n, label in enumerate(theirs["labels"]) if label != IGNORED)
     assert ours["labels"][last:] == theirs["labels"][last:]
+
+
+def test_where_history_is_rendered_otherwise_each_answer_is_trls_prompt_and_completion(
+    tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = HISTORY_WITHOUT_REASONING
+    messages = MANY_TURNS["messages"]
+    rows = [by_columns({"messages": messages[:turns]}) for turns in (2, 4, 6)]
+    theirs = trl_tokens(tokenizer, tiny_base, rows, None, tmp_path)
+    assert tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list() == theirs
 
 
 @pytest.mark.parametrize("max_length", [None, 8])
@@ -144,7 +151,7 @@ def test_every_assistant_turn_is_labelled_with_its_end_and_nothing_else(
         assert all(label in (token, IGNORED) for token, label in pairs)
 
 
-def test_where_history_is_rendered_otherwise_the_last_answer_is_labelled_and_no_other_token(
+def test_where_history_is_rendered_otherwise_every_answer_is_learnt_in_a_row_of_its_own(
     tokenizer: Any, settings: Settings
 ) -> None:
     tokenizer.chat_template = HISTORY_WITHOUT_REASONING
@@ -155,20 +162,24 @@ def test_where_history_is_rendered_otherwise_the_last_answer_is_labelled_and_no_
         "<think>\nTwo, two.\n</think>\n\nFour.",
     )
     plain = chat("1 + 1?", "Two.", "2 + 2?", "Four.")
-    # The kept part of the first answer begins as its reasoning does: a common prefix must not be
+    # What is left of the first answer begins as its reasoning does: a common prefix must not be
     # taken for an answer.
     alike = chat(
         "1 + 1?", "<think>\nA.\n</think>\n\n<think less", "2 + 2?", "<think>\nB.\n</think>\n\nFour."
     )
-    rows = tokenize("train", [thinking, plain, alike], tokenizer, settings()).to_list()
+    tokens = tokenize("train", [thinking, plain, alike], tokenizer, settings())
+    rows = tokens.to_list()
 
-    assert "One, one" not in tokenizer.decode(rows[0]["input_ids"])
-    assert labelled(rows[0], tokenizer) == ["<think>\nTwo, two.\n</think>\n\nFour.<|im_end|>\n"]
-    assert labelled(rows[1], tokenizer) == ["<think>\n\n</think>\n\nFour.<|im_end|>\n"]
-    assert labelled(rows[2], tokenizer)[-1] == "<think>\nB.\n</think>\n\nFour.<|im_end|>\n"
-    assert all(
-        "2 + 2" not in text and "<|im_start|>" not in text for text in labelled(rows[2], tokenizer)
-    )
+    assert [labelled(row, tokenizer) for row in rows] == [
+        ["<think>\nOne, one.\n</think>\n\nTwo.<|im_end|>\n"],
+        ["<think>\nTwo, two.\n</think>\n\nFour.<|im_end|>\n"],
+        ["<think>\n\n</think>\n\nTwo.<|im_end|>\n"],
+        ["<think>\n\n</think>\n\nFour.<|im_end|>\n"],
+        ["<think>\nA.\n</think>\n\n<think less<|im_end|>\n"],
+        ["<think>\nB.\n</think>\n\nFour.<|im_end|>\n"],
+    ]
+    assert "One, one" not in tokenizer.decode(rows[1]["input_ids"])
+    assert (report_of(tokens).rows, report_of(tokens).examples) == (3, 6)
 
 
 def test_a_question_is_never_labelled_where_the_template_moves_the_system_text(
@@ -183,6 +194,7 @@ def test_a_question_is_never_labelled_where_the_template_moves_the_system_text(
     }
     [tokens] = tokenize("train", [row], tokenizer, settings()).to_list()
     assert [text.strip() for text in labelled(tokens, tokenizer)] == ["Four.<|im_end|>"]
+    assert "[INST] Be short.\n\n2 + 2?[/INST]" in tokenizer.decode(tokens["input_ids"])
 
 
 def test_the_rows_own_end_token_is_learnt_although_it_is_the_padding(
