@@ -1,5 +1,6 @@
 """Sources of raw rows: what `dataset.path` names, a file, a hub data set or `python_docs`."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ class Source:
     rows: Iterable[Row]
 
 
+@functools.cache
+def python_docs() -> list[dict[str, str]]:
+    """Return the rows of `python_docs`, collected once in a process: it takes half a second."""
+    return question_answer_pairs()
+
+
 def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
     """Open what a path names, if it is no folder.
 
@@ -36,7 +43,7 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
-        return Source(path, question_answer_pairs())
+        return Source(path, python_docs())
     file = Path(path).expanduser()
     if file.is_file():
         return Source(path, read_file(key, file))
