@@ -23,12 +23,27 @@ from finetune.console import quiet_libraries
 quiet_libraries()
 
 
+LONGEST = """
+test_kills test_study_database test_training test_pack test_study test_launcher test_run
+test_learning_rate test_memory_plan test_commands test_bank test_samples test_pack_order
+test_multimodal test_confirm test_samplers test_packed_study test_bad_config test_kernels
+test_resources test_trackers test_decoder test_report_page test_selection test_publish
+""".split()
+"""The files that take longest begin first, so that neither of two processes is idle at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs and use one thread, so that runs repeat bit for bit; `pytest -m gpu` uses the GPU.
 
     Models of a few thousand weights gain nothing from more threads, and lose much where two test
     processes share two cores. PyTorch and Triton read the variables when they are imported.
     """
+    config.option.loadscopereorder = False  # pytest-xdist would begin with what has most tests
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # the GPU kernels run on the CPU

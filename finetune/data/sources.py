@@ -1,8 +1,13 @@
 """Sources of raw rows: what `dataset.path` names, a file, a hub data set or `python_docs`."""
 
+<<<<<<< HEAD
 import os
 import re
 from collections.abc import Iterable, Iterator
+=======
+import functools
+from collections.abc import Iterable
+>>>>>>> main
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +45,12 @@ class Source:
     """The commit of a data set on the hub, where it is known."""
 
 
+@functools.cache
+def python_docs() -> list[dict[str, str]]:
+    """Return the rows of `python_docs`, collected once in a process: it takes half a second."""
+    return question_answer_pairs()
+
+
 def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
     """Open what a path names, if it is no folder of files.
 
@@ -52,11 +63,19 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
+<<<<<<< HEAD
         return Source(path, question_answer_pairs())
     file = local_path(path)
     if is_remote(path) or os.path.isfile(file) or is_saved_dataset(file):
         return _open_file(key, path, settings)
     looks_local = any(file_type(path)) or path.startswith((".", "/", "~", "file://"))
+=======
+        return Source(path, python_docs())
+    file = Path(path).expanduser()
+    if file.is_file():
+        return Source(path, read_file(key, file))
+    looks_local = file.suffix in SUFFIXES or path.startswith((".", "/", "~"))
+>>>>>>> main
     if looks_local or path.count("/") != 1:
         allowed = f"python_docs, a hub id (owner/name), a {ANY_FILE}, a folder"
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")

@@ -4,9 +4,7 @@ Each is created when a run first needs it, and kept while the following runs nee
 trial of a study neither reads nor loads anything.
 """
 
-import atexit
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
 
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.slot import Slot
-
-# A loaded base is frozen (`_load_bank`); at exit it is collected like everything else.
-atexit.register(gc.unfreeze)
 
 ADAPTER_THREAD = ThreadPoolExecutor(1)
 """Draws the adapter of the next run while others train: of a 7B base it takes half a second."""
@@ -125,16 +120,15 @@ class SharedResources:
     def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
         from finetune.model.loading import load_base
-        from finetune.model.memory import free_memory
+        from finetune.model.memory import free_memory, freeze_libraries
         from finetune.model.quantization import dequantize_base
 
-        if gc.get_freeze_count():
-            free_memory()  # the base of another owner may be frozen still
+        freeze_libraries()
+        free_memory()  # the base of another owner, which is in use no more
         base = load_base(self.source(config.model), config)
         dequantize_base(base, config)
         bank = Bank(base, config)
         free_memory()
-        gc.freeze()  # the garbage collector need not visit the base at the end of each run
         return bank
 
     def has_room(self, config: RunConfig, engine: str) -> bool:

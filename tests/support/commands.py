@@ -25,7 +25,7 @@ def run_cli(
 
 
 STATION = """
-import gc, json, os, runpy, signal, sys
+import atexit, gc, json, os, runpy, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
 exec(sys.argv[1])
 gc.freeze()  # a child neither copies nor frees the memory of what is imported here
@@ -39,7 +39,7 @@ for line in sys.stdin:
         break
     print(child, flush=True)
 else:
-    sys.exit()
+    os._exit(0)
 os.setsid()
 os.chdir(order["cwd"])
 os.environ.clear()
@@ -48,14 +48,33 @@ for number, path in enumerate((os.devnull, order["log"] + ".out", order["log"]))
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
 sys.argv = [order["module"], *order["arguments"]]
 exec(order["before"])
-runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+code = 0
+try:
+    runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+except SystemExit as exit:
+    if not isinstance(exit.code, int | None):
+        raise
+    code = exit.code or 0
+# As a process ends, but for the last step, in which Python frees all that was imported: a second.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 
 TRAINING_IMPORTS = """
 import finetune.engine.packed.training, finetune.run.samples, finetune.engine.trl.training
+import finetune.plan, finetune.run.conclude, finetune.run.memory_plan, finetune.run.prepare
 import sweeps.answer.conclusion, sweeps.launcher, sweeps.study.pack, sweeps.sweeper, sweeps.study.worker
+from finetune.data.sources import python_docs
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+Plugins.instance()
+OverridesParser.create().parse_overrides(["a=choice(1,2)"])
+python_docs()
 """
-"""All that a run or a study imports, torch included."""
+"""All that a run or a study imports, torch included, and the rows of the default data set."""
 
 LIGHT_IMPORTS = """
 import hydra.main, optuna

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from support.configs import compose
+from support.configs import compose, compose_whole
 
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
@@ -366,3 +366,18 @@ def test_guanaco_can_be_changed_on_the_command_line() -> None:
 
     assert dataclasses.replace(plain.lora, r=8) == config.lora
     assert config.trainer.save_steps == 50
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("lora.r=4", "lora=r8", "experiment=llama2_guanaco", "optimizer.learning_rate=1e-3"),
+        ("~search", "+trainer.extra.a=1", "++lora.extra.x=[1]", "lora/target=q_v"),
+        ("sample_prompts=[Hm?,'a b']", "dataset.limit=null", "model=llama3_1_8b", "lora.r=3"),
+    ],
+    ids=str,
+)
+def test_the_tests_compose_as_hydra_does(overrides: tuple[str, ...]) -> None:
+    """`support.configs.compose` reads the files once."""
+    assert compose(*overrides) == RunConfig.from_hydra(compose_whole(*overrides))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.configs import compose
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -72,3 +73,23 @@ def test_python_docs_answers_are_unique_short_and_many() -> None:
     assert not any(
         " at 0x" in answer for answer in answers
     )  # a memory address would differ from run to run
+
+
+def test_python_docs_are_collected_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.data import sources
+    from finetune.data.rows import load_rows
+
+    collected: list[None] = []
+
+    def collect() -> list[dict[str, str]]:
+        collected.append(None)
+        return [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(20)]
+
+    monkeypatch.setattr(sources, "question_answer_pairs", collect)
+    sources.python_docs.cache_clear()
+    try:
+        settings = compose().dataset
+        assert load_rows(settings) == load_rows(settings)
+    finally:
+        sources.python_docs.cache_clear()
+    assert len(collected) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import run_cli
+from support.commands import Station
 from support.configs import tiny_overrides
 from support.models import with_tokenizer_of
 
@@ -162,9 +162,9 @@ def test_the_adapter_loads_where_it_is_used(tiny: Tiny, gemma3: Path, tmp_path: 
     assert texts == [row["after"] for row in json.loads((tmp_path / "samples.json").read_text())]
 
 
-def test_it_is_planned(tiny_base: Path, gemma3: Path, tmp_path: Path) -> None:
+def test_it_is_planned(station: Station, tiny_base: Path, gemma3: Path, tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tiny_base), *DEBUG, f"model.name_or_path={gemma3}"]
-    done = run_cli(*overrides, module="finetune.plan", cwd=tmp_path)
+    done = station.run(*overrides, module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "peak of one run" in done.stdout
 

@@ -17,8 +17,10 @@ from finetune.run.run import run, run_steps
 
 Tiny = Callable[..., RunConfig]
 
-ONE_EPOCH = (
-    "trainer.max_steps=50",
+STEPS = 20
+"""More than three epochs."""
+SHORT = (
+    f"trainer.max_steps={STEPS}",
     "trainer.eval_steps=0",
     "trainer.save_steps=0",
     "sample_prompts=[]",
@@ -44,20 +46,23 @@ def adapter(folder: Path) -> Any:
             "trainer.per_device_train_batch_size=2",
             "lora.use_rslora=true",
         ),
-        (
-            "quantization=fp4",
-            "lora/target=q_v",
-            "optimizer.lr_scheduler_type=linear",
-            "optimizer.max_grad_norm=0",
+        pytest.param(
+            (
+                "quantization=fp4",
+                "lora/target=q_v",
+                "optimizer.lr_scheduler_type=linear",
+                "optimizer.max_grad_norm=0",
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda overrides: ",".join(overrides) or "default",
 )
 def test_equals_trl(tiny: Tiny, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     for engine in ("trl", "packed"):
-        run(tiny(*ONE_EPOCH, *overrides, f"trainer.engine={engine}"), tmp_path / engine)
+        run(tiny(*SHORT, *overrides, f"trainer.engine={engine}"), tmp_path / engine)
     theirs, ours = losses(tmp_path / "trl"), losses(tmp_path / "packed")
-    assert len(ours) == 50
+    assert len(ours) == STEPS
     assert ours == pytest.approx(theirs, rel=1e-5)
     one, other = adapter(tmp_path / "trl"), adapter(tmp_path / "packed")
     assert float((one - other).norm() / one.norm()) < 1e-4
@@ -75,13 +80,13 @@ EIGHT = [
         "lora.dropout=0.3",
         "optimizer.lr_scheduler_type=linear",
     ),
-    ("trainer.max_steps=30", "lora/target=q_v", "lora.dropout=0.1", "seed=2"),
+    ("trainer.max_steps=12", "lora/target=q_v", "lora.dropout=0.1", "seed=2"),
     ("trainer.gradient_accumulation_steps=2", "lora.use_rslora=true", "lora.dropout=0.2"),
     (
         "optimizer.learning_rate=1e-4",
         "lora.target_modules=[down_proj]",
         "lora.dropout=0.1",
-        "trainer.max_steps=41",
+        "trainer.max_steps=17",
     ),
     ("trainer.group_by_length=true", "lora.dropout=0.15", "seed=3", "optimizer.weight_decay=0.1"),
     (
@@ -99,7 +104,7 @@ def eight_alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """The folders of the eight runs, each trained with nobody beside it."""
     folder = tmp_path_factory.mktemp("alone")
     for number, overrides in enumerate(EIGHT):
-        config = compose(*tiny_overrides(tiny_base), *ONE_EPOCH, *overrides)
+        config = compose(*tiny_overrides(tiny_base), *SHORT, *overrides)
         run(config, folder / str(number), RunContext(interactive=False))
     return [folder / str(number) for number in range(len(EIGHT))]
 
@@ -111,7 +116,7 @@ def test_equals_itself_alone(
     tiny: Tiny, eight_alone: list[Path], tmp_path: Path, slots: int
 ) -> None:
     """With 2 and 3 slots trials join late and leave early."""
-    configs = [tiny(*ONE_EPOCH, *overrides) for overrides in EIGHT]
+    configs = [tiny(*SHORT, *overrides) for overrides in EIGHT]
     packed = train_in_slots(configs, tmp_path, slots)
     for number, (config, lonely, place) in enumerate(
         zip(configs, eight_alone, packed, strict=True)
@@ -130,14 +135,14 @@ def test_equals_itself_alone(
 def test_a_sick_neighbour_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     """To the last bit while it stays in the pack: its loss is no number there as well."""
     healthy = [
-        tiny(*ONE_EPOCH, "seed=1", "lora.dropout=0.1"),
-        tiny(*ONE_EPOCH, "lora.r=4", "seed=2"),
+        tiny(*SHORT, "seed=1", "lora.dropout=0.1"),
+        tiny(*SHORT, "lora.r=4", "seed=2"),
     ]
     rates = ("1e-4", "1e30")
     found = []
     for rate in rates:
         sick = tiny(
-            *ONE_EPOCH,
+            *SHORT,
             f"optimizer.learning_rate={rate}",
             "optimizer.max_grad_norm=0",
             "trainer.max_steps=20",
@@ -212,7 +217,7 @@ def test_a_diverged_trial_fails_alone(tiny: Tiny, tmp_path: Path) -> None:
         except Diverged as error:
             ended.append(str(error))
 
-    configs = [tiny(*ONE_EPOCH, "seed=1"), tiny(*ONE_EPOCH, "optimizer.learning_rate=1e30")]
+    configs = [tiny(*SHORT, "seed=1"), tiny(*SHORT, "optimizer.learning_rate=1e30")]
     places = [tmp_path / "well", tmp_path / "sick"]
     lanes = [
         PackedRun(p.name, guarded(c, p), tmp_path / f"{p.name}.log", set())
@@ -225,7 +230,10 @@ def test_a_diverged_trial_fails_alone(tiny: Tiny, tmp_path: Path) -> None:
     assert losses(places[0]) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize(
+    "quantization",
+    ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "int8"))],
+)
 def test_saved_adapters_are_plain_pefts_at_their_true_rank(
     tiny: Tiny, tmp_path: Path, quantization: str
 ) -> None:
