@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune.config.data_folder import SUFFIXES
-from finetune.data.types import RawRow
+from finetune.data.types import BadRow, RawRow
 from finetune.errors import refusal
 
 
-def read_file(key: str, file: Path) -> Iterator[RawRow]:
-    """Yield the raw rows of a file.
+def read_file(key: str, file: Path) -> Iterator[RawRow | BadRow]:
+    """Yield the raw rows of a file, and a `BadRow` in the place of each that can't be read.
 
     Args:
         key: The config key that names the file, for error messages.
         file: A file with one of `SUFFIXES`.
 
     Raises:
-        ConfigError: The file is empty, of another type, or broken. The message names the line or
-            the row.
+        ConfigError: The file is empty, of another type, or broken as a whole.
     """
     reader = READERS.get(file.suffix.lower())
     if reader is None:
@@ -50,7 +49,7 @@ class _UnreadableError(Exception):
 _JSON_LINES = "a .jsonl file holds one object on each line"
 
 
-def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[RawRow]:
+def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[RawRow | BadRow]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -59,11 +58,12 @@ def _json_lines(file: Path, expected: str = _JSON_LINES) -> Iterator[RawRow]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 reason = f"line {number} is no whole JSON object ({error.msg})"
-                raise _UnreadableError(f"{reason}; {expected}") from None
+                yield BadRow(f"{reason}; {expected}")
+                continue
             yield _require_object(row, _may_hold_surrogates(line), f"line {number}", expected)
 
 
-def _json_list(file: Path) -> Iterator[RawRow]:
+def _json_list(file: Path) -> Iterator[RawRow | BadRow]:
     """A JSON list of objects; a file of JSON lines is often called .json as well."""
     expected = "a .json file holds a list of objects, or one object on each line"
     text = file.read_text(encoding="utf-8-sig")
@@ -80,23 +80,24 @@ def _may_hold_surrogates(text: str) -> bool:
     return "\\ud" in text.lower()
 
 
-def _require_object(row: object, check_surrogates: bool, where: str, expected: str) -> RawRow:
-    """Refuse a value that is no object, and a text with half a surrogate pair.
+def _require_object(
+    row: object, check_surrogates: bool, where: str, expected: str
+) -> RawRow | BadRow:
+    """Return a `BadRow` for a value that is no object, and for one with half a surrogate pair.
 
     JSON can escape half a pair, but it can't be encoded as UTF-8, so no tokenizer takes it.
     """
     if not isinstance(row, dict):
-        raise _UnreadableError(f"{where} is no JSON object; {expected}")
+        return BadRow(f"{where} is no JSON object; {expected}")
     if check_surrogates:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            reason = f"{where} has half a surrogate pair, which is no text"
-            raise _UnreadableError(reason) from None
+            return BadRow(f"{where} has half a surrogate pair, which is no text")
     return row
 
 
-def _csv(file: Path) -> Iterator[RawRow]:
+def _csv(file: Path) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(sys.maxsize)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -107,7 +108,7 @@ def _csv(file: Path) -> Iterator[RawRow]:
             raise _UnreadableError(reason) from None
 
 
-def _parquet(file: Path) -> Iterator[RawRow]:
+def _parquet(file: Path) -> Iterator[RawRow | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -118,7 +119,7 @@ def _parquet(file: Path) -> Iterator[RawRow]:
         raise _UnreadableError(reason) from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+READERS: dict[str, Callable[[Path], Iterator[RawRow | BadRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json_list,
     ".csv": _csv,

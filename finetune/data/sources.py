@@ -10,7 +10,7 @@ from finetune.config.data_folder import SUFFIXES
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers import read_file
-from finetune.data.types import RawRow
+from finetune.data.types import BadRow, RawRow
 from finetune.errors import ConfigError, refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 
@@ -21,7 +21,9 @@ class Source:
 
     name: str
     """The file or data set, for error messages."""
-    rows: Iterable[RawRow]
+    rows: Iterable[RawRow | BadRow]
+    commit: str | None = None
+    """The commit of a data set on the hub."""
 
 
 def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
