@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finetune.data.near_twins import MINIMUM_WORDS, PhraseIndex, common_limit
 from finetune.data.types import Row
-from finetune.data.wording import ANSWER_WORDS, join_words, wording, words
+from finetune.data.wording import ANSWER_WORDS, Wording, join_words, wording, words
 
 _WHOLE, _QUESTION, _ANSWER = range(3)
 
@@ -46,24 +46,71 @@ class Ties:
                 parents[second] = first
         return array("q", (_root(parents, number) for number in range(count)))
 
+    def tied_to(self, numbers: Iterable[int], start: int) -> set[int]:
+        """Return the rows from `start` on that are tied directly to one of some earlier rows.
 
-def find_ties(rows: Sequence[Row], groups: Sequence[str | None]) -> Ties:
+        Args:
+            numbers: The earlier rows.
+            start: The first row that is looked at.
+        """
+        is_earlier = bytearray(start)
+        for number in numbers:
+            is_earlier[number] = 1
+        tied: set[int] = set()
+        for tie in self.ties:
+            if any(number < start and is_earlier[number] for number in tie):
+                tied.update(number for number in tie if number >= start)
+        return tied
+
+
+def find_ties(rows: Iterable[Row], groups: Sequence[str | None]) -> Ties:
     """Find the rows that belong together.
 
     Time and memory grow linearly with the rows.
 
     Args:
-        rows: The rows in the common form.
+        rows: The rows in the common form; they are gone through once.
         groups: The value of `dataset.group_by` of each row; None: the row belongs to no group.
     """
-    keys, key_rows, kinds = array("Q"), array("q"), array("B")
-    text_rows, text_keys = array("q"), array("Q")
-    index = PhraseIndex(len(rows), kinds=2)
+    texts = _Texts(len(groups))
     for number, row in enumerate(rows):
-        texts = wording(row)
+        texts.add(number, wording(row))
+    ties, common_texts = texts.equal()
+    ties += texts.near_twins()
+    ties += _grouped(groups)
+    return Ties(ties, common_texts, texts.comparisons)
+
+
+class _Texts:
+    """The texts of all rows, as hashes.
+
+    Args:
+        count: The number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._keys = array("Q")
+        self._key_rows = array("q")
+        self._key_kinds = array("B")
+        self._phrases = PhraseIndex(count, kinds=2)
+        self._phrase_rows = array("q")
+        self._phrase_keys = array("Q")
+
+    @property
+    def comparisons(self) -> int:
+        """How often two texts were compared."""
+        return self._phrases.comparisons
+
+    def add(self, number: int, texts: Wording) -> None:
+        """Add the texts of a row.
+
+        Args:
+            number: The row's number.
+            texts: Its texts.
+        """
         question, last_answer = words(texts.question), words(texts.last_answer)
-        question_key = _key(_QUESTION, question)
-        answer_key = _key(_ANSWER, last_answer)
+        question_key, answer_key = _key(_QUESTION, question), _key(_ANSWER, last_answer)
         row_keys = {(_hash(f"{question_key} {answer_key}"), _WHOLE)}
         if question:
             row_keys.add((question_key, _QUESTION))
@@ -72,31 +119,36 @@ def find_ties(rows: Sequence[Row], groups: Sequence[str | None]) -> Ties:
             if len(answer_words) >= ANSWER_WORDS:
                 row_keys.add((_key(_ANSWER, answer_words), _ANSWER))
         for key, kind in sorted(row_keys):
-            keys.append(key)
-            key_rows.append(number)
-            kinds.append(kind)
-        for key, kind, text_words in (
-            (question_key, _QUESTION, question),
-            (answer_key, _ANSWER, last_answer),
-        ):
-            if len(text_words) >= MINIMUM_WORDS:
-                index.add(kind, text_words)
-                text_rows.append(number)
-                text_keys.append(key)
-    common_texts = 0
-    limit = common_limit(max(MAXIMUM_REPETITIONS, len(rows) // 10), len(rows))
-    ties: list[list[int]] = []
-    for kind, members in _runs(keys, key_rows, kinds):
-        if kind != _WHOLE and len(members) > limit:
-            common_texts += 1
-        else:
-            ties.append(members)
-    for first, second in index.near_twins(text_keys):
-        tie = sorted({text_rows[first], text_rows[second]})
-        if len(tie) == 2:
-            ties.append(tie)
-    ties += _grouped(groups)
-    return Ties(ties, common_texts, index.comparisons)
+            self._keys.append(key)
+            self._key_rows.append(number)
+            self._key_kinds.append(kind)
+        self._add_phrases(number, _QUESTION, question_key, question)
+        self._add_phrases(number, _ANSWER, answer_key, last_answer)
+
+    def _add_phrases(self, number: int, kind: int, key: int, text_words: list[str]) -> None:
+        if len(text_words) >= MINIMUM_WORDS:
+            self._phrases.add(kind, text_words)
+            self._phrase_rows.append(number)
+            self._phrase_keys.append(key)
+
+    def equal(self) -> tuple[list[list[int]], int]:
+        """Return the ties of rows with an equal text, and how many texts are too common to tie."""
+        limit = common_limit(max(MAXIMUM_REPETITIONS, self._count // 10), self._count)
+        ties: list[list[int]] = []
+        common_texts = 0
+        for kind, members in _runs(self._keys, self._key_rows, self._key_kinds):
+            if kind != _WHOLE and len(members) > limit:
+                common_texts += 1
+            else:
+                ties.append(members)
+        return ties, common_texts
+
+    def near_twins(self) -> list[list[int]]:
+        """Return the pairs of rows that are near twins."""
+        pairs = self._phrases.near_twins(self._phrase_keys)
+        rows = self._phrase_rows
+        # A question and an answer are of different kinds, so that no row is its own near twin.
+        return [[rows[first], rows[second]] for first, second in pairs]
 
 
 def _grouped(groups: Iterable[str | None]) -> list[list[int]]:

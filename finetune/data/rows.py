@@ -1,9 +1,6 @@
 """The rows of a run: read, converted to the common form, split."""
 
 import dataclasses
-import random
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.config.sections.dataset import DatasetSettings
@@ -11,13 +8,10 @@ from finetune.data.duplicates import Ties, find_ties
 from finetune.data.mixture import weigh_rows
 from finetune.data.reading import ReadRows, read_path
 from finetune.data.report import Report
-from finetune.data.split import held_out_count, take_groups
+from finetune.data.split import HELD_OUT, divide_rows
 from finetune.data.split_files import file_names, files_by_split, files_for_split
 from finetune.data.types import Row, Rows, fingerprint
 from finetune.errors import refusal
-
-HELD_OUT = ("test", "eval")
-"""The test rows come first, so that which rows these are depends on no other fraction."""
 
 SplitFiles = dict[str, dict[str, list[Path]]]
 """Of each folder in `dataset.path` the files of each split."""
@@ -45,7 +39,7 @@ def load_rows(settings: DatasetSettings) -> Rows:
         if rows is not None:
             from_files[split] = rows
     ties = _find_ties(settings, pool, from_files)
-    order, parts = _divide(settings, len(pool), ties, set(HELD_OUT) - set(from_files), report)
+    order, parts = divide_rows(settings, len(pool), ties, set(HELD_OUT) - set(from_files), report)
     held_out = {split: [pool.rows[number] for number in parts[split]] for split in parts}
     held_out |= {split: rows.rows for split, rows in from_files.items()}
     twins = _twins_of_training(ties, order, pool, from_files)
@@ -128,71 +122,6 @@ def _find_ties(
     return find_ties(rows.rows, rows.groups)
 
 
-def _divide(
-    settings: DatasetSettings, total: int, ties: Ties | None, splits: set[str], report: Report
-) -> tuple[list[int], dict[str, list[int]]]:
-    """Take the held-out rows of the splits that no file gives from the pool.
-
-    Args:
-        settings: The fractions and the seed.
-        total: The number of rows in the pool.
-        ties: The ties of these rows.
-        splits: `eval`, `test`, both or none.
-        report: Where tied rows are logged.
-
-    Returns:
-        The training rows and those of each split, shuffled, by their numbers.
-
-    Raises:
-        ConfigError: A fraction takes no row, or leaves none.
-    """
-    order = list(range(total))
-    random.Random(f"split {settings.split_seed}").shuffle(order)
-    parts: dict[str, list[int]] = {split: [] for split in splits}
-    if ties is None:
-        return order, parts
-    groups = ties.groups(total)
-    for split in HELD_OUT:
-        if split not in splits:
-            continue
-        count = held_out_count(split, settings, total, len(order))
-        if not count:
-            continue
-        parts[split], order = take_groups(order, groups, count)
-        if not parts[split]:
-            raise _all_tied(split, settings, count, groups)
-    if any(parts.values()):
-        _note_ties(settings, ties, groups, report)
-    return order, parts
-
-
-def _note_ties(
-    settings: DatasetSettings, ties: Ties, groups: Sequence[int], report: Report
-) -> None:
-    sizes = [size for size in Counter(groups).values() if size > 1]
-    if sizes:
-        kind = "near twins"
-        if settings.group_by is not None:
-            kind += f" or of one {settings.group_by} (dataset.group_by)"
-        report.note(f"{sum(sizes)} rows in {len(sizes)} groups of {kind} stay in one part")
-    if ties.common_texts:
-        reason = "each stand in many rows, and keep no rows together"
-        report.note(f"{ties.common_texts} questions or answers {reason}")
-
-
-def _all_tied(
-    split: str, settings: DatasetSettings, count: int, groups: Sequence[int]
-) -> Exception:
-    """The refusal of a fraction that no group of rows fits in."""
-    largest = max(Counter(groups).values())
-    reason = f"takes {count} of {len(groups)} rows, but {largest} of them stay in one part"
-    causes = "near twins"
-    if settings.group_by is not None:
-        causes += f", or rows of one {settings.group_by}"
-    key = f"dataset.{split}_fraction"
-    return refusal(key, getattr(settings, key.partition(".")[2]), f"{reason} as {causes}")
-
-
 def _twins_of_training(
     ties: Ties | None, order: list[int], pool: ReadRows, from_files: dict[str, ReadRows]
 ) -> dict[str, set[int]]:
@@ -206,13 +135,7 @@ def _twins_of_training(
     """
     if ties is None or not from_files:
         return {}
-    is_training = bytearray(len(pool))
-    for number in order:
-        is_training[number] = 1
-    tied: set[int] = set()
-    for tie in ties.ties:
-        if any(number < len(pool) and is_training[number] for number in tie):
-            tied.update(number for number in tie if number >= len(pool))
+    tied = ties.tied_to(order, len(pool))
     twins = {}
     start = len(pool)
     for split, rows in from_files.items():

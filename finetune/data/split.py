@@ -1,13 +1,85 @@
 """Divide rows by fractions, whole groups at a time."""
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 
 from finetune.config.sections.dataset import DatasetSettings
+from finetune.data.duplicates import Ties
+from finetune.data.report import Report
 from finetune.errors import refusal
 
+HELD_OUT = ("test", "eval")
+"""The test rows come first, so that which rows these are depends on no other fraction."""
 
-def held_out_count(split: str, settings: DatasetSettings, total: int, remaining: int) -> int:
-    """Return how many rows a split's fraction takes.
+
+def divide_rows(
+    settings: DatasetSettings, total: int, ties: Ties | None, splits: set[str], report: Report
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Take the held-out rows of the splits that no file gives from all rows.
+
+    Args:
+        settings: The fractions and the seed.
+        total: The number of all rows.
+        ties: The ties of these rows, and perhaps of further ones; None where no row is held out.
+        splits: `eval`, `test`, both or none.
+        report: Where tied rows are logged.
+
+    Returns:
+        The training rows and those of each split, shuffled, by their numbers.
+
+    Raises:
+        ConfigError: A fraction takes no row, or leaves none.
+    """
+    order = list(range(total))
+    random.Random(f"split {settings.split_seed}").shuffle(order)
+    parts: dict[str, list[int]] = {split: [] for split in splits}
+    if ties is None:
+        return order, parts
+    groups = ties.groups(total)
+    for split in HELD_OUT:
+        if split not in splits:
+            continue
+        count = _held_out_count(split, settings, total, len(order))
+        if not count:
+            continue
+        parts[split], order = take_groups(order, groups, count)
+        if not parts[split]:
+            raise _all_tied(split, settings, count, groups)
+    if any(parts.values()):
+        _note_ties(settings, ties, groups, report)
+    return order, parts
+
+
+def _note_ties(
+    settings: DatasetSettings, ties: Ties, groups: Sequence[int], report: Report
+) -> None:
+    sizes = [size for size in Counter(groups).values() if size > 1]
+    if sizes:
+        kind = "near twins"
+        if settings.group_by is not None:
+            kind += f" or of one {settings.group_by} (dataset.group_by)"
+        report.note(f"{sum(sizes)} rows in {len(sizes)} groups of {kind} stay in one part")
+    if ties.common_texts:
+        reason = "each stand in many rows, and keep no rows together"
+        report.note(f"{ties.common_texts} questions or answers {reason}")
+
+
+def _all_tied(
+    split: str, settings: DatasetSettings, count: int, groups: Sequence[int]
+) -> Exception:
+    """The refusal of a fraction that no group of rows fits in."""
+    largest = max(Counter(groups).values())
+    reason = f"takes {count} of {len(groups)} rows, but {largest} of them stay in one part"
+    causes = "near twins"
+    if settings.group_by is not None:
+        causes += f", or rows of one {settings.group_by}"
+    key = f"dataset.{split}_fraction"
+    return refusal(key, getattr(settings, key.partition(".")[2]), f"{reason} as {causes}")
+
+
+def _held_out_count(split: str, settings: DatasetSettings, total: int, remaining: int) -> int:
+    """How many rows a split's fraction takes.
 
     Args:
         split: `eval` or `test`.
