@@ -67,6 +67,14 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
         return build(hint, path, value)
     alternatives = _alternatives(hint)
     for alternative in alternatives:
+        if dataclasses.is_dataclass(alternative):
+            if isinstance(value, Mapping):
+                return _convert(alternative, path, value)
+            continue
+        item_hint = _item_with_keys(alternative)
+        if item_hint is not None and isinstance(value, list):
+            items = enumerate(value)
+            return [_convert(item_hint, f"{path}[{index}]", item) for index, item in items]
         try:
             return _convert_plain(alternative, value)
         except _MismatchError:
@@ -88,6 +96,15 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union; a single type for any other annotation."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return typing.get_args(hint) if is_union else (hint,)
+
+
+def _item_with_keys(hint: Any) -> Any:
+    """Return the type of a list's items if an item may be a group of keys; None if not."""
+    if typing.get_origin(hint) is not list:
+        return None
+    (item_hint,) = typing.get_args(hint)
+    has_keys = any(dataclasses.is_dataclass(item) for item in _alternatives(item_hint))
+    return item_hint if has_keys else None
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -137,7 +154,9 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
     if origin is list:
-        return f"a list, each item {_describe(arguments[0])}"
+        return f"a list, each item {describe_type(arguments[0])}"
     if origin is dict:
         return "a group of keys"
+    if dataclasses.is_dataclass(hint):
+        return "{" + ", ".join(f"{field.name}: …" for field in dataclasses.fields(hint)) + "}"
     return DESCRIPTIONS[hint]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.secrets import refuse_secrets
-from finetune.config.sections.dataset import DatasetSettings
+from finetune.config.sections.dataset import DatasetSettings, SourceSettings
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.config.sections.optimizer import OptimizerSettings
@@ -153,7 +153,7 @@ class RunConfig(Section):
             ConfigError: the first value that is not allowed, or a credential.
         """
         refuse_secrets(values)
-        return build(cls, "", _resolve_limit(values))
+        return build(cls, "", _resolve_limit(_simplify_sources(values)))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""
@@ -162,7 +162,7 @@ class RunConfig(Section):
         )
         dataset = dataclasses.replace(
             self.dataset,
-            path=_absolute_path(self.dataset.path),
+            path=_absolute_sources(self.dataset.path),
             eval_path=_absolute_path(self.dataset.eval_path),
             test_path=_absolute_path(self.dataset.test_path),
         )
@@ -190,6 +190,39 @@ def _absolute_path(path: PathOrNone) -> PathOrNone:
         return path
     expanded = Path(path).expanduser()
     return str(expanded.absolute()) if expanded.exists() else path
+
+
+def _absolute_sources(path: str | list[str | SourceSettings]) -> str | list[str | SourceSettings]:
+    """Return `dataset.path` with absolute paths of existing files and folders."""
+    if isinstance(path, str):
+        return _absolute_path(path)
+    return [
+        _absolute_path(item)
+        if isinstance(item, str)
+        else dataclasses.replace(item, path=_absolute_path(item.path))
+        for item in path
+    ]
+
+
+def _simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write each source of `dataset.path` without a weight as text, a single one without the list.
+
+    So that a config compares equal to one that says the same in another way.
+    """
+    dataset = values.get("dataset")
+    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("path"), list):
+        return values
+    items = [_simplify_source(item) for item in dataset["path"]]
+    path = items[0] if len(items) == 1 and isinstance(items[0], str) else items
+    return {**values, "dataset": {**dataset, "path": path}}
+
+
+def _simplify_source(item: Any) -> Any:
+    if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
+        return item
+    weight = item.get("weight", 1)
+    is_plain = set(item) <= {"path", "weight"} and not isinstance(weight, bool) and weight == 1
+    return item["path"] if is_plain else item
 
 
 def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,5 @@
 """Conversion of raw rows to the common form, and the line that says how they were read."""
 
-import logging
 from typing import Any
 
 from finetune.config.sections.dataset import DatasetSettings
@@ -16,8 +15,6 @@ from finetune.data.prompt_template import PromptTemplate
 from finetune.data.tool_calls import parse_list
 from finetune.data.types import RawRow
 from finetune.errors import ConfigError, did_you_mean, refusal
-
-log = logging.getLogger(__name__)
 
 
 class RowFormats:
@@ -128,16 +125,16 @@ class RowConverter:
         self._note_columns(row, columns)
         return content
 
-    def finish(self) -> None:
-        """Say which format was found, which column is what, and which columns are not used.
+    def finish(self) -> str | None:
+        """Return a line on the format, which column is what, and which columns are not used.
 
-        What was said of another path is not said again.
+        None if the same was said of another path.
 
         Raises:
             ConfigError: No row has a column that `dataset.columns` names.
         """
         if self._layout is None:
-            return
+            return None
         for purpose, column in self._absent.items():
             reason = f"no row of {self._key}={self._path} has such a column"
             fields = f"the first row's fields: {self._fields}"
@@ -148,9 +145,10 @@ class RowConverter:
         )
         not_used = f"; not used: {', '.join(map(str, self._unused))}" if self._unused else ""
         line = f"format {self._layout.format} ({columns}){not_used}"
-        if line not in self._formats.logged:
-            self._formats.logged.add(line)
-            log.info("data: %s=%s: %s", self._key, self._path, line)
+        if line in self._formats.logged:
+            return None
+        self._formats.logged.add(line)
+        return f"{self._key}={self._path}: {line}"
 
     def _prepare(self, row: RawRow, names: ClassNames | None, where: str) -> RawRow:
         """The row without ignored columns, with the names of classes and the template's prompt."""

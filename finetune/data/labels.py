@@ -1,9 +1,11 @@
 """Names of classes: data sets keep a class as a number, and its name beside the rows."""
 
+from pathlib import Path
 from typing import Any
 
 from finetune.data.types import RawRow
 from finetune.errors import ConfigError
+from finetune.files.atomic import read_json
 
 ClassNames = dict[str, list[str]]
 """The names of the classes, by column."""
@@ -20,6 +22,16 @@ def class_names(rows: object) -> ClassNames:
         column: list(feature.names)
         for column, feature in features.items()
         if type(feature).__name__ == "ClassLabel"
+    }
+
+
+def saved_class_names(folder: Path) -> ClassNames:
+    """Return the class names of a data set that `save_to_disk` wrote."""
+    features = read_json(folder / "dataset_info.json").get("features") or {}
+    return {
+        column: list(feature["names"])
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
 
 

@@ -1,22 +1,22 @@
 """The rows of a run: read, converted to the common form, split."""
 
-import logging
-import random
+import dataclasses
 from pathlib import Path
 
 from finetune.config.schema import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.conversion import RowFormats
-from finetune.data.labels import class_names
-from finetune.data.sources import open_files, open_source
+from finetune.data.duplicates import Ties, find_ties
+from finetune.data.mixture import weigh_rows
+from finetune.data.reading import ReadRows, read_path
+from finetune.data.report import Report
+from finetune.data.split import HELD_OUT, divide_rows
 from finetune.data.split_files import file_names, files_by_split, files_for_split
 from finetune.data.types import Row, Rows, fingerprint
 from finetune.errors import refusal
 
-log = logging.getLogger(__name__)
-
-Dropped = dict[str, int]
-"""How many rows were left out, by reason."""
+SplitFiles = dict[str, dict[str, list[Path]]]
+"""Of each folder in `dataset.path` the files of each split."""
 
 
 def load_rows(settings: DatasetSettings) -> Rows:
@@ -26,34 +26,59 @@ def load_rows(settings: DatasetSettings) -> Rows:
         ConfigError: The data can't be read, or a split has no rows. The message names the key, and
             the line or row.
     """
-    dropped: Dropped = {}
+    report = Report()
     formats = RowFormats(settings)
-    files = files_by_split(settings)
-    pool = _read("dataset.path", settings.path, files.get("train"), formats, dropped)
-    random.Random(f"split {settings.split_seed}").shuffle(pool)
-    total = len(pool)
-    held_out: dict[str, list[Row]] = {}
-    # The test rows come first, so that which rows these are depends on no other fraction.
-    for split in ("test", "eval"):
-        rows = _read_split(split, formats, files.get(split), dropped)
-        if rows is None:
-            count = _held_out_count(split, settings, total, len(pool))
-            rows, pool = pool[:count], pool[count:]
-        held_out[split] = rows
+    files: SplitFiles = {}
+    pool = ReadRows()
+    source_ends = []
+    for source in settings.sources:
+        path = source.path
+        files[path] = files_by_split(settings, path)
+        pool.extend(read_path("dataset.path", path, files[path].get("train"), formats, report))
+        source_ends.append(len(pool))
+    from_files = {}
+    for split in HELD_OUT:
+        rows = _read_split(split, formats, files, report)
+        if rows is not None:
+            from_files[split] = rows
     formats.check_ignored()
-    fingerprints = {fingerprint(row) for row in pool}
+    ties = _find_ties(settings, pool, from_files)
+    order, parts = divide_rows(settings, len(pool), ties, set(HELD_OUT) - set(from_files), report)
+    held_out = {split: [pool.rows[number] for number in parts[split]] for split in parts}
+    held_out |= {split: rows.rows for split, rows in from_files.items()}
+    twins = _twins_of_training(ties, order, pool, from_files)
+    fingerprints = {fingerprint(pool.rows[number]) for number in order}
     for split in ("eval", "test"):
-        unique = _drop_duplicates(split, held_out[split], fingerprints, dropped)
-        if held_out[split] and not unique:
-            raise _all_in_training(split, settings, files.get(split), len(held_out[split]))
+        unique = _drop_duplicates(held_out[split], twins.get(split, set()), fingerprints)
+        count = len(held_out[split])
+        if count and not unique:
+            raise _all_in_training(split, settings, files, count)
+        report.drop(f"{split} rows that also stand in training or twice", count - len(unique))
         held_out[split] = unique
-    train = pool[: settings.limit]
+    weighted = weigh_rows(order, source_ends, settings, report)
+    train = [pool.rows[number] for number in weighted[: settings.limit]]
     if not train:
-        raise refusal("dataset.path", settings.path, "no rows are left to train on")
-    _log_dropped(dropped)
-    if len(train) < len(pool):
-        _log_limit(settings, len(train), len(pool))
-    return Rows(train, held_out["eval"], held_out["test"], dropped)
+        raise refusal("dataset.path", settings.path_text, "no rows are left to train on")
+    report.log_dropped()
+    if len(train) < len(weighted):
+        shares = f"{len(train):,} of {len(weighted):,} rows"
+        report.note(f"training on {shares} ({_limit_reason(settings)})")
+    return Rows(
+        train,
+        held_out["eval"],
+        held_out["test"],
+        report.dropped,
+        report.skipped,
+        report.notes,
+        report.commits,
+    )
+
+
+def _limit_reason(settings: DatasetSettings) -> str:
+    if (settings.path, settings.limit) == ("python_docs", PYTHON_DOCS_LIMIT):
+        # Most likely the user has set no limit: dataset.limit=auto has become this one.
+        return f"dataset.limit={settings.limit}, the default of python_docs; null: all rows"
+    return "dataset.limit"
 
 
 def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
@@ -61,139 +86,104 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
 
     Args:
         key: What error messages call the path.
-        settings: The path, and how its rows are read.
+        settings: The path, and how its rows are read. Weights and `group_by` don't count.
 
     Raises:
         ConfigError: The path, a line or a row can't be read.
     """
-    dropped: Dropped = {}
-    files = files_for_split("test", key, settings.path)
-    rows = _read(key, settings.path, files, RowFormats(settings), dropped)
-    _log_dropped(dropped)
+    report = Report()
+    settings = dataclasses.replace(settings, group_by=None)
+    formats = RowFormats(settings)
+    rows: list[Row] = []
+    for source in settings.sources:
+        files = files_for_split("test", key, source.path)
+        rows += read_path(key, source.path, files, formats, report).rows
+    formats.check_ignored()
+    report.log_dropped()
     return rows
 
 
-def _log_limit(settings: DatasetSettings, trained: int, total: int) -> None:
-    reason = "dataset.limit"
-    if (settings.path, settings.limit) == ("python_docs", PYTHON_DOCS_LIMIT):
-        # Most likely the user has set no limit: dataset.limit=auto has become this one.
-        reason = f"dataset.limit={settings.limit}, the default of python_docs; null: all rows"
-    log.info("data: training on %s of %s rows (%s)", f"{trained:,}", f"{total:,}", reason)
-
-
-def _log_dropped(dropped: Dropped) -> None:
-    for reason, count in dropped.items():
-        log.info("data: left out %d %s", count, reason)
-
-
 def _read_split(
-    split: str, formats: RowFormats, files: list[Path] | None, dropped: Dropped
-) -> list[Row] | None:
+    split: str, formats: RowFormats, files: SplitFiles, report: Report
+) -> ReadRows | None:
     """The rows of a split that has a path or files of its own; None if it has neither."""
-    settings = formats.settings
-    path: str | None = getattr(settings, f"{split}_path")
+    path: str | None = getattr(formats.settings, f"{split}_path")
     if path is not None:
         key = f"dataset.{split}_path"
-        return _read(key, path, files_for_split(split, key, path), formats, dropped)
-    if files:
-        return _read("dataset.path", settings.path, files, formats, dropped)
-    return None
+        return read_path(key, path, files_for_split(split, key, path), formats, report)
+    rows = ReadRows()
+    for folder, folder_files in files.items():
+        if folder_files.get(split):
+            folder_rows = read_path("dataset.path", folder, folder_files[split], formats, report)
+            rows.extend(folder_rows)
+    return rows if len(rows) else None
 
 
-def _held_out_count(split: str, settings: DatasetSettings, total: int, remaining: int) -> int:
-    """How many rows a split's fraction takes.
+def _find_ties(
+    settings: DatasetSettings, pool: ReadRows, from_files: dict[str, ReadRows]
+) -> Ties | None:
+    """The ties of all rows: first the pool, then the rows of files, in the order of the dict.
+
+    None where no rows are held out.
+    """
+    fractions = [getattr(settings, f"{split}_fraction") for split in HELD_OUT]
+    if not from_files and not any(fractions):
+        return None
+    rows = ReadRows(list(pool.rows), list(pool.groups))
+    for split_rows in from_files.values():
+        rows.extend(split_rows)
+    return find_ties(rows.rows, rows.groups)
+
+
+def _twins_of_training(
+    ties: Ties | None, order: list[int], pool: ReadRows, from_files: dict[str, ReadRows]
+) -> dict[str, set[int]]:
+    """The rows of held-out files that are tied to a training row, by split.
 
     Args:
-        split: `eval` or `test`.
-        settings: They hold the fraction, of all rows.
-        total: The number of all rows.
-        remaining: The number of rows that no other split has taken.
-
-    Raises:
-        ConfigError: The fraction takes no row, or leaves none.
+        ties: The ties of the pool and the rows of files.
+        order: The training rows.
+        pool: The rows that training rows were taken from.
+        from_files: The rows of files.
     """
-    fraction: float = getattr(settings, f"{split}_fraction")
-    count = round(fraction * total)
-    if fraction > 0 and not 0 < count < remaining:
-        reason = f"takes {count} of {total} rows; 0 means none wanted"
-        raise refusal(f"dataset.{split}_fraction", fraction, reason)
-    return count
+    if ties is None or not from_files:
+        return {}
+    tied = ties.tied_to(order, len(pool))
+    twins = {}
+    start = len(pool)
+    for split, rows in from_files.items():
+        twins[split] = {number - start for number in tied if 0 <= number - start < len(rows)}
+        start += len(rows)
+    return twins
 
 
-def _drop_duplicates(
-    split: str, rows: list[Row], fingerprints: set[str], dropped: Dropped
-) -> list[Row]:
+def _drop_duplicates(rows: list[Row], twins: set[int], fingerprints: set[str]) -> list[Row]:
     """The held-out rows that occur nowhere else, so that no training row is evaluated.
 
     Args:
-        split: `eval` or `test`.
         rows: The rows of the split.
+        twins: The indices of those that are tied to a training row.
         fingerprints: Those of all rows so far; those of this split are added.
-        dropped: Where the duplicates are counted.
     """
     unique = []
-    for row in rows:
+    for index, row in enumerate(rows):
         row_fingerprint = fingerprint(row)
-        if row_fingerprint not in fingerprints:
+        if index not in twins and row_fingerprint not in fingerprints:
             fingerprints.add(row_fingerprint)
             unique.append(row)
-    if len(unique) < len(rows):
-        reason = f"{split} rows that also stand in training or twice"
-        dropped[reason] = len(rows) - len(unique)
     return unique
 
 
 def _all_in_training(
-    split: str, settings: DatasetSettings, files: list[Path] | None, count: int
+    split: str, settings: DatasetSettings, files: SplitFiles, count: int
 ) -> Exception:
     """The refusal of a split all of whose rows are training rows; it names the rows' key."""
-    if getattr(settings, f"{split}_path") is not None:
-        key = f"{split}_path"
-    elif files:
-        reason = f"all {count} rows of {file_names(files)} also stand in training"
-        return refusal("dataset.path", settings.path, reason)
-    else:
-        key = f"{split}_fraction"
     reason = f"all {count} rows also stand in training"
+    if getattr(settings, f"{split}_path") is not None:
+        return refusal(f"dataset.{split}_path", getattr(settings, f"{split}_path"), reason)
+    split_files = [file for by_split in files.values() for file in by_split.get(split, ())]
+    if split_files:
+        reason = f"all {count} rows of {file_names(split_files)} also stand in training"
+        return refusal("dataset.path", settings.path_text, reason)
+    key = f"{split}_fraction"
     return refusal(f"dataset.{key}", getattr(settings, key), reason)
-
-
-def _read(
-    key: str, path: str, files: list[Path] | None, formats: RowFormats, dropped: Dropped
-) -> list[Row]:
-    """Read all rows of a path in the common form.
-
-    Args:
-        key: The config key of the path, for error messages.
-        path: A folder, or anything else that `dataset.path` may be.
-        files: The files to read if the path is a folder, else None.
-        formats: The conversion of the rows; the first row decides the format of all.
-        dropped: Where rows with nothing to learn from are counted.
-    """
-    settings = formats.settings
-    sources = (
-        [open_source(key, path, settings)]
-        if files is None
-        else open_files(key, path, files, settings)
-    )
-    shown_path = path if files is None else f"{path} ({file_names(files)})"
-    converter = formats.open(key, shown_path)
-    rows: list[Row] = []
-    total = 0
-    for source in sources:
-        names = class_names(source.rows)
-        for number, raw_row in enumerate(source.rows, start=1):
-            content = converter.convert(raw_row, source.name, number, names)
-            if content is not None:
-                rows.append(Row(content, source.name, number))
-            total += 1
-    if not total:
-        raise refusal(key, shown_path, "holds no rows")
-    converter.finish()
-    if len(rows) < total:
-        reason = f"rows of {shown_path} with nothing to learn from"
-        dropped[reason] = dropped.get(reason, 0) + total - len(rows)
-    if not rows:
-        reason = f"no rows are left: none of {total} has any text to learn from"
-        raise refusal(key, shown_path, reason)
-    return rows

@@ -1,14 +1,10 @@
 """Sources of raw rows: what `dataset.path` names, a file, a hub data set or `python_docs`."""
 
-<<<<<<< HEAD
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
-=======
-import functools
-from collections.abc import Iterable
->>>>>>> main
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +17,7 @@ from finetune.config.data_folder import (
     local_path,
 )
 from finetune.config.sections.dataset import DatasetSettings
+from finetune.data.labels import ClassNames, class_names, saved_class_names
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
 from finetune.data.readers.read import read_file
@@ -43,6 +40,8 @@ class Source:
     first one raises ConfigError."""
     commit: str | None = None
     """The commit of a data set on the hub, where it is known."""
+    class_names: ClassNames = field(default_factory=dict)
+    """The names of classes that columns hold as numbers."""
 
 
 @functools.cache
@@ -63,24 +62,17 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
-<<<<<<< HEAD
-        return Source(path, question_answer_pairs())
+        return Source(path, python_docs())
     file = local_path(path)
     if is_remote(path) or os.path.isfile(file) or is_saved_dataset(file):
         return _open_file(key, path, settings)
     looks_local = any(file_type(path)) or path.startswith((".", "/", "~", "file://"))
-=======
-        return Source(path, python_docs())
-    file = Path(path).expanduser()
-    if file.is_file():
-        return Source(path, read_file(key, file))
-    looks_local = file.suffix in SUFFIXES or path.startswith((".", "/", "~"))
->>>>>>> main
     if looks_local or path.count("/") != 1:
         allowed = f"python_docs, a hub id (owner/name), a {ANY_FILE}, a folder"
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
     dataset, commit = _hub_dataset(key, path, settings)
-    return Source(path, _checked(key, path, dataset, settings), commit)
+    rows = _checked(key, path, dataset, settings)
+    return Source(path, rows, commit, class_names(dataset))
 
 
 def open_files(key: str, folder: str, files: list[Path], settings: DatasetSettings) -> list[Source]:
@@ -101,8 +93,10 @@ def open_files(key: str, folder: str, files: list[Path], settings: DatasetSettin
 
 
 def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
-    rows = read_file(key, name, settings.encoding)
-    return Source(name, _checked(key, name, rows, settings))
+    rows = _checked(key, name, read_file(key, name, settings.encoding), settings)
+    folder = local_path(name)
+    names = saved_class_names(folder) if is_saved_dataset(folder) else {}
+    return Source(name, rows, class_names=names)
 
 
 def _checked(

@@ -13,17 +13,21 @@ from finetune.errors import refusal
 log = logging.getLogger(__name__)
 
 
-def files_by_split(settings: DatasetSettings) -> dict[str, list[Path]]:
-    """Return the files of the folder `dataset.path` by split; empty if it is no folder.
+def files_by_split(settings: DatasetSettings, path: str) -> dict[str, list[Path]]:
+    """Return the files of a folder by split; empty if the path is no folder.
 
     Files without a split in their name are for training. A file that `eval_path` or `test_path`
     names is left to that key. If any file is named for a split, one log line says which file is
     used for what.
 
+    Args:
+        settings: The keys that name held-out rows.
+        path: `dataset.path`, or one of its paths.
+
     Raises:
         ConfigError: The folder has no file to train on, or a file is named for two splits.
     """
-    key, path = "dataset.path", settings.path
+    key = "dataset.path"
     folder = data_folder(path)
     if folder is None:
         return {}
@@ -41,7 +45,7 @@ def files_by_split(settings: DatasetSettings) -> dict[str, list[Path]]:
         reason = f"the folder has {file_names(all_files)}, and no file to train on"
         raise refusal(key, path, f"{reason}; {key}={all_files[0]} trains on it")
     if len(unnamed) < sum(map(len, files.values())):
-        _log_splits(settings, files, unnamed)
+        _log_splits(settings, path, files, unnamed)
     return files
 
 
@@ -91,7 +95,7 @@ def _named_split(key: str, path: str, file: Path) -> str | None:
 
 
 def _log_splits(
-    settings: DatasetSettings, files: dict[str, list[Path]], unnamed: list[Path]
+    settings: DatasetSettings, folder: str, files: dict[str, list[Path]], unnamed: list[Path]
 ) -> None:
     """Log which rows are used for which split, and which files are not used."""
     train = f"train = {file_names(files['train'])}"
@@ -109,4 +113,4 @@ def _log_splits(
         elif fraction > 0:
             key = f"dataset.{split}_fraction"
             phrases.append(f"{split} = {fraction:.3g} of the training rows ({key})")
-    log.info("data: %s: %s", settings.path, "; ".join(phrases))
+    log.info("data: %s: %s", folder, "; ".join(phrases))

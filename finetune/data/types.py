@@ -1,9 +1,10 @@
 """Rows of a data set in the common form, and their fingerprint."""
 
+import dataclasses
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 RawRow = dict[str, Any]
@@ -69,6 +70,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class SkippedRow:
+    """A row that `dataset.on_bad_row=skip` left out."""
+
+    source: str
+    """The file or data set."""
+    number: int
+    """The row's number in its source, from 1."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a run in the common form, by split."""
 
@@ -77,12 +89,26 @@ class Rows:
     test: list[Row]
     dropped: dict[str, int]
     """How many rows were left out, by reason."""
+    skipped: list[SkippedRow] = field(default_factory=list)
+    """The first rows that `dataset.on_bad_row=skip` left out; `dropped` counts all."""
+    notes: list[str] = field(default_factory=list)
+    """What the log says about the split: tied rows, weights, limits."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """The commits of the data sets on the hub, by `dataset.path`."""
 
     @property
     def counts(self) -> dict[str, object]:
-        """The number of rows of each split, and of those left out by reason, for `result.json`."""
+        """The number of rows of each split, and of those left out by reason, for `result.json`.
+
+        Skipped rows, notes and commits are listed where there are any.
+        """
         sizes = {"train": len(self.train), "eval": len(self.evaluation), "test": len(self.test)}
-        return {**sizes, "dropped": self.dropped}
+        lists = {
+            "skipped": [dataclasses.asdict(row) for row in self.skipped],
+            "notes": self.notes,
+            "commits": self.commits,
+        }
+        return {**sizes, "dropped": self.dropped, **{k: v for k, v in lists.items() if v}}
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -215,6 +215,39 @@ DATA = [
         "dataset.eval_path=d.jsonl dataset.test_fraction=0",
         "dataset.eval_path=d.jsonl: all 20 rows also stand in training",
     ),
+    Case(
+        "second-source-missing",
+        "dataset.path=[d.jsonl,{path:no.jsonl,weight:2}]",
+        f"dataset.path=no.jsonl: no such file or folder; {ANY_FILE}",
+    ),
+    Case(
+        "weight-of-no-row",
+        "dataset.path=[d.jsonl,{path:e.jsonl,weight:0.001}]",
+        "dataset.path=e.jsonl: weight 0.001 takes none of its … training rows",
+        {"e.jsonl": lines({"text": "one"}, {"text": "two"}, {"text": "three"}, {"text": "four"})},
+    ),
+    Case(
+        "bad-row-of-the-second-source",
+        "dataset.path=[d.jsonl,e.jsonl]",
+        "dataset.path=e.jsonl: row 2: field 'text' is no text but int",
+        {"e.jsonl": lines({"text": "one"}, {"text": 2})},
+    ),
+    Case(
+        "all-rows-are-bad",
+        "dataset.on_bad_row=skip dataset.format=alpaca",
+        "dataset.path=d.jsonl: none of 20 rows can be read; the first, row 1 of d.jsonl: has no field 'instruction'…",
+    ),
+    Case(
+        "no-column-to-group-by",
+        "dataset.group_by=author",
+        "dataset.group_by=author: dataset.path=d.jsonl: row 1 has no such column; its columns: text",
+    ),
+    Case(
+        "one-group-of-all-rows",
+        "dataset.group_by=author",
+        "dataset.test_fraction=0.15: takes 1 of 8 rows, but 8 of them stay in one part as near twins, or rows of one author",
+        {"d.jsonl": lines(*[{"text": f"row {n}", "author": "Ana"} for n in range(8)])},
+    ),
 ]
 
 

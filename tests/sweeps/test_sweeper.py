@@ -1,14 +1,19 @@
 """The sweeper as Hydra finds it, and the baseline of a searched limit."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
+from support.configs import compose
 from support.studies import sweeper_config
 
 from finetune.config.paths import CONF
+from finetune.errors import ConfigError
 from sweeps.study.draft import draft_session
+from sweeps.study.session import Session
 
 
 def test_hydra_finds_the_sweeper() -> None:
@@ -46,3 +51,12 @@ def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
         draft = draft_session(config, context, sweeper._values, [searched, *overrides])
 
     assert draft.points == [("baseline", {"dataset.limit": limit})]
+
+
+def test_trials_share_their_sources_and_weights() -> None:
+    config = compose("dataset.path=[a.jsonl,{path:b.jsonl,weight:2}]")
+    session = cast(Any, SimpleNamespace(common=config))
+    limited = dataclasses.replace(config.dataset, limit=5)
+    assert Session.check(session, dataclasses.replace(config, dataset=limited))
+    with pytest.raises(ConfigError, match=r"dataset\.path=.*measured on the same rows"):
+        Session.check(session, compose("dataset.path=[a.jsonl,{path:b.jsonl,weight:3}]"))

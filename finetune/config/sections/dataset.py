@@ -10,6 +10,21 @@ from finetune.errors import did_you_mean, refusal
 COLUMN_PURPOSES = ("prompt", "completion", "system", "messages", "tools", "history")
 """Names that `dataset.columns` accepts."""
 
+MAXIMUM_WEIGHT = 1000
+"""Bounds the length of an epoch: a weight is a number of repetitions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """One of several sources in `dataset.path`."""
+
+    path: str
+    """What `dataset.path` may be as one text."""
+
+    weight: float = 1.0
+    """How often its training rows come in an epoch; with 0.5 half of them come, drawn by
+    `split_seed`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings(Section):
@@ -17,11 +32,12 @@ class DatasetSettings(Section):
 
     section = "dataset"
 
-    path: str
+    path: str | list[str | SourceSettings]
     """A hub id, a .jsonl .json .csv .tsv .txt (also .gz .zst) .parquet .arrow .feather file, the
     URL of such a file in object storage (s3://…, gs://…, hf://…), a folder of such files (its
     train, validation and test files are recognised by their names), a folder that `save_to_disk`
-    wrote, or `python_docs`."""
+    wrote, or `python_docs`; or a list of such sources, each also as `{path: …, weight: 2}`: its
+    training rows come twice in an epoch."""
 
     name: str | None
     """Name of a configuration of a data set on the hub; null: its only one."""
@@ -42,7 +58,8 @@ class DatasetSettings(Section):
     """Whether several rows are joined to one sequence of `max_length` tokens."""
 
     limit: int | None
-    """Train on at most this many rows; null: all; auto: 240 of `python_docs`, all of any other."""
+    """Train on at most this many rows; null: all; auto: 240 of `python_docs` alone, all of any
+    other."""
 
     eval_fraction: float
     """Share of the rows held out for evaluation, where no file has them; 0: none."""
@@ -93,10 +110,10 @@ class DatasetSettings(Section):
 
     group_by: str | None = None
     """The column that says which rows belong together (a conversation, a document); such rows are
-    never divided between training and held-out rows."""
+    never divided between training and held-out rows. null in a row: it belongs to no other."""
 
     def __post_init__(self) -> None:
-        self.require("path", bool(self.path), "must be a hub id, a file, a folder, or python_docs")
+        self._check_sources()
         for name, minimum in (("max_length", 2), ("limit", 1)):
             value = getattr(self, name)
             allowed = f"must be a whole number of at least {minimum}, or null"
@@ -134,6 +151,35 @@ class DatasetSettings(Section):
         allowed = "must be text, or null"
         self.require("template", self.template is None or bool(self.template.strip()), allowed)
 
+    def _check_sources(self) -> None:
+        allowed = "must be a hub id, a file, a folder, or python_docs"
+        self.require("path", bool(self.path), allowed)
+        if isinstance(self.path, str):
+            return
+        paths: set[str] = set()
+        for index, source in enumerate(self.sources):
+            key = f"dataset.path[{index}]"
+            if not source.path:
+                raise refusal(key, source.path, allowed)
+            if source.path in paths:
+                reason = f"stands twice; {{path: {source.path}, weight: 2}} repeats its rows"
+                raise refusal(key, source.path, reason)
+            paths.add(source.path)
+            if not 0 < source.weight <= MAXIMUM_WEIGHT:
+                reason = f"must be a number above 0, at most {MAXIMUM_WEIGHT}"
+                raise refusal(f"{key}.weight", f"{source.weight:g}", reason)
+
+    @property
+    def sources(self) -> list[SourceSettings]:
+        """The sources that `path` names, with their weights."""
+        items = [self.path] if isinstance(self.path, str) else self.path
+        return [SourceSettings(path=item) if isinstance(item, str) else item for item in items]
+
+    @property
+    def path_text(self) -> str:
+        """All paths as one text, for messages."""
+        return ", ".join(source.path for source in self.sources)
+
     @property
     def _held_out_fraction(self) -> float:
         """Share of the rows of `path` that are not trained on."""
@@ -146,7 +192,7 @@ class DatasetSettings(Section):
         """Whether there are rows to evaluate on."""
         if self.eval_path is not None or self.eval_fraction > 0:
             return True
-        return has_evaluation_files(self.path, self.test_path)
+        return any(has_evaluation_files(source.path, self.test_path) for source in self.sources)
 
 
 def _is_text_encoding(name: str | None) -> bool:

@@ -1,6 +1,7 @@
 """One run, end to end, on a tiny real model: what it leaves, that it repeats, that it goes on
 after a stop."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -383,6 +384,29 @@ def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(
     run(config, tmp_path)
     assert adapter_of(tmp_path) == adapter
     assert metrics_of(tmp_path)[-1]["step"] == 5
+
+
+def test_a_run_on_a_mixture_goes_on_and_says_what_it_read(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
+    first = write_jsonl(tmp_path / "first.jsonl", [*rows[:20], {"prompt": 5}])
+    second = write_jsonl(tmp_path / "second.jsonl", rows[20:])
+    path = f"dataset.path=[{first},{{path:{second},weight:2}}]"
+    keys = (path, "dataset.on_bad_row=skip", "dataset.eval_fraction=0.1", "dataset.limit=null")
+    config = tiny(*STEPS, *keys, "dataset.test_fraction=0.1", "sample_prompts=[]")
+    run(config, tmp_path / "run", RunContext(StopsAt(1)))
+    run(config, tmp_path / "run")
+
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["rows"]["eval"], result["rows"]["test"]) == (4, 4)
+    assert 32 < result["rows"]["train"] < 64
+    [skipped] = result["rows"]["skipped"]
+    assert skipped["source"] == str(first)
+    assert skipped["number"] == 21
+    assert list(result["rows"]["dropped"].values()) == [1]
+    assert result["rows"]["notes"][0].startswith("training rows by weight: ")
+    other = dataclasses.replace(config.dataset, path=[str(first), str(second)])
+    with pytest.raises(ValueError, match=r"dataset\.path=.*the run that began in"):
+        run(dataclasses.replace(config, dataset=other), tmp_path / "run")
 
 
 def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""`dataset.on_bad_row`: rows that can't be read end the run, or are counted and listed."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from support.rows import Settings, chat, texts
+from support.runs import write_jsonl
+
+from finetune.data.rows import load_rows
+from finetune.data.types import Rows
+from finetune.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+BAD_LINES = {
+    "cut": '{"text": "cut',
+    "no-object": '["text"]',
+    "half-a-character": '{"text": "\\ud800"}',
+    "no-field": '{"tekst": "a"}',
+    "no-text": '{"text": 5}',
+}
+SAYS = {
+    "cut": "line 4 is no whole JSON object",
+    "no-object": "line 4 is no JSON object",
+    "half-a-character": "line 4 has half a surrogate pair",
+    "no-field": "has no field 'text'; its fields: tekst",
+    "no-text": "field 'text' is no text but int",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_bad_row_is_refused_or_skipped_counted_and_listed(
+    settings: Settings, tmp_path: Path, kind: str, is_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.dumps(row) for row in texts(6)]
+    lines.insert(0 if is_first else 3, BAD_LINES[kind])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError):
+        load_rows(settings(path=str(file)))
+    with caplog.at_level(logging.INFO, "finetune"):
+        rows = load_rows(settings(path=str(file), on_bad_row="skip"))
+    assert len(rows.train) == 6
+    reason = f"bad rows of {file} (dataset.on_bad_row=skip)"
+    assert rows.dropped == {reason: 1}
+    [skipped] = rows.skipped
+    assert (skipped.source, skipped.number) == (str(file), 1 if is_first else 4)
+    if not is_first:
+        assert skipped.reason.startswith(SAYS[kind])
+        assert {row.number for row in rows.train} == {1, 2, 3, 5, 6, 7}
+    assert caplog.messages == [
+        f"data: bad row {skipped.number} of {file}: {skipped.reason}",
+        f"data: left out 1 {reason}",
+    ]
+    assert rows.counts["skipped"] == [
+        {"source": str(file), "number": skipped.number, "reason": skipped.reason}
+    ]
+
+
+def test_the_first_bad_rows_are_listed_and_all_are_counted(
+    settings: Settings, tmp_path: Path
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*texts(3), *[{"text": 5}] * 50])
+    held = write_jsonl(tmp_path / "b.jsonl", [{"text": 1}, *texts(3, "held")])
+    rows = load_rows(settings(path=str(file), eval_path=str(held), on_bad_row="skip"))
+    assert [row.number for row in rows.skipped] == list(range(4, 24))
+    assert sorted(rows.dropped.values()) == [1, 50]
+    assert len(rows.evaluation) == 3
+
+
+def test_rows_without_a_column_of_the_group_are_bad(settings: Settings, tmp_path: Path) -> None:
+    good = [{"text": f"good row {n}", "id": n} for n in range(5)]
+    file = str(write_jsonl(tmp_path / "a.jsonl", [*good, {"text": "no id"}]))
+    says = r"dataset\.group_by=id: .*row 6 has no such column; its columns: text"
+    with pytest.raises(ConfigError, match=says):
+        load_rows(settings(path=file, group_by="id"))
+    assert len(load_rows(settings(path=file, group_by="id", on_bad_row="skip")).train) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": 1}\n{"text": 2}\n', "none of 2 rows can be read; the first, row 1 of"),
+        ("b.jsonl", b'{\n "text": "a"\n}\n', "none of 3 rows can be read; the first, row 1 of"),
+        ("c.jsonl", b'{"a": "b"}\n' * 4, "none of 4 rows can be read; the first, row 1 of"),
+        ("d.jsonl", b'{"text": " "}\n{"text": 2}\n', "no rows are left: none of 1 has any text"),
+        ("e.jsonl", '{"text": "ä"}\n'.encode("latin-1"), "is not UTF-8 text"),
+        ("f.json", b'[{"text": "a"}, {"text" "b"}]', "line 1 is broken JSON"),
+        ("g.parquet", b"PAR1 but not really PAR1", "no readable Parquet file"),
+        ("h.jsonl", b"", "the file is empty"),
+        ("i.txt", b"a", "must be a"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_whole_file_are_refused_though_bad_rows_are_skipped(
+    settings: Settings, tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_rows(settings(path=str(tmp_path / name), on_bad_row="skip"))
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_counts_list_only_what_there_is() -> None:
+    rows = Rows([], [], [], {"some": 1})
+    assert rows.counts == {"train": 0, "eval": 0, "test": 0, "dropped": {"some": 1}}
+    rows = Rows([chat("a", "b")], [], [], {}, commits={"owner/name": "abc"}, notes=["a line"])
+    assert rows.counts["commits"] == {"owner/name": "abc"}
+    assert rows.counts["notes"] == ["a line"]
