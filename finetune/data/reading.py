@@ -69,10 +69,10 @@ def read_path(
         where = f"row {first.number} of {first.source}"
         reason = f"none of {total} rows can be read; the first, {where}: {first.reason}"
         raise refusal(key, shown_path, reason)
+    report.skip(shown_path, skipped)
     format_line = reader.converter.finish()
     if format_line is not None:
-        report.note(format_line)
-    report.skip(shown_path, skipped)
+        report.note_format(format_line)
     empty = total - len(skipped) - len(rows)
     report.drop(f"rows of {shown_path} with nothing to learn from", empty)
     if not rows:

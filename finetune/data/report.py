@@ -24,6 +24,8 @@ class Report:
     """The first rows that `dataset.on_bad_row=skip` left out."""
     notes: list[str] = field(default_factory=list)
     """Lines of the log about the split."""
+    formats: list[str] = field(default_factory=list)
+    """Lines of the log about the formats of rows: which column is what."""
     commits: dict[str, str] = field(default_factory=dict)
     """The commits of data sets on the hub, by path."""
 
@@ -38,6 +40,11 @@ class Report:
         self.skipped += rows[: LISTED_ROWS - len(self.skipped)]
         for row in rows[:LOGGED_ROWS]:
             log.info("data: bad row %d of %s: %s", row.number, row.source, row.reason)
+
+    def note_format(self, line: str) -> None:
+        """Log a line about the format of rows, and keep it."""
+        log.info("data: %s", line)
+        self.formats.append(line)
 
     def note(self, line: str) -> None:
         """Log a line about the split, and keep it."""

@@ -71,6 +71,7 @@ def load_rows(settings: DatasetSettings) -> Rows:
         report.skipped,
         report.notes,
         report.commits,
+        report.formats,
     )
 
 

@@ -95,6 +95,8 @@ class Rows:
     """What the log says about the split: tied rows, weights, limits."""
     commits: dict[str, str] = field(default_factory=dict)
     """The commits of the data sets on the hub, by `dataset.path`."""
+    formats: list[str] = field(default_factory=list)
+    """What the log says about formats: which column is what, and which are not used."""
 
     @property
     def counts(self) -> dict[str, object]:
