@@ -21,6 +21,14 @@ def open_converter(**changes: Any) -> tuple[RowFormats, RowConverter]:
     return formats, formats.open("dataset.path", "rows.jsonl")
 
 
+def format_line(*rows: Row, **changes: Any) -> str | None:
+    """The line that says how rows are read."""
+    _, converter = open_converter(**changes)
+    for number, row in enumerate(rows, start=1):
+        converter.convert(row, "rows.jsonl", number)
+    return converter.finish()
+
+
 def convert(*rows: Row, **changes: Any) -> list[Row]:
     """Rows in the common form, with changed settings; rows with nothing to learn are left out."""
     formats, converter = open_converter(**changes)

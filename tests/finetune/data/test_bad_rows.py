@@ -51,7 +51,8 @@ def test_a_bad_row_is_refused_or_skipped_counted_and_listed(
     if not is_first:
         assert skipped.reason.startswith(SAYS[kind])
         assert {row.number for row in rows.train} == {1, 2, 3, 5, 6, 7}
-    assert caplog.messages == [
+    lines = [line for line in caplog.messages if ": format " not in line]
+    assert lines == [
         f"data: bad row {skipped.number} of {file}: {skipped.reason}",
         f"data: left out 1 {reason}",
     ]
@@ -91,7 +92,6 @@ def test_rows_without_a_column_of_the_group_are_bad(settings: Settings, tmp_path
         ("f.json", b'[{"text": "a"}, {"text" "b"}]', "line 1 is broken JSON"),
         ("g.parquet", b"PAR1 but not really PAR1", "no readable Parquet file"),
         ("h.jsonl", b"", "the file is empty"),
-        ("i.txt", b"a", "must be a"),
     ],
 )  # fmt: skip
 def test_errors_of_a_whole_file_are_refused_though_bad_rows_are_skipped(

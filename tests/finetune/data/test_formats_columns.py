@@ -1,11 +1,10 @@
 """Columns: usual names, the names that the config gives, templates, classes, and the line on them."""
 
 import json
-import logging
 from typing import Any
 
 import pytest
-from support.conversion import convert, open_converter
+from support.conversion import convert, format_line, open_converter
 from support.models import Row
 from support.rows import A, Q, asked, chat
 
@@ -48,12 +47,9 @@ def test_usual_names_of_prompt_and_completion(prompt: str, completion: str) -> N
     ],
     ids=["chat", "pair", "two_pairs", "pair_and_alpaca", "alpaca", "rendered", "dolly", "label", "null_chat", "null_pair"],
 )  # fmt: skip
-def test_the_order_of_formats_and_the_line_that_says_it(
-    row: Row, line: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "finetune"):
-        assert convert(row) == asked(Q, A)
-    assert caplog.messages == [f"data: dataset.path=rows.jsonl: format {line}"]
+def test_the_order_of_formats_and_the_line_that_says_it(row: Row, line: str) -> None:
+    assert convert(row) == asked(Q, A)
+    assert format_line(row) == f"dataset.path=rows.jsonl: format {line}"
 
 
 @pytest.mark.parametrize(
@@ -70,24 +66,24 @@ def test_text_alone_is_plain_text(row: Row, text: str) -> None:
     assert convert(row) == [{"text": text}]
 
 
-def test_columns_that_are_not_used_are_named_once_whatever_row_has_them(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO, "finetune"):
-        convert({**chat(Q, A), "a": 1}, {**chat(Q, A), "b": 2, "a": 1}, {**chat(Q, A), "c": None})
-    line = "data: dataset.path=rows.jsonl: format chat (messages); not used: a, b"
-    assert caplog.messages == [line]
+def test_columns_that_are_not_used_are_named_once_whatever_row_has_them() -> None:
+    rows = [{**chat(Q, A), "a": 1}, {**chat(Q, A), "b": 2, "a": 1}, {**chat(Q, A), "c": None}]
+    line = "dataset.path=rows.jsonl: format chat (messages); not used: a, b"
+    assert format_line(*rows) == line
 
 
-def test_the_same_line_is_not_repeated_for_another_path(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_line_is_not_repeated_for_another_path() -> None:
     formats, _ = open_converter()
-    with caplog.at_level(logging.INFO, "finetune"):
-        for path, row in (("a", chat(Q, A)), ("b", chat(Q, A)), ("c", {"text": "x"})):
-            converter = formats.open("dataset.path", path)
-            converter.convert(row, path, 1)
-            converter.finish()
-    lines = ["dataset.path=a: format chat (messages)", "dataset.path=c: format text (text)"]
-    assert caplog.messages == [f"data: {line}" for line in lines]
+    lines = []
+    for path, row in (("a", chat(Q, A)), ("b", chat(Q, A)), ("c", {"text": "x"})):
+        converter = formats.open("dataset.path", path)
+        converter.convert(row, path, 1)
+        lines.append(converter.finish())
+    assert lines == [
+        "dataset.path=a: format chat (messages)",
+        None,
+        "dataset.path=c: format text (text)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,10 +189,7 @@ def test_a_template_makes_the_prompt(template: str, row: Row, prompt: str) -> No
     assert convert(row, template=template) == asked(prompt, A)
 
 
-def test_the_line_of_a_template_names_what_it_does_not_read(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO, "finetune"):
-        convert({"t": "T", "id": 1, "answer": A}, template="{{t}}")
+def test_the_line_of_a_template_names_what_it_does_not_read() -> None:
+    row = {"t": "T", "id": 1, "answer": A}
     line = "format prompt_completion (prompt: dataset.template, completion: answer); not used: id"
-    assert caplog.messages == [f"data: dataset.path=rows.jsonl: {line}"]
+    assert format_line(row, template="{{t}}") == f"dataset.path=rows.jsonl: {line}"
