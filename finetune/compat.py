@@ -72,6 +72,15 @@ def attention_implementation(config: Any, name: str) -> Iterator[None]:
         config._attn_implementation = previous
 
 
+def attention_implementation_of(config: Any) -> str:
+    """Return the name of the attention function that a transformers model uses.
+
+    Reason: `from_pretrained` chooses one where none is given, and no public attribute has the
+    choice. transformers 5.23, `PreTrainedConfig._attn_implementation`. Upstream: none.
+    """
+    return str(config._attn_implementation)
+
+
 def compile_and_launch(
     kernel: Any,
     grid: tuple[int, int, int],

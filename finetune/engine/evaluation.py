@@ -5,6 +5,8 @@ It does not depend on the batch size, draws no random numbers, and leaves the mo
 
 import contextlib
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,14 @@ from finetune.config.sections.model import QuantizationSettings
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import common_prefix_length
 from finetune.data.tokens import as_list
+from finetune.engine.probes import (
+    Comparison,
+    Shortcut,
+    base_of,
+    holds,
+    plain_logits,
+    probe_ids,
+)
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
 
@@ -102,7 +112,8 @@ def evaluate(
     """Evaluate a causal language model on tokenised rows.
 
     Rows are batched by length to save padding. A prefix that all rows share (a system prompt) is
-    computed once. Only positions that predict an answer token get logits.
+    computed once. Where the base computes rows otherwise in this way, each is computed alone. Only
+    positions that predict an answer token get logits.
 
     Args:
         model: A base, or a base with an adapter.
@@ -114,12 +125,12 @@ def evaluate(
         The evaluation, with the rows in their order.
     """
     examples = as_list(rows)
-    prefix_length = common_prefix_length(examples)
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
     losses = [0.0] * len(examples)
     tokens = [0] * len(examples)
     correct = 0
     with evaluation_mode(model), autocast(quantization):
+        batch_size, prefix_length = _choose_batches(model, examples, batch_size)
         prefix_cache = _compute_prefix(model, examples, prefix_length)
         for start in range(0, len(examples), batch_size):
             indices = order[start : start + batch_size]
@@ -132,6 +143,89 @@ def evaluate(
             correct += predictions.count_correct()
     accuracy = correct / max(sum(tokens), 1)
     return Evaluation(tuple(losses), tuple(tokens), accuracy)
+
+
+def packed_sequences_hold(
+    model: torch.nn.Module, tokens: int, quantization: QuantizationSettings
+) -> bool:
+    """Return whether the rows of a packed sequence don't see each other.
+
+    Args:
+        model: A base, or a base with an adapter.
+        tokens: Tokens of the longest sequence.
+        quantization: As the base was loaded.
+    """
+    with evaluation_mode(model), autocast(quantization):
+        compare = functools.partial(_compare_packed, model, 1)
+        return holds(Shortcut.PACKED_SEQUENCES, model, tokens, compare)
+
+
+def _choose_batches(
+    model: torch.nn.Module, examples: Sequence[dict[str, Any]], batch_size: int
+) -> tuple[int, int]:
+    """Return how many rows are computed at once, and how long the prefix is that is computed once.
+
+    Args:
+        model: In evaluation mode.
+        examples: Tokenised rows.
+        batch_size: Rows that may be computed at once.
+    """
+    if len(examples) < 2:
+        return batch_size, 0
+    longest = max(len(row["input_ids"]) for row in examples)
+    prefix_length = common_prefix_length(examples)
+    if prefix_length:
+        compare = functools.partial(_compare_shared_prefix, model)
+        if holds(Shortcut.SHARED_PREFIX, model, longest, compare):
+            return batch_size, prefix_length
+    if batch_size == 1:
+        return 1, 0
+    shortcut = Shortcut.ROWS_TOGETHER
+    compare = functools.partial(_compare_rows, model)
+    if "seq_lengths" in examples[0]:
+        shortcut = Shortcut.SEQUENCES_TOGETHER
+        compare = functools.partial(_compare_packed, model, 2)
+    return (batch_size if holds(shortcut, model, longest, compare) else 1), 0
+
+
+def _compare_rows(model: torch.nn.Module, length: int) -> Comparison:
+    """Compare a row's logits beside a longer one with those alone."""
+    batch = [_whole_row(probe_ids(model, length + 3, 1)), _whole_row(probe_ids(model, length, 0))]
+    logits = _predict(model, batch, 0, None).logits_of(1)
+    return logits, plain_logits(model, batch[1]["input_ids"])[:-1]
+
+
+def _compare_shared_prefix(model: torch.nn.Module, length: int) -> Comparison:
+    """Compare a row's logits after a cached prefix, beside a longer one, with those alone."""
+    prefix = probe_ids(model, length, 0)
+    longer = _whole_row(prefix + probe_ids(model, 5, length + 1))
+    shorter = _whole_row(prefix + probe_ids(model, 3, length + 6))
+    batch = [longer, shorter]
+    cache = _compute_prefix(model, batch, length)
+    logits = _predict(model, batch, length, cache).logits_of(1)
+    return logits, plain_logits(model, shorter["input_ids"])[length:-1]
+
+
+def _compare_packed(model: torch.nn.Module, sequences: int, length: int) -> Comparison:
+    """Compare a row's logits after another one in a packed sequence with those alone.
+
+    Args:
+        model: In evaluation mode.
+        sequences: Sequences at once, 1 or 2: attention functions tell the rows of one by other
+            means than those of several.
+        length: Tokens of each row.
+    """
+    neighbour, row = probe_ids(model, length, 1), probe_ids(model, length - 1, 0)
+    packed = _whole_row(neighbour + row) | {"seq_lengths": [len(neighbour), len(row)]}
+    longer = probe_ids(model, 2 * length + 1, 2)
+    batch = [_whole_row(longer) | {"seq_lengths": [len(longer)]}, packed][-sequences:]
+    logits = _predict(model, batch, 0, None).logits_of(sequences - 1)
+    return logits[1 - len(row) :], plain_logits(model, row)[:-1]
+
+
+def _whole_row(ids: list[int]) -> dict[str, Any]:
+    """Return a row of which every token is predicted."""
+    return {"input_ids": ids, "labels": ids}
 
 
 @dataclass(frozen=True)
@@ -154,6 +248,10 @@ class _Predictions:
         counts = torch.bincount(self.rows, minlength=row_count)
         return sums.tolist(), counts.tolist()
 
+    def logits_of(self, row: int) -> torch.Tensor:
+        """Return the logits of a row's answer tokens [answer tokens, vocabulary]."""
+        return self.logits[self.rows == row]
+
     def count_correct(self) -> int:
         """Count the tokens that the model finds most likely."""
         likeliest = self.logits.argmax(-1)
@@ -172,8 +270,13 @@ def _compute_prefix(
     device = next(model.parameters()).device
     prefix = examples[0]["input_ids"][:prefix_length]
     input_ids = torch.tensor([prefix], device=device)
-    output = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-    return output.past_key_values
+    limit = {"logits_to_keep": 1} if _limits_logits(model) else {}
+    return model(input_ids=input_ids, use_cache=True, **limit).past_key_values
+
+
+def _limits_logits(model: torch.nn.Module) -> bool:
+    """Whether a base computes logits only at the positions that it is asked for."""
+    return "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
 
 
 def _predict(
@@ -198,17 +301,20 @@ def _predict(
     first = int(is_answer.any(0).nonzero()[0])
     positions = torch.arange(first, labels.shape[1])
     arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
-    arguments["logits_to_keep"] = positions.to(device)
+    if _limits_logits(model):
+        arguments["logits_to_keep"] = positions.to(device)
     arguments["use_cache"] = prefix_cache is not None
     if prefix_cache is not None:
         cache = copy.deepcopy(prefix_cache)  # the forward pass appends to it
         cache.batch_repeat_interleave(len(batch))
         arguments["past_key_values"] = cache
-    output = model(**arguments)
+    logits = model(**arguments).logits
+    if not _limits_logits(model):
+        logits = logits[:, positions]
     is_answer = is_answer[:, positions].to(device)
     labels = labels[:, positions].to(device)
     rows = is_answer.nonzero()[:, 0]
-    return _Predictions(output.logits[is_answer], labels[is_answer], rows)
+    return _Predictions(logits[is_answer], labels[is_answer], rows)
 
 
 def _padded_inputs(batch: Sequence[dict[str, Any]], prefix_length: int) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 Loads no torch when it is imported, because a command and `finetune.run.run` import it at their top.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from finetune.model.architectures import text_config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune.engine.probes import Comparison
 
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,8 @@ def generate_answers(
     Args:
         model: A base, or a base with an adapter.
         tokenizer: The base's tokenizer.
-        prompts: The prompts, generated in one batch as far as the model's positions allow it.
+        prompts: The prompts, generated in one batch as far as the model's positions and its
+            handling of padding allow it.
         quantization: As the base was loaded.
         max_new_tokens: Limit on an answer's tokens; None: `max_length` alone is the limit.
         max_length: Limit on the tokens of a prompt and its answer together; None:
@@ -55,18 +59,80 @@ def generate_answers(
     questions = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     prompt_ids = [encoder.encode_prompt(question) for question in questions]
     lengths = [len(ids) for ids in prompt_ids]
+    ends = _end_tokens(model, encoder.ends)
     config = text_config_of(model.config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     limits = [_answer_limit(length, max_new_tokens, max_length, positions) for length in lengths]
     answers = [""] * len(prompts)
     with evaluation_mode(model), autocast(quantization):
-        for batch in _batches(lengths, limits, positions):
+        batches = _batches(lengths, limits, positions)
+        longest = max(map(sum, zip(lengths, limits, strict=True)), default=0)
+        batches, use_cache = _choose_way(model, batches, longest)
+        for batch in batches:
             batch_ids = [prompt_ids[row] for row in batch]
             batch_limits = [limits[row] for row in batch]
-            texts = _generate_batch(model, tokenizer, encoder.ends, batch_ids, batch_limits)
-            for row, text in zip(batch, texts, strict=True):
-                answers[row] = text
+            sequences = _generate(
+                model, tokenizer.pad_token_id, batch_ids, max(batch_limits), ends, use_cache
+            )
+            new_tokens = sequences[:, max(map(len, batch_ids)) :]
+            for row, tokens in zip(batch, new_tokens, strict=True):
+                text = tokenizer.decode(tokens[: limits[row]], skip_special_tokens=True)
+                answers[row] = str(text).strip()
     return answers
+
+
+def _choose_way(
+    model: "PreTrainedModel", batches: list[list[int]], tokens: int
+) -> tuple[list[list[int]], bool]:
+    """Return the batches as the base can compute them, and whether with cached keys and values.
+
+    Args:
+        model: In evaluation mode.
+        batches: The numbers of the prompts of each batch.
+        tokens: Tokens of the longest prompt with its answer.
+    """
+    from finetune.engine.probes import Shortcut, holds
+
+    if not batches:
+        return batches, True
+    if any(len(batch) > 1 for batch in batches):
+        compare = functools.partial(_compare_steps, model, 2)
+        if holds(Shortcut.PROMPTS_TOGETHER, model, tokens, compare):
+            return batches, True
+    single_batches = [[row] for batch in batches for row in batch]
+    compare = functools.partial(_compare_steps, model, 1)
+    return single_batches, holds(Shortcut.CACHED_STEPS, model, tokens, compare)
+
+
+def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> "Comparison":
+    """Compare the logits of cached steps with those of the row alone, without a cache.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
+        length: Tokens of the compared prompt.
+    """
+    import torch
+
+    from finetune.engine.probes import computes_exactly, plain_logits, probe_ids
+
+    cached_steps = 1 if computes_exactly(model) else 3
+    prompt = probe_ids(model, length, 0)
+    batch = [probe_ids(model, length + 3, 1), prompt][-prompts:]
+    output = _generate(
+        model,
+        prompt[0],
+        batch,
+        max_new_tokens=1 + cached_steps,
+        ends=[],
+        use_cache=True,
+        min_new_tokens=1 + cached_steps,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack([step[-1] for step in output.logits[1:]])
+    answer = output.sequences[-1, -1 - cached_steps : -1].tolist()
+    return logits, plain_logits(model, prompt + answer)[-cached_steps:]
 
 
 def _answer_limit(
@@ -127,38 +193,51 @@ def _batches(
     return [joint_batch, *single_batches] if joint_batch else single_batches
 
 
-def _generate_batch(
+def _generate(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    ends: list[int],
+    padding: int,
     prompt_ids: list[list[int]],
-    limits: list[int],
-) -> list[str]:
-    """Generate the answers of one batch, each cut to its limit of tokens."""
+    max_new_tokens: int,
+    ends: list[int],
+    use_cache: bool,
+    **arguments: Any,
+) -> Any:
+    """Continue prompts in one batch.
+
+    Args:
+        model: In evaluation mode.
+        padding: Id of the padding token.
+        prompt_ids: Tokens of each prompt.
+        max_new_tokens: Limit on each answer's tokens.
+        ends: Ids that end an answer; empty: nothing does.
+        use_cache: Whether the keys and values of earlier tokens are cached.
+        arguments: Further arguments of transformers' `generate`.
+
+    Returns:
+        transformers' output: the padded prompts with their answers [prompts, tokens], unless
+        `arguments` ask for more.
+    """
     import torch
 
     # Padded on the left, because the answer continues at each prompt's last token.
     longest = max(len(ids) for ids in prompt_ids)
-    padding = [longest - len(ids) for ids in prompt_ids]
     padded = []
     mask = []
-    for ids, missing in zip(prompt_ids, padding, strict=True):
-        padded.append([tokenizer.pad_token_id] * missing + ids)
+    for ids in prompt_ids:
+        missing = longest - len(ids)
+        padded.append([padding] * missing + ids)
         mask.append([0] * missing + [1] * len(ids))
     device = next(model.parameters()).device
-    sequences = model.generate(
+    return model.generate(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=max(limits),
+        max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(model, ends),
+        pad_token_id=padding,
+        eos_token_id=ends or None,
+        use_cache=use_cache,
+        **arguments,
     )
-    answers = []
-    for sequence, limit in zip(sequences, limits, strict=True):
-        answer_ids = sequence[longest : longest + limit]
-        answers.append(str(tokenizer.decode(answer_ids, skip_special_tokens=True)).strip())
-    return answers
 
 
 def _end_tokens(model: "PreTrainedModel", ends: list[int]) -> list[int]:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from finetune.engine.checkpoint import Progress
 from finetune.engine.early_stopping import EarlyStopping
+from finetune.engine.evaluation import packed_sequences_hold
 from finetune.engine.output import RunOutput
 from finetune.engine.packed.training import PackedTraining
+from finetune.engine.probes import Shortcut, base_of, model_type_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, refusal
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.adapter import load_adapter, save_adapter
 from finetune.model.memory import reset_peak_memory
@@ -28,6 +30,8 @@ from finetune.run.samples import Samples
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from finetune.engine.trl.training import TrlTraining
 
 Training: TypeAlias = "PackedTraining | TrlTraining"
@@ -51,6 +55,9 @@ def start_training(
 
     Returns:
         The run's engine, ready to train.
+
+    Raises:
+        ConfigError: The base computes other losses for packed sequences, or in a packed batch.
     """
     config = prepared.config
     reset_peak_memory()
@@ -63,7 +70,23 @@ def start_training(
 
     arguments = training_arguments(config, folder.checkpoints, prepared.total_steps)
     model = stack.enter_context(resources.model(config))
+    if config.dataset.packing:
+        _require_separate_rows(model, prepared)
     return TrlTraining(config, arguments, model, prepared.tokenizer, prepared.train)
+
+
+def _require_separate_rows(model: "PeftModel", prepared: Prepared) -> None:
+    """Refuse packed sequences on a base whose attention or recurrence ignores their boundaries.
+
+    Raises:
+        ConfigError: The rows of a sequence would see each other.
+    """
+    config = prepared.config
+    longest = max(map(len, prepared.train["input_ids"]))
+    if packed_sequences_hold(model, longest, config.quantization):
+        return
+    reason = f"{Shortcut.PACKED_SEQUENCES.value} with this base ({model_type_of(base_of(model))})"
+    raise refusal("dataset.packing", True, f"{reason}; allowed: false")
 
 
 def train(

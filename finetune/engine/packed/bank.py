@@ -7,6 +7,7 @@ it would have alone, up to the rounding of matrix products.
 
 import contextlib
 import copy
+import functools
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,9 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
-from finetune.engine.evaluation import Evaluation
+from finetune.data.encoding import IGNORED
+from finetune.data.lengths import MIN_SHARED_TOKENS
+from finetune.engine.evaluation import Evaluation, evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.batch import PackedBatch
@@ -30,9 +33,18 @@ from finetune.engine.packed.requests import (
     Response,
 )
 from finetune.engine.packed.slot import Slot
+from finetune.engine.probes import (
+    Comparison,
+    Shortcut,
+    holds,
+    model_type_of,
+    plain_logits,
+    probe_ids,
+)
+from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.memory import free_memory, is_out_of_memory_error
-from finetune.model.quantization import compute_dtype
+from finetune.model.quantization import autocast, compute_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +79,7 @@ class Bank:
         # the decoder has no cache of keys and values.
         self._autograd = AutogradBackend(base, gradient_checkpointing)
         self.backend: Backend = backend or gpu_decoder(base, config) or self._autograd
+        self._quantization = config.quantization
         self.slots_in_use = 0
         """Slots in which runs train now, counted by `SharedResources.slot`."""
         self.capacity: int | None = None
@@ -92,13 +105,55 @@ class Bank:
             lora: The adapter's settings.
             seed: The run's seed.
             model: The adapter from `initialise_adapter`; None: it is initialised now.
+
+        Raises:
+            ConfigError: A packed batch does not compute what the base's own code computes.
         """
         if model is None:
             model = self.initialise_adapter(lora, seed)
         slot = Slot(self, lora, seed, model)
         self.backend.attach(slot)
         self._autograd.attach(slot)
+        self._check_backend(slot)
         return slot
+
+    def _check_backend(self, slot: Slot) -> None:
+        """Probe the backend, once for a base; autograd replaces a GPU decoder that is wrong.
+
+        Raises:
+            ConfigError: Autograd is wrong too.
+        """
+        if self.backend is not self._autograd:
+            if self._holds(Shortcut.GPU_DECODER, slot):
+                return
+            self.backend = self._autograd
+        if not self._holds(Shortcut.PACKED_BATCH, slot):
+            reason = f"{Shortcut.PACKED_BATCH.value} ({model_type_of(self.base)}); allowed: trl"
+            raise refusal("trainer.engine", "packed", reason)
+
+    def _holds(self, shortcut: Shortcut, slot: Slot) -> bool:
+        compare = functools.partial(self._compare_backend, slot)
+        with evaluation_mode(self.base), torch.no_grad():
+            return holds(shortcut, self.base, 0, compare)
+
+    def _compare_backend(self, slot: Slot, length: int) -> Comparison:
+        """Compare a row's logits in a packed batch with those of the base's own code.
+
+        The row follows another one, with which it shares a prefix that is computed once.
+        """
+        prefix = probe_ids(self.base, MIN_SHARED_TOKENS, 0)
+        rows = []
+        for first in (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS + length):
+            answer = probe_ids(self.base, length // 2, first)
+            labels = [IGNORED] * (len(prefix) + 1) + answer[1:]
+            rows.append({"input_ids": prefix + answer, "labels": labels})
+        batch = PackedBatch([rows], self.device)
+        slot.round()
+        hidden, _ = self.backend.forward(batch, [slot], None)
+        logits = self._head(hidden[batch.target_rows == 1])
+        with self._autograd.generation_model(slot) as base, autocast(self._quantization):
+            plain = plain_logits(base, rows[1]["input_ids"])
+        return logits, plain[len(prefix) : -1]
 
     def _skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes that takes next to no memory."""

@@ -1,0 +1,239 @@
+"""Shortcuts, and the probes that show for a base whether they hold.
+
+A shortcut computes the same as a plain way, faster: rows together in a batch, a shared prefix once,
+generation with cached keys and values. It rests on the base's own code, which may be wrong about
+padding, positions or its cache. So each shortcut is compared once with the plain way on the loaded
+base, with a few tokens. `holds` is the one place that decides.
+"""
+
+import hashlib
+import logging
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from finetune.compat import attention_implementation_of
+from finetune.console import summary_line
+from finetune.errors import Interrupted
+from finetune.files.atomic import write_json
+from finetune.files.cache import cache_folder
+from finetune.model.architectures import text_config_of
+from finetune.model.memory import is_out_of_memory_error
+
+log = logging.getLogger(__name__)
+
+Comparison = tuple[torch.Tensor, torch.Tensor]
+"""Logits of the same tokens [tokens, vocabulary], by the shortcut and by the plain way."""
+
+EXACT_TOLERANCE = 1e-4
+"""Largest difference in float32, as a share of a token's logits."""
+
+MAX_TOLERANCE = 0.1
+"""No rounding error in 16 or 8 bits is larger than this share of a token's logits."""
+
+PROBE_VERSION = 1
+"""Increased when a shortcut or its probe changes, so that earlier records are not used."""
+
+LIBRARIES = ("torch", "transformers", "peft", "trl")
+"""A new version of any of them is probed anew."""
+
+
+class Shortcut(Enum):
+    """Each value is the log line for a base on which the shortcut does not hold."""
+
+    ROWS_TOGETHER = (
+        "evaluating one row after another, which is slower: beside a row of another length, a row "
+        "has other logits"
+    )
+    SEQUENCES_TOGETHER = (
+        "evaluating one packed sequence after another, which is slower: beside another sequence, a "
+        "row has other logits"
+    )
+    SHARED_PREFIX = (
+        "evaluating each row whole, which is slower: after a cached beginning, a row has other "
+        "logits"
+    )
+    PROMPTS_TOGETHER = (
+        "answering one prompt after another, which is slower: padded on the left beside a longer "
+        "one, a prompt has other logits"
+    )
+    CACHED_STEPS = (
+        "answering without a cache, which is slower: with cached keys and values, a token has "
+        "other logits"
+    )
+    GPU_DECODER = (
+        "training with PyTorch's slower operations: the GPU kernels compute other logits than the "
+        "base's own code"
+    )
+    PACKED_BATCH = "the packed engine computes other logits than the base's own code"
+    PACKED_SEQUENCES = "the rows of a sequence would see each other"
+
+
+_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = WeakKeyDictionary()
+"""The answers for each loaded base, by the shortcut and the tokens of the probe."""
+
+
+def holds(
+    shortcut: Shortcut,
+    model: torch.nn.Module,
+    tokens: int,
+    compare: Callable[[int], Comparison],
+) -> bool:
+    """Return whether a shortcut computes what the plain way computes, probed once for each base.
+
+    The answer is kept with the loaded base. That a shortcut holds is recorded in the cache folder
+    too; that it does not is logged once in each process.
+
+    Args:
+        shortcut: What is probed.
+        model: The base, or the base with an adapter; in evaluation mode, without gradients.
+        tokens: Tokens of the longest row that the shortcut will compute.
+        compare: Computes the logits of a row in both ways. Its argument is the length of the
+            probe. Any error but a lack of memory means that the shortcut does not hold.
+    """
+    base = base_of(model)
+    length = _probe_length(base, tokens)
+    answers = _answers.setdefault(base, {})
+    answer = answers.get((shortcut, length))
+    if answer is not None:
+        return answer
+    record = _record(shortcut, base, length)
+    if record is not None and record.exists():
+        answers[shortcut, length] = True
+        return True
+    try:
+        computed, plain = compare(length)
+        if not plain.isfinite().all():
+            return False  # a diverged adapter: it shows nothing about the base
+        reason = _difference(computed.float(), plain.float(), model, length)
+    except Exception as error:
+        if isinstance(error, Interrupted) or is_out_of_memory_error(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+        reason = f"{type(error).__name__}: {summary_line(error)}"
+    answers[shortcut, length] = reason is None
+    if reason is not None:
+        log.info("%s (%s: %s)", shortcut.value, model_type_of(base), reason)
+    elif record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"shortcut": shortcut.name, "model_type": model_type_of(base)})
+    return reason is None
+
+
+def base_of(model: Any) -> Any:
+    """Return the base of a model with an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_type_of(base: Any) -> str:
+    """Return the name of a base's architecture."""
+    return str(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
+
+
+def probe_ids(model: Any, length: int, first: int) -> list[int]:
+    """Return ids for a probe: all differ, as far as the vocabulary allows it.
+
+    They are in the middle of the vocabulary: special tokens stand at its ends.
+    """
+    vocabulary = text_config_of(base_of(model).config).vocab_size
+    half = vocabulary // 2
+    return [half // 2 + (7 * (first + index)) % max(half, 1) for index in range(length)]
+
+
+def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Return the logits of a row alone: no padding, no mask, no cache [tokens, vocabulary]."""
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+def computes_exactly(model: torch.nn.Module) -> bool:
+    """Whether products are in float32: no weight has fewer bits, and there is no autocast."""
+    if torch.is_autocast_enabled("cuda") and next(model.parameters()).device.type == "cuda":
+        return False
+    return all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def _probe_length(base: Any, tokens: int) -> int:
+    """Return how many tokens a probe's row needs, to meet what the longest row meets.
+
+    A few, unless the rows are longer than a sliding window, or than the positions after which a
+    rotary embedding scales its frequencies.
+    """
+    length = 6
+    config = text_config_of(base.config)
+    for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and length < limit < tokens:
+            length = limit + 4
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if length < limit < tokens:
+            length = limit - 1  # a longer row beside it exceeds the limit
+    return length
+
+
+def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
+    """Return the file that says that a shortcut holds for a base, with these versions and here.
+
+    None for remote code: the base's config does not say what it computes.
+    """
+    if not type(base).__module__.startswith("transformers."):
+        return None
+    embedding = base.get_input_embeddings().weight
+    device = embedding.device
+    on_gpu = device.type == "cuda"
+    identity = [
+        PROBE_VERSION,
+        shortcut.name,
+        length,
+        type(base).__name__,
+        base.config.to_json_string(use_diff=False),
+        attention_implementation_of(base.config),
+        torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        sorted({str(weight.dtype) for weight in base.parameters()}),
+        embedding[probe_ids(base, length, 0)].double().sum().item(),
+        [version(library) for library in LIBRARIES],
+    ]
+    name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    return cache_folder() / "shortcuts" / f"{name}.json"
+
+
+def _difference(
+    computed: torch.Tensor, plain: torch.Tensor, model: torch.nn.Module, length: int
+) -> str | None:
+    """Return how much two logits of the same tokens differ; None if it is rounding."""
+    if computed.shape != plain.shape:
+        return f"{tuple(computed.shape)} logits instead of {tuple(plain.shape)}"
+    shares = _differing_shares(computed, plain)
+    if computes_exactly(model):
+        share, tolerance = shares.max(), EXACT_TOLERANCE
+    else:
+        # A token that goes to another expert because of its rounding differs much: the median.
+        share, tolerance = shares.median(), _rounding(model, length)
+    return None if share <= tolerance else f"they differ by {float(share):.2%}"
+
+
+def _differing_shares(computed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    """Return each token's difference as a share of its logits [tokens]; NaN counts as infinite."""
+    shares: torch.Tensor = (computed - plain).norm(dim=-1) / plain.norm(dim=-1)
+    return shares.nan_to_num(nan=torch.inf)
+
+
+def _rounding(model: torch.nn.Module, length: int) -> float:
+    """Return the tolerance in few bits: what the plain way differs from itself in a batch of 2."""
+    ids = probe_ids(model, length, 0)
+    device = next(model.parameters()).device
+    alone = plain_logits(model, ids).float()
+    twice = model(input_ids=torch.tensor([ids, ids], device=device), use_cache=False).logits
+    noise = float(_differing_shares(twice[0].float(), alone).median())
+    half_precision = 5 * torch.finfo(torch.bfloat16).eps
+    return min(max(half_precision, 4 * noise), MAX_TOLERANCE)
