@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 RawRow = dict[str, Any]
@@ -77,6 +77,8 @@ class Rows:
     test: list[Row]
     dropped: dict[str, int]
     """How many rows were left out, by reason."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """The format of the rows of each source."""
 
     @property
     def counts(self) -> dict[str, object]:

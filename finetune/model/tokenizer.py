@@ -39,6 +39,7 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
         tokenizer.chat_template = settings.chat_template
     return tokenizer
 
+
 @contextlib.contextmanager
 def explain_loading_errors(settings: ModelSettings) -> Iterator[None]:
     """Turn an error for a model folder that transformers can't read into one line.
