@@ -26,15 +26,14 @@ def load_rows(settings: DatasetSettings) -> Rows:
             the line or row.
     """
     dropped: Dropped = {}
-    formats: dict[str, str] = {}
     files = files_by_split(settings)
-    pool = _read("dataset.path", settings.path, files.get("train"), settings, dropped, formats)
+    pool = _read("dataset.path", settings.path, files.get("train"), settings, dropped)
     random.Random(f"split {settings.split_seed}").shuffle(pool)
     total = len(pool)
     held_out: dict[str, list[Row]] = {}
     # The test rows come first, so that which rows these are depends on no other fraction.
     for split in ("test", "eval"):
-        rows = _read_split(split, settings, files.get(split), dropped, formats)
+        rows = _read_split(split, settings, files.get(split), dropped)
         if rows is None:
             count = _held_out_count(split, settings, total, len(pool))
             rows, pool = pool[:count], pool[count:]
@@ -51,7 +50,7 @@ def load_rows(settings: DatasetSettings) -> Rows:
     _log_dropped(dropped)
     if len(train) < len(pool):
         _log_limit(settings, len(train), len(pool))
-    return Rows(train, held_out["eval"], held_out["test"], dropped, formats)
+    return Rows(train, held_out["eval"], held_out["test"], dropped)
 
 
 def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
@@ -66,7 +65,7 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
     """
     dropped: Dropped = {}
     files = files_for_split("test", key, settings.path)
-    rows = _read(key, settings.path, files, settings, dropped, {})
+    rows = _read(key, settings.path, files, settings, dropped)
     _log_dropped(dropped)
     return rows
 
@@ -85,20 +84,15 @@ def _log_dropped(dropped: Dropped) -> None:
 
 
 def _read_split(
-    split: str,
-    settings: DatasetSettings,
-    files: list[Path] | None,
-    dropped: Dropped,
-    formats: dict[str, str],
+    split: str, settings: DatasetSettings, files: list[Path] | None, dropped: Dropped
 ) -> list[Row] | None:
     """The rows of a split that has a path or files of its own; None if it has neither."""
     path: str | None = getattr(settings, f"{split}_path")
     if path is not None:
         key = f"dataset.{split}_path"
-        files = files_for_split(split, key, path)
-        return _read(key, path, files, settings, dropped, formats)
+        return _read(key, path, files_for_split(split, key, path), settings, dropped)
     if files:
-        return _read("dataset.path", settings.path, files, settings, dropped, formats)
+        return _read("dataset.path", settings.path, files, settings, dropped)
     return None
 
 
@@ -161,12 +155,7 @@ def _all_in_training(
 
 
 def _read(
-    key: str,
-    path: str,
-    files: list[Path] | None,
-    settings: DatasetSettings,
-    dropped: Dropped,
-    formats: dict[str, str],
+    key: str, path: str, files: list[Path] | None, settings: DatasetSettings, dropped: Dropped
 ) -> list[Row]:
     """Read all rows of a path in the common form.
 
@@ -176,7 +165,6 @@ def _read(
         files: The files to read if the path is a folder, else None.
         settings: The rows' format. `auto` takes the format of the first row for all rows.
         dropped: Where rows with nothing to learn from are counted.
-        formats: Where each source's format is noted.
     """
     sources = (
         [open_source(key, path, settings)]
@@ -193,9 +181,8 @@ def _read(
             where = f"{key}={source.name}: row {number}"
             content = FORMATS[format_name](raw_row, where, settings.text_field)
             if content is not None:
-                rows.append(Row(content, source.name, number))
+                rows.append(Row(content, source.name, number, format_name))
             total += 1
-        formats[source.name] = format_name
     shown_path = path if files is None else f"{path} ({file_names(files)})"
     if not total:
         raise refusal(key, shown_path, "holds no rows")

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 RawRow = dict[str, Any]
@@ -41,12 +41,16 @@ class Row(dict[str, Any]):
         content: The row.
         source: The file or data set that the row comes from.
         number: The row's number in its source, from 1.
+        format: The name of the format in which its source has it.
     """
 
-    __slots__ = ("number", "source")
+    __slots__ = ("format", "number", "source")
 
-    def __init__(self, content: dict[str, Any], source: str = "", number: int = 0) -> None:
+    def __init__(
+        self, content: dict[str, Any], source: str = "", number: int = 0, format: str = ""
+    ) -> None:
         super().__init__(content)
+        self.format = format
         self.source = source
         self.number = number
 
@@ -77,8 +81,6 @@ class Rows:
     test: list[Row]
     dropped: dict[str, int]
     """How many rows were left out, by reason."""
-    formats: dict[str, str] = field(default_factory=dict)
-    """The format of the rows of each source."""
 
     @property
     def counts(self) -> dict[str, object]:

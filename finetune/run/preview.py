@@ -129,9 +129,8 @@ def preview_rows(
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
     encoder = _encoder(config, tokenizer)
-    sources = {row.source for row in rows.train}
     preview = Preview(
-        formats=sorted({rows.formats[source] for source in sources if source in rows.formats}),
+        formats=sorted({row.format for row in rows.train}),
         rows={name: len(in_file_order(rows_of(rows, name))) for name in SPLITS},
         left_out=Counter(rows.dropped),
         notes=notes,
