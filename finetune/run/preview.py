@@ -130,7 +130,7 @@ def preview_rows(
     tokenizer = resources.tokenizer(config.model)
     encoder = _encoder(config, tokenizer)
     preview = Preview(
-        formats=sorted({row.format for row in rows.train}),
+        formats=sorted({row.format_name for row in rows.train}),
         rows={name: len(in_file_order(rows_of(rows, name))) for name in SPLITS},
         left_out=Counter(rows.dropped),
         notes=notes,
