@@ -30,6 +30,10 @@ class ShownExample:
     example: Encoded
     tokens: list[Token]
     """All of its tokens, the cut ones too."""
+    index: int
+    """Its number among the examples of its row, from 1."""
+    count: int
+    """The number of examples that its row has become."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the example as `--json` prints it: what the model sees, without what is cut."""
@@ -179,9 +183,9 @@ def first_examples(
         if not count:
             break
         examples = list(encode_row(row, encoder, config.dataset, report))
-        for example in examples:
+        for index, example in enumerate(examples, start=1):
             tokens = tokens_of(example, tokenizer, config.dataset.max_length)
-            shown.append(ShownExample(split, row, example, tokens))
+            shown.append(ShownExample(split, row, example, tokens, index, len(examples)))
         count -= bool(examples)
     return shown
 

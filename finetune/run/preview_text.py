@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -41,8 +42,12 @@ def print_preview(preview: Preview, split: str, settings: DatasetSettings) -> No
     for shown in preview.shown:
         console.print()
         _print_example(console, shown, has_colours)
-    sections = [_count_lines(preview, settings), _length_lines(preview, split, settings)]
-    for line in [line for section in sections for line in ("", *section)]:
+    sections = [
+        _count_lines(preview, settings),
+        _note_lines(preview),
+        _length_lines(preview, split, settings),
+    ]
+    for line in [line for section in sections for line in ("", *section) if section]:
         console.print(line, soft_wrap=True)
 
 
@@ -63,6 +68,8 @@ LINE_BREAK = "↵"
 def _print_example(console: Console, shown: ShownExample, has_colours: bool) -> None:
     is_terminal = console.is_terminal
     title = f"{shown.split} {shown.row.place}"
+    if shown.count > 1:
+        title += f", example {shown.index} of {shown.count}"
     if is_terminal:
         console.print(Rule(Text(title, "bold"), align="left", style="dim"))
     else:
@@ -75,7 +82,10 @@ def _print_example(console: Console, shown: ShownExample, has_colours: bool) -> 
             text.append(_visible(segment), _style(segment.kind))
         else:
             text.append(mark(_printable(segment.text), segment.kind))
-    console.print(text, soft_wrap=not is_terminal, overflow="fold")
+    if is_terminal:
+        console.print(text, overflow="fold")
+    else:
+        console.print(text, soft_wrap=True)
 
 
 def _facts(shown: ShownExample) -> str:
@@ -136,27 +146,27 @@ def _printable(text: str) -> str:
 
 def _count_lines(preview: Preview, settings: DatasetSettings) -> list[str]:
     """What became of all rows."""
-    lines = [f"format      {', '.join(preview.formats)}"]
+    lines = [f"{'format':12}{', '.join(preview.formats)}"]
     for split in SPLITS:
         rows, examples = preview.rows[split], preview.examples[split]
         further = "" if examples == rows else f", {_counted(examples, 'example')}"
         lines.append(f"{split:12}{_counted(rows, 'row')}{further}")
-    for reason, count in preview.left_out.items():
-        lines.append(f"left out    {count:,} {reason}")
-    for reason, count in preview.unlearnt.items():
-        lines.append(f"not learnt  {count:,} {reason}")
-    if preview.cut:
-        limit = f"dataset.max_length={settings.max_length}"
-        lines.append(
-            f"cut         {_counted(preview.cut, 'example')}: their end is lost to {limit}"
-        )
+    lines.append(f"{'left out':12}{_counted(preview.left_out.total(), 'row')}")
+    lines.append(f"{'cut':12}{_counted(preview.cut, 'example')}")
     if preview.shortened:
-        shortened = _counted(preview.shortened, "example")
-        lines.append(f"shortened   {shortened}: their oldest turns are left out")
+        lines.append(f"{'shortened':12}{_counted(preview.shortened, 'example')}")
+    lines.append(f"{'not learnt':12}{_counted(preview.unlearnt.total(), 'answer')}")
     if settings.packing:
         joined = f"rows are joined to sequences of {settings.max_length} tokens"
-        lines.append(f"packing     {joined}; each is shown alone")
-    lines += [f"note        {line}" for line in preview.notes]
+        lines.append(f"{'packing':12}{joined}; each is shown alone")
+    return lines
+
+
+def _note_lines(preview: Preview) -> list[str]:
+    """What a run logs: the reasons behind the counts, and how the rows were read."""
+    lines = []
+    for note in preview.notes:
+        lines += textwrap.wrap(f"- {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return lines
 
 
@@ -171,10 +181,19 @@ def _length_lines(preview: Preview, split: str, settings: DatasetSettings) -> li
         f"dataset.max_length={limit}"
     ]
     lines += histogram(sizes, WIDTH)
-    count = min(LISTED, len(lengths))
-    lines += [_place_line("longest", length) for length in lengths[::-1][:count]]
-    lines += [_place_line("shortest", length) for length in lengths[:count]]
+    lines += [_place_line("longest", length) for length in _distinct_rows(lengths[::-1])]
+    lines += [_place_line("shortest", length) for length in _distinct_rows(lengths)]
     return lines
+
+
+def _distinct_rows(lengths: Sequence[ExampleLength]) -> list[ExampleLength]:
+    """The first lengths of different rows."""
+    distinct: dict[str, ExampleLength] = {}
+    for length in lengths:
+        if len(distinct) == LISTED:
+            break
+        distinct.setdefault(length.row.place, length)
+    return list(distinct.values())
 
 
 def _place_line(name: str, length: ExampleLength) -> str:
