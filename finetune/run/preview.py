@@ -35,6 +35,12 @@ class ShownExample:
     count: int
     """The number of examples that its row has become."""
 
+    @property
+    def place(self) -> str:
+        """Where its row stands; of several examples of a row also which one it is."""
+        which = f", example {self.index} of {self.count}" if self.count > 1 else ""
+        return f"{self.row.place}{which}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the example as `--json` prints it: what the model sees, without what is cut."""
         tokens = [token for token in self.tokens if not token.kind.cut]

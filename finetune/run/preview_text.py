@@ -67,13 +67,11 @@ LINE_BREAK = "↵"
 
 def _print_example(console: Console, shown: ShownExample, has_colours: bool) -> None:
     is_terminal = console.is_terminal
-    title = f"{shown.split} {shown.row.place}"
-    if shown.count > 1:
-        title += f", example {shown.index} of {shown.count}"
     if is_terminal:
-        console.print(Rule(Text(title, "bold"), align="left", style="dim"))
+        place = _shorten(shown.place, console.width - len(shown.split) - 4)
+        console.print(Rule(Text(f"{shown.split} {place}", "bold"), align="left", style="dim"))
     else:
-        console.print(f"-- {title}", soft_wrap=True)
+        console.print(f"-- {shown.split} {shown.place}", soft_wrap=True)
     console.print(Text(_facts(shown), "dim"))
     segments = segments_of(shown.tokens)
     text = Text()
@@ -197,10 +195,13 @@ def _distinct_rows(lengths: Sequence[ExampleLength]) -> list[ExampleLength]:
 
 
 def _place_line(name: str, length: ExampleLength) -> str:
-    place = length.row.place
-    room = WIDTH - 20
-    shown = place if len(place) <= room else f"…{place[1 - room :]}"
-    return f"{name:9}{length.tokens:9,}  {shown}"
+    place = _shorten(length.row.place, WIDTH - 20)
+    return f"{name:9}{length.tokens:9,}  {place}"
+
+
+def _shorten(place: str, width: int) -> str:
+    """A place without the beginning of its path, where it is too long."""
+    return place if len(place) <= width else f"…{place[1 - width :]}"
 
 
 def histogram(sizes: Sequence[int], width: int) -> list[str]:
