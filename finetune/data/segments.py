@@ -69,10 +69,19 @@ def tokens_of(
     return tokens
 
 
-def segments_of(tokens: Sequence[Token]) -> list[Segment]:
-    """Join neighbouring tokens of the same kind."""
+def segments_of(tokens: Sequence[Token], special: bool = True) -> list[Segment]:
+    """Join neighbouring tokens of the same kind.
+
+    Args:
+        tokens: The tokens of an example.
+        special: Whether special tokens are a kind of their own.
+    """
+
+    def kind_of(token: Token) -> Kind:
+        return token.kind if special else token.kind._replace(special=False)
+
     segments = []
-    for kind, group in itertools.groupby(tokens, key=lambda token: token.kind):
+    for kind, group in itertools.groupby(tokens, key=kind_of):
         segments.append(Segment("".join(token.text for token in group), kind))
     return segments
 

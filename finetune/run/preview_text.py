@@ -1,5 +1,6 @@
 """The preview of rows as text, for a terminal or a file."""
 
+import io
 import statistics
 import sys
 import textwrap
@@ -35,7 +36,8 @@ def print_preview(preview: Preview, split: str, settings: DatasetSettings) -> No
         split: The split that is shown.
         settings: The run's data set.
     """
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # brackets and bars are no ASCII
     console = Console(highlight=False, markup=False, emoji=False)
     has_colours = console.color_system is not None and not console.no_color
     console.print(_legend(has_colours))
@@ -73,9 +75,8 @@ def _print_example(console: Console, shown: ShownExample, has_colours: bool) -> 
     else:
         console.print(f"-- {shown.split} {shown.place}", soft_wrap=True)
     console.print(Text(_facts(shown), "dim"))
-    segments = segments_of(shown.tokens)
     text = Text()
-    for segment in segments if has_colours else _without_special(segments):
+    for segment in segments_of(shown.tokens, special=has_colours):
         if has_colours:
             text.append(_visible(segment), _style(segment.kind))
         else:
@@ -105,18 +106,6 @@ def mark(text: str, kind: Kind) -> str:
     if kind.cut:
         return f"⟪{text}⟫"
     return f"⟦{text}⟧" if kind.trained else text
-
-
-def _without_special(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbours that differ only in being special, which brackets do not show."""
-    joined: list[Segment] = []
-    for segment in segments:
-        kind = segment.kind._replace(special=False)
-        if joined and joined[-1].kind == kind:
-            joined[-1] = Segment(joined[-1].text + segment.text, kind)
-        else:
-            joined.append(Segment(segment.text, kind))
-    return joined
 
 
 def _style(kind: Kind) -> str:

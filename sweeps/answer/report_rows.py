@@ -1,7 +1,6 @@
 """The report's section of rows: the first training rows as the winner's base sees them."""
 
 import logging
-from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
@@ -9,17 +8,15 @@ from finetune.data.segments import segments_of
 from finetune.files.run_folder import RunFolder
 from finetune.run.cached import Cached
 from finetune.run.load import read_run_config
+from finetune.run.preview import ShownExample, first_examples
 from finetune.run.resources import SharedResources
 from sweeps.answer.report_section import Section, ShownRow
-
-if TYPE_CHECKING:
-    from finetune.run.preview import ShownExample
 
 log = logging.getLogger(__name__)
 
 COUNT = 3
 
-_shown: Cached[object, "list[ShownExample]"] = Cached(frees_memory=False)
+_shown: Cached[object, list[ShownExample]] = Cached(frees_memory=False)
 """Kept, because the report of a running study is written again and again."""
 
 
@@ -35,13 +32,13 @@ def rows_section(run: RunFolder | None) -> Section:
     except Exception as error:  # what reads rows and tokenizers is other libraries' too
         log.info("report: its rows are not shown: %s", summary_line(error))
         return Section("rows", title)
-    shown = [ShownRow(example.place, segments_of(example.tokens)) for example in examples]
+    shown = [
+        ShownRow(example.place, segments_of(example.tokens, special=False)) for example in examples
+    ]
     return Section("rows", title, shown_rows=shown)
 
 
-def _first_examples(config: RunConfig) -> "list[ShownExample]":
-    from finetune.run.preview import first_examples
-
+def _first_examples(config: RunConfig) -> list[ShownExample]:
     resources = SharedResources()
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
