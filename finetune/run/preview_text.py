@@ -17,6 +17,9 @@ from finetune.run.preview import SPLITS, ExampleLength, Preview, ShownExample
 MOST_BINS = 10
 """Bars of the histogram, but for one that holds all longer examples."""
 
+OUTLIER = 3
+"""A few rows are outliers if the range of lengths is as many times that of all others."""
+
 LISTED = 3
 """How many of the longest and shortest rows are named."""
 
@@ -196,22 +199,25 @@ def _shorten(place: str, width: int) -> str:
 def histogram(sizes: Sequence[int], width: int) -> list[str]:
     """Return bars of how many sizes lie in ranges of the same width.
 
-    The last bar holds all sizes beyond the range of nearly all (99 %), so that one very long row
-    does not leave a single bar for the others.
+    Where a few sizes (1 %) are far beyond the others, the last bar holds them, so that one very
+    long row does not leave a single bar for all others.
 
     Args:
         sizes: Whole numbers in ascending order, at least one.
         width: Columns of a line.
     """
-    step = _round_step(sizes[0], sizes[(len(sizes) - 1) * 99 // 100])
+    low, nearly_all, high = sizes[0], sizes[(len(sizes) - 1) * 99 // 100], sizes[-1]
+    has_outliers = high - low > OUTLIER * (nearly_all - low)
+    step = _round_step(low, nearly_all if has_outliers else high)
     first = sizes[0] // step
     counts = [0] * (MOST_BINS + 2)
     for size in sizes:
         counts[min(size // step - first, MOST_BINS + 1)] += 1
     last = max(number for number, count in enumerate(counts) if count)
-    labels = [
-        f"{(first + number) * step}-{(first + number + 1) * step - 1}" for number in range(last + 1)
-    ]
+    labels = []
+    for number in range(first, first + last + 1):
+        begin, end = number * step, (number + 1) * step - 1
+        labels.append(str(begin) if step == 1 else f"{begin}-{end}")
     if last == MOST_BINS + 1:
         labels[-1] = f"{(first + last) * step} and more"
     label_width = max(map(len, labels))

@@ -291,7 +291,7 @@ def test_without_colours_a_terminal_shows_brackets(tiny_base: Path, tmp_path: Pa
 def test_the_histogram_counts_every_size_and_fits_80_columns(sizes: list[int]) -> None:
     bars = histogram(sizes, 78)
 
-    matched = [re.fullmatch(r" *(\d+)(-\d+| and more) +([\d,]+)( █+)?", bar) for bar in bars]
+    matched = [re.fullmatch(r" *(\d+)(-\d+| and more|) +([\d,]+)( █+)?", bar) for bar in bars]
     assert all(matched)
     counts = [int(bar[3].replace(",", "")) for bar in matched if bar]
     assert sum(counts) == len(sizes)
@@ -302,8 +302,15 @@ def test_the_histogram_counts_every_size_and_fits_80_columns(sizes: list[int]) -
     for bar, count in zip(matched, counts, strict=True):
         assert bar
         low = int(bar[1])
-        high = int(bar[2][1:]) if bar[2].startswith("-") else sizes[-1]
+        high = int(bar[2][1:] or low) if bar[2] != " and more" else sizes[-1]
         assert count == sum(low <= size <= high for size in sizes)
+
+
+def test_only_far_outliers_share_the_last_bar() -> None:
+    assert "and more" not in "".join(histogram([89, 92, 92, 98, 98, 101], 78))
+    *bars, last = histogram([*range(20, 60), 90_000], 78)
+    assert len(bars) > 4
+    assert " and more" in last
 
 
 def test_names_the_longest_and_shortest_rows(shown: Preview, tmp_path: Path) -> None:
