@@ -7,6 +7,9 @@ upstream thread, if there is one.
 import argparse
 import contextlib
 import functools
+import importlib
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,28 @@ if TYPE_CHECKING:
     import wandb
     from torch.utils.data import Sampler
     from transformers import Trainer
+
+
+def import_transformers_without_torch() -> None:
+    """Import transformers without the seconds that it takes to import torch, for tokenizers alone.
+
+    For a process that loads no model afterwards: transformers finds out once whether there is
+    torch. Nothing is done if either is imported already.
+
+    Reason: transformers imports torch with its first module, and has no setting against it
+    (transformers 5.23, `transformers/utils/generic.py`). Upstream: none.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    # It would say that models are not available.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    without_torch: dict[str, Any] = sys.modules
+    without_torch["torch"] = None
+    try:
+        importlib.import_module("transformers")
+    finally:
+        del sys.modules["torch"]
+
 
 _DATASETS_OFFLINE = threading.Lock()
 """The flag is one for the process, and the runs of a pack read their data in several threads."""

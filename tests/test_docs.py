@@ -71,8 +71,9 @@ def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
             require_composed(
                 parsed.overrides, parsed.multirun, folder if parsed.config_dir else None
             )
-    elif module == "finetune.plan":
-        require_composed(arguments, False, None)
+    elif module in ("finetune.plan", "finetune.preview"):
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        require_composed(importlib.import_module(module)._parse_arguments().overrides, False, None)
     elif arguments != ["--help"]:
         parse_args = argparse.ArgumentParser.parse_args
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = ("__main__", "evaluate", "generate", "merge", "plan")
+COMMANDS = ("__main__", "evaluate", "generate", "merge", "plan", "preview")
 
 LAYERS = (
     ("sweeps.sweeper", "sweeps.launcher", "sweeps.__main__"),

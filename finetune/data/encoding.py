@@ -29,6 +29,8 @@ class Encoded:
     """The ids where the loss counts, `IGNORED` elsewhere."""
     turns: int = 0
     """Number of the chat's messages that stand in the example; 0: the row is no chat."""
+    turns_left_out: int = 0
+    """Number of the chat's oldest messages that are left out, to leave room for an answer."""
 
     def has_label(self, length: int | None) -> bool:
         """Whether the loss counts any of the first tokens; no token predicts the first one."""

@@ -121,7 +121,8 @@ class _Reader:
         group = self._group(f"{self._key}={source.name}: row {number}", raw_row)
         content = self.converter.convert(raw_row, source.name, number, source.class_names)
         if content is not None:
-            self.rows.append(Row(content, source.name, number), group)
+            row = Row(content, source.name, number, self.converter.format or "")
+            self.rows.append(row, group)
 
     def _group(self, where: str, raw_row: RawRow) -> str | None:
         """The value of the row's column `dataset.group_by`, as text."""

@@ -1,5 +1,6 @@
 """Tokenised rows: encoded, cut, packed if asked for, and cached on disk."""
 
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -174,21 +175,11 @@ def _encode_all(
     """Encode rows, cut them to `max_length`, and pack them if `packing` is set."""
     from datasets import Dataset
 
-    report = TokenReport(rows=len(rows), notes=_notes(rows, encoder))
+    report = TokenReport()
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for row in rows:
-        for example in encode_row(row, encoder, settings, report):
-            columns["input_ids"].append(example.ids[: settings.max_length])
-            columns["labels"].append(example.labels[: settings.max_length])
-    report.examples = len(columns["labels"])
-    if not report.examples:
-        reason = f"leaves no {split} row an answer's token to learn from"
-        if set(report.left_out) == {NOTHING_LEARNT}:
-            answers = "; ".join(f"{count} {why}" for why, count in report.unlearnt.items())
-            raise ConfigError(
-                f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}"
-            )
-        raise refusal("dataset.max_length", settings.max_length, reason)
+    for _, example in encode_rows(split, rows, encoder, settings, report):
+        columns["input_ids"].append(example.ids[: settings.max_length])
+        columns["labels"].append(example.labels[: settings.max_length])
     dataset = Dataset.from_dict(columns)
     if settings.packing:
         from trl import pack_dataset
@@ -196,6 +187,43 @@ def _encode_all(
         dataset = pack_dataset(dataset, settings.max_length)
     dataset.info.description = json.dumps(vars(report))  # saved with the rows, for `report_of`
     return dataset
+
+
+def encode_rows(
+    split: str,
+    rows: Sequence[Row],
+    encoder: Encoder,
+    settings: DatasetSettings,
+    report: TokenReport,
+) -> Iterator[tuple[Row, Encoded]]:
+    """Encode the rows of a split.
+
+    Args:
+        split: The name of the split, for messages.
+        rows: Its rows in the common form; at least one.
+        encoder: Encodes them.
+        settings: What is learnt, cut and skipped.
+        report: An empty one, which is filled.
+
+    Yields:
+        Each example with its row, of any length; what stands beyond `max_length` is to be cut.
+
+    Raises:
+        ConfigError: A row can't be encoded, or no row becomes an example.
+    """
+    report.rows = len(rows)
+    report.notes = _notes(rows, encoder)
+    for row in rows:
+        for example in encode_row(row, encoder, settings, report):
+            report.examples += 1
+            yield row, example
+    if report.examples:
+        return
+    if set(report.left_out) == {NOTHING_LEARNT}:
+        answers = "; ".join(f"{count} {why}" for why, count in report.unlearnt.items())
+        raise ConfigError(f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}")
+    reason = f"leaves no {split} row an answer's token to learn from"
+    raise refusal("dataset.max_length", settings.max_length, reason)
 
 
 def encode_row(
@@ -249,7 +277,8 @@ def encode_row(
             continue
         report.shortened += 1
         report.cut += limit is not None and len(shorter.ids) > limit
-        examples.append(shorter)
+        left_out = example.turns - shorter.turns
+        examples.append(dataclasses.replace(shorter, turns_left_out=left_out))
     if not examples:
         report.left_out[reasons[0] if reasons else NOTHING_LEARNT] += 1
     yield from examples

@@ -42,12 +42,16 @@ class Row(dict[str, Any]):
         content: The row.
         source: The file or data set that the row comes from.
         number: The row's number in its source, from 1.
+        format_name: The name of the format in which its source has it.
     """
 
-    __slots__ = ("number", "source")
+    __slots__ = ("format_name", "number", "source")
 
-    def __init__(self, content: dict[str, Any], source: str = "", number: int = 0) -> None:
+    def __init__(
+        self, content: dict[str, Any], source: str = "", number: int = 0, format_name: str = ""
+    ) -> None:
         super().__init__(content)
+        self.format_name = format_name
         self.source = source
         self.number = number
 

@@ -1,4 +1,4 @@
-"""Loading the frozen base, its config and its tokenizer with transformers."""
+"""Loading the frozen base and its config with transformers."""
 
 import contextlib
 import logging
@@ -6,46 +6,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.compat import keep_4bit_layers_trainable
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
-from finetune.errors import ConfigError, refusal
+from finetune.errors import ConfigError
 from finetune.model.device import on_gpu
 from finetune.model.quantization import compute_dtype, quantization_config, require_bitsandbytes
 from finetune.model.source import BaseSource
+from finetune.model.tokenizer import explain_loading_errors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 log = logging.getLogger(__name__)
-
-
-def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTokenizerBase":
-    """Load the base's tokenizer, set to pad on the right with the end token.
-
-    An end token and padding are told apart by labels and attention masks, not by their ids.
-
-    Raises:
-        ConfigError: The tokenizer can't be loaded, or has no end token.
-    """
-    with explain_loading_errors(settings):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location,
-            revision=source.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    if tokenizer.eos_token is None:
-        reason = "its tokenizer has no end token"
-        raise refusal("model.name_or_path", settings.name_or_path, reason)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.chat_template
-    return tokenizer
 
 
 def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedConfig":
@@ -133,21 +109,3 @@ def _explain_extra_errors(settings: ModelSettings) -> Iterator[None]:
         if not settings.extra:
             raise
         raise ConfigError(f"model.extra={settings.extra}: {error}") from error
-
-
-@contextlib.contextmanager
-def explain_loading_errors(settings: ModelSettings) -> Iterator[None]:
-    """Turn an error for a model folder that transformers can't read into one line.
-
-    Raises:
-        ConfigError: It names `model.name_or_path`, and the first line of the error.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        allowed = f"can't be loaded: {reason}"
-        raise refusal("model.name_or_path", settings.name_or_path, allowed) from error

@@ -58,7 +58,8 @@ def load_run(folder: str | Path) -> TrainedRun:
         command = f"python -m finetune resume={folder}"
         raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
     quiet_libraries()
-    from finetune.model.loading import load_base, load_tokenizer
+    from finetune.model.loading import load_base
+    from finetune.model.tokenizer import load_tokenizer
 
     source = find_base(config.model)
     tokenizer = load_tokenizer(source, config.model)

@@ -57,7 +57,7 @@ class SharedResources:
 
     def tokenizer(self, settings: ModelSettings) -> "PreTrainedTokenizerBase":
         """Return the base's tokenizer."""
-        from finetune.model.loading import load_tokenizer
+        from finetune.model.tokenizer import load_tokenizer
 
         return self._tokenizer.get(
             settings, lambda: load_tokenizer(self.source(settings), settings)

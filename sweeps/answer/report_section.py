@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from finetune.data.segments import Segment
+
 
 @dataclass(frozen=True)
 class Row:
@@ -13,6 +15,16 @@ class Row:
     cells: Sequence[str]
     kind: str = ""
     """The row's style: winner, baseline, or empty."""
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row of the data set as text."""
+
+    place: str
+    """Its file and number."""
+    segments: Sequence[Segment]
+    """What is trained, what is cut, and the rest."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Section:
     sortable: bool = False
     samples: Sequence[Mapping[str, str]] = ()
     """Prompts with the texts generated before and after training."""
+    shown_rows: Sequence[ShownRow] = ()
     folded: Sequence[tuple[str, str]] = ()
     """Titles and texts that are shown on a click."""
 
@@ -40,7 +53,7 @@ class Section:
     def has_content(self) -> bool:
         """Whether there is anything to show under the title."""
         contents = (self.note, self.lines, self.chart, self.rows)
-        return any(map(bool, (*contents, self.figures, self.samples, self.folded)))
+        return any(map(bool, (*contents, self.figures, self.samples, self.shown_rows, self.folded)))
 
 
 def chart_section(name: str, title: str, figure: go.Figure | None, note: str = "") -> Section:

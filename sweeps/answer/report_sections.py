@@ -12,6 +12,7 @@ from sweeps.answer.commands import commands
 from sweeps.answer.descriptions import confirmation_lines, test_loss_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.report_data import ReportData
+from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
 from sweeps.study.formatting import format_value
@@ -55,6 +56,7 @@ def sections(data: ReportData) -> list[Section]:
         spending(data),
         failures(data),
         _samples(data),
+        _rows(data),
         _commands(data),
         _config(data),
     ]
@@ -165,6 +167,12 @@ def _samples(data: ReportData) -> Section:
     for row in rows or []:
         samples.append({key: str(row.get(key, "")) for key in ("prompt", "before", "after")})
     return Section("samples", "Samples before and after training", samples=samples)
+
+
+def _rows(data: ReportData) -> Section:
+    """Show the first training rows of the winner."""
+    run = data.study.folder_of(data.winner.number) if data.winner else None
+    return rows_section(run)
 
 
 def _commands(data: ReportData) -> Section:

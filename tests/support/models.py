@@ -56,10 +56,10 @@ def load(config: RunConfig) -> Any:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    from finetune.model import loading as base
+    from finetune.model import tokenizer
     from finetune.model.source import find_base
 
-    return base.load_tokenizer(find_base(config.model), config.model)
+    return tokenizer.load_tokenizer(find_base(config.model), config.model)
 
 
 def short_tokens(config: RunConfig, tokenizer: Any) -> Any:

@@ -15,10 +15,10 @@ Settings = Callable[..., DatasetSettings]
 
 def load_tokenizer(config: RunConfig) -> Any:
     """The tokenizer of a config, as a run loads it."""
-    from finetune.model import loading as base
+    from finetune.model import tokenizer
     from finetune.model.source import find_base
 
-    return base.load_tokenizer(find_base(config.model), config.model)
+    return tokenizer.load_tokenizer(find_base(config.model), config.model)
 
 
 def texts(count: int, word: str = "row") -> list[Row]:

@@ -330,8 +330,8 @@ def test_guanaco_pads_on_the_right_with_the_end_token(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from finetune.model.loading import load_tokenizer
     from finetune.model.source import BaseSource
+    from finetune.model.tokenizer import load_tokenizer
 
     base = shutil.copytree(tiny_base, tmp_path / "base")
     settings = base / "tokenizer_config.json"
@@ -347,8 +347,8 @@ def test_guanaco_pads_on_the_right_with_the_end_token(
 
 
 def test_guanaco_asks_in_llama_2s_prompt_format(guanaco: RunConfig, tiny_base: Path) -> None:
-    from finetune.model.loading import load_tokenizer
     from finetune.model.source import BaseSource
+    from finetune.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(BaseSource(str(tiny_base), "tiny"), guanaco.model)
     tokenizer.bos_token = "<s>"

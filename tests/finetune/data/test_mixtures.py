@@ -99,7 +99,8 @@ def test_a_limit_takes_of_each_source_its_share(
         f"training rows by weight: 200 from 200 of {paths['a']} (1), 200 from 100 of {paths['b']} (2)",
         "training on 100 of 400 rows (dataset.limit)",
     ]
-    assert [f"data: {note}" for note in rows.notes] == caplog.messages
+    said = [f"data: {line}" for line in [*rows.formats, *rows.notes]]
+    assert said == caplog.messages
 
 
 def test_each_source_has_its_format_and_its_split_files(settings: Settings, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(
 def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     from finetune.data.rows import load_rows
     from finetune.data.tokens import tokenize
-    from finetune.model.loading import load_tokenizer
     from finetune.model.source import find_base
+    from finetune.model.tokenizer import load_tokenizer
 
     config = tiny(
         engine, "dataset.limit=12", "trainer.per_device_train_batch_size=4", "sample_prompts=[]"

@@ -1,5 +1,6 @@
 """The report of a real study, and its page in a browser."""
 
+import html
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from support.commands import Station
 from support.configs import study_overrides
 from support.studies import COMPLETE, PRUNED, kinds, made_study, text_of, trial
 
-from sweeps.answer import report
+from sweeps.answer import report, report_rows
 from sweeps.answer.report import write_report
 
 
@@ -44,6 +45,56 @@ def test_a_study_ends_with_its_report(done: Path) -> None:
     assert "per_device_train_batch_size" in page
     assert '"transformers"' in page or "transformers:" in page
     assert "Is &lt;it&gt; so?" in page
+
+
+def test_shows_the_first_training_rows_with_what_is_trained(done: Path) -> None:
+    from finetune.run.load import read_run_config
+    from finetune.run.preview import first_examples
+    from finetune.run.resources import SharedResources
+
+    page = text_of(done / "report.html")
+    config = read_run_config(done / "best")
+    resources = SharedResources()
+    rows = resources.rows(config.dataset).train
+    shown = first_examples(config, resources.tokenizer(config.model), "train", rows, 3)
+
+    assert "Rows as the model sees them" in page
+    assert len(shown) == 3
+    for example in shown:
+        trained = "".join(token.text for token in example.tokens if token.kind.trained)
+        assert trained
+        assert f"<h3>{html.escape(example.place)}</h3>" in page
+        assert f'<span class="trained">{html.escape(trained, quote=False)}' in html_text(page)
+
+
+@pytest.mark.parametrize("lost", ["rows", "base"])
+def test_rows_that_can_not_be_read_any_more_are_left_out(
+    lost: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    from support.configs import compose
+    from support.runs import write_jsonl
+
+    rows = [{"text": f"Row <{number}> is here."} for number in range(30)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = compose(f"dataset.path={data}", f"model.name_or_path={base}")
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    folder = study.folder_of(0).path
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"config": config.to_dict()}))
+
+    assert '<span class="trained">Row &lt;' in text_of(write_report(study))
+    if lost == "rows":
+        data.unlink()
+    else:
+        shutil.rmtree(base)
+    report_rows._shown.drop()
+    assert "Rows as the model sees them" not in text_of(write_report(study))
+
+
+def html_text(page: str) -> str:
+    """The page with quotes as they are."""
+    return page.replace("&#34;", '"').replace("&#39;", "'")
 
 
 def test_the_command_writes_it_anew(done: Path, station: Station) -> None:

@@ -1,0 +1,216 @@
+"""Rows as the model sees them, and what becomes of all rows, before any weights load."""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.schema import RunConfig
+from finetune.data.encoding import Encoded, Encoder
+from finetune.data.segments import Token, tokens_of
+from finetune.data.tokens import TokenReport, encode_row, encode_rows
+from finetune.data.types import Row, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.run.resources import SharedResources
+
+SPLITS = ("train", "eval", "test")
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example of a row that is shown."""
+
+    split: str
+    row: Row
+    example: Encoded
+    tokens: list[Token]
+    """All of its tokens, the cut ones too."""
+    index: int
+    """Its number among the examples of its row, from 1."""
+    count: int
+    """The number of examples that its row has become."""
+
+    @property
+    def place(self) -> str:
+        """Where its row stands; of several examples of a row also which one it is."""
+        which = f", example {self.index} of {self.count}" if self.count > 1 else ""
+        return f"{self.row.place}{which}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the example as `--json` prints it: what the model sees, without what is cut."""
+        tokens = [token for token in self.tokens if not token.kind.cut]
+        return {
+            "part": self.split,
+            "source": self.row.source,
+            "number": self.row.number,
+            "tokens": [token.text for token in tokens],
+            "ids": [token.id for token in tokens],
+            "trained": [token.kind.trained for token in tokens],
+        }
+
+
+@dataclass(frozen=True)
+class ExampleLength:
+    """How long an example is."""
+
+    tokens: int
+    """Before it is cut."""
+    row: Row
+
+
+@dataclass
+class Preview:
+    """What becomes of the rows of a data set."""
+
+    formats: list[str]
+    """The formats of the training rows; several where sources differ."""
+    rows: dict[str, int]
+    """Source rows of each split."""
+    examples: dict[str, int] = field(default_factory=dict)
+    """What training and evaluation see of each split: a row can become several."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows of all splits that are not used, by reason."""
+    cut: int = 0
+    """Examples of all splits whose end is lost to `dataset.max_length`."""
+    shortened: int = 0
+    """Examples of all splits that lost their oldest turns."""
+    unlearnt: Counter[str] = field(default_factory=Counter)
+    """Answers of all splits that are not learnt, by reason."""
+    notes: list[str] = field(default_factory=list)
+    """What a run would log about its rows."""
+    shown: list[ShownExample] = field(default_factory=list)
+    lengths: list[ExampleLength] = field(default_factory=list)
+    """Of each example of the split that is shown."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the preview as `--json` prints it."""
+        return {
+            "format": ", ".join(self.formats),
+            "parts": self.rows,
+            "examples": self.examples["train"],
+            "left_out": dict(self.left_out),
+            "cut": self.cut,
+            "notes": self.notes,
+            "rows": [shown.to_dict() for shown in self.shown],
+        }
+
+
+@contextlib.contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """Collect what is logged about rows within the block, each line once."""
+    notes: list[str] = []
+    handler = logging.Handler(logging.INFO)
+
+    def note(record: logging.LogRecord) -> None:
+        _add_note(notes, record.getMessage().removeprefix("data: "))
+
+    handler.emit = note  # type: ignore[method-assign]
+    logger = logging.getLogger("finetune.data")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def preview_rows(
+    config: RunConfig, resources: "SharedResources", split: str, count: int, notes: list[str]
+) -> Preview:
+    """Encode all rows as a run would, and show the first rows of a split.
+
+    Args:
+        config: The run's config.
+        resources: Rows and tokenizer.
+        split: The split whose rows and lengths are shown.
+        count: The number of rows that are shown.
+        notes: Lines about the rows that were logged before; further ones are added.
+
+    Raises:
+        ConfigError: As a run's: a row can't be encoded, or a split has nothing to learn.
+    """
+    rows = resources.rows(config.dataset)
+    tokenizer = resources.tokenizer(config.model)
+    encoder = _encoder(config, tokenizer)
+    preview = Preview(
+        formats=sorted({row.format_name for row in rows.train}),
+        rows={name: len(in_file_order(rows_of(rows, name))) for name in SPLITS},
+        left_out=Counter(rows.dropped),
+        notes=notes,
+    )
+    for name in SPLITS:
+        report = TokenReport()
+        split_rows = rows_of(rows, name)
+        if split_rows:
+            for row, example in encode_rows(name, split_rows, encoder, config.dataset, report):
+                if name == split:
+                    preview.lengths.append(ExampleLength(len(example.ids), row))
+        preview.examples[name] = report.examples
+        preview.left_out += report.left_out
+        preview.cut += report.cut
+        preview.shortened += report.shortened
+        preview.unlearnt += report.unlearnt
+        for line in report.lines(name, config.dataset.max_length):
+            _add_note(notes, line)
+    preview.shown = first_examples(config, tokenizer, split, rows_of(rows, split), count)
+    return preview
+
+
+def first_examples(
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: str,
+    rows: Sequence[Row],
+    count: int,
+) -> list[ShownExample]:
+    """Return all examples of the first rows that have any.
+
+    Args:
+        config: The run's config.
+        tokenizer: The base's tokenizer.
+        split: The split of the rows.
+        rows: Its rows; the first are meant by source and number, as training shuffles them.
+        count: The number of rows.
+
+    Raises:
+        ConfigError: A row can't be encoded.
+    """
+    encoder = _encoder(config, tokenizer)
+    report = TokenReport()
+    shown: list[ShownExample] = []
+    for row in in_file_order(rows):
+        if not count:
+            break
+        examples = list(encode_row(row, encoder, config.dataset, report))
+        for index, example in enumerate(examples, start=1):
+            tokens = tokens_of(example, tokenizer, config.dataset.max_length)
+            shown.append(ShownExample(split, row, example, tokens, index, len(examples)))
+        count -= bool(examples)
+    return shown
+
+
+def rows_of(rows: Rows, split: str) -> list[Row]:
+    """Return the rows of a split by its name in messages."""
+    return {"train": rows.train, "eval": rows.evaluation, "test": rows.test}[split]
+
+
+def in_file_order(rows: Sequence[Row]) -> list[Row]:
+    """Sort rows by source and number; a row that stands several times among them counts once."""
+    by_place = {(row.source, row.number): row for row in rows}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def _encoder(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Encoder:
+    return Encoder(tokenizer, config.model.template_kwargs, config.dataset.loss_on)
+
+
+def _add_note(notes: list[str], line: str) -> None:
+    if line not in notes:
+        notes.append(line)
