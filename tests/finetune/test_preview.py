@@ -88,7 +88,7 @@ def test_json_has_what_the_model_sees(shown: Preview, tmp_path: Path) -> None:
         "examples": 5,
         "left_out": {},
         "cut": 0,
-        "notes": [],
+        "notes": [f"dataset.path={data}: format chat (messages)"],
     }
     assert list(first) == ["part", "source", "number", "tokens", "ids", "trained"]
     assert (first["part"], first["source"]) == ("train", str(data))
