@@ -85,11 +85,11 @@ class Chat:
             places = None if self.tools else content_places(self.messages[: last + 1], text)
             answer = self._find(text, last, places, self._last_answer)
             if answer is None:
-                self._require_fields(last, text)
+                self._require_rendered(text, last)
                 unlearnt[NOT_WHOLE] += 1
                 continue
             if not examples and places is None:
-                self._require_context(text, last)
+                self._require_rendered(text, last)
             answers = [answer]
             for turn in pending:
                 earlier = self._find(text, turn, places, self._earlier_answer)
@@ -119,31 +119,57 @@ class Chat:
         span = self.frames.locate(self.messages, places, text, turn, exact)
         return None if span is None else Answer(turn, *span)
 
-    def _require_fields(self, turn: int, text: str) -> None:
-        """Refuse an answer whose reasoning or calls the template leaves out."""
-        message = self.messages[turn]
-        for field, name in (("reasoning", "reasoning_content"), ("reasoning", "thinking")):
-            if message.get(name) and not stands_in(message[name], text):
-                raise _not_rendered(f"message {turn + 1}: {name}", field)
-        if not all(stands_in(value, text) for value in call_texts(message)):
-            raise _not_rendered(f"message {turn + 1}: tool_calls", "tool_calls")
+    def _require_rendered(self, text: str, last: int) -> None:
+        """Refuse a chat of which the template leaves something out.
 
-    def _require_context(self, text: str, last: int) -> None:
-        """Refuse a chat whose tools, system turn, questions or tool results are left out."""
+        Args:
+            text: The chat up to the last answer.
+            last: The number of that answer's message.
+
+        Raises:
+            ConfigError: It names each field that `dataset.ignore` would leave out.
+        """
+        missing = self._missing_context(text, last) | self._missing_fields(text, last)
+        if missing:
+            places = ", ".join(missing)
+            fields = ",".join(dict.fromkeys(missing.values()))
+            advice = f"dataset.ignore=[{fields}] trains without that"
+            raise ConfigError(f"not rendered by the chat template: {places}; {advice}")
+
+    def _missing_fields(self, text: str, turn: int) -> dict[str, str]:
+        """The reasoning and the calls of an answer that its text lacks.
+
+        Returns:
+            For each of them the name that `dataset.ignore` has for it.
+        """
+        message = self.messages[turn]
+        missing = {}
+        for name in ("reasoning_content", "thinking"):
+            if message.get(name) and not stands_in(message[name], text):
+                missing[f"{name} of message {turn + 1}"] = "reasoning"
+        if not all(stands_in(value, text) for value in call_texts(message)):
+            missing[f"tool_calls of message {turn + 1}"] = "tool_calls"
+        return missing
+
+    def _missing_context(self, text: str, last: int) -> dict[str, str]:
+        """The tools, system turn, questions and tool results that a text lacks."""
         messages = self.messages[: last + 1]
+        missing = {}
         names = [str(_tool_name(tool)) for tool in self.tools or ()]
         if not all(name in text for name in names):
             without_tools = self.template.render(messages)
             if text.startswith(without_tools):
-                raise _not_rendered("tools", "tools")
+                missing["tools"] = "tools"
         for turn, message in enumerate(messages):
             content = message["content"]
             if message["role"] == "assistant" or stands_in(content.strip(), text):
                 continue
+            # The template may have changed the content's form: only what has no effect is missing.
             changed = [*messages[:turn], {**message, "content": ""}, *messages[turn + 1 :]]
             if text.startswith(self.template.render(changed, self.tools)):
                 field = "system" if message["role"] == "system" else "content"
-                raise _not_rendered(f"message {turn + 1}: {message['role']}'s content", field)
+                missing[f"content of message {turn + 1} ({message['role']})"] = field
+        return missing
 
     def _render_to(self, turn: int) -> str:
         """The text of the chat up to a turn, with the end of its answer."""
@@ -258,11 +284,6 @@ def stands_in(value: str, text: str) -> bool:
         return True
     escaped = value.encode("unicode_escape").decode()
     return _squeeze(escaped) in _squeeze(text.replace('\\"', '"'))
-
-
-def _not_rendered(place: str, field: str) -> ConfigError:
-    reason = f"{place} is not rendered by the chat template"
-    return ConfigError(f"{reason}; dataset.ignore=[{field}] trains without it")
 
 
 def _tool_name(tool: Any) -> Any:

@@ -65,7 +65,9 @@ class TokenReport:
         for reason, count in self.unlearnt.items():
             lines.append(f"{split}: not learnt: {count} {reason}")
         if self.examples > self.rows - self.left_out.total():
-            reason = "the chat template renders earlier answers otherwise, so each has its own"
+            reason = (
+                "the chat template renders earlier answers otherwise, so each has one of its own"
+            )
             lines.append(f"{self.examples} {split} examples of {self.rows} rows: {reason}")
         return lines + self.notes
 
@@ -212,7 +214,8 @@ def encode_rows(
         ConfigError: A row can't be encoded, or no row becomes an example.
     """
     report.rows = len(rows)
-    report.notes = _notes(rows, encoder)
+    if split == "train":  # the others are rendered by the same template
+        report.notes = _notes(rows, encoder)
     for row in rows:
         for example in encode_row(row, encoder, settings, report):
             report.examples += 1
@@ -300,9 +303,9 @@ def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
         notes.append(
             f"the chat template writes the date: always {date}, so that rows stay the same"
         )
-    with_system = next((row for row in rows if _has_system(row)), None)
-    if with_system is not None and template.folds_system:
-        place = place_of(with_system)
+    with_system = [row for row in rows if _has_system(row)]
+    if with_system and template.folds_system:
+        place = place_of(min(with_system, key=_order))
         notes.append(
             "the chat template has no system turns: they are put before the first question "
             f"(first in {place})"
@@ -310,6 +313,11 @@ def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
     if template.end is None:
         notes.append("the chat template writes no end after an answer: the tokenizer's is added")
     return notes
+
+
+def _order(row: Row) -> tuple[str, int]:
+    """The order of rows in their sources."""
+    return (row.source, row.number) if isinstance(row, Row) else ("", 0)
 
 
 def _has_system(row: Row) -> bool:
