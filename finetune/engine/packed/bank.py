@@ -133,7 +133,7 @@ class Bank:
 
     def _holds(self, shortcut: Shortcut, slot: Slot) -> bool:
         compare = functools.partial(self._compare_backend, slot)
-        with evaluation_mode(self.base), torch.no_grad():
+        with evaluation_mode(self.base), torch.no_grad(), autocast(self._quantization):
             return holds(shortcut, self.base, 0, compare)
 
     def _compare_backend(self, slot: Slot, length: int) -> Comparison:
@@ -149,9 +149,10 @@ class Bank:
             rows.append({"input_ids": prefix + answer, "labels": labels})
         batch = PackedBatch([rows], self.device)
         slot.round()
-        hidden, _ = self.backend.forward(batch, [slot], None)
-        logits = self._head(hidden[batch.target_rows == 1])
-        with self._autograd.generation_model(slot) as base, autocast(self._quantization):
+        with torch.autocast("cuda", enabled=False):  # as in training
+            hidden, _ = self.backend.forward(batch, [slot], None)
+            logits = self._head(hidden[batch.target_rows == 1])
+        with self._autograd.generation_model(slot) as base:
             plain = plain_logits(base, rows[1]["input_ids"])
         return logits, plain[len(prefix) : -1]
 

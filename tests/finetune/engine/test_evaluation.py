@@ -223,6 +223,8 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
         lengths.common_prefix_length(together) == len(system) - 1
     )  # the last one predicts some rows' first token
     loss, accuracy, tokens = reference(model, together)
+    measured(model, rows, 4, config)  # the probes, which the count leaves out
+    measured(model, together, 4, config)
     computed: list[int] = []
     model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, named: computed.append(named["input_ids"].numel()), with_kwargs=True

@@ -384,12 +384,17 @@ def same_system(folder: Path) -> Path:
 
 
 def saved(architecture: str, tiny_base: Path, folder: Path, config: Any) -> Path:
+    """A tiny base of an architecture in a folder, with the tiny base's tokenizer."""
     tokenizer = load_tokenizer(config)
     model = tiny_model(architecture, len(tokenizer), tokenizer.eos_token_id)
     return with_tokenizer_of(tiny_base, model, folder / "base")
 
 
-def run_overrides(base: Path, rows: Path) -> list[str]:
+TARGETS = {"Mamba": "[in_proj,x_proj]", "FalconMamba": "[in_proj,x_proj]", "Mamba2": "[in_proj]"}
+"""PEFT refuses other layers of these architectures."""
+
+
+def run_overrides(architecture: str, base: Path, rows: Path) -> list[str]:
     return [
         f"model.name_or_path={base}",
         f"dataset.path={rows}",
@@ -399,7 +404,7 @@ def run_overrides(base: Path, rows: Path) -> list[str]:
         "trainer=debug",
         "trainer.max_steps=2",
         "quantization=none",
-        "lora.target_modules=all-linear",
+        f"lora.target_modules={TARGETS.get(architecture, 'all-linear')}",
     ]
 
 
@@ -413,7 +418,7 @@ def test_a_run_completes_with_samples_and_its_losses_are_those_of_rows_alone(
     from finetune.run.run import run
 
     base = saved(architecture, tiny_base, tmp_path, tiny())
-    config = tiny(*run_overrides(base, same_system(tmp_path)))
+    config = tiny(*run_overrides(architecture, base, same_system(tmp_path)))
     run(config, tmp_path / "run")
     assert final(tmp_path / "run")["status"] == "completed"
     samples = json.loads((tmp_path / "run" / "samples.json").read_text())
@@ -438,7 +443,7 @@ def test_packing_is_refused_before_the_first_step_where_rows_would_see_each_othe
 
     base = saved(architecture, tiny_base, tmp_path, tiny())
     packing = ("dataset.packing=true", "dataset.max_length=128", "sample_prompts=[]")
-    config = tiny(*run_overrides(base, same_system(tmp_path)), *packing)
+    config = tiny(*run_overrides(architecture, base, same_system(tmp_path)), *packing)
     if architecture in SEPARATES_ROWS:
         run(config, tmp_path / "run")
         assert final(tmp_path / "run")["status"] == "completed"
