@@ -190,6 +190,25 @@ def peft_refuses_layer(config: "LoraConfig", model: "torch.nn.Module", name: str
     return False
 
 
+def forget_quantized_format(model: "PreTrainedModel") -> None:
+    """Make a dequantised model savable whose files were quantised by bitsandbytes.
+
+    Reason: a model remembers how its files' tensors became its weights, and saving does the same
+    backwards, which bitsandbytes' steps do not support: `NotImplementedError`, after dequantization
+    too. transformers 5.23, `core_model_loading.revert_weight_conversion` and the attribute
+    `_weight_conversions`. Upstream: none.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        return
+    reversible = []
+    for conversion in conversions:
+        with contextlib.suppress(NotImplementedError):
+            conversion.reverse_transform()
+            reversible.append(conversion)
+    model._weight_conversions = reversible
+
+
 def bitsandbytes_has_native_library() -> bool:
     """Return whether bitsandbytes found its compiled library for this machine.
 

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.compat import forget_quantized_format
 from finetune.console import command_parser, run_command
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
@@ -86,15 +87,14 @@ def _require_mergeable(folder: str) -> None:
 
 def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
     """Save the merged model, its tokenizer and its generation config, completely or not at all."""
-    from finetune.model.origin import (
-        generation_config_with_ends,
-        write_generation_config,
-    )
+    from transformers import GenerationConfig
+
+    from finetune.model.origin import generation_config_with_ends, write_generation_config
     from finetune.model.tokenizer import save_tokenizer
 
     ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
     generation_config = generation_config_with_ends(run.base, ends)
-    merged.generation_config = None  # its own check refuses what many bases have
+    merged.generation_config = GenerationConfig()  # saving checks it, and refuses many bases'
     with replace_folder(folder) as draft:
         merged.save_pretrained(draft)
         write_generation_config(generation_config, draft)
@@ -115,6 +115,7 @@ def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
 
     if getattr(base, "is_quantized", False):
         base = base.dequantize(torch.float32)
+        forget_quantized_format(base)
         restore_transposed_layers(base)
     merged: PreTrainedModel = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
     return merged

@@ -41,6 +41,12 @@ def remember_origin(base: "PreTrainedModel", source: BaseSource) -> None:
     _origins[base] = _Origin(source.public_name, source.revision, generation_config)
 
 
+def share_origin(base: "PreTrainedModel", skeleton: "PreTrainedModel") -> None:
+    """Remember the same of another model of a base's shapes."""
+    if base in _origins:
+        _origins[skeleton] = _origins[base]
+
+
 @contextlib.contextmanager
 def public_base_name(model: "PeftModel") -> Iterator[None]:
     """Make PEFT name the base by its hub id and commit, or by its folder's name, in the block."""
@@ -49,17 +55,17 @@ def public_base_name(model: "PeftModel") -> Iterator[None]:
     if origin is None:
         yield
         return
-    location = base.config.name_or_path
+    locations = base.name_or_path, base.config.name_or_path
     configs = list(model.peft_config.values())
     recorded = [(config.base_model_name_or_path, config.revision) for config in configs]
-    base.config.name_or_path = origin.name
+    base.name_or_path = base.config.name_or_path = origin.name
     for config in configs:
         config.base_model_name_or_path = origin.name
         config.revision = origin.revision
     try:
         yield
     finally:
-        base.config.name_or_path = location
+        base.name_or_path, base.config.name_or_path = locations
         for config, (name, revision) in zip(configs, recorded, strict=True):
             config.base_model_name_or_path = name
             config.revision = revision

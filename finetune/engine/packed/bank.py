@@ -32,6 +32,7 @@ from finetune.engine.packed.requests import (
 from finetune.engine.packed.slot import Slot
 from finetune.model.adapter import add_adapter
 from finetune.model.memory import free_memory, is_out_of_memory_error
+from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Bank:
                 # be meta. An expanded tensor has the shape, and memory for one element.
                 one_element = torch.zeros(1, 1).expand(module.weight.shape)
                 module.weight = torch.nn.Parameter(one_element, requires_grad=False)
+        share_origin(self.base, skeleton)
         return skeleton
 
     def execute(
