@@ -111,13 +111,16 @@ def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     import torch
     from peft import PeftModel
 
+    from finetune.model.adapter import without_peft_notes
     from finetune.model.quantized_layers import restore_transposed_layers
 
     if getattr(base, "is_quantized", False):
         base = base.dequantize(torch.float32)
         forget_quantized_format(base)
         restore_transposed_layers(base)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
+    with without_peft_notes():
+        adapted = PeftModel.from_pretrained(base.float(), adapter)
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged
 
 

@@ -4,10 +4,12 @@ PEFT is imported only inside functions: it imports bitsandbytes, which initialis
 the visible GPUs (see `device.select_gpu`).
 """
 
+import contextlib
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,13 +187,22 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     if "exclude_modules" not in lora.extra:
         patterns = _excluded_modules(model, lora)
         config.exclude_modules = "|".join(patterns) or None
-    with _SEED_LOCK:
+    with _SEED_LOCK, without_peft_notes():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise refusal("lora.target_modules", lora.target_modules, reason) from error
+
+
+@contextlib.contextmanager
+def without_peft_notes() -> Iterator[None]:
+    """Hide PEFT's notes on settings that it makes itself, for fused experts and for GPT-2."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", r".*_pattern keys did not match any.*gate_up_proj")
+        yield
 
 
 def _excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
