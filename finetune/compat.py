@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     import wandb
+    from peft import LoraConfig
     from torch.utils.data import Sampler
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
 
 def import_transformers_without_torch() -> None:
@@ -168,6 +169,78 @@ def keep_4bit_layers_trainable(model: "torch.nn.Module") -> None:
     for module in model.modules():
         if hasattr(module, attribute):
             setattr(module, attribute, False)
+
+
+@contextlib.contextmanager
+def record_loading_keys() -> Iterator[dict[str, set[str]]]:
+    """Record which names of weights differ while models are loaded within the block.
+
+    Reason: the loading info of `from_pretrained` leaves out the names that the model's class tells
+    transformers to ignore, and they are to be logged. Only loads of the same thread are recorded.
+    transformers 5.23, `PreTrainedModel._adjust_missing_and_unexpected_keys`, which removes them.
+    Upstream: none.
+
+    Yields:
+        `missing` and `unexpected` names; filled when the block ends.
+    """
+    from transformers import PreTrainedModel
+
+    names: dict[str, set[str]] = {"missing": set(), "unexpected": set()}
+    thread = threading.get_ident()
+    method = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def adjust(model: "PreTrainedModel", info: Any) -> None:
+        if threading.get_ident() == thread:
+            names["missing"] |= info.missing_keys
+            names["unexpected"] |= info.unexpected_keys
+        method(model, info)
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
+    try:
+        yield names
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = method
+
+
+def peft_refuses_layer(config: "LoraConfig", model: "torch.nn.Module", name: str) -> bool:
+    """Return whether PEFT refuses to adapt a layer because of the base's architecture.
+
+    Reason: PEFT raises an error only once the base is loaded, for `all-linear` too, which a user
+    has not chosen. peft 0.21, `tuners.tuners_utils._check_lora_target_modules_mamba`: the output
+    projection of Mamba's blocks, whose kernels read its weight directly.
+    Upstream: https://github.com/huggingface/peft/pull/2562
+
+    Args:
+        config: PEFT's config of the adapter.
+        model: The base, with or without weights.
+        name: The last part of the layer's name.
+    """
+    from peft.tuners import tuners_utils
+
+    try:
+        tuners_utils._check_lora_target_modules_mamba(config, model, name)
+    except ValueError:
+        return True
+    return False
+
+
+def forget_quantized_format(model: "PreTrainedModel") -> None:
+    """Make a dequantised model savable whose files were quantised by bitsandbytes.
+
+    Reason: a model remembers how its files' tensors became its weights, and saving does the same
+    backwards, which bitsandbytes' steps do not support: `NotImplementedError`, after dequantization
+    too. transformers 5.23, `core_model_loading.revert_weight_conversion` and the attribute
+    `_weight_conversions`. Upstream: none.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        return
+    reversible = []
+    for conversion in conversions:
+        with contextlib.suppress(NotImplementedError):
+            conversion.reverse_transform()
+            reversible.append(conversion)
+    model._weight_conversions = reversible
 
 
 def bitsandbytes_has_native_library() -> bool:

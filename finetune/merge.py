@@ -8,9 +8,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.compat import forget_quantized_format
 from finetune.console import command_parser, run_command
+from finetune.data.encoding import Encoder
 from finetune.errors import refusal
-from finetune.run.load import TrainedRun, load_run
+from finetune.files.atomic import replace_folder
+from finetune.model.base_quantization import (
+    BITSANDBYTES,
+    DEQUANTIZED,
+    base_quantization,
+    read_config_json,
+)
+from finetune.model.origin import generation_config_with_ends, write_generation_config
+from finetune.model.source import find_base
+from finetune.run.load import TrainedRun, load_run, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +39,7 @@ def main() -> None:
     folder = Path(arguments.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise refusal("--to", arguments.to, "exists already; must be a new or an empty folder")
+    _require_mergeable(arguments.run)
     run = load_run(arguments.run)
     expected = probe(run, run.with_adapter())
     # Loaded again, because attaching an adapter may change its base (PiSSA).
@@ -35,8 +47,7 @@ def main() -> None:
     difference = _largest_difference(expected, probe(run, merged))
     merged = _round(merged, arguments.dtype)
     difference_rounded = _largest_difference(expected, probe(run, merged))
-    merged.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
+    _save(merged, run, folder)
     start = f"python -m finetune model.name_or_path={folder}"
     print(f"merged model in {folder}: {start} starts from it")
     print(
@@ -64,6 +75,32 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _require_mergeable(folder: str) -> None:
+    """Refuse a run whose base is quantised by a method that can't be undone here."""
+    config = read_run_config(folder)
+    quantization = base_quantization(read_config_json(find_base(config.model)))
+    if quantization is None or quantization.method in BITSANDBYTES | DEQUANTIZED:
+        return
+    name = config.model.name_or_path
+    reason = f"its base {name} is quantised ({quantization.method}), and can't be merged into"
+    raise refusal("RUN", folder, f"{reason}; serve base and adapter apart: vllm --enable-lora")
+
+
+def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
+    """Save the merged model, its tokenizer and its generation config, completely or not at all."""
+    from transformers import GenerationConfig
+
+    from finetune.model.tokenizer import save_tokenizer
+
+    ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
+    generation_config = generation_config_with_ends(run.base, ends)
+    merged.generation_config = GenerationConfig()  # saving checks it, and refuses many bases'
+    with replace_folder(folder) as draft:
+        merged.save_pretrained(draft)
+        write_generation_config(generation_config, draft)
+        save_tokenizer(run.tokenizer, draft)
+
+
 def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """Add a saved adapter to the dequantised weights of a base, in float32.
 
@@ -74,9 +111,16 @@ def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     import torch
     from peft import PeftModel
 
+    from finetune.model.adapter import without_peft_notes
+    from finetune.model.quantized_layers import restore_transposed_layers
+
     if getattr(base, "is_quantized", False):
         base = base.dequantize(torch.float32)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base.float(), adapter).merge_and_unload()
+        forget_quantized_format(base)
+        restore_transposed_layers(base)
+    with without_peft_notes():
+        adapted = PeftModel.from_pretrained(base.float(), adapter)
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged
 
 

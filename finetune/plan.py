@@ -11,6 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.model.memory import GIB
 from finetune.run.learning_rate import resolve_learning_rate
+from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
 
 if TYPE_CHECKING:
@@ -36,14 +37,17 @@ def main() -> None:
     config = resolve_learning_rate(config, resources)
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 
+    config = resolve_quantization(config, resources)
     config = resolve_checkpointing(config, "packed", resources)
     plan = plan_memory(config, resources)
+    method = quantization_method(config, resources)
     if not arguments.json:
-        _print_memory(plan)
+        _print_memory(plan, method)
     plan.require_room(config)
     seconds = plan.train_tokens * PASSES * plan.weights / measure_speed()
     if arguments.json:
-        print(json.dumps(_to_dict(plan, config, seconds), indent=2))
+        content = {**_to_dict(plan, config, seconds), "quantization": method}
+        print(json.dumps(content, indent=2))
     else:
         _print_work(plan, config, seconds)
 
@@ -98,6 +102,7 @@ def _to_dict(plan: "Plan", config: RunConfig, seconds: float) -> dict[str, Any]:
         "memory": {
             "process": plan.process,
             "base": plan.base,
+            "unquantized_experts": plan.experts,
             "adapter": plan.adapter,
             "optimizer": plan.optimizer,
             "activations": plan.activations,
@@ -115,10 +120,11 @@ def _to_dict(plan: "Plan", config: RunConfig, seconds: float) -> dict[str, Any]:
     }
 
 
-def _print_memory(plan: "Plan") -> None:
+def _print_memory(plan: "Plan", method: str) -> None:
     rows = {
         "python and libraries": plan.process,
-        "base": plan.base,
+        f"base ({method})" if method != "none" else "base": plan.base,
+        "  its experts, not quantised": plan.experts,
         "adapter and its gradient": plan.adapter,
         "optimizer": plan.optimizer,
         f"activations ({max(plan.batches)} tokens)": plan.activations,

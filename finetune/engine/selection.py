@@ -9,8 +9,8 @@ from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.model.architectures import LLAMA_LIKE, text_config_of
+from finetune.model.base_config import read_base_config
 from finetune.model.device import on_gpu
-from finetune.model.loading import read_base_config
 from finetune.model.quantization import compute_dtype
 from finetune.model.source import BaseSource
 

@@ -75,6 +75,8 @@ def json_safe(content: Any) -> Any:
 def replace_folder(path: Path) -> Iterator[Path]:
     """Write a folder that replaces the one at `path` when the block ends without an error.
 
+    After an error nothing is left of it.
+
     For one writer at a time: the draft has a fixed name, and what a killed process left there is
     removed first.
 
@@ -83,7 +85,11 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(f".{path.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     draft.rename(path)
 

@@ -6,37 +6,30 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from finetune.compat import keep_4bit_layers_trainable
+from finetune.compat import keep_4bit_layers_trainable, record_loading_keys
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError
+from finetune.model.base_config import explain_loading_errors, read_base_config
+from finetune.model.base_quantization import base_quantization, settings_of_base
 from finetune.model.device import on_gpu
+from finetune.model.origin import remember_origin
 from finetune.model.quantization import compute_dtype, quantization_config, require_bitsandbytes
+from finetune.model.quantized_layers import (
+    arguments_for_quantized_base,
+    log_unquantized_weights,
+    set_4bit_compute_dtype,
+)
 from finetune.model.source import BaseSource
-from finetune.model.tokenizer import explain_loading_errors
+from finetune.model.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 log = logging.getLogger(__name__)
-
-
-def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedConfig":
-    """Read the base's own config: its architecture and sizes.
-
-    Raises:
-        ConfigError: It can't be read.
-    """
-    with explain_loading_errors(model):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.location,
-            revision=source.revision,
-            trust_remote_code=model.trust_remote_code,
-        )
-    return config
 
 
 def skeleton_of(config: "PreTrainedConfig", model: ModelSettings) -> "PreTrainedModel":
@@ -58,28 +51,43 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     """Load the base with its weights, quantised, on the GPU if there is one.
 
     Raises:
-        ConfigError: bitsandbytes does not work here, the files can't be read, or `model.extra` has
-            an argument that `from_pretrained` does not accept.
+        ConfigError: bitsandbytes does not work here, the files can't be read, do not hold the
+            model's weights or are quantised in another way, or `model.extra` has an argument that
+            `from_pretrained` does not accept.
     """
     settings = config.model
-    require_bitsandbytes(config.quantization)
-    product_dtype = compute_dtype(config.quantization)
-    bitsandbytes_config = quantization_config(config.quantization)
-    extra = _extra_arguments(settings)
+    base_config = read_base_config(source, settings)
+    present = base_quantization(base_config.to_dict())
+    quantization = settings_of_base(present, config.quantization, settings)
+    require_bitsandbytes(quantization)
+    product_dtype = compute_dtype(quantization)
+    arguments: dict[str, Any] = {"ignore_mismatched_sizes": True} | _extra_arguments(settings)
+    if present is None and quantization.is_quantized:
+        arguments["quantization_config"] = quantization_config(quantization)
+    elif present is not None:
+        arguments |= arguments_for_quantized_base(present, settings)
     if not on_gpu():
         _log_cpu_training(config)
-    with explain_loading_errors(settings), _explain_extra_errors(settings):
-        model = AutoModelForCausalLM.from_pretrained(
+    with (
+        explain_loading_errors(settings),
+        _explain_extra_errors(settings),
+        record_loading_keys() as names,
+    ):
+        model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
             attn_implementation=settings.attn_implementation,
             dtype=product_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
-            quantization_config=bitsandbytes_config,
             use_safetensors=True,
-            **extra,
+            output_loading_info=True,
+            **arguments,
         )
+    check_weights(info, names, settings)
     keep_4bit_layers_trainable(model)
+    set_4bit_compute_dtype(model, product_dtype)
+    log_unquantized_weights(model, quantization)
+    remember_origin(model, source)
     return model
 
 

@@ -76,6 +76,17 @@ class BaseSource:
     """Hash of the weights; None: a base on the hub."""
 
     @property
+    def public_name(self) -> str:
+        """What an adapter's files call the base: its hub id, or its folder's name without a path.
+
+        The packaged model has its own name.
+        """
+        is_local = self.revision is None and Path(self.location).is_dir()
+        if is_local and self.name != PACKAGED.name:
+            return Path(self.name).expanduser().absolute().name
+        return self.name
+
+    @property
     def identity(self) -> dict[str, str | None]:
         """The entry `base_model` of `result.json`. Waits for the hash of the weights."""
         sha256 = self.sha256.hexdigest() if isinstance(self.sha256, WeightsHash) else self.sha256

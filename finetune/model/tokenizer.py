@@ -1,26 +1,50 @@
-"""Loading a base's tokenizer with transformers. No torch is imported with this module."""
+"""A base's tokenizer as runs use it, and as it is saved: with the base's own special tokens.
+
+No torch is imported with this module.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from finetune.config.sections.model import ModelSettings
-from finetune.errors import ConfigError, refusal
+from finetune.data.chat_template import ChatTemplate
+from finetune.errors import refusal
+from finetune.model.base_config import explain_loading_errors, read_base_config
 from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "default"
+"""The name of the template that a tokenizer with several uses."""
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """What runs change in a tokenizer."""
+
+    eos_token: str | None
+    pad_token: str | None
+    padding_side: str
+
+
+_of_base: "WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens]" = WeakKeyDictionary()
+"""The base's own values of each tokenizer that `set_special_tokens` has changed."""
 
 
 def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTokenizerBase":
     """Load the base's tokenizer, set to pad on the right with the end token.
 
-    An end token and padding are told apart by labels and attention masks, not by their ids.
-
     Raises:
-        ConfigError: The tokenizer can't be loaded, or has no end token.
+        ConfigError: The tokenizer can't be loaded, or has no end token, or `model.chat_template`
+            names none of its templates.
     """
     from transformers import AutoTokenizer
 
@@ -30,29 +54,114 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    if tokenizer.eos_token is None:
-        reason = "its tokenizer has no end token"
-        raise refusal("model.name_or_path", settings.name_or_path, reason)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.chat_template
+    choose_template(tokenizer, settings)
+    set_special_tokens(tokenizer, read_base_config(source, settings), settings)
     return tokenizer
 
 
-@contextlib.contextmanager
-def explain_loading_errors(settings: ModelSettings) -> Iterator[None]:
-    """Turn an error for a model folder that transformers can't read into one line.
+def choose_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings) -> None:
+    """Give the tokenizer the chat template of `model.chat_template`.
 
     Raises:
-        ConfigError: It names `model.name_or_path`, and the first line of the error.
+        ConfigError: It names no template of the tokenizer, or is null although the tokenizer has
+            several and no default.
     """
+    templates = _templates(tokenizer)
+    names = ", ".join(templates)
+    value = settings.chat_template
+    if value is None:
+        if templates and DEFAULT not in templates and isinstance(tokenizer.chat_template, dict):
+            reason = f"the tokenizer has several and no default; allowed: {names}, or Jinja text"
+            raise refusal("model.chat_template", value, reason)
+        return
+    if value in templates:
+        tokenizer.chat_template = templates[value]
+        return
+    if not value.strip():
+        raise refusal("model.chat_template", value, "must be Jinja text, or null")
+    if "{" not in value and " " not in value.strip():
+        allowed = f"{names}, or Jinja text" if names else "Jinja text, or null"
+        raise refusal(
+            "model.chat_template", value, f"the tokenizer has no such template; allowed: {allowed}"
+        )
+    tokenizer.chat_template = value
+
+
+def _templates(tokenizer: "PreTrainedTokenizerBase") -> Mapping[str, str]:
+    """The tokenizer's templates by name."""
+    template = tokenizer.chat_template
+    if template is None:
+        return {}
+    return template if isinstance(template, dict) else {DEFAULT: template}
+
+
+def set_special_tokens(
+    tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig", settings: ModelSettings
+) -> None:
+    """Set the tokenizer to pad on the right with the end token.
+
+    An end token and padding are told apart by labels and attention masks, not by their ids. A
+    tokenizer that names no end token gets the one of its chat template, or of the base's config.
+
+    Args:
+        tokenizer: The base's tokenizer, with its chat template chosen.
+        base: The base's own config.
+        settings: `model`.
+
+    Raises:
+        ConfigError: There is no end token.
+    """
+    _of_base[tokenizer] = _SpecialTokens(
+        tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side
+    )
+    if tokenizer.eos_token is None:
+        end = _end_of_template(tokenizer, settings) or _end_of_config(tokenizer, base)
+        if end is None:
+            reason = "its tokenizer has no end token"
+            raise refusal("model.name_or_path", settings.name_or_path, reason)
+        log.info("tokenizer: it names no end token; %s ends an answer", end)
+        tokenizer.eos_token = end
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+
+
+def _end_of_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    return ChatTemplate(tokenizer, settings.template_kwargs).end
+
+
+def _end_of_config(tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig") -> str | None:
+    ids: Any = getattr(base.get_text_config(decoder=True), "eos_token_id", None)
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if not isinstance(first, int):
+        return None
+    token = tokenizer.convert_ids_to_tokens(first)
+    return token if isinstance(token, str) else None
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer with the base's own special tokens, not those that runs set."""
+    with _special_tokens_of_base(tokenizer):
+        tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _special_tokens_of_base(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Give a tokenizer the base's own special tokens within the block."""
+    original = _of_base.get(tokenizer)
+    if original is None:
+        yield
+        return
+    current = _SpecialTokens(tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side)
+    _assign(tokenizer, original)
     try:
         yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        allowed = f"can't be loaded: {reason}"
-        raise refusal("model.name_or_path", settings.name_or_path, allowed) from error
+    finally:
+        _assign(tokenizer, current)
+
+
+def _assign(tokenizer: "PreTrainedTokenizerBase", values: _SpecialTokens) -> None:
+    tokenizer.eos_token = values.eos_token
+    tokenizer.pad_token = values.pad_token
+    tokenizer.padding_side = values.padding_side

@@ -13,6 +13,7 @@ from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.model.origin import public_base_name
 from finetune.run.context import RunContext
 from finetune.run.prepare import Prepared
 from finetune.run.train import Training, sample_prompts
@@ -74,7 +75,8 @@ def _push(config: RunConfig, model: "PeftModel") -> None:
         return
     name = config.hub.model_id or config.name
     try:
-        model.push_to_hub(name, private=config.hub.private)
+        with public_base_name(model):
+            model.push_to_hub(name, private=config.hub.private)
     except Exception as error:
         reason = summary_line(error)
         log.warning("hub.push=true: not pushed (%s); the adapter is in the run folder", reason)

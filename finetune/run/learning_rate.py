@@ -5,14 +5,13 @@ base. Every other base gets a rate by its hidden size. No torch is imported.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.errors import refusal
+from finetune.model.base_quantization import read_config_json
 
 if TYPE_CHECKING:
     from finetune.model.source import BaseSource
@@ -74,13 +73,7 @@ def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> Ru
 def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:
     """The width of the base's layers, from its `config.json` alone."""
     name = config.model.name_or_path
-    try:
-        values = _read_base_config(source)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise refusal(
-            "model.name_or_path", name, f"its config.json can't be read: {reason}"
-        ) from error
+    values = read_config_json(source)
     # A base of several parts, as text and images, names its language model's width in a section.
     sections = [values.get("text_config"), values.get("llm_config"), values]
     for section in sections:
@@ -100,18 +93,3 @@ def _width_in(section: object) -> int | None:
         if isinstance(width, int):
             return width
     return None
-
-
-def _read_base_config(source: "BaseSource") -> dict[str, Any]:
-    """The content of a base's `config.json`."""
-    folder = Path(source.location)
-    file = folder / "config.json" if folder.is_dir() else _fetch_config(source)
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return values
-
-
-def _fetch_config(source: "BaseSource") -> Path:
-    """The `config.json` of a base on the hub, from its cache where it has been fetched before."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(source.location, "config.json", revision=source.revision))

@@ -29,7 +29,10 @@ class TrainedRun:
         """Put the adapter on the base. Some adapters change the base for good: use it before."""
         from peft import PeftModel
 
-        model: PeftModel = PeftModel.from_pretrained(self.base, self.folder.adapter)
+        from finetune.model.adapter import without_peft_notes
+
+        with without_peft_notes():
+            model: PeftModel = PeftModel.from_pretrained(self.base, self.folder.adapter)
         model.eval()
         return model
 

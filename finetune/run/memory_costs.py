@@ -4,29 +4,46 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
 from finetune.model.quantization import compute_dtype, should_dequantize
+from finetune.model.quantized_layers import expert_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def base_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
+def base_bytes(
+    skeleton: "PreTrainedModel", config: RunConfig, quantization: BaseQuantization | None = None
+) -> int:
     """Return the bytes of the base: quantised layers with scales, or dequantised layers.
 
     Args:
         skeleton: The base without weights.
         config: The run's config.
+        quantization: The quantization of the base's files.
     """
     linear = _linear_weights(skeleton)
     total = sum(weight.numel() for weight in skeleton.parameters())
-    # Embeddings, norms and the output layer are never quantised.
+    # Embeddings, norms, fused experts and the output layer are never quantised.
     rest = total - linear
     rest_bytes = rest * compute_dtype(config.quantization).itemsize
-    return int(linear * _bytes_per_linear_weight(linear, config) + rest_bytes)
+    return int(linear * _bytes_per_linear_weight(linear, config, quantization) + rest_bytes)
+
+
+def expert_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
+    """Return the bytes of fused experts, which stay in 16 bits (on a CPU 32) in a quantised base.
+
+    0 for a base that is not quantised.
+    """
+    if not config.quantization.is_quantized:
+        return 0
+    weights = sum(weight.numel() for weight in expert_weights(skeleton).values())
+    return weights * compute_dtype(config.quantization).itemsize
 
 
 def _linear_weights(skeleton: "PreTrainedModel") -> int:
@@ -34,13 +51,17 @@ def _linear_weights(skeleton: "PreTrainedModel") -> int:
     head = skeleton.get_output_embeddings()
     weights = 0
     for module in skeleton.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
             weights += module.weight.numel()
     return weights
 
 
-def _bytes_per_linear_weight(linear: int, config: RunConfig) -> float:
+def _bytes_per_linear_weight(
+    linear: int, config: RunConfig, base: BaseQuantization | None
+) -> float:
     quantization = config.quantization
+    if base is not None and base.method not in BITSANDBYTES | DEQUANTIZED:
+        return base.bits / 8
     if quantization.load_in_4bit and not should_dequantize(linear, config):
         return 0.5 + _scale_bytes(quantization)
     if quantization.load_in_8bit:

@@ -22,8 +22,10 @@ from finetune.engine.schedule import step_batches, total_steps
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter, modules_outside_language_model
 from finetune.model.architectures import text_config_of
+from finetune.model.base_config import read_base_config
+from finetune.model.base_quantization import base_quantization, read_config_json
 from finetune.model.device import on_gpu
-from finetune.model.loading import read_base_config, skeleton_of
+from finetune.model.loading import skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.run.memory_costs import (
@@ -31,9 +33,11 @@ from finetune.run.memory_costs import (
     adapted_layers,
     base_bytes,
     block_weights,
+    expert_bytes,
     logits_bytes,
 )
 from finetune.run.plan import Plan
+from finetune.run.quantization import resolve_quantization
 from finetune.run.resources import SharedResources, base_key
 
 if TYPE_CHECKING:
@@ -101,15 +105,18 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         ConfigError: The base or the rows can't be read, bitsandbytes is missing, or the base has no
             attention heads, so that its activations are not known.
     """
+    source = resources.source(config.model)
+    config = resolve_quantization(config, resources)
     require_bitsandbytes(config.quantization)
     work = _count_work(config, resources)
-    base_config = read_base_config(resources.source(config.model), config.model)
+    base_config = read_base_config(source, config.model)
     shapes = text_config_of(base_config)
     if getattr(shapes, "num_attention_heads", None) is None:
         name = config.model.name_or_path
         raise refusal("model.name_or_path", name, "no plan for a model without attention heads")
     skeleton = skeleton_of(base_config, config.model)
     weights = _multiplied_weights(skeleton)
+    experts = expert_bytes(skeleton, config)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
@@ -123,7 +130,8 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     largest_batch_bytes = max(work.batches) * element_bytes * slack
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
-        base=base_bytes(skeleton, config),
+        base=base_bytes(skeleton, config, base_quantization(read_config_json(source))),
+        experts=experts,
         adapter=trained * _bytes_per_trained_weight(config, half_precision),
         optimizer=trained * ADAMW_BYTES,
         activations=int(largest_batch_bytes * alone.training),

@@ -52,6 +52,8 @@ class Plan:
     """Tokens of the whole run without padding."""
     weights: int
     """Weights that each token is multiplied by."""
+    experts: int = 0
+    """Of the base: fused experts, which stay in 16 bits in a quantised base."""
 
     def tokens(self, slots: int) -> float:
         """Return the tokens in the largest pass of several slots.

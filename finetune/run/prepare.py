@@ -11,6 +11,7 @@ from finetune.engine.selection import choose_engine
 from finetune.model.adapter import lora_config
 from finetune.run.context import RunContext
 from finetune.run.memory_plan import resolve_checkpointing
+from finetune.run.sizes import check_sizes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +56,8 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         context: Shares tokenizer and tokens with other runs.
 
     Raises:
-        ConfigError: A target module does not exist, an argument of LoRA is unknown, the engine that
+        ConfigError: A target module does not exist, rows have tokens or positions that the base
+            does not have, an argument of LoRA is unknown, the engine that
             was asked for does not support the config, or no row has an answer within `max_length`.
     """
     resources = context.resources
@@ -68,5 +70,6 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     train = resources.tokens("train", rows.train, config)
     held_out = resources.tokens("eval", rows.evaluation, config)
     test = resources.tokens("test", rows.test, config)
+    check_sizes(config, source, tokenizer, {"train": train, "eval": held_out, "test": test})
     steps = total_steps(config, len(train))
     return Prepared(config, engine, rows, tokenizer, train, held_out, test, steps)

@@ -38,6 +38,8 @@ class Result:
     """What ended a failed or interrupted run, in one line."""
     rows: Rows | None = None
     base: BaseSource | None = None
+    quantization: str | None = None
+    """nf4, fp4, int8, none, or the method that a base's files were quantised with (gptq, …)."""
     engine: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows without an answer's token within `dataset.max_length`, by part."""
@@ -67,6 +69,7 @@ class Result:
             "versions": versions(),
             "git_commit": git_commit(),
             "base_model": self.base.identity if self.base else None,
+            "quantization": self.quantization,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
             "rows": {**self.rows.counts, "left_out": self.left_out} if self.rows else None,
         }

@@ -20,6 +20,7 @@ from finetune.run.identity import require_same_run, run_identity
 from finetune.run.interruption import explain_interruption
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.load import read_run_config
+from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.result import Objective, Result, objective_of
 from finetune.run.summary import print_summary
 from finetune.tracking.open import open_tracker
@@ -52,6 +53,7 @@ def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunS
         # Compare the config before rows and base are read. The recorded one has its rate resolved.
         if folder.identity.exists():
             config = resolve_learning_rate(config, context.resources)
+            config = resolve_quantization(config, context.resources)
         require_same_run(folder, run_identity(config, rows=None, base=None))
         metrics = _completed_metrics(folder)
         if metrics is not None:
@@ -128,6 +130,8 @@ def _read_inputs(result: Result, folder: RunFolder) -> None:
     rows = result.rows = resources.rows(result.config.dataset)
     source = resources.source(result.config.model)
     result.config = resolve_learning_rate(result.config, resources)
+    result.config = resolve_quantization(result.config, resources)
+    result.quantization = quantization_method(result.config, resources)
     identity = run_identity(result.config, rows, source)  # hashes the weights
     result.base = source
     require_same_run(folder, identity)

@@ -171,7 +171,8 @@ def sample_prompts(
 def _save(training: Training, prepared: Prepared, folder: Path) -> None:
     """Save the adapter as it is now."""
     with training.weights_on_cpu():
-        save_adapter(training.model, prepared.tokenizer, folder)
+        variables = prepared.config.model.template_kwargs
+        save_adapter(training.model, prepared.tokenizer, folder, variables)
 
 
 def _held_out_evaluation(

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
 from finetune.config.schema import RunConfig
-from finetune.files.atomic import replace_folder
+from finetune.files.atomic import read_json, replace_folder
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.study.study import Study
@@ -28,7 +28,7 @@ def write_best(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
         run: the run whose adapter is taken: the trial's own, or one of its repeats.
     """
     _copy_run(study, run)
-    config = dataclasses.replace(read_run_config(run.path), resume=None)
+    config = _with_commit(dataclasses.replace(read_run_config(run.path), resume=None), run)
     experiment = study.folder / "experiment" / "best.yaml"
     experiment.parent.mkdir(exist_ok=True)
     folder = shlex.quote(os.path.relpath(study.folder))
@@ -39,6 +39,16 @@ def write_best(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
     )
     text = OmegaConf.to_yaml(OmegaConf.create(_escaped_values(config)))
     experiment.write_text(head + text, encoding="utf-8")
+
+
+def _with_commit(config: RunConfig, run: RunFolder) -> RunConfig:
+    """Return the config with the commit of a base from the hub, so that a rerun takes the same."""
+    base = (read_json(run.identity) or {}).get("base_model") or {}
+    if base.get("revision") is None:
+        return config
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, revision=base["revision"])
+    )
 
 
 def _copy_run(study: Study, run: RunFolder) -> None:

@@ -1,9 +1,11 @@
 """Shell commands that use a study's winner or show its trials."""
 
+import json
 import os
 import re
 import shlex
 
+from finetune.run.load import read_run_config
 from sweeps.study.storage import JOURNAL
 from sweeps.study.study import Study
 
@@ -27,7 +29,7 @@ def commands(study: Study) -> list[tuple[str, str]]:
         pairs.append(("confirm", f"python -m sweeps confirm {folder} --top 3 --seeds 5"))
     pairs += [
         ("merge", f"python -m finetune.merge {folder}/best --to {merged}"),
-        ("serve", f"vllm serve {merged}"),
+        ("serve", f"vllm serve {merged}{_template_flag(study)}"),
         ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
         ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
     ]
@@ -35,6 +37,14 @@ def commands(study: Study) -> list[tuple[str, str]]:
     if offline_runs:
         pairs.append(("W&B", f"wandb sync {' '.join(offline_runs)}"))
     return pairs
+
+
+def _template_flag(study: Study) -> str:
+    """Return vLLM's flag for the variables that the winner's chat template was rendered with."""
+    variables = read_run_config(study.folder / "best").model.template_kwargs
+    if not variables:
+        return ""
+    return f" --default-chat-template-kwargs {shlex.quote(json.dumps(variables))}"
 
 
 def _offline_runs(study: Study, folder: str) -> list[str]:

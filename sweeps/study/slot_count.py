@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.engine.selection import reason_unsupported
+from finetune.model.base_config import read_base_config
 from finetune.model.device import on_gpu, select_gpu
-from finetune.model.loading import read_base_config
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.resources import base_key, shared_resources
 

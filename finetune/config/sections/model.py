@@ -29,7 +29,7 @@ class ModelSettings(Section):
     """Dtype of the weights that are not quantised; auto: the compute dtype."""
 
     chat_template: str | None
-    """Chat template, as Jinja text; null: the tokenizer's own."""
+    """Chat template: Jinja text, or the name of one of the tokenizer's own; null: its default."""
 
     extra: dict[str, Any]
     """Further arguments of `from_pretrained`."""
@@ -76,6 +76,13 @@ class QuantizationSettings(Section):
     def is_quantized(self) -> bool:
         """Whether the base has 4-bit or 8-bit weights."""
         return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def method(self) -> str:
+        """nf4, fp4, int8 or none."""
+        if self.load_in_4bit:
+            return self.bnb_4bit_quant_type
+        return "int8" if self.load_in_8bit else "none"
 
     def __post_init__(self) -> None:
         both_widths = self.load_in_4bit and self.load_in_8bit

@@ -44,6 +44,7 @@ from finetune.engine.probes import (
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.memory import free_memory, is_out_of_memory_error
+from finetune.model.origin import share_origin
 from finetune.model.quantization import autocast, compute_dtype
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class Bank:
                 # be meta. An expanded tensor has the shape, and memory for one element.
                 one_element = torch.zeros(1, 1).expand(module.weight.shape)
                 module.weight = torch.nn.Parameter(one_element, requires_grad=False)
+        share_origin(self.base, skeleton)
         return skeleton
 
     def execute(

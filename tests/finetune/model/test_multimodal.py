@@ -138,7 +138,7 @@ def test_a_target_that_only_the_tower_has_is_refused(
     config = tiny(*DEBUG, f"model.name_or_path={gemma3}", f"lora.target_modules=[{target}]")
     with pytest.raises(ConfigError) as caught:
         run(config, tmp_path)
-    there = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    there = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     assert (
         str(caught.value)
         == f"lora.target_modules={target}: matches no linear layer; allowed: {there}"

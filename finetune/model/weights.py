@@ -1,0 +1,82 @@
+"""What transformers reports of the weights that it loaded: those that do not fit refuse the base.
+
+A weight that is not in the files is random, and a weight of the files that the model does not have
+is lost; transformers itself only warns.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from finetune.config.sections.model import ModelSettings
+from finetune.errors import refusal
+
+log = logging.getLogger(__name__)
+
+SHOWN_NAMES = 2
+"""How many names of each kind a message has."""
+
+OTHER_MODALITY = re.compile(
+    r"(^|[._])(vision|visual|image|img|audio|speech|video|multi_?modal|mm_projector|projector"
+    r"|talker|code2wav|token2wav|mtp)([._]|$)"
+)
+"""Names of weights for images, sound and multi-token prediction, which a causal language model of
+the same files does not have."""
+
+
+def check_weights(
+    info: Mapping[str, Any], names: Mapping[str, Collection[str]], settings: ModelSettings
+) -> None:
+    """Refuse a base whose files do not hold the model's weights, or hold others as well.
+
+    Weights of other modalities, and those that the model's class ignores, are logged instead.
+
+    Args:
+        info: transformers' loading info.
+        names: `missing` and `unexpected` names before the class's patterns were taken away.
+        settings: `model`; `model.extra.ignore_mismatched_sizes` allows other shapes.
+
+    Raises:
+        ConfigError: Weights are missing, unexpected, or of another shape.
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched and not settings.extra.get("ignore_mismatched_sizes"):
+        name, in_files, in_model = mismatched[0]
+        shapes = f"{_shape(in_files)} in its files, {_shape(in_model)} by its config.json"
+        reason = f"{len(mismatched)} of its weights have another shape ({name}: {shapes})"
+        raise refusal("model.name_or_path", settings.name_or_path, reason)
+    missing = set(info["missing_keys"])
+    unexpected = set(info["unexpected_keys"])
+    other = {name for name in unexpected if OTHER_MODALITY.search(name)}
+    problems = []
+    if missing:
+        problems.append(
+            f"{len(missing)} weights of the model are not in its files: {_few(missing)}"
+        )
+    if unexpected - other:
+        rest = unexpected - other
+        problems.append(f"{len(rest)} weights in its files are not the model's: {_few(rest)}")
+    if problems:
+        raise refusal("model.name_or_path", settings.name_or_path, "; ".join(problems))
+    _log_names("not loaded, of other modalities or heads", other)
+    _log_names(
+        "not loaded, as the model's class ignores them", set(names["unexpected"]) - unexpected
+    )
+    _log_names("not in the files, as the model's class allows", set(names["missing"]) - missing)
+
+
+def _log_names(what: str, names: Collection[str]) -> None:
+    if names:
+        log.info("model: %d weights are %s: %s", len(names), what, _few(names))
+
+
+def _few(names: Collection[str]) -> str:
+    """The first names, and whether there are more."""
+    first = sorted(names)[:SHOWN_NAMES]
+    more = ["…"] if len(names) > len(first) else []
+    return ", ".join([*first, *more])
+
+
+def _shape(sizes: Collection[int]) -> str:
+    return "x".join(map(str, sizes))
