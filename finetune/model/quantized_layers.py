@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Mxfp4Config
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.errors import refusal
@@ -37,8 +39,6 @@ def arguments_for_quantized_base(
     """
     method = quantization.method
     if method in DEQUANTIZED:
-        from transformers import Mxfp4Config
-
         log.info("quantization: the base is quantised already (mxfp4); dequantised to be trained")
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     if not _is_trainable(quantization.section):
@@ -54,8 +54,6 @@ def _is_trainable(section: Mapping[str, Any]) -> bool:
 
     True if it can't tell because the method's library is missing: loading names the library.
     """
-    from transformers.quantizers import AutoHfQuantizer
-
     try:
         return bool(AutoHfQuantizer.from_config(section, pre_quantized=True).is_trainable)
     except ImportError:
@@ -117,7 +115,7 @@ def _plain_linear_layers(model: "PreTrainedModel") -> dict[str, torch.nn.Paramet
     layers: dict[str, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and module is not head:
-            layers[name] = module.weight
+            layers[name] = module.get_parameter("weight")
     return layers
 
 
