@@ -21,6 +21,7 @@ from finetune.model.base_quantization import (
 )
 from finetune.model.origin import generation_config_with_ends, write_generation_config
 from finetune.model.source import find_base
+from finetune.model.tokenizer import save_tokenizer
 from finetune.run.load import TrainedRun, load_run, read_run_config
 
 if TYPE_CHECKING:
@@ -89,8 +90,6 @@ def _require_mergeable(folder: str) -> None:
 def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
     """Save the merged model, its tokenizer and its generation config, completely or not at all."""
     from transformers import GenerationConfig
-
-    from finetune.model.tokenizer import save_tokenizer
 
     ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
     generation_config = generation_config_with_ends(run.base, ends)

@@ -3,8 +3,11 @@
 Where to look first:
 
 - `source.py`: where a base is loaded from; `packaged.py`: the packaged model.
-- `loading.py`: base and config, `tokenizer.py`: tokenizer, loaded with transformers.
-- `quantization.py`: 4-bit and 8-bit weights, the dtype of matrix products.
+- `loading.py`: base, tokenizer and config, loaded with transformers; `weights.py`: whether they are
+  what the model needs; `tokenizer.py`: its template and special tokens.
+- `quantization.py`: 4-bit and 8-bit weights, the dtype of matrix products; `base_quantization.py`:
+  of a base that is quantised already; `quantized_layers.py`: what stays in 16 bits.
+- `origin.py`: what an adapter's files say of the base.
 - `adapter.py`: the LoRA adapter: its `LoraConfig`, creation, saving, loading.
 - `device.py`: the GPU, CUDA events and streams; `memory.py`: memory of the GPU and the host.
 - `architectures.py`: which bases the packed engine supports.

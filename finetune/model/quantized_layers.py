@@ -94,12 +94,12 @@ def log_unquantized_weights(model: "PreTrainedModel", settings: QuantizationSett
         log.info("quantization: %s", _describe("linear layers", layers))
 
 
-def describe_experts(experts: Mapping[str, torch.nn.Parameter]) -> str:
+def describe_experts(experts: Mapping[str, torch.Tensor]) -> str:
     """Say which experts stay in 16 bits, and how large they are."""
     return f"{_describe('weights of experts', experts)} (only linear layers are quantised)"
 
 
-def _describe(noun: str, weights: Mapping[str, torch.nn.Parameter]) -> str:
+def _describe(noun: str, weights: Mapping[str, torch.Tensor]) -> str:
     names = list(weights)[:SHOWN_NAMES]
     if len(weights) > len(names):
         names.append("…")
@@ -115,7 +115,7 @@ def _plain_linear_layers(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     layers: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and module is not head:
-            layers[name] = module.weight
+            layers[name] = module.get_parameter("weight")
     return layers
 
 

@@ -25,6 +25,12 @@ OTHER_MODALITY = re.compile(
 the same files does not have."""
 
 
+COMPUTED = re.compile(
+    r"(^|\.)((attn|attention)\.(masked_)?bias|inv_freq|position_ids|embed_positions|_extra_state)$"
+)
+"""Names of masks and positions that older versions of transformers saved, and that are computed."""
+
+
 def check_weights(
     info: Mapping[str, Any], names: Mapping[str, Collection[str]], settings: ModelSettings
 ) -> None:
@@ -49,26 +55,26 @@ def check_weights(
     missing = set(info["missing_keys"])
     unexpected = set(info["unexpected_keys"])
     other = {name for name in unexpected if OTHER_MODALITY.search(name)}
+    computed = {name for name in unexpected if COMPUTED.search(name)}
+    rest = unexpected - other - computed
     problems = []
     if missing:
-        problems.append(
-            f"{len(missing)} weights of the model are not in its files: {_few(missing)}"
-        )
-    if unexpected - other:
-        rest = unexpected - other
-        problems.append(f"{len(rest)} weights in its files are not the model's: {_few(rest)}")
+        problems.append(f"lack {len(missing)} of the model's weights ({_few(missing)})")
+    if rest:
+        problems.append(f"hold {len(rest)} that the model does not have ({_few(rest)})")
     if problems:
-        raise refusal("model.name_or_path", settings.name_or_path, "; ".join(problems))
+        reason = f"its files {' and '.join(problems)}"
+        raise refusal("model.name_or_path", settings.name_or_path, reason)
+    ignored = set(names["unexpected"]) - unexpected
     _log_names("not loaded, of other modalities or heads", other)
-    _log_names(
-        "not loaded, as the model's class ignores them", set(names["unexpected"]) - unexpected
-    )
+    _log_names("not loaded, as the model computes them", computed)
+    _log_names("not loaded, as the model's class ignores them", ignored)
     _log_names("not in the files, as the model's class allows", set(names["missing"]) - missing)
 
 
-def _log_names(what: str, names: Collection[str]) -> None:
+def _log_names(reason: str, names: Collection[str]) -> None:
     if names:
-        log.info("model: %d weights are %s: %s", len(names), what, _few(names))
+        log.info("model: %d of its weights %s: %s", len(names), reason, _few(names))
 
 
 def _few(names: Collection[str]) -> str:

@@ -44,27 +44,24 @@ def with_extra(*names: str) -> Callable[[Weights], Weights]:
 REFUSED: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "torch.compile": (
         renamed("_orig_mod."),
-        "21 weights of the model are not in its files: lm_head.weight, model.embed_tokens.weight, …; "
-        "20 weights in its files are not the model's: _orig_mod.model.embed_tokens.weight, …, …",
+        "lack 21 of the model's weights (lm_head.weight, model.embed_tokens.weight, …) and "
+        "hold 20 that the model does not have (_orig_mod.model.embed_tokens.weight, …, …)",
     ),
-    "DataParallel": (renamed("module."), "21 weights of the model…; 20 weights in its files…"),
-    "lightning": (renamed("net.backbone."), "21 weights of the model…; 20 weights in its files…"),
+    "DataParallel": (renamed("module."), "lack 21 of the model's weights (…) and hold 20 that …"),
+    "lightning": (renamed("net.backbone."), "lack 21 of the model's weights (…) and hold 20 …"),
     "a layer's mlp": (
         without("layers.1.mlp"),
-        "3 weights of the model are not in its files: model.layers.1.mlp.down_proj.weight, …",
+        "lack 3 of the model's weights (model.layers.1.mlp.down_proj.weight, …, …)",
     ),
-    "one norm": (
-        without("model.norm"),
-        "1 weights of the model are not in its files: model.norm.weight",
-    ),
-    "the embedding": (without("embed_tokens"), "2 weights of the model are not in its files: …"),
+    "one norm": (without("model.norm"), "lack 1 of the model's weights (model.norm.weight)"),
+    "the embedding": (without("embed_tokens"), "lack 2 of the model's weights (…)"),
     "a value head": (
         with_extra("v_head.summary.weight", "v_head.summary.bias"),
-        "2 weights in its files are not the model's: v_head.summary.bias, v_head.summary.weight",
+        "hold 2 that the model does not have (v_head.summary.bias, v_head.summary.weight)",
     ),
     "a merged adapter's leftovers": (
         with_extra("model.layers.0.self_attn.q_proj.lora_A.default.weight"),
-        "1 weights in its files are not the model's: model.layers.0…",
+        "hold 1 that the model does not have (model.layers.0…)",
     ),
 }
 
@@ -77,7 +74,7 @@ def test_weights_that_do_not_fit_refuse_the_base(
     folder = with_changed_weights(tiny_base, tmp_path / "base", change)
     with pytest.raises(ConfigError) as refused:
         load(tiny, folder)
-    expected = f"model.name_or_path={folder}: {says}"
+    expected = f"model.name_or_path={folder}: its files {says}"
     assert matches(expected, str(refused.value)), refused.value
 
 
@@ -86,17 +83,17 @@ def test_an_untied_base_without_its_head_is_refused(
 ) -> None:
     untied = changed_copy(tiny_base, tmp_path / "untied", tie_word_embeddings=False)
     folder = with_changed_weights(untied, tmp_path / "base", without("lm_head"))
-    with pytest.raises(ConfigError, match=r"1 weights of the model are not .*: lm_head\.weight$"):
+    with pytest.raises(ConfigError, match=r"lack 1 of the model's weights \(lm_head\.weight\)$"):
         load(tiny, folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_hidden_layers": 1}, r"9 weights in its files are not the model's: model\.layers\.1"),
+        ({"num_hidden_layers": 1}, r"hold 9 that the model does not have \(model\.layers\.1"),
         (
             {"num_hidden_layers": 3},
-            r"9 weights of the model are not in its files: model\.layers\.2",
+            r"lack 9 of the model's weights \(model\.layers\.2",
         ),
         ({"intermediate_size": 64}, r"6 of its weights have another shape \(.*128.* in its files"),
         ({"vocab_size": 700}, r"of its weights have another shape \(.*600x64.*700x64"),
@@ -128,21 +125,37 @@ def test_weights_of_other_modalities_are_logged(
     with caplog.at_level("INFO"):
         load(tiny, folder)
     names = ", ".join(sorted(LOGGED[kind]))
-    assert f"model: 2 weights are not loaded, of other modalities or heads: {names}" in caplog.text
+    assert (
+        f"model: 2 of its weights not loaded, of other modalities or heads: {names}" in caplog.text
+    )
 
 
-def test_weights_that_the_models_class_ignores_are_logged(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("transformer.h.0.attn.bias", "as the model's class ignores them"),
+        ("transformer.h.0.attn.masked_bias", "as the model computes them"),
+        ("transformer.h.0.attn.attention.masked_bias", "as the model computes them"),
+        ("transformer.h.0.attn.rotary_emb.inv_freq", "as the model computes them"),
+        ("transformer.position_ids", "as the model computes them"),
+    ],
+)
+def test_masks_and_positions_of_older_files_are_logged(
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    why: str,
 ) -> None:
     import torch
 
     gpt2 = make_base(tiny_base, tmp_path / "gpt2", "gpt2")
-    mask = {"transformer.h.0.attn.masked_bias": torch.zeros(1)}
-    folder = with_changed_weights(gpt2, tmp_path / "base", lambda weights: weights | mask)
+    extra = {name: torch.zeros(1)}
+    folder = with_changed_weights(gpt2, tmp_path / "base", lambda weights: weights | extra)
     with caplog.at_level("INFO"):
         load(tiny, folder)
-    line = "model: 1 weights are not loaded, as the model's class ignores them: "
-    assert f"{line}transformer.h.0.attn.masked_bias" in caplog.messages
+    assert f"model: 1 of its weights not loaded, {why}: {name}" in caplog.messages
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -152,4 +165,4 @@ def test_a_sound_base_is_loaded_without_a_line(
     folder = changed_copy(tiny_base, tmp_path / "base", tie_word_embeddings=tied)
     with caplog.at_level("INFO"):
         load(tiny, folder)
-    assert "weights are" not in caplog.text
+    assert "of its weights" not in caplog.text

@@ -142,7 +142,9 @@ def test_a_run_on_it_is_merged_into_plain_weights(
     done = merge(tmp_path / "run", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    _model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
