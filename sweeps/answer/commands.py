@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 
+from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.study.storage import JOURNAL
 from sweeps.study.study import Study
@@ -40,8 +41,12 @@ def commands(study: Study) -> list[tuple[str, str]]:
 
 
 def _template_flag(study: Study) -> str:
-    """Return vLLM's flag for the variables that the winner's chat template was rendered with."""
-    variables = read_run_config(study.folder / "best").model.template_kwargs
+    """Return vLLM's flag for the variables that the winner's chat template was rendered with.
+
+    Empty where there are none, and for several objectives, which have no one winner.
+    """
+    best = RunFolder(study.folder / "best")
+    variables = read_run_config(best.path).model.template_kwargs if best.identity.exists() else {}
     if not variables:
         return ""
     return f" --default-chat-template-kwargs {shlex.quote(json.dumps(variables))}"
