@@ -22,7 +22,7 @@ from finetune.model.base_quantization import (
 from finetune.model.origin import generation_config_with_ends, write_generation_config
 from finetune.model.source import find_base
 from finetune.model.tokenizer import save_tokenizer
-from finetune.run.load import TrainedRun, load_run, read_run_config
+from finetune.run.load import TrainedRun, load_run, read_trained_config
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _require_mergeable(folder: str) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
-    config = read_run_config(folder)
+    config = read_trained_config(folder)
     quantization = base_quantization(read_config_json(find_base(config.model)))
     if quantization is None or quantization.method in BITSANDBYTES | DEQUANTIZED:
         return

@@ -34,10 +34,18 @@ Comparison = tuple[torch.Tensor, torch.Tensor]
 EXACT_TOLERANCE = 1e-4
 """Largest difference in float32, as a share of a token's logits."""
 
-MAX_TOLERANCE = 0.1
-"""No rounding error in 16 or 8 bits is larger than this share of a token's logits."""
+ROUNDED_TOLERANCE = 0.1
+"""The same in 16 or 8 bits, for the median token. Rows that see each other differ by more."""
 
-PROBE_VERSION = 1
+DECODER_TOLERANCE = 0.2
+"""The same for the GPU's decoder, whose products are rounded in another order.
+
+Measured: through the 32 blocks of a base of Llama-2-7B's shapes with random weights, in NF4 and
+bfloat16 on an H200, right logits differ by 5.6 %. Deeper bases differ by more. The decoder's
+architectures are tested one by one; the probe is for a base that is not what its type says.
+"""
+
+PROBE_VERSION = 2
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
@@ -111,7 +119,8 @@ def holds(
         computed, plain = compare(length)
         if not plain.isfinite().all():
             return False  # a diverged adapter: it shows nothing about the base
-        reason = _difference(computed.float(), plain.float(), model, length)
+        tolerance = _tolerance(shortcut, model)
+        reason = _difference(computed.float(), plain.float(), tolerance)
     except Exception as error:
         if isinstance(error, Interrupted) or is_out_of_memory_error(error):
             raise
@@ -207,18 +216,20 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
     return cache_folder() / "shortcuts" / f"{name}.json"
 
 
-def _difference(
-    computed: torch.Tensor, plain: torch.Tensor, model: torch.nn.Module, length: int
-) -> str | None:
+def _tolerance(shortcut: Shortcut, model: torch.nn.Module) -> float:
+    """Return the share of a token's logits by which a right shortcut may differ."""
+    if computes_exactly(model):
+        return EXACT_TOLERANCE
+    return DECODER_TOLERANCE if shortcut is Shortcut.GPU_DECODER else ROUNDED_TOLERANCE
+
+
+def _difference(computed: torch.Tensor, plain: torch.Tensor, tolerance: float) -> str | None:
     """Return how much two logits of the same tokens differ; None if it is rounding."""
     if computed.shape != plain.shape:
         return f"{tuple(computed.shape)} logits instead of {tuple(plain.shape)}"
     shares = _differing_shares(computed, plain)
-    if computes_exactly(model):
-        share, tolerance = shares.max(), EXACT_TOLERANCE
-    else:
-        # A token that goes to another expert because of its rounding differs much: the median.
-        share, tolerance = shares.median(), _rounding(model, length)
+    # With rounding, a token that goes to another expert differs much: the median.
+    share = shares.max() if tolerance == EXACT_TOLERANCE else shares.median()
     return None if share <= tolerance else f"they differ by {float(share):.2%}"
 
 
@@ -226,14 +237,3 @@ def _differing_shares(computed: torch.Tensor, plain: torch.Tensor) -> torch.Tens
     """Return each token's difference as a share of its logits [tokens]; NaN counts as infinite."""
     shares: torch.Tensor = (computed - plain).norm(dim=-1) / plain.norm(dim=-1)
     return shares.nan_to_num(nan=torch.inf)
-
-
-def _rounding(model: torch.nn.Module, length: int) -> float:
-    """Return the tolerance in few bits: what the plain way differs from itself in a batch of 2."""
-    ids = probe_ids(model, length, 0)
-    device = next(model.parameters()).device
-    alone = plain_logits(model, ids).float()
-    twice = model(input_ids=torch.tensor([ids, ids], device=device), use_cache=False).logits
-    noise = float(_differing_shares(twice[0].float(), alone).median())
-    half_precision = 5 * torch.finfo(torch.bfloat16).eps
-    return min(max(half_precision, 4 * noise), MAX_TOLERANCE)

@@ -49,17 +49,27 @@ def read_run_config(folder: str | Path) -> RunConfig:
     return RunConfig.from_dict(identity["config"])
 
 
+def read_trained_config(folder: str | Path) -> RunConfig:
+    """Read the config of a run that has an adapter.
+
+    Raises:
+        ConfigError: The folder holds no run, or one without an adapter yet.
+    """
+    config = read_run_config(folder)
+    if not (RunFolder(folder).adapter / "adapter_config.json").is_file():
+        command = f"python -m finetune resume={folder}"
+        raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
+    return config
+
+
 def load_run(folder: str | Path) -> TrainedRun:
     """Load the base and the tokenizer of a run.
 
     Raises:
         ConfigError: The folder holds no run, or one without an adapter yet.
     """
-    config = read_run_config(folder)
+    config = read_trained_config(folder)
     run = RunFolder(folder)
-    if not (run.adapter / "adapter_config.json").is_file():
-        command = f"python -m finetune resume={folder}"
-        raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
     quiet_libraries()
     from finetune.model.loading import load_base
     from finetune.model.tokenizer import load_tokenizer

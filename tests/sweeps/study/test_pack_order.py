@@ -166,9 +166,9 @@ def test_runs_begin_and_end_while_others_compute(
         finally:
             current = 0
 
-    def saving(model: Any, tokenizer: Any, folder: Path) -> None:
+    def saving(model: Any, tokenizer: Any, folder: Path, *more: Any) -> None:
         seen.append((folder.parent.name, "ends", current))
-        save(model, tokenizer, folder)
+        save(model, tokenizer, folder, *more)
 
     def writing(path: Path, content: Any) -> None:
         if path.name == "run.json":
