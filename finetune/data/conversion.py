@@ -3,10 +3,10 @@
 from typing import Any
 
 from finetune.config.sections.dataset import DatasetSettings
+from finetune.data.class_names import ClassNames, name_classes
 from finetune.data.columns import Cells, column_names
 from finetune.data.formats import FORMATS, describe_format
 from finetune.data.ignored import FIELDS, drop_ignored, expand_names
-from finetune.data.labels import ClassNames, name_classes
 from finetune.data.layout import Layout, detect, find_layout
 from finetune.data.messages import is_answer
 from finetune.data.other_shapes import refuse_marked, refuse_media

@@ -1,6 +1,7 @@
 """Rows that belong together: the same question, the same long answer, near twins, the same group.
 
-Such rows never stand both in training and among the held-out rows.
+Such rows never stand both in training and among the held-out rows. This module finds them: `split`
+keeps them together, `rows` leaves out those of held-out files.
 """
 
 import hashlib

@@ -17,7 +17,7 @@ from finetune.config.data_folder import (
     local_path,
 )
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.labels import ClassNames, class_names, saved_class_names
+from finetune.data.class_names import ClassNames, class_names, saved_class_names
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
 from finetune.data.readers.read import read_file

@@ -1,1 +1,9 @@
-"""The packed engine: many runs train together on one frozen base."""
+"""The packed engine: many runs train together on one frozen base.
+
+Where to look first:
+
+- `training.py`: the training loop of one run, which yields requests.
+- `requests.py`: the requests; `sweeps/study/pack.py` decides which are executed together.
+- `bank.py`: executes them on the base; `slot.py`: one adapter; `batch.py`: rows as one sequence.
+- `autograd_backend.py` computes with PyTorch, `gpu/` with Triton kernels.
+"""

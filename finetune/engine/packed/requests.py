@@ -1,4 +1,7 @@
-"""The requests that a packed run yields, and the bank's responses."""
+"""The requests that a packed run yields, and the bank's responses.
+
+`sweeps.study.pack` decides which are executed together; `Bank.execute` executes them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

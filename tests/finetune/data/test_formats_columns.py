@@ -102,7 +102,7 @@ def test_a_whole_number_and_a_boolean_are_written_as_text(
 def test_a_class_is_written_by_its_name() -> None:
     from datasets import ClassLabel, Dataset, Features, Value
 
-    from finetune.data.labels import class_names
+    from finetune.data.class_names import class_names
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     rows = Dataset.from_dict({"text": [Q, Q], "label": [1, 0]}, features=features)

@@ -2,7 +2,7 @@
 
 One launch does what PyTorch does in several, each of which would read and write all of its
 operands in memory (as in Liger Kernel, Hsu et al., 2024). So do `swiglu`, `rotary` and
-`cross_entropy`.
+`cross_entropy`. As an autograd function: `fused_layers`.
 """
 
 import torch
