@@ -136,6 +136,10 @@ class ChatTemplate:
             except Exception:
                 return False
 
+    def mentions(self, field: str) -> bool:
+        """Whether the text of the template has the name of a field."""
+        return field in self._text or field in self._tool_text
+
     @functools.cached_property
     def writes_date(self) -> bool:
         """Whether the template writes today's date, which is replaced by `FIXED_DATE`."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.chat_template import FIXED_DATE
 from finetune.data.encoding import Encoded, Encoder
-from finetune.data.types import Row, fingerprint
+from finetune.data.types import MESSAGE_KEYS, Row, fingerprint
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import create_folder
 from finetune.files.cache import cache_folder
@@ -310,9 +310,22 @@ def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
             "the chat template has no system turns: they are put before the first question "
             f"(first in {place})"
         )
+    unused = [key for key in _further_keys(rows) if not template.mentions(key)]
+    if unused:
+        notes.append(f"fields of messages that the chat template does not use: {', '.join(unused)}")
     if template.end is None:
         notes.append("the chat template writes no end after an answer: the tokenizer's is added")
     return notes
+
+
+def _further_keys(rows: Sequence[Row]) -> list[str]:
+    """The keys of messages that the common form does not know, in the order of the rows."""
+    keys: dict[str, None] = {}
+    for row in rows:
+        for message in row.get("messages", ()):
+            if not message.keys() <= MESSAGE_KEYS:
+                keys |= dict.fromkeys(key for key in message if key not in MESSAGE_KEYS)
+    return list(map(str, keys))
 
 
 def _order(row: Row) -> tuple[str, int]:

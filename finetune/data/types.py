@@ -32,6 +32,10 @@ Message = dict[str, Any]
 `tool_call_id`, `name`; and `train: False` on an assistant's message that is not to be learnt.
 """
 
+MESSAGE_KEYS = frozenset(
+    "role content reasoning_content thinking tool_calls tool_call_id name train".split()
+)
+
 Messages = list[Message]
 
 

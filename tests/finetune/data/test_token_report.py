@@ -127,6 +127,20 @@ def test_text_that_is_rendered_already_gets_no_second_beginning_or_end(
         assert prompt[-1] != ids[1][1]  # never the tokenizer's own end
 
 
+def test_fields_of_messages_that_no_template_uses_are_named_once(
+    tokenizer: Any, settings: Settings
+) -> None:
+    messages = [
+        {"role": "user", "content": "Q?", "lang": "en"},
+        {"role": "assistant", "content": "A.", "timestamp": 3, "name": "Bo"},
+    ]
+    rows = [Row({"messages": messages}), *map(Row, CHATS)]
+    line = "fields of messages that the chat template does not use: lang, timestamp"
+    assert report_of(tokenize("train", rows, tokenizer, settings())).notes == [line]
+    tokenizer.chat_template += "{# lang timestamp #}"
+    assert report_of(tokenize("train", rows, tokenizer, settings())).notes == []
+
+
 def test_variables_reach_the_template(tokenizer: Any, settings: Settings) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% for", "{{ 'T' if enable_thinking is defined and enable_thinking else 'F' }}{% for", 1
