@@ -1,10 +1,12 @@
 """What is learnt of chats, on the templates of published models that TRL ships."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.matrix import fixed_part
 
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encoding import IGNORED, Encoded, Encoder
@@ -122,8 +124,11 @@ def encode(tokenizer: Any, kind: str) -> tuple[list[str], int]:
     return stretches, encoded.unlearnt.total()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", templates(), ids=lambda file: Path(file).stem)
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    fixed_part(itertools.product(KINDS, templates()), kind=lambda case: case[0]),
+    ids=lambda value: Path(value).stem,
+)
 def test_each_answer_is_learnt_whole_with_its_end_or_counted_or_refused(
     with_template: Any, file: str, kind: str
 ) -> None:
@@ -235,7 +240,9 @@ def test_fields_that_a_template_leaves_out_are_refused_by_name(
     assert f"dataset.ignore={fields}" in str(raised.value)
 
 
-@pytest.mark.parametrize("file", templates(), ids=lambda file: Path(file).stem)
+@pytest.mark.parametrize(
+    "file", fixed_part(templates(), kind=lambda file: ""), ids=lambda file: Path(file).stem
+)
 def test_what_is_remembered_of_a_template_finds_what_the_exact_search_finds(
     with_template: Any, file: str
 ) -> None:
