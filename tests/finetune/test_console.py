@@ -64,9 +64,15 @@ run_command(command)
 
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
+    # A command that another test has run in this process has hidden them for its children.
+    environment = {name: value for name, value in os.environ.items() if "PROGRESS_BAR" not in name}
     terminal, stderr = os.openpty() if on_terminal else os.pipe()
     shown = subprocess.run(
-        [sys.executable, "-c", SHOWS_BARS], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr
+        [sys.executable, "-c", SHOWS_BARS],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=environment,
     )
     os.close(stderr)
     os.close(terminal)
