@@ -50,7 +50,7 @@ class Chat:
 
     template: ChatTemplate
     messages: Messages
-    """The messages in the common form, system turns folded if the template has none."""
+    """The messages in the common form."""
     tools: Sequence[Any] | None
     """Schemas of the tools that the model may call."""
     fallback_end: str | None
@@ -190,7 +190,7 @@ class Chat:
     def _earlier_answer(self, text: str, turn: int) -> Answer | None:
         """An answer in a text that goes on after it; None if it is not whole there."""
         alone = self._render(turn + 1)
-        common = _common_prefix(alone, text)
+        common = common_length(alone, text)
         start = self._start(turn, alone)
         if start > common:
             return None
@@ -230,13 +230,13 @@ class Chat:
         if text.startswith(prompt):
             return len(prompt)
         # The generation prompt begins what the model thinks, or the template moved something.
-        return max(_common_prefix(prompt, text), self.content_start(turn, text))
+        return max(common_length(prompt, text), self.content_start(turn, text))
 
     def content_start(self, turn: int, text: str) -> int:
         """Where a different answer of a turn would diverge from a text that holds the answer."""
         different = {"role": "assistant", "content": "\0" + self.messages[turn]["content"]}
         changed = self.template.render([*self.messages[:turn], different], self.tools)
-        start = _common_prefix(changed, text)
+        start = common_length(changed, text)
         for match in self.template.special_tokens.finditer(text):
             if match.start() < start < match.end():
                 return match.start()
@@ -306,11 +306,11 @@ def _squeeze(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def _common_prefix(left: str, right: str) -> int:
-    """The number of characters with which both texts begin."""
-    if right.startswith(left):
-        return len(left)
+def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return the number of characters or tokens with which both texts or lists begin."""
     low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         if left[:middle] == right[:middle]:

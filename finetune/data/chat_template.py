@@ -174,21 +174,15 @@ class ChatTemplate:
             messages = _as_parts(messages)
         try:
             return self._apply(messages, tools, ask)
-        except TypeError:
-            # Some templates concatenate a call's arguments with text (transformers#45419).
-            with_texts = [_with_arguments_as_text(message) for message in messages]
-            return self._explained(with_texts, tools, ask)
-        except Exception:
-            return self._explained(messages, tools, ask)
-
-    def _explained(self, messages: Messages, tools: Sequence[Any] | None, ask: bool) -> str:
-        """Render, and turn what the template raises into one line."""
-        try:
-            return self._apply(messages, tools, ask)
         except Exception as error:  # a template is a program: it raises what it likes
-            roles = ", ".join(message["role"] for message in messages)
-            reason = f"can't render a chat of {roles}: {' '.join(str(error).split())}"
-            raise ConfigError(f"model.chat_template: {reason}") from error
+            if not isinstance(error, TypeError):
+                raise _refusal(messages, error) from error
+        # Some templates concatenate a call's arguments with text (transformers#45419).
+        with_texts = [_with_arguments_as_text(message) for message in messages]
+        try:
+            return self._apply(with_texts, tools, ask)
+        except Exception as error:
+            raise _refusal(messages, error) from error
 
     def _apply(self, messages: Messages, tools: Sequence[Any] | None, ask: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -221,6 +215,13 @@ def fold_system(messages: Messages) -> Messages:
     return folded
 
 
+def _refusal(messages: Messages, error: Exception) -> ConfigError:
+    """What a template raised, as one line."""
+    roles = ", ".join(message["role"] for message in messages)
+    reason = f"can't render a chat of {roles}: {' '.join(str(error).split())}"
+    return ConfigError(f"model.chat_template: {reason}")
+
+
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
@@ -229,8 +230,8 @@ def _as_parts(messages: Messages) -> Messages:
     """The messages with their contents as lists of one part of type text."""
     with_parts: Messages = []
     for message in messages:
-        part = {"type": "text", "text": message["content"]}
-        with_parts.append({**message, "content": [part]})
+        text_part = {"type": "text", "text": message["content"]}
+        with_parts.append({**message, "content": [text_part]})
     return with_parts
 
 

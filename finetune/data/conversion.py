@@ -194,9 +194,9 @@ class RowConverter:
                 self._used.setdefault(purpose, column)
         template = self._formats.template
         read = template.columns if template is not None else set()
-        known = {*columns.values(), *read, self._settings.group_by}
+        used = {*columns.values(), *read, self._settings.group_by}
         for column, value in row.items():
-            if value is not None and column not in known:
+            if value is not None and column not in used:
                 self._unused.setdefault(column)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.answers import Chat, Example
-from finetune.data.chat_template import ChatTemplate, fold_system
+from finetune.data.answers import Chat, Example, common_length
+from finetune.data.chat_template import ChatTemplate
 from finetune.data.frames import Frames
 from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError
@@ -84,8 +84,6 @@ class Encoder:
         messages: Messages = row["messages"]
         if self.template is None:
             return EncodedRow([self._encode_pair(messages)])
-        if self.template.folds_system:
-            messages = fold_system(messages)
         return self._encode_chat(messages, row.get("tools"), last_only=self._loss_on != "assistant")
 
     def encode_without_oldest_turns(
@@ -104,8 +102,6 @@ class Encoder:
         if self.template is None or not turns:
             return None
         messages: Messages = row["messages"]
-        if self.template.folds_system:
-            messages = fold_system(messages)
         system = [message for message in messages[:1] if message["role"] == "system"]
         for start in range(len(system) + 1, turns):
             if messages[start]["role"] != "user":
@@ -174,8 +170,8 @@ class Encoder:
         ids = self._plain_ids(example.text)
         labels = [IGNORED] * len(ids)
         for answer in example.answers:
-            start = _common_prefix(self._plain_ids(example.text[: answer.start]), ids)
-            end = _common_prefix(self._plain_ids(example.text[: answer.end]), ids)
+            start = common_length(self._plain_ids(example.text[: answer.start]), ids)
+            end = common_length(self._plain_ids(example.text[: answer.end]), ids)
             labels[start:end] = ids[start:end]
         return Encoded(ids, labels, example.turns)
 
@@ -194,7 +190,7 @@ class Encoder:
         if self._loss_on == "all":
             return Encoded(ids, list(ids))
         # The tokens at the border can differ from those of the question alone.
-        start = _common_prefix(self._beginning + self._plain_ids(question), ids)
+        start = common_length(self._beginning + self._plain_ids(question), ids)
         return Encoded(ids, [IGNORED] * start + ids[start:])
 
     def _encode_text(self, text: str) -> list[int]:
@@ -229,11 +225,3 @@ class Encoder:
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """The number of tokens with which both sequences begin."""
-    for index, (left_id, right_id) in enumerate(zip(left, right, strict=False)):
-        if left_id != right_id:
-            return index
-    return min(len(left), len(right))

@@ -61,11 +61,10 @@ class Frames:
         if frame not in self._offsets:
             exact = search()
             if len(self._offsets) < MOST_FRAMES:
-                offsets = None if exact is None else (exact[0] - start, exact[1] - end)
-                self._offsets[frame] = offsets
+                self._offsets[frame] = exact and (exact[0] - start, exact[1] - end)
             return exact
-        known = self._offsets[frame]
-        return None if known is None else (start + known[0], end + known[1])
+        offsets = self._offsets[frame]
+        return None if offsets is None else (start + offsets[0], end + offsets[1])
 
 
 def content_places(messages: Messages, text: str) -> Places | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.data.answers import common_length
 from finetune.data.encoding import IGNORED
 
 MIN_SHARED_TOKENS = 8
@@ -23,8 +24,7 @@ def common_prefix_length(rows: Sequence[dict[str, Any]]) -> int:
     sequences = [row["input_ids"] for row in rows]
     # What the first and the last in lexicographic order have in common, all have.
     first, last = min(sequences), max(sequences)
-    pairs = enumerate(zip(first, last, strict=False))
-    equal = next((index for index, (left, right) in pairs if left != right), len(first))
+    equal = common_length(first, last)
     first_labels = min(_first_label(row["labels"]) for row in rows)
     shared = min(equal, first_labels - 1, len(first) - 1)
     return shared if shared >= MIN_SHARED_TOKENS else 0

@@ -88,6 +88,22 @@ def test_a_chat_loses_its_oldest_turns_before_its_answer(
     assert report_of(tokens).shortened == 1
 
 
+def test_a_folded_system_turn_stays_when_the_oldest_turns_go(
+    tokenizer: Any, settings: Settings
+) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    system = {"role": "system", "content": "Be short."}
+    old, last = chat("question " * 20, "Old."), chat("And now?", "New.")
+    messages = [system, *old["messages"], *last["messages"]]
+    tokens = tokenize("train", [{"messages": messages}], tokenizer, settings(max_length=40))
+    text = tokenizer.decode(tokens[0]["input_ids"])
+    assert "Be short.\n\nAnd now?" in text
+    assert "question" not in text
+
+
 def test_a_row_that_can_not_be_rendered_is_refused_by_its_place_or_skipped(
     tokenizer: Any, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
