@@ -51,7 +51,10 @@ kernel is loaded when its
 shape is first met."""
 
 UNCUT = ("eval_fraction=0", "test_fraction=0", "max_length=null")
-LORA = {"q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"], "all_linear": ["lora=r16"]}
+LORA = {
+    "q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"],
+    "all_linear": ["lora=r16"],
+}
 
 
 def main() -> None:
@@ -65,7 +68,10 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--lora", default="q_v,all_linear")
     parser.add_argument(
-        "--quantization", default="nf4", choices=["nf4", "nf4_double"], help="of all but Unsloth's"
+        "--quantization",
+        default="nf4",
+        choices=["nf4", "nf4_double"],
+        help="of all but Unsloth's",
     )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
@@ -79,10 +85,14 @@ def main() -> None:
 
     if GPU and arguments.memory:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total))
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, arguments.memory * 2**30 / total)
+        )
     peak, sustained = matmul_rate()
     device = torch.cuda.get_device_name() if GPU else "CPU"
-    rates = f"matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}"
+    rates = (
+        f"matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}"
+    )
     print(f"{device}, {arguments.quantization}, {rates}", flush=True)
     print(
         "| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
@@ -93,7 +103,9 @@ def main() -> None:
             base = None
             for length in arguments.length.split(","):
                 for lora in arguments.lora.split(","):
-                    for slots in arguments.slots.split(",") if side == "ours" else ["1"]:
+                    for slots in (
+                        arguments.slots.split(",") if side == "ours" else ["1"]
+                    ):
                         kind = (
                             side,
                             lora,
@@ -144,7 +156,9 @@ class Case:
         self.planned = ""
         self.slots = 1 if slots == "auto" else int(slots)
         if not tiny and slots != "auto" and self.slots < 4:
-            self.warm, self.steps = (4 // self.slots * count for count in (self.warm, self.steps))
+            self.warm, self.steps = (
+                4 // self.slots * count for count in (self.warm, self.steps)
+            )
         if side == "ours":
             plan = self.plan_memory()
             if slots == "auto":
@@ -176,13 +190,20 @@ class Case:
             shapes(self.tiny).save_pretrained(folder)
             tokenizer().save_pretrained(folder)
             (folder / "model.safetensors").touch()
-            texts = [" ".join(f"w{number}" for number in row["input_ids"]) for row in self.rows]
+            texts = [
+                " ".join(f"w{number}" for number in row["input_ids"])
+                for row in self.rows
+            ]
             (folder / "rows.jsonl").write_text(
                 "".join(json.dumps({"text": text}) + "\n" for text in texts)
             )
-            more = (f"model.name_or_path={folder}", f"dataset.path={folder / 'rows.jsonl'}")
+            more = (
+                f"model.name_or_path={folder}",
+                f"dataset.path={folder / 'rows.jsonl'}",
+            )
             return plan_memory(
-                self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)), SharedResources()
+                self.config(SEED, *more, *(f"dataset.{key}" for key in UNCUT)),
+                SharedResources(),
             )
 
     def base(self) -> Any:
@@ -214,7 +235,10 @@ class Case:
             return
         memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
         share = rate * (6 if self.saving else 4) * weights / peak
-        print(f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |", flush=True)
+        print(
+            f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |",
+            flush=True,
+        )
 
 
 def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
@@ -222,8 +246,14 @@ def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
     draw = random.Random(SEED)
     rows = []
     for _ in range(256):
-        tokens = 2048 if length == "long" else min(512, max(128, round(draw.gauss(350, 110))))
-        ids = [draw.randrange(3, 32000) for _ in range(tokens // 16 if tiny else tokens)]
+        tokens = (
+            2048
+            if length == "long"
+            else min(512, max(128, round(draw.gauss(350, 110))))
+        )
+        ids = [
+            draw.randrange(3, 32000) for _ in range(tokens // 16 if tiny else tokens)
+        ]
         rows.append({"input_ids": ids, "labels": list(ids)})
     return rows
 
@@ -236,7 +266,8 @@ def matmul_rate() -> tuple[float, float]:
     """
     shape, rounds = ((8192, 4096, 11008), 200) if GPU else ((512, 512, 1024), 10)
     left, right = (
-        torch.randn(sides, device=DEVICE, dtype=DTYPE) for sides in (shape[:2], shape[1:])
+        torch.randn(sides, device=DEVICE, dtype=DTYPE)
+        for sides in (shape[:2], shape[1:])
     )
     rates = []
     for _ in range(rounds):
@@ -245,7 +276,9 @@ def matmul_rate() -> tuple[float, float]:
         for _ in range(10):
             left @ right
         synchronize()
-        rates.append(10 * 2 * shape[0] * shape[1] * shape[2] / (time.perf_counter() - began))
+        rates.append(
+            10 * 2 * shape[0] * shape[1] * shape[2] / (time.perf_counter() - began)
+        )
     return max(rates), statistics.median(rates[rounds // 2 :])
 
 
@@ -257,7 +290,9 @@ def synchronize() -> None:
 
 def weights_of(model: torch.nn.Module) -> int:
     """That a token is multiplied by."""
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linear = [
+        module for module in model.modules() if isinstance(module, torch.nn.Linear)
+    ]
     return sum(module.in_features * module.out_features for module in linear)
 
 
@@ -278,7 +313,13 @@ class Counter:
         yield from ()
 
     def report_step(
-        self, number: int, loss: float, norm: float, rate: float, tokens: int, seconds: float
+        self,
+        number: int,
+        loss: float,
+        norm: float,
+        rate: float,
+        tokens: int,
+        seconds: float,
     ) -> Iterator[Any]:
         """A step was taken."""
         self.tokens += tokens
@@ -297,7 +338,10 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     for seed in range(case.slots):
         config = case.config(seed)
         training = PackedTraining(
-            config, bank.create_slot(config.lora, seed), data, case.steps + case.warm + 1
+            config,
+            bank.create_slot(config.lora, seed),
+            data,
+            case.steps + case.warm + 1,
         )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]
@@ -311,7 +355,9 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
                 raise answer
         if bank.capacity is not None:
             raise torch.OutOfMemoryError("out of memory for so many at once")
-        requests = [work.send(answer) for work, answer in zip(works, response, strict=True)]
+        requests = [
+            work.send(answer) for work, answer in zip(works, response, strict=True)
+        ]
     synchronize()
     return counter.tokens / (time.perf_counter() - began), weights_of(bank.base)
 

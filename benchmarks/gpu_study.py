@@ -47,7 +47,10 @@ SPACE = [
     "optimizer.learning_rate=tag(log,interval(1e-5,1e-3))",
 ]
 STOCK = {
-    "tutorial": ["++arguments.gradient_checkpointing=true", "++arguments.optim=paged_adamw_32bit"],
+    "tutorial": [
+        "++arguments.gradient_checkpointing=true",
+        "++arguments.optim=paged_adamw_32bit",
+    ],
     "best": [
         "++arguments.padding_free=true",
         "++arguments.max_length=null",
@@ -83,7 +86,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--steps", type=int, default=432, help="of a whole trial")
     parser.add_argument(
-        "--rungs", default="0.037,0.111,0.333", help="of this project's trials: shares of the steps"
+        "--rungs",
+        default="0.037,0.111,0.333",
+        help="of this project's trials: shares of the steps",
     )
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
@@ -98,7 +103,9 @@ def main() -> None:
             1, get_context("spawn")
         ) as elsewhere:  # this process keeps no GPU's memory
             elsewhere.submit(write_checkpoint, folder / "base", arguments.tiny).result()
-        for part, rows in texts({"train": 256, "eval": 32}, 16 if arguments.tiny else 1).items():
+        for part, rows in texts(
+            {"train": 256, "eval": 32}, 16 if arguments.tiny else 1
+        ).items():
             write_lines(folder / f"{part}.jsonl", rows)
         timed(folder, [sys.executable, "-c", IMPORTS])
         os.sync()  # or who asks for a line to be on the disk waits for the base's gigabytes
@@ -109,17 +116,23 @@ def main() -> None:
                 continue
             if side == "ours":
                 memory = arguments.memory if GPU else None
-                seconds[side] = ours(folder, arguments.trials, steps, arguments.rungs, memory)
+                seconds[side] = ours(
+                    folder, arguments.trials, steps, arguments.rungs, memory
+                )
             else:
                 first, *others = stock(folder, side, arguments.stock_trials, steps)
-                seconds[side] = first + (arguments.trials - 1) * statistics.fmean(others or [first])
+                seconds[side] = first + (arguments.trials - 1) * statistics.fmean(
+                    others or [first]
+                )
             print(f"{side}: {seconds[side]:.0f} s", flush=True)
     study = f"{arguments.trials} trials of {steps} steps, ours judged after {arguments.rungs}"
     print(f"\n| {study} | seconds | this project is faster by |")
     print("|---|---|---|")
     for side, took in seconds.items():
         faster = (
-            f"{took / seconds['ours']:.1f} times" if "ours" in seconds and side != "ours" else ""
+            f"{took / seconds['ours']:.1f} times"
+            if "ours" in seconds and side != "ours"
+            else ""
         )
         print(f"| {side} | {took:.0f} | {faster} |")
 
@@ -138,9 +151,14 @@ def texts(counts: dict[str, int], divisor: int) -> dict[str, list[dict[str, str]
         for number, (token, _) in enumerate(Counter(source).most_common(31997), start=3)
     }
     draw, left = random.Random(0), iter(f"w{ids.get(token, 0)}" for token in source)
-    sizes = (min(512, max(128, round(draw.gauss(350, 110)))) // divisor for _ in itertools.count())
+    sizes = (
+        min(512, max(128, round(draw.gauss(350, 110)))) // divisor
+        for _ in itertools.count()
+    )
     return {
-        part: [{"text": " ".join(itertools.islice(left, next(sizes)))} for _ in range(n)]
+        part: [
+            {"text": " ".join(itertools.islice(left, next(sizes)))} for _ in range(n)
+        ]
         for part, n in counts.items()
     }
 
@@ -195,15 +213,33 @@ def recipe(folder: Path) -> str:
     return f"{result['status']} by {result['engine']}, {speed:.0f} tokens/s, {memory:.1f} GiB"
 
 
-def ours(folder: Path, trials: int, steps: int, rungs: str, memory: float | None) -> float:
+def ours(
+    folder: Path, trials: int, steps: int, rungs: str, memory: float | None
+) -> float:
     """Seconds of this project's whole study."""
     took = timed(
         folder,
-        [sys.executable, *(["-m", "finetune"] if memory is None else ["-c", CAPPED, str(memory)])],
+        [
+            sys.executable,
+            *(["-m", "finetune"] if memory is None else ["-c", CAPPED, str(memory)]),
+        ],
         ["-m", "hydra/sweeper=optuna", "~search", *SPACE, "lora/target=q_v"],
-        ["model.name_or_path=base", "dataset.path=train.jsonl", "dataset.eval_path=eval.jsonl"],
-        ["dataset.test_fraction=0", "sample_prompts=[]", "dataset.max_length=null", "tracker=none"],
-        [f"trainer.max_steps={steps}", f"trainer.eval_steps=[{rungs}]", "trainer.save_steps=0"],
+        [
+            "model.name_or_path=base",
+            "dataset.path=train.jsonl",
+            "dataset.eval_path=eval.jsonl",
+        ],
+        [
+            "dataset.test_fraction=0",
+            "sample_prompts=[]",
+            "dataset.max_length=null",
+            "tracker=none",
+        ],
+        [
+            f"trainer.max_steps={steps}",
+            f"trainer.eval_steps=[{rungs}]",
+            "trainer.save_steps=0",
+        ],
         [
             f"hydra.sweeper.n_trials={trials}",
             "hydra.sweeper.sampler.seed=0",

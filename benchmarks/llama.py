@@ -43,7 +43,9 @@ def make_base(tiny: bool, double: bool) -> Any:
                     child.in_features, child.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4",
                     device="meta",
                 )  # fmt: skip
-                weight = torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
+                weight = (
+                    torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
+                )
                 data, state = quantize_4bit(
                     weight, blocksize=64, quant_type="nf4", compress_statistics=double
                 )
@@ -131,12 +133,24 @@ def attention_within_bounds() -> str:
     ) -> tuple[torch.Tensor, None]:
         if latest.get("of") is not position_ids:
             starts = (position_ids[0] == 0).nonzero()[:, 0]
-            bounds = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).to(torch.int32)
-            latest.update(of=position_ids, bounds=bounds, longest=int(bounds.diff().max()))
+            bounds = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).to(
+                torch.int32
+            )
+            latest.update(
+                of=position_ids, bounds=bounds, longest=int(bounds.diff().max())
+            )
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         bounds, longest = latest["bounds"], latest["longest"]
         found = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0)
+            q,
+            k,
+            v,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
         )
         assert isinstance(found, torch.Tensor)
         return found[None], None

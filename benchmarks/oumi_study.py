@@ -44,8 +44,14 @@ def write_config(folder: Path, trials: int, steps: int, quarters: int) -> None:
     config = {
         "model": {"model_name": "base", "torch_dtype_str": "float32"},
         "data": {
-            "train": {"datasets": [tokenised("train")], "collator_name": "text_with_padding"},
-            "validation": {"datasets": [tokenised("eval")], "collator_name": "text_with_padding"},
+            "train": {
+                "datasets": [tokenised("train")],
+                "collator_name": "text_with_padding",
+            },
+            "validation": {
+                "datasets": [tokenised("eval")],
+                "collator_name": "text_with_padding",
+            },
         },
         "tuning": {
             "n_trials": trials,
@@ -67,7 +73,10 @@ def write_config(folder: Path, trials: int, steps: int, quarters: int) -> None:
 
 def tokenised(part: str) -> dict[str, Any]:
     """A data set of rows that have their tokens and labels."""
-    return {"dataset_name": "json", "dataset_kwargs": {"data_files": f"{part}_tokens.jsonl"}}
+    return {
+        "dataset_name": "json",
+        "dataset_kwargs": {"data_files": f"{part}_tokens.jsonl"},
+    }
 
 
 def training(steps: int, quarters: int) -> dict[str, Any]:
@@ -88,7 +97,10 @@ def training(steps: int, quarters: int) -> dict[str, Any]:
         "save_steps": 0,
         "enable_tensorboard": False,
         # After the last step it evaluates in any case.
-        "trainer_kwargs": {"eval_delay": (6 - quarters) * steps // 4, "loss_type": "chunked_nll"},
+        "trainer_kwargs": {
+            "eval_delay": (6 - quarters) * steps // 4,
+            "loss_type": "chunked_nll",
+        },
     }
 
 
@@ -100,7 +112,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
-    with open(Path(OUTPUT, "trials_results.csv"), encoding="utf-8", newline="") as table:
+    with open(
+        Path(OUTPUT, "trials_results.csv"), encoding="utf-8", newline=""
+    ) as table:
         trials = [row for row in csv.DictReader(table) if row["state"] == "COMPLETE"]
     with open(RECORDS, "w", encoding="utf-8") as records:
         for trial in trials:
@@ -118,7 +132,9 @@ def main() -> None:
 
 def trained_tokens(folder: Path) -> float:
     """A trial's, as TRL counts them."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))[
+        "log_history"
+    ]
     return max(float(entry["num_tokens"]) for entry in history if "num_tokens" in entry)
 
 

@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="studies at once, each on one core"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="studies at once, each on one core",
     )
     parser.add_argument("--steps", type=int, default=40, help="of a trial")
     parser.add_argument("--evaluations", type=int, default=4, help="of a trial")
@@ -54,7 +57,11 @@ def main() -> None:
         for schedule in arguments.schedules.split(",")
         for slots in arguments.slots.split(",")
     ]
-    length = (arguments.trials, arguments.steps, arguments.steps // arguments.evaluations)
+    length = (
+        arguments.trials,
+        arguments.steps,
+        arguments.steps // arguments.evaluations,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base")
@@ -87,7 +94,9 @@ def make_base(folder: Path) -> None:
     bpe.train_from_iterator(
         (text for row in question_answer_pairs() for text in row.values()), trainer
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="</s>", pad_token="</s>"
+    )
     torch.manual_seed(0)
     shapes = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -101,7 +110,13 @@ def make_base(folder: Path) -> None:
 
 
 def study(
-    folder: Path, trials: int, steps: int, eval_steps: int, schedule: str, slots: int, seed: int
+    folder: Path,
+    trials: int,
+    steps: int,
+    eval_steps: int,
+    schedule: str,
+    slots: int,
+    seed: int,
 ) -> list[Curve]:
     """The curves of one unpruned study, by trial."""
     name = f"{schedule}-{slots}-{seed}"
@@ -129,7 +144,9 @@ def study(
 def print_best(curves: Curves, trials: int) -> None:
     """The best loss after so many trials, over the seeds."""
     counts = [count for count in AFTER if count <= trials]
-    print(f"| schedule | slots | {' | '.join(f'after {count} trials' for count in counts)} |")
+    print(
+        f"| schedule | slots | {' | '.join(f'after {count} trials' for count in counts)} |"
+    )
     print(f"|---|---|{'---|' * len(counts)}")
     for (schedule, slots), studies in curves.items():
         cells = []
@@ -150,7 +167,9 @@ def print_pruning(curves: Curves) -> None:
         "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
             min_resource=1, reduction_factor=3
         ),
-        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0),
+        "median": lambda: optuna.pruners.MedianPruner(
+            n_startup_trials=4, n_warmup_steps=0
+        ),
     }
     print(
         "| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |"
@@ -161,7 +180,9 @@ def print_pruning(curves: Curves) -> None:
         for every in (1, 3) if rungs == 27 else (1,):
             for name, make in pruners.items():
                 lost, given, kept = 0, 0.0, 0.0
-                for own in ([curve[every - 1 :: every] for curve in study] for study in studies):
+                for own in (
+                    [curve[every - 1 :: every] for curve in study] for study in studies
+                ):
                     reached = replay(own, slots, make())
                     best = min(curve[-1] for curve in own)
                     left = min(
@@ -173,11 +194,17 @@ def print_pruning(curves: Curves) -> None:
                     given += left - best
                     kept += sum(reached) / sum(map(len, own))
                 count = len(studies)
-                figures = f"{lost} of {count} | {given / count:.4f} | {1 - kept / count:.0%}"
-                print(f"| {schedule} | {slots} | {rungs // every} | {name} | {figures} |")
+                figures = (
+                    f"{lost} of {count} | {given / count:.4f} | {1 - kept / count:.0%}"
+                )
+                print(
+                    f"| {schedule} | {slots} | {rungs // every} | {name} | {figures} |"
+                )
 
 
-def replay(curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner) -> list[int]:
+def replay(
+    curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner
+) -> list[int]:
     """How many rungs each trial reaches; the first is the baseline, which is judged too, but never
     pruned."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)

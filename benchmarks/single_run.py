@@ -30,7 +30,11 @@ from typing import Any
 
 LENGTH, BATCH = 128, 4
 OWN_ROWS, THEIR_ROWS = "own.jsonl", "theirs.jsonl"
-OURS, FLOAT32, PLAIN = "this project", "plain TRL, float32 adapter", "plain TRL as it is"
+OURS, FLOAT32, PLAIN = (
+    "this project",
+    "plain TRL, float32 adapter",
+    "plain TRL as it is",
+)
 
 
 def main() -> None:
@@ -53,7 +57,9 @@ def main() -> None:
             train(arguments.alone, folder, 3)
             return
         # First: a child's peak is at least what its parent had when it was forked.
-        memory = {name: peak_memory(name, arguments.rows) for name in (OURS, FLOAT32, PLAIN)}
+        memory = {
+            name: peak_memory(name, arguments.rows) for name in (OURS, FLOAT32, PLAIN)
+        }
         prepare(folder, arguments.rows, arguments.steps)
         turns = in_turns(folder, arguments.steps)
     print_table(turns, memory)
@@ -75,10 +81,16 @@ def prepare(folder: Path, kind: str, steps: int) -> None:
             )
             for row in pairs[: steps * BATCH]
         ]
-        write(folder / OWN_ROWS, [{"messages": [question, answer]} for question, answer in turns])
+        write(
+            folder / OWN_ROWS,
+            [{"messages": [question, answer]} for question, answer in turns],
+        )
         write(
             folder / THEIR_ROWS,
-            [{"prompt": [question], "completion": [answer]} for question, answer in turns],
+            [
+                {"prompt": [question], "completion": [answer]}
+                for question, answer in turns
+            ],
         )
         return
     answers = [row["completion"] for row in pairs]
@@ -161,7 +173,9 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
             use_cpu=not gpu,
             bf16=gpu,
         ),
-        train_dataset=load_dataset("json", data_files=str(folder / THEIR_ROWS), split="train"),
+        train_dataset=load_dataset(
+            "json", data_files=str(folder / THEIR_ROWS), split="train"
+        ),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"
@@ -180,7 +194,11 @@ class Turns:
     def __init__(self, names: list[str]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
-        self._waiting, self._turn, self._changed = list(names), names[0], threading.Condition()
+        self._waiting, self._turn, self._changed = (
+            list(names),
+            names[0],
+            threading.Condition(),
+        )
         self._began = 0.0
         self._arrived: set[str] = set()
 
@@ -243,7 +261,9 @@ def in_turns(folder: Path, steps: int) -> Turns:
         for rows in (OWN_ROWS, THEIR_ROWS):
             (own / rows).symlink_to(folder / rows)
     with taking(turns):
-        threads = [threading.Thread(target=work, args=(name,), name=name) for name in names]
+        threads = [
+            threading.Thread(target=work, args=(name,), name=name) for name in names
+        ]
         for thread in threads:
             thread.start()
             turns.arrived(thread)
@@ -264,12 +284,16 @@ def taking(turns: Turns) -> Iterator[None]:
     theirs: Callable[..., Any] = SFTTrainer.training_step
     ours: Callable[..., Any] = Bank.forward_backward
 
-    def training_step(self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+    def training_step(
+        self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any
+    ) -> Any:
         turns.next(int(inputs["attention_mask"].sum()))
         return theirs(self, model, inputs, *arguments, **keywords)
 
     def forward_backward(self: Any, requests: Any) -> Any:
-        turns.next(sum(len(row["input_ids"]) for request in requests for row in request.rows))
+        turns.next(
+            sum(len(row["input_ids"]) for request in requests for row in request.rows)
+        )
         return ours(self, requests)
 
     SFTTrainer.training_step = training_step
@@ -284,7 +308,8 @@ def taking(turns: Turns) -> Iterator[None]:
 def peak_memory(side: str, rows: str) -> int:
     """The most memory in bytes that a process had which trained one side."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--alone", side, "--rows", rows], stderr=subprocess.DEVNULL
+        [sys.executable, __file__, "--alone", side, "--rows", rows],
+        stderr=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -305,7 +330,10 @@ def print_table(turns: Turns, memory: dict[str, int]) -> None:
     for name, rate in medians.items():
         print(f"| {name} | {rate:.1f} | {memory[name] / 2**30:.2f} |")
     for other in (FLOAT32, PLAIN):
-        ratios = [ours / theirs for ours, theirs in zip(rates[OURS], rates[other], strict=True)]
+        ratios = [
+            ours / theirs
+            for ours, theirs in zip(rates[OURS], rates[other], strict=True)
+        ]
         low, middle, high = statistics.quantiles(ratios, n=4)
         speed = f"{middle:.3f} (middle half {low:.3f} to {high:.3f})"
         print(f"| {OURS} / {other} | {speed} | {memory[OURS] / memory[other]:.3f} |")

@@ -27,12 +27,21 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 DEFAULTS = {
     "base": "base",  # model folder
-    "rows": {"train": "train.jsonl", "eval": "eval.jsonl", "tokens": "eval_tokens.jsonl"},
+    "rows": {
+        "train": "train.jsonl",
+        "eval": "eval.jsonl",
+        "tokens": "eval_tokens.jsonl",
+    },
     "records": "records.jsonl",  # gets a line for each trial
     "steps": 12,
     "seed": 0,
@@ -52,7 +61,11 @@ def main(config: DictConfig) -> float:
     seconds = time.perf_counter() - whole
     last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     began = time.perf_counter()
-    loss = common_measure(trainer.model, Path(config.rows.tokens)) if config.rows.tokens else None
+    loss = (
+        common_measure(trainer.model, Path(config.rows.tokens))
+        if config.rows.tokens
+        else None
+    )
     record = {
         "trial": HydraConfig.get().job.num,
         "eval/loss": loss,
@@ -108,9 +121,13 @@ def train(config: DictConfig) -> SFTTrainer:
         "use_cpu": not gpu,
         "bf16": gpu,
     }
-    rows = load_dataset("json", data_files={"train": config.rows.train, "eval": config.rows.eval})
+    rows = load_dataset(
+        "json", data_files={"train": config.rows.train, "eval": config.rows.eval}
+    )
     targets = (
-        config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
+        config.lora.targets
+        if isinstance(config.lora.targets, str)
+        else list(config.lora.targets)
     )
     trainer = SFTTrainer(
         model=model,

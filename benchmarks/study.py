@@ -78,7 +78,10 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument(
-        "--steps", type=int, default=8, help="optimizer steps of a whole trial, a multiple of 4"
+        "--steps",
+        type=int,
+        default=8,
+        help="optimizer steps of a whole trial, a multiple of 4",
     )
     parser.add_argument(
         "--sides", help=f"of {', '.join(SIDES)}; default: stock,ours, all with --oumi"
@@ -102,10 +105,14 @@ def main() -> None:
     arguments = parser.parse_args()
     trials, steps = arguments.trials, arguments.steps
     if trials < 1 or steps < EVALUATIONS or steps % EVALUATIONS:
-        parser.error(f"--trials must be at least 1, --steps a multiple of {EVALUATIONS}")
+        parser.error(
+            f"--trials must be at least 1, --steps a multiple of {EVALUATIONS}"
+        )
     if arguments.keep is not None and arguments.keep.exists():
         parser.error(f"--keep {arguments.keep}: exists already")
-    sides = (arguments.sides or (",".join(SIDES) if arguments.oumi else "stock,ours")).split(",")
+    sides = (
+        arguments.sides or (",".join(SIDES) if arguments.oumi else "stock,ours")
+    ).split(",")
     if not set(sides) <= set(SIDES):
         parser.error(f"--sides {arguments.sides}: must be of {', '.join(SIDES)}")
     oumi = os.path.abspath(shutil.which(arguments.oumi or "") or "")
@@ -116,10 +123,17 @@ def main() -> None:
         prepare(folder)
         run = {
             "stock": lambda: stock_study(folder, trials, steps),
-            "oumi": lambda: oumi_study(folder, oumi, trials, steps, arguments.oumi_evaluations),
+            "oumi": lambda: oumi_study(
+                folder, oumi, trials, steps, arguments.oumi_evaluations
+            ),
             "ours": lambda: our_study(folder, trials, steps, "ours"),
             "ours_float32": lambda: our_study(
-                folder, trials, steps, "ours_float32", "quantization=none", "model.dtype=float32"
+                folder,
+                trials,
+                steps,
+                "ours_float32",
+                "quantization=none",
+                "model.dtype=float32",
             ),
         }
         print_table({SIDES[side]: run[side]() for side in sides})
@@ -149,7 +163,8 @@ def prepare(folder: Path) -> None:
             [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats],
         )
         write_lines(
-            folder / f"{part}_tokens.jsonl", resources.tokens(part, messages, config).to_list()
+            folder / f"{part}_tokens.jsonl",
+            resources.tokens(part, messages, config).to_list(),
         )
 
 
@@ -168,7 +183,14 @@ def stock_study(folder: Path, trials: int, steps: int) -> Outcome:
     script = Path(__file__).resolve().with_name("stock_trial.py")
     seconds = timed(
         folder,
-        [sys.executable, str(script), "-m", "hydra/sweeper=optuna", *SPACE, f"steps={steps}"],
+        [
+            sys.executable,
+            str(script),
+            "-m",
+            "hydra/sweeper=optuna",
+            *SPACE,
+            f"steps={steps}",
+        ],
         [
             f"hydra.sweeper.n_trials={trials}",
             "hydra.sweeper.n_jobs=1",
@@ -177,7 +199,11 @@ def stock_study(folder: Path, trials: int, steps: int) -> Outcome:
         ["hydra.sweep.dir=stock"],
     )
     records = read_lines(folder / "records.jsonl")
-    losses = [record["eval/loss"] for record in records if math.isfinite(record["trl_eval_loss"])]
+    losses = [
+        record["eval/loss"]
+        for record in records
+        if math.isfinite(record["trl_eval_loss"])
+    ]
     return Outcome(
         seconds=seconds - sum(record["measuring_seconds"] for record in records),
         losses=losses,
@@ -187,13 +213,18 @@ def stock_study(folder: Path, trials: int, steps: int) -> Outcome:
     )
 
 
-def oumi_study(folder: Path, oumi: str, trials: int, steps: int, evaluations: int) -> Outcome:
+def oumi_study(
+    folder: Path, oumi: str, trials: int, steps: int, evaluations: int
+) -> Outcome:
     """Oumi's tuner; its adapters are measured afterwards."""
     from oumi_study import CONFIG, RECORDS, write_config
 
     write_config(folder, trials, steps, evaluations)
     seconds = timed(folder, [oumi, "tune", "-c", CONFIG])
-    timed(folder, [sys.executable, str(Path(__file__).resolve().with_name("oumi_study.py"))])
+    timed(
+        folder,
+        [sys.executable, str(Path(__file__).resolve().with_name("oumi_study.py"))],
+    )
     records = read_lines(folder / RECORDS)
     return Outcome(
         seconds=seconds,
@@ -208,7 +239,15 @@ def our_study(folder: Path, trials: int, steps: int, name: str, *extra: str) -> 
     """This project's sweeper with its defaults, but for extra overrides."""
     seconds = timed(
         folder,
-        [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "~search", *SPACE],
+        [
+            sys.executable,
+            "-m",
+            "finetune",
+            "-m",
+            "hydra/sweeper=optuna",
+            "~search",
+            *SPACE,
+        ],
         [
             "dataset.path=train.jsonl",
             "dataset.eval_path=eval.jsonl",
@@ -232,7 +271,9 @@ def our_study(folder: Path, trials: int, steps: int, name: str, *extra: str) -> 
         for file in folder.glob(f"{name}/trials/*/result.json")
     ]
     losses = [
-        result["metrics"]["eval/loss"] for result in results if result["status"] == "completed"
+        result["metrics"]["eval/loss"]
+        for result in results
+        if result["status"] == "completed"
     ]
     pruned = sum(result["status"] == "pruned" for result in results)
     return Outcome(
@@ -265,17 +306,23 @@ def timed(folder: Path, *arguments: list[str]) -> float:
 def print_table(outcomes: dict[str, Outcome]) -> None:
     """Each side's figures; for two on the same base the ratio of wall times and the difference of
     best losses."""
-    print("\n| | wall time, s | best held-out loss | trained tokens | complete | pruned | failed |")
+    print(
+        "\n| | wall time, s | best held-out loss | trained tokens | complete | pruned | failed |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, side in outcomes.items():
         counts = f"{len(side.losses)} | {side.pruned} | {side.failed}"
-        print(f"| {name} | {side.seconds:.0f} | {side.best:.4f} | {side.tokens} | {counts} |")
+        print(
+            f"| {name} | {side.seconds:.0f} | {side.best:.4f} | {side.tokens} | {counts} |"
+        )
     for mine, theirs in ((OURS, STOCK), (OURS_FLOAT32, OUMI)):
         if mine in outcomes and theirs in outcomes:
             ours, peer = outcomes[mine], outcomes[theirs]
             faster, share = peer.seconds / ours.seconds, ours.tokens / peer.tokens
             loss = f"{ours.best / peer.best - 1:+.2%}"
-            print(f"| {mine} / {theirs} | {faster:.2f} times faster | {loss} | {share:.2f} | | | |")
+            print(
+                f"| {mine} / {theirs} | {faster:.2f} times faster | {loss} | {share:.2f} | | | |"
+            )
 
 
 if __name__ == "__main__":

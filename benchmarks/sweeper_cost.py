@@ -43,7 +43,9 @@ def main() -> None:
                 (study(folder, f"many{turn}", many) - study(folder, f"few{turn}", FEW))
                 / arguments.more
             )
-            jobs.append((multirun(folder, many) - multirun(folder, FEW)) / arguments.more)
+            jobs.append(
+                (multirun(folder, many) - multirun(folder, FEW)) / arguments.more
+            )
     trial, job = statistics.median(trials), statistics.median(jobs)
     print("| | seconds |\n|---|---|")
     print(

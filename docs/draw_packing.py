@@ -61,7 +61,13 @@ class Picture:
         )
 
     def line(
-        self, x1: float, y1: float, x2: float, y2: float, stroke: str, arrow: bool = False
+        self,
+        x1: float,
+        y1: float,
+        x2: float,
+        y2: float,
+        stroke: str,
+        arrow: bool = False,
     ) -> None:
         """Add a straight line, with an arrowhead at its end if asked for."""
         marker = ' marker-end="url(#arrow)"' if arrow else ""
@@ -89,7 +95,9 @@ class Picture:
             "</defs>"
         )
         background = '<rect width="100%" height="100%" fill="#ffffff"/>'
-        path.write_text("\n".join([head, arrow, background, *self.elements, "</svg>\n"]))
+        path.write_text(
+            "\n".join([head, arrow, background, *self.elements, "</svg>\n"])
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,9 @@ def draw_line() -> Picture:
     )
     _draw_legend(picture, 40, 78)
     _draw_padded_batches(picture, 128)
-    picture.text(40, 300, "Packed: the same batches as one line of tokens", 18, bold=True)
+    picture.text(
+        40, 300, "Packed: the same batches as one line of tokens", 18, bold=True
+    )
     picture.text(
         40,
         322,
@@ -165,7 +175,9 @@ def _draw_padded_batches(picture: Picture, y: float) -> None:
             padding = longest - row.length
             if padding:
                 left = x + row.length
-                picture.rectangle(left, top, padding, 26, "#ffffff", 1.0, MUTED, dashed=True)
+                picture.rectangle(
+                    left, top, padding, 26, "#ffffff", 1.0, MUTED, dashed=True
+                )
         x += longest + 130
 
 
@@ -195,7 +207,9 @@ def _draw_packed_line(picture: Picture, y: float) -> None:
         bounds.append((begin, x))
         x += 4
     end = bounds[-1][1]
-    note = "Attention: a row attends to itself and to its batch's prefix, to no other row."
+    note = (
+        "Attention: a row attends to itself and to its batch's prefix, to no other row."
+    )
     picture.text(40, y + 92, note, 13, MUTED)
     top = y + 134
     picture.text(40, top - 10, "In each linear layer of the decoder:", 14, bold=True)
@@ -253,7 +267,9 @@ def draw_passes() -> Picture:
         MUTED,
     )
     for number in range(7):
-        picture.text(_pass_x(number) + 58, 92, f"pass {number + 1}", 13, MUTED, "middle")
+        picture.text(
+            _pass_x(number) + 58, 92, f"pass {number + 1}", 13, MUTED, "middle"
+        )
     _draw_slots(picture, 106)
     _draw_device(picture, 280)
     _draw_host(picture, 376)
@@ -274,10 +290,14 @@ def _draw_slots(picture: Picture, y: float) -> None:
             label = f"{name}: " + ("train" if request == "T" else "evaluate")
             x = _pass_x(first + offset)
             color = SLOT_COLORS[trial]
-            picture.rectangle(x, y + 52 * slot, 116, LANE, color, _opacity(request), color)
+            picture.rectangle(
+                x, y + 52 * slot, 116, LANE, color, _opacity(request), color
+            )
             picture.text(x + 58, y + 52 * slot + 22, label, 12, INK, "middle")
     idle = 2 * PASS_WIDTH - 12
-    picture.rectangle(_pass_x(3), y + 52, idle, LANE, "#ffffff", 1.0, MUTED, dashed=True)
+    picture.rectangle(
+        _pass_x(3), y + 52, idle, LANE, "#ffffff", 1.0, MUTED, dashed=True
+    )
     label = "trial 1 pruned, trial 3 starts"
     picture.text(_pass_x(3) + idle / 2, y + 74, label, 12, MUTED, "middle")
 
@@ -300,7 +320,9 @@ def _draw_device(picture: Picture, y: float) -> None:
             x = _pass_x(number) + width * position
             color = SLOT_COLORS[trial]
             picture.rectangle(x, y, width, LANE, color, _opacity(request), "#ffffff")
-        picture.rectangle(_pass_x(number), y, width * len(active), LANE, "none", 1.0, INK)
+        picture.rectangle(
+            _pass_x(number), y, width * len(active), LANE, "none", 1.0, INK
+        )
     picture.text(
         FIRST_PASS,
         y + 54,

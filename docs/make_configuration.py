@@ -72,7 +72,9 @@ def render() -> str:
 def _section_classes() -> dict[str, Any]:
     """Return the settings dataclasses of a run's sections, by name."""
     hints = typing.get_type_hints(RunConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {
+        name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)
+    }
 
 
 def _section(title: str, path: str, cls: Any, defaults: dict[Any, Any]) -> str:
@@ -85,7 +87,9 @@ def _table(path: str, cls: Any, defaults: dict[Any, Any]) -> str:
     meanings = field_docstrings(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     keys = [key for key in defaults if key in fields]
-    keys += [field for field in fields if field not in keys]  # set by a group of their own
+    keys += [
+        field for field in fields if field not in keys
+    ]  # set by a group of their own
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key in keys:
         if dataclasses.is_dataclass(hints[key]):
@@ -93,7 +97,9 @@ def _table(path: str, cls: Any, defaults: dict[Any, Any]) -> str:
         full_key = f"{path}.{key}" if path else key
         default = _yaml(defaults[key]) if key in defaults else "a group"
         cells = (f"`{full_key}`", describe_type(hints[key]), default, meanings[key])
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -133,9 +139,13 @@ def _groups() -> str:
         for file in sorted(folder.glob("*.yaml"), key=_natural_order):
             name = f"**{file.stem}**" if defaults.get(group) == file.stem else file.stem
             rows.append(f"| `{group}` | {name} | {_first_comment(file)} |")
-    samplers = f"Samplers of hydra-optuna-sweeper can be chosen as well: {PLUGIN_SAMPLERS}."
+    samplers = (
+        f"Samplers of hydra-optuna-sweeper can be chosen as well: {PLUGIN_SAMPLERS}."
+    )
     table = "\n".join(rows)
-    return f"## Groups and their choices\n\n{GROUPS_INTRODUCTION}\n{table}\n\n{samplers}\n"
+    return (
+        f"## Groups and their choices\n\n{GROUPS_INTRODUCTION}\n{table}\n\n{samplers}\n"
+    )
 
 
 def _natural_order(file: Path) -> list[tuple[int, str]]:
@@ -147,7 +157,10 @@ def _natural_order(file: Path) -> list[tuple[int, str]]:
 def _default_choices() -> dict[str, str]:
     """Return the default choice of each group, from the defaults lists."""
     choices: dict[str, str] = {}
-    for file, parent in (("config.yaml", ""), ("hydra/sweeper/optuna.yaml", "hydra/sweeper/")):
+    for file, parent in (
+        ("config.yaml", ""),
+        ("hydra/sweeper/optuna.yaml", "hydra/sweeper/"),
+    ):
         for entry in OmegaConf.load(CONF / file).defaults:
             if not isinstance(entry, str):
                 ((group, choice),) = entry.items()

@@ -68,7 +68,9 @@ def draw(study: Path, pictures: Path) -> None:
                 "width": WIDTH,
                 "height": end["y"] + end["height"] + 12 - start,
             }
-            page.screenshot(path=str(pictures / f"{name}.png"), clip=clip, full_page=True)
+            page.screenshot(
+                path=str(pictures / f"{name}.png"), clip=clip, full_page=True
+            )
         browser.close()
 
 

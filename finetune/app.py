@@ -50,10 +50,14 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
     for position, word in enumerate(sys.argv[1:], start=1):
         if word in overrides:
             sys.argv[position] = check_override(word)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises its errors instead of printing them
+    )
     failures = _JobFailures()
     with _explain_unusable_folder(overrides):
-        hydra.main(config_path=str(CONF), config_name="config")(failures.collect(task))()
+        hydra.main(config_path=str(CONF), config_name="config")(
+            failures.collect(task)
+        )()
     failures.discard_empty_sweeps()
     failures.raise_first()
 
@@ -71,7 +75,9 @@ def compose_run(overrides: list[str]) -> RunConfig:
         ConfigError: an override or the resulting config is not allowed.
     """
     with hydra.initialize_config_dir(str(CONF)):
-        composed = hydra.compose("config", [check_override(override) for override in overrides])
+        composed = hydra.compose(
+            "config", [check_override(override) for override in overrides]
+        )
         return RunConfig.from_hydra(composed)
 
 
@@ -91,7 +97,9 @@ def check_override(override: str) -> str:
     if (CONF / key).is_dir() and value.isdigit():
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
-    open_groups = r"((model|lora|trainer)\.extra|dataset\.columns|model\.template_kwargs)\b"
+    open_groups = (
+        r"((model|lora|trainer)\.extra|dataset\.columns|model\.template_kwargs)\b"
+    )
     adds_key = re.match(open_groups, override)
     return f"++{override}" if adds_key else override
 
@@ -104,7 +112,9 @@ def _folder_to_resume(arguments: argparse.Namespace) -> str | None:
     if arguments.cfg or arguments.help or arguments.info:
         return None
     overrides: list[str] = arguments.overrides
-    resumes = [override for override in overrides if override.lstrip("+").startswith("resume=")]
+    resumes = [
+        override for override in overrides if override.lstrip("+").startswith("resume=")
+    ]
     if not resumes:
         return None
     folder = resumes[0].partition("=")[2]
@@ -123,7 +133,12 @@ def _explain_unusable_folder(overrides: list[str]) -> Iterator[None]:
     """Name the key `hydra.run.dir` where Hydra can't create the folder of the run."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
         if error.filename is None:
             raise
         values = dict(override.partition("=")[::2] for override in overrides)
@@ -155,7 +170,9 @@ class _JobFailures:
             try:
                 return task(composed)
             except (Exception, KeyboardInterrupt) as error:
-                if _is_multirun() and isinstance(error, KeyboardInterrupt | Interrupted):
+                if _is_multirun() and isinstance(
+                    error, KeyboardInterrupt | Interrupted
+                ):
                     raise
                 self._add(error)
                 return None

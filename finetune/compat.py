@@ -202,7 +202,9 @@ def record_loading_keys() -> Iterator[dict[str, set[str]]]:
         PreTrainedModel._adjust_missing_and_unexpected_keys = method
 
 
-def peft_refuses_layer(config: "LoraConfig", model: "torch.nn.Module", name: str) -> bool:
+def peft_refuses_layer(
+    config: "LoraConfig", model: "torch.nn.Module", name: str
+) -> bool:
     """Return whether PEFT refuses to adapt a layer because of the base's architecture.
 
     Reason: PEFT raises an error only once the base is loaded, for `all-linear` too, which a user

@@ -89,7 +89,9 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_error_line(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return (
+            f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        )
     if isinstance(error, ConfigError | Interrupted):
         return _join_lines(str(error))
     return f"{type(error).__name__}: {summary_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
@@ -123,7 +125,9 @@ def _hydra_error_line(error: Exception) -> str:
     cause = str(error.__cause__ or "").splitlines()
     if cause and cause[0] not in text:
         lines.append(cause[0])
-    return "; ".join(line.rstrip(".;") for line in lines if not line.startswith(HYDRA_NOISE))
+    return "; ".join(
+        line.rstrip(".;") for line in lines if not line.startswith(HYDRA_NOISE)
+    )
 
 
 def _sweep_refusal(override: str) -> str:
@@ -146,7 +150,9 @@ def _suggest_key(unknown: str) -> str:
     *groups, name = unknown.removeprefix(SWEEPER).split(".")
     node: Any = OmegaConf.load(CONF / file)
     for group in groups:
-        node = node.get(group) if isinstance(node, DictConfig) and group in node else None
+        node = (
+            node.get(group) if isinstance(node, DictConfig) and group in node else None
+        )
     if not node:
         return "see --cfg job"
     return did_you_mean(name, [str(key) for key in node if key != "defaults"])
@@ -182,9 +188,13 @@ def quiet_libraries(bars: bool = True) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module=rf"{library}\."
+        )
     # The run logs this itself.
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    warnings.filterwarnings(
+        "ignore", message="Paged optimizers are not supported on CPU"
+    )
     if not (bars and sys.stderr.isatty()):
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar

@@ -64,7 +64,9 @@ def _parse_arguments() -> argparse.Namespace:
         help=f"a {ANY_FILE}, its URL, a hub id, or a folder: its test files, or all its files if "
         "none is named test",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
+    )
     return parser.parse_args()
 
 
@@ -89,7 +91,9 @@ def _compare(folder: str, data: str) -> Comparison:
     from finetune.engine.evaluation import evaluate
 
     run = load_run(folder)
-    tokens = tokenize("test", rows, run.tokenizer, settings, run.config.model.template_kwargs)
+    tokens = tokenize(
+        "test", rows, run.tokenizer, settings, run.config.model.template_kwargs
+    )
     batch_size = config.trainer.per_device_eval_batch_size
     # The base first: attaching the adapter may change it.
     base = evaluate(run.base, tokens, batch_size, config.quantization)
@@ -98,7 +102,9 @@ def _compare(folder: str, data: str) -> Comparison:
 
 
 def _print_table(data: str, comparison: Comparison) -> None:
-    print(f"{comparison.rows} rows, {comparison.adapter.tokens} answer tokens of {data}")
+    print(
+        f"{comparison.rows} rows, {comparison.adapter.tokens} answer tokens of {data}"
+    )
     print(f"{'':12}{'base':>10}{'adapter':>10}{'change':>10}")
     for name in METRICS:
         base = getattr(comparison.base, name)

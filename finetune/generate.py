@@ -17,7 +17,9 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser("finetune.generate", "Generate text with the adapter of a run.")
+    parser = command_parser(
+        "finetune.generate", "Generate text with the adapter of a run."
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument(
         "--prompt",
@@ -27,7 +29,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="a prompt; repeat the flag for several",
     )
     parser.add_argument(
-        "--system", metavar="TEXT", help="the system turn before each prompt (default: none)"
+        "--system",
+        metavar="TEXT",
+        help="the system turn before each prompt (default: none)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -36,9 +40,14 @@ def _parse_arguments() -> argparse.Namespace:
         help="limit of each answer (default: the limits of the run's samples)",
     )
     parser.add_argument(
-        "--max-length", metavar="TOKENS", type=int, help="limit of a prompt and its answer together"
+        "--max-length",
+        metavar="TOKENS",
+        type=int,
+        help="limit of a prompt and its answer together",
     )
-    parser.add_argument("--base", action="store_true", help="answer without the adapter")
+    parser.add_argument(
+        "--base", action="store_true", help="answer without the adapter"
+    )
     arguments = parser.parse_args()
     _require_positive("--max-new-tokens", arguments.max_new_tokens)
     _require_positive("--max-length", arguments.max_length)

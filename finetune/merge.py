@@ -39,7 +39,9 @@ def main() -> None:
     arguments = _parse_arguments()
     folder = Path(arguments.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise refusal("--to", arguments.to, "exists already; must be a new or an empty folder")
+        raise refusal(
+            "--to", arguments.to, "exists already; must be a new or an empty folder"
+        )
     _require_mergeable(arguments.run)
     run = load_run(arguments.run)
     expected = probe(run, run.with_adapter())
@@ -62,10 +64,15 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser("finetune.merge", "Merge the adapter of a run into its base.")
+    parser = command_parser(
+        "finetune.merge", "Merge the adapter of a run into its base."
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--to", metavar="FOLDER", required=True, help="a new folder for the merged model"
+        "--to",
+        metavar="FOLDER",
+        required=True,
+        help="a new folder for the merged model",
     )
     parser.add_argument(
         "--dtype",
@@ -84,7 +91,9 @@ def _require_mergeable(folder: str) -> None:
         return
     name = config.model.name_or_path
     reason = f"its base {name} is quantised ({quantization.method}), and can't be merged into"
-    raise refusal("RUN", folder, f"{reason}; serve base and adapter apart: vllm --enable-lora")
+    raise refusal(
+        "RUN", folder, f"{reason}; serve base and adapter apart: vllm --enable-lora"
+    )
 
 
 def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
@@ -93,7 +102,9 @@ def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
 
     ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
     generation_config = generation_config_with_ends(run.base, ends)
-    merged.generation_config = GenerationConfig()  # saving checks it, and refuses many bases'
+    merged.generation_config = (
+        GenerationConfig()
+    )  # saving checks it, and refuses many bases'
     with replace_folder(folder) as draft:
         merged.save_pretrained(draft)
         write_generation_config(generation_config, draft)

@@ -33,7 +33,9 @@ def main() -> None:
     config = compose_run(arguments.overrides)
     quiet_libraries()
     resources = SharedResources()
-    resources.rows(config.dataset)  # mistakes in the rows are said before torch is imported
+    resources.rows(
+        config.dataset
+    )  # mistakes in the rows are said before torch is imported
     config = resolve_learning_rate(config, resources)
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 
@@ -56,9 +58,14 @@ def _parse_arguments() -> argparse.Namespace:
     description = "Plan memory, tokens and time of a run, before any weights load."
     parser = command_parser("finetune.plan", description)
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as python -m finetune accepts them"
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="as python -m finetune accepts them",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -73,7 +80,9 @@ def measure_speed() -> float:
     from finetune.model.device import on_gpu
 
     # A product takes a GPU less than a millisecond, a CPU a tenth of a second.
-    device, dtype, repeats = ("cuda", torch.bfloat16, 8) if on_gpu() else ("cpu", torch.float32, 1)
+    device, dtype, repeats = (
+        ("cuda", torch.bfloat16, 8) if on_gpu() else ("cpu", torch.float32, 1)
+    )
     rows, width = 512, 2048
     activations = torch.randn((rows, width), device=device, dtype=dtype)
     weight = torch.randn((width, width), device=device, dtype=dtype)
@@ -134,7 +143,9 @@ def _print_memory(plan: "Plan", method: str) -> None:
     for name, size in rows.items():
         if size:
             print(f"{name:32}{size / GIB:8.2f} GiB")
-    print(f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}")
+    print(
+        f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}"
+    )
 
 
 def _print_work(plan: "Plan", config: RunConfig, seconds: float) -> None:

@@ -32,10 +32,17 @@ def _parse_arguments() -> argparse.Namespace:
     description = "Show rows as the model sees them, and what becomes of all rows."
     parser = command_parser("finetune.preview", description)
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as python -m finetune accepts them"
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="as python -m finetune accepts them",
     )
     parser.add_argument(
-        "--rows", metavar="N", type=int, default=3, help="number of rows to show (default: 3)"
+        "--rows",
+        metavar="N",
+        type=int,
+        default=3,
+        help="number of rows to show (default: 3)",
     )
     parser.add_argument(
         "--part",
@@ -43,7 +50,9 @@ def _parse_arguments() -> argparse.Namespace:
         default=SPLITS[0],
         help="the part of the data to show, its first rows by file and number (default: train)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of text"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.rows < 1:
         raise refusal("--rows", arguments.rows, "must be at least 1")
@@ -65,7 +74,9 @@ def _preview(config: RunConfig, split: str, count: int) -> Preview:
 
 def _no_rows(config: RunConfig, split: str) -> ConfigError:
     fraction = getattr(config.dataset, f"{split}_fraction")
-    reason = f"has no rows: dataset.{split}_fraction={fraction}, dataset.{split}_path=null"
+    reason = (
+        f"has no rows: dataset.{split}_fraction={fraction}, dataset.{split}_path=null"
+    )
     return refusal("--part", split, f"{reason}, and no file is named for it")
 
 

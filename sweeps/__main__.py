@@ -40,13 +40,17 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; `action` is the function of the chosen one."""
     parser = command_parser("sweeps", "List and inspect studies, and act on them.")
-    parser.prog = "python -m sweeps"  # Python before 3.14 prints the file's name, `__main__.py`
+    parser.prog = (
+        "python -m sweeps"  # Python before 3.14 prints the file's name, `__main__.py`
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
         name: str, action: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
         command.set_defaults(action=action)
         return command
 
@@ -68,13 +72,21 @@ def _parser() -> argparse.ArgumentParser:
         "stop", _stop, "stop a running trial at its next step and record it as pruned"
     )
     stop.add_argument("trial", type=int, help="number of the trial")
-    report = add_for_study("report", _report, "write report.html, which needs no network")
-    report.add_argument("--watch", action="store_true", help="update it until no trial is running")
-    confirm = add_for_study("confirm", _confirm, "retrain the best trials with other seeds")
+    report = add_for_study(
+        "report", _report, "write report.html, which needs no network"
+    )
+    report.add_argument(
+        "--watch", action="store_true", help="update it until no trial is running"
+    )
+    confirm = add_for_study(
+        "confirm", _confirm, "retrain the best trials with other seeds"
+    )
     confirm.add_argument(
         "--top", type=_positive, default=3, help="number of best trials (default 3)"
     )
-    confirm.add_argument("--seeds", type=_positive, default=5, help="number of seeds (default 5)")
+    confirm.add_argument(
+        "--seeds", type=_positive, default=5, help="number of seeds (default 5)"
+    )
     return parser
 
 
@@ -127,7 +139,9 @@ def _list_row(path: Path) -> list[str]:
     start = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     try:
         study = Study.load(path.parent.absolute(), retry_seconds=0)
-    except Exception as error:  # its database cannot be reached, or its files are damaged
+    except (
+        Exception
+    ) as error:  # its database cannot be reached, or its files are damaged
         return [path.parent.name, start, "", error_line(error)]
     counts = f"{len(study.finished())}/{len(study.trials())}"
     ranked = study.ranked()
@@ -147,7 +161,9 @@ def _show(arguments: argparse.Namespace) -> None:
 def _best(arguments: argparse.Namespace) -> None:
     study = _find_study_for_work(arguments.study)
     if not study.ranked():
-        raise ConfigError(f"{arguments.study}: no trial is complete yet, so there is no best")
+        raise ConfigError(
+            f"{arguments.study}: no trial is complete yet, so there is no best"
+        )
     _conclude(study)
 
 
@@ -183,7 +199,9 @@ def _stop(arguments: argparse.Namespace) -> None:
     running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"
-        raise ConfigError(f"trial {arguments.trial}: is not running; running: {numbers}")
+        raise ConfigError(
+            f"trial {arguments.trial}: is not running; running: {numbers}"
+        )
     study.request_stop(arguments.trial)
     command = f"python -m sweeps show {shlex.quote(arguments.study)}"
     print(f"trial {arguments.trial} stops at its next step; check with: {command}")

@@ -67,7 +67,12 @@ def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
     return trial.system_attrs.get(ENQUEUED_POINT)
 
 
-def claim_waiting_trial(storage: RDBStorage, trial_id: int, attribute: str, token: str) -> bool:
+def claim_waiting_trial(
+    storage: RDBStorage,
+    trial_id: int,
+    attribute: str,
+    token: str,
+) -> bool:
     """Set a waiting trial running and store who did, in one transaction.
 
     `RDBStorage.set_trial_state_values` returns False both for a trial that another worker began
@@ -88,7 +93,9 @@ def claim_waiting_trial(storage: RDBStorage, trial_id: int, attribute: str, toke
     from optuna.trial import TrialState
 
     with _create_scoped_session(storage.scoped_session) as session:
-        row: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        row: Any = models.TrialModel.find_or_raise_by_id(
+            trial_id, session, for_update=True
+        )
         storage.check_trial_is_updatable(trial_id, row.state)
         attributes = models.TrialSystemAttributeModel
         if row.state != TrialState.WAITING:
@@ -96,7 +103,9 @@ def claim_waiting_trial(storage: RDBStorage, trial_id: int, attribute: str, toke
             return claim is not None and json.loads(claim.value_json) == token
         row.state = TrialState.RUNNING
         row.datetime_start = datetime.now()
-        storage._set_trial_attr_without_commit(session, attributes, trial_id, attribute, token)
+        storage._set_trial_attr_without_commit(
+            session, attributes, trial_id, attribute, token
+        )
     return True
 
 
@@ -105,7 +114,9 @@ def trial_row(session: Session, study_id: int, number: int) -> Any | None:
     from optuna.storages._rdb import models
 
     return (
-        session.query(models.TrialModel).filter_by(study_id=study_id, number=number).one_or_none()
+        session.query(models.TrialModel)
+        .filter_by(study_id=study_id, number=number)
+        .one_or_none()
     )
 
 
@@ -119,7 +130,9 @@ def sweep_distribution(override: Override) -> Any:
     Raises:
         ValueError, AssertionError, NotImplementedError: the override is no valid search space.
     """
-    from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+    from hydra_plugins.hydra_optuna_sweeper._impl import (
+        create_optuna_distribution_from_override,
+    )
 
     return create_optuna_distribution_from_override(override)
 

@@ -55,7 +55,9 @@ class SlotsLauncher(Launcher):
         """
         from sweeps.study.multirun import Multirun
 
-        if self._slots != "auto" and not (isinstance(self._slots, int) and self._slots >= 1):
+        if self._slots != "auto" and not (
+            isinstance(self._slots, int) and self._slots >= 1
+        ):
             allowed = "must be at least 1, or auto: by memory"
             raise refusal("hydra.launcher.slots", self._slots, allowed)
         multirun = Multirun(self._hydra_context, self._config, self._slots)

@@ -48,7 +48,9 @@ class StudySweeper(Sweeper):
         # Their lines on each launch and job would stand between those of the study.
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        draft = draft_session(self._config, self._hydra_context, self._values, arguments)
+        draft = draft_session(
+            self._config, self._hydra_context, self._values, arguments
+        )
 
         # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
@@ -78,7 +80,8 @@ def _enqueue(study: "Study", draft: "Draft") -> bool:
     finished = len(study.finished())
     if draft.is_whole_grid:
         advice = (
-            "every point of the grid is tried; another hydra.sweeper.study_name takes another grid"
+            "every point of the grid is tried; "
+            "another hydra.sweeper.study_name takes another grid"
         )
     else:
         advice = f"hydra.sweeper.n_trials={finished + total} goes on"

@@ -43,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Models of a few thousand weights gain nothing from more threads, and lose much where two test
     processes share two cores. PyTorch and Triton read the variables when they are imported.
     """
-    config.option.loadscopereorder = False  # pytest-xdist would begin with what has most tests
+    config.option.loadscopereorder = (
+        False  # pytest-xdist would begin with what has most tests
+    )
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # the GPU kernels run on the CPU
@@ -54,7 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep caches out of the user's folders; FINETUNE_CACHE may name one with the packaged model."""
     os.environ.setdefault("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))  # copies of artifacts
+    os.environ["WANDB_DATA_DIR"] = str(
+        tmp_path_factory.mktemp("wandb")
+    )  # copies of artifacts
 
 
 @pytest.fixture
@@ -117,13 +121,17 @@ def tiny(tiny_base: Path) -> Callable[..., RunConfig]:
     win."""
 
     def make(*overrides: str) -> RunConfig:
-        return compose(*tiny_overrides(tiny_base), "optimizer.learning_rate=1e-3", *overrides)
+        return compose(
+            *tiny_overrides(tiny_base), "optimizer.learning_rate=1e-3", *overrides
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Station]:
+def station(
+    tmp_path_factory: pytest.TempPathFactory, _own_cache: None
+) -> Iterator[Station]:
     """Starts commands that train, from a process that has imported torch."""
     commands = Station(tmp_path_factory.mktemp("station"))
     yield commands
@@ -131,7 +139,9 @@ def station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Itera
 
 
 @pytest.fixture(scope="session")
-def light_station(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Station]:
+def light_station(
+    tmp_path_factory: pytest.TempPathFactory, _own_cache: None
+) -> Iterator[Station]:
     """Starts commands that end before torch is imported."""
     commands = Station(tmp_path_factory.mktemp("light_station"), LIGHT_IMPORTS)
     yield commands

@@ -33,9 +33,17 @@ def test_the_page_is_what_the_generator_writes() -> None:
 def test_the_page_has_every_key_and_every_choice() -> None:
     text = (DOCS / "configuration.md").read_text()
     keys = list(flatten(compose().to_dict()))
-    keys += [f"hydra.sweeper.{key}" for key in OmegaConf.load(CONF / "hydra/sweeper/optuna.yaml")]
+    keys += [
+        f"hydra.sweeper.{key}"
+        for key in OmegaConf.load(CONF / "hydra/sweeper/optuna.yaml")
+    ]
     missing = [key for key in keys if f"| `{key}` |" not in text]
-    assert [key for key in missing if not key.endswith((".defaults", "._target_", ".extra"))] == []
+    assert [
+        key for key in missing if not key.endswith((".defaults", "._target_", ".extra"))
+    ] == []
     for file in CONF.rglob("*/*.yaml"):
         group = file.parent.relative_to(CONF).as_posix()
-        assert f"| `{group}` | {file.stem} |" in text or f"| `{group}` | **{file.stem}** |" in text
+        assert (
+            f"| `{group}` | {file.stem} |" in text
+            or f"| `{group}` | **{file.stem}** |" in text
+        )

@@ -20,9 +20,15 @@ from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 COMMAND = re.compile(r"python -m (?:finetune|sweeps)\b.*")
-ARGUMENT = re.compile(r"['\"]?([~+]*[a-z][a-z_0-9]*([./][a-z_0-9]+)*=|~[a-z]|--config-dir )")
+ARGUMENT = re.compile(
+    r"['\"]?([~+]*[a-z][a-z_0-9]*([./][a-z_0-9]+)*=|~[a-z]|--config-dir )"
+)
 """How a code span of arguments alone begins: `key=value`, `~key`, `--config-dir`; capitals: the
 environment."""
 STAND_INS = {"model": "name_or_path: smollm2_135m\n", "dataset": "path: python_docs\n"}
@@ -61,7 +67,9 @@ class Parsed(BaseException):
     """Ends a command once its arguments are read."""
 
 
-def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def require_taken(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Raise what the program raises for a command, up to the point where it would begin its
     work."""
     module, arguments = words[2], words[3:]
@@ -73,7 +81,9 @@ def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
             )
     elif module in ("finetune.plan", "finetune.preview"):
         monkeypatch.setattr("sys.argv", [module, *arguments])
-        require_composed(importlib.import_module(module)._parse_arguments().overrides, False, None)
+        require_composed(
+            importlib.import_module(module)._parse_arguments().overrides, False, None
+        )
     elif arguments != ["--help"]:
         parse_args = argparse.ArgumentParser.parse_args
 
@@ -83,20 +93,31 @@ def require_taken(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
         monkeypatch.setattr("sys.argv", [module, *arguments])
-        main = importlib.import_module(f"{module}.__main__" if module == "sweeps" else module).main
+        main = importlib.import_module(
+            f"{module}.__main__" if module == "sweeps" else module
+        ).main
         with pytest.raises(Parsed):
             main()
 
 
-def require_composed(overrides: list[str], multirun: bool, further: Path | None) -> None:
+def require_composed(
+    overrides: list[str], multirun: bool, further: Path | None
+) -> None:
     """Compose and check a run's config; of a sweep the run with the first values. `further` stands
     for --config-dir."""
     for_study = [
-        text for text in overrides if text.startswith(("hydra/sweeper", "hydra.sweeper", "search"))
+        text
+        for text in overrides
+        if text.startswith(("hydra/sweeper", "hydra.sweeper", "search"))
     ]
     assert multirun or not for_study, f"{for_study} has no effect without -m"
-    parsed = OverridesParser.create().parse_overrides([check_override(text) for text in overrides])
-    texts = [first_value(override) if multirun else str(override.input_line) for override in parsed]
+    parsed = OverridesParser.create().parse_overrides(
+        [check_override(text) for text in overrides]
+    )
+    texts = [
+        first_value(override) if multirun else str(override.input_line)
+        for override in parsed
+    ]
     if further is not None:
         for override in parsed:
             choice = further / override.key_or_group / f"{override.value()}.yaml"
@@ -104,7 +125,9 @@ def require_composed(overrides: list[str], multirun: bool, further: Path | None)
                 CONF / choice.relative_to(further)
             ).exists():
                 choice.parent.mkdir(parents=True, exist_ok=True)
-                choice.write_text(STAND_INS.get(override.key_or_group, "# @package _global_\n"))
+                choice.write_text(
+                    STAND_INS.get(override.key_or_group, "# @package _global_\n")
+                )
         texts.append(f"hydra.searchpath=[file://{further}]")
     with initialize_config_dir(str(CONF)):
         composed = compose("config", texts, return_hydra_config=True)
@@ -119,7 +142,9 @@ def first_value(override: Override) -> str:
         return str(override.input_line)
     sweep = override.value()
     value = (
-        sweep.start if isinstance(sweep, IntervalSweep) else next(override.sweep_string_iterator())
+        sweep.start
+        if isinstance(sweep, IntervalSweep)
+        else next(override.sweep_string_iterator())
     )
     return f"{override.get_key_element()}={value}"
 

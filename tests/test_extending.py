@@ -43,7 +43,9 @@ def test_the_pruner_prunes_what_is_worse_by_more_than_the_gap() -> None:
     study = optuna.create_study(pruner=pruner)
     for value in (2.0, 2.05, 2.5):
         study.add_trial(
-            optuna.trial.create_trial(state=TrialState.RUNNING, intermediate_values={1: value})
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, intermediate_values={1: value}
+            )
         )
     trials = study.get_trials()
     assert [pruner.prune(study, trial) for trial in trials] == [False, False, True]

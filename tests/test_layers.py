@@ -78,7 +78,11 @@ def module_name(path: Path) -> str:
 @cache
 def modules() -> dict[str, ast.Module]:
     """Every module of both packages, parsed."""
-    paths = [path for package in ("finetune", "sweeps") for path in (ROOT / package).rglob("*.py")]
+    paths = [
+        path
+        for package in ("finetune", "sweeps")
+        for path in (ROOT / package).rglob("*.py")
+    ]
     return {module_name(path): ast.parse(path.read_text()) for path in paths}
 
 
@@ -88,8 +92,12 @@ def walk(
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, in_function, for_types
-        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        is_function = isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        )
+        is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(
+            child.test
+        )
         yield from walk(child, in_function or is_function, for_types or is_for_types)
 
 
@@ -107,7 +115,9 @@ def imports() -> tuple[Import, ...]:
                 names = [f"{module}.{alias.name}" for alias in node.names]
                 targets = [name if name in modules() else module for name in names]
             for target in dict.fromkeys(targets):
-                statements.append(Import(source, target, node.lineno, in_function, for_types))
+                statements.append(
+                    Import(source, target, node.lineno, in_function, for_types)
+                )
     return tuple(statements)
 
 
@@ -122,7 +132,9 @@ def is_in(module: str, names: tuple[str, ...]) -> bool:
 
 
 def layer_of(module: str) -> int | None:
-    return next((number for number, names in enumerate(LAYERS) if is_in(module, names)), None)
+    return next(
+        (number for number, names in enumerate(LAYERS) if is_in(module, names)), None
+    )
 
 
 @cache
@@ -137,14 +149,19 @@ def loads(module: str) -> frozenset[str]:
             for statement in imports_of(current):
                 if not (statement.in_function or statement.for_types):
                     waiting.append(statement.target)
-            waiting += [current.rsplit(".", count)[0] for count in range(1, current.count(".") + 1)]
+            waiting += [
+                current.rsplit(".", count)[0]
+                for count in range(1, current.count(".") + 1)
+            ]
         elif current.split(".")[0] in HEAVY:
             loaded.add(current.split(".")[0])
     return frozenset(loaded)
 
 
 def test_every_module_has_a_layer() -> None:
-    without = [m for m in modules() if layer_of(m) is None and m not in ("finetune", "sweeps")]
+    without = [
+        m for m in modules() if layer_of(m) is None and m not in ("finetune", "sweeps")
+    ]
     assert without == []
 
 
@@ -159,7 +176,8 @@ def test_imports_go_down_the_list_of_layers() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
-        module: {i.target for i in imports_of(module)} & modules().keys() for module in modules()
+        module: {i.target for i in imports_of(module)} & modules().keys()
+        for module in modules()
     }
 
     def reachable(start: str) -> set[str]:
@@ -189,10 +207,14 @@ def test_imports_inside_functions_only_keep_a_light_module_light() -> None:
     assert needless == []
 
 
-@pytest.mark.parametrize("module", ["finetune.__main__", "sweeps.sweeper", "sweeps.launcher"])
+@pytest.mark.parametrize(
+    "module", ["finetune.__main__", "sweeps.sweeper", "sweeps.launcher"]
+)
 def test_every_start_loads_only_what_composes_a_config(module: str) -> None:
     """Hydra imports its plugins at every start; `--help` and a refused override need no run."""
-    needless = [name for name in loads(module) if is_in(name, ("finetune.run", "finetune.data"))]
+    needless = [
+        name for name in loads(module) if is_in(name, ("finetune.run", "finetune.data"))
+    ]
     assert needless == []
 
 
@@ -208,12 +230,16 @@ def test_light_modules_load_no_torch() -> None:
         "    if 'torch' in sys.modules or 'transformers' in sys.modules: sys.exit(name)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["finetune", "sweeps"])
-def test_private_modules_of_other_libraries_are_imported_in_compat_alone(package: str) -> None:
+def test_private_modules_of_other_libraries_are_imported_in_compat_alone(
+    package: str,
+) -> None:
     guilty = []
     for module, tree in modules().items():
         if module == f"{package}.compat" or not is_in(module, (package,)):
@@ -221,7 +247,10 @@ def test_private_modules_of_other_libraries_are_imported_in_compat_alone(package
         for node, _, for_types in walk(tree):
             if for_types or not isinstance(node, ast.ImportFrom):
                 continue
-            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            names = [
+                *str(node.module).split("."),
+                *(alias.name for alias in node.names),
+            ]
             is_own = names[0] in ("finetune", "sweeps", "__future__")
             if not is_own and any(name.startswith("_") for name in names):
                 guilty.append(f"{module}:{node.lineno} imports {'.'.join(names)}")

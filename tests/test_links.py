@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SETUP = "    python3 -m venv .venv && "
 """How the two set-up lines begin: they are one line each, to be pasted."""
 
@@ -14,7 +18,9 @@ SETUP = "    python3 -m venv .venv && "
 def linked_files(page: Path) -> set[Path]:
     """The project's files that a page links to."""
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    return {(page.parent / target).resolve() for target in targets if "://" not in target}
+    return {
+        (page.parent / target).resolve() for target in targets if "://" not in target
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,4 +36,6 @@ def test_the_readme_leads_to_every_page() -> None:
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
-    assert [line for line in lines if len(line) > 100 and not line.startswith(SETUP)] == []
+    assert [
+        line for line in lines if len(line) > 100 and not line.startswith(SETUP)
+    ] == []

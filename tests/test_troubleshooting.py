@@ -16,7 +16,9 @@ def quoted_fragments() -> list[str]:
     """The constant pieces of the messages in the page's headings."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     headings = re.findall(r"^### .*$", text, re.MULTILINE)
-    quotes = [quote for heading in headings for quote in re.findall(r"`([^`]+)`", heading)]
+    quotes = [
+        quote for heading in headings for quote in re.findall(r"`([^`]+)`", heading)
+    ]
     pieces = [piece.strip() for quote in quotes for piece in quote.split("…")]
     return [piece for piece in pieces if piece and piece not in FOREIGN]
 

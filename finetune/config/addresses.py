@@ -96,7 +96,9 @@ def secrets_in(url: "URL") -> list[str]:
 def show_address(key: str, address: str) -> str:
     """Return an address without password and query."""
     url = parse_address(key, address)
-    public = url.create(url.drivername, url.username, None, url.host, url.port, url.database)
+    public = url.create(
+        url.drivername, url.username, None, url.host, url.port, url.database
+    )
     return public.render_as_string()
 
 
@@ -113,7 +115,12 @@ def hide_secrets(text: str, key: str, address: str) -> str:
     for full_address in (address, url.render_as_string(hide_password=False)):
         text = text.replace(full_address, public)
     for secret in sorted(secrets_in(url), key=len, reverse=True):
-        encodings = {secret, quote(secret, safe=""), quote(secret, safe=" +"), quote_plus(secret)}
+        encodings = {
+            secret,
+            quote(secret, safe=""),
+            quote(secret, safe=" +"),
+            quote_plus(secret),
+        }
         for encoded in encodings:
             text = text.replace(encoded, "***")
     return text

@@ -49,7 +49,9 @@ def build(cls: type[T], path: str, values: Any) -> T:
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}")
+            raise ConfigError(
+                f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}"
+            )
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name}: must be given")
@@ -74,7 +76,9 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
         item_hint = _item_with_keys(alternative)
         if item_hint is not None and isinstance(value, list):
             items = enumerate(value)
-            return [_convert(item_hint, f"{path}[{index}]", item) for index, item in items]
+            return [
+                _convert(item_hint, f"{path}[{index}]", item) for index, item in items
+            ]
         try:
             return _convert_plain(alternative, value)
         except _MismatchError:
@@ -94,7 +98,9 @@ def describe_type(hint: Any) -> str:
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union; a single type for any other annotation."""
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    is_union = (
+        isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    )
     return typing.get_args(hint) if is_union else (hint,)
 
 
@@ -152,11 +158,19 @@ def _describe(hint: Any) -> str:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
+        return (
+            f"one of {', '.join(arguments)}"
+            if len(arguments) > 1
+            else str(arguments[0])
+        )
     if origin is list:
         return f"a list, each item {describe_type(arguments[0])}"
     if origin is dict:
         return "a group of keys"
     if dataclasses.is_dataclass(hint):
-        return "{" + ", ".join(f"{field.name}: …" for field in dataclasses.fields(hint)) + "}"
+        return (
+            "{"
+            + ", ".join(f"{field.name}: …" for field in dataclasses.fields(hint))
+            + "}"
+        )
     return DESCRIPTIONS[hint]

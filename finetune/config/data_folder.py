@@ -62,7 +62,9 @@ def local_path(path: str) -> Path:
 
 def is_saved_dataset(folder: Path) -> bool:
     """Return whether `datasets.Dataset.save_to_disk` wrote a folder. It is read like a file."""
-    return all(os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json"))
+    return all(
+        os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json")
+    )
 
 
 def data_folder(path: str) -> Path | None:
@@ -89,8 +91,12 @@ def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
     Raises:
         ConfigError: The folder can't be listed, or a file is there twice, compressed and not.
     """
-    excluded_files = {local_path(path).resolve() for path in excluded if path is not None}
-    return [file for file in _candidates(folder) if file.resolve() not in excluded_files]
+    excluded_files = {
+        local_path(path).resolve() for path in excluded if path is not None
+    }
+    return [
+        file for file in _candidates(folder) if file.resolve() not in excluded_files
+    ]
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -102,10 +108,14 @@ def _candidates(folder: Path) -> list[Path]:
         raise refusal("dataset.path", folder, reason) from None
     if (folder / "dataset_dict.json").is_file():
         return _saved_splits(folder)
-    files = [entry for entry in entries if any(file_type(entry.name)) and not entry.is_dir()]
+    files = [
+        entry for entry in entries if any(file_type(entry.name)) and not entry.is_dir()
+    ]
     data = [file for file in files if file_type(file.name)[0] != ".txt"]
     if not data:
-        return [entry for entry in entries if is_saved_dataset(entry)] or _without_copies(files)
+        return [
+            entry for entry in entries if is_saved_dataset(entry)
+        ] or _without_copies(files)
     return _without_copies(data)
 
 
@@ -125,7 +135,8 @@ def _without_copies(files: list[Path]) -> list[Path]:
     return [
         file
         for file in files
-        if not file_type(file.name)[1] or file.name.lower().rpartition(".")[0] not in names
+        if not file_type(file.name)[1]
+        or file.name.lower().rpartition(".")[0] not in names
     ]
 
 
@@ -151,4 +162,6 @@ def has_evaluation_files(path: str, test_path: str | None) -> bool:
     folder = data_folder(path)
     if folder is None:
         return False
-    return any(named_splits(file) == ["eval"] for file in data_files(folder, [test_path]))
+    return any(
+        named_splits(file) == ["eval"] for file in data_files(folder, [test_path])
+    )

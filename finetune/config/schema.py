@@ -83,7 +83,11 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
-        self.require("seed", 0 <= self.seed < 2**32, "must be a whole number from 0 to 4294967295")
+        self.require(
+            "seed",
+            0 <= self.seed < 2**32,
+            "must be a whole number from 0 to 4294967295",
+        )
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)
@@ -102,12 +106,16 @@ class RunConfig(Section):
             ("sample_max_new_tokens", "sample_max_length"), limits, strict=True
         ):
             self.require(field, limit is None or limit >= 1, allowed)
-        self.require("sample_max_new_tokens", limits != (None, None), "needs sample_max_length")
+        self.require(
+            "sample_max_new_tokens", limits != (None, None), "needs sample_max_length"
+        )
 
     def _require_held_out_rows(self) -> None:
         if self.dataset.holds_out:
             return
-        reason = "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"
+        reason = (
+            "needs held-out rows: dataset.eval_fraction above 0, or dataset.eval_path"
+        )
         self.require("objective_at", self.objective_at == "last", reason)
         stops_early = self.trainer.early_stopping_patience is not None
         self.trainer.require("early_stopping_patience", not stops_early, reason)
@@ -192,7 +200,9 @@ def _absolute_path(path: PathOrNone) -> PathOrNone:
     return str(expanded.absolute()) if expanded.exists() else path
 
 
-def _absolute_sources(path: str | list[str | SourceSettings]) -> str | list[str | SourceSettings]:
+def _absolute_sources(
+    path: str | list[str | SourceSettings],
+) -> str | list[str | SourceSettings]:
     """Return `dataset.path` with absolute paths of existing files and folders."""
     if isinstance(path, str):
         return _absolute_path(path)
@@ -221,7 +231,9 @@ def _simplify_source(item: Any) -> Any:
     if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
         return item
     weight = item.get("weight", 1)
-    is_plain = set(item) <= {"path", "weight"} and not isinstance(weight, bool) and weight == 1
+    is_plain = (
+        set(item) <= {"path", "weight"} and not isinstance(weight, bool) and weight == 1
+    )
     return item["path"] if is_plain else item
 
 

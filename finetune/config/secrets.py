@@ -12,7 +12,8 @@ STORAGE_KEY = "hydra.sweeper.storage"
 
 
 _SECRET_KEY = (
-    r"((hf|hub|auth|use_auth|access|wandb)_)?token|(\w+_)?(api_key|password|secret|secret_key)"
+    r"((hf|hub|auth|use_auth|access|wandb)_)?token"
+    r"|(\w+_)?(api_key|password|secret|secret_key)"
 )
 
 
@@ -35,7 +36,11 @@ def refuse_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{prefix}{key}.")
-        elif re.fullmatch(rf"(?i){_SECRET_KEY}", str(key)) and isinstance(value, str) and value:
+        elif (
+            re.fullmatch(rf"(?i){_SECRET_KEY}", str(key))
+            and isinstance(value, str)
+            and value
+        ):
             raise ConfigError(_secret_refusal(f"{prefix}{key}"))
 
 
@@ -70,9 +75,13 @@ def _addresses_in(override: str) -> list[str]:
     is_storage = key.endswith("storage")
     if not is_storage and not re.search(r"storage['\"]?\s*:", text):
         return []
-    written = [text.strip(" '\"")] if is_storage else re.findall(r"[\w+]+://[^\s,'\"]+", text)
+    written = (
+        [text.strip(" '\"")] if is_storage else re.findall(r"[\w+]+://[^\s,'\"]+", text)
+    )
     addresses = [*written, *_parsed_addresses(override, is_storage)]
-    return [address for address in addresses if address not in ("", "null", "None", "???")]
+    return [
+        address for address in addresses if address not in ("", "null", "None", "???")
+    ]
 
 
 def _parsed_addresses(override: str, is_storage: bool) -> list[str]:

@@ -71,7 +71,9 @@ class Chat:
             ConfigError: The template refuses the chat.
         """
         unlearnt: Counter[str] = Counter()
-        pending = [turn for turn, message in enumerate(self.messages) if is_learnt(message)]
+        pending = [
+            turn for turn, message in enumerate(self.messages) if is_learnt(message)
+        ]
         if last_only:
             pending = pending[-1:]
         if pending and pending[0] == 0:
@@ -82,7 +84,9 @@ class Chat:
         while pending:
             last = pending.pop()
             text = self._render_to(last)
-            places = None if self.tools else content_places(self.messages[: last + 1], text)
+            places = (
+                None if self.tools else content_places(self.messages[: last + 1], text)
+            )
             answer = self._find(text, last, places, self._last_answer)
             if answer is None:
                 self._require_rendered(text, last)
@@ -165,7 +169,11 @@ class Chat:
             if message["role"] == "assistant" or stands_in(content.strip(), text):
                 continue
             # The template may have changed the content's form: only what has no effect is missing.
-            changed = [*messages[:turn], {**message, "content": ""}, *messages[turn + 1 :]]
+            changed = [
+                *messages[:turn],
+                {**message, "content": ""},
+                *messages[turn + 1 :],
+            ]
             if text.startswith(self.template.render(changed, self.tools)):
                 field = "system" if message["role"] == "system" else "content"
                 missing[f"content of message {turn + 1} ({message['role']})"] = field
@@ -199,7 +207,13 @@ class Chat:
             return None
         return Answer(turn, start, end)
 
-    def _end(self, text: str, start: int, common: int, is_all: bool) -> int | None:
+    def _end(
+        self,
+        text: str,
+        start: int,
+        common: int,
+        is_all: bool,
+    ) -> int | None:
         """Where an earlier answer's end token and the white space after it end.
 
         Args:
@@ -234,7 +248,10 @@ class Chat:
 
     def content_start(self, turn: int, text: str) -> int:
         """Where a different answer of a turn would diverge from a text that holds the answer."""
-        different = {"role": "assistant", "content": "\0" + self.messages[turn]["content"]}
+        different = {
+            "role": "assistant",
+            "content": "\0" + self.messages[turn]["content"],
+        }
         changed = self.template.render([*self.messages[:turn], different], self.tools)
         start = common_length(changed, text)
         for match in self.template.special_tokens.finditer(text):
@@ -246,7 +263,9 @@ class Chat:
         return self.template.render(self.messages[:count], self.tools, ask)
 
     def _ends_with_special_token(self, text: str) -> bool:
-        matches = list(self.template.special_tokens.finditer(text, max(0, len(text) - 64)))
+        matches = list(
+            self.template.special_tokens.finditer(text, max(0, len(text) - 64))
+        )
         return bool(matches) and not text[matches[-1].end() :].strip()
 
 
@@ -265,7 +284,9 @@ def is_whole(message: Message, text: str) -> bool:
 
 def further_texts(message: Message) -> list[str]:
     """The texts of a message beside its content: reasoning, names and arguments of tool calls."""
-    reasoning = [message[name] for name in ("reasoning_content", "thinking") if message.get(name)]
+    reasoning = [
+        message[name] for name in ("reasoning_content", "thinking") if message.get(name)
+    ]
     return reasoning + call_texts(message)
 
 

@@ -36,13 +36,18 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
 
     def render(
-        self, messages: Messages, tools: Sequence[Any] | None = None, ask: bool = False
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        ask: bool = False,
     ) -> str:
         """Return the text of a chat.
 
@@ -91,7 +96,9 @@ class ChatTemplate:
         match = self.special_tokens.search(text.rpartition(ANSWER)[2])
         return match[0] if match else self.next_turn_token([question, answer])
 
-    def next_turn_token(self, messages: Messages, tools: Sequence[Any] | None = None) -> str | None:
+    def next_turn_token(
+        self, messages: Messages, tools: Sequence[Any] | None = None
+    ) -> str | None:
         """The special token with which a template begins the turn after a chat, if it does.
 
         Where a template writes no end (GLM 4.5), its models stop with this token.
@@ -119,7 +126,10 @@ class ChatTemplate:
     @functools.cached_property
     def special_tokens(self) -> re.Pattern[str]:
         """Matches the special tokens of the tokenizer's vocabulary."""
-        tokens = {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens}
+        tokens = {
+            *self._tokenizer.get_added_vocab(),
+            *self._tokenizer.all_special_tokens,
+        }
         # Of tokens that begin at the same place, the longest is the one that is meant.
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -130,7 +140,9 @@ class ChatTemplate:
         chat = [_message("user", QUESTION), _message("assistant", ANSWER)]
         try:
             return ANSWER not in self._apply(chat, None, False)
-        except Exception:  # what a template raises on a text where it wants parts is its own
+        except (
+            Exception
+        ):  # what a template raises on a text where it wants parts is its own
             try:
                 return ANSWER in self._apply(_as_parts(chat), None, False)
             except Exception:
@@ -168,7 +180,10 @@ class ChatTemplate:
         return {**self._tokenizer.special_tokens_map, **self._variables}
 
     def _render(
-        self, messages: Messages, tools: Sequence[Any] | None = None, ask: bool = False
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        ask: bool = False,
     ) -> str:
         if self.takes_parts:
             messages = _as_parts(messages)
@@ -184,7 +199,12 @@ class ChatTemplate:
         except Exception as error:
             raise _refusal(messages, error) from error
 
-    def _apply(self, messages: Messages, tools: Sequence[Any] | None, ask: bool) -> str:
+    def _apply(
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None,
+        ask: bool,
+    ) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # `apply_chat_template` does the same, but collects the tokenizer's tokens for each chat.
@@ -206,7 +226,9 @@ def fold_system(messages: Messages) -> Messages:
         if message["role"] == "system":
             pending.append(message["content"])
         elif message["role"] == "user" and pending:
-            folded.append({**message, "content": "\n\n".join([*pending, message["content"]])})
+            folded.append(
+                {**message, "content": "\n\n".join([*pending, message["content"]])}
+            )
             pending = []
         else:
             folded.append(message)

@@ -37,7 +37,9 @@ class Cells:
             return ""
         if not isinstance(value, str):
             name = self.columns[purpose]
-            raise ConfigError(f"{self.where}: field '{name}' is no text but {type(value).__name__}")
+            raise ConfigError(
+                f"{self.where}: field '{name}' is no text but {type(value).__name__}"
+            )
         return value
 
     def answer(self) -> str:
@@ -57,7 +59,9 @@ class Cells:
             return value or ""
         kind = f"no text and no whole number but {type(value).__name__}"
         column = self.columns["completion"]
-        text_alone = "; dataset.format=text learns the text alone" if column == "label" else ""
+        text_alone = (
+            "; dataset.format=text learns the text alone" if column == "label" else ""
+        )
         raise ConfigError(f"{self.where}: field '{column}' is {kind}{text_alone}")
 
     def list_or_null(self, purpose: str) -> Any:
@@ -70,7 +74,11 @@ class Cells:
     def tools(self) -> dict[str, Any]:
         """Return `{"tools": …}` in the common form, nothing if the row has no tools."""
         value = self.list_or_null("tools")
-        return {} if value is None else {"tools": normalize_tools(value, self.place("tools"))}
+        return (
+            {}
+            if value is None
+            else {"tools": normalize_tools(value, self.place("tools"))}
+        )
 
     def place(self, purpose: str) -> str:
         """Return where the value stands, as error messages name it."""

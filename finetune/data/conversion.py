@@ -32,7 +32,9 @@ class RowFormats:
         source = settings.template
         self.template = None if source is None else PromptTemplate(source)
         self.ignored = expand_names(settings.ignore)
-        self.unseen = set(settings.ignore) - set(FIELDS) - {"reasoning_content", "thinking"}
+        self.unseen = (
+            set(settings.ignore) - set(FIELDS) - {"reasoning_content", "thinking"}
+        )
         self.logged: set[str] = set()
         self._seen_names: set[str] = set()
 
@@ -56,7 +58,9 @@ class RowFormats:
         """Refuse a name of `dataset.ignore` that no row has. Call it when all rows are read."""
         for name in sorted(self.unseen):
             names = did_you_mean(name, {*FIELDS, *map(str, self._seen_names)})
-            raise refusal("dataset.ignore", f"[{name}]", f"no row has such a field; {names}")
+            raise refusal(
+                "dataset.ignore", f"[{name}]", f"no row has such a field; {names}"
+            )
 
 
 class RowConverter:
@@ -68,7 +72,12 @@ class RowConverter:
         path: The path, for messages.
     """
 
-    def __init__(self, formats: RowFormats, key: str, path: str) -> None:
+    def __init__(
+        self,
+        formats: RowFormats,
+        key: str,
+        path: str,
+    ) -> None:
         self._formats = formats
         self._settings = formats.settings
         self._key = key
@@ -87,7 +96,11 @@ class RowConverter:
         return None if self._layout is None else self._layout.format
 
     def convert(
-        self, row: RawRow, source: str, number: int, names: ClassNames | None = None
+        self,
+        row: RawRow,
+        source: str,
+        number: int,
+        names: ClassNames | None = None,
     ) -> dict[str, Any] | None:
         """Convert a row to the common form.
 
@@ -112,7 +125,9 @@ class RowConverter:
         layout = self._layout
         self._require_columns(layout, row, where)
         columns = layout.columns_of(row)
-        content = FORMATS[layout.format].convert(Cells(row, columns, where, self._ignored_keys))
+        content = FORMATS[layout.format].convert(
+            Cells(row, columns, where, self._ignored_keys)
+        )
         if content is not None:
             content = drop_ignored(content, self._settings.ignore)
         content, answered = _cut_after_last_answer(content)
@@ -143,14 +158,21 @@ class RowConverter:
             column if purpose == column else f"{purpose}: {column}"
             for purpose, column in self._used.items()
         )
-        not_used = f"; not used: {', '.join(map(str, self._unused))}" if self._unused else ""
+        not_used = (
+            f"; not used: {', '.join(map(str, self._unused))}" if self._unused else ""
+        )
         line = f"format {self._layout.format} ({columns}){not_used}"
         if line in self._formats.logged:
             return None
         self._formats.logged.add(line)
         return f"{self._key}={self._path}: {line}"
 
-    def _prepare(self, row: RawRow, names: ClassNames | None, where: str) -> RawRow:
+    def _prepare(
+        self,
+        row: RawRow,
+        names: ClassNames | None,
+        where: str,
+    ) -> RawRow:
         """The row without ignored columns, with the names of classes and the template's prompt."""
         if names:
             row = name_classes(row, names, where)
@@ -158,11 +180,18 @@ class RowConverter:
         prompt = {} if template is None else {TEMPLATE_KEY: template.render(row, where)}
         ignored = self._formats.ignored
         if ignored or prompt:
-            row = {column: value for column, value in row.items() if column not in ignored}
+            row = {
+                column: value for column, value in row.items() if column not in ignored
+            }
             row |= prompt
         return row
 
-    def _require_columns(self, layout: Layout, row: RawRow, where: str) -> None:
+    def _require_columns(
+        self,
+        layout: Layout,
+        row: RawRow,
+        where: str,
+    ) -> None:
         name = layout.missing_from(row)
         if name is None:
             return
@@ -178,14 +207,25 @@ class RowConverter:
         needs = describe_format(layout.format, self._settings.text_field)
         raise ConfigError(f"{where} {reason}; format {needs}")
 
-    def _refuse_mixture(self, layout: Layout, row: RawRow, where: str) -> None:
+    def _refuse_mixture(
+        self,
+        layout: Layout,
+        row: RawRow,
+        where: str,
+    ) -> None:
         """Refuse a row that holds nothing in the format of the first row, but is of another."""
-        if self._settings.format != "auto" or self._settings.columns or self._settings.template:
+        if (
+            self._settings.format != "auto"
+            or self._settings.columns
+            or self._settings.template
+        ):
             return
         usual = detect(row)
         if usual is not None and usual.format != layout.format:
             reason = f"has the columns of format {usual.format}, the first row of {layout.format}"
-            raise ConfigError(f"{where} {reason}; all rows of a path must have one format")
+            raise ConfigError(
+                f"{where} {reason}; all rows of a path must have one format"
+            )
 
     def _note_columns(self, row: RawRow, columns: dict[str, str]) -> None:
         for purpose, column in columns.items():
@@ -200,7 +240,9 @@ class RowConverter:
                 self._unused.setdefault(column)
 
 
-def _cut_after_last_answer(content: dict[str, Any] | None) -> tuple[dict[str, Any] | None, bool]:
+def _cut_after_last_answer(
+    content: dict[str, Any] | None,
+) -> tuple[dict[str, Any] | None, bool]:
     """A chat without what follows its last answer, and whether the chat ended with it.
 
     The result is None if the chat has no answer to learn.

@@ -43,7 +43,9 @@ class Ties:
         for tie in self.ties:
             members = [number for number in tie if number < count]
             for number in members[1:]:
-                first, second = sorted((_root(parents, members[0]), _root(parents, number)))
+                first, second = sorted(
+                    (_root(parents, members[0]), _root(parents, number))
+                )
                 parents[second] = first
         return array("q", (_root(parents, number) for number in range(count)))
 
@@ -126,7 +128,13 @@ class _Texts:
         self._add_phrases(number, _QUESTION, question_key, question)
         self._add_phrases(number, _ANSWER, answer_key, last_answer)
 
-    def _add_phrases(self, number: int, kind: int, key: int, text_words: list[str]) -> None:
+    def _add_phrases(
+        self,
+        number: int,
+        kind: int,
+        key: int,
+        text_words: list[str],
+    ) -> None:
         if len(text_words) >= MINIMUM_WORDS:
             self._phrases.add(kind, text_words)
             self._phrase_rows.append(number)
@@ -185,7 +193,9 @@ def _key(kind: int, text_words: list[str]) -> int:
 
 
 def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=8
+    ).digest()
     return int.from_bytes(digest)
 
 

@@ -84,10 +84,15 @@ class Encoder:
         messages: Messages = row["messages"]
         if self.template is None:
             return EncodedRow([self._encode_pair(messages)])
-        return self._encode_chat(messages, row.get("tools"), last_only=self._loss_on != "assistant")
+        return self._encode_chat(
+            messages, row.get("tools"), last_only=self._loss_on != "assistant"
+        )
 
     def encode_without_oldest_turns(
-        self, row: Mapping[str, Any], turns: int, length: int
+        self,
+        row: Mapping[str, Any],
+        turns: int,
+        length: int,
     ) -> Encoded | None:
         """Encode the end of a chat, with as many turns as leave room for its last answer.
 
@@ -114,17 +119,28 @@ class Encoder:
         return None
 
     def _encode_chat(
-        self, messages: Messages, tools: Sequence[Any] | None, last_only: bool
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None,
+        last_only: bool,
     ) -> EncodedRow:
         assert self.template is not None
-        chat = Chat(self.template, messages, tools, self._tokenizer.eos_token, self._frames)
+        chat = Chat(
+            self.template, messages, tools, self._tokenizer.eos_token, self._frames
+        )
         examples, unlearnt = chat.examples(last_only)
-        return EncodedRow([self._encode_example(chat, example) for example in examples], unlearnt)
+        return EncodedRow(
+            [self._encode_example(chat, example) for example in examples], unlearnt
+        )
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Encode a question as rows have it, up to where the answer begins."""
         if self.template is None:
-            text = prompt.text if prompt.system is None else f"{prompt.system}\n\n{prompt.text}"
+            text = (
+                prompt.text
+                if prompt.system is None
+                else f"{prompt.system}\n\n{prompt.text}"
+            )
             return self._beginning + self._plain_ids(text)
         messages = [{"role": "user", "content": prompt.text}]
         if prompt.system is not None:
@@ -137,7 +153,9 @@ class Encoder:
         tokens = [self._tokenizer.eos_token]
         if self.template is not None:
             tokens.append(self.template.end)
-        ids = {self._tokenizer.convert_tokens_to_ids(token) for token in tokens if token}
+        ids = {
+            self._tokenizer.convert_tokens_to_ids(token) for token in tokens if token
+        }
         return sorted(ids)
 
     def _encode_example(self, chat: Chat, example: Example) -> Encoded:
@@ -185,7 +203,9 @@ class Encoder:
             reason = "this tokenizer has none, and the chats have more than two turns"
             raise ConfigError(f"model.chat_template=null: {reason}")
         question, answer = (message["content"] for message in messages)
-        needs_new_line = question and not question[-1].isspace() and not answer[0].isspace()
+        needs_new_line = (
+            question and not question[-1].isspace() and not answer[0].isspace()
+        )
         ids = self._encode_text(question + ("\n" if needs_new_line else "") + answer)
         if self._loss_on == "all":
             return Encoded(ids, list(ids))

@@ -68,7 +68,9 @@ def _prompt_completion(cells: Cells) -> Content | None:
     prompt = _prompt_messages(cells)
     completion = cells.value("completion")
     if _is_messages(completion):
-        answer = normalize_messages(completion, f"{cells.where}, completion message", cells.ignored)
+        answer = normalize_messages(
+            completion, f"{cells.where}, completion message", cells.ignored
+        )
     else:
         answer = _answer(cells.answer())
     if not answer:
@@ -89,7 +91,10 @@ def _alpaca(cells: Cells) -> Content | None:
     return _with_system_and_tools([*_history(cells), user, *answer], cells)
 
 
-_SYSTEM_AND_TOOLS = {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
+_SYSTEM_AND_TOOLS = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+}
 _CHAT_CONTEXT = {**_SYSTEM_AND_TOOLS, "history": ("history",)}
 
 FORMATS: dict[str, Format] = {
@@ -182,8 +187,12 @@ def _history(cells: Cells) -> Messages:
     messages: Messages = []
     for number, pair in enumerate(turns, start=1):
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-        if not is_pair or not all(isinstance(text, str) and text.strip() for text in pair):
-            raise ConfigError(f"{place}: item {number} must be two texts, [question, answer]")
+        if not is_pair or not all(
+            isinstance(text, str) and text.strip() for text in pair
+        ):
+            raise ConfigError(
+                f"{place}: item {number} must be two texts, [question, answer]"
+            )
         messages += [
             {"role": role, "content": text}
             for role, text in zip(("user", "assistant"), pair, strict=True)

@@ -10,7 +10,15 @@ from finetune.data.prompt_template import KEY as TEMPLATE_KEY
 from finetune.data.types import RawRow
 from finetune.errors import ConfigError, refusal
 
-PROMPT_NAMES = ("prompt", "question", "query", "instruction", "problem", "input", "text")
+PROMPT_NAMES = (
+    "prompt",
+    "question",
+    "query",
+    "instruction",
+    "problem",
+    "input",
+    "text",
+)
 COMPLETION_NAMES = ("completion", "response", "answer", "output", "solution", "label")
 """Usual names of a column whose partner alone is named in `dataset.columns`."""
 
@@ -69,10 +77,16 @@ def find_layout(settings: DatasetSettings, row: RawRow, where: str) -> Layout:
         elif purpose in optional:
             optional[purpose] = names
         else:
-            key = TEMPLATE_KEY if names == (TEMPLATE_KEY,) else f"dataset.columns.{purpose}"
+            key = (
+                TEMPLATE_KEY
+                if names == (TEMPLATE_KEY,)
+                else f"dataset.columns.{purpose}"
+            )
             value = settings.template if names == (TEMPLATE_KEY,) else names[0]
             purposes = ", ".join([*required, *optional])
-            reason = f"{where}: format {name} has no {purpose}; its purposes: {purposes}"
+            reason = (
+                f"{where}: format {name} has no {purpose}; its purposes: {purposes}"
+            )
             raise refusal(key, value, reason)
     for purpose in settings.ignore:
         optional.pop(purpose, None)
@@ -93,7 +107,10 @@ def detect(row: RawRow) -> UsualColumns | None:
 
 
 def _required_columns(
-    settings: DatasetSettings, given: _Names, row: RawRow, where: str
+    settings: DatasetSettings,
+    given: _Names,
+    row: RawRow,
+    where: str,
 ) -> tuple[str, _Names]:
     """The format, and the names of its required columns by purpose."""
     text_field = settings.text_field
@@ -134,7 +151,10 @@ def _columns_of_format(name: str, row: RawRow) -> _Names:
 
 
 def _completed_pair(
-    settings: DatasetSettings, given: _Names, row: RawRow, where: str
+    settings: DatasetSettings,
+    given: _Names,
+    row: RawRow,
+    where: str,
 ) -> tuple[str, _Names]:
     """The columns of prompt and completion, of which the config names one at least."""
     required = {}
@@ -142,10 +162,16 @@ def _completed_pair(
         names = given.get(purpose)
         if names is None:
             taken = {name for columns in given.values() for name in columns}
-            free = [name for name in usual if row.get(name) is not None and name not in taken]
+            free = [
+                name
+                for name in usual
+                if row.get(name) is not None and name not in taken
+            ]
             if not free:
                 columns = column_names(row)
-                reason = f"{where}: the {purpose} must be named too; its fields: {columns}"
+                reason = (
+                    f"{where}: the {purpose} must be named too; its fields: {columns}"
+                )
                 raise refusal("dataset.columns", _shown(settings, given), reason)
             names = (free[0],)
         required[purpose] = names
@@ -161,5 +187,7 @@ def _shown(settings: DatasetSettings, given: _Names) -> str:
 
 def _present(usual: UsualColumns, row: RawRow) -> list[str]:
     """The row's columns of all purposes; none if a purpose lacks one."""
-    columns = [[name for name in names if name in row] for names in usual.columns.values()]
+    columns = [
+        [name for name in names if name in row] for names in usual.columns.values()
+    ]
     return [name for names in columns for name in names] if all(columns) else []

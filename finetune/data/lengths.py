@@ -37,7 +37,14 @@ def computed_length(row: dict[str, Any]) -> int:
     loss.
     """
     labels = row["labels"]
-    return next((index for index in reversed(range(1, len(labels))) if labels[index] != IGNORED), 1)
+    return next(
+        (
+            index
+            for index in reversed(range(1, len(labels)))
+            if labels[index] != IGNORED
+        ),
+        1,
+    )
 
 
 def _first_label(labels: Sequence[int]) -> int:

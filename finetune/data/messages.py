@@ -44,7 +44,9 @@ _IDENTIFIERS = {"id", "index", "type"}
 _REQUIRED = "a message must have 'role' and 'content', or 'from' and 'value'"
 
 
-def normalize_messages(turns: Any, place: str, ignored: Collection[str] = ()) -> Messages:
+def normalize_messages(
+    turns: Any, place: str, ignored: Collection[str] = ()
+) -> Messages:
     """Return messages in the common form.
 
     `content` becomes text: parts of type text are joined without a separator, as templates that
@@ -64,7 +66,8 @@ def normalize_messages(turns: Any, place: str, ignored: Collection[str] = ()) ->
     if isinstance(turns, dict):
         turns = _transpose(turns, place)
     return [
-        _message(turn, f"{place} {number}", ignored) for number, turn in enumerate(turns, start=1)
+        _message(turn, f"{place} {number}", ignored)
+        for number, turn in enumerate(turns, start=1)
     ]
 
 
@@ -84,7 +87,9 @@ def prepend_system(messages: Messages, text: str, where: str) -> Messages:
     if messages and messages[0]["role"] in ("system", "developer"):
         if messages[0]["content"].strip() == text.strip():
             return messages
-        raise ConfigError(f"{where} and the chat's first message are two different system turns")
+        raise ConfigError(
+            f"{where} and the chat's first message are two different system turns"
+        )
     return [{"role": "system", "content": text}, *messages]
 
 
@@ -101,7 +106,9 @@ def _message(turn: Any, where: str, ignored: Collection[str]) -> Message:
     if turn.keys() == {"role", "content"} and turn["role"] in ROLES:
         return {"role": turn["role"], "content": _text(turn["content"], where)}
     fields = {key: value for key, value in turn.items() if key not in ignored}
-    has_content = not fields.keys().isdisjoint({"content", "value", "tool_calls", "function_call"})
+    has_content = not fields.keys().isdisjoint(
+        {"content", "value", "tool_calls", "function_call"}
+    )
     fields = {key: value for key, value in fields.items() if value is not None}
     role = _role(fields, where)
     if not has_content:
@@ -119,7 +126,9 @@ def _message(turn: Any, where: str, ignored: Collection[str]) -> Message:
 
 
 def _role(fields: dict[str, Any], where: str) -> str:
-    roles = [_normalize_role(fields[key], where) for key in ("role", "from") if key in fields]
+    roles = [
+        _normalize_role(fields[key], where) for key in ("role", "from") if key in fields
+    ]
     if not roles:
         raise ConfigError(f"{where}: {_REQUIRED}")
     if roles[0] != roles[-1]:
@@ -140,7 +149,12 @@ def _normalize_role(role: Any, where: str) -> str:
     return word
 
 
-def _either(fields: dict[str, Any], key: str, other_key: str, where: str) -> Any:
+def _either(
+    fields: dict[str, Any],
+    key: str,
+    other_key: str,
+    where: str,
+) -> Any:
     """The value of one of two keys, of which a message has one."""
     if key in fields and other_key in fields and fields[key] != fields[other_key]:
         raise ConfigError(f"{where} has {key} and {other_key}, which differ")
@@ -156,7 +170,10 @@ def _text(content: Any, where: str) -> str:
     if not isinstance(content, list):
         reason = f"content must be text, null or a list of parts, but is {type(content).__name__}"
         raise ConfigError(f"{where}: {_REQUIRED}, as text; {reason}")
-    parts = (_part_text(part, f"{where}, part {n}") for n, part in enumerate(content, start=1))
+    parts = (
+        _part_text(part, f"{where}, part {n}")
+        for n, part in enumerate(content, start=1)
+    )
     return "".join(parts)
 
 
@@ -178,7 +195,12 @@ def _part_text(part: Any, where: str) -> str:
     return text
 
 
-def _add(message: Message, key: str, value: Any, where: str) -> None:
+def _add(
+    message: Message,
+    key: str,
+    value: Any,
+    where: str,
+) -> None:
     """Add a key to a message under its name in the common form, unless it holds nothing."""
     if key in ("train", "weight"):
         _mark(message, key, value, where)
@@ -197,10 +219,17 @@ def _add(message: Message, key: str, value: Any, where: str) -> None:
         message[key] = value
 
 
-def _mark(message: Message, key: str, value: Any, where: str) -> None:
+def _mark(
+    message: Message,
+    key: str,
+    value: Any,
+    where: str,
+) -> None:
     """Mark an answer that is context only. `true` and 1 say what holds without them."""
     allowed = {"train": "true or false", "weight": "0 or 1"}[key]
-    is_flag = isinstance(value, bool) if key == "train" else isinstance(value, int | float)
+    is_flag = (
+        isinstance(value, bool) if key == "train" else isinstance(value, int | float)
+    )
     if not is_flag or value not in (0, 1):
         raise ConfigError(f"{where}: {key}={value}: must be {allowed}")
     if message["role"] == "assistant":
@@ -211,7 +240,13 @@ def _mark(message: Message, key: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: train=true with role={message['role']}: {reason}")
 
 
-def _set(message: Message, name: str, value: Any, key: str, where: str) -> None:
+def _set(
+    message: Message,
+    name: str,
+    value: Any,
+    key: str,
+    where: str,
+) -> None:
     """Set a key that a message may have under two names."""
     if message.get(name, value) != value:
         raise ConfigError(f"{where} has {name} and {key}, which differ")

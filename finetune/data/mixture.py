@@ -9,7 +9,10 @@ from finetune.errors import refusal
 
 
 def weigh_rows(
-    order: list[int], source_ends: Sequence[int], settings: DatasetSettings, report: Report
+    order: list[int],
+    source_ends: Sequence[int],
+    settings: DatasetSettings,
+    report: Report,
 ) -> list[int]:
     """Return the numbers of the training rows, each as often as its source's weight says.
 
@@ -37,10 +40,14 @@ def weigh_rows(
         # `order` is shuffled, so that its first rows are drawn at random.
         drawn = rows * int(repetitions) + rows[: round(fraction * len(rows))]
         if rows and not drawn:
-            reason = f"weight {source.weight:g} takes none of its {len(rows)} training rows"
+            reason = (
+                f"weight {source.weight:g} takes none of its {len(rows)} training rows"
+            )
             raise refusal("dataset.path", source.path, reason)
         weighted += drawn
-        phrases.append(f"{len(drawn)} from {len(rows)} of {source.path} ({source.weight:g})")
+        phrases.append(
+            f"{len(drawn)} from {len(rows)} of {source.path} ({source.weight:g})"
+        )
         start = end
     # Mixed again, so that dataset.limit takes of each source its share.
     random.Random(f"weights {settings.split_seed}").shuffle(weighted)

@@ -102,11 +102,17 @@ class PhraseIndex:
         is_rare = texts_of_phrase <= self._common_limit
         own_phrases = np.bincount(texts[is_rare], minlength=len(lengths))
         is_shared = is_rare & (texts_of_phrase > 1)
-        pairs, shared = self._count_pairs(phrases[is_shared], texts[is_shared], len(lengths))
+        pairs, shared = self._count_pairs(
+            phrases[is_shared], texts[is_shared], len(lengths)
+        )
         return self._choose(pairs, shared, own_phrases, lengths)
 
     def _choose(
-        self, pairs: "Numbers", shared: "Numbers", own_phrases: "Numbers", lengths: "Numbers"
+        self,
+        pairs: "Numbers",
+        shared: "Numbers",
+        own_phrases: "Numbers",
+        lengths: "Numbers",
     ) -> list[tuple[int, int]]:
         """The pairs that share enough phrases.
 
@@ -122,12 +128,19 @@ class PhraseIndex:
         # A shared phrase is in both samples only if the sample of the longer text has it.
         estimate = shared / rates[pairs].min(axis=1)
         longer = (own_phrases[pairs] / rates[pairs]).max(axis=1)
-        is_near = (longer >= MINIMUM_PHRASES) & (shared >= SHARED_PHRASES * MINIMUM_PHRASES)
+        is_near = (longer >= MINIMUM_PHRASES) & (
+            shared >= SHARED_PHRASES * MINIMUM_PHRASES
+        )
         is_near &= estimate >= SHARED_PHRASES * longer
-        return [(int(first), int(second)) for first, second in np.asarray(pairs[is_near])]
+        return [
+            (int(first), int(second)) for first, second in np.asarray(pairs[is_near])
+        ]
 
     def _count_pairs(
-        self, phrases: "Numbers", texts: "Numbers", count: int
+        self,
+        phrases: "Numbers",
+        texts: "Numbers",
+        count: int,
     ) -> "tuple[Numbers, Numbers]":
         """All pairs of texts with a phrase in common, and how many phrases they have in common."""
         import numpy as np
@@ -154,7 +167,9 @@ class PhraseIndex:
         words = _scramble(np.frombuffer(self._words, np.uint32).astype(np.uint64))
         phrases = np.zeros(len(words) - PHRASE_WORDS + 1, np.uint64)
         for position in range(PHRASE_WORDS):
-            phrases = phrases * np.uint64(_MULTIPLIER) + words[position:][: len(phrases)]
+            phrases = (
+                phrases * np.uint64(_MULTIPLIER) + words[position:][: len(phrases)]
+            )
         lengths = np.array(self._batch_lengths)
         text_of_word = np.repeat(np.arange(len(lengths)), lengths)
         text_of_phrase = text_of_word[: len(phrases)]
@@ -168,7 +183,9 @@ class PhraseIndex:
         is_sampled = (hashes >> np.uint64(32)) < bounds[text_of_phrase]
         chosen = is_within & is_sampled
         self._hashes.append(hashes[chosen])
-        self._texts.append((text_of_phrase[chosen] + len(self._lengths)).astype(np.int32))
+        self._texts.append(
+            (text_of_phrase[chosen] + len(self._lengths)).astype(np.int32)
+        )
         self._lengths.extend(int(number) for number in phrase_counts)
         self._words = array("I")
         self._batch_lengths = []

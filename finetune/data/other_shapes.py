@@ -17,20 +17,29 @@ def describe_shape(row: RawRow) -> str | None:
     """Return what rows are whose columns no format has, None if that is not known."""
     columns = {column for column, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= columns:
-        instead = "dataset.columns={prompt: …, completion: chosen} learns the chosen answers"
+        instead = (
+            "dataset.columns={prompt: …, completion: chosen} learns the chosen answers"
+        )
         return f"preference rows (chosen, rejected) are not learnt; {instead}"
     if "input_ids" in columns:
         return "rows that are tokenised already (input_ids) are not read; the text is needed"
     marks = columns & {"labels", "scores", "rewards", "ratings"}
     if columns & {*ANSWER_LISTS} and marks:
         name = sorted(marks)[0]
-        return f"scored answers ({name}) are not learnt; a row holds one answer to learn"
+        return (
+            f"scored answers ({name}) are not learnt; a row holds one answer to learn"
+        )
     if columns & {*PROMPTS} and len(columns & {*PROMPTS}) == len(columns):
         return "prompts without answers (unlabeled rows) can't be learnt"
     return None
 
 
-def refuse_marked(row: RawRow, used: Collection[str], answered: bool, where: str) -> None:
+def refuse_marked(
+    row: RawRow,
+    used: Collection[str],
+    answered: bool,
+    where: str,
+) -> None:
     """Refuse a row whose answer is marked as good or bad.
 
     Args:

@@ -24,10 +24,14 @@ class PromptTemplate:
         from jinja2.sandbox import SandboxedEnvironment
 
         self._source = " ".join(source.split())
-        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = SandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True
+        )
         try:
             self._template = environment.from_string(source)
-            self.columns: set[str] = meta.find_undeclared_variables(environment.parse(source))
+            self.columns: set[str] = meta.find_undeclared_variables(
+                environment.parse(source)
+            )
         except TemplateSyntaxError as error:
             reason = f"must be a Jinja template ({error.message})"
             raise refusal(KEY, self._source, reason) from None
@@ -44,4 +48,6 @@ class PromptTemplate:
         except Exception as error:  # the template may do anything with a row's values
             reason = " ".join(str(error).split()) or type(error).__name__
             fields = f"its fields: {column_names(row)}"
-            raise ConfigError(f"{KEY}={self._source}: {where}: {reason}; {fields}") from None
+            raise ConfigError(
+                f"{KEY}={self._source}: {where}: {reason}; {fields}"
+            ) from None

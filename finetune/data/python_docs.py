@@ -43,7 +43,10 @@ def _collect() -> list[dict[str, str]]:
     for module_name in MODULES:
         for name, docstring in _docstrings(module_name):
             question_of.setdefault(docstring, f"What does {name} do in Python?")
-    rows = [{"prompt": question, "completion": answer} for answer, question in question_of.items()]
+    rows = [
+        {"prompt": question, "completion": answer}
+        for answer, question in question_of.items()
+    ]
     return sorted(rows, key=lambda row: row["prompt"])
 
 
@@ -52,7 +55,11 @@ def _docstrings(module_name: str) -> Iterator[tuple[str, str]]:
     module = importlib.import_module(module_name)
     for name in sorted(vars(module)):
         member = getattr(module, name)
-        if name.startswith("_") or not callable(member) or not isinstance(member.__doc__, str):
+        if (
+            name.startswith("_")
+            or not callable(member)
+            or not isinstance(member.__doc__, str)
+        ):
             continue
         paragraphs = inspect.cleandoc(member.__doc__).split("\n\n")
         if paragraphs[0].startswith(f"{name}(") and len(paragraphs) > 1:

@@ -35,7 +35,11 @@ class ReadRows:
 
 
 def read_path(
-    key: str, path: str, files: list[Path] | None, formats: RowFormats, report: Report
+    key: str,
+    path: str,
+    files: list[Path] | None,
+    formats: RowFormats,
+    report: Report,
 ) -> ReadRows:
     """Read all rows of a path in the common form.
 
@@ -90,7 +94,12 @@ class _Reader:
         formats: The conversion of the rows, and what happens to bad rows.
     """
 
-    def __init__(self, key: str, path: str, formats: RowFormats) -> None:
+    def __init__(
+        self,
+        key: str,
+        path: str,
+        formats: RowFormats,
+    ) -> None:
         self._key = key
         self._settings = formats.settings
         self.converter = formats.open(key, path)
@@ -114,12 +123,19 @@ class _Reader:
                 reason = _without_place(str(error), self._key, source.name, number)
                 self.skipped.append(SkippedRow(source.name, number, reason))
 
-    def _convert(self, source: Source, number: int, raw_row: RawRow) -> None:
+    def _convert(
+        self,
+        source: Source,
+        number: int,
+        raw_row: RawRow,
+    ) -> None:
         if isinstance(raw_row, BadRow):
             raise refusal(self._key, source.name, raw_row.reason)
         # The group's column is read first, as the conversion may leave it out.
         group = self._group(f"{self._key}={source.name}: row {number}", raw_row)
-        content = self.converter.convert(raw_row, source.name, number, source.class_names)
+        content = self.converter.convert(
+            raw_row, source.name, number, source.class_names
+        )
         if content is not None:
             row = Row(content, source.name, number, self.converter.format or "")
             self.rows.append(row, group)
@@ -137,7 +153,12 @@ class _Reader:
         return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def _without_place(message: str, key: str, name: str, number: int) -> str:
+def _without_place(
+    message: str,
+    key: str,
+    name: str,
+    number: int,
+) -> str:
     """The message of an error without the place of the row, which is listed beside it."""
     for place in (f"{key}={name}: row {number}", f"{key}={name}"):
         message = message.removeprefix(place)

@@ -34,7 +34,9 @@ def load_rows(settings: DatasetSettings) -> Rows:
     for source in settings.sources:
         path = source.path
         files[path] = files_by_split(settings, path)
-        pool.extend(read_path("dataset.path", path, files[path].get("train"), formats, report))
+        pool.extend(
+            read_path("dataset.path", path, files[path].get("train"), formats, report)
+        )
         source_ends.append(len(pool))
     from_files = {}
     for split in HELD_OUT:
@@ -43,22 +45,32 @@ def load_rows(settings: DatasetSettings) -> Rows:
             from_files[split] = rows
     formats.check_ignored()
     ties = _find_ties(settings, pool, from_files)
-    order, parts = divide_rows(settings, len(pool), ties, set(HELD_OUT) - set(from_files), report)
-    held_out = {split: [pool.rows[number] for number in parts[split]] for split in parts}
+    order, parts = divide_rows(
+        settings, len(pool), ties, set(HELD_OUT) - set(from_files), report
+    )
+    held_out = {
+        split: [pool.rows[number] for number in parts[split]] for split in parts
+    }
     held_out |= {split: rows.rows for split, rows in from_files.items()}
     twins = _twins_of_training(ties, order, pool, from_files)
     fingerprints = {fingerprint(pool.rows[number]) for number in order}
     for split in ("eval", "test"):
-        unique = _drop_duplicates(held_out[split], twins.get(split, set()), fingerprints)
+        unique = _drop_duplicates(
+            held_out[split], twins.get(split, set()), fingerprints
+        )
         count = len(held_out[split])
         if count and not unique:
             raise _all_in_training(split, settings, files, count)
-        report.drop(f"{split} rows that also stand in training or twice", count - len(unique))
+        report.drop(
+            f"{split} rows that also stand in training or twice", count - len(unique)
+        )
         held_out[split] = unique
     weighted = weigh_rows(order, source_ends, settings, report)
     train = [pool.rows[number] for number in weighted[: settings.limit]]
     if not train:
-        raise refusal("dataset.path", settings.path_text, "no rows are left to train on")
+        raise refusal(
+            "dataset.path", settings.path_text, "no rows are left to train on"
+        )
     report.log_dropped()
     if len(train) < len(weighted):
         shares = f"{len(train):,} of {len(weighted):,} rows"
@@ -105,7 +117,10 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
 
 
 def _read_split(
-    split: str, formats: RowFormats, files: SplitFiles, report: Report
+    split: str,
+    formats: RowFormats,
+    files: SplitFiles,
+    report: Report,
 ) -> ReadRows | None:
     """The rows of a split that has a path or files of its own; None if it has neither."""
     path: str | None = getattr(formats.settings, f"{split}_path")
@@ -115,7 +130,9 @@ def _read_split(
     rows = ReadRows()
     for folder, folder_files in files.items():
         if folder_files.get(split):
-            folder_rows = read_path("dataset.path", folder, folder_files[split], formats, report)
+            folder_rows = read_path(
+                "dataset.path", folder, folder_files[split], formats, report
+            )
             rows.extend(folder_rows)
     return rows if len(rows) else None
 
@@ -137,7 +154,10 @@ def _find_ties(
 
 
 def _twins_of_training(
-    ties: Ties | None, order: list[int], pool: ReadRows, from_files: dict[str, ReadRows]
+    ties: Ties | None,
+    order: list[int],
+    pool: ReadRows,
+    from_files: dict[str, ReadRows],
 ) -> dict[str, set[int]]:
     """The rows of held-out files that are tied to a training row, by split.
 
@@ -153,12 +173,16 @@ def _twins_of_training(
     twins = {}
     start = len(pool)
     for split, rows in from_files.items():
-        twins[split] = {number - start for number in tied if 0 <= number - start < len(rows)}
+        twins[split] = {
+            number - start for number in tied if 0 <= number - start < len(rows)
+        }
         start += len(rows)
     return twins
 
 
-def _drop_duplicates(rows: list[Row], twins: set[int], fingerprints: set[str]) -> list[Row]:
+def _drop_duplicates(
+    rows: list[Row], twins: set[int], fingerprints: set[str]
+) -> list[Row]:
     """The held-out rows that occur nowhere else, so that no training row is evaluated.
 
     Args:
@@ -176,13 +200,20 @@ def _drop_duplicates(rows: list[Row], twins: set[int], fingerprints: set[str]) -
 
 
 def _all_in_training(
-    split: str, settings: DatasetSettings, files: SplitFiles, count: int
+    split: str,
+    settings: DatasetSettings,
+    files: SplitFiles,
+    count: int,
 ) -> Exception:
     """The refusal of a split all of whose rows are training rows; it names the rows' key."""
     reason = f"all {count} rows also stand in training"
     if getattr(settings, f"{split}_path") is not None:
-        return refusal(f"dataset.{split}_path", getattr(settings, f"{split}_path"), reason)
-    split_files = [file for by_split in files.values() for file in by_split.get(split, ())]
+        return refusal(
+            f"dataset.{split}_path", getattr(settings, f"{split}_path"), reason
+        )
+    split_files = [
+        file for by_split in files.values() for file in by_split.get(split, ())
+    ]
     if split_files:
         reason = f"all {count} rows of {file_names(split_files)} also stand in training"
         return refusal("dataset.path", settings.path_text, reason)

@@ -103,7 +103,9 @@ def _texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator
         end = index + 1
         context = decode(before, pending)
         text = decode(before, end)
-        is_part = text.endswith(INCOMPLETE) and end - pending < MOST_PARTS and end < len(ids)
+        is_part = (
+            text.endswith(INCOMPLETE) and end - pending < MOST_PARTS and end < len(ids)
+        )
         if is_part:
             yield ""
             continue

@@ -75,7 +75,12 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
     return Source(path, rows, commit, class_names(dataset))
 
 
-def open_files(key: str, folder: str, files: list[Path], settings: DatasetSettings) -> list[Source]:
+def open_files(
+    key: str,
+    folder: str,
+    files: list[Path],
+    settings: DatasetSettings,
+) -> list[Source]:
     """Open files of a folder.
 
     Args:
@@ -100,7 +105,10 @@ def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
 
 
 def _checked(
-    key: str, name: str, rows: Iterable[RawRow], settings: DatasetSettings
+    key: str,
+    name: str,
+    rows: Iterable[RawRow],
+    settings: DatasetSettings,
 ) -> Iterator[RawRow]:
     """Yield rows with their cells of JSON parsed; a row that can't be read is refused or yielded.
 
@@ -120,8 +128,12 @@ def _columns_of_json(settings: DatasetSettings) -> set[str]:
     are used as texts.
     """
     columns = settings.columns
-    chats = {columns[name] for name in ("messages", "tools", "history") if name in columns}
-    texts = {columns[name] for name in ("prompt", "completion", "system") if name in columns}
+    chats = {
+        columns[name] for name in ("messages", "tools", "history") if name in columns
+    }
+    texts = {
+        columns[name] for name in ("prompt", "completion", "system") if name in columns
+    }
     return (CHAT_COLUMNS - {settings.text_field} - texts) | chats
 
 
@@ -137,7 +149,9 @@ def _hub_dataset(
     def load() -> "Dataset":
         from datasets import load_dataset
 
-        return load_dataset(path, settings.name, split=settings.split, revision=revision)
+        return load_dataset(
+            path, settings.name, split=settings.split, revision=revision
+        )
 
     def ask() -> "tuple[Dataset, str | None, bool]":
         try:
@@ -158,7 +172,9 @@ def _hub_dataset(
         dataset, commit, is_cached = ask_hub(key, path, ask, in_cache, instead)
     except ConfigError:
         raise
-    except ValueError as error:  # of an unknown split or name; the message lists those that exist
+    except (
+        ValueError
+    ) as error:  # of an unknown split or name; the message lists those that exist
         raise ConfigError(f"{key}={path}: {' '.join(str(error).split())}") from None
     if is_cached and revision is not None:
         _require_revision(path, revision, commit)
@@ -182,8 +198,12 @@ def _require_revision(path: str, revision: str, commit: str | None) -> None:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reference = Path(HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", revision)
+    reference = Path(
+        HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", revision
+    )
     wanted = reference.read_text().strip() if reference.is_file() else revision
     if commit is None or not commit.startswith(wanted):
-        reason = f"the hub can't be reached, and the cache holds commit {commit} of {path}"
+        reason = (
+            f"the hub can't be reached, and the cache holds commit {commit} of {path}"
+        )
         raise refusal("dataset.revision", revision, reason)

@@ -14,7 +14,11 @@ HELD_OUT = ("test", "eval")
 
 
 def divide_rows(
-    settings: DatasetSettings, total: int, ties: Ties | None, splits: set[str], report: Report
+    settings: DatasetSettings,
+    total: int,
+    ties: Ties | None,
+    splits: set[str],
+    report: Report,
 ) -> tuple[list[int], dict[str, list[int]]]:
     """Take the held-out rows of the splits that no file gives from all rows.
 
@@ -52,33 +56,50 @@ def divide_rows(
 
 
 def _note_ties(
-    settings: DatasetSettings, ties: Ties, groups: Sequence[int], report: Report
+    settings: DatasetSettings,
+    ties: Ties,
+    groups: Sequence[int],
+    report: Report,
 ) -> None:
     sizes = [size for size in Counter(groups).values() if size > 1]
     if sizes:
         kind = "near twins"
         if settings.group_by is not None:
             kind += f" or of one {settings.group_by} (dataset.group_by)"
-        report.note(f"{sum(sizes)} rows in {len(sizes)} groups of {kind} stay in one part")
+        report.note(
+            f"{sum(sizes)} rows in {len(sizes)} groups of {kind} stay in one part"
+        )
     if ties.common_texts:
         reason = "each stand in many rows, and keep no rows together"
         report.note(f"{ties.common_texts} questions or answers {reason}")
 
 
 def _all_tied(
-    split: str, settings: DatasetSettings, count: int, groups: Sequence[int]
+    split: str,
+    settings: DatasetSettings,
+    count: int,
+    groups: Sequence[int],
 ) -> Exception:
     """The refusal of a fraction that no group of rows fits in."""
     largest = max(Counter(groups).values())
-    reason = f"takes {count} of {len(groups)} rows, but {largest} of them stay in one part"
+    reason = (
+        f"takes {count} of {len(groups)} rows, but {largest} of them stay in one part"
+    )
     causes = "near twins"
     if settings.group_by is not None:
         causes += f", or rows of one {settings.group_by}"
     key = f"dataset.{split}_fraction"
-    return refusal(key, getattr(settings, key.partition(".")[2]), f"{reason} as {causes}")
+    return refusal(
+        key, getattr(settings, key.partition(".")[2]), f"{reason} as {causes}"
+    )
 
 
-def _held_out_count(split: str, settings: DatasetSettings, total: int, remaining: int) -> int:
+def _held_out_count(
+    split: str,
+    settings: DatasetSettings,
+    total: int,
+    remaining: int,
+) -> int:
     """How many rows a split's fraction takes.
 
     Args:
@@ -98,7 +119,9 @@ def _held_out_count(split: str, settings: DatasetSettings, total: int, remaining
     return count
 
 
-def take_groups(order: list[int], groups: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+def take_groups(
+    order: list[int], groups: Sequence[int], count: int
+) -> tuple[list[int], list[int]]:
     """Take whole groups of rows, as near to a count as possible.
 
     Args:

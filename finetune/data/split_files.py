@@ -6,7 +6,13 @@ Fractions of rows are taken in `rows`.
 import logging
 from pathlib import Path
 
-from finetune.config.data_folder import ANY_FILE, SPLITS, data_files, data_folder, named_splits
+from finetune.config.data_folder import (
+    ANY_FILE,
+    SPLITS,
+    data_files,
+    data_folder,
+    named_splits,
+)
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.errors import refusal
 
@@ -72,9 +78,21 @@ def files_for_split(split: str, key: str, path: str) -> list[Path] | None:
     named = [file for file in files if split_of[file] == split]
     if named and len(named) < len(files):
         names = file_names(named)
-        log.info("data: %s=%s: %s only, named for it, of %d files", key, path, names, len(files))
+        log.info(
+            "data: %s=%s: %s only, named for it, of %d files",
+            key,
+            path,
+            names,
+            len(files),
+        )
     elif not named and any(split_of.values()):
-        log.info("data: %s=%s: all %d files, as none is named %s", key, path, len(files), split)
+        log.info(
+            "data: %s=%s: all %d files, as none is named %s",
+            key,
+            path,
+            len(files),
+            split,
+        )
     return named or files
 
 
@@ -95,7 +113,10 @@ def _named_split(key: str, path: str, file: Path) -> str | None:
 
 
 def _log_splits(
-    settings: DatasetSettings, folder: str, files: dict[str, list[Path]], unnamed: list[Path]
+    settings: DatasetSettings,
+    folder: str,
+    files: dict[str, list[Path]],
+    unnamed: list[Path],
 ) -> None:
     """Log which rows are used for which split, and which files are not used."""
     train = f"train = {file_names(files['train'])}"

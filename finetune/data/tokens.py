@@ -55,20 +55,30 @@ class TokenReport:
 
     def lines(self, split: str, max_length: int | None) -> list[str]:
         """Return what the log says, one line for each count."""
-        lines = [f"left out {count} {split} {reason}" for reason, count in self.left_out.items()]
+        lines = [
+            f"left out {count} {split} {reason}"
+            for reason, count in self.left_out.items()
+        ]
         if self.cut:
             rows = f"{self.cut} of {self.rows} {split} rows"
-            lines.append(f"cut {rows} to dataset.max_length={max_length}: their end is lost")
+            lines.append(
+                f"cut {rows} to dataset.max_length={max_length}: their end is lost"
+            )
         if self.shortened:
             reason = "to keep the answer within dataset.max_length"
-            lines.append(f"left out the oldest turns of {self.shortened} {split} rows, {reason}")
+            lines.append(
+                f"left out the oldest turns of {self.shortened} {split} rows, {reason}"
+            )
         for reason, count in self.unlearnt.items():
             lines.append(f"{split}: not learnt: {count} {reason}")
         if self.examples > self.rows - self.left_out.total():
             reason = (
-                "the chat template renders earlier answers otherwise, so each has one of its own"
+                "the chat template renders earlier answers otherwise, "
+                "so each has one of its own"
             )
-            lines.append(f"{self.examples} {split} examples of {self.rows} rows: {reason}")
+            lines.append(
+                f"{self.examples} {split} examples of {self.rows} rows: {reason}"
+            )
         return lines + self.notes
 
 
@@ -150,10 +160,16 @@ def _cache_key(
     variables: Mapping[str, Any] | None,
 ) -> str:
     """A hash of everything that tokens depend on."""
-    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special_tokens = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items()
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A tokenizer without a backend is its class and its vocabulary.
-    content = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    content = (
+        backend.to_str()
+        if backend
+        else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    )
     return fingerprint(
         [
             ENCODING_VERSION,
@@ -172,7 +188,10 @@ def _cache_key(
 
 
 def _encode_all(
-    split: str, rows: Sequence[Row], encoder: Encoder, settings: DatasetSettings
+    split: str,
+    rows: Sequence[Row],
+    encoder: Encoder,
+    settings: DatasetSettings,
 ) -> "Dataset":
     """Encode rows, cut them to `max_length`, and pack them if `packing` is set."""
     from datasets import Dataset
@@ -187,7 +206,9 @@ def _encode_all(
         from trl import pack_dataset
 
         dataset = pack_dataset(dataset, settings.max_length)
-    dataset.info.description = json.dumps(vars(report))  # saved with the rows, for `report_of`
+    dataset.info.description = json.dumps(
+        vars(report)
+    )  # saved with the rows, for `report_of`
     return dataset
 
 
@@ -224,13 +245,18 @@ def encode_rows(
         return
     if set(report.left_out) == {NOTHING_LEARNT}:
         answers = "; ".join(f"{count} {why}" for why, count in report.unlearnt.items())
-        raise ConfigError(f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}")
+        raise ConfigError(
+            f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}"
+        )
     reason = f"leaves no {split} row an answer's token to learn from"
     raise refusal("dataset.max_length", settings.max_length, reason)
 
 
 def encode_row(
-    row: Row, encoder: Encoder, settings: DatasetSettings, report: TokenReport
+    row: Row,
+    encoder: Encoder,
+    settings: DatasetSettings,
+    report: TokenReport,
 ) -> Iterator[Encoded]:
     """Encode a row, and count in the report what is lost.
 
@@ -312,9 +338,13 @@ def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
         )
     unused = [key for key in _further_keys(rows) if not template.mentions(key)]
     if unused:
-        notes.append(f"fields of messages that the chat template does not use: {', '.join(unused)}")
+        notes.append(
+            f"fields of messages that the chat template does not use: {', '.join(unused)}"
+        )
     if template.end is None:
-        notes.append("the chat template writes no end after an answer: the tokenizer's is added")
+        notes.append(
+            "the chat template writes no end after an answer: the tokenizer's is added"
+        )
     return notes
 
 

@@ -20,7 +20,10 @@ def normalize_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
             template knows.
     """
     calls = _as_list(value, f"{where}: tool_calls")
-    return [_tool_call(call, f"{where}, tool call {n}") for n, call in enumerate(calls, start=1)]
+    return [
+        _tool_call(call, f"{where}, tool call {n}")
+        for n, call in enumerate(calls, start=1)
+    ]
 
 
 def normalize_tools(value: Any, where: str) -> list[dict[str, Any]]:
@@ -43,8 +46,14 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise ConfigError(f"{where} must be JSON, but is {_shorten(text)} ({reason})") from None
+        reason = (
+            error.msg
+            if isinstance(error, json.JSONDecodeError)
+            else "nested too deeply"
+        )
+        raise ConfigError(
+            f"{where} must be JSON, but is {_shorten(text)} ({reason})"
+        ) from None
 
 
 def parse_list(value: Any) -> Any:
@@ -62,7 +71,9 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     _require_function(call, where)
     function = _parse_text(call.get("function", call), where)
     if not isinstance(function, dict):
-        raise ConfigError(f"{where}: function must be an object with a name and arguments")
+        raise ConfigError(
+            f"{where}: function must be an object with a name and arguments"
+        )
     call_keys = {"type", "id", "index"}
     function_keys = {"name", "arguments", "parameters"}
     keys = [*call, *function] if "function" in call else list(call)
@@ -88,7 +99,9 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = parse_json(value, f"{where}: arguments")
     if not isinstance(value, dict):
-        reason = f"must be an object, or one as JSON text, but are {type(value).__name__}"
+        reason = (
+            f"must be an object, or one as JSON text, but are {type(value).__name__}"
+        )
         raise ConfigError(f"{where}: arguments {reason}")
     return value
 
@@ -101,7 +114,9 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
     if "function" in tool:
         function = tool["function"]
         if not isinstance(function, dict):
-            raise ConfigError(f"{where}: function must be an object with a name and parameters")
+            raise ConfigError(
+                f"{where}: function must be an object with a name and parameters"
+            )
         _require_name(function, where)
         return {**tool, "type": "function"}
     _require_name(tool, where)
@@ -118,7 +133,9 @@ def _require_function(value: dict[str, Any], where: str) -> None:
 def _require_name(function: dict[str, Any], where: str) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where} has no name; its keys: {', '.join(function) or 'none'}")
+        raise ConfigError(
+            f"{where} has no name; its keys: {', '.join(function) or 'none'}"
+        )
     return name
 
 
@@ -143,7 +160,9 @@ def without_nulls(value: Any) -> Any:
     of lists stay.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: without_nulls(item) for key, item in value.items() if item is not None
+        }
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value

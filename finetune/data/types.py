@@ -52,7 +52,11 @@ class Row(dict[str, Any]):
     __slots__ = ("format_name", "number", "source")
 
     def __init__(
-        self, content: dict[str, Any], source: str = "", number: int = 0, format_name: str = ""
+        self,
+        content: dict[str, Any],
+        source: str = "",
+        number: int = 0,
+        format_name: str = "",
     ) -> None:
         super().__init__(content)
         self.format_name = format_name
@@ -112,13 +116,21 @@ class Rows:
 
         Skipped rows, notes and commits are listed where there are any.
         """
-        sizes = {"train": len(self.train), "eval": len(self.evaluation), "test": len(self.test)}
+        sizes = {
+            "train": len(self.train),
+            "eval": len(self.evaluation),
+            "test": len(self.test),
+        }
         lists = {
             "skipped": [dataclasses.asdict(row) for row in self.skipped],
             "notes": self.notes,
             "commits": self.commits,
         }
-        return {**sizes, "dropped": self.dropped, **{k: v for k, v in lists.items() if v}}
+        return {
+            **sizes,
+            "dropped": self.dropped,
+            **{k: v for k, v in lists.items() if v},
+        }
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -47,10 +47,14 @@ def wording(row: Row) -> Wording:
         return Wording("", text, [])
     messages: list[Message] = row["messages"]
     roles = [message.get("role") for message in messages]
-    last = max((index for index, role in enumerate(roles) if role == "assistant"), default=0)
+    last = max(
+        (index for index, role in enumerate(roles) if role == "assistant"), default=0
+    )
     is_asked = any(role not in ("system", "developer") for role in roles[:last])
     question = "\n".join(map(_message_text, messages[:last])) if is_asked else ""
-    answers = [_content(message) for message in messages if message.get("role") == "assistant"]
+    answers = [
+        _content(message) for message in messages if message.get("role") == "assistant"
+    ]
     return Wording(question, "\n".join(map(_message_text, messages[last:])), answers)
 
 
@@ -68,7 +72,9 @@ def join_words(text_words: list[str]) -> str:
     Words are joined without space, but for a space between two digits.
     """
     text = " ".join(text_words)
-    return _SPACE_OF_WORDS.sub("", text) if _DIGIT.search(text) else text.replace(" ", "")
+    return (
+        _SPACE_OF_WORDS.sub("", text) if _DIGIT.search(text) else text.replace(" ", "")
+    )
 
 
 def _message_text(message: Message) -> str:
@@ -82,7 +88,11 @@ def _content(message: Message) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, default=str)
+    )
 
 
 @functools.cache
@@ -111,4 +121,6 @@ def _character_class(characters: Iterable[str]) -> str:
             ranges[-1][1] = code
         else:
             ranges.append([code, code])
-    return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges)
+    return "".join(
+        f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in ranges
+    )

@@ -56,7 +56,13 @@ class Progress:
     stop: str | None = None
     """Why training ended before its last step: `pruned`, `early` or `interrupted`."""
 
-    def add_step(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+    def add_step(
+        self,
+        step: int,
+        loss: float,
+        tokens: int,
+        seconds: float,
+    ) -> None:
         """Count a completed optimizer step.
 
         Args:
@@ -76,7 +82,8 @@ class Progress:
         """Return the mean loss and the speed of the steps since the last logged line."""
         return {
             "train/loss": math.fsum(self.window_losses) / len(self.window_losses),
-            "train/tokens_per_second": self.window_tokens / max(self.window_seconds, 1e-9),
+            "train/tokens_per_second": self.window_tokens
+            / max(self.window_seconds, 1e-9),
         }
 
     def close_window(self, loss: float) -> None:
@@ -93,10 +100,14 @@ class Progress:
             best: Take the held-out metrics of the best evaluation, not of the last.
         """
         loss = self.train_loss
-        if not math.isfinite(loss) and self.window_losses:  # stopped before its first logged line
+        if (
+            not math.isfinite(loss) and self.window_losses
+        ):  # stopped before its first logged line
             loss = math.fsum(self.window_losses) / len(self.window_losses)
         metrics: Metrics = {"train/loss": loss, "train/seconds": self.train_seconds}
-        rungs = [rung for rung in self.rungs if not best or rung["step"] == self.best_step]
+        rungs = [
+            rung for rung in self.rungs if not best or rung["step"] == self.best_step
+        ]
         if rungs:
             metrics |= rungs[-1]["metrics"]
         return metrics

@@ -107,7 +107,10 @@ def _without_router_logits(model: torch.nn.Module) -> Iterator[None]:
 
 
 def evaluate(
-    model: torch.nn.Module, rows: "Dataset", batch_size: int, quantization: QuantizationSettings
+    model: torch.nn.Module,
+    rows: "Dataset",
+    batch_size: int,
+    quantization: QuantizationSettings,
 ) -> Evaluation:
     """Evaluate a causal language model on tokenised rows.
 
@@ -125,7 +128,9 @@ def evaluate(
         The evaluation, with the rows in their order.
     """
     examples = as_list(rows)
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    order = sorted(
+        range(len(examples)), key=lambda index: -len(examples[index]["input_ids"])
+    )
     losses = [0.0] * len(examples)
     tokens = [0] * len(examples)
     correct = 0
@@ -190,7 +195,10 @@ def _choose_batches(
 
 def _compare_rows(model: torch.nn.Module, length: int) -> Comparison:
     """Compare a row's logits beside a longer one with those alone."""
-    batch = [_whole_row(probe_ids(model, length + 3, 1)), _whole_row(probe_ids(model, length, 0))]
+    batch = [
+        _whole_row(probe_ids(model, length + 3, 1)),
+        _whole_row(probe_ids(model, length, 0)),
+    ]
     logits = _predict(model, batch, 0, None).logits_of(1)
     return logits, plain_logits(model, batch[1]["input_ids"])[:-1]
 
@@ -276,7 +284,9 @@ def _compute_prefix(
 
 def _limits_logits(model: torch.nn.Module) -> bool:
     """Whether a base computes logits only at the positions that it is asked for."""
-    return "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
+    return (
+        "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
+    )
 
 
 def _predict(
@@ -300,7 +310,9 @@ def _predict(
     # Logits are the largest tensor: none of positions before the first answer token of any row.
     first = int(is_answer.any(0).nonzero()[0])
     positions = torch.arange(first, labels.shape[1])
-    arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+    arguments: dict[str, Any] = {
+        name: tensor.to(device) for name, tensor in inputs.items()
+    }
     if _limits_logits(model):
         arguments["logits_to_keep"] = positions.to(device)
     arguments["use_cache"] = prefix_cache is not None
@@ -317,7 +329,9 @@ def _predict(
     return _Predictions(logits[is_answer], labels[is_answer], rows)
 
 
-def _padded_inputs(batch: Sequence[dict[str, Any]], prefix_length: int) -> dict[str, torch.Tensor]:
+def _padded_inputs(
+    batch: Sequence[dict[str, Any]], prefix_length: int
+) -> dict[str, torch.Tensor]:
     """Return a batch's inputs after the shared prefix, padded on the right [rows, tokens]."""
     ids = _pad([row["input_ids"][prefix_length:] for row in batch], 0)
     if "seq_lengths" in batch[0]:
@@ -331,7 +345,9 @@ def _padded_inputs(batch: Sequence[dict[str, Any]], prefix_length: int) -> dict[
 
 
 def _next_token_labels(
-    batch: Sequence[dict[str, Any]], prefix_length: int, position_ids: torch.Tensor | None
+    batch: Sequence[dict[str, Any]],
+    prefix_length: int,
+    position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the label that each position predicts, IGNORED where none counts [rows, tokens - 1].
 

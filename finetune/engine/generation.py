@@ -56,13 +56,18 @@ def generate_answers(
     from finetune.model.quantization import autocast
 
     encoder = Encoder(tokenizer, variables)
-    questions = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    questions = [
+        Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+    ]
     prompt_ids = [encoder.encode_prompt(question) for question in questions]
     lengths = [len(ids) for ids in prompt_ids]
     ends = _end_tokens(model, encoder.ends)
     config = text_config_of(model.config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    limits = [_answer_limit(length, max_new_tokens, max_length, positions) for length in lengths]
+    limits = [
+        _answer_limit(length, max_new_tokens, max_length, positions)
+        for length in lengths
+    ]
     answers = [""] * len(prompts)
     with evaluation_mode(model), autocast(quantization):
         batches = _batches(lengths, limits, positions)
@@ -72,7 +77,12 @@ def generate_answers(
             batch_ids = [prompt_ids[row] for row in batch]
             batch_limits = [limits[row] for row in batch]
             sequences = _generate(
-                model, tokenizer.pad_token_id, batch_ids, max(batch_limits), ends, use_cache
+                model,
+                tokenizer.pad_token_id,
+                batch_ids,
+                max(batch_limits),
+                ends,
+                use_cache,
             )
             new_tokens = sequences[:, max(map(len, batch_ids)) :]
             for row, tokens in zip(batch, new_tokens, strict=True):

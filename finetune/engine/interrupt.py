@@ -26,7 +26,10 @@ class Interrupt:
 
         Only the main thread can install handlers; in any other thread nothing is changed.
         """
-        if self._active_blocks == 0 and threading.current_thread() is threading.main_thread():
+        if (
+            self._active_blocks == 0
+            and threading.current_thread() is threading.main_thread()
+        ):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         self._active_blocks += 1

@@ -20,7 +20,13 @@ class RunOutput:
     On a terminal a progress bar shows the training loss, elsewhere a log line does.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Tracker, total: int, interactive: bool) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        tracker: Tracker,
+        total: int,
+        interactive: bool,
+    ) -> None:
         """Write to a run's folder and tracker.
 
         Args:
@@ -63,7 +69,9 @@ class RunOutput:
         if self._has_bar:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
         else:
-            log.info("step %d/%d  loss %.4f  %.0f tokens/s", step, self._total, loss, speed)
+            log.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s", step, self._total, loss, speed
+            )
 
     def show_evaluation(self, step: int, loss: float) -> None:
         """Log the loss on held-out rows, in nats per token."""

@@ -83,7 +83,9 @@ class Shortcut(Enum):
     PACKED_SEQUENCES = "the rows of a sequence would see each other"
 
 
-_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = WeakKeyDictionary()
+_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = (
+    WeakKeyDictionary()
+)
 """The answers for each loaded base, by the shortcut and the tokens of the probe."""
 
 
@@ -131,7 +133,9 @@ def holds(
         log.info("%s (%s: %s)", shortcut.value, model_type_of(base), reason)
     elif record is not None:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"shortcut": shortcut.name, "model_type": model_type_of(base)})
+        write_json(
+            record, {"shortcut": shortcut.name, "model_type": model_type_of(base)}
+        )
     return reason is None
 
 
@@ -142,7 +146,9 @@ def base_of(model: Any) -> Any:
 
 def model_type_of(base: Any) -> str:
     """Return the name of a base's architecture."""
-    return str(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
+    return str(
+        getattr(getattr(base, "config", None), "model_type", type(base).__name__)
+    )
 
 
 def probe_ids(model: Any, length: int, first: int) -> list[int]:
@@ -165,7 +171,10 @@ def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 def computes_exactly(model: torch.nn.Module) -> bool:
     """Whether products are in float32: no weight has fewer bits, and there is no autocast."""
-    if torch.is_autocast_enabled("cuda") and next(model.parameters()).device.type == "cuda":
+    if (
+        torch.is_autocast_enabled("cuda")
+        and next(model.parameters()).device.type == "cuda"
+    ):
         return False
     return all(weight.dtype == torch.float32 for weight in model.parameters())
 
@@ -178,13 +187,21 @@ def _probe_length(base: Any, tokens: int) -> int:
     """
     length = 6
     config = text_config_of(base.config)
-    for name in ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size"):
+    for name in (
+        "sliding_window",
+        "attention_chunk_size",
+        "attention_window_size",
+        "window_size",
+    ):
         limit = getattr(config, name, None)
         if isinstance(limit, int) and length < limit < tokens:
             length = limit + 4
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
-        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        limit = (
+            rope.get("original_max_position_embeddings")
+            or config.max_position_embeddings
+        )
         if length < limit < tokens:
             length = limit - 1  # a longer row beside it exceeds the limit
     return length
@@ -223,7 +240,9 @@ def _tolerance(shortcut: Shortcut, model: torch.nn.Module) -> float:
     return DECODER_TOLERANCE if shortcut is Shortcut.GPU_DECODER else ROUNDED_TOLERANCE
 
 
-def _difference(computed: torch.Tensor, plain: torch.Tensor, tolerance: float) -> str | None:
+def _difference(
+    computed: torch.Tensor, plain: torch.Tensor, tolerance: float
+) -> str | None:
     """Return how much two logits of the same tokens differ; None if it is rounding."""
     if computed.shape != plain.shape:
         return f"{tuple(computed.shape)} logits instead of {tuple(plain.shape)}"

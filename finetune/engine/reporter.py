@@ -140,7 +140,12 @@ class Reporter:
                 "no gradient reaches the adapter: the first three steps had a gradient norm of 0"
             )
 
-    def _log_window(self, step: int, learning_rate: float, grad_norm: float | None) -> None:
+    def _log_window(
+        self,
+        step: int,
+        learning_rate: float,
+        grad_norm: float | None,
+    ) -> None:
         """Log the steps since the last logged line."""
         window = self.progress.window_metrics()
         metrics = {
@@ -182,4 +187,6 @@ class Reporter:
         if math.isfinite(loss):
             return
         rate = self._config.optimizer.resolved_learning_rate
-        raise Diverged(f"eval/loss={loss} at step {step}: lower optimizer.learning_rate={rate}")
+        raise Diverged(
+            f"eval/loss={loss} at step {step}: lower optimizer.learning_rate={rate}"
+        )

@@ -39,9 +39,16 @@ def step_batches(lengths: list[int], config: RunConfig, total: int) -> Iterator[
     epoch = 0
     while step < total:
         order = epoch_order(
-            lengths, trainer.effective_batch_size, config.seed, epoch, trainer.group_by_length
+            lengths,
+            trainer.effective_batch_size,
+            config.seed,
+            epoch,
+            trainer.group_by_length,
         )
-        batches = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+        batches = [
+            order[start : start + batch_rows]
+            for start in range(0, len(order), batch_rows)
+        ]
         for start in range(0, len(batches), accumulation):
             if step == total:
                 return
@@ -109,7 +116,11 @@ def total_steps(config: RunConfig, rows: int) -> int:
 
 
 def epoch_order(
-    lengths: Sequence[int], batch_rows: int, seed: int, epoch: int, group_by_length: bool
+    lengths: Sequence[int],
+    batch_rows: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool,
 ) -> list[int]:
     """Return the order in which an epoch visits the rows.
 

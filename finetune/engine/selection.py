@@ -44,7 +44,9 @@ def choose_engine(config: RunConfig, source: BaseSource) -> str:
     if reason is None:
         return "packed"
     if setting == "packed":
-        raise refusal("trainer.engine", setting, f"does not do {reason}; allowed: auto, trl")
+        raise refusal(
+            "trainer.engine", setting, f"does not do {reason}; allowed: auto, trl"
+        )
     log.info("engine: trl, as packed does not do %s", reason)
     return "trl"
 

@@ -53,7 +53,9 @@ def drive(steps: RunSteps[T]) -> T:
     try:
         while True:
             request = _resume(steps, response)
-            response = None if request is None else request.executor.execute([request])[0]
+            response = (
+                None if request is None else request.executor.execute([request])[0]
+            )
     except StopIteration as end:
         result: T = end.value
         return result

@@ -46,7 +46,9 @@ def write_json(path: Path, content: object) -> None:
     Raises:
         OSError: The file can't be written (disk full); the message names `path`.
     """
-    write_text(path, json.dumps(json_safe(content), indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        path, json.dumps(json_safe(content), indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def read_json(path: Path) -> Any:

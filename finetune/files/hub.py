@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 def ask_hub(
-    key: str, name: str, ask: Callable[[], T], in_cache: Callable[[], T], instead: str
+    key: str,
+    name: str,
+    ask: Callable[[], T],
+    in_cache: Callable[[], T],
+    instead: str,
 ) -> T:
     """Return the hub's answer, or its local cache's if the hub is offline or HF_HUB_OFFLINE is set.
 
@@ -44,7 +48,9 @@ def ask_hub(
         if not is_offline_mode():
             return ask()
     except GatedRepoError:
-        raise refusal(key, name, "is gated: accept its terms on the hub and set HF_TOKEN") from None
+        raise refusal(
+            key, name, "is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
@@ -56,6 +62,8 @@ def ask_hub(
     try:
         answer = in_cache()
     except Exception:
-        raise refusal(key, name, f"{reason} and nothing of it is cached; {instead}") from None
+        raise refusal(
+            key, name, f"{reason} and nothing of it is cached; {instead}"
+        ) from None
     log.info("%s=%s: %s; using what is cached", key, name, reason)
     return answer

@@ -36,7 +36,9 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     except Timeout:
         raise BlockingIOError(f"{path}: the lock is held") from None
     try:
-        if isinstance(lock, SoftFileLock):  # what filelock turns into where flock is missing
+        if isinstance(
+            lock, SoftFileLock
+        ):  # what filelock turns into where flock is missing
             raise OSError(errno.ENOSYS, "the file system has no locks", str(path))
         yield
     finally:

@@ -72,7 +72,10 @@ class RunFolder:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append the metrics of an optimizer step as one line."""
-        with name_file_in_errors(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
+        with (
+            name_file_in_errors(self._metrics),
+            open(self._metrics, "a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(json_safe({"step": step, **metrics})) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -89,7 +92,9 @@ class RunFolder:
         """Drop the metrics after an optimizer step: a run that resumes there logs them again."""
         if not self._metrics.exists():
             return
-        lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+        lines = [
+            json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step
+        ]
         write_text(self._metrics, "".join(lines), single_writer=True)
 
     def last_checkpoint(self) -> Path | None:
@@ -104,7 +109,13 @@ class RunFolder:
         """Remove everything that an earlier run left in the folder, except its log."""
         for path in (self.adapter, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.identity, self.result, self.samples, self.test_rows, self._metrics):
+        for path in (
+            self.identity,
+            self.result,
+            self.samples,
+            self.test_rows,
+            self._metrics,
+        ):
             path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:
@@ -114,7 +125,9 @@ class RunFolder:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return all complete checkpoints of a `checkpoints/` folder, oldest first."""
-    complete = (path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists())
+    complete = (
+        path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists()
+    )
     return sorted(complete, key=checkpoint_step)
 
 
@@ -132,7 +145,9 @@ def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> No
         best_step: The optimizer step of the best evaluation.
     """
     outdated = checkpoints_in(folder)[:-keep] if keep else []
-    outdated += [path for path in folder.glob("best-*") if path.name != f"best-{best_step}"]
+    outdated += [
+        path for path in folder.glob("best-*") if path.name != f"best-{best_step}"
+    ]
     for path in outdated:
         shutil.rmtree(path)
 

@@ -86,11 +86,17 @@ def modules_outside_language_model(model: "PreTrainedModel") -> list[str]:
         return []
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
-    decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+    decoder_name = next(
+        name for name, module in model.named_modules() if module is decoder
+    )
     outside: list[str] = []
     for name, module in model.named_modules():
         contains_decoder = not name or f"{decoder_name}.".startswith(f"{name}.")
-        if module is head or contains_decoder or _is_inside(name, [decoder_name, *outside]):
+        if (
+            module is head
+            or contains_decoder
+            or _is_inside(name, [decoder_name, *outside])
+        ):
             continue
         outside.append(name)
     return outside
@@ -145,7 +151,9 @@ def _untrainable_layers(model: "PreTrainedModel", lora: LoraSettings) -> dict[st
     for name, module in model.named_modules():
         if module is head:
             # TRL's loss multiplies by the head's weight directly, tied to the embedding or not.
-            refused[name] = f"matches {name}, the output layer, whose adapter would not be trained"
+            refused[name] = (
+                f"matches {name}, the output layer, whose adapter would not be trained"
+            )
     for name in _layers_refused_by_peft(model, lora):
         reason = f"which PEFT can't adapt in a base of type {model.config.model_type}"
         refused[name] = f"matches {_last_part(name)}, {reason}"
@@ -155,7 +163,9 @@ def _untrainable_layers(model: "PreTrainedModel", lora: LoraSettings) -> dict[st
 def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set[str]:
     config = lora_config(lora)
     names = _linear_layers(model)
-    return {name for name in names if peft_refuses_layer(config, model, _last_part(name))}
+    return {
+        name for name in names if peft_refuses_layer(config, model, _last_part(name))
+    }
 
 
 def _linear_layers(model: "PreTrainedModel") -> set[str]:
@@ -164,7 +174,8 @@ def _linear_layers(model: "PreTrainedModel") -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and not _is_inside(name, outside)
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and not _is_inside(name, outside)
     }
 
 
@@ -202,7 +213,9 @@ def without_peft_notes() -> Iterator[None]:
     """Hide PEFT's notes on settings that it makes itself, for fused experts and for GPT-2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", r".*_pattern keys did not match any.*gate_up_proj")
+        warnings.filterwarnings(
+            "ignore", r".*_pattern keys did not match any.*gate_up_proj"
+        )
         yield
 
 
@@ -219,7 +232,10 @@ def _excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]
         refused = {_last_part(name) for name in _layers_refused_by_peft(model, lora)}
         if refused:
             names = ", ".join(sorted(refused))
-            log.info("lora.target_modules=all-linear: without %s, which PEFT can't adapt", names)
+            log.info(
+                "lora.target_modules=all-linear: without %s, which PEFT can't adapt",
+                names,
+            )
             alternatives = "|".join(map(re.escape, sorted(refused)))
             patterns.append(rf"(.*\.)?({alternatives})")
     return patterns

@@ -59,7 +59,9 @@ def read_config_json(source: BaseSource) -> dict[str, Any]:
         allowed = f"its config.json can't be read: {reason}"
         raise refusal("model.name_or_path", source.name, allowed) from error
     if not isinstance(values, dict):
-        raise refusal("model.name_or_path", source.name, "its config.json holds no mapping")
+        raise refusal(
+            "model.name_or_path", source.name, "its config.json holds no mapping"
+        )
     return values
 
 
@@ -67,7 +69,9 @@ def _fetch_config(source: BaseSource) -> Path:
     """Return the `config.json` of a base on the hub, from its cache if it has been fetched."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(source.location, "config.json", revision=source.revision))
+    return Path(
+        hf_hub_download(source.location, "config.json", revision=source.revision)
+    )
 
 
 def base_quantization(values: Mapping[str, Any]) -> BaseQuantization | None:
@@ -88,13 +92,17 @@ def base_quantization(values: Mapping[str, Any]) -> BaseQuantization | None:
         return BaseQuantization("int8", 8, section=section)
     method = str(section.get("quant_method", "of an unknown method"))
     bits = section.get("bits", section.get("w_bit"))
-    return BaseQuantization(method, float(bits or BITS.get(method, 16)), section=section)
+    return BaseQuantization(
+        method, float(bits or BITS.get(method, 16)), section=section
+    )
 
 
 def _quantization_section(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return `quantization_config`; a model of several modalities may have it further inside."""
     for section in (values, values.get("text_config"), values.get("llm_config")):
-        if isinstance(section, Mapping) and isinstance(section.get("quantization_config"), Mapping):
+        if isinstance(section, Mapping) and isinstance(
+            section.get("quantization_config"), Mapping
+        ):
             quantization: Mapping[str, Any] = section["quantization_config"]
             return quantization
     return None

@@ -16,7 +16,11 @@ from finetune.model.base_config import explain_loading_errors, read_base_config
 from finetune.model.base_quantization import base_quantization, settings_of_base
 from finetune.model.device import on_gpu
 from finetune.model.origin import remember_origin
-from finetune.model.quantization import compute_dtype, quantization_config, require_bitsandbytes
+from finetune.model.quantization import (
+    compute_dtype,
+    quantization_config,
+    require_bitsandbytes,
+)
 from finetune.model.quantized_layers import (
     arguments_for_quantized_base,
     log_unquantized_weights,
@@ -61,7 +65,9 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     quantization = settings_of_base(present, config.quantization, settings)
     require_bitsandbytes(quantization)
     product_dtype = compute_dtype(quantization)
-    arguments: dict[str, Any] = {"ignore_mismatched_sizes": True} | _extra_arguments(settings)
+    arguments: dict[str, Any] = {"ignore_mismatched_sizes": True} | _extra_arguments(
+        settings
+    )
     if present is None and quantization.is_quantized:
         arguments["quantization_config"] = quantization_config(quantization)
     elif present is not None:
@@ -78,7 +84,9 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
             attn_implementation=settings.attn_implementation,
-            dtype=product_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            dtype=product_dtype
+            if settings.dtype == "auto"
+            else getattr(torch, settings.dtype),
             use_safetensors=True,
             output_loading_info=True,
             **arguments,

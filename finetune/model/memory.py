@@ -43,7 +43,9 @@ def is_out_of_memory_message(message: str) -> bool:
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has it
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # only glibc keeps freed memory, and has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

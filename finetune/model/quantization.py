@@ -43,7 +43,9 @@ def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
 def autocast(settings: QuantizationSettings) -> torch.autocast:
     """Return the mixed precision of training, for evaluation and generation; off on a CPU."""
     dtype = compute_dtype(settings)
-    return torch.autocast("cuda", dtype=dtype, enabled=on_gpu() and dtype != torch.float32)
+    return torch.autocast(
+        "cuda", dtype=dtype, enabled=on_gpu() and dtype != torch.float32
+    )
 
 
 def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig | None:
@@ -119,7 +121,9 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
         setattr(parent, name, _plain_linear(weight, layer.bias))
 
 
-def _plain_linear(weight: torch.Tensor, bias: torch.nn.Parameter | None) -> torch.nn.Linear:
+def _plain_linear(
+    weight: torch.Tensor, bias: torch.nn.Parameter | None
+) -> torch.nn.Linear:
     """Create a frozen linear layer from a weight [out, in], without allocating another."""
     out_features, in_features = weight.shape
     layer = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
@@ -136,11 +140,19 @@ def require_bitsandbytes(settings: QuantizationSettings) -> None:
     """
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return
-    key = "quantization.load_in_4bit" if settings.load_in_4bit else "quantization.load_in_8bit"
+    key = (
+        "quantization.load_in_4bit"
+        if settings.load_in_4bit
+        else "quantization.load_in_8bit"
+    )
     remedy = "allowed here: quantization=none"
     try:
         has_library = bitsandbytes_has_native_library()
     except ImportError as error:
-        raise refusal(key, True, f"bitsandbytes can't be imported ({error}); {remedy}") from None
+        raise refusal(
+            key, True, f"bitsandbytes can't be imported ({error}); {remedy}"
+        ) from None
     if not has_library:
-        raise refusal(key, True, f"bitsandbytes has no library for this machine; {remedy}")
+        raise refusal(
+            key, True, f"bitsandbytes has no library for this machine; {remedy}"
+        )

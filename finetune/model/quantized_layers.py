@@ -39,13 +39,21 @@ def arguments_for_quantized_base(
     """
     method = quantization.method
     if method in DEQUANTIZED:
-        log.info("quantization: the base is quantised already (mxfp4); dequantised to be trained")
+        log.info(
+            "quantization: the base is quantised already (mxfp4); dequantised to be trained"
+        )
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     if not _is_trainable(quantization.section):
         reason = f"is quantised already ({method}), and transformers can't train that"
-        allowed = "allowed: its version in 16 bits, or quantised by bitsandbytes, gptq or awq"
-        raise refusal("model.name_or_path", settings.name_or_path, f"{reason}; {allowed}")
-    log.info("quantization: the base is quantised already (%s), and is used as it is", method)
+        allowed = (
+            "allowed: its version in 16 bits, or quantised by bitsandbytes, gptq or awq"
+        )
+        raise refusal(
+            "model.name_or_path", settings.name_or_path, f"{reason}; {allowed}"
+        )
+    log.info(
+        "quantization: the base is quantised already (%s), and is used as it is", method
+    )
     return {}
 
 
@@ -55,7 +63,9 @@ def _is_trainable(section: Mapping[str, Any]) -> bool:
     True if it can't tell because the method's library is missing: loading names the library.
     """
     try:
-        return bool(AutoHfQuantizer.from_config(section, pre_quantized=True).is_trainable)
+        return bool(
+            AutoHfQuantizer.from_config(section, pre_quantized=True).is_trainable
+        )
     except ImportError:
         return True
 
@@ -82,7 +92,9 @@ def expert_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
     return weights
 
 
-def log_unquantized_weights(model: "PreTrainedModel", settings: QuantizationSettings) -> None:
+def log_unquantized_weights(
+    model: "PreTrainedModel", settings: QuantizationSettings
+) -> None:
     """Log the experts and the linear layers that stay as they are in a quantised base."""
     if settings.method not in BITSANDBYTES:
         return
@@ -96,7 +108,9 @@ def log_unquantized_weights(model: "PreTrainedModel", settings: QuantizationSett
 
 def describe_experts(experts: Mapping[str, torch.Tensor]) -> str:
     """Say which experts stay in 16 bits, and how large they are."""
-    return f"{_describe('weights of experts', experts)} (only linear layers are quantised)"
+    return (
+        f"{_describe('weights of experts', experts)} (only linear layers are quantised)"
+    )
 
 
 def _describe(noun: str, weights: Mapping[str, torch.Tensor]) -> str:
@@ -104,7 +118,9 @@ def _describe(noun: str, weights: Mapping[str, torch.Tensor]) -> str:
     if len(weights) > len(names):
         names.append("…")
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    dtypes = sorted(
+        {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
+    )
     stay = f"{len(weights)} {noun} stay in {' and '.join(dtypes)}"
     return f"{stay}, {size / GIB:.2f} GiB: {', '.join(names)}"
 

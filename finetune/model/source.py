@@ -89,7 +89,11 @@ class BaseSource:
     @property
     def identity(self) -> dict[str, str | None]:
         """The entry `base_model` of `result.json`. Waits for the hash of the weights."""
-        sha256 = self.sha256.hexdigest() if isinstance(self.sha256, WeightsHash) else self.sha256
+        sha256 = (
+            self.sha256.hexdigest()
+            if isinstance(self.sha256, WeightsHash)
+            else self.sha256
+        )
         return {"name": self.name, "revision": self.revision, "sha256": sha256}
 
 
@@ -123,7 +127,9 @@ def _require_base(folder: Path, name: str) -> None:
         raise refusal(key, name, "is no model folder: it has no config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise refusal(key, name, "has no *.safetensors weights (pickled ones are not loaded)")
+        raise refusal(
+            key, name, "has no *.safetensors weights (pickled ones are not loaded)"
+        )
     for file in weights:
         try:
             file.open("rb").close()
@@ -141,7 +147,9 @@ def _find_on_hub(name: str, revision: str | None) -> BaseSource:
         return BaseSource(name, name, revision=commit)
 
     def in_cache() -> BaseSource:
-        snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        snapshot = Path(
+            snapshot_download(name, revision=revision, local_files_only=True)
+        )
         return BaseSource(name, name, revision=snapshot.name)
 
     instead = "model.name_or_path=FOLDER takes a model folder from this machine"

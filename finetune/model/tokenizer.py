@@ -35,11 +35,15 @@ class _SpecialTokens:
     padding_side: str
 
 
-_of_base: "WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens]" = WeakKeyDictionary()
+_of_base: "WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens]" = (
+    WeakKeyDictionary()
+)
 """The base's own values of each tokenizer that `set_special_tokens` has changed."""
 
 
-def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    source: BaseSource, settings: ModelSettings
+) -> "PreTrainedTokenizerBase":
     """Load the base's tokenizer, set to pad on the right with the end token.
 
     Raises:
@@ -59,7 +63,9 @@ def load_tokenizer(source: BaseSource, settings: ModelSettings) -> "PreTrainedTo
     return tokenizer
 
 
-def choose_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings) -> None:
+def choose_template(
+    tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings
+) -> None:
     """Give the tokenizer the chat template of `model.chat_template`.
 
     Raises:
@@ -70,7 +76,11 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSetting
     names = ", ".join(templates)
     value = settings.chat_template
     if value is None:
-        if templates and DEFAULT not in templates and isinstance(tokenizer.chat_template, dict):
+        if (
+            templates
+            and DEFAULT not in templates
+            and isinstance(tokenizer.chat_template, dict)
+        ):
             reason = f"the tokenizer has several and no default; allowed: {names}, or Jinja text"
             raise refusal("model.chat_template", value, reason)
         return
@@ -82,7 +92,9 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSetting
     if "{" not in value and " " not in value.strip():
         allowed = f"{names}, or Jinja text" if names else "Jinja text, or null"
         raise refusal(
-            "model.chat_template", value, f"the tokenizer has no such template; allowed: {allowed}"
+            "model.chat_template",
+            value,
+            f"the tokenizer has no such template; allowed: {allowed}",
         )
     tokenizer.chat_template = value
 
@@ -96,7 +108,9 @@ def _templates(tokenizer: "PreTrainedTokenizerBase") -> Mapping[str, str]:
 
 
 def set_special_tokens(
-    tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig", settings: ModelSettings
+    tokenizer: "PreTrainedTokenizerBase",
+    base: "PreTrainedConfig",
+    settings: ModelSettings,
 ) -> None:
     """Set the tokenizer to pad on the right with the end token.
 
@@ -125,13 +139,17 @@ def set_special_tokens(
     tokenizer.padding_side = "right"
 
 
-def _end_of_template(tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings) -> str | None:
+def _end_of_template(
+    tokenizer: "PreTrainedTokenizerBase", settings: ModelSettings
+) -> str | None:
     if tokenizer.chat_template is None:
         return None
     return ChatTemplate(tokenizer, settings.template_kwargs).end
 
 
-def _end_of_config(tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig") -> str | None:
+def _end_of_config(
+    tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig"
+) -> str | None:
     ids: Any = getattr(base.get_text_config(decoder=True), "eos_token_id", None)
     first = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(first, int):
@@ -153,7 +171,9 @@ def _special_tokens_of_base(tokenizer: "PreTrainedTokenizerBase") -> Iterator[No
     if original is None:
         yield
         return
-    current = _SpecialTokens(tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side)
+    current = _SpecialTokens(
+        tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side
+    )
     _assign(tokenizer, original)
     try:
         yield

@@ -32,7 +32,9 @@ COMPUTED = re.compile(
 
 
 def check_weights(
-    info: Mapping[str, Any], names: Mapping[str, Collection[str]], settings: ModelSettings
+    info: Mapping[str, Any],
+    names: Mapping[str, Collection[str]],
+    settings: ModelSettings,
 ) -> None:
     """Refuse a base whose files do not hold the model's weights, or hold others as well.
 
@@ -49,8 +51,12 @@ def check_weights(
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not settings.extra.get("ignore_mismatched_sizes"):
         name, in_files, in_model = mismatched[0]
-        shapes = f"{_shape(in_files)} in its files, {_shape(in_model)} by its config.json"
-        reason = f"{len(mismatched)} of its weights have another shape ({name}: {shapes})"
+        shapes = (
+            f"{_shape(in_files)} in its files, {_shape(in_model)} by its config.json"
+        )
+        reason = (
+            f"{len(mismatched)} of its weights have another shape ({name}: {shapes})"
+        )
         raise refusal("model.name_or_path", settings.name_or_path, reason)
     missing = set(info["missing_keys"])
     unexpected = set(info["unexpected_keys"])
@@ -69,7 +75,9 @@ def check_weights(
     _log_names("not loaded, of other modalities or heads", other)
     _log_names("not loaded, as the model computes them", computed)
     _log_names("not loaded, as the model's class ignores them", ignored)
-    _log_names("not in the files, as the model's class allows", set(names["missing"]) - missing)
+    _log_names(
+        "not in the files, as the model's class allows", set(names["missing"]) - missing
+    )
 
 
 def _log_names(reason: str, names: Collection[str]) -> None:

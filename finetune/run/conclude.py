@@ -79,4 +79,6 @@ def _push(config: RunConfig, model: "PeftModel") -> None:
             model.push_to_hub(name, private=config.hub.private)
     except Exception as error:
         reason = summary_line(error)
-        log.warning("hub.push=true: not pushed (%s); the adapter is in the run folder", reason)
+        log.warning(
+            "hub.push=true: not pushed (%s); the adapter is in the run folder", reason
+        )

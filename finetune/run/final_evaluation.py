@@ -54,7 +54,11 @@ def evaluate_finished_run(
     needs_answers = answer_prompts and _lacks_answers(config, folder)
     if needs_evaluation or needs_answers:
         # Where only samples are missing, no error may end the study.
-        errors = contextlib.nullcontext() if needs_evaluation else survive_samples("after training")
+        errors = (
+            contextlib.nullcontext()
+            if needs_evaluation
+            else survive_samples("after training")
+        )
         with errors, _open_adapter(config, folder, resources, test) as opened:
             samples = Samples(config, folder, rows, opened.generation_model, resources)
             if needs_answers:
@@ -112,7 +116,10 @@ class _OpenedAdapter(Protocol):
 
 @contextlib.contextmanager
 def _open_adapter(
-    config: RunConfig, folder: RunFolder, resources: SharedResources, test: "Dataset"
+    config: RunConfig,
+    folder: RunFolder,
+    resources: SharedResources,
+    test: "Dataset",
 ) -> Iterator[_OpenedAdapter]:
     """Put a fresh adapter on the base, by the engine that trained the run.
 
@@ -138,7 +145,12 @@ class _PackedAdapter:
 
 
 class _TrlAdapter:
-    def __init__(self, config: RunConfig, model: "PeftModel", test: "Dataset") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: "PeftModel",
+        test: "Dataset",
+    ) -> None:
         self.model = model
         self._config = config
         self._test = test

@@ -10,14 +10,23 @@ from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.source import BaseSource
 
-KEYS_WITHOUT_EFFECT = ("name", "resume", "tracker.", "hub.", "sample_", "model.learning_rate")
+KEYS_WITHOUT_EFFECT = (
+    "name",
+    "resume",
+    "tracker.",
+    "hub.",
+    "sample_",
+    "model.learning_rate",
+)
 """Beginnings of the keys that may change when a run or a study is resumed: they change no number.
 
 `model.learning_rate` acts through `optimizer.learning_rate`, which is a number when it is compared.
 """
 
 
-def run_identity(config: RunConfig, rows: Rows | None, base: BaseSource | None) -> dict[str, Any]:
+def run_identity(
+    config: RunConfig, rows: Rows | None, base: BaseSource | None
+) -> dict[str, Any]:
     """Return the content of `run.json`: the config, and hashes of the rows and of the base.
 
     Args:

@@ -11,7 +11,12 @@ from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
 from finetune.engine.steps import drive
 from finetune.errors import ConfigError, refusal
-from finetune.files.run_folder import RunFolder, discard_if_untouched, discard_refused, is_new
+from finetune.files.run_folder import (
+    RunFolder,
+    discard_if_untouched,
+    discard_refused,
+    is_new,
+)
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.run import run_steps
@@ -34,11 +39,15 @@ def check_job(composed: "DictConfig") -> RunConfig:
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
             command = "python -m finetune -m hydra/sweeper=optuna"
-            raise ConfigError(f"{override}: only the Optuna sweeper searches: {command}")
+            raise ConfigError(
+                f"{override}: only the Optuna sweeper searches: {command}"
+            )
     config = RunConfig.from_hydra(composed)
     if config.resume is not None:
         command = "python -m finetune resume=FOLDER"
-        raise refusal("resume", config.resume, f"belongs on the command line: {command}")
+        raise refusal(
+            "resume", config.resume, f"belongs on the command line: {command}"
+        )
     return config
 
 
@@ -71,7 +80,9 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
-        label = Label(name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial")
+        label = Label(
+            name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial"
+        )
     run_context = RunContext(resources=shared_resources, label=label, **context)
     steps = run_steps(config, folder, run_context)
     if hydra.mode == RunMode.RUN and is_new(folder):
@@ -79,7 +90,9 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
     return steps
 
 
-def _in_new_folder(steps: "RunSteps[Objective]", folder: RunFolder) -> "RunSteps[Objective]":
+def _in_new_folder(
+    steps: "RunSteps[Objective]", folder: RunFolder
+) -> "RunSteps[Objective]":
     """Run the steps; a refusal or Ctrl-C before the run has begun leaves no folder behind."""
     try:
         return (yield from steps)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def base_bytes(
-    skeleton: "PreTrainedModel", config: RunConfig, quantization: BaseQuantization | None = None
+    skeleton: "PreTrainedModel",
+    config: RunConfig,
+    quantization: BaseQuantization | None = None,
 ) -> int:
     """Return the bytes of the base: quantised layers with scales, or dequantised layers.
 
@@ -32,7 +34,9 @@ def base_bytes(
     # Embeddings, norms, fused experts and the output layer are never quantised.
     rest = total - linear
     rest_bytes = rest * compute_dtype(config.quantization).itemsize
-    return int(linear * _bytes_per_linear_weight(linear, config, quantization) + rest_bytes)
+    return int(
+        linear * _bytes_per_linear_weight(linear, config, quantization) + rest_bytes
+    )
 
 
 def expert_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
@@ -99,7 +103,9 @@ def logits_bytes(vocabulary: int, uses_decoder: bool, half_precision: bool) -> i
 def adapted_layers(model: Any) -> set[str]:
     """Return the last parts of the names of the layers with an adapter, for example q_proj."""
     modules = model.named_modules()
-    return {name.rsplit(".", 1)[-1] for name, module in modules if hasattr(module, "lora_A")}
+    return {
+        name.rsplit(".", 1)[-1] for name, module in modules if hasattr(module, "lora_A")
+    }
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,10 @@ class _Widths:
 
 
 def activation_elements(
-    shapes: Any, config: RunConfig, targets: set[str] | None, slots: int
+    shapes: Any,
+    config: RunConfig,
+    targets: set[str] | None,
+    slots: int,
 ) -> Elements:
     """Count the elements of activations that one token needs.
 
@@ -163,7 +172,11 @@ def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Ele
 
 
 def _decoder_elements(
-    layers: int, widths: _Widths, layer: int, checkpointing: bool, slots: int
+    layers: int,
+    widths: _Widths,
+    layer: int,
+    checkpointing: bool,
+    slots: int,
 ) -> Elements:
     """Count the elements of the GPU's decoder, of which one layer keeps `layer`."""
     from finetune.engine.packed.gpu.decoder import stored_blocks
@@ -185,7 +198,9 @@ def _decoder_layer_elements(widths: _Widths, rank: int, targets: set[str]) -> in
     gate_inputs = 2 * widths.inner
     # A group of projections with one input is computed together: all of them have a column of
     # ranks.
-    projections = 3 * adapts_attention + 2 * adapts_gate + len(targets & {"o_proj", "down_proj"})
+    projections = (
+        3 * adapts_attention + 2 * adapts_gate + len(targets & {"o_proj", "down_proj"})
+    )
     # The kernels compute with a power of two of at least 16.
     padded_rank = max(16, 1 << (rank - 1).bit_length())
     rank_columns = projections * padded_rank

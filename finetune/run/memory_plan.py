@@ -89,7 +89,9 @@ def resolve_checkpointing(
         return without
     if not plan_memory(checkpointed, resources).largest:
         return without  # does not fit either way: slower training would gain nothing
-    log.info("trainer.gradient_checkpointing=true: the activations would not fit otherwise")
+    log.info(
+        "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
+    )
     return checkpointed
 
 
@@ -113,13 +115,17 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     shapes = text_config_of(base_config)
     if getattr(shapes, "num_attention_heads", None) is None:
         name = config.model.name_or_path
-        raise refusal("model.name_or_path", name, "no plan for a model without attention heads")
+        raise refusal(
+            "model.name_or_path", name, "no plan for a model without attention heads"
+        )
     skeleton = skeleton_of(base_config, config.model)
     weights = _multiplied_weights(skeleton)
     experts = expert_bytes(skeleton, config)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
-    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    trained = sum(
+        weight.numel() for weight in adapted.parameters() if weight.requires_grad
+    )
     half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)

@@ -122,7 +122,11 @@ def collect_notes() -> Iterator[list[str]]:
 
 
 def preview_rows(
-    config: RunConfig, resources: "SharedResources", split: str, count: int, notes: list[str]
+    config: RunConfig,
+    resources: "SharedResources",
+    split: str,
+    count: int,
+    notes: list[str],
 ) -> Preview:
     """Encode all rows as a run would, and show the first rows of a split.
 
@@ -149,7 +153,9 @@ def preview_rows(
         report = TokenReport()
         split_rows = rows_of(rows, name)
         if split_rows:
-            for row, example in encode_rows(name, split_rows, encoder, config.dataset, report):
+            for row, example in encode_rows(
+                name, split_rows, encoder, config.dataset, report
+            ):
                 if name == split:
                     preview.lengths.append(ExampleLength(len(example.ids), row))
         preview.examples[name] = report.examples
@@ -159,7 +165,9 @@ def preview_rows(
         preview.unlearnt += report.unlearnt
         for line in report.lines(name, config.dataset.max_length):
             _add_note(notes, line)
-    preview.shown = first_examples(config, tokenizer, split, rows_of(rows, split), count)
+    preview.shown = first_examples(
+        config, tokenizer, split, rows_of(rows, split), count
+    )
     return preview
 
 
@@ -191,7 +199,9 @@ def first_examples(
         examples = list(encode_row(row, encoder, config.dataset, report))
         for index, example in enumerate(examples, start=1):
             tokens = tokens_of(example, tokenizer, config.dataset.max_length)
-            shown.append(ShownExample(split, row, example, tokens, index, len(examples)))
+            shown.append(
+                ShownExample(split, row, example, tokens, index, len(examples))
+            )
         count -= bool(examples)
     return shown
 

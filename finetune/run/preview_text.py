@@ -74,7 +74,9 @@ def _print_example(console: Console, shown: ShownExample, has_colours: bool) -> 
     is_terminal = console.is_terminal
     if is_terminal:
         place = _shorten(shown.place, console.width - len(shown.split) - 4)
-        console.print(Rule(Text(f"{shown.split} {place}", "bold"), align="left", style="dim"))
+        console.print(
+            Rule(Text(f"{shown.split} {place}", "bold"), align="left", style="dim")
+        )
     else:
         console.print(f"-- {shown.split} {shown.place}", soft_wrap=True)
     console.print(Text(_facts(shown), "dim"))
@@ -156,7 +158,9 @@ def _note_lines(preview: Preview) -> list[str]:
     """What a run logs: the reasons behind the counts, and how the rows were read."""
     lines = []
     for note in preview.notes:
-        lines += textwrap.wrap(f"- {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += textwrap.wrap(
+            f"- {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
+        )
     return lines
 
 
@@ -171,7 +175,9 @@ def _length_lines(preview: Preview, split: str, settings: DatasetSettings) -> li
         f"dataset.max_length={limit}"
     ]
     lines += histogram(sizes, WIDTH)
-    lines += [_place_line("longest", length) for length in _distinct_rows(lengths[::-1])]
+    lines += [
+        _place_line("longest", length) for length in _distinct_rows(lengths[::-1])
+    ]
     lines += [_place_line("shortest", length) for length in _distinct_rows(lengths)]
     return lines
 

@@ -8,7 +8,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
-from finetune.model.base_quantization import base_quantization, read_config_json, settings_of_base
+from finetune.model.base_quantization import (
+    base_quantization,
+    read_config_json,
+    settings_of_base,
+)
 
 if TYPE_CHECKING:
     from finetune.run.resources import SharedResources

@@ -71,13 +71,16 @@ class Result:
             "base_model": self.base.identity if self.base else None,
             "quantization": self.quantization,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
-            "rows": {**self.rows.counts, "left_out": self.left_out} if self.rows else None,
+            "rows": {**self.rows.counts, "left_out": self.left_out}
+            if self.rows
+            else None,
         }
 
     def _objectives(self) -> object:
         """One objective as a mapping, several as a list of mappings, none as None."""
         objectives = [
-            {"name": name, "value": self.metrics.get(name)} for name in self.config.objectives
+            {"name": name, "value": self.metrics.get(name)}
+            for name in self.config.objectives
         ]
         if len(objectives) == 1:
             return objectives[0]

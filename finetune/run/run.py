@@ -29,7 +29,9 @@ from finetune.tracking.tracker import Tracker, final_summary
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, path: str | Path, context: RunContext | None = None) -> Objective:
+def run(
+    config: RunConfig, path: str | Path, context: RunContext | None = None
+) -> Objective:
     """Train, evaluate and record one run. If its folder has a checkpoint, it resumes from there.
 
     Args:
@@ -47,7 +49,9 @@ def run(config: RunConfig, path: str | Path, context: RunContext | None = None) 
     return drive(run_steps(config, RunFolder(path), context or RunContext()))
 
 
-def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunSteps[Objective]:
+def run_steps(
+    config: RunConfig, folder: RunFolder, context: RunContext
+) -> RunSteps[Objective]:
     """Do what `run` does, as a generator, so that many runs can train together in one process."""
     with folder.locked():
         # Compare the config before rows and base are read. The recorded one has its rate resolved.
@@ -66,7 +70,9 @@ def run_steps(config: RunConfig, folder: RunFolder, context: RunContext) -> RunS
 
 def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
     """Go through all stages, and write `result.json` however they end."""
-    tracker = Tracker()  # shows nothing: an error may come before the config's tracker is open
+    tracker = (
+        Tracker()
+    )  # shows nothing: an error may come before the config's tracker is open
     try:
         with explain_interruption(result, folder):
             _read_inputs(result, folder)
@@ -138,7 +144,9 @@ def _read_inputs(result: Result, folder: RunFolder) -> None:
     write_json(folder.identity, identity)
 
 
-def _train_and_conclude(result: Result, folder: RunFolder, tracker: Tracker) -> RunSteps[None]:
+def _train_and_conclude(
+    result: Result, folder: RunFolder, tracker: Tracker
+) -> RunSteps[None]:
     """Prepare, train and conclude. Torch is imported here, once the rows are sound."""
     context = result.context
     assert result.rows is not None
@@ -161,8 +169,12 @@ def _train_and_conclude(result: Result, folder: RunFolder, tracker: Tracker) -> 
     with contextlib.ExitStack() as stack:
         training = yield from start_training(prepared, folder, context.resources, stack)
         yield from train(prepared, training, progress, folder, tracker, context)
-        result.metrics = progress.final_metrics(best=prepared.config.objective_at == "best")
-        final = yield from conclude(prepared, training, progress, folder, tracker, context)
+        result.metrics = progress.final_metrics(
+            best=prepared.config.objective_at == "best"
+        )
+        final = yield from conclude(
+            prepared, training, progress, folder, tracker, context
+        )
         del training
     result.metrics |= final
     folder.log(progress.step, final)

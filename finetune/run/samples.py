@@ -132,5 +132,7 @@ def survive_samples(when: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {summary_line(error)}"
         log.warning("the sample prompts are not answered %s: %s", when, reason)
         log_traceback(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the memory that was too small
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they hold the memory that was too small
     free_memory()

@@ -67,7 +67,9 @@ def _check_token_ids(
         where = "ends an answer" if name == "end" else f"stands in the {name} rows"
         reason = f"its embedding has {vocabulary} rows, but token {token_id} ({token}) {where}"
         remedy = "resize the embedding and save the base, or take its own tokenizer"
-        raise refusal("model.name_or_path", config.model.name_or_path, f"{reason}; {remedy}")
+        raise refusal(
+            "model.name_or_path", config.model.name_or_path, f"{reason}; {remedy}"
+        )
 
 
 def _largest(rows: Iterable[list[int]]) -> int:
@@ -99,7 +101,11 @@ def _positions(base_config: "PreTrainedConfig") -> int | None:
     positions = getattr(shapes, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
-    rope = getattr(shapes, "rope_parameters", None) or getattr(shapes, "rope_scaling", None) or {}
+    rope = (
+        getattr(shapes, "rope_parameters", None)
+        or getattr(shapes, "rope_scaling", None)
+        or {}
+    )
     # Gemma 3 has one set for each type of layer.
     nested = [values for values in rope.values() if isinstance(values, Mapping)]
     for values in [rope, *nested]:

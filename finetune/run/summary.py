@@ -17,7 +17,10 @@ Fact = tuple[str, str]
 
 
 def print_summary(
-    folder: RunFolder, result: Result, recorded: dict[str, Any], tracker: Tracker
+    folder: RunFolder,
+    result: Result,
+    recorded: dict[str, Any],
+    tracker: Tracker,
 ) -> None:
     """Print what was learnt, what it took, where the adapter is, and how to use it.
 
@@ -55,7 +58,9 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
     if "test/loss" in metrics:
         loss = metrics["test/loss"]
         rows = counts["test"]
-        facts.append(("test loss", f"{loss:.3f} on {rows} rows that no decision has used"))
+        facts.append(
+            ("test loss", f"{loss:.3f} on {rows} rows that no decision has used")
+        )
     return facts
 
 
@@ -79,7 +84,9 @@ def _answers(folder: RunFolder) -> list[Fact]:
     for sample in read_json(folder.samples) or []:
         facts.append(("prompt", sample["prompt"]))
         for when in ("before", "after"):
-            answer = " ".join(sample.get(when, "").split())  # an answer may have several lines
+            answer = " ".join(
+                sample.get(when, "").split()
+            )  # an answer may have several lines
             facts.append((f"  {when}", answer))
     return facts
 

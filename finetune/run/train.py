@@ -64,7 +64,9 @@ def start_training(
     if prepared.engine == "packed":
         create_slot = stack.enter_context(resources.slot(config))
         yield None  # the other runs train a step while the adapter is initialised
-        return PackedTraining(config, create_slot(), prepared.train, prepared.total_steps)
+        return PackedTraining(
+            config, create_slot(), prepared.train, prepared.total_steps
+        )
     from finetune.engine.trl.arguments import training_arguments
     from finetune.engine.trl.training import TrlTraining
 
@@ -107,19 +109,25 @@ def train(
     """
     config = prepared.config
     checkpoint = folder.last_checkpoint()
-    folder.rewind(progress.step if checkpoint else -1)  # -1: the metrics of step 0 go too
+    folder.rewind(
+        progress.step if checkpoint else -1
+    )  # -1: the metrics of step 0 go too
     if context.interactive:
         _answer_before_training(sample_prompts(prepared, training, folder, context))
     reporter = _create_reporter(prepared, training, progress, folder, tracker, context)
     steps = prepared.total_steps
     batch_size = config.trainer.effective_batch_size
-    log.info("training on %d rows: %d steps of %d", len(prepared.train), steps, batch_size)
+    log.info(
+        "training on %d rows: %d steps of %d", len(prepared.train), steps, batch_size
+    )
     if checkpoint:
         log.info("resuming after step %d", progress.step)
     yield from training.train(reporter, folder, checkpoint)
     if progress.stop == "interrupted":
         command = resume_command(folder)
-        raise Interrupted(f"interrupted after step {progress.step}; {command} resumes it")
+        raise Interrupted(
+            f"interrupted after step {progress.step}; {command} resumes it"
+        )
     if config.objective_at == "best":
         load_adapter(training.model, folder.best(progress.best_step))
     _save(training, prepared, folder.adapter)
@@ -160,11 +168,18 @@ def _create_reporter(
 
 
 def sample_prompts(
-    prepared: Prepared, training: Training, folder: RunFolder, context: RunContext
+    prepared: Prepared,
+    training: Training,
+    folder: RunFolder,
+    context: RunContext,
 ) -> Samples:
     """Return what answers the sample prompts with the model's current weights."""
     return Samples(
-        prepared.config, folder, prepared.rows, training.generation_model, context.resources
+        prepared.config,
+        folder,
+        prepared.rows,
+        training.generation_model,
+        context.resources,
     )
 
 
@@ -176,7 +191,10 @@ def _save(training: Training, prepared: Prepared, folder: Path) -> None:
 
 
 def _held_out_evaluation(
-    prepared: Prepared, training: Training, progress: Progress, context: RunContext
+    prepared: Prepared,
+    training: Training,
+    progress: Progress,
+    context: RunContext,
 ) -> "functools.partial[RunSteps[Metrics]] | None":
     """Return the function that evaluates the held-out rows, None where there are none."""
     if not prepared.held_out:
@@ -185,7 +203,10 @@ def _held_out_evaluation(
 
 
 def _evaluate_held_out(
-    prepared: Prepared, training: Training, progress: Progress, context: RunContext
+    prepared: Prepared,
+    training: Training,
+    progress: Progress,
+    context: RunContext,
 ) -> RunSteps[Metrics]:
     """Evaluate the held-out rows.
 
@@ -195,7 +216,10 @@ def _evaluate_held_out(
 
     def evaluate() -> RunSteps[Metrics]:
         if progress.step == 0 and context.interactive:
-            log.info("evaluating %d held-out rows before the first step", len(prepared.held_out))
+            log.info(
+                "evaluating %d held-out rows before the first step",
+                len(prepared.held_out),
+            )
         evaluation = yield from training.evaluate(prepared.held_out)
         return evaluation.metrics("eval")
 

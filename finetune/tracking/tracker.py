@@ -78,7 +78,9 @@ class SeveralTrackers(Tracker):
             try:
                 self._trackers.append(opener())
             except Exception as error:
-                log.warning("tracker: %s; the run goes on without it", summary_line(error))
+                log.warning(
+                    "tracker: %s; the run goes on without it", summary_line(error)
+                )
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:

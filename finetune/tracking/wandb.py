@@ -29,7 +29,12 @@ log = logging.getLogger(__name__)
 class WandbTracker(Tracker):
     """One W&B run: online with a key, else files on disk and the one command that syncs them."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, label: Label) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        label: Label,
+    ) -> None:
         self._folder = folder
         self._arguments = init_arguments(config, folder, label)
         self._run = self._init(uploads=config.tracker.adapters != "none")
@@ -83,7 +88,9 @@ class WandbTracker(Tracker):
         name = self._arguments["group"] or self._arguments["name"]
         try:
             log_artifact(self._run, f"{name}-adapter", "model", folder)
-        except Exception as error:  # caught here, so that the run itself is still shown to its end
+        except (
+            Exception
+        ) as error:  # caught here, so that the run itself is still shown to its end
             reason = summary_line(error)
             log.warning("W&B: %s; it lacks the adapter, which is in %s", reason, folder)
 

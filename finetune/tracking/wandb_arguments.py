@@ -34,7 +34,9 @@ UPLOAD_TIMEOUT = 600
 """Seconds to wait for the last upload when a run ends and artifacts are uploaded."""
 
 
-def init_arguments(config: RunConfig, folder: RunFolder, label: Label) -> dict[str, Any]:
+def init_arguments(
+    config: RunConfig, folder: RunFolder, label: Label
+) -> dict[str, Any]:
     """Return the arguments of `wandb.init` for a run, all but `settings`.
 
     Args:
@@ -103,7 +105,9 @@ def _has_key() -> bool:
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     host = urllib.parse.urlparse(address).hostname
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+        return (
+            netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+        )
     except (OSError, netrc.NetrcParseError):
         return False
 

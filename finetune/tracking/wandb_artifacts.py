@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 def log_artifact(
-    run: "wandb.Run", name: str, kind: str, path: Path, aliases: Sequence[str] = ()
+    run: "wandb.Run",
+    name: str,
+    kind: str,
+    path: Path,
+    aliases: Sequence[str] = (),
 ) -> None:
     """Add a file, or all files of a folder, to a W&B run as an artifact.
 

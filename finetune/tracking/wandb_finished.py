@@ -43,7 +43,9 @@ def reopen_run(
     is_offline = arguments["mode"] in OFFLINE_MODES
     if is_offline:
         arguments["config"] = config or read_json(folder.identity)["config"]
-        arguments["resume"] = "allow"  # otherwise this file's history replaces the one sent before
+        arguments["resume"] = (
+            "allow"  # otherwise this file's history replaces the one sent before
+        )
     run = wandb.init(settings=quiet_settings(arguments["mode"], uploads), **arguments)
     try:
         if is_offline:
@@ -52,7 +54,9 @@ def reopen_run(
             run.summary.update({**summary, "status": result["status"], **final})
         yield run
     finally:
-        run.finish(exit_code=0)  # the run did complete, whatever happens to what is added to it
+        run.finish(
+            exit_code=0
+        )  # the run did complete, whatever happens to what is added to it
 
 
 def add_tag(folder: RunFolder, tag: str) -> None:
@@ -88,6 +92,8 @@ def _write_tags(folder: RunFolder, arguments: dict[str, Any], tags: list[str]) -
         with reopen_run(folder, arguments):
             pass  # the tags are an argument of wandb.init
     except Exception as error:
-        log.warning("W&B: %s; the tags of %s are not %s", summary_line(error), folder.path, tags)
+        log.warning(
+            "W&B: %s; the tags of %s are not %s", summary_line(error), folder.path, tags
+        )
     else:
         write_json(folder.path / TRACKER, arguments)

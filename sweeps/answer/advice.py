@@ -8,7 +8,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import binomtest
 
-from sweeps.answer.importance import MeasuredTrial, Share, comparable_trials, importances
+from sweeps.answer.importance import (
+    MeasuredTrial,
+    Share,
+    comparable_trials,
+    importances,
+)
 from sweeps.answer.improvement import expected_improvement
 from sweeps.answer.ranges import (
     End,

@@ -28,7 +28,9 @@ def write_best(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
         run: the run whose adapter is taken: the trial's own, or one of its repeats.
     """
     _copy_run(study, run)
-    config = _with_commit(dataclasses.replace(read_run_config(run.path), resume=None), run)
+    config = _with_commit(
+        dataclasses.replace(read_run_config(run.path), resume=None), run
+    )
     experiment = study.folder / "experiment" / "best.yaml"
     experiment.parent.mkdir(exist_ok=True)
     folder = shlex.quote(os.path.relpath(study.folder))

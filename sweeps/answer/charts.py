@@ -102,13 +102,19 @@ def spending(study: Study, tokens: Mapping[int, int]) -> go.Figure | None:
 def pareto_front(study: Study) -> go.Figure | None:
     """Draw trials by their two or three objectives, with the Pareto front highlighted."""
     complete = study.trials(TrialState.COMPLETE)
-    finite = [trial for trial in complete if all(math.isfinite(value) for value in trial.values)]
+    finite = [
+        trial
+        for trial in complete
+        if all(math.isfinite(value) for value in trial.values)
+    ]
     if len(study.objectives) not in (2, 3) or not finite:
         return None
     # A copy without the trials whose values are not finite, which have no place in the chart.
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
-    return set_style(visualization.plot_pareto_front(copy, target_names=study.objectives))
+    return set_style(
+        visualization.plot_pareto_front(copy, target_names=study.objectives)
+    )
 
 
 def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
@@ -120,7 +126,9 @@ def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
     Returns:
         The chart.
     """
-    candidates = [candidate for candidate in confirmation["candidates"] if candidate["values"]]
+    candidates = [
+        candidate for candidate in confirmation["candidates"] if candidate["values"]
+    ]
     if not candidates:
         return None
     figure = go.Figure()
@@ -129,10 +137,14 @@ def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
         _add_candidate(figure, candidate, is_winner)
     figure = set_titles(figure, confirmation["objective"], "")
     height = 160 + 45 * len(candidates)
-    return figure.update_layout(height=height, yaxis={"autorange": "reversed", "automargin": True})
+    return figure.update_layout(
+        height=height, yaxis={"autorange": "reversed", "automargin": True}
+    )
 
 
-def _add_candidate(figure: go.Figure, candidate: Mapping[str, Any], is_winner: bool) -> None:
+def _add_candidate(
+    figure: go.Figure, candidate: Mapping[str, Any], is_winner: bool
+) -> None:
     """Add a candidate's values as dots, and their mean as a line."""
     name = f"trial {candidate['trial']}"
     if candidate["role"]:

@@ -27,7 +27,9 @@ def commands(study: Study) -> list[tuple[str, str]]:
         ("train again", f"python -m finetune --config-dir {folder} experiment=best"),
     ]
     if len(study.objectives) == 1:
-        pairs.append(("confirm", f"python -m sweeps confirm {folder} --top 3 --seeds 5"))
+        pairs.append(
+            ("confirm", f"python -m sweeps confirm {folder} --top 3 --seeds 5")
+        )
     pairs += [
         ("merge", f"python -m finetune.merge {folder}/best --to {merged}"),
         ("serve", f"vllm serve {merged}{_template_flag(study)}"),
@@ -46,7 +48,11 @@ def _template_flag(study: Study) -> str:
     Empty where there are none, and for several objectives, which have no one winner.
     """
     best = RunFolder(study.folder / "best")
-    variables = read_run_config(best.path).model.template_kwargs if best.identity.exists() else {}
+    variables = (
+        read_run_config(best.path).model.template_kwargs
+        if best.identity.exists()
+        else {}
+    )
     if not variables:
         return ""
     return f" --default-chat-template-kwargs {shlex.quote(json.dumps(variables))}"

@@ -77,7 +77,9 @@ def compare(
     """
     first_losses = np.array([evaluation.row_losses for evaluation in first])
     second_losses = np.array([evaluation.row_losses for evaluation in second])
-    differences = first_losses - second_losses  # [seeds, rows], nats summed over a row's tokens
+    differences = (
+        first_losses - second_losses
+    )  # [seeds, rows], nats summed over a row's tokens
     tokens = np.array(first[0].row_tokens, dtype=float)
     difference = differences.mean(0).sum() / max(tokens.sum(), 1)
     means = _resampled_means(differences, tokens, max_resamples)
@@ -88,7 +90,9 @@ def compare(
     return Comparison(float(difference), float(low), float(high), float(chance))
 
 
-def _resampled_means(differences: np.ndarray, tokens: np.ndarray, max_resamples: int) -> np.ndarray:
+def _resampled_means(
+    differences: np.ndarray, tokens: np.ndarray, max_resamples: int
+) -> np.ndarray:
     """Compute the mean difference per token in each resample.
 
     A resample is a count for each row: how often the row is in it.
@@ -107,7 +111,9 @@ def _resampled_means(differences: np.ndarray, tokens: np.ndarray, max_resamples:
     means = np.empty(min(max_resamples, max(MIN_RESAMPLES, affordable)))
     equal_chances = np.full(rows, 1 / rows)
     for start in range(0, len(means), BLOCK):
-        row_counts = generator.multinomial(rows, equal_chances, size=BLOCK)  # [BLOCK, rows]
+        row_counts = generator.multinomial(
+            rows, equal_chances, size=BLOCK
+        )  # [BLOCK, rows]
         seed_weights = _seed_weights(generator, seeds)
         row_differences = seed_weights @ differences  # [BLOCK, rows]
         sums = (row_differences * row_counts).sum(1)

@@ -54,7 +54,9 @@ def conclude(
         _conclude(study, resources, tracker)
 
 
-def _conclude(study: Study, resources: SharedResources, tracker: TrackerSettings | None) -> None:
+def _conclude(
+    study: Study, resources: SharedResources, tracker: TrackerSettings | None
+) -> None:
     winner = _winner(study)
     if winner is None:
         log.info("study %s: no trial is complete, so there is no winner", study.name)
@@ -111,7 +113,10 @@ def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) 
 
 
 def _answer(
-    study: Study, winner: FrozenTrial, run: RunFolder, resources: SharedResources
+    study: Study,
+    winner: FrozenTrial,
+    run: RunFolder,
+    resources: SharedResources,
 ) -> dict[str, Any]:
     """Build the content of `answer.json`; this evaluates the test rows."""
     baseline = study.baseline()
@@ -127,7 +132,10 @@ def _answer(
 
 
 def _test(
-    study: Study, run: RunFolder, baseline: FrozenTrial | None, resources: SharedResources
+    study: Study,
+    run: RunFolder,
+    baseline: FrozenTrial | None,
+    resources: SharedResources,
 ) -> dict[str, Any] | None:
     """Evaluate the winner and the baseline on the test rows, unless they were before.
 
@@ -150,7 +158,8 @@ def _test(
     folder = study.folder_of(baseline.number)
     if not folder.adapter.is_dir() and not read_test_evaluation(folder):
         log.warning(
-            "trial %d, the baseline, is not evaluated: its adapter is gone", baseline.number
+            "trial %d, the baseline, is not evaluated: its adapter is gone",
+            baseline.number,
         )
         return test
     of_baseline = evaluate_finished_run(folder.path, resources, answer_prompts=False)

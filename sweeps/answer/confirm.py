@@ -79,7 +79,9 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     return confirmation
 
 
-def _remove_unneeded_files(repeats: Sequence[Repeat], with_adapter: Sequence[Repeat]) -> None:
+def _remove_unneeded_files(
+    repeats: Sequence[Repeat], with_adapter: Sequence[Repeat]
+) -> None:
     """Remove the checkpoints of all repeats, and the adapters of those that need none."""
     for repeat in repeats:
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
@@ -90,7 +92,9 @@ def _remove_unneeded_files(repeats: Sequence[Repeat], with_adapter: Sequence[Rep
 def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:
     """Select the best trials and the baseline."""
     if len(study.objectives) > 1:
-        raise ConfigError(f"study {study.name}: has several objectives, so no single best trial")
+        raise ConfigError(
+            f"study {study.name}: has several objectives, so no single best trial"
+        )
     ranked = study.ranked()
     if not ranked:
         raise ConfigError(
@@ -103,7 +107,9 @@ def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:
     return candidates
 
 
-def _plan_repeats(study: Study, candidates: Sequence[FrozenTrial], seeds: int) -> list[Repeat]:
+def _plan_repeats(
+    study: Study, candidates: Sequence[FrozenTrial], seeds: int
+) -> list[Repeat]:
     """Plan one run for each seed and candidate, with seeds that no candidate has used."""
     folders = [study.folder_of(trial.number).path for trial in candidates]
     configs = [read_run_config(folder) for folder in folders]
@@ -118,7 +124,9 @@ def _plan_repeats(study: Study, candidates: Sequence[FrozenTrial], seeds: int) -
     return repeats
 
 
-def _ensure_adapter(study: Study, repeats: Sequence[Repeat], winner: int) -> list[Repeat]:
+def _ensure_adapter(
+    study: Study, repeats: Sequence[Repeat], winner: int
+) -> list[Repeat]:
     """Ensure that the winner has an adapter, of the trial itself or of one of its repeats.
 
     An earlier confirmation, with another winner, may have removed the repeats' adapters too. Then
@@ -164,7 +172,10 @@ def _evaluate(
 
 
 def _summarize(
-    study: Study, trial: FrozenTrial, repeats: Sequence[Repeat], errors: Mapping[Path, str]
+    study: Study,
+    trial: FrozenTrial,
+    repeats: Sequence[Repeat],
+    errors: Mapping[Path, str],
 ) -> dict[str, Any]:
     """Summarize a candidate's runs: mean and standard deviation over the seeds."""
     objective = study.objectives[0]
@@ -201,7 +212,9 @@ def _choose_winner(
     eligible = without_failures or with_values
     if not eligible:
         error = next(iter(errors.values()))
-        raise ConfigError(f"study {study.name}: every run of the confirmation failed: {error}")
+        raise ConfigError(
+            f"study {study.name}: every run of the confirmation failed: {error}"
+        )
     best = min(eligible, key=lambda summary: study.to_cost(summary["mean"]))
     return int(best["trial"])
 

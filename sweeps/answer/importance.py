@@ -136,7 +136,9 @@ def _varying_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
     return names
 
 
-def _resampled_shares(measured: Sequence[MeasuredTrial], names: Sequence[str]) -> list[list[float]]:
+def _resampled_shares(
+    measured: Sequence[MeasuredTrial], names: Sequence[str]
+) -> list[list[float]]:
     """Compute the shares on bootstrap resamples: `[resamples, parameters]`."""
     generator = random.Random(0)  # the same study gives the same shares
     size = min(len(measured), MAX_RESAMPLE)
@@ -144,7 +146,9 @@ def _resampled_shares(measured: Sequence[MeasuredTrial], names: Sequence[str]) -
     for seed in range(RESAMPLES):
         resample = generator.choices(measured, k=size)
         study = study_of_values(resample, names)
-        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(
+            n_trees=TREES, seed=seed
+        )
         try:
             importance = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, params=list(names)
@@ -183,7 +187,9 @@ def study_of_values(
     for trial, value in measured:
         params = {name: trial.params[name] for name in ranges if name in trial.params}
         distributions = {name: ranges[name] for name in params}
-        study.add_trial(create_trial(params=params, distributions=distributions, value=value))
+        study.add_trial(
+            create_trial(params=params, distributions=distributions, value=value)
+        )
     return study
 
 

@@ -60,7 +60,9 @@ def learning_curves(
     for number, (name, colour) in highlights.items():
         if number in trial_curves:
             figure.add_trace(_curves_trace([trial_curves[number]], name, colour, 3))
-    steps = "optimizer step" if _have_equal_steps(trials) else "share of the trial's steps"
+    steps = (
+        "optimizer step" if _have_equal_steps(trials) else "share of the trial's steps"
+    )
     return set_titles(figure, steps, study.objectives[0])
 
 
@@ -75,7 +77,9 @@ def _highlights(study: Study, winner: int | None) -> dict[int, tuple[str, str]]:
     return highlights
 
 
-def _in_state(trial_curves: Iterable[TrialCurve], state: TrialState) -> list[TrialCurve]:
+def _in_state(
+    trial_curves: Iterable[TrialCurve], state: TrialState
+) -> list[TrialCurve]:
     return [(trial, curve) for trial, curve in trial_curves if trial.state == state]
 
 
@@ -98,7 +102,10 @@ def _crosses_trace(pruned: Sequence[TrialCurve]) -> go.Scatter:
 
 
 def _curves_trace(
-    trial_curves: Sequence[TrialCurve], name: str, colour: str, width: float
+    trial_curves: Sequence[TrialCurve],
+    name: str,
+    colour: str,
+    width: float,
 ) -> go.Scatter:
     """Combine the curves of many trials in one trace, with gaps between them."""
     x: list[float | None] = []
@@ -125,11 +132,15 @@ def _curves_trace(
 
 
 def _have_equal_steps(trials: Iterable[FrozenTrial]) -> bool:
-    steps = {trial.user_attrs["steps"] for trial in trials if "steps" in trial.user_attrs}
+    steps = {
+        trial.user_attrs["steps"] for trial in trials if "steps" in trial.user_attrs
+    }
     return len(steps) <= 1
 
 
-def curves_of(study: Study, metrics: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, Curve]:
+def curves_of(
+    study: Study, metrics: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> dict[int, Curve]:
     """Read each trial's curve from its metrics.
 
     Args:
@@ -149,7 +160,9 @@ def curves_of(study: Study, metrics: Mapping[int, Sequence[Mapping[str, Any]]]) 
     for trial in trials:
         steps = trial.user_attrs.get("steps") or 1
         lines = metrics.get(trial.number, ())
-        points = [(line["step"], line[objective]) for line in lines if objective in line]
+        points = [
+            (line["step"], line[objective]) for line in lines if objective in line
+        ]
         if not points:
             for rung, value in trial.intermediate_values.items():
                 points.append((rung * steps / last_rung, value))

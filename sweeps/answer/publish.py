@@ -53,10 +53,14 @@ def publish(
     if run_arguments is None or run_arguments["mode"] == "disabled":
         return []
     tracker = tracker or read_run_config(folder.path).tracker
-    publication = _Publication(study, winner_number, run_arguments, test, report, tracker)
+    publication = _Publication(
+        study, winner_number, run_arguments, test, report, tracker
+    )
     contents = publication.contents()
     published = read_json(study.folder / PUBLISHED) or {}
-    changed = {name for name, content in contents.items() if content != published.get(name)}
+    changed = {
+        name for name, content in contents.items() if content != published.get(name)
+    }
     if changed:
         try:
             address = publication.upload(changed)
@@ -120,7 +124,9 @@ class _Publication:
                 run.summary["test/loss"] = self.test["winner"]
             self._log_artifacts(run, names)
             if "workspace" in names:
-                return save_workspace(build_workspace(self.study, run.entity, run.project))
+                return save_workspace(
+                    build_workspace(self.study, run.entity, run.project)
+                )
         return None
 
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:

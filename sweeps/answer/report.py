@@ -28,7 +28,9 @@ REFRESH = 20
 """Seconds after which the page of a running study reloads itself."""
 
 
-def write_report(study: Study, live: bool = False, analysis: Analysis | None = None) -> Path:
+def write_report(
+    study: Study, live: bool = False, analysis: Analysis | None = None
+) -> Path:
     """Write `report.html` into the study's folder, atomically.
 
     Args:
@@ -61,7 +63,9 @@ def watch(
     """
     while True:
         path = write_report(study, live=True)
-        print_line(f"{time.strftime('%H:%M:%S')}  {format_counts(study)}: {os.path.relpath(path)}")
+        print_line(
+            f"{time.strftime('%H:%M:%S')}  {format_counts(study)}: {os.path.relpath(path)}"
+        )
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
         pause(REFRESH)
@@ -115,8 +119,12 @@ def _verdict(data: ReportData) -> str:
         return "No trial is complete yet, so there is no winner."
     if data.has_several_objectives:
         count = len(data.pareto_front())
-        return f"Trial {winner.number} is the first of {count} trials on the Pareto front."
-    result = f"Trial {winner.number} wins with {data.study.objectives[0]} {winner.value:.4f}"
+        return (
+            f"Trial {winner.number} is the first of {count} trials on the Pareto front."
+        )
+    result = (
+        f"Trial {winner.number} wins with {data.study.objectives[0]} {winner.value:.4f}"
+    )
     if data.answer is None or data.test is None:
         return f"{result}."
     return f"{result}; test loss {'; difference '.join(test_loss_lines(data.answer))}."

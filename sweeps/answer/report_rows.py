@@ -33,7 +33,8 @@ def rows_section(run: RunFolder | None) -> Section:
         log.info("report: its rows are not shown: %s", summary_line(error))
         return Section("rows", title)
     shown = [
-        ShownRow(example.place, segments_of(example.tokens, special=False)) for example in examples
+        ShownRow(example.place, segments_of(example.tokens, special=False))
+        for example in examples
     ]
     return Section("rows", title, shown_rows=shown)
 

@@ -53,10 +53,20 @@ class Section:
     def has_content(self) -> bool:
         """Whether there is anything to show under the title."""
         contents = (self.note, self.lines, self.chart, self.rows)
-        return any(map(bool, (*contents, self.figures, self.samples, self.shown_rows, self.folded)))
+        return any(
+            map(
+                bool,
+                (*contents, self.figures, self.samples, self.shown_rows, self.folded),
+            )
+        )
 
 
-def chart_section(name: str, title: str, figure: go.Figure | None, note: str = "") -> Section:
+def chart_section(
+    name: str,
+    title: str,
+    figure: go.Figure | None,
+    note: str = "",
+) -> Section:
     """Build a section with one chart; an empty one if there is no chart."""
     if figure is None:
         return Section(name, title)

@@ -18,7 +18,8 @@ from sweeps.answer.report_tables import failures, leaderboard, spending
 from sweeps.study.formatting import format_value
 
 COMPARED = (
-    "Trials are compared at the last evaluation that all of them have reached, pruned ones too."
+    "Trials are compared at the last evaluation that all of them have reached, "
+    "pruned ones too."
 )
 
 
@@ -49,7 +50,10 @@ def sections(data: ReportData) -> list[Section]:
         _curves(data),
         chart_section("history", "Optimisation history", charts.history(study)),
         chart_section(
-            "parallel", "Parallel coordinates", charts.parallel_coordinates(study), COMPARED
+            "parallel",
+            "Parallel coordinates",
+            charts.parallel_coordinates(study),
+            COMPARED,
         ),
         _importance(data),
         chart_section("slices", "Slices", charts.slices(study), COMPARED),
@@ -76,7 +80,9 @@ def _answer(data: ReportData) -> Section:
     head = ["", *titles]
     rows = [*_parameter_rows(sides), *_objective_rows(data, sides)]
     if data.test is not None:
-        losses = [f"{data.test[side]:.4f}" if side in data.test else "" for side in sides]
+        losses = [
+            f"{data.test[side]:.4f}" if side in data.test else "" for side in sides
+        ]
         rows.append(Row(["test/loss", *losses]))
     lines = []
     if data.answer is not None:
@@ -165,7 +171,9 @@ def _samples(data: ReportData) -> Section:
         rows = read_json(RunFolder(data.study.folder / "best").samples)
     samples = []
     for row in rows or []:
-        samples.append({key: str(row.get(key, "")) for key in ("prompt", "before", "after")})
+        samples.append(
+            {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
+        )
     return Section("samples", "Samples before and after training", samples=samples)
 
 

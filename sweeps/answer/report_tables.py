@@ -25,7 +25,15 @@ def leaderboard(data: ReportData) -> Section:
     """List all trials, the ranked ones first."""
     names = parameter_names(data.trials.values())
     short_names = [short_name(name) for name in names]
-    head = ["trial", "state", *data.study.objectives, *short_names, "step", "tokens/s", "note"]
+    head = [
+        "trial",
+        "state",
+        *data.study.objectives,
+        *short_names,
+        "step",
+        "tokens/s",
+        "note",
+    ]
     ranked = [trial.number for trial in data.study.ranked()]
     front = data.pareto_front()
     rows = []
@@ -38,7 +46,9 @@ def leaderboard(data: ReportData) -> Section:
     return Section("leaderboard", "Leaderboard", head=head, rows=rows, sortable=True)
 
 
-def _trial_cells(data: ReportData, trial: FrozenTrial, names: Sequence[str]) -> list[str]:
+def _trial_cells(
+    data: ReportData, trial: FrozenTrial, names: Sequence[str]
+) -> list[str]:
     result = data.results[trial.number]
     state = trial.state.name.lower()
     objectives = objective_cells(trial, len(data.study.objectives))
@@ -129,8 +139,14 @@ def _confirmation_tokens(study: Study) -> int:
 
 def _wall_time(data: ReportData) -> float:
     """Return the seconds from the first start to the last end, 0 if no trial has ended."""
-    starts = [trial.datetime_start for trial in data.trials.values() if trial.datetime_start]
-    ends = [trial.datetime_complete for trial in data.trials.values() if trial.datetime_complete]
+    starts = [
+        trial.datetime_start for trial in data.trials.values() if trial.datetime_start
+    ]
+    ends = [
+        trial.datetime_complete
+        for trial in data.trials.values()
+        if trial.datetime_complete
+    ]
     if not starts or not ends:
         return 0.0
     return (max(ends) - min(starts)).total_seconds()

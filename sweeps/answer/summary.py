@@ -20,7 +20,10 @@ SHOWN_TRIALS = 5
 
 
 def summary_lines(
-    study: Study, answer: Mapping[str, Any], analysis: Analysis, report: Path | None
+    study: Study,
+    answer: Mapping[str, Any],
+    analysis: Analysis,
+    report: Path | None,
 ) -> list[str]:
     """Format the end of a study.
 

@@ -75,13 +75,17 @@ def build_workspace(study: Study, entity: str, project: str) -> "Workspace":
     )
 
 
-def _search_panels(keys: SearchedKeys, summaries: Mapping[str, str]) -> "list[PanelTypes]":
+def _search_panels(
+    keys: SearchedKeys, summaries: Mapping[str, str]
+) -> "list[PanelTypes]":
     """Build the panels that relate parameters to objectives."""
     import wandb_workspaces.reports.v2 as wr
 
     columns = []
     for key, distribution in keys.items():
-        column = wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=_is_log(distribution))
+        column = wr.ParallelCoordinatesPlotColumn(
+            wr.Config(key), log=_is_log(distribution)
+        )
         columns.append(column)
     for summary, name in summaries.items():
         column = wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(summary), name)
@@ -102,7 +106,9 @@ def _search_panels(keys: SearchedKeys, summaries: Mapping[str, str]) -> "list[Pa
     return panels
 
 
-def _runset(study: Study, keys: SearchedKeys, summaries: Mapping[str, str]) -> "RunsetSettings":
+def _runset(
+    study: Study, keys: SearchedKeys, summaries: Mapping[str, str]
+) -> "RunsetSettings":
     """Select the study's trials (and no runs of a confirmation), the best first."""
     import wandb_workspaces.workspaces as ws
 

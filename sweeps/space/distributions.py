@@ -46,7 +46,9 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
     sweep = override.value()
     try:
         if isinstance(sweep, Glob):
-            return CategoricalDistribution([encode(name) for name in override.sweep_iterator()])
+            return CategoricalDistribution(
+                [encode(name) for name in override.sweep_iterator()]
+            )
         distribution = compat.sweep_distribution(override)
         if isinstance(distribution, CategoricalDistribution):
             assert isinstance(sweep, ChoiceSweep | RangeSweep)
@@ -113,11 +115,15 @@ def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribu
         return CategoricalDistribution([*distribution.choices, value])
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value}: no number, as {describe(distribution)} needs")
+        raise ConfigError(
+            f"{name}={value}: no number, as {describe(distribution)} needs"
+        )
     if contains(distribution, float(value)):
         return distribution
     if isinstance(distribution, IntDistribution) and value != int(value):
-        raise ConfigError(f"{name}={value}: no whole number, as {describe(distribution)} needs")
+        raise ConfigError(
+            f"{name}={value}: no whole number, as {describe(distribution)} needs"
+        )
     if distribution.log and value <= 0:
         raise ConfigError(
             f"{name}={value}: can't be part of {describe(distribution)}; "
@@ -143,7 +149,9 @@ def _widen_range(
     if step is not None:
         step = _common_step(step, value - distribution.low)
     if isinstance(distribution, IntDistribution):
-        return IntDistribution(int(low), int(high), log=distribution.log, step=int(step or 1))
+        return IntDistribution(
+            int(low), int(high), log=distribution.log, step=int(step or 1)
+        )
     return FloatDistribution(low, high, log=distribution.log, step=step)
 
 
@@ -187,5 +195,9 @@ def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
     if isinstance(distribution, IntDistribution):
         suggest_number = trial.suggest_int
     suggest_number(
-        name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        name,
+        distribution.low,
+        distribution.high,
+        step=distribution.step,
+        log=distribution.log,
     )

@@ -26,7 +26,9 @@ RELATIVE = "relative"
 """A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
 
 
-def parse_overrides(params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
+def parse_overrides(
+    params: Mapping[str, Any], arguments: Sequence[str]
+) -> list[Override]:
     """Parse overrides as Hydra does. A glob over a config group needs an initialized Hydra.
 
     Args:
@@ -61,7 +63,9 @@ def _as_text(value: Any) -> str:
 def _parser_reason(error: HydraException) -> str:
     """Return what Hydra's parser has to say, without its lines of boilerplate."""
     boilerplate = ("Error when parsing", "Error parsing", "See https")
-    reasons = [line for line in str(error).splitlines() if not line.startswith(boilerplate)]
+    reasons = [
+        line for line in str(error).splitlines() if not line.startswith(boilerplate)
+    ]
     return " ".join(reasons)
 
 

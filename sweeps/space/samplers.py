@@ -30,7 +30,9 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     return pruner
 
 
-def make_sampler(settings: StudySettings, run_seed: int, trial_number: int) -> BaseSampler:
+def make_sampler(
+    settings: StudySettings, run_seed: int, trial_number: int
+) -> BaseSampler:
     """Make the sampler of one trial.
 
     Args:

@@ -61,10 +61,14 @@ class StudySettings(Section):
     def __post_init__(self) -> None:
         self._check_trials_and_workers()
         self.require(
-            "direction", bool(self.direction), "must be minimize or maximize, or a list of them"
+            "direction",
+            bool(self.direction),
+            "must be minimize or maximize, or a list of them",
         )
         is_rate = 0 <= self.max_failure_rate <= 1
-        self.require("max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1")
+        self.require(
+            "max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1"
+        )
         has_time = self.timeout is None or self.timeout > 0
         self.require("timeout", has_time, "must be above 0 seconds, or null")
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
@@ -76,7 +80,9 @@ class StudySettings(Section):
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
         self.require("n_trials", self.n_trials >= 1, "must be at least 1")
         has_workers = self.n_jobs is None or self.n_jobs >= 1
-        self.require("n_jobs", has_workers, "must be at least 1, or null: one for each GPU")
+        self.require(
+            "n_jobs", has_workers, "must be at least 1, or null: one for each GPU"
+        )
         has_slots = self.slots == "auto" or int(self.slots) >= 1
         self.require("slots", has_slots, "must be at least 1, or auto: by memory")
 
@@ -96,7 +102,11 @@ class StudySettings(Section):
     @property
     def directions(self) -> list[Direction]:
         """One direction for each objective."""
-        return [self.direction] if isinstance(self.direction, str) else list(self.direction)
+        return (
+            [self.direction]
+            if isinstance(self.direction, str)
+            else list(self.direction)
+        )
 
     @property
     def is_grid(self) -> bool:
@@ -112,7 +122,9 @@ class StudySettings(Section):
 def _start_points(start: Any) -> list[dict[str, Any]]:
     """Encode the points of `hydra.sweeper.start`, a list of them or a single one."""
     points = [start] if isinstance(start, Mapping) else start
-    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
+    if not isinstance(points, list) or not all(
+        isinstance(point, Mapping) for point in points
+    ):
         raise ConfigError(
             f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]"
         )

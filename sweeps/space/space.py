@@ -18,7 +18,12 @@ from optuna.distributions import (
 )
 
 from finetune.errors import ConfigError, refusal
-from sweeps.space.distributions import describe, distribution_or_value, grid_values, widen
+from sweeps.space.distributions import (
+    describe,
+    distribution_or_value,
+    grid_values,
+    widen,
+)
 from sweeps.space.encoding import NULL, encode
 from sweeps.space.overrides import is_relative, parse_overrides, require_searchable
 
@@ -92,7 +97,9 @@ class Space:
             low = _rounded(multiples.low * value)
             high = _rounded(multiples.high * value)
             distributions[name] = FloatDistribution(low, high, log=multiples.log)
-        return dataclasses.replace(self, distributions=distributions, relative=frozenset())
+        return dataclasses.replace(
+            self, distributions=distributions, relative=frozenset()
+        )
 
     def overrides(self, point: Point) -> list[str]:
         """Return the command-line overrides of a trial at a point."""
@@ -116,7 +123,11 @@ class Space:
         point: Point = {}
         for name, distribution in self.distributions.items():
             key = name.lstrip("+")
-            value = group_choices[key] if key in group_choices else OmegaConf.select(composed, key)
+            value = (
+                group_choices[key]
+                if key in group_choices
+                else OmegaConf.select(composed, key)
+            )
             encoded = encode(value)
             if encoded == NULL and not _has_null(distribution):
                 return None
@@ -158,7 +169,9 @@ class Space:
                 raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
             distribution = self.distributions[name]
             if widen(f"{key}: {name}", distribution, value) != distribution:
-                raise ConfigError(f"{key}: {name}={value} lies outside {describe(distribution)}")
+                raise ConfigError(
+                    f"{key}: {name}={value} lies outside {describe(distribution)}"
+                )
 
     def extremes(self) -> list[Point]:
         """Return a few points that together have every choice and both ends of every range."""
@@ -238,4 +251,7 @@ def _rounded(bound: float) -> float:
 
 
 def _has_null(distribution: BaseDistribution) -> bool:
-    return isinstance(distribution, CategoricalDistribution) and NULL in distribution.choices
+    return (
+        isinstance(distribution, CategoricalDistribution)
+        and NULL in distribution.choices
+    )

@@ -74,10 +74,16 @@ def _enqueue_points(study: Study, points: list[tuple[str, Point]], total: int) -
         log.info(message, excess, total + excess)
 
 
-def _untried_points(study: Study, points: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
+def _untried_points(
+    study: Study, points: list[tuple[str, Point]]
+) -> list[tuple[str, Point]]:
     """Return the points that no trial has, each once."""
     # A trial that ran out of time has not shown what its point is worth.
-    trials = [trial for trial in study.trials() if trial.user_attrs.get("reason") != OUT_OF_TIME]
+    trials = [
+        trial
+        for trial in study.trials()
+        if trial.user_attrs.get("reason") != OUT_OF_TIME
+    ]
     tried = [enqueued_point(trial) for trial in trials]
     has_baseline = any(role(trial) == "baseline" for trial in trials)
     untried: list[tuple[str, Point]] = []
@@ -113,7 +119,9 @@ def claim_trial(
 
 
 def _claim_next(
-    study: Study, accepts: Callable[[FrozenTrial], bool], folder_lock: contextlib.ExitStack
+    study: Study,
+    accepts: Callable[[FrozenTrial], bool],
+    folder_lock: contextlib.ExitStack,
 ) -> Claim | None:
     for trial in filter(accepts, _claimable_trials(study)):
         folder = study.folder_of(trial.number)
@@ -138,7 +146,9 @@ def _claimable_trials(study: Study) -> list[FrozenTrial]:
             adoptable.append(trial)
     # An earlier session may have added more trials than the study shall hold now.
     total = study.optuna.user_attrs.get("total", len(study.trials()))
-    waiting = [trial for trial in study.trials(TrialState.WAITING) if trial.number < total]
+    waiting = [
+        trial for trial in study.trials(TrialState.WAITING) if trial.number < total
+    ]
     return [*adoptable, *waiting]
 
 
@@ -148,7 +158,9 @@ def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
         return study.storage.get_trial(trial_id).state == TrialState.RUNNING
     try:
         return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
-    except UpdateFinishedTrialError:  # another machine has claimed and finished it meanwhile
+    except (
+        UpdateFinishedTrialError
+    ):  # another machine has claimed and finished it meanwhile
         return False
 
 

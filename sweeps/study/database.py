@@ -97,7 +97,12 @@ def is_connection_error(error: BaseException | None) -> bool:
         error = error.__cause__
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    connection_errors = (OperationalError, InterfaceError, PendingRollbackError, PoolTimeoutError)
+    connection_errors = (
+        OperationalError,
+        InterfaceError,
+        PendingRollbackError,
+        PoolTimeoutError,
+    )
     return isinstance(error, connection_errors)
 
 
@@ -146,7 +151,9 @@ class _Retry:
             log.warning("%s is back after %.0f s", self._shown_address, seconds)
 
 
-def _retried(method: "Callable[Concatenate[Any, P], R]") -> "Callable[Concatenate[Any, P], R]":
+def _retried(
+    method: "Callable[Concatenate[Any, P], R]",
+) -> "Callable[Concatenate[Any, P], R]":
     """Wrap a method of `Database` so that it is retried after a lost connection."""
 
     def call(self: Any, /, *arguments: P.args, **keywords: P.kwargs) -> R:
@@ -192,7 +199,12 @@ class Database(RDBStorage):
             trials would wait as long again.
     """
 
-    def __init__(self, url: "URL", address: str, retry_seconds: float) -> None:
+    def __init__(
+        self,
+        url: "URL",
+        address: str,
+        retry_seconds: float,
+    ) -> None:
         self.address = address
         self.shown_address = show_address(STORAGE_KEY, address)
         self.retry_seconds = retry_seconds
@@ -202,10 +214,15 @@ class Database(RDBStorage):
             "pool_pre_ping": True,
             "connect_args": _connection_arguments(url),
         }
-        super().__init__(url.render_as_string(hide_password=False), engine_kwargs=engine_arguments)
+        super().__init__(
+            url.render_as_string(hide_password=False), engine_kwargs=engine_arguments
+        )
 
     def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None = None,
     ) -> bool:
         """Begin or finish a trial, once, even if the call is repeated after a lost connection."""
         if state == TrialState.RUNNING:
@@ -228,7 +245,10 @@ class Database(RDBStorage):
         return claim_waiting_trial(self, trial_id, CLAIM, token)
 
     def _get_prepared_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None, session: "Session"
+        self,
+        study_id: int,
+        template_trial: FrozenTrial | None,
+        session: "Session",
     ) -> Any:
         """Add a trial, unless the study has one of the template's number.
 

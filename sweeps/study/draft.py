@@ -77,7 +77,9 @@ def draft_session(
     address = plain["storage"]
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
-    space, points = _first_points(settings, space.scaled(composed), composed, common.seed)
+    space, points = _first_points(
+        settings, space.scaled(composed), composed, common.seed
+    )
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
@@ -133,7 +135,9 @@ def _check_settings(
     return StudySettings.from_sweeper(values)
 
 
-def _parse_space(settings: StudySettings, params: Mapping[str, Any], arguments: list[str]) -> Space:
+def _parse_space(
+    settings: StudySettings, params: Mapping[str, Any], arguments: list[str]
+) -> Space:
     space = Space.parse(params, arguments)
     if not space.distributions and settings.custom_search_space is None:
         raise ConfigError(
@@ -155,7 +159,9 @@ def _resolve_automatic_values(common: RunConfig, composed: DictConfig) -> RunCon
     """
     resolved = resolve_learning_rate(common, shared_resources)
     composed.dataset.limit = resolved.dataset.limit
-    OmegaConf.update(composed, "optimizer.learning_rate", resolved.optimizer.learning_rate)
+    OmegaConf.update(
+        composed, "optimizer.learning_rate", resolved.optimizer.learning_rate
+    )
     return resolved
 
 
@@ -179,7 +185,9 @@ def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfi
     return config
 
 
-def _study_folder(config: DictConfig, values: Mapping[str, Any], study_name: str) -> Path:
+def _study_folder(
+    config: DictConfig, values: Mapping[str, Any], study_name: str
+) -> Path:
     """Return the study's folder, `hydra.sweep.dir`.
 
     Its last part is the study's name, which interpolates to None where `study_name` is null.
@@ -191,7 +199,10 @@ def _study_folder(config: DictConfig, values: Mapping[str, Any], study_name: str
 
 
 def _first_points(
-    settings: StudySettings, space: Space, composed: DictConfig, seed: int
+    settings: StudySettings,
+    space: Space,
+    composed: DictConfig,
+    seed: int,
 ) -> tuple[Space, list[tuple[str, Point]]]:
     """Return the points of the first trials, and a space that contains them.
 
@@ -203,7 +214,9 @@ def _first_points(
     if settings.baseline and space.distributions:
         baseline = space.point_of(composed)
         if baseline is None:
-            log.info("no baseline: the config has no value of its own for what is searched")
+            log.info(
+                "no baseline: the config has no value of its own for what is searched"
+            )
         else:
             space, lines = space.widened(baseline)
             for line in lines:

@@ -51,15 +51,21 @@ def choose_driver(url: "URL") -> "URL":
         default = url.get_driver_name()
     except NoSuchModuleError:
         allowed = "allowed: postgresql, mysql, sqlite"
-        raise ConfigError(f"{STORAGE_KEY}: {url.drivername} is no database; {allowed}") from None
+        raise ConfigError(
+            f"{STORAGE_KEY}: {url.drivername} is no database; {allowed}"
+        ) from None
     drivers = DRIVERS.get(backend)
     if drivers is None:
         return url
     is_named = "+" in url.drivername
-    candidates = [driver for driver in drivers if driver.name == default or not is_named]
+    candidates = [
+        driver for driver in drivers if driver.name == default or not is_named
+    ]
     if not candidates:
         names = ", ".join(f"{backend}+{driver.name}" for driver in drivers)
-        raise ConfigError(f"{STORAGE_KEY}: {url.drivername} can't be used; allowed: {names}")
+        raise ConfigError(
+            f"{STORAGE_KEY}: {url.drivername} can't be used; allowed: {names}"
+        )
     candidates.sort(key=lambda driver: driver.name != default)
     for driver in candidates:
         if _is_installed(driver):

@@ -86,7 +86,9 @@ def _write_config_files(job: JobReturn, folder: Path) -> None:
         "overrides": job.hydra_cfg.hydra.overrides.task,
     }
     for name, content in contents.items():
-        (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(
+            OmegaConf.to_yaml(content), encoding="utf-8"
+        )
 
 
 @contextmanager

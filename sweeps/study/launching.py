@@ -59,7 +59,10 @@ def run_workers(study: Study, session: Session, total: int) -> None:
     resume = f"the same command with hydra.sweeper.study_name={study.name} goes on"
     for _ in range(RELAUNCHES):
         try:
-            with live_table(study, total), _ends_workers_on_signals(session.stop_file, workers):
+            with (
+                live_table(study, total),
+                _ends_workers_on_signals(session.stop_file, workers),
+            ):
                 returns = launcher.launch(jobs, initial_job_idx=0)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {resume}") from None
@@ -68,12 +71,16 @@ def run_workers(study: Study, session: Session, total: int) -> None:
             # whose folder is not locked shows that it was that.
             if not orphaned_trials(study):
                 raise
-            log.warning("a worker was lost (%s); its trial is taken on", error_line(error))
+            log.warning(
+                "a worker was lost (%s); its trial is taken on", error_line(error)
+            )
             continue
         _raise_worker_error(returns, resume)
         if not orphaned_trials(study) or session.is_over(study):
             return
-    raise ConfigError(f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}")
+    raise ConfigError(
+        f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}"
+    )
 
 
 def _worker_overrides(study: Study, session: Session, workers: int) -> list[list[str]]:
@@ -110,7 +117,9 @@ def _make_launcher(session: Session, workers: int) -> Launcher:
         config=_with_worker_launcher(chosen, workers),
     )
     # Jobs are composed again from this config, and must name the launcher that the user chose.
-    launcher.setup(hydra_context=session.hydra_context, task_function=task, config=chosen)
+    launcher.setup(
+        hydra_context=session.hydra_context, task_function=task, config=chosen
+    )
     return launcher
 
 
@@ -121,9 +130,13 @@ def _with_worker_launcher(chosen: DictConfig, workers: int) -> DictConfig:
     """
     config = chosen.copy()
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
-        if str(config.hydra.launcher._target_).endswith(("BasicLauncher", "SlotsLauncher")):
+        if str(config.hydra.launcher._target_).endswith(
+            ("BasicLauncher", "SlotsLauncher")
+        ):
             name = "joblib" if workers > 1 else "basic"
-            config.hydra.launcher = ConfigStore.instance().load(f"hydra/launcher/{name}.yaml").node
+            config.hydra.launcher = (
+                ConfigStore.instance().load(f"hydra/launcher/{name}.yaml").node
+            )
         if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
             OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
     return config

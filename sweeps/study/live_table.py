@@ -76,8 +76,17 @@ class LiveTable:
     def _draw(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold")
         objectives = self._study.objectives
-        for column in ("trial", "parameters", "step", *objectives, "train/loss", "tokens/s"):
-            table.add_column(column, justify="left" if column == "parameters" else "right")
+        for column in (
+            "trial",
+            "parameters",
+            "step",
+            *objectives,
+            "train/loss",
+            "tokens/s",
+        ):
+            table.add_column(
+                column, justify="left" if column == "parameters" else "right"
+            )
         for trial in self._study.trials(TrialState.RUNNING):
             table.add_row(*self._row(trial))
         return Group(table, Text(self._summary()))
@@ -104,7 +113,9 @@ class LiveTable:
         states = Counter(trial.state for trial in finished)
         pruned = states[TrialState.PRUNED]
         failed = states[TrialState.FAIL]
-        line = f"{len(finished)} of {self._total} done ({pruned} pruned, {failed} failed)"
+        line = (
+            f"{len(finished)} of {self._total} done ({pruned} pruned, {failed} failed)"
+        )
         best = next(iter(self._study.ranked()), None)
         if best is not None:
             cells = objective_cells(best, len(best.values))

@@ -35,7 +35,12 @@ class Multirun:
         slots: number of jobs that train at once; `auto`: as many as fit into memory.
     """
 
-    def __init__(self, context: HydraContext, config: DictConfig, slots: int | str) -> None:
+    def __init__(
+        self,
+        context: HydraContext,
+        config: DictConfig,
+        slots: int | str,
+    ) -> None:
         self._context = context
         self._config = config
         self._slots = slots
@@ -44,7 +49,9 @@ class Multirun:
         self._slot_count = 1
         self._checkpointed_bases: list[object] = []
 
-    def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+    def run(
+        self, job_overrides: Sequence[Sequence[str]], first_number: int
+    ) -> list[JobReturn]:
         """Train all jobs, and return what they returned, in their order.
 
         Args:
@@ -101,11 +108,17 @@ class Multirun:
         with read_write(settings), open_dict(settings):
             if "file" in settings.get("handlers", {}):
                 del settings.handlers["file"]
-                settings.root.handlers = [name for name in settings.root.handlers if name != "file"]
+                settings.root.handlers = [
+                    name for name in settings.root.handlers if name != "file"
+                ]
         whitelist = self._context.execution_whitelist
-        configure_log(settings, self._config.hydra.verbose, execution_whitelist=whitelist)
+        configure_log(
+            settings, self._config.hydra.verbose, execution_whitelist=whitelist
+        )
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(RunNameFormatter(handler.formatter or logging.Formatter()))
+            handler.setFormatter(
+                RunNameFormatter(handler.formatter or logging.Formatter())
+            )
 
     def _packed_run(self, config: DictConfig) -> PackedRun:
         """Return a job as a run in a slot, which stores the job's return when it ends."""

@@ -45,7 +45,9 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     _log_why_no_pruning(settings, config)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
-    study = create_or_resume(draft.folder, settings, draft.address, terms, distributions)
+    study = create_or_resume(
+        draft.folder, settings, draft.address, terms, distributions
+    )
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):
         _log_why_other_slots(settings, engine)
@@ -69,13 +71,22 @@ def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:
         reason = "trl trains one trial at a time"
     else:
         reason = "the study keeps those that it began with"
-    log.info("hydra.sweeper.slots=%s: %d instead, as %s", settings.slots, engine.slots, reason)
+    log.info(
+        "hydra.sweeper.slots=%s: %d instead, as %s",
+        settings.slots,
+        engine.slots,
+        reason,
+    )
 
 
 def _log_why_no_pruning(settings: StudySettings, config: RunConfig) -> None:
     if not settings.can_prune:
         return
     if len(settings.directions) > 1:
-        log.info("no pruning: trials with several objectives can't be ranked before their end")
+        log.info(
+            "no pruning: trials with several objectives can't be ranked before their end"
+        )
     elif not config.objectives[0].startswith("eval/"):
-        log.info("no pruning: %s is not known before a trial's end", config.objectives[0])
+        log.info(
+            "no pruning: %s is not known before a trial's end", config.objectives[0]
+        )

@@ -23,7 +23,9 @@ class Outcome:
         return cls(TrialState.FAIL, attributes={"error": error})
 
     @classmethod
-    def of_result(cls, result: Mapping[str, Any], objectives: Sequence[str]) -> "Outcome":
+    def of_result(
+        cls, result: Mapping[str, Any], objectives: Sequence[str]
+    ) -> "Outcome":
         """Read the outcome of a finished run from its `result.json`.
 
         Args:

@@ -118,7 +118,11 @@ class _Pack:
         # A pack that memory has made smaller stays so when its slots are filled again.
         self._slots = min([self._slots, *_capacities(self._runs)])
         begun: list[PackedRun] = []
-        while self._interrupted is None and len(self._runs) < self._slots and len(begun) < limit:
+        while (
+            self._interrupted is None
+            and len(self._runs) < self._slots
+            and len(begun) < limit
+        ):
             run = self._next_run()
             if run is None:
                 break

@@ -103,7 +103,9 @@ class PruningObserver(Observer):
             self._trial.report(value, rung.index)
             PruningObserver.reports += 1
         name = self._study.objectives[0]
-        log.info("trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value)
+        log.info(
+            "trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value
+        )
 
     def should_prune(self, rung: Rung) -> bool:
         """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""

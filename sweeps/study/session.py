@@ -87,7 +87,9 @@ class Session:
         """
         # Trials may train on more or fewer rows; they are evaluated on the same ones.
         dataset = dataclasses.replace(config.dataset, limit=None)
-        common_dataset = dataclasses.asdict(dataclasses.replace(self.common.dataset, limit=None))
+        common_dataset = dataclasses.asdict(
+            dataclasses.replace(self.common.dataset, limit=None)
+        )
         for key, value in dataclasses.asdict(dataset).items():
             if value != common_dataset[key]:
                 reason = "all trials of a study are measured on the same rows"
@@ -128,7 +130,11 @@ class Session:
 
     def is_over(self, study: Study) -> bool:
         """Whether no further trial shall begin."""
-        return self.is_stopping or self.is_out_of_time or has_failed_too_often(study, self.settings)
+        return (
+            self.is_stopping
+            or self.is_out_of_time
+            or has_failed_too_often(study, self.settings)
+        )
 
 
 def has_failed_too_often(study: Study, settings: StudySettings) -> bool:

@@ -40,7 +40,9 @@ def memory_rank(config: RunConfig) -> tuple[int, int]:
     return config.trainer.per_device_train_batch_size, config.lora.r
 
 
-def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> tuple[int, list[object]]:
+def choose_job_slots(
+    slots: int | str, configs: Sequence[RunConfig]
+) -> tuple[int, list[object]]:
     """Choose how many jobs train at once, from the neediest job of each base and data set.
 
     Args:

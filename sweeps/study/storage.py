@@ -63,7 +63,9 @@ def open_storage(
             is_last = attempt == OPENING_ATTEMPTS - 1
             if "already exists" not in reason or is_last:
                 shown = show_address(STORAGE_KEY, address)
-                raise ConfigError(f"{STORAGE_KEY}: {shown} can't be opened ({reason})") from None
+                raise ConfigError(
+                    f"{STORAGE_KEY}: {shown} can't be opened ({reason})"
+                ) from None
         # Another machine is creating the same tables. At random, or both would collide again.
         time.sleep(random.uniform(0.2, 1.0))
     raise AssertionError

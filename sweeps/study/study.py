@@ -59,7 +59,11 @@ class Study:
     """
 
     def __init__(
-        self, folder: Path, name: str, address: str | None, retry_seconds: float | None = None
+        self,
+        folder: Path,
+        name: str,
+        address: str | None,
+        retry_seconds: float | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
@@ -90,7 +94,9 @@ class Study:
         try:
             return cls(folder, entry["name"], resolved.storage, retry_seconds)
         except KeyError:
-            raise ConfigError(f"{folder}: its storage knows no study {entry['name']}") from None
+            raise ConfigError(
+                f"{folder}: its storage knows no study {entry['name']}"
+            ) from None
 
     @property
     def uid(self) -> str:
@@ -137,7 +143,9 @@ class Study:
         if len(self.optuna.directions) == 1:
             return sorted(complete, key=self._cost_and_number)
         front = {trial.number for trial in self.optuna.best_trials}
-        return sorted(complete, key=lambda trial: (trial.number not in front, trial.number))
+        return sorted(
+            complete, key=lambda trial: (trial.number not in front, trial.number)
+        )
 
     def _cost_and_number(self, trial: FrozenTrial) -> tuple[float, int]:
         """Return the sort key of a complete trial; equal ones are ranked by number."""
@@ -158,7 +166,9 @@ class Study:
 
     def trial_id(self, number: int) -> int:
         """Return the id under which the storage knows a trial; it may differ from its number."""
-        return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return self.storage.get_trial_id_from_study_id_trial_number(
+            self._study_id, number
+        )
 
     def folder_of(self, number: int) -> RunFolder:
         """Return a trial's run folder."""

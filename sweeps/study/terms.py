@@ -19,7 +19,10 @@ OTHER_NAME = "give another hydra.sweeper.study_name"
 
 
 def study_terms(
-    config: RunConfig, space: Space, settings: StudySettings, dataset_fingerprint: str
+    config: RunConfig,
+    space: Space,
+    settings: StudySettings,
+    dataset_fingerprint: str,
 ) -> dict[str, Any]:
     """Collect the config without what is searched, the objective, the data, and the space.
 
@@ -34,7 +37,9 @@ def study_terms(
     """
     searched = {name.lstrip("+") for name in space.distributions}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
-    groups = [name.replace("/", ".") for name in searched if "/" in name or "." not in name]
+    groups = [
+        name.replace("/", ".") for name in searched if "/" in name or "." not in name
+    ]
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     # Absolute paths, so that the same data has the same terms from any working directory.
     config_values = flatten(config.with_absolute_paths().to_dict())
@@ -50,7 +55,9 @@ def study_terms(
     return terms
 
 
-def require_same_terms(study: str, stored: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+def require_same_terms(
+    study: str, stored: Mapping[str, Any], terms: Mapping[str, Any]
+) -> None:
     """Refuse terms that differ from those that a study began with.
 
     Args:
@@ -96,7 +103,9 @@ def require_changeable(
     """
     for key in ("objective", "hydra.sweeper.direction"):
         if stored.get(key) != terms.get(key):
-            reason = f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"
+            reason = (
+                f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"
+            )
             raise refusal(key, terms.get(key), reason)
     for trial in trials:
         for name in trial.distributions.keys() & distributions.keys():

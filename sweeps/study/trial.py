@@ -18,7 +18,11 @@ from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import checkpoint_step
-from finetune.model.memory import free_memory, is_out_of_memory_error, is_out_of_memory_message
+from finetune.model.memory import (
+    free_memory,
+    is_out_of_memory_error,
+    is_out_of_memory_message,
+)
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
@@ -70,7 +74,13 @@ class TrialRunner:
         interrupt: the interrupt that this worker's trials share.
     """
 
-    def __init__(self, session: Session, study: Study, claim: Claim, interrupt: Interrupt) -> None:
+    def __init__(
+        self,
+        session: Session,
+        study: Study,
+        claim: Claim,
+        interrupt: Interrupt,
+    ) -> None:
         self._session = session
         self._study = study
         self._claim = claim
@@ -106,7 +116,9 @@ class TrialRunner:
             self._tell(Outcome.of_result(result, self._study.objectives))
         elif self._has_lost_too_many_workers(result):
             reason = f"lost its worker {MAX_STARTS} times without a new checkpoint"
-            write_json(self._folder.result, {**result, "status": "failed", "error": reason})
+            write_json(
+                self._folder.result, {**result, "status": "failed", "error": reason}
+            )
             self._tell(Outcome.failed(reason))
         else:
             outcome = yield from self._run_with_memory_retry()
@@ -143,8 +155,12 @@ class TrialRunner:
         if failure is None:
             result = read_json(self._folder.result)
             return Outcome.of_result(result, self._study.objectives)
-        if not self._folder.result.exists():  # the config was refused before a run began
-            write_json(self._folder.result, {"status": "failed", "error": failure.reason})
+        if (
+            not self._folder.result.exists()
+        ):  # the config was refused before a run began
+            write_json(
+                self._folder.result, {"status": "failed", "error": failure.reason}
+            )
         return Outcome.failed(failure.reason)
 
     def _attempt(self) -> RunSteps[_Failure | None]:
@@ -172,10 +188,14 @@ class TrialRunner:
             suggest(self.trial, name, distribution)
         function_path = self._session.settings.custom_search_space
         if function_path:
-            extend: Callable[[DictConfig, optuna.Trial], None] = get_method(function_path)
+            extend: Callable[[DictConfig, optuna.Trial], None] = get_method(
+                function_path
+            )
             extend(self._session.config, self.trial)
         params = self.trial.params
-        assignments = [f"{name}={format_value(value)}" for name, value in params.items()]
+        assignments = [
+            f"{name}={format_value(value)}" for name, value in params.items()
+        ]
         point = ", ".join(assignments)
         log.info("trial %d: %s%s", self.trial.number, point, _role_note(self.trial))
         return [*space.overrides(params), *self._session.common_overrides]
@@ -183,7 +203,11 @@ class TrialRunner:
     def _train(self, overrides: list[str]) -> RunSteps[None]:
         """Compose the trial's config, and run it in the trial's folder. Raises the run's error."""
         observer = PruningObserver(
-            self._session, self._study, self.trial, self._claim.trial_id, self._interrupt
+            self._session,
+            self._study,
+            self.trial,
+            self._claim.trial_id,
+            self._interrupt,
         )
         context = RunContext(
             observer=observer,
@@ -237,8 +261,12 @@ class TrialRunner:
         """Store the trial's outcome in the study."""
         for name, value in outcome.attributes.items():
             self.trial.set_user_attr(name, value)
-        self._optuna.tell(self.trial, outcome.values, outcome.state, skip_if_finished=True)
-        log.info("trial %d: %s", self.trial.number, outcome.describe(self._study.objectives))
+        self._optuna.tell(
+            self.trial, outcome.values, outcome.state, skip_if_finished=True
+        )
+        log.info(
+            "trial %d: %s", self.trial.number, outcome.describe(self._study.objectives)
+        )
 
 
 def _role_note(trial: optuna.Trial) -> str:

@@ -16,7 +16,11 @@ COMMANDS = [
         "evaluate nowhere --data d.jsonl",
         "nowhere: is no run folder: it has no run.json",
     ),
-    Case("merge-no-run", "merge nowhere --to new", "nowhere: is no run folder: it has no run.json"),
+    Case(
+        "merge-no-run",
+        "merge nowhere --to new",
+        "nowhere: is no run folder: it has no run.json",
+    ),
     Case(
         "generate-no-adapter",
         "generate run --prompt Hi",
@@ -86,7 +90,9 @@ COMMANDS = [
 
 @each(COMMANDS, kind=lambda case: (case.arguments.split()[0], case.kind))
 def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None:
-    workplace.write({"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})})
+    workplace.write(
+        {"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})}
+    )
     before = workplace.files()
     command, *arguments = case.arguments.split()
 

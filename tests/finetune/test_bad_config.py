@@ -31,7 +31,11 @@ CONFIG = [
         "lora.alhpa=8",
         "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…",
     ),
-    Case("added-key", "+lora.rank=8", "lora.rank: no such key;…allowed: alpha, bias, …use_rslora"),
+    Case(
+        "added-key",
+        "+lora.rank=8",
+        "lora.rank: no such key;…allowed: alpha, bias, …use_rslora",
+    ),
     Case(
         "added-group",
         "+optimiser.name=sgd",
@@ -49,8 +53,16 @@ CONFIG = [
         "trainer.max_steps=1.5",
         "trainer.max_steps=1.5: must be a whole number",
     ),
-    Case("boolean-for-a-whole-number", "lora.r=true", "lora.r=true: must be a whole number"),
-    Case("text-for-a-boolean", "lora.use_dora=maybe", "lora.use_dora=maybe: must be true or false"),
+    Case(
+        "boolean-for-a-whole-number",
+        "lora.r=true",
+        "lora.r=true: must be a whole number",
+    ),
+    Case(
+        "text-for-a-boolean",
+        "lora.use_dora=maybe",
+        "lora.use_dora=maybe: must be true or false",
+    ),
     Case(
         "number-for-a-boolean",
         "trainer.group_by_length=1",
@@ -80,11 +92,21 @@ CONFIG = [
         "lora.target_modules=[]",
         "lora.target_modules=[]: must be all-linear or a list…",
     ),
-    Case("dropout-one", "lora.dropout=1.0", "lora.dropout=1.0: must be at least 0 and below 1"),
     Case(
-        "dropout-negative", "lora.dropout=-0.1", "lora.dropout=-0.1: must be at least 0 and below 1"
+        "dropout-one",
+        "lora.dropout=1.0",
+        "lora.dropout=1.0: must be at least 0 and below 1",
     ),
-    Case("rate-zero", "optimizer.learning_rate=0", "optimizer.learning_rate=0…: must be above 0"),
+    Case(
+        "dropout-negative",
+        "lora.dropout=-0.1",
+        "lora.dropout=-0.1: must be at least 0 and below 1",
+    ),
+    Case(
+        "rate-zero",
+        "optimizer.learning_rate=0",
+        "optimizer.learning_rate=0…: must be above 0",
+    ),
     Case(
         "rate-negative",
         "optimizer.learning_rate=-1e-4",
@@ -116,7 +138,9 @@ CONFIG = [
         "quantization.bnb_4bit_quant_type=nf3: did you mean nf4…allowed: fp4, nf4",
     ),
     Case(
-        "dtype", "model.dtype=bf16", "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32"
+        "dtype",
+        "model.dtype=bf16",
+        "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32",
     ),
     Case(
         "optimizer",
@@ -138,7 +162,11 @@ CONFIG = [
         "objective=eval/los",
         "objective=eval/los: did you mean eval/loss…allowed: adapter/parameters, …",
     ),
-    Case("metric-in-a-list", "objective=[eval/loss,eval/f1]", "objective=…eval/f1…eval/accuracy…"),
+    Case(
+        "metric-in-a-list",
+        "objective=[eval/loss,eval/f1]",
+        "objective=…eval/f1…eval/accuracy…",
+    ),
     Case("engine", "trainer.engine=trk", "trainer.engine=trk: …allowed: …trl"),
     Case(
         "tracker",
@@ -166,7 +194,11 @@ CONFIG = [
         "dataset.packing=true dataset.max_length=null",
         "dataset.packing=true: needs dataset.max_length",
     ),
-    Case("steps-zero", "trainer.max_steps=0", "trainer.max_steps=0: must be at least 1, or -1…"),
+    Case(
+        "steps-zero",
+        "trainer.max_steps=0",
+        "trainer.max_steps=0: must be at least 1, or -1…",
+    ),
     Case(
         "steps-neither-whole-nor-share",
         "trainer.eval_steps=2.5",
@@ -202,7 +234,9 @@ CONFIG = [
         "resume=nowhere: no such folder; allowed: the folder of a run that has begun, as …",
     ),
     Case(
-        "resume-no-run", "resume=.", "resume=.: it has no run.json; allowed: the folder of a run…"
+        "resume-no-run",
+        "resume=.",
+        "resume=.: it has no run.json; allowed: the folder of a run…",
     ),
     Case(
         "new-tokens",
@@ -235,7 +269,9 @@ CONFIG = [
         "lora.init_lora_weights=pissa: …quantization=none",
     ),
     Case("resume-nothing", "resume=", "resume=: must be a run folder"),
-    Case("resume-added", "++resume=nowhere", "resume=nowhere: no such folder; allowed: …"),
+    Case(
+        "resume-added", "++resume=nowhere", "resume=nowhere: no such folder; allowed: …"
+    ),
 ]
 
 
@@ -273,7 +309,9 @@ def test_several_values_without_m_are_one_line_that_says_to_add_it(
 
 
 @each(CONFIG)
-def test_a_bad_config_is_one_line_and_leaves_nothing(case: Case, workplace: Workplace) -> None:
+def test_a_bad_config_is_one_line_and_leaves_nothing(
+    case: Case, workplace: Workplace
+) -> None:
     outcome = workplace.call(*case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
@@ -283,7 +321,9 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(case: Case, workplace: Work
     assert workplace.files() == set()
 
 
-def test_a_multiruns_failed_job_is_said_and_ends_in_one_line(workplace: Workplace) -> None:
+def test_a_multiruns_failed_job_is_said_and_ends_in_one_line(
+    workplace: Workplace,
+) -> None:
     outcome = workplace.call("-m", "lora.r=abc")
 
     assert outcome.error == "1 failed; job 0: lora.r=abc: must be a whole number"
@@ -317,12 +357,15 @@ def test_a_secret_on_the_command_line_reaches_no_file_and_no_output(
     outcome = workplace.call(*arguments.split(), "dataset.path=missing.jsonl")
 
     holders = [
-        path for path in workplace.cwd.rglob("*") if path.is_file() and SECRET in path.read_text()
+        path
+        for path in workplace.cwd.rglob("*")
+        if path.is_file() and SECRET in path.read_text()
     ]
     assert holders == []
     assert SECRET not in outcome.stdout + outcome.stderr
     assert matches(
-        "…: a credential in a config would be written to files; set HF_TOKEN or …", outcome.error
+        "…: a credential in a config would be written to files; set HF_TOKEN or …",
+        outcome.error,
     )
     assert not outcome.torch_imported
 

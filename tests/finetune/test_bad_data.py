@@ -224,7 +224,11 @@ DATA = [
         "weight-of-no-row",
         "dataset.path=[d.jsonl,{path:e.jsonl,weight:0.001}]",
         "dataset.path=e.jsonl: weight 0.001 takes none of its … training rows",
-        {"e.jsonl": lines({"text": "one"}, {"text": "two"}, {"text": "three"}, {"text": "four"})},
+        {
+            "e.jsonl": lines(
+                {"text": "one"}, {"text": "two"}, {"text": "three"}, {"text": "four"}
+            )
+        },
     ),
     Case(
         "bad-row-of-the-second-source",
@@ -252,22 +256,26 @@ DATA = [
 
 
 @each(DATA)
-def test_bad_data_is_one_line_before_torch_loads(case: Case, workplace: Workplace) -> None:
+def test_bad_data_is_one_line_before_torch_loads(
+    case: Case, workplace: Workplace
+) -> None:
     workplace.write({"d.jsonl": ROWS, **case.files})
     before = workplace.files()
 
     outcome = workplace.call("dataset.path=d.jsonl", *case.arguments.split())
 
     assert matches(case.says, outcome.error), outcome.error
-    assert all(line.startswith("data: ") for line in outcome.stderr.splitlines()[:-1]), (
-        outcome.stderr
-    )
+    assert all(
+        line.startswith("data: ") for line in outcome.stderr.splitlines()[:-1]
+    ), outcome.stderr
     assert not outcome.torch_imported
     assert workplace.files() == before
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train.log"])
-def test_bad_data_leaves_a_folder_that_was_there_before(name: str, workplace: Workplace) -> None:
+def test_bad_data_leaves_a_folder_that_was_there_before(
+    name: str, workplace: Workplace
+) -> None:
     workplace.write({f"run/{name}": "An earlier line.\n"})
 
     outcome = workplace.call("dataset.path=no.jsonl", "hydra.run.dir=run")
@@ -277,7 +285,9 @@ def test_bad_data_leaves_a_folder_that_was_there_before(name: str, workplace: Wo
     assert (result["status"], result["error"]) == ("failed", outcome.error)
 
 
-def test_bad_data_leaves_the_folder_that_another_process_trains_in(workplace: Workplace) -> None:
+def test_bad_data_leaves_the_folder_that_another_process_trains_in(
+    workplace: Workplace,
+) -> None:
     folder = workplace.cwd / "run"
     workplace.write({"run/": ""})
     with RunFolder(folder).locked():

@@ -44,7 +44,11 @@ BASE = [
         "model.name_or_path=base: is no model folder: it has no config.json",
         {"base/notes.txt": ""},
     ),
-    Case("file", "model.name_or_path=d.jsonl", "model.name_or_path=d.jsonl: is no model folder…"),
+    Case(
+        "file",
+        "model.name_or_path=d.jsonl",
+        "model.name_or_path=d.jsonl: is no model folder…",
+    ),
     Case(
         "adapter",
         "model.name_or_path=base",
@@ -61,7 +65,9 @@ BASE = [
 
 
 @each(BASE)
-def test_a_bad_base_is_one_line_before_torch_loads(case: Case, workplace: Workplace) -> None:
+def test_a_bad_base_is_one_line_before_torch_loads(
+    case: Case, workplace: Workplace
+) -> None:
     workplace.write({"d.jsonl": ROWS, **case.files})
     before = workplace.files()
 
@@ -115,7 +121,8 @@ HUB = {
 
 @pytest.mark.parametrize("key", list(HUB))
 @pytest.mark.parametrize(
-    "hub", ["real", "refusing", pytest.param("silent", marks=pytest.mark.slow), "offline"]
+    "hub",
+    ["real", "refusing", pytest.param("silent", marks=pytest.mark.slow), "offline"],
 )
 def test_a_hub_id_out_of_reach_is_said_within_15_seconds(
     key: str, hub: str, workplace: Workplace
@@ -133,9 +140,13 @@ def test_a_hub_id_out_of_reach_is_said_within_15_seconds(
             "silent": {"HF_ENDPOINT": silent},
             "offline": {"HF_HUB_OFFLINE": "1"},
         }.get(hub, {})
-        outcome = workplace.call(f"{key}=nobody-at-all/nothing-of-it", *others, **environment)
+        outcome = workplace.call(
+            f"{key}=nobody-at-all/nothing-of-it", *others, **environment
+        )
 
-    assert matches(f"{key}=nobody-at-all/nothing-of-it: {reason}", outcome.error), outcome.error
+    assert matches(f"{key}=nobody-at-all/nothing-of-it: {reason}", outcome.error), (
+        outcome.error
+    )
     lines = [line for line in outcome.stderr.splitlines() if ": format " not in line]
     assert lines == [f"error: {outcome.error}"]
     assert outcome.seconds < 15
@@ -151,21 +162,35 @@ LIBRARIES = [
         "trainer.extra.max_steps=3: has a key of its own…",
     ),
     Case("lora-key-in-extra", "lora.extra.r=2", "lora.extra.r=2: has a key of its own"),
-    Case("argument-in-a-group", "trainer.extra={frobnicate:1}", "trainer.extra=…frobnicate…"),
+    Case(
+        "argument-in-a-group",
+        "trainer.extra={frobnicate:1}",
+        "trainer.extra=…frobnicate…",
+    ),
     Case(
         "targets",
         "lora.target_modules=[query]",
         f"lora.target_modules=…query…: matches no linear layer; allowed: {LINEAR}",
     ),
-    Case("target-pattern", "lora.target_modules=query", f"lora.target_modules=query: …{LINEAR}"),
+    Case(
+        "target-pattern",
+        "lora.target_modules=query",
+        f"lora.target_modules=query: …{LINEAR}",
+    ),
     Case(
         "length",
         "dataset.max_length=2",
         "dataset.max_length=2: leaves no train row…",
-        {"d.jsonl": lines(*({"prompt": f"What is {n}?", "completion": "It."} for n in range(20)))},
+        {
+            "d.jsonl": lines(
+                *({"prompt": f"What is {n}?", "completion": "It."} for n in range(20))
+            )
+        },
     ),
     Case("lora-argument", "+lora.extra.frobnicate=1", "lora.extra…frobnicate…"),
-    Case("trainer-argument", "+trainer.extra.frobnicate=1", "trainer.extra…frobnicate…"),
+    Case(
+        "trainer-argument", "+trainer.extra.frobnicate=1", "trainer.extra…frobnicate…"
+    ),
 ]
 LOADING = [
     Case("model-argument", "+model.extra.frobnicate=1", "model.extra…frobnicate…"),
@@ -181,7 +206,9 @@ def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
     workplace.write({"d.jsonl": ROWS, **case.files})
     (workplace.cwd / "base").symlink_to(tiny_base)
 
-    outcome = replace(workplace, station=station).call(*TINY.split(), *case.arguments.split())
+    outcome = replace(workplace, station=station).call(
+        *TINY.split(), *case.arguments.split()
+    )
 
     assert matches(case.says, outcome.error), outcome.error
     assert WEIGHTS_LOAD not in outcome.stderr
@@ -199,10 +226,14 @@ def test_what_only_loading_can_tell_is_one_line_too(
     if case.id == "damaged-weights":
         os.truncate(workplace.cwd / "base" / "model.safetensors", 1000)
 
-    outcome = replace(workplace, station=station).call(*TINY.split(), *case.arguments.split())
+    outcome = replace(workplace, station=station).call(
+        *TINY.split(), *case.arguments.split()
+    )
 
     assert matches(case.says, outcome.error), outcome.error
-    assert WEIGHTS_LOAD in outcome.stderr  # else the other tests' absence of it proves nothing
+    assert (
+        WEIGHTS_LOAD in outcome.stderr
+    )  # else the other tests' absence of it proves nothing
     assert_the_result_says(workplace, outcome.error)
 
 
@@ -213,11 +244,11 @@ def test_4_bit_without_bitsandbytes_says_so_and_what_works_here(
     workplace.write({"d.jsonl": ROWS})
     (workplace.cwd / "base").symlink_to(tiny_base)
 
-    outcome = workplace.call(*TINY.split(), "quantization=nf4", TEST_WITHOUT_BITSANDBYTES="1")
-
-    expected = (
-        "quantization.load_in_4bit=true: …libcudart is broken…; allowed here: quantization=none"
+    outcome = workplace.call(
+        *TINY.split(), "quantization=nf4", TEST_WITHOUT_BITSANDBYTES="1"
     )
+
+    expected = "quantization.load_in_4bit=true: …libcudart is broken…; allowed here: quantization=none"
     assert matches(expected, outcome.error), outcome.error
     assert WEIGHTS_LOAD not in outcome.stderr
 
@@ -228,7 +259,8 @@ def can_mount() -> bool:
         return False
     return (
         subprocess.run(
-            ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"],
+            capture_output=True,
         ).returncode
         == 0
     )
@@ -238,7 +270,9 @@ def can_mount() -> bool:
 @pytest.mark.skipif(
     not can_mount(), reason="needs a small disk to fill: Linux with user namespaces"
 )
-def test_a_full_disk_is_one_line_that_names_the_file(workplace: Workplace, tiny_base: Path) -> None:
+def test_a_full_disk_is_one_line_that_names_the_file(
+    workplace: Workplace, tiny_base: Path
+) -> None:
     workplace.write({"d.jsonl": ROWS, "run/": b""})
     (workplace.cwd / "base").symlink_to(tiny_base)
     mount = "mount -t tmpfs -o size=400k none run"  # enough to begin, too little for the first checkpoint
@@ -251,4 +285,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(workplace: Workplace, tiny_
     assert done.returncode == 1
     outcome = Outcome(done.returncode, done.stdout, done.stderr, True, 0)
     assert matches("…No space left on device…run/…", outcome.error), outcome.error
-    assert not re.search("Traceback|Logging error|Error executing job", done.stderr), done.stderr
+    assert not re.search("Traceback|Logging error|Error executing job", done.stderr), (
+        done.stderr
+    )

@@ -11,12 +11,21 @@ from support.runs import write_jsonl
 
 
 @pytest.fixture(scope="module")
-def trained(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run's folder, made by the command."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    overrides = ["trainer.max_steps=20", "optimizer.learning_rate=0.02", "lora.bias=none"]
+    overrides = [
+        "trainer.max_steps=20",
+        "optimizer.learning_rate=0.02",
+        "lora.bias=none",
+    ]
     done = station.run(
-        *tiny_overrides(tiny_base), *overrides, f"hydra.run.dir={folder}", cwd=folder.parent
+        *tiny_overrides(tiny_base),
+        *overrides,
+        f"hydra.run.dir={folder}",
+        cwd=folder.parent,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -37,10 +46,16 @@ def test_the_run_ends_with_a_summary(trained: Path) -> None:
         assert part in log
 
 
-def test_generate_answers_by_the_adapter_or_the_base(trained: Path, station: Station) -> None:
+def test_generate_answers_by_the_adapter_or_the_base(
+    trained: Path, station: Station
+) -> None:
     sample = json.loads((trained / "samples.json").read_text())[0]
     adapter = station.run(
-        str(trained), "--prompt", sample["prompt"], cwd=trained, module="finetune.generate"
+        str(trained),
+        "--prompt",
+        sample["prompt"],
+        cwd=trained,
+        module="finetune.generate",
     )
     base = station.run(
         str(trained),
@@ -75,12 +90,20 @@ def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
     (folder / "run.json").write_text(json.dumps(identity))
     prompt = "What does heapq.heappush do in Python, and why? " * 5
     done = station.run(
-        str(folder), "--prompt", prompt, *flags, cwd=tmp_path, module="finetune.generate"
+        str(folder),
+        "--prompt",
+        prompt,
+        *flags,
+        cwd=tmp_path,
+        module="finetune.generate",
     )
 
     assert done.returncode == 0, done.stderr
     line = "gets no answer: prompt and answer together have"
-    assert (len(done.stdout.strip()) > 1, done.stderr.count(line)) == (answered, int(not answered))
+    assert (len(done.stdout.strip()) > 1, done.stderr.count(line)) == (
+        answered,
+        int(not answered),
+    )
 
 
 def test_evaluate_measures_adapter_and_base_on_other_rows(
@@ -95,7 +118,9 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(
             }
         ],
     )
-    done = station.run(str(trained), "--data", str(data), cwd=tmp_path, module="finetune.evaluate")
+    done = station.run(
+        str(trained), "--data", str(data), cwd=tmp_path, module="finetune.evaluate"
+    )
 
     assert done.returncode == 0, done.stderr
     header, names, loss, perplexity, accuracy = done.stdout.splitlines()
@@ -119,12 +144,19 @@ def test_evaluate_prints_the_same_figures_as_json(
         ],
     )
     arguments = (str(trained), "--data", str(data))
-    table = station.run(*arguments, cwd=tmp_path, module="finetune.evaluate").stdout.splitlines()
-    printed = station.run(*arguments, "--json", cwd=tmp_path, module="finetune.evaluate").stdout
+    table = station.run(
+        *arguments, cwd=tmp_path, module="finetune.evaluate"
+    ).stdout.splitlines()
+    printed = station.run(
+        *arguments, "--json", cwd=tmp_path, module="finetune.evaluate"
+    ).stdout
 
     figures = json.loads(printed)
     assert figures["data"] == str(data)
-    assert table[0] == f"{figures['rows']} rows, {figures['tokens']} answer tokens of {data}"
+    assert (
+        table[0]
+        == f"{figures['rows']} rows, {figures['tokens']} answer tokens of {data}"
+    )
     for line in table[2:]:
         name, base, adapter, _ = line.split()
         assert f"{figures['base'][name]:.4f}" == base
@@ -154,7 +186,11 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
     assert "after rounding to bfloat16" in done.stdout
 
     ids = torch.tensor(
-        [AutoTokenizer.from_pretrained(half)("What does heapq.heappush do in Python?")["input_ids"]]
+        [
+            AutoTokenizer.from_pretrained(half)(
+                "What does heapq.heappush do in Python?"
+            )["input_ids"]
+        ]
     )
     with torch.inference_mode():
         wanted = load_run(trained).with_adapter()(input_ids=ids).logits
@@ -169,11 +205,19 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_a_base_again(trained: Path, tmp_path: Path, station: Station) -> None:
+def test_a_merged_model_is_a_base_again(
+    trained: Path, tmp_path: Path, station: Station
+) -> None:
     station.run(
-        str(trained), "--to", str(tmp_path / "merged"), cwd=tmp_path, module="finetune.merge"
+        str(trained),
+        "--to",
+        str(tmp_path / "merged"),
+        cwd=tmp_path,
+        module="finetune.merge",
     )
-    again = station.run(*tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path)
+    again = station.run(
+        *tiny_overrides(tmp_path / "merged"), "trainer.max_steps=1", cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
 
 
@@ -186,7 +230,9 @@ def test_a_completed_run_is_not_run_again(trained: Path, station: Station) -> No
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_is_gone_on_with_only_as_it_began(trained: Path, station: Station) -> None:
+def test_a_run_is_gone_on_with_only_as_it_began(
+    trained: Path, station: Station
+) -> None:
     before = (trained / "run.json").read_bytes()
     beside = station.run(f"resume={trained}", "lora.r=4", cwd=trained)
     same_folder = station.run("lora.r=4", f"hydra.run.dir={trained}", cwd=trained)
@@ -205,20 +251,28 @@ def test_commands_work_from_another_folder_and_with_odd_names(
     folder = tmp_path / "ünï k=v, it's {b}"
     overrides = tiny_overrides(Path("base"))
     quoted = str(folder).replace("'", "\\'")
-    done = station.run(*overrides, "trainer.max_steps=1", f"hydra.run.dir='{quoted}'", cwd=tmp_path)
+    done = station.run(
+        *overrides, "trainer.max_steps=1", f"hydra.run.dir='{quoted}'", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (tmp_path / "elsewhere").mkdir()
 
     resumed = station.run(f"resume={folder}", cwd=tmp_path / "elsewhere")
     text = station.run(
-        str(folder), "--prompt", "Hi", cwd=tmp_path / "elsewhere", module="finetune.generate"
+        str(folder),
+        "--prompt",
+        "Hi",
+        cwd=tmp_path / "elsewhere",
+        module="finetune.generate",
     )
 
     assert "completed already" in resumed.stderr
     assert text.returncode == 0, text.stderr
 
 
-def test_two_processes_never_train_in_one_folder(trained: Path, station: Station) -> None:
+def test_two_processes_never_train_in_one_folder(
+    trained: Path, station: Station
+) -> None:
     import fcntl
 
     with open(trained / ".lock", "w") as lock:

@@ -105,7 +105,9 @@ def test_layers_of_a_model_look_up_the_attention_implementation_at_each_call() -
 
     calls: list[int] = []
 
-    def counting(module: Any, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    def counting(
+        module: Any, query: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
         calls.append(module.layer_idx)
         return query.transpose(1, 2), None
 
@@ -136,12 +138,18 @@ def test_a_launch_by_compat_runs_the_kernel() -> None:
 
     gate, up = torch.randn(2, 16)
     output = torch.empty(16)
-    compile_and_launch(swiglu._swiglu_kernel, (1, 1, 1), (gate, up, output, 16), (32,), 4, 3)
-    assert torch.allclose(output, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+    compile_and_launch(
+        swiglu._swiglu_kernel, (1, 1, 1), (gate, up, output, 16), (32,), 4, 3
+    )
+    assert torch.allclose(
+        output, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_hydra_argument_parser_reads_overrides_and_flags() -> None:
-    arguments = hydra_argument_parser().parse_intermixed_args(["a=1", "--cfg", "job", "b=2", "-m"])
+    arguments = hydra_argument_parser().parse_intermixed_args(
+        ["a=1", "--cfg", "job", "b=2", "-m"]
+    )
 
     assert arguments.overrides == ["a=1", "b=2"]
     assert (arguments.cfg, arguments.help, arguments.info) == ("job", False, None)
@@ -155,7 +163,9 @@ def test_4bit_layers_train_on_a_cpu_after_an_evaluation() -> None:
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
-    layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    layer = Linear4bit(
+        64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32
+    ).to("cpu")
     assert hasattr(layer, "support_avx512bf16_for_cpu")
     layer.support_avx512bf16_for_cpu = True
     model = torch.nn.Sequential(layer)
@@ -172,7 +182,9 @@ def test_4bit_layers_train_on_a_cpu_after_an_evaluation() -> None:
 
 
 @pytest.mark.parametrize("usable", [False, True])
-def test_a_missing_native_library_is_noticed(usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_native_library_is_noticed(
+    usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bitsandbytes import cextension
 
     real = cextension.lib
@@ -188,7 +200,10 @@ def test_a_trainer_draws_rows_in_the_samplers_order(tmp_path: Path) -> None:
 
     rows = datasets.Dataset.from_dict({"x": list(range(8))})
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=3, report_to="none"
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=3,
+        report_to="none",
     )
 
     class Model(torch.nn.Module):

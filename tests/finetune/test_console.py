@@ -65,7 +65,9 @@ run_command(command)
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
     # A command that another test has run in this process has hidden them for its children.
-    environment = {name: value for name, value in os.environ.items() if "PROGRESS_BAR" not in name}
+    environment = {
+        name: value for name, value in os.environ.items() if "PROGRESS_BAR" not in name
+    }
     terminal, stderr = os.openpty() if on_terminal else os.pipe()
     shown = subprocess.run(
         [sys.executable, "-c", SHOWS_BARS],
@@ -81,7 +83,13 @@ def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["finetune.generate", "finetune.evaluate", "finetune.merge", "finetune.plan", "sweeps"],
+    [
+        "finetune.generate",
+        "finetune.evaluate",
+        "finetune.merge",
+        "finetune.plan",
+        "sweeps",
+    ],
 )
 def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> None:
     text = run_cli("--help", cwd=tmp_path, module=module).stdout

@@ -30,13 +30,17 @@ FORGETS_THOUGHTS = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Renders earlier answers without what was thought, as Qwen 3's template does."""
-THOUGHTFUL = chat("1 + 1?", "<think>Easy</think>Two.", "2 + 2?", "<think>Hm</think>Four.")
+THOUGHTFUL = chat(
+    "1 + 1?", "<think>Easy</think>Two.", "2 + 2?", "<think>Hm</think>Four."
+)
 
 
 class Preview:
     """Runs the command in this process."""
 
-    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def __init__(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
         self._base, self._monkeypatch, self._capsys = base, monkeypatch, capsys
 
     def text(self, data: Path, *arguments: str, base: Path | None = None) -> str:
@@ -45,8 +49,12 @@ class Preview:
         preview.main()
         return str(self._capsys.readouterr().out)
 
-    def json(self, data: Path, *arguments: str, base: Path | None = None) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.text(data, "--json", *arguments, base=base))
+    def json(
+        self, data: Path, *arguments: str, base: Path | None = None
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(
+            self.text(data, "--json", *arguments, base=base)
+        )
         return content
 
 
@@ -68,12 +76,16 @@ def forgetful_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def chats(folder: Path, count: int = 5) -> Path:
-    return write_jsonl(folder / "rows.jsonl", [chat(f"Q{n}?", f"A{n}.") for n in range(count)])
+    return write_jsonl(
+        folder / "rows.jsonl", [chat(f"Q{n}?", f"A{n}.") for n in range(count)]
+    )
 
 
 def trained_text(row: dict[str, Any]) -> str:
     return "".join(
-        text for text, is_trained in zip(row["tokens"], row["trained"], strict=True) if is_trained
+        text
+        for text, is_trained in zip(row["tokens"], row["trained"], strict=True)
+        if is_trained
     )
 
 
@@ -113,7 +125,9 @@ def test_the_first_rows_of_a_part_are_shown_in_the_order_of_the_file(
         assert {row["part"] for row in content["rows"]} == {part}
         assert len(numbers[part]) == content["parts"][part]
 
-    assert sorted(number for part in numbers.values() for number in part) == list(range(1, 41))
+    assert sorted(number for part in numbers.values() for number in part) == list(
+        range(1, 41)
+    )
     assert [row["number"] for row in shown.json(data)["rows"]] == numbers["train"][:3]
 
 
@@ -129,16 +143,26 @@ def test_a_row_that_becomes_several_examples_is_shown_as_several(
         "<think>Easy</think>Two.<|im_end|>\n",
         "<think>Hm</think>Four.<|im_end|>\n",
     ]
-    assert any(note.startswith("3 train examples of 2 rows") for note in content["notes"])
+    assert any(
+        note.startswith("3 train examples of 2 rows") for note in content["notes"]
+    )
     text = shown.text(data, *NOTHING_HELD_OUT, base=forgetful_base)
     assert f"-- train {data}: row 1, example 2 of 2\n4 turns" in text
 
 
-def test_counts_what_is_left_out_and_cut_in_all_parts(shown: Preview, tmp_path: Path) -> None:
-    train = [chat("Q?", "A."), chat("Q? " * 50, "A."), chat("Q?", "B " * 50), chat("Q?", " ")]
+def test_counts_what_is_left_out_and_cut_in_all_parts(
+    shown: Preview, tmp_path: Path
+) -> None:
+    train = [
+        chat("Q?", "A."),
+        chat("Q? " * 50, "A."),
+        chat("Q?", "B " * 50),
+        chat("Q?", " "),
+    ]
     data = write_jsonl(tmp_path / "rows.jsonl", train)
     held_out = write_jsonl(
-        tmp_path / "held_out.jsonl", [train[0], train[1], chat("R?", "C " * 50), chat("S?", "D.")]
+        tmp_path / "held_out.jsonl",
+        [train[0], train[1], chat("R?", "C " * 50), chat("S?", "D.")],
     )
     arguments = (
         f"dataset.eval_path={held_out}",
@@ -157,8 +181,14 @@ def test_counts_what_is_left_out_and_cut_in_all_parts(shown: Preview, tmp_path: 
     assert content["cut"] == 2
     assert [row["number"] for row in content["rows"]] == [1, 3]
     assert len(content["rows"][1]["ids"]) == 40
-    assert "cut 1 of 3 train rows to dataset.max_length=40: their end is lost" in content["notes"]
-    assert "left out 1 train rows with no answer within dataset.max_length" in content["notes"]
+    assert (
+        "cut 1 of 3 train rows to dataset.max_length=40: their end is lost"
+        in content["notes"]
+    )
+    assert (
+        "left out 1 train rows with no answer within dataset.max_length"
+        in content["notes"]
+    )
 
     text = shown.text(data, *arguments)
     shown_row = text[text.index(f"{data}: row 3") :]
@@ -166,7 +196,11 @@ def test_counts_what_is_left_out_and_cut_in_all_parts(shown: Preview, tmp_path: 
     assert is_cut
     assert int(is_cut[1]) == 40 + int(is_cut[3])
     assert re.search(r"assistant\n⟦(B )+B?⟧⟪ ?B.*<\|im_end\|>\n⟫", shown_row)
-    for line in ("left out    4 rows", "cut         2 examples", "not learnt  0 answers"):
+    for line in (
+        "left out    4 rows",
+        "cut         2 examples",
+        "not learnt  0 answers",
+    ):
         assert f"\n{line}\n" in text
 
 
@@ -181,11 +215,19 @@ def test_notes_are_the_lines_that_a_run_logs(
 
     rows_written = [chat(f"Q{n}?", f"A{n} " * 40) for n in range(12)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows_written)
-    overrides = [f"model.name_or_path={tiny_base}", f"dataset.path={data}", "dataset.limit=4"]
+    overrides = [
+        f"model.name_or_path={tiny_base}",
+        f"dataset.path={data}",
+        "dataset.limit=4",
+    ]
     config = compose_run([*overrides, "dataset.max_length=40"])
     caplog.set_level("INFO", "finetune.data")
     rows = load_rows(config.dataset)
-    for part, part_rows in (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test)):
+    for part, part_rows in (
+        ("train", rows.train),
+        ("eval", rows.evaluation),
+        ("test", rows.test),
+    ):
         tokenize(part, part_rows, load_tokenizer(config), config.dataset)
     logged = [record.getMessage().removeprefix("data: ") for record in caplog.records]
 
@@ -205,7 +247,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_the_texts_of_tokens_are_the_row(text: str, shown: Preview, tmp_path: Path) -> None:
+def test_the_texts_of_tokens_are_the_row(
+    text: str, shown: Preview, tmp_path: Path
+) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}])
     (row,) = shown.json(data, *NOTHING_HELD_OUT)["rows"]
 
@@ -213,21 +257,28 @@ def test_the_texts_of_tokens_are_the_row(text: str, shown: Preview, tmp_path: Pa
     assert len(row["tokens"]) == len(row["ids"])
 
 
-def test_tokens_that_drop_a_space_at_the_beginning_keep_it_within(tiny_base: Path) -> None:
+def test_tokens_that_drop_a_space_at_the_beginning_keep_it_within(
+    tiny_base: Path,
+) -> None:
     """As SentencePiece's: each token alone is decoded without its space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from finetune.data.encoding import Encoded
 
-    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "</s>": 2}, unk_token="</s>"))
+    words = Tokenizer(
+        models.WordLevel({"▁one": 0, "▁two": 1, "</s>": 2}, unk_token="</s>")
+    )
     words.pre_tokenizer = pre_tokenizers.Metaspace()
     words.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     tokens = tokens_of(Encoded([0, 1, 0, 2], [-100, 1, 0, 2]), tokenizer, 3)
 
     assert [token.text for token in tokens] == ["one", " two", " one", "</s>"]
-    assert [(s.text, s.kind.trained, s.kind.cut, s.kind.special) for s in segments_of(tokens)] == [
+    assert [
+        (s.text, s.kind.trained, s.kind.cut, s.kind.special)
+        for s in segments_of(tokens)
+    ] == [
         ("one", False, False, False),
         (" two one", True, False, False),
         ("</s>", False, True, True),
@@ -237,8 +288,17 @@ def test_tokens_that_drop_a_space_at_the_beginning_keep_it_within(tiny_base: Pat
 def in_terminal(tiny_base: Path, data: Path, columns: int, **environment: str) -> str:
     """What the command writes to a terminal."""
     main, terminal = pty.openpty()
-    overrides = [f"model.name_or_path={tiny_base}", f"dataset.path={data}", *NOTHING_HELD_OUT]
-    variables = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
+    overrides = [
+        f"model.name_or_path={tiny_base}",
+        f"dataset.path={data}",
+        *NOTHING_HELD_OUT,
+    ]
+    variables = {
+        **os.environ,
+        "COLUMNS": str(columns),
+        "TERM": "xterm-256color",
+        **environment,
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune.preview", *overrides, "dataset.max_length=60"],
         stdout=terminal,
@@ -277,7 +337,9 @@ def test_a_terminal_shows_colours_and_no_line_is_too_long(
     assert "⟦" not in plain
 
 
-def test_without_colours_a_terminal_shows_brackets(tiny_base: Path, tmp_path: Path) -> None:
+def test_without_colours_a_terminal_shows_brackets(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     written = in_terminal(tiny_base, chats(tmp_path), 80, NO_COLOR="1")
 
     assert "assistant\n⟦A0.<|im_end|>\n⟧" in re.sub(r"\x1b\[[0-9;]*m", "", written)
@@ -285,13 +347,22 @@ def test_without_colours_a_terminal_shows_brackets(tiny_base: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "sizes",
-    [[7], [1] * 9, list(range(1, 2000)), [*range(20, 60), 90_000], [10**6, 10**6 + 1], [3, 4000]],
+    [
+        [7],
+        [1] * 9,
+        list(range(1, 2000)),
+        [*range(20, 60), 90_000],
+        [10**6, 10**6 + 1],
+        [3, 4000],
+    ],
     ids=str,
 )
 def test_the_histogram_counts_every_size_and_fits_80_columns(sizes: list[int]) -> None:
     bars = histogram(sizes, 78)
 
-    matched = [re.fullmatch(r" *(\d+)(-\d+| and more|) +([\d,]+)( █+)?", bar) for bar in bars]
+    matched = [
+        re.fullmatch(r" *(\d+)(-\d+| and more|) +([\d,]+)( █+)?", bar) for bar in bars
+    ]
     assert all(matched)
     counts = [int(bar[3].replace(",", "")) for bar in matched if bar]
     assert sum(counts) == len(sizes)
@@ -351,9 +422,17 @@ def test_nothing_is_written_and_torch_is_not_imported(
 REFUSED = [
     Case("rows-zero", "--rows 0", "--rows=0: must be at least 1"),
     Case("rows-negative", "--rows=-2", "--rows=-2: must be at least 1"),
-    Case("rows-text", "--rows all", "argument --rows: invalid int value: 'all'; see --help"),
+    Case(
+        "rows-text",
+        "--rows all",
+        "argument --rows: invalid int value: 'all'; see --help",
+    ),
     Case("part", "--part x", "argument --part: invalid choice: 'x'…train…; see --help"),
-    Case("part-validation", "--part validation", "argument --part: invalid choice: …; see --help"),
+    Case(
+        "part-validation",
+        "--part validation",
+        "argument --part: invalid choice: …; see --help",
+    ),
     Case(
         "no-eval-rows",
         "--part eval dataset.eval_fraction=0",
@@ -367,8 +446,16 @@ REFUSED = [
     Case("flag", "--frobnicate", "unrecognized arguments: --frobnicate; see --help"),
     Case("key", "dataset.frobnicate=1", "dataset.frobnicate: no such key; …"),
     Case("value", "dataset.max_length=0", "dataset.max_length=0: …"),
-    Case("sweep", "lora=r8,r16", "lora=r8,r16: several values need python -m finetune -m…"),
-    Case("no-file", "dataset.path=no.jsonl", "dataset.path=no.jsonl: no such file or folder; …"),
+    Case(
+        "sweep",
+        "lora=r8,r16",
+        "lora=r8,r16: several values need python -m finetune -m…",
+    ),
+    Case(
+        "no-file",
+        "dataset.path=no.jsonl",
+        "dataset.path=no.jsonl: no such file or folder; …",
+    ),
     Case("bad-row", "dataset.path=bad.jsonl", "…bad.jsonl: row 2…"),
     Case(
         "too-short",
@@ -381,13 +468,17 @@ REFUSED = [
         "rows.jsonl: row …: has … tokens; dataset.max_length=3 (dataset.on_too_long=refuse)",
     ),
     Case(
-        "no-base", "model.name_or_path=./no", "model.name_or_path=./no: no such folder; allowed: …"
+        "no-base",
+        "model.name_or_path=./no",
+        "model.name_or_path=./no: no such folder; allowed: …",
     ),
 ]
 
 
 @each(REFUSED)
-def test_bad_input_ends_in_one_line(case: Case, workplace: Workplace, tiny_base: Path) -> None:
+def test_bad_input_ends_in_one_line(
+    case: Case, workplace: Workplace, tiny_base: Path
+) -> None:
     bad = lines({"messages": chat("Q?", "A.")["messages"]}, {"messages": 3})
     long = lines(*(chat(f"{n} " * 50, "A.") for n in range(20)))
     workplace.write({"rows.jsonl": ROWS, "bad.jsonl": bad, "long.jsonl": long})

@@ -54,7 +54,9 @@ class Workplace:
     aside: Path
     station: Station
 
-    def call(self, *arguments: str, module: str = "finetune", **environment: str) -> Outcome:
+    def call(
+        self, *arguments: str, module: str = "finetune", **environment: str
+    ) -> Outcome:
         """Run a command that must be refused: exit code 1, no traceback, no line of Hydra's own.
 
         Args:
@@ -73,19 +75,29 @@ class Workplace:
         }
         start = time.monotonic()
         done = self.station.run(
-            *arguments, cwd=self.cwd, module=module, before=OBSERVER, environment=variables
+            *arguments,
+            cwd=self.cwd,
+            module=module,
+            before=OBSERVER,
+            environment=variables,
         )
         seconds = time.monotonic() - start
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
         assert "Error executing job" not in done.stderr
         return Outcome(
-            done.returncode, done.stdout, done.stderr, observed.read_text() == "True", seconds
+            done.returncode,
+            done.stdout,
+            done.stderr,
+            observed.read_text() == "True",
+            seconds,
         )
 
     def files(self) -> set[str]:
         """Return all paths in the working directory except the folder `outputs` itself."""
-        return {str(path.relative_to(self.cwd)) for path in self.cwd.rglob("*")} - {"outputs"}
+        return {str(path.relative_to(self.cwd)) for path in self.cwd.rglob("*")} - {
+            "outputs"
+        }
 
     def write(self, files: Mapping[str, str | bytes]) -> None:
         """Write files by name; a name that ends in / makes a folder."""
@@ -95,12 +107,16 @@ class Workplace:
                 path.mkdir(parents=True)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
+                path.write_bytes(
+                    content.encode() if isinstance(content, str) else content
+                )
 
 
 def matches(expected: str, line: str) -> bool:
     """Whether a line equals the expected one, in which … stands for any text."""
-    return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
+    return (
+        re.fullmatch(".*".join(map(re.escape, expected.split("…"))), line) is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,12 @@ class Case:
         section = self.says.partition(".")[0]
         message = re.split(r"[…;?]", self.says.partition(": ")[2])[0] or self.id
         sign = re.match(r"[-+~]*", self.arguments)
-        return section, message, sign[0] if sign else "", _form(self.arguments.rpartition("=")[2])
+        return (
+            section,
+            message,
+            sign[0] if sign else "",
+            _form(self.arguments.rpartition("=")[2]),
+        )
 
 
 def _form(value: str) -> str:
@@ -133,7 +154,9 @@ def each(
     cases: list[Case], kind: Callable[[Case], object] = lambda case: case.kind
 ) -> pytest.MarkDecorator:
     """Parametrize a test by the cases of a table, of which a fixed part runs by default."""
-    return pytest.mark.parametrize("case", fixed_part(cases, kind), ids=[case.id for case in cases])
+    return pytest.mark.parametrize(
+        "case", fixed_part(cases, kind), ids=[case.id for case in cases]
+    )
 
 
 def lines(*rows: object) -> str:

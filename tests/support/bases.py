@@ -24,7 +24,10 @@ EXPERTS = {
 }
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SHAPE, "max_position_embeddings": 40}),
-    "mistral": ("Mistral", {**SHAPE, "max_position_embeddings": 400, "sliding_window": 16}),
+    "mistral": (
+        "Mistral",
+        {**SHAPE, "max_position_embeddings": 400, "sliding_window": 16},
+    ),
     "gpt2": ("GPT2", {**GPT, "n_positions": 40}),
     "gptj": ("GPTJ", {**GPT, "n_positions": 40, "rotary_dim": 8}),
     "opt": (
@@ -40,7 +43,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "mamba": ("Mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-    "falcon_mamba": ("FalconMamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+    "falcon_mamba": (
+        "FalconMamba",
+        {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    ),
     "qwen3_moe": ("Qwen3Moe", EXPERTS),
 }
 
@@ -81,7 +87,9 @@ def with_changed_weights(
     return folder
 
 
-def with_changed_json(base: Path, folder: Path, file: str = "config.json", **changes: Any) -> Path:
+def with_changed_json(
+    base: Path, folder: Path, file: str = "config.json", **changes: Any
+) -> Path:
     """Copy a base with other values in one of its JSON files; None removes a key."""
     shutil.copytree(base, folder)
     values = json.loads((folder / file).read_text())

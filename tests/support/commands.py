@@ -20,7 +20,11 @@ def run_cli(
     """Run a command in a new process, as a user does."""
     env = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=cwd, env=env, capture_output=True, text=True
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -155,7 +159,11 @@ class Station:
     def __init__(self, logs: Path, imports: str = TRAINING_IMPORTS) -> None:
         self._logs, self._count = logs, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-c", STATION, imports], env=environment, **pipes
         )
@@ -191,11 +199,18 @@ class Station:
         self._count += 1
         log = self._logs / f"{self._count}.log"
         cwd.mkdir(parents=True, exist_ok=True)
-        order = {"arguments": arguments, "cwd": str(cwd), "module": module, "before": before}
+        order = {
+            "arguments": arguments,
+            "cwd": str(cwd),
+            "module": module,
+            "before": before,
+        }
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         return Forked(self, self.ask({**order, "env": variables, "log": str(log)}), log)
 
-    def run(self, *arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, cwd: Path, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; takes the arguments of `start`."""
         return self.start(*arguments, cwd=cwd, **more).wait()
 
@@ -208,7 +223,9 @@ class Station:
 
 
 def wait_until(
-    true: Callable[[], bool], process: Forked | subprocess.Popen[str], seconds: float = 300
+    true: Callable[[], bool],
+    process: Forked | subprocess.Popen[str],
+    seconds: float = 300,
 ) -> None:
     """Wait until a condition holds; fail if the process ends before."""
     end = time.monotonic() + seconds

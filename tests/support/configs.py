@@ -23,7 +23,9 @@ def compose(*overrides: str) -> RunConfig:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     values = [word for word in overrides if _is_value(word)]
-    composed = copy.deepcopy(_compose_groups(*(word for word in overrides if word not in values)))
+    composed = copy.deepcopy(
+        _compose_groups(*(word for word in overrides if word not in values))
+    )
     parsed = OverridesParser.create().parse_overrides(values)
     ConfigLoaderImpl._apply_overrides_to_config(parsed, composed)
     return RunConfig.from_hydra(composed)
@@ -44,7 +46,11 @@ _compose_groups = functools.cache(compose_whole)
 def _is_value(override: str) -> bool:
     """Whether an override sets a key to a value, and chooses no file."""
     key = re.match(r"\+{0,2}([\w.]+)=", override)
-    return key is not None and not key[1].startswith("hydra.") and not (CONF / key[1]).is_dir()
+    return (
+        key is not None
+        and not key[1].startswith("hydra.")
+        and not (CONF / key[1]).is_dir()
+    )
 
 
 def tiny_overrides(tiny_base: Path) -> list[str]:

@@ -32,7 +32,9 @@ def format_line(*rows: Row, **changes: Any) -> str | None:
 def convert(*rows: Row, **changes: Any) -> list[Row]:
     """Rows in the common form, with changed settings; rows with nothing to learn are left out."""
     formats, converter = open_converter(**changes)
-    contents = [converter.convert(row, "rows.jsonl", n) for n, row in enumerate(rows, start=1)]
+    contents = [
+        converter.convert(row, "rows.jsonl", n) for n, row in enumerate(rows, start=1)
+    ]
     converter.finish()
     formats.check_ignored()
     return [content for content in contents if content is not None]

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 
-def fixed_part(cases: Iterable[Any], kind: Callable[[Any], object], every: int = 4) -> list[Any]:
+def fixed_part(
+    cases: Iterable[Any], kind: Callable[[Any], object], every: int = 4
+) -> list[Any]:
     """Mark the cases of a table that need not run each time as `matrix`.
 
     The default part is the same in every run and holds each kind of case.
@@ -26,6 +28,8 @@ def fixed_part(cases: Iterable[Any], kind: Callable[[Any], object], every: int =
         counts[kind(case)] = number + 1
         values = case if isinstance(case, tuple) else (case,)
         marked.append(
-            pytest.param(*values, marks=() if number % every == 0 else pytest.mark.matrix)
+            pytest.param(
+                *values, marks=() if number % every == 0 else pytest.mark.matrix
+            )
         )
     return marked

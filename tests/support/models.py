@@ -52,7 +52,9 @@ def load(config: RunConfig) -> Any:
     from finetune.model.loading import load_base
     from finetune.model.source import find_base
 
-    return add_adapter(load_base(find_base(config.model), config), config.lora, config.seed)
+    return add_adapter(
+        load_base(find_base(config.model), config), config.lora, config.seed
+    )
 
 
 def load_tokenizer(config: RunConfig) -> Any:
@@ -70,7 +72,8 @@ def short_tokens(config: RunConfig, tokenizer: Any) -> Any:
     rows = [
         {
             "messages": [
-                {"role": role, "content": text} for role, text in zip(roles, pair, strict=True)
+                {"role": role, "content": text}
+                for role, text in zip(roles, pair, strict=True)
             ]
         }
         for pair in SHORT_ROWS
@@ -82,14 +85,18 @@ def collate(rows: list[Row], tokenizer: Any) -> dict[str, Any]:
     """A training batch as TRL makes it of tokenised rows."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    batch: dict[str, Any] = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(
-        rows
-    )
+    batch: dict[str, Any] = DataCollatorForLanguageModeling(
+        pad_token_id=tokenizer.pad_token_id
+    )(rows)
     return batch
 
 
 def trainable(model: Any) -> dict[str, Any]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
 
 
 def gradients(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -79,4 +79,6 @@ CHATS = [
     chat("A short question?", "a long answer " * 20),
     chat(Q, "It ends with <|im_end|> inside."),
 ]
-MANY_TURNS = chat("What is 1 + 1?", "Two.", "And 2 + 2?", "Four!", "Thanks", "You are welcome.")
+MANY_TURNS = chat(
+    "What is 1 + 1?", "Two.", "And 2 + 2?", "Four!", "Thanks", "You are welcome."
+)

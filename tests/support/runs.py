@@ -19,7 +19,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def losses(folder: Path) -> list[float]:
     """Return the training loss of each step of a run that logs every step."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return [row["train/loss"] for row in rows if "train/grad_norm" in row]
 
 
@@ -48,7 +50,9 @@ def train_in_slots(
 
     def work(number: int, packed_with: set[str]) -> Any:
         observer = (observers or {}).get(number, Observer())
-        part = RunContext(observer, shared, interactive=False, slots=slots, packed_with=packed_with)
+        part = RunContext(
+            observer, shared, interactive=False, slots=slots, packed_with=packed_with
+        )
         try:
             yield from run_steps(configs[number], RunFolder(places[number]), part)
         except Exception as error:
@@ -60,7 +64,9 @@ def train_in_slots(
         for number, place in enumerate(places):
             place.mkdir(parents=True)
             packed_with: set[str] = set()
-            yield PackedRun(place.name, work(number, packed_with), place / "train.log", packed_with)
+            yield PackedRun(
+                place.name, work(number, packed_with), place / "train.log", packed_with
+            )
 
     waiting = lanes()
     assert train_together(lambda: next(waiting, None), slots) == len(configs)

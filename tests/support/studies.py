@@ -10,7 +10,11 @@ from typing import Any
 
 import optuna
 from omegaconf import DictConfig, OmegaConf
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetune.config.paths import CONF
@@ -23,14 +27,20 @@ def sweeper_config(*overrides: str) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(CONF)):
-        return compose("config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True)
+        return compose(
+            "config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True
+        )
 
 
 def settings_of(*overrides: str) -> StudySettings:
-    values = OmegaConf.to_container(sweeper_config(*overrides).hydra.sweeper, resolve=True)
+    values = OmegaConf.to_container(
+        sweeper_config(*overrides).hydra.sweeper, resolve=True
+    )
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items() if key != "_target_"}
-    return StudySettings.from_sweeper(plain | {"study_name": "s", "params": plain["params"] or {}})
+    return StudySettings.from_sweeper(
+        plain | {"study_name": "s", "params": plain["params"] or {}}
+    )
 
 
 def made_study(
@@ -50,7 +60,9 @@ def made_study(
     study.set_user_attr("uid", "made")
     study.set_user_attr("terms", {"objective": names[0] if len(names) == 1 else names})
     study.add_trials(trials)
-    (folder / "study.json").write_text(json.dumps({"name": folder.name, "storage": None}))
+    (folder / "study.json").write_text(
+        json.dumps({"name": folder.name, "storage": None})
+    )
     return Study.load(folder)
 
 
@@ -62,7 +74,9 @@ SPACE: dict[str, BaseDistribution] = {
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
-def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> FrozenTrial:
+def trial(
+    draw: random.Random, state: TrialState = COMPLETE, **given: Any
+) -> FrozenTrial:
     """A trial whose loss falls with its learning rate, and with nothing else."""
     params = {
         "lora.r": draw.choice([4, 8, 16, 32, 64]),
@@ -82,7 +96,10 @@ def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> Fr
         params=params,
         distributions={name: SPACE[name] for name in params},
         user_attrs=notes | ({"error": "<b>out of memory</b>"} if state == FAIL else {}),
-        **{"intermediate_values": reported, "value": loss - 0.4 if state == COMPLETE else None}
+        **{
+            "intermediate_values": reported,
+            "value": loss - 0.4 if state == COMPLETE else None,
+        }
         | given,
     )
 
@@ -90,7 +107,11 @@ def trial(draw: random.Random, state: TrialState = COMPLETE, **given: Any) -> Fr
 def text_of(path: Path) -> str:
     """The page without plotly's own code."""
     return re.sub(
-        r"<script>.*?</script>", "", path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL
+        r"<script>.*?</script>",
+        "",
+        path.read_text(encoding="utf-8"),
+        count=1,
+        flags=re.DOTALL,
     )
 
 
@@ -119,13 +140,21 @@ def kinds() -> dict[str, tuple[list[FrozenTrial], list[str]]]:
         "failed": ([trial(draw, FAIL) for _ in range(3)], []),
         "pruned": ([trial(draw, PRUNED) for _ in range(9)], []),
         "nan": (
-            [trial(draw), nan, trial(draw, PRUNED, intermediate_values={1: math.inf}), trial(draw)],
+            [
+                trial(draw),
+                nan,
+                trial(draw, PRUNED, intermediate_values={1: math.inf}),
+                trial(draw),
+            ],
             [],
         ),
         "infinite": (infinite, []),
         "partial": ([*(trial(draw) for _ in range(9)), partial], []),
         "no-parameters": ([create_trial(value=1.0), create_trial(value=2.0)], []),
-        "equal": ([trial(draw, value=1.0, intermediate_values={1: 1.0}) for _ in range(10)], []),
+        "equal": (
+            [trial(draw, value=1.0, intermediate_values={1: 1.0}) for _ in range(10)],
+            [],
+        ),
         "two-objectives": (
             [two_values(draw) for _ in range(9)],
             ["eval/loss", "adapter/parameters"],
@@ -152,4 +181,6 @@ def composed(*overrides: str) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(CONF)):
-        return compose("config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True)
+        return compose(
+            "config", ["hydra/sweeper=optuna", *overrides], return_hydra_config=True
+        )

@@ -30,7 +30,13 @@ def result_of(place: Path, number: int) -> dict[str, Any]:
 
 
 def told(trial: FrozenTrial) -> tuple[Any, ...]:
-    return trial.number, trial.state, trial.params, trial.values, trial.intermediate_values
+    return (
+        trial.number,
+        trial.state,
+        trial.params,
+        trial.values,
+        trial.intermediate_values,
+    )
 
 
 def written_at(path: Path) -> int:
@@ -52,8 +58,13 @@ def require_params_agree(place: Path) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in rows
+    ]
 
 
 def read(path: Path) -> str:

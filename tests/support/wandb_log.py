@@ -13,7 +13,9 @@ def _wandb_file(file: Path) -> Iterator[Any]:
 
     data, position, parts = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no chunk's header fits in what is left of the block
+        if (
+            32768 - position % 32768 < 7
+        ):  # no chunk's header fits in what is left of the block
             position += 32768 - position % 32768
             continue
         length, kind = (
@@ -37,7 +39,8 @@ def wandb_files(folder: Path) -> list[list[Any]]:
     W&B writes the last of them from a process of its own, a moment after the run has finished.
     """
     files = sorted(
-        folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns
+        folder.glob("wandb/offline-run-*/run-*.wandb"),
+        key=lambda path: path.stat().st_ctime_ns,
     )
     end = time.monotonic() + 120
     while True:
@@ -52,7 +55,10 @@ def wandb_files(folder: Path) -> list[list[Any]]:
 
 def wandb_items(items: Any) -> dict[str, Any]:
     """Return the items of a record by name."""
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+    return {
+        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+        for item in items
+    }
 
 
 def wandb_summary(records: list[Any]) -> dict[str, Any]:
@@ -66,4 +72,8 @@ def wandb_summary(records: list[Any]) -> dict[str, Any]:
 
 def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
     """Return the logged rows of metrics."""
-    return [wandb_items(record.history.item) for record in records if record.HasField("history")]
+    return [
+        wandb_items(record.history.item)
+        for record in records
+        if record.HasField("history")
+    ]

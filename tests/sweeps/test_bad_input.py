@@ -15,20 +15,24 @@ from support.matrix import fixed_part
 from support.studies import made_study
 
 PASSWORD = "hunter2horse"
-BY_STUDY = (
-    "can't be searched: all trials of a study are evaluated by the same objective on the same rows"
-)
+BY_STUDY = "can't be searched: all trials of a study are evaluated by the same objective on the same rows"
 
 
 def search(
     workplace: Workplace, *arguments: str, name: str = "hydra.sweeper.study_name=s"
 ) -> Outcome:
     """A study's command."""
-    return workplace.call("-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments)
+    return workplace.call(
+        "-m", "hydra/sweeper=optuna", *([name] if name else []), *arguments
+    )
 
 
 SETTINGS = [
-    Case("no-trials", "hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0: must be at least 1"),
+    Case(
+        "no-trials",
+        "hydra.sweeper.n_trials=0",
+        "hydra.sweeper.n_trials=0: must be at least 1",
+    ),
     Case(
         "trials-text",
         "hydra.sweeper.n_trials=many",
@@ -128,9 +132,19 @@ SPACE = [
         "hydra.sweeper.start=[{lora.dropout:0.9}]",
         "hydra.sweeper.start: lora.dropout=0.9 lies outside interval(0.0, 0.15)",
     ),
-    Case("rows-length", "dataset.max_length=choice(128,256)", f"dataset.max_length: {BY_STUDY}"),
-    Case("rows", "dataset=choice(python_docs,guanaco_llama2_1k)", f"dataset: {BY_STUDY}"),
-    Case("objective", "objective=choice(eval/loss,eval/accuracy)", f"objective: {BY_STUDY}"),
+    Case(
+        "rows-length",
+        "dataset.max_length=choice(128,256)",
+        f"dataset.max_length: {BY_STUDY}",
+    ),
+    Case(
+        "rows", "dataset=choice(python_docs,guanaco_llama2_1k)", f"dataset: {BY_STUDY}"
+    ),
+    Case(
+        "objective",
+        "objective=choice(eval/loss,eval/accuracy)",
+        f"objective: {BY_STUDY}",
+    ),
     Case("objective-at", "objective_at=choice(last,best)", f"objective_at: {BY_STUDY}"),
     Case("name", "name=a,b", f"name: {BY_STUDY}"),
     Case("step-zero", "lora.r=range(1,4,0)", "lora.r=range(1,4,0): …nonzero step…"),
@@ -177,7 +191,9 @@ def test_a_study_name_is_no_path(workplace: Workplace) -> None:
     assert workplace.files() == set()
 
 
-def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(workplace: Workplace) -> None:
+def test_a_space_in_a_file_of_ones_own_is_refused_by_its_text(
+    workplace: Workplace,
+) -> None:
     workplace.write({"my/search/own.yaml": "params:\n  lora.r: choice(4, 8\n"})
     outcome = search(workplace, "--config-dir", "my", "search=own")
 
@@ -219,7 +235,9 @@ def test_a_databases_password_reaches_neither_a_file_nor_the_screen(
 
 
 @pytest.mark.parametrize("mode", ["-m", ""])
-def test_a_databases_password_in_a_file_is_refused(mode: str, workplace: Workplace) -> None:
+def test_a_databases_password_in_a_file_is_refused(
+    mode: str, workplace: Workplace
+) -> None:
     address = f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={PASSWORD}"
     heading = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: optuna\n"
     own = f"{heading}hydra:\n  sweeper:\n    storage: {address}\n"
@@ -230,7 +248,9 @@ def test_a_databases_password_in_a_file_is_refused(mode: str, workplace: Workpla
         "hydra.sweeper.storage: a password in an address would be written to files"
     )
     assert PASSWORD not in outcome.stderr + outcome.stdout
-    assert {name for name in workplace.files() if not str(name).startswith("my")} == set()
+    assert {
+        name for name in workplace.files() if not str(name).startswith("my")
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -268,16 +288,21 @@ def test_a_search_space_without_the_sweeper_says_how_to_search(
     outcome = workplace.call(*arguments.split())
 
     assert matches(
-        "…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna", outcome.error
+        "…search=lora…: only the Optuna sweeper searches: …-m hydra/sweeper=optuna",
+        outcome.error,
     )
     assert not outcome.torch_imported
     assert workplace.files() == set()
 
 
-def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(workplace: Workplace) -> None:
+def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(
+    workplace: Workplace,
+) -> None:
     outcome = search(workplace, "hydra.sweeper.n_trial=3")
 
-    assert outcome.error.startswith("hydra.sweeper.n_trial: no such key; did you mean n_trials")
+    assert outcome.error.startswith(
+        "hydra.sweeper.n_trial: no such key; did you mean n_trials"
+    )
     assert not outcome.torch_imported
 
 
@@ -309,7 +334,11 @@ BEFORE_IT_BEGINS = [
         "lora.alhpa=choice(8,16)",
         "lora.alhpa: no such key; did you mean alpha…",
     ),
-    Case("value-of-another-type", "lora.r=interval(4,64)", "lora.r=…: must be a whole number"),
+    Case(
+        "value-of-another-type",
+        "lora.r=interval(4,64)",
+        "lora.r=…: must be a whole number",
+    ),
     Case(
         "value-not-allowed",
         "lora.dropout=choice(0.1,1.5)",
@@ -325,8 +354,14 @@ BEFORE_IT_BEGINS = [
         "hydra.sweeper.custom_search_space=nowhere.f",
         "hydra.sweeper.custom_search_space=nowhere.f…",
     ),
-    Case("sampler-removed", "hydra/sweeper/sampler=motpe", "…hydra/sweeper/sampler…tpe…"),
-    Case("sampler-seed", "hydra.sweeper.sampler.seed=abc", "hydra.sweeper.sampler.seed=abc…"),
+    Case(
+        "sampler-removed", "hydra/sweeper/sampler=motpe", "…hydra/sweeper/sampler…tpe…"
+    ),
+    Case(
+        "sampler-seed",
+        "hydra.sweeper.sampler.seed=abc",
+        "hydra.sweeper.sampler.seed=abc…",
+    ),
     Case(
         "sampler-target",
         "hydra.sweeper.sampler._target_=os.system",
@@ -356,7 +391,9 @@ def test_what_no_trial_could_do_is_refused_before_the_study_begins(
     assert not list(workplace.cwd.rglob("study.journal"))
 
 
-def test_a_broken_study_costs_the_list_no_other(light_station: Station, tmp_path: Path) -> None:
+def test_a_broken_study_costs_the_list_no_other(
+    light_station: Station, tmp_path: Path
+) -> None:
     made_study(tmp_path / "outputs" / "sweeps" / "sound", [create_trial(value=1.5)])
     for name, content in (
         ("empty", '{"name": "empty", "storage": null}'),
@@ -375,5 +412,6 @@ def test_a_broken_study_costs_the_list_no_other(light_station: Station, tmp_path
     assert "NO_SUCH_DATABASE" in rows["far"]
     assert "JSONDecodeError" in rows["torn"]
     assert matches(
-        "error: …outputs/sweeps/empty: its storage knows no study empty", reported.stderr.strip()
+        "error: …outputs/sweeps/empty: its storage knows no study empty",
+        reported.stderr.strip(),
     )

@@ -8,7 +8,11 @@ import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState, create_trial
@@ -31,8 +35,14 @@ def waiting_trial(storage: Any) -> tuple[optuna.Study, int]:
 
 
 @pytest.mark.parametrize("kind", ["journal", "database"])
-def test_an_enqueued_point_is_what_the_trial_suggests(kind: str, tmp_path: Path) -> None:
-    storage = open_storage(None, tmp_path) if kind == "journal" else get_storage(database(tmp_path))
+def test_an_enqueued_point_is_what_the_trial_suggests(
+    kind: str, tmp_path: Path
+) -> None:
+    storage = (
+        open_storage(None, tmp_path)
+        if kind == "journal"
+        else get_storage(database(tmp_path))
+    )
     study, trial_id = waiting_trial(storage)
 
     compat.enqueue_point(storage, trial_id, {"lora.r": 7})
@@ -48,7 +58,10 @@ def test_optunas_enqueued_trials_have_their_point_in_the_same_place() -> None:
     study.enqueue_trial({"x": 1})
     study.add_trial(create_trial(state=TrialState.WAITING))
 
-    assert [compat.enqueued_point(trial) for trial in study.get_trials()] == [{"x": 1}, None]
+    assert [compat.enqueued_point(trial) for trial in study.get_trials()] == [
+        {"x": 1},
+        None,
+    ]
 
 
 def test_a_waiting_trial_is_claimed_by_one_token(tmp_path: Path) -> None:
@@ -56,7 +69,8 @@ def test_a_waiting_trial_is_claimed_by_one_token(tmp_path: Path) -> None:
     _, trial_id = waiting_trial(storage)
 
     claims = [
-        compat.claim_waiting_trial(storage, trial_id, "claim", token) for token in ("a", "a", "b")
+        compat.claim_waiting_trial(storage, trial_id, "claim", token)
+        for token in ("a", "a", "b")
     ]
 
     trial = storage.get_trial(trial_id)
@@ -81,12 +95,22 @@ def test_all_calls_of_optunas_cache_to_its_database_are_known() -> None:
     """One that were not repeated would end a worker whose connection was lost."""
     source = inspect.getsource(_CachedStorage)
     called = {name for name in vars(RDBStorage) if f"self._backend.{name}(" in source}
-    heartbeats = {name for name in called if "heartbeat" in name or "stale" in name}  # not used
+    heartbeats = {
+        name for name in called if "heartbeat" in name or "stale" in name
+    }  # not used
     of_no_transaction = {"remove_session", "check_trial_is_updatable"}
 
-    assert called >= {"_create_new_trial", "_get_trials", "_set_trial_param", "get_trial"}
+    assert called >= {
+        "_create_new_trial",
+        "_get_trials",
+        "_set_trial_param",
+        "get_trial",
+    }
     assert all(callable(getattr(RDBStorage, name)) for name in compat.RDB_CALLS)
-    assert called - heartbeats - of_no_transaction <= {*compat.RDB_CALLS, "set_trial_state_values"}
+    assert called - heartbeats - of_no_transaction <= {
+        *compat.RDB_CALLS,
+        "set_trial_state_values",
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,13 +122,17 @@ def test_all_calls_of_optunas_cache_to_its_database_are_known() -> None:
         ("x=3", "3"),
     ],
 )
-def test_overrides_have_the_distributions_of_hydras_sweeper(text: str, expected: object) -> None:
+def test_overrides_have_the_distributions_of_hydras_sweeper(
+    text: str, expected: object
+) -> None:
     (override,) = OverridesParser.create().parse_overrides([text])
 
     assert compat.sweep_distribution(override) == expected
 
 
-def test_the_error_of_a_failed_job_is_read_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_a_failed_job_is_read_in_silence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     error = ValueError("no")
     failed, completed = JobReturn(), JobReturn()
     failed.return_value, failed.status = error, JobStatus.FAILED

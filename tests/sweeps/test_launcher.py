@@ -67,10 +67,16 @@ def test_each_job_leaves_a_run_folder_with_hydras_files(two: tuple[Path, str]) -
     for number, rank in enumerate((4, 8)):
         place = folder / "trials" / str(number)
         result = final(place)
-        assert (result["status"], result["engine"], result["slots"]) == ("completed", "packed", 2)
+        assert (result["status"], result["engine"], result["slots"]) == (
+            "completed",
+            "packed",
+            2,
+        )
         assert result["companions"] == [str(1 - number)]
         assert (place / "adapter" / "adapter_model.safetensors").exists()
-        assert f"lora=r{rank}" in yaml.safe_load((place / ".hydra" / "overrides.yaml").read_text())
+        assert f"lora=r{rank}" in yaml.safe_load(
+            (place / ".hydra" / "overrides.yaml").read_text()
+        )
         config = yaml.safe_load((place / ".hydra" / "config.yaml").read_text())
         hydra = yaml.safe_load((place / ".hydra" / "hydra.yaml").read_text())["hydra"]
         assert config["lora"]["r"] == rank
@@ -90,12 +96,18 @@ def test_each_jobs_log_holds_its_own_lines_and_the_terminal_says_whose_each_is(
         dated = [
             line for line in lines if not line.startswith("  ")
         ]  # a run's summary is of several lines
-        assert all(line.startswith("[20") for line in dated), "lines have a date, as Hydra's"
+        assert all(line.startswith("[20") for line in dated), (
+            "lines have a date, as Hydra's"
+        )
         texts = [line.split(" - ", 1)[1] if line in dated else line for line in lines]
-        shown = [text for text in texts if text.startswith("step ") and "held-out" not in text]
-        assert [f"{row['train/loss']:.4f}" for row in logged(place) if "train/loss" in row] == [
-            text.split()[3] for text in shown
+        shown = [
+            text
+            for text in texts
+            if text.startswith("step ") and "held-out" not in text
         ]
+        assert [
+            f"{row['train/loss']:.4f}" for row in logged(place) if "train/loss" in row
+        ] == [text.split()[3] for text in shown]
         own = [
             line.removeprefix(f"{number}: ")
             for line in said.splitlines()
@@ -104,7 +116,9 @@ def test_each_jobs_log_holds_its_own_lines_and_the_terminal_says_whose_each_is(
         assert own == texts
 
 
-def test_a_job_is_the_run_alone(two: tuple[Path, str], tiny: Tiny, tmp_path: Path) -> None:
+def test_a_job_is_the_run_alone(
+    two: tuple[Path, str], tiny: Tiny, tmp_path: Path
+) -> None:
     folder, _ = two
     common = (
         "dataset.max_length=64",
@@ -176,14 +190,21 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
 
 
 def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
-    station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    station: Station,
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that they share it. Two jobs have no rows, which they say themselves."""
     monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
     resources = SharedResources()
     kept, saved, small = (
         plan_memory(
-            tiny(*MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"), resources
+            tiny(
+                *MULTIRUN, f"trainer.gradient_checkpointing={saves}", f"{BATCH}={rows}"
+            ),
+            resources,
         ).peak()
         / USABLE
         for saves, rows in (("false", 8), ("true", 8), ("false", 1))
@@ -196,25 +217,40 @@ finetune.run.memory_plan._resident = lambda: 2**28
 finetune.run.memory_plan.available_memory = lambda: {int(memory)}
 """
     rows = "dataset.path=nowhere.jsonl,python_docs"
-    ended = station.run(*multirun(tiny_base, rows, f"{BATCH}=1,8"), cwd=tmp_path, before=machine)
-    assert error_of(ended.stderr).startswith("error: 2 failed; job 0: dataset.path=nowhere.jsonl: ")
+    ended = station.run(
+        *multirun(tiny_base, rows, f"{BATCH}=1,8"), cwd=tmp_path, before=machine
+    )
+    assert error_of(ended.stderr).startswith(
+        "error: 2 failed; job 0: dataset.path=nowhere.jsonl: "
+    )
     for number in (2, 3):
         place = tmp_path / "jobs" / "trials" / str(number)
         assert final(place)["status"] == "completed"
-        assert "trainer.gradient_checkpointing=true" in (place / "train.log").read_text()
+        assert (
+            "trainer.gradient_checkpointing=true" in (place / "train.log").read_text()
+        )
 
 
 def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
-    resources, wide = SharedResources(), f"model.name_or_path={wide_base(tiny_base, tmp_path)}"
+    resources, wide = (
+        SharedResources(),
+        f"model.name_or_path={wide_base(tiny_base, tmp_path)}",
+    )
     kept, saved = (
         tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}")
         for saves in ("false", "true")
     )
-    between = sum(plan_memory(config, resources).peak() for config in (kept, saved)) / 2 / USABLE
-    monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
+    between = (
+        sum(plan_memory(config, resources).peak() for config in (kept, saved))
+        / 2
+        / USABLE
+    )
+    monkeypatch.setattr(
+        "finetune.run.memory_plan.available_memory", lambda: int(between)
+    )
     large, small = (*MULTIRUN, wide), (*MULTIRUN, wide, f"{BATCH}=1")
     for jobs, wanted in (
         ((large, MULTIRUN), [base_key(saved)]),
@@ -224,7 +260,10 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
             [base_key(saved)],
         ),
         ((small, (*large, "lora.use_dora=true")), []),  # TRL trains it
-        ((large, (*large, "lora.r=64", "lora.target_modules=[nope]")), [base_key(saved)]),
+        (
+            (large, (*large, "lora.r=64", "lora.target_modules=[nope]")),
+            [base_key(saved)],
+        ),
     ):
         assert choose_job_slots("auto", [tiny(*job) for job in jobs]) == (1, wanted)
     assert (
@@ -246,11 +285,14 @@ def test_an_interrupted_multirun_ends_each_job_with_a_checkpoint(
         "trainer.max_steps=100000",
         "trainer.save_steps=0",
     )
-    process = station.start(*multirun(tiny_base, *more, "trainer.eval_steps=0"), cwd=tmp_path)
+    process = station.start(
+        *multirun(tiny_base, *more, "trainer.eval_steps=0"), cwd=tmp_path
+    )
     trials = [tmp_path / "jobs" / "trials" / str(job) for job in range(2)]
     wait_until(
         lambda: all(
-            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials
+            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2
+            for trial in trials
         ),
         process,
     )
@@ -283,11 +325,14 @@ def test_a_job_that_was_interrupted_is_resumed_as_a_run(
         "quantization=none",
     )
     more = ("lora=r4,r8", "hydra.launcher.slots=2", *steps)
-    process = station.start(*multirun(tiny_base, *more), cwd=tmp_path, before=SLOW_STEPS)
+    process = station.start(
+        *multirun(tiny_base, *more), cwd=tmp_path, before=SLOW_STEPS
+    )
     trials = [tmp_path / "jobs" / "trials" / str(job) for job in range(2)]
     wait_until(
         lambda: all(
-            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2 for trial in trials
+            (trial / "metrics.jsonl").exists() and len(losses(trial)) > 2
+            for trial in trials
         ),
         process,
     )
@@ -295,7 +340,10 @@ def test_a_job_that_was_interrupted_is_resumed_as_a_run(
     process.wait()
     resumed = station.run(f"resume={trials[1]}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    run(tiny("dataset.max_length=64", "sample_prompts=[]", *steps, "lora=r8"), tmp_path / "alone")
+    run(
+        tiny("dataset.max_length=64", "sample_prompts=[]", *steps, "lora=r8"),
+        tmp_path / "alone",
+    )
     assert losses(trials[1]) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     assert final(trials[1])["status"] == "completed"
 
@@ -309,14 +357,21 @@ def test_without_slots_jobs_run_one_after_the_other_in_one_process(
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("no GPU: training on the CPU") == 1
     results = [final(tmp_path / "jobs" / "trials" / str(job)) for job in range(2)]
-    assert [(result["slots"], result["companions"]) for result in results] == [(1, []), (1, [])]
+    assert [(result["slots"], result["companions"]) for result in results] == [
+        (1, []),
+        (1, []),
+    ]
 
 
 @pytest.mark.slow
 def test_jobs_of_other_bases_and_engines_wait_for_each_other(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("quantization=none,nf4", "trainer.engine=packed,trl", "hydra.launcher.slots=3")
+    more = (
+        "quantization=none,nf4",
+        "trainer.engine=packed,trl",
+        "hydra.launcher.slots=3",
+    )
     ended = station.run(*multirun(tiny_base, *more), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     results = [final(tmp_path / "jobs" / "trials" / str(job)) for job in range(4)]
@@ -324,7 +379,9 @@ def test_jobs_of_other_bases_and_engines_wait_for_each_other(
         ("completed", engine) for engine in ("packed", "trl", "packed", "trl")
     ]
     for packed, trl in ((0, 1), (2, 3)):
-        ours, theirs = (losses(tmp_path / "jobs" / "trials" / str(job)) for job in (packed, trl))
+        ours, theirs = (
+            losses(tmp_path / "jobs" / "trials" / str(job)) for job in (packed, trl)
+        )
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -332,11 +389,13 @@ def test_jobs_of_other_bases_and_engines_wait_for_each_other(
 def test_the_basic_launcher_still_runs_jobs_one_by_one(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    ended = station.run(*multirun(tiny_base, "lora=r4,r8", "hydra/launcher=basic"), cwd=tmp_path)
+    ended = station.run(
+        *multirun(tiny_base, "lora=r4,r8", "hydra/launcher=basic"), cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
-    assert [final(tmp_path / "jobs" / "trials" / str(job))["status"] for job in range(2)] == [
-        "completed"
-    ] * 2
+    assert [
+        final(tmp_path / "jobs" / "trials" / str(job))["status"] for job in range(2)
+    ] == ["completed"] * 2
 
 
 @pytest.mark.parametrize("slots", ["0", "-1", "many", "1.5"])
@@ -344,10 +403,13 @@ def test_slots_that_cannot_be_are_refused(
     slots: str, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     ended = station.run(
-        *multirun(tiny_base, "lora=r4,r8", f"hydra.launcher.slots={slots}"), cwd=tmp_path
+        *multirun(tiny_base, "lora=r4,r8", f"hydra.launcher.slots={slots}"),
+        cwd=tmp_path,
     )
     assert ended.returncode == 1
-    assert error_of(ended.stderr).startswith(f"error: hydra.launcher.slots={slots}: must be ")
+    assert error_of(ended.stderr).startswith(
+        f"error: hydra.launcher.slots={slots}: must be "
+    )
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -367,8 +429,16 @@ module = types.ModuleType("tells")
 module.Tells = Tells
 sys.modules["tells"] = module
 """
-    more = ("lora.r=4,0", "hydra.launcher.slots=2", "+hydra.callbacks.tells._target_=tells.Tells")
+    more = (
+        "lora.r=4,0",
+        "hydra.launcher.slots=2",
+        "+hydra.callbacks.tells._target_=tells.Tells",
+    )
     ended = station.run(*multirun(tiny_base, *more), cwd=tmp_path, before=heard)
     assert ended.returncode == 1
-    told = [line for line in ended.stderr.splitlines() if line.split()[0] in ("start", "end")]
+    told = [
+        line
+        for line in ended.stderr.splitlines()
+        if line.split()[0] in ("start", "end")
+    ]
     assert sorted(told) == ["end 0 COMPLETED", "end 1 FAILED", "start 0 4", "start 1 0"]

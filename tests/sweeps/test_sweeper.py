@@ -17,7 +17,9 @@ from sweeps.study.session import Session
 
 
 def test_hydra_finds_the_sweeper() -> None:
-    assert "StudySweeper" in [sweeper.__name__ for sweeper in Plugins.instance().discover(Sweeper)]
+    assert "StudySweeper" in [
+        sweeper.__name__ for sweeper in Plugins.instance().discover(Sweeper)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,8 @@ def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
     with initialize_config_dir(str(CONF)):
         HydraConfig.instance().set_config(config)
         context = HydraContext(
-            config_loader=GlobalHydra.instance().config_loader(), callbacks=cast(Any, None)
+            config_loader=GlobalHydra.instance().config_loader(),
+            callbacks=cast(Any, None),
         )
         sweeper = cast(
             Any,
@@ -59,4 +62,6 @@ def test_trials_share_their_sources_and_weights() -> None:
     limited = dataclasses.replace(config.dataset, limit=5)
     assert Session.check(session, dataclasses.replace(config, dataset=limited))
     with pytest.raises(ConfigError, match=r"dataset\.path=.*measured on the same rows"):
-        Session.check(session, compose("dataset.path=[a.jsonl,{path:b.jsonl,weight:3}]"))
+        Session.check(
+            session, compose("dataset.path=[a.jsonl,{path:b.jsonl,weight:3}]")
+        )

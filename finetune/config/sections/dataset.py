@@ -127,9 +127,13 @@ class DatasetSettings(Section):
         reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
         self.require("test_fraction", self._held_out_fraction < 1, reason)
         has_length = self.max_length is not None
-        self.require("packing", not self.packing or has_length, "needs dataset.max_length")
+        self.require(
+            "packing", not self.packing or has_length, "needs dataset.max_length"
+        )
         self._check_columns()
-        self.require("ignore", "role" not in self.ignore, "a message's role can't be left out")
+        self.require(
+            "ignore", "role" not in self.ignore, "a message's role can't be left out"
+        )
 
     def _check_columns(self) -> None:
         for purpose, column in self.columns.items():
@@ -150,7 +154,9 @@ class DatasetSettings(Section):
         reason = "makes the prompt; not with dataset.columns.prompt"
         self.require("template", self.template is None or not has_prompt, reason)
         allowed = "must be text, or null"
-        self.require("template", self.template is None or bool(self.template.strip()), allowed)
+        self.require(
+            "template", self.template is None or bool(self.template.strip()), allowed
+        )
 
     def _check_sources(self) -> None:
         allowed = "must be a hub id, a file, a folder, or python_docs"
@@ -163,7 +169,9 @@ class DatasetSettings(Section):
             if not source.path:
                 raise refusal(key, source.path, allowed)
             if source.path in paths:
-                reason = f"stands twice; {{path: {source.path}, weight: 2}} repeats its rows"
+                reason = (
+                    f"stands twice; {{path: {source.path}, weight: 2}} repeats its rows"
+                )
                 raise refusal(key, source.path, reason)
             paths.add(source.path)
             if not 0 < source.weight <= MAXIMUM_WEIGHT:
@@ -174,7 +182,10 @@ class DatasetSettings(Section):
     def sources(self) -> list[SourceSettings]:
         """The sources that `path` names, with their weights."""
         items = [self.path] if isinstance(self.path, str) else self.path
-        return [SourceSettings(path=item) if isinstance(item, str) else item for item in items]
+        return [
+            SourceSettings(path=item) if isinstance(item, str) else item
+            for item in items
+        ]
 
     @property
     def path_text(self) -> str:
@@ -193,7 +204,9 @@ class DatasetSettings(Section):
         """Whether there are rows to evaluate on."""
         if self.eval_path is not None or self.eval_fraction > 0:
             return True
-        return any(has_evaluation_files(source.path, self.test_path) for source in self.sources)
+        return any(
+            has_evaluation_files(source.path, self.test_path) for source in self.sources
+        )
 
 
 def _is_text_encoding(name: str | None) -> bool:

@@ -44,7 +44,9 @@ class ModelSettings(Section):
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        self.require("learning_rate", rate is None or rate > 0, "must be above 0, or null")
+        self.require(
+            "learning_rate", rate is None or rate > 0, "must be above 0, or null"
+        )
         allowed = "must be a hub id, a folder, or smollm2_135m"
         self.require("name_or_path", bool(self.name_or_path), allowed)
 

@@ -60,16 +60,22 @@ class OptimizerSettings(Section):
         self.require("learning_rate", rate is None or rate > 0, "must be above 0")
         self.require("weight_decay", self.weight_decay >= 0, "must be at least 0")
         self.require(
-            "max_grad_norm", self.max_grad_norm >= 0, "must be at least 0 (0: no clipping)"
+            "max_grad_norm",
+            self.max_grad_norm >= 0,
+            "must be at least 0 (0: no clipping)",
         )
         allowed = "must be a share of all steps, in [0, 1)"
         self.require("warmup_ratio", 0 <= self.warmup_ratio < 1, allowed)
         for field in ("adam_beta1", "adam_beta2"):
-            self.require(field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1")
+            self.require(
+                field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1"
+            )
         self.require("adam_epsilon", self.adam_epsilon > 0, "must be above 0")
 
     @property
     def resolved_learning_rate(self) -> float:
         """The learning rate, once `finetune.run.learning_rate` has replaced a null."""
-        assert self.learning_rate is not None, "a run resolves its learning rate before it trains"
+        assert self.learning_rate is not None, (
+            "a run resolves its learning rate before it trains"
+        )
         return self.learning_rate

@@ -13,7 +13,12 @@ class Section:
     section: ClassVar[str]
     """The path of the section's keys; empty for keys at the top level."""
 
-    def require(self, field: str, holds: bool, allowed: str) -> None:
+    def require(
+        self,
+        field: str,
+        holds: bool,
+        allowed: str,
+    ) -> None:
         """Refuse the value of a field unless a condition holds.
 
         Args:

@@ -66,17 +66,24 @@ class TrainerSettings(Section):
             "gradient_accumulation_steps",
             "logging_steps",
         ):
-            self.require(field, getattr(self, field) >= 1, "must be a whole number of at least 1")
+            self.require(
+                field, getattr(self, field) >= 1, "must be a whole number of at least 1"
+            )
         allowed = (
-            "must be a whole number of steps, a share of them from 0.001 to below 1, or 0: none"
+            "must be a whole number of steps, a share of them from 0.001 to below 1, "
+            "or 0: none"
         )
-        intervals = self.eval_steps if isinstance(self.eval_steps, list) else [self.eval_steps]
+        intervals = (
+            self.eval_steps if isinstance(self.eval_steps, list) else [self.eval_steps]
+        )
         are_valid = all(_is_interval(steps) for steps in intervals)
         self.require("eval_steps", are_valid, f"{allowed}; or a list of those")
         self.require("save_steps", _is_interval(self.save_steps), allowed)
         patience = self.early_stopping_patience
         allowed = "must be at least 1, or null"
-        self.require("early_stopping_patience", patience is None or patience >= 1, allowed)
+        self.require(
+            "early_stopping_patience", patience is None or patience >= 1, allowed
+        )
 
     @property
     def effective_batch_size(self) -> int:

@@ -33,7 +33,9 @@ def read_saved_dataset(file: DataFile) -> Iterator[RawRow]:
         state = json.loads((file.path / "state.json").read_text())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UnreadableError("its state.json can't be read; save the data set again") from None
+        raise UnreadableError(
+            "its state.json can't be read; save the data set again"
+        ) from None
     for name in names:
         if not (file.path / name).is_file():
             raise UnreadableError(f"{name} is missing; save the data set again")
@@ -60,12 +62,16 @@ def _ipc_batches(stream: BinaryIO) -> "Iterator[pyarrow.RecordBatch]":
     stream.seek(0)
     if is_file:
         reader = pyarrow.ipc.open_file(stream)
-        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+        yield from (
+            reader.get_batch(index) for index in range(reader.num_record_batches)
+        )
     else:
         yield from pyarrow.ipc.open_stream(stream)
 
 
-def _rows_of_batches(batches: "Iterator[pyarrow.RecordBatch]", kind: str) -> Iterator[RawRow]:
+def _rows_of_batches(
+    batches: "Iterator[pyarrow.RecordBatch]", kind: str
+) -> Iterator[RawRow]:
     """Yield the rows of batches, a few at a time as Python values."""
     import pyarrow
 

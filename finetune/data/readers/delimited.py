@@ -60,7 +60,9 @@ def _find_delimiter(sample: list[str]) -> str:
 def _like_header(sample: list[str], delimiter: str) -> float:
     """The share of records with as many cells as the header; 0 if it has only one."""
     try:
-        counts = [len(record) for record in csv.reader(sample, delimiter=delimiter) if record]
+        counts = [
+            len(record) for record in csv.reader(sample, delimiter=delimiter) if record
+        ]
     except csv.Error:
         return 0.0
     if len(sample) == _SAMPLE_LINES and len(counts) > 1:
@@ -108,12 +110,16 @@ def _read_records(text: Iterable[str], delimiter: str) -> Iterator[RawRow]:
                 yield dict(zip(header, record, strict=True))
             elif header is not None and record:
                 counts = f"{len(record)} cells, the header {len(header)}"
-                quoting = f"a cell that holds a {_DELIMITERS[delimiter]} stands in quotes"
+                quoting = (
+                    f"a cell that holds a {_DELIMITERS[delimiter]} stands in quotes"
+                )
                 yield BadRow(f"line {first_line} has {counts}; {quoting}")
             first_line = reader.line_num + 1
             lines.record.clear()
     except csv.Error as error:
-        raise UnreadableError(f"line {reader.line_num} is broken CSV ({error})") from None
+        raise UnreadableError(
+            f"line {reader.line_num} is broken CSV ({error})"
+        ) from None
 
 
 def _require_names(header: list[str], line: int) -> list[str]:
@@ -123,7 +129,9 @@ def _require_names(header: list[str], line: int) -> list[str]:
     """
     if not any(name.strip() for name in header):
         raise UnreadableError(f"line {line}, the header, names no column")
-    repeated = [name for name, count in Counter(header).items() if name.strip() and count > 1]
+    repeated = [
+        name for name, count in Counter(header).items() if name.strip() and count > 1
+    ]
     if repeated:
         raise UnreadableError(f"line {line}, the header, names '{repeated[0]}' twice")
     return header

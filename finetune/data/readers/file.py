@@ -38,7 +38,9 @@ class DataFile:
         if not self.remote:
             return file_type(self.name)
         address = self.name.partition("::")[0]
-        return file_type(address.partition("?")[0] if address.startswith("http") else address)
+        return file_type(
+            address.partition("?")[0] if address.startswith("http") else address
+        )
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -86,7 +88,9 @@ def _open_remote(url: str) -> BinaryIO:
     except IsADirectoryError:
         raise UnreadableError("is a folder; name one file in it") from None
     except ImportError as error:
-        reason = f"{url.partition('://')[0]}:// needs another package ({first_line(error)})"
+        reason = (
+            f"{url.partition('://')[0]}:// needs another package ({first_line(error)})"
+        )
         raise UnreadableError(reason) from None
     except Exception as error:  # each storage has its exceptions
         reason = f"can't be opened ({type(error).__name__}: {first_line(error)})"

@@ -45,7 +45,9 @@ def read_json(file: DataFile, encoding: str | None) -> Iterator[RawRow]:
         if not line.lstrip().startswith("[") and _is_whole(line):
             second = next(numbered, None)
             if second is not None:
-                yield from _rows_of_lines(itertools.chain([first, second], numbered), _JSON)
+                yield from _rows_of_lines(
+                    itertools.chain([first, second], numbered), _JSON
+                )
                 return
         text = "\n" * (number - 1) + line + lines.read()
     if text.lstrip().startswith("["):
@@ -91,7 +93,9 @@ def _rows_of_list(text: str) -> Iterator[RawRow]:
             if separator == "]":
                 break
             if separator != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position - 1)
+                raise json.JSONDecodeError(
+                    "Expecting ',' delimiter", text, position - 1
+                )
             position = _after_space(text, position)
     position = _after_space(text, position)
     if position < len(text):
@@ -119,7 +123,9 @@ def _rows_of_object(text: str, first_line_number: int) -> Iterator[RawRow]:
     except json.JSONDecodeError as error:
         if error.lineno > first_line_number:
             raise
-        raise UnreadableError(f"{where} is no whole JSON object ({error.msg}); {_JSON}") from None
+        raise UnreadableError(
+            f"{where} is no whole JSON object ({error.msg}); {_JSON}"
+        ) from None
     except JsonContentError as error:
         raise UnreadableError(f"{where} {error}") from None
     lists = _lists_of_rows(value)
@@ -131,7 +137,9 @@ def _rows_of_object(text: str, first_line_number: int) -> Iterator[RawRow]:
         for number, item in enumerate(value[key], start=1):
             yield _row(item, f"row {number} of '{key}'", _JSON)
     elif "\n" in text.strip():
-        raise UnreadableError(f"{where} is no whole JSON object (it goes on below); {_JSON}")
+        raise UnreadableError(
+            f"{where} is no whole JSON object (it goes on below); {_JSON}"
+        )
     else:
         yield _row(value, where, _JSON)
 

@@ -25,7 +25,9 @@ def parse_json(text: str) -> Any:
         raise
     except RecursionError:
         raise JsonContentError(f"is nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError:  # Python converts no longer numbers, as that takes quadratic time
+    except (
+        ValueError
+    ):  # Python converts no longer numbers, as that takes quadratic time
         raise JsonContentError("has a number of more than 4300 digits") from None
     _require_usable(value, text)
     return value
@@ -45,7 +47,9 @@ def _require_usable(value: Any, text: str) -> None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise JsonContentError("has half a surrogate pair, which is no text") from None
+            raise JsonContentError(
+                "has half a surrogate pair, which is no text"
+            ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,11 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from finetune.config.data_folder import ANY_FILE, is_saved_dataset
-from finetune.data.readers.arrow_rows import read_arrow, read_parquet, read_saved_dataset
+from finetune.data.readers.arrow_rows import (
+    read_arrow,
+    read_parquet,
+    read_saved_dataset,
+)
 from finetune.data.readers.delimited import read_csv, read_lines, read_tsv
 from finetune.data.readers.file import DataFile, UnreadableError, first_line
 from finetune.data.readers.json_rows import read_json, read_json_lines

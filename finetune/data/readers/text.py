@@ -34,7 +34,9 @@ _SAMPLE_BYTES = 65536
 
 
 @contextlib.contextmanager
-def open_text(file: DataFile, encoding: str | None, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(
+    file: DataFile, encoding: str | None, newline: str | None = None
+) -> Iterator[TextIO]:
     """Open a text file.
 
     Args:
@@ -55,11 +57,15 @@ def open_text(file: DataFile, encoding: str | None, newline: str | None = None) 
             if start.startswith(beginning):
                 raise UnreadableError(f"is {description}")
         yield io.TextIOWrapper(
-            buffered, encoding=_mark_encoding(start) or encoding or "utf-8", newline=newline
+            buffered,
+            encoding=_mark_encoding(start) or encoding or "utf-8",
+            newline=newline,
         )
 
 
-def undecodable_reason(file: DataFile, encoding: str | None, error: UnicodeError) -> str:
+def undecodable_reason(
+    file: DataFile, encoding: str | None, error: UnicodeError
+) -> str:
     """Return why a text file can't be decoded, with the encoding that it probably has.
 
     Args:

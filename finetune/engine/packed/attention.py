@@ -12,7 +12,11 @@ from transformers import AttentionInterface
 
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.padded_attention import Buckets, attend_padded, make_buckets
-from finetune.engine.packed.varlen_attention import VarlenBounds, attend_varlen, varlen_bounds
+from finetune.engine.packed.varlen_attention import (
+    VarlenBounds,
+    attend_varlen,
+    varlen_bounds,
+)
 from finetune.model.device import is_ampere_or_later
 
 ATTENTION = "packed"
@@ -47,7 +51,9 @@ class PackedAttention:
         Returns:
             [tokens, heads, head_dim].
         """
-        if query.dtype in (torch.bfloat16, torch.float16) and is_ampere_or_later(query.device):
+        if query.dtype in (torch.bfloat16, torch.float16) and is_ampere_or_later(
+            query.device
+        ):
             return attend_varlen(query, key, value, self._varlen_bounds, scale, window)
         return attend_padded(query, key, value, self._buckets, scale, window)
 

@@ -81,12 +81,17 @@ class AutogradBackend:
             self._hooked.add(name)
 
     def forward(
-        self, batch: PackedBatch, slots: "Sequence[Slot]", dropout_steps: Sequence[int] | None
+        self,
+        batch: PackedBatch,
+        slots: "Sequence[Slot]",
+        dropout_steps: Sequence[int] | None,
     ) -> tuple[torch.Tensor, _Trace]:
         """See `Backend.forward`."""
         spans = []
         steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
-        for slot, (start, stop), step in zip(slots, batch.batch_spans, steps, strict=True):
+        for slot, (start, stop), step in zip(
+            slots, batch.batch_spans, steps, strict=True
+        ):
             spans.append(_SlotSpan(slot, start, stop, step))
         current_pass = _Pass(spans, training=dropout_steps is not None)
         with self._during(current_pass):
@@ -173,14 +178,18 @@ class AutogradBackend:
             output = None
             if separate:
                 spans = self._pass.spans
-                slot_outputs = [original(x[:, span.start : span.stop]) for span in spans]
+                slot_outputs = [
+                    original(x[:, span.start : span.stop]) for span in spans
+                ]
                 output = torch.cat(slot_outputs, 1)
             return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward
 
 
-def _adapted_tokens(current_pass: _Pass, name: str, x: torch.Tensor) -> list[SlotTokens]:
+def _adapted_tokens(
+    current_pass: _Pass, name: str, x: torch.Tensor
+) -> list[SlotTokens]:
     """The tokens of the slots that adapt a layer, which has the input x [..., in_features]."""
     slot_tokens = []
     for span in current_pass.spans:
@@ -199,8 +208,12 @@ def _adapted_tokens(current_pass: _Pass, name: str, x: torch.Tensor) -> list[Slo
 def _gradient_checkpointing(base: "PreTrainedModel") -> Iterator[None]:
     """Recompute the activations of each block in the backward pass (Chen et al., 2016)."""
     # Transformers renames the methods gradient_checkpointing_* to activation_checkpointing_*.
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    disable = getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)
+    enable = getattr(
+        base, "activation_checkpointing_enable", base.gradient_checkpointing_enable
+    )
+    disable = getattr(
+        base, "activation_checkpointing_disable", base.gradient_checkpointing_disable
+    )
     enable({"use_reentrant": False})
     try:
         yield

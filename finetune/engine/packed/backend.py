@@ -39,7 +39,10 @@ class Backend(Protocol):
         """Prepare for the adapters of a new slot."""
 
     def forward(
-        self, batch: PackedBatch, slots: Sequence[Slot], dropout_steps: Sequence[int] | None
+        self,
+        batch: PackedBatch,
+        slots: Sequence[Slot],
+        dropout_steps: Sequence[int] | None,
     ) -> tuple[torch.Tensor, Any]:
         """Compute the last hidden state at each position that predicts an answer token.
 
@@ -62,7 +65,10 @@ class Backend(Protocol):
         """
 
     def score(
-        self, logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Compute the cross-entropy of logits; the logits may be overwritten.
 
@@ -78,7 +84,9 @@ class Backend(Protocol):
         """
 
 
-def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationSettings) -> bool:
+def supports_gpu_decoder(
+    shapes: "PreTrainedConfig", quantization: QuantizationSettings
+) -> bool:
     """Whether the GPU kernels can compute a base's decoder.
 
     They need a Llama-like base with SwiGLU and heads of at most 128 columns (their blocks must fit
@@ -89,7 +97,9 @@ def supports_gpu_decoder(shapes: "PreTrainedConfig", quantization: QuantizationS
         shapes: The base's config.
         quantization: Settings of the base's quantization.
     """
-    if shapes.model_type not in LLAMA_LIKE:  # others may lack the sizes that are read here
+    if (
+        shapes.model_type not in LLAMA_LIKE
+    ):  # others may lack the sizes that are read here
         return False
     head_dim = getattr(shapes, "head_dim", None)
     if not head_dim:
@@ -124,7 +134,9 @@ def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
     """Build the GPU decoder of a base; None where the kernels do not support it."""
     # Remote code may give the modules another meaning.
     is_transformers_model = type(base).__module__.startswith("transformers.")
-    if not is_transformers_model or not supports_gpu_decoder(base.config, config.quantization):
+    if not is_transformers_model or not supports_gpu_decoder(
+        base.config, config.quantization
+    ):
         return None
     from finetune.engine.packed.gpu.decoder import Decoder
 

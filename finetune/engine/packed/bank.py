@@ -59,7 +59,10 @@ class Bank:
     """A frozen base and the slots on it. Between calls the base works as if there were no bank."""
 
     def __init__(
-        self, base: "PreTrainedModel", config: RunConfig, backend: Backend | None = None
+        self,
+        base: "PreTrainedModel",
+        config: RunConfig,
+        backend: Backend | None = None,
     ) -> None:
         """Freeze a base and choose the backend.
 
@@ -99,7 +102,12 @@ class Bank:
         """
         return add_adapter(self._skeleton(), lora, seed)
 
-    def create_slot(self, lora: LoraSettings, seed: int, model: "PeftModel | None" = None) -> Slot:
+    def create_slot(
+        self,
+        lora: LoraSettings,
+        seed: int,
+        model: "PeftModel | None" = None,
+    ) -> Slot:
         """Create a slot for a run.
 
         Args:
@@ -160,7 +168,9 @@ class Bank:
     def _skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes that takes next to no memory."""
         with torch.device("meta"):
-            skeleton: PreTrainedModel = type(self.base)(copy.deepcopy(self._base_config))
+            skeleton: PreTrainedModel = type(self.base)(
+                copy.deepcopy(self._base_config)
+            )
         for module in skeleton.modules():
             if isinstance(module, torch.nn.Linear):
                 # PEFT initialises the adapter on the device of the layer's weight, which must not
@@ -171,7 +181,9 @@ class Bank:
         return skeleton
 
     def execute(
-        self, requests: Sequence[PackedRequest], host_work: Callable[[], None] | None = None
+        self,
+        requests: Sequence[PackedRequest],
+        host_work: Callable[[], None] | None = None,
     ) -> list[Response | Exception]:
         """Execute the requests of several slots, as many at once as memory allows.
 
@@ -191,10 +203,14 @@ class Bank:
         finally:
             self._host_work = None
 
-    def _execute_all(self, requests: Sequence[PackedRequest]) -> list[Response | Exception]:
+    def _execute_all(
+        self, requests: Sequence[PackedRequest]
+    ) -> list[Response | Exception]:
         responses: dict[int, Response | Exception] = {}
         for request_type in (ForwardBackward, Evaluate):
-            group = [request for request in requests if isinstance(request, request_type)]
+            group = [
+                request for request in requests if isinstance(request, request_type)
+            ]
             size = max(self.capacity or len(group), 1)
             for start in range(0, len(group), size):
                 chunk = group[start : start + size]
@@ -213,12 +229,16 @@ class Bank:
             return list(self.evaluate(requests))
         except Exception as error:
             if len(requests) == 1:
-                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+                traceback.clear_frames(
+                    error.__traceback__
+                )  # they hold the tensors of the pass
                 return [error]
             if is_out_of_memory_error(error):
                 self.capacity = half
                 log.warning(
-                    "memory is too small for %d slots at once; %d from now on", len(requests), half
+                    "memory is too small for %d slots at once; %d from now on",
+                    len(requests),
+                    half,
                 )
         # Outside of the except block, where the exception and the tensors that its frames hold
         # are gone.
@@ -228,7 +248,9 @@ class Bank:
             responses += self._execute_chunk(requests[start : start + half])
         return responses
 
-    def forward_backward(self, requests: Sequence[ForwardBackward]) -> list[ForwardBackwardResult]:
+    def forward_backward(
+        self, requests: Sequence[ForwardBackward]
+    ) -> list[ForwardBackwardResult]:
         """Compute the gradients of several slots' batches in one pass.
 
         Args:
@@ -243,12 +265,17 @@ class Bank:
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
         hidden, trace = self.backend.forward(batch, slots, dropout_steps)
-        result = token_losses(self.backend, self._head, hidden, batch.targets, loss_weights)
+        result = token_losses(
+            self.backend, self._head, hidden, batch.targets, loss_weights
+        )
         del hidden  # makes room for the backward pass
         assert result.gradient is not None
         self.backend.backward(trace, result.gradient)
         # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
-        losses = [result.losses[start:stop].double().sum() for start, stop in batch.target_spans]
+        losses = [
+            result.losses[start:stop].double().sum()
+            for start, stop in batch.target_spans
+        ]
         norms = [slot.gradient.norm() for slot in slots]
         figures = torch.stack([torch.stack(losses), torch.stack(norms).double()], 1)
         timer.stop()
@@ -262,7 +289,9 @@ class Bank:
         """The weight of each answer token's loss [answer tokens]."""
         weights = []
         for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
-            weights.append(torch.full((stop - start,), request.loss_weight, device=self.device))
+            weights.append(
+                torch.full((stop - start,), request.loss_weight, device=self.device)
+            )
         return torch.cat(weights)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:

@@ -86,7 +86,12 @@ class _Layout:
         self.batch_spans.append((start, len(self.input_ids)))
         self.target_spans.append((first_target, self.target_count))
 
-    def _add_row(self, row: Row, prefix_start: int, prefix_length: int) -> None:
+    def _add_row(
+        self,
+        row: Row,
+        prefix_start: int,
+        prefix_length: int,
+    ) -> None:
         """Append a row without its shared prefix, up to the token that predicts its last answer."""
         start = len(self.input_ids)
         length = computed_length(row)
@@ -132,7 +137,9 @@ class PackedBatch:
         # One copy to the device for all of them: each copy is a launch.
         joined = to_device(torch.from_numpy(numpy.concatenate(arrays)), device)
         sizes = [len(array) for array in arrays]
-        targets, target_rows, positions, position_ids, input_ids = torch.split(joined, sizes)
+        targets, target_rows, positions, position_ids, input_ids = torch.split(
+            joined, sizes
+        )
         self.targets = targets
         """The answer tokens [answer tokens]."""
         self.target_rows = target_rows

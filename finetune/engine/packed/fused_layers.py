@@ -27,12 +27,16 @@ def fuse_layers(base: torch.nn.Module, active: Callable[[], bool]) -> None:
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return type(module).__name__.endswith("RMSNorm") and hasattr(
+        module, "variance_epsilon"
+    )
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
     transformers_silu = type(ACT2FN["silu"])
-    if not isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | transformers_silu):
+    if not isinstance(
+        getattr(module, "act_fn", None), torch.nn.SiLU | transformers_silu
+    ):
         return False
     return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
 
@@ -63,7 +67,9 @@ def _fused_rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 def _fused_swiglu(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         # No name is bound to the product, so that it can be freed as soon as nothing needs it.
-        output: torch.Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+        output: torch.Tensor = module.down_proj(
+            swiglu(module.gate_proj(x), module.up_proj(x))
+        )
         return output
 
     return forward
@@ -76,7 +82,12 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+    ) -> torch.Tensor:
         x_float32 = x.float()
         mean_square = (x_float32 * x_float32).mean(-1, keepdim=True)
         inverse_rms = torch.rsqrt(mean_square + epsilon)
@@ -86,7 +97,9 @@ class _RMSNorm(torch.autograd.Function):
         return weight * normalized
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse_rms = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad_normalized = (grad_output * weight).float()
@@ -107,7 +120,9 @@ class _SwiGLU(torch.autograd.Function):
         return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)

@@ -139,7 +139,9 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
         x, *activations = ctx.saved_tensors
         grad_x = None
@@ -180,7 +182,10 @@ def _drop(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _add_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
 ) -> None:
     """Add `scale · left @ right` to a float32 gradient."""
     if left.dtype == total.dtype:
@@ -190,7 +195,10 @@ def _add_product(
 
 
 def _add_input_gradient(
-    grad_x: torch.Tensor, grad_shrunk: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None
+    grad_x: torch.Tensor,
+    grad_shrunk: torch.Tensor,
+    a: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> None:
     """Add the gradient through A to that of the input."""
     if mask is None:

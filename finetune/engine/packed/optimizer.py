@@ -18,7 +18,12 @@ STATE = "slot.safetensors"
 class SlotOptimizer:
     """Updates a slot's weights, and saves and loads them with the optimizer's state."""
 
-    def __init__(self, config: RunConfig, slot: Slot, total: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        slot: Slot,
+        total: int,
+    ) -> None:
         """Set up AdamW and the schedule.
 
         Args:
@@ -60,7 +65,12 @@ class SlotOptimizer:
         rate: float = self._settings.resolved_learning_rate * self._schedule(number - 1)
         return rate
 
-    def update(self, gradient: torch.Tensor, norm: float, learning_rate: float) -> None:
+    def update(
+        self,
+        gradient: torch.Tensor,
+        norm: float,
+        learning_rate: float,
+    ) -> None:
         """Clip the gradient and take one step; skipped where float16 gradients overflowed.
 
         Args:

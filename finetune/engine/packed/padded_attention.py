@@ -63,7 +63,9 @@ def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Bucket
         longest = group[0].length
         for number, span in enumerate(group):
             first_output = offset + number * longest
-            output_indices[span.start : span.stop] = torch.arange(span.length) + first_output
+            output_indices[span.start : span.stop] = (
+                torch.arange(span.length) + first_output
+            )
         buckets.append(_make_bucket(group, device))
         offset += len(group) * longest
     return Buckets(buckets, output_indices.to(device))

@@ -25,7 +25,9 @@ class SlotBank(Executor, Protocol):
     dtype: torch.dtype
     """Of matrix products."""
 
-    def generation_model(self, slot: "Slot") -> AbstractContextManager["PreTrainedModel"]:
+    def generation_model(
+        self, slot: "Slot"
+    ) -> AbstractContextManager["PreTrainedModel"]:
         """The base with the slot's adapter applied, for text generation."""
 
 
@@ -37,7 +39,13 @@ class Slot:
     of the weights that `round` refreshes.
     """
 
-    def __init__(self, bank: SlotBank, lora: LoraSettings, seed: int, model: "PeftModel") -> None:
+    def __init__(
+        self,
+        bank: SlotBank,
+        lora: LoraSettings,
+        seed: int,
+        model: "PeftModel",
+    ) -> None:
         """Copy a fresh adapter to the bank's device.
 
         Args:
@@ -54,7 +62,9 @@ class Slot:
         layers = _lora_layers(model)
         self._parameters = _trained_parameters(layers)
         self._slices = _consecutive_slices(self._parameters)
-        weights = torch.cat([parameter.data.flatten() for parameter in self._parameters])
+        weights = torch.cat(
+            [parameter.data.flatten() for parameter in self._parameters]
+        )
         self.vector = to_device(weights, bank.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
@@ -73,7 +83,9 @@ class Slot:
         gradients = self._views(self.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
-            index = 2 * number  # A and B of each layer in turn, as in `_trained_parameters`
+            index = (
+                2 * number
+            )  # A and B of each layer in turn, as in `_trained_parameters`
             adapters[name] = Adapter(
                 number=number,
                 scaling=float(layer.scaling["default"]),

@@ -14,7 +14,11 @@ from finetune.data.tokens import as_list
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
-from finetune.engine.packed.requests import Evaluate, ForwardBackward, ForwardBackwardResult
+from finetune.engine.packed.requests import (
+    Evaluate,
+    ForwardBackward,
+    ForwardBackwardResult,
+)
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
 from finetune.engine.schedule import Step, resolve_steps, step_batches
@@ -33,7 +37,13 @@ log = logging.getLogger(__name__)
 class PackedTraining:
     """One run in its slot: its rows, its optimizer and its position in training."""
 
-    def __init__(self, config: RunConfig, slot: Slot, rows: "Dataset", total: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        slot: Slot,
+        rows: "Dataset",
+        total: int,
+    ) -> None:
         """Set up the optimizer of a fresh slot.
 
         Args:
@@ -53,7 +63,10 @@ class PackedTraining:
         """The adapter as PEFT has it."""
 
     def train(
-        self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None
+        self,
+        reporter: Reporter,
+        folder: RunFolder,
+        checkpoint: Path | None,
     ) -> RunSteps[None]:
         """Train until the last step or until the reporter stops the run.
 
@@ -78,10 +91,14 @@ class PackedTraining:
             for number, step in enumerate(steps, 1):
                 if progress.stop is not None:
                     break
-                if number <= progress.step:  # before the checkpoint that the run resumes from
+                if (
+                    number <= progress.step
+                ):  # before the checkpoint that the run resumes from
                     continue
                 yield from self._step(number, step, reporter)
-                is_due = save_every and (number % save_every == 0 or number == self._total)
+                is_due = save_every and (
+                    number % save_every == 0 or number == self._total
+                )
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
                     self._optimizer.save(path)
@@ -98,7 +115,9 @@ class PackedTraining:
         """
         examples = as_list(rows)
         batch_size = self._config.trainer.per_device_eval_batch_size
-        order = sorted(range(len(examples)), key=lambda index: -computed_length(examples[index]))
+        order = sorted(
+            range(len(examples)), key=lambda index: -computed_length(examples[index])
+        )
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
         correct = 0.0
@@ -124,7 +143,12 @@ class PackedTraining:
         """The base with the run's adapter applied, for text generation."""
         return self._slot.bank.generation_model(self._slot)
 
-    def _step(self, number: int, step: Step, reporter: Reporter) -> RunSteps[None]:
+    def _step(
+        self,
+        number: int,
+        step: Step,
+        reporter: Reporter,
+    ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
         batches = [[self._rows[index] for index in indices] for indices in step.batches]
@@ -153,7 +177,9 @@ class PackedTraining:
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
         tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
-        yield from reporter.report_step(number, loss, norm, learning_rate, tokens, seconds)
+        yield from reporter.report_step(
+            number, loss, norm, learning_rate, tokens, seconds
+        )
 
 
 def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ def varlen_bounds(spans: list[Span], device: torch.device) -> VarlenBounds:
         device: Where the tensors go.
     """
     query_counts = torch.tensor([0] + [span.length for span in spans])
-    key_counts = torch.tensor([0] + [span.length + span.prefix_length for span in spans])
+    key_counts = torch.tensor(
+        [0] + [span.length + span.prefix_length for span in spans]
+    )
     key_indices = None
     if any(span.prefix_length for span in spans):
         indices = torch.cat([span.key_indices() for span in spans])
@@ -88,7 +90,9 @@ def attend_varlen(
         window_size=(tokens_before, 0),
         **_grouped_query_argument(),
     )
-    assert isinstance(output, torch.Tensor)  # a pair only if auxiliary outputs are requested
+    assert isinstance(
+        output, torch.Tensor
+    )  # a pair only if auxiliary outputs are requested
     return output
 
 

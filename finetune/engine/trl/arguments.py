@@ -131,5 +131,7 @@ def _dataset_arguments(config: RunConfig) -> dict[str, Any]:
         "max_length": config.dataset.max_length,
         "packing": config.dataset.packing,
         "dataset_text_field": config.dataset.text_field,
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokenised already
+        "dataset_kwargs": {
+            "skip_prepare_dataset": True
+        },  # the rows are tokenised already
     }

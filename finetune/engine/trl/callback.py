@@ -27,7 +27,11 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
         """Evaluations and checkpoints move it forward, so that they don't count as training."""
 
     def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         """Start the clock."""
         self._training_since = time.perf_counter()
@@ -63,7 +67,13 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
             # An interrupted run is resumed; a pruned or finished one is not.
             control.should_save = stop == "interrupted"
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
         """Complete the checkpoint that the trainer has written."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._reporter.complete_checkpoint(checkpoint, self._checkpoint_limit)

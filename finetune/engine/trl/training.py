@@ -54,7 +54,10 @@ class TrlTraining:
         self._rows = rows
 
     def train(
-        self, reporter: Reporter, folder: RunFolder, checkpoint: Path | None
+        self,
+        reporter: Reporter,
+        folder: RunFolder,
+        checkpoint: Path | None,
     ) -> RunSteps[None]:
         """Train until the last step or until the reporter stops the run.
 
@@ -68,13 +71,17 @@ class TrlTraining:
         """
         yield from ()  # no requests: the base can't be shared with other runs
         if checkpoint is not None and reporter.progress.step >= reporter.total:
-            load_adapter(self.model, checkpoint)  # the Trainer would train one more step
+            load_adapter(
+                self.model, checkpoint
+            )  # the Trainer would train one more step
             return
         trainer = self._create_trainer(reporter)
         with reporter.live():
             drive(reporter.begin())
             if reporter.progress.stop is None:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint else None
+                )
 
     def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows.

@@ -47,7 +47,9 @@ KEY = "hydra.sweeper.storage"
     ],
 )
 @pytest.mark.parametrize("override", ["{}", "hydra.sweeper={{storage:{}}}"])
-def test_a_secret_in_an_address_is_refused_without_being_shown(address: str, override: str) -> None:
+def test_a_secret_in_an_address_is_refused_without_being_shown(
+    address: str, override: str
+) -> None:
     in_mapping = override.format(f'"{address}"' if "'" not in address else address)
     with pytest.raises(ConfigError) as refused:
         refuse_secrets_in(f"{KEY}={address}" if override == "{}" else in_mapping)
@@ -99,7 +101,11 @@ def test_what_is_shown_of_an_address_and_of_errors_has_no_secret(password: str) 
         ("postgresql://host/db", ["psycopg2"], "postgresql+psycopg2"),
         ("postgresql://host/db", ["psycopg", "psycopg2"], "postgresql+psycopg"),
         ("postgresql://host/db", ["pg8000"], "postgresql+pg8000"),
-        ("postgresql+psycopg2://host/db", ["psycopg", "psycopg2"], "postgresql+psycopg2"),
+        (
+            "postgresql+psycopg2://host/db",
+            ["psycopg", "psycopg2"],
+            "postgresql+psycopg2",
+        ),
         ("mysql://host/db", ["MySQLdb", "pymysql"], "mysql+mysqldb"),
         ("mysql://host/db", ["pymysql"], "mysql+pymysql"),
         ("mariadb://host/db", ["mysql.connector"], "mariadb+mysqlconnector"),
@@ -114,7 +120,11 @@ def test_what_is_shown_of_an_address_and_of_errors_has_no_secret(password: str) 
             ["psycopg2"],
             "no driver … (psycopg): pip install 'psycopg[binary]'",
         ),
-        ("mysql://host/db", [], "no driver for mysql is installed (…): pip install 'mysqlclient'"),
+        (
+            "mysql://host/db",
+            [],
+            "no driver for mysql is installed (…): pip install 'mysqlclient'",
+        ),
         (
             "postgresql+asyncpg://host/db",
             ["asyncpg"],

@@ -17,14 +17,18 @@ from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.config.sections.optimizer import OptimizerName, ScheduleName
 
-YAMLS = [file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))]
+YAMLS = [
+    file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))
+]
 CHOICES = [choice for choice in YAMLS if len(choice.parts) > 1]
 
 
 def holds(whole: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
     """Whether a config has every value of a choice."""
     return all(
-        holds(whole[key], value) if isinstance(value, dict) and value else whole[key] == value
+        holds(whole[key], value)
+        if isinstance(value, dict) and value
+        else whole[key] == value
         for key, value in part.items()
     )
 
@@ -35,7 +39,9 @@ def test_the_default_run_is_valid() -> None:
 
 def test_a_search_space_is_no_part_of_a_runs_config() -> None:
     plain = compose().to_dict()
-    composed = OmegaConf.create({**plain, "search": {"given": "???", "resolved": "${nowhere}"}})
+    composed = OmegaConf.create(
+        {**plain, "search": {"given": "???", "resolved": "${nowhere}"}}
+    )
     assert RunConfig.from_hydra(composed) == RunConfig.from_dict(plain) == compose()
 
 
@@ -69,15 +75,21 @@ def test_a_choice_composes_and_its_values_arrive(choice: Path) -> None:
         ("hydra", "search")
     ):  # those are the sweeper's; a run's config has no place for them
         whole = config.to_dict()
-        assert holds(whole if package == "_global_" else whole[package], values | missing)
+        assert holds(
+            whole if package == "_global_" else whole[package], values | missing
+        )
 
 
 def test_optimizers_and_schedules_are_transformers_names() -> None:
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    assert not set(typing.get_args(OptimizerName)) - {name.value for name in OptimizerNames}
-    assert not set(typing.get_args(ScheduleName)) - {name.value for name in SchedulerType}
+    assert not set(typing.get_args(OptimizerName)) - {
+        name.value for name in OptimizerNames
+    }
+    assert not set(typing.get_args(ScheduleName)) - {
+        name.value for name in SchedulerType
+    }
 
 
 # dataset.limit: python_docs alone has one of its own
@@ -144,7 +156,9 @@ def test_the_default_run_trains_on_240_rows_in_60_steps() -> None:
 
 
 @pytest.mark.parametrize("limit", [240, None])
-def test_the_limit_in_an_earlier_runs_config_keeps_its_meaning(limit: int | None) -> None:
+def test_the_limit_in_an_earlier_runs_config_keeps_its_meaning(
+    limit: int | None,
+) -> None:
     for path in ("python_docs", "mine.jsonl"):
         written = compose(f"dataset.path={path}").to_dict()
         written["dataset"]["limit"] = limit
@@ -235,15 +249,21 @@ def test_a_run_that_began_before_new_tokens_were_counted_means_what_it_meant() -
     assert (config.sample_max_new_tokens, config.sample_max_length) == (None, 128)
 
 
-@pytest.mark.parametrize(("section", "key"), LEAVES, ids=[".".join(leaf) for leaf in LEAVES])
-def test_guanaco_has_the_published_value(guanaco: RunConfig, section: str, key: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "key"), LEAVES, ids=[".".join(leaf) for leaf in LEAVES]
+)
+def test_guanaco_has_the_published_value(
+    guanaco: RunConfig, section: str, key: str
+) -> None:
     assert getattr(getattr(guanaco, section), key) == GUANACO[section][key]
 
 
 @pytest.mark.parametrize(
     "key", [key for key, value in GUANACO.items() if not isinstance(value, dict)]
 )
-def test_guanaco_has_the_published_top_level_value(guanaco: RunConfig, key: str) -> None:
+def test_guanaco_has_the_published_top_level_value(
+    guanaco: RunConfig, key: str
+) -> None:
     assert getattr(guanaco, key) == GUANACO[key]
 
 
@@ -252,7 +272,9 @@ def test_guanaco_holds_no_rows_out_and_so_has_no_objective(guanaco: RunConfig) -
     assert guanaco.objectives == []
 
 
-def test_guanaco_trains_by_the_published_arguments(guanaco: RunConfig, tmp_path: Path) -> None:
+def test_guanaco_trains_by_the_published_arguments(
+    guanaco: RunConfig, tmp_path: Path
+) -> None:
     from finetune.engine.trl.arguments import training_arguments
 
     arguments = training_arguments(guanaco, tmp_path, steps=250)
@@ -313,7 +335,12 @@ def test_guanaco_adapts_as_published(guanaco: RunConfig) -> None:
 
     arguments = lora_config(guanaco.lora)
 
-    assert (arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.bias) == (
+    assert (
+        arguments.r,
+        arguments.lora_alpha,
+        arguments.lora_dropout,
+        arguments.bias,
+    ) == (
         64,
         16,
         0.1,
@@ -346,7 +373,9 @@ def test_guanaco_pads_on_the_right_with_the_end_token(
     assert tokenizer.padding_side == "right"
 
 
-def test_guanaco_asks_in_llama_2s_prompt_format(guanaco: RunConfig, tiny_base: Path) -> None:
+def test_guanaco_asks_in_llama_2s_prompt_format(
+    guanaco: RunConfig, tiny_base: Path
+) -> None:
     from finetune.model.source import BaseSource
     from finetune.model.tokenizer import load_tokenizer
 
@@ -356,7 +385,9 @@ def test_guanaco_asks_in_llama_2s_prompt_format(guanaco: RunConfig, tiny_base: P
 
     for prompt in guanaco.sample_prompts:
         chat = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        asked = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False
+        )
         assert asked == f"<s>[INST] {prompt} [/INST]"
 
 
@@ -372,9 +403,19 @@ def test_guanaco_can_be_changed_on_the_command_line() -> None:
     "overrides",
     [
         (),
-        ("lora.r=4", "lora=r8", "experiment=llama2_guanaco", "optimizer.learning_rate=1e-3"),
+        (
+            "lora.r=4",
+            "lora=r8",
+            "experiment=llama2_guanaco",
+            "optimizer.learning_rate=1e-3",
+        ),
         ("~search", "+trainer.extra.a=1", "++lora.extra.x=[1]", "lora/target=q_v"),
-        ("sample_prompts=[Hm?,'a b']", "dataset.limit=null", "model=llama3_1_8b", "lora.r=3"),
+        (
+            "sample_prompts=[Hm?,'a b']",
+            "dataset.limit=null",
+            "model=llama3_1_8b",
+            "lora.r=3",
+        ),
     ],
     ids=str,
 )

@@ -32,7 +32,9 @@ def parquet(tail: slice = slice(None), **columns: list[object]) -> bytes:
 
 def arrow_with_two_columns_of_a_name() -> bytes:
     stream = io.BytesIO()
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"])] * 2, names=["text", "text"]
+    )
     with pyarrow.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
     return stream.getvalue()
@@ -141,7 +143,9 @@ def test_a_bad_file_is_refused_in_one_line(
     require_refusal(settings, str(file), says)
 
 
-def require_refusal(settings: Settings, path: str, says: str, **changes: object) -> None:
+def require_refusal(
+    settings: Settings, path: str, says: str, **changes: object
+) -> None:
     with pytest.raises(ConfigError) as refused:
         load_all_rows("dataset.path", settings(path=path, **changes))
     message = str(refused.value)
@@ -193,9 +197,15 @@ def test_a_dictionary_of_data_sets_without_its_list_is_refused(
     ("url", "says"),
     [
         ("memory://none.jsonl", "there is no such file"),
-        ("s3://bucket/rows.jsonl", "s3:// needs another package (Install s3fs to access S3)"),
+        (
+            "s3://bucket/rows.jsonl",
+            "s3:// needs another package (Install s3fs to access S3)",
+        ),
         ("gs://bucket/rows.jsonl", "gs:// needs another package (…gcsfs…)"),
-        ("nothing://rows.jsonl", "can't be opened (ValueError: Protocol not known: nothing)"),
+        (
+            "nothing://rows.jsonl",
+            "can't be opened (ValueError: Protocol not known: nothing)",
+        ),
         ("memory://rows.xml", f"must be a {FILE_TYPES}"),
         ("memory://bad.jsonl", "line 1 is no JSON object; …"),
         ("file:///none/rows.jsonl", "no such file or folder; allowed: …"),
@@ -218,15 +228,23 @@ def test_a_file_of_a_folder_that_cant_be_opened_is_refused(
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(ConfigError) as refused:
         load_all_rows("dataset.path", settings(path=str(tmp_path)))
-    expected = f"dataset.path={tmp_path}/a.jsonl: can't be read (No such file or directory)"
+    expected = (
+        f"dataset.path={tmp_path}/a.jsonl: can't be read (No such file or directory)"
+    )
     assert str(refused.value) == expected
 
 
 @pytest.mark.parametrize(
     ("encoding", "says"),
     [
-        ("utf-16", "line 1 is not UTF-16 text; it is UTF-8: dataset.encoding=null reads it"),
-        ("ascii", "line 1 is not ASCII text; it is UTF-8: dataset.encoding=null reads it"),
+        (
+            "utf-16",
+            "line 1 is not UTF-16 text; it is UTF-8: dataset.encoding=null reads it",
+        ),
+        (
+            "ascii",
+            "line 1 is not ASCII text; it is UTF-8: dataset.encoding=null reads it",
+        ),
     ],
 )
 def test_an_encoding_that_the_file_does_not_have_is_refused(
@@ -242,7 +260,9 @@ def test_a_name_of_no_text_encoding_is_refused_by_the_config(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         compose("dataset.path=rows.jsonl", f"dataset.encoding={name}")
     shown = name.strip("'")
-    assert str(refused.value).startswith(f"dataset.encoding={shown}: must be a text encoding")
+    assert str(refused.value).startswith(
+        f"dataset.encoding={shown}: must be a text encoding"
+    )
 
 
 def test_numbers_that_json_does_not_have_are_read_where_no_format_uses_them(

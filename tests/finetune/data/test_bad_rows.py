@@ -33,7 +33,11 @@ SAYS = {
 @pytest.mark.parametrize("kind", BAD_LINES)
 @pytest.mark.parametrize("is_first", [False, True])
 def test_a_bad_row_is_refused_or_skipped_counted_and_listed(
-    settings: Settings, tmp_path: Path, kind: str, is_first: bool, caplog: pytest.LogCaptureFixture
+    settings: Settings,
+    tmp_path: Path,
+    kind: str,
+    is_first: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     lines = [json.dumps(row) for row in texts(6)]
     lines.insert(0 if is_first else 3, BAD_LINES[kind])
@@ -72,13 +76,17 @@ def test_the_first_bad_rows_are_listed_and_all_are_counted(
     assert len(rows.evaluation) == 3
 
 
-def test_rows_without_a_column_of_the_group_are_bad(settings: Settings, tmp_path: Path) -> None:
+def test_rows_without_a_column_of_the_group_are_bad(
+    settings: Settings, tmp_path: Path
+) -> None:
     good = [{"text": f"good row {n}", "id": n} for n in range(5)]
     file = str(write_jsonl(tmp_path / "a.jsonl", [*good, {"text": "no id"}]))
     says = r"dataset\.group_by=id: .*row 6 has no such column; its columns: text"
     with pytest.raises(ConfigError, match=says):
         load_rows(settings(path=file, group_by="id"))
-    assert len(load_rows(settings(path=file, group_by="id", on_bad_row="skip")).train) == 5
+    assert (
+        len(load_rows(settings(path=file, group_by="id", on_bad_row="skip")).train) == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,8 @@ def test_errors_of_a_whole_file_are_refused_though_bad_rows_are_skipped(
 def test_counts_list_only_what_there_is() -> None:
     rows = Rows([], [], [], {"some": 1})
     assert rows.counts == {"train": 0, "eval": 0, "test": 0, "dropped": {"some": 1}}
-    rows = Rows([chat("a", "b")], [], [], {}, commits={"owner/name": "abc"}, notes=["a line"])
+    rows = Rows(
+        [chat("a", "b")], [], [], {}, commits={"owner/name": "abc"}, notes=["a line"]
+    )
     assert rows.counts["commits"] == {"owner/name": "abc"}
     assert rows.counts["notes"] == ["a line"]

@@ -18,7 +18,10 @@ TOKENS = re.compile(
 )
 """Special tokens as they stand in the templates' texts."""
 
-CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"place": "Oslo"}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"place": "Oslo"}},
+}
 TOOL = {
     "type": "function",
     "function": {
@@ -55,7 +58,10 @@ KINDS: dict[str, tuple[Messages, list[Any] | None]] = {
         ],
         None,
     ),
-    "tools": ([user("Qone?"), answer("", tool_calls=[CALL]), RESULT, answer("Aone.")], [TOOL]),
+    "tools": (
+        [user("Qone?"), answer("", tool_calls=[CALL]), RESULT, answer("Aone.")],
+        [TOOL],
+    ),
     "reasoning": (
         [
             user("Qone?"),
@@ -74,7 +80,10 @@ KINDS: dict[str, tuple[Messages, list[Any] | None]] = {
         ],
         None,
     ),
-    "marked": ([user("Qone?"), answer("Aone.", train=False), user("Qtwo?"), answer("Atwo.")], None),
+    "marked": (
+        [user("Qone?"), answer("Aone.", train=False), user("Qtwo?"), answer("Atwo.")],
+        None,
+    ),
     "call_at_the_end": ([user("Qone?"), answer("", tool_calls=[CALL])], [TOOL]),
     "assistant_first": ([answer("Aone."), user("Qtwo?"), answer("Atwo.")], None),
 }
@@ -88,7 +97,9 @@ def templates() -> list[str]:
     assert specification is not None
     assert specification.origin is not None
     folder = Path(specification.origin).parent / "chat_templates"
-    return sorted(str(file) for file in folder.glob("*.jinja") if "_training" not in file.stem)
+    return sorted(
+        str(file) for file in folder.glob("*.jinja") if "_training" not in file.stem
+    )
 
 
 @pytest.fixture
@@ -120,7 +131,9 @@ def encode(tokenizer: Any, kind: str) -> tuple[list[str], int]:
     encoded = Encoder(tokenizer).encode(
         {"messages": messages, **({"tools": tools} if tools else {})}
     )
-    stretches = [text for example in encoded.examples for text in learnt(example, tokenizer)]
+    stretches = [
+        text for example in encoded.examples for text in learnt(example, tokenizer)
+    ]
     return stretches, encoded.unlearnt.total()
 
 
@@ -156,7 +169,9 @@ def test_each_answer_is_learnt_whole_with_its_end_or_counted_or_refused(
         texts = [message["content"], message.get("reasoning_content", "")]
         texts += ["get_weather", "Oslo"] if "tool_calls" in message else []
         squeezed = ["".join(text.split()) for text in stretches]
-        assert any(all("".join(t.split()) in s for t in texts) for s in squeezed), message
+        assert any(all("".join(t.split()) in s for t in texts) for s in squeezed), (
+            message
+        )
 
 
 BY_HAND = {
@@ -171,7 +186,8 @@ BY_HAND = {
     },
     "qwen3": {
         "turns": [
-            f"<think>\n\n</think>\n\n{text}.<|im_end|>\n" for text in ("Aone", "Atwo", "Asix")
+            f"<think>\n\n</think>\n\n{text}.<|im_end|>\n"
+            for text in ("Aone", "Atwo", "Asix")
         ],
         "reasoning": [
             "<think>\nRone.\n</think>\n\nAone.<|im_end|>\n",
@@ -187,7 +203,11 @@ BY_HAND = {
         ],
     },
     "gemma": {
-        "turns": ["Aone.<end_of_turn>\n", "Atwo.<end_of_turn>\n", "Asix.<end_of_turn>\n"],
+        "turns": [
+            "Aone.<end_of_turn>\n",
+            "Atwo.<end_of_turn>\n",
+            "Asix.<end_of_turn>\n",
+        ],
         "system": ["Aone.<end_of_turn>\n"],
         "marked": ["Atwo.<end_of_turn>\n"],
     },
@@ -200,7 +220,9 @@ BY_HAND = {
         "assistant_first": ["Atwo.<|eot_id|>"],
     },
     "glm4moe": {
-        "turns": [f"\n<think></think>\n{text}.<|user|>" for text in ("Aone", "Atwo", "Asix")],
+        "turns": [
+            f"\n<think></think>\n{text}.<|user|>" for text in ("Aone", "Atwo", "Asix")
+        ],
         "reasoning": [
             "\n<think>Rone.</think>\nAone.<|user|>",
             "\n<think>Rtwo.</think>\nAtwo.<|user|>",
@@ -208,16 +230,20 @@ BY_HAND = {
     },
     "gptoss": {
         "turns": [
-            f"<|channel|>final<|message|>{text}.<|return|>" for text in ("Aone", "Atwo", "Asix")
+            f"<|channel|>final<|message|>{text}.<|return|>"
+            for text in ("Aone", "Atwo", "Asix")
         ]
     },
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name, kinds in BY_HAND.items() for kind in kinds]
+    ("name", "kind"),
+    [(name, kind) for name, kinds in BY_HAND.items() for kind in kinds],
 )
-def test_what_is_learnt_was_worked_out_by_hand(with_template: Any, name: str, kind: str) -> None:
+def test_what_is_learnt_was_worked_out_by_hand(
+    with_template: Any, name: str, kind: str
+) -> None:
     [file] = [file for file in templates() if Path(file).stem == name]
     assert encode(with_template(file), kind)[0] == BY_HAND[name][kind]
 
@@ -241,7 +267,9 @@ def test_fields_that_a_template_leaves_out_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "file", fixed_part(templates(), kind=lambda file: ""), ids=lambda file: Path(file).stem
+    "file",
+    fixed_part(templates(), kind=lambda file: ""),
+    ids=lambda file: Path(file).stem,
 )
 def test_what_is_remembered_of_a_template_finds_what_the_exact_search_finds(
     with_template: Any, file: str

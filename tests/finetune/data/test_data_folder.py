@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
             "train",
             "train.jsonl TRAIN.jsonl Train.JSONL my_train.jsonl train-00000-of-00002.parquet data.train.csv",
         ),
-        ("train", "train1.json trainData.json 2024-train.json my-training.json en train v2.json"),
+        (
+            "train",
+            "train1.json trainData.json 2024-train.json my-training.json en train v2.json",
+        ),
         (
             "eval",
             "validation.jsonl valid.csv val.json dev.jsonl eval.parquet evaluation.json Validation.jsonl",
@@ -56,12 +59,16 @@ def test_a_file_is_what_a_whole_word_of_its_name_says(
     for number, name in enumerate(
         re.findall(r"\S.*?\.(?:jsonl|json|csv|parquet)(?= |$)", names, re.IGNORECASE)
     ):
-        write = {".csv": write_csv, ".parquet": write_parquet}.get(Path(name).suffix, write_jsonl)
+        write = {".csv": write_csv, ".parquet": write_parquet}.get(
+            Path(name).suffix, write_jsonl
+        )
         write(folder / name, texts(2, f"file {number}"))
         rows = load_rows(settings(path=str(folder)))
         held = {"train": rows.train, "eval": rows.evaluation, "test": rows.test}
         assert marks(texts(2, f"file {number}")) <= marks(held.pop(part)), name
-        assert held.pop("train", None) is None or marks(rows.train) == marks(texts(3)), name
+        assert held.pop("train", None) is None or marks(rows.train) == marks(
+            texts(3)
+        ), name
         assert not any(held.values()), name
         (folder / name).unlink()
 
@@ -133,7 +140,12 @@ def folder_of(tmp_path: Path, **counts: int) -> Path:
             {"train": 5, "eval": [], "test": ["test"]},
             "train = train-0.jsonl, train-1.jsonl, train-2.jsonl and 2 more; test = test.jsonl",
         ),
-        ({"a": 5, "latest": 3}, {"test_fraction": 0.25}, {"train": 6, "eval": [], "test": 2}, None),
+        (
+            {"a": 5, "latest": 3},
+            {"test_fraction": 0.25},
+            {"train": 6, "eval": [], "test": 2},
+            None,
+        ),
     ],
 )
 def test_files_of_a_folder_are_the_parts_that_they_are_named_for(
@@ -148,7 +160,11 @@ def test_files_of_a_folder_are_the_parts_that_they_are_named_for(
     folder = folder_of(tmp_path, **files)
     with caplog.at_level(logging.INFO, "finetune"):
         rows = load_rows(settings(path=str(folder), **changes))
-    for name, held in (("train", rows.train), ("eval", rows.evaluation), ("test", rows.test)):
+    for name, held in (
+        ("train", rows.train),
+        ("eval", rows.evaluation),
+        ("test", rows.test),
+    ):
         expected = sizes[name]
         if isinstance(expected, int):
             assert len(held) == expected
@@ -169,14 +185,21 @@ def test_explicit_files_win_over_files_by_name_which_train_no_less_then(
     other = write_jsonl(tmp_path / "other.jsonl", texts(4, "other"))
     with caplog.at_level(logging.INFO, "finetune"):
         rows = load_rows(
-            settings(path=str(folder), eval_path=str(other), test_path=str(folder / "held.jsonl"))
+            settings(
+                path=str(folder),
+                eval_path=str(other),
+                test_path=str(folder / "held.jsonl"),
+            )
         )
     assert marks(rows.train) == marks(texts(6, "train"))
     assert marks(rows.evaluation) == marks(texts(4, "other"))
     assert marks(rows.test) == marks(texts(2, "held"))
     [line] = [line for line in caplog.messages if "train =" in line]
     assert f"eval = dataset.eval_path={other} (not used: validation.jsonl)" in line
-    assert f"test = dataset.test_path={folder / 'held.jsonl'} (not used: test.jsonl)" in line
+    assert (
+        f"test = dataset.test_path={folder / 'held.jsonl'} (not used: test.jsonl)"
+        in line
+    )
 
 
 def test_a_folder_given_for_one_part_is_its_files_of_that_name(
@@ -187,13 +210,19 @@ def test_a_folder_given_for_one_part_is_its_files_of_that_name(
     rows = load_rows(settings(path=file, eval_path=folder, test_path=folder))
     assert marks(rows.evaluation) == marks(texts(3, "validation"))
     assert marks(rows.test) == marks(texts(2, "test"))
-    assert load_rows(settings(path=folder, eval_path=folder)).evaluation == rows.evaluation
+    assert (
+        load_rows(settings(path=folder, eval_path=folder)).evaluation == rows.evaluation
+    )
 
 
 @pytest.mark.parametrize(
     ("files", "expected", "says"),
     [
-        ({"train": 4, "test": 2}, ["test"], "test.jsonl only, named for it, of 2 files"),
+        (
+            {"train": 4, "test": 2},
+            ["test"],
+            "test.jsonl only, named for it, of 2 files",
+        ),
         (
             {"train": 4, "validation": 2},
             ["train", "validation"],
@@ -247,13 +276,19 @@ def test_a_folder_to_evaluate_on_is_its_test_files_or_all(
     ],
 )
 def test_a_folder_without_files_to_train_on_or_with_doubtful_names_is_refused(
-    settings: Settings, tmp_path: Path, files: dict[str, int], changes: dict[str, str], says: str
+    settings: Settings,
+    tmp_path: Path,
+    files: dict[str, int],
+    changes: dict[str, str],
+    says: str,
 ) -> None:
     folder = folder_of(tmp_path, **files)
     changes = {key: value.format(folder) for key, value in changes.items()}
     with pytest.raises(ConfigError) as refused:
         load_rows(settings(path=str(folder), **changes))
-    assert str(refused.value).startswith(f"dataset.path={folder}: {says.format(folder)}")
+    assert str(refused.value).startswith(
+        f"dataset.path={folder}: {says.format(folder)}"
+    )
     assert "\n" not in str(refused.value)
 
 
@@ -261,13 +296,19 @@ def test_rows_of_named_files_that_also_stand_in_training_are_left_out_and_counte
     settings: Settings, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path, train=6)
-    write_jsonl(folder / "val.jsonl", texts(2, "train") + texts(3, "new") + [{"text": ""}])
+    write_jsonl(
+        folder / "val.jsonl", texts(2, "train") + texts(3, "new") + [{"text": ""}]
+    )
     write_jsonl(
         folder / "test.jsonl",
         texts(1, "train") + texts(1, "new") + texts(4, "last") + [{"text": " "}] * 2,
     )
     rows = load_rows(settings(path=str(folder)))
-    assert (len(rows.train), rows.evaluation, rows.test) == (6, texts(3, "new"), texts(4, "last"))
+    assert (len(rows.train), rows.evaluation, rows.test) == (
+        6,
+        texts(3, "new"),
+        texts(4, "last"),
+    )
     assert sorted(rows.dropped.values()) == [1, 2, 2, 2]
 
     write_jsonl(folder / "test.jsonl", texts(3, "train"))
@@ -279,9 +320,17 @@ def test_rows_of_named_files_that_also_stand_in_training_are_left_out_and_counte
     )
 
 
-def test_a_folders_validation_files_are_held_out_rows_for_the_config_too(tmp_path: Path) -> None:
+def test_a_folders_validation_files_are_held_out_rows_for_the_config_too(
+    tmp_path: Path,
+) -> None:
     folder = folder_of(tmp_path, train=6, validation=3)
-    arguments = [f"dataset.path={folder}", "dataset.eval_fraction=0", "dataset.test_fraction=0"]
+    arguments = [
+        f"dataset.path={folder}",
+        "dataset.eval_fraction=0",
+        "dataset.test_fraction=0",
+    ]
     assert compose(*arguments, "objective_at=best").objectives == ["eval/loss"]
-    assert not compose(*arguments, f"dataset.test_path={folder}/validation.jsonl").objectives
+    assert not compose(
+        *arguments, f"dataset.test_path={folder}/validation.jsonl"
+    ).objectives
     assert not compose(f"dataset.path={folder}/train.jsonl", *arguments[1:]).objectives

@@ -19,7 +19,9 @@ from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
-VOCABULARY = [f"word{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{n // 676}x" for n in range(2000)]
+VOCABULARY = [
+    f"word{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{n // 676}x" for n in range(2000)
+]
 LONG_ANSWER = "The harbour office opens at nine and closes before three."
 
 
@@ -30,7 +32,8 @@ def sentence(seed: object, count: int) -> str:
 def fillers(count: int) -> list[dict[str, Any]]:
     """Chats that belong to no other."""
     return [
-        chat(f"question {sentence(n, 6)}?", f"answer {sentence(-n - 1, 4)}") for n in range(count)
+        chat(f"question {sentence(n, 6)}?", f"answer {sentence(-n - 1, 4)}")
+        for n in range(count)
     ]
 
 
@@ -54,7 +57,11 @@ def changed_words(text: str, *positions: int) -> str:
 
 
 LONG = sentence("long", 60)
-THINKING = {"role": "assistant", "content": LONG_ANSWER, "reasoning_content": "First a thought."}
+THINKING = {
+    "role": "assistant",
+    "content": LONG_ANSWER,
+    "reasoning_content": "First a thought.",
+}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +74,15 @@ THINKING = {"role": "assistant", "content": LONG_ANSWER, "reasoning_content": "F
         (chat("何ですか!", "a"), chat("何 ですか", "b")),
         (chat("Is `x` **bold**?", "a"), chat("is x bold", "b")),
         (chat("When?", LONG_ANSWER), chat("At what time?", LONG_ANSWER.upper() + "!!")),
-        (chat("When?", LONG_ANSWER), {"messages": [*chat("Open?", "x")["messages"][:1], THINKING]}),
+        (
+            chat("When?", LONG_ANSWER),
+            {"messages": [*chat("Open?", "x")["messages"][:1], THINKING]},
+        ),
         (chat("When?", LONG_ANSWER), chat("Hi", "Hello.", "And?", LONG_ANSWER)),
-        (chat("When?", LONG_ANSWER), chat("When?", LONG_ANSWER, "And on Sunday?", "Never.")),
+        (
+            chat("When?", LONG_ANSWER),
+            chat("When?", LONG_ANSWER, "And on Sunday?", "Never."),
+        ),
         (chat(LONG, "a"), chat(changed_words(LONG, 30), "b")),
         (chat("one", LONG), chat("two", changed_words(LONG, 5, 50))),
         (chat(LONG, "a"), chat("Please: " + LONG + " Thanks a lot.", "b")),
@@ -78,7 +91,9 @@ THINKING = {"role": "assistant", "content": LONG_ANSWER, "reasoning_content": "F
         (chat("Was ist 1 + 1?", "2"), chat("was ist 1+1", "zwei")),
     ],
 )
-def test_rows_that_belong_together(first: dict[str, Any], second: dict[str, Any]) -> None:
+def test_rows_that_belong_together(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
     assert groups_of([first, *fillers(8), second]) == [[0, 9]]
 
 
@@ -102,7 +117,9 @@ def test_rows_that_belong_together(first: dict[str, Any], second: dict[str, Any]
         ({"text": LONG}, {"text": sentence("other", 60)}),
     ],
 )  # fmt: skip
-def test_rows_that_do_not_belong_together(first: dict[str, Any], second: dict[str, Any]) -> None:
+def test_rows_that_do_not_belong_together(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
     assert groups_of([first, *fillers(8), second]) == []
 
 
@@ -129,7 +146,10 @@ def test_a_shared_system_turn_ties_nothing_together() -> None:
 
 def test_a_question_or_an_answer_of_most_rows_is_an_instruction_or_a_label() -> None:
     poems = [chat("Write a poem.", sentence(n, 20)) for n in range(60)]
-    labels = [chat(f"Sort {sentence(n, 3)}", LONG_ANSWER + " Yes." * (n % 2)) for n in range(200)]
+    labels = [
+        chat(f"Sort {sentence(n, 3)}", LONG_ANSWER + " Yes." * (n % 2))
+        for n in range(200)
+    ]
     assert groups_of(poems) == groups_of(labels) == []
     assert find_ties([Row(row) for row in poems], [None] * 60).common_texts == 1
     assert find_ties([Row(row) for row in labels], [None] * 200).common_texts == 2
@@ -190,7 +210,9 @@ def test_no_group_is_divided_and_the_order_of_rows_does_not_matter(
 def test_work_grows_linearly_with_the_rows() -> None:
     def comparisons(count: int) -> int:
         instruction = sentence("instruction", 30)
-        texts_of_rows = [changed_words(sentence(n // 3, 40), n % 3 * 19) for n in range(count)]
+        texts_of_rows = [
+            changed_words(sentence(n // 3, 40), n % 3 * 19) for n in range(count)
+        ]
         rows = [Row(chat(f"{instruction} {text}", "yes")) for text in texts_of_rows]
         ties = find_ties(rows, [None] * count)
         assert len(set(ties.groups(count))) == count // 3
@@ -216,7 +238,19 @@ def test_the_split_of_rows_without_groups_is_as_before_groups_existed(
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", texts(20))
     rows = load_rows(settings(path=str(file), eval_fraction=0.2, test_fraction=0.25))
-    assert [row.number - 1 for row in rows.train] == [19, 12, 18, 9, 16, 13, 1, 11, 8, 7, 15]
+    assert [row.number - 1 for row in rows.train] == [
+        19,
+        12,
+        18,
+        9,
+        16,
+        13,
+        1,
+        11,
+        8,
+        7,
+        15,
+    ]
     assert [row.number - 1 for row in rows.evaluation] == [0, 10, 17, 2]
     assert [row.number - 1 for row in rows.test] == [3, 4, 6, 5, 14]
     assert not rows.notes
@@ -241,7 +275,9 @@ def test_whole_groups_are_taken_as_near_as_possible(
     members, rest = take_groups(list(range(len(groups))), groups, count)
     assert len(members) == taken
     assert sorted(members + rest) == list(range(len(groups)))
-    assert not {groups[number] for number in members} & {groups[number] for number in rest}
+    assert not {groups[number] for number in members} & {
+        groups[number] for number in rest
+    }
 
 
 def test_tied_rows_are_said_in_one_line(
@@ -259,7 +295,12 @@ def test_tied_rows_are_said_in_one_line(
 def test_twins_in_a_held_out_file_of_training_rows_are_left_out_and_counted(
     settings: Settings, tmp_path: Path
 ) -> None:
-    train = [chat("What is it?", "Red."), chat("When?", LONG_ANSWER), chat(LONG, "a"), *fillers(9)]
+    train = [
+        chat("What is it?", "Red."),
+        chat("When?", LONG_ANSWER),
+        chat(LONG, "a"),
+        *fillers(9),
+    ]
     twins = [
         chat("what is it", "Blue."),
         chat("Open?", LONG_ANSWER),
@@ -277,30 +318,51 @@ def test_twins_in_a_held_out_file_of_training_rows_are_left_out_and_counted(
     rows = load_rows(settings(path=paths["train"], eval_path=paths["eval"]))
     assert rows.evaluation == new
     assert rows.dropped == {"eval rows that also stand in training or twice": 3}
-    rows = load_rows(settings(path=paths["train"], test_path=paths["test"], eval_fraction=0.25))
+    rows = load_rows(
+        settings(path=paths["train"], test_path=paths["test"], eval_fraction=0.25)
+    )
     training = marks(rows.train)
     for row, twin in zip(train[:2], twins[:2], strict=True):
         assert (twin in rows.test) == (marks([row]).isdisjoint(training))
-    with pytest.raises(ConfigError, match=r"eval_path=.*all 3 rows also stand in training"):
+    with pytest.raises(
+        ConfigError, match=r"eval_path=.*all 3 rows also stand in training"
+    ):
         load_rows(
-            settings(path=paths["eval"], eval_path=str(write_jsonl(tmp_path / "t.jsonl", twins)))
+            settings(
+                path=paths["eval"],
+                eval_path=str(write_jsonl(tmp_path / "t.jsonl", twins)),
+            )
         )
 
 
-def test_rows_of_equal_values_stay_in_one_part(settings: Settings, tmp_path: Path) -> None:
+def test_rows_of_equal_values_stay_in_one_part(
+    settings: Settings, tmp_path: Path
+) -> None:
     rows: list[dict[str, Any]] = [
-        {**row, "dialog": {"id": n // 4} if n < 80 else None} for n, row in enumerate(fillers(100))
+        {**row, "dialog": {"id": n // 4} if n < 80 else None}
+        for n, row in enumerate(fillers(100))
     ]
     file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     for seed in range(3):
         split = load_rows(
             settings(
-                path=file, eval_fraction=0.2, test_fraction=0.1, split_seed=seed, group_by="dialog"
+                path=file,
+                eval_fraction=0.2,
+                test_fraction=0.1,
+                split_seed=seed,
+                group_by="dialog",
             )
         )
-        assert (len(split.train), len(split.evaluation), len(split.test)) == (70, 20, 10)
+        assert (len(split.train), len(split.evaluation), len(split.test)) == (
+            70,
+            20,
+            10,
+        )
         parts = [split.train, split.evaluation, split.test]
-        numbers = [{(row.number - 1) // 4 for row in part if row.number <= 80} for part in parts]
+        numbers = [
+            {(row.number - 1) // 4 for row in part if row.number <= 80}
+            for part in parts
+        ]
         assert sum(map(len, numbers)) == 20
         assert "dialog" not in split.train[0]
         line = "80 rows in 20 groups of near twins or of one dialog (dataset.group_by)"
@@ -318,7 +380,9 @@ def test_rows_of_equal_values_stay_in_one_part(settings: Settings, tmp_path: Pat
     assert split.evaluation == [chat("Newer?", "No.")]
 
 
-def test_a_group_of_nearly_all_rows_can_not_be_divided(settings: Settings, tmp_path: Path) -> None:
+def test_a_group_of_nearly_all_rows_can_not_be_divided(
+    settings: Settings, tmp_path: Path
+) -> None:
     rows = [{**row, "author": "Ana"} for row in fillers(20)]
     file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     says = (

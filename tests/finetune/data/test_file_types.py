@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 ROWS: list[Row] = [
     {"instruction": "Add 1 and 1.", "output": "2"},
-    {"instruction": "Say hello; “politely”, | please.", "output": "Good day,\nhow are you?"},
+    {
+        "instruction": "Say hello; “politely”, | please.",
+        "output": "Good day,\nhow are you?",
+    },
     {"instruction": "Was heißt “cat”?", "output": "Kätzchen;\tKatze"},
 ]
 
@@ -58,7 +61,9 @@ def write_ipc_stream(file: Path, rows: list[Row]) -> Path:
 
 
 def write_data_key(file: Path, rows: list[Row]) -> Path:
-    file.write_text(json.dumps({"version": "1.0", "data": rows, "tags": ["a"]}, indent=1))
+    file.write_text(
+        json.dumps({"version": "1.0", "data": rows, "tags": ["a"]}, indent=1)
+    )
     return file
 
 
@@ -100,7 +105,10 @@ def compress(content: bytes, suffix: str) -> bytes:
     ],
 )
 def test_a_file_of_any_type_holds_the_rows_that_were_written(
-    settings: Settings, tmp_path: Path, name: str, write: Callable[[Path, list[Row]], Path]
+    settings: Settings,
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path, list[Row]], Path],
 ) -> None:
     assert raw_rows(write(tmp_path / name, ROWS), settings) == ROWS
 
@@ -150,7 +158,10 @@ def test_a_text_file_has_a_row_for_each_line_that_is_not_blank(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("text\nhello\nworld; of | rows\n", [{"text": "hello"}, {"text": "world; of | rows"}]),
+        (
+            "text\nhello\nworld; of | rows\n",
+            [{"text": "hello"}, {"text": "world; of | rows"}],
+        ),
         ('text\n"a, b"\n\n"c\nd"\n', [{"text": "a, b"}, {"text": "c\nd"}]),
         ("text\n", []),
         ("a;b,c;d\n1;2,3;4\n", [{"a;b": "1;2", "c;d": "3;4"}]),
@@ -186,7 +197,11 @@ def test_text_is_read_by_its_mark_or_as_the_config_says(
     settings: Settings, tmp_path: Path, suffix: str, written: str, encoding: str | None
 ) -> None:
     word = "Kätzchen: “ja”"
-    contents = {".jsonl": f'{{"text": "{word}"}}\n', ".csv": f"text\n{word}\n", ".txt": f"{word}\n"}
+    contents = {
+        ".jsonl": f'{{"text": "{word}"}}\n',
+        ".csv": f"text\n{word}\n",
+        ".txt": f"{word}\n",
+    }
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(contents[suffix].encode(written))
     assert raw_rows(file, settings, encoding=encoding) == [{"text": word}]
@@ -207,7 +222,12 @@ def test_a_cell_that_holds_json_is_read_in_columns_of_chats(
 def test_columns_that_the_config_names_decide_which_cells_are_json(
     settings: Settings, tmp_path: Path
 ) -> None:
-    row = {"log": json.dumps(CHAT), "history": "[1]", "tools": "[2] and no JSON", "dialog": "[3]"}
+    row = {
+        "log": json.dumps(CHAT),
+        "history": "[1]",
+        "tools": "[2] and no JSON",
+        "dialog": "[3]",
+    }
     file = write_csv(tmp_path / "rows.csv", [row])
     chats = raw_rows(file, settings, columns={"messages": "log"}, text_field="dialog")
     assert chats == [{**row, "log": CHAT, "history": [1]}]
@@ -215,14 +235,22 @@ def test_columns_that_the_config_names_decide_which_cells_are_json(
     assert raw_rows(file, settings, columns=columns, text_field="dialog") == [row]
 
 
-def test_one_row_on_one_line_of_a_json_file_stays_a_row(settings: Settings, tmp_path: Path) -> None:
+def test_one_row_on_one_line_of_a_json_file_stays_a_row(
+    settings: Settings, tmp_path: Path
+) -> None:
     file = tmp_path / "rows.json"
-    for row in ({"messages": CHAT}, {"text": "a", "parts": [{"n": 1}]}, {"a": 1, "b": [1]}):
+    for row in (
+        {"messages": CHAT},
+        {"text": "a", "parts": [{"n": 1}]},
+        {"a": 1, "b": [1]},
+    ):
         file.write_text(json.dumps(row))
         assert raw_rows(file, settings) == [row]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv.gz", "rows.parquet", "rows.feather"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.csv.gz", "rows.parquet", "rows.feather"]
+)
 @pytest.mark.parametrize("protocol", ["memory", "file"])
 def test_a_url_is_opened_by_fsspec(
     settings: Settings, tmp_path: Path, protocol: str, name: str
@@ -278,15 +306,21 @@ def test_notes_and_compressed_copies_beside_data_files_are_no_rows(
     assert load_all_rows("dataset.path", settings(path=str(folder))) == texts(2)
     (folder / "a.jsonl").unlink()
     (folder / "a.jsonl.gz").unlink()
-    assert load_all_rows("dataset.path", settings(path=str(folder))) == texts(3, "saved")
+    assert load_all_rows("dataset.path", settings(path=str(folder))) == texts(
+        3, "saved"
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.parquet"]
 )
-def test_rows_are_read_one_by_one(settings: Settings, tmp_path: Path, name: str) -> None:
+def test_rows_are_read_one_by_one(
+    settings: Settings, tmp_path: Path, name: str
+) -> None:
     rows = texts(60_000, "a row that is long enough to be seen in memory " * 4)
-    write = {".csv": write_csv, ".parquet": write_parquet}.get(Path(name).suffix, write_jsonl)
+    write = {".csv": write_csv, ".parquet": write_parquet}.get(
+        Path(name).suffix, write_jsonl
+    )
     file = write(tmp_path / name, rows)
     size = sum(len(row["text"]) for row in rows)
     del rows

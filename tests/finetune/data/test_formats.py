@@ -18,11 +18,21 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
     [
         ({"text": "Just text."}, [{"text": "Just text."}]),
         (
-            {"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]},
+            {
+                "messages": [
+                    {"role": "user", "content": Q},
+                    {"role": "assistant", "content": A},
+                ]
+            },
             asked(Q, A),
         ),
         (
-            {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": Q},
+                    {"from": "gpt", "value": A},
+                ]
+            },
             asked(Q, A),
         ),
         (
@@ -44,7 +54,10 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
         ),
         ({"instruction": Q, "output": A}, asked(Q, A)),
         ({"instruction": Q, "input": "", "output": A}, asked(Q, A)),
-        ({"instruction": Q, "input": "Of five.", "output": A}, asked(f"{Q}\n\nOf five.", A)),
+        (
+            {"instruction": Q, "input": "Of five.", "output": A},
+            asked(f"{Q}\n\nOf five.", A),
+        ),
         ({"instruction": Q, "output": A, "text": "both, rendered"}, asked(Q, A)),
     ],
     ids=[
@@ -73,7 +86,9 @@ def test_a_named_format_and_text_field_win_over_what_would_be_found_out(
     file = write_jsonl(
         tmp_path / "rows.jsonl", [{"instruction": Q, "output": A, "body": "Just text."}]
     )
-    rows = load_all_rows("dataset.path", settings(path=str(file), format="text", text_field="body"))
+    rows = load_all_rows(
+        "dataset.path", settings(path=str(file), format="text", text_field="body")
+    )
     assert rows == [{"text": "Just text."}]
 
 
@@ -82,10 +97,14 @@ def test_keeps_the_system_turn_and_cuts_what_follows_the_last_answer(
 ) -> None:
     turns = [("system", "Be short."), ("human", Q), ("gpt", A), ("human", "And then?")]
     file = write_jsonl(
-        tmp_path / "rows.jsonl", [{"conversations": [{"from": f, "value": v} for f, v in turns]}]
+        tmp_path / "rows.jsonl",
+        [{"conversations": [{"from": f, "value": v} for f, v in turns]}],
     )
     [row] = load_all_rows("dataset.path", settings(path=str(file)))
-    assert row["messages"] == [{"role": "system", "content": "Be short."}, *chat(Q, A)["messages"]]
+    assert row["messages"] == [
+        {"role": "system", "content": "Be short."},
+        *chat(Q, A)["messages"],
+    ]
     assert first_prompt(row).text == Q
 
 
@@ -101,7 +120,10 @@ def test_keeps_the_system_turn_and_cuts_what_follows_the_last_answer(
         (chat(Q, A), [chat(Q), {"messages": []}]),
         (chat(Q, A), [chat(Q, ""), chat(Q, " ", "Really?", "\n")]),
         (
-            {"prompt": chat(Q)["messages"], "completion": [{"role": "assistant", "content": A}]},
+            {
+                "prompt": chat(Q)["messages"],
+                "completion": [{"role": "assistant", "content": A}],
+            },
             [{"prompt": chat(Q)["messages"], "completion": []}],
         ),
     ],

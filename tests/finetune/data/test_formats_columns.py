@@ -10,7 +10,10 @@ from support.rows import A, Q, asked, chat
 
 ASKED = {"role": "user", "content": Q}
 ANSWERED = {"role": "assistant", "content": A}
-EARLIER = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, Bo."}]
+EARLIER = [
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello, Bo."},
+]
 PAIRS = [
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -67,7 +70,11 @@ def test_text_alone_is_plain_text(row: Row, text: str) -> None:
 
 
 def test_columns_that_are_not_used_are_named_once_whatever_row_has_them() -> None:
-    rows = [{**chat(Q, A), "a": 1}, {**chat(Q, A), "b": 2, "a": 1}, {**chat(Q, A), "c": None}]
+    rows = [
+        {**chat(Q, A), "a": 1},
+        {**chat(Q, A), "b": 2, "a": 1},
+        {**chat(Q, A), "c": None},
+    ]
     line = "dataset.path=rows.jsonl: format chat (messages); not used: a, b"
     assert format_line(*rows) == line
 
@@ -88,7 +95,15 @@ def test_the_same_line_is_not_repeated_for_another_path() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(4, "4"), (-1, "-1"), (0, "0"), (2.0, "2"), (True, "true"), (False, "false"), ("b", "b")],
+    [
+        (4, "4"),
+        (-1, "-1"),
+        (0, "0"),
+        (2.0, "2"),
+        (True, "true"),
+        (False, "false"),
+        ("b", "b"),
+    ],
 )
 @pytest.mark.parametrize(
     "pair", [("text", "label"), ("prompt", "completion"), ("instruction", "output")]
@@ -104,11 +119,15 @@ def test_a_class_is_written_by_its_name() -> None:
 
     from finetune.data.class_names import class_names
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}
+    )
     rows = Dataset.from_dict({"text": [Q, Q], "label": [1, 0]}, features=features)
     _, converter = open_converter()
     names = class_names(rows)
-    contents = [converter.convert(row, "x", n, names) for n, row in enumerate(rows, start=1)]
+    contents = [
+        converter.convert(row, "x", n, names) for n, row in enumerate(rows, start=1)
+    ]
     assert contents == asked(Q, "good") + asked(Q, "bad")
     assert class_names([{"label": 1}]) == {}
 
@@ -123,8 +142,14 @@ def test_a_class_is_written_by_its_name() -> None:
         ({"completion": "antwort"}, {"question": Q, "antwort": A}),
         ({"prompt": "frage"}, {"frage": Q, "answer": A}),
         ({"completion": "antwort"}, {"instruction": Q, "input": "", "antwort": A}),
-        ({"prompt": "prompt", "completion": "chosen"}, {"prompt": Q, "chosen": A, "rejected": "5"}),
-        ({"prompt": "text", "completion": "stars"}, {"text": Q, "stars": A, "label": 3}),
+        (
+            {"prompt": "prompt", "completion": "chosen"},
+            {"prompt": Q, "chosen": A, "rejected": "5"},
+        ),
+        (
+            {"prompt": "text", "completion": "stars"},
+            {"text": Q, "stars": A, "label": 3},
+        ),
     ],
 )
 def test_columns_of_any_name(columns: dict[str, str], row: Row) -> None:
@@ -132,7 +157,8 @@ def test_columns_of_any_name(columns: dict[str, str], row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    "pairs", [[["Hello.", "Hello, Bo."]], json.dumps([["Hello.", "Hello, Bo."]]), EARLIER]
+    "pairs",
+    [[["Hello.", "Hello, Bo."]], json.dumps([["Hello.", "Hello, Bo."]]), EARLIER],
 )
 @pytest.mark.parametrize(
     "row",
@@ -149,7 +175,9 @@ def test_columns_of_any_name(columns: dict[str, str], row: Row) -> None:
 def test_history_and_system_stand_before_the_prompt(row: Row, pairs: Any) -> None:
     system = {"role": "system", "content": "Be short."}
     turns = [system, *EARLIER, ASKED, ANSWERED]
-    assert convert({**row, "system": "Be short.", "history": pairs}) == [{"messages": turns}]
+    assert convert({**row, "system": "Be short.", "history": pairs}) == [
+        {"messages": turns}
+    ]
 
 
 def test_columns_may_name_system_history_and_tools() -> None:
@@ -170,7 +198,9 @@ def test_columns_may_name_system_history_and_tools() -> None:
 
 def test_answers_within_a_prompt_are_learnt_as_in_every_chat() -> None:
     [content] = convert({"prompt": [*EARLIER, ASKED], "completion": [ANSWERED]})
-    answers = [message for message in content["messages"] if message["role"] == "assistant"]
+    answers = [
+        message for message in content["messages"] if message["role"] == "assistant"
+    ]
     assert [answer.get("train", True) for answer in answers] == [True, True]
 
 
@@ -179,7 +209,11 @@ def test_answers_within_a_prompt_are_learnt_as_in_every_chat() -> None:
     [
         ("{{title}}: {{body}}", {"title": "T", "body": "B", "answer": A}, "T: B"),
         ("{{ question }}", {"question": Q, "completion": A}, Q),
-        ("{% if note %}{{note}} {% endif %}{{q}}", {"q": Q, "note": None, "label": A}, Q),
+        (
+            "{% if note %}{{note}} {% endif %}{{q}}",
+            {"q": Q, "note": None, "label": A},
+            Q,
+        ),
         ("{{ choices | join(', ') }}", {"choices": ["a", "b"], "answer": A}, "a, b"),
         ("{{ a + b }}?", {"a": 1, "b": 2, "output": A}, "3?"),
         ("{{ t | default('none') }}", {"answer": A}, "none"),

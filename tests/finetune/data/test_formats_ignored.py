@@ -56,7 +56,10 @@ def test_names_of_the_common_form_may_be_ignored_where_no_row_has_them() -> None
 
 
 def test_the_ignored_field_may_stand_in_any_row() -> None:
-    assert convert(chat(Q, A), {**chat(Q, A), "note": 1}, ignore=["note"]) == asked(Q, A) * 2
+    assert (
+        convert(chat(Q, A), {**chat(Q, A), "note": 1}, ignore=["note"])
+        == asked(Q, A) * 2
+    )
 
 
 def test_the_ignored_key_may_stand_in_messages_that_are_json_text() -> None:

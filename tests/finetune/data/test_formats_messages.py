@@ -45,8 +45,14 @@ def test_content_without_text_is_the_empty_text(role: str, content: object) -> N
         ({"reasoning_content": "Why?"}, {"reasoning_content": "Why?"}),
         ({"thinking": "Why?"}, {"thinking": "Why?"}),
         ({"reasoning": "Why?"}, {"reasoning_content": "Why?"}),
-        ({"reasoning": "Why?", "reasoning_content": "Why?"}, {"reasoning_content": "Why?"}),
-        ({"thinking": "a", "reasoning_content": "b"}, {"thinking": "a", "reasoning_content": "b"}),
+        (
+            {"reasoning": "Why?", "reasoning_content": "Why?"},
+            {"reasoning_content": "Why?"},
+        ),
+        (
+            {"thinking": "a", "reasoning_content": "b"},
+            {"thinking": "a", "reasoning_content": "b"},
+        ),
         ({"name": "Ana"}, {"name": "Ana"}),
         ({"mood": "glad"}, {"mood": "glad"}),
         ({"tool_call_id": "c0"}, {"tool_call_id": "c0"}),
@@ -55,7 +61,10 @@ def test_content_without_text_is_the_empty_text(role: str, content: object) -> N
         ({"weight": 0.0}, {"train": False}),
         ({"train": True}, {}),
         ({"weight": 1}, {}),
-        ({"reasoning_content": None, "thinking": "", "tool_calls": [], "name": None}, {}),
+        (
+            {"reasoning_content": None, "thinking": "", "tool_calls": [], "name": None},
+            {},
+        ),
         ({"id": "m1", "index": 3, "type": "message"}, {}),
     ],
 )
@@ -91,7 +100,9 @@ def test_a_chat_of_which_no_answer_is_to_be_learnt_is_left_out(mark: Row) -> Non
     ],
 )
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
-def test_another_word_for_a_role_is_that_role(word: str, role: str, keys: tuple[str, str]) -> None:
+def test_another_word_for_a_role_is_that_role(
+    word: str, role: str, keys: tuple[str, str]
+) -> None:
     first = dict(zip(keys, (word, "Said."), strict=True))
     [row] = convert({"messages": [first, ASKED, ANSWERED]})
     assert row["messages"] == [{"role": role, "content": "Said."}, ASKED, ANSWERED]
@@ -114,7 +125,12 @@ def test_another_word_for_a_role_is_that_role(word: str, role: str, keys: tuple[
         {
             "messages": '[{"role": "user", "content": "How many?"}, {"from": "gpt", "value": "Four."}]'
         },
-        {"messages": [{**ASKED, "from": "human", "value": Q}, {**ANSWERED, "from": "gpt"}]},
+        {
+            "messages": [
+                {**ASKED, "from": "human", "value": Q},
+                {**ANSWERED, "from": "gpt"},
+            ]
+        },
     ],
     ids=[
         "null_messages",
@@ -142,7 +158,10 @@ def test_rows_of_one_path_may_call_their_chat_messages_or_conversations() -> Non
         ({**chat(Q, A), "system_prompt": "Be short."}, "Be short."),
         ({**said(("human", Q), ("gpt", A)), "system": "Be short."}, "Be short."),
         (
-            {**said(("system", "Be short."), ("human", Q), ("gpt", A)), "system": "Be short. "},
+            {
+                **said(("system", "Be short."), ("human", Q), ("gpt", A)),
+                "system": "Be short. ",
+            },
             "Be short.",
         ),
         ({**chat(Q, A), "system": None, "system_prompt": "Be short."}, "Be short."),
@@ -151,7 +170,11 @@ def test_rows_of_one_path_may_call_their_chat_messages_or_conversations() -> Non
 )
 def test_the_system_column_is_the_first_message(row: Row, system: str) -> None:
     [content] = convert(row)
-    assert content["messages"] == [{"role": "system", "content": system}, ASKED, ANSWERED]
+    assert content["messages"] == [
+        {"role": "system", "content": system},
+        ASKED,
+        ANSWERED,
+    ]
 
 
 def test_what_follows_the_last_answer_is_cut() -> None:

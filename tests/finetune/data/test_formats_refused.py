@@ -186,7 +186,9 @@ CONFIG: list[tuple[str, dict[str, Any], Row, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "row", "says"), [case[1:] for case in CONFIG], ids=[case[0] for case in CONFIG]
+    ("changes", "row", "says"),
+    [case[1:] for case in CONFIG],
+    ids=[case[0] for case in CONFIG],
 )
 def test_a_key_that_does_not_fit_the_rows_is_refused_in_one_line(
     changes: dict[str, Any], row: Row, says: str
@@ -199,10 +201,16 @@ def test_a_number_that_is_no_class_is_refused_with_the_classes() -> None:
     from support.conversion import open_converter
 
     _, converter = open_converter()
-    with pytest.raises(ConfigError, match=r"row 7: field 'label' is -1.*classes: bad, good"):
-        converter.convert({"text": Q, "label": -1}, "rows.jsonl", 7, {"label": ["bad", "good"]})
+    with pytest.raises(
+        ConfigError, match=r"row 7: field 'label' is -1.*classes: bad, good"
+    ):
+        converter.convert(
+            {"text": Q, "label": -1}, "rows.jsonl", 7, {"label": ["bad", "good"]}
+        )
 
 
 def test_columns_that_the_config_names_win_over_the_shape_of_preferences() -> None:
     row = {"prompt": Q, "chosen": A, "rejected": "5"}
-    assert convert(row, columns={"prompt": "prompt", "completion": "chosen"}) == asked(Q, A)
+    assert convert(row, columns={"prompt": "prompt", "completion": "chosen"}) == asked(
+        Q, A
+    )

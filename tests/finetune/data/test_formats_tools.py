@@ -32,14 +32,20 @@ TOOL = {"type": "function", "function": SCHEMA}
         (CALL, [CALL]),
         ([{"name": "count", "parameters": ARGUMENTS}], [CALL]),
         ([{"function": {"name": "count", "arguments": json.dumps(ARGUMENTS)}}], [CALL]),
-        ([{"function": {"name": "count", "arguments": {**ARGUMENTS, "in": None}}}], [CALL]),
+        (
+            [{"function": {"name": "count", "arguments": {**ARGUMENTS, "in": None}}}],
+            [CALL],
+        ),
         (json.dumps([CALL]), [CALL]),
         ([CALL, CALL], [CALL, CALL]),
         (
             [{"name": "count", "arguments": ""}],
             [{**CALL, "function": {"name": "count", "arguments": {}}}],
         ),
-        ([{"name": "count"}], [{**CALL, "function": {"name": "count", "arguments": {}}}]),
+        (
+            [{"name": "count"}],
+            [{**CALL, "function": {"name": "count", "arguments": {}}}],
+        ),
     ],
     ids=[
         "whole",
@@ -69,13 +75,21 @@ def test_a_call_is_an_answer_with_arguments_as_an_object(
 
 def test_a_call_needs_no_content() -> None:
     [row] = convert({"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}]})
-    assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert row["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL],
+    }
 
 
 def test_the_function_call_of_old_files_is_a_call_and_its_answer_of_role_tool() -> None:
     turns = [
         ASKED,
-        {"role": "assistant", "content": None, "function_call": {**FUNCTION, "arguments": "{}"}},
+        {
+            "role": "assistant",
+            "content": None,
+            "function_call": {**FUNCTION, "arguments": "{}"},
+        },
         {"role": "function", "name": "count", "content": "4"},
         ANSWERED,
     ]
@@ -125,7 +139,16 @@ def test_sharegpt_calls_and_their_answers(
         ([{"type": "function", **SCHEMA}], [TOOL]),
         ([{**SCHEMA, "strict": None}], [TOOL]),
     ],
-    ids=["whole", "bare", "json", "json_mixed", "json_items", "one", "flat", "null_key"],
+    ids=[
+        "whole",
+        "bare",
+        "json",
+        "json_mixed",
+        "json_items",
+        "one",
+        "flat",
+        "null_key",
+    ],
 )
 @pytest.mark.parametrize("column", ["tools", "functions"])
 @pytest.mark.parametrize(
@@ -139,8 +162,12 @@ def test_sharegpt_calls_and_their_answers(
     ],
     ids=["messages", "sharegpt", "prompt", "prompt_lists", "alpaca"],
 )
-def test_tools_stand_in_the_row(tools: Any, expected: list[Row], column: str, row: Row) -> None:
-    assert convert({**row, column: tools}) == [{"messages": [ASKED, ANSWERED], "tools": expected}]
+def test_tools_stand_in_the_row(
+    tools: Any, expected: list[Row], column: str, row: Row
+) -> None:
+    assert convert({**row, column: tools}) == [
+        {"messages": [ASKED, ANSWERED], "tools": expected}
+    ]
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])

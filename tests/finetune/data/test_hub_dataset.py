@@ -24,9 +24,13 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         The folder of the hub's cache, in which tags are resolved.
     """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    write_cached(tmp_path / "datasets" / "owner___name" / "default" / "0.0.0" / COMMIT, texts(3))
+    write_cached(
+        tmp_path / "datasets" / "owner___name" / "default" / "0.0.0" / COMMIT, texts(3)
+    )
     return tmp_path / "hub"
 
 
@@ -48,18 +52,24 @@ def write_cached(folder: Path, rows: list[Row]) -> None:
 
 
 def open_hub(settings: Settings, **changes: object) -> Source:
-    return open_source("dataset.path", "owner/name", settings(path="owner/name", **changes))
+    return open_source(
+        "dataset.path", "owner/name", settings(path="owner/name", **changes)
+    )
 
 
 @pytest.mark.usefixtures("hub_cache")
 @pytest.mark.parametrize("revision", [None, COMMIT, COMMIT[:8]])
-def test_the_commit_of_a_cached_data_set_is_known(settings: Settings, revision: str | None) -> None:
+def test_the_commit_of_a_cached_data_set_is_known(
+    settings: Settings, revision: str | None
+) -> None:
     source = open_hub(settings, revision=revision)
     assert list(source.rows) == texts(3)
     assert source.commit == COMMIT
 
 
-def test_a_tag_is_resolved_by_the_cache_of_the_hub(settings: Settings, hub_cache: Path) -> None:
+def test_a_tag_is_resolved_by_the_cache_of_the_hub(
+    settings: Settings, hub_cache: Path
+) -> None:
     references = hub_cache / "datasets--owner--name" / "refs"
     references.mkdir(parents=True)
     (references / "v1").write_text(COMMIT)

@@ -27,19 +27,27 @@ def write_sources(folder: Path, **counts: int) -> dict[str, str]:
     }
 
 
-def test_a_list_of_one_source_equals_its_text(settings: Settings, tmp_path: Path) -> None:
+def test_a_list_of_one_source_equals_its_text(
+    settings: Settings, tmp_path: Path
+) -> None:
     path = write_sources(tmp_path, a=40)["a"]
     fractions = {"eval_fraction": 0.1, "test_fraction": 0.2}
     text = load_rows(settings(path=path, **fractions))
     assert load_rows(settings(path=[path], **fractions)) == text
     assert load_rows(settings(path=[SourceSettings(path=path)], **fractions)) == text
     config = compose(f"dataset.path={path}")
-    for spelling in (f"[{path}]", f"[{{path:{path}}}]", f"[{{path:{path},weight:1.0}}]"):
+    for spelling in (
+        f"[{path}]",
+        f"[{{path:{path}}}]",
+        f"[{{path:{path},weight:1.0}}]",
+    ):
         assert compose(f"dataset.path={spelling}") == config
     assert config.to_dict()["dataset"]["path"] == path
 
 
-def test_weights_say_how_often_training_rows_come(settings: Settings, tmp_path: Path) -> None:
+def test_weights_say_how_often_training_rows_come(
+    settings: Settings, tmp_path: Path
+) -> None:
     paths = write_sources(tmp_path, a=40, b=60, c=20)
     path = [
         paths["a"],
@@ -58,19 +66,27 @@ def test_weights_say_how_often_training_rows_come(settings: Settings, tmp_path: 
     times = Counter((row.source, row.number) for row in rows.train)
     in_training = Counter(row.source for row in unweighted.train)
     assert Counter(
-        times[row.source, row.number] for row in unweighted.train if row.source == paths["a"]
+        times[row.source, row.number]
+        for row in unweighted.train
+        if row.source == paths["a"]
     ) == {1: in_training[paths["a"]]}
     half_b = round(in_training[paths["b"]] / 2)
     assert Counter(
-        times[row.source, row.number] for row in unweighted.train if row.source == paths["b"]
+        times[row.source, row.number]
+        for row in unweighted.train
+        if row.source == paths["b"]
     ) == {
         2: in_training[paths["b"]] - half_b,
         3: half_b,
     }
-    assert sum(row.source == paths["c"] for row in rows.train) == round(in_training[paths["c"]] / 2)
+    assert sum(row.source == paths["c"] for row in rows.train) == round(
+        in_training[paths["c"]] / 2
+    )
 
 
-def test_drawn_rows_depend_on_split_seed_alone(settings: Settings, tmp_path: Path) -> None:
+def test_drawn_rows_depend_on_split_seed_alone(
+    settings: Settings, tmp_path: Path
+) -> None:
     paths = write_sources(tmp_path, a=30, b=30)
     path = [paths["a"], SourceSettings(path=paths["b"], weight=0.5)]
 
@@ -103,16 +119,26 @@ def test_a_limit_takes_of_each_source_its_share(
     assert said == caplog.messages
 
 
-def test_each_source_has_its_format_and_its_split_files(settings: Settings, tmp_path: Path) -> None:
+def test_each_source_has_its_format_and_its_split_files(
+    settings: Settings, tmp_path: Path
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", texts(5))
     write_jsonl(folder / "validation.jsonl", texts(2, "held"))
-    table = str(write_csv(tmp_path / "t.csv", [{"prompt": "Who?", "completion": "Ana."}]))
-    alpaca = str(write_jsonl(tmp_path / "c.jsonl", [{"instruction": "Where?", "output": "Here."}]))
+    table = str(
+        write_csv(tmp_path / "t.csv", [{"prompt": "Who?", "completion": "Ana."}])
+    )
+    alpaca = str(
+        write_jsonl(
+            tmp_path / "c.jsonl", [{"instruction": "Where?", "output": "Here."}]
+        )
+    )
     data = settings(path=[str(folder), table, alpaca], eval_fraction=0.5)
     rows = load_rows(data)
-    assert marks(rows.train) == marks([*texts(5), chat("Who?", "Ana."), chat("Where?", "Here.")])
+    assert marks(rows.train) == marks(
+        [*texts(5), chat("Who?", "Ana."), chat("Where?", "Here.")]
+    )
     assert rows.evaluation == texts(2, "held")
     assert data.holds_out
     assert len(load_all_rows("--data", data)) == 9
@@ -125,7 +151,9 @@ def test_a_mixture_on_the_command_line_and_back_from_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_sources(tmp_path, a=3, b=3)
-    config = compose("dataset.path=[a.jsonl,{path: b.jsonl,weight: 2},python_docs,owner/name]")
+    config = compose(
+        "dataset.path=[a.jsonl,{path: b.jsonl,weight: 2},python_docs,owner/name]"
+    )
     assert [source.weight for source in config.dataset.sources] == [1, 2, 1, 1]
     assert config.dataset.limit is None
     assert RunConfig.from_dict(config.to_dict()) == config
@@ -137,8 +165,14 @@ def test_a_mixture_on_the_command_line_and_back_from_a_file(
         "owner/name",
     ]
     assert compose("dataset.path=[python_docs]").dataset.limit == 240
-    assert compose("dataset.path=python_docs").to_dict()["dataset"]["path"] == "python_docs"
-    assert dataclasses.asdict(config.dataset)["path"][1] == {"path": "b.jsonl", "weight": 2.0}
+    assert (
+        compose("dataset.path=python_docs").to_dict()["dataset"]["path"]
+        == "python_docs"
+    )
+    assert dataclasses.asdict(config.dataset)["path"][1] == {
+        "path": "b.jsonl",
+        "weight": 2.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,8 +204,12 @@ def test_a_bad_list_is_refused_in_one_line(path: str, says: str) -> None:
     assert str(refused.value) == says
 
 
-def test_a_weight_that_takes_no_row_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_a_weight_that_takes_no_row_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
     paths = write_sources(tmp_path, a=8, b=8)
     path = [paths["a"], SourceSettings(path=paths["b"], weight=0.01)]
-    with pytest.raises(ConfigError, match=r"b\.jsonl: weight 0\.01 takes none of its 8 training"):
+    with pytest.raises(
+        ConfigError, match=r"b\.jsonl: weight 0\.01 takes none of its 8 training"
+    ):
         load_rows(settings(path=path))

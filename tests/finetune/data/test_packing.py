@@ -19,7 +19,9 @@ def packed_and_single(
     rows: list[Row], tokenizer: Any, settings: Settings, length: int
 ) -> tuple[Any, Any]:
     """The tokens of the same rows, several in a sequence and one by one."""
-    packed = tokenize("train", rows, tokenizer, settings(packing=True, max_length=length))
+    packed = tokenize(
+        "train", rows, tokenizer, settings(packing=True, max_length=length)
+    )
     single = tokenize("train", rows, tokenizer, settings(max_length=length))
     assert len(packed) < len(single)
     assert max(len(lengths) for lengths in packed["seq_lengths"]) > 2
@@ -43,7 +45,9 @@ def sharp_model(tiny: Callable[..., RunConfig]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"])
+@pytest.mark.parametrize(
+    "rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"]
+)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_packed_sequences_cost_what_their_rows_cost_alone(
     tiny: Callable[..., RunConfig],
@@ -59,12 +63,16 @@ def test_packed_sequences_cost_what_their_rows_cost_alone(
     together = evaluate(model, packed, batch_size, quantization)
     alone = evaluate(model, single, batch_size, quantization)
     assert together.tokens == alone.tokens
-    assert together.loss * together.tokens == pytest.approx(alone.loss * alone.tokens, rel=1e-4)
+    assert together.loss * together.tokens == pytest.approx(
+        alone.loss * alone.tokens, rel=1e-4
+    )
     assert together.accuracy == alone.accuracy
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"])
+@pytest.mark.parametrize(
+    "rows", [[*CHATS, MANY_TURNS], texts(12)], ids=["chats", "texts"]
+)
 def test_training_on_packed_sequences_takes_each_row_for_itself(
     tiny: Callable[..., RunConfig],
     tokenizer: Any,
@@ -86,8 +94,12 @@ def test_training_on_packed_sequences_takes_each_row_for_itself(
     packed, single = packed_and_single(rows, tokenizer, settings, length=256)
     config = tiny("quantization=none", "dataset.packing=true", "dataset.max_length=256")
     arguments = training_arguments(config, tmp_path, 1)
-    trainer = SFTTrainer(model, arguments, train_dataset=packed, processing_class=tokenizer)
-    set_train_sampler(trainer, EpochSampler([len(ids) for ids in packed["input_ids"]], config))
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=packed, processing_class=tokenizer
+    )
+    set_train_sampler(
+        trainer, EpochSampler([len(ids) for ids in packed["input_ids"]], config)
+    )
 
     total, count = 0.0, 0
     for batch in trainer.get_train_dataloader():
@@ -110,6 +122,10 @@ def test_packing_and_not_packing_cost_differently_if_rows_attend_to_each_other(
 
     model, quantization = sharp_model(tiny), tiny("quantization=none").quantization
     packed, single = packed_and_single(CHATS, tokenizer, settings, length=256)
-    blurred = Dataset.from_list([{**row, "seq_lengths": [len(row["input_ids"])]} for row in packed])
+    blurred = Dataset.from_list(
+        [{**row, "seq_lengths": [len(row["input_ids"])]} for row in packed]
+    )
     alone = evaluate(model, single, 1, quantization)
-    assert evaluate(model, blurred, 1, quantization).loss != pytest.approx(alone.loss, rel=1e-3)
+    assert evaluate(model, blurred, 1, quantization).loss != pytest.approx(
+        alone.loss, rel=1e-3
+    )

@@ -40,7 +40,9 @@ def test_python_docs_are_the_same_rows_whatever_the_hash_seed_and_with_torch_imp
     tmp_path: Path,
 ) -> None:
     bare = printed_by(PRINT_DOCS.format(first=""), tmp_path, PYTHONHASHSEED="1")
-    beside_torch = printed_by(PRINT_DOCS.format(first="import torch"), tmp_path, PYTHONHASHSEED="2")
+    beside_torch = printed_by(
+        PRINT_DOCS.format(first="import torch"), tmp_path, PYTHONHASHSEED="2"
+    )
 
     assert [bare[2], beside_torch[2]] == [False, True]
     assert bare[:2] == beside_torch[:2]
@@ -75,7 +77,9 @@ def test_python_docs_answers_are_unique_short_and_many() -> None:
     )  # a memory address would differ from run to run
 
 
-def test_python_docs_are_collected_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_docs_are_collected_once_in_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from finetune.data import sources
     from finetune.data.rows import load_rows
 
@@ -83,7 +87,9 @@ def test_python_docs_are_collected_once_in_a_process(monkeypatch: pytest.MonkeyP
 
     def collect() -> list[dict[str, str]]:
         collected.append(None)
-        return [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(20)]
+        return [
+            {"prompt": f"{number}?", "completion": f"{number}."} for number in range(20)
+        ]
 
     monkeypatch.setattr(sources, "question_answer_pairs", collect)
     sources.python_docs.cache_clear()

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from support.models import Row
-from support.rows import Settings, chat, texts, write_csv, write_json_list, write_parquet
+from support.rows import (
+    Settings,
+    chat,
+    texts,
+    write_csv,
+    write_json_list,
+    write_parquet,
+)
 from support.runs import write_jsonl
 
 from finetune.data.rows import load_all_rows, load_rows
@@ -22,7 +29,8 @@ TWO_CHATS = [
 
 def write_json_lines_with_byte_order_mark(file: Path, rows: list[Row]) -> Path:
     file.write_text(
-        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig"
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        encoding="utf-8-sig",
     )
     return file
 
@@ -39,7 +47,10 @@ def write_json_lines_with_byte_order_mark(file: Path, rows: list[Row]) -> Path:
     ],
 )
 def test_reads_the_same_rows_from_every_kind_of_file(
-    settings: Settings, tmp_path: Path, name: str, write: Callable[[Path, list[Row]], Path]
+    settings: Settings,
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path, list[Row]], Path],
 ) -> None:
     file = write(tmp_path / name, TWO_CHATS)
     expected = [chat(row["instruction"], row["output"]) for row in TWO_CHATS]
@@ -69,15 +80,27 @@ def test_reads_all_files_of_a_folder_in_the_order_of_their_names(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("b.jsonl", '{"text": "fine"}\n{"text": 1}\n', "row 2: field 'text' is no text but int"),
-        ("b.jsonl", '{"text": "fine"}\n\n{"text": \n', "line 3 is no whole JSON object"),
+        (
+            "b.jsonl",
+            '{"text": "fine"}\n{"text": 1}\n',
+            "row 2: field 'text' is no text but int",
+        ),
+        (
+            "b.jsonl",
+            '{"text": "fine"}\n\n{"text": \n',
+            "line 3 is no whole JSON object",
+        ),
         (
             "b.json",
             '[{"text": "fine"}, {"tekst": "b"}]',
             "row 2 has no field 'text'; its fields: tekst",
         ),
         ("b.csv", "tekst\nfine\n", "row 1 has no field 'text'; its fields: tekst"),
-        ("a.csv", "tekst\nfine\n", "row 1 has the columns of no format; its fields: tekst"),
+        (
+            "a.csv",
+            "tekst\nfine\n",
+            "row 1 has the columns of no format; its fields: tekst",
+        ),
     ],
     ids=["jsonl", "broken_line", "json", "csv", "first_file"],
 )
@@ -106,9 +129,15 @@ def test_reads_csv_cells_longer_than_the_csv_module_takes_by_default(
     ("content", "words"),
     [
         ('{"text": "fine"}\n{"text": \n', ["line 2", "no whole JSON object"]),
-        ('{"text": "fine"}\n[1]\n', ["line 2", "no JSON object", "one object on each line"]),
+        (
+            '{"text": "fine"}\n[1]\n',
+            ["line 2", "no JSON object", "one object on each line"],
+        ),
         (json.dumps({"text": "fine"}, indent=1), ["line 1", "one object on each line"]),
-        (json.dumps([{"text": "fine"}], indent=1), ["line 1", "one object on each line"]),
+        (
+            json.dumps([{"text": "fine"}], indent=1),
+            ["line 1", "one object on each line"],
+        ),
         ('{"text": "half a pair \\ud83d"}\n', ["line 1", "surrogate"]),
         ('{"body": "fine"}\n', ["dataset.text_field", "body"]),
         ('{"text": 1}\n', ["row 1", "text", "int"]),
@@ -125,7 +154,9 @@ def test_bad_files_are_refused_in_one_line_that_names_the_file_and_the_place(
     require_refusal(settings, tmp_path / "rows.jsonl", content, words)
 
 
-def require_refusal(settings: Settings, file: Path, content: str, words: list[str]) -> None:
+def require_refusal(
+    settings: Settings, file: Path, content: str, words: list[str]
+) -> None:
     """One line that has the words and the file's path."""
     file.write_text(content)
     with pytest.raises(ConfigError) as refused:
@@ -144,10 +175,16 @@ def require_refusal(settings: Settings, file: Path, content: str, words: list[st
         ),
         (
             '[{"text": "fine"},\n "text"]',
-            ["row 2 is no JSON object", "a list of objects, or one object on each line"],
+            [
+                "row 2 is no JSON object",
+                "a list of objects, or one object on each line",
+            ],
         ),
         ('[\n{"text": "a"},\n{"text" "b"}]', ["line 3 is broken JSON"]),
-        ('[{"text": "fine"},\n{"text": "half a pair \\ud83d"}]', ["row 2", "surrogate"]),
+        (
+            '[{"text": "fine"},\n{"text": "half a pair \\ud83d"}]',
+            ["row 2", "surrogate"],
+        ),
     ],
     ids=["one_object", "item", "broken", "surrogate"],
 )

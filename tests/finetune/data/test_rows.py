@@ -36,7 +36,9 @@ def test_held_out_rows_are_fixed_by_split_seed_and_by_nothing_else(
     file = write_jsonl(tmp_path / "rows.jsonl", texts(60))
 
     def held_out(**changes: Any) -> tuple[list[Row], list[Row]]:
-        rows = load_rows(settings(path=str(file), eval_fraction=0.1, test_fraction=0.1, **changes))
+        rows = load_rows(
+            settings(path=str(file), eval_fraction=0.1, test_fraction=0.1, **changes)
+        )
         assert not marks(rows.train) & marks(rows.evaluation + rows.test)
         return rows.evaluation, rows.test
 
@@ -97,19 +99,29 @@ def test_own_files_are_held_out_whole_and_win_over_the_fractions(
     assert rows.test == texts(6, "test")
 
 
-def test_an_own_file_may_have_another_format(settings: Settings, tmp_path: Path) -> None:
+def test_an_own_file_may_have_another_format(
+    settings: Settings, tmp_path: Path
+) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "a", "output": "b"}])
     held = write_csv(tmp_path / "eval.csv", [{"prompt": Q, "completion": A}])
-    assert load_rows(settings(path=str(train), eval_path=str(held))).evaluation == asked(Q, A)
+    assert load_rows(
+        settings(path=str(train), eval_path=str(held))
+    ).evaluation == asked(Q, A)
 
 
 def test_held_out_rows_that_also_stand_in_training_are_left_out_and_counted(
     settings: Settings, tmp_path: Path
 ) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", texts(6))
-    evaluation = write_jsonl(tmp_path / "eval.jsonl", texts(2) + texts(3, "new") + texts(1, "new"))
-    test = write_jsonl(tmp_path / "test.jsonl", texts(1) + texts(1, "new") + texts(4, "last"))
-    rows = load_rows(settings(path=str(train), eval_path=str(evaluation), test_path=str(test)))
+    evaluation = write_jsonl(
+        tmp_path / "eval.jsonl", texts(2) + texts(3, "new") + texts(1, "new")
+    )
+    test = write_jsonl(
+        tmp_path / "test.jsonl", texts(1) + texts(1, "new") + texts(4, "last")
+    )
+    rows = load_rows(
+        settings(path=str(train), eval_path=str(evaluation), test_path=str(test))
+    )
     assert len(rows.train) == 6
     assert rows.evaluation == texts(3, "new")
     assert rows.test == texts(4, "last")
@@ -123,9 +135,18 @@ def test_twins_of_training_rows_are_never_held_out_by_a_fraction(
     file = write_jsonl(tmp_path / "rows.jsonl", texts(30) + texts(15))
     for split_seed in range(5):
         rows = load_rows(
-            settings(path=str(file), eval_fraction=0.3, test_fraction=0.2, split_seed=split_seed)
+            settings(
+                path=str(file),
+                eval_fraction=0.3,
+                test_fraction=0.2,
+                split_seed=split_seed,
+            )
         )
-        train, evaluation, test = marks(rows.train), marks(rows.evaluation), marks(rows.test)
+        train, evaluation, test = (
+            marks(rows.train),
+            marks(rows.evaluation),
+            marks(rows.test),
+        )
         assert not train & evaluation
         assert not train & test
         assert not evaluation & test
@@ -139,7 +160,9 @@ def test_rows_cut_off_by_limit_do_not_come_back_as_held_out(
     train = write_jsonl(tmp_path / "train.jsonl", texts(20))
     evaluation = write_jsonl(tmp_path / "eval.jsonl", texts(20) + texts(2, "new"))
     for limit in (1, 10, None):
-        rows = load_rows(settings(path=str(train), eval_path=str(evaluation), limit=limit))
+        rows = load_rows(
+            settings(path=str(train), eval_path=str(evaluation), limit=limit)
+        )
         assert rows.evaluation == texts(2, "new")
 
 
@@ -148,7 +171,8 @@ def test_test_rows_stay_the_same_whatever_is_held_out_for_evaluation(
 ) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", texts(40)))
     few, many = (
-        load_rows(settings(path=file, eval_fraction=part, test_fraction=0.2)) for part in (0.1, 0.4)
+        load_rows(settings(path=file, eval_fraction=part, test_fraction=0.2))
+        for part in (0.1, 0.4)
     )
     assert few.test == many.test
 
@@ -166,7 +190,8 @@ def test_a_split_that_leaves_nothing_is_refused_by_its_key(
 
 
 @pytest.mark.parametrize(
-    ("limit", "says"), [(1200, ["1,200 of 1,500 rows (dataset.limit)"]), (1500, []), (None, [])]
+    ("limit", "says"),
+    [(1200, ["1,200 of 1,500 rows (dataset.limit)"]), (1500, []), (None, [])],
 )
 def test_a_limit_that_cuts_is_said(
     settings: Settings,
@@ -208,7 +233,10 @@ def test_the_fingerprint_changes_with_any_row_of_any_part_and_only_then() -> Non
         return Rows(texts(3), [chat(Q, A)], [chat(Q, "Five.")], {})
 
     assert rows().fingerprint == rows().fingerprint
-    assert rows().fingerprint == dataclasses.replace(rows(), dropped={"some": 3}).fingerprint
+    assert (
+        rows().fingerprint
+        == dataclasses.replace(rows(), dropped={"some": 3}).fingerprint
+    )
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     changed = [
         dataclasses.replace(rows(), train=texts(2)),

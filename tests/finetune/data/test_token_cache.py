@@ -33,7 +33,9 @@ def test_the_same_rows_are_tokenised_once(
     Dataset.from_list(other).save_to_disk(str(kept))
     touched = tokens.stat().st_mtime_ns
     assert tokenize("eval", CHATS, tokenizer, settings()).to_list() == other
-    assert tokens.stat().st_mtime_ns == touched  # nor has anything been drawn up beside it
+    assert (
+        tokens.stat().st_mtime_ns == touched
+    )  # nor has anything been drawn up beside it
     assert first != other
 
 
@@ -49,12 +51,17 @@ def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(
     assert len(_lists) == kept - 1
 
 
-def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings: Settings) -> None:
+def test_the_cache_tells_apart_all_that_changes_tokens(
+    tokenizer: Any, settings: Settings
+) -> None:
     rows = [*CHATS[:2], *texts(2)]
     usual = tokenize("train", rows, tokenizer, settings()).to_list()
     assert tokenize("train", rows[:3], tokenizer, settings()).to_list() == usual[:3]
     assert tokenize("train", rows, tokenizer, settings(max_length=9)).to_list() != usual
-    assert "seq_lengths" in tokenize("train", rows, tokenizer, settings(packing=True)).column_names
+    assert (
+        "seq_lengths"
+        in tokenize("train", rows, tokenizer, settings(packing=True)).column_names
+    )
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace("'\n'", "': '")
     assert tokenize("train", rows, tokenizer, settings()).to_list() != usual
@@ -64,11 +71,10 @@ def test_the_cache_tells_apart_all_that_changes_tokens(tokenizer: Any, settings:
 
 def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) -> None:
     tokenize("train", texts(2), tokenizer, settings())
-    tokenizer.eos_token = (
-        "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
-    )
+    tokenizer.eos_token = "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
     ends = [
-        row["input_ids"][-1] for row in tokenize("train", texts(2), tokenizer, settings()).to_list()
+        row["input_ids"][-1]
+        for row in tokenize("train", texts(2), tokenizer, settings()).to_list()
     ]
     assert ends == [tokenizer.eos_token_id] * 2
 
@@ -101,7 +107,11 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(
     ready = tmp_path / "ready"
     ready.mkdir()
     command = [sys.executable, "-c", RACE, str(tiny_base), str(ready)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     racers = [subprocess.Popen([*command, name], **pipes) for name in ("a", "b")]
     try:
         outputs = [racer.communicate(timeout=240) for racer in racers]

@@ -31,7 +31,9 @@ def learnt(row: dict[str, Any], tokenizer: Any) -> str:
 def test_the_loss_is_on_answers(
     tokenizer: Any, settings: Settings, loss_on: str, text: str
 ) -> None:
-    [row] = tokenize("train", [MANY_TURNS], tokenizer, settings(loss_on=loss_on)).to_list()
+    [row] = tokenize(
+        "train", [MANY_TURNS], tokenizer, settings(loss_on=loss_on)
+    ).to_list()
     assert learnt(row, tokenizer) == text
 
 
@@ -41,7 +43,9 @@ def test_the_loss_is_on_all_tokens(tokenizer: Any, settings: Settings) -> None:
         assert row["labels"] == row["input_ids"]
 
 
-def test_answers_that_are_marked_are_context(tokenizer: Any, settings: Settings) -> None:
+def test_answers_that_are_marked_are_context(
+    tokenizer: Any, settings: Settings
+) -> None:
     messages = [dict(message) for message in MANY_TURNS["messages"]]
     messages[1]["train"] = False
     [row] = tokenize("train", [{"messages": messages}], tokenizer, settings()).to_list()
@@ -55,22 +59,32 @@ def test_rows_that_are_cut_are_counted(
     caplog.set_level(logging.INFO)
     for _ in range(2):  # from the cache too
         caplog.clear()
-        tokens = tokenize("train", [LONG, *CHATS[:1]], tokenizer, settings(max_length=40))
+        tokens = tokenize(
+            "train", [LONG, *CHATS[:1]], tokenizer, settings(max_length=40)
+        )
         assert report_of(tokens).cut == 1
         line = "data: cut 1 of 2 train rows to dataset.max_length=40: their end is lost"
         assert line in caplog.messages
     assert len(tokens[0]["input_ids"]) == 40
 
 
-def test_rows_that_are_too_long_are_dropped_or_refused(tokenizer: Any, settings: Settings) -> None:
+def test_rows_that_are_too_long_are_dropped_or_refused(
+    tokenizer: Any, settings: Settings
+) -> None:
     rows = [Row(LONG, "f.jsonl", 7), Row(CHATS[0], "f.jsonl", 8)]
-    tokens = tokenize("train", rows, tokenizer, settings(max_length=40, on_too_long="drop"))
+    tokens = tokenize(
+        "train", rows, tokenizer, settings(max_length=40, on_too_long="drop")
+    )
     assert len(tokens) == 1
-    assert dict(report_of(tokens).left_out) == {"rows longer than dataset.max_length": 1}
+    assert dict(report_of(tokens).left_out) == {
+        "rows longer than dataset.max_length": 1
+    }
     with pytest.raises(
         ConfigError, match=r"f\.jsonl: row 7: has \d+ tokens; dataset\.max_length=40"
     ):
-        tokenize("train", rows, tokenizer, settings(max_length=40, on_too_long="refuse"))
+        tokenize(
+            "train", rows, tokenizer, settings(max_length=40, on_too_long="refuse")
+        )
 
 
 def test_a_chat_loses_its_oldest_turns_before_its_answer(
@@ -79,7 +93,9 @@ def test_a_chat_loses_its_oldest_turns_before_its_answer(
     system = {"role": "system", "content": "Be short."}
     old, last = chat("question " * 20, "Old."), chat("And now?", "New.")
     messages = [system, *old["messages"], *last["messages"]]
-    tokens = tokenize("train", [{"messages": messages}], tokenizer, settings(max_length=40))
+    tokens = tokenize(
+        "train", [{"messages": messages}], tokenizer, settings(max_length=40)
+    )
     [row] = tokens.to_list()
     text = tokenizer.decode(row["input_ids"])
     assert "Be short." in text
@@ -98,7 +114,9 @@ def test_a_folded_system_turn_stays_when_the_oldest_turns_go(
     system = {"role": "system", "content": "Be short."}
     old, last = chat("question " * 20, "Old."), chat("And now?", "New.")
     messages = [system, *old["messages"], *last["messages"]]
-    tokens = tokenize("train", [{"messages": messages}], tokenizer, settings(max_length=40))
+    tokens = tokenize(
+        "train", [{"messages": messages}], tokenizer, settings(max_length=40)
+    )
     text = tokenizer.decode(tokens[0]["input_ids"])
     assert "Be short.\n\nAnd now?" in text
     assert "question" not in text
@@ -113,7 +131,9 @@ def test_a_row_that_can_not_be_rendered_is_refused_by_its_place_or_skipped(
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     rows = [Row(CHATS[0], "f.jsonl", 1), Row(chat("boom", "A."), "f.jsonl", 2)]
-    with pytest.raises(ConfigError, match=r"^f\.jsonl: row 2: model\.chat_template: .*no boom"):
+    with pytest.raises(
+        ConfigError, match=r"^f\.jsonl: row 2: model\.chat_template: .*no boom"
+    ):
         tokenize("train", rows, tokenizer, settings())
     caplog.set_level(logging.INFO)
     tokens = tokenize("train", rows, tokenizer, settings(on_bad_row="skip"))
@@ -134,7 +154,12 @@ def test_text_that_is_rendered_already_gets_no_second_beginning_or_end(
             single=single, special_tokens=ids
         )
         encoder = Encoder(tokenizer)
-        for text in ("plain", f"{start}plain{end}", f"{start}plain{end}\n", f"plain{end}"):
+        for text in (
+            "plain",
+            f"{start}plain{end}",
+            f"{start}plain{end}\n",
+            f"plain{end}",
+        ):
             [example] = encoder.encode({"text": text}).examples
             decoded = tokenizer.decode(example.ids).strip()
             begins = start in single or text.startswith(start)
@@ -159,7 +184,9 @@ def test_fields_of_messages_that_no_template_uses_are_named_once(
 
 def test_variables_reach_the_template(tokenizer: Any, settings: Settings) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{% for", "{{ 'T' if enable_thinking is defined and enable_thinking else 'F' }}{% for", 1
+        "{% for",
+        "{{ 'T' if enable_thinking is defined and enable_thinking else 'F' }}{% for",
+        1,
     )
     texts_by_value = {}
     for value in (None, {"enable_thinking": True}, {"enable_thinking": False}):

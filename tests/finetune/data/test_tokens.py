@@ -40,7 +40,11 @@ Mistral-7B-Instruct-v0.3 does."""
 
 
 def trl_tokens(
-    tokenizer: Any, tiny_base: Path, rows: list[Row], max_length: int | None, folder: Path
+    tokenizer: Any,
+    tiny_base: Path,
+    rows: list[Row],
+    max_length: int | None,
+    folder: Path,
 ) -> list[Row]:
     """`input_ids` and `labels` as TRL's own SFTTrainer prepares them."""
     from datasets import Dataset
@@ -50,7 +54,11 @@ def trl_tokens(
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_base),
         args=SFTConfig(
-            str(folder), use_cpu=True, bf16=False, report_to="none", max_length=max_length
+            str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=max_length,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -65,10 +73,17 @@ def by_columns(row: Row) -> Row:
 
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_chats_become_the_tokens_and_labels_that_trl_makes_of_prompt_and_completion(
-    tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path, max_length: int | None
+    tokenizer: Any,
+    tiny_base: Path,
+    settings: Settings,
+    tmp_path: Path,
+    max_length: int | None,
 ) -> None:
     with_system = {
-        "messages": [{"role": "system", "content": "Be short."}, *chat(Q, A)["messages"]]
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            *chat(Q, A)["messages"],
+        ]
     }
     rows = [*CHATS, with_system]
     theirs = trl_tokens(
@@ -86,8 +101,12 @@ def test_chats_become_the_tokens_and_labels_that_trl_makes_of_prompt_and_complet
 def test_many_turns_become_trls_tokens_and_their_last_answer_trls_labels(
     tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    [theirs] = trl_tokens(tokenizer, tiny_base, [by_columns(MANY_TURNS)], None, tmp_path)
-    [ours] = tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list()
+    [theirs] = trl_tokens(
+        tokenizer, tiny_base, [by_columns(MANY_TURNS)], None, tmp_path
+    )
+    [ours] = tokenize(
+        "train", [MANY_TURNS], tokenizer, settings(max_length=None)
+    ).to_list()
     assert ours["input_ids"] == theirs["input_ids"]
     last = next(n for n, label in enumerate(theirs["labels"]) if label != IGNORED)
     assert ours["labels"][last:] == theirs["labels"][last:]
@@ -100,12 +119,19 @@ def test_where_history_is_rendered_otherwise_each_answer_is_trls_prompt_and_comp
     messages = MANY_TURNS["messages"]
     rows = [by_columns({"messages": messages[:turns]}) for turns in (2, 4, 6)]
     theirs = trl_tokens(tokenizer, tiny_base, rows, None, tmp_path)
-    assert tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list() == theirs
+    assert (
+        tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list()
+        == theirs
+    )
 
 
 @pytest.mark.parametrize("max_length", [None, 8])
 def test_text_becomes_the_tokens_and_labels_that_trl_makes_of_it(
-    tokenizer: Any, tiny_base: Path, settings: Settings, tmp_path: Path, max_length: int | None
+    tokenizer: Any,
+    tiny_base: Path,
+    settings: Settings,
+    tmp_path: Path,
+    max_length: int | None,
 ) -> None:
     rows = [*texts(3), {"text": "ends by itself<|im_end|>"}, {"text": "ünïcode, " * 9}]
     theirs = trl_tokens(tokenizer, tiny_base, rows, max_length, tmp_path)
@@ -143,7 +169,12 @@ def labelled(row: Row, tokenizer: Any) -> list[str]:
 def test_every_assistant_turn_is_labelled_with_its_end_and_nothing_else(
     tokenizer: Any, settings: Settings
 ) -> None:
-    system = {"messages": [{"role": "system", "content": "Be short."}, *MANY_TURNS["messages"]]}
+    system = {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            *MANY_TURNS["messages"],
+        ]
+    }
     for row in tokenize("train", [MANY_TURNS, system], tokenizer, settings()).to_list():
         ends = ["Two.<|im_end|>\n", "Four!<|im_end|>\n", "You are welcome.<|im_end|>\n"]
         assert labelled(row, tokenizer) == ends
@@ -165,7 +196,10 @@ def test_where_history_is_rendered_otherwise_every_answer_is_learnt_in_a_row_of_
     # What is left of the first answer begins as its reasoning does: a common prefix must not be
     # taken for an answer.
     alike = chat(
-        "1 + 1?", "<think>\nA.\n</think>\n\n<think less", "2 + 2?", "<think>\nB.\n</think>\n\nFour."
+        "1 + 1?",
+        "<think>\nA.\n</think>\n\n<think less",
+        "2 + 2?",
+        "<think>\nB.\n</think>\n\nFour.",
     )
     tokens = tokenize("train", [thinking, plain, alike], tokenizer, settings())
     rows = tokens.to_list()
@@ -227,7 +261,9 @@ def test_rows_left_out_are_counted_and_said_from_the_cache_too(
 ) -> None:
     assert (
         left_out_count(
-            tokenize("train", CHATS, tokenizer, settings(max_length=512, packing=packing))
+            tokenize(
+                "train", CHATS, tokenizer, settings(max_length=512, packing=packing)
+            )
         )
         == 0
     )
@@ -238,10 +274,15 @@ def test_rows_left_out_are_counted_and_said_from_the_cache_too(
         caplog.clear()
         counts.append(
             left_out_count(
-                tokenize("eval", CHATS, tokenizer, settings(max_length=64, packing=packing))
+                tokenize(
+                    "eval", CHATS, tokenizer, settings(max_length=64, packing=packing)
+                )
             )
         )
-        assert "left out 1 eval rows with no answer within dataset.max_length" in caplog.text
+        assert (
+            "left out 1 eval rows with no answer within dataset.max_length"
+            in caplog.text
+        )
     assert counts == [1, 1]  # the long question
 
 

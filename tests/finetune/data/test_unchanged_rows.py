@@ -15,7 +15,11 @@ from finetune.data.types import fingerprint
 
 PINNED: list[tuple[str, Row, str]] = [
     ("text", {"text": "Just text."}, "6c7afbaaa887a651"),
-    ("text_with_id", {"id": 7, "text": " Two\nlines. ", "url": None}, "3872c244985113ac"),
+    (
+        "text_with_id",
+        {"id": 7, "text": " Two\nlines. ", "url": None},
+        "3872c244985113ac",
+    ),
     (
         "messages",
         {
@@ -143,7 +147,12 @@ PINNED: list[tuple[str, Row, str]] = [
     ),
     (
         "alpaca_beside_prompt",
-        {"instruction": "How many?", "input": "", "output": "Four.", "prompt": "### rendered"},
+        {
+            "instruction": "How many?",
+            "input": "",
+            "output": "Four.",
+            "prompt": "### rendered",
+        },
         "f7849a7418b4e30c",
     ),
     (

@@ -23,7 +23,9 @@ def make_model(config: RunConfig, adapter_noise: float = 0.0) -> Any:
     from finetune.model.loading import load_base
     from finetune.model.source import find_base
 
-    model = add_adapter(load_base(find_base(config.model), config), config.lora, config.seed)
+    model = add_adapter(
+        load_base(find_base(config.model), config), config.lora, config.seed
+    )
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad and adapter_noise:
@@ -51,7 +53,9 @@ def rows() -> list[Row]:
         ids = [draw.randrange(600) for _ in range(length)]
         labels = [IGNORED] * first + ids[first:]
         if length > 30:
-            labels[first + 3 : first + 6] = [IGNORED] * len(labels[first + 3 : first + 6])
+            labels[first + 3 : first + 6] = [IGNORED] * len(
+                labels[first + 3 : first + 6]
+            )
         made.append({"input_ids": ids, "labels": labels})
     return made
 
@@ -93,20 +97,27 @@ def test_equals_transformers_own_loss_row_by_row(
     assert result.loss == pytest.approx(loss, rel=1e-6)
     assert result.accuracy == accuracy
     assert result.tokens == tokens
-    assert result.metrics("eval") == {"eval/loss": result.loss, "eval/accuracy": result.accuracy}
+    assert result.metrics("eval") == {
+        "eval/loss": result.loss,
+        "eval/accuracy": result.accuracy,
+    }
 
 
 def test_weighs_tokens_and_not_rows(tiny: Tiny, rows: list[Row]) -> None:
     config = tiny("quantization=none")
     model = make_model(config, adapter_noise=0.3)
     each = [measured(model, [row], 1, config) for row in rows]
-    by_tokens = sum(one.loss * one.tokens for one in each) / sum(one.tokens for one in each)
+    by_tokens = sum(one.loss * one.tokens for one in each) / sum(
+        one.tokens for one in each
+    )
     by_rows = sum(one.loss for one in each) / len(each)
     assert measured(model, rows, 4, config).loss == pytest.approx(by_tokens, rel=1e-6)
     assert by_rows != pytest.approx(by_tokens, rel=1e-4)
 
 
-def test_does_not_depend_on_batch_size_or_the_order_of_rows(tiny: Tiny, rows: list[Row]) -> None:
+def test_does_not_depend_on_batch_size_or_the_order_of_rows(
+    tiny: Tiny, rows: list[Row]
+) -> None:
     config = tiny("quantization=none")
     model = make_model(config, adapter_noise=0.3)
     one = measured(model, rows, 1, config)
@@ -114,16 +125,22 @@ def test_does_not_depend_on_batch_size_or_the_order_of_rows(tiny: Tiny, rows: li
         result = measured(model, rows, batch_size, config)
         assert result.loss == pytest.approx(one.loss, rel=1e-5)
         assert (result.accuracy, result.tokens) == (one.accuracy, one.tokens)
-    assert measured(model, rows[::-1], 3, config).loss == pytest.approx(one.loss, rel=1e-5)
+    assert measured(model, rows[::-1], 3, config).loss == pytest.approx(
+        one.loss, rel=1e-5
+    )
 
 
-def test_the_same_measurement_twice_is_the_same_bit_for_bit(tiny: Tiny, rows: list[Row]) -> None:
+def test_the_same_measurement_twice_is_the_same_bit_for_bit(
+    tiny: Tiny, rows: list[Row]
+) -> None:
     config = tiny("quantization=none")
     model = make_model(config, adapter_noise=0.3)
     assert measured(model, rows, 3, config) == measured(model, rows, 3, config)
 
 
-def test_dropout_plays_no_part_though_the_model_is_training(tiny: Tiny, rows: list[Row]) -> None:
+def test_dropout_plays_no_part_though_the_model_is_training(
+    tiny: Tiny, rows: list[Row]
+) -> None:
     config = tiny("quantization=none", "lora.dropout=0.5")
     model = make_model(config, adapter_noise=0.3)
     model.train()
@@ -133,7 +150,9 @@ def test_dropout_plays_no_part_though_the_model_is_training(tiny: Tiny, rows: li
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluating", "fresh"])
-def test_leaves_the_mode_of_every_module_as_it_was(tiny: Tiny, rows: list[Row], mode: str) -> None:
+def test_leaves_the_mode_of_every_module_as_it_was(
+    tiny: Tiny, rows: list[Row], mode: str
+) -> None:
     config = tiny("lora.dropout=0.1")
     model = make_model(config)
     if mode != "fresh":
@@ -143,14 +162,18 @@ def test_leaves_the_mode_of_every_module_as_it_was(tiny: Tiny, rows: list[Row], 
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_leaves_random_numbers_weights_and_gradients_alone(tiny: Tiny, rows: list[Row]) -> None:
+def test_leaves_random_numbers_weights_and_gradients_alone(
+    tiny: Tiny, rows: list[Row]
+) -> None:
     import numpy
     import torch
 
     config = tiny("lora.dropout=0.1")
     model = make_model(config)
     model.train()
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    weights = {
+        name: weight.detach().clone() for name, weight in model.named_parameters()
+    }
     states = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
     measured(model, rows, 4, config)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -163,17 +186,23 @@ def test_leaves_random_numbers_weights_and_gradients_alone(tiny: Tiny, rows: lis
     assert not torch.is_inference_mode_enabled()
 
 
-def test_accuracy_is_the_share_of_tokens_that_the_model_would_choose(tiny: Tiny) -> None:
+def test_accuracy_is_the_share_of_tokens_that_the_model_would_choose(
+    tiny: Tiny,
+) -> None:
     import torch
 
     config = tiny("quantization=none")
     model = make_model(config, adapter_noise=0.3)
     ids = [5, 300, 41, 77, 120, 9]
     with torch.no_grad():
-        chosen = model.eval()(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        chosen = (
+            model.eval()(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        )
     wrong = (chosen[3] + 1) % 600
     right_three_of_four = [IGNORED, chosen[0], chosen[1], chosen[2], wrong, IGNORED]
-    result = measured(model, [{"input_ids": ids, "labels": right_three_of_four}], 1, config)
+    result = measured(
+        model, [{"input_ids": ids, "labels": right_three_of_four}], 1, config
+    )
     assert (result.accuracy, result.tokens) == (0.75, 4)
     shifted = {
         "input_ids": ids,
@@ -185,11 +214,15 @@ def test_accuracy_is_the_share_of_tokens_that_the_model_would_choose(tiny: Tiny)
 def test_of_rows_that_count_wholly_the_first_token_is_not_predicted(tiny: Tiny) -> None:
     config = tiny("quantization=none")
     model = make_model(config, adapter_noise=0.3)
-    whole: list[Row] = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in (2, 5, 12)]
+    whole: list[Row] = [
+        {"input_ids": list(range(n)), "labels": list(range(n))} for n in (2, 5, 12)
+    ]
     result = measured(model, whole, 2, config)
     assert result.tokens == 1 + 4 + 11
     assert result.loss == pytest.approx(reference(model, whole)[0], rel=1e-6)
-    without_first: list[Row] = [{**row, "labels": [IGNORED, *row["labels"][1:]]} for row in whole]
+    without_first: list[Row] = [
+        {**row, "labels": [IGNORED, *row["labels"][1:]]} for row in whole
+    ]
     assert measured(model, without_first, 2, config) == result
 
 
@@ -199,7 +232,10 @@ def test_padding_with_the_end_token_hides_no_end_token(tiny: Tiny) -> None:
     end = 1
     rows: list[Row] = [
         {"input_ids": [7, 8, 9, end], "labels": [IGNORED, 8, 9, end]},
-        {"input_ids": [end, 0, end, end, end, 5], "labels": [IGNORED, 0, end, end, end, 5]},
+        {
+            "input_ids": [end, 0, end, end, end, 5],
+            "labels": [IGNORED, 0, end, end, end, 5],
+        },
     ]
     result = measured(model, rows, 2, config)
     assert result.tokens == 8
@@ -216,7 +252,10 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     model = make_model(config, adapter_noise=0.3)
     system = [7, 8, 9, 10] * 5
     together: list[Row] = [
-        {"input_ids": system + row["input_ids"], "labels": [IGNORED] * len(system) + row["labels"]}
+        {
+            "input_ids": system + row["input_ids"],
+            "labels": [IGNORED] * len(system) + row["labels"],
+        }
         for row in rows
     ]
     assert (
@@ -227,7 +266,8 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     measured(model, together, 4, config)
     computed: list[int] = []
     model.get_base_model().model.register_forward_pre_hook(
-        lambda module, args, named: computed.append(named["input_ids"].numel()), with_kwargs=True
+        lambda module, args, named: computed.append(named["input_ids"].numel()),
+        with_kwargs=True,
     )
     result = measured(model, together, 4, config)
     assert result.loss == pytest.approx(loss, rel=1e-6)
@@ -243,7 +283,11 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
     ("ids", "first_label", "shared"),
     [
         ([[1] * 12, [1] * 12], 11, 10),  # the same rows: each still predicts its answer
-        ([[1] * 12, [1] * 11 + [2]], 4, 0),  # an answer that begins within what they share
+        (
+            [[1] * 12, [1] * 11 + [2]],
+            4,
+            0,
+        ),  # an answer that begins within what they share
         ([[1] * 12, [2] * 12], 11, 0),
         ([[1] * 12], 11, 0),  # one row shares with none
         ([[1] * 12, [1] * 9 + [2] * 5], 9, 8),
@@ -255,6 +299,7 @@ def test_no_answers_token_is_in_what_rows_share(
     from finetune.data.lengths import common_prefix_length
 
     rows = [
-        {"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]} for row in ids
+        {"input_ids": row, "labels": [IGNORED] * first_label + row[first_label:]}
+        for row in ids
     ]
     assert common_prefix_length(rows) == shared

@@ -27,7 +27,10 @@ def overfit(
     config = compose(*tiny_overrides(tiny_base), "quantization=none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        model, tokenizer = load_base(find_base(config.model), config), load_tokenizer(config)
+        model, tokenizer = (
+            load_base(find_base(config.model), config),
+            load_tokenizer(config),
+        )
         batch = collate(short_tokens(config, tokenizer).to_list(), tokenizer)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -69,20 +72,26 @@ def test_generation_stops_by_itself_although_the_padding_is_the_end_token(
         assert answers(overfit, [question], 400) == [expected]
 
 
-def test_what_ends_an_answer_is_the_end_token_itself(overfit: tuple[RunConfig, Any, Any]) -> None:
+def test_what_ends_an_answer_is_the_end_token_itself(
+    overfit: tuple[RunConfig, Any, Any],
+) -> None:
     import torch
 
     _, model, tokenizer = overfit
     question, expected = SHORT_ROWS[0]
     chat = [{"role": "user", "content": question}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     ids += tokenizer(expected)["input_ids"]
     with torch.no_grad():
         following = model.eval()(input_ids=torch.tensor([ids])).logits[0, -1]
     assert following.argmax() == tokenizer.eos_token_id
 
 
-def test_answers_of_a_batch_equal_single_answers(overfit: tuple[RunConfig, Any, Any]) -> None:
+def test_answers_of_a_batch_equal_single_answers(
+    overfit: tuple[RunConfig, Any, Any],
+) -> None:
     questions = [question for question, _ in SHORT_ROWS] + [
         "Something never seen, and rather longer than the others?"
     ]
@@ -100,7 +109,10 @@ def test_padding_is_not_attended_to(tiny: Tiny) -> None:
     from finetune.model.source import find_base
 
     config = tiny("quantization=none")
-    model, tokenizer = load_base(find_base(config.model), config), load_tokenizer(config)
+    model, tokenizer = (
+        load_base(find_base(config.model), config),
+        load_tokenizer(config),
+    )
     with torch.no_grad():  # so sharp that whatever is attended to changes what is said
         for name, weight in model.named_parameters():
             weight.mul_(1 if "norm" in name else 8)
@@ -116,7 +128,10 @@ def test_padding_is_not_attended_to(tiny: Tiny) -> None:
     ]
     assert len(set(single)) == 3
     assert min(map(len, single)) > 20
-    assert generate_answers(model, tokenizer, questions, config.quantization, **bounds) == single
+    assert (
+        generate_answers(model, tokenizer, questions, config.quantization, **bounds)
+        == single
+    )
 
 
 def test_max_length_counts_prompt_and_answer_of_each_row_by_itself(
@@ -125,7 +140,9 @@ def test_max_length_counts_prompt_and_answer_of_each_row_by_itself(
     tokenizer = overfit[2]
     (short, _), (long, _), (question, expected) = SHORT_ROWS
     chat = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     whole = tokenizer(expected)["input_ids"]
     for kept in (1, 5, len(whole)):
         cut = tokenizer.decode(whole[:kept]).strip()
@@ -159,7 +176,9 @@ def test_an_answer_keeps_both_bounds_whatever_its_prompts_length(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "generate", count)
-        answers(overfit, [prompt], None if room is None else len(ids) + room, max_new_tokens)
+        answers(
+            overfit, [prompt], None if room is None else len(ids) + room, max_new_tokens
+        )
 
     assert written == [expected]
 
@@ -199,10 +218,13 @@ def test_answers_stay_within_the_models_positions(
     torch.manual_seed(0)
     shapes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **shapes)
+        GPT2Config(
+            vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **shapes
+        )
     )
     lengths = {
-        prompt: len(prompt_ids(tokenizer, prompt)) for prompt in ("Hm?", "Hm? " * 6, "Hm? " * 70)
+        prompt: len(prompt_ids(tokenizer, prompt))
+        for prompt in ("Hm?", "Hm? " * 6, "Hm? " * 70)
     }
     short, middle, long = lengths
     assert lengths[middle] + 100 > 128 > lengths[short] + 100
@@ -213,7 +235,9 @@ def test_answers_stay_within_the_models_positions(
         for prompt in lengths
     ]
     lines = list(caplog.messages)
-    together = generate_answers(model, tokenizer, list(lengths), config.quantization, **bounds)
+    together = generate_answers(
+        model, tokenizer, list(lengths), config.quantization, **bounds
+    )
 
     assert together == single
     assert [bool(text) for text in together] == [True, True, False]

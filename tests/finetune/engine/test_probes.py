@@ -18,7 +18,10 @@ from support.runs import Tiny, final, write_jsonl
 from finetune.data.encoding import IGNORED
 from finetune.errors import ConfigError
 
-pytestmark = [pytest.mark.usefixtures("fresh_cache"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("fresh_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 VOCABULARY = 600
 Row = dict[str, list[int]]
@@ -34,7 +37,9 @@ SEPARATES_ROWS = {
 
 
 def architectures(default: tuple[str, ...]) -> Any:
-    marks = {name: () if name in default else pytest.mark.matrix for name in ARCHITECTURES}
+    marks = {
+        name: () if name in default else pytest.mark.matrix for name in ARCHITECTURES
+    }
     return pytest.mark.parametrize(
         "architecture", [pytest.param(name, marks=mark) for name, mark in marks.items()]
     )
@@ -57,7 +62,9 @@ def loss_alone(model: Any, row: Row) -> float:
     import torch
 
     with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+        logits = model.eval()(
+            input_ids=torch.tensor([row["input_ids"]]), use_cache=False
+        ).logits[0]
     logarithms = torch.log_softmax(logits.double(), -1)
     total = 0.0
     for position, label in enumerate(row["labels"][1:]):
@@ -71,25 +78,35 @@ def answer_alone(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     import torch
 
     chat = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     answer: list[int] = []
     while len(answer) < tokens and answer[-1:] != [tokenizer.eos_token_id]:
         with torch.no_grad():
-            output = model.eval()(input_ids=torch.tensor([ids + answer]), use_cache=False)
+            output = model.eval()(
+                input_ids=torch.tensor([ids + answer]), use_cache=False
+            )
         answer.append(int(output.logits[0, -1].argmax()))
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def evaluated(model: Any, rows: list[Row], tiny: Tiny, batch_size: int = 3) -> list[float]:
+def evaluated(
+    model: Any, rows: list[Row], tiny: Tiny, batch_size: int = 3
+) -> list[float]:
     from datasets import Dataset
 
     from finetune.engine.evaluation import evaluate
 
     quantization = tiny("quantization=none").quantization
-    return list(evaluate(model, Dataset.from_list(rows), batch_size, quantization).row_losses)
+    return list(
+        evaluate(model, Dataset.from_list(rows), batch_size, quantization).row_losses
+    )
 
 
-def answered(model: Any, tokenizer: Any, prompts: list[str], tiny: Tiny, tokens: int) -> list[str]:
+def answered(
+    model: Any, tokenizer: Any, prompts: list[str], tiny: Tiny, tokens: int
+) -> list[str]:
     from finetune.engine.generation import generate_answers
 
     quantization = tiny("quantization=none").quantization
@@ -98,7 +115,11 @@ def answered(model: Any, tokenizer: Any, prompts: list[str], tiny: Tiny, tokens:
     )
 
 
-PROMPTS = ["Hm?", "What does math.gcd do in Python, and why would anybody ask?", "Sea, or not?"]
+PROMPTS = [
+    "Hm?",
+    "What does math.gcd do in Python, and why would anybody ask?",
+    "Sea, or not?",
+]
 
 
 @architectures(BY_DEFAULT)
@@ -150,7 +171,11 @@ def broken(fault: str, dtype: str = "float32") -> Any:
             if fault == "no mask":
                 arguments["attention_mask"] = None
                 arguments.pop("position_ids", None)
-            if fault == "cache without order" and cache is not None and cache.get_seq_length():
+            if (
+                fault == "cache without order"
+                and cache is not None
+                and cache.get_seq_length()
+            ):
                 arguments["position_ids"] = torch.zeros_like(input_ids)
             output = super().forward(input_ids=input_ids, **arguments)
             if fault == "batch" and len(input_ids) > 1:
@@ -167,7 +192,11 @@ def broken(fault: str, dtype: str = "float32") -> Any:
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "finetune.engine.probes"]
+    return [
+        record.message
+        for record in caplog.records
+        if record.name == "finetune.engine.probes"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,7 +240,9 @@ def test_a_base_with_a_fault_goes_the_plain_way_and_one_line_says_so(
     assert [line.partition(",")[0] for line in lines] == generation
     assert all("(llama: they differ by " in line for line in lines)
     if dtype == "float32":
-        assert answers == [answer_alone(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+        assert answers == [
+            answer_alone(model, tokenizer, prompt, 6) for prompt in PROMPTS
+        ]
 
 
 def test_that_a_shortcut_holds_is_recorded_for_the_next_process(
@@ -233,16 +264,24 @@ def test_that_a_shortcut_holds_is_recorded_for_the_next_process(
     evaluated(load(config), rows, tiny)  # loaded again, as by another process
     assert calls == [1]
     (record,) = (tmp_path / "cache" / "shortcuts").iterdir()
-    assert json.loads(record.read_text()) == {"shortcut": "SHARED_PREFIX", "model_type": "llama"}
+    assert json.loads(record.read_text()) == {
+        "shortcut": "SHARED_PREFIX",
+        "model_type": "llama",
+    }
     monkeypatch.setattr(probes, "version", lambda library: "another")
     evaluated(load(config), rows, tiny)
     assert calls == [1, 1]
 
 
-def test_that_a_shortcut_does_not_hold_is_not_recorded(tiny: Tiny, tmp_path: Path) -> None:
+def test_that_a_shortcut_does_not_hold_is_not_recorded(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     model = tiny_model("Mamba", VOCABULARY, 1)
     evaluated(model, rows_with_prefix(), tiny)
-    records = [json.loads(file.read_text()) for file in (tmp_path / "cache/shortcuts").iterdir()]
+    records = [
+        json.loads(file.read_text())
+        for file in (tmp_path / "cache/shortcuts").iterdir()
+    ]
     assert [record["shortcut"] for record in records] == ["ROWS_TOGETHER"]
 
 
@@ -274,7 +313,10 @@ def test_a_probe_is_as_long_as_the_window_that_rows_exceed() -> None:
     assert _probe_length(model, 17) == 20
     phi = tiny_model("Phi3", VOCABULARY, 1)
     phi.config.sliding_window = None
-    phi.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    phi.config.rope_parameters = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 32,
+    }
     assert _probe_length(phi, 32) == 6
     assert _probe_length(phi, 33) == 31
 
@@ -345,7 +387,9 @@ def test_a_gpu_decoder_that_is_wrong_is_replaced_by_autograd(
     bank.create_slot(config.lora, 0)
     assert isinstance(bank.backend, AutogradBackend)
     (line,) = lines_of(caplog)
-    assert line.startswith("training with PyTorch's slower operations: the GPU kernels compute")
+    assert line.startswith(
+        "training with PyTorch's slower operations: the GPU kernels compute"
+    )
 
 
 def test_a_base_whose_attention_ignores_the_packed_batch_is_refused_in_one_line(
@@ -358,10 +402,15 @@ def test_a_base_whose_attention_ignores_the_packed_batch_is_refused_in_one_line(
     from finetune.run.resources import SharedResources
 
     monkeypatch.setattr(
-        autograd_backend, "attention_implementation", lambda *_: contextlib.nullcontext()
+        autograd_backend,
+        "attention_implementation",
+        lambda *_: contextlib.nullcontext(),
     )
     config = tiny("quantization=none")
-    with pytest.raises(ConfigError) as error, SharedResources().slot(config) as create_slot:
+    with (
+        pytest.raises(ConfigError) as error,
+        SharedResources().slot(config) as create_slot,
+    ):
         create_slot()
     assert str(error.value) == (
         "trainer.engine=packed: the packed engine computes other logits than the base's own code "
@@ -373,9 +422,15 @@ def same_system(folder: Path) -> Path:
     rows = [
         {
             "messages": [
-                {"role": "system", "content": "You answer in one short sentence, in plain words."},
+                {
+                    "role": "system",
+                    "content": "You answer in one short sentence, in plain words.",
+                },
                 {"role": "user", "content": f"What is {number} + {number}?"},
-                {"role": "assistant", "content": f"It is {2 * number}." + " Really!" * number},
+                {
+                    "role": "assistant",
+                    "content": f"It is {2 * number}." + " Really!" * number,
+                },
             ]
         }
         for number in range(10)
@@ -390,7 +445,11 @@ def saved(architecture: str, tiny_base: Path, folder: Path, config: Any) -> Path
     return with_tokenizer_of(tiny_base, model, folder / "base")
 
 
-TARGETS = {"Mamba": "[in_proj,x_proj]", "FalconMamba": "[in_proj,x_proj]", "Mamba2": "[in_proj]"}
+TARGETS = {
+    "Mamba": "[in_proj,x_proj]",
+    "FalconMamba": "[in_proj,x_proj]",
+    "Mamba2": "[in_proj]",
+}
 """PEFT refuses other layers of these architectures."""
 
 
@@ -426,12 +485,16 @@ def test_a_run_completes_with_samples_and_its_losses_are_those_of_rows_alone(
     assert all({"before", "after"} <= sample.keys() for sample in samples)
 
     resources = SharedResources()
-    rows = resources.tokens("eval", resources.rows(config.dataset).evaluation, config).to_list()
+    rows = resources.tokens(
+        "eval", resources.rows(config.dataset).evaluation, config
+    ).to_list()
     model = load_base(find_base(config.model), config)
     tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
     expected = sum(loss_alone(model, row) for row in rows) / tokens
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    measured = next(json.loads(line)["eval/loss"] for line in lines if "eval/loss" in line)
+    measured = next(
+        json.loads(line)["eval/loss"] for line in lines if "eval/loss" in line
+    )
     assert measured == pytest.approx(expected, rel=1e-4)
 
 

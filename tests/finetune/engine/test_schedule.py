@@ -26,7 +26,9 @@ def test_an_epoch_visits_each_row_once_and_each_epoch_and_seed_in_another_order(
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_order_neither_reads_nor_moves_the_global_random_numbers(grouped: bool) -> None:
+def test_the_order_neither_reads_nor_moves_the_global_random_numbers(
+    grouped: bool,
+) -> None:
     import torch
 
     torch.manual_seed(1)
@@ -43,11 +45,14 @@ def test_the_order_neither_reads_nor_moves_the_global_random_numbers(grouped: bo
 def test_grouped_by_length_the_longest_batch_comes_first_and_batches_hold_rows_of_like_length() -> (
     None
 ):
-    grouped, shuffled = (epoch_order(LENGTHS, 4, 0, 0, group) for group in (True, False))
+    grouped, shuffled = (
+        epoch_order(LENGTHS, 4, 0, 0, group) for group in (True, False)
+    )
 
     def batches(order: list[int]) -> list[list[int]]:
         return [
-            [LENGTHS[row] for row in order[start : start + 4]] for start in range(0, len(order), 4)
+            [LENGTHS[row] for row in order[start : start + 4]]
+            for start in range(0, len(order), 4)
         ]
 
     def padding(order: list[int]) -> int:

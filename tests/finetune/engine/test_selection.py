@@ -26,17 +26,26 @@ UNSUPPORTED = {
     "optimizer.name=adamw_8bit": ("optimizer=adamw_8bit",),
     "optimizer.name=lion_32bit": ("optimizer.name=lion_32bit",),
     "dataset.packing=true": ("dataset.packing=true",),
-    "trainer.extra={'neftune_noise_alpha': 5}": ("+trainer.extra.neftune_noise_alpha=5",),
+    "trainer.extra={'neftune_noise_alpha': 5}": (
+        "+trainer.extra.neftune_noise_alpha=5",
+    ),
     "model.attn_implementation=eager": ("model.attn_implementation=eager",),
     "model.extra={'num_hidden_layers': 1}": ("+model.extra.num_hidden_layers=1",),
-    "quantization.bnb_4bit_compute_dtype=float16": ("quantization.bnb_4bit_compute_dtype=float16",),
+    "quantization.bnb_4bit_compute_dtype=float16": (
+        "quantization.bnb_4bit_compute_dtype=float16",
+    ),
     "model.dtype=bfloat16": ("model.dtype=bfloat16", NONE),
 }
 
 
-@pytest.mark.parametrize(("reason", "overrides"), UNSUPPORTED.items(), ids=list(UNSUPPORTED))
+@pytest.mark.parametrize(
+    ("reason", "overrides"), UNSUPPORTED.items(), ids=list(UNSUPPORTED)
+)
 def test_what_is_not_for_the_packed_engine_is_trls_and_said(
-    reason: str, overrides: tuple[str, ...], tiny: Tiny, caplog: pytest.LogCaptureFixture
+    reason: str,
+    overrides: tuple[str, ...],
+    tiny: Tiny,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from finetune.engine.selection import choose_engine
     from finetune.model.source import find_base
@@ -114,11 +123,14 @@ DORA = ("lora.use_dora=true", "trainer.max_steps=1", "sample_prompts=[]")
 def test_a_command_refuses_the_engine_before_the_base_is_loaded(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    asked = station.run(*tiny_overrides(tiny_base), *DORA, "trainer.engine=packed", cwd=tmp_path)
+    asked = station.run(
+        *tiny_overrides(tiny_base), *DORA, "trainer.engine=packed", cwd=tmp_path
+    )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        line
+        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
     )
     assert "no GPU" not in asked.stderr
 
@@ -132,7 +144,8 @@ def test_a_study_refuses_the_engine_before_it_begins(
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        line
+        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
     )
     assert not list(tmp_path.rglob("study.journal"))
 
@@ -147,13 +160,23 @@ def test_a_study_refuses_the_engine_before_it_begins(
     ids=["all", "some"],
 )
 def test_a_study_has_one_engine_and_says_once_why_it_is_trl(
-    overrides: tuple[str, ...], reason: str, station: Station, tiny_base: Path, tmp_path: Path
+    overrides: tuple[str, ...],
+    reason: str,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     more = ("hydra.sweeper.n_trials=2", "dataset.limit=8")
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, *overrides, cwd=tmp_path)
+    ended = station.run(
+        *study_overrides(tiny_base, "s"), *more, *overrides, cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     said = [line for line in ended.stderr.splitlines() if "engine" in line]
     assert said == [f"engine: trl, as packed does not do {reason}"]
     for number in range(2):
         result = final(tmp_path / "outputs/sweeps/s/trials" / str(number))
-        assert (result["engine"], result["slots"], result["companions"]) == ("trl", 1, [])
+        assert (result["engine"], result["slots"], result["companions"]) == (
+            "trl",
+            1,
+            [],
+        )

@@ -19,7 +19,9 @@ HALF_A_PAIR = "\ud800"
 
 
 @pytest.mark.parametrize("single_writer", [False, True])
-def test_a_file_is_replaced_whole_or_stays_as_it_was(single_writer: bool, tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_stays_as_it_was(
+    single_writer: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "report.html"
     write_text(path, "first", single_writer=single_writer)
     with pytest.raises(UnicodeEncodeError):
@@ -30,15 +32,24 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(single_writer: bool, tmp_pa
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_single_writer_overwrites_the_draft_of_a_killed_process(tmp_path: Path) -> None:
+def test_a_single_writer_overwrites_the_draft_of_a_killed_process(
+    tmp_path: Path,
+) -> None:
     (tmp_path / ".report.html.draft").write_text("half")
     write_text(tmp_path / "report.html", "whole", single_writer=True)
     assert os.listdir(tmp_path) == ["report.html"]
 
 
 def test_json_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"loss": float("nan"), "bounds": (1.0, float("inf")), 3: "ä"})
-    assert read_json(tmp_path / "a.json") == {"loss": None, "bounds": [1.0, None], "3": "ä"}
+    write_json(
+        tmp_path / "a.json",
+        {"loss": float("nan"), "bounds": (1.0, float("inf")), 3: "ä"},
+    )
+    assert read_json(tmp_path / "a.json") == {
+        "loss": None,
+        "bounds": [1.0, None],
+        "3": "ä",
+    }
     assert read_json(tmp_path / "missing.json") is None
 
 
@@ -110,12 +121,16 @@ def test_a_run_folder_is_locked_again_inside_its_own_block_and_by_no_second_obje
     with folder.locked():
         with folder.locked():
             pass
-        with pytest.raises(FolderHeld, match="another process is training in this folder"):
+        with pytest.raises(
+            FolderHeld, match="another process is training in this folder"
+        ):
             take_run_folder(folder.path)
     take_run_folder(folder.path)
 
 
-def test_an_error_in_the_block_passes_through_and_frees_the_lock(tmp_path: Path) -> None:
+def test_an_error_in_the_block_passes_through_and_frees_the_lock(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(BlockingIOError, match="mine"), RunFolder(tmp_path).locked():
         raise BlockingIOError("mine")
     take_run_folder(tmp_path)

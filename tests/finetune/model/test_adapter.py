@@ -25,7 +25,9 @@ def test_adapter_weights_are_float32(tiny: Tiny, overrides: list[str]) -> None:
     assert len(weights) == 2 * 7 * 2
 
 
-def test_the_same_seed_draws_the_same_adapter_and_another_seed_another(tiny: Tiny) -> None:
+def test_the_same_seed_draws_the_same_adapter_and_another_seed_another(
+    tiny: Tiny,
+) -> None:
     import torch
 
     first = trainable(load(tiny("seed=5")))
@@ -61,11 +63,15 @@ def test_all_linear_leaves_out_the_output_head(
         for name, module in model.named_modules()
         if hasattr(module, "lora_A")
     }
-    projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    projections = {
+        f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+    }
     assert adapted == projections
 
 
-def test_target_modules_that_the_base_lacks_are_refused_with_those_it_has(tiny: Tiny) -> None:
+def test_target_modules_that_the_base_lacks_are_refused_with_those_it_has(
+    tiny: Tiny,
+) -> None:
     from finetune.model.adapter import check_targets
     from finetune.model.source import find_base
 
@@ -98,7 +104,8 @@ def test_the_check_of_target_modules_reads_no_weights(
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize(
-    "extra", [[], ["lora.use_rslora=true", "lora.r=3", "lora.alpha=5"], ["lora.use_dora=true"]]
+    "extra",
+    [[], ["lora.use_rslora=true", "lora.r=3", "lora.alpha=5"], ["lora.use_dora=true"]],
 )
 def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, quantization: str, extra: list[str]
@@ -119,7 +126,9 @@ def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(
     save_adapter(model, load_tokenizer(config), folder)
 
     base = AutoModelForCausalLM.from_pretrained(
-        tiny_base, dtype=torch.float32, quantization_config=quantization_config(config.quantization)
+        tiny_base,
+        dtype=torch.float32,
+        quantization_config=quantization_config(config.quantization),
     )
     for module in (
         base.modules()
@@ -136,11 +145,15 @@ def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     assert (theirs - untouched).abs().max() > 0.1
     assert not (folder / "left_by_an_older_save").exists()
-    assert sorted(path.name for path in tmp_path.iterdir() if "adapter" in path.name) == ["adapter"]
+    assert sorted(
+        path.name for path in tmp_path.iterdir() if "adapter" in path.name
+    ) == ["adapter"]
     assert {path.suffix for path in folder.iterdir()} & {".bin", ".pt", ".pkl"} == set()
 
 
-def test_load_adapter_restores_the_saved_weights_exactly(tiny: Tiny, tmp_path: Path) -> None:
+def test_load_adapter_restores_the_saved_weights_exactly(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     import torch
 
     from finetune.model.adapter import load_adapter, save_adapter
@@ -153,4 +166,6 @@ def test_load_adapter_restores_the_saved_weights_exactly(tiny: Tiny, tmp_path: P
     for weight in trainable(model).values():
         weight.data.add_(1.0)
     load_adapter(model, tmp_path / "adapter")
-    assert all(torch.equal(weight, saved[name]) for name, weight in trainable(model).items())
+    assert all(
+        torch.equal(weight, saved[name]) for name, weight in trainable(model).items()
+    )

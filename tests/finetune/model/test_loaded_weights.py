@@ -26,11 +26,15 @@ def load(tiny: Tiny, folder: Path, *overrides: str) -> Any:
 
 
 def renamed(prefix: str) -> Callable[[Weights], Weights]:
-    return lambda weights: {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    return lambda weights: {
+        f"{prefix}{name}": tensor for name, tensor in weights.items()
+    }
 
 
 def without(text: str) -> Callable[[Weights], Weights]:
-    return lambda weights: {name: each for name, each in weights.items() if text not in name}
+    return lambda weights: {
+        name: each for name, each in weights.items() if text not in name
+    }
 
 
 def with_extra(*names: str) -> Callable[[Weights], Weights]:
@@ -47,13 +51,22 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights], str]] = {
         "lack 21 of the model's weights (lm_head.weight, model.embed_tokens.weight, …) and "
         "hold 20 that the model does not have (_orig_mod.model.embed_tokens.weight, …, …)",
     ),
-    "DataParallel": (renamed("module."), "lack 21 of the model's weights (…) and hold 20 that …"),
-    "lightning": (renamed("net.backbone."), "lack 21 of the model's weights (…) and hold 20 …"),
+    "DataParallel": (
+        renamed("module."),
+        "lack 21 of the model's weights (…) and hold 20 that …",
+    ),
+    "lightning": (
+        renamed("net.backbone."),
+        "lack 21 of the model's weights (…) and hold 20 …",
+    ),
     "a layer's mlp": (
         without("layers.1.mlp"),
         "lack 3 of the model's weights (model.layers.1.mlp.down_proj.weight, …, …)",
     ),
-    "one norm": (without("model.norm"), "lack 1 of the model's weights (model.norm.weight)"),
+    "one norm": (
+        without("model.norm"),
+        "lack 1 of the model's weights (model.norm.weight)",
+    ),
     "the embedding": (without("embed_tokens"), "lack 2 of the model's weights (…)"),
     "a value head": (
         with_extra("v_head.summary.weight", "v_head.summary.bias"),
@@ -83,19 +96,27 @@ def test_an_untied_base_without_its_head_is_refused(
 ) -> None:
     untied = changed_copy(tiny_base, tmp_path / "untied", tie_word_embeddings=False)
     folder = with_changed_weights(untied, tmp_path / "base", without("lm_head"))
-    with pytest.raises(ConfigError, match=r"lack 1 of the model's weights \(lm_head\.weight\)$"):
+    with pytest.raises(
+        ConfigError, match=r"lack 1 of the model's weights \(lm_head\.weight\)$"
+    ):
         load(tiny, folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_hidden_layers": 1}, r"hold 9 that the model does not have \(model\.layers\.1"),
+        (
+            {"num_hidden_layers": 1},
+            r"hold 9 that the model does not have \(model\.layers\.1",
+        ),
         (
             {"num_hidden_layers": 3},
             r"lack 9 of the model's weights \(model\.layers\.2",
         ),
-        ({"intermediate_size": 64}, r"6 of its weights have another shape \(.*128.* in its files"),
+        (
+            {"intermediate_size": 64},
+            r"6 of its weights have another shape \(.*128.* in its files",
+        ),
         ({"vocab_size": 700}, r"of its weights have another shape \(.*600x64.*700x64"),
     ],
 )
@@ -111,7 +132,10 @@ def test_a_config_of_another_size_is_refused(
 
 LOGGED = {
     "vision": ["visual.blocks.0.norm.weight", "visual.merger.norm.weight"],
-    "vision tower": ["model.vision_tower.norm.weight", "multi_modal_projector.norm.weight"],
+    "vision tower": [
+        "model.vision_tower.norm.weight",
+        "multi_modal_projector.norm.weight",
+    ],
     "audio": ["audio_tower.norm.weight", "model.embed_audio.norm.weight"],
     "multi-token prediction": ["mtp.norm.weight", "mtp.layers.0.norm.weight"],
 }
@@ -119,14 +143,21 @@ LOGGED = {
 
 @pytest.mark.parametrize("kind", list(LOGGED))
 def test_weights_of_other_modalities_are_logged(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
-    folder = with_changed_weights(tiny_base, tmp_path / "base", with_extra(*LOGGED[kind]))
+    folder = with_changed_weights(
+        tiny_base, tmp_path / "base", with_extra(*LOGGED[kind])
+    )
     with caplog.at_level("INFO"):
         load(tiny, folder)
     names = ", ".join(sorted(LOGGED[kind]))
     assert (
-        f"model: 2 of its weights not loaded, of other modalities or heads: {names}" in caplog.text
+        f"model: 2 of its weights not loaded, of other modalities or heads: {names}"
+        in caplog.text
     )
 
 
@@ -152,7 +183,9 @@ def test_masks_and_positions_of_older_files_are_logged(
 
     gpt2 = make_base(tiny_base, tmp_path / "gpt2", "gpt2")
     extra = {name: torch.zeros(1)}
-    folder = with_changed_weights(gpt2, tmp_path / "base", lambda weights: weights | extra)
+    folder = with_changed_weights(
+        gpt2, tmp_path / "base", lambda weights: weights | extra
+    )
     with caplog.at_level("INFO"):
         load(tiny, folder)
     assert f"model: 1 of its weights not loaded, {why}: {name}" in caplog.messages
@@ -160,7 +193,11 @@ def test_masks_and_positions_of_older_files_are_logged(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_sound_base_is_loaded_without_a_line(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    tied: bool,
 ) -> None:
     folder = changed_copy(tiny_base, tmp_path / "base", tie_word_embeddings=tied)
     with caplog.at_level("INFO"):

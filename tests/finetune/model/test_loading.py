@@ -17,7 +17,9 @@ def test_the_tokenizer_pads_on_the_right_with_the_end_token_whatever_its_files_s
 
     folder = tmp_path / "base"
     shutil.copytree(tiny_base, folder)
-    other = AutoTokenizer.from_pretrained(folder, pad_token="<|im_start|>", padding_side="left")
+    other = AutoTokenizer.from_pretrained(
+        folder, pad_token="<|im_start|>", padding_side="left"
+    )
     other.save_pretrained(folder)
     tokenizer = load_tokenizer(tiny(f"model.name_or_path={folder}"))
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|im_end|>", "right")
@@ -26,4 +28,6 @@ def test_the_tokenizer_pads_on_the_right_with_the_end_token_whatever_its_files_s
 def test_a_template_of_the_config_replaces_the_tokenizers_own(tiny: Tiny) -> None:
     tokenizer = load_tokenizer(tiny("model.chat_template='{{ messages[0].content }}'"))
     assert tokenizer.chat_template == "{{ messages[0].content }}"
-    assert load_tokenizer(tiny()).chat_template.startswith("{% for message in messages %}")
+    assert load_tokenizer(tiny()).chat_template.startswith(
+        "{% for message in messages %}"
+    )

@@ -57,7 +57,9 @@ def adapted_layers(folder: Path) -> set[str]:
     from safetensors.torch import load_file
 
     names = load_file(folder / "adapter" / "adapter_model.safetensors")
-    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+    return {
+        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names
+    }
 
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -109,7 +111,9 @@ def test_a_run_trains_its_language_model_alone(
     )
 
 
-def test_packed_is_refused_by_the_models_type(tiny: Tiny, gemma3: Path, tmp_path: Path) -> None:
+def test_packed_is_refused_by_the_models_type(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
     config = tiny(*DEBUG, f"model.name_or_path={gemma3}", "trainer.engine=packed")
     with pytest.raises(
         ConfigError,
@@ -135,7 +139,9 @@ def test_the_tower_is_trained_where_it_is_asked_for(
 def test_a_target_that_only_the_tower_has_is_refused(
     tiny: Tiny, gemma3: Path, tmp_path: Path, target: str
 ) -> None:
-    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", f"lora.target_modules=[{target}]")
+    config = tiny(
+        *DEBUG, f"model.name_or_path={gemma3}", f"lora.target_modules=[{target}]"
+    )
     with pytest.raises(ConfigError) as caught:
         run(config, tmp_path)
     there = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -145,7 +151,9 @@ def test_a_target_that_only_the_tower_has_is_refused(
     )
 
 
-def test_the_adapter_loads_where_it_is_used(tiny: Tiny, gemma3: Path, tmp_path: Path) -> None:
+def test_the_adapter_loads_where_it_is_used(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
     from finetune.engine.generation import generate_answers
     from finetune.run.load import load_run
 
@@ -157,12 +165,20 @@ def test_the_adapter_loads_where_it_is_used(tiny: Tiny, gemma3: Path, tmp_path: 
         "max_length": 64,
     }
     texts = generate_answers(
-        trained.with_adapter(), trained.tokenizer, ["Hm?"], trained.config.quantization, **bounds
+        trained.with_adapter(),
+        trained.tokenizer,
+        ["Hm?"],
+        trained.config.quantization,
+        **bounds,
     )
-    assert texts == [row["after"] for row in json.loads((tmp_path / "samples.json").read_text())]
+    assert texts == [
+        row["after"] for row in json.loads((tmp_path / "samples.json").read_text())
+    ]
 
 
-def test_it_is_planned(station: Station, tiny_base: Path, gemma3: Path, tmp_path: Path) -> None:
+def test_it_is_planned(
+    station: Station, tiny_base: Path, gemma3: Path, tmp_path: Path
+) -> None:
     overrides = [*tiny_overrides(tiny_base), *DEBUG, f"model.name_or_path={gemma3}"]
     done = station.run(*overrides, module="finetune.plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -188,7 +204,8 @@ def test_a_plan_reads_the_sizes_of_the_language_model(
 
 
 @pytest.mark.parametrize(
-    "kind", ["Gemma3", "GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss", "Mistral3", "Llava"]
+    "kind",
+    ["Gemma3", "GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss", "Mistral3", "Llava"],
 )
 def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_kernels(
     kind: str, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
@@ -198,8 +215,12 @@ def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_ker
 
     from finetune.engine.packed.backend import supports_gpu_decoder
 
-    monkeypatch.setattr("finetune.engine.packed.backend.is_ampere_or_later", lambda _: True)
-    monkeypatch.setattr("finetune.engine.packed.backend.compute_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(
+        "finetune.engine.packed.backend.is_ampere_or_later", lambda _: True
+    )
+    monkeypatch.setattr(
+        "finetune.engine.packed.backend.compute_dtype", lambda _: torch.bfloat16
+    )
     monkeypatch.setattr("finetune.engine.packed.backend._kernels_work", lambda: True)
     shapes = getattr(transformers, f"{kind}Config")()
     assert supports_gpu_decoder(transformers.LlamaConfig(), tiny().quantization)
@@ -241,12 +262,16 @@ def test_a_plan_of_another_architecture_is_made_or_refused_in_one_line(
     from finetune.run.memory_plan import plan_memory
     from finetune.run.resources import SharedResources
 
-    config = getattr(transformers, f"{kind}Config")(vocab_size=600, num_hidden_layers=2, **shapes)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=600, num_hidden_layers=2, **shapes
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     base = with_tokenizer_of(tiny_base, model, tmp_path / "base")
     asked = tiny(*DEBUG, f"model.name_or_path={base}")
     if refused is None:
         assert plan_memory(asked, SharedResources()).peak() > 0
     else:
-        with pytest.raises(ConfigError, match=f"^model\\.name_or_path={base}: {refused}$"):
+        with pytest.raises(
+            ConfigError, match=f"^model\\.name_or_path={base}: {refused}$"
+        ):
             plan_memory(asked, SharedResources())

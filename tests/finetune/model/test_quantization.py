@@ -43,13 +43,17 @@ def test_learns_after_an_evaluation(tiny: Tiny, quantization: str, target: str) 
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable(model).values(), 1.0)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(trainable(model).values(), 1.0))
+        )
         optimizer.step()
         losses.append(loss.item())
     after = evaluate(model, rows, 2, config.quantization).loss
 
     assert min(norms) > 1e-3
-    assert losses[0] == pytest.approx(before, rel=1e-2)  # int8 rounds activations by batch
+    assert losses[0] == pytest.approx(
+        before, rel=1e-2
+    )  # int8 rounds activations by batch
     assert losses[-1] < losses[0] - 0.15
     assert after < before - 0.15
 
@@ -75,11 +79,18 @@ def test_a_base_of_odd_widths_is_measured_trained_and_asked(
     rows = short_tokens(config, tokenizer)
     together = evaluate(model, rows, 3, config.quantization).loss
     one_by_one = evaluate(model, rows, 1, config.quantization).loss
-    assert one_by_one == pytest.approx(together, rel=1e-2 if quantization == "int8" else 1e-5)
+    assert one_by_one == pytest.approx(
+        together, rel=1e-2 if quantization == "int8" else 1e-5
+    )
     assert (
         len(
             generate_answers(
-                model, tokenizer, ["Hm?"], config.quantization, max_new_tokens=8, max_length=None
+                model,
+                tokenizer,
+                ["Hm?"],
+                config.quantization,
+                max_new_tokens=8,
+                max_length=None,
             )
         )
         == 1
@@ -121,7 +132,10 @@ def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_weights
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    quantised, plain = load(tiny(f"quantization={quantization}")), load(tiny("quantization=none"))
+    quantised, plain = (
+        load(tiny(f"quantization={quantization}")),
+        load(tiny("quantization=none")),
+    )
     targets = dict(plain.named_modules())
     replaced = 0
     for name, module in quantised.named_modules():
@@ -140,22 +154,30 @@ def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_weights
     from finetune.engine.evaluation import evaluate
 
     evaluate(quantised, short_tokens(config, tokenizer), 1, config.quantization)
-    ours, exact_ones = (gradients(model, collate(rows, tokenizer)) for model in (quantised, plain))
+    ours, exact_ones = (
+        gradients(model, collate(rows, tokenizer)) for model in (quantised, plain)
+    )
     for name, gradient in exact_ones.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_base_is_quantised_as_named_and_frozen(tiny: Tiny, quantization: str) -> None:
+def test_the_base_is_quantised_as_named_and_frozen(
+    tiny: Tiny, quantization: str
+) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     config = tiny(f"quantization={quantization}")
     model = load(config)
     four = [module for module in model.modules() if isinstance(module, Linear4bit)]
     eight = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
-    assert (len(four), len(eight)) == {"none": (0, 0), "int8": (0, 14)}.get(quantization, (14, 0))
+    assert (len(four), len(eight)) == {"none": (0, 0), "int8": (0, 14)}.get(
+        quantization, (14, 0)
+    )
     for module in four:
-        assert module.weight.quant_state.quant_type == quantization.removesuffix("_double")
+        assert module.weight.quant_state.quant_type == quantization.removesuffix(
+            "_double"
+        )
         assert module.weight.quant_state.nested == quantization.endswith("_double")
     assert all("lora_" in name for name in trainable(model))
 
@@ -184,7 +206,14 @@ def test_a_base_kept_dequantised_gives_the_same_gradients_bit_for_bit(
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         found.append(
-            [loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)]
+            [
+                loss,
+                *(
+                    weight.grad
+                    for weight in model.parameters()
+                    if weight.grad is not None
+                ),
+            ]
         )
     assert len(found[0]) > 1
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

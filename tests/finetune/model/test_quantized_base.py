@@ -52,7 +52,9 @@ def test_it_is_used_as_it_is_and_the_files_say_so(
     config = tiny(f"model.name_or_path={bases[base]}", f"quantization={asked}", *SHORT)
     run(config, tmp_path / "run")
 
-    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["quantization"]
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["config"][
+        "quantization"
+    ]
     method = base.removesuffix("_double")
     assert final(tmp_path / "run")["quantization"] == method
     assert recorded["load_in_8bit"] == (method == "int8")
@@ -60,7 +62,9 @@ def test_it_is_used_as_it_is_and_the_files_say_so(
     if method != "int8":
         assert recorded["bnb_4bit_quant_type"] == method
         assert recorded["bnb_4bit_use_double_quant"] == base.endswith("_double")
-    layers = {type(module).__name__ for module in load_run(tmp_path / "run").base.modules()}
+    layers = {
+        type(module).__name__ for module in load_run(tmp_path / "run").base.modules()
+    }
     assert ("Linear8bitLt" if method == "int8" else "Linear4bit") in layers
 
 
@@ -78,9 +82,13 @@ def test_another_quantization_is_refused_before_the_weights_load(
     config = tiny(f"model.name_or_path={bases[base]}", f"quantization={asked}", *SHORT)
     with caplog.at_level("INFO"), pytest.raises(ConfigError) as refused:
         run(config, tmp_path / "run")
-    allowed = f"allowed: quantization={base}, or quantization=none, which uses it as it is"
+    allowed = (
+        f"allowed: quantization={base}, or quantization=none, which uses it as it is"
+    )
     name = f"model.name_or_path={bases[base]}"
-    assert str(refused.value) == f"{key}: {name} is quantised already ({base}); {allowed}"
+    assert (
+        str(refused.value) == f"{key}: {name} is quantised already ({base}); {allowed}"
+    )
     assert "training on the CPU" not in caplog.text
 
 
@@ -99,7 +107,9 @@ def test_bitsandbytes_on_another_method_is_refused(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, method: str, asked: str
 ) -> None:
     section = OTHER_METHODS[method]
-    folder = with_changed_json(tiny_base, tmp_path / "base", quantization_config=section)
+    folder = with_changed_json(
+        tiny_base, tmp_path / "base", quantization_config=section
+    )
     config = tiny(f"model.name_or_path={folder}", f"quantization={asked}")
     with pytest.raises(ConfigError) as refused:
         resolve_quantization(config, SharedResources())
@@ -112,10 +122,16 @@ def test_bitsandbytes_on_another_method_is_refused(
 
 @pytest.mark.parametrize("method", ["fbgemm_fp8", "bitnet", "higgs"])
 def test_a_method_that_cannot_be_trained_is_refused_before_the_weights_load(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
 ) -> None:
     section = {"quant_method": method}
-    folder = with_changed_json(tiny_base, tmp_path / "base", quantization_config=section)
+    folder = with_changed_json(
+        tiny_base, tmp_path / "base", quantization_config=section
+    )
     config = tiny(f"model.name_or_path={folder}", "quantization=none", *SHORT)
     with caplog.at_level("INFO"), pytest.raises(ConfigError) as refused:
         run(config, tmp_path / "run")
@@ -141,7 +157,9 @@ def test_a_run_on_it_is_merged_into_plain_weights(
     run(config, tmp_path / "run")
     done = merge(tmp_path / "run", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
-    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged/config.json").read_text()
+    )
     _model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", output_loading_info=True
     )
@@ -153,7 +171,10 @@ def test_a_run_on_gptq_is_not_merged_and_leaves_no_folder(
     tiny: Tiny, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = with_changed_json(tiny_base, tmp_path / "base")
-    run(tiny(f"model.name_or_path={folder}", "quantization=none", *SHORT), tmp_path / "run")
+    run(
+        tiny(f"model.name_or_path={folder}", "quantization=none", *SHORT),
+        tmp_path / "run",
+    )
     values = json.loads((folder / "config.json").read_text())
     values["quantization_config"] = OTHER_METHODS["gptq"]
     (folder / "config.json").write_text(json.dumps(values))
@@ -180,16 +201,22 @@ def test_gpt2s_transposed_weights_are_merged_as_its_class_reads_them(
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         expected = load_run(tmp_path / "run").with_adapter()(input_ids=ids).logits
-        merged = merge_adapter(load_run(tmp_path / "run").base, tmp_path / "run" / "adapter")
+        merged = merge_adapter(
+            load_run(tmp_path / "run").base, tmp_path / "run" / "adapter"
+        )
         merged.save_pretrained(tmp_path / "merged")
-        actual = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        actual = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(
+            input_ids=ids
+        ).logits
     assert torch.allclose(actual, expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts, whose experts transformers keeps in one tensor."""
-    return make_base(tiny_base, tmp_path_factory.mktemp("experts") / "base", "qwen3_moe")
+    return make_base(
+        tiny_base, tmp_path_factory.mktemp("experts") / "base", "qwen3_moe"
+    )
 
 
 def test_experts_that_stay_in_16_bits_are_said_with_their_size(
@@ -206,7 +233,9 @@ def test_experts_that_stay_in_16_bits_are_said_with_their_size(
         return [line for line in caplog.messages if line.startswith("quantization: ")]
 
     (line,) = lines("nf4")
-    assert line.startswith("quantization: 4 weights of experts stay in float32, 0.00 GiB: model.la")
+    assert line.startswith(
+        "quantization: 4 weights of experts stay in float32, 0.00 GiB: model.la"
+    )
     assert len(lines("int8")) == 1
     assert lines("none") == []
 

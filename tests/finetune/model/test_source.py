@@ -30,13 +30,19 @@ def test_a_bases_weights_are_hashed_once_while_others_work(
             return super().readinto(part) or 0
 
     monkeypatch.setattr(
-        "finetune.model.source.open", lambda file, mode, buffering: Watched(file), raising=False
+        "finetune.model.source.open",
+        lambda file, mode, buffering: Watched(file),
+        raising=False,
     )
     for name in ("b.safetensors", "a.safetensors"):
         (tmp_path / name).write_bytes(name.encode())
-    source = BaseSource(str(tmp_path), "base", sha256=WeightsHash(tmp_path.glob("*.safetensors")))
+    source = BaseSource(
+        str(tmp_path), "base", sha256=WeightsHash(tmp_path.glob("*.safetensors"))
+    )
     begins.set()
-    parts = [hashlib.sha256(name).digest() for name in (b"a.safetensors", b"b.safetensors")]
+    parts = [
+        hashlib.sha256(name).digest() for name in (b"a.safetensors", b"b.safetensors")
+    ]
     expected = hashlib.sha256(b"".join(parts)).hexdigest()
     assert source.identity == {"name": "base", "revision": None, "sha256": expected}
     assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() == expected

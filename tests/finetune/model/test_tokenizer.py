@@ -40,7 +40,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "no end": {"eos_token": None, "pad_token": None},
     "no end, but a pad": {"eos_token": None, "pad_token": "<|im_start|>"},
 }
-SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token", "padding_side", "chat_template")
+SPECIAL = (
+    "eos_token",
+    "pad_token",
+    "bos_token",
+    "unk_token",
+    "padding_side",
+    "chat_template",
+)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -62,7 +69,9 @@ def test_the_bases_special_tokens_are_saved_unchanged(
     assert saved.backend_tokenizer.to_str() == original.backend_tokenizer.to_str()
 
 
-def test_a_runs_adapter_has_them_too(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_runs_adapter_has_them_too(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     base = saved_with(tiny_base, tmp_path / "base", pad_token=None)
     for engine in ("packed", "trl"):
         folder = tmp_path / engine
@@ -81,10 +90,14 @@ def test_no_end_is_taken_from_the_bases_config_without_a_template(
     with caplog.at_level("INFO"):
         tokenizer = load_tokenizer(tiny(f"model.name_or_path={base}"))
     assert tokenizer.eos_token == "<|im_end|>"
-    assert "tokenizer: it names no end token; <|im_end|> ends an answer" in caplog.messages
+    assert (
+        "tokenizer: it names no end token; <|im_end|> ends an answer" in caplog.messages
+    )
 
     without = with_changed_json(base, tmp_path / "without", eos_token_id=[])
-    with pytest.raises(ConfigError, match=r"^model\.name_or_path=.*: its tokenizer has no end tok"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.name_or_path=.*: its tokenizer has no end tok"
+    ):
         load_tokenizer(tiny(f"model.name_or_path={without}"))
 
 
@@ -118,11 +131,23 @@ def test_a_template_is_chosen_by_name(tiny: Tiny, several: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("null", "null: the tokenizer has several and no default; allowed: …, or Jinja text"),
-        ("default", "default: the tokenizer has no such template; allowed: …, or Jinja text"),
-        ("chatml", "chatml: the tokenizer has no such template; allowed: …, or Jinja text"),
+        (
+            "null",
+            "null: the tokenizer has several and no default; allowed: …, or Jinja text",
+        ),
+        (
+            "default",
+            "default: the tokenizer has no such template; allowed: …, or Jinja text",
+        ),
+        (
+            "chatml",
+            "chatml: the tokenizer has no such template; allowed: …, or Jinja text",
+        ),
         ("RAG", "RAG: the tokenizer has no such template; allowed: …, or Jinja text"),
-        ("template.jinja", "template.jinja: the tokenizer has no such template; allowed: …"),
+        (
+            "template.jinja",
+            "template.jinja: the tokenizer has no such template; allowed: …",
+        ),
         ("' '", " : must be Jinja text, or null"),
     ],
 )
@@ -131,7 +156,9 @@ def test_a_template_that_is_not_there_is_refused_with_those_there_are(
 ) -> None:
     from support.bad_input import matches
 
-    config = tiny(f"model.name_or_path={several}", f"model.chat_template={value}", *SHORT)
+    config = tiny(
+        f"model.name_or_path={several}", f"model.chat_template={value}", *SHORT
+    )
     with pytest.raises(ConfigError) as refused:
         run(config, tmp_path / "run")
     message = str(refused.value)
@@ -141,19 +168,27 @@ def test_a_template_that_is_not_there_is_refused_with_those_there_are(
         assert "tool_use" in message
 
 
-def test_a_default_among_several_is_used(tiny: Tiny, tiny_base: Path, several: Path) -> None:
+def test_a_default_among_several_is_used(
+    tiny: Tiny, tiny_base: Path, several: Path
+) -> None:
     saved_in_place(tiny_base, several, {"default": CHATML, "tool_use": TWO["tool_use"]})
     tokenizer = load_tokenizer(tiny(f"model.name_or_path={several}"))
     assert tokenizer.get_chat_template() == CHATML
 
 
-def test_a_name_where_there_is_one_template_is_refused(tiny: Tiny, tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.chat_template=rag: .*; allowed: default, or Ji"):
+def test_a_name_where_there_is_one_template_is_refused(
+    tiny: Tiny, tiny_base: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.chat_template=rag: .*; allowed: default, or Ji"
+    ):
         load_tokenizer(tiny("model.chat_template=rag"))
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_a_backend_trains(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_backend_trains(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     from transformers import ByT5Tokenizer
 
     tokenizer = ByT5Tokenizer()

@@ -23,7 +23,11 @@ from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, Diverged
 from finetune.run.context import RunContext
-from finetune.run.learning_rate import HIGHEST_RATE, rate_of_width, resolve_learning_rate
+from finetune.run.learning_rate import (
+    HIGHEST_RATE,
+    rate_of_width,
+    resolve_learning_rate,
+)
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
 from finetune.run.run import run
@@ -62,7 +66,9 @@ def base_of(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def resolved(*overrides: str) -> float | None:
-    return resolve_learning_rate(compose(*overrides), SharedResources()).optimizer.learning_rate
+    return resolve_learning_rate(
+        compose(*overrides), SharedResources()
+    ).optimizer.learning_rate
 
 
 # The rule
@@ -95,7 +101,14 @@ def test_the_rule_is_near_most_published_rates_and_above_none_of_the_highest() -
 
 @pytest.mark.parametrize(
     ("width", "rate"),
-    [(64, 1e-3), (576, 1e-3), (1024, 8e-4), (2048, 5.7e-4), (4096, 4e-4), (8192, 2.8e-4)],
+    [
+        (64, 1e-3),
+        (576, 1e-3),
+        (1024, 8e-4),
+        (2048, 5.7e-4),
+        (4096, 4e-4),
+        (8192, 2.8e-4),
+    ],
 )
 def test_wider_bases_take_lower_rates(width: int, rate: float) -> None:
     assert rate_of_width(width) == rate
@@ -113,7 +126,9 @@ def test_wider_bases_take_lower_rates(width: int, rate: float) -> None:
         ),  # the text's width, of a base with images
     ],
 )
-def test_the_width_is_the_text_parts(tmp_path: Path, config: dict[str, Any], rate: float) -> None:
+def test_the_width_is_the_text_parts(
+    tmp_path: Path, config: dict[str, Any], rate: float
+) -> None:
     assert resolved(f"model.name_or_path={base_of(tmp_path / 'base', config)}") == rate
 
 
@@ -133,7 +148,9 @@ def test_a_base_without_a_width_needs_a_rate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_each_models_yaml_has_a_rate_near_the_rule(model: str) -> None:
-    rates = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())["learning_rate"]
+    rates = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())[
+        "learning_rate"
+    ]
     config = compose(f"model={model}")
     assert list(rates) == [config.model.name_or_path]
     assert 2e-4 <= float(rates[config.model.name_or_path]) <= HIGHEST_RATE
@@ -157,7 +174,9 @@ def test_each_models_yaml_has_a_rate_near_the_rule(model: str) -> None:
         (["model.learning_rate=5e-4", "model.name_or_path=./anywhere"], 5e-4),
     ],
 )
-def test_the_nearest_rate_wins_and_a_users_is_absolute(overrides: list[str], rate: float) -> None:
+def test_the_nearest_rate_wins_and_a_users_is_absolute(
+    overrides: list[str], rate: float
+) -> None:
     assert resolved(*overrides) == rate
 
 
@@ -166,7 +185,9 @@ def test_a_yamls_rate_is_of_its_own_base_alone(model: str, tmp_path: Path) -> No
     wide = base_of(tmp_path / "my-7b", {"hidden_size": 4096})
     config = compose(f"model={model}", f"model.name_or_path={wide}")
     assert config.model.learning_rate is None
-    assert resolve_learning_rate(config, SharedResources()).optimizer.learning_rate == 4e-4
+    assert (
+        resolve_learning_rate(config, SharedResources()).optimizer.learning_rate == 4e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +195,10 @@ def test_a_yamls_rate_is_of_its_own_base_alone(model: str, tmp_path: Path) -> No
     [
         (f"{RATE}=0", f"{RATE}=0.0: must be above 0"),
         ("model.learning_rate=0", "model.learning_rate=0.0: must be above 0, or null"),
-        ("model.learning_rate=fast", "model.learning_rate=fast: must be a number or null"),
+        (
+            "model.learning_rate=fast",
+            "model.learning_rate=fast: must be a number or null",
+        ),
         (
             "model.learning_rate={smollm2_135m: fast}",
             "model.learning_rate=fast: must be a number or null",
@@ -239,7 +263,9 @@ def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(
     from finetune.config.sections.optimizer import OptimizerSettings
 
     def with_rate(rate: float | None) -> RunConfig:
-        optimizer: OptimizerSettings = dataclasses.replace(by_width.optimizer, learning_rate=rate)
+        optimizer: OptimizerSettings = dataclasses.replace(
+            by_width.optimizer, learning_rate=rate
+        )
         return dataclasses.replace(by_width, optimizer=optimizer)
 
     run(with_rate(1e-3), tmp_path)
@@ -248,16 +274,22 @@ def test_a_run_goes_on_whether_it_began_with_the_number_or_with_null(
     (tmp_path / "run.json").write_text(json.dumps(identity))
 
     value = run(by_width, tmp_path)
-    assert value == run(with_rate(1e-3), tmp_path) == run(read_run_config(tmp_path), tmp_path)
+    assert (
+        value
+        == run(with_rate(1e-3), tmp_path)
+        == run(read_run_config(tmp_path), tmp_path)
+    )
     with pytest.raises(
-        ConfigError, match=r"optimizer\.learning_rate=0\.002: the run that began in .* has 0\.001"
+        ConfigError,
+        match=r"optimizer\.learning_rate=0\.002: the run that began in .* has 0\.001",
     ):
         run(with_rate(2e-3), tmp_path)
 
     identity["config"]["optimizer"]["learning_rate"] = 2e-3
     (tmp_path / "run.json").write_text(json.dumps(identity))
     with pytest.raises(
-        ConfigError, match=r"optimizer\.learning_rate=0\.001: the run that began in .* has 0\.002"
+        ConfigError,
+        match=r"optimizer\.learning_rate=0\.001: the run that began in .* has 0\.002",
     ):
         run(by_width, tmp_path)
 
@@ -274,10 +306,15 @@ def test_divergence_names_the_number(tiny_base: Path, tmp_path: Path) -> None:
         run(config, tmp_path, RunContext(interactive=False))
 
 
-def test_a_plan_says_the_rate(tiny_base: Path, tmp_path: Path, station: Station) -> None:
+def test_a_plan_says_the_rate(
+    tiny_base: Path, tmp_path: Path, station: Station
+) -> None:
     wide = wide_base(tiny_base, tmp_path)
     shown = station.run(
-        *tiny_overrides(wide), "trainer.max_steps=2", cwd=tmp_path, module="finetune.plan"
+        *tiny_overrides(wide),
+        "trainer.max_steps=2",
+        cwd=tmp_path,
+        module="finetune.plan",
     )
     assert "optimizer.learning_rate" not in shown.stdout
     assert "learning rate                     0.0004" in shown.stdout
@@ -310,10 +347,14 @@ def draft() -> Draft:
                 "config", ["hydra/sweeper=optuna", *given], return_hydra_config=True
             )
             values = {
-                str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"
+                str(key): value
+                for key, value in config.hydra.sweeper.items()
+                if key != "_target_"
             }
             context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-            drafted = draft_session(config, context, values | {"study_name": "s"}, tasks)
+            drafted = draft_session(
+                config, context, values | {"study_name": "s"}, tasks
+            )
             return drafted.session, drafted.points
 
     return make
@@ -333,7 +374,11 @@ def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(
         (["model=llama3_1_8b"], 3e-4, rates(3e-5, 3e-3)),
         ([f"model.name_or_path={wide}"], 4e-4, rates(4e-5, 4e-3)),
         (["optimizer=lion"], 2e-4, rates(2e-5, 2e-3)),
-        (["experiment=llama2_guanaco", "dataset.eval_fraction=0.1"], 2e-4, rates(2e-5, 2e-3)),
+        (
+            ["experiment=llama2_guanaco", "dataset.eval_fraction=0.1"],
+            2e-4,
+            rates(2e-5, 2e-3),
+        ),
     ]
     for overrides, rate, distribution in cases:
         session, points = draft(f"search={search}", *overrides)
@@ -349,7 +394,9 @@ def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(
         ([f"{RATE}=tag(log,interval(1e-5,1e-3))"], rates(1e-5, 1e-3)),
         ([f"{RATE}=tag(log,interval(0.1,10))"], rates(4e-4, 10)),
         (
-            ["hydra.sweeper.params={optimizer.learning_rate: 'tag(log, interval(1e-5, 1e-3))'}"],
+            [
+                "hydra.sweeper.params={optimizer.learning_rate: 'tag(log, interval(1e-5, 1e-3))'}"
+            ],
             rates(1e-5, 1e-3),
         ),
         ([f"{RATE}=tag(relative,interval(0.5,2))"], FloatDistribution(2e-4, 8e-4)),
@@ -420,14 +467,23 @@ def test_a_study_on_a_users_base_has_its_baseline_and_its_answer_the_number(
     assert ended.returncode == 0, ended.stderr
     folder = tmp_path / "outputs" / "sweeps" / "s"
     assert f"{RATE}=0.001 (by hidden size 64)" in ended.stderr
-    assert [final(folder / "trials" / str(number))["learning_rate"] for number in (0, 1)] == [
+    assert [
+        final(folder / "trials" / str(number))["learning_rate"] for number in (0, 1)
+    ] == [
         1e-3,
         1e-3,
     ]
-    assert OmegaConf.load(folder / "experiment" / "best.yaml").optimizer.learning_rate == 1e-3
+    assert (
+        OmegaConf.load(folder / "experiment" / "best.yaml").optimizer.learning_rate
+        == 1e-3
+    )
     assert "learning_rate: 0.001" in (folder / "report.html").read_text()
     again = station.run(
-        "--config-dir", str(folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path
+        "--config-dir",
+        str(folder),
+        "experiment=best",
+        "hydra.run.dir=again",
+        cwd=tmp_path,
     )
     assert again.returncode == 0, again.stderr
     assert final(tmp_path / "again")["learning_rate"] == 1e-3

@@ -25,15 +25,19 @@ def planned(output: str) -> float:
     return float(found[1])
 
 
-def test_is_said_before_any_weights_load(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_is_said_before_any_weights_load(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     (tmp_path / "base").mkdir()
-    for (
-        file
-    ) in tiny_base.iterdir():  # the weights' file is there and holds nothing that could be loaded
+    for file in (
+        tiny_base.iterdir()
+    ):  # the weights' file is there and holds nothing that could be loaded
         (tmp_path / "base" / file.name).write_bytes(
             b"" if file.suffix == ".safetensors" else file.read_bytes()
         )
-    done = station.run(*tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path)
+    done = station.run(
+        *tiny_overrides(tmp_path / "base"), module="finetune.plan", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     names = (
         "base",
@@ -45,7 +49,9 @@ def test_is_said_before_any_weights_load(station: Station, tiny_base: Path, tmp_
         "each further slot",
     )
     lines = done.stdout.splitlines()
-    assert all(any(line.startswith(name) for line in lines) for name in names), done.stdout
+    assert all(any(line.startswith(name) for line in lines) for name in names), (
+        done.stdout
+    )
     assert 0.2 < planned(done.stdout) < 3
 
 
@@ -68,7 +74,9 @@ def test_json_has_the_figures_of_the_table(
     assert planned(table) == pytest.approx(figures["peak"] / 2**30, abs=0.05)
     assert figures["peak"] <= figures["available"]
     assert f" {figures['train_tokens']}: about " in table
-    assert f"room for {figures['largest_slots']}, {figures['slots']} recommended" in table
+    assert (
+        f"room for {figures['largest_slots']}, {figures['slots']} recommended" in table
+    )
     assert f"{figures['learning_rate']:8.2g}" in table
     assert figures["train_seconds"] > 0
 
@@ -87,7 +95,9 @@ def test_json_has_the_figures_of_the_table(
 def test_refuses_in_one_line(
     station: Station, tiny_base: Path, tmp_path: Path, overrides: list[str], named: str
 ) -> None:
-    rows = "".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300))
+    rows = "".join(
+        json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(300)
+    )
     (tmp_path / "d.jsonl").write_text(rows)
     more = [
         "dataset.path=d.jsonl",
@@ -95,7 +105,11 @@ def test_refuses_in_one_line(
         "model.name_or_path=" + str(wide_base(tiny_base, tmp_path)),
     ]
     done = station.run(
-        *tiny_overrides(tiny_base), *more, *overrides, module="finetune.plan", cwd=tmp_path
+        *tiny_overrides(tiny_base),
+        *more,
+        *overrides,
+        module="finetune.plan",
+        cwd=tmp_path,
     )
     assert done.returncode == 1, done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
@@ -114,17 +128,23 @@ def test_activations_that_would_not_fit_are_computed_twice(
     config = tiny("trainer.max_steps=2")
     kept, saved = (
         plan_memory(
-            tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"), resources
+            tiny("trainer.max_steps=2", f"trainer.gradient_checkpointing={saving}"),
+            resources,
         )
         for saving in ("false", "true")
     )
     assert saved.peak() < kept.peak()
     assert (
-        resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is False
+        resolve_checkpointing(
+            config, "packed", resources
+        ).trainer.gradient_checkpointing
+        is False
     )
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
-    monkeypatch.setattr("finetune.run.memory_plan.available_memory", lambda: int(between))
+    monkeypatch.setattr(
+        "finetune.run.memory_plan.available_memory", lambda: int(between)
+    )
     with caplog.at_level("INFO"):
         run(config, tmp_path, RunContext(resources=resources, interactive=False))
 
@@ -132,15 +152,24 @@ def test_activations_that_would_not_fit_are_computed_twice(
         "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
         in caplog.messages
     )
-    assert resolve_checkpointing(config, "packed", resources).trainer.gradient_checkpointing is True
-    assert resolve_checkpointing(config, "trl", resources).trainer.gradient_checkpointing is False
+    assert (
+        resolve_checkpointing(
+            config, "packed", resources
+        ).trainer.gradient_checkpointing
+        is True
+    )
+    assert (
+        resolve_checkpointing(config, "trl", resources).trainer.gradient_checkpointing
+        is False
+    )
     wanted = tiny("trainer.gradient_checkpointing=false")
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
 
 @pytest.mark.parametrize("target", ["q_v", "all_linear"])
 @pytest.mark.parametrize(
-    ("saves", "slots"), [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)]
+    ("saves", "slots"),
+    [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)],
 )
 def test_a_gpus_plan_is_what_its_decoder_allocates(
     tiny: Callable[..., RunConfig],
@@ -170,7 +199,9 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
     for module in (attention, cross_entropy, lowrank, rms_norm, rotary, swiglu):
         monkeypatch.setattr(module, "launch", lambda *_: None)
-    monkeypatch.setattr("finetune.engine.packed.bank.holds", lambda *_, **__: True)  # it computes
+    monkeypatch.setattr(
+        "finetune.engine.packed.bank.holds", lambda *_, **__: True
+    )  # it computes
     shapes = {
         "hidden_size": 512,
         "intermediate_size": 1376,
@@ -185,7 +216,9 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     )
     bank = Bank(base, config, Decoder(base, saves))
     places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
-    elements = activation_elements(base.config, config, adapted_layers(places[0].model), slots)
+    elements = activation_elements(
+        base.config, config, adapted_layers(places[0].model), slots
+    )
     ids = torch.randint(0, 300, (8, 300)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
@@ -208,7 +241,8 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides", [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]]
+    "overrides",
+    [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]],
 )
 def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     """Within 15 % on a CPU, of a whole process on the packaged model."""
@@ -223,6 +257,7 @@ def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     done = run_cli(*both, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     measured = (
-        json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"] / 2**30
+        json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_bytes"]
+        / 2**30
     )
     assert planned(told.stdout) == pytest.approx(measured, rel=0.15)

@@ -26,17 +26,19 @@ SHORT = (
     "sample_prompts=[Why?,How?]",
     "sample_max_new_tokens=2",
 )
-by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.engine=trl"])
-NOTHING_TRAINED = (
-    "interrupted before the first step: nothing is trained yet; the same command starts it again"
+by_both = pytest.mark.parametrize(
+    "engine", ["trainer.engine=packed", "trainer.engine=trl"]
 )
+NOTHING_TRAINED = "interrupted before the first step: nothing is trained yet; the same command starts it again"
 
 
 def stages(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The lines that announce a stage of a run, without the numbers of rows."""
     verbs = ("answering", "evaluating", "training on")
     lines = [line for line in caplog.messages if line.startswith(verbs)]
-    return [" ".join(word for word in line.split() if not word.isdigit()) for line in lines]
+    return [
+        " ".join(word for word in line.split() if not word.isdigit()) for line in lines
+    ]
 
 
 @by_both
@@ -60,7 +62,11 @@ def test_a_stage_that_is_left_out_is_not_announced(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "finetune")
-    without = ("sample_prompts=[]", "dataset.eval_fraction=0", "dataset.test_fraction=0")
+    without = (
+        "sample_prompts=[]",
+        "dataset.eval_fraction=0",
+        "dataset.test_fraction=0",
+    )
     run(tiny(*SHORT, *without), tmp_path / "without")
     run(tiny(*SHORT), tmp_path / "trial", RunContext(interactive=False))
 
@@ -109,7 +115,12 @@ ANSWERS = "finetune.run.samples.generate_answers"
     [
         (ROWS, 0, 1, NOTHING_TRAINED),
         (ANSWERS, 0, 1, NOTHING_TRAINED),
-        (ANSWERS, 1, 1, "interrupted; python -m finetune resume={} continues after step 2"),
+        (
+            ANSWERS,
+            1,
+            1,
+            "interrupted; python -m finetune resume={} continues after step 2",
+        ),
         (
             ANSWERS,
             1,
@@ -136,7 +147,10 @@ def test_an_interruption_outside_the_steps_says_how_to_continue(
 
     assert error_line(caught.value) == says.format(os.path.relpath(tmp_path))
     recorded = json.loads((tmp_path / "result.json").read_text())
-    assert (recorded["status"], recorded["error"]) == ("interrupted", error_line(caught.value))
+    assert (recorded["status"], recorded["error"]) == (
+        "interrupted",
+        error_line(caught.value),
+    )
     run(config, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
 

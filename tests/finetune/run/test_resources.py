@@ -26,12 +26,22 @@ RUN = (*FEW, "lora.dropout=0.1", "lora.r=4", "lora/target=attention", "seed=3")
 
 def left_by(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The adapter, and all that was logged while it was trained, but for the clock's."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     logged = [
-        {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        {
+            name: value
+            for name, value in row.items()
+            if name != "train/tokens_per_second"
+        }
         for row in rows
     ]
-    training = [row for row in logged if "test/loss" not in row and "adapter/parameters" not in row]
+    training = [
+        row
+        for row in logged
+        if "test/loss" not in row and "adapter/parameters" not in row
+    ]
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), training
 
 
@@ -87,7 +97,11 @@ def test_a_run_after_another_is_the_run_alone(
         tmp_path / "before",
         RunContext(resources=resources, interactive=False),
     )
-    run(tiny(*RUN, base), tmp_path / "after", RunContext(resources=resources, interactive=False))
+    run(
+        tiny(*RUN, base),
+        tmp_path / "after",
+        RunContext(resources=resources, interactive=False),
+    )
 
     assert left_by(tmp_path / "after") == alone(tiny(*RUN, base))
 
@@ -162,7 +176,11 @@ def test_a_run_after_one_that_was_cut_short_is_the_run_alone(
             tmp_path / "before",
             RunContext(observer, resources, interactive=False),
         )
-    run(tiny(*RUN, NF4), tmp_path / "after", RunContext(resources=resources, interactive=False))
+    run(
+        tiny(*RUN, NF4),
+        tmp_path / "after",
+        RunContext(resources=resources, interactive=False),
+    )
 
     assert left_by(tmp_path / "after") == alone(tiny(*RUN, NF4))
 
@@ -207,16 +225,22 @@ def test_the_base_is_loaded_and_measured_once(
         run(
             config,
             tmp_path / name,
-            RunContext(resources=resources, interactive=False, evaluate_test_rows=False),
+            RunContext(
+                resources=resources, interactive=False, evaluate_test_rows=False
+            ),
         )
 
     assert calls.count("load") == 1
     assert calls.count("tokenize") == 3
-    assert calls.count("evaluate packed") == 3, "the base once, each run once at its end"
+    assert calls.count("evaluate packed") == 3, (
+        "the base once, each run once at its end"
+    )
     assert calls.count("evaluate trl") == 3, "so too by the other engine"
 
 
-@pytest.mark.parametrize(("lora", "stays"), [("lora.bias=all", False), ("lora.bias=none", True)])
+@pytest.mark.parametrize(
+    ("lora", "stays"), [("lora.bias=all", False), ("lora.bias=none", True)]
+)
 def test_a_base_that_a_run_has_changed_is_let_go(
     lora: str, stays: bool, tiny: Tiny, tmp_path: Path
 ) -> None:

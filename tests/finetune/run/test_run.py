@@ -27,9 +27,15 @@ DROPOUT = (
     "optimizer.learning_rate=0.01",
     "trainer.per_device_train_batch_size=2",
 )
-by_both = pytest.mark.parametrize("engine", ["trainer.engine=packed", "trainer.engine=trl"])
+by_both = pytest.mark.parametrize(
+    "engine", ["trainer.engine=packed", "trainer.engine=trl"]
+)
 by_trl_slowly = pytest.mark.parametrize(
-    "engine", ["trainer.engine=packed", pytest.param("trainer.engine=trl", marks=pytest.mark.slow)]
+    "engine",
+    [
+        "trainer.engine=packed",
+        pytest.param("trainer.engine=trl", marks=pytest.mark.slow),
+    ],
 )
 
 
@@ -40,9 +46,15 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """All logged lines, without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return [
-        {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        {
+            name: value
+            for name, value in row.items()
+            if name != "train/tokens_per_second"
+        }
         for row in rows
     ]
 
@@ -78,9 +90,9 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(
     )
     assert model.peft_config["default"].r == 16
     AutoTokenizer.from_pretrained(tmp_path / "adapter")
-    assert [set(row) for row in json.loads((tmp_path / "samples.json").read_text())] == [
-        {"prompt", "before", "after"}
-    ] * 2
+    assert [
+        set(row) for row in json.loads((tmp_path / "samples.json").read_text())
+    ] == [{"prompt", "before", "after"}] * 2
     names = {name for row in metrics_of(tmp_path) for name in row}
     assert {
         "train/loss",
@@ -100,7 +112,10 @@ def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) 
     from finetune.model.tokenizer import load_tokenizer
 
     config = tiny(
-        engine, "dataset.limit=12", "trainer.per_device_train_batch_size=4", "sample_prompts=[]"
+        engine,
+        "dataset.limit=12",
+        "trainer.per_device_train_batch_size=4",
+        "sample_prompts=[]",
     )
     run(config, tmp_path)
 
@@ -110,7 +125,9 @@ def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) 
         load_tokenizer(find_base(config.model), config.model),
         config.dataset,
     )
-    assert result_of(tmp_path)["train_tokens"] == sum(len(ids) for ids in tokens["input_ids"])
+    assert result_of(tmp_path)["train_tokens"] == sum(
+        len(ids) for ids in tokens["input_ids"]
+    )
 
 
 @by_trl_slowly
@@ -118,7 +135,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     engine: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
-        run(tiny(*DROPOUT, engine, "trainer.max_steps=6", f"seed={seed}"), tmp_path / name)
+        run(
+            tiny(*DROPOUT, engine, "trainer.max_steps=6", f"seed={seed}"),
+            tmp_path / name,
+        )
 
     assert metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "two")
@@ -129,7 +149,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 def test_trains_the_adapter_in_float32(engine: str, tiny: Tiny, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    run(tiny(engine, "trainer.max_steps=2", "quantization=nf4", "sample_prompts=[]"), tmp_path)
+    run(
+        tiny(engine, "trainer.max_steps=2", "quantization=nf4", "sample_prompts=[]"),
+        tmp_path,
+    )
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     rounded = [weight.bfloat16().float().equal(weight) for weight in weights.values()]
     assert not any(rounded)
@@ -152,7 +175,9 @@ def test_an_observer_hears_every_rung_and_may_stop_the_run(
 ) -> None:
     observer = StopsAt(2)
     run(
-        tiny(engine, "trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]"),
+        tiny(
+            engine, "trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]"
+        ),
         tmp_path,
         RunContext(observer),
     )
@@ -160,7 +185,12 @@ def test_an_observer_hears_every_rung_and_may_stop_the_run(
     assert [rung.step for rung in observer.seen] == [0, 2, 4]
     assert result_of(tmp_path)["status"] == "pruned"
     assert result_of(tmp_path)["step"] == 4
-    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -179,7 +209,12 @@ def test_evaluates_where_it_is_told_to_and_counts_rungs_by_how_far_they_are(
     observer = StopsAt(-1)
     more = ("trainer.max_steps=9", "trainer.eval_steps=[0.1,3,20]", "sample_prompts=[]")
     run(tiny(engine, *more), tmp_path, RunContext(observer))
-    assert [(rung.step, rung.index) for rung in observer.seen] == [(0, 0), (1, 1), (3, 3), (9, 10)]
+    assert [(rung.step, rung.index) for rung in observer.seen] == [
+        (0, 0),
+        (1, 1),
+        (3, 3),
+        (9, 10),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +234,9 @@ def test_evaluates_where_it_is_told_to_and_counts_rungs_by_how_far_they_are(
         ([], 8, {0: 0, 8: 1}),
     ],
 )
-def test_rungs(setting: float | list[float], total: int, expected: dict[int, int]) -> None:
+def test_rungs(
+    setting: float | list[float], total: int, expected: dict[int, int]
+) -> None:
     assert evaluation_rungs(setting, total) == expected
 
 
@@ -214,11 +251,17 @@ def test_an_observer_may_stop_the_run_between_rungs(
     )
 
     assert (result_of(tmp_path)["status"], result_of(tmp_path)["step"]) == ("pruned", 3)
-    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in metrics_of(tmp_path) if "train/loss" in row] == [
+        1,
+        2,
+        3,
+    ]
 
 
 @by_both
-def test_stops_early_and_keeps_the_best_adapter(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_stops_early_and_keeps_the_best_adapter(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
     # A rate that soon overshoots: held-out loss falls first and rises then.
     wild = (
         "optimizer.learning_rate=0.3",
@@ -249,9 +292,9 @@ def test_stops_early_and_keeps_the_best_adapter(engine: str, tiny: Tiny, tmp_pat
     held_out = tokenize(
         "eval", load_rows(config.dataset).evaluation, trained.tokenizer, config.dataset
     )
-    assert evaluate(trained.with_adapter(), held_out, 8, config.quantization).loss == pytest.approx(
-        objective, rel=1e-5
-    )
+    assert evaluate(
+        trained.with_adapter(), held_out, 8, config.quantization
+    ).loss == pytest.approx(objective, rel=1e-5)
     assert measured_on_test_rows(config, tmp_path) == pytest.approx(
         result_of(tmp_path)["metrics"]["test/loss"], rel=1e-5
     )
@@ -265,7 +308,9 @@ def measured_on_test_rows(config: RunConfig, folder: Path) -> float:
     from finetune.run.load import load_run
 
     trained = load_run(folder)
-    rows = tokenize("test", load_rows(config.dataset).test, trained.tokenizer, config.dataset)
+    rows = tokenize(
+        "test", load_rows(config.dataset).test, trained.tokenizer, config.dataset
+    )
     return evaluate(trained.with_adapter(), rows, 8, config.quantization).loss
 
 
@@ -286,7 +331,9 @@ def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(
     )
     resources = SharedResources()
     run(config, tmp_path, RunContext(resources=resources, interactive=False))
-    held_out = resources.tokens("eval", resources.rows(config.dataset).evaluation, config)
+    held_out = resources.tokens(
+        "eval", resources.rows(config.dataset).evaluation, config
+    )
     with resources.slot(config) as place:
         slot = place()
         training = PackedTraining(config, slot, held_out, 1)
@@ -313,10 +360,17 @@ def test_a_fresh_adapter_is_its_base_in_bfloat16_too(
 
     monkeypatch.setattr(torch, "empty_like", soiled)
     few = ("trainer.max_steps=3", "sample_prompts=[]", "lora.dropout=0.1")
-    for name, more in (("half", ("quantization.bnb_4bit_compute_dtype=bfloat16",)), ("exact", ())):
+    for name, more in (
+        ("half", ("quantization.bnb_4bit_compute_dtype=bfloat16",)),
+        ("exact", ()),
+    ):
         run(tiny(*few, *more), tmp_path / name, RunContext(interactive=False))
     half, exact = (
-        [row["train/loss"] for row in metrics_of(tmp_path / name) if "train/loss" in row]
+        [
+            row["train/loss"]
+            for row in metrics_of(tmp_path / name)
+            if "train/loss" in row
+        ]
         for name in ("half", "exact")
     )
     assert half == pytest.approx(exact, rel=2e-3)
@@ -342,7 +396,9 @@ def test_a_diverged_run_is_failed_and_names_the_rate(
 def test_the_published_recipe_trains_without_a_gpu_and_says_how(
     tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(12)]
+    rows = [
+        {"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(12)
+    ]
     data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
     recipe = (
         "experiment=llama2_guanaco",
@@ -368,7 +424,12 @@ def test_the_published_recipe_trains_without_a_gpu_and_says_how(
     ]
 
 
-STEPS = ("trainer.max_steps=12", "trainer.save_steps=4", "trainer.eval_steps=6", *DROPOUT)
+STEPS = (
+    "trainer.max_steps=12",
+    "trainer.save_steps=4",
+    "trainer.eval_steps=6",
+    *DROPOUT,
+)
 
 
 @by_trl_slowly
@@ -386,12 +447,19 @@ def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(
     assert metrics_of(tmp_path)[-1]["step"] == 5
 
 
-def test_a_run_on_a_mixture_goes_on_and_says_what_it_read(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_on_a_mixture_goes_on_and_says_what_it_read(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
     first = write_jsonl(tmp_path / "first.jsonl", [*rows[:20], {"prompt": 5}])
     second = write_jsonl(tmp_path / "second.jsonl", rows[20:])
     path = f"dataset.path=[{first},{{path:{second},weight:2}}]"
-    keys = (path, "dataset.on_bad_row=skip", "dataset.eval_fraction=0.1", "dataset.limit=null")
+    keys = (
+        path,
+        "dataset.on_bad_row=skip",
+        "dataset.eval_fraction=0.1",
+        "dataset.limit=null",
+    )
     config = tiny(*STEPS, *keys, "dataset.test_fraction=0.1", "sample_prompts=[]")
     run(config, tmp_path / "run", RunContext(StopsAt(1)))
     run(config, tmp_path / "run")
@@ -417,10 +485,16 @@ def test_a_run_does_not_go_on_with_other_rows(tiny: Tiny, tmp_path: Path) -> Non
     config = tiny(*STEPS, f"dataset.path={data}", "dataset.eval_fraction=0.1")
     run(config, tmp_path / "run", RunContext(StopsAt(1)))
     write_jsonl(
-        data, [{"prompt": f"What is {n}?", "completion": f"It is {n} now."} for n in range(60)]
+        data,
+        [
+            {"prompt": f"What is {n}?", "completion": f"It is {n} now."}
+            for n in range(60)
+        ],
     )
 
-    with pytest.raises(ValueError, match=r"dataset_fingerprint=.*the run that began in"):
+    with pytest.raises(
+        ValueError, match=r"dataset_fingerprint=.*the run that began in"
+    ):
         run(config, tmp_path / "run")
 
 
@@ -443,11 +517,18 @@ def test_a_checkpoint_that_was_cut_short_costs_no_other(
 def test_a_run_killed_while_it_kept_its_best_adapter_can_be_finished(
     engine: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    best = (*STEPS, engine, "objective_at=best", "trainer.eval_steps=2", "sample_prompts=[]")
+    best = (
+        *STEPS,
+        engine,
+        "objective_at=best",
+        "trainer.eval_steps=2",
+        "sample_prompts=[]",
+    )
     run(tiny(*best), tmp_path / "whole")
     run(tiny(*best), tmp_path / "run", RunContext(StopsAt(3)))
     newest = max(
-        (tmp_path / "run" / "checkpoints").glob("best-*"), key=lambda path: int(path.name[5:])
+        (tmp_path / "run" / "checkpoints").glob("best-*"),
+        key=lambda path: int(path.name[5:]),
     )
     newest.rename(newest.with_name(f".{newest.name}.draft"))
     run(tiny(*best), tmp_path / "run")
@@ -459,7 +540,9 @@ def started(station: Station, tiny_base: Path, folder: Path, engine: str) -> For
     """A run as a process of its own, in a given folder, in the middle of its steps."""
     arguments = [*tiny_overrides(tiny_base), *STEPS, engine, f"hydra.run.dir={folder}"]
     process = station.start(*arguments, cwd=folder.parent, before=SLOW_STEPS)
-    wait_until(lambda: any(folder.glob("checkpoints/checkpoint-*/progress.json")), process)
+    wait_until(
+        lambda: any(folder.glob("checkpoints/checkpoint-*/progress.json")), process
+    )
     return process
 
 
@@ -483,7 +566,12 @@ def test_a_killed_run_goes_on_bit_for_bit(
 @by_both
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_goes_on(
-    number: int, engine: str, station: Station, tiny: Tiny, tiny_base: Path, tmp_path: Path
+    number: int,
+    engine: str,
+    station: Station,
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     run(tiny(*STEPS, engine), tmp_path / "whole")
     folder = tmp_path / "stopped"

@@ -39,7 +39,9 @@ def errors() -> dict[str, Exception]:
     }
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, calls: set[int]) -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, calls: set[int]
+) -> None:
     """Let these calls of `answer`, counted from 0, fail; the others answer "Hm."."""
     number = 0
 
@@ -58,7 +60,11 @@ def content(file: Path) -> Any:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == "WARNING"
+    ]
 
 
 AFTER, BEFORE = {"after": "Hm."}, {"before": "Hm."}
@@ -125,7 +131,9 @@ def test_an_interruption_while_sampling_ends_the_run(
     assert content(tmp_path / "result.json")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(("measured", "calls"), [(False, {0}), (False, {1}), (True, {0, 1})])
+@pytest.mark.parametrize(
+    ("measured", "calls"), [(False, {0}), (False, {1}), (True, {0, 1})]
+)
 def test_a_winners_failing_samples_leave_its_test_loss(
     tiny: Tiny,
     tmp_path: Path,
@@ -153,7 +161,10 @@ def test_a_winners_failing_samples_leave_its_test_loss(
 
 
 def test_a_base_that_has_no_room_for_samples_alone_leaves_a_winners_test_loss(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from finetune.run.final_evaluation import evaluate_finished_run
 
@@ -164,7 +175,10 @@ def test_a_base_that_has_no_room_for_samples_alone_leaves_a_winners_test_loss(
 
     monkeypatch.setattr("finetune.model.loading.load_base", no_room)
 
-    assert evaluate_finished_run(tmp_path, SharedResources(), answer_prompts=True) is not None
+    assert (
+        evaluate_finished_run(tmp_path, SharedResources(), answer_prompts=True)
+        is not None
+    )
     assert warnings_of(caplog) == [
         "the sample prompts are not answered after training: MemoryError: no room"
     ]

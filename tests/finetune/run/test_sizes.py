@@ -59,7 +59,10 @@ NEW = ["<new0>", "<new1>"]
     [
         ({"text": "a <new0> here"}, "token 600 (<new0>) stands in the train rows"),
         ({"text": "a <new1> here"}, "token 601 (<new1>) stands in the train rows"),
-        ({"prompt": "<new1>?", "completion": "b"}, "token 601 (<new1>) stands in the train rows"),
+        (
+            {"prompt": "<new1>?", "completion": "b"},
+            "token 601 (<new1>) stands in the train rows",
+        ),
     ],
 )
 def test_rows_with_tokens_that_the_embedding_lacks_are_refused(
@@ -98,7 +101,9 @@ def test_an_end_that_the_embedding_lacks_is_refused(
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token = "<end>"
     tokenizer.save_pretrained(base)
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 6)
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 6
+    )
     config = tiny(*PLAIN, f"model.name_or_path={base}", f"dataset.path={rows}")
     expected = "…: its embedding has 600 rows, but token 600 (<end>) ends an answer; …"
     refused_before_loading(config, tmp_path / "run", caplog, expected)
@@ -109,22 +114,33 @@ def test_unused_tokens_beyond_the_embedding_do_not_matter(
 ) -> None:
     base = with_tokens(tiny_base, tmp_path / "base", *NEW)
     rows = text_rows(tmp_path, 9)
-    run(tiny(*PLAIN, f"model.name_or_path={base}", f"dataset.path={rows}"), tmp_path / "run")
+    run(
+        tiny(*PLAIN, f"model.name_or_path={base}", f"dataset.path={rows}"),
+        tmp_path / "run",
+    )
     assert final(tmp_path / "run")["status"] == "completed"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
 def test_rows_longer_than_a_table_of_positions_are_refused(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
     base = make_base(tiny_base, tmp_path / "base", kind)
     name = f"model.name_or_path={base}"
-    fits = tiny(*PLAIN, name, f"dataset.path={text_rows(tmp_path, 40)}", "dataset.max_length=50")
+    fits = tiny(
+        *PLAIN, name, f"dataset.path={text_rows(tmp_path, 40)}", "dataset.max_length=50"
+    )
     run(fits, tmp_path / "fits")
     assert final(tmp_path / "fits")["status"] == "completed"
 
     caplog.clear()
-    long = tiny(*PLAIN, name, f"dataset.path={text_rows(tmp_path, 41)}", "dataset.max_length=50")
+    long = tiny(
+        *PLAIN, name, f"dataset.path={text_rows(tmp_path, 41)}", "dataset.max_length=50"
+    )
     sizes = f"the longest train row has 41 tokens, {name} has 40 positions"
     expected = f"dataset.max_length=50: {sizes}; must be at most 40"
     refused_before_loading(long, tmp_path / "long", caplog, expected)
@@ -146,7 +162,11 @@ UNLIMITED: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 @pytest.mark.parametrize("kind", list(UNLIMITED))
 def test_bases_that_compute_their_positions_train_on_longer_rows(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
     name, changes, warned = UNLIMITED[kind]
     base = make_base(tiny_base, tmp_path / "base", name, **changes)
@@ -162,12 +182,18 @@ def test_bases_that_compute_their_positions_train_on_longer_rows(
 def test_rows_that_are_cut_fit(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
     base = make_base(tiny_base, tmp_path / "base", "gpt2")
     rows = text_rows(tmp_path, 60)
-    name = (f"model.name_or_path={base}", f"dataset.path={rows}", "dataset.max_length=40")
+    name = (
+        f"model.name_or_path={base}",
+        f"dataset.path={rows}",
+        "dataset.max_length=40",
+    )
     run(tiny(*PLAIN, *name), tmp_path / "run")
     assert final(tmp_path / "run")["status"] == "completed"
 
 
-HEAD = "matches lm_head, the output layer, whose adapter would not be trained; allowed: …"
+HEAD = (
+    "matches lm_head, the output layer, whose adapter would not be trained; allowed: …"
+)
 TARGETS = [
     ("gpt2", "[c_attn]", None),
     ("gpt2", "[c_attn,c_proj,c_fc]", None),
@@ -176,7 +202,11 @@ TARGETS = [
     ("gpt2", "[lm_head]", HEAD),
     ("mamba", "[in_proj,x_proj]", None),
     ("mamba", "all-linear", None),
-    ("mamba", "[out_proj]", "matches out_proj, which PEFT can't adapt in a base of type mamba; …"),
+    (
+        "mamba",
+        "[out_proj]",
+        "matches out_proj, which PEFT can't adapt in a base of type mamba; …",
+    ),
     ("mamba", "[x_proj,out_proj]", "matches out_proj, which PEFT can't adapt …"),
     ("mamba", ".*proj", "matches out_proj, which PEFT can't adapt …"),
     ("mamba", "[conv1d]", "matches no linear layer; allowed: dt_proj, in_proj, x_proj"),
@@ -191,7 +221,9 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "says"), TARGETS, ids=[f"{kind}-{targets}" for kind, targets, _ in TARGETS]
+    ("kind", "targets", "says"),
+    TARGETS,
+    ids=[f"{kind}-{targets}" for kind, targets, _ in TARGETS],
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_targets_are_those_that_can_be_trained(
@@ -209,7 +241,9 @@ def test_targets_are_those_that_can_be_trained(
     base = make_base(tiny_base, tmp_path / "base", kind, tie_word_embeddings=tied)
     rows = text_rows(tmp_path, 9)
     names = (f"model.name_or_path={base}", f"dataset.path={rows}")
-    config = tiny(*PLAIN, *names, f"lora.target_modules={targets}", "trainer.engine=trl")
+    config = tiny(
+        *PLAIN, *names, f"lora.target_modules={targets}", "trainer.engine=trl"
+    )
     if says is not None:
         expected = f"lora.target_modules=…: {says}"
         refused_before_loading(config, tmp_path / "run", caplog, expected)
@@ -221,8 +255,12 @@ def test_targets_are_those_that_can_be_trained(
     assert (without in caplog.messages) == ("mamba" in kind and targets == "all-linear")
 
 
-def test_a_config_that_is_no_json_is_refused(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_config_that_is_no_json_is_refused(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
     base = with_changed_json(tiny_base, tmp_path / "base")
     (base / "config.json").write_text("[1, 2]")
-    with pytest.raises(ConfigError, match=r"model\.name_or_path=.*: its config\.json holds no map"):
+    with pytest.raises(
+        ConfigError, match=r"model\.name_or_path=.*: its config\.json holds no map"
+    ):
         run(tiny(*PLAIN, f"model.name_or_path={base}"), tmp_path / "run")

@@ -34,20 +34,30 @@ def wandb_records(folder: Path) -> list[Any]:
     return records
 
 
-def test_wandb_offline_holds_config_history_and_final_state(tiny: Tiny, tmp_path: Path) -> None:
+def test_wandb_offline_holds_config_history_and_final_state(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     run(
-        tiny("tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"), tmp_path
+        tiny(
+            "tracker=wandb", "tracker.tags=[first]", "trainer.max_steps=4", "name=shown"
+        ),
+        tmp_path,
     )
 
     records = wandb_records(tmp_path)
-    opened = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    opened = next(
+        record.run for record in records if record.WhichOneof("record_type") == "run"
+    )
     history, summary = wandb_history(records), wandb_summary(records)
     config = wandb_items(opened.config.update)
     assert opened.display_name == "shown"
     assert list(opened.tags) == ["first"]
     assert config["lora"]["r"] == 16
     assert config["optimizer"]["name"] == "adamw_torch"
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     for name in ("train/loss", "eval/loss", "objective"):
         assert [row[name] for row in history if name in row] == [
             row[name] for row in logged if name in row
@@ -68,7 +78,11 @@ class StopsAtFirstRung(Observer):
 def test_a_run_that_goes_on_offline_adds_to_its_history(
     save_steps: int, adds: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
-    steps = ("trainer.max_steps=4", "trainer.eval_steps=2", f"trainer.save_steps={save_steps}")
+    steps = (
+        "trainer.max_steps=4",
+        "trainer.eval_steps=2",
+        f"trainer.save_steps={save_steps}",
+    )
     config = tiny("tracker=wandb", *QUICK, *steps)
     for observer in (StopsAtFirstRung(), Observer()):
         run(config, tmp_path, RunContext(observer))
@@ -80,7 +94,9 @@ def test_a_run_that_goes_on_offline_adds_to_its_history(
     ]
     assert len({one.run_id for one in opened}) == 1
     assert [one.resume for one in opened] == [False, adds]
-    assert [row["_step"] for row in wandb_history(last)] == ([3, 4] if adds else [0, 1, 2, 3, 4])
+    assert [row["_step"] for row in wandb_history(last)] == (
+        [3, 4] if adds else [0, 1, 2, 3, 4]
+    )
     assert wandb_items(opened[1].config.update)["trainer"]["max_steps"] == 4
     assert wandb_summary(last)["status"] == "completed"
 
@@ -108,8 +124,13 @@ def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {
+        "step"
+    }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
@@ -148,7 +169,11 @@ def test_without_a_key_nothing_asks_and_the_run_is_offline(
 
 
 def artifacts(folder: Path) -> list[Any]:
-    return [record.artifact for record in wandb_records(folder) if record.HasField("artifact")]
+    return [
+        record.artifact
+        for record in wandb_records(folder)
+        if record.HasField("artifact")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,12 +199,16 @@ def test_wandb_gets_the_adapters_that_it_shall(
     )  # a study removes those of most trials, perhaps before they are synced
     for artifact in logged:
         assert {
-            file.path: Path(file.local_path).read_bytes() for file in artifact.manifest.contents
+            file.path: Path(file.local_path).read_bytes()
+            for file in artifact.manifest.contents
         } == files
 
 
 def test_an_adapter_that_wandb_can_not_take_is_a_warning(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
     run(
@@ -189,7 +218,9 @@ def test_an_adapter_that_wandb_can_not_take_is_a_warning(
     )
 
     (line,) = [
-        record.message for record in caplog.records if record.name == "finetune.tracking.wandb"
+        record.message
+        for record in caplog.records
+        if record.name == "finetune.tracking.wandb"
     ]
     assert line.endswith(f"it lacks the adapter, which is in {tmp_path / 'adapter'}")
     assert not artifacts(tmp_path)

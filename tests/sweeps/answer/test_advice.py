@@ -21,7 +21,8 @@ from sweeps.answer.importance import Share
 def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(
-        tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)]
+        tmp_path / "s",
+        [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(40)],
     )
     shares = {
         "optimizer.learning_rate": Share(0.9, 0.8, 1.0),
@@ -32,24 +33,40 @@ def test_advice_names_the_bound_that_the_best_press_against(tmp_path: Path) -> N
 
     pressed = r"optimizer\.learning_rate: \d+ of the best 10 trials are at the upper end of .* extend it to 0\.03"
     assert re.match(pressed, lines[0])
-    assert "little influence: lora.dropout (2%, at most 5%); fix with lora.dropout=" in lines[1]
+    assert (
+        "little influence: lora.dropout (2%, at most 5%); fix with lora.dropout="
+        in lines[1]
+    )
     assert "expected gain of the next trial in eval/loss:" in lines[2]
 
 
-def pressed(folder: Path, what: BaseDistribution, best: object, other: object) -> list[str]:
+def pressed(
+    folder: Path, what: BaseDistribution, best: object, other: object
+) -> list[str]:
     """The advice on the bounds of a parameter whose best ten trials of forty are at one place."""
     values = [best] * 10 + [other] * 30
     trials = [
-        create_trial(params={"x.y": value}, distributions={"x.y": what}, value=float(index))
+        create_trial(
+            params={"x.y": value}, distributions={"x.y": what}, value=float(index)
+        )
         for index, value in enumerate(values)
     ]
-    return [line for line in advise(made_study(folder, trials), {}) if line.startswith("x.y")]
+    return [
+        line
+        for line in advise(made_study(folder, trials), {})
+        if line.startswith("x.y")
+    ]
 
 
 @pytest.mark.parametrize(
     ("what", "best", "other", "beyond"),
     [
-        (CategoricalDistribution([1, 2, 4, 8]), 1, 8, None),  # rows in a batch: there is no half
+        (
+            CategoricalDistribution([1, 2, 4, 8]),
+            1,
+            8,
+            None,
+        ),  # rows in a batch: there is no half
         (CategoricalDistribution([1, 2, 4, 8]), 8, 1, "16"),
         (CategoricalDistribution([0.0, 0.01, 0.1]), 0.0, 0.1, None),
         (IntDistribution(1, 8), 1, 8, None),
@@ -57,36 +74,57 @@ def pressed(folder: Path, what: BaseDistribution, best: object, other: object) -
         (IntDistribution(4, 64, log=True), 4, 64, "1"),
         (FloatDistribution(0, 0.15), 0.0, 0.15, None),
         (FloatDistribution(0, 0.15), 0.15, 0.0, "0.225"),
-        (FloatDistribution(0.9, 0.998), 0.998, 0.9, "0.999"),  # a share, as Adam's beta: 1 is none
+        (
+            FloatDistribution(0.9, 0.998),
+            0.998,
+            0.9,
+            "0.999",
+        ),  # a share, as Adam's beta: 1 is none
         (FloatDistribution(1e-4, 1e-2, log=True), 1e-4, 1e-2, "3.33e-05"),
     ],
 )
 def test_what_lies_beyond_a_bound_can_be_searched(
-    what: BaseDistribution, best: object, other: object, beyond: str | None, tmp_path: Path
+    what: BaseDistribution,
+    best: object,
+    other: object,
+    beyond: str | None,
+    tmp_path: Path,
 ) -> None:
     lines = pressed(tmp_path / "s", what, best, other)
 
-    assert [line.partition("extend it to ")[2] for line in lines] == ([beyond] if beyond else [])
+    assert [line.partition("extend it to ")[2] for line in lines] == (
+        [beyond] if beyond else []
+    )
 
 
 def test_advice_knows_the_range_that_is_searched_now(tmp_path: Path) -> None:
     draw = random.Random(0)
-    trials = [trial(draw, params={"optimizer.learning_rate": 0.0099}) for _ in range(12)]
+    trials = [
+        trial(draw, params={"optimizer.learning_rate": 0.0099}) for _ in range(12)
+    ]
     trials += [trial(draw, params={"optimizer.learning_rate": 2e-4}) for _ in range(12)]
     for each in trials[12:]:
-        each._distributions["optimizer.learning_rate"] = FloatDistribution(1e-4, 1, log=True)
+        each._distributions["optimizer.learning_rate"] = FloatDistribution(
+            1e-4, 1, log=True
+        )
 
     lines = advise(made_unchecked(tmp_path / "s", trials), {})
 
     assert not [line for line in lines if line.startswith("optimizer.learning_rate")]
 
 
-def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(tmp_path: Path) -> None:
+def test_advice_for_more_trials_fades_where_nothing_is_left_to_find(
+    tmp_path: Path,
+) -> None:
     def gain(folder: str, rates: list[float]) -> float:
         draw = random.Random(0)
-        trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
+        trials = [
+            trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates
+        ]
         (line,) = [
-            line for line in advise(made_study(tmp_path / folder, trials), {}) if "expected" in line
+            line
+            for line in advise(made_study(tmp_path / folder, trials), {})
+            if "expected" in line
         ]
         return float(re.search(r": ([\d.e-]+) \(", line)[1])  # type: ignore[index]
 
@@ -101,8 +139,12 @@ def test_luck_is_no_reason_for_more_trials(tmp_path: Path) -> None:
     for seed in range(6):
         draw = random.Random(seed)
         losses = [draw.gauss(3, 0.1) for _ in range(24)]
-        trials = [trial(draw, value=loss, intermediate_values={1: loss}) for loss in losses]
-        hopeful += "continue with" in advise(made_study(tmp_path / str(seed), trials), {})[-1]
+        trials = [
+            trial(draw, value=loss, intermediate_values={1: loss}) for loss in losses
+        ]
+        hopeful += (
+            "continue with" in advise(made_study(tmp_path / str(seed), trials), {})[-1]
+        )
 
     assert hopeful <= 3
 
@@ -113,7 +155,10 @@ def test_advice_asks_for_trials_that_the_study_can_have(tmp_path: Path) -> None:
     trials = [trial(draw, params={"optimizer.learning_rate": rate}) for rate in rates]
     full = advise(made_study(tmp_path / "full", trials), {})
     begun = advise(
-        made_study(tmp_path / "begun", [*trials, *[create_trial(state=TrialState.WAITING)] * 10]),
+        made_study(
+            tmp_path / "begun",
+            [*trials, *[create_trial(state=TrialState.WAITING)] * 10],
+        ),
         {},
     )
     trials[0].user_attrs["role"] = "grid"

@@ -10,7 +10,10 @@ from sweeps.answer.compare import compare
 
 
 def measured(losses: Any, tokens: list[int]) -> list[Evaluation]:
-    return [Evaluation(tuple(row), tuple(tokens), 0.5) for row in np.atleast_2d(losses).tolist()]
+    return [
+        Evaluation(tuple(row), tuple(tokens), 0.5)
+        for row in np.atleast_2d(losses).tolist()
+    ]
 
 
 def test_equal_sides_are_equal() -> None:
@@ -38,7 +41,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     held = 0
     for _ in range(60):
         noise = draw.normal(0.3, 1.0, size=40)
-        found = compare(measured(noise.tolist(), [1] * 40), measured([0.0] * 40, [1] * 40))
+        found = compare(
+            measured(noise.tolist(), [1] * 40), measured([0.0] * 40, [1] * 40)
+        )
         held += found.low <= 0.3 <= found.high
     assert 51 <= held <= 60
 
@@ -70,7 +75,10 @@ def test_seeds_that_disagree_make_the_interval_wider() -> None:
     none = measured(np.zeros((4, 30)), tokens)
     alike = compare(measured(np.tile(rows, (4, 1)) - 0.1, tokens), none)
     apart = compare(
-        measured(np.tile(rows, (4, 1)) - 0.1 + np.array([[-1.5], [1.5], [-1.5], [1.5]]), tokens),
+        measured(
+            np.tile(rows, (4, 1)) - 0.1 + np.array([[-1.5], [1.5], [-1.5], [1.5]]),
+            tokens,
+        ),
         none,
     )
 
@@ -82,7 +90,9 @@ def test_seeds_that_disagree_make_the_interval_wider() -> None:
 def test_many_rows_are_compared_in_little_memory() -> None:
     import tracemalloc
 
-    side, other = (measured(np.full(20_000, value), [1] * 20_000) for value in (1.0, 2.0))
+    side, other = (
+        measured(np.full(20_000, value), [1] * 20_000) for value in (1.0, 2.0)
+    )
     tracemalloc.start()
     found = compare(side, other)
     peak = tracemalloc.get_traced_memory()[1]

@@ -36,17 +36,28 @@ from sweeps.answer.descriptions import confirmation_lines
 from sweeps.answer.retrain import Repeat
 from sweeps.study.study import Study
 
-POINTS = "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
+POINTS = (
+    "[{lora.r: 8, lora.alpha: 64, lora.dropout: 0.0, optimizer.learning_rate: 0.009}]"
+)
 
 
 @pytest.fixture(scope="module")
-def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A study of a baseline, a far better point and two more trials, confirmed with one seed at
     its end."""
     place = tmp_path_factory.mktemp("confirmed")
-    more = ("hydra/sweeper/pruner=none", "hydra.sweeper.n_trials=4", "hydra.sweeper.confirm=1")
+    more = (
+        "hydra/sweeper/pruner=none",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.confirm=1",
+    )
     ended = station.run(
-        *study_overrides(tiny_base, "s1"), f"hydra.sweeper.start={POINTS}", *more, cwd=place
+        *study_overrides(tiny_base, "s1"),
+        f"hydra.sweeper.start={POINTS}",
+        *more,
+        cwd=place,
     )
     assert ended.returncode == 0, ended.stderr
     (place / "said").write_text(ended.stderr)
@@ -91,7 +102,10 @@ def test_each_run_is_the_trial_with_another_seed(done: Path) -> None:
         assert again == trial
         assert row["values"] == [final(folder)["metrics"]["eval/loss"]]
         assert row["test"] == final(folder)["metrics"]["test/loss"]
-        assert row["study"] == final(done / "trials" / str(row["trial"]))["metrics"]["eval/loss"]
+        assert (
+            row["study"]
+            == final(done / "trials" / str(row["trial"]))["metrics"]["eval/loss"]
+        )
         assert not (folder / "adapter").exists()
         assert not (folder / "checkpoints").exists()
 
@@ -104,7 +118,9 @@ def test_no_trial_has_seen_the_test_rows_but_winner_and_baseline(done: Path) -> 
 
 @pytest.mark.slow
 def test_more_seeds_train_only_what_is_missing(copied: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in copied.glob("confirm/*/run.json")}
+    before = {
+        path: path.stat().st_mtime_ns for path in copied.glob("confirm/*/run.json")
+    }
 
     found = confirm(Study.load(copied), seeds=3, top=1)
 
@@ -125,7 +141,9 @@ def made_lucky(folder: Path, number: int) -> None:
     """Let the study have recorded an outstanding loss for a trial, as a lucky seed gives."""
     journal = folder / "study.journal"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    ids = [line for line in lines if line["op_code"] == 4]  # trials, as they were created
+    ids = [
+        line for line in lines if line["op_code"] == 4
+    ]  # trials, as they were created
     assert len(ids) > number
     for line in lines:
         if line["op_code"] == 6 and line["trial_id"] == number and line.get("values"):
@@ -133,7 +151,9 @@ def made_lucky(folder: Path, number: int) -> None:
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_luck_changes_the_answer(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_luck_changes_the_answer(
+    copied: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (copied / "confirm.json").unlink()
     made_lucky(copied, 0)
     assert Study.load(copied).ranked()[0].number == 0
@@ -143,10 +163,15 @@ def test_luck_changes_the_answer(copied: Path, capfd: pytest.CaptureFixture[str]
 
     assert (found["before"], found["winner"]) == (0, 1)
     assert content(copied / "answer.json")["trial"] == 1
-    assert content(copied / "best" / "run.json")["config"]["optimizer"]["learning_rate"] == 0.009
+    assert (
+        content(copied / "best" / "run.json")["config"]["optimizer"]["learning_rate"]
+        == 0.009
+    )
     assert "trial 1 of study s1" in (copied / "experiment" / "best.yaml").read_text()
     assert "Trial 1 wins" in (copied / "report.html").read_text()
-    assert "trial 1 has a better mean than trial 0" in (copied / "report.html").read_text()
+    assert (
+        "trial 1 has a better mean than trial 0" in (copied / "report.html").read_text()
+    )
 
 
 def test_a_winner_whose_adapter_is_gone_has_one_of_the_runs_anew(copied: Path) -> None:
@@ -171,7 +196,9 @@ def test_a_better_trial_that_came_later_is_not_confirmed(copied: Path) -> None:
 
 def test_a_run_that_fails_is_its_candidates_failure(copied: Path) -> None:
     other = copied / "confirm" / "1-seed2"
-    shutil.copytree(copied / "confirm" / "1-seed1", other)  # holds another run, so it is refused
+    shutil.copytree(
+        copied / "confirm" / "1-seed1", other
+    )  # holds another run, so it is refused
 
     found = confirm(Study.load(copied), seeds=2, top=1)
 
@@ -182,7 +209,9 @@ def test_a_run_that_fails_is_its_candidates_failure(copied: Path) -> None:
     assert found["winner"] == 0
 
 
-def test_what_cannot_be_confirmed_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_confirmed_is_refused(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = Study.load(copied)
     monkeypatch.setattr(Study, "objectives", ["eval/loss", "adapter/parameters"])
     with pytest.raises(ConfigError, match="several objectives"):
@@ -232,7 +261,11 @@ def test_no_seed_is_one_that_a_candidate_had_in_the_study(
     began(written.folder_of(1), tiny("seed=7"))  # it was searched
     for trial in (0, 1, 2):
         for seed in (8, 9):
-            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial + seed, test=trial)
+            ended(
+                written.folder / "confirm" / f"{trial}-seed{seed}",
+                loss=trial + seed,
+                test=trial,
+            )
 
     assert confirm(written, seeds=2)["seeds"] == [8, 9]
 
@@ -252,7 +285,11 @@ def test_two_confirmations_at_once_come_one_after_the_other(
             second.start()
             second.join(0.5)
             for trial in (0, 1, 2):
-                ended(written.folder / "confirm" / f"{trial}-seed1", loss=trial, test=trial)
+                ended(
+                    written.folder / "confirm" / f"{trial}-seed1",
+                    loss=trial,
+                    test=trial,
+                )
         order.append(f"{name} ends")
         return {}
 
@@ -263,12 +300,16 @@ def test_two_confirmations_at_once_come_one_after_the_other(
     assert order == ["first begins", "first ends", "second begins", "second ends"]
 
 
-def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_confirmation_says_is_so(
+    written: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sweeps.answer import confirm as module
 
     for trial, loss in ((0, 1.0), (1, 2.0), (2, 3.0)):
         for seed in (1, 2):
-            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=loss, test=loss)
+            ended(
+                written.folder / "confirm" / f"{trial}-seed{seed}", loss=loss, test=loss
+            )
     broken = written.folder / "confirm" / "0-seed2"
     monkeypatch.setattr(module, "retrain", lambda *_: {broken: "out of memory"})
 
@@ -284,14 +325,20 @@ def test_what_the_confirmation_says_is_so(written: Study, monkeypatch: pytest.Mo
 
 def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     for trial in (0, 1, 2):
-        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
+        ended(
+            written.folder / "confirm" / f"{trial}-seed1",
+            loss=abs(trial - 1),
+            test=trial,
+        )
     assert confirm(written, seeds=1)["winner"] == 1
 
     written.optuna.add_trial(create_trial(value=1.5))
     written.remove_adapters(keep=2)
 
     assert read_confirmation(written) is not None
-    assert [trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()] == [0, 1, 2]
+    assert [
+        trial for trial in (0, 1, 2) if written.folder_of(trial).adapter.is_dir()
+    ] == [0, 1, 2]
 
 
 def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
@@ -299,7 +346,11 @@ def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
 ) -> None:
     for trial in (0, 1, 2):
         for seed in (1, 2):
-            ended(written.folder / "confirm" / f"{trial}-seed{seed}", loss=trial, test=trial)
+            ended(
+                written.folder / "confirm" / f"{trial}-seed{seed}",
+                loss=trial,
+                test=trial,
+            )
     written.folder_of(0).adapter.rmdir()
     trained: list[list[str]] = []
 
@@ -313,7 +364,9 @@ def test_a_winner_whose_adapters_are_all_gone_is_trained_once_more(
     confirm(written, seeds=2)
 
     assert trained[1:] == [["0-seed1"]]
-    assert [path.parent.name for path in written.folder.glob("confirm/*/adapter")] == ["0-seed1"]
+    assert [path.parent.name for path in written.folder.glob("confirm/*/adapter")] == [
+        "0-seed1"
+    ]
 
 
 def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
@@ -322,7 +375,9 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
     written.folder_of(0).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.0)
 
-    refusal = r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays unchanged"
+    refusal = (
+        r"adapter of its winner, trial 0, is not in .*trials/0; best/ stays unchanged"
+    )
     with pytest.raises(ConfigError, match=refusal):
         conclude(written, resources=SharedResources())
 
@@ -330,7 +385,9 @@ def test_no_answer_replaces_one_that_has_its_adapter(written: Study) -> None:
     assert (written.folder / "report.html").is_file()
 
 
-def test_says_which_run_the_answer_is_of(written: Study, caplog: pytest.LogCaptureFixture) -> None:
+def test_says_which_run_the_answer_is_of(
+    written: Study, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     best = f"{os.path.relpath(written.folder)}/best:"
     written.folder_of(0).adapter.rename(written.folder / "aside")
@@ -357,7 +414,9 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(
 ) -> None:
     written.folder_of(2).adapter.rmdir()
     ended(written.folder_of(0).path, loss=1.0, test=1.5)
-    write_json(written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}])
+    write_json(
+        written.folder_of(0).samples, [{"prompt": "?", "before": "", "after": ""}]
+    )
 
     conclude(written, resources=SharedResources())
 
@@ -370,15 +429,24 @@ def test_wandb_calls_the_confirmed_winner_the_best(
     written: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "finetune.tracking.wandb_finished.reopen_run", lambda *_: contextlib.nullcontext()
+        "finetune.tracking.wandb_finished.reopen_run",
+        lambda *_: contextlib.nullcontext(),
     )
     monkeypatch.setattr("sweeps.answer.conclusion.publish", lambda *_: [])
     for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
         ended(written.folder_of(trial).path, loss=trial, test=trial)
-        ended(written.folder / "confirm" / f"{trial}-seed1", loss=abs(trial - 1), test=trial)
-        write_json(written.folder_of(trial).samples, [{"prompt": "?", "before": "", "after": ""}])
+        ended(
+            written.folder / "confirm" / f"{trial}-seed1",
+            loss=abs(trial - 1),
+            test=trial,
+        )
         write_json(
-            written.folder_of(trial).path / "tracker.json", {"mode": "offline", "tags": tags}
+            written.folder_of(trial).samples,
+            [{"prompt": "?", "before": "", "after": ""}],
+        )
+        write_json(
+            written.folder_of(trial).path / "tracker.json",
+            {"mode": "offline", "tags": tags},
         )
     assert confirm(written, seeds=1)["winner"] == 1
 
@@ -392,10 +460,15 @@ def test_wandb_calls_the_confirmed_winner_the_best(
 
 
 def test_runs_of_the_confirmation_are_synced_too(written: Study) -> None:
-    (written.folder / "confirm" / "0-seed1" / "wandb" / "offline-run-1").mkdir(parents=True)
+    (written.folder / "confirm" / "0-seed1" / "wandb" / "offline-run-1").mkdir(
+        parents=True
+    )
     place = os.path.relpath(written.folder)
 
-    assert dict(commands(written))["W&B"] == f"wandb sync {place}/confirm/*/wandb/offline-run-*"
+    assert (
+        dict(commands(written))["W&B"]
+        == f"wandb sync {place}/confirm/*/wandb/offline-run-*"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])
@@ -416,7 +489,9 @@ def test_goes_on_after_it_was_ended(
 ) -> None:
     def begin() -> Any:
         arguments = ("confirm", "s1", "--top", "1", "--seeds", "3")
-        return station.start(*arguments, cwd=copied.parents[2], module="sweeps", before=SLOW_STEPS)
+        return station.start(
+            *arguments, cwd=copied.parents[2], module="sweeps", before=SLOW_STEPS
+        )
 
     ended = 0
     for _ in range(3):
@@ -443,4 +518,6 @@ def test_goes_on_after_it_was_ended(
     found = content(copied / "confirm.json")
     fresh = copied.with_name("fresh")
     shutil.copytree(done, fresh)
-    assert found["candidates"] == confirm(Study.load(fresh), seeds=3, top=1)["candidates"]
+    assert (
+        found["candidates"] == confirm(Study.load(fresh), seeds=3, top=1)["candidates"]
+    )

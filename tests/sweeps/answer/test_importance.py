@@ -12,7 +12,10 @@ def test_the_parameter_that_matters_is_said_to_matter() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     for _ in range(30):
         trial = study.ask()
-        rate, dropout = trial.suggest_float("rate", 0, 1), trial.suggest_float("dropout", 0, 1)
+        rate, dropout = (
+            trial.suggest_float("rate", 0, 1),
+            trial.suggest_float("dropout", 0, 1),
+        )
         trial.suggest_categorical("fixed", [1])
         trial.report((rate - 0.5) ** 2 + dropout / 100, 1)
         study.tell(trial, state=TrialState.PRUNED) if rate > 0.9 else study.tell(
@@ -34,13 +37,20 @@ def test_few_trials_say_nothing_of_what_mattered() -> None:
 
 
 def test_a_table_has_columns_as_wide_as_their_widest_cell() -> None:
-    assert format_table(["a", "long"], [["wide", "x"], ["", ""]]) == "a     long\nwide  x\n"
+    assert (
+        format_table(["a", "long"], [["wide", "x"], ["", ""]])
+        == "a     long\nwide  x\n"
+    )
 
 
 def test_trials_are_compared_at_the_last_rung_that_all_have_reported() -> None:
     """Those of a list need not follow each other."""
     study = optuna.create_study()
-    for last, state in ((4, TrialState.COMPLETE), (8, TrialState.COMPLETE), (3, TrialState.PRUNED)):
+    for last, state in (
+        (4, TrialState.COMPLETE),
+        (8, TrialState.COMPLETE),
+        (3, TrialState.PRUNED),
+    ):
         trial = study.ask()
         for rung in {1, 3, last}:
             trial.report(last + rung / 10, rung)

@@ -13,7 +13,11 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
 from optuna.trial import create_trial
 from support.commands import Station
 from support.configs import compose, study_overrides, tiny_overrides
@@ -71,7 +75,11 @@ def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         RunContext(label=label, interactive=False),
     )
     assert isinstance(loss, float)
-    params = {"lora.r": 8, "optimizer.learning_rate": 1e-3, "optimizer.lr_scheduler_type": "cosine"}
+    params = {
+        "lora.r": 8,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.lr_scheduler_type": "cosine",
+    }
     study.optuna.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
     shutil.copytree(place / "adapter", folder / "best" / "adapter")
     return folder
@@ -92,7 +100,9 @@ def report(tmp_path: Path) -> Path:
 
 def asked(study: Study, **changes: Any) -> TrackerSettings:
     """What a session asks of its tracker."""
-    return dataclasses.replace(read_run_config(study.folder_of(0).path).tracker, **changes)
+    return dataclasses.replace(
+        read_run_config(study.folder_of(0).path).tracker, **changes
+    )
 
 
 def added(study: Study) -> list[list[Any]]:
@@ -109,25 +119,36 @@ def initial_config(records: list[Any]) -> dict[str, Any]:
     """The config that a file begins with, but for what W&B adds."""
     run = next(record.run for record in records if record.HasField("run"))
     return {
-        name: value for name, value in wandb_items(run.config.update).items() if name != "_wandb"
+        name: value
+        for name, value in wandb_items(run.config.update).items()
+        if name != "_wandb"
     }
 
 
 def lasting_summary(records: list[Any]) -> dict[str, Any]:
     """What a file says of a run, but for the times and steps that W&B itself counts."""
     return {
-        name: value for name, value in wandb_summary(records).items() if not name.startswith("_")
+        name: value
+        for name, value in wandb_summary(records).items()
+        if not name.startswith("_")
     }
 
 
-def assert_all_is_sent_again(first: list[Any], later: list[Any], added: set[str]) -> None:
+def assert_all_is_sent_again(
+    first: list[Any], later: list[Any], added: set[str]
+) -> None:
     """`wandb sync` puts a later file's config and summary in the place of the first's."""
     assert initial_config(later) == initial_config(first)
     assert opened(later).resume, "else the history that was sent before is lost"
     before, after = lasting_summary(first), lasting_summary(later)
-    assert {"status", "error", "objective", "eval/loss", "eval/accuracy", "train/loss"} <= set(
-        before
-    )
+    assert {
+        "status",
+        "error",
+        "objective",
+        "eval/loss",
+        "eval/accuracy",
+        "train/loss",
+    } <= set(before)
     assert {name: after.get(name) for name in before} == before
     assert set(after) - set(before) == added
 
@@ -138,13 +159,20 @@ def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, b
         one.name: (
             one.type,
             sorted(one.aliases),
-            {file.path: Path(file.local_path).read_bytes() for file in one.manifest.contents},
+            {
+                file.path: Path(file.local_path).read_bytes()
+                for file in one.manifest.contents
+            },
         )
-        for one in (record.artifact for record in records if record.HasField("artifact"))
+        for one in (
+            record.artifact for record in records if record.HasField("artifact")
+        )
     }
 
 
-def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report: Path) -> None:
+def test_the_winners_run_gets_test_loss_adapter_and_report(
+    study: Study, report: Path
+) -> None:
     assert publish(study, 0, TEST, report, asked(study, adapters="best")) == []
 
     (records,) = added(study)
@@ -156,12 +184,16 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(study: Study, report:
         for item in r.summary.update
     ]
     assert ("test/loss", "1.25") in summary
-    adapter = {file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()}
+    adapter = {
+        file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()
+    }
     assert artifacts(records) == {
         "s-adapter": ("model", ["best", "latest"], adapter),
         "s-report": ("report", ["latest"], {"report.html": report.read_bytes()}),
     }
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [
+        0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -248,23 +280,31 @@ def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_row
 
 def test_a_study_without_wandb_is_left_alone(study: Study, report: Path) -> None:
     (study.folder_of(0).path / "tracker.json").unlink()
-    assert publish(study, 0, TEST, report, asked(study, adapters="all", workspace=True)) == []
+    assert (
+        publish(study, 0, TEST, report, asked(study, adapters="all", workspace=True))
+        == []
+    )
     assert not added(study)
 
 
 def test_a_failure_is_one_warning_and_the_next_session_tries_again(
-    study: Study, report: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    study: Study,
+    report: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
         assert publish(study, 0, TEST, report) == []
-    (line,) = [record.message for record in caplog.records if record.name == module.__name__]
+    (line,) = [
+        record.message for record in caplog.records if record.name == module.__name__
+    ]
     assert line.startswith("W&B: ")
     assert line.endswith("; not uploaded: report, test/loss")
     (records,) = added(study)
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0], (
-        "the run itself is sound"
-    )
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [
+        0
+    ], "the run itself is sound"
 
     publish(study, 0, TEST, report)
     assert list(artifacts(added(study)[-1])) == ["s-report"]
@@ -325,15 +365,17 @@ def test_a_view_that_can_not_be_saved_is_a_warning(
 
     monkeypatch.setattr(module, "save_workspace", refuses)
     assert publish(study, 0, TEST, None, asked(study, workspace=True)) == []
-    assert [record.message for record in caplog.records if record.name == module.__name__] == [
-        "W&B: no such project; not uploaded: test/loss, workspace"
-    ]
+    assert [
+        record.message for record in caplog.records if record.name == module.__name__
+    ] == ["W&B: no such project; not uploaded: test/loss, workspace"]
 
 
 def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """A view's specification as W&B is sent it: its runs' part, and its panels by kind."""
     view = build_workspace(study, "me", "mine")._to_model()
-    section = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))["section"]
+    section = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))[
+        "section"
+    ]
     panels: dict[str, list[dict[str, Any]]] = {}
     for part in section["panelBankConfig"]["sections"]:
         for panel in part["panels"]:
@@ -344,7 +386,10 @@ def sent(study: Study) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
 def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> None:
     runs, panels = sent(study)
 
-    filters = [(one["key"]["name"], one["op"], one["value"]) for one in runs["filters"]["filters"]]
+    filters = [
+        (one["key"]["name"], one["op"], one["value"])
+        for one in runs["filters"]["filters"]
+    ]
     assert filters == [
         ("group", "=", "s"),
         ("jobType", "=", "trial"),
@@ -362,14 +407,17 @@ def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> No
     ]
     (coordinates,) = panels["Parallel Coordinates Plot"]
     assert [
-        (column["accessor"], column.get("log", False)) for column in coordinates["columns"]
+        (column["accessor"], column.get("log", False))
+        for column in coordinates["columns"]
     ] == [
         ("config:lora.value.r", False),
         ("config:optimizer.value.learning_rate", True),
         ("config:optimizer.value.lr_scheduler_type", False),
         ("summary:objective", False),
     ]
-    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == ["objective"]
+    assert [panel["targetKey"] for panel in panels["Parameter Importance"]] == [
+        "objective"
+    ]
     assert [
         (panel["xAxis"], panel["yAxis"], panel.get("xAxisLogScale"))
         for panel in panels["Scatter Plot"]
@@ -387,13 +435,20 @@ def test_the_view_has_the_studys_trials_by_what_was_searched(study: Study) -> No
 def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_panels(
     tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
-    study = begin(tmp_path / "s", ["eval/accuracy", "adapter/parameters"], ["maximize", "minimize"])
+    study = begin(
+        tmp_path / "s",
+        ["eval/accuracy", "adapter/parameters"],
+        ["maximize", "minimize"],
+    )
     space = {
         "lora/target": CategoricalDistribution(["q_v", "attention"]),
         "own": FloatDistribution(0, 1),
     }
     for number, target in enumerate(["q_v", "attention"]):
-        values = {"params": {"lora/target": target, "own": 0.5}, "values": [0.5, 100 + number]}
+        values = {
+            "params": {"lora/target": target, "own": 0.5},
+            "values": [0.5, 100 + number],
+        }
         study.optuna.add_trial(create_trial(distributions=space, **values))
         place = study.folder_of(number).path
         place.mkdir(parents=True)
@@ -401,7 +456,10 @@ def test_a_group_that_is_searched_stands_as_its_keys_and_each_objective_has_its_
         (place / "run.json").write_text(json.dumps({"config": config}))
     runs, panels = sent(study)
 
-    accessors = [column["accessor"] for column in panels["Parallel Coordinates Plot"][0]["columns"]]
+    accessors = [
+        column["accessor"]
+        for column in panels["Parallel Coordinates Plot"][0]["columns"]
+    ]
     assert accessors == [
         "config:lora.value.target_modules",
         "summary:eval/accuracy",

@@ -38,14 +38,18 @@ def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
     page = text_of(write_report(study))
 
     assert kind in page
-    assert page.count('class="plotly-graph-div"') >= (1 if study.trials(COMPLETE) else 0)
+    assert page.count('class="plotly-graph-div"') >= (
+        1 if study.trials(COMPLETE) else 0
+    )
     assert ("chart-pareto" in page) == (kind == "two-objectives")
     if kind in ("failed", "mixed"):
         assert "&lt;b&gt;out of memory&lt;/b&gt;" in page
         assert "<b>out of memory" not in page
 
 
-def test_500_trials_are_a_page_of_less_than_10_megabytes_in_5_seconds(tmp_path: Path) -> None:
+def test_500_trials_are_a_page_of_less_than_10_megabytes_in_5_seconds(
+    tmp_path: Path,
+) -> None:
     draw = random.Random(0)
     study = made_study(
         tmp_path / "large",
@@ -69,7 +73,9 @@ def test_a_space_that_changed_on_the_way_is_drawn_as_one(tmp_path: Path) -> None
     draw = random.Random(0)
     trials = [trial(draw) for _ in range(10)]
     for each in trials[5:]:
-        each._distributions["optimizer.learning_rate"] = FloatDistribution(1e-5, 1e-1, log=True)
+        each._distributions["optimizer.learning_rate"] = FloatDistribution(
+            1e-5, 1e-1, log=True
+        )
         each._distributions["lora.r"] = CategoricalDistribution([4, 8, 16, 32, 64, 128])
     page = text_of(write_report(made_unchecked(tmp_path / "changed", trials)))
 
@@ -80,7 +86,8 @@ def test_a_trial_that_ends_meanwhile_is_in_the_next_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = made_study(
-        tmp_path / "s", [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2]
+        tmp_path / "s",
+        [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2],
     )
 
     def end_another(seen: optuna.Study) -> dict[str, Share]:
@@ -92,7 +99,9 @@ def test_a_trial_that_ends_meanwhile_is_in_the_next_report(
     assert "2 complete" in text_of(write_report(study))
 
 
-def test_the_report_that_began_last_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_that_began_last_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = made_study(tmp_path / "s", [])
     later = threading.Thread(target=write_report, args=(study,))
 
@@ -115,7 +124,9 @@ def test_texts_of_the_config_are_shown_as_they_are(tmp_path: Path) -> None:
     folder = study.folder_of(0).path
     folder.mkdir(parents=True)
     prompt = "What is ${x in a shell? Und was heißt 变量?"
-    (folder / "run.json").write_text(json.dumps({"config": {"sample_prompts": [prompt]}}))
+    (folder / "run.json").write_text(
+        json.dumps({"config": {"sample_prompts": [prompt]}})
+    )
 
     assert prompt in text_of(write_report(study))
 
@@ -123,7 +134,8 @@ def test_texts_of_the_config_are_shown_as_they_are(tmp_path: Path) -> None:
 def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(
-        tmp_path / "s", [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)]
+        tmp_path / "s",
+        [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)],
     )
 
     shares = importances(study.optuna)
@@ -137,7 +149,10 @@ def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
 
 def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
     runs = trial(
-        random.Random(0), TrialState.RUNNING, intermediate_values={1: 2.5, 2: 2.25}, value=None
+        random.Random(0),
+        TrialState.RUNNING,
+        intermediate_values={1: 2.5, 2: 2.25},
+        value=None,
     )
     page = text_of(write_report(made_study(tmp_path / "s", [runs])))
 
@@ -155,7 +170,10 @@ def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
 def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(
-        tmp_path / "s", [two_values(draw) for _ in range(9)], "eval/loss", "adapter/parameters"
+        tmp_path / "s",
+        [two_values(draw) for _ in range(9)],
+        "eval/loss",
+        "adapter/parameters",
     )
     page = text_of(write_report(study))
 
@@ -168,7 +186,12 @@ def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
 def test_every_number_of_objectives_shows_who_is_on_the_front(tmp_path: Path) -> None:
     values = [[0.0, 9.0, 9.0, 9.0], [9.0, 0.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.5]]
     study = made_study(
-        tmp_path / "s", [create_trial(values=each) for each in values], "a/1", "a/2", "a/3", "a/4"
+        tmp_path / "s",
+        [create_trial(values=each) for each in values],
+        "a/1",
+        "a/2",
+        "a/3",
+        "a/4",
     )
 
     assert text_of(write_report(study)).count("<td>on the Pareto front</td>") == 2
@@ -177,7 +200,10 @@ def test_every_number_of_objectives_shows_who_is_on_the_front(tmp_path: Path) ->
 def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(
-        tmp_path / "s", [trial(draw) for _ in range(24)], "eval/accuracy", direction="maximize"
+        tmp_path / "s",
+        [trial(draw) for _ in range(24)],
+        "eval/accuracy",
+        direction="maximize",
     )
     largest = max(study.trials(), key=lambda each: each.value)
 
@@ -209,7 +235,9 @@ def test_what_time_has_cut_is_not_saved_by_pruning(tmp_path: Path) -> None:
     study = made_study(tmp_path / "s", [cut])
     folder = study.folder_of(0).path
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"train_tokens": 1500, "train_seconds": 15}))
+    (folder / "result.json").write_text(
+        json.dumps({"train_tokens": 1500, "train_seconds": 15})
+    )
 
     assert "<b>0</b><span>tokens saved by pruning" in text_of(write_report(study))
 

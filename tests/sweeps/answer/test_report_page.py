@@ -23,10 +23,16 @@ from sweeps.answer.report import write_report
 
 
 @pytest.fixture(scope="module")
-def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The folder of a study that has been run."""
     place = tmp_path_factory.mktemp("reported")
-    more = ("tracker=wandb", "sample_prompts=['Is <it> so?']", "hydra.sweeper.n_trials=8")
+    more = (
+        "tracker=wandb",
+        "sample_prompts=['Is <it> so?']",
+        "hydra.sweeper.n_trials=8",
+    )
     ended = station.run(*study_overrides(tiny_base, "s1"), *more, cwd=place)
     assert ended.returncode == 0, ended.stderr
     assert "report         outputs/sweeps/s1/report.html" in ended.stderr
@@ -64,7 +70,10 @@ def test_shows_the_first_training_rows_with_what_is_trained(done: Path) -> None:
         trained = "".join(token.text for token in example.tokens if token.kind.trained)
         assert trained
         assert f"<h3>{html.escape(example.place)}</h3>" in page
-        assert f'<span class="trained">{html.escape(trained, quote=False)}' in html_text(page)
+        assert (
+            f'<span class="trained">{html.escape(trained, quote=False)}'
+            in html_text(page)
+        )
 
 
 @pytest.mark.parametrize("lost", ["rows", "base"])
@@ -109,7 +118,9 @@ def test_the_command_writes_it_anew(done: Path, station: Station) -> None:
 
 def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path) -> None:
     draw = random.Random(0)
-    study = made_study(tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)])
+    study = made_study(
+        tmp_path / "s", [trial(draw), create_trial(state=TrialState.WAITING)]
+    )
     said: list[str] = []
 
     def look(seconds: float) -> None:
@@ -135,11 +146,15 @@ def test_watching_goes_on_until_no_trial_is_left(tmp_path: Path) -> None:
 def test_a_page_that_nobody_writes_anew_stays(tmp_path: Path) -> None:
     runs = trial(random.Random(0), TrialState.RUNNING, value=None)
 
-    assert 'http-equiv="refresh"' not in text_of(write_report(made_study(tmp_path / "s", [runs])))
+    assert 'http-equiv="refresh"' not in text_of(
+        write_report(made_study(tmp_path / "s", [runs]))
+    )
 
 
 CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
 )
 
 
@@ -152,10 +167,15 @@ def browser() -> Iterator[Any]:
 
     quiet = [
         "--no-sandbox",
-        *(f"--disable-{what}" for what in ("gpu", "background-networking", "component-update")),
+        *(
+            f"--disable-{what}"
+            for what in ("gpu", "background-networking", "component-update")
+        ),
     ]
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=120_000)
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=quiet, timeout=120_000
+        )
         yield opened
         opened.close()
 
@@ -196,7 +216,9 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
     page.on("request", lambda request: asked.append(request.url))
 
     page.goto(path.as_uri())
-    charts = {chart.get_attribute("id") for chart in page.locator(".plotly-graph-div").all()}
+    charts = {
+        chart.get_attribute("id") for chart in page.locator(".plotly-graph-div").all()
+    }
     drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
 
     screenshot(page, kind)
@@ -205,7 +227,8 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
     assert drawn == len(charts)
     if kind in ("real", "large", "mixed"):
         assert charts >= {
-            f"chart-{name}" for name in ("curves", "history", "parallel", "importance", "slices")
+            f"chart-{name}"
+            for name in ("curves", "history", "parallel", "importance", "slices")
         }
     assert ("chart-tokens" in charts) == (kind == "real")
     width = page.evaluate("document.documentElement.scrollWidth")
@@ -214,7 +237,9 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
 
 
 @pytest.mark.slow
-def test_the_leaderboard_sorts_by_a_column_that_is_clicked(browser: Any, done: Path) -> None:
+def test_the_leaderboard_sorts_by_a_column_that_is_clicked(
+    browser: Any, done: Path
+) -> None:
     page = browser.new_page()
     page.goto((done / "report.html").as_uri())
     head = page.locator("#leaderboard th", has_text="learning_rate")
@@ -243,8 +268,17 @@ def test_optuna_dashboard_reads_the_studys_storage(done: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tool = Path(sys.executable).with_name("optuna-dashboard")
-    command = [str(tool), "--host", "127.0.0.1", "--port", str(port), str(done / "study.journal")]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        str(tool),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        str(done / "study.journal"),
+    ]
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         end = time.monotonic() + 120
         while True:

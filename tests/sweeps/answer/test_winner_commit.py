@@ -14,7 +14,9 @@ from sweeps.answer.best import write_best
 from sweeps.answer.commands import _template_flag
 
 
-def finished_run(folder: Path, config: Any, base_model: dict[str, Any] | None) -> RunFolder:
+def finished_run(
+    folder: Path, config: Any, base_model: dict[str, Any] | None
+) -> RunFolder:
     run = RunFolder(folder)
     run.path.mkdir(parents=True)
     identity = run_identity(config, rows=None, base=None) | {"base_model": base_model}
@@ -45,7 +47,10 @@ def test_best_yaml_has_the_commit_of_a_base_from_the_hub(
 @pytest.mark.parametrize(
     ("variables", "flag"),
     [
-        ("{enable_thinking:null}", " --default-chat-template-kwargs '{\"enable_thinking\": null}'"),
+        (
+            "{enable_thinking:null}",
+            " --default-chat-template-kwargs '{\"enable_thinking\": null}'",
+        ),
         (
             "{enable_thinking:false}",
             " --default-chat-template-kwargs '{\"enable_thinking\": false}'",

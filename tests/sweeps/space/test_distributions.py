@@ -66,7 +66,11 @@ def test_an_override_gives_the_stock_sweepers_distribution(
         ("range(1,0,-0.3)", [0.1, 0.4, 0.7, 1.0], FloatDistribution),
         ("range(0,1,0.1)", [i / 10 for i in range(10)], FloatDistribution),
         ("sort(range(1,0,-0.25))", [0.25, 0.5, 0.75, 1.0], FloatDistribution),
-        ("sort(range(0,1,0.25),reverse=true)", [0.0, 0.25, 0.5, 0.75], FloatDistribution),
+        (
+            "sort(range(0,1,0.25),reverse=true)",
+            [0.0, 0.25, 0.5, 0.75],
+            FloatDistribution,
+        ),
         ("range(2,3,4)", [2], IntDistribution),
         ("range(0.5,1,2)", [0.5], FloatDistribution),
         ("int(range(0,5,1.5))", [0, 1, 3, 4], CategoricalDistribution),
@@ -81,7 +85,9 @@ def test_a_range_has_the_values_that_it_has_in_hydra(
     expression: str, values: list[float], kind: type[BaseDistribution]
 ) -> None:
     assert isinstance(distribution_of(expression), kind)
-    grid = sorted(point["key"] for point in Space.parse({}, [f"key={expression}"]).grid(0))
+    grid = sorted(
+        point["key"] for point in Space.parse({}, [f"key={expression}"]).grid(0)
+    )
     assert grid == values
     assert [type(value) for value in grid] == [type(value) for value in values]
 
@@ -126,7 +132,10 @@ def test_shuffled_choices_keep_their_order_so_that_a_study_can_go_on() -> None:
         (
             ["key1=choice(1,2)", "key2=5", "key3=range(1,3)"],
             (
-                {"key1": CategoricalDistribution([1, 2]), "key3": IntDistribution(1, 2)},
+                {
+                    "key1": CategoricalDistribution([1, 2]),
+                    "key3": IntDistribution(1, 2),
+                },
                 {"key2": "5"},
                 [],
             ),
@@ -154,13 +163,16 @@ def test_the_command_line_wins_over_params(
     params: str, argument: str, expected: BaseDistribution | None
 ) -> None:
     space = Space.parse({"lora.r": params}, [argument])
-    assert list(space.distributions.values()) == ([] if expected is None else [expected])
+    assert list(space.distributions.values()) == (
+        [] if expected is None else [expected]
+    )
     assert space.overrides({}) == ([argument] if expected is None else [])
 
 
 def test_a_trials_command_line_is_what_is_fixed_deleted_and_suggested() -> None:
     space = Space.parse(
-        {"lora.r": "choice(4,8)", "lora.extra": {"a": [1]}}, ["seed=3", "~tracker.tags", "+x=1"]
+        {"lora.r": "choice(4,8)", "lora.extra": {"a": [1]}},
+        ["seed=3", "~tracker.tags", "+x=1"],
     )
     assert space.overrides({"lora.r": 8}) == [
         "lora.extra={a:[1]}",

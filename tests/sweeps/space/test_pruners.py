@@ -40,7 +40,9 @@ def pruned_at(pruner_name: str, final: float) -> int | None:
                 judged = rung
                 break
         study.tell(
-            trial, None if judged else end, TrialState.PRUNED if judged else TrialState.COMPLETE
+            trial,
+            None if judged else end,
+            TrialState.PRUNED if judged else TrialState.COMPLETE,
         )
     return judged
 
@@ -69,13 +71,17 @@ def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -
     def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[int]:
         for trial, value in zip(trials, values, strict=True):
             trial.report(sign * value, rung)
-        return [number for number, trial in enumerate(trials) if not trial.should_prune()]
+        return [
+            number for number, trial in enumerate(trials) if not trial.should_prune()
+        ]
 
     assert not study.ask().should_prune(), "of which nothing is known"
     trials = [study.ask() for _ in range(8)]
     values = [0.9, 0.8, 0.7, math.nan, 0.6, 0.5, 0.4, 0.3]
     assert left(trials, 1, values) == [6, 7]
-    assert left(trials, 2, [*reversed(values)]) == [6, 7], "no rung that judges: by the one before"
+    assert left(trials, 2, [*reversed(values)]) == [6, 7], (
+        "no rung that judges: by the one before"
+    )
     assert left(trials, 3, [*reversed(values)]) == [0, 1]
     assert left([study.ask()], 1, [0.41]) == []
     early = study.ask()
@@ -119,7 +125,9 @@ def test_hyperband_judges_within_four_rungs() -> None:
         configured = OmegaConf.to_container(
             composed("hydra/sweeper/pruner=hyperband").hydra.sweeper.pruner
         )
-        pruner: BasePruner = instantiate(configured, _execution_whitelist_=PRUNERS_ALLOWED)
+        pruner: BasePruner = instantiate(
+            configured, _execution_whitelist_=PRUNERS_ALLOWED
+        )
         study = optuna.create_study(study_name="s", pruner=pruner)
         pruned = 0
         for number in range(30):
@@ -138,11 +146,22 @@ def test_hyperband_judges_within_four_rungs() -> None:
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("is_wrapped", [False, True])
-def test_a_class_path_from_before_a_move_still_makes_its_pruner(is_wrapped: bool) -> None:
+def test_a_class_path_from_before_a_move_still_makes_its_pruner(
+    is_wrapped: bool,
+) -> None:
     """In a user's YAML, or in a command that resumes an older study."""
-    moved = {"_target_": "sweeps.halving.SuccessiveHalvingPruner", "reduction_factor": 2}
-    wrapper = {"_target_": "optuna.pruners.PatientPruner", "wrapped_pruner": moved, "patience": 1}
-    settings = dataclasses.replace(settings_of(), pruner=wrapper if is_wrapped else moved)
+    moved = {
+        "_target_": "sweeps.halving.SuccessiveHalvingPruner",
+        "reduction_factor": 2,
+    }
+    wrapper = {
+        "_target_": "optuna.pruners.PatientPruner",
+        "wrapped_pruner": moved,
+        "patience": 1,
+    }
+    settings = dataclasses.replace(
+        settings_of(), pruner=wrapper if is_wrapped else moved
+    )
 
     pruner = make_pruner(settings)
 

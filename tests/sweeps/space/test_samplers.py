@@ -39,12 +39,22 @@ PARAMS = {
 }
 
 
-def session_of(*overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")) -> Session:
+def session_of(
+    *overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")
+) -> Session:
     nothing: Any = None  # it composes no trial
     config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
     engine = EngineChoice("packed", slots=1)
     return Session(
-        folder, None, settings_of(*overrides), space, config, nothing, common, None, engine
+        folder,
+        None,
+        settings_of(*overrides),
+        space,
+        config,
+        nothing,
+        common,
+        None,
+        engine,
     )
 
 
@@ -119,7 +129,11 @@ def test_a_custom_search_space_suggests_further_parameters(drive: Drive) -> None
     points = drive("random", 8, f"hydra.sweeper.custom_search_space={__name__}.further")
     assert len(points) == 8
     for point in points:
-        assert 0 <= point["optimizer.weight_decay"] - point["optimizer.learning_rate"] <= 0.3
+        assert (
+            0
+            <= point["optimizer.weight_decay"] - point["optimizer.learning_rate"]
+            <= 0.3
+        )
         assert point["+w"] in (0, 1)
 
 
@@ -128,8 +142,16 @@ def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(
     sampler: str, drive: Drive
 ) -> None:
     trials = 6 if sampler == "gp" else 9
-    few = ["hydra.sweeper.sampler.n_startup_trials=4"] if sampler in ("tpe", "gp", "cmaes") else []
-    few += ["hydra.sweeper.sampler.population_size=4"] if sampler.startswith("nsga") else []
+    few = (
+        ["hydra.sweeper.sampler.n_startup_trials=4"]
+        if sampler in ("tpe", "gp", "cmaes")
+        else []
+    )
+    few += (
+        ["hydra.sweeper.sampler.population_size=4"]
+        if sampler.startswith("nsga")
+        else []
+    )
     space = Space.parse(PARAMS, [])
 
     points = drive(sampler, trials, *few)
@@ -138,8 +160,13 @@ def test_a_sampler_gives_valid_points_the_same_with_the_same_seed(
     for point in points:
         space.require("point", point)
     assert drive(sampler, trials, *few, study="again") == points
-    assert distinct([*points, *drive(sampler, trials, *few, seed=1, study="other")]) > trials
-    own = drive(sampler, trials, *few, "hydra.sweeper.sampler.seed=0", seed=5, study="own-seed")
+    assert (
+        distinct([*points, *drive(sampler, trials, *few, seed=1, study="other")])
+        > trials
+    )
+    own = drive(
+        sampler, trials, *few, "hydra.sweeper.sampler.seed=0", seed=5, study="own-seed"
+    )
     assert own == points
 
 
@@ -155,14 +182,20 @@ def test_a_study_that_goes_on_is_not_given_its_first_points_again(
 
 
 def test_qmc_gives_one_low_discrepancy_sequence(drive: Drive) -> None:
-    params = {"lora.dropout": "interval(0.0, 1.0)", "optimizer.weight_decay": "interval(0.0, 1.0)"}
+    params = {
+        "lora.dropout": "interval(0.0, 1.0)",
+        "optimizer.weight_decay": "interval(0.0, 1.0)",
+    }
     points = drive("qmc", 17, params=params)
 
     one = optuna.create_study(
-        sampler=QMCSampler(seed=0, warn_asynchronous_seeding=False, warn_independent_sampling=False)
+        sampler=QMCSampler(
+            seed=0, warn_asynchronous_seeding=False, warn_independent_sampling=False
+        )
     )
     one.optimize(
-        lambda trial: sum(trial.suggest_float(name, 0.0, 1.0) for name in params), n_trials=17
+        lambda trial: sum(trial.suggest_float(name, 0.0, 1.0) for name in params),
+        n_trials=17,
     )
     assert points == [trial.params for trial in one.trials]
     quarters = {
@@ -173,12 +206,16 @@ def test_qmc_gives_one_low_discrepancy_sequence(drive: Drive) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
-def test_a_sampler_learns_although_each_trial_has_a_fresh_one(sampler: str, drive: Drive) -> None:
+def test_a_sampler_learns_although_each_trial_has_a_fresh_one(
+    sampler: str, drive: Drive
+) -> None:
     params = {
         "optimizer.learning_rate": "tag(log, interval(1e-6, 1))",
         "lora.dropout": "interval(0.0, 1.0)",
     }
-    trials = 12 if sampler == "gp" else 36  # it learns the fastest, and thinks the longest
+    trials = (
+        12 if sampler == "gp" else 36
+    )  # it learns the fastest, and thinks the longest
     few = [f"hydra.sweeper.sampler.n_startup_trials={trials // 3}"]
     losses = [loss(point) for point in drive(sampler, trials, *few, params=params)]
     assert sum(losses[-trials // 3 :]) < sum(losses[: trials // 3]) / 1.5
@@ -191,7 +228,11 @@ def test_generations_go_on_although_each_trial_has_a_fresh_sampler(
     drive(sampler, 12, "hydra.sweeper.sampler.population_size=4")
     trials = Study(tmp_path / "a", "s", None).trials()
     generations = [
-        next(value for key, value in trial.system_attrs.items() if key.endswith("generation"))
+        next(
+            value
+            for key, value in trial.system_attrs.items()
+            if key.endswith("generation")
+        )
         for trial in trials
     ]
     assert generations == [0] * 4 + [1] * 4 + [2] * 4
@@ -228,20 +269,30 @@ def test_a_grid_is_every_point_once(drive: Drive) -> None:
     grid = Space.parse(params, []).grid(0)
     assert distinct(grid) == len(grid) == 18
 
-    points = drive("grid", 18, params=params, points=[("grid", point) for point in grid])
+    points = drive(
+        "grid", 18, params=params, points=[("grid", point) for point in grid]
+    )
     assert points == grid
     assert Space.parse(params, []).grid(0) == grid != Space.parse(params, []).grid(1)
 
 
 def test_a_grid_of_a_smooth_parameter_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^lora\.dropout: a grid needs a choice or a range with a step"
+        ConfigError,
+        match=r"^lora\.dropout: a grid needs a choice or a range with a step",
     ):
-        Space.parse({"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}, []).grid(0)
+        Space.parse(
+            {"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}, []
+        ).grid(0)
 
 
 def test_known_points_are_the_first_trials(drive: Drive) -> None:
-    point = {"lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.05, "optimizer.learning_rate": 1e-3}
+    point = {
+        "lora.r": 8,
+        "lora.alpha": 16,
+        "lora.dropout": 0.05,
+        "optimizer.learning_rate": 1e-3,
+    }
     points = drive("tpe", 3, points=[("baseline", point), ("start", {"lora.r": 64})])
     assert points[0] == point
     assert points[1]["lora.r"] == 64
@@ -268,7 +319,11 @@ def _without_experimental_warnings() -> Iterator[None]:
 )
 def test_a_sampler_is_chosen_by_its_name(sampler: str, kind: type) -> None:
     assert (
-        type(session_of(f"hydra/sweeper/sampler={sampler}", space=Space({}, {}, [])).sampler(0))
+        type(
+            session_of(
+                f"hydra/sweeper/sampler={sampler}", space=Space({}, {}, [])
+            ).sampler(0)
+        )
         is kind
     )
 
@@ -277,7 +332,11 @@ def test_tpe_draws_parameters_together_and_counts_running_trials() -> None:
     sampler = session_of(space=Space({}, {}, [])).sampler(0)
     assert isinstance(sampler, TPESampler)
     inner = cast(Any, sampler)
-    assert (inner._multivariate, inner._constant_liar, inner._group) == (True, True, False)
+    assert (inner._multivariate, inner._constant_liar, inner._group) == (
+        True,
+        True,
+        False,
+    )
     assert (inner._n_startup_trials, inner._n_ei_candidates) == (10, 24)
 
 
@@ -316,7 +375,8 @@ def test_nsgaiii_takes_reference_points() -> None:
 
 def test_the_sampler_that_optuna_has_removed_says_what_to_use() -> None:
     with pytest.raises(
-        (ValueError, InstantiationException), match="Use 'hydra/sweeper/sampler=tpe' instead"
+        (ValueError, InstantiationException),
+        match="Use 'hydra/sweeper/sampler=tpe' instead",
     ):
         session_of("hydra/sweeper/sampler=motpe", space=Space({}, {}, [])).sampler(0)
 

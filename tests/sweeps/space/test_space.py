@@ -38,7 +38,19 @@ def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
 @pytest.mark.parametrize(
     "value",
     [
-        *("abc", "a b", " a ", "it's", 'say "x"', 'it\'s "x"', "", "é", "日本", "a\tb", "a\nb"),
+        *(
+            "abc",
+            "a b",
+            " a ",
+            "it's",
+            'say "x"',
+            'it\'s "x"',
+            "",
+            "é",
+            "日本",
+            "a\tb",
+            "a\nb",
+        ),
         *(
             "a\\b",
             "a\\",
@@ -116,13 +128,21 @@ def test_a_choice_and_the_configs_own_value_are_written_alike(value: object) -> 
         ("lora/target=choice(q_v,attention)", [], "all_linear"),
         ("lora/target=choice(q_v,attention)", ["lora/target=q_v"], "q_v"),
         ("lora.target_modules=choice([q_proj],all-linear)", [], "all-linear"),
-        ("lora.target_modules=choice([q_proj],all-linear)", ["lora/target=q_v"], "[q_proj,v_proj]"),
+        (
+            "lora.target_modules=choice([q_proj],all-linear)",
+            ["lora/target=q_v"],
+            "[q_proj,v_proj]",
+        ),
         (
             "lora.target_modules=choice([q_proj],[k_proj])",
             ["lora.target_modules=[ q_proj ]"],
             "[q_proj]",
         ),
-        ("model.name_or_path=choice(a,b)", ["model.name_or_path='/my models/a'"], "'/my models/a'"),
+        (
+            "model.name_or_path=choice(a,b)",
+            ["model.name_or_path='/my models/a'"],
+            "'/my models/a'",
+        ),
         ("dataset.limit=null,100", ["dataset.limit=null"], "null"),
         ("dataset.limit=choice(50,100)", ["dataset.limit=50"], 50),
         ("++lora.r=choice(4,8)", [], 16),
@@ -144,9 +164,13 @@ def test_the_configs_own_value_of_what_is_searched(
         "lora.nope=choice(1,2)",
     ],
 )
-def test_there_is_no_own_point_without_a_value_for_each_parameter(searched: str) -> None:
+def test_there_is_no_own_point_without_a_value_for_each_parameter(
+    searched: str,
+) -> None:
     assert own_values(searched) is None
-    assert Space.parse({}, ["lora.r=choice(1,2)", searched]).point_of(composed()) is None
+    assert (
+        Space.parse({}, ["lora.r=choice(1,2)", searched]).point_of(composed()) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -242,7 +266,10 @@ def test_a_distribution_is_said_as_users_write_it(expression: str, said: str) ->
 @pytest.mark.parametrize(
     ("point", "says"),
     [
-        ({"lora.nope": 8}, "start: lora.nope is not searched; allowed: lora.r, lora.dropout"),
+        (
+            {"lora.nope": 8},
+            "start: lora.nope is not searched; allowed: lora.r, lora.dropout",
+        ),
         ({"lora.r": 5}, "start: lora.r=5 lies outside choice(4, 8)"),
         ({"lora.r": "8"}, "start: lora.r=8 lies outside choice(4, 8)"),
         (
@@ -255,8 +282,12 @@ def test_a_distribution_is_said_as_users_write_it(expression: str, said: str) ->
         ),
     ],
 )
-def test_a_start_point_outside_of_the_space_is_refused(point: Mapping[str, Any], says: str) -> None:
-    space = Space.parse({"lora.r": "choice(4,8)", "lora.dropout": "interval(0,0.1)"}, [])
+def test_a_start_point_outside_of_the_space_is_refused(
+    point: Mapping[str, Any], says: str
+) -> None:
+    space = Space.parse(
+        {"lora.r": "choice(4,8)", "lora.dropout": "interval(0,0.1)"}, []
+    )
     with pytest.raises(ConfigError) as refused:
         space.require("start", point)
     assert str(refused.value) == says
@@ -279,7 +310,9 @@ def settings(**values: Any) -> StudySettings:
     given = OmegaConf.to_container(composed().hydra.sweeper, resolve=True)
     assert isinstance(given, dict)
     plain = {str(key): value for key, value in given.items() if key != "_target_"}
-    return StudySettings.from_sweeper({**plain, "study_name": "s", "params": {}, **values})
+    return StudySettings.from_sweeper(
+        {**plain, "study_name": "s", "params": {}, **values}
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +347,8 @@ def test_what_trials_are_compared_by_cant_be_searched(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"]
+    "name",
+    ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"],
 )
 def test_all_else_can_be_searched(name: str) -> None:
     assert list(Space.parse({name: "choice(a,b)"}, []).distributions) == [name]
@@ -323,7 +357,10 @@ def test_all_else_can_be_searched(name: str) -> None:
 def test_a_space_is_kept_as_plain_values() -> None:
     space = Space.parse({"a": "choice(x,[y,z])", "b": "tag(log,interval(1,2))"}, [])
     assert space.to_dict() == {
-        "a": {"name": "CategoricalDistribution", "attributes": {"choices": ["x", "[y,z]"]}},
+        "a": {
+            "name": "CategoricalDistribution",
+            "attributes": {"choices": ["x", "[y,z]"]},
+        },
         "b": {
             "name": "FloatDistribution",
             "attributes": {"step": None, "low": 1.0, "high": 2.0, "log": True},
@@ -332,23 +369,32 @@ def test_a_space_is_kept_as_plain_values() -> None:
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_search_space_holds_the_default_config_and_only_valid_values(search: str) -> None:
+def test_a_search_space_holds_the_default_config_and_only_valid_values(
+    search: str,
+) -> None:
     config = composed(f"search={search}", "optimizer.learning_rate=1e-3")
     params = OmegaConf.to_container(config.search.params)
     assert isinstance(params, dict)
-    space = Space.parse({str(name): text for name, text in params.items()}, []).scaled(config)
+    space = Space.parse({str(name): text for name, text in params.items()}, []).scaled(
+        config
+    )
 
     own = space.point_of(config)
     assert own is not None
     assert space.widened(own) == (space, [])
     ends = [
-        what.choices if isinstance(what, CategoricalDistribution) else (what.low, what.high)  # type: ignore[attr-defined]
+        what.choices
+        if isinstance(what, CategoricalDistribution)
+        else (what.low, what.high)  # type: ignore[attr-defined]
         for what in space.distributions.values()
     ]
     for values in zip(
-        *(itertools.islice(itertools.cycle(end), max(map(len, ends))) for end in ends), strict=True
+        *(itertools.islice(itertools.cycle(end), max(map(len, ends))) for end in ends),
+        strict=True,
     ):
-        trial = composed(*space.overrides(dict(zip(space.distributions, values, strict=True))))
+        trial = composed(
+            *space.overrides(dict(zip(space.distributions, values, strict=True)))
+        )
         RunConfig.from_hydra(
             OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "hydra"])
         )
@@ -359,7 +405,16 @@ def test_a_search_space_holds_the_default_config_and_only_valid_values(search: s
     [
         *(
             (sampler, "none")
-            for sampler in ("tpe", "random", "cmaes", "grid", "qmc", "gp", "nsgaii", "nsgaiii")
+            for sampler in (
+                "tpe",
+                "random",
+                "cmaes",
+                "grid",
+                "qmc",
+                "gp",
+                "nsgaii",
+                "nsgaiii",
+            )
         ),
         *(("tpe", pruner) for pruner in PRUNERS if pruner != "none"),
     ],
@@ -374,4 +429,6 @@ def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> N
     )
     assert checked.is_grid == (sampler == "grid")
     assert "seed" in checked.sampler
-    assert checked.pruner["_target_"].startswith(("optuna.pruners.", "sweeps.space.pruners."))
+    assert checked.pruner["_target_"].startswith(
+        ("optuna.pruners.", "sweeps.space.pruners.")
+    )

@@ -31,7 +31,10 @@ def test_a_baseline_that_time_ended_is_tried_once_more(
     enqueue_trials(study, 2, [("baseline", point)])
     enqueue_trials(study, 2, [("baseline", point)])
 
-    assert [trial.user_attrs.get("role") for trial in study.trials()] == ["baseline", "baseline"]
+    assert [trial.user_attrs.get("role") for trial in study.trials()] == [
+        "baseline",
+        "baseline",
+    ]
     enqueue_trials(study, 3, [("baseline", point)])
     assert "role" not in study.trials()[2].user_attrs
 
@@ -47,10 +50,14 @@ def test_points_that_find_no_trial_are_told_of(
 
     given = [trial.system_attrs["fixed_params"] for trial in study.trials()]
     assert given == [{"lora.r": 4}, {"lora.r": 8}]
-    assert caplog.messages == ["1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"]
+    assert caplog.messages == [
+        "1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"
+    ]
 
 
-def test_the_storage_knows_a_trial_by_its_id_and_not_by_its_number(tmp_path: Path) -> None:
+def test_the_storage_knows_a_trial_by_its_id_and_not_by_its_number(
+    tmp_path: Path,
+) -> None:
     """Where one database holds several studies."""
     address = f"sqlite:///{tmp_path / 'studies.db'}"
     optuna.create_study(study_name="first", storage=address).ask()
@@ -69,11 +76,17 @@ class Judged:
     """A trial of a study, and what a worker hears of it."""
 
     def __init__(
-        self, study: Study, pruner: Any, role: str = "", trial: optuna.Trial | None = None
+        self,
+        study: Study,
+        pruner: Any,
+        role: str = "",
+        trial: optuna.Trial | None = None,
     ) -> None:
         asked = optuna.Study(study.name, study.storage, pruner=pruner)
         self.trial = (
-            asked.ask() if trial is None else optuna.Trial(asked, study.trial_id(trial.number))
+            asked.ask()
+            if trial is None
+            else optuna.Trial(asked, study.trial_id(trial.number))
         )
         self.trial.set_user_attr("role", role)
         session: Any = SimpleNamespace(
@@ -95,8 +108,12 @@ class Judged:
         return self.judge.on_step(step)
 
 
-@pytest.mark.parametrize("where", ["here", "in another process", "before it was resumed"])
-def test_a_trial_is_judged_anew_as_others_come_to_its_rung(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where", ["here", "in another process", "before it was resumed"]
+)
+def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
+    where: str, tmp_path: Path
+) -> None:
     study, pruner = made_study(tmp_path / "s", []), SuccessiveHalvingPruner()
     baseline, early = Judged(study, pruner, "baseline"), Judged(study, pruner)
     assert not early.ends_at(1, 2.0)

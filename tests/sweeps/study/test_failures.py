@@ -52,14 +52,23 @@ sys.modules["mine"].further = lambda config, trial: trial.suggest_categorical("l
 def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    space = ("~search", "lora.r=choice(4,16)", "hydra.sweeper.custom_search_space=mine.further")
+    space = (
+        "~search",
+        "lora.r=choice(4,16)",
+        "hydra.sweeper.custom_search_space=mine.further",
+    )
     study = [*study_overrides(tiny_base, "s"), *space, "hydra.sweeper.n_trials=1"]
     ended = station.run(*study, cwd=tmp_path, before=TOO_MUCH)
     assert ended.returncode == 1
 
     (trial,) = trials_of(tmp_path, TrialState.FAIL)
-    assert trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
-    assert result_of(tmp_path, 0) == {"status": "failed", "error": trial.user_attrs["error"]}
+    assert (
+        trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
+    )
+    assert result_of(tmp_path, 0) == {
+        "status": "failed",
+        "error": trial.user_attrs["error"],
+    }
 
 
 @pytest.mark.slow
@@ -110,17 +119,24 @@ def test_out_of_memory_goes_on_with_half_the_batch(
 ) -> None:
     batch = ("trainer.per_device_train_batch_size=4", f"trainer.engine={engine}")
     more = ("hydra.sweeper.n_trials=1", *batch, "tracker=wandb")
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
+    ended = station.run(
+        *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY
+    )
     assert ended.returncode == 0, ended.stderr
 
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.COMPLETE
     assert "trainer.per_device_train_batch_size=2" in trial.user_attrs["shrunk"]
-    assert (result_of(tmp_path, 0)["engine"], result_of(tmp_path, 0)["effective_batch_size"]) == (
+    assert (
+        result_of(tmp_path, 0)["engine"],
+        result_of(tmp_path, 0)["effective_batch_size"],
+    ) == (
         engine,
         4,
     )
-    best = yaml.safe_load((folder_of(tmp_path) / "experiment" / "best.yaml").read_text())
+    best = yaml.safe_load(
+        (folder_of(tmp_path) / "experiment" / "best.yaml").read_text()
+    )
     assert best["trainer"]["per_device_train_batch_size"] == 2
     assert best["trainer"]["gradient_accumulation_steps"] == 2
     again = station.run(
@@ -141,7 +157,9 @@ def test_out_of_memory_twice_is_a_failure(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     more = ("hydra.sweeper.n_trials=1", "trainer.per_device_train_batch_size=8")
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY)
+    ended = station.run(
+        *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=SMALL_MEMORY
+    )
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.FAIL
     assert "out of memory" in trial.user_attrs["error"]
@@ -152,10 +170,16 @@ def test_out_of_memory_twice_is_a_failure(
 def test_the_memory_of_thirty_trials_is_that_of_five(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = ("hydra.sweeper.n_trials=30", "hydra.sweeper.keep_adapters=2", "quantization=nf4")
+    more = (
+        "hydra.sweeper.n_trials=30",
+        "hydra.sweeper.keep_adapters=2",
+        "quantization=nf4",
+    )
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert len(trials_of(tmp_path, *FINISHED)) == 30
-    peaks = [result_of(tmp_path, number)["peak_memory_bytes"] / 2**20 for number in range(30)]
+    peaks = [
+        result_of(tmp_path, number)["peak_memory_bytes"] / 2**20 for number in range(30)
+    ]
     assert max(peaks[26:]) - max(peaks[5:9]) < 8, peaks
     assert len(list(folder_of(tmp_path).glob("trials/*/adapter"))) <= 3

@@ -23,7 +23,8 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     study = study_overrides(tiny_base, "s")
     process = station.start(*study, *more, cwd=tmp_path, before=SLOW_STEPS)
     wait_until(
-        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"),
+        process,
     )
     process.send_signal(number)
     ended = process.wait()
@@ -38,7 +39,9 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     step = result_of(tmp_path, 0)["step"]
     ended = station.run(*study, *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert f"resuming after step {step}" in read(folder_of(tmp_path) / "trials/0/train.log")
+    assert f"resuming after step {step}" in read(
+        folder_of(tmp_path) / "trials/0/train.log"
+    )
     assert len(trials_of(tmp_path, *FINISHED)) == 2
 
 
@@ -89,7 +92,8 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     process = station.start(*study, cwd=tmp_path, before=SLOW_STEPS)
     begun = [folder_of(tmp_path) / "trials" / str(trial) for trial in range(3)]
     wait_until(
-        lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun), process
+        lambda: all("train/loss" in read(trial / "metrics.jsonl") for trial in begun),
+        process,
     )
     process.send_signal(number)
     ended = process.wait()
@@ -155,11 +159,14 @@ def test_time_that_is_over_ends_the_study(
 
 
 @pytest.mark.slow
-def test_a_running_trial_can_be_stopped(station: Station, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_running_trial_can_be_stopped(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
     more = (*NO_END, "hydra.sweeper.baseline=false", "hydra.sweeper.n_trials=1")
     process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     wait_until(
-        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"),
+        process,
     )
     stopped = station.run("stop", "s", "0", cwd=tmp_path, module="sweeps")
     assert stopped.returncode == 0, stopped.stderr

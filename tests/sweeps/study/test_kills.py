@@ -41,7 +41,12 @@ def test_kills_lose_nothing_and_run_nothing_twice(
 
 
 def kill_a_study(
-    station: Station, tiny_base: Path, place: Path, chance: random.Random, kills: int, slots: int
+    station: Station,
+    tiny_base: Path,
+    place: Path,
+    chance: random.Random,
+    kills: int,
+    slots: int,
 ) -> int:
     """Begin a study, kill it so often, end it, and see that all is right; returns how often it was
     killed."""
@@ -86,13 +91,17 @@ def kill_a_study(
     }.items() >= finished.items()
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            assert trial.user_attrs["error"] == "lost its worker 3 times without a new checkpoint"
+            assert (
+                trial.user_attrs["error"]
+                == "lost its worker 3 times without a new checkpoint"
+            )
             assert len(trial.user_attrs["starts"]) >= 3
             assert len(set(trial.user_attrs["starts"][-3:])) == 1
         else:
             result = result_of(place, trial.number)
             assert (
-                result["status"] == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+                result["status"]
+                == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
             )
             assert (result["engine"], result["slots"]) == ("packed", slots)
             steps = [
@@ -100,7 +109,9 @@ def kill_a_study(
                 for row in metrics_of(folder / "trials" / str(trial.number))
                 if "train/loss" in row
             ]
-            assert steps == list(range(1, result["step"] + 1)), "steps were lost, or trained twice"
+            assert steps == list(range(1, result["step"] + 1)), (
+                "steps were lost, or trained twice"
+            )
     assert any(trial.state == TrialState.COMPLETE for trial in trials)
     require_params_agree(place)
     return killed
@@ -111,7 +122,9 @@ def result_lines(place: Path, trial: FrozenTrial) -> tuple[int, str]:
     the baseline."""
     folder = folder_of(place) / "trials" / str(trial.number)
     training = [
-        line for line in read(folder / "metrics.jsonl").splitlines() if "test/loss" not in line
+        line
+        for line in read(folder / "metrics.jsonl").splitlines()
+        if "test/loss" not in line
     ]
     return written_at(folder / ".hydra" / "overrides.yaml"), "\n".join(training)
 
@@ -133,7 +146,10 @@ def test_a_killed_study_is_the_study_that_was_not(
     process = station.start(*study, *more, cwd=killed, before=SLOW_STEPS)
     adopted = folder_of(killed) / "trials" / "1"
     wait_until(
-        lambda: any(checkpoint_step(path) >= 8 for path in checkpoints_in(adopted / "checkpoints")),
+        lambda: any(
+            checkpoint_step(path) >= 8
+            for path in checkpoints_in(adopted / "checkpoints")
+        ),
         process,
     )
     process.kill()
@@ -144,12 +160,16 @@ def test_a_killed_study_is_the_study_that_was_not(
     ended = station.run(*study, *more, cwd=killed)
     assert ended.returncode == 0, ended.stderr
     assert "2 of 3 trials to go" in ended.stderr
-    assert "resuming after step" in (adopted / "train.log").read_text().removeprefix(log)
+    assert "resuming after step" in (adopted / "train.log").read_text().removeprefix(
+        log
+    )
     assert [told(trial) for trial in trials_of(killed)] == [
         told(trial) for trial in trials_of(whole)
     ]
     for number in range(3):
-        one, other = (folder_of(place) / "trials" / str(number) for place in (killed, whole))
+        one, other = (
+            folder_of(place) / "trials" / str(number) for place in (killed, whole)
+        )
         weights = Path("adapter") / "adapter_model.safetensors"
         assert (one / weights).read_bytes() == (other / weights).read_bytes()
         assert metrics_of(one) == metrics_of(other)
@@ -178,22 +198,34 @@ def test_a_killed_pack_is_the_pack_that_was_not(
     process = station.start(*study, cwd=killed, before=SLOW_STEPS)
     trials = folder_of(killed) / "trials"
     begun = [trials / str(number) for number in range(3)]
-    wait_until(lambda: all(checkpoints_in(trial / "checkpoints") for trial in begun), process)
+    wait_until(
+        lambda: all(checkpoints_in(trial / "checkpoints") for trial in begun), process
+    )
     process.kill()
-    assert not any((trial / "result.json").exists() for trial in begun), "killed too late"
+    assert not any((trial / "result.json").exists() for trial in begun), (
+        "killed too late"
+    )
 
     ended = station.run(*study, cwd=killed)
     assert ended.returncode == 0, ended.stderr
     assert "4 of 4 trials to go" in ended.stderr
     for trial in begun:
         assert (trial / "train.log").read_text().count("resuming after step") == 1
-    assert [trial.number for trial in trials_of(killed, TrialState.COMPLETE)] == [0, 1, 2, 3]
+    assert [trial.number for trial in trials_of(killed, TrialState.COMPLETE)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     for one, other in zip(trials_of(killed), trials_of(whole), strict=True):
         assert one.params == other.params
         assert one.values == pytest.approx(other.values, rel=1e-5)
         ours, theirs = (
-            metrics_of(folder_of(place) / "trials" / str(one.number)) for place in (killed, whole)
+            metrics_of(folder_of(place) / "trials" / str(one.number))
+            for place in (killed, whole)
         )
         assert [row["step"] for row in ours] == [row["step"] for row in theirs]
         for row, known in zip(ours, theirs, strict=True):
-            assert row.get("train/loss", 0) == pytest.approx(known.get("train/loss", 0), rel=1e-5)
+            assert row.get("train/loss", 0) == pytest.approx(
+                known.get("train/loss", 0), rel=1e-5
+            )

@@ -13,7 +13,9 @@ from sweeps.study.creation import create_or_resume
 from sweeps.study.live_table import LiveTable
 
 
-def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path: Path) -> None:
+def test_shows_what_runs_and_the_time_left_only_where_something_is_left(
+    tmp_path: Path,
+) -> None:
     distributions = Space.parse({"lora.r": "choice(4,8)"}, []).distributions
     study = create_or_resume(
         tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions
@@ -37,7 +39,14 @@ def test_shows_what_runs_and_the_time_left_only_where_something_is_left(tmp_path
     trial.set_user_attr("steps", 20)
     trial.report(2.25, 1)
     head, row, line = (text.split() for text in shown().splitlines())
-    assert head == ["trial", "parameters", "step", "eval/loss", "train/loss", "tokens/s"]
+    assert head == [
+        "trial",
+        "parameters",
+        "step",
+        "eval/loss",
+        "train/loss",
+        "tokens/s",
+    ]
     assert row == ["0", "r=4", "7/20", "2.2500", "2.5000", "100"]
     assert " ".join(line) == "0 of 2 done (0 pruned, 0 failed)"
     study.optuna.tell(trial, 2.0)

@@ -39,7 +39,10 @@ def test_a_trial_that_kills_its_worker_thrice_is_failed(
     more = ("hydra.sweeper.n_trials=2",)
     study = study_overrides(tiny_base, "s")
     for _ in range(3):
-        assert station.run(*study, *more, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+        assert (
+            station.run(*study, *more, cwd=tmp_path, before=DIES).returncode
+            == -signal.SIGKILL
+        )
         assert trials_of(tmp_path)[0].state == TrialState.RUNNING
     ended = station.run(*study, *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -73,7 +76,10 @@ def test_a_trial_that_kills_its_worker_does_not_fail_those_beside_it(
     )
     study = [*study_overrides(tiny_base, "s"), *more]
     for _ in range(3):
-        assert station.run(*study, cwd=tmp_path, before=KILLS).returncode == -signal.SIGKILL
+        assert (
+            station.run(*study, cwd=tmp_path, before=KILLS).returncode
+            == -signal.SIGKILL
+        )
     ended = station.run(*study, cwd=tmp_path, before=KILLS)
     assert ended.returncode == 0, ended.stderr
 
@@ -89,18 +95,23 @@ def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
     study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", *NO_END]
     process = station.start(*study, cwd=tmp_path)
     wait_until(
-        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"), process
+        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"),
+        process,
     )
     process.send_signal(signal.SIGINT)
     assert process.wait().returncode == 1
     for _ in range(3):
-        assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+        assert (
+            station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
+        )
     station.run(*study, cwd=tmp_path, before=DIES)
     assert trials_of(tmp_path)[0].user_attrs.get("error") == LOST
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("change", ["name=other", "sample_prompts=[Why?]", "tracker=tensorboard"])
+@pytest.mark.parametrize(
+    "change", ["name=other", "sample_prompts=[Why?]", "tracker=tensorboard"]
+)
 def test_what_a_study_lets_change_does_not_fail_a_trial_that_is_taken_on(
     change: str, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -123,7 +134,9 @@ def test_a_trial_that_lost_its_worker_begins_anew_where_the_config_may_change(
     assert ended.returncode == 0, ended.stderr
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
-    config = json.loads((folder_of(tmp_path) / "trials" / "0" / "run.json").read_text())["config"]
+    config = json.loads(
+        (folder_of(tmp_path) / "trials" / "0" / "run.json").read_text()
+    )["config"]
     assert config["optimizer"]["weight_decay"] == 0.1
 
 
@@ -133,7 +146,9 @@ def test_fewer_trials_than_before_are_taken_as_the_total(
 ) -> None:
     study = study_overrides(tiny_base, "s")
     assert (
-        station.run(*study, "hydra.sweeper.n_trials=5", cwd=tmp_path, before=DIES).returncode
+        station.run(
+            *study, "hydra.sweeper.n_trials=5", cwd=tmp_path, before=DIES
+        ).returncode
         == -signal.SIGKILL
     )
     ended = station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path)
@@ -149,8 +164,12 @@ def test_optuna_reads_a_journal_without_us(
 
     study = study_overrides(tiny_base, "s")
     assert (
-        station.run(*study, "hydra.sweeper.n_trials=2", cwd=tmp_path, before=DIES).returncode
+        station.run(
+            *study, "hydra.sweeper.n_trials=2", cwd=tmp_path, before=DIES
+        ).returncode
         == -signal.SIGKILL
     )
-    storage = JournalStorage(JournalFileBackend(str(folder_of(tmp_path) / "study.journal")))
+    storage = JournalStorage(
+        JournalFileBackend(str(folder_of(tmp_path) / "study.journal"))
+    )
     assert len(optuna.load_study(study_name="s", storage=storage).trials) == 2

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import NF4, NONE, PACKED, SHORT, TRL, Alone, Tiny, final, losses, train_in_slots
+from support.runs import (
+    NF4,
+    NONE,
+    PACKED,
+    SHORT,
+    TRL,
+    Alone,
+    Tiny,
+    final,
+    losses,
+    train_in_slots,
+)
 
 from finetune.config.schema import RunConfig
 from finetune.run.context import RunContext
@@ -18,14 +29,21 @@ from finetune.run.resources import SharedResources
     ("what", "slots"),
     [
         pytest.param(
-            what, slots, marks=() if (what, slots) == ("forward_backward", 5) else pytest.mark.slow
+            what,
+            slots,
+            marks=() if (what, slots) == ("forward_backward", 5) else pytest.mark.slow,
         )
         for what in ("forward_backward", "evaluate")
         for slots in (4, 5)
     ],
 )
 def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
-    what: str, slots: int, tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    slots: int,
+    tiny: Tiny,
+    alone: Alone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
 
@@ -36,7 +54,9 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
     def small(bank: Bank, requests: Any) -> Any:
         sizes.append(len(requests))
         if len(requests) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB"
+            )
         return real(bank, requests)
 
     configs = [
@@ -71,11 +91,15 @@ def test_memory_that_is_too_small_for_one_is_that_ones_error(
 
     def small(bank: Bank, requests: Any) -> Any:
         if sum(len(request.rows) for request in requests) > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB"
+            )
         return real(bank, requests)
 
     sizes = (2, 8, 3)
-    configs = [tiny(*SHORT, f"trainer.per_device_train_batch_size={size}") for size in sizes]
+    configs = [
+        tiny(*SHORT, f"trainer.per_device_train_batch_size={size}") for size in sizes
+    ]
     errors: dict[int, Exception] = {}
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "forward_backward", small)
@@ -97,7 +121,10 @@ def test_an_error_in_one_runs_batch_reaches_that_run_alone(
     real = Bank.forward_backward
 
     def breaks(bank: Bank, requests: Any) -> Any:
-        if any(request.slot.seed == 1 and request.dropout_step == when for request in requests):
+        if any(
+            request.slot.seed == 1 and request.dropout_step == when
+            for request in requests
+        ):
             real(bank, requests)  # as far as to the gradients
             raise ValueError("index out of range")
         return real(bank, requests)
@@ -109,7 +136,9 @@ def test_an_error_in_one_runs_batch_reaches_that_run_alone(
         patched.setattr(Bank, "forward_backward", breaks)
         places = train_in_slots(configs, tmp_path, 3, resources, errors=errors)
 
-    assert {number: str(error) for number, error in errors.items()} == {1: "index out of range"}
+    assert {number: str(error) for number, error in errors.items()} == {
+        1: "index out of range"
+    }
     assert [final(place)["status"] for place in places] == [
         "completed",
         "failed",
@@ -165,7 +194,10 @@ def test_runs_that_cannot_share_a_base_wait_for_each_other(
     for config, place in zip(configs, places, strict=True):
         assert final(place)["status"] == "completed"
         assert losses(place) == pytest.approx(alone(config), rel=1e-5)
-        assert final(place)["metrics"]["eval/loss"] < final(place)["metrics"]["train/loss"] + 1
+        assert (
+            final(place)["metrics"]["eval/loss"]
+            < final(place)["metrics"]["train/loss"] + 1
+        )
 
 
 def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
@@ -196,7 +228,9 @@ def test_what_fails_between_two_runs_is_said_and_not_taken_for_a_batchs_error(
         work = run_steps(
             config,
             folder,
-            RunContext(resources=resources, interactive=False, evaluate_test_rows=False),
+            RunContext(
+                resources=resources, interactive=False, evaluate_test_rows=False
+            ),
         )
         return PackedRun(folder.path.name, work, tmp_path / "log", set())
 
@@ -230,7 +264,8 @@ def test_nothing_changes_the_default_dtype_while_adapters_are_drawn(
 
     monkeypatch.setattr(SharedResources, "slot", slot)
     configs = [
-        tiny(*SHORT, f"model.name_or_path={base}", "lora/target=q_v", f"seed={n}") for n in range(2)
+        tiny(*SHORT, f"model.name_or_path={base}", "lora/target=q_v", f"seed={n}")
+        for n in range(2)
     ]
     train_in_slots(configs, tmp_path / "runs", 2)
     assert set(seen) == {torch.float32}
@@ -242,7 +277,8 @@ def test_a_result_tells_the_engine_the_slots_and_who_trained_beside(
     configs = [tiny(*SHORT, f"trainer.max_steps={steps}") for steps in (2, 5, 5, 2)]
     places = train_in_slots(configs, tmp_path, 2)
     told = [
-        {key: final(place)[key] for key in ("engine", "slots", "companions")} for place in places
+        {key: final(place)[key] for key in ("engine", "slots", "companions")}
+        for place in places
     ]
     assert told == [
         {"engine": "packed", "slots": 2, "companions": packed_with}

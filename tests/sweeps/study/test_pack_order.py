@@ -28,19 +28,31 @@ class Listens(Observer):
         return rung.index == self._stops_at
 
 
-def test_all_report_a_rung_before_any_is_judged_there(tiny: Tiny, tmp_path: Path) -> None:
+def test_all_report_a_rung_before_any_is_judged_there(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     heard: list[tuple[str, int, int]] = []
-    observers = {0: Listens(0, heard, None), 1: Listens(1, heard, 2), 2: Listens(2, heard, None)}
+    observers = {
+        0: Listens(0, heard, None),
+        1: Listens(1, heard, 2),
+        2: Listens(2, heard, None),
+    }
     more = (
         *SHORT,
         "trainer.max_steps=6",
         "trainer.eval_steps=2",
         "trainer.per_device_eval_batch_size=2",
     )
-    configs = [tiny(*more, f"lora.r={4 * number + 4}", f"seed={number}") for number in range(3)]
+    configs = [
+        tiny(*more, f"lora.r={4 * number + 4}", f"seed={number}") for number in range(3)
+    ]
     places = train_in_slots(configs, tmp_path, 3, observers=observers)
 
-    assert [final(place)["status"] for place in places] == ["completed", "pruned", "completed"]
+    assert [final(place)["status"] for place in places] == [
+        "completed",
+        "pruned",
+        "completed",
+    ]
     rungs = [(0, {0, 1, 2}), (1, {0, 1, 2}), (2, {0, 1, 2}), (3, {0, 2})]
     for index, who in rungs:
         for what in ("report", "judge"):
@@ -50,7 +62,9 @@ def test_all_report_a_rung_before_any_is_judged_there(tiny: Tiny, tmp_path: Path
     assert heard == []
 
 
-def test_runs_of_other_lengths_never_hold_each_other_up(tiny: Tiny, tmp_path: Path) -> None:
+def test_runs_of_other_lengths_never_hold_each_other_up(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     """One has its rungs between the others', one takes two batches a step; all have all of
     theirs."""
     heard: list[tuple[str, int, int]] = []
@@ -67,7 +81,9 @@ def test_runs_of_other_lengths_never_hold_each_other_up(tiny: Tiny, tmp_path: Pa
     assert [final(place)["step"] for place in places] == [3, 5, 5]
     for number, rungs in enumerate((4, 4, 4)):
         own = [(kind, index) for kind, index, by in heard if by == number]
-        assert own == [(kind, index) for index in range(rungs) for kind in ("report", "judge")]
+        assert own == [
+            (kind, index) for index in range(rungs) for kind in ("report", "judge")
+        ]
 
 
 def test_others_train_on_while_a_late_runs_adapter_is_drawn(
@@ -107,7 +123,11 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_runs_that_begin_together_measure_the_base_once(
-    fails: bool, tiny: Tiny, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool,
+    tiny: Tiny,
+    alone: Alone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The others wait for the first, and go on at the same time; where it fails the next one
     measures."""
@@ -126,14 +146,17 @@ def test_runs_that_begin_together_measure_the_base_once(
         return [ValueError("broken")] if fails and len(response) == 2 else found
 
     configs = [
-        tiny(*SHORT, f"seed={seed}", "trainer.per_device_eval_batch_size=2") for seed in range(3)
+        tiny(*SHORT, f"seed={seed}", "trainer.per_device_eval_batch_size=2")
+        for seed in range(3)
     ]
     errors: dict[int, Exception] = {}
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
         places = train_in_slots(configs, tmp_path, 3, errors=errors)
 
-    first = next(index for index, one in enumerate(response) if "forward_backward" in one)
+    first = next(
+        index for index, one in enumerate(response) if "forward_backward" in one
+    )
     assert set(response[:first]) == {(1, "evaluate")}
     assert response[first] == (3 - fails, "forward_backward"), "not at the same time"
     assert [*errors] == [0] * fails

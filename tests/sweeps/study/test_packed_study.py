@@ -28,7 +28,11 @@ def packed_study(
 
 
 def run_study(station: Station, tiny_base: Path, place: Path, *more: str) -> Path:
-    study = (f"hydra.sweeper.n_trials={TRIALS}", "hydra.sweeper.slots=3", "trainer.max_steps=6")
+    study = (
+        f"hydra.sweeper.n_trials={TRIALS}",
+        "hydra.sweeper.slots=3",
+        "trainer.max_steps=6",
+    )
     ended = station.run(*study_overrides(tiny_base, "s"), *study, *more, cwd=place)
     assert ended.returncode == 0, ended.stderr
     return place / "outputs" / "sweeps" / "s"
@@ -41,13 +45,17 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_packed_study_holds_its_trials_and_each_says_who_was_beside(packed_study: Path) -> None:
+def test_a_packed_study_holds_its_trials_and_each_says_who_was_beside(
+    packed_study: Path,
+) -> None:
     trials = Study.load(packed_study).trials()
     assert [trial.number for trial in trials] == list(range(TRIALS))
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert trials[0].state == TrialState.COMPLETE
     results = [final(packed_study / "trials" / str(number)) for number in range(TRIALS)]
-    assert {(result["engine"], result["slots"]) for result in results} == {("packed", 3)}
+    assert {(result["engine"], result["slots"]) for result in results} == {
+        ("packed", 3)
+    }
     beside = {
         (number, int(other))
         for number, result in enumerate(results)
@@ -63,13 +71,19 @@ def test_each_trials_log_holds_its_own_lines_alone(packed_study: Path) -> None:
         folder = packed_study / "trials" / str(trial.number)
         lines = (folder / "train.log").read_text().splitlines()
         steps = [
-            line.split(" - ", 1)[1].split()[1].split("/")[0] for line in lines if " - step " in line
+            line.split(" - ", 1)[1].split()[1].split("/")[0]
+            for line in lines
+            if " - step " in line
         ]
         shown = [
-            str(row["step"]) for row in logged(folder) if "train/loss" in row or "eval/loss" in row
+            str(row["step"])
+            for row in logged(folder)
+            if "train/loss" in row or "eval/loss" in row
         ]
         assert steps == shown
-        others = [f"trial {number}" for number in range(TRIALS) if number != trial.number]
+        others = [
+            f"trial {number}" for number in range(TRIALS) if number != trial.number
+        ]
         assert not [line for line in lines for other in others if other in line]
 
 
@@ -77,26 +91,39 @@ def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     # Beside the baseline's 1e-3: the second ends at its first rung, and the third takes its place.
-    points = ",".join(f"{{optimizer.learning_rate: {rate}}}" for rate in (2e-3, 1e-6, 1e-2))
-    rungs = ("optimizer.warmup_ratio=0", "trainer.max_steps=40", "trainer.eval_steps=[5]")
+    points = ",".join(
+        f"{{optimizer.learning_rate: {rate}}}" for rate in (2e-3, 1e-6, 1e-2)
+    )
+    rungs = (
+        "optimizer.warmup_ratio=0",
+        "trainer.max_steps=40",
+        "trainer.eval_steps=[5]",
+    )
     more = (
         "optimizer.learning_rate=tag(log,interval(1e-6,1e-1))",
         f"hydra.sweeper.start=[{points}]",
     )
-    study = run_study(station, tiny_base, tmp_path, *rungs, *more, "hydra.sweeper.n_trials=4")
+    study = run_study(
+        station, tiny_base, tmp_path, *rungs, *more, "hydra.sweeper.n_trials=4"
+    )
     first, second, third = Study.load(study).trials()[1:]
     assert (second.state, second.user_attrs["step"]) == (TrialState.PRUNED, 5)
     assert third.state == TrialState.COMPLETE
     assert first.state == TrialState.PRUNED
     assert 10 <= first.user_attrs["step"] < 20
-    assert first.user_attrs["reason"] == "worse than others at its last rung, as more came to it"
+    assert (
+        first.user_attrs["reason"]
+        == "worse than others at its last rung, as more came to it"
+    )
 
 
 def test_each_slot_has_its_own_wandb_run_with_trls_names(
     packed_study: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
     run(
-        tiny(*SHORT, "trainer.engine=trl", "tracker=wandb"), tmp_path, RunContext(interactive=False)
+        tiny(*SHORT, "trainer.engine=trl", "tracker=wandb"),
+        tmp_path,
+        RunContext(interactive=False),
     )
     wanted = history_names(tmp_path)
     uid = Study.load(packed_study).uid
@@ -122,7 +149,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def history_names(folder: Path) -> set[str]:
-    return {name for row in history(folder) for name in row if not name.startswith("test/")}
+    return {
+        name for row in history(folder) for name in row if not name.startswith("test/")
+    }
 
 
 def test_the_winner_of_a_pack_trained_again_alone_is_the_same_to_rounding(
@@ -131,9 +160,12 @@ def test_the_winner_of_a_pack_trained_again_alone_is_the_same_to_rounding(
     more = ("experiment=best", "hydra.run.dir=again", "tracker=none")
     again = station.run("--config-dir", str(packed_study), *more, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert losses(tmp_path / "again") == pytest.approx(losses(packed_study / "best"), rel=1e-5)
+    assert losses(tmp_path / "again") == pytest.approx(
+        losses(packed_study / "best"), rel=1e-5
+    )
     there, here = (
-        final(folder)["metrics"] for folder in (packed_study / "best", tmp_path / "again")
+        final(folder)["metrics"]
+        for folder in (packed_study / "best", tmp_path / "again")
     )
     assert here["eval/loss"] == pytest.approx(there["eval/loss"], rel=1e-5)
     assert here["test/loss"] == pytest.approx(there["test/loss"], rel=1e-5)
@@ -148,12 +180,20 @@ def test_the_same_seed_gives_the_same_packed_study(
     def told(folder: Path) -> list[Any]:
         trials = Study.load(folder).trials(*FINISHED)
         return [
-            (trial.number, trial.state, trial.params, trial.values, trial.intermediate_values)
+            (
+                trial.number,
+                trial.state,
+                trial.params,
+                trial.values,
+                trial.intermediate_values,
+            )
             for trial in trials
         ]
 
     assert told(again) == told(packed_study)
     for number in range(TRIALS):
-        one, other = (folder / "trials" / str(number) for folder in (again, packed_study))
+        one, other = (
+            folder / "trials" / str(number) for folder in (again, packed_study)
+        )
         assert losses(one) == losses(other)
         assert final(one)["companions"] == final(other)["companions"]

@@ -42,10 +42,16 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(
+    station: Station, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Done:
     """In a folder whose name has a space."""
     place = tmp_path_factory.mktemp("my studies") / "with space"
-    more = ("tracker=wandb", "hydra.sweeper.keep_adapters=2", f"hydra.sweeper.n_trials={TRIALS}")
+    more = (
+        "tracker=wandb",
+        "hydra.sweeper.keep_adapters=2",
+        f"hydra.sweeper.n_trials={TRIALS}",
+    )
     ended = station.run(*study_overrides(tiny_base, "s1"), *more, cwd=place)
     assert ended.returncode == 0, ended.stderr
     return Done(place / "outputs" / "sweeps" / "s1", ended.stderr)
@@ -60,7 +66,11 @@ def copied(done: Done, tmp_path: Path) -> Path:
 
 
 def go_on(station: Station, tiny_base: Path, cwd: Path, *more: str) -> Any:
-    common = ("tracker=wandb", "hydra.sweeper.keep_adapters=2", f"hydra.sweeper.n_trials={TRIALS}")
+    common = (
+        "tracker=wandb",
+        "hydra.sweeper.keep_adapters=2",
+        f"hydra.sweeper.n_trials={TRIALS}",
+    )
     return station.run(*study_overrides(tiny_base, "s1"), *common, *more, cwd=cwd)
 
 
@@ -78,12 +88,20 @@ def trials_in(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def told(trial: FrozenTrial) -> tuple[Any, ...]:
-    return trial.number, trial.state, trial.params, trial.values, trial.intermediate_values
+    return (
+        trial.number,
+        trial.state,
+        trial.params,
+        trial.values,
+        trial.intermediate_values,
+    )
 
 
 def test_holds_exactly_its_trials_the_first_being_the_baseline(done: Done) -> None:
     assert [trial.number for trial in done.trials] == list(range(TRIALS))
-    assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done.trials)
+    assert all(
+        trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done.trials
+    )
     baseline = done.trials[0]
     assert baseline.user_attrs["role"] == "baseline"
     assert baseline.state == TrialState.COMPLETE
@@ -101,7 +119,9 @@ def test_each_trials_folder_says_what_the_storage_says(done: Done) -> None:
         folder = done.folder / "trials" / str(trial.number)
         overrides = dict(
             line.split("=", 1)
-            for line in yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+            for line in yaml.safe_load(
+                (folder / ".hydra" / "overrides.yaml").read_text()
+            )
         )
         config = json.loads((folder / "run.json").read_text())["config"]
         result = done.result(trial.number)
@@ -117,7 +137,9 @@ def test_each_trials_folder_says_what_the_storage_says(done: Done) -> None:
             assert result["step"] == trial.user_attrs["step"]
         rungs = [
             row
-            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            for row in map(
+                json.loads, (folder / "metrics.jsonl").read_text().splitlines()
+            )
             if "objective" in row
         ]
         assert {
@@ -133,12 +155,19 @@ def test_keeps_the_adapters_of_the_best_and_of_the_baseline(done: Done) -> None:
     assert len(complete) > 2, "the study says nothing here"
     kept = {int(path.parent.name) for path in done.folder.glob("trials/*/adapter")}
     assert kept == {0, complete[0].number, complete[1].number}
-    assert {int(path.parent.name) for path in done.folder.glob("trials/*/checkpoints")} <= kept
-    assert all((folder / "metrics.jsonl").exists() for folder in done.folder.glob("trials/*"))
+    assert {
+        int(path.parent.name) for path in done.folder.glob("trials/*/checkpoints")
+    } <= kept
+    assert all(
+        (folder / "metrics.jsonl").exists() for folder in done.folder.glob("trials/*")
+    )
 
 
 def test_says_the_winner_beside_the_baseline_and_how_to_use_it(done: Done) -> None:
-    best = min((trial for trial in done.trials if trial.values), key=lambda trial: trial.value or 0)
+    best = min(
+        (trial for trial in done.trials if trial.values),
+        key=lambda trial: trial.value or 0,
+    )
     last = done.said[done.said.rindex("study s1: ") :]
     assert f"trial {best.number} " in last.splitlines()[1]
     assert "baseline" in last
@@ -150,7 +179,11 @@ def test_says_the_winner_beside_the_baseline_and_how_to_use_it(done: Done) -> No
     assert answer["test"]["baseline"] == done.result(0)["metrics"]["test/loss"]
     low, high = answer["test"]["interval_95"]
     assert low <= answer["test"]["difference"] <= high
-    tested = {number for number in range(TRIALS) if "test/loss" in done.result(number)["metrics"]}
+    tested = {
+        number
+        for number in range(TRIALS)
+        if "test/loss" in done.result(number)["metrics"]
+    }
     assert tested == {0, best.number}, "test rows were seen by other trials"
 
 
@@ -158,7 +191,11 @@ def test_the_winner_is_a_run_folder_and_its_experiment_reproduces_it(
     done: Done, station: Station, tmp_path: Path
 ) -> None:
     again = station.run(
-        "--config-dir", str(done.folder), "experiment=best", "hydra.run.dir=again", cwd=tmp_path
+        "--config-dir",
+        str(done.folder),
+        "experiment=best",
+        "hydra.run.dir=again",
+        cwd=tmp_path,
     )
     assert again.returncode == 0, again.stderr
 
@@ -179,9 +216,13 @@ def test_the_same_seed_gives_the_same_trials(
     assert ended.returncode == 0, ended.stderr
 
     again = Done(tmp_path / "outputs" / "sweeps" / "s2", ended.stderr)
-    assert [told(trial) for trial in again.trials] == [told(trial) for trial in done.trials]
+    assert [told(trial) for trial in again.trials] == [
+        told(trial) for trial in done.trials
+    ]
     for number in range(TRIALS):
-        assert plain(again.result(number)["metrics"]) == plain(done.result(number)["metrics"])
+        assert plain(again.result(number)["metrics"]) == plain(
+            done.result(number)["metrics"]
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +240,9 @@ def shown(folder: Path) -> Iterator[Shown]:
     """A trial's W&B files in the order of their making."""
     for records in wandb_files(folder):
         run = [record.run for record in records if record.HasField("run")][-1]
-        (exit_code,) = [record.exit.exit_code for record in records if record.HasField("exit")]
+        (exit_code,) = [
+            record.exit.exit_code for record in records if record.HasField("exit")
+        ]
         yield Shown(
             run,
             wandb_items(run.config.update),
@@ -221,12 +264,20 @@ def test_wandb_has_one_run_for_each_trial_and_one_tagged_best(done: Done) -> Non
         assert {file.run.job_type for file in files} == {"trial"}
         assert {file.run.display_name for file in files} == {f"s1-{trial.number}"}
         assert first.config["lora"]["r"] == trial.params["lora.r"]
-        assert first.config["optimizer"]["learning_rate"] == trial.params["optimizer.learning_rate"]
+        assert (
+            first.config["optimizer"]["learning_rate"]
+            == trial.params["optimizer.learning_rate"]
+        )
         assert not any("." in key for key in first.config)
-        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = [
+            json.loads(line)
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("train/loss", "eval/loss", "objective"):
             ours = [(row["step"], row[name]) for row in logged if name in row]
-            assert [(row["_step"], row[name]) for row in first.history if name in row] == ours
+            assert [
+                (row["_step"], row[name]) for row in first.history if name in row
+            ] == ours
         assert first.summary["status"] == done.result(trial.number)["status"]
         assert first.exit_code == 0
         if trial.state == TrialState.PRUNED:
@@ -247,7 +298,9 @@ def test_a_full_study_says_how_to_go_on(
         "hydra.sweeper.slots=3: 1 instead, as the study keeps those that it began with"
         in ended.stderr
     )
-    assert "study s1 is full (6 trials): hydra.sweeper.n_trials=12 goes on" in ended.stderr
+    assert (
+        "study s1 is full (6 trials): hydra.sweeper.n_trials=12 goes on" in ended.stderr
+    )
     assert trials_in(copied) == trials_in(done.folder)
 
 
@@ -259,7 +312,9 @@ def test_a_grid_that_is_tried_does_not_say_that_more_trials_go_on(
     for _ in range(2):
         ended = station.run(*study_overrides(tiny_base, "s"), *grid, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
-    assert "study s is full (2 trials): every point of the grid is tried" in ended.stderr
+    assert (
+        "study s is full (2 trials): every point of the grid is tried" in ended.stderr
+    )
     assert "n_trials" not in ended.stderr
 
 
@@ -270,7 +325,9 @@ def test_goes_on_to_more_trials_after_half_a_line(
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])
     before = [told(trial) for trial in Study.load(copied).trials()]
-    results = {path: path.stat().st_mtime_ns for path in copied.glob("trials/*/result.json")}
+    results = {
+        path: path.stat().st_mtime_ns for path in copied.glob("trials/*/result.json")
+    }
     ended = go_on(station, tiny_base, tmp_path, f"hydra.sweeper.n_trials={TRIALS + 1}")
     assert ended.returncode == 0, ended.stderr
 
@@ -284,7 +341,9 @@ def test_goes_on_to_more_trials_after_half_a_line(
         copied / "trials" / str(winner) / "result.json",
     )
     assert all(
-        path.stat().st_mtime_ns == then for path, then in results.items() if path not in spoken
+        path.stat().st_mtime_ns == then
+        for path, then in results.items()
+        if path not in spoken
     )
 
 
@@ -344,10 +403,14 @@ def test_a_result_that_was_not_told_is_told_and_not_run_again(
 def test_another_storage_does_not_take_a_studys_folders_for_its_own(
     copied: Path, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    ended = go_on(station, tiny_base, tmp_path, "hydra.sweeper.storage=sqlite:///other.db")
+    ended = go_on(
+        station, tiny_base, tmp_path, "hydra.sweeper.storage=sqlite:///other.db"
+    )
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    place = f"another study's trials are in {copied}, and this storage has no such study"
+    place = (
+        f"another study's trials are in {copied}, and this storage has no such study"
+    )
     assert line == f"error: hydra.sweeper.study_name=s1: {place}; give another name"
 
 
@@ -370,7 +433,9 @@ def test_a_change_is_refused_with_both_values(
     tiny_base: Path,
     tmp_path: Path,
 ) -> None:
-    ended = go_on(station, tiny_base, tmp_path, override, f"hydra.sweeper.n_trials={TRIALS + 1}")
+    ended = go_on(
+        station, tiny_base, tmp_path, override, f"hydra.sweeper.n_trials={TRIALS + 1}"
+    )
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {key}")
@@ -400,12 +465,23 @@ def test_a_change_is_taken_when_told_to(
     "change", ["lora.alpha=choice(1,2,16)", "hydra.sweeper.direction=maximize"]
 )
 def test_what_no_study_can_take_is_refused_even_when_told_to(
-    change: str, copied: Path, done: Done, station: Station, tiny_base: Path, tmp_path: Path
+    change: str,
+    copied: Path,
+    done: Done,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
-    more = ("hydra.sweeper.allow_change=true", f"hydra.sweeper.n_trials={TRIALS + 1}", change)
+    more = (
+        "hydra.sweeper.allow_change=true",
+        f"hydra.sweeper.n_trials={TRIALS + 1}",
+        change,
+    )
     ended = go_on(station, tiny_base, tmp_path, *more)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith(f"error: {change.partition('=')[0]}=")
+    assert ended.stderr.splitlines()[-1].startswith(
+        f"error: {change.partition('=')[0]}="
+    )
     assert trials_in(copied) == trials_in(done.folder)
 
 
@@ -418,7 +494,10 @@ def test_several_objectives_have_a_front_and_no_pruning(
         "hydra.sweeper.direction=[minimize,minimize]",
     )
     ended = station.run(
-        *study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=4", *both, cwd=tmp_path
+        *study_overrides(tiny_base, "s"),
+        "hydra.sweeper.n_trials=4",
+        *both,
+        cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stderr
     assert "no pruning: trials with several objectives" in ended.stderr
@@ -471,7 +550,9 @@ def test_help_names_the_command_that_was_typed(
 
 
 @pytest.mark.slow
-def test_best_takes_the_winner_anew(copied: Path, station: Station, tmp_path: Path) -> None:
+def test_best_takes_the_winner_anew(
+    copied: Path, station: Station, tmp_path: Path
+) -> None:
     adapter = (copied / "best" / "adapter" / "adapter_model.safetensors").read_bytes()
     experiment = (copied / "experiment" / "best.yaml").read_text()
     shutil.rmtree(copied / "best")
@@ -479,15 +560,23 @@ def test_best_takes_the_winner_anew(copied: Path, station: Station, tmp_path: Pa
     (copied / "answer.json").unlink()
     ended = station.run("best", "s1", cwd=tmp_path, module="sweeps")
     assert ended.returncode == 0, ended.stderr
-    assert (copied / "best" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert (
+        copied / "best" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes() == adapter
     assert (copied / "experiment" / "best.yaml").read_text() == experiment
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("show", "nothing"), "nothing: no such study; allowed: a study's folder, or one of s1"),
-        (("best", "nothing"), "nothing: no such study; allowed: a study's folder, or one of s1"),
+        (
+            ("show", "nothing"),
+            "nothing: no such study; allowed: a study's folder, or one of s1",
+        ),
+        (
+            ("best", "nothing"),
+            "nothing: no such study; allowed: a study's folder, or one of s1",
+        ),
         (("stop", "s1", "2"), "trial 2: is not running; running: none"),
         (("stop", "s1", "99"), "trial 99: is not running; running: none"),
         (("stop", "s1", "two"), "argument trial: invalid int value: 'two'; see --help"),
@@ -520,5 +609,6 @@ def test_best_of_a_study_without_a_complete_trial_is_refused(
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path, "best", "empty")
     assert (
-        capsys.readouterr().err == "error: empty: no trial is complete yet, so there is no best\n"
+        capsys.readouterr().err
+        == "error: empty: no trial is complete yet, so there is no best\n"
     )

@@ -121,7 +121,9 @@ def numbers_in(machine: Path, name: str) -> set[int]:
     return {int(path.parent.name) for path in folders}
 
 
-def study_of(machine: Path, name: str, monkeypatch: pytest.MonkeyPatch, database: str) -> Study:
+def study_of(
+    machine: Path, name: str, monkeypatch: pytest.MonkeyPatch, database: str
+) -> Study:
     monkeypatch.setenv("STUDY_DATABASE", database)
     return Study.load(machine / "outputs" / "sweeps" / name)
 
@@ -142,7 +144,11 @@ def test_two_machines_share_a_study(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machines = [tmp_path / "one", tmp_path / "two"]
-    more = ("hydra.sweeper.n_trials=9", "trainer.max_steps=12", "hydra/sweeper/pruner=median")
+    more = (
+        "hydra.sweeper.n_trials=9",
+        "trainer.max_steps=12",
+        "hydra/sweeper/pruner=median",
+    )
     started = [
         station.start(
             *command(tiny_base, "shared", *more),
@@ -153,7 +159,9 @@ def test_two_machines_share_a_study(
     ]
     ended = [running.wait() for running in started]
 
-    assert [done.returncode for done in ended] == [0, 0], "\n".join(done.stderr for done in ended)
+    assert [done.returncode for done in ended] == [0, 0], "\n".join(
+        done.stderr for done in ended
+    )
     study = study_of(machines[0], "shared", monkeypatch, database)
     assert [trial.number for trial in study.finished()] == list(range(9))
     assert not study.trials(TrialState.FAIL)
@@ -163,7 +171,11 @@ def test_two_machines_share_a_study(
     assert one
     assert two
     winner = study.ranked()[0].number
-    (home,) = [machine for machine, own in zip(machines, (one, two), strict=True) if winner in own]
+    (home,) = [
+        machine
+        for machine, own in zip(machines, (one, two), strict=True)
+        if winner in own
+    ]
     other = next(machine for machine in machines if machine != home)
     assert (home / "outputs/sweeps/shared/best/adapter").is_dir()
     again = station.start(
@@ -193,7 +205,9 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
         "hydra/sweeper/pruner=none",
     )
     arguments = command(tiny_base, "lost", *more)
-    running = station.start(*arguments, cwd=lost, before=with_address(database) + SLOW_STEPS)
+    running = station.start(
+        *arguments, cwd=lost, before=with_address(database) + SLOW_STEPS
+    )
     kill_in_its_first_trial(lost, "lost", running)
 
     ended = station.run(*arguments, cwd=other, before=with_address(database))
@@ -206,7 +220,10 @@ def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
 
     ended = station.run(*arguments, cwd=lost, before=with_address(database))
     assert ended.returncode == 0, ended.stderr
-    assert "resuming after step" in (lost / "outputs/sweeps/lost/trials/0/train.log").read_text()
+    assert (
+        "resuming after step"
+        in (lost / "outputs/sweeps/lost/trials/0/train.log").read_text()
+    )
     assert len(study_of(lost, "lost", monkeypatch, database).trials(*FINISHED)) == 4
 
 
@@ -230,7 +247,10 @@ def test_a_killed_study_on_sqlite_goes_on(
     ended = station.run(*arguments, cwd=tmp_path)
 
     assert ended.returncode == 0, ended.stderr
-    assert "resuming after step" in (tmp_path / "outputs/sweeps/s/trials/0/train.log").read_text()
+    assert (
+        "resuming after step"
+        in (tmp_path / "outputs/sweeps/s/trials/0/train.log").read_text()
+    )
     results = [
         json.loads(path.read_text())
         for path in tmp_path.glob("outputs/sweeps/s/trials/*/result.json")
@@ -256,23 +276,32 @@ def test_a_study_outlives_lost_connections_and_a_restart_of_its_server(
     machines = [tmp_path / "one", tmp_path / "two"]
     arguments = command(tiny_base, "cut", *SIX_TRIALS, "hydra.sweeper.slots=2")
     before = f"{with_address(server.address)}\n{SLOW_STEPS}"
-    started = [station.start(*arguments, cwd=machine, before=before) for machine in machines]
+    started = [
+        station.start(*arguments, cwd=machine, before=before) for machine in machines
+    ]
 
     def cut_often() -> None:
         for _ in range(20):
             server.cut_connections()
             time.sleep(0.1)
 
-    wait_until(lambda: any(list(machine.rglob("checkpoint-*")) for machine in machines), started[0])
+    wait_until(
+        lambda: any(list(machine.rglob("checkpoint-*")) for machine in machines),
+        started[0],
+    )
     cut_often()
-    wait_until(lambda: any(numbers_in(machine, "cut") for machine in machines), started[0])
+    wait_until(
+        lambda: any(numbers_in(machine, "cut") for machine in machines), started[0]
+    )
     server.stop()
     time.sleep(3)
     server.start()
     cut_often()
     ended = [running.wait() for running in started]
 
-    assert [run.returncode for run in ended] == [0, 0], "\n".join(run.stderr for run in ended)
+    assert [run.returncode for run in ended] == [0, 0], "\n".join(
+        run.stderr for run in ended
+    )
     study = study_of(machines[0], "cut", monkeypatch, server.address)
     assert [(trial.number, trial.state) for trial in study.trials()] == [
         (n, TrialState.COMPLETE) for n in range(6)
@@ -300,12 +329,16 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
         "hydra/sweeper/pruner=none",
     )
     arguments = command(tiny_base, name, *sizes, f"hydra.sweeper.slots={slots}")
-    impatient = "import sweeps.study.database; sweeps.study.database.RETRY_SECONDS = 2.0"
+    impatient = (
+        "import sweeps.study.database; sweeps.study.database.RETRY_SECONDS = 2.0"
+    )
     before = f"{with_address(server.address)}\n{impatient}\n{SLOW_STEPS}"
     running = station.start(*arguments, cwd=tmp_path, before=before)
     folder = tmp_path / "outputs/sweeps" / name
     wait_until(
-        lambda: any(folder.glob(f"trials/{slots - 1}/checkpoints/checkpoint-*/progress.json")),
+        lambda: any(
+            folder.glob(f"trials/{slots - 1}/checkpoints/checkpoint-*/progress.json")
+        ),
         running,
     )
     server.stop()
@@ -316,21 +349,31 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
 
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: hydra.sweeper.storage: postgresql+psycopg2://tester@127.0.0.1")
-    assert last.endswith(f"the same command with hydra.sweeper.study_name={name} goes on")
+    assert last.startswith(
+        "error: hydra.sweeper.storage: postgresql+psycopg2://tester@127.0.0.1"
+    )
+    assert last.endswith(
+        f"the same command with hydra.sweeper.study_name={name} goes on"
+    )
     study = study_of(tmp_path, name, monkeypatch, server.address)
-    assert [trial.number for trial in study.trials(TrialState.RUNNING)] == list(range(slots))
+    assert [trial.number for trial in study.trials(TrialState.RUNNING)] == list(
+        range(slots)
+    )
     assert not study.finished()
 
     again = station.run(*arguments, cwd=tmp_path, before=with_address(server.address))
     assert again.returncode == 0, again.stderr
     for number in range(slots):
-        assert "resuming after step" in (folder / f"trials/{number}/train.log").read_text()
+        assert (
+            "resuming after step" in (folder / f"trials/{number}/train.log").read_text()
+        )
     assert [trial.number for trial in study.trials(TrialState.COMPLETE)] == [0, 1, 2]
 
 
 @pytest.fixture
-def losing_answers(server: Server, tmp_path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
+def losing_answers(
+    server: Server, tmp_path: Path
+) -> Iterator[tuple[Any, Callable[[], None]]]:
     """A storage, and what makes the answer to its next commit get lost: the commit happens, the
     connection ends."""
     storage: Any = open_storage(server.address, tmp_path)
@@ -358,7 +401,9 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
 ) -> None:
     storage, lose_next = losing_answers
     lose_next()
-    study = optuna.create_study(study_name="answers", storage=storage, load_if_exists=True)
+    study = optuna.create_study(
+        study_name="answers", storage=storage, load_if_exists=True
+    )
     waiting = create_trial(state=TrialState.WAITING)
     waiting.number = 0
     lose_next()
@@ -371,7 +416,9 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
         "another worker's call"
     )
     lose_next()
-    storage.set_trial_param(trial, "x", 0.5, optuna.distributions.FloatDistribution(0, 1))
+    storage.set_trial_param(
+        trial, "x", 0.5, optuna.distributions.FloatDistribution(0, 1)
+    )
     lose_next()
     storage.set_trial_intermediate_value(trial, 1, 2.5)
     lose_next()
@@ -382,7 +429,11 @@ def test_a_write_whose_answer_got_lost_is_not_done_twice(
         storage.set_trial_state_values(trial, TrialState.FAIL)
 
     (known,) = study.trials
-    assert (known.state, known.values, known.params) == (TrialState.COMPLETE, [0.25], {"x": 0.5})
+    assert (known.state, known.values, known.params) == (
+        TrialState.COMPLETE,
+        [0.25],
+        {"x": 0.5},
+    )
     assert (known.intermediate_values, known.user_attrs) == ({1: 2.5}, {"steps": 3})
 
 
@@ -417,8 +468,12 @@ def test_an_address_without_a_driver_is_opened_by_the_one_that_is_installed(
 def test_a_server_that_is_not_there_is_said_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         open_storage(
-            "postgresql+psycopg2://me:hunter2horse@127.0.0.1:1/x", tmp_path, retry_seconds=1.0
+            "postgresql+psycopg2://me:hunter2horse@127.0.0.1:1/x",
+            tmp_path,
+            retry_seconds=1.0,
         )
 
-    assert "postgresql+psycopg2://me@127.0.0.1:1/x can't be opened" in str(refused.value)
+    assert "postgresql+psycopg2://me@127.0.0.1:1/x can't be opened" in str(
+        refused.value
+    )
     assert "hunter2horse" not in str(refused.value)

@@ -12,7 +12,13 @@ import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Station, run_cli, wait_until
 from support.configs import study_overrides
-from support.study_folder import folder_of, read, require_params_agree, result_of, trials_of
+from support.study_folder import (
+    folder_of,
+    read,
+    require_params_agree,
+    result_of,
+    trials_of,
+)
 
 from finetune.files.run_folder import checkpoints_in
 from sweeps.study.study import FINISHED
@@ -28,15 +34,20 @@ def test_any_number_of_workers_give_exactly_the_trials(
         f"hydra.sweeper.n_jobs={workers}",
         f"hydra.sweeper.slots={slots}",
     )
-    ended = run_cli(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path, OMP_NUM_THREADS="1")
+    ended = run_cli(
+        *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
     assert ended.returncode == 0, ended.stderr
 
     assert [
-        trial.number for trial in trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)
+        trial.number
+        for trial in trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)
     ] == list(range(9))
     assert all(trial.user_attrs["starts"] == [0] for trial in trials_of(tmp_path))
     require_params_agree(tmp_path)
-    journal = map(json.loads, (folder_of(tmp_path) / "study.journal").read_text().splitlines())
+    journal = map(
+        json.loads, (folder_of(tmp_path) / "study.journal").read_text().splitlines()
+    )
     took = [
         line["trial_id"]
         for line in journal
@@ -73,7 +84,10 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(
     )
     process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
     wait_until(lambda: len(workers_of(process, tmp_path)) == 2, process)
-    wait_until(lambda: any(folder_of(tmp_path).glob("trials/*/checkpoints/checkpoint-*")), process)
+    wait_until(
+        lambda: any(folder_of(tmp_path).glob("trials/*/checkpoints/checkpoint-*")),
+        process,
+    )
     os.kill(workers_of(process, tmp_path)[0], signal.SIGKILL)
     _, said = process.communicate(timeout=240)
 
@@ -90,10 +104,14 @@ def start_slowly(study: list[str], cwd: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
     command = [sys.executable, "-m", "finetune", *study]
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, start_new_session=True, **pipes
+    )
 
 
-def with_two_workers(tiny_base: Path, cwd: Path) -> tuple[list[str], subprocess.Popen[str]]:
+def with_two_workers(
+    tiny_base: Path, cwd: Path
+) -> tuple[list[str], subprocess.Popen[str]]:
     """A study whose two workers train trials of many steps without a checkpoint."""
     more = (
         "hydra.sweeper.n_trials=3",
@@ -103,7 +121,9 @@ def with_two_workers(tiny_base: Path, cwd: Path) -> tuple[list[str], subprocess.
     )
     study = [*study_overrides(tiny_base, "s"), *more, "hydra/sweeper/pruner=none"]
     process = start_slowly(study, cwd)
-    metrics = [folder_of(cwd) / "trials" / str(trial) / "metrics.jsonl" for trial in range(2)]
+    metrics = [
+        folder_of(cwd) / "trials" / str(trial) / "metrics.jsonl" for trial in range(2)
+    ]
     wait_until(lambda: all("train/loss" in read(path) for path in metrics), process)
     return study, process
 
@@ -114,10 +134,14 @@ def require_clean_end(cwd: Path, study: list[str], station: Station) -> None:
     for trial in range(2):
         result = result_of(cwd, trial)
         assert result["status"] == "interrupted"
-        checkpoints = checkpoints_in(folder_of(cwd) / "trials" / str(trial) / "checkpoints")
+        checkpoints = checkpoints_in(
+            folder_of(cwd) / "trials" / str(trial) / "checkpoints"
+        )
         assert [path.name for path in checkpoints] == [f"checkpoint-{result['step']}"]
         steps.append(result["step"])
-    assert len(trials_of(cwd, TrialState.WAITING)) == 1, "a trial has begun after the interruption"
+    assert len(trials_of(cwd, TrialState.WAITING)) == 1, (
+        "a trial has begun after the interruption"
+    )
     assert not list(folder_of(cwd).glob(".stop-*"))
     ended = station.run(*study, "hydra.sweeper.n_jobs=1", cwd=cwd)
     assert ended.returncode == 0, ended.stderr

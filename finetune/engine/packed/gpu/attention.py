@@ -159,7 +159,10 @@ def attention_backward(
     output_grad_sum = torch.empty_like(trace.log_sum_exp)
     # The kernels rotate back themselves where the two halves of a head are halves of the block.
     rotate_in_kernel = rotation is not None and _padded_head_dim(head_dim) == head_dim
-    cos, sin = rotation or (query, query)  # any tensors, where the kernels don't read them
+    cos, sin = rotation or (
+        query,
+        query,
+    )  # any tensors, where the kernels don't read them
     shared_arguments = (
         cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
         tables.position_ids, tables.blocks, tables.spans,
@@ -170,10 +173,14 @@ def attention_backward(
     blocks = len(tables.blocks)
     query_arguments = (grad_query, trace.output, *shared_arguments)
     query_grid = (blocks, heads, 1)
-    launch(attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3)
+    launch(
+        attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3
+    )
     key_arguments = (grad_key, grad_value, *shared_arguments)
     key_grid = (blocks, key_heads, 1)
-    launch(attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2)
+    launch(
+        attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2
+    )
     if rotation is not None and not rotate_in_kernel:
         grad_query = apply_rotary(grad_query, cos, sin, -1.0)
         grad_key = apply_rotary(grad_key, cos, sin, -1.0)

@@ -36,7 +36,15 @@ def _load_span(span):
 
 
 @triton.jit
-def _load_head(base, tokens, heads, head, head_dim, columns, token_mask):
+def _load_head(
+    base,
+    tokens,
+    heads,
+    head,
+    head_dim,
+    columns,
+    token_mask,
+):
     """One head of some tokens [tokens, head_dim]."""
     # 64 bits: a long batch has more elements than 32 bits can count.
     first_element = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim
@@ -75,7 +83,12 @@ def _store_head(
 
 
 @triton.jit
-def _load_positions(position_ids, tokens, token_mask, WINDOW: tl.constexpr):
+def _load_positions(
+    position_ids,
+    tokens,
+    token_mask,
+    WINDOW: tl.constexpr,
+):
     """Positions of tokens in their rows; without a window the order of tokens is enough."""
     if WINDOW:
         return tl.load(position_ids + tokens, mask=token_mask, other=0)
@@ -84,7 +97,13 @@ def _load_positions(position_ids, tokens, token_mask, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _attention_mask(query_positions, key_positions, mask, window, WINDOW: tl.constexpr):
+def _attention_mask(
+    query_positions,
+    key_positions,
+    mask,
+    window,
+    WINDOW: tl.constexpr,
+):
     """Which keys a query sees, from the positions that `_load_positions` gives."""
     distance = query_positions - key_positions
     visible = mask & (distance >= 0)
@@ -105,10 +124,16 @@ def _load_keys(
     key_heads = heads // group_size
     key_head = head // group_size
     keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
-    values = _load_head(value, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    values = _load_head(
+        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+    )
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     visible = _attention_mask(
-        query_positions[:, None], key_positions[None, :], token_mask[None, :], window, WINDOW
+        query_positions[:, None],
+        key_positions[None, :],
+        token_mask[None, :],
+        window,
+        WINDOW,
     )
     return keys, values, visible
 
@@ -129,7 +154,9 @@ def _softmax_step(scores, maximum, denominator):
     return new_maximum, denominator, weights, rescale
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def attention_kernel(
     query, key, value, output, log_sum_exp, position_ids, blocks, spans, scale, token_count,
     heads, group_size, head_dim, window,
@@ -161,19 +188,37 @@ def attention_kernel(
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(visible, scores, -float("inf"))
-            maximum, denominator, weights, rescale = _softmax_step(scores, maximum, denominator)
+            maximum, denominator, weights, rescale = _softmax_step(
+                scores, maximum, denominator
+            )
             rescaled = result * rescale[:, None]
-            result = tl.dot(weights.to(values.dtype), values, rescaled, input_precision="ieee")
+            result = tl.dot(
+                weights.to(values.dtype), values, rescaled, input_precision="ieee"
+            )
     denominator = tl.where(token_mask, denominator, 1.0)  # beyond the span it is 0
     query_log_sum_exp = maximum + tl.log2(denominator)
-    tl.store(log_sum_exp + head * token_count + tokens, query_log_sum_exp, mask=token_mask)
+    tl.store(
+        log_sum_exp + head * token_count + tokens, query_log_sum_exp, mask=token_mask
+    )
     result = result / denominator[:, None]
     _store_head(
-        output, result, output, output, tokens, heads, head, head_dim, token_mask, False, HEAD_DIM
+        output,
+        result,
+        output,
+        output,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        token_mask,
+        False,
+        HEAD_DIM,
     )
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def attention_backward_query_kernel(
     grad_query, output, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
     position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
@@ -191,8 +236,12 @@ def attention_backward_query_kernel(
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
-    first_query = head * token_count  # of this head, in what has one number for each query
-    query_log_sum_exp = tl.load(log_sum_exp + first_query + tokens, mask=token_mask, other=0.0)
+    first_query = (
+        head * token_count
+    )  # of this head, in what has one number for each query
+    query_log_sum_exp = tl.load(
+        log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
+    )
     outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
@@ -210,11 +259,15 @@ def attention_backward_query_kernel(
                 head, head_dim, columns, window, WINDOW, STEP,
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            log_weights = tl.where(visible, scores - query_log_sum_exp[:, None], -float("inf"))
+            log_weights = tl.where(
+                visible, scores - query_log_sum_exp[:, None], -float("inf")
+            )
             weights = tl.exp2(log_weights)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
             grad_scores = weights * (grad_weights - grad_sums[:, None])
-            result = tl.dot(grad_scores.to(keys.dtype), keys, result, input_precision="ieee")
+            result = tl.dot(
+                grad_scores.to(keys.dtype), keys, result, input_precision="ieee"
+            )
     result = result * gradient_scale
     _store_head(
         grad_query, result, cos, sin, tokens, heads, head, head_dim, token_mask, ROTATE_BACK,
@@ -234,8 +287,12 @@ def _load_queries(
     queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
     first_query = head * token_count
-    query_log_sum_exp = tl.load(log_sum_exp + first_query + tokens, mask=token_mask, other=0.0)
-    grad_sums = tl.load(output_grad_sum + first_query + tokens, mask=token_mask, other=0.0)
+    query_log_sum_exp = tl.load(
+        log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
+    )
+    grad_sums = tl.load(
+        output_grad_sum + first_query + tokens, mask=token_mask, other=0.0
+    )
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     mask = token_mask[None, :] & key_mask[:, None]
     visible = _attention_mask(
@@ -244,7 +301,9 @@ def _load_queries(
     return queries, grads, query_log_sum_exp, grad_sums, visible
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def attention_backward_key_value_kernel(
     grad_key, grad_value, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
     position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
@@ -262,12 +321,16 @@ def attention_backward_key_value_kernel(
     columns = tl.arange(0, HEAD_DIM)
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
-    values = _load_head(value, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    values = _load_head(
+        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+    )
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     first_head = key_head * group_size
     for head in range(first_head, first_head + group_size):
-        for section in tl.static_range(2):  # the span from here on, then the rows that share it
+        for section in tl.static_range(
+            2
+        ):  # the span from here on, then the rows that share it
             if section == 0:
                 begin = first
                 end = stop
@@ -282,7 +345,9 @@ def attention_backward_key_value_kernel(
                 )  # fmt: skip
                 # Transposed, keys by queries, so that the sums over queries below are products.
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
-                log_weights = tl.where(visible, scores - query_log_sum_exp[None, :], -float("inf"))
+                log_weights = tl.where(
+                    visible, scores - query_log_sum_exp[None, :], -float("inf")
+                )
                 weights = tl.exp2(log_weights)
                 value_result = tl.dot(
                     weights.to(grads.dtype), grads, value_result, input_precision="ieee"
@@ -290,7 +355,10 @@ def attention_backward_key_value_kernel(
                 grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
                 grad_scores = weights * (grad_weights - grad_sums[None, :])
                 key_result = tl.dot(
-                    grad_scores.to(queries.dtype), queries, key_result, input_precision="ieee"
+                    grad_scores.to(queries.dtype),
+                    queries,
+                    key_result,
+                    input_precision="ieee",
                 )
     key_result = key_result * gradient_scale
     _store_head(

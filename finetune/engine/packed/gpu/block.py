@@ -11,7 +11,10 @@ import torch
 
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.feed_forward import FeedForward, FeedForwardActivations
-from finetune.engine.packed.gpu.self_attention import AttentionActivations, SelfAttention
+from finetune.engine.packed.gpu.self_attention import (
+    AttentionActivations,
+    SelfAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,11 @@ class Block:
     """One block of the decoder, on the base's own weights."""
 
     def __init__(
-        self, module: Any, name: str, table_rows: dict[str, int], sliding_window: int | None
+        self,
+        module: Any,
+        name: str,
+        table_rows: dict[str, int],
+        sliding_window: int | None,
     ) -> None:
         """Read the block's layers and settings.
 
@@ -45,7 +52,10 @@ class Block:
         self._feed_forward = FeedForward(module, name, table_rows)
 
     def forward(
-        self, x: torch.Tensor, context: PassContext, recompute: bool = False
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        recompute: bool = False,
     ) -> tuple[torch.Tensor | None, BlockActivations]:
         """Compute the block.
 
@@ -58,7 +68,9 @@ class Block:
             The output [tokens, hidden_size], None where it is left out; the activations.
         """
         x, attention_activations = self._attention.forward(x, context)
-        output, feed_forward_activations = self._feed_forward.forward(x, context, recompute)
+        output, feed_forward_activations = self._feed_forward.forward(
+            x, context, recompute
+        )
         return output, BlockActivations(attention_activations, feed_forward_activations)
 
     def backward(
@@ -79,5 +91,9 @@ class Block:
         Returns:
             The gradient of the input [tokens, hidden_size] if it is needed.
         """
-        grad = self._feed_forward.backward(grad_output, activations.feed_forward, context)
-        return self._attention.backward(grad, activations.attention, context, need_input_grad)
+        grad = self._feed_forward.backward(
+            grad_output, activations.feed_forward, context
+        )
+        return self._attention.backward(
+            grad, activations.attention, context, need_input_grad
+        )

@@ -72,6 +72,8 @@ def _cross_entropy_kernel(
     if WITH_GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            probabilities = tl.exp(_load_logits(token_logits, column, vocabulary) - log_sum_exp)
+            probabilities = tl.exp(
+                _load_logits(token_logits, column, vocabulary) - log_sum_exp
+            )
             gradient = probabilities - tl.where(column == target, 1.0, 0.0)
             store_rounded(token_logits, column, gradient, column < vocabulary)

@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.gpu.adapter_tables import COLUMNS, AdapterSpan, AdapterTables
+from finetune.engine.packed.gpu.adapter_tables import (
+    COLUMNS,
+    AdapterSpan,
+    AdapterTables,
+)
 from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
@@ -83,7 +87,9 @@ class Decoder:
         self._norm = model.norm
         self._gradient_checkpointing = gradient_checkpointing
         modules = model.named_modules(prefix=prefix)
-        linear_names = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+        linear_names = [
+            name for name, module in modules if isinstance(module, torch.nn.Linear)
+        ]
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
         # Mistral's attention modules read the window from the config at each call; the other
@@ -108,22 +114,30 @@ class Decoder:
 
     @torch.no_grad()
     def forward(
-        self, batch: PackedBatch, slots: "Sequence[Slot]", dropout_steps: Sequence[int] | None
+        self,
+        batch: PackedBatch,
+        slots: "Sequence[Slot]",
+        dropout_steps: Sequence[int] | None,
     ) -> tuple[torch.Tensor, Trace]:
         """See `Backend.forward`."""
         x: torch.Tensor = self._embedding(batch.input_ids)[0]
         context = self._context(x, batch, slots, dropout_steps)
         recomputed = 0
         if self._gradient_checkpointing:
-            recomputed = len(self._blocks) - stored_blocks(len(self._blocks), len(slots))
+            recomputed = len(self._blocks) - stored_blocks(
+                len(self._blocks), len(slots)
+            )
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
             output, activations = block.forward(x, context)
             assert output is not None
             x = output
             if dropout_steps:  # training
-                stored.append(activations.block_input if number < recomputed else activations)
-            del activations, output  # or they would outlive the next block's forward pass
+                stored.append(
+                    activations.block_input if number < recomputed else activations
+                )
+            # Or they would outlive the next block's forward pass.
+            del activations, output
         hidden = x[batch.prediction_positions]
         normalized, inverse_rms, _ = rms_norm(
             hidden, self._norm.weight, self._norm.variance_epsilon
@@ -141,7 +155,9 @@ class Decoder:
         cos, sin = self._rotary(x[None], batch.position_ids)
         spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
-        adapted_layers: frozenset[str] = frozenset().union(*(slot.adapters for slot in slots))
+        adapted_layers: frozenset[str] = frozenset().union(
+            *(slot.adapters for slot in slots)
+        )
         return PassContext(
             batch=batch,
             spans=SpanTables(batch.spans, batch.position_ids[0]),
@@ -179,13 +195,17 @@ def _adapter_spans(
 ) -> list[AdapterSpan]:
     """Each slot's tokens, dropout, and the key of its dropout masks."""
     spans = []
-    for number, (slot, (start, stop)) in enumerate(zip(slots, batch.batch_spans, strict=True)):
+    for number, (slot, (start, stop)) in enumerate(
+        zip(slots, batch.batch_spans, strict=True)
+    ):
         key = 0
         dropout = 0.0
         if dropout_steps:
             # Of the run's seed and its batch alone, whatever else trains beside it.
             seed = f"{slot.seed} {dropout_steps[number]}"
-            key = random.Random(seed).getrandbits(63)  # one bit less: the tables are signed
+            key = random.Random(seed).getrandbits(
+                63
+            )  # one bit less: the tables are signed
             dropout = slot.dropout
         spans.append(AdapterSpan(start, stop, key, dropout))
     return spans

@@ -11,6 +11,11 @@ def load_float32(tensor, offsets, mask):
 
 
 @triton.jit
-def store_rounded(tensor, offsets, values, mask):
+def store_rounded(
+    tensor,
+    offsets,
+    values,
+    mask,
+):
     """Store float32 values, rounded once, to the dtype of the tensor."""
     tl.store(tensor + offsets, values.to(tensor.dtype.element_ty), mask=mask)

@@ -34,7 +34,12 @@ class FeedForwardActivations:
 class FeedForward:
     """Norm, SwiGLU, and the residual connection around them."""
 
-    def __init__(self, module: Any, name: str, table_rows: dict[str, int]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        table_rows: dict[str, int],
+    ) -> None:
         """Read the layers.
 
         Args:
@@ -49,7 +54,10 @@ class FeedForward:
         self._down = linear_group(module.mlp, module_name, ("down_proj",), table_rows)
 
     def forward(
-        self, x: torch.Tensor, context: PassContext, recompute: bool
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        recompute: bool,
     ) -> tuple[torch.Tensor | None, FeedForwardActivations]:
         """Compute x + down(swiglu(gate(norm(x)), up(norm(x)))).
 
@@ -89,7 +97,10 @@ class FeedForward:
         return output, activations
 
     def backward(
-        self, grad_output: torch.Tensor, activations: FeedForwardActivations, context: PassContext
+        self,
+        grad_output: torch.Tensor,
+        activations: FeedForwardActivations,
+        context: PassContext,
     ) -> torch.Tensor:
         """Compute the gradients of the adapters, which go into the slots, and of the input.
 
@@ -106,7 +117,10 @@ class FeedForward:
         )
         is_down_adapted = grad_shrunk is not None
         product = swiglu_backward(
-            grad_product, activations.gate, activations.up, recompute_output=is_down_adapted
+            grad_product,
+            activations.gate,
+            activations.up,
+            recompute_output=is_down_adapted,
         )
         self._down.backward_a(product, grad_shrunk, context)
         del grad_product, product
@@ -116,5 +130,9 @@ class FeedForward:
         )
         self._gate_up.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
-            grad_normalized, activations.x, self._norm.weight, activations.inverse_rms, grad_output
+            grad_normalized,
+            activations.x,
+            self._norm.weight,
+            activations.inverse_rms,
+            grad_output,
         )

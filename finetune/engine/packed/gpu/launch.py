@@ -42,6 +42,8 @@ def launch(
     key = (kernel, kinds, constants, warps, stages)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = compile_and_launch(kernel, grid, arguments, constants, warps, stages)
+        _compiled[key] = compile_and_launch(
+            kernel, grid, arguments, constants, warps, stages
+        )
     else:
         compiled[grid](*arguments, *constants)

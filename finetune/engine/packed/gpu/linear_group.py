@@ -29,7 +29,10 @@ class LinearGroup:
         return not context.adapted_layers.isdisjoint(self.names)
 
     def forward(
-        self, x: torch.Tensor, context: PassContext, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        residual: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Compute the outputs of all layers, with the adapters' contributions.
 
@@ -82,7 +85,10 @@ class LinearGroup:
         return lowrank.shrink(x, context.adapters, self.table_row, len(self.layers))
 
     def backward_b(
-        self, grad_outputs: list[torch.Tensor], shrunk: torch.Tensor | None, context: PassContext
+        self,
+        grad_outputs: list[torch.Tensor],
+        shrunk: torch.Tensor | None,
+        context: PassContext,
     ) -> torch.Tensor | None:
         """Compute the gradients of B, which go into the slots, and of `shrunk`.
 
@@ -103,12 +109,19 @@ class LinearGroup:
                 continue
             row = self.table_row + number
             lowrank.expand_backward(
-                grad_outputs[number], shrunk[number], grad_shrunk[number], context.adapters, row
+                grad_outputs[number],
+                shrunk[number],
+                grad_shrunk[number],
+                context.adapters,
+                row,
             )
         return grad_shrunk
 
     def backward(
-        self, grad_outputs: list[torch.Tensor], shrunk: torch.Tensor | None, context: PassContext
+        self,
+        grad_outputs: list[torch.Tensor],
+        shrunk: torch.Tensor | None,
+        context: PassContext,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the gradient of the input, and as `backward_b`.
 
@@ -140,7 +153,10 @@ class LinearGroup:
         return grad_x, grad_shrunk
 
     def backward_a(
-        self, x: torch.Tensor | None, grad_shrunk: torch.Tensor | None, context: PassContext
+        self,
+        x: torch.Tensor | None,
+        grad_shrunk: torch.Tensor | None,
+        context: PassContext,
     ) -> None:
         """Compute the gradients of A, which go into the slots.
 
@@ -151,7 +167,9 @@ class LinearGroup:
         """
         if grad_shrunk is not None:
             assert x is not None
-            lowrank.shrink_weight_gradient(x, grad_shrunk, context.adapters, self.table_row)
+            lowrank.shrink_weight_gradient(
+                x, grad_shrunk, context.adapters, self.table_row
+            )
 
     def _backward_weight(self, number: int, context: PassContext) -> torch.Tensor:
         """A layer's weight: from the cache, which lets go of it, or dequantised."""
@@ -163,7 +181,10 @@ class LinearGroup:
 
 
 def linear_group(
-    module: Any, module_name: str, projections: tuple[str, ...], table_rows: dict[str, int]
+    module: Any,
+    module_name: str,
+    projections: tuple[str, ...],
+    table_rows: dict[str, int],
 ) -> LinearGroup:
     """Make a group of a module's linear layers.
 

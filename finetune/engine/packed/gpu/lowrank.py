@@ -20,7 +20,12 @@ from finetune.engine.packed.gpu.lowrank_kernels import (
 )
 
 
-def shrink(x: torch.Tensor, tables: AdapterTables, layer: int, count: int) -> torch.Tensor:
+def shrink(
+    x: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    count: int,
+) -> torch.Tensor:
     """Compute x Aᵀ with each slot's A, for several layers with the same input.
 
     Args:
@@ -37,7 +42,12 @@ def shrink(x: torch.Tensor, tables: AdapterTables, layer: int, count: int) -> to
     return shrunk
 
 
-def expand(shrunk: torch.Tensor, tables: AdapterTables, layer: int, width: int) -> torch.Tensor:
+def expand(
+    shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    width: int,
+) -> torch.Tensor:
     """Compute the adapters' contribution to a layer's output: scaling · shrunk Bᵀ.
 
     Args:
@@ -73,7 +83,10 @@ def expand_backward(
 
 
 def shrink_backward(
-    grad_shrunk: torch.Tensor, tables: AdapterTables, layer: int, width: int
+    grad_shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    width: int,
 ) -> torch.Tensor:
     """Compute the gradient of the input through the adapters of all layers with this input.
 
@@ -90,7 +103,10 @@ def shrink_backward(
 
 
 def shrink_weight_gradient(
-    x: torch.Tensor, grad_shrunk: torch.Tensor, tables: AdapterTables, layer: int
+    x: torch.Tensor,
+    grad_shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
 ) -> None:
     """Compute the gradients of A of all layers with this input; they replace those in the slots.
 
@@ -104,7 +120,11 @@ def shrink_weight_gradient(
 
 
 def _launch_shrink(
-    x: torch.Tensor, shrunk: torch.Tensor, tables: AdapterTables, layer: int, through_b: bool
+    x: torch.Tensor,
+    shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    through_b: bool,
 ) -> None:
     count, tokens, rank = shrunk.shape
     width = x.shape[1]
@@ -119,7 +139,16 @@ def _launch_shrink(
         inner_block, warps, stages = 256, 8, 2
     rank_blocks = rank // rank_block
     grid = (count * rank_blocks, len(tables.tiles), 1)
-    arguments = (x, shrunk, table, tables.spans, tables.tiles, table.stride(0), width, tokens)
+    arguments = (
+        x,
+        shrunk,
+        table,
+        tables.spans,
+        tables.tiles,
+        table.stride(0),
+        width,
+        tokens,
+    )
     constants = (
         through_b, dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
     )  # fmt: skip
@@ -127,7 +156,11 @@ def _launch_shrink(
 
 
 def _launch_expand(
-    shrunk: torch.Tensor, tables: AdapterTables, layer: int, width: int, through_a: bool
+    shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    width: int,
+    through_a: bool,
 ) -> torch.Tensor:
     count, tokens, rank = shrunk.shape
     table = tables.layers[layer]
@@ -137,7 +170,16 @@ def _launch_expand(
     warps = 8 if tables.tile_tokens == 64 else 4
     y = torch.empty(tokens, width, dtype=shrunk.dtype, device=shrunk.device)
     grid = (triton.cdiv(width, outer_block), len(tables.tiles), 1)
-    arguments = (y, shrunk, table, tables.spans, tables.tiles, table.stride(0), width, tokens)
+    arguments = (
+        y,
+        shrunk,
+        table,
+        tables.spans,
+        tables.tiles,
+        table.stride(0),
+        width,
+        tokens,
+    )
     constants = (
         through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, rank_block,
         outer_block,
@@ -147,7 +189,11 @@ def _launch_expand(
 
 
 def _launch_weight_gradient(
-    x: torch.Tensor, shrunk: torch.Tensor, tables: AdapterTables, layer: int, of_b: bool
+    x: torch.Tensor,
+    shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+    of_b: bool,
 ) -> None:
     count, tokens, rank = shrunk.shape
     width = x.shape[1]
@@ -160,5 +206,13 @@ def _launch_weight_gradient(
     outer_blocks = triton.cdiv(width, outer_block)
     grid = (count * rank_blocks, outer_blocks, len(tables.spans))
     arguments = (x, shrunk, table, tables.spans, table.stride(0), width, tokens)
-    constants = (of_b, dropout, tables.aligned, rank, token_block, rank_block, outer_block)
+    constants = (
+        of_b,
+        dropout,
+        tables.aligned,
+        rank,
+        token_block,
+        rank_block,
+        outer_block,
+    )
     launch(weight_gradient_kernel, grid, arguments, constants)

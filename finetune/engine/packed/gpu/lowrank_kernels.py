@@ -22,7 +22,12 @@ def _hash(x):
 
 
 @triton.jit
-def _dropout_keeps(span, table, tokens, columns):
+def _dropout_keeps(
+    span,
+    table,
+    tokens,
+    columns,
+):
     """Which elements dropout keeps [tokens, columns].
 
     Depends on the slot's key for this batch, the adapter, the token within the slot and the column.
@@ -42,14 +47,25 @@ def _dropout_keeps(span, table, tokens, columns):
 
 
 @triton.jit
-def _drop(values, span, table, tokens, columns):
+def _drop(
+    values,
+    span,
+    table,
+    tokens,
+    columns,
+):
     """Set what dropout drops to 0 [tokens, columns]; `_load_scaling` scales up the rest."""
     keeps = _dropout_keeps(span, table, tokens, columns)
     return tl.where(keeps, values, tl.zeros_like(values))
 
 
 @triton.jit
-def _matrix(table, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+def _matrix(
+    table,
+    column: tl.constexpr,
+    dtype: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """The address in a column of the table, as a pointer."""
     address = tl.load(table + column).to(tl.pointer_type(dtype))
     if ALIGNED:
@@ -99,7 +115,12 @@ def _load_scaling(span, table):
 
 
 @triton.jit
-def _load_tile(tiles, spans, tables, stride):
+def _load_tile(
+    tiles,
+    spans,
+    tables,
+    stride,
+):
     """This program's first token, and the rows of its slot in both tables."""
     tile = tiles + 2 * tl.program_id(1)
     slot = tl.load(tile)
@@ -108,14 +129,23 @@ def _load_tile(tiles, spans, tables, stride):
 
 
 @triton.jit
-def _load_elements(x, tokens, columns, width, token_mask, column_mask):
+def _load_elements(
+    x,
+    tokens,
+    columns,
+    width,
+    token_mask,
+    column_mask,
+):
     """Elements of x [tokens, width]; 0 where a mask is False."""
     offsets = tokens[:, None] * width + columns[None, :]
     mask = token_mask[:, None] & column_mask[None, :]
     return tl.load(x + offsets, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def shrink_kernel(
     x, shrunk, tables, spans, tiles, stride, width, token_count,
     THROUGH_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
@@ -138,7 +168,11 @@ def shrink_kernel(
     ranks = first_rank + tl.arange(0, RANK_BLOCK)
     total = tl.zeros((TOKENS, RANK_BLOCK), dtype=tl.float32)
     dtype: tl.constexpr = x.dtype.element_ty
-    weight = _matrix_b(table, dtype, ALIGNED) if THROUGH_B else _matrix_a(table, dtype, ALIGNED)
+    weight = (
+        _matrix_b(table, dtype, ALIGNED)
+        if THROUGH_B
+        else _matrix_a(table, dtype, ALIGNED)
+    )
     for begin in range(0, width, INNER_BLOCK):
         inner = begin + tl.arange(0, INNER_BLOCK)
         inner_mask = inner < width
@@ -180,7 +214,9 @@ def _expand_product(
     return total
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def expand_kernel(
     y, shrunk, tables, spans, tiles, stride, width, token_count,
     THROUGH_A: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, LAYERS: tl.constexpr,
@@ -218,7 +254,9 @@ def expand_kernel(
     store_rounded(y, tokens[:, None] * width + outer[None, :], result, mask)
 
 
-@triton.jit(do_not_specialize=["token_count"])  # or multiples of 16 would be compiled separately
+@triton.jit(
+    do_not_specialize=["token_count"]
+)  # or multiples of 16 would be compiled separately
 def weight_gradient_kernel(
     x, shrunk, tables, spans, stride, width, token_count,
     OF_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,

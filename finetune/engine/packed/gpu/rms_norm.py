@@ -14,7 +14,10 @@ from finetune.engine.packed.gpu.launch import launch
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, copy_input: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    copy_input: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Root mean square normalisation (Zhang and Sennrich, 2019) of each row.
 
@@ -62,7 +65,15 @@ def rms_norm_backward(
     rows, columns = x.shape
     grad_x = torch.empty_like(x)
     residual_argument = x if grad_residual is None else grad_residual
-    arguments = (grad_output, x, weight, inverse_rms, residual_argument, grad_x, columns)
+    arguments = (
+        grad_output,
+        x,
+        weight,
+        inverse_rms,
+        residual_argument,
+        grad_x,
+        columns,
+    )
     block, warps = _row_block(columns)
     constants = (grad_residual is not None, block)
     launch(_rms_norm_backward_kernel, (rows, 1, 1), arguments, constants, warps)

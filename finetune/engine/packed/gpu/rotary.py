@@ -12,7 +12,10 @@ HEADS = 16
 
 
 def apply_rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sign: float,
 ) -> torch.Tensor:
     """Rotate each pair of columns i and i + head_dim / 2 by an angle.
 
@@ -36,7 +39,15 @@ def apply_rotary(
 
 @triton.jit
 def _rotary_kernel(
-    x, cos, sin, output, heads, head_dim, sign, HEADS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    cos,
+    sin,
+    output,
+    heads,
+    head_dim,
+    sign,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)  # offsets may be too large for 32 bits
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 
-from finetune.engine.packed.gpu.attention import AttentionTrace, attention, attention_backward
+from finetune.engine.packed.gpu.attention import (
+    AttentionTrace,
+    attention,
+    attention_backward,
+)
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.linear_group import linear_group
 from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
@@ -45,7 +49,11 @@ class SelfAttention:
     """Norm, attention, and the residual connection around them."""
 
     def __init__(
-        self, module: Any, name: str, table_rows: dict[str, int], sliding_window: int | None
+        self,
+        module: Any,
+        name: str,
+        table_rows: dict[str, int],
+        sliding_window: int | None,
     ) -> None:
         """Read the layers and settings.
 
@@ -59,7 +67,9 @@ class SelfAttention:
         module_name = f"{name}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._qkv = linear_group(attention_module, module_name, qkv, table_rows)
-        self._output = linear_group(attention_module, module_name, ("o_proj",), table_rows)
+        self._output = linear_group(
+            attention_module, module_name, ("o_proj",), table_rows
+        )
         self._norm = module.input_layernorm
         self._head_norms: dict[str, Any] = {}
         """Qwen 3's norms of queries (`q`) and keys (`k`); None in other models."""
@@ -96,7 +106,9 @@ class SelfAttention:
             heads["q"], heads["k"], heads["v"], context.spans, self._scale, self._window
         )
         joined_heads = trace.output.flatten(1)
-        (residual,), shrunk_output = self._output.forward(joined_heads, context, residual=residual)
+        (residual,), shrunk_output = self._output.forward(
+            joined_heads, context, residual=residual
+        )
         activations = AttentionActivations(
             x=x,
             normalized=normalized,
@@ -158,14 +170,23 @@ class SelfAttention:
             grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
             self._qkv.backward_a(activations.normalized, grad_shrunk, context)
             return None
-        grad_normalized, grad_shrunk = self._qkv.backward(grads, activations.shrunk_qkv, context)
+        grad_normalized, grad_shrunk = self._qkv.backward(
+            grads, activations.shrunk_qkv, context
+        )
         self._qkv.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
-            grad_normalized, activations.x, self._norm.weight, activations.inverse_rms, grad_output
+            grad_normalized,
+            activations.x,
+            self._norm.weight,
+            activations.inverse_rms,
+            grad_output,
         )
 
     def _backward_output(
-        self, grad_output: torch.Tensor, activations: AttentionActivations, context: PassContext
+        self,
+        grad_output: torch.Tensor,
+        activations: AttentionActivations,
+        context: PassContext,
     ) -> list[torch.Tensor]:
         """Gradients of the outputs of the query, key and value layers."""
         trace = activations.trace
@@ -183,5 +204,7 @@ class SelfAttention:
         for name, head_norm in activations.head_norms.items():
             grad = grad_heads[name].view(-1, self._head_dim)
             weight = self._head_norms[name].weight
-            grad_heads[name] = rms_norm_backward(grad, head_norm.x, weight, head_norm.inverse_rms)
+            grad_heads[name] = rms_norm_backward(
+                grad, head_norm.x, weight, head_norm.inverse_rms
+            )
         return list(grad_heads.values())

@@ -29,7 +29,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(
-    grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, recompute_output: bool
+    grad_output: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    recompute_output: bool,
 ) -> torch.Tensor | None:
     """Gradients of the inputs of `swiglu`, in place.
 
@@ -50,7 +53,13 @@ def swiglu_backward(
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, output, count, BLOCK: tl.constexpr):
+def _swiglu_kernel(
+    gate,
+    up,
+    output,
+    count,
+    BLOCK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK  # may be too large for 32 bits
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < count
@@ -61,7 +70,12 @@ def _swiglu_kernel(gate, up, output, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad_output, gate, up, count, RECOMPUTE_OUTPUT: tl.constexpr, BLOCK: tl.constexpr
+    grad_output,
+    gate,
+    up,
+    count,
+    RECOMPUTE_OUTPUT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = first + tl.arange(0, BLOCK)

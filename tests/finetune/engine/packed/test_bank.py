@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import NONE, SHORT, Alone, Tiny, final, losses, train_in_slots, write_jsonl
+from support.runs import (
+    NONE,
+    SHORT,
+    Alone,
+    Tiny,
+    final,
+    losses,
+    train_in_slots,
+    write_jsonl,
+)
 
 from finetune.run.context import RunContext
 from finetune.run.run import run
@@ -97,16 +106,26 @@ def test_equals_trl_on_other_architectures(
 
 @pytest.mark.parametrize(
     "quantization",
-    ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp4", "nf4_double"))],
+    [
+        "int8",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp4", "nf4_double")),
+    ],
 )
 def test_equals_itself_alone_on_other_quantizations(
     quantization: str, tiny: Tiny, alone: Alone, tmp_path: Path
 ) -> None:
     configs = [
-        tiny(*SHORT, f"quantization={quantization}", f"seed={seed}", f"lora.dropout={seed / 10}")
+        tiny(
+            *SHORT,
+            f"quantization={quantization}",
+            f"seed={seed}",
+            f"lora.dropout={seed / 10}",
+        )
         for seed in range(3)
     ]
-    for config, place in zip(configs, train_in_slots(configs, tmp_path, 3), strict=True):
+    for config, place in zip(
+        configs, train_in_slots(configs, tmp_path, 3), strict=True
+    ):
         assert losses(place) == pytest.approx(alone(config), rel=1e-5)
 
 
@@ -126,7 +145,10 @@ def test_recomputed_activations_give_the_same_losses(
         )
         configs = [tiny(*SHORT, *more, f"seed={seed}") for seed in range(2)]
         found.append(
-            [losses(place) for place in train_in_slots(configs, tmp_path / checkpointing, 2)]
+            [
+                losses(place)
+                for place in train_in_slots(configs, tmp_path / checkpointing, 2)
+            ]
         )
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
@@ -136,9 +158,7 @@ def test_rows_that_begin_alike_equal_trl(tiny: Tiny, tmp_path: Path) -> None:
     """The same question in all rows, and answers that begin alike: of these no token may go
     missing."""
     answers = [f"The answer is {'so ' * (number % 5)}{number}." for number in range(30)]
-    question = (
-        "What is the meaning of this rather long question, which all the rows have in common?"
-    )
+    question = "What is the meaning of this rather long question, which all the rows have in common?"
     rows = [{"prompt": question, "completion": answer} for answer in answers]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     held_out = (f"dataset.path={data}", "dataset.eval_fraction=0.2")
@@ -154,7 +174,9 @@ def test_rows_that_begin_alike_equal_trl(tiny: Tiny, tmp_path: Path) -> None:
             tmp_path / engine,
             RunContext(interactive=False),
         )
-    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "trl"), rel=1e-5)
+    assert losses(tmp_path / "packed") == pytest.approx(
+        losses(tmp_path / "trl"), rel=1e-5
+    )
     there, here = (final(tmp_path / engine)["metrics"] for engine in ("trl", "packed"))
     assert here["eval/loss"] == pytest.approx(there["eval/loss"], rel=1e-5)
     assert here["eval/accuracy"] == there["eval/accuracy"]
@@ -174,7 +196,9 @@ def test_every_schedule_is_trls(schedule: str, tiny: Tiny, tmp_path: Path) -> No
         "warmup_stable_decay": "{num_decay_steps:3}",
     }
     given = (
-        [f"++trainer.extra.lr_scheduler_kwargs={kwargs[schedule]}"] if schedule in kwargs else []
+        [f"++trainer.extra.lr_scheduler_kwargs={kwargs[schedule]}"]
+        if schedule in kwargs
+        else []
     )
     rates = []
     for engine in ("trl", "packed"):
@@ -192,7 +216,11 @@ def test_every_schedule_is_trls(schedule: str, tiny: Tiny, tmp_path: Path) -> No
             json.loads(line)
             for line in (tmp_path / engine / "metrics.jsonl").read_text().splitlines()
         ]
-        rates.append([row["train/learning_rate"] for row in rows if "train/learning_rate" in row])
+        rates.append(
+            [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+        )
     assert rates[1] == pytest.approx(rates[0], rel=1e-12)
     assert len(rates[1]) == 9
-    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "trl"), rel=1e-5)
+    assert losses(tmp_path / "packed") == pytest.approx(
+        losses(tmp_path / "trl"), rel=1e-5
+    )

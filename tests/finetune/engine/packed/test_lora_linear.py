@@ -15,7 +15,9 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     config = tiny("lora.dropout=0.5", "lora.init_lora_weights=false", NONE)
     resources = SharedResources()
     bank = resources.bank(config)
-    rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()[:2]
+    rows = resources.tokens(
+        "train", resources.rows(config.dataset).train, config
+    ).to_list()[:2]
     slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
     for slot in slots[1:]:
         slot.vector.copy_(slots[0].vector)
@@ -23,7 +25,9 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
 
     def loss(seed: int, draw: int) -> float:
         torch.rand(1)
-        return bank.forward_backward([ForwardBackward(slots[seed], rows, 1.0, draw)])[0].loss
+        return bank.forward_backward([ForwardBackward(slots[seed], rows, 1.0, draw)])[
+            0
+        ].loss
 
     every = [loss(seed, draw) for seed in range(3) for draw in (1, 2, 3)]
     assert len(set(every)) == 9
@@ -49,9 +53,9 @@ def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
     found = {}
     for dropout in (0.0, 0.25, 0.5):
         stretch = SlotTokens(3, dropout, adapter, 0, 4000, 1)
-        added = lora_linear(x, torch.zeros((), requires_grad=True), None, layer, [stretch]) - layer(
-            x
-        )
+        added = lora_linear(
+            x, torch.zeros((), requires_grad=True), None, layer, [stretch]
+        ) - layer(x)
         found[dropout] = added[0].detach()
     assert torch.allclose(found[0.0], 0.5 * x[0] @ a.t() @ b.t(), rtol=1e-4)
     for dropout in (0.25, 0.5):
@@ -59,7 +63,9 @@ def test_dropout_leaves_what_an_adapter_adds_as_it_is_on_average() -> None:
         assert float(found[dropout].std(0).min()) > 0.05
 
 
-def test_each_layer_draws_dropout_of_its_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_draws_dropout_of_its_own(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from finetune.engine.packed.requests import ForwardBackward
@@ -73,9 +79,15 @@ def test_each_layer_draws_dropout_of_its_own(tiny: Tiny, monkeypatch: pytest.Mon
 
     config = tiny("lora.dropout=0.5", NONE)
     resources = SharedResources()
-    slots = [resources.bank(config).create_slot(config.lora, seed) for seed in (0, 2**32 - 1)]
-    rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()[:2]
+    slots = [
+        resources.bank(config).create_slot(config.lora, seed) for seed in (0, 2**32 - 1)
+    ]
+    rows = resources.tokens(
+        "train", resources.rows(config.dataset).train, config
+    ).to_list()[:2]
     monkeypatch.setattr(torch, "Generator", Telling)
     for draw in (1, 2):
-        slots[0].bank.forward_backward([ForwardBackward(slot, rows, 1.0, draw) for slot in slots])
+        slots[0].bank.forward_backward(
+            [ForwardBackward(slot, rows, 1.0, draw) for slot in slots]
+        )
     assert len(set(seeds)) == 2 * 2 * len(slots[0].adapters)

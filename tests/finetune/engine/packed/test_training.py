@@ -40,7 +40,11 @@ def adapter(folder: Path) -> Any:
     "overrides",
     [
         (),
-        ("quantization=none", "trainer.group_by_length=true", "optimizer.weight_decay=0.1"),
+        (
+            "quantization=none",
+            "trainer.group_by_length=true",
+            "optimizer.weight_decay=0.1",
+        ),
         (
             "trainer.gradient_accumulation_steps=3",
             "trainer.per_device_train_batch_size=2",
@@ -68,7 +72,9 @@ def test_equals_trl(tiny: Tiny, tmp_path: Path, overrides: tuple[str, ...]) -> N
     assert float((one - other).norm() / one.norm()) < 1e-4
     there, here = final(tmp_path / "trl"), final(tmp_path / "packed")
     assert (there["engine"], here["engine"]) == ("trl", "packed")
-    assert here["metrics"]["eval/loss"] == pytest.approx(there["metrics"]["eval/loss"], rel=1e-4)
+    assert here["metrics"]["eval/loss"] == pytest.approx(
+        there["metrics"]["eval/loss"], rel=1e-4
+    )
     assert here["train_tokens"] == there["train_tokens"]
 
 
@@ -81,14 +87,23 @@ EIGHT = [
         "optimizer.lr_scheduler_type=linear",
     ),
     ("trainer.max_steps=12", "lora/target=q_v", "lora.dropout=0.1", "seed=2"),
-    ("trainer.gradient_accumulation_steps=2", "lora.use_rslora=true", "lora.dropout=0.2"),
+    (
+        "trainer.gradient_accumulation_steps=2",
+        "lora.use_rslora=true",
+        "lora.dropout=0.2",
+    ),
     (
         "optimizer.learning_rate=1e-4",
         "lora.target_modules=[down_proj]",
         "lora.dropout=0.1",
         "trainer.max_steps=17",
     ),
-    ("trainer.group_by_length=true", "lora.dropout=0.15", "seed=3", "optimizer.weight_decay=0.1"),
+    (
+        "trainer.group_by_length=true",
+        "lora.dropout=0.15",
+        "seed=3",
+        "optimizer.weight_decay=0.1",
+    ),
     (
         "trainer.per_device_train_batch_size=6",
         "lora.r=1",
@@ -100,7 +115,9 @@ EIGHT = [
 
 
 @pytest.fixture(scope="module")
-def eight_alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def eight_alone(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     """The folders of the eight runs, each trained with nobody beside it."""
     folder = tmp_path_factory.mktemp("alone")
     for number, overrides in enumerate(EIGHT):
@@ -150,21 +167,31 @@ def test_a_sick_neighbour_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
         places = [tmp_path / rate / str(number) for number in range(3)]
         found.append(together_step_by_step([healthy[0], sick, healthy[1]], places))
     well, ill = found
-    assert any(loss != loss or loss == float("inf") for loss in ill[1])  # it is no number at last
+    assert any(
+        loss != loss or loss == float("inf") for loss in ill[1]
+    )  # it is no number at last
     assert ill[0] == well[0]
     assert ill[2] == well[2]
 
 
-def together_step_by_step(configs: list[RunConfig], places: list[Path]) -> list[list[float]]:
+def together_step_by_step(
+    configs: list[RunConfig], places: list[Path]
+) -> list[list[float]]:
     """The losses of runs in one pack by the engine alone: nothing ends a run that has diverged."""
     from finetune.engine.packed.training import PackedTraining
 
     resources = SharedResources()
     rows = resources.rows(configs[0].dataset).train
-    slots = [resources.bank(config).create_slot(config.lora, config.seed) for config in configs]
+    slots = [
+        resources.bank(config).create_slot(config.lora, config.seed)
+        for config in configs
+    ]
     trainings = [
         PackedTraining(
-            config, slot, resources.tokens("train", rows, config), config.trainer.max_steps
+            config,
+            slot,
+            resources.tokens("train", rows, config),
+            config.trainer.max_steps,
         )
         for config, slot in zip(configs, slots, strict=True)
     ]
@@ -177,7 +204,8 @@ def together_step_by_step(configs: list[RunConfig], places: list[Path]) -> list[
     requests = [next(work) for work in works]
     for _ in range(19):
         requests = [
-            work.send(answer) for work, answer in zip(works, bank.execute(requests), strict=True)
+            work.send(answer)
+            for work, answer in zip(works, bank.execute(requests), strict=True)
         ]
     return [recorder.losses for recorder in recorders]
 
@@ -212,7 +240,9 @@ def test_a_diverged_trial_fails_alone(tiny: Tiny, tmp_path: Path) -> None:
     def guarded(config: RunConfig, place: Path) -> Any:
         try:
             yield from run_steps(
-                config, RunFolder(place), RunContext(resources=resources, interactive=False)
+                config,
+                RunFolder(place),
+                RunContext(resources=resources, interactive=False),
             )
         except Diverged as error:
             ended.append(str(error))
@@ -284,30 +314,44 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
     anchor = torch.zeros((), requires_grad=True)
 
     weights = [
-        (torch.randn(rank, 6, dtype=torch.float64), torch.randn(5, rank, dtype=torch.float64))
+        (
+            torch.randn(rank, 6, dtype=torch.float64),
+            torch.randn(5, rank, dtype=torch.float64),
+        )
         for rank in (2, 3)
     ]
     gradients = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in weights]
     stretches = [
-        SlotTokens(3, 0.4, Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw)
+        SlotTokens(
+            3, 0.4, Adapter(number, 0.5 + number, a, b, ga, gb), start, stop, draw
+        )
         for number, ((a, b), (ga, gb), (start, stop, draw)) in enumerate(
             zip(weights, gradients, ((0, 4, 7), (4, 9, None)), strict=True)
         )
     ]
-    assert torch.autograd.gradcheck(lambda x: lora_linear(x, anchor, None, layer, stretches), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: lora_linear(x, anchor, None, layer, stretches), (x,)
+    )
     for ga, gb in gradients:
         ga.zero_()
         gb.zero_()
     slope = torch.randn(1, 9, 5, dtype=torch.float64)
     lora_linear(x, anchor, None, layer, stretches).backward(slope)
-    plain = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in weights]
+    plain = [
+        (a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in weights
+    ]
     rows = x.detach()[0]
     y = torch.nn.functional.linear(rows, layer.weight, layer.bias)
     parts = []
     for stretch, (a, b) in zip(stretches, plain, strict=True):
         own = rows[stretch.start : stretch.stop]
         dropped = stretch.dropout_mask(own)
-        parts.append(stretch.scaling * (own if dropped is None else own * ~dropped) @ a.t() @ b.t())
+        parts.append(
+            stretch.scaling
+            * (own if dropped is None else own * ~dropped)
+            @ a.t()
+            @ b.t()
+        )
     (y + torch.cat(parts)).backward(slope[0])
     for (ga, gb), (a, b) in zip(gradients, plain, strict=True):
         assert torch.allclose(ga, a.grad)

@@ -88,7 +88,8 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     here = f"model.name_or_path={folder}"
     saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
     configs = [
-        tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own) for seed, own in enumerate(SLOTS)
+        tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own)
+        for seed, own in enumerate(SLOTS)
     ]
     found = []
     for by_hand in (False, True):
@@ -96,15 +97,25 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
         slots = [bank.create_slot(config.lora, config.seed) for config in configs]
         torch.manual_seed(1)
         for slot in slots:
-            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)  # a fresh B is zero
-        ids = torch.randint(0, 500, (5, 30), generator=torch.Generator().manual_seed(2)).tolist()
+            slot.vector.add_(
+                torch.randn_like(slot.vector), alpha=0.05
+            )  # a fresh B is zero
+        ids = torch.randint(
+            0, 500, (5, 30), generator=torch.Generator().manual_seed(2)
+        ).tolist()
         rows = [
-            {"input_ids": ids[0][:9] + own[: 3 + place], "labels": [-100] * 9 + own[: 3 + place]}
+            {
+                "input_ids": ids[0][:9] + own[: 3 + place],
+                "labels": [-100] * 9 + own[: 3 + place],
+            }
             for place, own in enumerate(ids)
         ]
         parts = [rows[:2], rows[2:3], rows[3:]]
         learnt = bank.forward_backward(
-            [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
+            [
+                ForwardBackward(slot, own, 0.1, 1)
+                for slot, own in zip(slots, parts, strict=True)
+            ]
         )
         measured = bank.evaluate(
             [Evaluate(slot, own) for slot, own in zip(slots, parts, strict=True)]
@@ -134,7 +145,9 @@ def test_dropout_is_the_same_when_activations_are_computed_again(tiny: Any) -> N
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
         for number in (1, 2):
-            learnt = slot.bank.forward_backward([ForwardBackward(slot, rows, 0.1, number)])[0]
+            learnt = slot.bank.forward_backward(
+                [ForwardBackward(slot, rows, 0.1, number)]
+            )[0]
             found.append((learnt.loss, slot.gradient.clone()))
     assert found[0][0] == found[2][0]
     assert found[0][0] != found[1][0]

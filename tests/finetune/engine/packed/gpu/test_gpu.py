@@ -40,9 +40,9 @@ def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "num_attention_heads": 16,
     }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=32000, dtype=torch.bfloat16, **shapes)).save_pretrained(
-        folder
-    )
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=32000, dtype=torch.bfloat16, **shapes)
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
     return folder
 
@@ -51,7 +51,8 @@ def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def long_rows(tmp_path: Path) -> Path:
     """Rows of about 600 tokens."""
     rows = [
-        {"text": " ".join(f"word {number * row}" for number in range(120))} for row in range(40)
+        {"text": " ".join(f"word {number * row}" for number in range(120))}
+        for row in range(40)
     ]
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
@@ -62,7 +63,8 @@ def by(one: Any, other: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("saves", "dtype"), [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")]
+    ("saves", "dtype"),
+    [("true", "bfloat16"), ("false", "bfloat16"), ("false", "float16")],
 )
 def test_the_decoder_by_hand_is_the_base_with_autograd(
     tiny: Tiny, saves: str, dtype: str, monkeypatch: Any
@@ -74,13 +76,18 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
 
     computed = f"quantization.bnb_4bit_compute_dtype={dtype}"
     config = tiny(
-        "lora.dropout=0", "lora.r=16", f"trainer.gradient_checkpointing={saves}", computed
+        "lora.dropout=0",
+        "lora.r=16",
+        f"trainer.gradient_checkpointing={saves}",
+        computed,
     )
     found = []
     for by_hand in (True, False):
         with monkeypatch.context() as patched:
             if not by_hand:
-                patched.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
+                patched.setattr(
+                    "finetune.engine.packed.bank.gpu_decoder", lambda *_: None
+                )
             resources = SharedResources()
             bank = resources.bank(config)
             assert isinstance(bank.backend, Decoder) is by_hand
@@ -88,16 +95,25 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
-        rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()
+        rows = resources.tokens(
+            "train", resources.rows(config.dataset).train, config
+        ).to_list()
         parts = [rows[:2], rows[2:3], rows[3:6]]
         learnt = bank.forward_backward(
-            [ForwardBackward(slot, own, 0.1, 1) for slot, own in zip(slots, parts, strict=True)]
+            [
+                ForwardBackward(slot, own, 0.1, 1)
+                for slot, own in zip(slots, parts, strict=True)
+            ]
         )
-        found.append(([one.loss for one in learnt], [slot.gradient.clone() for slot in slots]))
+        found.append(
+            ([one.loss for one in learnt], [slot.gradient.clone() for slot in slots])
+        )
     (ours, gradients), (theirs, expected) = found
     assert by(ours, theirs) < 1e-3
     for one, other in zip(gradients, expected, strict=True):
-        assert float((one - other).norm() / other.norm()) < 0.05  # bfloat16 on both sides
+        assert (
+            float((one - other).norm() / other.norm()) < 0.05
+        )  # bfloat16 on both sides
 
 
 def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
@@ -112,7 +128,9 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     resources = SharedResources()
     bank, busy = resources.bank(config), []
     one, other = (bank.create_slot(config.lora, seed) for seed in (0, 1))
-    rows = resources.tokens("train", resources.rows(config.dataset).train, config).to_list()
+    rows = resources.tokens(
+        "train", resources.rows(config.dataset).train, config
+    ).to_list()
     request = ForwardBackward(one, rows[:2], 0.1, 1)
     bank.execute([request])
     with other.weights_on_cpu(
@@ -129,14 +147,19 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
         busy.append(not torch.cuda.current_stream().query())
         with other.weights_on_cpu(mark):
             busy.append(
-                all(weight.device.type == "cpu" and bool((weight == 7).all()) for weight in trained)
+                all(
+                    weight.device.type == "cpu" and bool((weight == 7).all())
+                    for weight in trained
+                )
             )
         busy.append(not torch.cuda.current_stream().query())
         time.sleep(1)
 
     (learnt,) = bank.execute([request], meanwhile)
     assert learnt.seconds < 0.5, "the host's work is counted too"
-    assert busy == [True, True, True], "waits for the pass, or does not wait for what was before it"
+    assert busy == [True, True, True], (
+        "waits for the pass, or does not wait for what was before it"
+    )
     assert all(weight.device.type == "cuda" for weight in trained)
 
 
@@ -145,16 +168,25 @@ def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_sha
 ) -> None:
     """In bfloat16: a trial in a pack, alone, and alone with its batches cut in two; and the
     trials' order."""
-    configs = [tiny(*STEPS, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES]
-    halves = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2")
+    configs = [
+        tiny(*STEPS, f"optimizer.learning_rate={rate}", "lora.dropout=0")
+        for rate in RATES
+    ]
+    halves = (
+        "trainer.per_device_train_batch_size=2",
+        "trainer.gradient_accumulation_steps=2",
+    )
     cut = [
-        tiny(*STEPS, *halves, f"optimizer.learning_rate={rate}", "lora.dropout=0") for rate in RATES
+        tiny(*STEPS, *halves, f"optimizer.learning_rate={rate}", "lora.dropout=0")
+        for rate in RATES
     ]
     packed = train_in_slots(configs, tmp_path / "packed", 3)
     alone = train_in_slots(configs, tmp_path / "alone", 1)
     other = train_in_slots(cut, tmp_path / "cut", 1)
     for one, own, half in zip(packed, alone, other, strict=True):
-        assert by(losses(one), losses(own)) <= max(2 * by(losses(half), losses(own)), 1e-3)
+        assert by(losses(one), losses(own)) <= max(
+            2 * by(losses(half), losses(own)), 1e-3
+        )
     for places in (alone, other):
         assert ranking(places) == ranking(packed)
 
@@ -167,7 +199,9 @@ def ranking(places: list[Path]) -> list[int]:
 
 @pytest.mark.parametrize("engine", ["trl", "packed"])
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8", "none"])
-def test_a_run_learns(tiny: Tiny, tmp_path: Path, engine: str, quantization: str) -> None:
+def test_a_run_learns(
+    tiny: Tiny, tmp_path: Path, engine: str, quantization: str
+) -> None:
     chosen = (
         f"trainer.engine={engine}",
         f"quantization={quantization}",
@@ -183,12 +217,17 @@ def test_a_run_learns(tiny: Tiny, tmp_path: Path, engine: str, quantization: str
 
 def test_both_engines_learn_alike(tiny: Tiny, tmp_path: Path) -> None:
     for engine in ("trl", "packed"):
-        run(tiny(*STEPS, f"trainer.engine={engine}", "lora.dropout=0"), tmp_path / engine)
+        run(
+            tiny(*STEPS, f"trainer.engine={engine}", "lora.dropout=0"),
+            tmp_path / engine,
+        )
     assert by(losses(tmp_path / "packed"), losses(tmp_path / "trl")) < 0.02
 
 
 def test_the_published_recipe_trains(tiny_base: Path, tmp_path: Path) -> None:
-    rows = [{"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(48)]
+    rows = [
+        {"text": f"<s>[INST] What is {n}? [/INST] It is {n}.</s>"} for n in range(48)
+    ]
     data = write_jsonl(tmp_path / "guanaco.jsonl", rows)
     recipe = (
         "experiment=llama2_guanaco",
@@ -229,7 +268,12 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
         f"model.name_or_path={wide_base}",
         f"dataset.path={long_rows}",
     ]
-    more = ["trainer.max_steps=3", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
+    more = [
+        "trainer.max_steps=3",
+        "trainer.eval_steps=0",
+        "sample_prompts=[]",
+        "dataset.limit=40",
+    ]
     configs = [compose(*overrides, *more, f"seed={seed}") for seed in range(6)]
     resources = SharedResources()
     (alone,) = train_in_slots(configs[:1], tmp_path / "alone", 1, resources)
@@ -242,7 +286,12 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
 @pytest.mark.parametrize("saves", ["true", "false"])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_the_plan_is_the_measured_peak(
-    wide_base: Path, tiny_base: Path, long_rows: Path, tmp_path: Path, slots: int, saves: str
+    wide_base: Path,
+    tiny_base: Path,
+    long_rows: Path,
+    tmp_path: Path,
+    slots: int,
+    saves: str,
 ) -> None:
     """Within 10 %."""
     import torch
@@ -255,9 +304,16 @@ def test_the_plan_is_the_measured_peak(
         f"model.name_or_path={wide_base}",
         f"dataset.path={long_rows}",
     ]
-    more = ["trainer.max_steps=6", "trainer.eval_steps=0", "sample_prompts=[]", "dataset.limit=40"]
+    more = [
+        "trainer.max_steps=6",
+        "trainer.eval_steps=0",
+        "sample_prompts=[]",
+        "dataset.limit=40",
+    ]
     saving = f"trainer.gradient_checkpointing={saves}"
-    configs = [compose(*overrides, *more, saving, f"seed={seed}") for seed in range(slots)]
+    configs = [
+        compose(*overrides, *more, saving, f"seed={seed}") for seed in range(slots)
+    ]
     planned = plan_memory(configs[0], SharedResources()).peak(slots)
     free_memory()
     torch.cuda.reset_peak_memory_stats()
@@ -266,12 +322,23 @@ def test_the_plan_is_the_measured_peak(
 
 
 def test_a_study_trains_in_slots(tiny_base: Path, tmp_path: Path) -> None:
-    study = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.study_name=s")
-    more = ("trainer.max_steps=8", "trainer.eval_steps=2", "sample_prompts=[]", "hydra.sweep.dir=s")
+    study = (
+        "-m",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.study_name=s",
+    )
+    more = (
+        "trainer.max_steps=8",
+        "trainer.eval_steps=2",
+        "sample_prompts=[]",
+        "hydra.sweep.dir=s",
+    )
     done = run_cli(*study, *tiny_overrides(tiny_base), *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = [
-        json.loads(file.read_text()) for file in (tmp_path / "s" / "trials").glob("*/result.json")
+        json.loads(file.read_text())
+        for file in (tmp_path / "s" / "trials").glob("*/result.json")
     ]
     assert len(results) == 6
     assert all(result["status"] in ("completed", "pruned") for result in results)

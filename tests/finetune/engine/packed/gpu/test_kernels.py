@@ -55,7 +55,11 @@ def test_gate_is_pytorchs() -> None:
         product = swiglu_backward(slope.clone(), into_gated, into_up, again)
         assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
         assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
-        assert product is None if not again else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
+        assert (
+            product is None
+            if not again
+            else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
+        )
 
 
 @pytest.mark.parametrize(("heads", "width"), [(3, 64), (20, 80)])
@@ -73,9 +77,9 @@ def test_rotation_is_transformers(heads: int, width: int) -> None:
     slope = draw(1, heads, 6, width)
     (expected,) = torch.autograd.grad(y, x, slope)
     found, back = (
-        apply_rotary(part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign).transpose(0, 1)[
-            None
-        ]
+        apply_rotary(
+            part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign
+        ).transpose(0, 1)[None]
         for part, sign in ((x.detach(), 1.0), (slope, -1.0))
     )
     assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
@@ -93,7 +97,9 @@ def test_score_is_cross_entropy() -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     for learns in (False, True):
-        losses, right, found = cross_entropy(taken := logits.detach().clone(), targets, learns)
+        losses, right, found = cross_entropy(
+            taken := logits.detach().clone(), targets, learns
+        )
         assert torch.allclose(losses, expected, rtol=1e-5)
         assert torch.equal(right, logits.argmax(-1) == targets)
         assert bool(right[5])
@@ -121,7 +127,11 @@ class Case:
     def __init__(self, dropout: float) -> None:
         import torch
 
-        from finetune.engine.packed.gpu.adapter_tables import COLUMNS, AdapterSpan, AdapterTables
+        from finetune.engine.packed.gpu.adapter_tables import (
+            COLUMNS,
+            AdapterSpan,
+            AdapterTables,
+        )
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
         torch.manual_seed(0)
@@ -136,7 +146,12 @@ class Case:
                 if rank:
                     a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
                     adapter = Adapter(
-                        7 + layer, 0.5 + number, a, b, torch.ones_like(a), torch.ones_like(b)
+                        7 + layer,
+                        0.5 + number,
+                        a,
+                        b,
+                        torch.ones_like(a),
+                        torch.ones_like(b),
                     )
                     table[1 + layer] = torch.tensor(adapter.table_row())
                     self.adapters[layer].append(adapter)
@@ -155,7 +170,9 @@ class Case:
             for part in (own.gradient_a, own.gradient_b)
         ]
 
-    def by_kernels(self, x: "torch.Tensor", slopes: list["torch.Tensor"]) -> list["torch.Tensor"]:
+    def by_kernels(
+        self, x: "torch.Tensor", slopes: list["torch.Tensor"]
+    ) -> list["torch.Tensor"]:
         """What is added to both outputs and the input's gradient, and the adapters' gradients."""
         import torch
 
@@ -185,7 +202,10 @@ class Case:
         plain.weight.fill_(0)
         x = self.x.clone().requires_grad_()
         anchor = torch.zeros((), requires_grad=True)
-        outputs = [lora_linear(x, anchor, None, plain, stretches) for stretches in self.stretches]
+        outputs = [
+            lora_linear(x, anchor, None, plain, stretches)
+            for stretches in self.stretches
+        ]
         (into_x,) = torch.autograd.grad(outputs, x, self.slopes)
         return [
             *(y.detach() for y in outputs),
@@ -196,7 +216,9 @@ class Case:
 
 def test_adapters_at_once_are_adapters_in_turn() -> None:
     case = Case(0.0)
-    for one, other in zip(case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True):
+    for one, other in zip(
+        case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True
+    ):
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
@@ -207,7 +229,9 @@ def test_dropout_of_the_kernels_is_the_same_forward_and_backward() -> None:
 
     case = Case(0.5)
     *outputs, into_x = case.by_kernels(case.x, case.slopes)[:3]
-    assert torch.equal(outputs[0], case.by_kernels(case.x, case.slopes)[0]), "the same masks again"
+    assert torch.equal(outputs[0], case.by_kernels(case.x, case.slopes)[0]), (
+        "the same masks again"
+    )
     adapters = [iter(own) for own in case.adapters]
     for start, stop, ranks in PARTS:
         own, together = slice(start, stop), 0.0
@@ -229,7 +253,9 @@ def test_dropout_of_the_kernels_is_the_same_forward_and_backward() -> None:
         ), ranks
 
 
-def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token() -> None:
+def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_token() -> (
+    None
+):
     """Where A is ones and what comes back is one, the input's gradient shows the mask."""
     import torch
 
@@ -259,11 +285,19 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     masks = [mask(key, number) for key, number in ((1, 0), (2, 0), (2**40, 0), (1, 1))]
     for one in masks:
         assert float(one.float().mean()) == pytest.approx(0.7, abs=0.01)
-        assert float(one.float().mean(0).std()) == pytest.approx((0.21 / tokens) ** 0.5, rel=0.15)
-        assert float(one.float().mean(1).std()) == pytest.approx((0.21 / width) ** 0.5, rel=0.35)
+        assert float(one.float().mean(0).std()) == pytest.approx(
+            (0.21 / tokens) ** 0.5, rel=0.15
+        )
+        assert float(one.float().mean(1).std()) == pytest.approx(
+            (0.21 / width) ** 0.5, rel=0.35
+        )
         for other in masks:
             alike = float((one == other).float().mean())
-            assert alike == 1.0 if one is other else alike == pytest.approx(0.58, abs=0.015)
+            assert (
+                alike == 1.0
+                if one is other
+                else alike == pytest.approx(0.58, abs=0.015)
+            )
     assert torch.equal(masks[0], mask(1, 0))
 
 
@@ -287,7 +321,8 @@ def test_one_slots_numbers_never_reach_another() -> None:
             for part in (one.gradient_a, one.gradient_b)
         ]
         found.append(
-            [part[: PARTS[-1][0]] for part in (*parts, into_x)] + [part.clone() for part in own]
+            [part[: PARTS[-1][0]] for part in (*parts, into_x)]
+            + [part.clone() for part in own]
         )
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -299,7 +334,11 @@ def test_one_rows_attention_never_reaches_another() -> None:
     import torch
 
     from finetune.engine.packed.batch import PackedBatch
-    from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
+    from finetune.engine.packed.gpu.attention import (
+        SpanTables,
+        attention,
+        attention_backward,
+    )
 
     torch.manual_seed(0)
     rows = [
@@ -322,15 +361,23 @@ def test_one_rows_attention_never_reaches_another() -> None:
         assert torch.equal(ill[:sick], found[:sick])
 
 
-@pytest.mark.parametrize(("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)])
-def test_attention_is_the_cpus(heads: int, groups: int, width: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)]
+)
+def test_attention_is_the_cpus(
+    heads: int, groups: int, width: int, window: int | None
+) -> None:
     """Rows of one token, of more than a block, and rows that share a beginning; rotated before it
     or not."""
     import torch
 
     from finetune.engine.packed.attention import PackedAttention
     from finetune.engine.packed.batch import PackedBatch
-    from finetune.engine.packed.gpu.attention import SpanTables, attention, attention_backward
+    from finetune.engine.packed.gpu.attention import (
+        SpanTables,
+        attention,
+        attention_backward,
+    )
     from finetune.engine.packed.gpu.rotary import apply_rotary
 
     torch.manual_seed(0)
@@ -352,14 +399,20 @@ def test_attention_is_the_cpus(heads: int, groups: int, width: int, window: int 
     slope = draw(tokens, heads, width)
     expected = torch.autograd.grad(out, (query, key, value), slope)
     rows = SpanTables(line.spans, line.position_ids[0])
-    attended = attention(query.detach(), key.detach(), value.detach(), rows, 0.2, window)
+    attended = attention(
+        query.detach(), key.detach(), value.detach(), rows, 0.2, window
+    )
     assert torch.allclose(attended.output, out, rtol=1e-4, atol=1e-5)
-    for one, other in zip(attention_backward(slope, attended, rows), expected, strict=True):
+    for one, other in zip(
+        attention_backward(slope, attended, rows), expected, strict=True
+    ):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
     angles = draw(tokens, width // 2).repeat(1, 2)
     turn = (angles.cos(), angles.sin())
     turned = [*(apply_rotary(part, *turn, -1.0) for part in expected[:2]), expected[2]]
-    for one, other in zip(attention_backward(slope, attended, rows, turn), turned, strict=True):
+    for one, other in zip(
+        attention_backward(slope, attended, rows, turn), turned, strict=True
+    ):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
