@@ -164,7 +164,7 @@ def prepare(folder: Path) -> None:
         )
         write_lines(
             folder / f"{part}_tokens.jsonl",
-            resources.tokens(part, messages, config).to_list(),
+            list(resources.tokens(part, messages, config)),
         )
 
 

@@ -10,8 +10,9 @@ from finetune.app import compose_run
 from finetune.compat import import_transformers_without_torch
 from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
+from finetune.data.rows import SPLITS
 from finetune.errors import ConfigError, refusal
-from finetune.run.preview import SPLITS, Preview, collect_notes, preview_rows, rows_of
+from finetune.run.preview import Preview, collect_notes, preview_rows
 from finetune.run.resources import SharedResources
 
 
@@ -63,7 +64,7 @@ def _preview(config: RunConfig, split: str, count: int) -> Preview:
     resources = SharedResources()
     with collect_notes() as notes:
         rows = resources.rows(config.dataset)
-        if not rows_of(rows, split):
+        if not rows.by_split[split]:
             raise _no_rows(config, split)
         resources.source(config.model)  # the packaged model is converted with torch
         if not config.model.trust_remote_code:

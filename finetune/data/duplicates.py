@@ -5,15 +5,28 @@ keeps them together, `rows` leaves out those of held-out files.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from finetune.data.near_twins import MINIMUM_WORDS, PhraseIndex, common_limit
+from finetune.data.near_twins import (
+    MINIMUM_WORDS,
+    HashedPhrases,
+    PhraseHasher,
+    PhraseIndex,
+    common_limit,
+    phrases_per_text,
+)
+from finetune.data.row_chunks import map_chunks
 from finetune.data.types import Row
 from finetune.data.wording import ANSWER_WORDS, Wording, join_words, wording, words
 
 _WHOLE, _QUESTION, _ANSWER = range(3)
+
+_KINDS = 2
+"""Kinds of text that are compared by their phrases: questions and answers."""
 
 MAXIMUM_REPETITIONS = 20
 """A question or an answer of more rows, if these are more than a tenth of all, is an instruction or
@@ -33,6 +46,28 @@ class Ties:
     """Questions and answers of so many rows that they tie nothing together."""
     comparisons: int
     """How often two texts were compared."""
+
+    def save(self, path: Path) -> None:
+        """Write the ties to a file, a NumPy archive."""
+        import numpy as np
+
+        members = np.fromiter(itertools.chain.from_iterable(self.ties), np.int64)
+        lengths = np.fromiter(map(len, self.ties), np.int64)
+        counts = np.array([self.common_texts, self.comparisons])
+        np.savez(path, members=members, lengths=lengths, counts=counts)
+
+    @classmethod
+    def load(cls, path: Path) -> "Ties":
+        """Read the ties that `save` wrote."""
+        import numpy as np
+
+        with np.load(path) as arrays:
+            members: list[int] = arrays["members"].tolist()
+            lengths: list[int] = arrays["lengths"].tolist()
+            common_texts, comparisons = arrays["counts"].tolist()
+        remaining = iter(members)
+        ties = [list(itertools.islice(remaining, length)) for length in lengths]
+        return cls(ties, common_texts, comparisons)
 
     def groups(self, count: int) -> "array[int]":
         """Return for each of the first `count` rows the first row of its group.
@@ -66,25 +101,94 @@ class Ties:
         return tied
 
 
-def find_ties(rows: Iterable[Row], groups: Sequence[str | None]) -> Ties:
+def group_key(group: str | None) -> int:
+    """Return the key of a value of `dataset.group_by`; 0: the row belongs to no group."""
+    return 0 if group is None else max(_hash(group), 1)
+
+
+def find_ties(rows: Sequence[Row], groups: "array[int]") -> Ties:
     """Find the rows that belong together.
 
-    Time and memory grow linearly with the rows.
+    Time grows linearly with the rows. Of each row about a hundred bytes are kept in memory; the
+    phrases are on disk.
 
     Args:
         rows: The rows in the common form; they are gone through once.
-        groups: The value of `dataset.group_by` of each row; None: the row belongs to no group.
+        groups: The `group_key` of each row.
     """
-    texts = _Texts(len(groups))
-    for number, row in enumerate(rows):
-        texts.add(number, wording(row))
-    ties, common_texts = texts.equal()
-    ties += texts.near_twins()
+    index = _TextIndex(len(rows))
+    for hashes in map_chunks(_HashTexts(len(rows)), rows, "comparing rows"):
+        index.extend(hashes)
+    ties, common_texts = index.equal()
+    ties += index.near_twins()
     ties += _grouped(groups)
-    return Ties(ties, common_texts, texts.comparisons)
+    return Ties(ties, common_texts, index.comparisons)
 
 
-class _Texts:
+@dataclass
+class _TextHashes:
+    """The texts of some rows, as hashes."""
+
+    rows: int = 0
+    """How many rows."""
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Of each text and of each row as a whole."""
+    key_rows: "array[int]" = field(default_factory=lambda: array("q"))
+    """The row of each key, among these rows."""
+    key_kinds: "array[int]" = field(default_factory=lambda: array("B"))
+    phrase_keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    """Of each text that is long enough to be compared by its phrases."""
+    phrase_rows: "array[int]" = field(default_factory=lambda: array("q"))
+    """The row of each such text, among these rows."""
+    phrases: HashedPhrases | None = None
+
+
+@dataclass(frozen=True)
+class _HashTexts:
+    """Hashes the texts of rows."""
+
+    count: int
+    """The number of all rows."""
+
+    def __call__(self, rows: Sequence[Row]) -> _TextHashes:
+        hashes = _TextHashes(len(rows))
+        hasher = PhraseHasher(phrases_per_text(self.count, _KINDS))
+        for number, row in enumerate(rows):
+            self._add(hashes, hasher, number, wording(row))
+        hashes.phrases = hasher.finish()
+        return hashes
+
+    def _add(
+        self, hashes: _TextHashes, hasher: PhraseHasher, number: int, texts: Wording
+    ) -> None:
+        question, last_answer = words(texts.question), words(texts.last_answer)
+        question_key = _key(_QUESTION, question)
+        answer_key = _key(_ANSWER, last_answer)
+        row_keys = {(_hash(f"{question_key} {answer_key}"), _WHOLE)}
+        if question:
+            row_keys.add((question_key, _QUESTION))
+        for answer in texts.answers:
+            is_last = answer == texts.last_answer
+            answer_words = last_answer if is_last else words(answer)
+            if len(answer_words) >= ANSWER_WORDS:
+                row_keys.add((_key(_ANSWER, answer_words), _ANSWER))
+        for key, kind in sorted(row_keys):
+            hashes.keys.append(key)
+            hashes.key_rows.append(number)
+            hashes.key_kinds.append(kind)
+        phrased_texts = (
+            (_QUESTION, question, question_key),
+            (_ANSWER, last_answer, answer_key),
+        )
+        for kind, text_words, key in phrased_texts:
+            if len(text_words) < MINIMUM_WORDS:
+                continue
+            hasher.add(kind, text_words)
+            hashes.phrase_rows.append(number)
+            hashes.phrase_keys.append(key)
+
+
+class _TextIndex:
     """The texts of all rows, as hashes.
 
     Args:
@@ -93,10 +197,11 @@ class _Texts:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._rows = 0
         self._keys = array("Q")
         self._key_rows = array("q")
         self._key_kinds = array("B")
-        self._phrases = PhraseIndex(count, kinds=2)
+        self._phrases = PhraseIndex(count, _KINDS)
         self._phrase_rows = array("q")
         self._phrase_keys = array("Q")
 
@@ -105,40 +210,16 @@ class _Texts:
         """How often two texts were compared."""
         return self._phrases.comparisons
 
-    def add(self, number: int, texts: Wording) -> None:
-        """Add the texts of a row.
-
-        Args:
-            number: The row's number.
-            texts: Its texts.
-        """
-        question, last_answer = words(texts.question), words(texts.last_answer)
-        question_key, answer_key = _key(_QUESTION, question), _key(_ANSWER, last_answer)
-        row_keys = {(_hash(f"{question_key} {answer_key}"), _WHOLE)}
-        if question:
-            row_keys.add((question_key, _QUESTION))
-        for answer in texts.answers:
-            answer_words = last_answer if answer == texts.last_answer else words(answer)
-            if len(answer_words) >= ANSWER_WORDS:
-                row_keys.add((_key(_ANSWER, answer_words), _ANSWER))
-        for key, kind in sorted(row_keys):
-            self._keys.append(key)
-            self._key_rows.append(number)
-            self._key_kinds.append(kind)
-        self._add_phrases(number, _QUESTION, question_key, question)
-        self._add_phrases(number, _ANSWER, answer_key, last_answer)
-
-    def _add_phrases(
-        self,
-        number: int,
-        kind: int,
-        key: int,
-        text_words: list[str],
-    ) -> None:
-        if len(text_words) >= MINIMUM_WORDS:
-            self._phrases.add(kind, text_words)
-            self._phrase_rows.append(number)
-            self._phrase_keys.append(key)
+    def extend(self, hashes: _TextHashes) -> None:
+        """Add the texts of the next rows."""
+        assert hashes.phrases is not None
+        self._keys += hashes.keys
+        self._key_kinds += hashes.key_kinds
+        self._key_rows.extend(self._rows + row for row in hashes.key_rows)
+        self._phrases.extend(hashes.phrases)
+        self._phrase_keys += hashes.phrase_keys
+        self._phrase_rows.extend(self._rows + row for row in hashes.phrase_rows)
+        self._rows += hashes.rows
 
     def equal(self) -> tuple[list[list[int]], int]:
         """Return the ties of rows with an equal text, and how many texts are too common to tie."""
@@ -160,13 +241,12 @@ class _Texts:
         return [[rows[first], rows[second]] for first, second in pairs]
 
 
-def _grouped(groups: Iterable[str | None]) -> list[list[int]]:
-    """The numbers of the rows with the same value, where there are several."""
-    members: dict[str, list[int]] = {}
-    for number, group in enumerate(groups):
-        if group is not None:
-            members.setdefault(group, []).append(number)
-    return [numbers for numbers in members.values() if len(numbers) > 1]
+def _grouped(groups: "array[int]") -> list[list[int]]:
+    """The numbers of the rows of the same group, where there are several."""
+    rows = array("q", (row for row, key in enumerate(groups) if key))
+    keys = array("Q", (groups[row] for row in rows))
+    kinds = array("B", bytes(len(rows)))
+    return [members for _, members in _runs(keys, rows, kinds)]
 
 
 def _runs(

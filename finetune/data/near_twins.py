@@ -5,9 +5,14 @@ many texts (an instruction that stands in every row) are left out, so that no ph
 for more than `MAXIMUM_TEXTS` texts, and shared instructions tie nothing together.
 """
 
+import tempfile
 import zlib
 from array import array
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from finetune.files.cache import cache_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,32 +33,56 @@ SHARED_PHRASES = 0.5
 """Two texts are near twins if the longer one shares at least this share of its phrases."""
 
 _SAMPLES = 2**24
-"""Phrases of all texts together that are kept: bounds the memory."""
+"""Phrases of all texts together that are compared, where there are at least 16 of each text."""
+
+_BUCKET_SAMPLES = 2**22
+"""Phrases that are compared at a time: bounds the memory."""
 
 _BATCH_WORDS = 2**20
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
+_SAMPLE = [("hash", "<u8"), ("text", "<u4")]
 
-class PhraseIndex:
-    """The phrases of texts.
+
+def phrases_per_text(rows: int, kinds: int) -> int:
+    """Return how many phrases represent a text; of shorter texts all phrases do.
 
     Args:
         rows: How many rows the texts come from; each has at most one text of a kind.
         kinds: How many kinds of text there are.
     """
+    return min(256, max(16, _SAMPLES // max(rows * kinds, 1)))
 
-    def __init__(self, rows: int, kinds: int) -> None:
-        self._phrases_per_text = min(256, max(16, _SAMPLES // max(rows * kinds, 1)))
-        self._common_limit = common_limit(MAXIMUM_TEXTS, rows)
+
+@dataclass(frozen=True)
+class HashedPhrases:
+    """The sampled phrases of some texts."""
+
+    lengths: "Numbers"
+    """The number of all phrases of each text."""
+    hashes: "Numbers"
+    """Of each sampled phrase."""
+    texts: "Numbers"
+    """Of each sampled phrase the number of its text, among these."""
+
+
+class PhraseHasher:
+    """Hashes the phrases of texts.
+
+    Args:
+        samples: How many phrases represent a text (`phrases_per_text`).
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
         self._words = array("I")
-        self._batch_lengths: list[int] = []
-        self._batch_kinds: list[int] = []
-        self._lengths = array("I")
+        self._text_lengths: list[int] = []
+        self._text_kinds: list[int] = []
+        self._lengths: list[Numbers] = []
         self._hashes: list[Numbers] = []
         self._texts: list[Numbers] = []
-        self.comparisons = 0
-        """How often two texts were compared for a phrase that they share."""
+        self._count = 0
 
     def add(self, kind: int, words: list[str]) -> None:
         """Add a text of at least `MINIMUM_WORDS` words.
@@ -66,13 +95,94 @@ class PhraseIndex:
         # Joined and split again, so that no Python code runs for each word.
         encoded = " ".join(words).encode("utf-8", "surrogatepass").split(b" ")
         self._words.extend(map(zlib.crc32, encoded))
-        self._batch_lengths.append(len(words))
-        self._batch_kinds.append(kind)
+        self._text_lengths.append(len(words))
+        self._text_kinds.append(kind)
         if len(self._words) >= _BATCH_WORDS:
             self._hash_batch()
 
+    def finish(self) -> HashedPhrases:
+        """Return the phrases of all texts that were added."""
+        import numpy as np
+
+        self._hash_batch()
+        if not self._hashes:
+            empty = np.empty(0, np.uint64)
+            return HashedPhrases(empty, empty, empty)
+        return HashedPhrases(
+            np.concatenate(self._lengths),
+            np.concatenate(self._hashes),
+            np.concatenate(self._texts),
+        )
+
+    def _hash_batch(self) -> None:
+        """Hash the phrases of the texts added since the last batch, and keep a sample."""
+        if not self._text_lengths:
+            return
+        import numpy as np
+
+        words = _scramble(np.frombuffer(self._words, np.uint32).astype(np.uint64))
+        phrases = np.zeros(len(words) - PHRASE_WORDS + 1, np.uint64)
+        for position in range(PHRASE_WORDS):
+            following_words = words[position:][: len(phrases)]
+            phrases = phrases * np.uint64(_MULTIPLIER) + following_words
+        lengths = np.array(self._text_lengths)
+        text_of_word = np.repeat(np.arange(len(lengths)), lengths)
+        text_of_phrase = text_of_word[: len(phrases)]
+        # A phrase that begins in one text and ends in the next one is none.
+        is_within = text_of_phrase == text_of_word[PHRASE_WORDS - 1 :]
+        kinds = np.array(self._text_kinds, np.uint64)
+        hashes = _scramble(phrases + kinds[text_of_phrase])
+
+        phrase_counts = lengths - PHRASE_WORDS + 1
+        rates = np.minimum(1.0, self._samples / phrase_counts)
+        bounds = (rates * float(2**32)).astype(np.uint64)
+        # By the hash, so that two texts sample the same phrases of those that they share.
+        is_sampled = (hashes >> np.uint64(32)) < bounds[text_of_phrase]
+        chosen = is_within & is_sampled
+        self._hashes.append(hashes[chosen])
+        self._texts.append((text_of_phrase[chosen] + self._count).astype(np.uint32))
+        self._lengths.append(phrase_counts.astype(np.uint32))
+        self._count += len(lengths)
+        self._words = array("I")
+        self._text_lengths = []
+        self._text_kinds = []
+
+
+class PhraseIndex:
+    """The phrases of all texts, on disk in buckets that are compared one after the other.
+
+    Args:
+        rows: How many rows the texts come from; each has at most one text of a kind.
+        kinds: How many kinds of text there are.
+    """
+
+    def __init__(self, rows: int, kinds: int) -> None:
+        self._samples = phrases_per_text(rows, kinds)
+        self._common_limit = common_limit(MAXIMUM_TEXTS, rows)
+        self._buckets: list[IO[bytes]] = []
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(1 + rows * kinds * self._samples // _BUCKET_SAMPLES):
+            self._buckets.append(_temporary_file(folder))
+        self._lengths = array("I")
+        self.comparisons = 0
+        """How often two texts were compared for a phrase that they share."""
+
+    def extend(self, phrases: HashedPhrases) -> None:
+        """Add the phrases of further texts."""
+        import numpy as np
+
+        samples = np.empty(len(phrases.hashes), _SAMPLE)
+        samples["hash"] = phrases.hashes
+        samples["text"] = phrases.texts + len(self._lengths)
+        # The upper bits say which phrases are sampled, so that buckets are chosen by the lower.
+        bucket_numbers = phrases.hashes % np.uint64(len(self._buckets))
+        for number, bucket in enumerate(self._buckets):
+            bucket.write(samples[bucket_numbers == number].tobytes())
+        self._lengths.frombytes(phrases.lengths.astype(np.uint32).tobytes())
+
     def near_twins(self, keys: "array[int]") -> list[tuple[int, int]]:
-        """Return pairs of texts that are near twins, by their numbers in the order of `add`.
+        """Return pairs of texts that are near twins, by their numbers in the order of `extend`.
 
         Args:
             keys: A key of each text, the same for equal texts. Only the first of equal texts is
@@ -80,17 +190,63 @@ class PhraseIndex:
         """
         import numpy as np
 
-        self._hash_batch()
-        if not self._hashes:
+        if not self._lengths:
             return []
-        hashes = np.concatenate(self._hashes)
-        texts = np.concatenate(self._texts)
-        lengths = np.frombuffer(self._lengths, np.uint32)
         _, first, inverse = np.unique(
             np.frombuffer(keys, np.uint64), return_index=True, return_inverse=True
         )
-        is_first = first[inverse] == np.arange(len(lengths))
-        hashes, texts = hashes[is_first[texts]], texts[is_first[texts]]
+        is_first = first[inverse] == np.arange(len(self._lengths))
+        codes = np.empty(0, np.int64)
+        shared = np.empty(0, np.int64)
+        own_phrases = np.zeros(len(self._lengths), np.int64)
+        for bucket in self._buckets:
+            bucket.seek(0)
+            samples = np.frombuffer(bucket.read(), _SAMPLE)
+            samples = samples[is_first[samples["text"]]]
+            bucket_codes, rare_texts = self._compare(samples["hash"], samples["text"])
+            own_phrases += np.bincount(rare_texts, minlength=len(self._lengths))
+            codes, shared = _count_codes(codes, shared, bucket_codes)
+        pairs = np.stack(
+            [codes // len(self._lengths), codes % len(self._lengths)], axis=1
+        )
+        return self._choose(pairs, shared, own_phrases)
+
+    def _choose(
+        self, pairs: "Numbers", shared: "Numbers", own_phrases: "Numbers"
+    ) -> list[tuple[int, int]]:
+        """The pairs that share enough phrases.
+
+        Args:
+            pairs: Two texts in each row.
+            shared: How many sampled phrases each pair shares.
+            own_phrases: How many sampled phrases of each text are not common.
+        """
+        import numpy as np
+
+        lengths = np.frombuffer(self._lengths, np.uint32)
+        rates = np.minimum(1.0, self._samples / lengths)
+        # A shared phrase is in both samples only if the sample of the longer text has it.
+        estimate = shared / rates[pairs].min(axis=1)
+        longer = (own_phrases[pairs] / rates[pairs]).max(axis=1)
+        is_long = longer >= MINIMUM_PHRASES
+        is_sure = shared >= SHARED_PHRASES * MINIMUM_PHRASES
+        is_near = is_long & is_sure & (estimate >= SHARED_PHRASES * longer)
+        return [(int(first), int(second)) for first, second in pairs[is_near]]
+
+    def _compare(
+        self, hashes: "Numbers", texts: "Numbers"
+    ) -> "tuple[Numbers, Numbers]":
+        """Compare the texts of each phrase that is not common.
+
+        Args:
+            hashes: Of each phrase.
+            texts: The text of each.
+
+        Returns:
+            A number for each pair of texts and each phrase that they share (`first * count +
+            second`), and the text of each phrase that is not common.
+        """
+        import numpy as np
 
         order = np.lexsort((texts, hashes))
         hashes, texts = hashes[order], texts[order]
@@ -100,96 +256,51 @@ class PhraseIndex:
         _, phrases, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         texts_of_phrase = counts[phrases]
         is_rare = texts_of_phrase <= self._common_limit
-        own_phrases = np.bincount(texts[is_rare], minlength=len(lengths))
         is_shared = is_rare & (texts_of_phrase > 1)
-        pairs, shared = self._count_pairs(
-            phrases[is_shared], texts[is_shared], len(lengths)
-        )
-        return self._choose(pairs, shared, own_phrases, lengths)
+        codes = self._pairs(phrases[is_shared], texts[is_shared])
+        return codes, texts[is_rare]
 
-    def _choose(
-        self,
-        pairs: "Numbers",
-        shared: "Numbers",
-        own_phrases: "Numbers",
-        lengths: "Numbers",
-    ) -> list[tuple[int, int]]:
-        """The pairs that share enough phrases.
-
-        Args:
-            pairs: Two texts in each row.
-            shared: How many sampled phrases each pair shares.
-            own_phrases: How many sampled phrases of each text are not common.
-            lengths: The number of all phrases of each text.
-        """
+    def _pairs(self, phrases: "Numbers", texts: "Numbers") -> "Numbers":
+        """All pairs of texts with a phrase in common, once for each such phrase."""
         import numpy as np
 
-        rates = np.minimum(1.0, self._phrases_per_text / lengths)
-        # A shared phrase is in both samples only if the sample of the longer text has it.
-        estimate = shared / rates[pairs].min(axis=1)
-        longer = (own_phrases[pairs] / rates[pairs]).max(axis=1)
-        is_near = (longer >= MINIMUM_PHRASES) & (
-            shared >= SHARED_PHRASES * MINIMUM_PHRASES
-        )
-        is_near &= estimate >= SHARED_PHRASES * longer
-        return [
-            (int(first), int(second)) for first, second in np.asarray(pairs[is_near])
-        ]
-
-    def _count_pairs(
-        self,
-        phrases: "Numbers",
-        texts: "Numbers",
-        count: int,
-    ) -> "tuple[Numbers, Numbers]":
-        """All pairs of texts with a phrase in common, and how many phrases they have in common."""
-        import numpy as np
-
-        codes = []
+        codes = [np.empty(0, np.int64)]
         for distance in range(1, MAXIMUM_TEXTS):
             is_pair = phrases[distance:] == phrases[:-distance]
             if not is_pair.any():
                 break
             first, second = texts[:-distance][is_pair], texts[distance:][is_pair]
-            codes.append(first.astype(np.int64) * count + second)
-        if not codes:
-            return np.empty((0, 2), np.int64), np.empty(0, np.int64)
-        self.comparisons = sum(map(len, codes))
-        pairs, shared = np.unique(np.concatenate(codes), return_counts=True)
-        return np.stack([pairs // count, pairs % count], axis=1), shared
+            codes.append(first.astype(np.int64) * len(self._lengths) + second)
+        pairs: Numbers = np.concatenate(codes)
+        self.comparisons += len(pairs)
+        return pairs
 
-    def _hash_batch(self) -> None:
-        """Hash the phrases of the texts added since the last batch, and keep a sample."""
-        if not self._batch_lengths:
-            return
-        import numpy as np
 
-        words = _scramble(np.frombuffer(self._words, np.uint32).astype(np.uint64))
-        phrases = np.zeros(len(words) - PHRASE_WORDS + 1, np.uint64)
-        for position in range(PHRASE_WORDS):
-            phrases = (
-                phrases * np.uint64(_MULTIPLIER) + words[position:][: len(phrases)]
-            )
-        lengths = np.array(self._batch_lengths)
-        text_of_word = np.repeat(np.arange(len(lengths)), lengths)
-        text_of_phrase = text_of_word[: len(phrases)]
-        is_within = text_of_phrase == text_of_word[PHRASE_WORDS - 1 :]
-        kinds = np.array(self._batch_kinds, np.uint64)
-        hashes = _scramble(phrases + kinds[text_of_phrase])
+def _count_codes(
+    codes: "Numbers", counts: "Numbers", further_codes: "Numbers"
+) -> "tuple[Numbers, Numbers]":
+    """Count numbers on.
 
-        phrase_counts = lengths - PHRASE_WORDS + 1
-        rates = np.minimum(1.0, self._phrases_per_text / phrase_counts)
-        bounds = (rates * float(2**32)).astype(np.uint64)
-        is_sampled = (hashes >> np.uint64(32)) < bounds[text_of_phrase]
-        chosen = is_within & is_sampled
-        self._hashes.append(hashes[chosen])
-        self._texts.append(
-            (text_of_phrase[chosen] + len(self._lengths)).astype(np.int32)
-        )
-        self._lengths.extend(int(number) for number in phrase_counts)
-        self._words = array("I")
-        self._batch_lengths = []
-        self._batch_kinds = []
+    Args:
+        codes: Different numbers, sorted.
+        counts: How often each was seen.
+        further_codes: Numbers to count.
+
+    Returns:
+        The numbers and their counts.
+    """
+    import numpy as np
+
+    all_codes = np.concatenate([codes, further_codes])
+    weights = np.concatenate([counts, np.ones(len(further_codes), np.int64)])
+    distinct, inverse = np.unique(all_codes, return_inverse=True)
+    totals = np.bincount(inverse, weights=weights, minlength=len(distinct))
+    return distinct, totals.astype(np.int64)
+
+
+def _temporary_file(folder: Path) -> IO[bytes]:
+    """A file without a name, which goes with its last reference."""
+    return tempfile.TemporaryFile(dir=folder)
 
 
 def common_limit(maximum: int, count: int) -> int:

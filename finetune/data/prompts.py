@@ -1,7 +1,5 @@
 """Questions to show what a model has learnt, asked as the rows ask theirs."""
 
-from collections.abc import Iterable
-
 from finetune.data.types import Prompt, Row
 
 
@@ -19,9 +17,3 @@ def system_of(row: Row) -> str | None:
     if messages and messages[0]["role"] == "system":
         return str(messages[0]["content"])
     return None
-
-
-def shared_system(rows: Iterable[Row]) -> str | None:
-    """Return the system turn that all rows have alike, None if they differ."""
-    turns = {system_of(row) for row in rows}
-    return turns.pop() if len(turns) == 1 else None

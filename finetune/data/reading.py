@@ -1,88 +1,99 @@
 """Read the rows of one path in the common form."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.conversion import RowFormats
-from finetune.data.report import Report
+from finetune.data.duplicates import group_key
+from finetune.data.report import LISTED_ROWS, Report
+from finetune.data.row_file import RowWriter
 from finetune.data.sources import Source, open_files, open_source
 from finetune.data.split_files import file_names
 from finetune.data.types import BadRow, RawRow, Row, SkippedRow
 from finetune.errors import ConfigError, refusal
 
 
-@dataclass
-class ReadRows:
-    """Rows in the common form, and which of them belong together."""
+@dataclass(frozen=True)
+class OpenedPath:
+    """A path whose rows are to be read."""
 
-    rows: list[Row] = field(default_factory=list)
-    groups: list[str | None] = field(default_factory=list)
-    """The value of `dataset.group_by` of each row; None: the row belongs to no group."""
+    key: str
+    """The config key of the path, for error messages."""
+    path: str
+    """A folder, or anything else that `dataset.path` may be."""
+    shown_path: str
+    """The path as messages show it, with the names of its files."""
+    sources: list[Source]
 
-    def append(self, row: Row, group: str | None) -> None:
-        """Add a row."""
-        self.rows.append(row)
-        self.groups.append(group)
-
-    def extend(self, rows: "ReadRows") -> None:
-        """Add the rows of another source."""
-        self.rows += rows.rows
-        self.groups += rows.groups
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def identity(self) -> list[str | None]:
+        """What tells whether its rows are those that were read before."""
+        names = [self.key, self.path, self.shown_path]
+        identities = [source.identity for source in self.sources]
+        return [*names, *(source.name for source in self.sources), *identities]
 
 
-def read_path(
-    key: str,
-    path: str,
-    files: list[Path] | None,
-    formats: RowFormats,
-    report: Report,
-) -> ReadRows:
-    """Read all rows of a path in the common form.
+def open_path(
+    key: str, path: str, files: list[Path] | None, settings: DatasetSettings
+) -> OpenedPath:
+    """Open a path; its rows are read later.
 
     Args:
         key: The config key of the path, for error messages.
         path: A folder, or anything else that `dataset.path` may be.
         files: The files to read if the path is a folder, else None.
+        settings: How data sets on the hub and text files are read.
+
+    Raises:
+        ConfigError: There is no such file or data set.
+    """
+    if files is None:
+        return OpenedPath(key, path, path, [open_source(key, path, settings)])
+    sources = open_files(key, path, files, settings)
+    return OpenedPath(key, path, f"{path} ({file_names(files)})", sources)
+
+
+def read_path(
+    opened: OpenedPath, formats: RowFormats, report: Report, writer: RowWriter
+) -> None:
+    """Read all rows of a path in the common form.
+
+    Args:
+        opened: The path.
         formats: The conversion of the rows; the first row decides the format of all.
         report: Where rows that are left out are counted, and the commit of a data set on the hub.
+        writer: Takes the rows.
 
     Raises:
         ConfigError: A file or, unless bad rows are skipped, a row can't be read; no row is left.
     """
-    settings = formats.settings
-    if files is None:
-        sources = [open_source(key, path, settings)]
-        shown_path = path
-    else:
-        sources = open_files(key, path, files, settings)
-        shown_path = f"{path} ({file_names(files)})"
-    reader = _Reader(key, shown_path, formats)
-    for source in sources:
+    key, shown_path = opened.key, opened.shown_path
+    first = len(writer)
+    reader = _Reader(key, shown_path, formats, writer)
+    for source in opened.sources:
         reader.read(source)
         if source.commit is not None:
-            report.commits[path] = source.commit
-    total, skipped, rows = reader.total, reader.skipped, reader.rows
+            report.commits[opened.path] = source.commit
+    total, skipped = reader.total, reader.skipped
     if not total:
         raise refusal(key, shown_path, "holds no rows")
-    if len(skipped) == total:
-        first = skipped[0]
-        where = f"row {first.number} of {first.source}"
-        reason = f"none of {total} rows can be read; the first, {where}: {first.reason}"
+    if reader.skipped_count == total:
+        row = skipped[0]
+        where = f"row {row.number} of {row.source}"
+        reason = f"none of {total} rows can be read; the first, {where}: {row.reason}"
         raise refusal(key, shown_path, reason)
-    report.skip(shown_path, skipped)
+    report.skip(shown_path, skipped, reader.skipped_count)
     format_line = reader.converter.finish()
     if format_line is not None:
         report.note_format(format_line)
-    empty = total - len(skipped) - len(rows)
+    rows = len(writer) - first
+    empty = total - reader.skipped_count - rows
     report.drop(f"rows of {shown_path} with nothing to learn from", empty)
     if not rows:
         reason = f"no rows are left: none of {empty} has any text to learn from"
         raise refusal(key, shown_path, reason)
-    return rows
 
 
 class _Reader:
@@ -92,6 +103,7 @@ class _Reader:
         key: The config key of the path, for error messages.
         path: The path, for error messages.
         formats: The conversion of the rows, and what happens to bad rows.
+        writer: Takes the rows.
     """
 
     def __init__(
@@ -99,12 +111,15 @@ class _Reader:
         key: str,
         path: str,
         formats: RowFormats,
+        writer: RowWriter,
     ) -> None:
         self._key = key
         self._settings = formats.settings
         self.converter = formats.open(key, path)
-        self.rows = ReadRows()
+        self._writer = writer
         self.skipped: list[SkippedRow] = []
+        """The first skipped rows."""
+        self.skipped_count = 0
         self.total = 0
 
     def read(self, source: Source) -> None:
@@ -121,7 +136,9 @@ class _Reader:
                 if self._settings.on_bad_row == "refuse":
                     raise
                 reason = _without_place(str(error), self._key, source.name, number)
-                self.skipped.append(SkippedRow(source.name, number, reason))
+                self.skipped_count += 1
+                if len(self.skipped) < LISTED_ROWS:
+                    self.skipped.append(SkippedRow(source.name, number, reason))
 
     def _convert(
         self,
@@ -138,7 +155,7 @@ class _Reader:
         )
         if content is not None:
             row = Row(content, source.name, number, self.converter.format or "")
-            self.rows.append(row, group)
+            self._writer.append(row, group_key(group))
 
     def _group(self, where: str, raw_row: RawRow) -> str | None:
         """The value of the row's column `dataset.group_by`, as text."""

@@ -1,90 +1,238 @@
 """The rows of a run: read, converted to the common form, split."""
 
+import copy
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.config.schema import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.conversion import RowFormats
-from finetune.data.duplicates import Ties, find_ties
+from finetune.data.all_rows import AllRows, read_all_rows
 from finetune.data.mixture import weigh_rows
-from finetune.data.reading import ReadRows, read_path
+from finetune.data.prompts import system_of
+from finetune.data.reading import OpenedPath, open_path
 from finetune.data.report import Report
+from finetune.data.row_chunks import progress_bar
+from finetune.data.row_file import KeyDigest, StoredRows
 from finetune.data.split import HELD_OUT, divide_rows
 from finetune.data.split_files import file_names, files_by_split, files_for_split
-from finetune.data.types import Row, Rows, fingerprint
+from finetune.data.types import ListDigest, SkippedRow, canonical_text, fingerprint
 from finetune.errors import refusal
+from finetune.files.atomic import create_folder, read_json, write_json
+from finetune.files.cache import cache_folder
 
 SplitFiles = dict[str, dict[str, list[Path]]]
 """Of each folder in `dataset.path` the files of each split."""
 
+SPLITS = ("train", "eval", "test")
+
+SUMMARY_FILE = "split.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run in the common form, by split."""
+
+    train: StoredRows
+    evaluation: StoredRows
+    test: StoredRows
+    fingerprint: str
+    """A hash of every row of every split."""
+    shared_system: str | None
+    """The system turn with which all training rows begin; None if they differ."""
+    dropped: dict[str, int]
+    """How many rows were left out, by reason."""
+    skipped: list[SkippedRow] = field(default_factory=list)
+    """The first rows that `dataset.on_bad_row=skip` left out; `dropped` counts all."""
+    notes: list[str] = field(default_factory=list)
+    """What the log says about the split: tied rows, weights, limits."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """The commits of the data sets on the hub, by `dataset.path`."""
+    formats: list[str] = field(default_factory=list)
+    """What the log says about formats: which column is what, and which are not used."""
+
+    @property
+    def by_split(self) -> dict[str, StoredRows]:
+        """The rows by the names of their splits."""
+        return {"train": self.train, "eval": self.evaluation, "test": self.test}
+
+    @property
+    def counts(self) -> dict[str, object]:
+        """The number of rows of each split, and of those left out by reason, for `result.json`.
+
+        Skipped rows, notes and commits are listed where there are any.
+        """
+        sizes = {split: len(rows) for split, rows in self.by_split.items()}
+        lists = {
+            "skipped": [dataclasses.asdict(row) for row in self.skipped],
+            "notes": self.notes,
+            "commits": self.commits,
+        }
+        filled_lists = {name: items for name, items in lists.items() if items}
+        return {**sizes, "dropped": self.dropped, **filled_lists}
+
 
 def load_rows(settings: DatasetSettings) -> Rows:
-    """Read the data set and split it.
+    """Read the data set and split it, or take both from the cache.
 
     Raises:
         ConfigError: The data can't be read, or a split has no rows. The message names the key, and
             the line or row.
     """
-    report = Report()
-    formats = RowFormats(settings)
-    files: SplitFiles = {}
-    pool = ReadRows()
-    source_ends = []
-    for source in settings.sources:
-        path = source.path
-        files[path] = files_by_split(settings, path)
-        pool.extend(
-            read_path("dataset.path", path, files[path].get("train"), formats, report)
-        )
-        source_ends.append(len(pool))
-    from_files = {}
-    for split in HELD_OUT:
-        rows = _read_split(split, formats, files, report)
-        if rows is not None:
-            from_files[split] = rows
-    formats.check_ignored()
-    ties = _find_ties(settings, pool, from_files)
-    order, parts = divide_rows(
-        settings, len(pool), ties, set(HELD_OUT) - set(from_files), report
-    )
-    held_out = {
-        split: [pool.rows[number] for number in parts[split]] for split in parts
+    files = {
+        source.path: files_by_split(settings, source.path)
+        for source in settings.sources
     }
-    held_out |= {split: rows.rows for split, rows in from_files.items()}
-    twins = _twins_of_training(ties, order, pool, from_files)
-    fingerprints = {fingerprint(pool.rows[number]) for number in order}
-    for split in ("eval", "test"):
-        unique = _drop_duplicates(
-            held_out[split], twins.get(split, set()), fingerprints
+    opened = {"train": _open_training(settings, files)}
+    for split in HELD_OUT:
+        paths = _open_split(split, settings, files)
+        if paths:
+            opened[split] = paths
+    fractions = [getattr(settings, f"{split}_fraction") for split in HELD_OUT]
+    with_ties = len(opened) > 1 or any(fractions)
+    all_rows = read_all_rows(opened, settings, with_ties)
+    folder = cache_folder() / "splits" / _split_key(settings, all_rows)
+    if folder.exists():
+        rows, report = _load_split(folder, all_rows)
+        report.repeat(start=len(all_rows.report.lines))
+        return rows
+    with create_folder(folder) as draft:
+        _save_split(draft, settings, files, all_rows)
+    rows, _ = _load_split(folder, all_rows)
+    return rows
+
+
+def _open_training(settings: DatasetSettings, files: SplitFiles) -> list[OpenedPath]:
+    opened = []
+    for path, split_files in files.items():
+        training_files = split_files.get("train")
+        opened.append(open_path("dataset.path", path, training_files, settings))
+    return opened
+
+
+def _open_split(
+    split: str, settings: DatasetSettings, files: SplitFiles
+) -> list[OpenedPath]:
+    """Open the path or the files of a split that has any of its own."""
+    path: str | None = getattr(settings, f"{split}_path")
+    if path is not None:
+        key = f"dataset.{split}_path"
+        return [open_path(key, path, files_for_split(split, key, path), settings)]
+    opened = []
+    for folder, split_files in files.items():
+        if split_files.get(split):
+            opened.append(
+                open_path("dataset.path", folder, split_files[split], settings)
+            )
+    return opened
+
+
+def _split_key(settings: DatasetSettings, all_rows: AllRows) -> str:
+    """A hash of everything that the split depends on."""
+    weights = [source.weight for source in settings.sources]
+    fractions = [settings.eval_fraction, settings.test_fraction]
+    values = [weights, fractions, settings.split_seed, settings.limit]
+    return fingerprint([all_rows.folder.name, values])
+
+
+def _save_split(
+    folder: Path, settings: DatasetSettings, files: SplitFiles, all_rows: AllRows
+) -> None:
+    """Divide all rows, and write which rows each split has."""
+    report = copy.deepcopy(all_rows.report)
+    numbers = _divide(settings, files, all_rows, report)
+    digests = {split: KeyDigest() for split in SPLITS}
+    systems: set[str | None] = set()
+    whole_digest = ListDigest()
+    total = sum(map(len, numbers.values()))
+    with progress_bar("hashing rows", total) as bar:
+        for split in SPLITS:
+            whole_digest.begin_list()
+            for row in all_rows.rows(numbers[split]):
+                text = canonical_text(row)
+                whole_digest.update(text)
+                digests[split].update(row, text)
+                if split == "train" and len(systems) < 2:
+                    systems.add(system_of(row))
+                bar.update()
+            numpy_path = folder / f"{split}.npy"
+            _save_numbers(numpy_path, numbers[split])
+    summary = {
+        "fingerprint": whole_digest.fingerprint,
+        "keys": {split: digest.key for split, digest in digests.items()},
+        "shared_system": systems.pop() if len(systems) == 1 else None,
+        "report": report.to_dict(),
+    }
+    write_json(folder / SUMMARY_FILE, summary)
+
+
+def _load_split(folder: Path, all_rows: AllRows) -> tuple[Rows, Report]:
+    import numpy
+
+    summary = read_json(folder / SUMMARY_FILE)
+    report = Report.from_dict(summary["report"])
+    train, evaluation, test = (
+        StoredRows(
+            all_rows.folder, numpy.load(folder / f"{split}.npy"), summary["keys"][split]
         )
-        count = len(held_out[split])
-        if count and not unique:
-            raise _all_in_training(split, settings, files, count)
-        report.drop(
-            f"{split} rows that also stand in training or twice", count - len(unique)
-        )
-        held_out[split] = unique
-    weighted = weigh_rows(order, source_ends, settings, report)
-    train = [pool.rows[number] for number in weighted[: settings.limit]]
-    if not train:
-        raise refusal(
-            "dataset.path", settings.path_text, "no rows are left to train on"
-        )
-    report.log_dropped()
-    if len(train) < len(weighted):
-        shares = f"{len(train):,} of {len(weighted):,} rows"
-        report.note(f"training on {shares} ({_limit_reason(settings)})")
-    return Rows(
+        for split in SPLITS
+    )
+    rows = Rows(
         train,
-        held_out["eval"],
-        held_out["test"],
+        evaluation,
+        test,
+        summary["fingerprint"],
+        summary["shared_system"],
         report.dropped,
         report.skipped,
         report.notes,
         report.commits,
         report.formats,
     )
+    return rows, report
+
+
+def _save_numbers(path: Path, numbers: Sequence[int]) -> None:
+    import numpy
+
+    numpy.save(path, numpy.asarray(numbers, numpy.int64))
+
+
+def _divide(
+    settings: DatasetSettings, files: SplitFiles, all_rows: AllRows, report: Report
+) -> dict[str, Sequence[int]]:
+    """Return the numbers of the rows of each split, the training rows weighted and limited.
+
+    Raises:
+        ConfigError: A split that is asked for has no rows.
+    """
+    ties = all_rows.ties
+    pool = all_rows.pool
+    splits = set(HELD_OUT) - set(all_rows.file_splits)
+    order, parts = divide_rows(settings, pool, ties, splits, report)
+    held_out: dict[str, Sequence[int]] = {**parts, **all_rows.file_splits}
+    twins = ties.tied_to(order, pool) if ties is not None else set()
+    fingerprints: set[str] = set()
+    for split in ("eval", "test"):
+        rows = all_rows.rows([n for n in held_out[split] if n not in twins])
+        unique = _drop_duplicates(rows, fingerprints)
+        count = len(held_out[split])
+        if count and not unique:
+            raise _all_in_training(split, settings, files, count)
+        reason = f"{split} rows that also stand in training or twice"
+        report.drop(reason, count - len(unique))
+        held_out[split] = unique
+    weighted = weigh_rows(order, all_rows.source_ends, settings, report)
+    train = weighted[: settings.limit]
+    if not train:
+        reason = "no rows are left to train on"
+        raise refusal("dataset.path", settings.path_text, reason)
+    report.log_dropped()
+    if len(train) < len(weighted):
+        shares = f"{len(train):,} of {len(weighted):,} rows"
+        report.note(f"training on {shares} ({_limit_reason(settings)})")
+    return {"train": train, **held_out}
 
 
 def _limit_reason(settings: DatasetSettings) -> str:
@@ -94,7 +242,7 @@ def _limit_reason(settings: DatasetSettings) -> str:
     return "dataset.limit"
 
 
-def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
+def load_all_rows(key: str, settings: DatasetSettings) -> StoredRows:
     """Read every row of `settings.path`; of a folder only its test files, if it has any.
 
     Args:
@@ -104,98 +252,28 @@ def load_all_rows(key: str, settings: DatasetSettings) -> list[Row]:
     Raises:
         ConfigError: The path, a line or a row can't be read.
     """
-    report = Report()
     settings = dataclasses.replace(settings, group_by=None)
-    formats = RowFormats(settings)
-    rows: list[Row] = []
+    opened = []
     for source in settings.sources:
         files = files_for_split("test", key, source.path)
-        rows += read_path(key, source.path, files, formats, report).rows
-    formats.check_ignored()
-    report.log_dropped()
-    return rows
+        opened.append(open_path(key, source.path, files, settings))
+    all_rows = read_all_rows({"train": opened}, settings, with_ties=False)
+    return all_rows.rows(range(all_rows.count))
 
 
-def _read_split(
-    split: str,
-    formats: RowFormats,
-    files: SplitFiles,
-    report: Report,
-) -> ReadRows | None:
-    """The rows of a split that has a path or files of its own; None if it has neither."""
-    path: str | None = getattr(formats.settings, f"{split}_path")
-    if path is not None:
-        key = f"dataset.{split}_path"
-        return read_path(key, path, files_for_split(split, key, path), formats, report)
-    rows = ReadRows()
-    for folder, folder_files in files.items():
-        if folder_files.get(split):
-            folder_rows = read_path(
-                "dataset.path", folder, folder_files[split], formats, report
-            )
-            rows.extend(folder_rows)
-    return rows if len(rows) else None
-
-
-def _find_ties(
-    settings: DatasetSettings, pool: ReadRows, from_files: dict[str, ReadRows]
-) -> Ties | None:
-    """The ties of all rows: first the pool, then the rows of files, in the order of the dict.
-
-    None where no rows are held out.
-    """
-    fractions = [getattr(settings, f"{split}_fraction") for split in HELD_OUT]
-    if not from_files and not any(fractions):
-        return None
-    rows = ReadRows(list(pool.rows), list(pool.groups))
-    for split_rows in from_files.values():
-        rows.extend(split_rows)
-    return find_ties(rows.rows, rows.groups)
-
-
-def _twins_of_training(
-    ties: Ties | None,
-    order: list[int],
-    pool: ReadRows,
-    from_files: dict[str, ReadRows],
-) -> dict[str, set[int]]:
-    """The rows of held-out files that are tied to a training row, by split.
+def _drop_duplicates(rows: StoredRows, fingerprints: set[str]) -> list[int]:
+    """Return the numbers of the rows that stand in no held-out split yet.
 
     Args:
-        ties: The ties of the pool and the rows of files.
-        order: The training rows.
-        pool: The rows that training rows were taken from.
-        from_files: The rows of files.
-    """
-    if ties is None or not from_files:
-        return {}
-    tied = ties.tied_to(order, len(pool))
-    twins = {}
-    start = len(pool)
-    for split, rows in from_files.items():
-        twins[split] = {
-            number - start for number in tied if 0 <= number - start < len(rows)
-        }
-        start += len(rows)
-    return twins
-
-
-def _drop_duplicates(
-    rows: list[Row], twins: set[int], fingerprints: set[str]
-) -> list[Row]:
-    """The held-out rows that occur nowhere else, so that no training row is evaluated.
-
-    Args:
-        rows: The rows of the split.
-        twins: The indices of those that are tied to a training row.
-        fingerprints: Those of all rows so far; those of this split are added.
+        rows: The rows of a split.
+        fingerprints: Those of all held-out rows so far; those of this split are added.
     """
     unique = []
-    for index, row in enumerate(rows):
+    for number, row in zip(rows.numbers.tolist(), rows, strict=True):
         row_fingerprint = fingerprint(row)
-        if index not in twins and row_fingerprint not in fingerprints:
+        if row_fingerprint not in fingerprints:
             fingerprints.add(row_fingerprint)
-            unique.append(row)
+            unique.append(number)
     return unique
 
 

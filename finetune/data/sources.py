@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.class_names import ClassNames, class_names, saved_class_names
 from finetune.data.python_docs import question_answer_pairs
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
+from finetune.data.readers.file import DataFile
+from finetune.data.readers.identity import file_identity
 from finetune.data.readers.read import read_file
 from finetune.data.types import BadRow, RawRow
 from finetune.errors import ConfigError, refusal
@@ -38,6 +41,8 @@ class Source:
     rows: Iterable[RawRow]
     """With `dataset.on_bad_row=skip` a `BadRow` stands for each row that can't be read; else the
     first one raises ConfigError."""
+    identity: str | None
+    """A hash of its content, by which its rows are found in the cache; None: not known."""
     commit: str | None = None
     """The commit of a data set on the hub, where it is known."""
     class_names: ClassNames = field(default_factory=dict)
@@ -62,7 +67,7 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
-        return Source(path, python_docs())
+        return Source(path, _python_docs_rows(), identity=sys.version)
     file = local_path(path)
     if is_remote(path) or os.path.isfile(file) or is_saved_dataset(file):
         return _open_file(key, path, settings)
@@ -72,7 +77,8 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
     dataset, commit = _hub_dataset(key, path, settings)
     rows = _checked(key, path, dataset, settings)
-    return Source(path, rows, commit, class_names(dataset))
+    identity = None if commit is None else f"{commit} {settings.name} {settings.split}"
+    return Source(path, rows, identity, commit, class_names(dataset))
 
 
 def open_files(
@@ -101,7 +107,11 @@ def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
     rows = _checked(key, name, read_file(key, name, settings.encoding), settings)
     folder = local_path(name)
     names = saved_class_names(folder) if is_saved_dataset(folder) else {}
-    return Source(name, rows, class_names=names)
+    return Source(name, rows, file_identity(DataFile(name)), class_names=names)
+
+
+def _python_docs_rows() -> Iterator[RawRow]:
+    yield from python_docs()
 
 
 def _checked(

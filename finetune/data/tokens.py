@@ -1,94 +1,57 @@
-"""Tokenised rows: encoded, cut, packed if asked for, and cached on disk."""
+"""Tokenise rows: encoded by several processes, cut, packed if asked for, and cached on disk."""
 
 import dataclasses
-import json
+import functools
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.chat_template import FIXED_DATE
 from finetune.data.encoding import Encoded, Encoder
+from finetune.data.row_chunks import map_chunks
+from finetune.data.row_file import StoredRows
+from finetune.data.token_file import Tokens, TokenWriter
+from finetune.data.token_report import (
+    LISTED_ROWS,
+    NO_ANSWER_WITHIN,
+    NOTHING_LEARNT,
+    REFUSED,
+    TOO_LONG,
+    TokenReport,
+)
 from finetune.data.types import MESSAGE_KEYS, Row, fingerprint
 from finetune.errors import ConfigError, refusal
 from finetune.files.atomic import create_folder
 from finetune.files.cache import cache_folder
+from finetune.files.lock import file_lock
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import numpy
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
+
+    Numbers = numpy.ndarray[Any, numpy.dtype[Any]]
+
+PACKED_BATCH = 1000
+"""Packed sequences that are written at a time."""
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 4
+ENCODING_VERSION = 5
 """Increased when the encoding changes, so that tokens cached by an earlier version are not used."""
-
-NO_ANSWER_WITHIN = "rows with no answer within dataset.max_length"
-NOTHING_LEARNT = "rows of which no answer is learnt"
-TOO_LONG = "rows longer than dataset.max_length"
-REFUSED = "rows that can't be encoded (dataset.on_bad_row=skip)"
-LISTED_ROWS = 3
-"""How many skipped rows the log names."""
-
-
-@dataclass
-class TokenReport:
-    """What became of rows when they were tokenised."""
-
-    rows: int = 0
-    """Rows that were given."""
-    examples: int = 0
-    """What training sees: a row can become several."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Rows that became no example, by reason."""
-    cut: int = 0
-    """Examples whose end is lost to `dataset.max_length`."""
-    shortened: int = 0
-    """Examples that lost their oldest turns, to leave room for their answer."""
-    unlearnt: Counter[str] = field(default_factory=Counter)
-    """Answers that are not learnt, by reason."""
-    notes: list[str] = field(default_factory=list)
-    """What else a reader should know of the encoding, one line each."""
-
-    def lines(self, split: str, max_length: int | None) -> list[str]:
-        """Return what the log says, one line for each count."""
-        lines = [
-            f"left out {count} {split} {reason}"
-            for reason, count in self.left_out.items()
-        ]
-        if self.cut:
-            rows = f"{self.cut} of {self.rows} {split} rows"
-            lines.append(
-                f"cut {rows} to dataset.max_length={max_length}: their end is lost"
-            )
-        if self.shortened:
-            reason = "to keep the answer within dataset.max_length"
-            lines.append(
-                f"left out the oldest turns of {self.shortened} {split} rows, {reason}"
-            )
-        for reason, count in self.unlearnt.items():
-            lines.append(f"{split}: not learnt: {count} {reason}")
-        if self.examples > self.rows - self.left_out.total():
-            reason = (
-                "the chat template renders earlier answers otherwise, "
-                "so each has one of its own"
-            )
-            lines.append(
-                f"{self.examples} {split} examples of {self.rows} rows: {reason}"
-            )
-        return lines + self.notes
 
 
 def tokenize(
     split: str,
-    rows: Sequence[Row],
+    rows: StoredRows,
     tokenizer: "PreTrainedTokenizerBase",
     settings: DatasetSettings,
     variables: Mapping[str, Any] | None = None,
-) -> "Dataset":
+) -> Tokens:
     """Tokenise rows, or load their tokens from the cache.
 
     Args:
@@ -99,87 +62,61 @@ def tokenize(
         variables: Variables of the chat template (`model.template_kwargs`).
 
     Returns:
-        `input_ids` and `labels` of each example (see `Encoder`); with packing, of each sequence,
-        and the lengths of its examples as `seq_lengths`. `report_of` says what became of the rows.
+        The examples in the order of the rows; with packing, sequences of examples.
 
     Raises:
-        ConfigError: No row has a label within `max_length`, or a row can't be encoded.
+        ConfigError: No row has a label within `max_length`, or a row can't be encoded. Of several
+            such rows the first in the order of their sources is named.
     """
-    from datasets import Dataset, disable_progress_bars, load_from_disk
-
-    disable_progress_bars()
     if not rows:
-        return Dataset.from_dict({"input_ids": [], "labels": []})
+        return Tokens.empty()
     key = _cache_key(rows, tokenizer, settings, variables)
-    folder = cache_folder() / "tokens" / key
-    if not folder.exists():
-        dataset = _encode_all(
-            split, rows, Encoder(tokenizer, variables, settings.loss_on), settings
-        )
-        with create_folder(folder) as draft:
-            dataset.save_to_disk(str(draft))
-    tokens = load_from_disk(str(folder))
-    for line in report_of(tokens).lines(split, settings.max_length):
+    encode = _EncodeRows(tokenizer, dict(variables or {}), settings)
+
+    def create(folder: Path) -> None:
+        _encode_all(folder, split, rows, encode)
+
+    tokens = _load_or_create(key, create)
+    if settings.packing:
+        tokens = _pack(tokens, key, settings)
+    for line in tokens.report.lines(split, settings.max_length):
         log.info("data: %s", line)
     return tokens
 
 
-def report_of(tokens: "Dataset") -> TokenReport:
-    """Return what became of the rows that `tokenize` has tokenised."""
-    if not tokens.info.description:
-        return TokenReport()
-    values = json.loads(tokens.info.description)
-    report = TokenReport(**values)
-    report.left_out = Counter(values["left_out"])
-    report.unlearnt = Counter(values["unlearnt"])
-    return report
-
-
-def left_out_count(tokens: "Dataset") -> int:
-    """Return how many rows `tokenize` left out."""
-    return report_of(tokens).left_out.total()
-
-
-def as_list(tokens: "Dataset") -> list[dict[str, Any]]:
-    """Return tokenised rows as a list, the same object for all runs that use the same data set.
-
-    Converting ten thousand rows takes a second, so the list is kept as long as the data set is.
-    """
-    if tokens not in _lists:
-        _lists[tokens] = tokens.to_list()
-    return _lists[tokens]
-
-
-_lists: "WeakKeyDictionary[Dataset, list[dict[str, Any]]]" = WeakKeyDictionary()
+def _load_or_create(key: str, create: Callable[[Path], None]) -> Tokens:
+    """Load tokens from the cache, or create their folder."""
+    folder = cache_folder() / "tokens" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes wait: encoding the same rows at the same time would only take longer.
+    with file_lock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with create_folder(folder) as draft:
+                create(draft)
+    return Tokens.load(folder)
 
 
 def _cache_key(
-    rows: Sequence[Row],
+    rows: StoredRows,
     tokenizer: "PreTrainedTokenizerBase",
     settings: DatasetSettings,
     variables: Mapping[str, Any] | None,
 ) -> str:
-    """A hash of everything that tokens depend on."""
+    """A hash of everything that the tokens of single rows depend on."""
     special_tokens = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items()
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # A tokenizer without a backend is its class and its vocabulary.
-    content = (
-        backend.to_str()
-        if backend
-        else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    )
+    vocabulary = backend.to_str() if backend else _plain_vocabulary(tokenizer)
     return fingerprint(
         [
             ENCODING_VERSION,
-            rows,
-            content,
+            rows.key,
+            vocabulary,
             tokenizer.chat_template,
             special_tokens,
             dict(variables or {}),
             settings.max_length,
-            settings.packing,
             settings.loss_on,
             settings.on_too_long,
             settings.on_bad_row,
@@ -187,69 +124,173 @@ def _cache_key(
     )
 
 
+def _plain_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> list[object]:
+    """What identifies a tokenizer without a backend."""
+    return [type(tokenizer).__name__, tokenizer.get_vocab()]
+
+
 def _encode_all(
-    split: str,
-    rows: Sequence[Row],
-    encoder: Encoder,
-    settings: DatasetSettings,
-) -> "Dataset":
-    """Encode rows, cut them to `max_length`, and pack them if `packing` is set."""
-    from datasets import Dataset
-
-    report = TokenReport()
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for _, example in encode_rows(split, rows, encoder, settings, report):
-        columns["input_ids"].append(example.ids[: settings.max_length])
-        columns["labels"].append(example.labels[: settings.max_length])
-    dataset = Dataset.from_dict(columns)
-    if settings.packing:
-        from trl import pack_dataset
-
-        dataset = pack_dataset(dataset, settings.max_length)
-    dataset.info.description = json.dumps(
-        vars(report)
-    )  # saved with the rows, for `report_of`
-    return dataset
-
-
-def encode_rows(
-    split: str,
-    rows: Sequence[Row],
-    encoder: Encoder,
-    settings: DatasetSettings,
-    report: TokenReport,
-) -> Iterator[tuple[Row, Encoded]]:
-    """Encode the rows of a split.
-
-    Args:
-        split: The name of the split, for messages.
-        rows: Its rows in the common form; at least one.
-        encoder: Encodes them.
-        settings: What is learnt, cut and skipped.
-        report: An empty one, which is filled.
-
-    Yields:
-        Each example with its row, of any length; what stands beyond `max_length` is to be cut.
+    folder: Path, split: str, rows: StoredRows, encode: "_EncodeRows"
+) -> None:
+    """Encode rows into a folder.
 
     Raises:
         ConfigError: A row can't be encoded, or no row becomes an example.
     """
-    report.rows = len(rows)
-    if split == "train":  # the others are rendered by the same template
-        report.notes = _notes(rows, encoder)
-    for row in rows:
-        for example in encode_row(row, encoder, settings, report):
-            report.examples += 1
-            yield row, example
-    if report.examples:
-        return
+    import numpy
+
+    # In this order the first row that is refused is the first of its file.
+    sorted_rows = rows.in_source_order()
+    report = TokenReport()
+    example_rows: list[Numbers] = []
+    writer = TokenWriter(folder)
+    for chunk in map_chunks(encode, sorted_rows, f"tokenising {split} rows"):
+        report.add(chunk.report)
+        writer.write(chunk.record_batch())
+        example_rows.append(chunk.rows)
+    encoder = encode.encoder
+    if not report.examples:
+        raise _nothing_to_learn(split, sorted_rows[0], encode.settings, report)
+    report.notes = _notes(report, encoder)
+    order = _order(rows.numbers, numpy.concatenate(example_rows))
+    writer.finish(order, report)
+
+
+def _order(row_numbers: "Numbers", example_rows: "Numbers") -> "Numbers":
+    """Return the examples in the order of the rows, by their numbers.
+
+    Args:
+        row_numbers: The rows; a row may stand several times.
+        example_rows: The row of each example, ascending. A row may have several examples, or none.
+    """
+    import numpy
+
+    first = example_rows.searchsorted(row_numbers, "left")
+    counts = example_rows.searchsorted(row_numbers, "right") - first
+    # Each example's place among those of its row, as a running number without the rows before.
+    running = numpy.arange(counts.sum())
+    before = numpy.cumsum(counts) - counts
+    return numpy.repeat(first - before, counts) + running
+
+
+def _nothing_to_learn(
+    split: str, row: Row, settings: DatasetSettings, report: TokenReport
+) -> ConfigError:
+    """The refusal of rows of which none becomes an example; it names the first one."""
     if set(report.left_out) == {NOTHING_LEARNT}:
         answers = "; ".join(f"{count} {why}" for why, count in report.unlearnt.items())
-        raise ConfigError(
-            f"{place_of(rows[0])}: no {split} row has anything to learn: {answers}"
-        )
+        reason = f"no {split} row has anything to learn: {answers}"
+        return ConfigError(f"{row.place}: {reason}")
     reason = f"leaves no {split} row an answer's token to learn from"
-    raise refusal("dataset.max_length", settings.max_length, reason)
+    return refusal("dataset.max_length", settings.max_length, reason)
+
+
+def _pack(tokens: Tokens, key: str, settings: DatasetSettings) -> Tokens:
+    """Join examples to sequences of `max_length` tokens, or load these from the cache."""
+
+    def create(folder: Path) -> None:
+        import numpy
+        from datasets import disable_progress_bars
+        from trl import pack_dataset
+
+        disable_progress_bars()
+        packed = pack_dataset(tokens.to_dataset(), settings.max_length)
+        writer = TokenWriter(folder)
+        for table in packed.with_format("arrow").iter(PACKED_BATCH):
+            for batch in table.combine_chunks().to_batches():
+                writer.write(batch)
+        writer.finish(numpy.arange(len(packed)), tokens.report)
+
+    return _load_or_create(f"{key}-packed", create)
+
+
+@dataclass
+class _EncodedChunk:
+    """The examples of some rows, one after the other."""
+
+    report: TokenReport
+    rows: "Numbers"
+    """The row of each example."""
+    full_lengths: "Numbers"
+    """The tokens of each example before it was cut."""
+    offsets: "Numbers"
+    """Where each example begins, and where the last one ends, in tokens."""
+    ids: "Numbers"
+    """The tokens of all examples."""
+    labels: "Numbers"
+
+    def record_batch(self) -> "pyarrow.RecordBatch":
+        """Return the examples as they are stored."""
+        import pyarrow
+
+        offsets = pyarrow.array(self.offsets)
+        columns = {
+            "input_ids": pyarrow.ListArray.from_arrays(offsets, self.ids),
+            "labels": pyarrow.ListArray.from_arrays(offsets, self.labels),
+            "row": pyarrow.array(self.rows),
+            "full_length": pyarrow.array(self.full_lengths),
+        }
+        return pyarrow.RecordBatch.from_pydict(columns)
+
+
+@dataclass(frozen=True)
+class _EncodeRows:
+    """Encodes chunks of rows; it is sent to other processes before it encodes."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    variables: dict[str, Any]
+    settings: DatasetSettings
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Encodes rows."""
+        return Encoder(self.tokenizer, self.variables, self.settings.loss_on)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An encoder holds compiled templates, which can't be pickled.
+        return {name: value for name, value in vars(self).items() if name != "encoder"}
+
+    def __call__(self, rows: Sequence[Row]) -> _EncodedChunk:
+        import numpy
+
+        assert isinstance(rows, StoredRows)
+        report = TokenReport(rows=len(rows))
+        example_rows, full_lengths, offsets = [], [], [0]
+        ids, labels = array("i"), array("i")
+        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
+            _note_row(row, report)
+            for example in encode_row(row, self.encoder, self.settings, report):
+                report.examples += 1
+                ids.extend(example.ids[: self.settings.max_length])
+                labels.extend(example.labels[: self.settings.max_length])
+                offsets.append(len(ids))
+                full_lengths.append(len(example.ids))
+                example_rows.append(number)
+        report.largest_id = max(ids, default=-1)
+        return _EncodedChunk(
+            report,
+            numpy.array(example_rows, numpy.int64),
+            numpy.array(full_lengths, numpy.int64),
+            numpy.array(offsets, numpy.int32),
+            numpy.array(ids, numpy.int32),
+            numpy.array(labels, numpy.int32),
+        )
+
+
+def _note_row(row: Row, report: TokenReport) -> None:
+    """Note in the report what a reader may want to know of a row's chat."""
+    messages = row.get("messages")
+    if messages is None:
+        return
+    report.chats += 1
+    for message in messages:
+        if message["role"] == "system" and report.first_system is None:
+            report.first_system = row.place
+        if message.keys() <= MESSAGE_KEYS:
+            continue
+        for key in map(str, message):
+            if key not in MESSAGE_KEYS and key not in report.message_keys:
+                report.message_keys.append(key)
 
 
 def encode_row(
@@ -276,9 +317,9 @@ def encode_row(
         encoded = encoder.encode(row)
     except ConfigError as error:
         if settings.on_bad_row == "refuse":
-            raise ConfigError(f"{place_of(row)}: {error}") from None
-        if report.left_out[REFUSED] < LISTED_ROWS:
-            log.info("data: skipped %s: %s", place_of(row), error)
+            raise ConfigError(f"{row.place}: {error}") from None
+        if len(report.skipped) < LISTED_ROWS:
+            report.skipped.append(f"{row.place}: {error}")
         report.left_out[REFUSED] += 1
         return
     report.unlearnt += encoded.unlearnt
@@ -290,7 +331,7 @@ def encode_row(
         if is_long and settings.on_too_long == "refuse":
             tokens = f"has {len(example.ids)} tokens"
             allowed = f"dataset.max_length={limit} (dataset.on_too_long=refuse)"
-            raise ConfigError(f"{place_of(row)}: {tokens}; {allowed}")
+            raise ConfigError(f"{row.place}: {tokens}; {allowed}")
         if is_long and settings.on_too_long == "drop":
             reasons.append(TOO_LONG)
             continue
@@ -313,55 +354,25 @@ def encode_row(
     yield from examples
 
 
-def place_of(row: Row) -> str:
-    """Where a row stands, for messages: `FILE: row 3`."""
-    return row.place if isinstance(row, Row) else "row"
-
-
-def _notes(rows: Sequence[Row], encoder: Encoder) -> list[str]:
+def _notes(report: TokenReport, encoder: Encoder) -> list[str]:
     """What a reader should know of the chat template, one line each."""
     template = encoder.template
-    if template is None or all("text" in row for row in rows):
+    if template is None or not report.chats:
         return []
     notes = []
     if template.writes_date:
         date = FIXED_DATE.date().isoformat()
-        notes.append(
-            f"the chat template writes the date: always {date}, so that rows stay the same"
-        )
-    with_system = [row for row in rows if _has_system(row)]
-    if with_system and template.folds_system:
-        place = place_of(min(with_system, key=_order))
-        notes.append(
-            "the chat template has no system turns: they are put before the first question "
-            f"(first in {place})"
-        )
-    unused = [key for key in _further_keys(rows) if not template.mentions(key)]
+        reason = f"always {date}, so that rows stay the same"
+        notes.append(f"the chat template writes the date: {reason}")
+    if report.first_system is not None and template.folds_system:
+        effect = "they are put before the first question"
+        place = f"(first in {report.first_system})"
+        notes.append(f"the chat template has no system turns: {effect} {place}")
+    unused = [key for key in report.message_keys if not template.mentions(key)]
     if unused:
-        notes.append(
-            f"fields of messages that the chat template does not use: {', '.join(unused)}"
-        )
+        names = ", ".join(unused)
+        notes.append(f"fields of messages that the chat template does not use: {names}")
     if template.end is None:
-        notes.append(
-            "the chat template writes no end after an answer: the tokenizer's is added"
-        )
+        effect = "the tokenizer's is added"
+        notes.append(f"the chat template writes no end after an answer: {effect}")
     return notes
-
-
-def _further_keys(rows: Sequence[Row]) -> list[str]:
-    """The keys of messages that the common form does not know, in the order of the rows."""
-    keys: dict[str, None] = {}
-    for row in rows:
-        for message in row.get("messages", ()):
-            if not message.keys() <= MESSAGE_KEYS:
-                keys |= dict.fromkeys(key for key in message if key not in MESSAGE_KEYS)
-    return list(map(str, keys))
-
-
-def _order(row: Row) -> tuple[str, int]:
-    """The order of rows in their sources."""
-    return (row.source, row.number) if isinstance(row, Row) else ("", 0)
-
-
-def _has_system(row: Row) -> bool:
-    return any(message["role"] == "system" for message in row.get("messages", ()))

@@ -1,10 +1,8 @@
 """Rows of a data set in the common form, and their fingerprint."""
 
-import dataclasses
-import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 RawRow = dict[str, Any]
@@ -92,53 +90,43 @@ class SkippedRow:
     reason: str
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a run in the common form, by split."""
-
-    train: list[Row]
-    evaluation: list[Row]
-    test: list[Row]
-    dropped: dict[str, int]
-    """How many rows were left out, by reason."""
-    skipped: list[SkippedRow] = field(default_factory=list)
-    """The first rows that `dataset.on_bad_row=skip` left out; `dropped` counts all."""
-    notes: list[str] = field(default_factory=list)
-    """What the log says about the split: tied rows, weights, limits."""
-    commits: dict[str, str] = field(default_factory=dict)
-    """The commits of the data sets on the hub, by `dataset.path`."""
-    formats: list[str] = field(default_factory=list)
-    """What the log says about formats: which column is what, and which are not used."""
-
-    @property
-    def counts(self) -> dict[str, object]:
-        """The number of rows of each split, and of those left out by reason, for `result.json`.
-
-        Skipped rows, notes and commits are listed where there are any.
-        """
-        sizes = {
-            "train": len(self.train),
-            "eval": len(self.evaluation),
-            "test": len(self.test),
-        }
-        lists = {
-            "skipped": [dataclasses.asdict(row) for row in self.skipped],
-            "notes": self.notes,
-            "commits": self.commits,
-        }
-        return {
-            **sizes,
-            "dropped": self.dropped,
-            **{k: v for k, v in lists.items() if v},
-        }
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of every row of every split."""
-        return fingerprint([self.train, self.evaluation, self.test])
+def canonical_text(content: object) -> str:
+    """Return plain values as JSON that is the same whatever the order of their keys."""
+    return json.dumps(content, ensure_ascii=False, sort_keys=True)
 
 
 def fingerprint(content: object) -> str:
     """Return a hash of plain values, 16 hexadecimal digits."""
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical_text(content).encode()).hexdigest()[:16]
+
+
+class ListDigest:
+    """The `fingerprint` of a list of lists, whose items are added one after the other."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._lists = 0
+        self._items = 0
+
+    def begin_list(self) -> None:
+        """Begin the next list."""
+        self._digest.update(b"], [" if self._lists else b"[[")
+        self._lists += 1
+        self._items = 0
+
+    def update(self, text: str) -> None:
+        """Add an item to the list.
+
+        Args:
+            text: The item's `canonical_text`.
+        """
+        separator = ", " if self._items else ""
+        self._digest.update(f"{separator}{text}".encode())
+        self._items += 1
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of at least one list, 16 hexadecimal digits."""
+        digest = self._digest.copy()
+        digest.update(b"]]")
+        return digest.hexdigest()[:16]

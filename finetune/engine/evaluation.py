@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import common_prefix_length
-from finetune.data.tokens import as_list
+from finetune.data.token_file import Tokens
 from finetune.engine.probes import (
     Comparison,
     Shortcut,
@@ -30,9 +30,6 @@ from finetune.engine.probes import (
 )
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def _without_router_logits(model: torch.nn.Module) -> Iterator[None]:
 
 def evaluate(
     model: torch.nn.Module,
-    rows: "Dataset",
+    rows: Tokens,
     batch_size: int,
     quantization: QuantizationSettings,
 ) -> Evaluation:
@@ -127,7 +124,7 @@ def evaluate(
     Returns:
         The evaluation, with the rows in their order.
     """
-    examples = as_list(rows)
+    examples = rows
     order = sorted(
         range(len(examples)), key=lambda index: -len(examples[index]["input_ids"])
     )

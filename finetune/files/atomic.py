@@ -101,28 +101,50 @@ def create_folder(path: Path) -> Iterator[Path]:
     """Write a folder that several processes may create at the same time.
 
     The first to finish provides the folder, and the later ones discard their drafts: all must write
-    the same content. Drafts that killed processes of this machine left in the parent folder are
-    removed. Those of other machines stay: a cache may be on a shared disk, and whether their
-    processes are alive can't be seen from here.
+    the same content.
 
     Yields:
         The draft's path, an empty folder.
     """
+    with draft_folder(path.parent, path.name) as draft:
+        yield draft
+        publish_folder(draft, path)
+
+
+@contextlib.contextmanager
+def draft_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Create a folder to write a draft in; it is removed if it is still there at the end.
+
+    Drafts that killed processes of this machine left in the parent folder are removed. Those of
+    other machines stay: a cache may be on a shared disk, and whether their processes are alive
+    can't be seen from here.
+
+    Args:
+        parent: Where the draft is created.
+        name: The draft's name begins with it.
+
+    Yields:
+        The draft's path.
+    """
     machine = platform.node().partition(".")[0]
-    draft = path.with_name(f"{path.name}.{machine}.{os.getpid()}")
-    for existing_draft in path.parent.glob(f"*.{machine}.*"):
+    draft = parent / f"{name}.{machine}.{os.getpid()}"
+    for existing_draft in parent.glob(f"*.{machine}.*"):
         if existing_draft == draft or not _is_alive(int(existing_draft.suffix[1:])):
             shutil.rmtree(existing_draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
-        try:
-            os.rename(draft, path)
-        except OSError:
-            if not path.exists():  # else another process was first
-                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish_folder(draft: Path, path: Path) -> None:
+    """Rename a draft to its path, unless another process was first."""
+    try:
+        os.rename(draft, path)
+    except OSError:
+        if not path.exists():
+            raise
 
 
 def _is_alive(process_id: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finetune.config.schema import RunConfig
+from finetune.data.token_file import Tokens
 from finetune.engine.evaluation import Evaluation, evaluate
 from finetune.engine.packed.training import PackedTraining
 from finetune.engine.steps import drive
@@ -24,7 +25,6 @@ from finetune.run.samples import Samples, survive_samples
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -119,7 +119,7 @@ def _open_adapter(
     config: RunConfig,
     folder: RunFolder,
     resources: SharedResources,
-    test: "Dataset",
+    test: Tokens,
 ) -> Iterator[_OpenedAdapter]:
     """Put a fresh adapter on the base, by the engine that trained the run.
 
@@ -134,7 +134,7 @@ def _open_adapter(
 
 
 class _PackedAdapter:
-    def __init__(self, training: PackedTraining, test: "Dataset") -> None:
+    def __init__(self, training: PackedTraining, test: Tokens) -> None:
         self.model = training.model
         self.generation_model = training.generation_model
         self._training = training
@@ -149,7 +149,7 @@ class _TrlAdapter:
         self,
         config: RunConfig,
         model: "PeftModel",
-        test: "Dataset",
+        test: Tokens,
     ) -> None:
         self.model = model
         self._config = config

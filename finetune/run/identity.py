@@ -4,7 +4,7 @@ from typing import Any
 
 from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
-from finetune.data.types import Rows
+from finetune.data.rows import Rows
 from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder

@@ -6,6 +6,8 @@ studies to decide the number of slots.
 
 import dataclasses
 import functools
+import heapq
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.data.lengths import computed_length
-from finetune.data.tokens import as_list
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
@@ -54,6 +55,13 @@ ADAMW_BYTES = 2 * 4
 
 LIBRARIES = 300 * 2**20
 """Bytes of its libraries that a run on a CPU pages in once it computes."""
+
+
+MOST_COUNTED = 5000
+"""Training batches whose tokens are counted exactly: reading the rows of more takes seconds."""
+
+LARGEST_COUNTED = 100
+"""The largest of the other batches are counted too."""
 
 
 def resolve_checkpointing(
@@ -167,7 +175,8 @@ class _Work:
     """The tokens of a run."""
 
     batches: tuple[int, ...]
-    """Tokens in each training batch; a prefix that the rows share is counted once."""
+    """Tokens in each training batch, of very long runs in a part of them; a prefix that the rows
+    share is counted once."""
     evaluated: int
     """Tokens in the largest batch of held-out or test rows."""
     train_tokens: int
@@ -176,20 +185,27 @@ class _Work:
 
 def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
     rows = resources.rows(config.dataset)
-    train = as_list(resources.tokens("train", rows.train, config))
-    held_out = as_list(resources.tokens("eval", rows.evaluation, config))
-    test = as_list(resources.tokens("test", rows.test, config))
-    lengths = [len(row["input_ids"]) for row in train]
-    batch_lengths: list[int] = []
-    train_tokens = 0
+    train = resources.tokens("train", rows.train, config)
+    held_out = resources.tokens("eval", rows.evaluation, config)
+    test = resources.tokens("test", rows.test, config)
+    lengths = train.lengths
+    batches: list[list[int]] = []
     for step in step_batches(lengths, config, total_steps(config, len(train))):
-        for batch in step.batches:
-            batch_lengths.append(packed_length([train[index] for index in batch]))
-            train_tokens += sum(lengths[index] for index in batch)
+        batches += step.batches
+    sizes = [sum(lengths[index] for index in batch) for batch in batches]
+    # The order of batches is random, so that the first of them stand for all; the largest of all
+    # say whether the run fits.
+    counted = batches[:MOST_COUNTED]
+    if len(batches) > MOST_COUNTED:
+        numbers = range(MOST_COUNTED, len(batches))
+        largest = heapq.nlargest(LARGEST_COUNTED, numbers, key=sizes.__getitem__)
+        counted += [batches[number] for number in largest]
+    batch_lengths = [packed_length([train[index] for index in b]) for b in counted]
     # Evaluation batches have rows of similar length, so the longest rows come together.
-    longest_first = sorted(held_out + test, key=computed_length, reverse=True)
-    largest_evaluation = longest_first[: config.trainer.per_device_eval_batch_size]
-    return _Work(tuple(batch_lengths), packed_length(largest_evaluation), train_tokens)
+    evaluated = itertools.chain(held_out, test)
+    eval_batch_rows = config.trainer.per_device_eval_batch_size
+    largest_evaluation = heapq.nlargest(eval_batch_rows, evaluated, key=computed_length)
+    return _Work(tuple(batch_lengths), packed_length(largest_evaluation), sum(sizes))
 
 
 def _multiplied_weights(skeleton: "PreTrainedModel") -> int:

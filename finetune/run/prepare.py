@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
-from finetune.data.tokens import left_out_count
-from finetune.data.types import Rows
+from finetune.data.rows import Rows
+from finetune.data.token_file import Tokens
 from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
 from finetune.model.adapter import lora_config
@@ -14,7 +14,6 @@ from finetune.run.memory_plan import resolve_checkpointing
 from finetune.run.sizes import check_sizes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -28,11 +27,11 @@ class Prepared:
     """packed or trl."""
     rows: Rows
     tokenizer: "PreTrainedTokenizerBase"
-    train: "Dataset"
+    train: Tokens
     """Tokenised training rows: `input_ids` and `labels`."""
-    held_out: "Dataset"
+    held_out: Tokens
     """Tokenised rows for the evaluations during training; may be empty."""
-    test: "Dataset"
+    test: Tokens
     """Tokenised test rows; may be empty."""
     total_steps: int
     """Optimizer steps of the whole run."""
@@ -41,9 +40,9 @@ class Prepared:
     def left_out(self) -> dict[str, int]:
         """Rows without an answer's token within `dataset.max_length`, by split."""
         return {
-            "train": left_out_count(self.train),
-            "eval": left_out_count(self.held_out),
-            "test": left_out_count(self.test),
+            "train": self.train.report.left_out.total(),
+            "eval": self.held_out.report.left_out.total(),
+            "test": self.test.report.left_out.total(),
         }
 
 

@@ -1,24 +1,29 @@
 """Rows as the model sees them, and what becomes of all rows, before any weights load."""
 
 import contextlib
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import Encoded, Encoder
+from finetune.data.row_file import StoredRows
 from finetune.data.segments import Token, tokens_of
-from finetune.data.tokens import TokenReport, encode_row, encode_rows
-from finetune.data.types import Row, Rows
+from finetune.data.token_file import Tokens
+from finetune.data.token_report import TokenReport
+from finetune.data.tokens import encode_row
+from finetune.data.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.run.resources import SharedResources
 
-SPLITS = ("train", "eval", "test")
+LISTED = 3
+"""How many of the longest and of the shortest rows are listed."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class ShownExample:
         }
 
 
-@dataclass(frozen=True)
-class ExampleLength:
+class ExampleLength(NamedTuple):
     """How long an example is."""
 
     tokens: int
     """Before it is cut."""
-    row: Row
+    place: str
+    """Where its row stands, as error messages name it."""
 
 
 @dataclass
@@ -84,8 +89,12 @@ class Preview:
     notes: list[str] = field(default_factory=list)
     """What a run would log about its rows."""
     shown: list[ShownExample] = field(default_factory=list)
-    lengths: list[ExampleLength] = field(default_factory=list)
-    """Of each example of the split that is shown."""
+    lengths: list[int] = field(default_factory=list)
+    """The tokens of each example of the split that is shown, before it is cut."""
+    longest: list[ExampleLength] = field(default_factory=list)
+    """The longest examples of that split, of different rows."""
+    shortest: list[ExampleLength] = field(default_factory=list)
+    """The shortest ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the preview as `--json` prints it."""
@@ -142,40 +151,64 @@ def preview_rows(
     """
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
-    encoder = _encoder(config, tokenizer)
+    settings = dataclasses.replace(config.dataset, packing=False)
+    unpacked = dataclasses.replace(config, dataset=settings)
     preview = Preview(
-        formats=sorted({row.format_name for row in rows.train}),
-        rows={name: len(in_file_order(rows_of(rows, name))) for name in SPLITS},
+        formats=rows.train.format_names,
+        rows={
+            name: len(split_rows.in_source_order())
+            for name, split_rows in rows.by_split.items()
+        },
         left_out=Counter(rows.dropped),
         notes=notes,
     )
-    for name in SPLITS:
-        report = TokenReport()
-        split_rows = rows_of(rows, name)
-        if split_rows:
-            for row, example in encode_rows(
-                name, split_rows, encoder, config.dataset, report
-            ):
-                if name == split:
-                    preview.lengths.append(ExampleLength(len(example.ids), row))
-        preview.examples[name] = report.examples
+    for name, split_rows in rows.by_split.items():
+        tokens = resources.tokens(name, split_rows, unpacked)
+        report = tokens.report
+        preview.examples[name] = len(tokens)
         preview.left_out += report.left_out
         preview.cut += report.cut
         preview.shortened += report.shortened
         preview.unlearnt += report.unlearnt
         for line in report.lines(name, config.dataset.max_length):
             _add_note(notes, line)
-    preview.shown = first_examples(
-        config, tokenizer, split, rows_of(rows, split), count
-    )
+        if name == split:
+            lengths = preview.lengths = tokens.full_lengths
+            by_length = sorted(range(len(tokens)), key=lengths.__getitem__)
+            preview.shortest = _distinct_rows(by_length, tokens, split_rows)
+            preview.longest = _distinct_rows(by_length[::-1], tokens, split_rows)
+    split_rows = rows.by_split[split]
+    preview.shown = first_examples(config, tokenizer, split, split_rows, count)
     return preview
+
+
+def _distinct_rows(
+    order: Sequence[int], tokens: Tokens, rows: StoredRows
+) -> list[ExampleLength]:
+    """The first examples of an order that are of different rows.
+
+    Args:
+        order: Numbers of examples.
+        tokens: The examples.
+        rows: Their rows.
+    """
+    lengths, row_numbers = tokens.full_lengths, tokens.row_numbers
+    distinct: dict[int, ExampleLength] = {}
+    for example in order:
+        number = row_numbers[example]
+        if number not in distinct:
+            row = rows.by_number(number)
+            distinct[number] = ExampleLength(lengths[example], row.place)
+        if len(distinct) == LISTED:
+            break
+    return list(distinct.values())
 
 
 def first_examples(
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     split: str,
-    rows: Sequence[Row],
+    rows: StoredRows,
     count: int,
 ) -> list[ShownExample]:
     """Return all examples of the first rows that have any.
@@ -184,16 +217,17 @@ def first_examples(
         config: The run's config.
         tokenizer: The base's tokenizer.
         split: The split of the rows.
-        rows: Its rows; the first are meant by source and number, as training shuffles them.
+        rows: Its rows; the first of their sources are shown, as training shuffles them.
         count: The number of rows.
 
     Raises:
         ConfigError: A row can't be encoded.
     """
-    encoder = _encoder(config, tokenizer)
+    variables = config.model.template_kwargs
+    encoder = Encoder(tokenizer, variables, config.dataset.loss_on)
     report = TokenReport()
     shown: list[ShownExample] = []
-    for row in in_file_order(rows):
+    for row in rows.in_source_order():
         if not count:
             break
         examples = list(encode_row(row, encoder, config.dataset, report))
@@ -204,21 +238,6 @@ def first_examples(
             )
         count -= bool(examples)
     return shown
-
-
-def rows_of(rows: Rows, split: str) -> list[Row]:
-    """Return the rows of a split by its name in messages."""
-    return {"train": rows.train, "eval": rows.evaluation, "test": rows.test}[split]
-
-
-def in_file_order(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows by source and number; a row that stands several times among them counts once."""
-    by_place = {(row.source, row.number): row for row in rows}
-    return [by_place[place] for place in sorted(by_place)]
-
-
-def _encoder(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Encoder:
-    return Encoder(tokenizer, config.model.template_kwargs, config.dataset.loss_on)
 
 
 def _add_note(notes: list[str], line: str) -> None:

@@ -11,8 +11,9 @@ from rich.rule import Rule
 from rich.text import Text
 
 from finetune.config.sections.dataset import DatasetSettings
+from finetune.data.rows import SPLITS
 from finetune.data.segments import Kind, Segment, segments_of
-from finetune.run.preview import SPLITS, ExampleLength, Preview, ShownExample
+from finetune.run.preview import ExampleLength, Preview, ShownExample
 
 MOST_BINS = 10
 """Bars of the histogram, but for one that holds all longer examples."""
@@ -166,8 +167,7 @@ def _note_lines(preview: Preview) -> list[str]:
 
 def _length_lines(preview: Preview, split: str, settings: DatasetSettings) -> list[str]:
     """The histogram, and the longest and shortest rows."""
-    lengths = sorted(preview.lengths, key=lambda length: length.tokens)
-    sizes = [length.tokens for length in lengths]
+    sizes = sorted(preview.lengths)
     limit = "null" if settings.max_length is None else str(settings.max_length)
     examples = _counted(len(sizes), f"{split} example")
     lines = [
@@ -175,25 +175,13 @@ def _length_lines(preview: Preview, split: str, settings: DatasetSettings) -> li
         f"dataset.max_length={limit}"
     ]
     lines += histogram(sizes, WIDTH)
-    lines += [
-        _place_line("longest", length) for length in _distinct_rows(lengths[::-1])
-    ]
-    lines += [_place_line("shortest", length) for length in _distinct_rows(lengths)]
+    lines += [_place_line("longest", length) for length in preview.longest]
+    lines += [_place_line("shortest", length) for length in preview.shortest]
     return lines
 
 
-def _distinct_rows(lengths: Sequence[ExampleLength]) -> list[ExampleLength]:
-    """The first lengths of different rows."""
-    distinct: dict[str, ExampleLength] = {}
-    for length in lengths:
-        if len(distinct) == LISTED:
-            break
-        distinct.setdefault(length.row.place, length)
-    return list(distinct.values())
-
-
 def _place_line(name: str, length: ExampleLength) -> str:
-    place = _shorten(length.row.place, WIDTH - 20)
+    place = _shorten(length.place, WIDTH - 20)
     return f"{name:9}{length.tokens:9,}  {place}"
 
 

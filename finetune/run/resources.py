@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.config.sections.model import ModelSettings
-from finetune.data.rows import load_rows
+from finetune.data.row_file import StoredRows
+from finetune.data.rows import Rows, load_rows
+from finetune.data.token_file import Tokens
 from finetune.data.tokens import tokenize
-from finetune.data.types import Prompt, Row, Rows
+from finetune.data.types import Prompt
 from finetune.files.run_folder import Metrics
 from finetune.model.source import BaseSource, find_base
 from finetune.run.cached import Cached
 from finetune.run.shared_computation import SharedComputation
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +40,7 @@ class SharedResources:
         self._rows: Cached[DatasetSettings, Rows] = Cached()
         self._source: Cached[ModelSettings, BaseSource] = Cached()
         self._tokenizer: Cached[ModelSettings, PreTrainedTokenizerBase] = Cached()
-        self._tokens: dict[str, Cached[object, Dataset]] = {
+        self._tokens: dict[str, Cached[object, Tokens]] = {
             split: Cached() for split in ("train", "eval", "test")
         }
         self._bank: Cached[object, Bank] = Cached()
@@ -68,9 +69,9 @@ class SharedResources:
     def tokens(
         self,
         split: str,
-        rows: list[Row],
+        rows: StoredRows,
         config: RunConfig,
-    ) -> "Dataset":
+    ) -> Tokens:
         """Return the tokenised rows of a split.
 
         Args:
@@ -79,7 +80,7 @@ class SharedResources:
             config: Names the data set and the tokenizer.
         """
 
-        def create() -> "Dataset":
+        def create() -> Tokens:
             return tokenize(
                 split,
                 rows,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.data.types import Rows
+from finetune.data.rows import Rows
 from finetune.engine.checkpoint import Progress
 from finetune.files.environment import git_commit, versions
 from finetune.files.run_folder import Metrics

@@ -1,6 +1,7 @@
 """Sample prompts: answered before and after training, so that a reader sees what was learnt."""
 
 import contextlib
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.console import log_traceback, summary_line
-from finetune.data.prompts import first_prompt, shared_system
-from finetune.data.types import Prompt, Rows
+from finetune.data.prompts import first_prompt
+from finetune.data.rows import Rows
+from finetune.data.types import Prompt
 from finetune.engine.generation import generate_answers
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
@@ -110,10 +112,10 @@ class Samples:
 def _choose_prompts(config: RunConfig, rows: Rows) -> list[Prompt]:
     """The config's prompts with the system turn that all rows share, or held-out questions."""
     if config.sample_prompts is not None:
-        system = shared_system(rows.train)
-        return [Prompt(text, system) for text in config.sample_prompts]
+        return [Prompt(text, rows.shared_system) for text in config.sample_prompts]
     prompts = (first_prompt(row) for row in rows.evaluation or rows.train)
-    return [prompt for prompt in prompts if prompt is not None][:HELD_OUT_PROMPTS]
+    questions = (prompt for prompt in prompts if prompt is not None)
+    return list(itertools.islice(questions, HELD_OUT_PROMPTS))
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import Encoder
+from finetune.data.token_file import Tokens
 from finetune.errors import refusal
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
@@ -14,7 +15,6 @@ from finetune.model.loading import skeleton_of
 from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def check_sizes(
     config: RunConfig,
     source: BaseSource,
     tokenizer: "PreTrainedTokenizerBase",
-    splits: Mapping[str, "Dataset"],
+    splits: Mapping[str, Tokens],
 ) -> None:
     """Refuse rows with tokens or positions that the base does not have.
 
@@ -53,12 +53,12 @@ def _check_token_ids(
     config: RunConfig,
     base_config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
-    splits: Mapping[str, "Dataset"],
+    splits: Mapping[str, Tokens],
 ) -> None:
     vocabulary: int | None = getattr(text_config_of(base_config), "vocab_size", None)
     if vocabulary is None:
         return
-    largest = {name: _largest(tokens["input_ids"]) for name, tokens in splits.items()}
+    largest = {name: tokens.report.largest_id for name, tokens in splits.items()}
     largest["end"] = max(Encoder(tokenizer, config.model.template_kwargs).ends)
     for name, token_id in largest.items():
         if token_id < vocabulary:
@@ -72,18 +72,14 @@ def _check_token_ids(
         )
 
 
-def _largest(rows: Iterable[list[int]]) -> int:
-    return max((max(ids, default=-1) for ids in rows), default=-1)
-
-
 def _check_lengths(
-    config: RunConfig, base_config: "PreTrainedConfig", splits: Mapping[str, "Dataset"]
+    config: RunConfig, base_config: "PreTrainedConfig", splits: Mapping[str, Tokens]
 ) -> None:
     positions = _positions(base_config)
     if positions is None:
         return
     for name, tokens in splits.items():
-        longest = max((len(ids) for ids in tokens["input_ids"]), default=0)
+        longest = max(tokens.lengths, default=0)
         if longest <= positions:
             continue
         base = f"model.name_or_path={config.model.name_or_path}"

@@ -84,7 +84,7 @@ def _require_separate_rows(model: "PeftModel", prepared: Prepared) -> None:
         ConfigError: The rows of a sequence would see each other.
     """
     config = prepared.config
-    longest = max(map(len, prepared.train["input_ids"]))
+    longest = max(prepared.train.lengths)
     if packed_sequences_hold(model, longest, config.quantization):
         return
     reason = f"{Shortcut.PACKED_SEQUENCES.value} with this base ({model_type_of(base_of(model))})"

@@ -10,7 +10,7 @@ import torch
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
-from finetune.data.tokens import as_list
+from finetune.data.token_file import Tokens
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
@@ -27,7 +27,6 @@ from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -41,7 +40,7 @@ class PackedTraining:
         self,
         config: RunConfig,
         slot: Slot,
-        rows: "Dataset",
+        rows: Tokens,
         total: int,
     ) -> None:
         """Set up the optimizer of a fresh slot.
@@ -54,7 +53,7 @@ class PackedTraining:
         """
         self._config = config
         self._slot = slot
-        self._rows = as_list(rows)
+        self._rows = rows
         self._total = total
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
@@ -104,7 +103,7 @@ class PackedTraining:
                     self._optimizer.save(path)
                     reporter.complete_checkpoint(path, checkpoint_limit)
 
-    def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
+    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
@@ -113,7 +112,7 @@ class PackedTraining:
         Returns:
             The evaluation, with the rows in their order.
         """
-        examples = as_list(rows)
+        examples = rows
         batch_size = self._config.trainer.per_device_eval_batch_size
         order = sorted(
             range(len(examples)), key=lambda index: -computed_length(examples[index])

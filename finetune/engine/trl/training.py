@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
+from finetune.data.token_file import Tokens
 from finetune.engine.evaluation import Evaluation, evaluate
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
@@ -22,7 +23,6 @@ from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ class TrlTraining:
         arguments: SFTConfig,
         model: "PeftModel",
         tokenizer: "PreTrainedTokenizerBase",
-        rows: "Dataset",
+        rows: Tokens,
     ) -> None:
         """Set up the training of a run.
 
@@ -83,7 +83,7 @@ class TrlTraining:
                     resume_from_checkpoint=str(checkpoint) if checkpoint else None
                 )
 
-    def evaluate(self, rows: "Dataset") -> RunSteps[Evaluation]:
+    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows.
 
         Args:
@@ -115,14 +115,14 @@ class TrlTraining:
         trainer = SFTTrainer(
             model=self.model,
             args=self._arguments,
-            train_dataset=self._rows,
+            train_dataset=self._rows.to_dataset(),
             processing_class=self._tokenizer,
             callbacks=[ReporterCallback(reporter, checkpoint_limit)],
         )
         for name, weight in self.model.named_parameters():
             if name in weights:
                 weight.data = weights[name]
-        lengths = [len(ids) for ids in self._rows["input_ids"]]
+        lengths = self._rows.lengths
         set_train_sampler(trainer, EpochSampler(lengths, self._config))
         trainer.remove_callback(PrinterCallback)  # the reporter shows progress
         trainer.remove_callback(ProgressCallback)

@@ -1,0 +1,119 @@
+"""Work on rows in chunks, by several processes where there are many rows."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from finetune.data.types import Row
+
+CHUNK_ROWS = 1000
+
+ROWS_PER_PROCESS = 5000
+"""A process takes some seconds to import what it needs: for fewer rows it would not pay."""
+
+MOST_PROCESSES = 8
+"""Each takes about 200 MB of memory."""
+
+SHOWN_ROWS = 5000
+"""With fewer rows there is nothing to wait for, and no progress bar."""
+
+Result = TypeVar("Result")
+
+Task = Callable[[Sequence[Row]], Result]
+
+
+def map_chunks(task: Task[Result], rows: Sequence[Row], title: str) -> Iterator[Result]:
+    """Apply a task to the rows, `CHUNK_ROWS` at a time.
+
+    Args:
+        task: Is called with each chunk; must be possible to pickle.
+        rows: All rows; must be possible to pickle.
+        title: What the progress bar says. It is shown on a terminal only.
+
+    Yields:
+        The results, in the order of the chunks.
+
+    Raises:
+        Exception: What the task raises first, by the order of the chunks.
+    """
+    starts = range(0, len(rows), CHUNK_ROWS)
+    processes = min(process_limit(), len(rows) // ROWS_PER_PROCESS)
+    if processes > 1:
+        results = _map_in_processes(task, rows, starts, processes)
+    else:
+        results = (task(rows[start : start + CHUNK_ROWS]) for start in starts)
+    if len(rows) < SHOWN_ROWS:
+        yield from results
+        return
+    with progress_bar(title, len(rows)) as bar:
+        for start, result in zip(starts, results, strict=True):
+            yield result
+            bar.update(min(CHUNK_ROWS, len(rows) - start))
+
+
+def process_limit() -> int:
+    """Return how many processes may work on rows: one for each CPU, within limits."""
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+
+
+def progress_bar(title: str, total: int | None) -> Any:
+    """Return a progress bar of rows on stderr, shown on a terminal only.
+
+    Args:
+        title: What it says.
+        total: The number of rows; None: not known.
+    """
+    from tqdm import tqdm
+
+    is_hidden = not sys.stderr.isatty()
+    return tqdm(total=total, desc=title, unit=" rows", disable=is_hidden, leave=False)
+
+
+def _map_in_processes(
+    task: Task[Result], rows: Sequence[Row], starts: Sequence[int], processes: int
+) -> Iterator[Result]:
+    # Not forked: libraries have begun threads, and a GPU may be in use.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        processes, context, initializer=_begin_worker, initargs=(_Worker(task, rows),)
+    )
+    with pool:
+        try:
+            yield from pool.map(_run_chunk, starts)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Worker(Generic[Result]):
+    """What a process works on; it is sent once to each."""
+
+    current: "_Worker[Any]"
+
+    def __init__(self, task: Task[Result], rows: Sequence[Row]) -> None:
+        self.task = task
+        self.rows = rows
+
+
+def _begin_worker(worker: _Worker[Any]) -> None:
+    # Ctrl-C reaches all processes of a terminal; the first one cancels the others' work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _Worker.current = worker
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent was killed, which can't tell it any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_chunk(start: int) -> Any:
+    worker = _Worker.current
+    return worker.task(worker.rows[start : start + CHUNK_ROWS])
