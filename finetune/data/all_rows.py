@@ -16,14 +16,12 @@ from finetune.data.report import Report
 from finetune.data.row_file import RowWriter, StoredRows
 from finetune.data.types import fingerprint
 from finetune.files.atomic import (
-    create_folder,
     draft_folder,
     publish_folder,
     read_json,
     write_json,
 )
-from finetune.files.cache import cache_folder
-from finetune.files.lock import file_lock
+from finetune.files.cache import cache_folder, cached_folder
 
 if TYPE_CHECKING:
     import numpy
@@ -97,16 +95,16 @@ def read_all_rows(
     key = _key(opened, settings, with_ties)
     if key is None:
         return _read_without_key(opened, settings, with_ties)
-    folder = cache_folder() / "rows" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Other processes wait: reading the same rows at the same time would only take longer.
-    with file_lock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            with create_folder(folder) as draft:
-                _read(draft, opened, settings, with_ties)
-            return _load(folder)
-    all_rows = _load(folder)
-    all_rows.report.repeat()
+    is_new = False
+
+    def create(draft: Path) -> None:
+        nonlocal is_new
+        is_new = True
+        _read(draft, opened, settings, with_ties)
+
+    all_rows = _load(cached_folder("rows", key, create))
+    if not is_new:
+        all_rows.report.repeat()
     return all_rows
 
 

@@ -116,13 +116,14 @@ def find_ties(rows: Sequence[Row], groups: "array[int]") -> Ties:
         rows: The rows in the common form; they are gone through once.
         groups: The `group_key` of each row.
     """
-    index = _TextIndex(len(rows))
-    for hashes in map_chunks(_HashTexts(len(rows)), rows, "comparing rows"):
-        index.extend(hashes)
-    ties, common_texts = index.equal()
-    ties += index.near_twins()
+    with PhraseIndex(len(rows), _KINDS) as phrases:
+        index = _TextIndex(len(rows), phrases)
+        for hashes in map_chunks(_HashTexts(len(rows)), rows, "comparing rows"):
+            index.extend(hashes)
+        ties, common_texts = index.equal()
+        ties += index.near_twins()
     ties += _grouped(groups)
-    return Ties(ties, common_texts, index.comparisons)
+    return Ties(ties, common_texts, phrases.comparisons)
 
 
 @dataclass
@@ -193,22 +194,18 @@ class _TextIndex:
 
     Args:
         count: The number of rows.
+        phrases: The phrases of the texts.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, phrases: PhraseIndex) -> None:
         self._count = count
         self._rows = 0
         self._keys = array("Q")
         self._key_rows = array("q")
         self._key_kinds = array("B")
-        self._phrases = PhraseIndex(count, _KINDS)
+        self._phrases = phrases
         self._phrase_rows = array("q")
         self._phrase_keys = array("Q")
-
-    @property
-    def comparisons(self) -> int:
-        """How often two texts were compared."""
-        return self._phrases.comparisons
 
     def extend(self, hashes: _TextHashes) -> None:
         """Add the texts of the next rows."""

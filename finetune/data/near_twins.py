@@ -151,6 +151,8 @@ class PhraseHasher:
 class PhraseIndex:
     """The phrases of all texts, on disk in buckets that are compared one after the other.
 
+    Use it as a context manager, which removes the buckets.
+
     Args:
         rows: How many rows the texts come from; each has at most one text of a kind.
         kinds: How many kinds of text there are.
@@ -167,6 +169,13 @@ class PhraseIndex:
         self._lengths = array("I")
         self.comparisons = 0
         """How often two texts were compared for a phrase that they share."""
+
+    def __enter__(self) -> "PhraseIndex":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for bucket in self._buckets:
+            bucket.close()
 
     def extend(self, phrases: HashedPhrases) -> None:
         """Add the phrases of further texts."""
@@ -299,7 +308,7 @@ def _count_codes(
 
 
 def _temporary_file(folder: Path) -> IO[bytes]:
-    """A file without a name, which goes with its last reference."""
+    """A file without a name, which is removed when it is closed."""
     return tempfile.TemporaryFile(dir=folder)
 
 

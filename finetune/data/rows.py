@@ -19,8 +19,8 @@ from finetune.data.split import HELD_OUT, divide_rows
 from finetune.data.split_files import file_names, files_by_split, files_for_split
 from finetune.data.types import ListDigest, SkippedRow, canonical_text, fingerprint
 from finetune.errors import refusal
-from finetune.files.atomic import create_folder, read_json, write_json
-from finetune.files.cache import cache_folder
+from finetune.files.atomic import read_json, write_json
+from finetune.files.cache import cached_folder
 
 SplitFiles = dict[str, dict[str, list[Path]]]
 """Of each folder in `dataset.path` the files of each split."""
@@ -92,14 +92,17 @@ def load_rows(settings: DatasetSettings) -> Rows:
     fractions = [getattr(settings, f"{split}_fraction") for split in HELD_OUT]
     with_ties = len(opened) > 1 or any(fractions)
     all_rows = read_all_rows(opened, settings, with_ties)
-    folder = cache_folder() / "splits" / _split_key(settings, all_rows)
-    if folder.exists():
-        rows, report = _load_split(folder, all_rows)
-        report.repeat(start=len(all_rows.report.lines))
-        return rows
-    with create_folder(folder) as draft:
+    is_new = False
+
+    def create(draft: Path) -> None:
+        nonlocal is_new
+        is_new = True
         _save_split(draft, settings, files, all_rows)
-    rows, _ = _load_split(folder, all_rows)
+
+    folder = cached_folder("splits", _split_key(settings, all_rows), create)
+    rows, report = _load_split(folder, all_rows)
+    if not is_new:
+        report.repeat(start=len(all_rows.report.lines))
     return rows
 
 

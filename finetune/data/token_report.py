@@ -1,7 +1,7 @@
 """What became of rows when they were tokenised: counts, and what a reader should know."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 NO_ANSWER_WITHIN = "rows with no answer within dataset.max_length"
@@ -85,7 +85,7 @@ class TokenReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return asdict(self)
+        return vars(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenReport":

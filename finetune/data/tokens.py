@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,7 @@ from finetune.data.token_report import (
 )
 from finetune.data.types import MESSAGE_KEYS, Row, fingerprint
 from finetune.errors import ConfigError, refusal
-from finetune.files.atomic import create_folder
-from finetune.files.cache import cache_folder
-from finetune.files.lock import file_lock
+from finetune.files.cache import cached_folder
 
 if TYPE_CHECKING:
     import numpy
@@ -76,24 +74,12 @@ def tokenize(
     def create(folder: Path) -> None:
         _encode_all(folder, split, rows, encode)
 
-    tokens = _load_or_create(key, create)
+    tokens = Tokens.load(cached_folder("tokens", key, create))
     if settings.packing:
         tokens = _pack(tokens, key, settings)
     for line in tokens.report.lines(split, settings.max_length):
         log.info("data: %s", line)
     return tokens
-
-
-def _load_or_create(key: str, create: Callable[[Path], None]) -> Tokens:
-    """Load tokens from the cache, or create their folder."""
-    folder = cache_folder() / "tokens" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Other processes wait: encoding the same rows at the same time would only take longer.
-    with file_lock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            with create_folder(folder) as draft:
-                create(draft)
-    return Tokens.load(folder)
 
 
 def _cache_key(
@@ -201,7 +187,7 @@ def _pack(tokens: Tokens, key: str, settings: DatasetSettings) -> Tokens:
                 writer.write(batch)
         writer.finish(numpy.arange(len(packed)), tokens.report)
 
-    return _load_or_create(f"{key}-packed", create)
+    return Tokens.load(cached_folder("tokens", f"{key}-packed", create))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import common_prefix_length
-from finetune.data.token_file import Tokens
+from finetune.data.token_file import Example
 from finetune.engine.probes import (
     Comparison,
     Shortcut,
@@ -105,7 +105,7 @@ def _without_router_logits(model: torch.nn.Module) -> Iterator[None]:
 
 def evaluate(
     model: torch.nn.Module,
-    rows: Tokens,
+    rows: Sequence[Example],
     batch_size: int,
     quantization: QuantizationSettings,
 ) -> Evaluation:

@@ -208,10 +208,10 @@ def test_notes_are_the_lines_that_a_run_logs(
     shown: Preview, tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from support.models import load_tokenizer
+    from support.rows import tokenize
 
     from finetune.app import compose_run
     from finetune.data.rows import load_rows
-    from finetune.data.tokens import tokenize
 
     rows_written = [chat(f"Q{n}?", f"A{n} " * 40) for n in range(12)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows_written)

@@ -66,7 +66,7 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 def short_tokens(config: RunConfig, tokenizer: Any) -> Any:
     """A few short questions and answers as a run tokenises them."""
-    from finetune.data.tokens import tokenize
+    from support.rows import tokenize
 
     roles = ("user", "assistant")
     rows = [

@@ -2,12 +2,16 @@
 
 import csv
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.dataset import DatasetSettings
+from finetune.data import tokens, types
+from finetune.data.row_file import RowWriter, StoredRows
+from finetune.data.token_file import Tokens
 
 Row = dict[str, Any]
 Settings = Callable[..., DatasetSettings]
@@ -19,6 +23,28 @@ def load_tokenizer(config: RunConfig) -> Any:
     from finetune.model.source import find_base
 
     return tokenizer.load_tokenizer(find_base(config.model), config.model)
+
+
+def store_rows(rows: Iterable[Row]) -> StoredRows:
+    """Rows in the common form as they are on disk; without a place they are counted from 1."""
+    folder = Path(tempfile.mkdtemp())
+    with RowWriter(folder) as writer:
+        for number, row in enumerate(rows, start=1):
+            is_placed = isinstance(row, types.Row)
+            writer.append(row if is_placed else types.Row(row, "rows", number))
+    return StoredRows.all_of(folder, len(writer))
+
+
+def tokenize(
+    split: str,
+    rows: Iterable[Row],
+    tokenizer: Any,
+    settings: DatasetSettings,
+    variables: dict[str, Any] | None = None,
+) -> Tokens:
+    """Rows in the common form, stored and tokenised."""
+    stored_rows = store_rows(rows)
+    return tokens.tokenize(split, stored_rows, tokenizer, settings, variables)
 
 
 def texts(count: int, word: str = "row") -> list[Row]:

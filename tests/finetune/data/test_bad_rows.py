@@ -3,13 +3,13 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.rows import Settings, chat, texts
+from support.rows import Settings, store_rows, texts
 from support.runs import write_jsonl
 
-from finetune.data.rows import load_rows
-from finetune.data.types import Rows
+from finetune.data.rows import Rows, load_rows
 from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -113,10 +113,13 @@ def test_errors_of_a_whole_file_are_refused_though_bad_rows_are_skipped(
 
 
 def test_counts_list_only_what_there_is() -> None:
-    rows = Rows([], [], [], {"some": 1})
-    assert rows.counts == {"train": 0, "eval": 0, "test": 0, "dropped": {"some": 1}}
-    rows = Rows(
-        [chat("a", "b")], [], [], {}, commits={"owner/name": "abc"}, notes=["a line"]
-    )
-    assert rows.counts["commits"] == {"owner/name": "abc"}
-    assert rows.counts["notes"] == ["a line"]
+    def rows(count: int, **report: Any) -> Rows:
+        none = store_rows([])
+        return Rows(store_rows(texts(count)), none, none, "", None, **report)
+
+    counts = rows(0, dropped={"some": 1}).counts
+    assert counts == {"train": 0, "eval": 0, "test": 0, "dropped": {"some": 1}}
+    counts = rows(1, dropped={}, commits={"owner/name": "abc"}, notes=["a"]).counts
+    assert counts["train"] == 1
+    assert counts["commits"] == {"owner/name": "abc"}
+    assert counts["notes"] == ["a"]

@@ -172,7 +172,7 @@ def test_files_of_a_folder_are_the_parts_that_they_are_named_for(
             assert marks(held) == marks(
                 row for file in expected for row in texts(files[file], file)
             )
-    assert not marks(rows.train) & marks(rows.evaluation + rows.test)
+    assert not marks(rows.train) & marks([*rows.evaluation, *rows.test])
     assert [line for line in caplog.messages if "train =" in line] == (
         [f"data: {folder}: {says}"] if says else []
     )

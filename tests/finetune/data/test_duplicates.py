@@ -3,6 +3,7 @@ time."""
 
 import logging
 import random
+from array import array
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from support.rows import Settings, chat, marks, texts
 from support.runs import write_jsonl
 
-from finetune.data.duplicates import find_ties
+from finetune.data.duplicates import Ties, find_ties, group_key
 from finetune.data.rows import load_rows
 from finetune.data.split import take_groups
 from finetune.data.types import Row
@@ -37,11 +38,16 @@ def fillers(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def ties_of(rows: list[dict[str, Any]], groups: list[str | None] | None = None) -> Ties:
+    keys = array("Q", map(group_key, groups or [None] * len(rows)))
+    return find_ties([Row(row) for row in rows], keys)
+
+
 def groups_of(
     rows: list[dict[str, Any]], groups: list[str | None] | None = None
 ) -> list[list[int]]:
     """The groups of several rows, by their numbers."""
-    ties = find_ties([Row(row) for row in rows], groups or [None] * len(rows))
+    ties = ties_of(rows, groups)
     members = defaultdict(list)
     for number, group in enumerate(ties.groups(len(rows))):
         members[group].append(number)
@@ -151,8 +157,8 @@ def test_a_question_or_an_answer_of_most_rows_is_an_instruction_or_a_label() -> 
         for n in range(200)
     ]
     assert groups_of(poems) == groups_of(labels) == []
-    assert find_ties([Row(row) for row in poems], [None] * 60).common_texts == 1
-    assert find_ties([Row(row) for row in labels], [None] * 200).common_texts == 2
+    assert ties_of(poems).common_texts == 1
+    assert ties_of(labels).common_texts == 2
     assert groups_of([*poems, poems[3]]) == [[3, 60]]
 
 
@@ -214,7 +220,7 @@ def test_work_grows_linearly_with_the_rows() -> None:
             changed_words(sentence(n // 3, 40), n % 3 * 19) for n in range(count)
         ]
         rows = [Row(chat(f"{instruction} {text}", "yes")) for text in texts_of_rows]
-        ties = find_ties(rows, [None] * count)
+        ties = ties_of(rows)
         assert len(set(ties.groups(count))) == count // 3
         return ties.comparisons
 

@@ -56,7 +56,7 @@ def test_weights_say_how_often_training_rows_come(
     ]
     rows = load_rows(settings(path=path, eval_fraction=0.1, test_fraction=0.15))
     assert (len(rows.evaluation), len(rows.test)) == (12, 18)
-    held_out = marks(rows.evaluation + rows.test)
+    held_out = marks([*rows.evaluation, *rows.test])
     assert len(held_out) == 30
     assert not held_out & marks(rows.train)
     unweighted = load_rows(

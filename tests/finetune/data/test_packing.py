@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 from support.models import Row
-from support.rows import CHATS, MANY_TURNS, Settings, texts
+from support.rows import CHATS, MANY_TURNS, Settings, texts, tokenize
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
-from finetune.data.tokens import tokenize
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -24,7 +23,7 @@ def packed_and_single(
     )
     single = tokenize("train", rows, tokenizer, settings(max_length=length))
     assert len(packed) < len(single)
-    assert max(len(lengths) for lengths in packed["seq_lengths"]) > 2
+    assert max(len(lengths) for lengths in (row["seq_lengths"] for row in packed)) > 2
     return packed, single
 
 
@@ -95,11 +94,9 @@ def test_training_on_packed_sequences_takes_each_row_for_itself(
     config = tiny("quantization=none", "dataset.packing=true", "dataset.max_length=256")
     arguments = training_arguments(config, tmp_path, 1)
     trainer = SFTTrainer(
-        model, arguments, train_dataset=packed, processing_class=tokenizer
+        model, arguments, train_dataset=packed.to_dataset(), processing_class=tokenizer
     )
-    set_train_sampler(
-        trainer, EpochSampler([len(ids) for ids in packed["input_ids"]], config)
-    )
+    set_train_sampler(trainer, EpochSampler(packed.lengths, config))
 
     total, count = 0.0, 0
     for batch in trainer.get_train_dataloader():
@@ -116,15 +113,11 @@ def test_packing_and_not_packing_cost_differently_if_rows_attend_to_each_other(
     tiny: Callable[..., RunConfig], tokenizer: Any, settings: Settings
 ) -> None:
     """That the two tests above can fail: without boundaries the sum is another one."""
-    from datasets import Dataset
-
     from finetune.engine.evaluation import evaluate
 
     model, quantization = sharp_model(tiny), tiny("quantization=none").quantization
     packed, single = packed_and_single(CHATS, tokenizer, settings, length=256)
-    blurred = Dataset.from_list(
-        [{**row, "seq_lengths": [len(row["input_ids"])]} for row in packed]
-    )
+    blurred = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in packed]
     alone = evaluate(model, single, 1, quantization)
     assert evaluate(model, blurred, 1, quantization).loss != pytest.approx(
         alone.loss, rel=1e-3

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
-from support.rows import CHATS, Settings, texts
+from support.rows import CHATS, Settings, texts, tokenize
 
 from finetune.data.encoding import IGNORED
-from finetune.data.tokens import _lists, as_list, tokenize
+from finetune.data.token_file import TokenWriter
+from finetune.data.token_report import TokenReport
 from finetune.files.atomic import create_folder
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -21,52 +24,38 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 def test_the_same_rows_are_tokenised_once(
     tokenizer: Any, settings: Settings, tmp_path: Path
 ) -> None:
-    from datasets import Dataset
-
-    first = tokenize("train", CHATS, tokenizer, settings()).to_list()
+    first = list(tokenize("train", CHATS, tokenizer, settings()))
     tokens = tmp_path / "cache" / "tokens"
-    [kept] = tokens.iterdir()
+    [kept] = tokens.glob("[!.]*")
     # What the cache holds is changed behind its back: a second call that returns it has not
     # tokenised.
+    writer = TokenWriter(kept)
+    columns = {"input_ids": [[1, 2, 3]], "labels": [[IGNORED, 2, 3]]}
+    writer.write(pyarrow.RecordBatch.from_pydict(columns))
+    writer.finish(np.array([0]), TokenReport())
     other = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}]
-    kept.rename(tmp_path / "aside")
-    Dataset.from_list(other).save_to_disk(str(kept))
     touched = tokens.stat().st_mtime_ns
-    assert tokenize("eval", CHATS, tokenizer, settings()).to_list() == other
-    assert (
-        tokens.stat().st_mtime_ns == touched
-    )  # nor has anything been drawn up beside it
+    assert list(tokenize("eval", CHATS, tokenizer, settings())) == other
+    # Nor has anything been drawn up beside it.
+    assert tokens.stat().st_mtime_ns == touched
     assert first != other
-
-
-def test_runs_share_the_rows_as_lists_as_long_as_any_has_them(
-    tokenizer: Any, settings: Settings
-) -> None:
-    tokens = tokenize("train", CHATS, tokenizer, settings())
-    rows = as_list(tokens)
-    assert rows == tokens.to_list()
-    assert as_list(tokens) is rows
-    kept = len(_lists)
-    del tokens
-    assert len(_lists) == kept - 1
 
 
 def test_the_cache_tells_apart_all_that_changes_tokens(
     tokenizer: Any, settings: Settings
 ) -> None:
     rows = [*CHATS[:2], *texts(2)]
-    usual = tokenize("train", rows, tokenizer, settings()).to_list()
-    assert tokenize("train", rows[:3], tokenizer, settings()).to_list() == usual[:3]
-    assert tokenize("train", rows, tokenizer, settings(max_length=9)).to_list() != usual
+    usual = list(tokenize("train", rows, tokenizer, settings()))
+    assert list(tokenize("train", rows[:3], tokenizer, settings())) == usual[:3]
+    assert list(tokenize("train", rows, tokenizer, settings(max_length=9))) != usual
     assert (
-        "seq_lengths"
-        in tokenize("train", rows, tokenizer, settings(packing=True)).column_names
+        "seq_lengths" in tokenize("train", rows, tokenizer, settings(packing=True))[0]
     )
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace("'\n'", "': '")
-    assert tokenize("train", rows, tokenizer, settings()).to_list() != usual
+    assert list(tokenize("train", rows, tokenizer, settings())) != usual
     tokenizer.chat_template = template
-    assert tokenize("train", rows, tokenizer, settings()).to_list() == usual
+    assert list(tokenize("train", rows, tokenizer, settings())) == usual
 
 
 def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) -> None:
@@ -74,7 +63,7 @@ def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) ->
     tokenizer.eos_token = "<|im_start|>"  # the same vocabulary with another end: a base and its chat model
     ends = [
         row["input_ids"][-1]
-        for row in tokenize("train", texts(2), tokenizer, settings()).to_list()
+        for row in list(tokenize("train", texts(2), tokenizer, settings()))
     ]
     assert ends == [tokenizer.eos_token_id] * 2
 
@@ -84,7 +73,7 @@ import json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.tokens import tokenize
+from support.rows import tokenize
 base, folder, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)
 settings = DatasetSettings(path="x", name=None, split="train", format="auto", text_field="text", max_length=64,
@@ -120,7 +109,9 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(
             racer.kill()
     assert [racer.returncode for racer in racers] == [0, 0], outputs
     assert json.loads(outputs[0][0]) == json.loads(outputs[1][0])
-    left = sorted(folder.name for folder in (tmp_path / "cache" / "tokens").iterdir())
+    left = sorted(
+        folder.name for folder in (tmp_path / "cache" / "tokens").glob("[!.]*")
+    )
     assert len(left) == 8, left
     assert not any("." in name for name in left)  # no draft is left over
 
@@ -151,7 +142,7 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not
 
     tokenize("train", texts(2), tokenizer, settings())
 
-    left = set(tokens.iterdir())
+    left = {path for path in tokens.iterdir() if path.suffix != ".lock"}
     assert len(left) == 3  # the new tokens are the third
     assert {living, elsewhere} < left
 

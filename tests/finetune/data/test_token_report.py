@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rows import CHATS, MANY_TURNS, Settings, chat, texts
+from support.rows import CHATS, MANY_TURNS, Settings, chat, texts, tokenize
 
 from finetune.data.encoding import IGNORED, Encoder
-from finetune.data.tokens import report_of, tokenize
 from finetune.data.types import Prompt, Row
 from finetune.errors import ConfigError
 
@@ -31,15 +30,13 @@ def learnt(row: dict[str, Any], tokenizer: Any) -> str:
 def test_the_loss_is_on_answers(
     tokenizer: Any, settings: Settings, loss_on: str, text: str
 ) -> None:
-    [row] = tokenize(
-        "train", [MANY_TURNS], tokenizer, settings(loss_on=loss_on)
-    ).to_list()
+    [row] = list(tokenize("train", [MANY_TURNS], tokenizer, settings(loss_on=loss_on)))
     assert learnt(row, tokenizer) == text
 
 
 def test_the_loss_is_on_all_tokens(tokenizer: Any, settings: Settings) -> None:
     rows = [MANY_TURNS, *texts(1)]
-    for row in tokenize("train", rows, tokenizer, settings(loss_on="all")).to_list():
+    for row in list(tokenize("train", rows, tokenizer, settings(loss_on="all"))):
         assert row["labels"] == row["input_ids"]
 
 
@@ -48,7 +45,7 @@ def test_answers_that_are_marked_are_context(
 ) -> None:
     messages = [dict(message) for message in MANY_TURNS["messages"]]
     messages[1]["train"] = False
-    [row] = tokenize("train", [{"messages": messages}], tokenizer, settings()).to_list()
+    [row] = list(tokenize("train", [{"messages": messages}], tokenizer, settings()))
     assert learnt(row, tokenizer) == "Four!<|im_end|>\nYou are welcome.<|im_end|>\n"
     assert "Two." in tokenizer.decode(row["input_ids"])
 
@@ -62,7 +59,7 @@ def test_rows_that_are_cut_are_counted(
         tokens = tokenize(
             "train", [LONG, *CHATS[:1]], tokenizer, settings(max_length=40)
         )
-        assert report_of(tokens).cut == 1
+        assert tokens.report.cut == 1
         line = "data: cut 1 of 2 train rows to dataset.max_length=40: their end is lost"
         assert line in caplog.messages
     assert len(tokens[0]["input_ids"]) == 40
@@ -76,9 +73,7 @@ def test_rows_that_are_too_long_are_dropped_or_refused(
         "train", rows, tokenizer, settings(max_length=40, on_too_long="drop")
     )
     assert len(tokens) == 1
-    assert dict(report_of(tokens).left_out) == {
-        "rows longer than dataset.max_length": 1
-    }
+    assert dict(tokens.report.left_out) == {"rows longer than dataset.max_length": 1}
     with pytest.raises(
         ConfigError, match=r"f\.jsonl: row 7: has \d+ tokens; dataset\.max_length=40"
     ):
@@ -96,12 +91,12 @@ def test_a_chat_loses_its_oldest_turns_before_its_answer(
     tokens = tokenize(
         "train", [{"messages": messages}], tokenizer, settings(max_length=40)
     )
-    [row] = tokens.to_list()
+    [row] = tokens
     text = tokenizer.decode(row["input_ids"])
     assert "Be short." in text
     assert "question" not in text
     assert learnt(row, tokenizer) == "New.<|im_end|>\n"
-    assert report_of(tokens).shortened == 1
+    assert tokens.report.shortened == 1
 
 
 def test_a_folded_system_turn_stays_when_the_oldest_turns_go(
@@ -138,7 +133,7 @@ def test_a_row_that_can_not_be_rendered_is_refused_by_its_place_or_skipped(
     caplog.set_level(logging.INFO)
     tokens = tokenize("train", rows, tokenizer, settings(on_bad_row="skip"))
     assert len(tokens) == 1
-    assert report_of(tokens).left_out.total() == 1
+    assert tokens.report.left_out.total() == 1
     assert any("skipped f.jsonl: row 2" in line for line in caplog.messages)
 
 
@@ -177,9 +172,9 @@ def test_fields_of_messages_that_no_template_uses_are_named_once(
     ]
     rows = [Row({"messages": messages}), *map(Row, CHATS)]
     line = "fields of messages that the chat template does not use: lang, timestamp"
-    assert report_of(tokenize("train", rows, tokenizer, settings())).notes == [line]
+    assert tokenize("train", rows, tokenizer, settings()).report.notes == [line]
     tokenizer.chat_template += "{# lang timestamp #}"
-    assert report_of(tokenize("train", rows, tokenizer, settings())).notes == []
+    assert tokenize("train", rows, tokenizer, settings()).report.notes == []
 
 
 def test_variables_reach_the_template(tokenizer: Any, settings: Settings) -> None:
@@ -190,7 +185,7 @@ def test_variables_reach_the_template(tokenizer: Any, settings: Settings) -> Non
     )
     texts_by_value = {}
     for value in (None, {"enable_thinking": True}, {"enable_thinking": False}):
-        [row] = tokenize("train", CHATS[:1], tokenizer, settings(), value).to_list()
+        [row] = list(tokenize("train", CHATS[:1], tokenizer, settings(), value))
         texts_by_value[str(value)] = tokenizer.decode(row["input_ids"])[0]
         asked = Encoder(tokenizer, value).encode_prompt(Prompt("x"))
         assert tokenizer.decode(asked)[0] == texts_by_value[str(value)]

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 from support.models import Row
-from support.rows import CHATS, MANY_TURNS, A, Q, Settings, chat, texts
+from support.rows import CHATS, MANY_TURNS, A, Q, Settings, chat, texts, tokenize
 
 from finetune.data.encoding import IGNORED
-from finetune.data.tokens import left_out_count, report_of, tokenize
 from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -89,7 +88,7 @@ def test_chats_become_the_tokens_and_labels_that_trl_makes_of_prompt_and_complet
     theirs = trl_tokens(
         tokenizer, tiny_base, [by_columns(row) for row in rows], max_length, tmp_path
     )
-    ours = tokenize("train", rows, tokenizer, settings(max_length=max_length)).to_list()
+    ours = list(tokenize("train", rows, tokenizer, settings(max_length=max_length)))
     assert len(ours) == len(rows) - (
         max_length is not None
     )  # the long question leaves no room for its answer
@@ -104,9 +103,7 @@ def test_many_turns_become_trls_tokens_and_their_last_answer_trls_labels(
     [theirs] = trl_tokens(
         tokenizer, tiny_base, [by_columns(MANY_TURNS)], None, tmp_path
     )
-    [ours] = tokenize(
-        "train", [MANY_TURNS], tokenizer, settings(max_length=None)
-    ).to_list()
+    [ours] = list(tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)))
     assert ours["input_ids"] == theirs["input_ids"]
     last = next(n for n, label in enumerate(theirs["labels"]) if label != IGNORED)
     assert ours["labels"][last:] == theirs["labels"][last:]
@@ -120,7 +117,7 @@ def test_where_history_is_rendered_otherwise_each_answer_is_trls_prompt_and_comp
     rows = [by_columns({"messages": messages[:turns]}) for turns in (2, 4, 6)]
     theirs = trl_tokens(tokenizer, tiny_base, rows, None, tmp_path)
     assert (
-        tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)).to_list()
+        list(tokenize("train", [MANY_TURNS], tokenizer, settings(max_length=None)))
         == theirs
     )
 
@@ -135,7 +132,7 @@ def test_text_becomes_the_tokens_and_labels_that_trl_makes_of_it(
 ) -> None:
     rows = [*texts(3), {"text": "ends by itself<|im_end|>"}, {"text": "ünïcode, " * 9}]
     theirs = trl_tokens(tokenizer, tiny_base, rows, max_length, tmp_path)
-    ours = tokenize("train", rows, tokenizer, settings(max_length=max_length)).to_list()
+    ours = list(tokenize("train", rows, tokenizer, settings(max_length=max_length)))
     assert ours == theirs
     assert all(row["labels"] == row["input_ids"] for row in ours)
 
@@ -150,7 +147,7 @@ def test_without_a_template_an_answer_follows_its_question_as_trl_has_it(
     ]
     theirs = trl_tokens(tokenizer, tiny_base, columns, None, tmp_path)
     rows = [chat(row["prompt"], row["completion"]) for row in columns]
-    assert tokenize("train", rows, tokenizer, settings()).to_list() == theirs
+    assert list(tokenize("train", rows, tokenizer, settings())) == theirs
     with pytest.raises(ConfigError, match=r"model\.chat_template"):
         tokenize("train", [MANY_TURNS], tokenizer, settings())
 
@@ -175,7 +172,7 @@ def test_every_assistant_turn_is_labelled_with_its_end_and_nothing_else(
             *MANY_TURNS["messages"],
         ]
     }
-    for row in tokenize("train", [MANY_TURNS, system], tokenizer, settings()).to_list():
+    for row in list(tokenize("train", [MANY_TURNS, system], tokenizer, settings())):
         ends = ["Two.<|im_end|>\n", "Four!<|im_end|>\n", "You are welcome.<|im_end|>\n"]
         assert labelled(row, tokenizer) == ends
         pairs = zip(row["input_ids"], row["labels"], strict=True)
@@ -202,7 +199,7 @@ def test_where_history_is_rendered_otherwise_every_answer_is_learnt_in_a_row_of_
         "<think>\nB.\n</think>\n\nFour.",
     )
     tokens = tokenize("train", [thinking, plain, alike], tokenizer, settings())
-    rows = tokens.to_list()
+    rows = list(tokens)
 
     assert [labelled(row, tokenizer) for row in rows] == [
         ["<think>\nOne, one.\n</think>\n\nTwo.<|im_end|>\n"],
@@ -213,7 +210,7 @@ def test_where_history_is_rendered_otherwise_every_answer_is_learnt_in_a_row_of_
         ["<think>\nB.\n</think>\n\nFour.<|im_end|>\n"],
     ]
     assert "One, one" not in tokenizer.decode(rows[1]["input_ids"])
-    assert (report_of(tokens).rows, report_of(tokens).examples) == (3, 6)
+    assert (tokens.report.rows, tokens.report.examples) == (3, 6)
 
 
 def test_a_question_is_never_labelled_where_the_template_moves_the_system_text(
@@ -226,7 +223,7 @@ def test_a_question_is_never_labelled_where_the_template_moves_the_system_text(
             *chat("2 + 2?", "Four.")["messages"],
         ]
     }
-    [tokens] = tokenize("train", [row], tokenizer, settings()).to_list()
+    [tokens] = list(tokenize("train", [row], tokenizer, settings()))
     assert [text.strip() for text in labelled(tokens, tokenizer)] == ["Four.<|im_end|>"]
     assert "[INST] Be short.\n\n2 + 2?[/INST]" in tokenizer.decode(tokens["input_ids"])
 
@@ -235,15 +232,15 @@ def test_the_rows_own_end_token_is_learnt_although_it_is_the_padding(
     tokenizer: Any, settings: Settings
 ) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    for row in tokenize("train", [*CHATS, *texts(2)], tokenizer, settings()).to_list():
+    for row in list(tokenize("train", [*CHATS, *texts(2)], tokenizer, settings())):
         assert tokenizer.eos_token_id in row["labels"][-2:]
 
 
 def test_max_length_cuts_rows_and_leaves_out_those_without_an_answer_left(
     tokenizer: Any, settings: Settings
 ) -> None:
-    whole = tokenize("train", CHATS, tokenizer, settings(max_length=None)).to_list()
-    cut = tokenize("train", CHATS, tokenizer, settings(max_length=40)).to_list()
+    whole = list(tokenize("train", CHATS, tokenizer, settings(max_length=None)))
+    cut = list(tokenize("train", CHATS, tokenizer, settings(max_length=40)))
     assert max(len(row["input_ids"]) for row in whole) > 100
     assert max(len(row["input_ids"]) for row in cut) == 40
     assert cut == [
@@ -260,11 +257,9 @@ def test_rows_left_out_are_counted_and_said_from_the_cache_too(
     tokenizer: Any, settings: Settings, caplog: pytest.LogCaptureFixture, packing: bool
 ) -> None:
     assert (
-        left_out_count(
-            tokenize(
-                "train", CHATS, tokenizer, settings(max_length=512, packing=packing)
-            )
-        )
+        tokenize(
+            "train", CHATS, tokenizer, settings(max_length=512, packing=packing)
+        ).report.left_out.total()
         == 0
     )
     assert "left out" not in caplog.text
@@ -273,11 +268,9 @@ def test_rows_left_out_are_counted_and_said_from_the_cache_too(
     for _ in range(2):
         caplog.clear()
         counts.append(
-            left_out_count(
-                tokenize(
-                    "eval", CHATS, tokenizer, settings(max_length=64, packing=packing)
-                )
-            )
+            tokenize(
+                "eval", CHATS, tokenizer, settings(max_length=64, packing=packing)
+            ).report.left_out.total()
         )
         assert (
             "left out 1 eval rows with no answer within dataset.max_length"
@@ -287,6 +280,6 @@ def test_rows_left_out_are_counted_and_said_from_the_cache_too(
 
 
 def test_no_rows_become_no_tokens(tokenizer: Any, settings: Settings) -> None:
-    assert left_out_count(tokenize("test", [], tokenizer, settings())) == 0
+    assert tokenize("test", [], tokenizer, settings()).report.left_out.total() == 0
     assert len(tokenize("test", [], tokenizer, settings())) == 0
     assert len(tokenize("test", [], tokenizer, settings(packing=True))) == 0

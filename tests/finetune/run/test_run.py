@@ -106,8 +106,9 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(
 
 @by_both
 def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) -> None:
+    from support.rows import tokenize
+
     from finetune.data.rows import load_rows
-    from finetune.data.tokens import tokenize
     from finetune.model.source import find_base
     from finetune.model.tokenizer import load_tokenizer
 
@@ -283,8 +284,9 @@ def test_stops_early_and_keeps_the_best_adapter(
     assert losses[-1] > objective
     assert len(losses) < 60
 
+    from support.rows import tokenize
+
     from finetune.data.rows import load_rows
-    from finetune.data.tokens import tokenize
     from finetune.engine.evaluation import evaluate
     from finetune.run.load import load_run
 
@@ -302,8 +304,9 @@ def test_stops_early_and_keeps_the_best_adapter(
 
 def measured_on_test_rows(config: RunConfig, folder: Path) -> float:
     """What the saved adapter makes of the test rows, measured by plain PEFT."""
+    from support.rows import tokenize
+
     from finetune.data.rows import load_rows
-    from finetune.data.tokens import tokenize
     from finetune.engine.evaluation import evaluate
     from finetune.run.load import load_run
 
