@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,23 @@ def import_transformers_without_torch() -> None:
         importlib.import_module("transformers")
     finally:
         del sys.modules["torch"]
+
+
+@contextlib.contextmanager
+def hide_main_module() -> Iterator[None]:
+    """Let processes that are spawned within the block not import the main module.
+
+    Reason: `multiprocessing` imports it in each new process, so that what it defines can be
+    pickled. That costs time, and a script without `if __name__ == "__main__"` would start
+    everything again. CPython 3.11, `multiprocessing.spawn.get_preparation_data`. Upstream:
+    https://github.com/python/cpython/issues/87115
+    """
+    main_module = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main_module
 
 
 _DATASETS_OFFLINE = threading.Lock()

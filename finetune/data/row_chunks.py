@@ -1,5 +1,6 @@
 """Work on rows in chunks, by several processes where there are many rows."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from finetune.compat import hide_main_module
 from finetune.data.types import Row
 
 CHUNK_ROWS = 1000
@@ -84,9 +86,26 @@ def _map_in_processes(
     )
     with pool:
         try:
-            yield from pool.map(_run_chunk, starts)
+            with hide_main_module(), _delay_signals():
+                results = pool.map(_run_chunk, starts)
+            yield from results
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _delay_signals() -> Iterator[None]:
+    """Handle interruptions after the block, which starts processes.
+
+    A process whose start is interrupted would fail with a traceback. Processes that are started in
+    the block never see Ctrl-C, which reaches all processes of a terminal: the first one cancels
+    the others' work.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker(Generic[Result]):
@@ -100,8 +119,7 @@ class _Worker(Generic[Result]):
 
 
 def _begin_worker(worker: _Worker[Any]) -> None:
-    # Ctrl-C reaches all processes of a terminal; the first one cancels the others' work.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _Worker.current = worker
 

@@ -89,7 +89,7 @@ def load_rows(settings: DatasetSettings) -> Rows:
         paths = _open_split(split, settings, files)
         if paths:
             opened[split] = paths
-    fractions = [getattr(settings, f"{split}_fraction") for split in HELD_OUT]
+    fractions = [settings.held_out_fraction(split) for split in HELD_OUT]
     with_ties = len(opened) > 1 or any(fractions)
     all_rows = read_all_rows(opened, settings, with_ties)
     is_new = False

@@ -44,7 +44,7 @@ def divide_rows(
     for split in HELD_OUT:
         if split not in splits:
             continue
-        count = _held_out_count(split, settings, total, len(order))
+        count = _held_out_count(split, settings, total, len(order), report)
         if not count:
             continue
         parts[split], order = take_groups(order, groups, count)
@@ -99,23 +99,32 @@ def _held_out_count(
     settings: DatasetSettings,
     total: int,
     remaining: int,
+    report: Report,
 ) -> int:
-    """How many rows a split's fraction takes.
+    """How many rows a split's fraction takes, at most `settings.held_out_limit`.
 
     Args:
         split: `eval` or `test`.
         settings: They hold the fraction, of all rows.
         total: The number of all rows.
         remaining: The number of rows that no other split has taken.
+        report: Where the limit is logged.
 
     Raises:
         ConfigError: The fraction takes no row, or leaves none.
     """
-    fraction: float = getattr(settings, f"{split}_fraction")
+    key = f"dataset.{split}_fraction"
+    fraction = settings.held_out_fraction(split)
     count = round(fraction * total)
+    limit = settings.held_out_limit(split)
+    if limit is not None and count > limit:
+        share = f"{key}=auto: {fraction:g}, at most {limit:,} rows"
+        report.note(f"{limit:,} of {total:,} rows are {split} rows ({share})")
+        count = limit
     if fraction > 0 and not 0 < count < remaining:
+        value = getattr(settings, f"{split}_fraction")
         reason = f"takes {count} of {total} rows; 0 means none wanted"
-        raise refusal(f"dataset.{split}_fraction", fraction, reason)
+        raise refusal(key, value, reason)
     return count
 
 

@@ -125,7 +125,7 @@ def _log_splits(
     phrases = [train]
     for split in ("eval", "test"):
         path = getattr(settings, f"{split}_path")
-        fraction = getattr(settings, f"{split}_fraction")
+        fraction = settings.held_out_fraction(split)
         if path is not None:
             unused = f" (not used: {file_names(files[split])})" if files[split] else ""
             phrases.append(f"{split} = dataset.{split}_path={path}{unused}")

@@ -1,5 +1,6 @@
 """Read Arrow files through a memory map, with bounded memory."""
 
+import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,6 @@ class ArrowFile:
     """
 
     def __init__(self, path: Path) -> None:
-        import mmap
-
         import pyarrow
 
         with path.open("rb") as stream:
@@ -46,7 +45,5 @@ class ArrowFile:
 
     def release(self) -> None:
         """Give the pages that were read back to the system; they can be read again."""
-        import mmap
-
         self._map.madvise(mmap.MADV_DONTNEED)
         self._read_bytes = 0

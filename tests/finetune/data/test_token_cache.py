@@ -84,7 +84,7 @@ for turn in range(8):
     while len(list(folder.glob(f"{turn}.*"))) < 2:
         time.sleep(0.0001)
     rows = [{"text": f"turn {turn} row {n}"} for n in range(20)]
-    lengths.append(sum(map(len, tokenize("train", rows, tokenizer, settings)["input_ids"])))
+    lengths.append(sum(tokenize("train", rows, tokenizer, settings).lengths))
 print(json.dumps(lengths))
 """
 

@@ -31,7 +31,7 @@ def overfit(
             load_base(find_base(config.model), config),
             load_tokenizer(config),
         )
-        batch = collate(short_tokens(config, tokenizer).to_list(), tokenizer)
+        batch = collate(list(short_tokens(config, tokenizer)), tokenizer)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(200):

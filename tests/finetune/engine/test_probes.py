@@ -485,9 +485,9 @@ def test_a_run_completes_with_samples_and_its_losses_are_those_of_rows_alone(
     assert all({"before", "after"} <= sample.keys() for sample in samples)
 
     resources = SharedResources()
-    rows = resources.tokens(
-        "eval", resources.rows(config.dataset).evaluation, config
-    ).to_list()
+    rows = list(
+        resources.tokens("eval", resources.rows(config.dataset).evaluation, config)
+    )
     model = load_base(find_base(config.model), config)
     tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
     expected = sum(loss_alone(model, row) for row in rows) / tokens

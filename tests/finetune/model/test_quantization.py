@@ -33,7 +33,7 @@ def test_learns_after_an_evaluation(tiny: Tiny, quantization: str, target: str) 
     config = tiny(f"quantization={quantization}", f"lora/target={target}")
     model, tokenizer = load(config), load_tokenizer(config)
     rows = short_tokens(config, tokenizer)
-    batch = collate(rows.to_list(), tokenizer)
+    batch = collate(list(rows), tokenizer)
 
     before = evaluate(model, rows, 2, config.quantization).loss
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
@@ -98,7 +98,7 @@ def test_a_base_of_odd_widths_is_measured_trained_and_asked(
     wake(model)
     assert all(
         gradient.abs().max() > 0
-        for gradient in gradients(model, collate(rows.to_list(), tokenizer)).values()
+        for gradient in gradients(model, collate(list(rows), tokenizer)).values()
     )
 
 
@@ -113,7 +113,7 @@ def test_an_evaluation_leaves_the_gradients_of_training_as_they_are(
     config = tiny(f"quantization={quantization}")
     model, tokenizer = load(config), load_tokenizer(config)
     rows = short_tokens(config, tokenizer)
-    batch = collate(rows.to_list(), tokenizer)
+    batch = collate(list(rows), tokenizer)
     wake(model)
     untouched = gradients(model, batch)
     evaluate(model, rows, 1, config.quantization)
@@ -148,7 +148,7 @@ def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_weights
 
     config = tiny()
     tokenizer = load_tokenizer(config)
-    rows = short_tokens(config, tokenizer).to_list()
+    rows = list(short_tokens(config, tokenizer))
     wake(quantised)
     wake(plain)
     from finetune.engine.evaluation import evaluate

@@ -127,7 +127,7 @@ def test_counts_tokens_without_padding(engine: str, tiny: Tiny, tmp_path: Path) 
         config.dataset,
     )
     assert result_of(tmp_path)["train_tokens"] == sum(
-        len(ids) for ids in tokens["input_ids"]
+        length for length in tokens.lengths
     )
 
 

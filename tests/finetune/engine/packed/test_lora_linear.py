@@ -15,9 +15,9 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     config = tiny("lora.dropout=0.5", "lora.init_lora_weights=false", NONE)
     resources = SharedResources()
     bank = resources.bank(config)
-    rows = resources.tokens(
-        "train", resources.rows(config.dataset).train, config
-    ).to_list()[:2]
+    rows = list(
+        resources.tokens("train", resources.rows(config.dataset).train, config)
+    )[:2]
     slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
     for slot in slots[1:]:
         slot.vector.copy_(slots[0].vector)
@@ -82,9 +82,9 @@ def test_each_layer_draws_dropout_of_its_own(
     slots = [
         resources.bank(config).create_slot(config.lora, seed) for seed in (0, 2**32 - 1)
     ]
-    rows = resources.tokens(
-        "train", resources.rows(config.dataset).train, config
-    ).to_list()[:2]
+    rows = list(
+        resources.tokens("train", resources.rows(config.dataset).train, config)
+    )[:2]
     monkeypatch.setattr(torch, "Generator", Telling)
     for draw in (1, 2):
         slots[0].bank.forward_backward(

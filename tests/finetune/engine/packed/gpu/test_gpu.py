@@ -95,9 +95,9 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
-        rows = resources.tokens(
-            "train", resources.rows(config.dataset).train, config
-        ).to_list()
+        rows = list(
+            resources.tokens("train", resources.rows(config.dataset).train, config)
+        )
         parts = [rows[:2], rows[2:3], rows[3:6]]
         learnt = bank.forward_backward(
             [
@@ -128,9 +128,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     resources = SharedResources()
     bank, busy = resources.bank(config), []
     one, other = (bank.create_slot(config.lora, seed) for seed in (0, 1))
-    rows = resources.tokens(
-        "train", resources.rows(config.dataset).train, config
-    ).to_list()
+    rows = list(resources.tokens("train", resources.rows(config.dataset).train, config))
     request = ForwardBackward(one, rows[:2], 0.1, 1)
     bank.execute([request])
     with other.weights_on_cpu(

@@ -1,0 +1,190 @@
+"""Rows are read once, and again as soon as a file or a key changes."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.rows import Settings, chat, marks, texts
+from support.runs import write_jsonl
+
+from finetune.data.row_file import StoredRows
+from finetune.data.rows import Rows, load_all_rows, load_rows
+from finetune.files.arrow_file import ArrowFile
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+
+def folders(tmp_path: Path, kind: str) -> set[str]:
+    return {path.name for path in (tmp_path / "cache" / kind).glob("[!.]*")}
+
+
+def test_rows_are_read_once_and_the_log_is_the_same_from_the_cache(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [*texts(30), {"text": 3}, {"text": ""}])
+    keys = {"on_bad_row": "skip", "limit": 9, "eval_fraction": 0.2}
+
+    def load() -> tuple[Rows, list[str]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            rows = load_rows(settings(path=str(file), **keys))
+        return rows, caplog.messages
+
+    first, first_lines = load()
+    read = folders(tmp_path, "rows") | folders(tmp_path, "splits")
+    # A cached row is changed behind the cache's back, so that reading again would show.
+    again, again_lines = load()
+    assert folders(tmp_path, "rows") | folders(tmp_path, "splits") == read
+    assert len(first_lines) == 5
+    assert again_lines == first_lines
+    assert again == first
+    assert [row.place for row in again.train] == [row.place for row in first.train]
+
+
+CHANGES: list[tuple[str, Callable[[Path], dict[str, Any]]]] = [
+    ("content", lambda file: change_content(file)),
+    ("encoding", lambda file: {"encoding": "latin-1"}),
+    ("ignored", lambda file: {"ignore": ["history"]}),
+    ("template", lambda file: {"template": "{{ prompt }}?"}),
+    ("group", lambda file: {"group_by": "prompt"}),
+    ("name", lambda file: {"path": str(file.rename(file.with_name("b.jsonl")))}),
+    ("eval", lambda file: {"eval_path": str(file)}),
+]
+
+
+def change_content(file: Path) -> dict[str, Any]:
+    """Other text of the same length, with the same time of change."""
+    before = file.stat()
+    text = file.read_text().replace("answer 3", "answer X")
+    file.write_text(text)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    return {}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=[name for name, _ in CHANGES])
+def test_rows_are_read_again_after_a_change(
+    settings: Settings, tmp_path: Path, name: str, change: Callable[[Path], Any]
+) -> None:
+    rows = [
+        {"prompt": f"q{n}", "completion": f"answer {n}", "history": None}
+        for n in range(9)
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    load_rows(settings(path=str(file)))
+    read = folders(tmp_path, "rows")
+    keys = {"path": str(file), **change(file)}
+    try:
+        again = load_rows(settings(**keys))
+    except (
+        Exception
+    ):  # all rows of eval_path stand in training: a refusal is an answer too
+        assert name in ("eval", "ignored")
+        return
+    assert len(folders(tmp_path, "rows") - read) == 1
+    if name == "content":
+        assert chat("q3", "answer X") in list(again.train)
+    assert {row.source for row in again.train} == {keys["path"]}
+
+
+SPLIT_CHANGES: list[dict[str, Any]] = [
+    {"split_seed": 1},
+    {"eval_fraction": 0.4},
+    {"limit": 5},
+    {"max_length": 7},
+    {"loss_on": "all"},
+]
+
+
+@pytest.mark.parametrize("change", SPLIT_CHANGES, ids=str)
+def test_another_split_does_not_read_the_rows_again(
+    settings: Settings, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    keys = {"path": str(write_jsonl(tmp_path / "a.jsonl", texts(40)))}
+    first = load_rows(settings(eval_fraction=0.2, **keys))
+    read = folders(tmp_path, "rows")
+    second = load_rows(settings(**{"eval_fraction": 0.2, **keys, **change}))
+    assert folders(tmp_path, "rows") == read
+    is_split = change.keys().isdisjoint({"max_length", "loss_on"})
+    assert (first.fingerprint != second.fingerprint) == is_split
+
+
+def test_rows_of_a_url_without_a_hash_are_always_read_again(settings: Settings) -> None:
+    import fsspec
+
+    storage = fsspec.filesystem("memory")
+    for word in ("one", "two", "one"):
+        lines = "".join(f'{{"text": "{word} {n}"}}\n' for n in range(4))
+        storage.pipe_file("/rows.jsonl", lines.encode())
+        rows = load_rows(settings(path="memory://rows.jsonl"))
+        assert marks(rows.train) == marks([{"text": f"{word} {n}"} for n in range(4)])
+
+
+def test_all_rows_of_a_path_are_in_the_order_of_the_file(
+    settings: Settings, tmp_path: Path
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", texts(2345))
+    rows = load_all_rows("--data", settings(path=str(file)))
+    assert list(rows) == texts(2345)
+    assert [row.number for row in rows[998:1003]] == [999, 1000, 1001, 1002, 1003]
+    assert rows[-1].place == f"{file}: row 2345"
+    assert rows[2:4] == texts(4)[2:]
+    assert rows != texts(2344)
+    assert isinstance(rows[::-1], StoredRows)
+    assert rows[::-1].in_source_order() == rows
+
+
+def test_pages_that_were_read_are_given_back(
+    settings: Settings, tmp_path: Path
+) -> None:
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"{n} " + "x" * 4000} for n in range(5000)]
+    )
+    rows = load_all_rows("--data", settings(path=str(file)))
+    arrow = ArrowFile(rows.folder / "rows.arrow")
+
+    def resident() -> int:
+        """Kilobytes of this mapping that are in memory."""
+        sizes = []
+        is_mapping = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if " " in line and "-" in line.split()[0]:
+                is_mapping = str(rows.folder) in line
+            elif is_mapping and line.startswith("Rss:"):
+                sizes.append(int(line.split()[1]))
+        return sum(sizes)
+
+    column = arrow.table["content"].combine_chunks()
+    assert resident() > 15_000
+    del column
+    arrow.count_read(1)
+    assert resident() > 15_000
+    arrow.count_read(2**30)
+    assert resident() < 1_000
+    assert arrow.table["content"][4999].as_py().startswith('{"text": "4999 x')
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"),
+    [(100, (10, 15)), (15_000, (1500, 2000)), (25_000, (2000, 2000))],
+)
+def test_auto_holds_out_a_share_but_at_most_2000_rows(
+    settings: Settings,
+    tmp_path: Path,
+    count: int,
+    held_out: tuple[int, int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", texts(count))
+    with caplog.at_level(logging.INFO):
+        rows = load_rows(
+            settings(path=str(file), eval_fraction="auto", test_fraction="auto")
+        )
+    assert (len(rows.evaluation), len(rows.test)) == held_out
+    assert len(rows.train) == count - sum(held_out)
+    said = [line for line in caplog.messages if "at most 2,000 rows" in line]
+    assert len(said) == sum(size == 2000 for size in held_out)
+    assert said == [f"data: {line}" for line in rows.notes]
