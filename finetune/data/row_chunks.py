@@ -84,13 +84,13 @@ def _map_in_processes(
     pool = ProcessPoolExecutor(
         processes, context, initializer=_begin_worker, initargs=(_Worker(task, rows),)
     )
-    with pool:
-        try:
-            with hide_main_module(), _delay_signals():
-                results = pool.map(_run_chunk, starts)
-            yield from results
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        with hide_main_module(), _delay_signals():
+            results = pool.map(_run_chunk, starts)
+        yield from results
+    finally:
+        # After an error or an interruption the other chunks are not needed.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
 def test_processes_end_with_the_command_and_the_next_one_begins_anew(
     tmp_path: Path, name: str
 ) -> None:
-    long = [{"text": f"{n} " + "word " * 900} for n in range(MANY)]
+    long = [{"text": f"{n} " + "word " * 300} for n in range(MANY)]
     file = write_jsonl(tmp_path / "rows.jsonl", long)
     command = [
         sys.executable,
