@@ -39,6 +39,7 @@ class RunOutput:
         self._tracker = tracker
         self._total = total
         self._has_bar = interactive and sys.stderr.isatty()
+        # Shows nothing, so that `advance` need not ask whether there is a bar.
         self._bar = tqdm(disable=True)
 
     @contextmanager

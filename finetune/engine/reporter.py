@@ -22,7 +22,11 @@ from finetune.errors import Diverged
 from finetune.files.run_folder import Metrics, remove_old_checkpoints
 
 STEPS_WITHOUT_GRADIENT = 3
-"""A run fails if this many first steps have a gradient of exactly zero: nothing is trained."""
+"""A run fails if this many first steps have a gradient of exactly zero: nothing is trained.
+
+Libraries can cause it without an error: bitsandbytes once took its path for inference on a CPU,
+which has no autograd. A fresh adapter is no reason: its B is zero, but the gradient of B is not.
+"""
 
 
 class Reporter:
@@ -106,6 +110,7 @@ class Reporter:
             self._log_window(step, learning_rate, grad_norm)
         if step in self._rungs:
             yield from self._evaluate_rung(step)
+        # After the last step there is nothing to stop: the run is complete.
         if self.progress.stop is None and step < self.total:
             if self._interrupt.requested:
                 self.progress.stop = "interrupted"
@@ -165,6 +170,7 @@ class Reporter:
             return
         metrics = yield from self._evaluate()
         names = self._config.objectives
+        # Of several objectives none alone says which run is better.
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
         loss = metrics["eval/loss"]

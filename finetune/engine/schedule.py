@@ -88,10 +88,15 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
         points = [*range(interval, total, interval)] if interval else []
     points = [point for point in points if point < total]
     points.append(total)
+    first = points[0]
     rungs = {0: 0}
     for point in points:
-        index = max(round(point / points[0]), max(rungs.values()) + 1)
-        rungs.setdefault(math.ceil(point), index)
+        # Positions are rounded here, after the division: a rung of several runs with different
+        # numbers of steps gets the same index, although its steps are rounded differently.
+        multiple = round(point / first)
+        next_index = max(rungs.values()) + 1
+        # Two positions may round up to one step; it is evaluated once.
+        rungs.setdefault(math.ceil(point), max(multiple, next_index))
     return rungs
 
 
@@ -136,6 +141,7 @@ def epoch_order(
     """
     import torch
 
+    # Seeded for each epoch: the Trainer that resumes asks for the order of one epoch alone.
     generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
     if group_by_length:
         from transformers.trainer_pt_utils import get_length_grouped_indices

@@ -76,11 +76,7 @@ def choose_template(
     names = ", ".join(templates)
     value = settings.chat_template
     if value is None:
-        if (
-            templates
-            and DEFAULT not in templates
-            and isinstance(tokenizer.chat_template, dict)
-        ):
+        if templates and DEFAULT not in templates:
             reason = f"the tokenizer has several and no default; allowed: {names}, or Jinja text"
             raise refusal("model.chat_template", value, reason)
         return
@@ -89,13 +85,11 @@ def choose_template(
         return
     if not value.strip():
         raise refusal("model.chat_template", value, "must be Jinja text, or null")
+    # One word without braces is meant as a name: as Jinja text it would say nothing of a chat.
     if "{" not in value and " " not in value.strip():
         allowed = f"{names}, or Jinja text" if names else "Jinja text, or null"
-        raise refusal(
-            "model.chat_template",
-            value,
-            f"the tokenizer has no such template; allowed: {allowed}",
-        )
+        reason = f"the tokenizer has no such template; allowed: {allowed}"
+        raise refusal("model.chat_template", value, reason)
     tokenizer.chat_template = value
 
 
@@ -150,7 +144,9 @@ def _end_of_template(
 def _end_of_config(
     tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig"
 ) -> str | None:
-    ids: Any = getattr(base.get_text_config(decoder=True), "eos_token_id", None)
+    text_config = base.get_text_config(decoder=True)
+    ids: Any = getattr(text_config, "eos_token_id", None)
+    # A tokenizer has one end token; a config may list several.
     first = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(first, int):
         return None

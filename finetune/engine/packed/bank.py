@@ -7,7 +7,6 @@ it would have alone, up to the rounding of matrix products.
 
 import contextlib
 import copy
-import functools
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,10 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
-from finetune.data.encoding import IGNORED
-from finetune.data.lengths import MIN_SHARED_TOKENS
-from finetune.engine.evaluation import Evaluation, evaluation_mode
+from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
+from finetune.engine.packed.backend_probe import computes_as_base
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.losses import token_losses
 from finetune.engine.packed.pass_timer import PassTimer
@@ -33,19 +31,12 @@ from finetune.engine.packed.requests import (
     Response,
 )
 from finetune.engine.packed.slot import Slot
-from finetune.engine.probes import (
-    Comparison,
-    Shortcut,
-    holds,
-    model_type_of,
-    plain_logits,
-    probe_ids,
-)
+from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.origin import share_origin
-from finetune.model.quantization import autocast, compute_dtype
+from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -133,44 +124,23 @@ class Bank:
             ConfigError: Autograd is wrong too.
         """
         if self.backend is not self._autograd:
-            if self._holds(Shortcut.GPU_DECODER, slot):
+            if self._computes_as_base(Shortcut.GPU_DECODER, slot):
                 return
             self.backend = self._autograd
-        if not self._holds(Shortcut.PACKED_BATCH, slot):
+        if not self._computes_as_base(Shortcut.PACKED_BATCH, slot):
             reason = f"{Shortcut.PACKED_BATCH.value} ({model_type_of(self.base)}); allowed: trl"
             raise refusal("trainer.engine", "packed", reason)
 
-    def _holds(self, shortcut: Shortcut, slot: Slot) -> bool:
-        compare = functools.partial(self._compare_backend, slot)
-        with evaluation_mode(self.base), torch.no_grad(), autocast(self._quantization):
-            return holds(shortcut, self.base, 0, compare)
-
-    def _compare_backend(self, slot: Slot, length: int) -> Comparison:
-        """Compare a row's logits in a packed batch with those of the base's own code.
-
-        The row follows another one, with which it shares a prefix that is computed once.
-        """
-        prefix = probe_ids(self.base, MIN_SHARED_TOKENS, 0)
-        rows = []
-        for first in (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS + length):
-            answer = probe_ids(self.base, length // 2, first)
-            labels = [IGNORED] * (len(prefix) + 1) + answer[1:]
-            rows.append({"input_ids": prefix + answer, "labels": labels})
-        batch = PackedBatch([rows], self.device)
-        slot.round()
-        with torch.autocast("cuda", enabled=False):  # as in training
-            hidden, _ = self.backend.forward(batch, [slot], None)
-            logits = self._head(hidden[batch.target_rows == 1])
-        with self._autograd.generation_model(slot) as base:
-            plain = plain_logits(base, rows[1]["input_ids"])
-        return logits, plain[len(prefix) : -1]
+    def _computes_as_base(self, shortcut: Shortcut, slot: Slot) -> bool:
+        return computes_as_base(
+            shortcut, self.backend, self._autograd, self.base, slot, self._quantization
+        )
 
     def _skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes that takes next to no memory."""
+        config = copy.deepcopy(self._base_config)
         with torch.device("meta"):
-            skeleton: PreTrainedModel = type(self.base)(
-                copy.deepcopy(self._base_config)
-            )
+            skeleton: PreTrainedModel = type(self.base)(config)
         for module in skeleton.modules():
             if isinstance(module, torch.nn.Linear):
                 # PEFT initialises the adapter on the device of the layer's weight, which must not
@@ -206,18 +176,21 @@ class Bank:
     def _execute_all(
         self, requests: Sequence[PackedRequest]
     ) -> list[Response | Exception]:
+        # By the requests' ids: they hold lists of rows and so have no hash.
         responses: dict[int, Response | Exception] = {}
         for request_type in (ForwardBackward, Evaluate):
             group = [
                 request for request in requests if isinstance(request, request_type)
             ]
+            # At least 1 where no request has the type: the step of a range can't be 0.
             size = max(self.capacity or len(group), 1)
             for start in range(0, len(group), size):
                 chunk = group[start : start + size]
                 chunk_responses = self._execute_chunk(chunk)
                 for request, response in zip(chunk, chunk_responses, strict=True):
                     responses[id(request)] = response
-        self._run_host_work()  # on a CPU, or if no pass got far enough to call it
+        # On a CPU, or if no pass got far enough to call it.
+        self._run_host_work()
         return [responses[id(request)] for request in requests]
 
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
@@ -229,9 +202,8 @@ class Bank:
             return list(self.evaluate(requests))
         except Exception as error:
             if len(requests) == 1:
-                traceback.clear_frames(
-                    error.__traceback__
-                )  # they hold the tensors of the pass
+                # The response outlives this call, and its frames hold the tensors of the pass.
+                traceback.clear_frames(error.__traceback__)
                 return [error]
             if is_out_of_memory_error(error):
                 self.capacity = half
@@ -260,7 +232,7 @@ class Bank:
             The result of each request. The gradients replace those in the slots.
         """
         timer = PassTimer(self.device)
-        batch = PackedBatch([request.rows for request in requests], self.device)
+        batch = self._packed_batch(requests)
         loss_weights = self._loss_weights(requests, batch)
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
@@ -268,18 +240,21 @@ class Bank:
         result = token_losses(
             self.backend, self._head, hidden, batch.targets, loss_weights
         )
-        del hidden  # makes room for the backward pass
+        # Makes room for the backward pass.
+        del hidden
         assert result.gradient is not None
         self.backend.backward(trace, result.gradient)
         # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
-        losses = [
-            result.losses[start:stop].double().sum()
-            for start, stop in batch.target_spans
-        ]
+        # In float64 the sum hardly depends on the order of its terms.
+        losses = []
+        for start, stop in batch.target_spans:
+            slot_losses = result.losses[start:stop]
+            losses.append(slot_losses.double().sum())
         norms = [slot.gradient.norm() for slot in slots]
+        # One tensor, so that there is one copy from the GPU for all slots.
         figures = torch.stack([torch.stack(losses), torch.stack(norms).double()], 1)
         timer.stop()
-        pairs = self._fetch(figures)  # one copy from the GPU for all slots
+        pairs = self._fetch(figures)
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
 
@@ -289,9 +264,8 @@ class Bank:
         """The weight of each answer token's loss [answer tokens]."""
         weights = []
         for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
-            weights.append(
-                torch.full((stop - start,), request.loss_weight, device=self.device)
-            )
+            shape = (stop - start,)
+            weights.append(torch.full(shape, request.loss_weight, device=self.device))
         return torch.cat(weights)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:
@@ -303,12 +277,13 @@ class Bank:
         Returns:
             The evaluation of each request's rows.
         """
-        batch = PackedBatch([request.rows for request in requests], self.device)
+        batch = self._packed_batch(requests)
         slots = self._rounded_slots(requests)
         with torch.inference_mode():
             hidden, _ = self.backend.forward(batch, slots, None)
             result = token_losses(self.backend, self._head, hidden, batch.targets, None)
         row_count = sum(len(request.rows) for request in requests)
+        # In float64 the sum of a row hardly depends on the order of its terms.
         zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
         row_losses = zeros.index_add(0, batch.target_rows, result.losses.double())
         losses = self._fetch(row_losses)
@@ -338,6 +313,10 @@ class Bank:
         with self._autograd.generation_model(slot) as base:
             yield base
 
+    def _packed_batch(self, requests: Sequence[PackedRequest]) -> PackedBatch:
+        batches = [request.rows for request in requests]
+        return PackedBatch(batches, self.device)
+
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
         """Refresh the rounded weights of the requests' slots; return the slots."""
         for request in requests:
@@ -346,6 +325,7 @@ class Bank:
 
     def _fetch(self, figures: torch.Tensor) -> list[Any]:
         """Copy a pass's figures to the host. On a GPU, `host_work` runs while they are computed."""
+        # The kernels are queued by now; `tolist` waits until the GPU has computed them.
         if self.device.type == "cuda":
             self._run_host_work()
         values: list[Any] = figures.tolist()
@@ -354,6 +334,7 @@ class Bank:
     def _run_host_work(self) -> None:
         """Call `host_work`, unless it has been called already."""
         host_work = self._host_work
-        self._host_work = None  # first, so that it is called once
+        # First, so that it is called once.
+        self._host_work = None
         if host_work is not None:
             host_work()

@@ -41,7 +41,8 @@ class SlotOptimizer:
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
-            fused=True,  # one kernel for the whole vector
+            # One kernel for the whole vector.
+            fused=True,
         )
         scheduler = get_scheduler(
             settings.lr_scheduler_type,
@@ -81,14 +82,17 @@ class SlotOptimizer:
         if self._loss_scale is not None:
             gradient.div_(self._loss_scale.value)
         limit = self._settings.max_grad_norm
-        padded_norm = norm + 1e-6  # as `torch.nn.utils.clip_grad_norm_` pads it
-        if limit and not padded_norm <= limit:  # true for NaN as well
+        # As `torch.nn.utils.clip_grad_norm_` pads it.
+        padded_norm = norm + 1e-6
+        # Not `>`: the condition is to be true for NaN as well.
+        if limit and not padded_norm <= limit:
             gradient.mul_(limit / padded_norm)
         if self._loss_scale is None or self._loss_scale.update(math.isfinite(norm)):
             self._adamw.param_groups[0]["lr"] = learning_rate
             self._weights.grad = gradient
             self._adamw.step()
-            self._weights.grad = None  # lets go of an accumulated gradient's memory
+            # Lets go of an accumulated gradient's memory.
+            self._weights.grad = None
 
     def save(self, checkpoint: Path) -> None:
         """Write the weights and the state into a checkpoint folder."""
@@ -108,6 +112,7 @@ class SlotOptimizer:
         if self._loss_scale is not None and state is not None:
             self._loss_scale.value = float(state[0])
             self._loss_scale.good_steps = int(state[1])
+        # Empty if all steps before the checkpoint were skipped: AdamW has no state by then.
         if tensors:
             self._adamw.state[self._weights] = tensors
 

@@ -62,9 +62,8 @@ class Slot:
         layers = _lora_layers(model)
         self._parameters = _trained_parameters(layers)
         self._slices = _consecutive_slices(self._parameters)
-        weights = torch.cat(
-            [parameter.data.flatten() for parameter in self._parameters]
-        )
+        flat_parameters = [parameter.data.flatten() for parameter in self._parameters]
+        weights = torch.cat(flat_parameters)
         self.vector = to_device(weights, bank.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
@@ -83,9 +82,8 @@ class Slot:
         gradients = self._views(self.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
-            index = (
-                2 * number
-            )  # A and B of each layer in turn, as in `_trained_parameters`
+            # A and B of each layer in turn, as in `_trained_parameters`.
+            index = 2 * number
             adapters[name] = Adapter(
                 number=number,
                 scaling=float(layer.scaling["default"]),
@@ -119,6 +117,7 @@ class Slot:
             event: Recorded after the last update of the weights; None on a CPU.
         """
         with copy_stream_after(event):
+            # Blocks the host until the copy is complete, so the stream need not be waited for.
             weights = self.vector.cpu()
         self._bind_model(weights)
         try:

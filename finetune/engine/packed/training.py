@@ -91,14 +91,13 @@ class PackedTraining:
             for number, step in enumerate(steps, 1):
                 if progress.stop is not None:
                     break
-                if (
-                    number <= progress.step
-                ):  # before the checkpoint that the run resumes from
+                # Before the checkpoint that the run resumes from.
+                if number <= progress.step:
                     continue
                 yield from self._step(number, step, reporter)
-                is_due = save_every and (
-                    number % save_every == 0 or number == self._total
-                )
+                is_last = number == self._total
+                is_due = save_every and (number % save_every == 0 or is_last)
+                # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
                     self._optimizer.save(path)
@@ -115,9 +114,8 @@ class PackedTraining:
         """
         examples = as_list(rows)
         batch_size = self._config.trainer.per_device_eval_batch_size
-        order = sorted(
-            range(len(examples)), key=lambda index: -computed_length(examples[index])
-        )
+        lengths = [computed_length(row) for row in examples]
+        order = sorted(range(len(examples)), key=lambda index: -lengths[index])
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
         correct = 0.0
@@ -152,6 +150,8 @@ class PackedTraining:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
         batches = [[self._rows[index] for index in indices] for indices in step.batches]
+        # Over all batches of the step, so that each answer token has the same weight, whatever
+        # the batch that it is in.
         answer_tokens = sum(map(count_answer_tokens, batches))
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
@@ -167,8 +167,10 @@ class PackedTraining:
             loss += result.loss * token_weight
             seconds += result.seconds
             norm = result.norm
-            if len(batches) > 1:  # the slot's gradient is the last batch's only
+            # The slot's gradient is that of the last batch only.
+            if len(batches) > 1:
                 accumulated = _accumulate(accumulated, slot.gradient)
+        # The norm of a sum is not known from the norms of its terms.
         if accumulated is not None:
             norm = float(accumulated.norm())
         norm /= loss_scale
@@ -176,7 +178,8 @@ class PackedTraining:
         learning_rate = self._optimizer.learning_rate(number)
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
-        tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
+        lengths = [len(row["input_ids"]) for batch in batches for row in batch]
+        tokens = sum(lengths)
         yield from reporter.report_step(
             number, loss, norm, learning_rate, tokens, seconds
         )
@@ -185,10 +188,15 @@ class PackedTraining:
 def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
     """Add a batch's gradient to the sum of those before it, in place; None: there are none."""
     if total is None:
-        return gradient.clone()  # the next batch overwrites the gradient
+        # The next batch overwrites the gradient.
+        return gradient.clone()
     return total.add_(gradient)
 
 
 def count_answer_tokens(rows: list[Row]) -> int:
     """Count the tokens that the loss counts."""
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    count = 0
+    for row in rows:
+        # No token predicts the first one.
+        count += sum(label != IGNORED for label in row["labels"][1:])
+    return count

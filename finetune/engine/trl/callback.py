@@ -45,10 +45,12 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Report a step: `logging_steps=1`, so that the trainer logs each one."""
-        if logs is None or "loss" not in logs:  # the summary at the end of training
+        # The summary at the end of training has no `loss`.
+        if logs is None or "loss" not in logs:
             return
         seconds = time.perf_counter() - self._training_since
-        total_tokens = logs["num_tokens"]  # of all steps so far
+        # TRL counts the tokens of all steps so far.
+        total_tokens = logs["num_tokens"]
         tokens = total_tokens - self._total_tokens
         self._total_tokens = total_tokens
         steps = self._reporter.report_step(
@@ -59,6 +61,7 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
             int(tokens),
             seconds,
         )
+        # The trainer's loop calls back and can't yield the run's requests itself.
         drive(steps)
         self._training_since = time.perf_counter()
         stop = self._reporter.progress.stop

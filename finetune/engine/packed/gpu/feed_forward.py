@@ -74,6 +74,7 @@ class FeedForward:
             x, self._norm.weight, self._norm.variance_epsilon, copy_input=not recompute
         )
         (gate, up), shrunk_gate_up = self._gate_up.forward(normalized, context)
+        # Only the gradient of an adapter's A reads it.
         if shrunk_gate_up is None:
             normalized = None
         output = None
@@ -123,8 +124,10 @@ class FeedForward:
             recompute_output=is_down_adapted,
         )
         self._down.backward_a(product, grad_shrunk, context)
+        # The product of gate and up is as large as either of them.
         del grad_product, product
-        grads = [activations.gate, activations.up]  # overwritten by their gradients
+        # `swiglu_backward` has overwritten both by their gradients.
+        grads = [activations.gate, activations.up]
         grad_normalized, grad_shrunk = self._gate_up.backward(
             grads, activations.shrunk_gate_up, context
         )

@@ -64,6 +64,7 @@ def rms_norm_backward(
     """
     rows, columns = x.shape
     grad_x = torch.empty_like(x)
+    # A kernel takes a tensor for each argument, used or not.
     residual_argument = x if grad_residual is None else grad_residual
     arguments = (
         grad_output,
@@ -92,8 +93,9 @@ def _rms_norm_kernel(
     x, weight, y, inverse_rms, residual, columns, epsilon,
     COPY_INPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Offsets may be too large for 32 bits.
     row = tl.program_id(0).to(tl.int64)
-    first = row * columns  # may be too large for 32 bits
+    first = row * columns
     column = tl.arange(0, BLOCK)
     mask = column < columns
     values = tl.load(x + first + column, mask=mask, other=0.0)

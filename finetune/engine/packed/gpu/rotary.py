@@ -49,7 +49,8 @@ def _rotary_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)  # offsets may be too large for 32 bits
+    # Offsets may be too large for 32 bits.
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = head_dim // 2
     column = tl.arange(0, BLOCK)

@@ -99,6 +99,7 @@ class SelfAttention:
             x, self._norm.weight, self._norm.variance_epsilon, copy_input=True
         )
         outputs, shrunk_qkv = self._qkv.forward(normalized, context)
+        # Only the gradient of an adapter's A reads it.
         if shrunk_qkv is None:
             normalized = None
         heads, head_norms = self._heads(outputs, context)
@@ -198,6 +199,7 @@ class SelfAttention:
         grads = attention_backward(
             grad_attention.view(trace.output.shape), trace, context.spans, rotation
         )
+        # `grad_heads` alone refers to the gradients then: each is freed once a norm's replaces it.
         del grad_attention
         grad_heads = dict(zip("qkv", grads, strict=True))
         del grads
