@@ -121,7 +121,8 @@ def evaluate(
     """
     examples = as_list(rows)
     lengths = [len(row["input_ids"]) for row in examples]
-    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
+    indices = range(len(examples))
+    order = sorted(indices, key=lambda index: -lengths[index])
     losses = [0.0] * len(examples)
     tokens = [0] * len(examples)
     correct = 0
@@ -129,11 +130,11 @@ def evaluate(
         batch_size, prefix_length = _choose_batches(model, examples, batch_size)
         prefix_cache = compute_prefix(model, examples, prefix_length)
         for start in range(0, len(examples), batch_size):
-            indices = order[start : start + batch_size]
-            batch = [examples[index] for index in indices]
+            batch_indices = order[start : start + batch_size]
+            batch = [examples[index] for index in batch_indices]
             predictions = predict(model, batch, prefix_length, prefix_cache)
             row_losses, row_tokens = predictions.sum_by_row(len(batch))
-            for position, index in enumerate(indices):
+            for position, index in enumerate(batch_indices):
                 losses[index] = row_losses[position]
                 tokens[index] = row_tokens[position]
             correct += predictions.count_correct()

@@ -152,7 +152,8 @@ def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> "Comp
     # The first new token comes from the pass over the prompt, which has no cache yet.
     cached_logits = [step[-1] for step in output.logits[1:]]
     # No step has read the last new token.
-    answer = output.sequences[-1, -1 - cached_steps : -1].tolist()
+    sequence = output.sequences[-1].tolist()
+    answer = sequence[-1 - cached_steps : -1]
     plain = plain_logits(model, prompt + answer)
     return torch.stack(cached_logits), plain[-cached_steps:]
 
@@ -246,9 +247,10 @@ def _generate(
     padded = []
     mask = []
     for ids in prompt_ids:
-        missing = longest - len(ids)
+        length = len(ids)
+        missing = longest - length
         padded.append([padding] * missing + ids)
-        mask.append([0] * missing + [1] * len(ids))
+        mask.append([0] * missing + [1] * length)
     device = next(model.parameters()).device
     return model.generate(
         input_ids=torch.tensor(padded, device=device),

@@ -128,7 +128,8 @@ def _padded_inputs(
         positions = [_restarting_positions(row["seq_lengths"]) for row in batch]
         return {"input_ids": ids, "position_ids": _pad(positions, 0)}
     # The mask covers the cached prefix too.
-    lengths = torch.tensor([len(row["input_ids"]) for row in batch])
+    row_lengths = [len(row["input_ids"]) for row in batch]
+    lengths = torch.tensor(row_lengths)
     columns = torch.arange(prefix_length + ids.shape[1])
     is_token = columns < lengths[:, None]
     return {"input_ids": ids, "attention_mask": is_token.long()}
@@ -148,10 +149,12 @@ def _next_token_labels(
             predicted from the row before it.
     """
     # Position i predicts token i + 1, so the first label is dropped.
-    labels = _pad([row["labels"][prefix_length:] for row in batch], IGNORED)[:, 1:]
+    labels = _pad([row["labels"][prefix_length:] for row in batch], IGNORED)
+    next_labels = labels[:, 1:]
     if position_ids is not None:
-        labels = labels.masked_fill(position_ids[:, 1:] == 0, IGNORED)
-    return labels
+        is_first = position_ids[:, 1:] == 0
+        next_labels = next_labels.masked_fill(is_first, IGNORED)
+    return next_labels
 
 
 def _restarting_positions(lengths: Sequence[int]) -> list[int]:

@@ -169,8 +169,11 @@ def probe_ids(model: Any, length: int, first: int) -> list[int]:
     half = vocabulary // 2
     # A vocabulary of one token has no half.
     range_size = max(half, 1)
-    offsets = [7 * index % range_size for index in range(first, first + length)]
-    return [half // 2 + offset for offset in offsets]
+    ids = []
+    for index in range(first, first + length):
+        offset = 7 * index % range_size
+        ids.append(half // 2 + offset)
+    return ids
 
 
 def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -224,7 +227,8 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
     device = embedding.device
     on_gpu = device.type == "cuda"
     # Tells apart the weights of bases with the same config, without reading all of them.
-    weights_sum = embedding[probe_ids(base, length, 0)].double().sum().item()
+    rows = embedding[probe_ids(base, length, 0)]
+    weights_sum = rows.double().sum().item()
     identity = [
         PROBE_VERSION,
         shortcut.name,
@@ -263,5 +267,6 @@ def _difference(
 
 def _differing_shares(computed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     """Return each token's difference as a share of its logits [tokens]; NaN counts as infinite."""
-    shares: torch.Tensor = (computed - plain).norm(dim=-1) / plain.norm(dim=-1)
+    differences = (computed - plain).norm(dim=-1)
+    shares: torch.Tensor = differences / plain.norm(dim=-1)
     return shares.nan_to_num(nan=torch.inf)

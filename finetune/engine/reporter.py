@@ -106,7 +106,9 @@ class Reporter:
         self._check_loss(step, loss)
         self._check_gradient(step, grad_norm)
         self._output.advance()
-        if step % self._config.trainer.logging_steps == 0 or step == self.total:
+        is_last = step == self.total
+        is_due = step % self._config.trainer.logging_steps == 0
+        if is_due or is_last:
             self._log_window(step, learning_rate, grad_norm)
         if step in self._rungs:
             yield from self._evaluate_rung(step)

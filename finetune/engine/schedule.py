@@ -115,6 +115,7 @@ def total_steps(config: RunConfig, rows: int) -> int:
     trainer = config.trainer
     if trainer.max_steps > 0:
         return trainer.max_steps
+    # Rounded as the Trainer does: a smaller last batch counts, and so does a smaller last step.
     batches = math.ceil(rows / trainer.per_device_train_batch_size)
     steps_per_epoch = math.ceil(batches / trainer.gradient_accumulation_steps)
     return math.ceil(trainer.num_train_epochs * steps_per_epoch)
@@ -142,7 +143,8 @@ def epoch_order(
     import torch
 
     # Seeded for each epoch: the Trainer that resumes asks for the order of one epoch alone.
-    generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
+    epoch_seed = seed * SEED_STRIDE + epoch
+    generator = torch.Generator().manual_seed(epoch_seed)
     if group_by_length:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -150,4 +152,5 @@ def epoch_order(
             list(lengths), batch_rows, generator=generator
         )
         return order
-    return [int(index) for index in torch.randperm(len(lengths), generator=generator)]
+    permutation = torch.randperm(len(lengths), generator=generator)
+    return [int(index) for index in permutation]

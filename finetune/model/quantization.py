@@ -110,11 +110,13 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
 
     # Collected first: the size of all decides whether any is replaced.
     layers = []
+    weights = 0
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, Linear4bit):
                 layers.append((parent, name, child))
-    weights = sum(layer.in_features * layer.out_features for _, _, layer in layers)
+                # Not the weight's own size: it holds two 4-bit weights in a byte.
+                weights += child.in_features * child.out_features
     if not should_dequantize(weights, config):
         return
     for parent, name, layer in layers:

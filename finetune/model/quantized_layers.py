@@ -151,7 +151,8 @@ def restore_transposed_layers(model: "PreTrainedModel") -> None:
 def _transposed(layer: torch.nn.Linear) -> Conv1D:
     """Return a linear layer as the class that keeps its weight as [in, out]."""
     transposed = Conv1D(layer.out_features, layer.in_features)
-    transposed.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous())
+    weight = layer.weight.detach().T.contiguous()
+    transposed.weight = torch.nn.Parameter(weight)
     if layer.bias is not None:
         transposed.bias = torch.nn.Parameter(layer.bias.detach())
     return transposed

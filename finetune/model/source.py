@@ -111,7 +111,8 @@ def find_base(settings: ModelSettings) -> BaseSource:
         _require_base(folder, name)
         weights = WeightsHash(folder.glob("*.safetensors"))
         return BaseSource(str(folder.absolute()), name, sha256=weights)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    is_path = name.startswith((".", "/", "~"))
+    if is_path or name.count("/") != 1:
         allowed = f"{PACKAGED.name}, a hub id (owner/name), a folder"
         raise refusal("model.name_or_path", name, f"no such folder; allowed: {allowed}")
     return _find_on_hub(name, settings.revision)

@@ -58,6 +58,7 @@ def load_tokenizer(
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+    # The template first, as it may say which token ends an answer.
     choose_template(tokenizer, settings)
     set_special_tokens(tokenizer, read_base_config(source, settings), settings)
     return tokenizer
@@ -129,7 +130,9 @@ def set_special_tokens(
             raise refusal("model.name_or_path", settings.name_or_path, reason)
         log.info("tokenizer: it names no end token; %s ends an answer", end)
         tokenizer.eos_token = end
+    # Many bases have no token for padding, and a new one would have no embedding.
     tokenizer.pad_token = tokenizer.eos_token
+    # For training; generation pads its prompts itself, on the left.
     tokenizer.padding_side = "right"
 
 

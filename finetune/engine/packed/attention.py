@@ -94,6 +94,7 @@ def _attention(
     Returns:
         [1, tokens, heads, head_dim], and no attention weights.
     """
+    # A packed batch is one sequence, so transformers' batch dimension has the size 1.
     q = query.squeeze(0).transpose(0, 1)
     k = key.squeeze(0).transpose(0, 1)
     v = value.squeeze(0).transpose(0, 1)

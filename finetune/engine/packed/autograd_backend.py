@@ -120,8 +120,10 @@ class AutogradBackend:
         """See `Backend.score`."""
         # In 16 bits the sum over the vocabulary would be rounded too much.
         logits = logits.float()
+        target_columns = targets[:, None]
         log_probabilities = torch.log_softmax(logits, -1)
-        losses = -log_probabilities.gather(-1, targets[:, None])[:, 0]
+        log_likelihoods = log_probabilities.gather(-1, target_columns)
+        losses = -log_likelihoods[:, 0]
         if not with_gradient:
             return losses, logits.argmax(-1) == targets, None
         # Makes room for the gradient.
@@ -129,8 +131,8 @@ class AutogradBackend:
         # The gradient is the probabilities, minus 1 at the target. In place, because logits are by
         # far the largest tensors.
         gradient = log_probabilities.exp_()
-        minus_one = gradient.new_full((1, 1), -1).expand(len(targets), 1)
-        gradient.scatter_add_(-1, targets[:, None], minus_one)
+        minus_one = gradient.new_full((1, 1), -1)
+        gradient.scatter_add_(-1, target_columns, minus_one.expand(len(targets), 1))
         # Not used with a gradient: finding the likeliest token would read the logits once more.
         correct = torch.ones_like(targets, dtype=torch.bool)
         return losses, correct, gradient
@@ -202,9 +204,14 @@ def _adapted_tokens(
             continue
         # Without an end the slot has all tokens: those of all rows while text is generated.
         stop = x[..., 0].numel() if span.stop is None else span.stop
-        seed = span.slot.seed
-        dropout = span.slot.dropout
-        tokens = SlotTokens(seed, dropout, adapter, span.start, stop, span.dropout_step)
+        tokens = SlotTokens(
+            seed=span.slot.seed,
+            dropout=span.slot.dropout,
+            adapter=adapter,
+            start=span.start,
+            stop=stop,
+            dropout_step=span.dropout_step,
+        )
         slot_tokens.append(tokens)
     return slot_tokens
 

@@ -79,5 +79,6 @@ def _probe_row(prefix: list[int], answer: list[int]) -> Row:
     """Return a row whose answer is predicted, but for its first token."""
     # A shared prefix ends before the token that predicts the first label: without a label on the
     # answer's first token, all of the prefix is shared.
-    labels = [IGNORED] * (len(prefix) + 1) + answer[1:]
-    return {"input_ids": prefix + answer, "labels": labels}
+    ids = prefix + answer
+    ignored = len(prefix) + 1
+    return {"input_ids": ids, "labels": [IGNORED] * ignored + ids[ignored:]}

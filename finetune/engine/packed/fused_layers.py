@@ -54,6 +54,7 @@ def _replace_forward(
         output: torch.Tensor = original(x)
         return output
 
+    # Of this instance only: other models of the process share its class.
     module.forward = forward
 
 

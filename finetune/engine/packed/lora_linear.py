@@ -139,7 +139,8 @@ class _LoraLinear(torch.autograd.Function):
             # The masked input is not kept: the backward pass masks the input again.
             shrunk = _drop(slot_x, mask) @ slot.adapter.a.t()
             # In place on a view of y: one output for all slots, without a copy.
-            flat_y[tokens].addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
+            slot_y = flat_y[tokens]
+            slot_y.addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
             activations += [shrunk, mask]
         # Not as attributes: only tensors that are saved this way can gradient checkpointing drop.
         ctx.save_for_backward(x, *activations)
@@ -152,6 +153,7 @@ class _LoraLinear(torch.autograd.Function):
         (grad_output,) = grad_outputs
         x, *activations = ctx.saved_tensors
         grad_x = None
+        # The first layers of a base have an input without a gradient, as embeddings are frozen.
         if ctx.needs_input_grad[0] and ctx.computes_base:
             grad_x = grad_output @ dense_weight(ctx.layer)
         elif ctx.needs_input_grad[0]:

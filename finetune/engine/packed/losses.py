@@ -41,6 +41,7 @@ def token_losses(
         targets: The answer tokens [answer tokens].
         loss_weights: Weight of each token's loss [answer tokens]; None: no gradient.
     """
+    # Before the loop: a quantised head is dequantised once for all chunks.
     weight = dense_weight(head)
     losses = []
     correct = []

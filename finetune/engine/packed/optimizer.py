@@ -34,6 +34,8 @@ class SlotOptimizer:
         settings = config.optimizer
         self._settings = settings
         self._slot = slot
+        # The vector's own memory, so that AdamW updates the slot. One vector for all layers does as
+        # well as a parameter for each, because AdamW computes each element by itself.
         self._weights = torch.nn.Parameter(slot.vector)
         self._adamw = torch.optim.AdamW(
             [self._weights],
@@ -63,8 +65,9 @@ class SlotOptimizer:
 
     def learning_rate(self, number: int) -> float:
         """The learning rate of a step, counted from 1."""
-        rate: float = self._settings.resolved_learning_rate * self._schedule(number - 1)
-        return rate
+        # The schedule counts the steps before this one.
+        factor: float = self._schedule(number - 1)
+        return self._settings.resolved_learning_rate * factor
 
     def update(
         self,
@@ -87,17 +90,21 @@ class SlotOptimizer:
         # Not `>`: the condition is to be true for NaN as well.
         if limit and not padded_norm <= limit:
             gradient.mul_(limit / padded_norm)
-        if self._loss_scale is None or self._loss_scale.update(math.isfinite(norm)):
-            self._adamw.param_groups[0]["lr"] = learning_rate
-            self._weights.grad = gradient
-            self._adamw.step()
-            # Lets go of an accumulated gradient's memory.
-            self._weights.grad = None
+        if self._loss_scale is not None:
+            is_finite = math.isfinite(norm)
+            if not self._loss_scale.update(is_finite):
+                return
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        self._weights.grad = gradient
+        self._adamw.step()
+        # Lets go of an accumulated gradient's memory.
+        self._weights.grad = None
 
     def save(self, checkpoint: Path) -> None:
         """Write the weights and the state into a checkpoint folder."""
         checkpoint.mkdir(parents=True, exist_ok=True)
-        tensors = {"weights": self._slot.vector, **self._adamw.state[self._weights]}
+        adamw_state = self._adamw.state[self._weights]
+        tensors = {"weights": self._slot.vector, **adamw_state}
         if self._loss_scale is not None:
             state = [self._loss_scale.value, self._loss_scale.good_steps]
             tensors["loss_scale"] = torch.tensor(state)
@@ -106,7 +113,9 @@ class SlotOptimizer:
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights and the state from a checkpoint folder."""
-        tensors = load_file(checkpoint / STATE, device=str(self._slot.bank.device))
+        device = str(self._slot.bank.device)
+        tensors = load_file(checkpoint / STATE, device=device)
+        # In place, because AdamW and the adapters refer to this memory.
         self._slot.vector.copy_(tensors.pop("weights"))
         state = tensors.pop("loss_scale", None)
         if self._loss_scale is not None and state is not None:

@@ -91,13 +91,15 @@ def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
     queries = starts.repeat(1, query_count)
     keys = starts.repeat(1, key_count)
     for number, span in enumerate(spans):
+        # Shorter spans fill the front of their row only.
         key_indices = span.key_indices()
         queries[number, : span.length] = torch.arange(span.start, span.stop)
         keys[number, : len(key_indices)] = key_indices
     # A query comes after its whole prefix; keys are counted from the prefix's first token. The
     # keys' padding comes after the span's last query, so the causal mask hides it as well.
     prefix_lengths = torch.tensor([span.prefix_length for span in spans])
-    query_positions = torch.arange(query_count)[:, None] + prefix_lengths[:, None, None]
+    first_positions = prefix_lengths[:, None, None]
+    query_positions = first_positions + torch.arange(query_count)[:, None]
     key_positions = torch.arange(key_count)
     # One mask for all heads.
     distance = (query_positions - key_positions)[:, None]

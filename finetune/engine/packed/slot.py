@@ -86,6 +86,7 @@ class Slot:
             index = 2 * number
             adapters[name] = Adapter(
                 number=number,
+                # PEFT's own figure, which follows `use_rslora`.
                 scaling=float(layer.scaling["default"]),
                 a=weights[index],
                 b=weights[index + 1],
@@ -127,6 +128,7 @@ class Slot:
 
     def round(self) -> None:
         """Refresh the weights that matrix products read, where they have another dtype."""
+        # In place, because the adapters' views and the kernels' addresses are of this memory.
         if self._product_weights is not self.vector:
             self._product_weights.copy_(self.vector)
 

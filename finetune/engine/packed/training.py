@@ -115,15 +115,16 @@ class PackedTraining:
         examples = as_list(rows)
         batch_size = self._config.trainer.per_device_eval_batch_size
         lengths = [computed_length(row) for row in examples]
-        order = sorted(range(len(examples)), key=lambda index: -lengths[index])
+        indices = range(len(examples))
+        order = sorted(indices, key=lambda index: -lengths[index])
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
         correct = 0.0
         for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = [examples[index] for index in indices]
+            batch_indices = order[start : start + batch_size]
+            batch = [examples[index] for index in batch_indices]
             evaluation: Evaluation = yield Evaluate(self._slot, batch)
-            for position, index in enumerate(indices):
+            for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
             correct += evaluation.accuracy * evaluation.tokens
@@ -149,7 +150,9 @@ class PackedTraining:
     ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
-        batches = [[self._rows[index] for index in indices] for indices in step.batches]
+        batches = []
+        for indices in step.batches:
+            batches.append([self._rows[index] for index in indices])
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
         answer_tokens = sum(map(count_answer_tokens, batches))
@@ -178,8 +181,9 @@ class PackedTraining:
         learning_rate = self._optimizer.learning_rate(number)
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
-        lengths = [len(row["input_ids"]) for batch in batches for row in batch]
-        tokens = sum(lengths)
+        tokens = 0
+        for batch in batches:
+            tokens += sum(len(row["input_ids"]) for row in batch)
         yield from reporter.report_step(
             number, loss, norm, learning_rate, tokens, seconds
         )
@@ -198,5 +202,6 @@ def count_answer_tokens(rows: list[Row]) -> int:
     count = 0
     for row in rows:
         # No token predicts the first one.
-        count += sum(label != IGNORED for label in row["labels"][1:])
+        predicted = row["labels"][1:]
+        count += sum(label != IGNORED for label in predicted)
     return count

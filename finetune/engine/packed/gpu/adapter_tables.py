@@ -54,6 +54,8 @@ class AdapterTables:
         # Few tokens make few tiles: with small ones there are enough to keep a large GPU busy.
         self.tile_tokens = 64 if tokens >= 4096 else 16
         """Tokens of one program."""
+        # Still on the CPU: the figures below are constants of the kernels, and reading them from
+        # the GPU would wait for its pending work.
         tables = torch.stack(slot_tables)
         ranks = tables[:, :, 4]
         addresses = tables[:, :, :4]
@@ -61,6 +63,7 @@ class AdapterTables:
         largest_rank = int(ranks.max())
         self.rank = max(16, triton.next_power_of_2(largest_rank))
         """Columns of the activations between A and B: the largest rank, rounded up."""
+        # A slot's matrices are consecutive in one vector: an odd size misaligns the ones behind it.
         misaligned = (ranks % 8).any() | (addresses % 16).any()
         self.aligned = not bool(misaligned)
         """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""

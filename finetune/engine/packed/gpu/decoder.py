@@ -174,7 +174,11 @@ class Decoder:
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
         batch = trace.context.batch
-        grad = gradient.new_zeros(batch.input_ids.shape[1], gradient.shape[1])
+        tokens = batch.input_ids.shape[1]
+        hidden_size = gradient.shape[1]
+        # Positions that predict no answer token have no gradient of their own, but the blocks
+        # below give them one: answers attend to them.
+        grad = gradient.new_zeros(tokens, hidden_size)
         # An answer token is predicted at one position only, so nothing has to be summed.
         grad[batch.prediction_positions] = rms_norm_backward(
             gradient.contiguous(), trace.hidden, self._norm.weight, trace.inverse_rms
@@ -186,7 +190,9 @@ class Decoder:
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
-            weight_cache: dict[str, torch.Tensor] | None = {} if cache_weights else None
+            weight_cache: dict[str, torch.Tensor] | None = None
+            if cache_weights:
+                weight_cache = {}
             context = dataclasses.replace(trace.context, weight_cache=weight_cache)
             if isinstance(stored, torch.Tensor):
                 _, stored = block.forward(stored, context, recompute=True)

@@ -70,6 +70,7 @@ class FeedForward:
             The sum [tokens, hidden_size], None where it is left out; the activations.
         """
         normalized: torch.Tensor | None
+        # The copy of x is where the sum is built: a recomputed layer has none.
         normalized, inverse_rms, residual = rms_norm(
             x, self._norm.weight, self._norm.variance_epsilon, copy_input=not recompute
         )

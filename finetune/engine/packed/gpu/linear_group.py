@@ -199,6 +199,7 @@ def linear_group(
     names = [f"{module_name}.{projection}" for projection in projections]
     rows = [table_rows[name] for name in names]
     # The kernels are given the first row only.
-    assert rows == list(range(rows[0], rows[0] + len(rows)))
+    consecutive = range(rows[0], rows[0] + len(rows))
+    assert rows == list(consecutive)
     layers = [getattr(module, projection) for projection in projections]
     return LinearGroup(layers, names, rows[0])

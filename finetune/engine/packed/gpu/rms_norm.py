@@ -83,6 +83,7 @@ def rms_norm_backward(
 
 def _row_block(columns: int) -> tuple[int, int]:
     """Elements and warps of a program that takes a whole row."""
+    # Whole, because a row's mean square is needed before any of its elements can be written.
     block = triton.next_power_of_2(columns)
     warps = min(max(block // 512, 1), 16)
     return block, warps

@@ -143,6 +143,7 @@ class SelfAttention:
                 y, inverse_rms, _ = rms_norm(x, norm.weight, norm.variance_epsilon)
                 heads[name] = y.view(shape)
                 head_norms[name] = _HeadNorm(x, inverse_rms)
+            # Its backward pass needs the angles alone, so neither input nor output is kept for it.
             if self._rotary:
                 heads[name] = apply_rotary(heads[name], context.cos, context.sin, 1.0)
         return heads, head_norms
@@ -167,6 +168,7 @@ class SelfAttention:
         """
         grad_heads = self._backward_output(grad_output, activations, context)
         grads = [grad.view(len(grad_output), -1) for grad in grad_heads]
+        # Without the products with the base's weights, which only the input's gradient needs.
         if not need_input_grad:
             grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
             self._qkv.backward_a(activations.normalized, grad_shrunk, context)
