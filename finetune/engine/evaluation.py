@@ -87,7 +87,7 @@ def _without_router_logits(model: torch.nn.Module) -> Iterator[None]:
         return
     text_config = text_config_of(config)
     router_logits = getattr(text_config, "output_router_logits", None)
-    # False, or a model without experts, whose config must not get the setting.
+    # False already, or a model without experts, whose config has no such setting.
     if not router_logits:
         yield
         return
@@ -138,8 +138,11 @@ def evaluate(
                 losses[index] = row_losses[position]
                 tokens[index] = row_tokens[position]
             correct += predictions.count_correct()
-    accuracy = correct / max(sum(tokens), 1)
-    return Evaluation(tuple(losses), tuple(tokens), accuracy)
+    return Evaluation(
+        row_losses=tuple(losses),
+        row_tokens=tuple(tokens),
+        accuracy=correct / max(sum(tokens), 1),
+    )
 
 
 def packed_sequences_hold(
@@ -193,7 +196,7 @@ def _compare_rows(model: torch.nn.Module, length: int) -> Comparison:
     """Compare a row's logits beside a longer one with those alone."""
     longer = _whole_row(probe_ids(model, length + 3, 1))
     shorter = _whole_row(probe_ids(model, length, 0))
-    predictions = predict(model, [longer, shorter], 0, None)
+    predictions = predict(model, [longer, shorter])
     # The shorter one is padded. What its last token predicts is not in the row.
     plain = plain_logits(model, shorter["input_ids"])[:-1]
     return predictions.logits_of(1), plain
@@ -225,7 +228,7 @@ def _compare_packed(model: torch.nn.Module, sequences: int, length: int) -> Comp
     longer_row = probe_ids(model, 2 * length + 1, 2)
     # The packed sequence is the shorter one, so that it is padded.
     batch = [_packed_sequence(longer_row), _packed_sequence(neighbour, row)]
-    predictions = predict(model, batch[-sequences:], 0, None)
+    predictions = predict(model, batch[-sequences:])
     logits = predictions.logits_of(sequences - 1)
     plain = plain_logits(model, row)[:-1]
     # The row is the last one of its sequence.

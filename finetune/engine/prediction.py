@@ -77,8 +77,8 @@ def _limits_logits(model: torch.nn.Module) -> bool:
 def predict(
     model: torch.nn.Module,
     batch: Sequence[dict[str, Any]],
-    prefix_length: int,
-    prefix_cache: Any,
+    prefix_length: int = 0,
+    prefix_cache: Any = None,
 ) -> Predictions:
     """Predict the answer tokens of a batch.
 
@@ -114,7 +114,11 @@ def predict(
     is_answer = is_answer[:, positions].to(device)
     labels = labels[:, positions].to(device)
     rows = is_answer.nonzero()[:, 0]
-    return Predictions(logits[is_answer], labels[is_answer], rows)
+    return Predictions(
+        logits=logits[is_answer],
+        targets=labels[is_answer],
+        rows=rows,
+    )
 
 
 def _padded_inputs(
@@ -122,7 +126,8 @@ def _padded_inputs(
 ) -> dict[str, torch.Tensor]:
     """Return a batch's inputs after the shared prefix, padded on the right [rows, tokens]."""
     # Any id does for padding: it is behind a row's tokens, which see only what is before them.
-    ids = _pad([row["input_ids"][prefix_length:] for row in batch], 0)
+    rows = [row["input_ids"][prefix_length:] for row in batch]
+    ids = _pad(rows, 0)
     if "seq_lengths" in batch[0]:
         # Packed sequences: positions restart at each original row, which separates the rows.
         positions = [_restarting_positions(row["seq_lengths"]) for row in batch]
@@ -149,7 +154,8 @@ def _next_token_labels(
             predicted from the row before it.
     """
     # Position i predicts token i + 1, so the first label is dropped.
-    labels = _pad([row["labels"][prefix_length:] for row in batch], IGNORED)
+    row_labels = [row["labels"][prefix_length:] for row in batch]
+    labels = _pad(row_labels, IGNORED)
     next_labels = labels[:, 1:]
     if position_ids is not None:
         is_first = position_ids[:, 1:] == 0

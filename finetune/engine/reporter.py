@@ -176,7 +176,12 @@ class Reporter:
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
         loss = metrics["eval/loss"]
-        rung = Rung(self._rungs[step], step, self.total, metrics)
+        rung = Rung(
+            index=self._rungs[step],
+            step=step,
+            total=self.total,
+            metrics=metrics,
+        )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.
         self._output.log(step, metrics)

@@ -87,7 +87,12 @@ def base_quantization(values: Mapping[str, Any]) -> BaseQuantization | None:
         # bitsandbytes' default, for files that do not say which.
         method = str(section.get("bnb_4bit_quant_type", "fp4"))
         double = bool(section.get("bnb_4bit_use_double_quant"))
-        return BaseQuantization(method, 4, double, section)
+        return BaseQuantization(
+            method=method,
+            bits=4,
+            double=double,
+            section=section,
+        )
     if section.get("load_in_8bit"):
         return BaseQuantization("int8", 8, section=section)
     method = str(section.get("quant_method", "of an unknown method"))

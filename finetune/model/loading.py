@@ -96,6 +96,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             **arguments,
         )
     check_weights(info, names, settings)
+    # Or the first evaluation on a CPU would switch them to a path that has no gradients.
     keep_4bit_layers_trainable(model)
     set_4bit_compute_dtype(model, product_dtype)
     log_unquantized_weights(model, quantization)

@@ -32,6 +32,7 @@ class _Origin:
     generation_config: "GenerationConfig | None"
 
 
+# Weak, so that the entry of a base ends with the base.
 _origins: "WeakKeyDictionary[PreTrainedModel, _Origin]" = WeakKeyDictionary()
 
 
@@ -43,6 +44,7 @@ def remember_origin(base: "PreTrainedModel", source: BaseSource) -> None:
 
 def share_origin(base: "PreTrainedModel", skeleton: "PreTrainedModel") -> None:
     """Remember the same of another model of a base's shapes."""
+    # The adapter of a slot is on such a model, and is saved from there.
     if base in _origins:
         _origins[skeleton] = _origins[base]
 

@@ -124,6 +124,7 @@ def _describe(noun: str, weights: Mapping[str, torch.Tensor]) -> str:
 
 def _plain_linear_layers(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """Return the weights of the linear layers that are not quantised, but for the output layer."""
+    # The output layer is never quantised, so it is not worth a line.
     head = model.get_output_embeddings()
     layers: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():

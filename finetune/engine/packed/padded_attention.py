@@ -103,7 +103,11 @@ def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
     key_positions = torch.arange(key_count)
     # One mask for all heads.
     distance = (query_positions - key_positions)[:, None]
-    return _Bucket(queries.to(device), keys.to(device), distance.to(device))
+    return _Bucket(
+        queries=queries.to(device),
+        keys=keys.to(device),
+        distance=distance.to(device),
+    )
 
 
 def attend_padded(

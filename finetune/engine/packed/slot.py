@@ -62,6 +62,8 @@ class Slot:
         layers = _lora_layers(model)
         self._parameters = _trained_parameters(layers)
         self._slices = _consecutive_slices(self._parameters)
+        # One vector: the norm of the gradient, the update and a copy to the host are one operation
+        # each, however many layers there are.
         flat_parameters = [parameter.data.flatten() for parameter in self._parameters]
         weights = torch.cat(flat_parameters)
         self.vector = to_device(weights, bank.device)

@@ -128,8 +128,11 @@ class PackedTraining:
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
             correct += evaluation.accuracy * evaluation.tokens
-        accuracy = correct / max(sum(tokens), 1)
-        return Evaluation(tuple(losses), tuple(tokens), accuracy)
+        return Evaluation(
+            row_losses=tuple(losses),
+            row_tokens=tuple(tokens),
+            accuracy=correct / max(sum(tokens), 1),
+        )
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.
@@ -165,7 +168,10 @@ class PackedTraining:
         accumulated = None
         for index, batch in enumerate(batches):
             result: ForwardBackwardResult = yield ForwardBackward(
-                slot, batch, token_weight * loss_scale, first_batch + index
+                slot=slot,
+                rows=batch,
+                loss_weight=token_weight * loss_scale,
+                dropout_step=first_batch + index,
             )
             loss += result.loss * token_weight
             seconds += result.seconds
@@ -185,7 +191,12 @@ class PackedTraining:
         for batch in batches:
             tokens += sum(len(row["input_ids"]) for row in batch)
         yield from reporter.report_step(
-            number, loss, norm, learning_rate, tokens, seconds
+            step=number,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            seconds=seconds,
         )
 
 

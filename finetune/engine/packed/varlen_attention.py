@@ -41,9 +41,11 @@ def varlen_bounds(spans: list[Span], device: torch.device) -> VarlenBounds:
     query_counts = torch.tensor([0, *lengths])
     key_counts = query_counts + torch.tensor([0, *prefix_lengths])
     key_indices = None
+    # A span's keys have to be consecutive, so those of a shared prefix are repeated.
     if any(prefix_lengths):
         indices = torch.cat([span.key_indices() for span in spans])
         key_indices = indices.to(device)
+    # The largest counts are read on the host: reading them from a GPU would wait for its work.
     return VarlenBounds(
         query_offsets=query_counts.cumsum(0).to(device, torch.int32),
         key_offsets=key_counts.cumsum(0).to(device, torch.int32),

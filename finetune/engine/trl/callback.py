@@ -54,12 +54,12 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
         tokens = total_tokens - self._total_tokens
         self._total_tokens = total_tokens
         steps = self._reporter.report_step(
-            state.global_step,
-            logs["loss"],
-            logs.get("grad_norm"),
-            logs["learning_rate"],
-            int(tokens),
-            seconds,
+            step=state.global_step,
+            loss=logs["loss"],
+            grad_norm=logs.get("grad_norm"),
+            learning_rate=logs["learning_rate"],
+            tokens=int(tokens),
+            seconds=seconds,
         )
         # The trainer's loop calls back and can't yield the run's requests itself.
         drive(steps)

@@ -91,6 +91,7 @@ class TrlTraining:
         Returns:
             The evaluation, with the rows in their order.
         """
+        # A generator without requests, as `train`.
         yield from ()
         batch_size = self._config.trainer.per_device_eval_batch_size
         return evaluate(self.model, rows, batch_size, self._config.quantization)

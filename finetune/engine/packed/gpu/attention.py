@@ -56,7 +56,7 @@ class SpanTables:
 def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
     """The rows of `SpanTables.spans`."""
     # One past the last token that attends to the span that starts there. The rows that share a
-    # prefix follow it at once, so all tokens from the prefix to the last reader see it.
+    # prefix follow it at once, so all tokens between it and its last reader see it.
     last_readers = {span.start: span.stop for span in spans}
     for span in spans:
         if span.prefix_length:
@@ -128,7 +128,15 @@ def attention(
     grid = (len(tables.blocks), heads, 1)
     constants = _constants(head_dim, window_tokens)
     launch(attention_kernel, grid, arguments, constants, 4, 3)
-    return AttentionTrace(query, key, value, output, log_sum_exp, scale, window_tokens)
+    return AttentionTrace(
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        log_sum_exp=log_sum_exp,
+        scale=scale,
+        window=window_tokens,
+    )
 
 
 def attention_backward(

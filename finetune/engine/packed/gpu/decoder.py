@@ -145,7 +145,13 @@ class Decoder:
         normalized, inverse_rms, _ = rms_norm(
             hidden, self._norm.weight, self._norm.variance_epsilon
         )
-        return normalized, Trace(context, stored, hidden, inverse_rms)
+        trace = Trace(
+            context=context,
+            blocks=stored,
+            hidden=hidden,
+            inverse_rms=inverse_rms,
+        )
+        return normalized, trace
 
     def _context(
         self,
@@ -218,5 +224,11 @@ def _adapter_spans(
             # Not 64 bits: the tables are signed.
             key = generator.getrandbits(63)
             dropout = slot.dropout
-        spans.append(AdapterSpan(start, stop, key, dropout))
+        span = AdapterSpan(
+            start=start,
+            stop=stop,
+            dropout_key=key,
+            dropout=dropout,
+        )
+        spans.append(span)
     return spans

@@ -135,8 +135,8 @@ class FeedForward:
         self._gate_up.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
             grad_normalized,
-            activations.x,
-            self._norm.weight,
-            activations.inverse_rms,
-            grad_output,
+            x=activations.x,
+            weight=self._norm.weight,
+            inverse_rms=activations.inverse_rms,
+            grad_residual=grad_output,
         )

@@ -104,7 +104,12 @@ class SelfAttention:
             normalized = None
         heads, head_norms = self._heads(outputs, context)
         trace = attention(
-            heads["q"], heads["k"], heads["v"], context.spans, self._scale, self._window
+            query=heads["q"],
+            key=heads["k"],
+            value=heads["v"],
+            tables=context.spans,
+            scale=self._scale,
+            window=self._window,
         )
         joined_heads = trace.output.flatten(1)
         (residual,), shrunk_output = self._output.forward(
@@ -179,10 +184,10 @@ class SelfAttention:
         self._qkv.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
             grad_normalized,
-            activations.x,
-            self._norm.weight,
-            activations.inverse_rms,
-            grad_output,
+            x=activations.x,
+            weight=self._norm.weight,
+            inverse_rms=activations.inverse_rms,
+            grad_residual=grad_output,
         )
 
     def _backward_output(
