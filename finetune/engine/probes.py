@@ -91,6 +91,7 @@ class Shortcut(Enum):
     PACKED_SEQUENCES = "the rows of a sequence would see each other"
 
 
+# Weak, so that the answers of a base end with the base.
 _answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = (
     WeakKeyDictionary()
 )
@@ -121,6 +122,7 @@ def holds(
     answer = answers.get((shortcut, length))
     if answer is not None:
         return answer
+    # A probe of an earlier process holds here too: the record's name covers all that it depends on.
     record = _record(shortcut, base, length)
     if record is not None and record.exists():
         answers[shortcut, length] = True

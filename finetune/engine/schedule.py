@@ -64,6 +64,7 @@ def resolve_steps(setting: float, total: int) -> int:
         setting: A number of steps, or a share of them (above 0, below 1); 0: never, stays 0.
         total: Optimizer steps of the whole run.
     """
+    # As transformers turns a share into steps.
     if 0 < setting < 1:
         return max(1, math.ceil(setting * total))
     return int(setting)

@@ -35,6 +35,7 @@ class _SpecialTokens:
     padding_side: str
 
 
+# Weak, so that an entry ends with its tokenizer.
 _of_base: "WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens]" = (
     WeakKeyDictionary()
 )

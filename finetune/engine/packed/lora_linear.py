@@ -127,6 +127,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.layer = layer
         ctx.slot_tokens = slot_tokens
         ctx.computes_base = output is None
+        # Cloned, because the adapters' contributions are added in place, and autograd does not
+        # expect that an input changes.
         y = _base_output(x, layer) if output is None else output.clone()
         flat_x = x.flatten(0, -2)
         flat_y = y.flatten(0, -2)

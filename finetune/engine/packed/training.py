@@ -80,6 +80,7 @@ class PackedTraining:
         """
         if checkpoint is not None:
             self._optimizer.load(checkpoint)
+            # A copy to the host has to wait for the loaded weights too.
             self._weights_event = record_event(self._slot.bank.device)
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
@@ -161,6 +162,7 @@ class PackedTraining:
         answer_tokens = sum(map(count_answer_tokens, batches))
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
+        # Counted over the whole run, so that no two batches have the same dropout masks.
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
         seconds = 0.0

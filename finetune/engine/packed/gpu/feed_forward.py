@@ -118,6 +118,7 @@ class FeedForward:
             [grad_output], activations.shrunk_down, context
         )
         is_down_adapted = grad_shrunk is not None
+        # The down layer's A gets its gradient from the product; nothing else needs it again.
         product = swiglu_backward(
             grad_product,
             activations.gate,
