@@ -366,7 +366,7 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of one run by SFTTrainer."""
     from peft import get_peft_model
 
-    from finetune.model.adapter import lora_config
+    from finetune.model.lora_config import lora_config
 
     weights = weights_of(base)
     arguments: dict[str, Any] = {}

@@ -11,5 +11,6 @@ Where to look first:
 - `early_stopping.py`: the best evaluation, its adapter, and the patience.
 - `schedule.py`: number of steps, order of the rows, steps with an evaluation.
 - `evaluation.py`, `generation.py`: the loss on held-out rows, and answers to prompts.
+- `prediction.py`: the logits of a batch's answer tokens, for `evaluation.py`.
 - `checkpoint.py`: the format of a checkpoint's folder.
 """

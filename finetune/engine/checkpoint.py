@@ -80,11 +80,15 @@ class Progress:
 
     def window_metrics(self) -> Metrics:
         """Return the mean loss and the speed of the steps since the last logged line."""
+        # Steps may be shorter than the clock's resolution.
+        seconds = max(self.window_seconds, 1e-9)
         return {
-            "train/loss": math.fsum(self.window_losses) / len(self.window_losses),
-            "train/tokens_per_second": self.window_tokens
-            / max(self.window_seconds, 1e-9),
+            "train/loss": self._window_loss(),
+            "train/tokens_per_second": self.window_tokens / seconds,
         }
+
+    def _window_loss(self) -> float:
+        return math.fsum(self.window_losses) / len(self.window_losses)
 
     def close_window(self, loss: float) -> None:
         """Begin a new window after a logged line with this `train/loss`."""
@@ -100,14 +104,13 @@ class Progress:
             best: Take the held-out metrics of the best evaluation, not of the last.
         """
         loss = self.train_loss
-        if (
-            not math.isfinite(loss) and self.window_losses
-        ):  # stopped before its first logged line
-            loss = math.fsum(self.window_losses) / len(self.window_losses)
+        # A run that is stopped before its first logged line has no `train_loss` yet.
+        if not math.isfinite(loss) and self.window_losses:
+            loss = self._window_loss()
         metrics: Metrics = {"train/loss": loss, "train/seconds": self.train_seconds}
-        rungs = [
-            rung for rung in self.rungs if not best or rung["step"] == self.best_step
-        ]
+        rungs = self.rungs
+        if best:
+            rungs = [rung for rung in rungs if rung["step"] == self.best_step]
         if rungs:
             metrics |= rungs[-1]["metrics"]
         return metrics
@@ -121,6 +124,7 @@ class Progress:
         """Read `progress.json` of a checkpoint. The reason for which the run stopped is cleared."""
         values = read_json(checkpoint / PROGRESS)
         values["stop"] = None
-        if values["train_loss"] is None:  # JSON has no NaN
+        # JSON has no NaN: it is written as null.
+        if values["train_loss"] is None:
             values["train_loss"] = math.nan
         return cls(**values)

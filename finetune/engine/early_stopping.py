@@ -46,6 +46,7 @@ class EarlyStopping:
         if objective is None:
             return
         progress = self._progress
+        # Equal is not better, so a run that stands still uses up its patience.
         if not self._is_better(objective):
             progress.rungs_without_better += 1
             return

@@ -56,10 +56,10 @@ def generate_answers(
     from finetune.model.quantization import autocast
 
     encoder = Encoder(tokenizer, variables)
-    questions = [
-        Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
-    ]
-    prompt_ids = [encoder.encode_prompt(question) for question in questions]
+    prompt_ids = []
+    for prompt in prompts:
+        question = Prompt(prompt) if isinstance(prompt, str) else prompt
+        prompt_ids.append(encoder.encode_prompt(question))
     lengths = [len(ids) for ids in prompt_ids]
     ends = _end_tokens(model, encoder.ends)
     config = text_config_of(model.config)
@@ -71,7 +71,8 @@ def generate_answers(
     answers = [""] * len(prompts)
     with evaluation_mode(model), autocast(quantization):
         batches = _batches(lengths, limits, positions)
-        longest = max(map(sum, zip(lengths, limits, strict=True)), default=0)
+        totals = [length + limit for length, limit in zip(lengths, limits, strict=True)]
+        longest = max(totals, default=0)
         batches, use_cache = _choose_way(model, batches, longest)
         for batch in batches:
             batch_ids = [prompt_ids[row] for row in batch]
@@ -84,9 +85,13 @@ def generate_answers(
                 ends,
                 use_cache,
             )
-            new_tokens = sequences[:, max(map(len, batch_ids)) :]
+            # The prompts are padded on the left, so all answers begin at the same column.
+            longest_prompt = max(map(len, batch_ids))
+            new_tokens = sequences[:, longest_prompt:]
             for row, tokens in zip(batch, new_tokens, strict=True):
-                text = tokenizer.decode(tokens[: limits[row]], skip_special_tokens=True)
+                # The batch was generated up to the largest limit of its rows.
+                answer = tokens[: limits[row]]
+                text = tokenizer.decode(answer, skip_special_tokens=True)
                 answers[row] = str(text).strip()
     return answers
 
@@ -107,11 +112,13 @@ def _choose_way(
         return batches, True
     if any(len(batch) > 1 for batch in batches):
         compare = functools.partial(_compare_steps, model, 2)
+        # This probe is of cached steps too, so the next one is not needed.
         if holds(Shortcut.PROMPTS_TOGETHER, model, tokens, compare):
             return batches, True
     single_batches = [[row] for batch in batches for row in batch]
     compare = functools.partial(_compare_steps, model, 1)
-    return single_batches, holds(Shortcut.CACHED_STEPS, model, tokens, compare)
+    use_cache = holds(Shortcut.CACHED_STEPS, model, tokens, compare)
+    return single_batches, use_cache
 
 
 def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> "Comparison":
@@ -126,9 +133,11 @@ def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> "Comp
 
     from finetune.engine.probes import computes_exactly, plain_logits, probe_ids
 
+    # Where products are rounded, the median token is compared: one token would be no median.
     cached_steps = 1 if computes_exactly(model) else 3
     prompt = probe_ids(model, length, 0)
-    batch = [probe_ids(model, length + 3, 1), prompt][-prompts:]
+    longer_prompt = probe_ids(model, length + 3, 1)
+    batch = [longer_prompt, prompt][-prompts:]
     output = _generate(
         model,
         prompt[0],
@@ -140,9 +149,13 @@ def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> "Comp
         output_logits=True,
         return_dict_in_generate=True,
     )
-    logits = torch.stack([step[-1] for step in output.logits[1:]])
-    answer = output.sequences[-1, -1 - cached_steps : -1].tolist()
-    return logits, plain_logits(model, prompt + answer)[-cached_steps:]
+    # The first new token comes from the pass over the prompt, which has no cache yet.
+    cached_logits = [step[-1] for step in output.logits[1:]]
+    # No step has read the last new token.
+    sequence = output.sequences[-1].tolist()
+    answer = sequence[-1 - cached_steps : -1]
+    plain = plain_logits(model, prompt + answer)
+    return torch.stack(cached_logits), plain[-cached_steps:]
 
 
 def _answer_limit(
@@ -234,9 +247,10 @@ def _generate(
     padded = []
     mask = []
     for ids in prompt_ids:
-        missing = longest - len(ids)
+        length = len(ids)
+        missing = longest - length
         padded.append([padding] * missing + ids)
-        mask.append([0] * missing + [1] * len(ids))
+        mask.append([0] * missing + [1] * length)
     device = next(model.parameters()).device
     return model.generate(
         input_ids=torch.tensor(padded, device=device),
@@ -253,5 +267,7 @@ def _generate(
 def _end_tokens(model: "PreTrainedModel", ends: list[int]) -> list[int]:
     """Return the ids that end an answer: those of the rows and of the generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    tokens = {*ends, *(configured if isinstance(configured, list) else [configured])}
+    # It is a list, one id, or None.
+    configured_ends = configured if isinstance(configured, list) else [configured]
+    tokens = {*ends, *configured_ends}
     return sorted(token for token in tokens if token is not None)

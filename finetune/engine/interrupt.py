@@ -26,10 +26,10 @@ class Interrupt:
 
         Only the main thread can install handlers; in any other thread nothing is changed.
         """
-        if (
-            self._active_blocks == 0
-            and threading.current_thread() is threading.main_thread()
-        ):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # The first of overlapping blocks installs the handlers, the last one restores them:
+        # otherwise a later block would take this class's handler for the previous one.
+        if self._active_blocks == 0 and in_main_thread:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         self._active_blocks += 1
@@ -46,6 +46,7 @@ class Interrupt:
         self._previous_handlers = {}
 
     def _handle(self, number: int, frame: object) -> None:
+        # Whoever asks twice does not want to wait for the current step.
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

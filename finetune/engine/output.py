@@ -38,7 +38,9 @@ class RunOutput:
         self._folder = folder
         self._tracker = tracker
         self._total = total
+        # tqdm draws on stderr.
         self._has_bar = interactive and sys.stderr.isatty()
+        # Shows nothing, so that `advance` need not ask whether there is a bar.
         self._bar = tqdm(disable=True)
 
     @contextmanager

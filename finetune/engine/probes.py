@@ -48,6 +48,14 @@ architectures are tested one by one; the probe is for a base that is not what it
 PROBE_VERSION = 2
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
 
+WINDOW_SETTINGS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "window_size",
+)
+"""Names that architectures have for the number of tokens that a token sees."""
+
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 """A new version of any of them is probed anew."""
 
@@ -83,6 +91,7 @@ class Shortcut(Enum):
     PACKED_SEQUENCES = "the rows of a sequence would see each other"
 
 
+# Weak, so that the answers of a base end with the base.
 _answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = (
     WeakKeyDictionary()
 )
@@ -113,29 +122,32 @@ def holds(
     answer = answers.get((shortcut, length))
     if answer is not None:
         return answer
+    # A probe of an earlier process holds here too: the record's name covers all that it depends on.
     record = _record(shortcut, base, length)
     if record is not None and record.exists():
         answers[shortcut, length] = True
         return True
     try:
         computed, plain = compare(length)
+        # A diverged adapter shows nothing about the base, so this answer is not kept.
         if not plain.isfinite().all():
-            return False  # a diverged adapter: it shows nothing about the base
+            return False
         tolerance = _tolerance(shortcut, model)
         reason = _difference(computed.float(), plain.float(), tolerance)
     except Exception as error:
+        # Neither says anything about the base.
         if isinstance(error, Interrupted) or is_out_of_memory_error(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+        # The frames hold the tensors of the pass.
+        traceback.clear_frames(error.__traceback__)
         reason = f"{type(error).__name__}: {summary_line(error)}"
     answers[shortcut, length] = reason is None
     if reason is not None:
         log.info("%s (%s: %s)", shortcut.value, model_type_of(base), reason)
     elif record is not None:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            record, {"shortcut": shortcut.name, "model_type": model_type_of(base)}
-        )
+        content = {"shortcut": shortcut.name, "model_type": model_type_of(base)}
+        write_json(record, content)
     return reason is None
 
 
@@ -146,9 +158,8 @@ def base_of(model: Any) -> Any:
 
 def model_type_of(base: Any) -> str:
     """Return the name of a base's architecture."""
-    return str(
-        getattr(getattr(base, "config", None), "model_type", type(base).__name__)
-    )
+    config = getattr(base, "config", None)
+    return str(getattr(config, "model_type", type(base).__name__))
 
 
 def probe_ids(model: Any, length: int, first: int) -> list[int]:
@@ -158,7 +169,13 @@ def probe_ids(model: Any, length: int, first: int) -> list[int]:
     """
     vocabulary = text_config_of(base_of(model).config).vocab_size
     half = vocabulary // 2
-    return [half // 2 + (7 * (first + index)) % max(half, 1) for index in range(length)]
+    # A vocabulary of one token has no half.
+    range_size = max(half, 1)
+    ids = []
+    for index in range(first, first + length):
+        offset = 7 * index % range_size
+        ids.append(half // 2 + offset)
+    return ids
 
 
 def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -171,10 +188,8 @@ def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 def computes_exactly(model: torch.nn.Module) -> bool:
     """Whether products are in float32: no weight has fewer bits, and there is no autocast."""
-    if (
-        torch.is_autocast_enabled("cuda")
-        and next(model.parameters()).device.type == "cuda"
-    ):
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return False
     return all(weight.dtype == torch.float32 for weight in model.parameters())
 
@@ -187,23 +202,19 @@ def _probe_length(base: Any, tokens: int) -> int:
     """
     length = 6
     config = text_config_of(base.config)
-    for name in (
-        "sliding_window",
-        "attention_chunk_size",
-        "attention_window_size",
-        "window_size",
-    ):
+    for name in WINDOW_SETTINGS:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and length < limit < tokens:
+            # The last tokens don't see the first ones.
             length = limit + 4
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
-        limit = (
-            rope.get("original_max_position_embeddings")
-            or config.max_position_embeddings
-        )
+        original = rope.get("original_max_position_embeddings")
+        limit = original or config.max_position_embeddings
         if length < limit < tokens:
-            length = limit - 1  # a longer row beside it exceeds the limit
+            # The longer row beside it exceeds the limit: frequencies that follow the longest row
+            # of a batch would change this one.
+            length = limit - 1
     return length
 
 
@@ -217,6 +228,9 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
     embedding = base.get_input_embeddings().weight
     device = embedding.device
     on_gpu = device.type == "cuda"
+    # Tells apart the weights of bases with the same config, without reading all of them.
+    rows = embedding[probe_ids(base, length, 0)]
+    weights_sum = rows.double().sum().item()
     identity = [
         PROBE_VERSION,
         shortcut.name,
@@ -226,10 +240,11 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
         attention_implementation_of(base.config),
         torch.cuda.get_device_name(device) if on_gpu else "cpu",
         sorted({str(weight.dtype) for weight in base.parameters()}),
-        embedding[probe_ids(base, length, 0)].double().sum().item(),
+        weights_sum,
         [version(library) for library in LIBRARIES],
     ]
-    name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(identity).encode())
+    name = digest.hexdigest()[:32]
     return cache_folder() / "shortcuts" / f"{name}.json"
 
 
@@ -254,5 +269,6 @@ def _difference(
 
 def _differing_shares(computed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     """Return each token's difference as a share of its logits [tokens]; NaN counts as infinite."""
-    shares: torch.Tensor = (computed - plain).norm(dim=-1) / plain.norm(dim=-1)
+    differences = (computed - plain).norm(dim=-1)
+    shares: torch.Tensor = differences / plain.norm(dim=-1)
     return shares.nan_to_num(nan=torch.inf)

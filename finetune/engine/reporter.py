@@ -22,7 +22,11 @@ from finetune.errors import Diverged
 from finetune.files.run_folder import Metrics, remove_old_checkpoints
 
 STEPS_WITHOUT_GRADIENT = 3
-"""A run fails if this many first steps have a gradient of exactly zero: nothing is trained."""
+"""A run fails if this many first steps have a gradient of exactly zero: nothing is trained.
+
+Libraries can cause it without an error: bitsandbytes once took its path for inference on a CPU,
+which has no autograd. A fresh adapter is no reason: its B is zero, but the gradient of B is not.
+"""
 
 
 class Reporter:
@@ -102,10 +106,13 @@ class Reporter:
         self._check_loss(step, loss)
         self._check_gradient(step, grad_norm)
         self._output.advance()
-        if step % self._config.trainer.logging_steps == 0 or step == self.total:
+        is_last = step == self.total
+        is_due = step % self._config.trainer.logging_steps == 0
+        if is_due or is_last:
             self._log_window(step, learning_rate, grad_norm)
         if step in self._rungs:
             yield from self._evaluate_rung(step)
+        # After the last step there is nothing to stop: the run is complete.
         if self.progress.stop is None and step < self.total:
             if self._interrupt.requested:
                 self.progress.stop = "interrupted"
@@ -165,10 +172,16 @@ class Reporter:
             return
         metrics = yield from self._evaluate()
         names = self._config.objectives
+        # Of several objectives none alone says which run is better.
         if len(names) == 1 and names[0] in metrics:
             metrics["objective"] = metrics[names[0]]
         loss = metrics["eval/loss"]
-        rung = Rung(self._rungs[step], step, self.total, metrics)
+        rung = Rung(
+            index=self._rungs[step],
+            step=step,
+            total=self.total,
+            metrics=metrics,
+        )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.
         self._output.log(step, metrics)

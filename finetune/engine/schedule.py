@@ -64,6 +64,7 @@ def resolve_steps(setting: float, total: int) -> int:
         setting: A number of steps, or a share of them (above 0, below 1); 0: never, stays 0.
         total: Optimizer steps of the whole run.
     """
+    # As transformers turns a share into steps.
     if 0 < setting < 1:
         return max(1, math.ceil(setting * total))
     return int(setting)
@@ -88,10 +89,15 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
         points = [*range(interval, total, interval)] if interval else []
     points = [point for point in points if point < total]
     points.append(total)
+    first = points[0]
     rungs = {0: 0}
     for point in points:
-        index = max(round(point / points[0]), max(rungs.values()) + 1)
-        rungs.setdefault(math.ceil(point), index)
+        # Positions are rounded here, after the division: a rung of several runs with different
+        # numbers of steps gets the same index, although its steps are rounded differently.
+        multiple = round(point / first)
+        next_index = max(rungs.values()) + 1
+        # Two positions may round up to one step; it is evaluated once.
+        rungs.setdefault(math.ceil(point), max(multiple, next_index))
     return rungs
 
 
@@ -110,6 +116,7 @@ def total_steps(config: RunConfig, rows: int) -> int:
     trainer = config.trainer
     if trainer.max_steps > 0:
         return trainer.max_steps
+    # Rounded as the Trainer does: a smaller last batch counts, and so does a smaller last step.
     batches = math.ceil(rows / trainer.per_device_train_batch_size)
     steps_per_epoch = math.ceil(batches / trainer.gradient_accumulation_steps)
     return math.ceil(trainer.num_train_epochs * steps_per_epoch)
@@ -136,7 +143,9 @@ def epoch_order(
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
+    # Seeded for each epoch: the Trainer that resumes asks for the order of one epoch alone.
+    epoch_seed = seed * SEED_STRIDE + epoch
+    generator = torch.Generator().manual_seed(epoch_seed)
     if group_by_length:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -144,4 +153,5 @@ def epoch_order(
             list(lengths), batch_rows, generator=generator
         )
         return order
-    return [int(index) for index in torch.randperm(len(lengths), generator=generator)]
+    permutation = torch.randperm(len(lengths), generator=generator)
+    return [int(index) for index in permutation]

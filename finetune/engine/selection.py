@@ -78,7 +78,8 @@ def _unsupported_base(model: ModelSettings, base: "PreTrainedConfig") -> str | N
 
 def _unsupported_model_setting(config: RunConfig) -> str | None:
     model = config.model
-    product_dtype = str(compute_dtype(config.quantization)).removeprefix("torch.")
+    dtype = compute_dtype(config.quantization)
+    product_dtype = str(dtype).removeprefix("torch.")
     if model.dtype not in ("auto", product_dtype):
         return f"model.dtype={model.dtype}"
     if model.attn_implementation not in (None, "sdpa"):
@@ -89,6 +90,7 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
 
 
 def _unsupported_attention(base: "PreTrainedConfig") -> str | None:
+    # Neither of the packed engine's attention functions drops attention weights.
     dropout = getattr(text_config_of(base), "attention_dropout", 0)
     return f"the model's attention_dropout={dropout}" if dropout else None
 
@@ -98,10 +100,14 @@ def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
         return "lora.use_dora=true"
     if lora.bias != "none":
         return f"lora.bias={lora.bias}"
+    # Most other initialisations compute with the base's weights or activations. The bank
+    # initialises adapters on a copy of the base that has no weights.
     if lora.init_lora_weights not in (True, False, "gaussian"):
         return f"lora.init_lora_weights={lora.init_lora_weights}"
     if lora.extra:
         return f"lora.extra={lora.extra}"
+    # The bank computes logits from the head's weight directly, in chunks: an adapter on the head
+    # would not be trained.
     if _targets_head(lora.target_modules):
         return f"lora.target_modules={lora.target_modules} (with the head)"
     return None

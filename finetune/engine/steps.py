@@ -53,9 +53,11 @@ def drive(steps: RunSteps[T]) -> T:
     try:
         while True:
             request = _resume(steps, response)
-            response = (
-                None if request is None else request.executor.execute([request])[0]
-            )
+            # None: there are no other runs to wait for, so the run goes on at once.
+            response = None
+            if request is not None:
+                (response,) = request.executor.execute([request])
+    # The return value of a generator is in the exception that its end raises.
     except StopIteration as end:
         result: T = end.value
         return result
@@ -63,6 +65,7 @@ def drive(steps: RunSteps[T]) -> T:
 
 def _resume(steps: RunSteps[T], response: Any) -> Request | None:
     """Give a generator its response, or raise it there if it is an exception."""
+    # Raised where the run waits for the response, so that its `with` blocks end in order.
     if isinstance(response, Exception):
         return steps.throw(response)
     return steps.send(response)

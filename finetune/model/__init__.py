@@ -8,7 +8,8 @@ Where to look first:
 - `quantization.py`: 4-bit and 8-bit weights, the dtype of matrix products; `base_quantization.py`:
   of a base that is quantised already; `quantized_layers.py`: what stays in 16 bits.
 - `origin.py`: what an adapter's files say of the base.
-- `adapter.py`: the LoRA adapter: its `LoraConfig`, creation, saving, loading.
+- `adapter.py`: the LoRA adapter: creation, saving, loading; `lora_config.py`: PEFT's config of it;
+  `target_modules.py`: which layers get one.
 - `device.py`: the GPU, CUDA events and streams; `memory.py`: memory of the GPU and the host.
 - `architectures.py`: which bases the packed engine supports.
 """

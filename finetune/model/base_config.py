@@ -42,6 +42,8 @@ def explain_loading_errors(settings: ModelSettings) -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    # What transformers raises for a missing file, a bad or unknown config, an unknown architecture,
+    # a missing package of remote code, or damaged weights.
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__

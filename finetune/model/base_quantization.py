@@ -69,9 +69,8 @@ def _fetch_config(source: BaseSource) -> Path:
     """Return the `config.json` of a base on the hub, from its cache if it has been fetched."""
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(source.location, "config.json", revision=source.revision)
-    )
+    file = hf_hub_download(source.location, "config.json", revision=source.revision)
+    return Path(file)
 
 
 def base_quantization(values: Mapping[str, Any]) -> BaseQuantization | None:
@@ -83,27 +82,34 @@ def base_quantization(values: Mapping[str, Any]) -> BaseQuantization | None:
     section = _quantization_section(values)
     if section is None:
         return None
+    # Its method is called `bitsandbytes` in either case; these two say which one it is.
     if section.get("load_in_4bit"):
         # bitsandbytes' default, for files that do not say which.
         method = str(section.get("bnb_4bit_quant_type", "fp4"))
         double = bool(section.get("bnb_4bit_use_double_quant"))
-        return BaseQuantization(method, 4, double, section)
+        return BaseQuantization(
+            method=method,
+            bits=4,
+            double=double,
+            section=section,
+        )
     if section.get("load_in_8bit"):
         return BaseQuantization("int8", 8, section=section)
     method = str(section.get("quant_method", "of an unknown method"))
+    # AWQ's own files name it `w_bit`.
     bits = section.get("bits", section.get("w_bit"))
-    return BaseQuantization(
-        method, float(bits or BITS.get(method, 16)), section=section
-    )
+    if not bits:
+        bits = BITS.get(method, 16)
+    return BaseQuantization(method, float(bits), section=section)
 
 
 def _quantization_section(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return `quantization_config`; a model of several modalities may have it further inside."""
     for section in (values, values.get("text_config"), values.get("llm_config")):
-        if isinstance(section, Mapping) and isinstance(
-            section.get("quantization_config"), Mapping
-        ):
-            quantization: Mapping[str, Any] = section["quantization_config"]
+        if not isinstance(section, Mapping):
+            continue
+        quantization = section.get("quantization_config")
+        if isinstance(quantization, Mapping):
             return quantization
     return None
 
@@ -125,6 +131,7 @@ def settings_of_base(
         return settings
     if settings.is_quantized and settings.method != base.method:
         allowed = ["quantization=none, which uses it as it is"]
+        # The config can name these methods only.
         if base.method in BITSANDBYTES:
             allowed.insert(0, f"quantization={base.method}")
         reason = f"model.name_or_path={model.name_or_path} is quantised already ({base.method})"

@@ -22,7 +22,9 @@ def is_ampere_or_later(device: torch.device) -> bool:
 
     The packed engine's Triton kernels are written for these.
     """
-    if device.type != "cuda" or not on_gpu() or torch.version.hip is not None:
+    # PyTorch calls AMD's GPUs `cuda` too; their version numbers mean something else.
+    is_amd = torch.version.hip is not None
+    if device.type != "cuda" or not on_gpu() or is_amd:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -38,8 +40,11 @@ def select_gpu(number: int) -> None:
     count = torch.cuda.device_count()
     if count <= 1:
         return
+    # A scheduler may have made some GPUs visible only, by number or by UUID.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    names = [str(index) for index in range(count)]
+    if visible:
+        names = visible.split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
 
 
@@ -79,4 +84,5 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """
     if torch.device(device).type != "cuda":
         return tensor.to(device)
+    # PyTorch keeps the pinned memory until the copy is complete.
     return tensor.pin_memory().to(device, non_blocking=True)

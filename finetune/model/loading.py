@@ -61,19 +61,24 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     """
     settings = config.model
     base_config = read_base_config(source, settings)
+    # Refused before the weights are loaded, which may take minutes.
     present = base_quantization(base_config.to_dict())
     quantization = settings_of_base(present, config.quantization, settings)
     require_bitsandbytes(quantization)
     product_dtype = compute_dtype(quantization)
-    arguments: dict[str, Any] = {"ignore_mismatched_sizes": True} | _extra_arguments(
-        settings
-    )
+    # transformers then reports weights of other shapes, and `check_weights` refuses them in one
+    # line that names them.
+    arguments: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    arguments |= _extra_arguments(settings)
     if present is None and quantization.is_quantized:
         arguments["quantization_config"] = quantization_config(quantization)
     elif present is not None:
         arguments |= arguments_for_quantized_base(present, settings)
     if not on_gpu():
         _log_cpu_training(config)
+    weights_dtype = product_dtype
+    if settings.dtype != "auto":
+        weights_dtype = getattr(torch, settings.dtype)
     with (
         explain_loading_errors(settings),
         _explain_extra_errors(settings),
@@ -84,14 +89,14 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
             attn_implementation=settings.attn_implementation,
-            dtype=product_dtype
-            if settings.dtype == "auto"
-            else getattr(torch, settings.dtype),
+            dtype=weights_dtype,
+            # Pickled weights could run code.
             use_safetensors=True,
             output_loading_info=True,
             **arguments,
         )
     check_weights(info, names, settings)
+    # Or the first evaluation on a CPU would switch them to a path that has no gradients.
     keep_4bit_layers_trainable(model)
     set_4bit_compute_dtype(model, product_dtype)
     log_unquantized_weights(model, quantization)
@@ -102,6 +107,8 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
 def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
     """Return the further arguments of `from_pretrained`, with the device that holds the base."""
     arguments = dict(settings.extra)
+    # Without a GPU there is only the CPU, whatever the config says. Without a map transformers
+    # would load onto the CPU even beside a GPU.
     if not on_gpu():
         arguments.pop("device_map", None)
     elif "device_map" not in arguments:

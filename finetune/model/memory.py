@@ -43,9 +43,8 @@ def is_out_of_memory_message(message: str) -> bool:
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # only glibc keeps freed memory, and has it
+    # glibc keeps freed memory for later allocations; other C libraries lack the function.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -58,7 +57,8 @@ def freeze_libraries() -> None:
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # some libraries report what is not freed at exit
+    # Some libraries report what is not freed at exit.
+    atexit.register(gc.unfreeze)
 
 
 def free_memory() -> None:
@@ -66,6 +66,7 @@ def free_memory() -> None:
     import torch
 
     collect_garbage()
+    # PyTorch keeps freed GPU memory for itself. What is to be released must be unreachable by now.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -89,7 +90,8 @@ def reset_peak_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # on Linux, if the system allows it
+    # On Linux, if the system allows it: 5 resets the peak of the resident memory (`VmHWM`).
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -120,6 +122,8 @@ def _peak_resident_memory() -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
+                # In KiB.
                 return int(line.split()[1]) * 1024
+    # macOS reports bytes, Linux KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

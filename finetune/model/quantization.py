@@ -31,9 +31,11 @@ def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
     where the hardware has it, else float16.
     """
     name = settings.bnb_4bit_compute_dtype
+    # CPUs without bfloat16 instructions compute it many times slower than float32.
     if not on_gpu():
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if name == "auto":
+        # Older GPUs emulate bfloat16, but multiply float16 in hardware.
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     dtype: torch.dtype = getattr(torch, name)
@@ -43,9 +45,8 @@ def compute_dtype(settings: QuantizationSettings) -> torch.dtype:
 def autocast(settings: QuantizationSettings) -> torch.autocast:
     """Return the mixed precision of training, for evaluation and generation; off on a CPU."""
     dtype = compute_dtype(settings)
-    return torch.autocast(
-        "cuda", dtype=dtype, enabled=on_gpu() and dtype != torch.float32
-    )
+    is_mixed = on_gpu() and dtype != torch.float32
+    return torch.autocast("cuda", dtype=dtype, enabled=is_mixed)
 
 
 def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig | None:
@@ -89,7 +90,8 @@ def should_dequantize(weights: int, config: RunConfig) -> bool:
         return False
     if on_gpu() and config.trainer.gradient_checkpointing is True:
         return False
-    dequantized_bytes = compute_dtype(config.quantization).itemsize * weights
+    dtype = compute_dtype(config.quantization)
+    dequantized_bytes = dtype.itemsize * weights
     return dequantized_bytes <= available_memory() * DEQUANTIZED_SHARE
 
 
@@ -106,18 +108,22 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
         return
     from bitsandbytes.nn import Linear4bit
 
+    # Collected first: the size of all decides whether any is replaced.
     layers = []
+    weights = 0
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, Linear4bit):
                 layers.append((parent, name, child))
-    weights = sum(layer.in_features * layer.out_features for _, _, layer in layers)
+                # Not the weight's own size: it holds two 4-bit weights in a byte.
+                weights += child.in_features * child.out_features
     if not should_dequantize(weights, config):
         return
     for parent, name, layer in layers:
         weight = dense_weight(layer)
+        # Forward and backward would round differently.
         if weight.dtype != compute_dtype(config.quantization):
-            return  # forward and backward would round differently
+            return
         setattr(parent, name, _plain_linear(weight, layer.bias))
 
 
@@ -128,7 +134,8 @@ def _plain_linear(
     out_features, in_features = weight.shape
     layer = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.bias = bias  # type: ignore[assignment]  # None: no bias
+    # None: no bias.
+    layer.bias = bias  # type: ignore[assignment]
     return layer
 
 
@@ -140,19 +147,15 @@ def require_bitsandbytes(settings: QuantizationSettings) -> None:
     """
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return
-    key = (
-        "quantization.load_in_4bit"
-        if settings.load_in_4bit
-        else "quantization.load_in_8bit"
-    )
+    bits = 4 if settings.load_in_4bit else 8
+    key = f"quantization.load_in_{bits}bit"
     remedy = "allowed here: quantization=none"
     try:
         has_library = bitsandbytes_has_native_library()
     except ImportError as error:
-        raise refusal(
-            key, True, f"bitsandbytes can't be imported ({error}); {remedy}"
-        ) from None
+        reason = f"bitsandbytes can't be imported ({error})"
+        raise refusal(key, True, f"{reason}; {remedy}") from None
+    # The package imports without it too, and then fails in the first quantised layer.
     if not has_library:
-        raise refusal(
-            key, True, f"bitsandbytes has no library for this machine; {remedy}"
-        )
+        reason = "bitsandbytes has no library for this machine"
+        raise refusal(key, True, f"{reason}; {remedy}")

@@ -44,13 +44,11 @@ def arguments_for_quantized_base(
         )
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     if not _is_trainable(quantization.section):
-        reason = f"is quantised already ({method}), and transformers can't train that"
-        allowed = (
+        reason = (
+            f"is quantised already ({method}), and transformers can't train that; "
             "allowed: its version in 16 bits, or quantised by bitsandbytes, gptq or awq"
         )
-        raise refusal(
-            "model.name_or_path", settings.name_or_path, f"{reason}; {allowed}"
-        )
+        raise refusal("model.name_or_path", settings.name_or_path, reason)
     log.info(
         "quantization: the base is quantised already (%s), and is used as it is", method
     )
@@ -63,9 +61,8 @@ def _is_trainable(section: Mapping[str, Any]) -> bool:
     True if it can't tell because the method's library is missing: loading names the library.
     """
     try:
-        return bool(
-            AutoHfQuantizer.from_config(section, pre_quantized=True).is_trainable
-        )
+        quantizer = AutoHfQuantizer.from_config(section, pre_quantized=True)
+        return bool(quantizer.is_trainable)
     except ImportError:
         return True
 
@@ -84,6 +81,7 @@ def expert_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
     """
     weights: dict[str, torch.nn.Parameter] = {}
     for module_name, module in model.named_modules():
+        # Their weights have three or more dimensions as well.
         if isinstance(module, CONVOLUTIONS):
             continue
         for name, weight in module.named_parameters(recurse=False):
@@ -117,19 +115,20 @@ def _describe(noun: str, weights: Mapping[str, torch.Tensor]) -> str:
     names = list(weights)[:SHOWN_NAMES]
     if len(weights) > len(names):
         names.append("…")
-    size = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    dtypes = sorted(
-        {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
-    )
+    size = sum(weight.nbytes for weight in weights.values())
+    types = {weight.dtype for weight in weights.values()}
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in types)
     stay = f"{len(weights)} {noun} stay in {' and '.join(dtypes)}"
     return f"{stay}, {size / GIB:.2f} GiB: {', '.join(names)}"
 
 
 def _plain_linear_layers(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """Return the weights of the linear layers that are not quantised, but for the output layer."""
+    # The output layer is never quantised, so it is not worth a line.
     head = model.get_output_embeddings()
     layers: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
+        # Exactly this class: bitsandbytes' quantised layers are subclasses of it.
         if type(module) is torch.nn.Linear and module is not head:
             layers[name] = module.get_parameter("weight")
     return layers
@@ -153,7 +152,8 @@ def restore_transposed_layers(model: "PreTrainedModel") -> None:
 def _transposed(layer: torch.nn.Linear) -> Conv1D:
     """Return a linear layer as the class that keeps its weight as [in, out]."""
     transposed = Conv1D(layer.out_features, layer.in_features)
-    transposed.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous())
+    weight = layer.weight.detach().T.contiguous()
+    transposed.weight = torch.nn.Parameter(weight)
     if layer.bias is not None:
         transposed.bias = torch.nn.Parameter(layer.bias.detach())
     return transposed

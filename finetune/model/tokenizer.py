@@ -35,6 +35,7 @@ class _SpecialTokens:
     padding_side: str
 
 
+# Weak, so that an entry ends with its tokenizer.
 _of_base: "WeakKeyDictionary[PreTrainedTokenizerBase, _SpecialTokens]" = (
     WeakKeyDictionary()
 )
@@ -58,6 +59,7 @@ def load_tokenizer(
             revision=source.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+    # The template first, as it may say which token ends an answer.
     choose_template(tokenizer, settings)
     set_special_tokens(tokenizer, read_base_config(source, settings), settings)
     return tokenizer
@@ -76,11 +78,7 @@ def choose_template(
     names = ", ".join(templates)
     value = settings.chat_template
     if value is None:
-        if (
-            templates
-            and DEFAULT not in templates
-            and isinstance(tokenizer.chat_template, dict)
-        ):
+        if templates and DEFAULT not in templates:
             reason = f"the tokenizer has several and no default; allowed: {names}, or Jinja text"
             raise refusal("model.chat_template", value, reason)
         return
@@ -89,13 +87,11 @@ def choose_template(
         return
     if not value.strip():
         raise refusal("model.chat_template", value, "must be Jinja text, or null")
+    # One word without braces is meant as a name: as Jinja text it would say nothing of a chat.
     if "{" not in value and " " not in value.strip():
         allowed = f"{names}, or Jinja text" if names else "Jinja text, or null"
-        raise refusal(
-            "model.chat_template",
-            value,
-            f"the tokenizer has no such template; allowed: {allowed}",
-        )
+        reason = f"the tokenizer has no such template; allowed: {allowed}"
+        raise refusal("model.chat_template", value, reason)
     tokenizer.chat_template = value
 
 
@@ -135,7 +131,9 @@ def set_special_tokens(
             raise refusal("model.name_or_path", settings.name_or_path, reason)
         log.info("tokenizer: it names no end token; %s ends an answer", end)
         tokenizer.eos_token = end
+    # Many bases have no token for padding, and a new one would have no embedding.
     tokenizer.pad_token = tokenizer.eos_token
+    # For training; generation pads its prompts itself, on the left.
     tokenizer.padding_side = "right"
 
 
@@ -150,7 +148,9 @@ def _end_of_template(
 def _end_of_config(
     tokenizer: "PreTrainedTokenizerBase", base: "PreTrainedConfig"
 ) -> str | None:
-    ids: Any = getattr(base.get_text_config(decoder=True), "eos_token_id", None)
+    text_config = base.get_text_config(decoder=True)
+    ids: Any = getattr(text_config, "eos_token_id", None)
+    # A tokenizer has one end token; a config may list several.
     first = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(first, int):
         return None

@@ -48,16 +48,8 @@ def check_weights(
     Raises:
         ConfigError: Weights are missing, unexpected, or of another shape.
     """
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched and not settings.extra.get("ignore_mismatched_sizes"):
-        name, in_files, in_model = mismatched[0]
-        shapes = (
-            f"{_shape(in_files)} in its files, {_shape(in_model)} by its config.json"
-        )
-        reason = (
-            f"{len(mismatched)} of its weights have another shape ({name}: {shapes})"
-        )
-        raise refusal("model.name_or_path", settings.name_or_path, reason)
+    if not settings.extra.get("ignore_mismatched_sizes"):
+        _check_shapes(info, settings)
     missing = set(info["missing_keys"])
     unexpected = set(info["unexpected_keys"])
     other = {name for name in unexpected if OTHER_MODALITY.search(name)}
@@ -71,13 +63,26 @@ def check_weights(
     if problems:
         reason = f"its files {' and '.join(problems)}"
         raise refusal("model.name_or_path", settings.name_or_path, reason)
+    # transformers takes away what the class's patterns allow; what it took away is logged.
     ignored = set(names["unexpected"]) - unexpected
+    absent = set(names["missing"]) - missing
     _log_names("not loaded, of other modalities or heads", other)
     _log_names("not loaded, as the model computes them", computed)
     _log_names("not loaded, as the model's class ignores them", ignored)
-    _log_names(
-        "not in the files, as the model's class allows", set(names["missing"]) - missing
-    )
+    _log_names("not in the files, as the model's class allows", absent)
+
+
+def _check_shapes(info: Mapping[str, Any], settings: ModelSettings) -> None:
+    """Refuse a base whose files hold weights of other shapes than its config says."""
+    mismatched = sorted(info["mismatched_keys"])
+    if not mismatched:
+        return
+    name, in_files, in_model = mismatched[0]
+    of_files = f"{_shape(in_files)} in its files"
+    of_model = f"{_shape(in_model)} by its config.json"
+    example = f"{name}: {of_files}, {of_model}"
+    reason = f"{len(mismatched)} of its weights have another shape ({example})"
+    raise refusal("model.name_or_path", settings.name_or_path, reason)
 
 
 def _log_names(reason: str, names: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
 from finetune.errors import refusal
-from finetune.model.adapter import add_adapter, modules_outside_language_model
+from finetune.model.adapter import add_adapter
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
 from finetune.model.base_quantization import base_quantization, read_config_json
@@ -29,6 +29,7 @@ from finetune.model.device import on_gpu
 from finetune.model.loading import skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
+from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.memory_costs import (
     activation_elements,
     adapted_layers,

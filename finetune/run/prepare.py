@@ -8,7 +8,7 @@ from finetune.data.rows import Rows
 from finetune.data.token_file import Tokens
 from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
-from finetune.model.adapter import lora_config
+from finetune.model.lora_config import lora_config
 from finetune.run.context import RunContext
 from finetune.run.memory_plan import resolve_checkpointing
 from finetune.run.sizes import check_sizes

@@ -94,7 +94,7 @@ class SharedResources:
 
     def check_targets(self, config: RunConfig) -> None:
         """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""
-        from finetune.model.adapter import check_targets
+        from finetune.model.target_modules import check_targets
 
         def check() -> bool:
             check_targets(self.source(config.model), config.model, config.lora)

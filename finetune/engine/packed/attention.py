@@ -51,13 +51,12 @@ class PackedAttention:
         Returns:
             [tokens, heads, head_dim].
         """
-        if query.dtype in (torch.bfloat16, torch.float16) and is_ampere_or_later(
-            query.device
-        ):
+        has_16_bits = query.dtype in (torch.bfloat16, torch.float16)
+        if has_16_bits and is_ampere_or_later(query.device):
             return attend_varlen(query, key, value, self._varlen_bounds, scale, window)
         return attend_padded(query, key, value, self._buckets, scale, window)
 
-    # Each of the two only when it is needed first, and once for all layers.
+    # Each of the two when a layer needs it first, then for all layers of the pass.
 
     @functools.cached_property
     def _varlen_bounds(self) -> VarlenBounds:
@@ -95,10 +94,12 @@ def _attention(
     Returns:
         [1, tokens, heads, head_dim], and no attention weights.
     """
+    # A packed batch is one sequence, so transformers' batch dimension has the size 1.
     q = query.squeeze(0).transpose(0, 1)
     k = key.squeeze(0).transpose(0, 1)
     v = value.squeeze(0).transpose(0, 1)
-    return packed_attention.attend(q, k, v, scaling, sliding_window)[None], None
+    output = packed_attention.attend(q, k, v, scaling, sliding_window)
+    return output[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

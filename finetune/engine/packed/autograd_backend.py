@@ -89,10 +89,15 @@ class AutogradBackend:
         """See `Backend.forward`."""
         spans = []
         steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
-        for slot, (start, stop), step in zip(
-            slots, batch.batch_spans, steps, strict=True
-        ):
-            spans.append(_SlotSpan(slot, start, stop, step))
+        slot_spans = zip(slots, batch.batch_spans, steps, strict=True)
+        for slot, (start, stop), step in slot_spans:
+            span = _SlotSpan(
+                slot=slot,
+                start=start,
+                stop=stop,
+                dropout_step=step,
+            )
+            spans.append(span)
         current_pass = _Pass(spans, training=dropout_steps is not None)
         with self._during(current_pass):
             states = self._base.get_decoder()(
@@ -101,6 +106,7 @@ class AutogradBackend:
                 use_cache=False,
                 packed_attention=PackedAttention(batch),
             )
+        # No other positions have a loss, so the head computes no logits for them.
         hidden = states.last_hidden_state[0, batch.prediction_positions]
         # Detached: head and loss are computed without autograd, `backward` gets their gradient.
         return hidden.detach(), _Trace(current_pass, hidden)
@@ -108,7 +114,9 @@ class AutogradBackend:
     def backward(self, trace: _Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
         for span in trace.current_pass.spans:
-            span.slot.gradient.zero_()  # `lora_linear` adds to it
+            # `lora_linear` adds to it.
+            span.slot.gradient.zero_()
+        # Gradient checkpointing computes the blocks again within this call, with the same hooks.
         with self._during(trace.current_pass):
             torch.autograd.backward(trace.hidden, gradient)
 
@@ -117,17 +125,23 @@ class AutogradBackend:
         logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See `Backend.score`."""
+        # In 16 bits the sum over the vocabulary would be rounded too much.
         logits = logits.float()
+        target_columns = targets[:, None]
         log_probabilities = torch.log_softmax(logits, -1)
-        losses = -log_probabilities.gather(-1, targets[:, None])[:, 0]
+        log_likelihoods = log_probabilities.gather(-1, target_columns)
+        losses = -log_likelihoods[:, 0]
         if not with_gradient:
             return losses, logits.argmax(-1) == targets, None
-        del logits  # makes room for the gradient
-        # The gradient is the probabilities, minus 1 at the target.
+        # Makes room for the gradient.
+        del logits
+        # The gradient is the probabilities, minus 1 at the target. In place, because logits are by
+        # far the largest tensors.
         gradient = log_probabilities.exp_()
-        minus_one = gradient.new_full((1, 1), -1).expand(len(targets), 1)
-        gradient.scatter_add_(-1, targets[:, None], minus_one)
-        correct = torch.ones_like(targets, dtype=torch.bool)  # not used with a gradient
+        minus_one = gradient.new_full((1, 1), -1)
+        gradient.scatter_add_(-1, target_columns, minus_one.expand(len(targets), 1))
+        # Not used with a gradient: finding the likeliest token would read the logits once more.
+        correct = torch.ones_like(targets, dtype=torch.bool)
         return losses, correct, gradient
 
     @contextlib.contextmanager
@@ -140,7 +154,13 @@ class AutogradBackend:
         Yields:
             The base.
         """
-        self._pass = _Pass([_SlotSpan(slot, 0, None, None)], training=False)
+        all_tokens = _SlotSpan(
+            slot=slot,
+            start=0,
+            stop=None,
+            dropout_step=None,
+        )
+        self._pass = _Pass([all_tokens], training=False)
         try:
             yield self._base
         finally:
@@ -152,6 +172,7 @@ class AutogradBackend:
         checkpointing = self._gradient_checkpointing and current_pass.training
         was_training = self._base.training
         with contextlib.ExitStack() as stack:
+            # Registered before anything is changed, so that an error in between undoes it too.
             stack.callback(self._finish_pass, was_training)
             self._pass = current_pass
             stack.enter_context(attention_implementation(self._base.config, ATTENTION))
@@ -178,10 +199,8 @@ class AutogradBackend:
             output = None
             if separate:
                 spans = self._pass.spans
-                slot_outputs = [
-                    original(x[:, span.start : span.stop]) for span in spans
-                ]
-                output = torch.cat(slot_outputs, 1)
+                slot_inputs = [x[:, span.start : span.stop] for span in spans]
+                output = torch.cat([original(slot_x) for slot_x in slot_inputs], 1)
             return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward
@@ -196,10 +215,16 @@ def _adapted_tokens(
         adapter = span.slot.adapters.get(name)
         if adapter is None:
             continue
+        # Without an end the slot has all tokens: those of all rows while text is generated.
         stop = x[..., 0].numel() if span.stop is None else span.stop
-        seed = span.slot.seed
-        dropout = span.slot.dropout
-        tokens = SlotTokens(seed, dropout, adapter, span.start, stop, span.dropout_step)
+        tokens = SlotTokens(
+            seed=span.slot.seed,
+            dropout=span.slot.dropout,
+            adapter=adapter,
+            start=span.start,
+            stop=stop,
+            dropout_step=span.dropout_step,
+        )
         slot_tokens.append(tokens)
     return slot_tokens
 
@@ -214,6 +239,7 @@ def _gradient_checkpointing(base: "PreTrainedModel") -> Iterator[None]:
     disable = getattr(
         base, "activation_checkpointing_disable", base.gradient_checkpointing_disable
     )
+    # Reentrant checkpointing would give no gradients: no input of a block requires one.
     enable({"use_reentrant": False})
     try:
         yield

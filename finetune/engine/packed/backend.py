@@ -97,9 +97,8 @@ def supports_gpu_decoder(
         shapes: The base's config.
         quantization: Settings of the base's quantization.
     """
-    if (
-        shapes.model_type not in LLAMA_LIKE
-    ):  # others may lack the sizes that are read here
+    # Other configs may lack the sizes that are read below.
+    if shapes.model_type not in LLAMA_LIKE:
         return False
     head_dim = getattr(shapes, "head_dim", None)
     if not head_dim:
@@ -120,7 +119,8 @@ def _kernels_work() -> bool:
     try:
         from finetune.engine.packed.gpu.swiglu import swiglu
 
-        swiglu(*torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16))
+        gate, up = torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16)
+        swiglu(gate, up)
     except Exception as error:
         log.warning(
             "the GPU kernels cannot be compiled; training with PyTorch's slower operations (%s)",
@@ -134,9 +134,9 @@ def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
     """Build the GPU decoder of a base; None where the kernels do not support it."""
     # Remote code may give the modules another meaning.
     is_transformers_model = type(base).__module__.startswith("transformers.")
-    if not is_transformers_model or not supports_gpu_decoder(
-        base.config, config.quantization
-    ):
+    if not is_transformers_model:
+        return None
+    if not supports_gpu_decoder(base.config, config.quantization):
         return None
     from finetune.engine.packed.gpu.decoder import Decoder
 

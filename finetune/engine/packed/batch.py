@@ -23,7 +23,8 @@ def packed_length(rows: Sequence[dict[str, Any]]) -> int:
     """Count the tokens that a batch takes in a packed batch, a common prefix once."""
     repetitions = max(len(rows) - 1, 0)
     row_tokens = sum(map(computed_length, rows))
-    return row_tokens - common_prefix_length(rows) * repetitions
+    repeated_tokens = common_prefix_length(rows) * repetitions
+    return row_tokens - repeated_tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Span:
     def key_indices(self) -> torch.Tensor:
         """The tokens that the last query attends to: the prefix and the span itself [keys]."""
         prefix = torch.arange(self.prefix_start, self.prefix_stop)
-        return torch.cat([prefix, torch.arange(self.start, self.stop)])
+        span = torch.arange(self.start, self.stop)
+        return torch.cat([prefix, span])
 
 
 @dataclass
@@ -78,7 +80,14 @@ class _Layout:
         first_target = self.target_count
         prefix_length = common_prefix_length(rows)
         if prefix_length:
-            self.spans.append(Span(start, prefix_length, start, 0))
+            # The prefix is a span of its own, to which no label belongs.
+            prefix = Span(
+                start=start,
+                length=prefix_length,
+                prefix_start=start,
+                prefix_length=0,
+            )
+            self.spans.append(prefix)
             self.input_ids += rows[0]["input_ids"][:prefix_length]
             self.position_ids.append(numpy.arange(prefix_length))
         for row in rows:
@@ -95,12 +104,19 @@ class _Layout:
         """Append a row without its shared prefix, up to the token that predicts its last answer."""
         start = len(self.input_ids)
         length = computed_length(row)
-        span = Span(start, length - prefix_length, prefix_start, prefix_length)
+        span = Span(
+            start=start,
+            length=length - prefix_length,
+            prefix_start=prefix_start,
+            prefix_length=prefix_length,
+        )
         self.spans.append(span)
         self.input_ids += row["input_ids"][prefix_length:length]
+        # As if the row stood alone: its first positions are those of the prefix.
         self.position_ids.append(numpy.arange(prefix_length, length))
         # The hidden state of a token predicts the label of the next one.
-        labels = numpy.array(row["labels"][prefix_length + 1 :], dtype=numpy.int64)
+        next_labels = row["labels"][prefix_length + 1 :]
+        labels = numpy.array(next_labels, dtype=numpy.int64)
         (answers,) = numpy.nonzero(labels != IGNORED)
         self.targets.append(labels[answers])
         self.prediction_positions.append(answers + start)
@@ -135,11 +151,10 @@ class PackedBatch:
             numpy.array(layout.input_ids),
         ]
         # One copy to the device for all of them: each copy is a launch.
-        joined = to_device(torch.from_numpy(numpy.concatenate(arrays)), device)
+        joined = torch.from_numpy(numpy.concatenate(arrays))
         sizes = [len(array) for array in arrays]
-        targets, target_rows, positions, position_ids, input_ids = torch.split(
-            joined, sizes
-        )
+        tensors = torch.split(to_device(joined, device), sizes)
+        targets, target_rows, positions, position_ids, input_ids = tensors
         self.targets = targets
         """The answer tokens [answer tokens]."""
         self.target_rows = target_rows

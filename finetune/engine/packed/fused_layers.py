@@ -27,18 +27,18 @@ def fuse_layers(base: torch.nn.Module, active: Callable[[], bool]) -> None:
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(
-        module, "variance_epsilon"
-    )
+    # Each architecture has a class of its own, and some name their epsilon otherwise.
+    has_name = type(module).__name__.endswith("RMSNorm")
+    return has_name and hasattr(module, "variance_epsilon")
 
 
 def _is_swiglu(module: torch.nn.Module) -> bool:
     transformers_silu = type(ACT2FN["silu"])
-    if not isinstance(
-        getattr(module, "act_fn", None), torch.nn.SiLU | transformers_silu
-    ):
+    activation = getattr(module, "act_fn", None)
+    if not isinstance(activation, torch.nn.SiLU | transformers_silu):
         return False
-    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+    projections = ("gate_proj", "up_proj", "down_proj")
+    return all(hasattr(module, name) for name in projections)
 
 
 def _replace_forward(
@@ -54,6 +54,7 @@ def _replace_forward(
         output: torch.Tensor = original(x)
         return output
 
+    # Of this instance only: other models of the process share its class.
     module.forward = forward
 
 
@@ -103,7 +104,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad_normalized = (grad_output * weight).float()
+        # Computed again instead of kept: it is as large as the input.
         normalized = x.float() * inverse_rms
+        # A longer or shorter row has the same norm: the gradient has no component along the row.
         projection = (grad_normalized * normalized).mean(-1, keepdim=True)
         # (grad_normalized - normalized · projection) · inverse_rms, in place to save memory.
         parallel = normalized.mul_(projection)
@@ -117,6 +120,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
+        # In place on silu's output, which nothing else refers to.
         return silu(gate).mul_(up)
 
     @staticmethod

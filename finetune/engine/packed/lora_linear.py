@@ -43,6 +43,7 @@ class Adapter:
         tensors = (self.a, self.b, self.gradient_a, self.gradient_b)
         addresses = [tensor.data_ptr() for tensor in tensors]
         rank = len(self.a)
+        # The table has integers only: the float's bits are one of them.
         scaling = torch.tensor(self.scaling, dtype=torch.float64)
         scaling_bits = int(scaling.view(torch.int64))
         return [*addresses, rank, self.number, scaling_bits, 0]
@@ -80,13 +81,17 @@ class SlotTokens:
         generator = torch.Generator(x.device)
         # No two masks share a seed while a run has fewer batches and adapters than these factors.
         batch_seed = self.seed * 1_000_003 + self.dropout_step
-        generator.manual_seed((batch_seed * 4_093 + self.adapter.number) % 2**63)
+        layer_seed = batch_seed * 4_093 + self.adapter.number
+        # PyTorch takes seeds of at most 64 bits.
+        generator.manual_seed(layer_seed % 2**63)
         # One 64-bit draw serves four elements: drawing is the main cost of dropout on a CPU.
         word_count = math.ceil(x.numel() / 4)
         words = torch.empty(word_count, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=generator)
-        uniform = words.view(torch.int16)[: x.numel()].view(x.shape)
-        threshold = round(self.dropout * 65536) - 32768  # int16 begins at -32768
+        elements = words.view(torch.int16)[: x.numel()]
+        uniform = elements.view(x.shape)
+        # Of 65,536 values; int16 begins at -32,768.
+        threshold = round(self.dropout * 65536) - 32768
         return uniform < threshold
 
     @property
@@ -122,6 +127,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.layer = layer
         ctx.slot_tokens = slot_tokens
         ctx.computes_base = output is None
+        # Cloned, because the adapters' contributions are added in place, and autograd does not
+        # expect that an input changes.
         y = _base_output(x, layer) if output is None else output.clone()
         flat_x = x.flatten(0, -2)
         flat_y = y.flatten(0, -2)
@@ -131,10 +138,13 @@ class _LoraLinear(torch.autograd.Function):
             tokens = slice(slot.start, slot.stop)
             slot_x = flat_x[tokens]
             mask = slot.dropout_mask(slot_x)
+            # The masked input is not kept: the backward pass masks the input again.
             shrunk = _drop(slot_x, mask) @ slot.adapter.a.t()
             # In place on a view of y: one output for all slots, without a copy.
-            flat_y[tokens].addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
+            slot_y = flat_y[tokens]
+            slot_y.addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
             activations += [shrunk, mask]
+        # Not as attributes: only tensors that are saved this way can gradient checkpointing drop.
         ctx.save_for_backward(x, *activations)
         return y
 
@@ -145,6 +155,7 @@ class _LoraLinear(torch.autograd.Function):
         (grad_output,) = grad_outputs
         x, *activations = ctx.saved_tensors
         grad_x = None
+        # The first layers of a base have an input without a gradient, as embeddings are frozen.
         if ctx.needs_input_grad[0] and ctx.computes_base:
             grad_x = grad_output @ dense_weight(ctx.layer)
         elif ctx.needs_input_grad[0]:
@@ -159,11 +170,13 @@ class _LoraLinear(torch.autograd.Function):
             tokens = slice(slot.start, slot.stop)
             adapter = slot.adapter
             slot_grad = flat_grad_output[tokens]
+            # Scaled here, where it has only as many columns as the rank.
             grad_shrunk = (slot_grad @ adapter.b) * slot.scaling
             _add_product(adapter.gradient_b, slot_grad.t(), shrunk, slot.scaling)
             slot_x = _drop(flat_x[tokens], mask)
             _add_product(adapter.gradient_a, grad_shrunk.t(), slot_x, 1.0)
-            del slot_x  # with dropout it is a copy
+            # With dropout it is a copy.
+            del slot_x
             if flat_grad_x is not None:
                 _add_input_gradient(flat_grad_x[tokens], grad_shrunk, adapter.a, mask)
         grad_base = None if ctx.computes_base else grad_output
@@ -190,7 +203,8 @@ def _add_product(
     """Add `scale · left @ right` to a float32 gradient."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
-    else:  # `addmm_` does not mix dtypes
+    else:
+        # `addmm_` does not mix dtypes.
         total.add_(left @ right, alpha=scale)
 
 

@@ -41,6 +41,7 @@ def token_losses(
         targets: The answer tokens [answer tokens].
         loss_weights: Weight of each token's loss [answer tokens]; None: no gradient.
     """
+    # Before the loop: a quantised head is dequantised once for all chunks.
     weight = dense_weight(head)
     losses = []
     correct = []
@@ -49,8 +50,9 @@ def token_losses(
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)
         # No name is bound to the logits here, so that `score` can free them.
+        with_gradient = loss_weights is not None
         chunk_losses, chunk_correct, grad_logits = backend.score(
-            linear(hidden[chunk], weight), targets[chunk], loss_weights is not None
+            linear(hidden[chunk], weight), targets[chunk], with_gradient
         )
         losses.append(chunk_losses)
         correct.append(chunk_correct)
@@ -60,12 +62,14 @@ def token_losses(
             # The weights are float32, so weighting adds no rounding of its own to 16 bits.
             weighted = grad_hidden * loss_weights[chunk, None]
             gradients.append(weighted.to(hidden.dtype))
-        del grad_logits  # or those of two chunks would be in memory
+        # Or those of two chunks would be in memory.
+        del grad_logits
     gradient = torch.cat(gradients) if gradients else None
     return TokenLosses(torch.cat(losses), torch.cat(correct), gradient)
 
 
 def _chunk_size(tokens: int, limit: int) -> int:
     """Tokens of a chunk: about equal for all chunks, and a multiple of 16."""
+    # As few chunks as the limit allows; equal ones leave no small last product.
     chunks = math.ceil(tokens / limit)
     return 16 * math.ceil(tokens / chunks / 16)

@@ -34,6 +34,8 @@ class SlotOptimizer:
         settings = config.optimizer
         self._settings = settings
         self._slot = slot
+        # The vector's own memory, so that AdamW updates the slot. One vector for all layers does as
+        # well as a parameter for each, because AdamW computes each element by itself.
         self._weights = torch.nn.Parameter(slot.vector)
         self._adamw = torch.optim.AdamW(
             [self._weights],
@@ -41,7 +43,8 @@ class SlotOptimizer:
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
-            fused=True,  # one kernel for the whole vector
+            # One kernel for the whole vector.
+            fused=True,
         )
         scheduler = get_scheduler(
             settings.lr_scheduler_type,
@@ -62,8 +65,9 @@ class SlotOptimizer:
 
     def learning_rate(self, number: int) -> float:
         """The learning rate of a step, counted from 1."""
-        rate: float = self._settings.resolved_learning_rate * self._schedule(number - 1)
-        return rate
+        # The schedule counts the steps before this one.
+        factor: float = self._schedule(number - 1)
+        return self._settings.resolved_learning_rate * factor
 
     def update(
         self,
@@ -81,19 +85,26 @@ class SlotOptimizer:
         if self._loss_scale is not None:
             gradient.div_(self._loss_scale.value)
         limit = self._settings.max_grad_norm
-        padded_norm = norm + 1e-6  # as `torch.nn.utils.clip_grad_norm_` pads it
-        if limit and not padded_norm <= limit:  # true for NaN as well
+        # As `torch.nn.utils.clip_grad_norm_` pads it.
+        padded_norm = norm + 1e-6
+        # Not `>`: the condition is to be true for NaN as well.
+        if limit and not padded_norm <= limit:
             gradient.mul_(limit / padded_norm)
-        if self._loss_scale is None or self._loss_scale.update(math.isfinite(norm)):
-            self._adamw.param_groups[0]["lr"] = learning_rate
-            self._weights.grad = gradient
-            self._adamw.step()
-            self._weights.grad = None  # lets go of an accumulated gradient's memory
+        if self._loss_scale is not None:
+            is_finite = math.isfinite(norm)
+            if not self._loss_scale.update(is_finite):
+                return
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        self._weights.grad = gradient
+        self._adamw.step()
+        # Lets go of an accumulated gradient's memory.
+        self._weights.grad = None
 
     def save(self, checkpoint: Path) -> None:
         """Write the weights and the state into a checkpoint folder."""
         checkpoint.mkdir(parents=True, exist_ok=True)
-        tensors = {"weights": self._slot.vector, **self._adamw.state[self._weights]}
+        adamw_state = self._adamw.state[self._weights]
+        tensors = {"weights": self._slot.vector, **adamw_state}
         if self._loss_scale is not None:
             state = [self._loss_scale.value, self._loss_scale.good_steps]
             tensors["loss_scale"] = torch.tensor(state)
@@ -102,12 +113,15 @@ class SlotOptimizer:
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights and the state from a checkpoint folder."""
-        tensors = load_file(checkpoint / STATE, device=str(self._slot.bank.device))
+        device = str(self._slot.bank.device)
+        tensors = load_file(checkpoint / STATE, device=device)
+        # In place, because AdamW and the adapters refer to this memory.
         self._slot.vector.copy_(tensors.pop("weights"))
         state = tensors.pop("loss_scale", None)
         if self._loss_scale is not None and state is not None:
             self._loss_scale.value = float(state[0])
             self._loss_scale.good_steps = int(state[1])
+        # Empty if all steps before the checkpoint were skipped: AdamW has no state by then.
         if tensors:
             self._adamw.state[self._weights] = tensors
 

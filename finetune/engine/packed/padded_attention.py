@@ -63,9 +63,8 @@ def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Bucket
         longest = group[0].length
         for number, span in enumerate(group):
             first_output = offset + number * longest
-            output_indices[span.start : span.stop] = (
-                torch.arange(span.length) + first_output
-            )
+            indices = torch.arange(span.length) + first_output
+            output_indices[span.start : span.stop] = indices
         buckets.append(_make_bucket(group, device))
         offset += len(group) * longest
     return Buckets(buckets, output_indices.to(device))
@@ -75,7 +74,8 @@ def _group_by_length(spans: list[Span]) -> list[list[Span]]:
     """Group spans, the longest first, so that little of a group is padding."""
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: -span.length):
-        if groups and groups[-1][0].length <= MAX_LENGTH_RATIO * span.length + 16:
+        limit = MAX_LENGTH_RATIO * span.length + 16
+        if groups and groups[-1][0].length <= limit:
             groups[-1].append(span)
         else:
             groups.append([span])
@@ -91,15 +91,23 @@ def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
     queries = starts.repeat(1, query_count)
     keys = starts.repeat(1, key_count)
     for number, span in enumerate(spans):
+        # Shorter spans fill the front of their row only.
         key_indices = span.key_indices()
         queries[number, : span.length] = torch.arange(span.start, span.stop)
         keys[number, : len(key_indices)] = key_indices
     # A query comes after its whole prefix; keys are counted from the prefix's first token. The
     # keys' padding comes after the span's last query, so the causal mask hides it as well.
-    prefix_lengths = torch.tensor([span.prefix_length for span in spans])[:, None, None]
-    query_positions = torch.arange(query_count)[:, None] + prefix_lengths
-    distance = query_positions - torch.arange(key_count)
-    return _Bucket(queries.to(device), keys.to(device), distance[:, None].to(device))
+    prefix_lengths = torch.tensor([span.prefix_length for span in spans])
+    first_positions = prefix_lengths[:, None, None]
+    query_positions = first_positions + torch.arange(query_count)[:, None]
+    key_positions = torch.arange(key_count)
+    # One mask for all heads.
+    distance = (query_positions - key_positions)[:, None]
+    return _Bucket(
+        queries=queries.to(device),
+        keys=keys.to(device),
+        distance=distance.to(device),
+    )
 
 
 def attend_padded(
@@ -129,14 +137,22 @@ def attend_padded(
     flat_value = value.reshape(tokens, -1)
     outputs = []
     for bucket in buckets.buckets:
-        q = _gather(flat_query, bucket.queries, head_dim)
-        k = _repeat_heads(_gather(flat_key, bucket.keys, head_dim), heads)
-        v = _repeat_heads(_gather(flat_value, bucket.keys, head_dim), heads)
-        mask = bucket.mask(window)
-        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
+        bucket_query = _gather(flat_query, bucket.queries, head_dim)
+        bucket_key = _gather(flat_key, bucket.keys, head_dim)
+        bucket_value = _gather(flat_value, bucket.keys, head_dim)
+        output = scaled_dot_product_attention(
+            bucket_query,
+            _repeat_heads(bucket_key, heads),
+            _repeat_heads(bucket_value, heads),
+            attn_mask=bucket.mask(window),
+            scale=scale,
+        )
+        outputs.append(_join_heads(output))
+    # `torch.cat` would copy a single output.
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return embedding(buckets.output_indices, joined).view(query.shape)
+    # Leaves out the outputs of padding.
+    output = embedding(buckets.output_indices, joined)
+    return output.view(query.shape)
 
 
 def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -144,12 +160,21 @@ def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch
 
     The gradient of `embedding` sums over the rows that share a prefix.
     """
+    spans, length = indices.shape
     padded = embedding(indices, states)
-    return padded.view(*padded.shape[:2], -1, head_dim).transpose(1, 2)
+    heads = padded.view(spans, length, -1, head_dim)
+    return heads.transpose(1, 2)
+
+
+def _join_heads(output: torch.Tensor) -> torch.Tensor:
+    """Turn [spans, heads, length, head_dim] into [spans · length, heads · head_dim]."""
+    tokens_first = output.transpose(1, 2)
+    return tokens_first.flatten(2).flatten(0, 1)
 
 
 def _repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     """Repeat key/value heads for grouped-query attention [spans, heads, length, head_dim]."""
-    if states.shape[1] == heads:
+    key_heads = states.shape[1]
+    if key_heads == heads:
         return states
-    return states.repeat_interleave(heads // states.shape[1], dim=1)
+    return states.repeat_interleave(heads // key_heads, dim=1)

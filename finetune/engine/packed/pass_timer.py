@@ -29,5 +29,6 @@ class PassTimer:
         """Return the duration; on a GPU to be called after the pass's results are fetched."""
         if self._start_event is None or self._stop_event is None:
             return time.perf_counter() - self._start_time
+        # Both events are past: fetching the results has waited for the GPU.
         milliseconds: float = self._start_event.elapsed_time(self._stop_event)
         return milliseconds / 1000

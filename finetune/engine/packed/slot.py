@@ -62,9 +62,10 @@ class Slot:
         layers = _lora_layers(model)
         self._parameters = _trained_parameters(layers)
         self._slices = _consecutive_slices(self._parameters)
-        weights = torch.cat(
-            [parameter.data.flatten() for parameter in self._parameters]
-        )
+        # One vector: the norm of the gradient, the update and a copy to the host are one operation
+        # each, however many layers there are.
+        flat_parameters = [parameter.data.flatten() for parameter in self._parameters]
+        weights = torch.cat(flat_parameters)
         self.vector = to_device(weights, bank.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
@@ -83,11 +84,11 @@ class Slot:
         gradients = self._views(self.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
-            index = (
-                2 * number
-            )  # A and B of each layer in turn, as in `_trained_parameters`
+            # A and B of each layer in turn, as in `_trained_parameters`.
+            index = 2 * number
             adapters[name] = Adapter(
                 number=number,
+                # PEFT's own figure, which follows `use_rslora`.
                 scaling=float(layer.scaling["default"]),
                 a=weights[index],
                 b=weights[index + 1],
@@ -119,6 +120,7 @@ class Slot:
             event: Recorded after the last update of the weights; None on a CPU.
         """
         with copy_stream_after(event):
+            # Blocks the host until the copy is complete, so the stream need not be waited for.
             weights = self.vector.cpu()
         self._bind_model(weights)
         try:
@@ -128,6 +130,7 @@ class Slot:
 
     def round(self) -> None:
         """Refresh the weights that matrix products read, where they have another dtype."""
+        # In place, because the adapters' views and the kernels' addresses are of this memory.
         if self._product_weights is not self.vector:
             self._product_weights.copy_(self.vector)
 

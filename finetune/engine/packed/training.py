@@ -79,6 +79,7 @@ class PackedTraining:
         """
         if checkpoint is not None:
             self._optimizer.load(checkpoint)
+            # A copy to the host has to wait for the loaded weights too.
             self._weights_event = record_event(self._slot.bank.device)
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
@@ -90,14 +91,13 @@ class PackedTraining:
             for number, step in enumerate(steps, 1):
                 if progress.stop is not None:
                     break
-                if (
-                    number <= progress.step
-                ):  # before the checkpoint that the run resumes from
+                # Before the checkpoint that the run resumes from.
+                if number <= progress.step:
                     continue
                 yield from self._step(number, step, reporter)
-                is_due = save_every and (
-                    number % save_every == 0 or number == self._total
-                )
+                is_last = number == self._total
+                is_due = save_every and (number % save_every == 0 or is_last)
+                # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
                     self._optimizer.save(path)
@@ -114,22 +114,25 @@ class PackedTraining:
         """
         examples = rows
         batch_size = self._config.trainer.per_device_eval_batch_size
-        order = sorted(
-            range(len(examples)), key=lambda index: -computed_length(examples[index])
-        )
+        lengths = [computed_length(row) for row in examples]
+        indices = range(len(examples))
+        order = sorted(indices, key=lambda index: -lengths[index])
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
         correct = 0.0
         for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = [examples[index] for index in indices]
+            batch_indices = order[start : start + batch_size]
+            batch = [examples[index] for index in batch_indices]
             evaluation: Evaluation = yield Evaluate(self._slot, batch)
-            for position, index in enumerate(indices):
+            for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
             correct += evaluation.accuracy * evaluation.tokens
-        accuracy = correct / max(sum(tokens), 1)
-        return Evaluation(tuple(losses), tuple(tokens), accuracy)
+        return Evaluation(
+            row_losses=tuple(losses),
+            row_tokens=tuple(tokens),
+            accuracy=correct / max(sum(tokens), 1),
+        )
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.
@@ -150,10 +153,15 @@ class PackedTraining:
     ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
-        batches = [[self._rows[index] for index in indices] for indices in step.batches]
+        batches = []
+        for indices in step.batches:
+            batches.append([self._rows[index] for index in indices])
+        # Over all batches of the step, so that each answer token has the same weight, whatever
+        # the batch that it is in.
         answer_tokens = sum(map(count_answer_tokens, batches))
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
+        # Counted over the whole run, so that no two batches have the same dropout masks.
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
         seconds = 0.0
@@ -161,13 +169,18 @@ class PackedTraining:
         accumulated = None
         for index, batch in enumerate(batches):
             result: ForwardBackwardResult = yield ForwardBackward(
-                slot, batch, token_weight * loss_scale, first_batch + index
+                slot=slot,
+                rows=batch,
+                loss_weight=token_weight * loss_scale,
+                dropout_step=first_batch + index,
             )
             loss += result.loss * token_weight
             seconds += result.seconds
             norm = result.norm
-            if len(batches) > 1:  # the slot's gradient is the last batch's only
+            # The slot's gradient is that of the last batch only.
+            if len(batches) > 1:
                 accumulated = _accumulate(accumulated, slot.gradient)
+        # The norm of a sum is not known from the norms of its terms.
         if accumulated is not None:
             norm = float(accumulated.norm())
         norm /= loss_scale
@@ -175,19 +188,32 @@ class PackedTraining:
         learning_rate = self._optimizer.learning_rate(number)
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
-        tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
+        tokens = 0
+        for batch in batches:
+            tokens += sum(len(row["input_ids"]) for row in batch)
         yield from reporter.report_step(
-            number, loss, norm, learning_rate, tokens, seconds
+            step=number,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            seconds=seconds,
         )
 
 
 def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
     """Add a batch's gradient to the sum of those before it, in place; None: there are none."""
     if total is None:
-        return gradient.clone()  # the next batch overwrites the gradient
+        # The next batch overwrites the gradient.
+        return gradient.clone()
     return total.add_(gradient)
 
 
 def count_answer_tokens(rows: list[Row]) -> int:
     """Count the tokens that the loss counts."""
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    count = 0
+    for row in rows:
+        # No token predicts the first one.
+        predicted = row["labels"][1:]
+        count += sum(label != IGNORED for label in predicted)
+    return count

@@ -35,14 +35,17 @@ def varlen_bounds(spans: list[Span], device: torch.device) -> VarlenBounds:
         spans: Of the packed batch, in order.
         device: Where the tensors go.
     """
-    query_counts = torch.tensor([0] + [span.length for span in spans])
-    key_counts = torch.tensor(
-        [0] + [span.length + span.prefix_length for span in spans]
-    )
+    lengths = [span.length for span in spans]
+    prefix_lengths = [span.prefix_length for span in spans]
+    # With a 0 in front, their sums are where each span begins.
+    query_counts = torch.tensor([0, *lengths])
+    key_counts = query_counts + torch.tensor([0, *prefix_lengths])
     key_indices = None
-    if any(span.prefix_length for span in spans):
+    # A span's keys have to be consecutive, so those of a shared prefix are repeated.
+    if any(prefix_lengths):
         indices = torch.cat([span.key_indices() for span in spans])
         key_indices = indices.to(device)
+    # The largest counts are read on the host: reading them from a GPU would wait for its work.
     return VarlenBounds(
         query_offsets=query_counts.cumsum(0).to(device, torch.int32),
         key_offsets=key_counts.cumsum(0).to(device, torch.int32),
@@ -90,9 +93,8 @@ def attend_varlen(
         window_size=(tokens_before, 0),
         **_grouped_query_argument(),
     )
-    assert isinstance(
-        output, torch.Tensor
-    )  # a pair only if auxiliary outputs are requested
+    # A pair only if auxiliary outputs are requested.
+    assert isinstance(output, torch.Tensor)
     return output
 
 

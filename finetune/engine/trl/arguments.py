@@ -51,12 +51,13 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
     }
     extra = config.trainer.extra
     _check_extra(extra, arguments.keys())
-    # save_total_limit: the reporter removes old checkpoints, once the next one is complete.
+    # The reporter removes old checkpoints itself, once the next one is complete.
     arguments |= {**extra, "save_total_limit": None}
     try:
         return SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())  # in one line
+        # In one line.
+        reason = " ".join(str(error).split())
         raise ConfigError(f"trainer.extra={extra}: {reason}") from None
 
 
@@ -97,7 +98,8 @@ def _optimizer_arguments(optimizer: OptimizerSettings) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "lr_scheduler_type": optimizer.lr_scheduler_type,
-        "warmup_steps": optimizer.warmup_ratio,  # a value below 1 is a share of all steps
+        # transformers 5.23 has no `warmup_ratio`: a number below 1 is a share of all steps.
+        "warmup_steps": optimizer.warmup_ratio,
         "adam_beta1": optimizer.adam_beta1,
         "adam_beta2": optimizer.adam_beta2,
         "adam_epsilon": optimizer.adam_epsilon,
@@ -109,9 +111,12 @@ def _reporting_arguments(config: RunConfig, steps: int) -> dict[str, Any]:
     save_steps = resolve_steps(config.trainer.save_steps, steps)
     return {
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # or transformers would hide a loss of NaN
+        # transformers would hide a loss of NaN, which ends the run.
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps" if save_steps else "no",
         "save_steps": save_steps or 1,
+        # The reporter evaluates. It also writes to the run's tracker: transformers' own W&B
+        # callback expects one active run in a process.
         "eval_strategy": "no",
         "report_to": "none",
     }
@@ -131,7 +136,6 @@ def _dataset_arguments(config: RunConfig) -> dict[str, Any]:
         "max_length": config.dataset.max_length,
         "packing": config.dataset.packing,
         "dataset_text_field": config.dataset.text_field,
-        "dataset_kwargs": {
-            "skip_prepare_dataset": True
-        },  # the rows are tokenised already
+        # The rows are tokenised already.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
     }

@@ -45,20 +45,23 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Report a step: `logging_steps=1`, so that the trainer logs each one."""
-        if logs is None or "loss" not in logs:  # the summary at the end of training
+        # The summary at the end of training has no `loss`.
+        if logs is None or "loss" not in logs:
             return
         seconds = time.perf_counter() - self._training_since
-        total_tokens = logs["num_tokens"]  # of all steps so far
+        # TRL counts the tokens of all steps so far.
+        total_tokens = logs["num_tokens"]
         tokens = total_tokens - self._total_tokens
         self._total_tokens = total_tokens
         steps = self._reporter.report_step(
-            state.global_step,
-            logs["loss"],
-            logs.get("grad_norm"),
-            logs["learning_rate"],
-            int(tokens),
-            seconds,
+            step=state.global_step,
+            loss=logs["loss"],
+            grad_norm=logs.get("grad_norm"),
+            learning_rate=logs["learning_rate"],
+            tokens=int(tokens),
+            seconds=seconds,
         )
+        # The trainer's loop calls back and can't yield the run's requests itself.
         drive(steps)
         self._training_since = time.perf_counter()
         stop = self._reporter.progress.stop

@@ -69,19 +69,18 @@ class TrlTraining:
         Returns:
             Nothing; the trained adapter is in `model`.
         """
-        yield from ()  # no requests: the base can't be shared with other runs
+        # A generator without requests: the base can't be shared with other runs.
+        yield from ()
+        # The Trainer would train one more step.
         if checkpoint is not None and reporter.progress.step >= reporter.total:
-            load_adapter(
-                self.model, checkpoint
-            )  # the Trainer would train one more step
+            load_adapter(self.model, checkpoint)
             return
         trainer = self._create_trainer(reporter)
+        resumed = None if checkpoint is None else str(checkpoint)
         with reporter.live():
             drive(reporter.begin())
             if reporter.progress.stop is None:
-                trainer.train(
-                    resume_from_checkpoint=str(checkpoint) if checkpoint else None
-                )
+                trainer.train(resume_from_checkpoint=resumed)
 
     def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows.
@@ -92,6 +91,7 @@ class TrlTraining:
         Returns:
             The evaluation, with the rows in their order.
         """
+        # A generator without requests, as `train`.
         yield from ()
         batch_size = self._config.trainer.per_device_eval_batch_size
         return evaluate(self.model, rows, batch_size, self._config.quantization)
@@ -124,6 +124,7 @@ class TrlTraining:
                 weight.data = weights[name]
         lengths = self._rows.lengths
         set_train_sampler(trainer, EpochSampler(lengths, self._config))
-        trainer.remove_callback(PrinterCallback)  # the reporter shows progress
+        # The reporter shows progress.
+        trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         return trainer

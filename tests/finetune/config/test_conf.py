@@ -331,7 +331,7 @@ def test_guanaco_computes_in_float16_on_a_gpu(guanaco: RunConfig) -> None:
 
 
 def test_guanaco_adapts_as_published(guanaco: RunConfig) -> None:
-    from finetune.model.adapter import lora_config
+    from finetune.model.lora_config import lora_config
 
     arguments = lora_config(guanaco.lora)
 

@@ -72,8 +72,8 @@ def test_all_linear_leaves_out_the_output_head(
 def test_target_modules_that_the_base_lacks_are_refused_with_those_it_has(
     tiny: Tiny,
 ) -> None:
-    from finetune.model.adapter import check_targets
     from finetune.model.source import find_base
+    from finetune.model.target_modules import check_targets
 
     def check(*overrides: str) -> None:
         config = tiny(*overrides)
@@ -93,8 +93,8 @@ def test_target_modules_that_the_base_lacks_are_refused_with_those_it_has(
 def test_the_check_of_target_modules_reads_no_weights(
     tiny: Tiny, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from finetune.model.adapter import check_targets
     from finetune.model.source import BaseSource
+    from finetune.model.target_modules import check_targets
 
     (tmp_path / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
     config = tiny("lora.target_modules=[c_attn]")

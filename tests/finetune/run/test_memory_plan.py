@@ -200,7 +200,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     for module in (attention, cross_entropy, lowrank, rms_norm, rotary, swiglu):
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr(
-        "finetune.engine.packed.bank.holds", lambda *_, **__: True
+        "finetune.engine.packed.backend_probe.holds", lambda *_, **__: True
     )  # it computes
     shapes = {
         "hidden_size": 512,

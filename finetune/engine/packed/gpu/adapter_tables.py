@@ -29,6 +29,7 @@ class AdapterSpan:
         """As the kernels read it: the dropout in units of 2**-32."""
         # Below 1, because the kernels divide by the share of elements that dropout keeps.
         dropout = min(self.dropout, 1 - 2**-20)
+        # The kernels compare it with 32 random bits of each element.
         threshold = round(dropout * 2**32)
         return self.start, self.stop, self.dropout_key, threshold
 
@@ -50,15 +51,19 @@ class AdapterTables:
             device: Of the pass.
         """
         tokens = max(span.stop for span in spans)
-        # Small tiles keep a large GPU busy with few tokens.
+        # Few tokens make few tiles: with small ones there are enough to keep a large GPU busy.
         self.tile_tokens = 64 if tokens >= 4096 else 16
         """Tokens of one program."""
+        # Still on the CPU: the figures below are constants of the kernels, and reading them from
+        # the GPU would wait for its pending work.
         tables = torch.stack(slot_tables)
         ranks = tables[:, :, 4]
         addresses = tables[:, :, :4]
         # `tl.dot` needs at least 16 columns, and Triton's blocks are powers of 2.
-        self.rank = max(16, triton.next_power_of_2(int(ranks.max())))
+        largest_rank = int(ranks.max())
+        self.rank = max(16, triton.next_power_of_2(largest_rank))
         """Columns of the activations between A and B: the largest rank, rounded up."""
+        # A slot's matrices are consecutive in one vector: an odd size misaligns the ones behind it.
         misaligned = (ranks % 8).any() | (addresses % 16).any()
         self.aligned = not bool(misaligned)
         """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
@@ -67,8 +72,10 @@ class AdapterTables:
         self.spans = to_device(span_rows, device)
         """[slots, 4], as `AdapterSpan.row`."""
         tile_rows = _tile_rows(spans, self.tile_tokens)
-        self.tiles = to_device(torch.tensor(tile_rows, dtype=torch.int32), device)
+        tiles = torch.tensor(tile_rows, dtype=torch.int32)
+        self.tiles = to_device(tiles, device)
         """For each tile of tokens: its slot and its first token [tiles, 2]."""
+        # One copy for all layers, then a view for each.
         self.layers = to_device(tables, device).unbind(1)
         """For each layer, its row in each slot's table [slots, COLUMNS]."""
 

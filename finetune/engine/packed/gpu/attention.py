@@ -55,8 +55,9 @@ class SpanTables:
 
 def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
     """The rows of `SpanTables.spans`."""
+    # One past the last token that attends to the span that starts there. The rows that share a
+    # prefix follow it at once, so all tokens between it and its last reader see it.
     last_readers = {span.start: span.stop for span in spans}
-    """One past the last token that attends to the span that starts there."""
     for span in spans:
         if span.prefix_length:
             last_reader = last_readers[span.prefix_start]
@@ -127,7 +128,15 @@ def attention(
     grid = (len(tables.blocks), heads, 1)
     constants = _constants(head_dim, window_tokens)
     launch(attention_kernel, grid, arguments, constants, 4, 3)
-    return AttentionTrace(query, key, value, output, log_sum_exp, scale, window_tokens)
+    return AttentionTrace(
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        log_sum_exp=log_sum_exp,
+        scale=scale,
+        window=window_tokens,
+    )
 
 
 def attention_backward(
@@ -154,15 +163,13 @@ def attention_backward(
     grad_query = torch.empty_like(query)
     grad_key = torch.empty_like(trace.key)
     grad_value = torch.empty_like(trace.value)
-    # Sum of output · gradient of each row (D in the paper): the first kernel writes it, the
-    # second one reads it.
+    # Sum of output · gradient of each query (D in the paper): the first kernel writes it, the
+    # second one reads it. So the order of the two launches matters.
     output_grad_sum = torch.empty_like(trace.log_sum_exp)
     # The kernels rotate back themselves where the two halves of a head are halves of the block.
     rotate_in_kernel = rotation is not None and _padded_head_dim(head_dim) == head_dim
-    cos, sin = rotation or (
-        query,
-        query,
-    )  # any tensors, where the kernels don't read them
+    # Any tensors, where the kernels don't read them.
+    cos, sin = rotation or (query, query)
     shared_arguments = (
         cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
         tables.position_ids, tables.blocks, tables.spans,
@@ -177,6 +184,7 @@ def attention_backward(
         attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3
     )
     key_arguments = (grad_key, grad_value, *shared_arguments)
+    # A program for each key head: it sums over the query heads that share it.
     key_grid = (blocks, key_heads, 1)
     launch(
         attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2

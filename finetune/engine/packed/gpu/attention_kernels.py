@@ -154,9 +154,8 @@ def _softmax_step(scores, maximum, denominator):
     return new_maximum, denominator, weights, rescale
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def attention_kernel(
     query, key, value, output, log_sum_exp, position_ids, blocks, spans, scale, token_count,
     heads, group_size, head_dim, window,
@@ -174,7 +173,8 @@ def attention_kernel(
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
     denominator = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for section in tl.static_range(2):  # the shared prefix, then the span itself
+    # The shared prefix, then the span itself. No query sees a key behind its block.
+    for section in tl.static_range(2):
         if section == 0:
             begin = prefix_start
             end = prefix_stop
@@ -191,11 +191,14 @@ def attention_kernel(
             maximum, denominator, weights, rescale = _softmax_step(
                 scores, maximum, denominator
             )
+            # Earlier weights were relative to an earlier maximum.
             rescaled = result * rescale[:, None]
+            # Rounded to the values' dtype, because `tl.dot` takes two operands of the same dtype.
             result = tl.dot(
                 weights.to(values.dtype), values, rescaled, input_precision="ieee"
             )
-    denominator = tl.where(token_mask, denominator, 1.0)  # beyond the span it is 0
+    # Beyond the span it may be 0.
+    denominator = tl.where(token_mask, denominator, 1.0)
     query_log_sum_exp = maximum + tl.log2(denominator)
     tl.store(
         log_sum_exp + head * token_count + tokens, query_log_sum_exp, mask=token_mask
@@ -216,9 +219,8 @@ def attention_kernel(
     )
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def attention_backward_query_kernel(
     grad_query, output, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
     position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
@@ -236,9 +238,8 @@ def attention_backward_query_kernel(
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
-    first_query = (
-        head * token_count
-    )  # of this head, in what has one number for each query
+    # Of this head, in tensors with one number for each query [heads, tokens].
+    first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
     )
@@ -246,7 +247,8 @@ def attention_backward_query_kernel(
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for section in tl.static_range(2):  # the shared prefix, then the span itself
+    # The shared prefix, then the span itself. No query sees a key behind its block.
+    for section in tl.static_range(2):
         if section == 0:
             begin = prefix_start
             end = prefix_stop
@@ -262,12 +264,15 @@ def attention_backward_query_kernel(
             log_weights = tl.where(
                 visible, scores - query_log_sum_exp[:, None], -float("inf")
             )
+            # The stored log-sum-exp gives the softmax at once, so nothing has to be rescaled here.
             weights = tl.exp2(log_weights)
+            # Through the softmax: each weight times its gradient's distance from the row's mean.
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
             grad_scores = weights * (grad_weights - grad_sums[:, None])
             result = tl.dot(
                 grad_scores.to(keys.dtype), keys, result, input_precision="ieee"
             )
+    # Without LOG2_E, which only belongs to the scores' powers of 2.
     result = result * gradient_scale
     _store_head(
         grad_query, result, cos, sin, tokens, heads, head, head_dim, token_mask, ROTATE_BACK,
@@ -301,9 +306,8 @@ def _load_queries(
     return queries, grads, query_log_sum_exp, grad_sums, visible
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def attention_backward_key_value_kernel(
     grad_key, grad_value, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
     position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
@@ -327,10 +331,10 @@ def attention_backward_key_value_kernel(
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     first_head = key_head * group_size
+    # All query heads that share the keys in one program: no two add to the same gradient.
     for head in range(first_head, first_head + group_size):
-        for section in tl.static_range(
-            2
-        ):  # the span from here on, then the rows that share it
+        # The span from here on, then the rows that share it.
+        for section in tl.static_range(2):
             if section == 0:
                 begin = first
                 end = stop

@@ -47,10 +47,12 @@ def _cross_entropy_kernel(
     logits, targets, losses, correct, vocabulary,
     WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)  # offsets may be too large for 32 bits
+    # Offsets may be too large for 32 bits.
+    token = tl.program_id(0).to(tl.int64)
     token_logits = logits + token * vocabulary
     target = tl.load(targets + token)
-    # Online softmax (Milakov and Gimelshein, 2018): maximum and denominator in one pass.
+    # Online softmax (Milakov and Gimelshein, 2018): maximum and denominator in one pass. What was
+    # summed under an earlier maximum shrinks to the new one.
     maximum = -float("inf")
     likeliest = 0
     denominator = 0.0
@@ -69,6 +71,7 @@ def _cross_entropy_kernel(
     target_logit = tl.load(token_logits + target).to(tl.float32)
     tl.store(losses + token, log_sum_exp - target_logit)
     tl.store(correct + token, likeliest == target)
+    # The second and last pass over the logits: the denominator has to be known first.
     if WITH_GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)

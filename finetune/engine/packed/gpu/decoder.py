@@ -86,10 +86,12 @@ class Decoder:
         self._rotary = model.rotary_emb
         self._norm = model.norm
         self._gradient_checkpointing = gradient_checkpointing
-        modules = model.named_modules(prefix=prefix)
-        linear_names = [
-            name for name, module in modules if isinstance(module, torch.nn.Linear)
-        ]
+        # Quantised layers are linear layers too. In the order of the modules, so that layers with
+        # the same input have consecutive rows, as `linear_group` needs them.
+        linear_names = []
+        for name, module in model.named_modules(prefix=prefix):
+            if isinstance(module, torch.nn.Linear):
+                linear_names.append(name)
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
         # Mistral's attention modules read the window from the config at each call; the other
@@ -122,27 +124,34 @@ class Decoder:
         """See `Backend.forward`."""
         x: torch.Tensor = self._embedding(batch.input_ids)[0]
         context = self._context(x, batch, slots, dropout_steps)
+        layers = len(self._blocks)
         recomputed = 0
         if self._gradient_checkpointing:
-            recomputed = len(self._blocks) - stored_blocks(
-                len(self._blocks), len(slots)
-            )
+            recomputed = layers - stored_blocks(layers, len(slots))
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
             output, activations = block.forward(x, context)
             assert output is not None
             x = output
-            if dropout_steps:  # training
-                stored.append(
-                    activations.block_input if number < recomputed else activations
-                )
+            # Steps are given in training only.
+            if dropout_steps and number < recomputed:
+                stored.append(activations.block_input)
+            elif dropout_steps:
+                stored.append(activations)
             # Or they would outlive the next block's forward pass.
             del activations, output
+        # The last norm and the head see no other positions: only these have a loss.
         hidden = x[batch.prediction_positions]
         normalized, inverse_rms, _ = rms_norm(
             hidden, self._norm.weight, self._norm.variance_epsilon
         )
-        return normalized, Trace(context, stored, hidden, inverse_rms)
+        trace = Trace(
+            context=context,
+            blocks=stored,
+            hidden=hidden,
+            inverse_rms=inverse_rms,
+        )
+        return normalized, trace
 
     def _context(
         self,
@@ -155,14 +164,14 @@ class Decoder:
         cos, sin = self._rotary(x[None], batch.position_ids)
         spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
-        adapted_layers: frozenset[str] = frozenset().union(
-            *(slot.adapters for slot in slots)
-        )
+        layers_by_slot = [slot.adapters.keys() for slot in slots]
+        adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
         return PassContext(
             batch=batch,
             spans=SpanTables(batch.spans, batch.position_ids[0]),
             adapters=AdapterTables(spans, tables, x.device),
             adapted_layers=adapted_layers,
+            # Contiguous, because the kernels compute addresses from the sizes alone.
             cos=cos[0].contiguous(),
             sin=sin[0].contiguous(),
         )
@@ -171,16 +180,25 @@ class Decoder:
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
         batch = trace.context.batch
-        grad = gradient.new_zeros(batch.input_ids.shape[1], gradient.shape[1])
+        tokens = batch.input_ids.shape[1]
+        hidden_size = gradient.shape[1]
+        # Positions that predict no answer token have no gradient of their own, but the blocks
+        # below give them one: answers attend to them.
+        grad = gradient.new_zeros(tokens, hidden_size)
         # An answer token is predicted at one position only, so nothing has to be summed.
         grad[batch.prediction_positions] = rms_norm_backward(
             gradient.contiguous(), trace.hidden, self._norm.weight, trace.inverse_rms
         )
-        del trace.hidden, gradient  # makes room
+        # Makes room.
+        del trace.hidden, gradient
+        # As in `stored_blocks`: several slots need room for as many batches anyway.
         cache_weights = len(batch.batch_spans) > 1
         for block in reversed(self._blocks):
+            # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
-            weight_cache: dict[str, torch.Tensor] | None = {} if cache_weights else None
+            weight_cache: dict[str, torch.Tensor] | None = None
+            if cache_weights:
+                weight_cache = {}
             context = dataclasses.replace(trace.context, weight_cache=weight_cache)
             if isinstance(stored, torch.Tensor):
                 _, stored = block.forward(stored, context, recompute=True)
@@ -195,17 +213,22 @@ def _adapter_spans(
 ) -> list[AdapterSpan]:
     """Each slot's tokens, dropout, and the key of its dropout masks."""
     spans = []
-    for number, (slot, (start, stop)) in enumerate(
-        zip(slots, batch.batch_spans, strict=True)
-    ):
+    slot_spans = zip(slots, batch.batch_spans, strict=True)
+    for number, (slot, (start, stop)) in enumerate(slot_spans):
         key = 0
         dropout = 0.0
         if dropout_steps:
-            # Of the run's seed and its batch alone, whatever else trains beside it.
-            seed = f"{slot.seed} {dropout_steps[number]}"
-            key = random.Random(seed).getrandbits(
-                63
-            )  # one bit less: the tables are signed
+            # Of the run's seed and its batch alone, whatever else trains beside it. Python hashes
+            # a text that seeds its generator, so keys of consecutive batches are unrelated.
+            generator = random.Random(f"{slot.seed} {dropout_steps[number]}")
+            # Not 64 bits: the tables are signed.
+            key = generator.getrandbits(63)
             dropout = slot.dropout
-        spans.append(AdapterSpan(start, stop, key, dropout))
+        span = AdapterSpan(
+            start=start,
+            stop=stop,
+            dropout_key=key,
+            dropout=dropout,
+        )
+        spans.append(span)
     return spans

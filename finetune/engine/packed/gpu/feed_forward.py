@@ -70,10 +70,12 @@ class FeedForward:
             The sum [tokens, hidden_size], None where it is left out; the activations.
         """
         normalized: torch.Tensor | None
+        # The copy of x is where the sum is built: a recomputed layer has none.
         normalized, inverse_rms, residual = rms_norm(
             x, self._norm.weight, self._norm.variance_epsilon, copy_input=not recompute
         )
         (gate, up), shrunk_gate_up = self._gate_up.forward(normalized, context)
+        # Only the gradient of an adapter's A reads it.
         if shrunk_gate_up is None:
             normalized = None
         output = None
@@ -116,6 +118,7 @@ class FeedForward:
             [grad_output], activations.shrunk_down, context
         )
         is_down_adapted = grad_shrunk is not None
+        # The down layer's A gets its gradient from the product; nothing else needs it again.
         product = swiglu_backward(
             grad_product,
             activations.gate,
@@ -123,16 +126,18 @@ class FeedForward:
             recompute_output=is_down_adapted,
         )
         self._down.backward_a(product, grad_shrunk, context)
+        # The product of gate and up is as large as either of them.
         del grad_product, product
-        grads = [activations.gate, activations.up]  # overwritten by their gradients
+        # `swiglu_backward` has overwritten both by their gradients.
+        grads = [activations.gate, activations.up]
         grad_normalized, grad_shrunk = self._gate_up.backward(
             grads, activations.shrunk_gate_up, context
         )
         self._gate_up.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
             grad_normalized,
-            activations.x,
-            self._norm.weight,
-            activations.inverse_rms,
-            grad_output,
+            x=activations.x,
+            weight=self._norm.weight,
+            inverse_rms=activations.inverse_rms,
+            grad_residual=grad_output,
         )

@@ -41,6 +41,7 @@ def launch(
     )
     key = (kernel, kinds, constants, warps, stages)
     compiled = _compiled.get(key)
+    # The first launch of a combination compiles; later ones skip Triton's Python code.
     if compiled is None:
         _compiled[key] = compile_and_launch(
             kernel, grid, arguments, constants, warps, stages

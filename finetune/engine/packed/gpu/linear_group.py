@@ -61,6 +61,7 @@ class LinearGroup:
         layer = self.layers[number]
         name = self.names[number]
         weight = dense_weight(layer)
+        # For the backward pass of a block that is computed again, which follows at once.
         if context.weight_cache is not None:
             context.weight_cache[name] = weight
         # `addmm_` adds the product to what is there without a pass of its own over memory, and
@@ -148,7 +149,8 @@ class LinearGroup:
                 grad_x = grad_output @ weight
             else:
                 grad_x.addmm_(grad_output, weight)
-            del weight  # or two dequantised ones would be in memory
+            # Or two dequantised ones would be in memory.
+            del weight
         assert grad_x is not None
         return grad_x, grad_shrunk
 
@@ -196,6 +198,8 @@ def linear_group(
     """
     names = [f"{module_name}.{projection}" for projection in projections]
     rows = [table_rows[name] for name in names]
-    assert rows == list(range(rows[0], rows[0] + len(rows)))  # the kernels count on it
+    # The kernels are given the first row only.
+    consecutive = range(rows[0], rows[0] + len(rows))
+    assert rows == list(consecutive)
     layers = [getattr(module, projection) for projection in projections]
     return LinearGroup(layers, names, rows[0])

@@ -128,8 +128,10 @@ def _launch_shrink(
 ) -> None:
     count, tokens, rank = shrunk.shape
     width = x.shape[1]
+    # The first layer's; the kernel goes on to the rows behind it.
     table = tables.layers[layer]
     rank_block = min(rank, 128)
+    # Dropout falls on the input of A. What goes through B here is a gradient of the output.
     dropout = tables.has_dropout and not through_b
     if dropout and tables.tile_tokens == 64:
         inner_block, warps, stages = 64, 4, 4
@@ -166,6 +168,7 @@ def _launch_expand(
     table = tables.layers[layer]
     rank_block = min(rank, 64)
     outer_block = 128
+    # Through A the gradient of the input is computed: it is 0 where dropout dropped the input.
     dropout = tables.has_dropout and through_a
     warps = 8 if tables.tile_tokens == 64 else 4
     y = torch.empty(tokens, width, dtype=shrunk.dtype, device=shrunk.device)
@@ -201,9 +204,12 @@ def _launch_weight_gradient(
     token_block = 64
     rank_block = min(rank, 64)
     outer_block = 64
+    # A's gradient is a product with its input after dropout; B's input has none.
     dropout = tables.has_dropout and not of_b
     rank_blocks = rank // rank_block
     outer_blocks = triton.cdiv(width, outer_block)
+    # By slot, not by tile: a program sums over all tokens of a slot, so no two programs add to the
+    # same element.
     grid = (count * rank_blocks, outer_blocks, len(tables.spans))
     arguments = (x, shrunk, table, tables.spans, table.stride(0), width, tokens)
     constants = (

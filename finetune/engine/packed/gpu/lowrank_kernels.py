@@ -110,7 +110,8 @@ def _load_scaling(span, table):
     """The adapter's scaling, divided by the share of elements that dropout keeps."""
     scaling_bits = tl.load(table + 6)
     scaling = scaling_bits.to(tl.float64, bitcast=True).to(tl.float32)
-    dropout = tl.load(span + 3) / 4294967296  # in units of 2**-32
+    # In units of 2**-32.
+    dropout = tl.load(span + 3) / 4294967296
     return scaling / (1 - dropout)
 
 
@@ -143,9 +144,8 @@ def _load_elements(
     return tl.load(x + offsets, mask=mask, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def shrink_kernel(
     x, shrunk, tables, spans, tiles, stride, width, token_count,
     THROUGH_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
@@ -158,11 +158,13 @@ def shrink_kernel(
     layer = tl.program_id(0) // rank_blocks
     first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
     table += 8 * layer
+    # The slot may have no adapter on this layer.
     rank = _load_rank(table, ALIGNED)
     if rank == 0:
         return
     start = tl.load(span)
     stop = tl.load(span + 1)
+    # 64 bits: tokens times width may be too large for 32.
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
     token_mask = tokens < stop
     ranks = first_rank + tl.arange(0, RANK_BLOCK)
@@ -214,9 +216,8 @@ def _expand_product(
     return total
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def expand_kernel(
     y, shrunk, tables, spans, tiles, stride, width, token_count,
     THROUGH_A: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, LAYERS: tl.constexpr,
@@ -232,6 +233,7 @@ def expand_kernel(
     outer_mask = outer < width
     result = tl.zeros((TOKENS, OUTER_BLOCK), dtype=tl.float32)
     dtype: tl.constexpr = y.dtype.element_ty
+    # Several layers only through A: the gradients of their common input are summed here.
     for _ in tl.static_range(LAYERS):
         rank = _load_rank(table, ALIGNED)
         if rank > 0:
@@ -243,6 +245,7 @@ def expand_kernel(
                 shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
                 THROUGH_A, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK,
             )  # fmt: skip
+            # A gradient that goes through A has the scaling from its way through B.
             if not THROUGH_A:
                 total *= _load_scaling(span, table)
             if DROPOUT:
@@ -254,9 +257,8 @@ def expand_kernel(
     store_rounded(y, tokens[:, None] * width + outer[None, :], result, mask)
 
 
-@triton.jit(
-    do_not_specialize=["token_count"]
-)  # or multiples of 16 would be compiled separately
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
 def weight_gradient_kernel(
     x, shrunk, tables, spans, stride, width, token_count,
     OF_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
@@ -289,6 +291,7 @@ def weight_gradient_kernel(
         shrunk_offsets = tokens[:, None] * RANK + ranks[None, :]
         low_rank = tl.load(shrunk + shrunk_offsets, mask=token_mask[:, None], other=0.0)
         total = tl.dot(tl.trans(values), low_rank, total, input_precision="ieee")
+    # For A the scaling is in `shrunk` already, which holds the gradient that came through B.
     if OF_B:
         total *= _load_scaling(span, table)
         gradient = _gradient_b(table, ALIGNED)

@@ -64,6 +64,7 @@ def rms_norm_backward(
     """
     rows, columns = x.shape
     grad_x = torch.empty_like(x)
+    # A kernel takes a tensor for each argument, used or not.
     residual_argument = x if grad_residual is None else grad_residual
     arguments = (
         grad_output,
@@ -82,6 +83,7 @@ def rms_norm_backward(
 
 def _row_block(columns: int) -> tuple[int, int]:
     """Elements and warps of a program that takes a whole row."""
+    # Whole, because a row's mean square is needed before any of its elements can be written.
     block = triton.next_power_of_2(columns)
     warps = min(max(block // 512, 1), 16)
     return block, warps
@@ -92,8 +94,9 @@ def _rms_norm_kernel(
     x, weight, y, inverse_rms, residual, columns, epsilon,
     COPY_INPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Offsets may be too large for 32 bits.
     row = tl.program_id(0).to(tl.int64)
-    first = row * columns  # may be too large for 32 bits
+    first = row * columns
     column = tl.arange(0, BLOCK)
     mask = column < columns
     values = tl.load(x + first + column, mask=mask, other=0.0)

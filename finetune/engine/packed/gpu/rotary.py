@@ -30,6 +30,7 @@ def apply_rotary(
     """
     tokens, heads, head_dim = x.shape
     output = torch.empty_like(x)
+    # Triton's blocks are powers of 2; the kernel masks what is too much.
     block = triton.next_power_of_2(head_dim // 2)
     arguments = (x, cos, sin, output, heads, head_dim, sign)
     grid = (tokens, triton.cdiv(heads, HEADS), 1)
@@ -49,11 +50,13 @@ def _rotary_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)  # offsets may be too large for 32 bits
+    # Offsets may be too large for 32 bits.
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = head_dim // 2
     column = tl.arange(0, BLOCK)
     column_mask = column < half
+    # Loaded once for all heads of the program: they have the token's angles in common.
     first_angle = token * head_dim
     c = load_float32(cos + first_angle, column, column_mask)[None, :]
     s = load_float32(sin + first_angle, column, column_mask)[None, :] * sign

@@ -99,11 +99,17 @@ class SelfAttention:
             x, self._norm.weight, self._norm.variance_epsilon, copy_input=True
         )
         outputs, shrunk_qkv = self._qkv.forward(normalized, context)
+        # Only the gradient of an adapter's A reads it.
         if shrunk_qkv is None:
             normalized = None
         heads, head_norms = self._heads(outputs, context)
         trace = attention(
-            heads["q"], heads["k"], heads["v"], context.spans, self._scale, self._window
+            query=heads["q"],
+            key=heads["k"],
+            value=heads["v"],
+            tables=context.spans,
+            scale=self._scale,
+            window=self._window,
         )
         joined_heads = trace.output.flatten(1)
         (residual,), shrunk_output = self._output.forward(
@@ -142,6 +148,7 @@ class SelfAttention:
                 y, inverse_rms, _ = rms_norm(x, norm.weight, norm.variance_epsilon)
                 heads[name] = y.view(shape)
                 head_norms[name] = _HeadNorm(x, inverse_rms)
+            # Its backward pass needs the angles alone, so neither input nor output is kept for it.
             if self._rotary:
                 heads[name] = apply_rotary(heads[name], context.cos, context.sin, 1.0)
         return heads, head_norms
@@ -166,6 +173,7 @@ class SelfAttention:
         """
         grad_heads = self._backward_output(grad_output, activations, context)
         grads = [grad.view(len(grad_output), -1) for grad in grad_heads]
+        # Without the products with the base's weights, which only the input's gradient needs.
         if not need_input_grad:
             grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
             self._qkv.backward_a(activations.normalized, grad_shrunk, context)
@@ -176,10 +184,10 @@ class SelfAttention:
         self._qkv.backward_a(activations.normalized, grad_shrunk, context)
         return rms_norm_backward(
             grad_normalized,
-            activations.x,
-            self._norm.weight,
-            activations.inverse_rms,
-            grad_output,
+            x=activations.x,
+            weight=self._norm.weight,
+            inverse_rms=activations.inverse_rms,
+            grad_residual=grad_output,
         )
 
     def _backward_output(
@@ -198,6 +206,7 @@ class SelfAttention:
         grads = attention_backward(
             grad_attention.view(trace.output.shape), trace, context.spans, rotation
         )
+        # `grad_heads` alone refers to the gradients then: each is freed once a norm's replaces it.
         del grad_attention
         grad_heads = dict(zip("qkv", grads, strict=True))
         del grads

@@ -60,7 +60,8 @@ def _swiglu_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK  # may be too large for 32 bits
+    # Offsets may be too large for 32 bits.
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < count
     g = load_float32(gate, offsets, mask)
@@ -84,6 +85,7 @@ def _swiglu_backward_kernel(
     g = load_float32(gate, offsets, mask)
     u = load_float32(up, offsets, mask)
     sigmoid = tl.sigmoid(g)
+    # silu(g) = g · sigmoid(g) has the derivative sigmoid(g) · (1 + g · (1 - sigmoid(g))).
     grad_gate = grad * u * sigmoid * (1 + g * (1 - sigmoid))
     grad_up = grad * g * sigmoid
     store_rounded(gate, offsets, grad_gate, mask)

@@ -226,7 +226,7 @@ class Recorder:
     def begin(self) -> Any:
         yield from ()
 
-    def report_step(self, step: int, loss: float, *_: Any) -> Any:
+    def report_step(self, step: int, loss: float, **_: Any) -> Any:
         self.losses.append(loss)
         yield from ()
 

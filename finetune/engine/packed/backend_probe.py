@@ -1,0 +1,84 @@
+"""Whether a backend computes for a base what the base's own code computes.
+
+A base may differ from what its `model_type` says. So a new bank compares the logits of a few tokens
+(see `finetune.engine.probes`), once for each base.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetune.config.sections.model import QuantizationSettings
+from finetune.data.encoding import IGNORED
+from finetune.data.lengths import MIN_SHARED_TOKENS
+from finetune.engine.evaluation import evaluation_mode
+from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.engine.packed.backend import Backend
+from finetune.engine.packed.batch import PackedBatch, Row
+from finetune.engine.packed.slot import Slot
+from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.model.quantization import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def computes_as_base(
+    shortcut: Shortcut,
+    backend: Backend,
+    autograd: AutogradBackend,
+    base: "PreTrainedModel",
+    slot: Slot,
+    quantization: QuantizationSettings,
+) -> bool:
+    """Return whether a backend computes the logits that the base's own code computes.
+
+    Args:
+        shortcut: `GPU_DECODER` or `PACKED_BATCH`.
+        backend: The backend to be probed.
+        autograd: Applies the slot's adapter to the base's own code.
+        base: The base.
+        slot: Any slot that is attached to both backends.
+        quantization: As the base was loaded.
+    """
+    compare = functools.partial(_compare_backend, backend, autograd, base, slot)
+    with evaluation_mode(base), torch.no_grad(), autocast(quantization):
+        return holds(shortcut, base, 0, compare)
+
+
+def _compare_backend(
+    backend: Backend,
+    autograd: AutogradBackend,
+    base: "PreTrainedModel",
+    slot: Slot,
+    length: int,
+) -> Comparison:
+    """Compare a row's logits in a packed batch with those of the base's own code.
+
+    The row follows another one, with which it shares a prefix that is computed once.
+    """
+    prefix = probe_ids(base, MIN_SHARED_TOKENS, 0)
+    rows = []
+    for first in (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS + length):
+        answer = probe_ids(base, length // 2, first)
+        rows.append(_probe_row(prefix, answer))
+    batch = PackedBatch([rows], slot.bank.device)
+    slot.round()
+    # As in training, where the backends round to 16 bits themselves.
+    with torch.autocast("cuda", enabled=False):
+        hidden, _ = backend.forward(batch, [slot], None)
+        row_hidden = hidden[batch.target_rows == 1]
+        logits = base.get_output_embeddings()(row_hidden)
+    with autograd.generation_model(slot) as adapted_base:
+        plain = plain_logits(adapted_base, rows[1]["input_ids"])
+    return logits, plain[len(prefix) : -1]
+
+
+def _probe_row(prefix: list[int], answer: list[int]) -> Row:
+    """Return a row whose answer is predicted, but for its first token."""
+    # A shared prefix ends before the token that predicts the first label: without a label on the
+    # answer's first token, all of the prefix is shared.
+    ids = prefix + answer
+    ignored = len(prefix) + 1
+    return {"input_ids": ids, "labels": [IGNORED] * ignored + ids[ignored:]}

@@ -1,0 +1,156 @@
+"""Which layers of a base get an adapter: `lora.target_modules` beside what the base has."""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from finetune.compat import peft_refuses_layer
+from finetune.config.sections.lora import LoraSettings
+from finetune.config.sections.model import ModelSettings
+from finetune.errors import refusal
+from finetune.model.architectures import text_config_of
+from finetune.model.base_config import read_base_config
+from finetune.model.loading import skeleton_of
+from finetune.model.lora_config import lora_config
+from finetune.model.source import BaseSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
+    """Check `lora.target_modules` against the base's layers, before its weights are loaded.
+
+    Raises:
+        ConfigError: A target matches no linear layer of the base's language model, or one that PEFT
+            or both engines can't train.
+    """
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return
+    skeleton = skeleton_of(read_base_config(source, model), model)
+    refused = _untrainable_layers(skeleton, lora)
+    names = _linear_layers(skeleton)
+    trainable = {_last_part(name) for name in names - refused.keys()}
+    allowed = ", ".join(sorted(trainable))
+    # As PEFT matches them: a string is a pattern for whole names, the items of a list are the ends
+    # of names.
+    if isinstance(targets, str):
+        patterns = {targets: targets}
+    else:
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    for target, pattern in patterns.items():
+        try:
+            matching = [name for name in names if re.fullmatch(pattern, name)]
+        except re.error as error:
+            reason = f"is no regular expression ({error}); allowed: a list of {allowed}"
+            raise refusal("lora.target_modules", target, reason) from None
+        if not matching:
+            reason = f"matches no linear layer; allowed: {allowed}"
+            raise refusal("lora.target_modules", target, reason)
+        for name in matching:
+            if name in refused:
+                reason = f"{refused[name]}; allowed: {allowed}"
+                raise refusal("lora.target_modules", target, reason)
+
+
+def excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
+    """Return patterns of the modules that get no adapter, and log which they are."""
+    patterns = []
+    outside = modules_outside_language_model(model)
+    if outside:
+        names = ", ".join(outside)
+        log.info("lora: the language model gets the adapter; without: %s", names)
+        alternatives = "|".join(map(re.escape, outside))
+        patterns.append(rf"({alternatives})(\..*)?")
+    # Layers that the config names itself are refused by `check_targets` instead.
+    if lora.target_modules == "all-linear":
+        refused_layers = _layers_refused_by_peft(model, lora)
+        refused = sorted({_last_part(name) for name in refused_layers})
+        if refused:
+            names = ", ".join(refused)
+            log.info(
+                "lora.target_modules=all-linear: without %s, which PEFT can't adapt",
+                names,
+            )
+            alternatives = "|".join(map(re.escape, refused))
+            patterns.append(rf"(.*\.)?({alternatives})")
+    return patterns
+
+
+def modules_outside_language_model(model: "PreTrainedModel") -> list[str]:
+    """Return the names of the modules that belong neither to the language model nor to its head.
+
+    In a model of text and images these are the vision tower and the projection of its output.
+    Submodules of a listed module are not listed. Empty for a model of text alone.
+    """
+    if text_config_of(model.config) is model.config:
+        return []
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    decoder_name = names[decoder]
+    outside: list[str] = []
+    for name, module in model.named_modules():
+        # The root has an empty name and contains everything.
+        contains_decoder = not name or _is_inside(decoder_name, [name])
+        if module is head or contains_decoder:
+            continue
+        # Parents come before their submodules, so a listed one hides all that is in it.
+        if not _is_inside(name, [decoder_name, *outside]):
+            outside.append(name)
+    return outside
+
+
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a module is one of the modules, or a submodule of one."""
+    # With a dot behind, or `layers.10` would be inside of `layers.1`.
+    prefixes = tuple(f"{module}." for module in modules)
+    return f"{name}.".startswith(prefixes)
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _untrainable_layers(model: "PreTrainedModel", lora: LoraSettings) -> dict[str, str]:
+    """Return the linear layers that can't have an adapter, and why, in the words of a message."""
+    refused = {}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            # TRL's loss multiplies by the head's weight directly, tied to the embedding or not.
+            reason = "the output layer, whose adapter would not be trained"
+            refused[name] = f"matches {name}, {reason}"
+    for name in _layers_refused_by_peft(model, lora):
+        reason = f"which PEFT can't adapt in a base of type {model.config.model_type}"
+        refused[name] = f"matches {_last_part(name)}, {reason}"
+    return refused
+
+
+def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set[str]:
+    config = lora_config(lora)
+    names = _linear_layers(model)
+    refused = set()
+    for name in names:
+        if peft_refuses_layer(config, model, _last_part(name)):
+            refused.add(name)
+    return refused
+
+
+def _linear_layers(model: "PreTrainedModel") -> set[str]:
+    """Return the names of the linear layers of a model's language model, and of its head."""
+    outside = modules_outside_language_model(model)
+    names = set()
+    for name, module in model.named_modules():
+        # GPT-2's linear layers are `Conv1D`.
+        is_linear = isinstance(module, torch.nn.Linear | Conv1D)
+        if is_linear and not _is_inside(name, outside):
+            names.add(name)
+    return names
