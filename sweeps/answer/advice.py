@@ -140,7 +140,9 @@ def _crowded_end(
     count = max(lower_count, upper_count)
     # If values had nothing to do with the result, each would be in the edge with this probability.
     probability = binomtest(count, len(best), edge, "greater").pvalue
-    return (count, end) if probability < SIGNIFICANCE else None
+    if probability >= SIGNIFICANCE:
+        return None
+    return count, end
 
 
 def _edge_width(distribution: BaseDistribution) -> float | None:
@@ -177,8 +179,8 @@ def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[st
     if any(role(trial) == "grid" for trial in study.trials()):
         return []
     objective = study.objectives[0]
-    final_values = _final_values(trial for trial, _ in ranked)
-    complete = _rank(study, final_values)
+    trials = [trial for trial, _ in ranked]
+    complete = _rank(study, _final_values(trials))
     if len(complete) >= MIN_TRIALS:
         improvement = expected_improvement(complete)
     else:

@@ -68,6 +68,7 @@ def _conclude(
         _explain_missing_adapter(study, winner, run)
         return
     answer = _answer(study, winner, run, resources)
+    # Before the report, which shows it.
     write_json(study.folder / ANSWER, answer)
     _tag_winner(study, winner)
     write_best(study, winner, run)
@@ -83,7 +84,8 @@ def _winner(study: Study) -> FrozenTrial | None:
     ranked = study.ranked()
     confirmation = read_confirmation(study)
     if confirmation is not None:
-        return next(trial for trial in ranked if trial.number == confirmation["winner"])
+        number = confirmation["winner"]
+        return next(trial for trial in ranked if trial.number == number)
     return ranked[0] if ranked else None
 
 
@@ -150,6 +152,7 @@ def _test(
     """
     log.info("evaluating the winner and the baseline on the test rows")
     of_winner = evaluate_finished_run(run.path, resources, answer_prompts=True)
+    # JSON has no NaN, and no interval could be computed from one.
     if of_winner is None or not math.isfinite(of_winner.loss):
         return None
     test: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}

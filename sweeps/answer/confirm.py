@@ -75,6 +75,7 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
         folder = shlex.quote(os.path.relpath(study.folder))
         command = f"python -m sweeps confirm {folder} --top {top} --seeds {seeds}"
         raise Interrupted(f"interrupted; resume with: {command}") from None
+    # Last, because an interrupted call goes on from the checkpoints, and may need the adapters.
     _remove_unneeded_files(repeats, with_adapter)
     return confirmation
 
@@ -118,9 +119,10 @@ def _plan_repeats(
     repeats = []
     for seed in range(first_seed, first_seed + seeds):
         for trial, config in zip(candidates, configs, strict=True):
-            folder = RunFolder(study.folder / "confirm" / f"{trial.number}-seed{seed}")
+            path = study.folder / "confirm" / f"{trial.number}-seed{seed}"
             config_with_seed = dataclasses.replace(config, seed=seed)
-            repeats.append(Repeat(trial.number, seed, folder, config_with_seed))
+            repeat = Repeat(trial.number, seed, RunFolder(path), config_with_seed)
+            repeats.append(repeat)
     return repeats
 
 
@@ -215,7 +217,11 @@ def _choose_winner(
         raise ConfigError(
             f"study {study.name}: every run of the confirmation failed: {error}"
         )
-    best = min(eligible, key=lambda summary: study.to_cost(summary["mean"]))
+
+    def mean_cost(summary: Mapping[str, Any]) -> float:
+        return study.to_cost(summary["mean"])
+
+    best = min(eligible, key=mean_cost)
     return int(best["trial"])
 
 

@@ -60,10 +60,10 @@ def learning_curves(
     for number, (name, colour) in highlights.items():
         if number in trial_curves:
             figure.add_trace(_curves_trace([trial_curves[number]], name, colour, 3))
-    steps = (
-        "optimizer step" if _have_equal_steps(trials) else "share of the trial's steps"
-    )
-    return set_titles(figure, steps, study.objectives[0])
+    axis = "share of the trial's steps"
+    if _have_equal_steps(trials):
+        axis = "optimizer step"
+    return set_titles(figure, axis, study.objectives[0])
 
 
 def _highlights(study: Study, winner: int | None) -> dict[int, tuple[str, str]]:
@@ -132,9 +132,10 @@ def _curves_trace(
 
 
 def _have_equal_steps(trials: Iterable[FrozenTrial]) -> bool:
-    steps = {
-        trial.user_attrs["steps"] for trial in trials if "steps" in trial.user_attrs
-    }
+    steps = set()
+    for trial in trials:
+        if "steps" in trial.user_attrs:
+            steps.add(trial.user_attrs["steps"])
     return len(steps) <= 1
 
 
@@ -159,11 +160,12 @@ def curves_of(
     curves: dict[int, Curve] = {}
     for trial in trials:
         steps = trial.user_attrs.get("steps") or 1
-        lines = metrics.get(trial.number, ())
-        points = [
-            (line["step"], line[objective]) for line in lines if objective in line
-        ]
+        points = []
+        for line in metrics.get(trial.number, ()):
+            if objective in line:
+                points.append((line["step"], line[objective]))
         if not points:
+            # Estimated: rungs are equally spaced, unless `trainer.eval_steps` is a list.
             for rung, value in trial.intermediate_values.items():
                 points.append((rung * steps / last_rung, value))
         curve: Curve = []

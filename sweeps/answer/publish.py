@@ -58,9 +58,10 @@ def publish(
     )
     contents = publication.contents()
     published = read_json(study.folder / PUBLISHED) or {}
-    changed = {
-        name for name, content in contents.items() if content != published.get(name)
-    }
+    changed = set()
+    for name, content in contents.items():
+        if content != published.get(name):
+            changed.add(name)
     if changed:
         try:
             address = publication.upload(changed)
@@ -124,9 +125,8 @@ class _Publication:
                 run.summary["test/loss"] = self.test["winner"]
             self._log_artifacts(run, names)
             if "workspace" in names:
-                return save_workspace(
-                    build_workspace(self.study, run.entity, run.project)
-                )
+                workspace = build_workspace(self.study, run.entity, run.project)
+                return save_workspace(workspace)
         return None
 
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:
@@ -143,5 +143,6 @@ def _digest(path: Path) -> str:
     for file in files_of(path):
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+            file_digest = hashlib.file_digest(content, "sha256")
+        digest.update(file_digest.digest())
     return digest.hexdigest()

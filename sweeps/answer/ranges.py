@@ -57,8 +57,9 @@ def position(distribution: BaseDistribution, value: Any) -> float | None:
     high = float(distribution.high)
     number = float(value)
     if distribution.log:
+        # A value from before the range became logarithmic.
         if number <= 0:
-            return None  # from a trial before the range became logarithmic
+            return None
         low = math.log(low)
         high = math.log(high)
         number = math.log(number)

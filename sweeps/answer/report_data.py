@@ -89,9 +89,8 @@ class ReportData:
 def _winner(study: Study, confirmation: Mapping[str, Any] | None) -> FrozenTrial | None:
     ranked = study.ranked()
     if confirmation is not None:
-        return next(
-            trial for trial in study.trials() if trial.number == confirmation["winner"]
-        )
+        number = confirmation["winner"]
+        return next(trial for trial in study.trials() if trial.number == number)
     return ranked[0] if ranked else None
 
 

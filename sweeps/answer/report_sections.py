@@ -80,9 +80,9 @@ def _answer(data: ReportData) -> Section:
     head = ["", *titles]
     rows = [*_parameter_rows(sides), *_objective_rows(data, sides)]
     if data.test is not None:
-        losses = [
-            f"{data.test[side]:.4f}" if side in data.test else "" for side in sides
-        ]
+        losses = []
+        for side in sides:
+            losses.append(f"{data.test[side]:.4f}" if side in data.test else "")
         rows.append(Row(["test/loss", *losses]))
     lines = []
     if data.answer is not None:
@@ -171,9 +171,8 @@ def _samples(data: ReportData) -> Section:
         rows = read_json(RunFolder(data.study.folder / "best").samples)
     samples = []
     for row in rows or []:
-        samples.append(
-            {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
-        )
+        texts = {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
+        samples.append(texts)
     return Section("samples", "Samples before and after training", samples=samples)
 
 
@@ -202,7 +201,8 @@ def _config(data: ReportData) -> Section:
     trial = data.winner or next(iter(data.trials.values()), None)
     if trial is None:
         return Section("config", title)
-    identity = read_json(data.study.folder_of(trial.number).identity) or {}
+    folder = data.study.folder_of(trial.number)
+    identity = read_json(folder.identity) or {}
     result = data.results[trial.number]
     environment = {key: result.get(key) for key in ENVIRONMENT_KEYS}
     folded = [

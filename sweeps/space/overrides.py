@@ -63,9 +63,8 @@ def _as_text(value: Any) -> str:
 def _parser_reason(error: HydraException) -> str:
     """Return what Hydra's parser has to say, without its lines of boilerplate."""
     boilerplate = ("Error when parsing", "Error parsing", "See https")
-    reasons = [
-        line for line in str(error).splitlines() if not line.startswith(boilerplate)
-    ]
+    lines = str(error).splitlines()
+    reasons = [line for line in lines if not line.startswith(boilerplate)]
     return " ".join(reasons)
 
 

@@ -123,11 +123,10 @@ class Space:
         point: Point = {}
         for name, distribution in self.distributions.items():
             key = name.lstrip("+")
-            value = (
-                group_choices[key]
-                if key in group_choices
-                else OmegaConf.select(composed, key)
-            )
+            value = OmegaConf.select(composed, key)
+            # A searched config group has the name of its choice as its value.
+            if key in group_choices:
+                value = group_choices[key]
             encoded = encode(value)
             if encoded == NULL and not _has_null(distribution):
                 return None
@@ -169,9 +168,8 @@ class Space:
                 raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
             distribution = self.distributions[name]
             if widen(f"{key}: {name}", distribution, value) != distribution:
-                raise ConfigError(
-                    f"{key}: {name}={value} lies outside {describe(distribution)}"
-                )
+                described = describe(distribution)
+                raise ConfigError(f"{key}: {name}={value} lies outside {described}")
 
     def extremes(self) -> list[Point]:
         """Return a few points that together have every choice and both ends of every range."""
@@ -182,7 +180,8 @@ class Space:
             else:
                 assert isinstance(distribution, IntDistribution | FloatDistribution)
                 values[name] = [distribution.low, distribution.high]
-        count = max((len(extremes) for extremes in values.values()), default=0)
+        lengths = [len(extremes) for extremes in values.values()]
+        count = max(lengths, default=0)
         points = []
         for index in range(count):
             point: Point = {}
@@ -214,7 +213,8 @@ class Space:
             raise ConfigError(f"{names}: a grid needs a choice or a range with a step")
         points = []
         for combination in itertools.product(*values):
-            points.append(dict(zip(self.distributions, combination, strict=True)))
+            point = dict(zip(self.distributions, combination, strict=True))
+            points.append(point)
         # Shuffled, so that a study which is stopped early has seen all regions of the grid.
         random.Random(seed).shuffle(points)
         return points
@@ -251,7 +251,6 @@ def _rounded(bound: float) -> float:
 
 
 def _has_null(distribution: BaseDistribution) -> bool:
-    return (
-        isinstance(distribution, CategoricalDistribution)
-        and NULL in distribution.choices
-    )
+    if not isinstance(distribution, CategoricalDistribution):
+        return False
+    return NULL in distribution.choices

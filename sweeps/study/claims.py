@@ -112,7 +112,7 @@ def claim_trial(
         context ends.
     """
     with contextlib.ExitStack() as folder_lock:
-        # As in `orphaned_trials`, which takes folder locks for a moment to test them.
+        # One claim at a time, and none while `orphaned_trials` takes folder locks to test them.
         with file_lock(study.lock_path):
             claim = _claim_next(study, accepts, folder_lock)
         yield claim
@@ -125,13 +125,16 @@ def _claim_next(
 ) -> Claim | None:
     for trial in filter(accepts, _claimable_trials(study)):
         folder = study.folder_of(trial.number)
+        # Locked before it is set running: a running trial with a free folder has lost its worker.
         try:
             folder_lock.enter_context(folder.locked())
-        except FolderHeld:  # another worker of this machine trains it
+        except FolderHeld:
+            # Another worker of this machine trains it.
             continue
         trial_id = study.trial_id(trial.number)
         if _set_running(study, trial, trial_id):
             return Claim(trial.number, trial_id, folder)
+        # Another machine was first.
         folder_lock.close()
         _remove_unused_folder(folder)
     return None
@@ -154,13 +157,13 @@ def _claimable_trials(study: Study) -> list[FrozenTrial]:
 
 def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
     """Set a waiting trial running; return whether the trial is this worker's now."""
-    if trial.state == TrialState.RUNNING:  # it may have finished since it was read
+    if trial.state == TrialState.RUNNING:
+        # Asked again, because it may have finished since it was read.
         return study.storage.get_trial(trial_id).state == TrialState.RUNNING
     try:
         return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
-    except (
-        UpdateFinishedTrialError
-    ):  # another machine has claimed and finished it meanwhile
+    except UpdateFinishedTrialError:
+        # Another machine has claimed and finished it meanwhile.
         return False
 
 

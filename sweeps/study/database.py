@@ -226,6 +226,7 @@ class Database(RDBStorage):
     ) -> bool:
         """Begin or finish a trial, once, even if the call is repeated after a lost connection."""
         if state == TrialState.RUNNING:
+            # The token is drawn outside of the retried call: each attempt has the same one.
             return self._claim(trial_id, uuid.uuid4().hex)
         try:
             return self._finish(trial_id, state, values)

@@ -64,7 +64,8 @@ def draft_session(
     Raises:
         ConfigError: for the first value that is not allowed.
     """
-    # The time limit counts from the command's start: checks and downloads are part of it.
+    # The time limit counts from the command's start: checks and downloads are part of it. In Unix
+    # time, with which workers in other processes and on other machines compare it.
     began = time.time()
     plain = _plain_values(values)
     params = _search_params(config, values)
@@ -75,11 +76,12 @@ def draft_session(
     HydraConfig.instance().set_config(composed)
     common = _check_run_config(settings, composed)
     address = plain["storage"]
+    # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
-    space, points = _first_points(
-        settings, space.scaled(composed), composed, common.seed
-    )
+    # After the learning rate is resolved: relative intervals are multiples of it.
+    scaled_space = space.scaled(composed)
+    space, points = _first_points(settings, scaled_space, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
@@ -159,9 +161,8 @@ def _resolve_automatic_values(common: RunConfig, composed: DictConfig) -> RunCon
     """
     resolved = resolve_learning_rate(common, shared_resources)
     composed.dataset.limit = resolved.dataset.limit
-    OmegaConf.update(
-        composed, "optimizer.learning_rate", resolved.optimizer.learning_rate
-    )
+    rate = resolved.optimizer.learning_rate
+    OmegaConf.update(composed, "optimizer.learning_rate", rate)
     return resolved
 
 
@@ -173,6 +174,7 @@ def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfi
             f"objective={config.objective}: there are no held-out rows to search by; "
             "give dataset.eval_fraction above 0, or dataset.eval_path"
         )
+    # Not strict: a wrong number of directions is refused below, with the names.
     for name, direction in zip(config.objectives, settings.directions, strict=False):
         if name == "eval/accuracy" and direction == "minimize":
             reason = f"{name} is better the larger it is: maximize"

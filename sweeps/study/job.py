@@ -86,14 +86,14 @@ def _write_config_files(job: JobReturn, folder: Path) -> None:
         "overrides": job.hydra_cfg.hydra.overrides.task,
     }
     for name, content in contents.items():
-        (folder / f"{name}.yaml").write_text(
-            OmegaConf.to_yaml(content), encoding="utf-8"
-        )
+        text = OmegaConf.to_yaml(content)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def hydra_config(config: DictConfig) -> Iterator[None]:
     """Set the config by which `${hydra:…}` is resolved, while the context lasts."""
+    # Hydra's config is one for the process, and the jobs of a pack take turns.
     previous = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:

@@ -44,6 +44,7 @@ class PackedRun:
                 if isinstance(response, Exception):
                     self.request = self.steps.throw(response)
                 else:
+                    # A run that begins has no response: a generator's first `send` takes None.
                     self.request = self.steps.send(response)
             except StopIteration:
                 self.has_ended = True
@@ -107,8 +108,10 @@ class _Pack:
                 self._execute_requests(requesting)
                 self._resume(requesting)
         finally:
+            # Runs are left only after an error: a closed run frees its folder's lock.
             for run in self._runs:
                 run.close()
+        # Raised once all runs have ended: they share the interrupt, and each writes a checkpoint.
         if self._interrupted is not None:
             raise self._interrupted
         return self._ended

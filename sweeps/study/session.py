@@ -87,11 +87,10 @@ class Session:
         """
         # Trials may train on more or fewer rows; they are evaluated on the same ones.
         dataset = dataclasses.replace(config.dataset, limit=None)
-        common_dataset = dataclasses.asdict(
-            dataclasses.replace(self.common.dataset, limit=None)
-        )
+        common_dataset = dataclasses.replace(self.common.dataset, limit=None)
+        common_values = dataclasses.asdict(common_dataset)
         for key, value in dataclasses.asdict(dataset).items():
-            if value != common_dataset[key]:
+            if value != common_values[key]:
                 reason = "all trials of a study are measured on the same rows"
                 raise refusal(f"dataset.{key}", value, reason)
         if config.objectives != self.common.objectives:

@@ -118,7 +118,10 @@ class _Journal(JournalFileBackend):
         """Append entries as whole lines, and wait until they are on the disk."""
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
         entries = "".join(lines).encode()
+        # Not Optuna's own lock, a symbolic link: a killed process leaves it behind, and the next
+        # one waits 30 s before it breaks it.
         process_lock = file_lock(self._path.with_suffix(".lock"))
+        # Opened for reading and writing, because appending could not cut an incomplete line off.
         with self._thread_lock, process_lock, open(self._path, "r+b") as file:
             file.seek(_end_of_last_line(file))
             file.truncate()
@@ -130,6 +133,7 @@ class _Journal(JournalFileBackend):
 def _end_of_last_line(file: IO[bytes]) -> int:
     """Return the offset in bytes behind the last newline of a file."""
     size = file.seek(0, os.SEEK_END)
+    # Backwards from the end: this happens at each append, and a journal grows with its study.
     position = size
     while position > 0:
         start = max(0, position - READ_BLOCK)

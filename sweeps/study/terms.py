@@ -35,11 +35,13 @@ def study_terms(
     Returns:
         A value for each config key, and for each parameter an entry `space.<name>`.
     """
+    # `+key` is Hydra's syntax for a key that the config lacks.
     searched = {name.lstrip("+") for name in space.distributions}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
-    groups = [
-        name.replace("/", ".") for name in searched if "/" in name or "." not in name
-    ]
+    groups = []
+    for name in searched:
+        if "/" in name or "." not in name:
+            groups.append(name.replace("/", "."))
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     # Absolute paths, so that the same data has the same terms from any working directory.
     config_values = flatten(config.with_absolute_paths().to_dict())
@@ -111,6 +113,8 @@ def require_changeable(
         for name in trial.distributions.keys() & distributions.keys():
             before = trial.distributions[name]
             now = distributions[name]
+            # Optuna makes the same check when a trial asks for the parameter, in the middle of
+            # the session.
             try:
                 check_distribution_compatibility(before, now)
             except ValueError:

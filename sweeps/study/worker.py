@@ -48,6 +48,7 @@ class Worker:
         quiet_libraries(bars=False)
         from finetune.model.device import select_gpu
 
+        # The launcher numbers its jobs from 0: each worker takes another GPU.
         select_gpu(HydraConfig.get().job.num)
         session = self.session
         study = Study(session.folder, session.settings.study_name, session.address)
@@ -63,7 +64,8 @@ class Worker:
         except Interrupted:
             if study.storage_error is None:
                 raise
-        if study.storage_error is not None:  # which has interrupted the trials
+        # The runs say only that they were interrupted; the lost storage is the reason.
+        if study.storage_error is not None:
             raise study.storage_error
         return ended
 
