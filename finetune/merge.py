@@ -86,7 +86,8 @@ def _parse_arguments() -> argparse.Namespace:
 def _require_mergeable(folder: str) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
     config = read_trained_config(folder)
-    quantization = base_quantization(read_config_json(find_base(config.model)))
+    base_values = read_config_json(find_base(config.model))
+    quantization = base_quantization(base_values)
     if quantization is None or quantization.method in BITSANDBYTES | DEQUANTIZED:
         return
     name = config.model.name_or_path
@@ -102,9 +103,8 @@ def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
 
     ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
     generation_config = generation_config_with_ends(run.base, ends)
-    merged.generation_config = (
-        GenerationConfig()
-    )  # saving checks it, and refuses many bases'
+    # Saving checks the model's own one, and refuses those of many bases.
+    merged.generation_config = GenerationConfig()
     with replace_folder(folder) as draft:
         merged.save_pretrained(draft)
         write_generation_config(generation_config, draft)

@@ -33,9 +33,8 @@ def main() -> None:
     config = compose_run(arguments.overrides)
     quiet_libraries()
     resources = SharedResources()
-    resources.rows(
-        config.dataset
-    )  # mistakes in the rows are said before torch is imported
+    # Mistakes in the rows are reported before torch is imported.
+    resources.rows(config.dataset)
     config = resolve_learning_rate(config, resources)
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 
@@ -91,9 +90,12 @@ def measure_speed() -> float:
         start = time.perf_counter()
         for _ in range(repeats):
             product = activations @ weight
-        float(product[0, 0])  # waits for the GPU
+        # Reading a value waits until the GPU has computed it.
+        float(product[0, 0])
         seconds = time.perf_counter() - start
-        best = max(best, repeats * 2 * rows * width**2 / seconds)
+        # Each element of the product takes `width` multiplications and additions.
+        operations = repeats * 2 * rows * width**2
+        best = max(best, operations / seconds)
     return TRAINING_SHARE * best
 
 
@@ -143,9 +145,9 @@ def _print_memory(plan: "Plan", method: str) -> None:
     for name, size in rows.items():
         if size:
             print(f"{name:32}{size / GIB:8.2f} GiB")
-    print(
-        f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}"
-    )
+    peak = plan.peak() / GIB
+    available = plan.available / GIB
+    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}")
 
 
 def _print_work(plan: "Plan", config: RunConfig, seconds: float) -> None:

@@ -65,7 +65,8 @@ def _preview(config: RunConfig, split: str, count: int) -> Preview:
         rows = resources.rows(config.dataset)
         if not rows_of(rows, split):
             raise _no_rows(config, split)
-        resources.source(config.model)  # the packaged model is converted with torch
+        # Before torch is hidden from transformers: the packaged model is converted with torch.
+        resources.source(config.model)
         if not config.model.trust_remote_code:
             import_transformers_without_torch()
         quiet_libraries()

@@ -75,10 +75,10 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
             continue
         item_hint = _item_with_keys(alternative)
         if item_hint is not None and isinstance(value, list):
-            items = enumerate(value)
-            return [
-                _convert(item_hint, f"{path}[{index}]", item) for index, item in items
-            ]
+            items = []
+            for index, item in enumerate(value):
+                items.append(_convert(item_hint, f"{path}[{index}]", item))
+            return items
         try:
             return _convert_plain(alternative, value)
         except _MismatchError:
@@ -98,10 +98,11 @@ def describe_type(hint: Any) -> str:
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union; a single type for any other annotation."""
-    is_union = (
-        isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    )
-    return typing.get_args(hint) if is_union else (hint,)
+    # `int | None` is of the first kind, `Optional[int]` of the second.
+    is_union = isinstance(hint, types.UnionType)
+    if is_union or typing.get_origin(hint) is typing.Union:
+        return typing.get_args(hint)
+    return (hint,)
 
 
 def _item_with_keys(hint: Any) -> Any:
@@ -130,8 +131,9 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     # In Python true and false are whole numbers as well.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_whole = is_number and isinstance(value, int)
+    # YAML reads the 2026 of `name=2026` as a number.
     if hint is str and is_whole:
-        return str(value)  # name=2026
+        return str(value)
     if hint is float and is_number and math.isfinite(value):
         return float(value)
     if origin is Literal:
@@ -158,19 +160,14 @@ def _describe(hint: Any) -> str:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is Literal:
-        return (
-            f"one of {', '.join(arguments)}"
-            if len(arguments) > 1
-            else str(arguments[0])
-        )
+        if len(arguments) > 1:
+            return f"one of {', '.join(arguments)}"
+        return str(arguments[0])
     if origin is list:
         return f"a list, each item {describe_type(arguments[0])}"
     if origin is dict:
         return "a group of keys"
     if dataclasses.is_dataclass(hint):
-        return (
-            "{"
-            + ", ".join(f"{field.name}: …" for field in dataclasses.fields(hint))
-            + "}"
-        )
+        keys = [f"{field.name}: …" for field in dataclasses.fields(hint)]
+        return f"{{{', '.join(keys)}}}"
     return DESCRIPTIONS[hint]

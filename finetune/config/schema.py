@@ -83,11 +83,9 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
-        self.require(
-            "seed",
-            0 <= self.seed < 2**32,
-            "must be a whole number from 0 to 4294967295",
-        )
+        # `numpy.random.seed`, which transformers calls, takes no larger number.
+        allowed = "must be a whole number from 0 to 4294967295"
+        self.require("seed", 0 <= self.seed < 2**32, allowed)
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)
@@ -100,15 +98,14 @@ class RunConfig(Section):
         self._require_one_eval_objective()
 
     def _check_sample_limits(self) -> None:
-        limits = (self.sample_max_new_tokens, self.sample_max_length)
         allowed = "must be a whole number of at least 1, or null"
-        for field, limit in zip(
-            ("sample_max_new_tokens", "sample_max_length"), limits, strict=True
-        ):
+        has_limit = False
+        for field in ("sample_max_new_tokens", "sample_max_length"):
+            limit = getattr(self, field)
             self.require(field, limit is None or limit >= 1, allowed)
-        self.require(
-            "sample_max_new_tokens", limits != (None, None), "needs sample_max_length"
-        )
+            has_limit = has_limit or limit is not None
+        # Without a limit, an answer that never ends would keep the run from its end.
+        self.require("sample_max_new_tokens", has_limit, "needs sample_max_length")
 
     def _require_held_out_rows(self) -> None:
         if self.dataset.holds_out:
@@ -161,7 +158,8 @@ class RunConfig(Section):
             ConfigError: the first value that is not allowed, or a credential.
         """
         refuse_secrets(values)
-        return build(cls, "", _resolve_limit(_simplify_sources(values)))
+        simplified = _simplify_sources(values)
+        return build(cls, "", _resolve_limit(simplified))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""
@@ -206,12 +204,14 @@ def _absolute_sources(
     """Return `dataset.path` with absolute paths of existing files and folders."""
     if isinstance(path, str):
         return _absolute_path(path)
-    return [
-        _absolute_path(item)
-        if isinstance(item, str)
-        else dataclasses.replace(item, path=_absolute_path(item.path))
-        for item in path
-    ]
+    sources: list[str | SourceSettings] = []
+    for item in path:
+        if isinstance(item, str):
+            sources.append(_absolute_path(item))
+        else:
+            absolute_path = _absolute_path(item.path)
+            sources.append(dataclasses.replace(item, path=absolute_path))
+    return sources
 
 
 def _simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -231,17 +231,18 @@ def _simplify_source(item: Any) -> Any:
     if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
         return item
     weight = item.get("weight", 1)
-    is_plain = (
-        set(item) <= {"path", "weight"} and not isinstance(weight, bool) and weight == 1
-    )
+    # True equals 1 in Python, but is no weight.
+    has_weight_one = weight == 1 and not isinstance(weight, bool)
+    is_plain = has_weight_one and set(item) <= {"path", "weight"}
     return item["path"] if is_plain else item
 
 
 def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
     dataset = values.get("dataset")
+    # What is no mapping is refused by `build`.
     if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
-        return values  # `build` refuses what is no mapping
+        return values
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
 
@@ -252,5 +253,8 @@ def _pick_learning_rate(values: dict[Any, Any]) -> None:
     A model's YAML gives the rate of its own base, which must not apply to another `name_or_path`.
     """
     model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("learning_rate"), Mapping):
-        model["learning_rate"] = model["learning_rate"].get(model.get("name_or_path"))
+    if not isinstance(model, dict):
+        return
+    rates = model.get("learning_rate")
+    if isinstance(rates, Mapping):
+        model["learning_rate"] = rates.get(model.get("name_or_path"))

@@ -47,23 +47,22 @@ def ask_hub(
     try:
         if not is_offline_mode():
             return ask()
+    # The order matters: a gated repository is a kind of missing one to the hub's library, and all
+    # three are network errors.
     except GatedRepoError:
-        raise refusal(
-            key, name, "is gated: accept its terms on the hub and set HF_TOKEN"
-        ) from None
+        gated = "is gated: accept its terms on the hub and set HF_TOKEN"
+        raise refusal(key, name, gated) from None
     except RevisionNotFoundError:
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
-        raise refusal(
-            key, name, "the hub has no such repository (a private one needs HF_TOKEN)"
-        ) from None
+        missing = "the hub has no such repository (a private one needs HF_TOKEN)"
+        raise refusal(key, name, missing) from None
     except (hub_network_error(), OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     try:
         answer = in_cache()
     except Exception:
-        raise refusal(
-            key, name, f"{reason} and nothing of it is cached; {instead}"
-        ) from None
+        uncached = f"{reason} and nothing of it is cached; {instead}"
+        raise refusal(key, name, uncached) from None
     log.info("%s=%s: %s; using what is cached", key, name, reason)
     return answer

@@ -50,6 +50,7 @@ class Result:
         progress = self.progress or Progress()
         seconds = progress.train_seconds
         tokens = progress.train_tokens
+        counts = {**self.rows.counts, "left_out": self.left_out} if self.rows else None
         return {
             "status": self.status,
             "objective": self._objectives(),
@@ -71,9 +72,7 @@ class Result:
             "base_model": self.base.identity if self.base else None,
             "quantization": self.quantization,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
-            "rows": {**self.rows.counts, "left_out": self.left_out}
-            if self.rows
-            else None,
+            "rows": counts,
         }
 
     def _objectives(self) -> object:

@@ -30,6 +30,7 @@ def log_artifact(
     """
     import wandb
 
+    # `(?a)`: W&B allows letters of ASCII only.
     allowed_name = re.sub(r"(?a)[^\w.-]", "-", name)
     artifact = wandb.Artifact(allowed_name, type=kind)
     root = path.parent if path.is_file() else path
