@@ -65,6 +65,7 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
 def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
     parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
+    # Hydra, too, takes flags between overrides.
     return parser.parse_intermixed_args(arguments)
 
 
@@ -91,14 +92,18 @@ def check_override(override: str) -> str:
     """
     refuse_secrets_in(override)
     key, _, value = override.partition("=")
-    if key == "name" and not all(is_plain_name(name) for name in value.split(",")):
-        raise refusal(key, value, PLAIN_NAME)
+    if key == "name":
+        # A sweep has several, as `name=a,b`.
+        for name in value.split(","):
+            if not is_plain_name(name):
+                raise refusal(key, value, PLAIN_NAME)
     if (CONF / key).is_dir() and value.isdigit():
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
     open_groups = (
         r"((model|lora|trainer)\.extra|dataset\.columns|model\.template_kwargs)\b"
     )
+    # Hydra refuses a new key without `+`, and an existing one with it; `++` allows both.
     adds_key = re.match(open_groups, override)
     return f"++{override}" if adds_key else override
 

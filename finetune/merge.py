@@ -38,10 +38,10 @@ def main() -> None:
     """Read the command line, merge, save, print the differences that merging and rounding leave."""
     arguments = _parse_arguments()
     folder = Path(arguments.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise refusal(
-            "--to", arguments.to, "exists already; must be a new or an empty folder"
-        )
+    is_file = folder.exists() and not folder.is_dir()
+    if is_file or (folder.is_dir() and any(folder.iterdir())):
+        reason = "exists already; must be a new or an empty folder"
+        raise refusal("--to", arguments.to, reason)
     _require_mergeable(arguments.run)
     run = load_run(arguments.run)
     expected = probe(run, run.with_adapter())
@@ -139,7 +139,8 @@ def probe(run: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tenso
     import torch
 
     device = next(model.parameters()).device
-    ids = torch.tensor([run.tokenizer(PROBE)["input_ids"]], device=device)
+    encoded = run.tokenizer(PROBE)
+    ids = torch.tensor([encoded["input_ids"]], device=device)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids).logits[0]
     return logits.float().log_softmax(-1)

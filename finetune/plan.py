@@ -45,7 +45,8 @@ def main() -> None:
     if not arguments.json:
         _print_memory(plan, method)
     plan.require_room(config)
-    seconds = plan.train_tokens * PASSES * plan.weights / measure_speed()
+    operations = plan.train_tokens * PASSES * plan.weights
+    seconds = operations / measure_speed()
     if arguments.json:
         content = {**_to_dict(plan, config, seconds), "quantization": method}
         print(json.dumps(content, indent=2))
@@ -65,6 +66,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table"
     )
+    # Intermixed, so that flags may stand between overrides.
     return parser.parse_intermixed_args()
 
 
@@ -79,13 +81,14 @@ def measure_speed() -> float:
     from finetune.model.device import on_gpu
 
     # A product takes a GPU less than a millisecond, a CPU a tenth of a second.
-    device, dtype, repeats = (
-        ("cuda", torch.bfloat16, 8) if on_gpu() else ("cpu", torch.float32, 1)
-    )
+    device, dtype, repeats = "cpu", torch.float32, 1
+    if on_gpu():
+        device, dtype, repeats = "cuda", torch.bfloat16, 8
     rows, width = 512, 2048
     activations = torch.randn((rows, width), device=device, dtype=dtype)
     weight = torch.randn((width, width), device=device, dtype=dtype)
     best = 0.0
+    # The best of several: other processes, and the first use of a kernel, only slow it down.
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(repeats):

@@ -53,6 +53,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of text"
     )
+    # Intermixed, so that flags may stand between overrides.
     arguments = parser.parse_intermixed_args()
     if arguments.rows < 1:
         raise refusal("--rows", arguments.rows, "must be at least 1")

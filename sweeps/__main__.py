@@ -146,7 +146,8 @@ def _list_row(path: Path) -> list[str]:
     ranked = study.ranked()
     value = ""
     if ranked:
-        value = " ".join(objective_cells(ranked[0], len(study.objectives)))
+        cells = objective_cells(ranked[0], len(study.objectives))
+        value = " ".join(cells)
     return [study.name, start, counts, value]
 
 
@@ -195,7 +196,7 @@ def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
     study = _find_study(arguments.study)
-    running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
+    running = [trial.number for trial in study.trials(TrialState.RUNNING)]
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"
         raise ConfigError(

@@ -116,8 +116,9 @@ def _conclude(study: "Study", session: "Session") -> None:
     if has_no_answer or has_failed_too_often(study, session.settings):
         rate = f"hydra.sweeper.max_failure_rate={session.settings.max_failure_rate}"
         count = f"{len(failed)} of {len(study.finished())} trials failed"
-        error = failed[-1].user_attrs.get("error")
-        raise ConfigError(f"{rate}: {count}; trial {failed[-1].number}: {error}")
+        last = failed[-1]
+        error = last.user_attrs.get("error")
+        raise ConfigError(f"{rate}: {count}; trial {last.number}: {error}")
 
 
 def _confirm(study: "Study", session: "Session") -> None:

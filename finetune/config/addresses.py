@@ -53,6 +53,7 @@ def parse_address(key: str, address: str) -> "URL":
             f"{key}: is no database's address, as {EXAMPLE} (not shown: it may hold a password); "
             "write : / @ ? in a user's name or password as %3A %2F %40 %3F"
         ) from None
+    # An @ that is not escaped splits a password, and the parser takes its end for the host.
     is_file = url.drivername.startswith("sqlite") and not url.host
     if not is_file and "@" in f"{url.host}{url.database}":
         raise ConfigError(
@@ -77,6 +78,7 @@ def refuse_secrets_in_address(key: str, written: str) -> None:
     if "://" not in address and not re.search(r"[@:?=]", address):
         return
     secrets = secrets_in(parse_address(key, address))
+    # Whatever is left of a secret without the environment's variables was written out.
     if any(secret.replace(ENVIRONMENT, "") for secret in secrets):
         raise ConfigError(
             f"{key}: a password in an address would be written to files; "

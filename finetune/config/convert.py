@@ -59,7 +59,8 @@ def build(cls: type[T], path: str, values: Any) -> T:
     converted: dict[str, Any] = {}
     for name in fields:
         if name in values:
-            converted[name] = _convert(hints[name], f"{prefix}{name}", values[name])
+            key = f"{prefix}{name}"
+            converted[name] = _convert(hints[name], key, values[name])
     return cls(**converted)
 
 
@@ -110,13 +111,17 @@ def _item_with_keys(hint: Any) -> Any:
     if typing.get_origin(hint) is not list:
         return None
     (item_hint,) = typing.get_args(hint)
-    has_keys = any(dataclasses.is_dataclass(item) for item in _alternatives(item_hint))
-    return item_hint if has_keys else None
+    for alternative in _alternatives(item_hint):
+        if dataclasses.is_dataclass(alternative):
+            return item_hint
+    return None
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
     """Return the words of a Literal; none for any other annotation."""
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    if typing.get_origin(hint) is not Literal:
+        return ()
+    return typing.get_args(hint)
 
 
 def _convert_plain(hint: Any, value: Any) -> Any:
@@ -128,13 +133,11 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin is list:
         return _convert_list(hint, value)
-    # In Python true and false are whole numbers as well.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_whole = is_number and isinstance(value, int)
+    is_whole = is_number(value) and isinstance(value, int)
     # YAML reads the 2026 of `name=2026` as a number.
     if hint is str and is_whole:
         return str(value)
-    if hint is float and is_number and math.isfinite(value):
+    if hint is float and is_number(value) and math.isfinite(value):
         return float(value)
     if origin is Literal:
         matches = isinstance(value, str) and value in typing.get_args(hint)
@@ -147,6 +150,11 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     if not matches:
         raise _MismatchError
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number to a user: in Python, true and false are numbers as well."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _convert_list(hint: Any, value: Any) -> list[Any]:

@@ -155,7 +155,9 @@ def named_splits(file: Path) -> list[str]:
     None for `latest.jsonl`, test for `data.test.csv.gz`, train and test for `train_test.json`.
     """
     suffix, compression = file_type(file.name)
-    stem = file.name[: len(file.name) - len(suffix + compression)]
+    # By their lengths: the name may have its suffixes in capitals.
+    stem_length = len(file.name) - len(suffix) - len(compression)
+    stem = file.name[:stem_length]
     words = {word.lower() for word in _WORD_BOUNDARY.split(stem)}
     splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
     return [split for split in SPLITS if split in splits]

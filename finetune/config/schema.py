@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
+from finetune.config.plain_values import (
+    pick_learning_rate,
+    resolve_limit,
+    simplify_sources,
+)
 from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
 from finetune.config.sections.lora import LoraSettings
@@ -24,11 +29,6 @@ from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-PYTHON_DOCS_LIMIT = 240
-"""Training rows of `python_docs` with `dataset.limit=auto`: an epoch of a few minutes on two CPU
-cores."""
 
 
 MetricName = Literal[
@@ -147,8 +147,9 @@ class RunConfig(Section):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(values, dict)
-        _pick_learning_rate(values)
-        return cls.from_dict({str(key): value for key, value in values.items()})
+        pick_learning_rate(values)
+        plain = {str(key): value for key, value in values.items()}
+        return cls.from_dict(plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -158,8 +159,8 @@ class RunConfig(Section):
             ConfigError: the first value that is not allowed, or a credential.
         """
         refuse_secrets(values)
-        simplified = _simplify_sources(values)
-        return build(cls, "", _resolve_limit(simplified))
+        simplified = simplify_sources(values)
+        return build(cls, "", resolve_limit(simplified))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""
@@ -181,7 +182,8 @@ class RunConfig(Section):
     @property
     def objectives(self) -> list[str]:
         """Names of the metrics that the run returns; `eval/…` only if there are held-out rows."""
-        names = [self.objective] if isinstance(self.objective, str) else self.objective
+        objective = self.objective
+        names = [objective] if isinstance(objective, str) else objective
         if self.dataset.holds_out:
             return [*names]
         return [name for name in names if not name.startswith("eval/")]
@@ -212,49 +214,3 @@ def _absolute_sources(
             absolute_path = _absolute_path(item.path)
             sources.append(dataclasses.replace(item, path=absolute_path))
     return sources
-
-
-def _simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write each source of `dataset.path` without a weight as text, a single one without the list.
-
-    So that a config compares equal to one that says the same in another way.
-    """
-    dataset = values.get("dataset")
-    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("path"), list):
-        return values
-    items = [_simplify_source(item) for item in dataset["path"]]
-    path = items[0] if len(items) == 1 and isinstance(items[0], str) else items
-    return {**values, "dataset": {**dataset, "path": path}}
-
-
-def _simplify_source(item: Any) -> Any:
-    if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
-        return item
-    weight = item.get("weight", 1)
-    # True equals 1 in Python, but is no weight.
-    has_weight_one = weight == 1 and not isinstance(weight, bool)
-    is_plain = has_weight_one and set(item) <= {"path", "weight"}
-    return item["path"] if is_plain else item
-
-
-def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
-    dataset = values.get("dataset")
-    # What is no mapping is refused by `build`.
-    if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
-        return values
-    limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
-    return {**values, "dataset": {**dataset, "limit": limit}}
-
-
-def _pick_learning_rate(values: dict[Any, Any]) -> None:
-    """Replace a mapping in `model.learning_rate` by the rate of the run's base, or null.
-
-    A model's YAML gives the rate of its own base, which must not apply to another `name_or_path`.
-    """
-    model = values.get("model")
-    if not isinstance(model, dict):
-        return
-    rates = model.get("learning_rate")
-    if isinstance(rates, Mapping):
-        model["learning_rate"] = rates.get(model.get("name_or_path"))

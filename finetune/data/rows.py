@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from finetune.config.schema import PYTHON_DOCS_LIMIT
+from finetune.config.plain_values import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.conversion import RowFormats
 from finetune.data.duplicates import Ties, find_ties

@@ -16,7 +16,8 @@ RECORDED_PACKAGES = (
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on, by name."""
-    version_of = {"python": ".".join(map(str, sys.version_info[:3]))}
+    python = ".".join(map(str, sys.version_info[:3]))
+    version_of = {"python": python}
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             version_of[package] = metadata.version(package)

@@ -53,6 +53,7 @@ class RunFolder:
         Raises:
             FolderHeld: Another process, or another `RunFolder` of this process, holds the folder.
         """
+        # To the system, a second lock of this process would be like one of another process.
         if self._is_locked:
             yield
             return
@@ -174,7 +175,8 @@ def discard_refused(folder: RunFolder) -> None:
     It stays where another process has begun a run in it meanwhile.
     """
     with contextlib.suppress(FolderHeld), folder.locked():
-        _discard(folder.path, HYDRA_FILES | {LOCK, folder.result.name})
+        names = HYDRA_FILES | {LOCK, folder.result.name}
+        _discard(folder.path, names)
 
 
 def _discard(path: Path, names: set[str]) -> None:
@@ -200,7 +202,9 @@ def _remove_empty(path: Path) -> None:
     """Remove a folder and its parents as long as they are empty and below the working directory."""
     # `rmdir` refuses a folder that is not empty: it holds other runs.
     with contextlib.suppress(OSError):
-        for folder in (path.resolve(), *path.resolve().parents):
-            if folder == Path.cwd() or not folder.is_relative_to(Path.cwd()):
+        absolute_path = path.resolve()
+        working_directory = Path.cwd()
+        for folder in (absolute_path, *absolute_path.parents):
+            if working_directory not in folder.parents:
                 break
             folder.rmdir()

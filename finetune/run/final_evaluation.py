@@ -99,6 +99,7 @@ def _record(evaluation: Evaluation | None, folder: RunFolder) -> None:
     metrics = evaluation.metrics("test")
     result["metrics"] |= metrics
     folder.log(result["step"], metrics)
+    # Last, because its `test/loss` says that the metrics are written.
     write_json(folder.result, result)
 
 

@@ -46,7 +46,8 @@ def run(
         ConfigError: The user can mend it.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
     """
-    return drive(run_steps(config, RunFolder(path), context or RunContext()))
+    steps = run_steps(config, RunFolder(path), context or RunContext())
+    return drive(steps)
 
 
 def run_steps(
@@ -78,6 +79,7 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
             tracker = open_tracker(result.config, folder, result.context.label)
             yield from _train_and_conclude(result, folder, tracker)
     except BaseException as error:
+        # GeneratorExit: the pack closes its runs, because an error has ended them all.
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
         result.status = "interrupted" if interrupted else "failed"
         result.error = error_line(error)
@@ -103,6 +105,7 @@ def resume(path: str | Path) -> Objective:
     """
     _require_run_folder(path)
     config = read_run_config(path)
+    # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(Path(path) / "train.log")
@@ -141,7 +144,9 @@ def _read_inputs(result: Result, folder: RunFolder) -> None:
     # This hashes the weights; only then does the result name a base that could be read.
     identity = run_identity(result.config, rows, source)
     result.base = source
+    # Again, now with the hashes: rows or base may have changed under the same names.
     require_same_run(folder, identity)
+    # From here on, the folder holds a run that can be resumed.
     write_json(folder.identity, identity)
 
 

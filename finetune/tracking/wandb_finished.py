@@ -46,7 +46,8 @@ def reopen_run(
         arguments["config"] = config or read_json(folder.identity)["config"]
         # Otherwise this file's history replaces the one sent before.
         arguments["resume"] = "allow"
-    run = wandb.init(settings=quiet_settings(arguments["mode"], uploads), **arguments)
+    settings = quiet_settings(arguments["mode"], uploads)
+    run = wandb.init(settings=settings, **arguments)
     try:
         if is_offline:
             result = read_json(folder.result)

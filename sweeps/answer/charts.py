@@ -25,6 +25,7 @@ def history(study: Study) -> go.Figure | None:
     complete = study.trials(TrialState.COMPLETE)
     if not any(math.isfinite(trial.values[0]) for trial in complete):
         return None
+    # Optuna's plot of several objectives has to be told which one it draws.
     target = _first_objective if len(study.objectives) > 1 else None
     figure = visualization.plot_optimization_history(
         study.optuna, target=target, target_name=study.objectives[0]

@@ -110,7 +110,8 @@ def importances(study: optuna.Study, objective: int = 0) -> dict[str, Share]:
     total = float(medians.sum()) or 1.0
     importance: dict[str, Share] = {}
     for name, median, low, high in zip(names, medians, lows, highs, strict=True):
-        importance[name] = Share(float(median / total), float(low), float(high))
+        share = float(median / total)
+        importance[name] = Share(share, float(low), float(high))
 
     def largest_first(item: tuple[str, Share]) -> float:
         _, share = item
@@ -209,7 +210,9 @@ def _common_range(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution 
         return None
     values = [trial.params[name] for trial in trials]
     if isinstance(first, CategoricalDistribution):
-        return CategoricalDistribution(list(dict.fromkeys(values)))
+        # Each once, in the trials' order: a set of texts has another order in each process.
+        distinct_values = list(dict.fromkeys(values))
+        return CategoricalDistribution(distinct_values)
     if isinstance(first, IntDistribution):
         return IntDistribution(min(values), max(values), log=first.log)
     assert isinstance(first, FloatDistribution)

@@ -125,6 +125,7 @@ def _encode(distribution: BaseDistribution, values: Sequence[Any]) -> np.ndarray
 
 def _candidate_points(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spread candidates evenly over the space: `[CANDIDATES, columns]`."""
+    # A fixed seed: the same trials give the same advice.
     sequence = qmc.Sobol(len(columns), seed=0)
     # [CANDIDATES, parameters], between 0 and 1.
     uniform = sequence.random(CANDIDATES)

@@ -59,7 +59,8 @@ def learning_curves(
     # Last, so that they lie above all other curves.
     for number, (name, colour) in highlights.items():
         if number in trial_curves:
-            figure.add_trace(_curves_trace([trial_curves[number]], name, colour, 3))
+            trace = _curves_trace([trial_curves[number]], name, colour, 3)
+            figure.add_trace(trace)
     axis = "share of the trial's steps"
     if _have_equal_steps(trials):
         axis = "optimizer step"

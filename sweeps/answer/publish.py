@@ -72,6 +72,7 @@ def publish(
         published |= contents
         if address is not None:
             published["url"] = address
+        # Not before the upload: what is in this file is never uploaded again.
         write_json(study.folder / PUBLISHED, published)
     if not tracker.workspace:
         return []
@@ -110,7 +111,8 @@ class _Publication:
             contents["report"] = [run_id, _digest(self.report)]
         if self.tracker.workspace and self.run_arguments["mode"] == "online":
             keys = searched_keys(self.study)
-            contents["workspace"] = [self.study.name, *keys, *self.study.objectives]
+            objectives = self.study.objectives
+            contents["workspace"] = [self.study.name, *keys, *objectives]
         return contents
 
     def upload(self, names: set[str]) -> str | None:

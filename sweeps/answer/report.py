@@ -86,6 +86,8 @@ def render_page(data: ReportData, live: bool = False) -> str:
     running = len(study.trials(TrialState.RUNNING))
     is_unfinished = bool(waiting or running or data.answer is None)
     loader = PackageLoader("sweeps.answer", "")
+    # Escaped, because prompts, errors and config values come from users; a name that the template
+    # misspells is an error instead of an empty place.
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     html: str = environment.get_template("report.html.jinja").render(
         study=study.name,

@@ -167,7 +167,8 @@ def failures(data: ReportData) -> Section:
     rows = []
     for trial in data.study.trials(TrialState.FAIL):
         error = str(trial.user_attrs.get("error"))
-        folder = os.path.relpath(data.study.folder_of(trial.number).path)
-        rows.append(Row([str(trial.number), error, folder]))
+        folder = data.study.folder_of(trial.number)
+        path = os.path.relpath(folder.path)
+        rows.append(Row([str(trial.number), error, path]))
     head = ["trial", "reason", "folder"] if rows else ()
     return Section("failures", "Failed trials", head=head, rows=rows)

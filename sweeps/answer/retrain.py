@@ -87,6 +87,7 @@ class _Retraining:
         )
         try:
             yield from run_steps(repeat.config, repeat.folder, context)
+        # An exception like others to Python, but no failure: it ends all runs.
         except Interrupted:
             raise
         except Exception as error:

@@ -22,6 +22,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
+from finetune.config.convert import is_number
 from finetune.errors import ConfigError
 from sweeps import compat
 from sweeps.space.encoding import encode
@@ -116,7 +117,7 @@ def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribu
         return CategoricalDistribution([*distribution.choices, value])
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     described = describe(distribution)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not is_number(value):
         raise ConfigError(f"{name}={value}: no number, as {described} needs")
     if contains(distribution, float(value)):
         return distribution
@@ -133,8 +134,9 @@ def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribu
 
 def _has_choice(distribution: CategoricalDistribution, value: Any) -> bool:
     """Whether a value is among the choices; True and 1 are equal in Python, but not in a config."""
+    is_bool = isinstance(value, bool)
     for choice in distribution.choices:
-        if choice == value and isinstance(choice, bool) == isinstance(value, bool):
+        if choice == value and isinstance(choice, bool) == is_bool:
             return True
     return False
 

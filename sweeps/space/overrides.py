@@ -41,7 +41,9 @@ def parse_overrides(
     Raises:
         ConfigError: an override can't be parsed.
     """
-    texts = [f"{name}={_as_text(value)}" for name, value in params.items()]
+    texts = []
+    for name, value in params.items():
+        texts.append(f"{name}={_as_text(value)}")
     hydra = GlobalHydra.instance()
     config_loader = hydra.config_loader() if hydra.is_initialized() else None
     parser = OverridesParser.create(config_loader)

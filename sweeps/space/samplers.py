@@ -81,5 +81,7 @@ def _with_current_path(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, dict):
             value = _with_current_path(value)
-        current[key] = MOVED_CLASSES.get(value, value) if key == "_target_" else value
+        if key == "_target_":
+            value = MOVED_CLASSES.get(value, value)
+        current[key] = value
     return current

@@ -17,6 +17,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
+from finetune.config.convert import is_number
 from finetune.errors import ConfigError, refusal
 from sweeps.space.distributions import (
     describe,
@@ -76,8 +77,8 @@ class Space:
             else:
                 fixed[name] = distribution_or_text
         require_searchable(distributions)
-        relative = relative_names & distributions.keys()
-        return cls(distributions, fixed, deletions, frozenset(relative))
+        relative = frozenset(relative_names & distributions.keys())
+        return cls(distributions, fixed, deletions, relative)
 
     def scaled(self, composed: DictConfig) -> "Space":
         """Convert relative intervals to the units of their parameters.
@@ -230,8 +231,7 @@ class Space:
 def _positive_number(composed: DictConfig, key: str) -> float:
     """Return the config's own value of a key that is searched in multiples of it."""
     value = OmegaConf.select(composed, key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value <= 0:
+    if not is_number(value) or value <= 0:
         reason = (
             "a relative interval is in multiples of the config's own value, "
             "which must be a number above 0"

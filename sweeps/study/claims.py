@@ -44,6 +44,7 @@ def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) ->
     Returns:
         The number of trials that are not finished.
     """
+    # Two sessions at once must not both add the trials that the study lacks.
     with file_lock(study.lock_path):
         study.optuna.set_user_attr("total", total)
         _add_waiting_trials(study, total)
@@ -111,6 +112,7 @@ def claim_trial(
         The claim, or None if there is no such trial. The trial's folder is locked until the
         context ends.
     """
+    # The folder stays locked after the study's lock is free, until the trial ends.
     with contextlib.ExitStack() as folder_lock:
         # One claim at a time, and none while `orphaned_trials` takes folder locks to test them.
         with file_lock(study.lock_path):
@@ -145,7 +147,8 @@ def _claimable_trials(study: Study) -> list[FrozenTrial]:
     adoptable = []
     for trial in study.trials(TrialState.RUNNING):
         # A running trial without a folder here belongs to another machine.
-        if not study.is_shared or study.folder_of(trial.number).path.exists():
+        folder = study.folder_of(trial.number)
+        if not study.is_shared or folder.path.exists():
             adoptable.append(trial)
     # An earlier session may have added more trials than the study shall hold now.
     total = study.optuna.user_attrs.get("total", len(study.trials()))

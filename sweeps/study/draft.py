@@ -110,6 +110,8 @@ def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def _search_params(config: DictConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `hydra.sweeper.params`, or else those of the chosen search space."""
     params = values.get("params")
+    # The group `search` stands apart: a plain multirun, whose sweeper has no such parameters,
+    # would fail with a space in `hydra.sweeper.params`.
     if params is None:
         params = OmegaConf.select(config, "search.params")
     if params is None:
@@ -228,5 +230,7 @@ def _first_points(
         space.require("hydra.sweeper.start", point)
         points.append(("start", point))
     chosen = [point for _, point in points]
-    points += [("grid", point) for point in grid if point not in chosen]
+    for point in grid:
+        if point not in chosen:
+            points.append(("grid", point))
     return space, points

@@ -33,7 +33,8 @@ def run_as_job(
     Returns:
         The job's return. It holds the exception that ended the task, if there was one.
     """
-    folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+    sweep = config.hydra.sweep
+    folder = Path(sweep.dir, sweep.subdir).absolute()
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):

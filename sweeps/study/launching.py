@@ -76,6 +76,7 @@ def run_workers(study: Study, session: Session, total: int) -> None:
             )
             continue
         _raise_worker_error(returns, resume)
+        # In a session that is over, trials without a worker wait for the next session.
         if not orphaned_trials(study) or session.is_over(study):
             return
     raise ConfigError(

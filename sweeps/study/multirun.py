@@ -122,7 +122,8 @@ class Multirun:
     def _packed_run(self, config: DictConfig) -> PackedRun:
         """Return a job as a run in a slot, which stores the job's return when it ends."""
         number = config.hydra.job.num
-        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+        sweep = config.hydra.sweep
+        folder = Path(sweep.dir, sweep.subdir)
         packed_with: set[str] = set()
 
         def task(composed: DictConfig) -> RunSteps[Objective]:

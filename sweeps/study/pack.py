@@ -119,7 +119,8 @@ class _Pack:
     def _begin_runs(self, limit: int) -> list[PackedRun]:
         """Fill free slots with at most `limit` new runs, and return them."""
         # A pack that memory has made smaller stays so when its slots are filled again.
-        self._slots = min([self._slots, *_capacities(self._runs)])
+        capacities = _capacities(self._runs)
+        self._slots = min([self._slots, *capacities])
         begun: list[PackedRun] = []
         while (
             self._interrupted is None

@@ -72,6 +72,7 @@ class Session:
         overrides = [f"trainer.engine={self.engine.name}"]
         key = "trainer.gradient_checkpointing"
         is_searched = key in self.space.distributions
+        # `auto` could mean something else for each trial: the study has decided it for all.
         if self.common.trainer.gradient_checkpointing == "auto" and not is_searched:
             overrides.append(f"{key}={str(self.engine.checkpointing).lower()}")
         return overrides

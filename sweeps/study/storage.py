@@ -116,7 +116,10 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries as whole lines, and wait until they are on the disk."""
-        lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
+        lines = []
+        for log in logs:
+            text = json.dumps(log, separators=(",", ":"))
+            lines.append(text + "\n")
         entries = "".join(lines).encode()
         # Not Optuna's own lock, a symbolic link: a killed process leaves it behind, and the next
         # one waits 30 s before it breaks it.

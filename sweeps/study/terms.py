@@ -73,10 +73,11 @@ def require_same_terms(
     keys = {key.removeprefix("space.") for key in (*stored, *terms)}
     for key in sorted(keys):
         # A key may have moved from the config to the space or back.
-        before = stored.get(f"space.{key}", stored.get(key))
-        now = terms.get(f"space.{key}", terms.get(key))
+        space_key = f"space.{key}"
+        before = stored.get(space_key, stored.get(key))
+        now = terms.get(space_key, terms.get(key))
         if before != now:
-            is_searched = f"space.{key}" in stored or f"space.{key}" in terms
+            is_searched = space_key in stored or space_key in terms
             section = "the search space" if is_searched else "the config"
             began = f"study {study} began with {json.dumps(before)} in {section}"
             choices = f"{OTHER_NAME}, or hydra.sweeper.allow_change=true to go on with the change"

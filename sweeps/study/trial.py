@@ -53,7 +53,10 @@ def is_on_last_attempt(trial: FrozenTrial) -> bool:
     """
     starts = trial.user_attrs.get("starts", [])
     last_starts = starts[1 - MAX_STARTS :]
-    return len(last_starts) == MAX_STARTS - 1 and len(set(last_starts)) == 1
+    if len(last_starts) < MAX_STARTS - 1:
+        return False
+    # All at the same checkpoint, by its step.
+    return len(set(last_starts)) == 1
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ class TrialRunner:
             overrides = self.suggest_overrides()
             overrides += self.trial.user_attrs.get("shrunk", [])
             yield from self._train(overrides)
+        # An exception like others to Python, but no failure: the trial stays running.
         except Interrupted:
             raise
         except Exception as error:

@@ -117,11 +117,13 @@ class DatasetSettings(Section):
         self._check_sources()
         for name, minimum in (("max_length", 2), ("limit", 1)):
             value = getattr(self, name)
+            is_valid = value is None or value >= minimum
             allowed = f"must be a whole number of at least {minimum}, or null"
-            self.require(name, value is None or value >= minimum, allowed)
+            self.require(name, is_valid, allowed)
+        allowed = "must be at least 0 and below 1 (0: no such rows)"
         for name in ("eval_fraction", "test_fraction"):
-            allowed = "must be at least 0 and below 1 (0: no such rows)"
-            self.require(name, 0 <= getattr(self, name) < 1, allowed)
+            fraction = getattr(self, name)
+            self.require(name, 0 <= fraction < 1, allowed)
         allowed = "must be a text encoding that Python knows, as utf-8, utf-16 or cp1252, or null"
         self.require("encoding", _is_text_encoding(self.encoding), allowed)
         reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
@@ -207,6 +209,8 @@ class DatasetSettings(Section):
 
 def _is_text_encoding(name: str | None) -> bool:
     """Whether Python has a codec of this name from bytes to text; None is allowed too."""
+    # A LookupError also comes from codecs between bytes, such as zlib; a ValueError from a name
+    # with a null character.
     try:
         "".encode(name or "utf-8")
     except (LookupError, ValueError):
