@@ -210,6 +210,7 @@ def log_traceback(error: BaseException) -> None:
     if isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
         return
     text = "".join(traceback.format_exception(error))
+    # A record by hand, because a logger would send it to the terminal's handler as well.
     record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

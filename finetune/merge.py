@@ -47,6 +47,7 @@ def main() -> None:
     expected = probe(run, run.with_adapter())
     # Loaded again, because attaching an adapter may change its base (PiSSA).
     merged = merge(load_run(arguments.run).base, run.folder.adapter)
+    # Measured twice, to tell a wrong merge from the loss by rounding.
     difference = _largest_difference(expected, probe(run, merged))
     merged = _round(merged, arguments.dtype)
     difference_rounded = _largest_difference(expected, probe(run, merged))

@@ -73,6 +73,7 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
         if dataclasses.is_dataclass(alternative):
             if isinstance(value, Mapping):
                 return _convert(alternative, path, value)
+            # Anything else may fit another alternative: a source is a text or a group of keys.
             continue
         item_hint = _item_with_keys(alternative)
         if item_hint is not None and isinstance(value, list):

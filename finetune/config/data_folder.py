@@ -34,6 +34,7 @@ _SPLIT_OF_WORD = {
 }  # fmt: skip
 
 _WORD_BOUNDARY = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+"""Anything but letters, and the place between a small letter and a capital."""
 
 
 def file_type(name: str) -> tuple[str, str]:

@@ -110,7 +110,6 @@ def create_folder(path: Path) -> Iterator[Path]:
     Yields:
         The draft's path, an empty folder.
     """
-    # Without its domain: a draft's name is taken apart at the dots.
     machine = platform.node().partition(".")[0]
     draft = path.with_name(f"{path.name}.{machine}.{os.getpid()}")
     for existing_draft in path.parent.glob(f"*.{machine}.*"):

@@ -102,6 +102,7 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, None if there is none. Removes incomplete ones."""
+        # A kill while a checkpoint was written left it without its last file.
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / PROGRESS).exists():
                 shutil.rmtree(path)

@@ -36,6 +36,7 @@ def check_job(composed: "DictConfig") -> RunConfig:
         ConfigError: No run can have this config.
     """
     _refuse_secrets_in_storage()
+    # A run does not read the group `search`: it would train with the config's own values.
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
             command = "python -m finetune -m hydra/sweeper=optuna"

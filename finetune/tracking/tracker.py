@@ -74,6 +74,7 @@ class SeveralTrackers(Tracker):
     def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
         self._trackers: list[Tracker] = []
         self._failed: list[Tracker] = []
+        # A wrong key of W&B, or a package that is not installed, must not cost the run.
         for opener in openers:
             try:
                 self._trackers.append(opener())

@@ -104,6 +104,7 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    # W&B asks the netrc file by the server's host.
     host = str(urllib.parse.urlparse(address).hostname)
     try:
         logins = netrc.netrc(os.environ.get("NETRC"))

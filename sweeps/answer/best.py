@@ -55,6 +55,7 @@ def _with_commit(config: RunConfig, run: RunFolder) -> RunConfig:
 
 def _copy_run(study: Study, run: RunFolder) -> None:
     unneeded = shutil.ignore_patterns(*NOT_COPIED)
+    # An earlier best/ stays until the copy is complete.
     with replace_folder(study.folder / "best") as draft:
         shutil.copytree(run.path, draft, ignore=unneeded)
 

@@ -66,6 +66,7 @@ def _summarize(
             continue
         metrics = read_json(repeat.folder.result)["metrics"]
         values.append(metrics[objective])
+        # JSON has null for a NaN.
         if metrics.get("test/loss") is not None:
             test_losses.append(metrics["test/loss"])
     return {
@@ -84,6 +85,7 @@ def _choose_winner(
     study: Study, summaries: Sequence[Mapping[str, Any]], errors: Mapping[Path, str]
 ) -> int:
     """Choose the candidate with the best mean, among those without failed runs if there are any."""
+    # A mean over fewer seeds than the others' is compared only if there is nothing else.
     without_failures = [summary for summary in summaries if not summary["failed"]]
     with_values = [summary for summary in summaries if summary["values"]]
     eligible = without_failures or with_values
@@ -109,6 +111,7 @@ def _compare_with_winner(
     comparisons = []
     for candidate in candidates:
         of_candidate = evaluations[candidate.number]
+        # The comparison is paired: both sides need the same seeds in the same order.
         seeds = sorted(of_winner.keys() & of_candidate.keys())
         if candidate.number == winner or not seeds:
             continue

@@ -72,7 +72,7 @@ def publish(
         published |= contents
         if address is not None:
             published["url"] = address
-        # Not before the upload: what is in this file is never uploaded again.
+        # After the upload, because what this file names is never uploaded again.
         write_json(study.folder / PUBLISHED, published)
     if not tracker.workspace:
         return []

@@ -89,6 +89,7 @@ def _answer(data: ReportData) -> Section:
     lines = []
     if data.answer is not None:
         labels = ("test loss", "difference")
+        # Not strict: without a baseline there is no difference.
         for label, line in zip(labels, test_loss_lines(data.answer), strict=False):
             lines.append(f"{label} {line}")
     if baseline == winner:

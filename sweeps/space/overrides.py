@@ -45,6 +45,7 @@ def parse_overrides(
     for name, value in params.items():
         texts.append(f"{name}={_as_text(value)}")
     hydra = GlobalHydra.instance()
+    # The loader lists the options of a config group, from which a glob chooses.
     config_loader = hydra.config_loader() if hydra.is_initialized() else None
     parser = OverridesParser.create(config_loader)
     overrides: list[Override] = []

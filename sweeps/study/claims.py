@@ -65,6 +65,7 @@ def _enqueue_points(study: Study, points: list[tuple[str, Point]], total: int) -
     untried = _untried_points(study, points)
     waiting = study.trials(TrialState.WAITING)
     free = [trial for trial in waiting if enqueued_point(trial) is None]
+    # Not strict: the sampler chooses for the trials that remain, and further points wait.
     for trial, (point_role, point) in zip(free, untried, strict=False):
         trial_id = study.trial_id(trial.number)
         enqueue_point(study.storage, trial_id, point)

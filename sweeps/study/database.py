@@ -105,9 +105,9 @@ class Database(RDBStorage):
             "pool_pre_ping": True,
             "connect_args": _connection_arguments(url),
         }
-        super().__init__(
-            url.render_as_string(hide_password=False), engine_kwargs=engine_arguments
-        )
+        # SQLAlchemy writes a password as *** unless it is told otherwise.
+        full_address = url.render_as_string(hide_password=False)
+        super().__init__(full_address, engine_kwargs=engine_arguments)
 
     def set_trial_state_values(
         self,

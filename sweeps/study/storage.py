@@ -56,6 +56,7 @@ def open_storage(
     for attempt in range(OPENING_ATTEMPTS):
         try:
             return get_storage(open_database(address, retry_seconds))
+        # It names the key already, and shows no secret.
         except ConfigError:
             raise
         except Exception as error:

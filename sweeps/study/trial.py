@@ -117,6 +117,7 @@ class TrialRunner:
     def _run_unless_finished(self) -> RunSteps[None]:
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
+            # Its worker was lost between the run's end and this call: it is not run again.
             self._tell(Outcome.of_result(result, self._study.objectives))
         elif self._has_lost_too_many_workers(result):
             reason = f"lost its worker {MAX_STARTS} times without a new checkpoint"
@@ -248,6 +249,7 @@ class TrialRunner:
             Whether the trial may start again. Its folder is empty then.
         """
         identity = read_json(self._folder.identity)
+        # Without run.json no run had begun, and no batch is known that could be smaller.
         trainer = identity["config"]["trainer"] if identity else {}
         overrides = smaller_batch(trainer)
         if overrides is None or self.trial.user_attrs.get("shrunk"):
