@@ -41,6 +41,7 @@ def hydra_app(task: Task, resume: Callable[[str], object]) -> None:
 
 
 def _run_app(task: Task, resume: Callable[[str], object]) -> None:
+    # Before Hydra parses them, which prints several lines for a wrong flag and exits with 2.
     arguments = parse_hydra_arguments(sys.argv[1:])
     folder = _folder_to_resume(arguments)
     if folder is not None:
@@ -54,6 +55,7 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures = _JobFailures()
+    # By an absolute path: for a console script, Hydra takes a relative one for a package.
     decorate = hydra.main(config_path=str(CONF), config_name="config")
     application = decorate(failures.collect(task))
     with _explain_unusable_folder(overrides):

@@ -127,6 +127,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     complete = (
         path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists()
     )
+    # By number: as text, checkpoint-100 would come before checkpoint-20.
     return sorted(complete, key=checkpoint_step)
 
 

@@ -160,6 +160,7 @@ def curves_of(
     last_rung = _last_rung(trials)
     curves: dict[int, Curve] = {}
     for trial in trials:
+        # A trial stores its number of steps at its first evaluation.
         steps = trial.user_attrs.get("steps") or 1
         points = []
         for line in metrics.get(trial.number, ()):

@@ -50,6 +50,7 @@ class ReportData:
         results: dict[int, Mapping[str, Any]] = {}
         metrics: dict[int, Sequence[Mapping[str, Any]]] = {}
         for trial in study.trials():
+            # It has no folder and no values yet.
             if trial.state == TrialState.WAITING:
                 continue
             folder = study.folder_of(trial.number)

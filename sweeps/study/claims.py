@@ -53,6 +53,7 @@ def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) ->
 
 
 def _add_waiting_trials(study: Study, total: int) -> None:
+    # All at once: workers that count the trials and then ask for one end up with too many.
     for number in range(len(study.trials()), total):
         trial = create_trial(state=TrialState.WAITING)
         # Another machine may add the same trial now: a database refuses a number that it holds.

@@ -222,6 +222,7 @@ def _first_points(
                 "no baseline: the config has no value of its own for what is searched"
             )
         else:
+            # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
             space, lines = space.widened(baseline)
             for line in lines:
                 log.info("%s", line)

@@ -133,6 +133,7 @@ def _with_worker_launcher(chosen: DictConfig, workers: int) -> DictConfig:
     config = chosen.copy()
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
         target = str(config.hydra.launcher._target_)
+        # Hydra's basic launcher runs its jobs one after the other.
         if target.endswith(("BasicLauncher", "SlotsLauncher")):
             name = "joblib" if workers > 1 else "basic"
             stored = ConfigStore.instance().load(f"hydra/launcher/{name}.yaml")

@@ -128,6 +128,7 @@ def last_metrics(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
+            # Only the end: the file grows with the run, and is read at each drawing.
             file.seek(max(0, size - METRICS_TAIL))
             lines = file.read().splitlines()
     except FileNotFoundError:

@@ -61,6 +61,7 @@ class Session:
         ]
         loader = self.hydra_context.config_loader
         config = loader.load_sweep_config(self.config, [*overrides, *folders])
+        # Hydra's launchers set both, and composing leaves them missing.
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number

@@ -178,7 +178,7 @@ class TrialRunner:
             failure = _Failure(error_line(error), is_out_of_memory_error(error))
         else:
             return None
-        # Outside the handler, where the exception no longer holds the run's tensors.
+        # Outside the handler: within it, the exception's traceback holds the run's tensors.
         free_memory()
         return failure
 

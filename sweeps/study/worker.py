@@ -38,6 +38,7 @@ class Worker:
         below_live_table = is_other_process and sys.stderr.isatty()
         try:
             with run_lines_to_files(warnings_only=below_live_table):
+                # A float, because launchers pickle what a job returns.
                 return float(self._work())
         finally:
             if self.session.is_orphaned:
