@@ -181,8 +181,8 @@ class DatasetSettings(Section):
         items = [self.path] if isinstance(self.path, str) else self.path
         sources = []
         for item in items:
-            is_path = isinstance(item, str)
-            sources.append(SourceSettings(path=item) if is_path else item)
+            source = SourceSettings(path=item) if isinstance(item, str) else item
+            sources.append(source)
         return sources
 
     @property
