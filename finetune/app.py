@@ -41,23 +41,25 @@ def hydra_app(task: Task, resume: Callable[[str], object]) -> None:
 
 
 def _run_app(task: Task, resume: Callable[[str], object]) -> None:
+    # Before Hydra parses them, which prints several lines for a wrong flag and exits with 2.
     arguments = parse_hydra_arguments(sys.argv[1:])
     folder = _folder_to_resume(arguments)
     if folder is not None:
         resume(folder)
         return
     overrides: list[str] = arguments.overrides
+    # In place, because `hydra.main` reads the command line itself.
     for position, word in enumerate(sys.argv[1:], start=1):
         if word in overrides:
             sys.argv[position] = check_override(word)
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises its errors instead of printing them
-    )
+    # Hydra then raises its errors instead of printing them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     failures = _JobFailures()
+    # By an absolute path: for a console script, Hydra takes a relative one for a package.
+    decorate = hydra.main(config_path=str(CONF), config_name="config")
+    application = decorate(failures.collect(task))
     with _explain_unusable_folder(overrides):
-        hydra.main(config_path=str(CONF), config_name="config")(
-            failures.collect(task)
-        )()
+        application()
     failures.discard_empty_sweeps()
     failures.raise_first()
 
@@ -65,6 +67,7 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
 def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
     parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
+    # Hydra, too, takes flags between overrides.
     return parser.parse_intermixed_args(arguments)
 
 
@@ -74,10 +77,9 @@ def compose_run(overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: an override or the resulting config is not allowed.
     """
+    checked = [check_override(override) for override in overrides]
     with hydra.initialize_config_dir(str(CONF)):
-        composed = hydra.compose(
-            "config", [check_override(override) for override in overrides]
-        )
+        composed = hydra.compose("config", checked)
         return RunConfig.from_hydra(composed)
 
 
@@ -92,14 +94,18 @@ def check_override(override: str) -> str:
     """
     refuse_secrets_in(override)
     key, _, value = override.partition("=")
-    if key == "name" and not all(is_plain_name(name) for name in value.split(",")):
-        raise refusal(key, value, PLAIN_NAME)
+    if key == "name":
+        # A sweep has several, as `name=a,b`.
+        for name in value.split(","):
+            if not is_plain_name(name):
+                raise refusal(key, value, PLAIN_NAME)
     if (CONF / key).is_dir() and value.isdigit():
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
     open_groups = (
         r"((model|lora|trainer)\.extra|dataset\.columns|model\.template_kwargs)\b"
     )
+    # Hydra refuses a new key without `+`, and an existing one with it; `++` allows both.
     adds_key = re.match(open_groups, override)
     return f"++{override}" if adds_key else override
 
@@ -112,9 +118,10 @@ def _folder_to_resume(arguments: argparse.Namespace) -> str | None:
     if arguments.cfg or arguments.help or arguments.info:
         return None
     overrides: list[str] = arguments.overrides
-    resumes = [
-        override for override in overrides if override.lstrip("+").startswith("resume=")
-    ]
+    resumes = []
+    for override in overrides:
+        if override.lstrip("+").startswith("resume="):
+            resumes.append(override)
     if not resumes:
         return None
     folder = resumes[0].partition("=")[2]
@@ -141,7 +148,10 @@ def _explain_unusable_folder(overrides: list[str]) -> Iterator[None]:
     ) as error:
         if error.filename is None:
             raise
-        values = dict(override.partition("=")[::2] for override in overrides)
+        values = {}
+        for override in overrides:
+            key, _, value = override.partition("=")
+            values[key] = value
         folder = values.get("hydra.run.dir", error.filename)
         reason = f"can't be created ({error.strerror}: {error.filename})"
         raise refusal("hydra.run.dir", folder, reason) from error
@@ -165,14 +175,15 @@ class _JobFailures:
         """Return a task that does the same, and adds its error here instead of raising it."""
 
         def run_job(composed: DictConfig) -> object:
+            # The job may run in another process: its error comes back through Hydra.
             if _launcher_reports_errors():
                 return task(composed)
             try:
                 return task(composed)
             except (Exception, KeyboardInterrupt) as error:
-                if _is_multirun() and isinstance(
-                    error, KeyboardInterrupt | Interrupted
-                ):
+                is_interrupt = isinstance(error, KeyboardInterrupt | Interrupted)
+                # It ends the whole sweep; any other error only its job.
+                if is_interrupt and _is_multirun():
                     raise
                 self._add(error)
                 return None

@@ -89,9 +89,9 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_error_line(error)
     if isinstance(error, OSError) and error.strerror:
-        return (
-            f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        )
+        if error.filename:
+            return f"{error.strerror}: {error.filename}"
+        return error.strerror
     if isinstance(error, ConfigError | Interrupted):
         return _join_lines(str(error))
     return f"{type(error).__name__}: {summary_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
@@ -125,9 +125,11 @@ def _hydra_error_line(error: Exception) -> str:
     cause = str(error.__cause__ or "").splitlines()
     if cause and cause[0] not in text:
         lines.append(cause[0])
-    return "; ".join(
-        line.rstrip(".;") for line in lines if not line.startswith(HYDRA_NOISE)
-    )
+    shown_lines = []
+    for line in lines:
+        if not line.startswith(HYDRA_NOISE):
+            shown_lines.append(line.rstrip(".;"))
+    return "; ".join(shown_lines)
 
 
 def _sweep_refusal(override: str) -> str:
@@ -150,12 +152,13 @@ def _suggest_key(unknown: str) -> str:
     *groups, name = unknown.removeprefix(SWEEPER).split(".")
     node: Any = OmegaConf.load(CONF / file)
     for group in groups:
-        node = (
-            node.get(group) if isinstance(node, DictConfig) and group in node else None
-        )
+        has_group = isinstance(node, DictConfig) and group in node
+        node = node.get(group) if has_group else None
     if not node:
         return "see --cfg job"
-    return did_you_mean(name, [str(key) for key in node if key != "defaults"])
+    # Hydra's defaults list is no key of the config.
+    keys = [str(key) for key in node if key != "defaults"]
+    return did_you_mean(name, keys)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -185,16 +188,15 @@ def quiet_libraries(bars: bool = True) -> None:
         bars: whether a terminal may show progress bars.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Unset, tokenizers warns whenever a process that has used it forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module=rf"{library}\."
-        )
+        module = rf"{library}\."
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     # The run logs this itself.
-    warnings.filterwarnings(
-        "ignore", message="Paged optimizers are not supported on CPU"
-    )
+    paged_on_cpu = "Paged optimizers are not supported on CPU"
+    warnings.filterwarnings("ignore", message=paged_on_cpu)
     if not (bars and sys.stderr.isatty()):
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
@@ -208,6 +210,7 @@ def log_traceback(error: BaseException) -> None:
     if isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
         return
     text = "".join(traceback.format_exception(error))
+    # A record by hand, because a logger would send it to the terminal's handler as well.
     record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

@@ -48,7 +48,8 @@ def main() -> None:
     _show_data_log()
     comparison = _compare(arguments.run, arguments.data)
     if arguments.json:
-        print(json.dumps({"data": arguments.data, **comparison.to_dict()}, indent=2))
+        content = {"data": arguments.data, **comparison.to_dict()}
+        print(json.dumps(content, indent=2))
     else:
         _print_table(arguments.data, comparison)
 

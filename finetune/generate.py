@@ -62,14 +62,17 @@ def _require_positive(flag: str, limit: int | None) -> None:
 def _generate(arguments: argparse.Namespace) -> list[str]:
     """Return the answers in the order of the prompts."""
     run = load_run(arguments.run)
-    max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
+    max_new_tokens = arguments.max_new_tokens
+    max_length = arguments.max_length
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens
         max_length = run.config.sample_max_length
+    model = run.base if arguments.base else run.with_adapter()
+    prompts = [Prompt(text, arguments.system) for text in arguments.prompt]
     return generate_answers(
-        run.base if arguments.base else run.with_adapter(),
+        model,
         run.tokenizer,
-        [Prompt(text, arguments.system) for text in arguments.prompt],
+        prompts,
         run.config.quantization,
         max_new_tokens=max_new_tokens,
         max_length=max_length,

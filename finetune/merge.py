@@ -38,15 +38,16 @@ def main() -> None:
     """Read the command line, merge, save, print the differences that merging and rounding leave."""
     arguments = _parse_arguments()
     folder = Path(arguments.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise refusal(
-            "--to", arguments.to, "exists already; must be a new or an empty folder"
-        )
+    is_file = folder.exists() and not folder.is_dir()
+    if is_file or (folder.is_dir() and any(folder.iterdir())):
+        reason = "exists already; must be a new or an empty folder"
+        raise refusal("--to", arguments.to, reason)
     _require_mergeable(arguments.run)
     run = load_run(arguments.run)
     expected = probe(run, run.with_adapter())
     # Loaded again, because attaching an adapter may change its base (PiSSA).
     merged = merge(load_run(arguments.run).base, run.folder.adapter)
+    # Measured twice, to tell a wrong merge from the loss by rounding.
     difference = _largest_difference(expected, probe(run, merged))
     merged = _round(merged, arguments.dtype)
     difference_rounded = _largest_difference(expected, probe(run, merged))
@@ -86,7 +87,8 @@ def _parse_arguments() -> argparse.Namespace:
 def _require_mergeable(folder: str) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
     config = read_trained_config(folder)
-    quantization = base_quantization(read_config_json(find_base(config.model)))
+    base_values = read_config_json(find_base(config.model))
+    quantization = base_quantization(base_values)
     if quantization is None or quantization.method in BITSANDBYTES | DEQUANTIZED:
         return
     name = config.model.name_or_path
@@ -102,9 +104,8 @@ def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
 
     ends = Encoder(run.tokenizer, run.config.model.template_kwargs).ends
     generation_config = generation_config_with_ends(run.base, ends)
-    merged.generation_config = (
-        GenerationConfig()
-    )  # saving checks it, and refuses many bases'
+    # Saving checks the model's own one, and refuses those of many bases.
+    merged.generation_config = GenerationConfig()
     with replace_folder(folder) as draft:
         merged.save_pretrained(draft)
         write_generation_config(generation_config, draft)
@@ -139,7 +140,8 @@ def probe(run: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tenso
     import torch
 
     device = next(model.parameters()).device
-    ids = torch.tensor([run.tokenizer(PROBE)["input_ids"]], device=device)
+    encoded = run.tokenizer(PROBE)
+    ids = torch.tensor([encoded["input_ids"]], device=device)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids).logits[0]
     return logits.float().log_softmax(-1)

@@ -33,9 +33,8 @@ def main() -> None:
     config = compose_run(arguments.overrides)
     quiet_libraries()
     resources = SharedResources()
-    resources.rows(
-        config.dataset
-    )  # mistakes in the rows are said before torch is imported
+    # Mistakes in the rows are reported before torch is imported.
+    resources.rows(config.dataset)
     config = resolve_learning_rate(config, resources)
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 
@@ -46,7 +45,8 @@ def main() -> None:
     if not arguments.json:
         _print_memory(plan, method)
     plan.require_room(config)
-    seconds = plan.train_tokens * PASSES * plan.weights / measure_speed()
+    operations = plan.train_tokens * PASSES * plan.weights
+    seconds = operations / measure_speed()
     if arguments.json:
         content = {**_to_dict(plan, config, seconds), "quantization": method}
         print(json.dumps(content, indent=2))
@@ -66,6 +66,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table"
     )
+    # Intermixed, so that flags may stand between overrides.
     return parser.parse_intermixed_args()
 
 
@@ -80,20 +81,24 @@ def measure_speed() -> float:
     from finetune.model.device import on_gpu
 
     # A product takes a GPU less than a millisecond, a CPU a tenth of a second.
-    device, dtype, repeats = (
-        ("cuda", torch.bfloat16, 8) if on_gpu() else ("cpu", torch.float32, 1)
-    )
+    device, dtype, repeats = "cpu", torch.float32, 1
+    if on_gpu():
+        device, dtype, repeats = "cuda", torch.bfloat16, 8
     rows, width = 512, 2048
     activations = torch.randn((rows, width), device=device, dtype=dtype)
     weight = torch.randn((width, width), device=device, dtype=dtype)
     best = 0.0
+    # The best of several: other processes, and the first use of a kernel, only slow it down.
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(repeats):
             product = activations @ weight
-        float(product[0, 0])  # waits for the GPU
+        # Reading a value waits until the GPU has computed it.
+        float(product[0, 0])
         seconds = time.perf_counter() - start
-        best = max(best, repeats * 2 * rows * width**2 / seconds)
+        # Each element of the product takes `width` multiplications and additions.
+        operations = repeats * 2 * rows * width**2
+        best = max(best, operations / seconds)
     return TRAINING_SHARE * best
 
 
@@ -143,9 +148,9 @@ def _print_memory(plan: "Plan", method: str) -> None:
     for name, size in rows.items():
         if size:
             print(f"{name:32}{size / GIB:8.2f} GiB")
-    print(
-        f"{'peak of one run':32}{plan.peak() / GIB:8.2f} GiB of {plan.available / GIB:.1f}"
-    )
+    peak = plan.peak() / GIB
+    available = plan.available / GIB
+    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}")
 
 
 def _print_work(plan: "Plan", config: RunConfig, seconds: float) -> None:

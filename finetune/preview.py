@@ -54,6 +54,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of text"
     )
+    # Intermixed, so that flags may stand between overrides.
     arguments = parser.parse_intermixed_args()
     if arguments.rows < 1:
         raise refusal("--rows", arguments.rows, "must be at least 1")
@@ -66,7 +67,8 @@ def _preview(config: RunConfig, split: str, count: int) -> Preview:
         rows = resources.rows(config.dataset)
         if not rows.by_split[split]:
             raise _no_rows(config, split)
-        resources.source(config.model)  # the packaged model is converted with torch
+        # Before torch is hidden from transformers: the packaged model is converted with torch.
+        resources.source(config.model)
         if not config.model.trust_remote_code:
             import_transformers_without_torch()
         quiet_libraries()

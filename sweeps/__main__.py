@@ -40,17 +40,15 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; `action` is the function of the chosen one."""
     parser = command_parser("sweeps", "List and inspect studies, and act on them.")
-    parser.prog = (
-        "python -m sweeps"  # Python before 3.14 prints the file's name, `__main__.py`
-    )
+    # Python before 3.14 prints the file's name, `__main__.py`.
+    parser.prog = "python -m sweeps"
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
         name: str, action: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}."
-        )
+        sentence = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=sentence)
         command.set_defaults(action=action)
         return command
 
@@ -136,18 +134,20 @@ def _list_row(path: Path) -> list[str]:
     from sweeps.study.formatting import objective_cells
     from sweeps.study.study import Study
 
-    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    began = time.localtime(path.stat().st_mtime)
+    start = time.strftime("%Y-%m-%d %H:%M", began)
     try:
+        # Without retries: a database out of reach must not hold up the list of all studies.
         study = Study.load(path.parent.absolute(), retry_seconds=0)
-    except (
-        Exception
-    ) as error:  # its database cannot be reached, or its files are damaged
+    # Its database can't be reached, or its files are damaged.
+    except Exception as error:
         return [path.parent.name, start, "", error_line(error)]
     counts = f"{len(study.finished())}/{len(study.trials())}"
     ranked = study.ranked()
     value = ""
     if ranked:
-        value = " ".join(objective_cells(ranked[0], len(study.objectives)))
+        cells = objective_cells(ranked[0], len(study.objectives))
+        value = " ".join(cells)
     return [study.name, start, counts, value]
 
 
@@ -196,7 +196,7 @@ def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
     study = _find_study(arguments.study)
-    running = {trial.number: trial for trial in study.trials(TrialState.RUNNING)}
+    running = [trial.number for trial in study.trials(TrialState.RUNNING)]
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"
         raise ConfigError(

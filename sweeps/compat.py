@@ -93,9 +93,11 @@ def claim_waiting_trial(
     from optuna.trial import TrialState
 
     with _create_scoped_session(storage.scoped_session) as session:
+        # The row is locked: another worker's claim waits until this transaction ends.
         row: Any = models.TrialModel.find_or_raise_by_id(
             trial_id, session, for_update=True
         )
+        # Raises for a finished trial, as Optuna's method does.
         storage.check_trial_is_updatable(trial_id, row.state)
         attributes = models.TrialSystemAttributeModel
         if row.state != TrialState.WAITING:

@@ -55,9 +55,8 @@ class SlotsLauncher(Launcher):
         """
         from sweeps.study.multirun import Multirun
 
-        if self._slots != "auto" and not (
-            isinstance(self._slots, int) and self._slots >= 1
-        ):
+        is_count = isinstance(self._slots, int) and self._slots >= 1
+        if self._slots != "auto" and not is_count:
             allowed = "must be at least 1, or auto: by memory"
             raise refusal("hydra.launcher.slots", self._slots, allowed)
         multirun = Multirun(self._hydra_context, self._config, self._slots)

@@ -45,7 +45,7 @@ class StudySweeper(Sweeper):
         """Run one session: until the study has its trials, is out of time, or is interrupted."""
         from sweeps.study.draft import draft_session
 
-        # Their lines on each launch and job would stand between those of the study.
+        # Hydra's lines on each launch and job would stand between those of the study.
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
         draft = draft_session(
@@ -110,13 +110,15 @@ def _conclude(study: "Study", session: "Session") -> None:
     except KeyboardInterrupt:
         command = f"python -m sweeps best {shlex.quote(folder)}"
         raise Interrupted(f"interrupted; {command} takes the winner") from None
+    # After the answer is written: the complete trials count, though too many others failed.
     failed = study.trials(TrialState.FAIL)
     has_no_answer = bool(failed) and not study.ranked()
     if has_no_answer or has_failed_too_often(study, session.settings):
         rate = f"hydra.sweeper.max_failure_rate={session.settings.max_failure_rate}"
         count = f"{len(failed)} of {len(study.finished())} trials failed"
-        error = failed[-1].user_attrs.get("error")
-        raise ConfigError(f"{rate}: {count}; trial {failed[-1].number}: {error}")
+        last = failed[-1]
+        error = last.user_attrs.get("error")
+        raise ConfigError(f"{rate}: {count}; trial {last.number}: {error}")
 
 
 def _confirm(study: "Study", session: "Session") -> None:

@@ -47,11 +47,13 @@ def parse_address(key: str, address: str) -> "URL":
 
     try:
         url = make_url(address)
-    except (ArgumentError, ValueError):  # their messages repeat pieces of the address
+    # Not chained: the messages of these errors repeat pieces of the address.
+    except (ArgumentError, ValueError):
         raise ConfigError(
             f"{key}: is no database's address, as {EXAMPLE} (not shown: it may hold a password); "
             "write : / @ ? in a user's name or password as %3A %2F %40 %3F"
         ) from None
+    # An @ that is not escaped splits a password, and the parser takes its end for the host.
     is_file = url.drivername.startswith("sqlite") and not url.host
     if not is_file and "@" in f"{url.host}{url.database}":
         raise ConfigError(
@@ -72,9 +74,11 @@ def refuse_secrets_in_address(key: str, written: str) -> None:
         ConfigError: the address holds a secret, or can't be parsed. The message does not show it.
     """
     address = _without_interpolations(written)
+    # A plain word holds no secret; the opening of the storage refuses it.
     if "://" not in address and not re.search(r"[@:?=]", address):
-        return  # a plain word, which the opening of the storage refuses
+        return
     secrets = secrets_in(parse_address(key, address))
+    # Whatever is left of a secret without the environment's variables was written out.
     if any(secret.replace(ENVIRONMENT, "") for secret in secrets):
         raise ConfigError(
             f"{key}: a password in an address would be written to files; "
@@ -114,7 +118,9 @@ def hide_secrets(text: str, key: str, address: str) -> str:
     public = show_address(key, address)
     for full_address in (address, url.render_as_string(hide_password=False)):
         text = text.replace(full_address, public)
+    # The longest first: a secret that is a part of another one would leave the rest readable.
     for secret in sorted(secrets_in(url), key=len, reverse=True):
+        # As drivers and SQLAlchemy write it into their messages.
         encodings = {
             secret,
             quote(secret, safe=""),
@@ -133,7 +139,8 @@ def _without_interpolations(written: str) -> str:
         _, comma, default = match[1].partition(",")
         return default.strip(" '\"") if comma else ENVIRONMENT
 
-    while True:  # interpolations may be nested
+    # The innermost first, because interpolations may be nested.
+    while True:
         replaced = re.sub(r"\$\{([^{}]*)\}", stand_in, written)
         if replaced == written:
             return written

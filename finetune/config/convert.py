@@ -59,7 +59,8 @@ def build(cls: type[T], path: str, values: Any) -> T:
     converted: dict[str, Any] = {}
     for name in fields:
         if name in values:
-            converted[name] = _convert(hints[name], f"{prefix}{name}", values[name])
+            key = f"{prefix}{name}"
+            converted[name] = _convert(hints[name], key, values[name])
     return cls(**converted)
 
 
@@ -72,13 +73,14 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
         if dataclasses.is_dataclass(alternative):
             if isinstance(value, Mapping):
                 return _convert(alternative, path, value)
+            # Anything else may fit another alternative: a source is a text or a group of keys.
             continue
         item_hint = _item_with_keys(alternative)
         if item_hint is not None and isinstance(value, list):
-            items = enumerate(value)
-            return [
-                _convert(item_hint, f"{path}[{index}]", item) for index, item in items
-            ]
+            items = []
+            for index, item in enumerate(value):
+                items.append(_convert(item_hint, f"{path}[{index}]", item))
+            return items
         try:
             return _convert_plain(alternative, value)
         except _MismatchError:
@@ -98,10 +100,11 @@ def describe_type(hint: Any) -> str:
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union; a single type for any other annotation."""
-    is_union = (
-        isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    )
-    return typing.get_args(hint) if is_union else (hint,)
+    # `int | None` is of the first kind, `Optional[int]` of the second.
+    is_union = isinstance(hint, types.UnionType)
+    if is_union or typing.get_origin(hint) is typing.Union:
+        return typing.get_args(hint)
+    return (hint,)
 
 
 def _item_with_keys(hint: Any) -> Any:
@@ -109,13 +112,17 @@ def _item_with_keys(hint: Any) -> Any:
     if typing.get_origin(hint) is not list:
         return None
     (item_hint,) = typing.get_args(hint)
-    has_keys = any(dataclasses.is_dataclass(item) for item in _alternatives(item_hint))
-    return item_hint if has_keys else None
+    for alternative in _alternatives(item_hint):
+        if dataclasses.is_dataclass(alternative):
+            return item_hint
+    return None
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
     """Return the words of a Literal; none for any other annotation."""
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    if typing.get_origin(hint) is not Literal:
+        return ()
+    return typing.get_args(hint)
 
 
 def _convert_plain(hint: Any, value: Any) -> Any:
@@ -127,12 +134,11 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin is list:
         return _convert_list(hint, value)
-    # In Python true and false are whole numbers as well.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_whole = is_number and isinstance(value, int)
+    is_whole = is_number(value) and isinstance(value, int)
+    # YAML reads the 2026 of `name=2026` as a number.
     if hint is str and is_whole:
-        return str(value)  # name=2026
-    if hint is float and is_number and math.isfinite(value):
+        return str(value)
+    if hint is float and is_number(value) and math.isfinite(value):
         return float(value)
     if origin is Literal:
         matches = isinstance(value, str) and value in typing.get_args(hint)
@@ -147,6 +153,11 @@ def _convert_plain(hint: Any, value: Any) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number to a user: in Python, true and false are numbers as well."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _convert_list(hint: Any, value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise _MismatchError
@@ -158,19 +169,14 @@ def _describe(hint: Any) -> str:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is Literal:
-        return (
-            f"one of {', '.join(arguments)}"
-            if len(arguments) > 1
-            else str(arguments[0])
-        )
+        if len(arguments) > 1:
+            return f"one of {', '.join(arguments)}"
+        return str(arguments[0])
     if origin is list:
         return f"a list, each item {describe_type(arguments[0])}"
     if origin is dict:
         return "a group of keys"
     if dataclasses.is_dataclass(hint):
-        return (
-            "{"
-            + ", ".join(f"{field.name}: …" for field in dataclasses.fields(hint))
-            + "}"
-        )
+        keys = [f"{field.name}: …" for field in dataclasses.fields(hint)]
+        return f"{{{', '.join(keys)}}}"
     return DESCRIPTIONS[hint]

@@ -34,6 +34,7 @@ _SPLIT_OF_WORD = {
 }  # fmt: skip
 
 _WORD_BOUNDARY = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+"""Anything but letters, and the place between a small letter and a capital."""
 
 
 def file_type(name: str) -> tuple[str, str]:
@@ -43,9 +44,12 @@ def file_type(name: str) -> tuple[str, str]:
     a file that is not read.
     """
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    compression = ""
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        compression = suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
-    if suffix not in (TEXT_SUFFIXES if compression else SUFFIXES):
+    allowed_suffixes = TEXT_SUFFIXES if compression else SUFFIXES
+    if suffix not in allowed_suffixes:
         return "", ""
     return suffix, compression
 
@@ -62,9 +66,8 @@ def local_path(path: str) -> Path:
 
 def is_saved_dataset(folder: Path) -> bool:
     """Return whether `datasets.Dataset.save_to_disk` wrote a folder. It is read like a file."""
-    return all(
-        os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json")
-    )
+    names = ("state.json", "dataset_info.json")
+    return all(os.path.isfile(folder / name) for name in names)
 
 
 def data_folder(path: str) -> Path | None:
@@ -75,7 +78,9 @@ def data_folder(path: str) -> Path | None:
     if path == "python_docs" or is_remote(path):
         return None
     folder = local_path(path)
-    return folder if os.path.isdir(folder) and not is_saved_dataset(folder) else None
+    if not os.path.isdir(folder) or is_saved_dataset(folder):
+        return None
+    return folder
 
 
 def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
@@ -89,14 +94,14 @@ def data_files(folder: Path, excluded: Iterable[str | None] = ()) -> list[Path]:
         excluded: Paths of files to leave out, or None.
 
     Raises:
-        ConfigError: The folder can't be listed, or a file is there twice, compressed and not.
+        ConfigError: The folder can't be listed, or its `dataset_dict.json` can't be read.
     """
-    excluded_files = {
-        local_path(path).resolve() for path in excluded if path is not None
-    }
-    return [
-        file for file in _candidates(folder) if file.resolve() not in excluded_files
-    ]
+    excluded_files = set()
+    for path in excluded:
+        if path is not None:
+            excluded_files.add(local_path(path).resolve())
+    files = _candidates(folder)
+    return [file for file in files if file.resolve() not in excluded_files]
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -108,15 +113,19 @@ def _candidates(folder: Path) -> list[Path]:
         raise refusal("dataset.path", folder, reason) from None
     if (folder / "dataset_dict.json").is_file():
         return _saved_splits(folder)
-    files = [
-        entry for entry in entries if any(file_type(entry.name)) and not entry.is_dir()
-    ]
-    data = [file for file in files if file_type(file.name)[0] != ".txt"]
-    if not data:
-        return [
-            entry for entry in entries if is_saved_dataset(entry)
-        ] or _without_copies(files)
-    return _without_copies(data)
+    files = []
+    data = []
+    for entry in entries:
+        suffix, _ = file_type(entry.name)
+        if not suffix or entry.is_dir():
+            continue
+        files.append(entry)
+        if suffix != ".txt":
+            data.append(entry)
+    if data:
+        return _without_copies(data)
+    saved = [entry for entry in entries if is_saved_dataset(entry)]
+    return saved or _without_copies(files)
 
 
 def _saved_splits(folder: Path) -> list[Path]:
@@ -132,12 +141,13 @@ def _saved_splits(folder: Path) -> list[Path]:
 def _without_copies(files: list[Path]) -> list[Path]:
     """The files without compressed copies of files that stand beside them."""
     names = {file.name.lower() for file in files}
-    return [
-        file
-        for file in files
-        if not file_type(file.name)[1]
-        or file.name.lower().rpartition(".")[0] not in names
-    ]
+    originals = []
+    for file in files:
+        _, compression = file_type(file.name)
+        uncompressed_name = file.name.lower().removesuffix(compression)
+        if not compression or uncompressed_name not in names:
+            originals.append(file)
+    return originals
 
 
 def named_splits(file: Path) -> list[str]:
@@ -146,7 +156,9 @@ def named_splits(file: Path) -> list[str]:
     None for `latest.jsonl`, test for `data.test.csv.gz`, train and test for `train_test.json`.
     """
     suffix, compression = file_type(file.name)
-    stem = file.name[: len(file.name) - len(suffix + compression)]
+    # By their lengths: the name may have its suffixes in capitals.
+    stem_length = len(file.name) - len(suffix) - len(compression)
+    stem = file.name[:stem_length]
     words = {word.lower() for word in _WORD_BOUNDARY.split(stem)}
     splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
     return [split for split in SPLITS if split in splits]
@@ -162,6 +174,5 @@ def has_evaluation_files(path: str, test_path: str | None) -> bool:
     folder = data_folder(path)
     if folder is None:
         return False
-    return any(
-        named_splits(file) == ["eval"] for file in data_files(folder, [test_path])
-    )
+    files = data_files(folder, [test_path])
+    return any(named_splits(file) == ["eval"] for file in files)

@@ -6,9 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-CONF = next(
-    folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()
-)
+_CONF_FOLDERS = (PACKAGE / "conf", PACKAGE.parent / "conf")
+
+
+CONF = next(folder for folder in _CONF_FOLDERS if folder.is_dir())
 """The config folder: in an installed wheel inside the package, in a checkout next to it."""
 
 

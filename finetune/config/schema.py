@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
+from finetune.config.plain_values import (
+    pick_learning_rate,
+    resolve_limit,
+    simplify_sources,
+)
 from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
 from finetune.config.sections.lora import LoraSettings
@@ -24,11 +29,6 @@ from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-PYTHON_DOCS_LIMIT = 240
-"""Training rows of `python_docs` with `dataset.limit=auto`: an epoch of a few minutes on two CPU
-cores."""
 
 
 MetricName = Literal[
@@ -83,11 +83,9 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
-        self.require(
-            "seed",
-            0 <= self.seed < 2**32,
-            "must be a whole number from 0 to 4294967295",
-        )
+        # `numpy.random.seed`, which transformers calls, takes no larger number.
+        allowed = "must be a whole number from 0 to 4294967295"
+        self.require("seed", 0 <= self.seed < 2**32, allowed)
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)
@@ -100,15 +98,14 @@ class RunConfig(Section):
         self._require_one_eval_objective()
 
     def _check_sample_limits(self) -> None:
-        limits = (self.sample_max_new_tokens, self.sample_max_length)
         allowed = "must be a whole number of at least 1, or null"
-        for field, limit in zip(
-            ("sample_max_new_tokens", "sample_max_length"), limits, strict=True
-        ):
+        has_limit = False
+        for field in ("sample_max_new_tokens", "sample_max_length"):
+            limit = getattr(self, field)
             self.require(field, limit is None or limit >= 1, allowed)
-        self.require(
-            "sample_max_new_tokens", limits != (None, None), "needs sample_max_length"
-        )
+            has_limit = has_limit or limit is not None
+        # Without a limit, an answer that never ends would keep the run from its end.
+        self.require("sample_max_new_tokens", has_limit, "needs sample_max_length")
 
     def _require_held_out_rows(self) -> None:
         if self.dataset.holds_out:
@@ -150,8 +147,9 @@ class RunConfig(Section):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(values, dict)
-        _pick_learning_rate(values)
-        return cls.from_dict({str(key): value for key, value in values.items()})
+        pick_learning_rate(values)
+        plain = {str(key): value for key, value in values.items()}
+        return cls.from_dict(plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -161,7 +159,8 @@ class RunConfig(Section):
             ConfigError: the first value that is not allowed, or a credential.
         """
         refuse_secrets(values)
-        return build(cls, "", _resolve_limit(_simplify_sources(values)))
+        simplified = simplify_sources(values)
+        return build(cls, "", resolve_limit(simplified))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""
@@ -183,7 +182,8 @@ class RunConfig(Section):
     @property
     def objectives(self) -> list[str]:
         """Names of the metrics that the run returns; `eval/…` only if there are held-out rows."""
-        names = [self.objective] if isinstance(self.objective, str) else self.objective
+        objective = self.objective
+        names = [objective] if isinstance(objective, str) else objective
         if self.dataset.holds_out:
             return [*names]
         return [name for name in names if not name.startswith("eval/")]
@@ -206,51 +206,11 @@ def _absolute_sources(
     """Return `dataset.path` with absolute paths of existing files and folders."""
     if isinstance(path, str):
         return _absolute_path(path)
-    return [
-        _absolute_path(item)
-        if isinstance(item, str)
-        else dataclasses.replace(item, path=_absolute_path(item.path))
-        for item in path
-    ]
-
-
-def _simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write each source of `dataset.path` without a weight as text, a single one without the list.
-
-    So that a config compares equal to one that says the same in another way.
-    """
-    dataset = values.get("dataset")
-    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("path"), list):
-        return values
-    items = [_simplify_source(item) for item in dataset["path"]]
-    path = items[0] if len(items) == 1 and isinstance(items[0], str) else items
-    return {**values, "dataset": {**dataset, "path": path}}
-
-
-def _simplify_source(item: Any) -> Any:
-    if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
-        return item
-    weight = item.get("weight", 1)
-    is_plain = (
-        set(item) <= {"path", "weight"} and not isinstance(weight, bool) and weight == 1
-    )
-    return item["path"] if is_plain else item
-
-
-def _resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
-    dataset = values.get("dataset")
-    if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
-        return values  # `build` refuses what is no mapping
-    limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
-    return {**values, "dataset": {**dataset, "limit": limit}}
-
-
-def _pick_learning_rate(values: dict[Any, Any]) -> None:
-    """Replace a mapping in `model.learning_rate` by the rate of the run's base, or null.
-
-    A model's YAML gives the rate of its own base, which must not apply to another `name_or_path`.
-    """
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("learning_rate"), Mapping):
-        model["learning_rate"] = model["learning_rate"].get(model.get("name_or_path"))
+    sources: list[str | SourceSettings] = []
+    for item in path:
+        if isinstance(item, str):
+            sources.append(_absolute_path(item))
+        else:
+            absolute_path = _absolute_path(item.path)
+            sources.append(dataclasses.replace(item, path=absolute_path))
+    return sources

@@ -36,11 +36,9 @@ def refuse_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{prefix}{key}.")
-        elif (
-            re.fullmatch(rf"(?i){_SECRET_KEY}", str(key))
-            and isinstance(value, str)
-            and value
-        ):
+            continue
+        names_secret = re.fullmatch(rf"(?i){_SECRET_KEY}", str(key))
+        if names_secret and isinstance(value, str) and value:
             raise ConfigError(_secret_refusal(f"{prefix}{key}"))
 
 
@@ -75,13 +73,12 @@ def _addresses_in(override: str) -> list[str]:
     is_storage = key.endswith("storage")
     if not is_storage and not re.search(r"storage['\"]?\s*:", text):
         return []
-    written = (
-        [text.strip(" '\"")] if is_storage else re.findall(r"[\w+]+://[^\s,'\"]+", text)
-    )
+    written = [text.strip(" '\"")]
+    if not is_storage:
+        written = re.findall(r"[\w+]+://[^\s,'\"]+", text)
     addresses = [*written, *_parsed_addresses(override, is_storage)]
-    return [
-        address for address in addresses if address not in ("", "null", "None", "???")
-    ]
+    no_addresses = ("", "null", "None", "???")
+    return [address for address in addresses if address not in no_addresses]
 
 
 def _parsed_addresses(override: str, is_storage: bool) -> list[str]:
@@ -90,7 +87,8 @@ def _parsed_addresses(override: str, is_storage: bool) -> list[str]:
     try:
         value = OverridesParser.create().parse_override(override).value()
     except Exception:
-        return []  # Hydra reports it itself, or the override is a sweep
+        # Hydra reports it itself, or the override is a sweep.
+        return []
     values = [value] if is_storage else list(_values_of("storage", value))
     return [str(value) for value in values if value is not None]
 

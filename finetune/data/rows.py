@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.config.schema import PYTHON_DOCS_LIMIT
+from finetune.config.plain_values import PYTHON_DOCS_LIMIT
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.all_rows import AllRows, read_all_rows
 from finetune.data.mixture import weigh_rows

@@ -33,8 +33,10 @@ def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
     try:
         with name_file_in_errors(path):
             draft.write_text(text, encoding="utf-8")
+            # A rename within one folder is atomic: a reader sees the old file or the new one.
             os.replace(draft, path)
     finally:
+        # Left only after an error.
         draft.unlink(missing_ok=True)
 
 
@@ -46,9 +48,8 @@ def write_json(path: Path, content: object) -> None:
     Raises:
         OSError: The file can't be written (disk full); the message names `path`.
     """
-    write_text(
-        path, json.dumps(json_safe(content), indent=2, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(json_safe(content), indent=2, ensure_ascii=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -92,6 +93,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    # Removed first: a folder can't be renamed onto one that has files.
     shutil.rmtree(path, ignore_errors=True)
     draft.rename(path)
 
@@ -129,7 +131,9 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
     machine = platform.node().partition(".")[0]
     draft = parent / f"{name}.{machine}.{os.getpid()}"
     for existing_draft in parent.glob(f"*.{machine}.*"):
-        if existing_draft == draft or not _is_alive(int(existing_draft.suffix[1:])):
+        writer = int(existing_draft.suffix[1:])
+        # A draft of this process's own number is that of a dead process, whose number it got.
+        if existing_draft == draft or not _is_alive(writer):
             shutil.rmtree(existing_draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -143,6 +147,7 @@ def publish_folder(draft: Path, path: Path) -> None:
     try:
         os.rename(draft, path)
     except OSError:
+        # Where the folder exists, another process was first.
         if not path.exists():
             raise
 

@@ -16,7 +16,8 @@ RECORDED_PACKAGES = (
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on, by name."""
-    version_of = {"python": ".".join(map(str, sys.version_info[:3]))}
+    python = ".".join(map(str, sys.version_info[:3]))
+    version_of = {"python": python}
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             version_of[package] = metadata.version(package)
@@ -29,6 +30,9 @@ def git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         process = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # git is not installed
+    except OSError:
+        # Git is not installed.
         return None
-    return process.stdout.strip() if process.returncode == 0 else None
+    if process.returncode != 0:
+        return None
+    return process.stdout.strip()

@@ -37,33 +37,39 @@ def ask_hub(
             nor the cache has an answer.
     """
     from huggingface_hub import is_offline_mode
+
+    reason = "HF_HUB_OFFLINE is set"
+    try:
+        if not is_offline_mode():
+            return _ask_online(key, name, ask)
+    except (hub_network_error(), OSError) as error:
+        reason = f"the hub can't be reached ({type(error).__name__})"
+    # Of any kind: each library that reads the cache has its own error for what is not there.
+    try:
+        answer = in_cache()
+    except Exception:
+        uncached = f"{reason} and nothing of it is cached; {instead}"
+        raise refusal(key, name, uncached) from None
+    log.info("%s=%s: %s; using what is cached", key, name, reason)
+    return answer
+
+
+def _ask_online(key: str, name: str, ask: Callable[[], T]) -> T:
+    """Return the hub's answer; refuse a name that the hub does not give access to."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    reason = "HF_HUB_OFFLINE is set"
     try:
-        if not is_offline_mode():
-            return ask()
+        return ask()
+    # First, because to the hub's library a gated repository is a kind of missing one.
     except GatedRepoError:
-        raise refusal(
-            key, name, "is gated: accept its terms on the hub and set HF_TOKEN"
-        ) from None
+        reason = "is gated: accept its terms on the hub and set HF_TOKEN"
+        raise refusal(key, name, reason) from None
     except RevisionNotFoundError:
         raise refusal(key, name, "the hub has no such revision of it") from None
     except RepositoryNotFoundError:
-        raise refusal(
-            key, name, "the hub has no such repository (a private one needs HF_TOKEN)"
-        ) from None
-    except (hub_network_error(), OSError) as error:
-        reason = f"the hub can't be reached ({type(error).__name__})"
-    try:
-        answer = in_cache()
-    except Exception:
-        raise refusal(
-            key, name, f"{reason} and nothing of it is cached; {instead}"
-        ) from None
-    log.info("%s=%s: %s; using what is cached", key, name, reason)
-    return answer
+        reason = "the hub has no such repository (a private one needs HF_TOKEN)"
+        raise refusal(key, name, reason) from None

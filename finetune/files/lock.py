@@ -36,9 +36,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     except Timeout:
         raise BlockingIOError(f"{path}: the lock is held") from None
     try:
-        if isinstance(
-            lock, SoftFileLock
-        ):  # what filelock turns into where flock is missing
+        # filelock turns into this class where there is no flock: its locks outlive their holders.
+        if isinstance(lock, SoftFileLock):
             raise OSError(errno.ENOSYS, "the file system has no locks", str(path))
         yield
     finally:

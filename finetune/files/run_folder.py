@@ -53,6 +53,7 @@ class RunFolder:
         Raises:
             FolderHeld: Another process, or another `RunFolder` of this process, holds the folder.
         """
+        # To the system, a second lock of this process would be like one of another process.
         if self._is_locked:
             yield
             return
@@ -76,7 +77,8 @@ class RunFolder:
             name_file_in_errors(self._metrics),
             open(self._metrics, "a", encoding="utf-8") as file,
         ):
-            file.write(json.dumps(json_safe({"step": step, **metrics})) + "\n")
+            line = json.dumps(json_safe({"step": step, **metrics}))
+            file.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all complete lines, oldest first; a kill may have cut the last one short."""
@@ -92,13 +94,15 @@ class RunFolder:
         """Drop the metrics after an optimizer step: a run that resumes there logs them again."""
         if not self._metrics.exists():
             return
-        lines = [
-            json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step
-        ]
+        lines = []
+        for row in self.metrics():
+            if row["step"] <= step:
+                lines.append(json.dumps(row) + "\n")
         write_text(self._metrics, "".join(lines), single_writer=True)
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, None if there is none. Removes incomplete ones."""
+        # A kill while a checkpoint was written left it without its last file.
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / PROGRESS).exists():
                 shutil.rmtree(path)
@@ -109,13 +113,8 @@ class RunFolder:
         """Remove everything that an earlier run left in the folder, except its log."""
         for path in (self.adapter, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (
-            self.identity,
-            self.result,
-            self.samples,
-            self.test_rows,
-            self._metrics,
-        ):
+        reports = (self.result, self.samples, self.test_rows, self._metrics)
+        for path in (self.identity, *reports):
             path.unlink(missing_ok=True)
 
     def best(self, step: int) -> Path:
@@ -128,6 +127,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     complete = (
         path for path in folder.glob("checkpoint-*") if (path / PROGRESS).exists()
     )
+    # By number: as text, checkpoint-100 would come before checkpoint-20.
     return sorted(complete, key=checkpoint_step)
 
 
@@ -145,9 +145,9 @@ def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> No
         best_step: The optimizer step of the best evaluation.
     """
     outdated = checkpoints_in(folder)[:-keep] if keep else []
-    outdated += [
-        path for path in folder.glob("best-*") if path.name != f"best-{best_step}"
-    ]
+    for path in folder.glob("best-*"):
+        if path.name != f"best-{best_step}":
+            outdated.append(path)
     for path in outdated:
         shutil.rmtree(path)
 
@@ -177,11 +177,13 @@ def discard_refused(folder: RunFolder) -> None:
     It stays where another process has begun a run in it meanwhile.
     """
     with contextlib.suppress(FolderHeld), folder.locked():
-        _discard(folder.path, HYDRA_FILES | {LOCK, folder.result.name})
+        names = HYDRA_FILES | {LOCK, folder.result.name}
+        _discard(folder.path, names)
 
 
 def _discard(path: Path, names: set[str]) -> None:
     """Remove a folder that holds nothing but these names, and its empty parents."""
+    # `hydra.run.dir=.` trains in the working directory, which stays.
     if path.resolve() != Path.cwd() and _file_names(path) <= names:
         shutil.rmtree(path)
         _remove_empty(path.parent)
@@ -200,8 +202,11 @@ def discard_multirun(folder: Path) -> None:
 
 def _remove_empty(path: Path) -> None:
     """Remove a folder and its parents as long as they are empty and below the working directory."""
-    with contextlib.suppress(OSError):  # not empty: another run's
-        for folder in (path.resolve(), *path.resolve().parents):
-            if folder == Path.cwd() or not folder.is_relative_to(Path.cwd()):
+    # `rmdir` refuses a folder that is not empty: it holds other runs.
+    with contextlib.suppress(OSError):
+        absolute_path = path.resolve()
+        working_directory = Path.cwd()
+        for folder in (absolute_path, *absolute_path.parents):
+            if working_directory not in folder.parents:
                 break
             folder.rmdir()

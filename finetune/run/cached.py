@@ -36,6 +36,7 @@ class Cached(Generic[Key, Value]):
         if self._entry is None:
             return
         self._entry = None
+        # A process that has not imported torch holds no memory of it, and need not import it.
         if self._frees_memory and "torch" in sys.modules:
             from finetune.model.memory import free_memory
 

@@ -40,8 +40,11 @@ def conclude(
     Returns:
         The metrics that no evaluation during training has: `adapter/parameters`, `test/…`.
     """
-    weights = (weight for weight in training.model.parameters() if weight.requires_grad)
-    metrics: Metrics = {"adapter/parameters": sum(weight.numel() for weight in weights)}
+    count = 0
+    for weight in training.model.parameters():
+        if weight.requires_grad:
+            count += weight.numel()
+    metrics: Metrics = {"adapter/parameters": count}
     if progress.stop == "pruned":
         return metrics
     if context.evaluate_test_rows and prepared.test:

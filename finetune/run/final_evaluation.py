@@ -53,14 +53,13 @@ def evaluate_finished_run(
     needs_evaluation = bool(test) and evaluation is None
     needs_answers = answer_prompts and _lacks_answers(config, folder)
     if needs_evaluation or needs_answers:
+        errors: AbstractContextManager[None] = contextlib.nullcontext()
         # Where only samples are missing, no error may end the study.
-        errors = (
-            contextlib.nullcontext()
-            if needs_evaluation
-            else survive_samples("after training")
-        )
+        if not needs_evaluation:
+            errors = survive_samples("after training")
         with errors, _open_adapter(config, folder, resources, test) as opened:
             samples = Samples(config, folder, rows, opened.generation_model, resources)
+            # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers:
                 samples.before()
             load_adapter(opened.model, folder.adapter)
@@ -76,6 +75,7 @@ def evaluate_finished_run(
 def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
     """Read a run's evaluation on the test rows; None if there is none, or a loss is NaN."""
     recorded = read_json(folder.test_rows)
+    # A NaN was written as null, which JSON has in its place.
     if recorded is None or None in recorded["row_losses"]:
         return None
     losses = tuple(recorded["row_losses"])
@@ -99,6 +99,7 @@ def _record(evaluation: Evaluation | None, folder: RunFolder) -> None:
     metrics = evaluation.metrics("test")
     result["metrics"] |= metrics
     folder.log(result["step"], metrics)
+    # Last, because its `test/loss` says that the metrics are written.
     write_json(folder.result, result)
 
 
@@ -127,7 +128,8 @@ def _open_adapter(
     """
     if read_json(folder.result)["engine"] == "packed":
         with resources.slot(config) as create_slot:
-            yield _PackedAdapter(PackedTraining(config, create_slot(), test, 1), test)
+            training = PackedTraining(config, create_slot(), test, 1)
+            yield _PackedAdapter(training, test)
     else:
         with resources.model(config) as model:
             yield _TrlAdapter(config, model, test)

@@ -47,6 +47,7 @@ def require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
     if recorded is None:
         return
     recorded_values = flatten(recorded)
+    # Key by key, so that the refusal can name the one that differs.
     for path, value in flatten(identity).items():
         key = path.removeprefix("config.")
         is_unknown_hash = value is None and not path.startswith("config.")

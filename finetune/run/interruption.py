@@ -11,7 +11,8 @@ from finetune.run.result import Result
 
 def resume_command(folder: RunFolder) -> str:
     """Return the command that resumes the run in a folder, for the user's shell."""
-    argument = shlex.quote(f"resume={os.path.relpath(folder.path)}")
+    path = os.path.relpath(folder.path)
+    argument = shlex.quote(f"resume={path}")
     return f"python -m finetune {argument}"
 
 

@@ -36,18 +36,16 @@ def check_job(composed: "DictConfig") -> RunConfig:
         ConfigError: No run can have this config.
     """
     _refuse_secrets_in_storage()
+    # A run does not read the group `search`: it would train with the config's own values.
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
             command = "python -m finetune -m hydra/sweeper=optuna"
-            raise ConfigError(
-                f"{override}: only the Optuna sweeper searches: {command}"
-            )
+            reason = f"only the Optuna sweeper searches: {command}"
+            raise ConfigError(f"{override}: {reason}")
     config = RunConfig.from_hydra(composed)
     if config.resume is not None:
-        command = "python -m finetune resume=FOLDER"
-        raise refusal(
-            "resume", config.resume, f"belongs on the command line: {command}"
-        )
+        reason = "belongs on the command line: python -m finetune resume=FOLDER"
+        raise refusal("resume", config.resume, reason)
     return config
 
 
@@ -80,9 +78,8 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
-        label = Label(
-            name=f"{config.name}-{hydra.job.num}", group=group, job_type="trial"
-        )
+        name = f"{config.name}-{hydra.job.num}"
+        label = Label(name=name, group=group, job_type="trial")
     run_context = RunContext(resources=shared_resources, label=label, **context)
     steps = run_steps(config, folder, run_context)
     if hydra.mode == RunMode.RUN and is_new(folder):

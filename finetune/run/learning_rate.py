@@ -45,7 +45,9 @@ def rate_of_width(hidden_size: int) -> float:
     Returns:
         The rate to two digits.
     """
-    return min(HIGHEST_RATE, float(f"{4e-4 * (4096 / hidden_size) ** 0.5:.2g}"))
+    rate = 4e-4 * (4096 / hidden_size) ** 0.5
+    two_digits = float(f"{rate:.2g}")
+    return min(HIGHEST_RATE, two_digits)
 
 
 def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> RunConfig:
@@ -65,9 +67,8 @@ def resolve_learning_rate(config: RunConfig, resources: "SharedResources") -> Ru
         rate = rate_of_width(width)
         reason = f"by hidden size {width}"
     log.info("optimizer.learning_rate=%s (%s)", rate, reason)
-    return dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate)
-    )
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _read_hidden_size(config: RunConfig, source: "BaseSource") -> int:

@@ -68,6 +68,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     Raises:
         ConfigError: The folder holds no run, or one without an adapter yet.
     """
+    # A folder without a run is refused before torch is imported below.
     config = read_trained_config(folder)
     run = RunFolder(folder)
     quiet_libraries()

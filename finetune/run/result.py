@@ -50,6 +50,9 @@ class Result:
         progress = self.progress or Progress()
         seconds = progress.train_seconds
         tokens = progress.train_tokens
+        counts: dict[str, Any] | None = None
+        if self.rows:
+            counts = {**self.rows.counts, "left_out": self.left_out}
         return {
             "status": self.status,
             "objective": self._objectives(),
@@ -65,15 +68,14 @@ class Result:
             "train_tokens": tokens,
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
+            # Not before training begins: to ask would import torch.
             "peak_memory_bytes": peak_memory_bytes() if self.progress else None,
             "versions": versions(),
             "git_commit": git_commit(),
             "base_model": self.base.identity if self.base else None,
             "quantization": self.quantization,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
-            "rows": {**self.rows.counts, "left_out": self.left_out}
-            if self.rows
-            else None,
+            "rows": counts,
         }
 
     def _objectives(self) -> object:

@@ -46,7 +46,8 @@ def run(
         ConfigError: The user can mend it.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
     """
-    return drive(run_steps(config, RunFolder(path), context or RunContext()))
+    steps = run_steps(config, RunFolder(path), context or RunContext())
+    return drive(steps)
 
 
 def run_steps(
@@ -70,15 +71,15 @@ def run_steps(
 
 def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
     """Go through all stages, and write `result.json` however they end."""
-    tracker = (
-        Tracker()
-    )  # shows nothing: an error may come before the config's tracker is open
+    # Shows nothing: an error may come before the config's tracker is open.
+    tracker = Tracker()
     try:
         with explain_interruption(result, folder):
             _read_inputs(result, folder)
             tracker = open_tracker(result.config, folder, result.context.label)
             yield from _train_and_conclude(result, folder, tracker)
     except BaseException as error:
+        # GeneratorExit: the pack closes its runs, because an error has ended them all.
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
         result.status = "interrupted" if interrupted else "failed"
         result.error = error_line(error)
@@ -88,7 +89,8 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
         recorded = result.to_dict()
         try:
             write_json(folder.result, recorded)
-        finally:  # with a full disk too: an online tracker still shows how the run ended
+        finally:
+            # With a full disk too: an online tracker still shows how the run ended.
             tracker.finish(result.status, final_summary(recorded))
     if result.context.interactive:
         print_summary(folder, result, recorded, tracker)
@@ -103,6 +105,7 @@ def resume(path: str | Path) -> Objective:
     """
     _require_run_folder(path)
     config = read_run_config(path)
+    # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(Path(path) / "train.log")
@@ -138,9 +141,12 @@ def _read_inputs(result: Result, folder: RunFolder) -> None:
     result.config = resolve_learning_rate(result.config, resources)
     result.config = resolve_quantization(result.config, resources)
     result.quantization = quantization_method(result.config, resources)
-    identity = run_identity(result.config, rows, source)  # hashes the weights
+    # This hashes the weights; only then does the result name a base that could be read.
+    identity = run_identity(result.config, rows, source)
     result.base = source
+    # Again, now with the hashes: rows or base may have changed under the same names.
     require_same_run(folder, identity)
+    # From here on, the folder holds a run that can be resumed.
     write_json(folder.identity, identity)
 
 
@@ -153,7 +159,8 @@ def _train_and_conclude(
     quiet_libraries(bars=context.interactive)
     from finetune.model.device import select_gpu
 
-    select_gpu(0)  # before bitsandbytes is imported, which looks for GPUs
+    # Before bitsandbytes is imported, which looks for GPUs.
+    select_gpu(0)
     from finetune.run.conclude import conclude
     from finetune.run.prepare import prepare
     from finetune.run.train import start_training, train
@@ -164,14 +171,14 @@ def _train_and_conclude(
     result.left_out = prepared.left_out
     checkpoint = folder.last_checkpoint()
     progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
+    # Runs on another base may still train: one base is loaded at a time.
     while not context.resources.has_room(prepared.config, prepared.engine):
         yield None
     with contextlib.ExitStack() as stack:
         training = yield from start_training(prepared, folder, context.resources, stack)
         yield from train(prepared, training, progress, folder, tracker, context)
-        result.metrics = progress.final_metrics(
-            best=prepared.config.objective_at == "best"
-        )
+        takes_best = prepared.config.objective_at == "best"
+        result.metrics = progress.final_metrics(best=takes_best)
         final = yield from conclude(
             prepared, training, progress, folder, tracker, context
         )

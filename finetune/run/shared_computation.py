@@ -33,5 +33,6 @@ class SharedComputation(Generic[T]):
                 self._value = yield from compute()
             finally:
                 self._is_computing = False
-            yield None  # the runs that waited continue at the same time as this one
+            # The runs that waited continue at the same time as this one.
+            yield None
         return self._value

@@ -58,9 +58,8 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
     if "test/loss" in metrics:
         loss = metrics["test/loss"]
         rows = counts["test"]
-        facts.append(
-            ("test loss", f"{loss:.3f} on {rows} rows that no decision has used")
-        )
+        text = f"{loss:.3f} on {rows} rows that no decision has used"
+        facts.append(("test loss", text))
     return facts
 
 
@@ -84,9 +83,8 @@ def _answers(folder: RunFolder) -> list[Fact]:
     for sample in read_json(folder.samples) or []:
         facts.append(("prompt", sample["prompt"]))
         for when in ("before", "after"):
-            answer = " ".join(
-                sample.get(when, "").split()
-            )  # an answer may have several lines
+            # On one line, because an answer may have several.
+            answer = " ".join(sample.get(when, "").split())
             facts.append((f"  {when}", answer))
     return facts
 

@@ -11,9 +11,10 @@ from finetune.tracking.wandb import WandbTracker
 
 def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
     """Open the trackers of `tracker.name`; one that can't be opened is left out with a warning."""
+    settings = config.tracker
     openers: list[Callable[[], Tracker]] = []
-    if config.tracker.name in ("wandb", "both") and config.tracker.mode != "disabled":
+    if settings.name in ("wandb", "both") and settings.mode != "disabled":
         openers.append(lambda: WandbTracker(config, folder, label))
-    if config.tracker.name in ("tensorboard", "both"):
+    if settings.name in ("tensorboard", "both"):
         openers.append(lambda: TensorboardTracker(config, folder))
     return SeveralTrackers(openers)

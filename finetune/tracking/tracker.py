@@ -74,13 +74,13 @@ class SeveralTrackers(Tracker):
     def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
         self._trackers: list[Tracker] = []
         self._failed: list[Tracker] = []
+        # A wrong key of W&B, or a package that is not installed, must not cost the run.
         for opener in openers:
             try:
                 self._trackers.append(opener())
             except Exception as error:
-                log.warning(
-                    "tracker: %s; the run goes on without it", summary_line(error)
-                )
+                reason = summary_line(error)
+                log.warning("tracker: %s; the run goes on without it", reason)
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
@@ -89,7 +89,8 @@ class SeveralTrackers(Tracker):
             try:
                 call(tracker)
             except Exception as error:
-                name, reason = type(tracker).__name__, summary_line(error)
+                name = type(tracker).__name__
+                reason = summary_line(error)
                 log.warning("%s: %s; the run goes on without it", name, reason)
                 self._failed.append(tracker)
 
@@ -109,7 +110,10 @@ class SeveralTrackers(Tracker):
         self._each(lambda tracker: tracker.finish(status, summary))
 
     def locations(self) -> list[str]:
-        return [line for tracker in self._trackers for line in tracker.locations()]
+        lines: list[str] = []
+        for tracker in self._trackers:
+            lines += tracker.locations()
+        return lines
 
 
 def final_summary(result: dict[str, Any]) -> dict[str, Any]:

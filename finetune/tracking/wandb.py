@@ -39,6 +39,7 @@ class WandbTracker(Tracker):
         self._arguments = init_arguments(config, folder, label)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
+        # The best evaluation need not be the last: the summary shows both.
         self._run.define_metric("eval/loss", summary="min,last")
         self._run.define_metric("eval/accuracy", summary="max,last")
 
@@ -47,6 +48,7 @@ class WandbTracker(Tracker):
         import wandb
 
         settings = quiet_settings(self._arguments["mode"], uploads)
+        # Before the run is opened: a process killed right after it goes on under the same id.
         self._record()
         try:
             return wandb.init(settings=settings, **self._arguments)
@@ -80,7 +82,8 @@ class WandbTracker(Tracker):
         if not tags:
             return
         earlier_tags = self._arguments["tags"] or ()
-        self._arguments["tags"] = list(dict.fromkeys([*earlier_tags, *tags]))
+        distinct_tags = dict.fromkeys([*earlier_tags, *tags])
+        self._arguments["tags"] = list(distinct_tags)
         self._run.tags = tuple(self._arguments["tags"])
         self._record()
 
@@ -88,9 +91,8 @@ class WandbTracker(Tracker):
         name = self._arguments["group"] or self._arguments["name"]
         try:
             log_artifact(self._run, f"{name}-adapter", "model", folder)
-        except (
-            Exception
-        ) as error:  # caught here, so that the run itself is still shown to its end
+        # Caught here, so that the run itself is still shown to its end.
+        except Exception as error:
             reason = summary_line(error)
             log.warning("W&B: %s; it lacks the adapter, which is in %s", reason, folder)
 
@@ -104,7 +106,9 @@ class WandbTracker(Tracker):
             if is_offline:
                 self._record(summary=wandb_summary(self._run))
         finally:
-            self._run.finish(exit_code=0 if status in ("completed", "pruned") else 1)
+            # By its exit code, W&B shows a run as finished or as failed.
+            has_ended_well = status in ("completed", "pruned")
+            self._run.finish(exit_code=0 if has_ended_well else 1)
 
     def locations(self) -> list[str]:
         files = os.path.relpath(self._folder.path / "wandb")

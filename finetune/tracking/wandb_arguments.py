@@ -58,6 +58,7 @@ def init_arguments(
         "resume": "allow" if mode == "online" else resume_offline(folder),
         "dir": str(folder.path),
         "job_type": label.job_type,
+        # Else W&B has one run for a process; here trials that train together have one each.
         "reinit": "create_new",
         "config": config.to_dict(),
     }
@@ -103,11 +104,11 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    host = urllib.parse.urlparse(address).hostname
+    # W&B asks the netrc file by the server's host.
+    host = str(urllib.parse.urlparse(address).hostname)
     try:
-        return (
-            netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
-        )
+        logins = netrc.netrc(os.environ.get("NETRC"))
+        return logins.authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -117,4 +118,5 @@ def _run_id(folder: RunFolder) -> str:
     arguments = read_json(folder.path / TRACKER)
     if arguments is None:
         return uuid.uuid4().hex[:12]
+    # Added where an earlier start could not reach the server: see `WandbTracker`.
     return str(arguments["id"]).removesuffix("-offline")

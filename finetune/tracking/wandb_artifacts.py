@@ -30,11 +30,13 @@ def log_artifact(
     """
     import wandb
 
+    # `(?a)`: W&B allows letters of ASCII only.
     allowed_name = re.sub(r"(?a)[^\w.-]", "-", name)
     artifact = wandb.Artifact(allowed_name, type=kind)
     root = path.parent if path.is_file() else path
     for file in files_of(path):
-        artifact.add_file(str(file), name=str(file.relative_to(root)))
+        relative_path = file.relative_to(root)
+        artifact.add_file(str(file), name=str(relative_path))
     run.log_artifact(artifact, aliases=["latest", *aliases])
 
 

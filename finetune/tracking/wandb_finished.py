@@ -37,16 +37,17 @@ def reopen_run(
     """
     import wandb
 
-    arguments = {**arguments, "dir": str(folder.path)}  # the folder may have been moved
+    # The folder may have been moved since.
+    arguments = {**arguments, "dir": str(folder.path)}
     summary = arguments.pop("summary", {})
     config = arguments.pop("config", None)
     is_offline = arguments["mode"] in OFFLINE_MODES
     if is_offline:
         arguments["config"] = config or read_json(folder.identity)["config"]
-        arguments["resume"] = (
-            "allow"  # otherwise this file's history replaces the one sent before
-        )
-    run = wandb.init(settings=quiet_settings(arguments["mode"], uploads), **arguments)
+        # Otherwise this file's history replaces the one sent before.
+        arguments["resume"] = "allow"
+    settings = quiet_settings(arguments["mode"], uploads)
+    run = wandb.init(settings=settings, **arguments)
     try:
         if is_offline:
             result = read_json(folder.result)
@@ -54,9 +55,8 @@ def reopen_run(
             run.summary.update({**summary, "status": result["status"], **final})
         yield run
     finally:
-        run.finish(
-            exit_code=0
-        )  # the run did complete, whatever happens to what is added to it
+        # The run did complete, whatever happens to what is added to it.
+        run.finish(exit_code=0)
 
 
 def add_tag(folder: RunFolder, tag: str) -> None:
@@ -89,11 +89,11 @@ def _tags(arguments: dict[str, Any]) -> list[str]:
 def _write_tags(folder: RunFolder, arguments: dict[str, Any], tags: list[str]) -> None:
     arguments = {**arguments, "tags": tags}
     try:
+        # The tags are an argument of `wandb.init`: opening the run writes them.
         with reopen_run(folder, arguments):
-            pass  # the tags are an argument of wandb.init
+            pass
     except Exception as error:
-        log.warning(
-            "W&B: %s; the tags of %s are not %s", summary_line(error), folder.path, tags
-        )
+        reason = summary_line(error)
+        log.warning("W&B: %s; the tags of %s are not %s", reason, folder.path, tags)
     else:
         write_json(folder.path / TRACKER, arguments)

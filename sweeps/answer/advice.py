@@ -82,7 +82,9 @@ def advise(study: Study, importance: Mapping[str, Share]) -> list[str]:
     if len(ranked) < MIN_TRIALS:
         return []
     trials = [trial for trial, _ in ranked]
-    lines = [*_bound_lines(trials), *_fixable_lines(trials[0], importance)]
+    bound_lines = _bound_lines(trials)
+    fixable_lines = _fixable_lines(trials[0], importance)
+    lines = [*bound_lines, *fixable_lines]
     if any(trial.state == TrialState.PRUNED for trial in trials):
         lines = [f"{line} (measured {AT_COMMON_RUNG})" for line in lines]
     return [*lines, *_more_trials_lines(study, ranked)]
@@ -140,7 +142,9 @@ def _crowded_end(
     count = max(lower_count, upper_count)
     # If values had nothing to do with the result, each would be in the edge with this probability.
     probability = binomtest(count, len(best), edge, "greater").pvalue
-    return (count, end) if probability < SIGNIFICANCE else None
+    if probability >= SIGNIFICANCE:
+        return None
+    return count, end
 
 
 def _edge_width(distribution: BaseDistribution) -> float | None:
@@ -158,9 +162,11 @@ def _fixable_lines(best: FrozenTrial, importance: Mapping[str, Share]) -> list[s
     shares = []
     overrides = []
     for name, share in importance.items():
+        # By the upper end: a small share that may well be large is no reason to fix anything.
         if share.high < NEGLIGIBLE_SHARE and name in best.params:
+            value = format_value(best.params[name])
             shares.append(f"{name} ({share.share:.0%}, at most {share.high:.0%})")
-            overrides.append(f"{name}={format_value(best.params[name])}")
+            overrides.append(f"{name}={value}")
     if not shares:
         return []
     return [
@@ -177,8 +183,8 @@ def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[st
     if any(role(trial) == "grid" for trial in study.trials()):
         return []
     objective = study.objectives[0]
-    final_values = _final_values(trial for trial, _ in ranked)
-    complete = _rank(study, final_values)
+    trials = [trial for trial, _ in ranked]
+    complete = _rank(study, _final_values(trials))
     if len(complete) >= MIN_TRIALS:
         improvement = expected_improvement(complete)
     else:

@@ -28,9 +28,8 @@ def write_best(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
         run: the run whose adapter is taken: the trial's own, or one of its repeats.
     """
     _copy_run(study, run)
-    config = _with_commit(
-        dataclasses.replace(read_run_config(run.path), resume=None), run
-    )
+    config = dataclasses.replace(read_run_config(run.path), resume=None)
+    config = _with_commit(config, run)
     experiment = study.folder / "experiment" / "best.yaml"
     experiment.parent.mkdir(exist_ok=True)
     folder = shlex.quote(os.path.relpath(study.folder))
@@ -39,22 +38,24 @@ def write_best(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
         f"# The whole config of trial {winner.number} of study {study.name}:\n"
         f"# python -m finetune --config-dir {folder} experiment=best\n"
     )
-    text = OmegaConf.to_yaml(OmegaConf.create(_escaped_values(config)))
+    values = OmegaConf.create(_escaped_values(config))
+    text = OmegaConf.to_yaml(values)
     experiment.write_text(head + text, encoding="utf-8")
 
 
 def _with_commit(config: RunConfig, run: RunFolder) -> RunConfig:
     """Return the config with the commit of a base from the hub, so that a rerun takes the same."""
-    base = (read_json(run.identity) or {}).get("base_model") or {}
+    identity = read_json(run.identity) or {}
+    base = identity.get("base_model") or {}
     if base.get("revision") is None:
         return config
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, revision=base["revision"])
-    )
+    model = dataclasses.replace(config.model, revision=base["revision"])
+    return dataclasses.replace(config, model=model)
 
 
 def _copy_run(study: Study, run: RunFolder) -> None:
     unneeded = shutil.ignore_patterns(*NOT_COPIED)
+    # An earlier best/ stays until the copy is complete.
     with replace_folder(study.folder / "best") as draft:
         shutil.copytree(run.path, draft, ignore=unneeded)
 
@@ -70,4 +71,6 @@ def _escape(value: Any) -> Any:
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return value

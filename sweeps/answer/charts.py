@@ -25,6 +25,7 @@ def history(study: Study) -> go.Figure | None:
     complete = study.trials(TrialState.COMPLETE)
     if not any(math.isfinite(trial.values[0]) for trial in complete):
         return None
+    # Optuna's plot of several objectives has to be told which one it draws.
     target = _first_objective if len(study.objectives) > 1 else None
     figure = visualization.plot_optimization_history(
         study.optuna, target=target, target_name=study.objectives[0]
@@ -63,7 +64,8 @@ def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
     """Draw each parameter's share, with the interval that contains nine of ten resamples."""
     if not importance:
         return None
-    names = list(importance)[::-1]  # the first bar is at the bottom
+    # Plotly puts the first bar at the bottom.
+    names = list(importance)[::-1]
     shares = [importance[name] for name in names]
     # At least 0: the shares are scaled to a sum of 1, the quantiles are not.
     error = {
@@ -84,6 +86,7 @@ def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
 
 def spending(study: Study, tokens: Mapping[int, int]) -> go.Figure | None:
     """Draw the number of tokens that each finished trial has trained, by its number."""
+    # A trial that failed early, or whose folder is on another machine, has no tokens.
     trials = [trial for trial in study.finished() if tokens.get(trial.number)]
     if not trials:
         return None
@@ -101,20 +104,17 @@ def spending(study: Study, tokens: Mapping[int, int]) -> go.Figure | None:
 
 def pareto_front(study: Study) -> go.Figure | None:
     """Draw trials by their two or three objectives, with the Pareto front highlighted."""
-    complete = study.trials(TrialState.COMPLETE)
-    finite = [
-        trial
-        for trial in complete
-        if all(math.isfinite(value) for value in trial.values)
-    ]
+    finite = []
+    for trial in study.trials(TrialState.COMPLETE):
+        if all(math.isfinite(value) for value in trial.values):
+            finite.append(trial)
     if len(study.objectives) not in (2, 3) or not finite:
         return None
     # A copy without the trials whose values are not finite, which have no place in the chart.
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
-    return set_style(
-        visualization.plot_pareto_front(copy, target_names=study.objectives)
-    )
+    figure = visualization.plot_pareto_front(copy, target_names=study.objectives)
+    return set_style(figure)
 
 
 def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
@@ -126,9 +126,10 @@ def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
     Returns:
         The chart.
     """
-    candidates = [
-        candidate for candidate in confirmation["candidates"] if candidate["values"]
-    ]
+    candidates = []
+    for candidate in confirmation["candidates"]:
+        if candidate["values"]:
+            candidates.append(candidate)
     if not candidates:
         return None
     figure = go.Figure()
@@ -137,9 +138,9 @@ def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
         _add_candidate(figure, candidate, is_winner)
     figure = set_titles(figure, confirmation["objective"], "")
     height = 160 + 45 * len(candidates)
-    return figure.update_layout(
-        height=height, yaxis={"autorange": "reversed", "automargin": True}
-    )
+    # Plotly counts upwards: reversed, the first candidate is at the top.
+    axis = {"autorange": "reversed", "automargin": True}
+    return figure.update_layout(height=height, yaxis=axis)
 
 
 def _add_candidate(

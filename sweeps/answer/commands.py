@@ -48,14 +48,13 @@ def _template_flag(study: Study) -> str:
     Empty where there are none, and for several objectives, which have no one winner.
     """
     best = RunFolder(study.folder / "best")
-    variables = (
-        read_run_config(best.path).model.template_kwargs
-        if best.identity.exists()
-        else {}
-    )
+    if not best.identity.exists():
+        return ""
+    variables = read_run_config(best.path).model.template_kwargs
     if not variables:
         return ""
-    return f" --default-chat-template-kwargs {shlex.quote(json.dumps(variables))}"
+    argument = shlex.quote(json.dumps(variables))
+    return f" --default-chat-template-kwargs {argument}"
 
 
 def _offline_runs(study: Study, folder: str) -> list[str]:
@@ -76,4 +75,5 @@ def _shell_storage(study: Study) -> str:
         return shlex.quote(os.path.relpath(study.folder / JOURNAL))
     # ${oc.env:NAME} of OmegaConf, perhaps with a default, is $NAME in a shell.
     with_shell_variables = re.sub(r"\$\{oc\.env:(\w+)[^}]*\}", r"$\1", address)
+    # In double quotes, within which a shell still replaces variables.
     return f'"{with_shell_variables}"'

@@ -77,10 +77,10 @@ def compare(
     """
     first_losses = np.array([evaluation.row_losses for evaluation in first])
     second_losses = np.array([evaluation.row_losses for evaluation in second])
-    differences = (
-        first_losses - second_losses
-    )  # [seeds, rows], nats summed over a row's tokens
+    # [seeds, rows], nats summed over a row's tokens.
+    differences = first_losses - second_losses
     tokens = np.array(first[0].row_tokens, dtype=float)
+    # Over all tokens, not the mean of the rows' means: this is how a loss is computed.
     difference = differences.mean(0).sum() / max(tokens.sum(), 1)
     means = _resampled_means(differences, tokens, max_resamples)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -106,16 +106,18 @@ def _resampled_means(
         Mean differences `[resamples]`.
     """
     seeds, rows = differences.shape
-    generator = np.random.default_rng(0)  # the same losses give the same interval
+    # A fixed seed: the same losses give the same interval.
+    generator = np.random.default_rng(0)
+    # In whole blocks, which the loop fills one after the other.
     affordable = MAX_DRAWS // rows // BLOCK * BLOCK
-    means = np.empty(min(max_resamples, max(MIN_RESAMPLES, affordable)))
+    resamples = min(max_resamples, max(MIN_RESAMPLES, affordable))
+    means = np.empty(resamples)
     equal_chances = np.full(rows, 1 / rows)
     for start in range(0, len(means), BLOCK):
-        row_counts = generator.multinomial(
-            rows, equal_chances, size=BLOCK
-        )  # [BLOCK, rows]
+        # Both [BLOCK, rows].
+        row_counts = generator.multinomial(rows, equal_chances, size=BLOCK)
         seed_weights = _seed_weights(generator, seeds)
-        row_differences = seed_weights @ differences  # [BLOCK, rows]
+        row_differences = seed_weights @ differences
         sums = (row_differences * row_counts).sum(1)
         token_counts = np.maximum(row_counts @ tokens, 1)
         means[start : start + BLOCK] = sums / token_counts
@@ -127,6 +129,9 @@ def _seed_weights(generator: np.random.Generator, seeds: int) -> np.ndarray:
     weights = np.full((BLOCK, seeds), 1 / seeds)
     if seeds > 1:
         errors = generator.normal(size=(BLOCK, seeds))
+        # Centred, so that the weights still add up to 1. Summed over the seeds' values, such errors
+        # are normal with the variance (seeds - 1) s^2; divided by the root of seeds times chi^2,
+        # they are s / sqrt(seeds) times Student's t with seeds - 1 degrees of freedom.
         errors -= errors.mean(1, keepdims=True)
         chi_squares = generator.chisquare(seeds - 1, size=(BLOCK, 1))
         weights += errors / np.sqrt(seeds * chi_squares)

@@ -68,12 +68,14 @@ def _conclude(
         _explain_missing_adapter(study, winner, run)
         return
     answer = _answer(study, winner, run, resources)
+    # Before the report, which shows it.
     write_json(study.folder / ANSWER, answer)
     _tag_winner(study, winner)
     write_best(study, winner, run)
     analysis = analyze(study)
     report = _report(study, analysis)
-    log.info("%s", "\n".join(summary_lines(study, answer, analysis, report)))
+    lines = summary_lines(study, answer, analysis, report)
+    log.info("%s", "\n".join(lines))
     for line in publish(study, winner.number, answer["test"], report, tracker):
         log.info("  %s", line)
 
@@ -83,7 +85,8 @@ def _winner(study: Study) -> FrozenTrial | None:
     ranked = study.ranked()
     confirmation = read_confirmation(study)
     if confirmation is not None:
-        return next(trial for trial in ranked if trial.number == confirmation["winner"])
+        number = confirmation["winner"]
+        return next(trial for trial in ranked if trial.number == number)
     return ranked[0] if ranked else None
 
 
@@ -93,7 +96,8 @@ def _run_with_adapter(study: Study, winner: FrozenTrial) -> RunFolder:
     If no adapter is left, the winner's own run is returned.
     """
     own_run = study.folder_of(winner.number)
-    repeats = sorted((study.folder / "confirm").glob(f"{winner.number}-seed*"))
+    confirm_folder = study.folder / "confirm"
+    repeats = sorted(confirm_folder.glob(f"{winner.number}-seed*"))
     for run in [own_run, *map(RunFolder, repeats)]:
         if run.adapter.is_dir():
             return run
@@ -150,9 +154,11 @@ def _test(
     """
     log.info("evaluating the winner and the baseline on the test rows")
     of_winner = evaluate_finished_run(run.path, resources, answer_prompts=True)
+    # JSON has no NaN, and no interval could be computed from one.
     if of_winner is None or not math.isfinite(of_winner.loss):
         return None
-    test: dict[str, Any] = {"rows": len(of_winner.row_losses), "winner": of_winner.loss}
+    row_count = len(of_winner.row_losses)
+    test: dict[str, Any] = {"rows": row_count, "winner": of_winner.loss}
     if baseline is None:
         return test
     folder = study.folder_of(baseline.number)

@@ -9,27 +9,19 @@ import logging
 import os
 import shlex
 import shutil
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from finetune.errors import ConfigError, Interrupted
-from finetune.files.atomic import read_json, write_json
+from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
-from finetune.run.final_evaluation import read_test_evaluation
 from finetune.run.load import read_run_config
-from sweeps.answer.compare import compare
+from sweeps.answer.candidates import evaluate_candidates, repeats_of
 from sweeps.answer.retrain import Repeat, retrain
-from sweeps.study.study import CONFIRMATION, Study, role
-
-if TYPE_CHECKING:
-    from finetune.engine.evaluation import Evaluation
-
+from sweeps.study.study import CONFIRMATION, Study
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +60,14 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     log.info("confirming %s with %d other seeds: %d runs", names, seeds, len(repeats))
     try:
         errors = retrain(study, repeats)
-        confirmation = _evaluate(study, candidates, repeats, errors)
+        confirmation = evaluate_candidates(study, candidates, repeats, errors)
         write_json(study.folder / CONFIRMATION, confirmation)
         with_adapter = _ensure_adapter(study, repeats, confirmation["winner"])
     except (Interrupted, KeyboardInterrupt):
         folder = shlex.quote(os.path.relpath(study.folder))
         command = f"python -m sweeps confirm {folder} --top {top} --seeds {seeds}"
         raise Interrupted(f"interrupted; resume with: {command}") from None
+    # Last, because an interrupted call goes on from the checkpoints, and may need the adapters.
     _remove_unneeded_files(repeats, with_adapter)
     return confirmation
 
@@ -118,9 +111,10 @@ def _plan_repeats(
     repeats = []
     for seed in range(first_seed, first_seed + seeds):
         for trial, config in zip(candidates, configs, strict=True):
-            folder = RunFolder(study.folder / "confirm" / f"{trial.number}-seed{seed}")
+            path = study.folder / "confirm" / f"{trial.number}-seed{seed}"
             config_with_seed = dataclasses.replace(config, seed=seed)
-            repeats.append(Repeat(trial.number, seed, folder, config_with_seed))
+            repeat = Repeat(trial.number, seed, RunFolder(path), config_with_seed)
+            repeats.append(repeat)
     return repeats
 
 
@@ -137,118 +131,8 @@ def _ensure_adapter(
     """
     if study.folder_of(winner).adapter.is_dir():
         return []
-    winners = _repeats_of(repeats, winner)
+    winners = repeats_of(repeats, winner)
     if not any(repeat.folder.adapter.is_dir() for repeat in winners):
         winners[0].folder.clear()
         retrain(study, winners[:1])
     return winners
-
-
-def _repeats_of(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
-    return [repeat for repeat in repeats if repeat.trial == trial]
-
-
-def _evaluate(
-    study: Study,
-    candidates: Sequence[FrozenTrial],
-    repeats: Sequence[Repeat],
-    errors: Mapping[Path, str],
-) -> dict[str, Any]:
-    """Build the content of `confirm.json`: each candidate's values, the winner, comparisons."""
-    summaries = []
-    for trial in candidates:
-        of_trial = _repeats_of(repeats, trial.number)
-        summaries.append(_summarize(study, trial, of_trial, errors))
-    winner = _choose_winner(study, summaries, errors)
-    seeds = {repeat.seed for repeat in repeats}
-    return {
-        "before": candidates[0].number,
-        "winner": winner,
-        "objective": study.objectives[0],
-        "seeds": sorted(seeds),
-        "candidates": summaries,
-        "comparisons": _compare_with_winner(repeats, winner, candidates),
-    }
-
-
-def _summarize(
-    study: Study,
-    trial: FrozenTrial,
-    repeats: Sequence[Repeat],
-    errors: Mapping[Path, str],
-) -> dict[str, Any]:
-    """Summarize a candidate's runs: mean and standard deviation over the seeds."""
-    objective = study.objectives[0]
-    values = []
-    test_losses = []
-    failures = []
-    for repeat in repeats:
-        error = errors.get(repeat.folder.path)
-        if error is not None:
-            failures.append(error)
-            continue
-        metrics = read_json(repeat.folder.result)["metrics"]
-        values.append(metrics[objective])
-        if metrics.get("test/loss") is not None:
-            test_losses.append(metrics["test/loss"])
-    return {
-        "trial": trial.number,
-        "role": role(trial),
-        "study": trial.value,
-        "values": values,
-        "mean": statistics.fmean(values) if values else None,
-        "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "test": statistics.fmean(test_losses) if test_losses else None,
-        "failed": failures,
-    }
-
-
-def _choose_winner(
-    study: Study, summaries: Sequence[Mapping[str, Any]], errors: Mapping[Path, str]
-) -> int:
-    """Choose the candidate with the best mean, among those without failed runs if there are any."""
-    without_failures = [summary for summary in summaries if not summary["failed"]]
-    with_values = [summary for summary in summaries if summary["values"]]
-    eligible = without_failures or with_values
-    if not eligible:
-        error = next(iter(errors.values()))
-        raise ConfigError(
-            f"study {study.name}: every run of the confirmation failed: {error}"
-        )
-    best = min(eligible, key=lambda summary: study.to_cost(summary["mean"]))
-    return int(best["trial"])
-
-
-def _compare_with_winner(
-    repeats: Sequence[Repeat], winner: int, candidates: Sequence[FrozenTrial]
-) -> list[dict[str, Any]]:
-    """Compare the winner with each other candidate on the test rows, by the seeds both have."""
-    evaluations = _test_evaluations(repeats)
-    of_winner = evaluations[winner]
-    comparisons = []
-    for candidate in candidates:
-        of_candidate = evaluations[candidate.number]
-        seeds = sorted(of_winner.keys() & of_candidate.keys())
-        if candidate.number == winner or not seeds:
-            continue
-        winner_evaluations = [of_winner[seed] for seed in seeds]
-        candidate_evaluations = [of_candidate[seed] for seed in seeds]
-        comparison = compare(winner_evaluations, candidate_evaluations)
-        entry = {
-            "trial": winner,
-            "other": candidate.number,
-            "rows": len(winner_evaluations[0].row_losses),
-            **dataclasses.asdict(comparison),
-        }
-        comparisons.append(entry)
-    return comparisons
-
-
-def _test_evaluations(repeats: Sequence[Repeat]) -> "dict[int, dict[int, Evaluation]]":
-    """Read the evaluations on the test rows: by trial, then by seed."""
-    evaluations: dict[int, dict[int, Evaluation]] = defaultdict(dict)
-    for repeat in repeats:
-        evaluation = read_test_evaluation(repeat.folder)
-        if evaluation is not None:
-            evaluations[repeat.trial][repeat.seed] = evaluation
-    return evaluations

@@ -103,9 +103,10 @@ def _winner_change(confirmation: Mapping[str, Any]) -> str:
     """Say why the confirmed winner is not the study's best trial."""
     best = confirmation["before"]
     winner = confirmation["winner"]
-    candidates = {
-        candidate["trial"]: candidate for candidate in confirmation["candidates"]
-    }
-    if candidates[best]["failed"]:
+    with_failures = set()
+    for candidate in confirmation["candidates"]:
+        if candidate["failed"]:
+            with_failures.add(candidate["trial"])
+    if best in with_failures:
         return f"trial {best}, the study's best, has failed runs: trial {winner} is the winner"
     return f"trial {winner} has a better mean than trial {best}, the study's best: it is the winner"

@@ -106,12 +106,18 @@ def importances(study: optuna.Study, objective: int = 0) -> dict[str, Share]:
         return {}
     medians = np.median(shares, axis=0)
     lows, highs = np.quantile(shares, [0.05, 0.95], axis=0)
+    # The shares of one resample add up to 1; their medians need not. All may be 0.
     total = float(medians.sum()) or 1.0
     importance: dict[str, Share] = {}
     for name, median, low, high in zip(names, medians, lows, highs, strict=True):
-        importance[name] = Share(float(median / total), float(low), float(high))
-    largest_first = sorted(importance.items(), key=lambda item: -item[1].share)
-    return dict(largest_first)
+        share = float(median / total)
+        importance[name] = Share(share, float(low), float(high))
+
+    def largest_first(item: tuple[str, Share]) -> float:
+        _, share = item
+        return -share.share
+
+    return dict(sorted(importance.items(), key=largest_first))
 
 
 def common_parameters(trials: Sequence[FrozenTrial]) -> list[str]:
@@ -140,7 +146,8 @@ def _resampled_shares(
     measured: Sequence[MeasuredTrial], names: Sequence[str]
 ) -> list[list[float]]:
     """Compute the shares on bootstrap resamples: `[resamples, parameters]`."""
-    generator = random.Random(0)  # the same study gives the same shares
+    # A fixed seed: the same study gives the same shares.
+    generator = random.Random(0)
     size = min(len(measured), MAX_RESAMPLE)
     shares = []
     for seed in range(RESAMPLES):
@@ -153,7 +160,8 @@ def _resampled_shares(
             importance = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, params=list(names)
             )
-        except (ValueError, RuntimeError):  # the resample has no variation to explain
+        except (ValueError, RuntimeError):
+            # The resample has no variation to explain.
             continue
         shares.append([float(importance[name]) for name in names])
     return shares
@@ -187,9 +195,8 @@ def study_of_values(
     for trial, value in measured:
         params = {name: trial.params[name] for name in ranges if name in trial.params}
         distributions = {name: ranges[name] for name in params}
-        study.add_trial(
-            create_trial(params=params, distributions=distributions, value=value)
-        )
+        copy = create_trial(params=params, distributions=distributions, value=value)
+        study.add_trial(copy)
     return study
 
 
@@ -203,7 +210,9 @@ def _common_range(trials: Sequence[FrozenTrial], name: str) -> BaseDistribution 
         return None
     values = [trial.params[name] for trial in trials]
     if isinstance(first, CategoricalDistribution):
-        return CategoricalDistribution(list(dict.fromkeys(values)))
+        # Each once, in the trials' order: a set of texts has another order in each process.
+        distinct_values = list(dict.fromkeys(values))
+        return CategoricalDistribution(distinct_values)
     if isinstance(first, IntDistribution):
         return IntDistribution(min(values), max(values), log=first.log)
     assert isinstance(first, FloatDistribution)

@@ -54,9 +54,11 @@ def expected_improvement(ranked: Sequence[MeasuredTrial]) -> Improvement | None:
     if not columns:
         return None
     costs = np.array([cost for _, cost in ranked])
+    # Where all costs are equal, 1: the division must not fail.
     deviation = float(costs.std()) or 1.0
     standardized = (costs - costs.mean()) / deviation
     gain = _largest_gain(columns, standardized) * deviation
+    # By quartiles, on which a few trials that learnt nothing have no influence.
     first_quartile, third_quartile = np.quantile(costs, [0.25, 0.75])
     spread = float(third_quartile - first_quartile) or 1.0
     return Improvement(gain, spread)
@@ -73,9 +75,11 @@ def _largest_gain(columns: Sequence[np.ndarray], costs: np.ndarray) -> float:
         process.fit(points, costs)
         incumbent = float(process.predict(points).min())
         mean, deviation = process.predict(candidates, return_std=True)
-    # The deviation of the objective itself: that of a measurement contains the noise as well.
+    # The deviation of the objective itself: that of a measurement contains the noise as well. The
+    # fitted kernel is a sum, whose second term is the noise.
     noise = process.kernel_.k2.noise_level
-    deviation = np.sqrt(np.maximum(deviation**2 - noise, 1e-12))
+    variance = np.maximum(deviation**2 - noise, 1e-12)
+    deviation = np.sqrt(variance)
     gap = incumbent - mean
     standardized_gap = gap / deviation
     by_mean = gap * norm.cdf(standardized_gap)
@@ -114,14 +118,17 @@ def _encode(distribution: BaseDistribution, values: Sequence[Any]) -> np.ndarray
     choices = sorted(set(texts))
     rows = []
     for text in texts:
-        rows.append([float(text == choice) for choice in choices])
+        one_hot = [float(text == choice) for choice in choices]
+        rows.append(one_hot)
     return np.array(rows)
 
 
 def _candidate_points(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spread candidates evenly over the space: `[CANDIDATES, columns]`."""
+    # A fixed seed: the same trials give the same advice.
     sequence = qmc.Sobol(len(columns), seed=0)
-    uniform = sequence.random(CANDIDATES)  # [CANDIDATES, parameters], between 0 and 1
+    # [CANDIDATES, parameters], between 0 and 1.
+    uniform = sequence.random(CANDIDATES)
     encoded = []
     for parameter_columns, positions in zip(columns, uniform.T, strict=True):
         encoded.append(_encode_positions(positions, parameter_columns))
@@ -132,6 +139,7 @@ def _encode_positions(positions: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Encode uniform positions as a parameter's trials are: one column, or one-hot."""
     if columns.shape[1] == 1:
         return positions[:, None]
+    # The one-hot rows of the choices that trials had; each gets an equal part of the positions.
     distinct: np.ndarray = np.unique(columns, axis=0)
     indices = (positions * len(distinct)).astype(int)
     encoded: np.ndarray = distinct[indices]

@@ -59,11 +59,12 @@ def learning_curves(
     # Last, so that they lie above all other curves.
     for number, (name, colour) in highlights.items():
         if number in trial_curves:
-            figure.add_trace(_curves_trace([trial_curves[number]], name, colour, 3))
-    steps = (
-        "optimizer step" if _have_equal_steps(trials) else "share of the trial's steps"
-    )
-    return set_titles(figure, steps, study.objectives[0])
+            trace = _curves_trace([trial_curves[number]], name, colour, 3)
+            figure.add_trace(trace)
+    axis = "share of the trial's steps"
+    if _have_equal_steps(trials):
+        axis = "optimizer step"
+    return set_titles(figure, axis, study.objectives[0])
 
 
 def _highlights(study: Study, winner: int | None) -> dict[int, tuple[str, str]]:
@@ -132,9 +133,10 @@ def _curves_trace(
 
 
 def _have_equal_steps(trials: Iterable[FrozenTrial]) -> bool:
-    steps = {
-        trial.user_attrs["steps"] for trial in trials if "steps" in trial.user_attrs
-    }
+    steps = set()
+    for trial in trials:
+        if "steps" in trial.user_attrs:
+            steps.add(trial.user_attrs["steps"])
     return len(steps) <= 1
 
 
@@ -158,12 +160,14 @@ def curves_of(
     last_rung = _last_rung(trials)
     curves: dict[int, Curve] = {}
     for trial in trials:
+        # A trial stores its number of steps at its first evaluation.
         steps = trial.user_attrs.get("steps") or 1
-        lines = metrics.get(trial.number, ())
-        points = [
-            (line["step"], line[objective]) for line in lines if objective in line
-        ]
+        points = []
+        for line in metrics.get(trial.number, ()):
+            if objective in line:
+                points.append((line["step"], line[objective]))
         if not points:
+            # Estimated: rungs are equally spaced, unless `trainer.eval_steps` is a list.
             for rung, value in trial.intermediate_values.items():
                 points.append((rung * steps / last_rung, value))
         curve: Curve = []

@@ -58,9 +58,10 @@ def publish(
     )
     contents = publication.contents()
     published = read_json(study.folder / PUBLISHED) or {}
-    changed = {
-        name for name, content in contents.items() if content != published.get(name)
-    }
+    changed = set()
+    for name, content in contents.items():
+        if content != published.get(name):
+            changed.add(name)
     if changed:
         try:
             address = publication.upload(changed)
@@ -71,6 +72,7 @@ def publish(
         published |= contents
         if address is not None:
             published["url"] = address
+        # After the upload, because what this file names is never uploaded again.
         write_json(study.folder / PUBLISHED, published)
     if not tracker.workspace:
         return []
@@ -109,7 +111,8 @@ class _Publication:
             contents["report"] = [run_id, _digest(self.report)]
         if self.tracker.workspace and self.run_arguments["mode"] == "online":
             keys = searched_keys(self.study)
-            contents["workspace"] = [self.study.name, *keys, *self.study.objectives]
+            objectives = self.study.objectives
+            contents["workspace"] = [self.study.name, *keys, *objectives]
         return contents
 
     def upload(self, names: set[str]) -> str | None:
@@ -124,9 +127,8 @@ class _Publication:
                 run.summary["test/loss"] = self.test["winner"]
             self._log_artifacts(run, names)
             if "workspace" in names:
-                return save_workspace(
-                    build_workspace(self.study, run.entity, run.project)
-                )
+                workspace = build_workspace(self.study, run.entity, run.project)
+                return save_workspace(workspace)
         return None
 
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:
@@ -143,5 +145,6 @@ def _digest(path: Path) -> str:
     for file in files_of(path):
         digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+            file_digest = hashlib.file_digest(content, "sha256")
+        digest.update(file_digest.digest())
     return digest.hexdigest()

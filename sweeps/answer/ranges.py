@@ -12,6 +12,8 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial
 
+from finetune.config.convert import is_number
+
 End = Literal["lower", "upper"]
 
 
@@ -19,6 +21,7 @@ def newest_distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistrib
     """Map each parameter to its newest range; a study may have been resumed with another one."""
     by_number = sorted(trials, key=lambda trial: trial.number)
     newest: dict[str, BaseDistribution] = {}
+    # Later trials overwrite the ranges of earlier ones.
     for trial in by_number:
         newest |= trial.distributions
     return newest
@@ -27,13 +30,9 @@ def newest_distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistrib
 def is_ordered(distribution: CategoricalDistribution) -> bool:
     """Return whether the choices are numbers in rising order."""
     choices: list[Any] = list(distribution.choices)
-    if not all(_is_number(choice) for choice in choices):
+    if not all(is_number(choice) for choice in choices):
         return False
     return choices == sorted(choices)
-
-
-def _is_number(choice: Any) -> bool:
-    return isinstance(choice, int | float) and not isinstance(choice, bool)
 
 
 def position(distribution: BaseDistribution, value: Any) -> float | None:
@@ -57,8 +56,9 @@ def position(distribution: BaseDistribution, value: Any) -> float | None:
     high = float(distribution.high)
     number = float(value)
     if distribution.log:
+        # A value from before the range became logarithmic.
         if number <= 0:
-            return None  # from a trial before the range became logarithmic
+            return None
         low = math.log(low)
         high = math.log(high)
         number = math.log(number)

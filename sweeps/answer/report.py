@@ -44,7 +44,8 @@ def write_report(
     path = study.folder / REPORT
     # The lock makes the report that was begun last, which has the newest data, the one that stays.
     with file_lock(study.folder / ".report.lock"):
-        html = render_page(ReportData.read(study.snapshot(), analysis), live)
+        data = ReportData.read(study.snapshot(), analysis)
+        html = render_page(data, live)
         write_text(path, html, single_writer=True)
     return path
 
@@ -63,9 +64,8 @@ def watch(
     """
     while True:
         path = write_report(study, live=True)
-        print_line(
-            f"{time.strftime('%H:%M:%S')}  {format_counts(study)}: {os.path.relpath(path)}"
-        )
+        clock = time.strftime("%H:%M:%S")
+        print_line(f"{clock}  {format_counts(study)}: {os.path.relpath(path)}")
         if not study.trials(TrialState.RUNNING, TrialState.WAITING):
             return
         pause(REFRESH)
@@ -86,6 +86,8 @@ def render_page(data: ReportData, live: bool = False) -> str:
     running = len(study.trials(TrialState.RUNNING))
     is_unfinished = bool(waiting or running or data.answer is None)
     loader = PackageLoader("sweeps.answer", "")
+    # Escaped, because prompts, errors and config values come from users; a name that the template
+    # misspells is an error instead of an empty place.
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     html: str = environment.get_template("report.html.jinja").render(
         study=study.name,
@@ -122,9 +124,9 @@ def _verdict(data: ReportData) -> str:
         return (
             f"Trial {winner.number} is the first of {count} trials on the Pareto front."
         )
-    result = (
-        f"Trial {winner.number} wins with {data.study.objectives[0]} {winner.value:.4f}"
-    )
+    objective = f"{data.study.objectives[0]} {winner.value:.4f}"
+    result = f"Trial {winner.number} wins with {objective}"
     if data.answer is None or data.test is None:
         return f"{result}."
-    return f"{result}; test loss {'; difference '.join(test_loss_lines(data.answer))}."
+    losses = "; difference ".join(test_loss_lines(data.answer))
+    return f"{result}; test loss {losses}."

@@ -50,6 +50,7 @@ class ReportData:
         results: dict[int, Mapping[str, Any]] = {}
         metrics: dict[int, Sequence[Mapping[str, Any]]] = {}
         for trial in study.trials():
+            # It has no folder and no values yet.
             if trial.state == TrialState.WAITING:
                 continue
             folder = study.folder_of(trial.number)
@@ -89,9 +90,8 @@ class ReportData:
 def _winner(study: Study, confirmation: Mapping[str, Any] | None) -> FrozenTrial | None:
     ranked = study.ranked()
     if confirmation is not None:
-        return next(
-            trial for trial in study.trials() if trial.number == confirmation["winner"]
-        )
+        number = confirmation["winner"]
+        return next(trial for trial in study.trials() if trial.number == number)
     return ranked[0] if ranked else None
 
 

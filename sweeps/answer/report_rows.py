@@ -29,13 +29,14 @@ def rows_section(run: RunFolder | None) -> Section:
         config = read_run_config(run.path)
         key = (config.dataset, config.model)
         examples = _shown.get(key, lambda: _first_examples(config))
-    except Exception as error:  # what reads rows and tokenizers is other libraries' too
+    # Of any kind, because other libraries read rows and tokenizers too.
+    except Exception as error:
         log.info("report: its rows are not shown: %s", summary_line(error))
         return Section("rows", title)
-    shown = [
-        ShownRow(example.place, segments_of(example.tokens, special=False))
-        for example in examples
-    ]
+    shown = []
+    for example in examples:
+        segments = segments_of(example.tokens, special=False)
+        shown.append(ShownRow(example.place, segments))
     return Section("rows", title, shown_rows=shown)
 
 

@@ -52,13 +52,9 @@ class Section:
     @property
     def has_content(self) -> bool:
         """Whether there is anything to show under the title."""
-        contents = (self.note, self.lines, self.chart, self.rows)
-        return any(
-            map(
-                bool,
-                (*contents, self.figures, self.samples, self.shown_rows, self.folded),
-            )
-        )
+        texts = (self.note, self.lines, self.chart, self.rows)
+        more = (self.figures, self.samples, self.shown_rows, self.folded)
+        return any(texts) or any(more)
 
 
 def chart_section(

@@ -15,7 +15,7 @@ from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
-from sweeps.study.formatting import format_value
+from sweeps.study.formatting import parameter_cells
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -76,17 +76,20 @@ def _answer(data: ReportData) -> Section:
     sides = {"winner": winner}
     if baseline is not None and baseline != winner:
         sides["baseline"] = baseline
-    titles = [f"{side} (trial {trial.number})" for side, trial in sides.items()]
-    head = ["", *titles]
-    rows = [*_parameter_rows(sides), *_objective_rows(data, sides)]
+    head = [""]
+    for side, trial in sides.items():
+        head.append(f"{side} (trial {trial.number})")
+    rows = _parameter_rows(sides) + _objective_rows(data, sides)
     if data.test is not None:
-        losses = [
-            f"{data.test[side]:.4f}" if side in data.test else "" for side in sides
-        ]
+        losses = []
+        for side in sides:
+            loss = data.test.get(side)
+            losses.append("" if loss is None else f"{loss:.4f}")
         rows.append(Row(["test/loss", *losses]))
     lines = []
     if data.answer is not None:
         labels = ("test loss", "difference")
+        # Not strict: without a baseline there is no difference.
         for label, line in zip(labels, test_loss_lines(data.answer), strict=False):
             lines.append(f"{label} {line}")
     if baseline == winner:
@@ -101,8 +104,10 @@ def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
         names |= dict.fromkeys(trial.params)
     rows = []
     for name in names:
-        values = [format_value(trial.params.get(name, "")) for trial in sides.values()]
-        rows.append(Row([name, *values]))
+        cells = [name]
+        for trial in sides.values():
+            cells += parameter_cells(trial, [name])
+        rows.append(Row(cells))
     return rows
 
 
@@ -171,9 +176,8 @@ def _samples(data: ReportData) -> Section:
         rows = read_json(RunFolder(data.study.folder / "best").samples)
     samples = []
     for row in rows or []:
-        samples.append(
-            {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
-        )
+        texts = {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
+        samples.append(texts)
     return Section("samples", "Samples before and after training", samples=samples)
 
 
@@ -199,10 +203,12 @@ def _commands(data: ReportData) -> Section:
 def _config(data: ReportData) -> Section:
     """Show the resolved config and the environment of the winner, or else of the first trial."""
     title = "Config and environment"
-    trial = data.winner or next(iter(data.trials.values()), None)
+    first_trial = next(iter(data.trials.values()), None)
+    trial = data.winner or first_trial
     if trial is None:
         return Section("config", title)
-    identity = read_json(data.study.folder_of(trial.number).identity) or {}
+    folder = data.study.folder_of(trial.number)
+    identity = read_json(folder.identity) or {}
     result = data.results[trial.number]
     environment = {key: result.get(key) for key in ENVIRONMENT_KEYS}
     folded = [

@@ -117,12 +117,14 @@ def _saved_by_pruning(
     saved_tokens = 0.0
     saved_seconds = 0.0
     for trial in study.trials(TrialState.PRUNED):
+        # The session's end stopped it, not the pruner.
         if trial.user_attrs.get("reason") == OUT_OF_TIME:
-            continue  # the session's end, not the pruner, stopped it
+            continue
         step = trial.user_attrs.get("step")
         steps = trial.user_attrs.get("steps")
         if step and steps:
-            remaining = steps / step - 1  # a share of what the trial has cost so far
+            # As a share of what the trial has cost so far.
+            remaining = steps / step - 1
             saved_tokens += tokens[trial.number] * remaining
             saved_seconds += seconds[trial.number] * remaining
     return _Effort(saved_tokens, saved_seconds)
@@ -139,14 +141,13 @@ def _confirmation_tokens(study: Study) -> int:
 
 def _wall_time(data: ReportData) -> float:
     """Return the seconds from the first start to the last end, 0 if no trial has ended."""
-    starts = [
-        trial.datetime_start for trial in data.trials.values() if trial.datetime_start
-    ]
-    ends = [
-        trial.datetime_complete
-        for trial in data.trials.values()
-        if trial.datetime_complete
-    ]
+    starts = []
+    ends = []
+    for trial in data.trials.values():
+        if trial.datetime_start:
+            starts.append(trial.datetime_start)
+        if trial.datetime_complete:
+            ends.append(trial.datetime_complete)
     if not starts or not ends:
         return 0.0
     return (max(ends) - min(starts)).total_seconds()
@@ -166,7 +167,8 @@ def failures(data: ReportData) -> Section:
     rows = []
     for trial in data.study.trials(TrialState.FAIL):
         error = str(trial.user_attrs.get("error"))
-        folder = os.path.relpath(data.study.folder_of(trial.number).path)
-        rows.append(Row([str(trial.number), error, folder]))
+        folder = data.study.folder_of(trial.number)
+        path = os.path.relpath(folder.path)
+        rows.append(Row([str(trial.number), error, path]))
     head = ["trial", "reason", "folder"] if rows else ()
     return Section("failures", "Failed trials", head=head, rows=rows)

@@ -77,6 +77,7 @@ class _Retraining:
 
     def _train(self, repeat: Repeat, packed_with: set[str]) -> RunSteps[None]:
         """Train one repeat; record its error instead of raising it, unless it is interrupted."""
+        # With its test rows, unlike a trial: they decide nothing, and show how much is gained.
         context = RunContext(
             resources=shared_resources,
             label=self._label(repeat),
@@ -87,6 +88,7 @@ class _Retraining:
         )
         try:
             yield from run_steps(repeat.config, repeat.folder, context)
+        # An exception like others to Python, but no failure: it ends all runs.
         except Interrupted:
             raise
         except Exception as error:

@@ -37,7 +37,8 @@ def save_workspace(workspace: "Workspace") -> str:
     Returns:
         Its address.
     """
-    with contextlib.redirect_stderr(io.StringIO()):  # W&B prints the address too
+    # W&B prints the address too.
+    with contextlib.redirect_stderr(io.StringIO()):
         workspace.save()
     return str(workspace.url)
 
@@ -90,7 +91,8 @@ def _search_panels(
     for summary, name in summaries.items():
         column = wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(summary), name)
         columns.append(column)
-    whole_width = wr.Layout(w=24, h=9)  # W&B's grid has 24 columns
+    # W&B's grid has 24 columns.
+    whole_width = wr.Layout(w=24, h=9)
     panels: list[PanelTypes] = [wr.ParallelCoordinatesPlot(columns, layout=whole_width)]
     for summary, name in summaries.items():
         panels.append(wr.ParameterImportancePlot(summary))
@@ -126,6 +128,7 @@ def _runset(
 
 def _curve_names(study: Study) -> list[str]:
     """Name the metrics that are logged during training."""
+    # Each once: the objective may be one of the two losses.
     names = dict.fromkeys(("eval/loss", *study.objectives, "train/loss"))
     return [name for name in names if name.endswith(("/loss", "/accuracy"))]
 

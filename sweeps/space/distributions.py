@@ -22,6 +22,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
+from finetune.config.convert import is_number
 from finetune.errors import ConfigError
 from sweeps import compat
 from sweeps.space.encoding import encode
@@ -45,20 +46,21 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
     """
     sweep = override.value()
     try:
+        # hydra-optuna-sweeper knows no globs; here one is a choice of the options that match it.
         if isinstance(sweep, Glob):
-            return CategoricalDistribution(
-                [encode(name) for name in override.sweep_iterator()]
-            )
+            names = [encode(name) for name in override.sweep_iterator()]
+            return CategoricalDistribution(names)
         distribution = compat.sweep_distribution(override)
         if isinstance(distribution, CategoricalDistribution):
             assert isinstance(sweep, ChoiceSweep | RangeSweep)
             sweep.shuffle = False
-            choices = override.sweep_iterator(transformer=Transformer.identity)
-            return CategoricalDistribution([encode(choice) for choice in choices])
+            values = override.sweep_iterator(transformer=Transformer.identity)
+            choices = [encode(value) for value in values]
+            return CategoricalDistribution(choices)
+    # Hydra and its sweeper raise all of these for mistakes in the user's text.
     except (ValueError, NotImplementedError, AssertionError, HydraException) as error:
-        # Hydra and its sweeper raise all of these for mistakes in the user's text.
-        reason = " ".join(str(error).split())  # on one line
-        raise ConfigError(f"{override.input_line}: {reason}") from None
+        on_one_line = " ".join(str(error).split())
+        raise ConfigError(f"{override.input_line}: {on_one_line}") from None
     return distribution
 
 
@@ -114,19 +116,17 @@ def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribu
             return distribution
         return CategoricalDistribution([*distribution.choices, value])
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(
-            f"{name}={value}: no number, as {describe(distribution)} needs"
-        )
+    described = describe(distribution)
+    if not is_number(value):
+        raise ConfigError(f"{name}={value}: no number, as {described} needs")
     if contains(distribution, float(value)):
         return distribution
     if isinstance(distribution, IntDistribution) and value != int(value):
-        raise ConfigError(
-            f"{name}={value}: no whole number, as {describe(distribution)} needs"
-        )
+        raise ConfigError(f"{name}={value}: no whole number, as {described} needs")
+    # A logarithmic range ends above 0.
     if distribution.log and value <= 0:
         raise ConfigError(
-            f"{name}={value}: can't be part of {describe(distribution)}; "
+            f"{name}={value}: can't be part of {described}; "
             "hydra.sweeper.baseline=false goes without"
         )
     return _widen_range(distribution, value)
@@ -134,8 +134,9 @@ def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribu
 
 def _has_choice(distribution: CategoricalDistribution, value: Any) -> bool:
     """Whether a value is among the choices; True and 1 are equal in Python, but not in a config."""
+    is_bool = isinstance(value, bool)
     for choice in distribution.choices:
-        if choice == value and isinstance(choice, bool) == isinstance(value, bool):
+        if choice == value and isinstance(choice, bool) == is_bool:
             return True
     return False
 
@@ -147,12 +148,13 @@ def _widen_range(
     high = max(distribution.high, value)
     step = distribution.step
     if step is not None:
+        # The value and all values of the old range must lie on the steps of the new one.
         step = _common_step(step, value - distribution.low)
+    log = distribution.log
     if isinstance(distribution, IntDistribution):
-        return IntDistribution(
-            int(low), int(high), log=distribution.log, step=int(step or 1)
-        )
-    return FloatDistribution(low, high, log=distribution.log, step=step)
+        whole_step = int(step or 1)
+        return IntDistribution(int(low), int(high), log=log, step=whole_step)
+    return FloatDistribution(low, high, log=log, step=step)
 
 
 def _common_step(step: float, offset: float) -> float:

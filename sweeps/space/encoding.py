@@ -20,7 +20,9 @@ def encode(value: Any) -> Any:
     if value is None:
         return NULL
     if isinstance(value, Mapping | DictConfig):
-        entries = [f"{key}:{encode(item)}" for key, item in value.items()]
+        entries = []
+        for key, item in value.items():
+            entries.append(f"{key}:{encode(item)}")
         return f"{{{','.join(entries)}}}"
     if isinstance(value, list | tuple | ListConfig):
         items = [str(encode(item)) for item in value]

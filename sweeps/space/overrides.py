@@ -41,8 +41,11 @@ def parse_overrides(
     Raises:
         ConfigError: an override can't be parsed.
     """
-    texts = [f"{name}={_as_text(value)}" for name, value in params.items()]
+    texts = []
+    for name, value in params.items():
+        texts.append(f"{name}={_as_text(value)}")
     hydra = GlobalHydra.instance()
+    # The loader lists the options of a config group, from which a glob chooses.
     config_loader = hydra.config_loader() if hydra.is_initialized() else None
     parser = OverridesParser.create(config_loader)
     overrides: list[Override] = []
@@ -63,9 +66,8 @@ def _as_text(value: Any) -> str:
 def _parser_reason(error: HydraException) -> str:
     """Return what Hydra's parser has to say, without its lines of boilerplate."""
     boilerplate = ("Error when parsing", "Error parsing", "See https")
-    reasons = [
-        line for line in str(error).splitlines() if not line.startswith(boilerplate)
-    ]
+    lines = str(error).splitlines()
+    reasons = [line for line in lines if not line.startswith(boilerplate)]
     return " ".join(reasons)
 
 

@@ -48,6 +48,7 @@ class SuccessiveHalvingPruner(BasePruner):
         ranked = _values_reported_at(step, study)
         # Where fewer trials than the factor have come so far, the best one continues.
         survivors = max(len(ranked) // self._reduction_factor, 1)
+        # A trial as good as the last survivor continues too.
         if study.direction == StudyDirection.MAXIMIZE:
             return objective < ranked[-survivors]
         return objective > ranked[survivors - 1]

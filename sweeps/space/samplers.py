@@ -24,9 +24,8 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     """Make the study's pruner; with several objectives, one that never prunes."""
     if len(settings.directions) > 1:
         return NopPruner()
-    pruner: BasePruner = instantiate(
-        _with_current_path(settings.pruner), _execution_whitelist_=ALLOWED_PRUNERS
-    )
+    arguments = _with_current_path(settings.pruner)
+    pruner: BasePruner = instantiate(arguments, _execution_whitelist_=ALLOWED_PRUNERS)
     return pruner
 
 
@@ -50,8 +49,9 @@ def make_sampler(
         # Each trial of a grid has a point; only a `custom_search_space` leaves more to choose.
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
+    arguments = {**settings.sampler, "seed": seed}
     sampler: BaseSampler = instantiate(
-        {**settings.sampler, "seed": seed}, _execution_whitelist_=ALLOWED_SAMPLERS
+        arguments, _execution_whitelist_=ALLOWED_SAMPLERS
     )
     return sampler
 
@@ -71,6 +71,7 @@ def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -
         raise refusal("hydra.sweeper.sampler.seed", study_seed, allowed)
     if str(arguments["_target_"]).endswith("QMCSampler"):
         return study_seed
+    # Not Python's `hash`, which gives the same text another number in each process.
     return zlib.crc32(f"{study_seed} {trial_number}".encode())
 
 
@@ -80,5 +81,7 @@ def _with_current_path(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, dict):
             value = _with_current_path(value)
-        current[key] = MOVED_CLASSES.get(value, value) if key == "_target_" else value
+        if key == "_target_":
+            value = MOVED_CLASSES.get(value, value)
+        current[key] = value
     return current

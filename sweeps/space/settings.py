@@ -102,16 +102,15 @@ class StudySettings(Section):
     @property
     def directions(self) -> list[Direction]:
         """One direction for each objective."""
-        return (
-            [self.direction]
-            if isinstance(self.direction, str)
-            else list(self.direction)
-        )
+        if isinstance(self.direction, str):
+            return [self.direction]
+        return list(self.direction)
 
     @property
     def is_grid(self) -> bool:
         """Whether the study tries every point of the space."""
-        return bool(re.search(r"\bGridSampler$", str(self.sampler.get("_target_"))))
+        target = str(self.sampler.get("_target_"))
+        return bool(re.search(r"\bGridSampler$", target))
 
     @property
     def can_prune(self) -> bool:
@@ -122,12 +121,11 @@ class StudySettings(Section):
 def _start_points(start: Any) -> list[dict[str, Any]]:
     """Encode the points of `hydra.sweeper.start`, a list of them or a single one."""
     points = [start] if isinstance(start, Mapping) else start
-    if not isinstance(points, list) or not all(
-        isinstance(point, Mapping) for point in points
-    ):
-        raise ConfigError(
-            f"hydra.sweeper.start={start}: must be a list of points, as [{{lora.r: 8}}]"
-        )
+    allowed = "must be a list of points, as [{lora.r: 8}]"
+    if not isinstance(points, list):
+        raise ConfigError(f"hydra.sweeper.start={start}: {allowed}")
+    if not all(isinstance(point, Mapping) for point in points):
+        raise ConfigError(f"hydra.sweeper.start={start}: {allowed}")
     return [_encode_point(point) for point in points]
 
 

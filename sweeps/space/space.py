@@ -17,6 +17,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
+from finetune.config.convert import is_number
 from finetune.errors import ConfigError, refusal
 from sweeps.space.distributions import (
     describe,
@@ -76,8 +77,8 @@ class Space:
             else:
                 fixed[name] = distribution_or_text
         require_searchable(distributions)
-        relative = relative_names & distributions.keys()
-        return cls(distributions, fixed, deletions, frozenset(relative))
+        relative = frozenset(relative_names & distributions.keys())
+        return cls(distributions, fixed, deletions, relative)
 
     def scaled(self, composed: DictConfig) -> "Space":
         """Convert relative intervals to the units of their parameters.
@@ -123,11 +124,10 @@ class Space:
         point: Point = {}
         for name, distribution in self.distributions.items():
             key = name.lstrip("+")
-            value = (
-                group_choices[key]
-                if key in group_choices
-                else OmegaConf.select(composed, key)
-            )
+            value = OmegaConf.select(composed, key)
+            # A searched config group has the name of its choice as its value.
+            if key in group_choices:
+                value = group_choices[key]
             encoded = encode(value)
             if encoded == NULL and not _has_null(distribution):
                 return None
@@ -169,9 +169,8 @@ class Space:
                 raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
             distribution = self.distributions[name]
             if widen(f"{key}: {name}", distribution, value) != distribution:
-                raise ConfigError(
-                    f"{key}: {name}={value} lies outside {describe(distribution)}"
-                )
+                described = describe(distribution)
+                raise ConfigError(f"{key}: {name}={value} lies outside {described}")
 
     def extremes(self) -> list[Point]:
         """Return a few points that together have every choice and both ends of every range."""
@@ -182,7 +181,8 @@ class Space:
             else:
                 assert isinstance(distribution, IntDistribution | FloatDistribution)
                 values[name] = [distribution.low, distribution.high]
-        count = max((len(extremes) for extremes in values.values()), default=0)
+        lengths = [len(extremes) for extremes in values.values()]
+        count = max(lengths, default=0)
         points = []
         for index in range(count):
             point: Point = {}
@@ -214,7 +214,8 @@ class Space:
             raise ConfigError(f"{names}: a grid needs a choice or a range with a step")
         points = []
         for combination in itertools.product(*values):
-            points.append(dict(zip(self.distributions, combination, strict=True)))
+            point = dict(zip(self.distributions, combination, strict=True))
+            points.append(point)
         # Shuffled, so that a study which is stopped early has seen all regions of the grid.
         random.Random(seed).shuffle(points)
         return points
@@ -230,8 +231,7 @@ class Space:
 def _positive_number(composed: DictConfig, key: str) -> float:
     """Return the config's own value of a key that is searched in multiples of it."""
     value = OmegaConf.select(composed, key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value <= 0:
+    if not is_number(value) or value <= 0:
         reason = (
             "a relative interval is in multiples of the config's own value, "
             "which must be a number above 0"
@@ -251,7 +251,6 @@ def _rounded(bound: float) -> float:
 
 
 def _has_null(distribution: BaseDistribution) -> bool:
-    return (
-        isinstance(distribution, CategoricalDistribution)
-        and NULL in distribution.choices
-    )
+    if not isinstance(distribution, CategoricalDistribution):
+        return False
+    return NULL in distribution.choices

@@ -44,6 +44,7 @@ def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) ->
     Returns:
         The number of trials that are not finished.
     """
+    # Two sessions at once must not both add the trials that the study lacks.
     with file_lock(study.lock_path):
         study.optuna.set_user_attr("total", total)
         _add_waiting_trials(study, total)
@@ -52,6 +53,7 @@ def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) ->
 
 
 def _add_waiting_trials(study: Study, total: int) -> None:
+    # All at once: workers that count the trials and then ask for one end up with too many.
     for number in range(len(study.trials()), total):
         trial = create_trial(state=TrialState.WAITING)
         # Another machine may add the same trial now: a database refuses a number that it holds.
@@ -64,6 +66,7 @@ def _enqueue_points(study: Study, points: list[tuple[str, Point]], total: int) -
     untried = _untried_points(study, points)
     waiting = study.trials(TrialState.WAITING)
     free = [trial for trial in waiting if enqueued_point(trial) is None]
+    # Not strict: the sampler chooses for the trials that remain, and further points wait.
     for trial, (point_role, point) in zip(free, untried, strict=False):
         trial_id = study.trial_id(trial.number)
         enqueue_point(study.storage, trial_id, point)
@@ -111,8 +114,9 @@ def claim_trial(
         The claim, or None if there is no such trial. The trial's folder is locked until the
         context ends.
     """
+    # The folder stays locked after the study's lock is free, until the trial ends.
     with contextlib.ExitStack() as folder_lock:
-        # As in `orphaned_trials`, which takes folder locks for a moment to test them.
+        # One claim at a time, and none while `orphaned_trials` takes folder locks to test them.
         with file_lock(study.lock_path):
             claim = _claim_next(study, accepts, folder_lock)
         yield claim
@@ -125,13 +129,16 @@ def _claim_next(
 ) -> Claim | None:
     for trial in filter(accepts, _claimable_trials(study)):
         folder = study.folder_of(trial.number)
+        # Locked before it is set running: a running trial with a free folder has lost its worker.
         try:
             folder_lock.enter_context(folder.locked())
-        except FolderHeld:  # another worker of this machine trains it
+        except FolderHeld:
+            # Another worker of this machine trains it.
             continue
         trial_id = study.trial_id(trial.number)
         if _set_running(study, trial, trial_id):
             return Claim(trial.number, trial_id, folder)
+        # Another machine was first.
         folder_lock.close()
         _remove_unused_folder(folder)
     return None
@@ -142,7 +149,8 @@ def _claimable_trials(study: Study) -> list[FrozenTrial]:
     adoptable = []
     for trial in study.trials(TrialState.RUNNING):
         # A running trial without a folder here belongs to another machine.
-        if not study.is_shared or study.folder_of(trial.number).path.exists():
+        folder = study.folder_of(trial.number)
+        if not study.is_shared or folder.path.exists():
             adoptable.append(trial)
     # An earlier session may have added more trials than the study shall hold now.
     total = study.optuna.user_attrs.get("total", len(study.trials()))
@@ -154,13 +162,13 @@ def _claimable_trials(study: Study) -> list[FrozenTrial]:
 
 def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
     """Set a waiting trial running; return whether the trial is this worker's now."""
-    if trial.state == TrialState.RUNNING:  # it may have finished since it was read
+    if trial.state == TrialState.RUNNING:
+        # Asked again, because it may have finished since it was read.
         return study.storage.get_trial(trial_id).state == TrialState.RUNNING
     try:
         return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
-    except (
-        UpdateFinishedTrialError
-    ):  # another machine has claimed and finished it meanwhile
+    except UpdateFinishedTrialError:
+        # Another machine has claimed and finished it meanwhile.
         return False
 
 

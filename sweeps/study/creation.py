@@ -54,7 +54,8 @@ def create_or_resume(
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
         _update_terms(study, terms, distributions, settings.allow_change)
-        # The address as the user wrote it: secrets stay references to environment variables.
+        # Last, because a folder with this file counts as a study, whose terms can be read.
+        # The address is as the user wrote it: secrets stay references to environment variables.
         entry = {"name": settings.study_name, "storage": settings.storage}
         write_json(folder / "study.json", entry)
     return study
@@ -106,7 +107,7 @@ def _clear_unfinished_run(folder: RunFolder) -> None:
     try:
         with folder.locked():
             result = read_json(folder.result) or {}
-            # A run that has ended counts, though its worker was lost before it could say so.
+            # A run that has ended counts, though its worker was lost before the study stored it.
             if result.get("status") not in ("completed", "pruned", "failed"):
                 folder.clear()
     except FolderHeld:

@@ -64,7 +64,8 @@ def draft_session(
     Raises:
         ConfigError: for the first value that is not allowed.
     """
-    # The time limit counts from the command's start: checks and downloads are part of it.
+    # The time limit counts from the command's start: checks and downloads are part of it. In Unix
+    # time, with which workers in other processes and on other machines compare it.
     began = time.time()
     plain = _plain_values(values)
     params = _search_params(config, values)
@@ -75,11 +76,12 @@ def draft_session(
     HydraConfig.instance().set_config(composed)
     common = _check_run_config(settings, composed)
     address = plain["storage"]
+    # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
-    space, points = _first_points(
-        settings, space.scaled(composed), composed, common.seed
-    )
+    # After the learning rate is resolved: relative intervals are multiples of it.
+    scaled_space = space.scaled(composed)
+    space, points = _first_points(settings, scaled_space, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
@@ -108,6 +110,8 @@ def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def _search_params(config: DictConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `hydra.sweeper.params`, or else those of the chosen search space."""
     params = values.get("params")
+    # The group `search` stands apart: a plain multirun, whose sweeper has no such parameters,
+    # would fail with a space in `hydra.sweeper.params`.
     if params is None:
         params = OmegaConf.select(config, "search.params")
     if params is None:
@@ -159,9 +163,8 @@ def _resolve_automatic_values(common: RunConfig, composed: DictConfig) -> RunCon
     """
     resolved = resolve_learning_rate(common, shared_resources)
     composed.dataset.limit = resolved.dataset.limit
-    OmegaConf.update(
-        composed, "optimizer.learning_rate", resolved.optimizer.learning_rate
-    )
+    rate = resolved.optimizer.learning_rate
+    OmegaConf.update(composed, "optimizer.learning_rate", rate)
     return resolved
 
 
@@ -173,6 +176,7 @@ def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfi
             f"objective={config.objective}: there are no held-out rows to search by; "
             "give dataset.eval_fraction above 0, or dataset.eval_path"
         )
+    # Not strict: a wrong number of directions is refused below, with the names.
     for name, direction in zip(config.objectives, settings.directions, strict=False):
         if name == "eval/accuracy" and direction == "minimize":
             reason = f"{name} is better the larger it is: maximize"
@@ -218,6 +222,7 @@ def _first_points(
                 "no baseline: the config has no value of its own for what is searched"
             )
         else:
+            # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
             space, lines = space.widened(baseline)
             for line in lines:
                 log.info("%s", line)
@@ -226,5 +231,7 @@ def _first_points(
         space.require("hydra.sweeper.start", point)
         points.append(("start", point))
     chosen = [point for _, point in points]
-    points += [("grid", point) for point in grid if point not in chosen]
+    for point in grid:
+        if point not in chosen:
+            points.append(("grid", point))
     return space, points

@@ -66,6 +66,7 @@ def choose_driver(url: "URL") -> "URL":
         raise ConfigError(
             f"{STORAGE_KEY}: {url.drivername} can't be used; allowed: {names}"
         )
+    # SQLAlchemy's default first; sorting keeps the order of the others.
     candidates.sort(key=lambda driver: driver.name != default)
     for driver in candidates:
         if _is_installed(driver):
@@ -80,6 +81,7 @@ def choose_driver(url: "URL") -> "URL":
 def _is_installed(driver: Driver) -> bool:
     try:
         importlib.import_module(driver.module)
-    except ImportError:  # the driver, or a system library that it needs, is missing
+    # The driver is missing, or a system library that it needs: only an import shows the latter.
+    except ImportError:
         return False
     return True

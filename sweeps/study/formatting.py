@@ -23,7 +23,9 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            cells.append(cell.ljust(width))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -40,7 +42,8 @@ def trials_table(study: Study) -> str:
         state = trial.state.name.lower()
         objectives = objective_cells(trial, len(study.objectives))
         parameters = parameter_cells(trial, names)
-        rows.append([number, state, *objectives, *parameters, trial_note(trial)])
+        note = trial_note(trial)
+        rows.append([number, state, *objectives, *parameters, note])
     table = format_table(head, rows)
     waiting_count = len(study.trials()) - len(trials)
     if waiting_count:

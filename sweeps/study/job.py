@@ -33,7 +33,8 @@ def run_as_job(
     Returns:
         The job's return. It holds the exception that ended the task, if there was one.
     """
-    folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+    sweep = config.hydra.sweep
+    folder = Path(sweep.dir, sweep.subdir).absolute()
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):
@@ -86,14 +87,14 @@ def _write_config_files(job: JobReturn, folder: Path) -> None:
         "overrides": job.hydra_cfg.hydra.overrides.task,
     }
     for name, content in contents.items():
-        (folder / f"{name}.yaml").write_text(
-            OmegaConf.to_yaml(content), encoding="utf-8"
-        )
+        text = OmegaConf.to_yaml(content)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def hydra_config(config: DictConfig) -> Iterator[None]:
     """Set the config by which `${hydra:…}` is resolved, while the context lasts."""
+    # Hydra's config is one for the process, and the jobs of a pack take turns.
     previous = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:

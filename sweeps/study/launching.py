@@ -76,6 +76,7 @@ def run_workers(study: Study, session: Session, total: int) -> None:
             )
             continue
         _raise_worker_error(returns, resume)
+        # In a session that is over, trials without a worker wait for the next session.
         if not orphaned_trials(study) or session.is_over(study):
             return
     raise ConfigError(
@@ -108,6 +109,7 @@ def _raise_worker_error(returns: Sequence[JobReturn], resume: str) -> None:
 def _make_launcher(session: Session, workers: int) -> Launcher:
     """Make the chosen launcher, with the workers as its jobs."""
     chosen = session.config.copy()
+    # Where the user gave no name, the config's own `hydra.sweep.dir` lacks the study's name.
     with read_write(chosen), read_write(chosen.hydra):
         chosen.hydra.sweep.dir = str(session.folder)
     task = Worker(session)
@@ -130,13 +132,13 @@ def _with_worker_launcher(chosen: DictConfig, workers: int) -> DictConfig:
     """
     config = chosen.copy()
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
-        if str(config.hydra.launcher._target_).endswith(
-            ("BasicLauncher", "SlotsLauncher")
-        ):
+        target = str(config.hydra.launcher._target_)
+        # Hydra's basic launcher runs its jobs one after the other.
+        if target.endswith(("BasicLauncher", "SlotsLauncher")):
             name = "joblib" if workers > 1 else "basic"
-            config.hydra.launcher = (
-                ConfigStore.instance().load(f"hydra/launcher/{name}.yaml").node
-            )
+            stored = ConfigStore.instance().load(f"hydra/launcher/{name}.yaml")
+            config.hydra.launcher = stored.node
+        # Joblib starts as many processes as the machine has cores unless it is told otherwise.
         if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
             OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
     return config
@@ -155,7 +157,9 @@ def _ends_workers_on_signals(stop_file: Path, workers: int) -> Iterator[None]:
     Raises:
         KeyboardInterrupt: when the workers have ended after a signal.
     """
-    if workers == 1 or threading.current_thread() is not threading.main_thread():
+    # Python lets only the main thread set signal handlers.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if workers == 1 or not is_main_thread:
         yield
         return
 

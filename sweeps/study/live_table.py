@@ -76,17 +76,10 @@ class LiveTable:
     def _draw(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold")
         objectives = self._study.objectives
-        for column in (
-            "trial",
-            "parameters",
-            "step",
-            *objectives,
-            "train/loss",
-            "tokens/s",
-        ):
-            table.add_column(
-                column, justify="left" if column == "parameters" else "right"
-            )
+        columns = ("trial", "parameters", "step", *objectives, "train/loss", "tokens/s")
+        for column in columns:
+            is_text = column == "parameters"
+            table.add_column(column, justify="left" if is_text else "right")
         for trial in self._study.trials(TrialState.RUNNING):
             table.add_row(*self._row(trial))
         return Group(table, Text(self._summary()))
@@ -120,6 +113,7 @@ class LiveTable:
         if best is not None:
             cells = objective_cells(best, len(best.values))
             line += f" · best {' '.join(cells)} (trial {best.number})"
+        # The time since this session began belongs to the trials that have finished in it.
         finished_here = len(finished) - self._finished_before
         unfinished = self._total - len(finished)
         if finished_here and unfinished > 0:
@@ -134,6 +128,7 @@ def last_metrics(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
+            # Only the end: the file grows with the run, and is read at each drawing.
             file.seek(max(0, size - METRICS_TAIL))
             lines = file.read().splitlines()
     except FileNotFoundError:

@@ -40,12 +40,12 @@ def run_lines_to_files(warnings_only: bool = False) -> Iterator[None]:
             return True
         return record.name.startswith("sweeps") and not warnings_only
 
-    terminal_handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler)
-        and not isinstance(handler, logging.FileHandler)
-    ]
+    terminal_handlers = []
+    for handler in logging.getLogger().handlers:
+        # A file handler is a stream handler too.
+        is_stream = isinstance(handler, logging.StreamHandler)
+        if is_stream and not isinstance(handler, logging.FileHandler):
+            terminal_handlers.append(handler)
     for handler in terminal_handlers:
         handler.addFilter(is_shown)
     try:

@@ -65,6 +65,7 @@ class Multirun:
         for number, overrides in enumerate(job_overrides, first_number):
             composed.append(self._compose(number, list(overrides)))
         self._configure_log()
+        # Slots are planned for the valid jobs; the others report by themselves what is wrong.
         valid = []
         for job_config in composed:
             run_config = _check(job_config)
@@ -108,22 +109,21 @@ class Multirun:
         with read_write(settings), open_dict(settings):
             if "file" in settings.get("handlers", {}):
                 del settings.handlers["file"]
-                settings.root.handlers = [
-                    name for name in settings.root.handlers if name != "file"
-                ]
+                names = settings.root.handlers
+                settings.root.handlers = [name for name in names if name != "file"]
         whitelist = self._context.execution_whitelist
         configure_log(
             settings, self._config.hydra.verbose, execution_whitelist=whitelist
         )
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(
-                RunNameFormatter(handler.formatter or logging.Formatter())
-            )
+            formatter = handler.formatter or logging.Formatter()
+            handler.setFormatter(RunNameFormatter(formatter))
 
     def _packed_run(self, config: DictConfig) -> PackedRun:
         """Return a job as a run in a slot, which stores the job's return when it ends."""
         number = config.hydra.job.num
-        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+        sweep = config.hydra.sweep
+        folder = Path(sweep.dir, sweep.subdir)
         packed_with: set[str] = set()
 
         def task(composed: DictConfig) -> RunSteps[Objective]:
@@ -139,6 +139,7 @@ class Multirun:
             job_return = yield from run_as_job(config, self._context, task)
             self._returns[number] = job_return
             error = job_error(job_return)
+            # An interrupt ends all jobs; any other error is this job's alone.
             if isinstance(error, Interrupted):
                 raise error
 

@@ -57,9 +57,11 @@ def open_study(draft: Session) -> tuple[Study, Session]:
 def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineChoice:
     """Choose one engine for all trials: TRL if one of the configs needs it."""
     for config in configs:
+        source = shared_resources.source(config.model)
         # The first config that the packed engine does not support logs the reason.
-        if choose_engine(config, shared_resources.source(config.model)) == "trl":
+        if choose_engine(config, source) == "trl":
             return EngineChoice("trl", slots=1)
+    # Slots that hold the neediest trial hold any other: the study keeps their number.
     neediest = max(configs, key=memory_rank)
     slots, resolved = choose_slots(settings.slots, neediest)
     has_checkpointing = resolved.trainer.gradient_checkpointing is True

@@ -44,6 +44,7 @@ class PackedRun:
                 if isinstance(response, Exception):
                     self.request = self.steps.throw(response)
                 else:
+                    # A run that begins has no response: a generator's first `send` takes None.
                     self.request = self.steps.send(response)
             except StopIteration:
                 self.has_ended = True
@@ -107,8 +108,10 @@ class _Pack:
                 self._execute_requests(requesting)
                 self._resume(requesting)
         finally:
+            # Runs are left only after an error: a closed run frees its folder's lock.
             for run in self._runs:
                 run.close()
+        # Raised once all runs have ended: they share the interrupt, and each writes a checkpoint.
         if self._interrupted is not None:
             raise self._interrupted
         return self._ended
@@ -116,7 +119,8 @@ class _Pack:
     def _begin_runs(self, limit: int) -> list[PackedRun]:
         """Fill free slots with at most `limit` new runs, and return them."""
         # A pack that memory has made smaller stays so when its slots are filled again.
-        self._slots = min([self._slots, *_capacities(self._runs)])
+        capacities = _capacities(self._runs)
+        self._slots = min([self._slots, *capacities])
         begun: list[PackedRun] = []
         while (
             self._interrupted is None

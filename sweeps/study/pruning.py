@@ -77,6 +77,7 @@ class PruningObserver(Observer):
         if not polls:
             return False
         self._last_poll = time.monotonic()
+        # The run ends itself at an interrupt, with a checkpoint; to stop it here would prune it.
         if self._session.is_stopping:
             self._interrupt.requested = True
             return False
@@ -100,6 +101,7 @@ class PruningObserver(Observer):
         value = rung.metrics["objective"]
         # A trial that resumes from a checkpoint comes again to rungs that it has reported.
         if rung.index not in self._reported_rungs:
+            # By the rung's index, because trials with other batch sizes take other steps to it.
             self._trial.report(value, rung.index)
             PruningObserver.reports += 1
         name = self._study.objectives[0]
@@ -119,6 +121,7 @@ class PruningObserver(Observer):
         return self._trial.should_prune() and role(self._trial) != "baseline"
 
     def _is_reportable(self, rung: Rung) -> bool:
+        # Optuna takes no reports of trials with several objectives.
         has_one_objective = len(self._session.settings.directions) == 1
         return rung.index > 0 and "objective" in rung.metrics and has_one_objective
 

@@ -61,6 +61,7 @@ class Session:
         ]
         loader = self.hydra_context.config_loader
         config = loader.load_sweep_config(self.config, [*overrides, *folders])
+        # Hydra's launchers set both, and composing leaves them missing.
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
@@ -72,6 +73,7 @@ class Session:
         overrides = [f"trainer.engine={self.engine.name}"]
         key = "trainer.gradient_checkpointing"
         is_searched = key in self.space.distributions
+        # `auto` could mean something else for each trial: the study has decided it for all.
         if self.common.trainer.gradient_checkpointing == "auto" and not is_searched:
             overrides.append(f"{key}={str(self.engine.checkpointing).lower()}")
         return overrides
@@ -87,11 +89,10 @@ class Session:
         """
         # Trials may train on more or fewer rows; they are evaluated on the same ones.
         dataset = dataclasses.replace(config.dataset, limit=None)
-        common_dataset = dataclasses.asdict(
-            dataclasses.replace(self.common.dataset, limit=None)
-        )
+        common_dataset = dataclasses.replace(self.common.dataset, limit=None)
+        common_values = dataclasses.asdict(common_dataset)
         for key, value in dataclasses.asdict(dataset).items():
-            if value != common_dataset[key]:
+            if value != common_values[key]:
                 reason = "all trials of a study are measured on the same rows"
                 raise refusal(f"dataset.{key}", value, reason)
         if config.objectives != self.common.objectives:

@@ -28,8 +28,10 @@ def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]
     if slots != "auto":
         return int(slots), resolved
     if not on_gpu():
-        return 1, resolved  # one run keeps a CPU busy
-    return plan_memory(resolved, shared_resources).slots, resolved
+        # One run keeps a CPU busy.
+        return 1, resolved
+    plan = plan_memory(resolved, shared_resources)
+    return plan.slots, resolved
 
 
 def memory_rank(config: RunConfig) -> tuple[int, int]:
@@ -57,8 +59,10 @@ def choose_job_slots(
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
         return fixed_count, []
-    select_gpu(0)  # before a plan asks for the GPU's memory
-    planned: set[str] = set()  # kinds of jobs whose neediest one has been planned
+    # Before a plan asks for the GPU's memory.
+    select_gpu(0)
+    # Kinds of jobs whose neediest one has been planned.
+    planned: set[str] = set()
     counts = []
     checkpointed_bases: list[object] = []
     for config in sorted(packed, key=memory_rank, reverse=True):
@@ -67,6 +71,7 @@ def choose_job_slots(
         if kind in planned:
             continue
         plan = _plan(slots, config)
+        # Its kind stays unplanned: the next neediest job of it is tried.
         if plan is None:
             continue
         planned.add(kind)
@@ -84,7 +89,8 @@ def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
     """
     try:
         base = shared_resources.source(config.model)
-        if reason_unsupported(config, read_base_config(base, config.model)):
+        base_config = read_base_config(base, config.model)
+        if reason_unsupported(config, base_config):
             return None
         return choose_slots(slots, config)
     except Exception as error:

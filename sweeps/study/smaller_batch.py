@@ -19,6 +19,7 @@ def smaller_batch(trainer: Mapping[str, Any]) -> list[str] | None:
     accumulation = trainer.get("gradient_accumulation_steps", 1)
     if train_rows == eval_rows == 1:
         return None
+    # A divisor: the effective batch size must stay exactly as it was.
     factor = _smallest_factor(train_rows)
     smaller_eval_rows = max(1, eval_rows // 2)
     return [

@@ -116,7 +116,8 @@ class Study:
             return None
         try:
             refuse_secrets_in(f"{STORAGE_KEY}={address}")
-        except ConfigError:  # an earlier version accepted a password in the address
+        # An earlier version accepted a password in the address.
+        except ConfigError:
             return "${oc.env:STUDY_DATABASE}"
         return address
 
@@ -128,6 +129,8 @@ class Study:
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return all trials, or those in some states, by number. They are not copies."""
+        # Optuna copies each trial with all its values unless it is told not to, and workers,
+        # tables and reports read the trials again and again.
         return self.optuna.get_trials(deepcopy=False, states=states or None)
 
     def finished(self) -> list[FrozenTrial]:
@@ -143,9 +146,11 @@ class Study:
         if len(self.optuna.directions) == 1:
             return sorted(complete, key=self._cost_and_number)
         front = {trial.number for trial in self.optuna.best_trials}
-        return sorted(
-            complete, key=lambda trial: (trial.number not in front, trial.number)
-        )
+
+        def front_first(trial: FrozenTrial) -> tuple[bool, int]:
+            return trial.number not in front, trial.number
+
+        return sorted(complete, key=front_first)
 
     def _cost_and_number(self, trial: FrozenTrial) -> tuple[float, int]:
         """Return the sort key of a complete trial; equal ones are ranked by number."""
@@ -224,6 +229,7 @@ class Study:
         for trial in finished:
             if trial.number not in needed:
                 folder = self.folder_of(trial.number)
+                # Errors are ignored: the folders may be gone, or another worker removes them now.
                 shutil.rmtree(folder.adapter, ignore_errors=True)
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
 

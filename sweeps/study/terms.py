@@ -35,11 +35,13 @@ def study_terms(
     Returns:
         A value for each config key, and for each parameter an entry `space.<name>`.
     """
+    # `+key` is Hydra's syntax for a key that the config lacks.
     searched = {name.lstrip("+") for name in space.distributions}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
-    groups = [
-        name.replace("/", ".") for name in searched if "/" in name or "." not in name
-    ]
+    groups = []
+    for name in searched:
+        if "/" in name or "." not in name:
+            groups.append(name.replace("/", "."))
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     # Absolute paths, so that the same data has the same terms from any working directory.
     config_values = flatten(config.with_absolute_paths().to_dict())
@@ -71,10 +73,11 @@ def require_same_terms(
     keys = {key.removeprefix("space.") for key in (*stored, *terms)}
     for key in sorted(keys):
         # A key may have moved from the config to the space or back.
-        before = stored.get(f"space.{key}", stored.get(key))
-        now = terms.get(f"space.{key}", terms.get(key))
+        space_key = f"space.{key}"
+        before = stored.get(space_key, stored.get(key))
+        now = terms.get(space_key, terms.get(key))
         if before != now:
-            is_searched = f"space.{key}" in stored or f"space.{key}" in terms
+            is_searched = space_key in stored or space_key in terms
             section = "the search space" if is_searched else "the config"
             began = f"study {study} began with {json.dumps(before)} in {section}"
             choices = f"{OTHER_NAME}, or hydra.sweeper.allow_change=true to go on with the change"
@@ -111,6 +114,8 @@ def require_changeable(
         for name in trial.distributions.keys() & distributions.keys():
             before = trial.distributions[name]
             now = distributions[name]
+            # Optuna makes the same check when a trial asks for the parameter, in the middle of
+            # the session.
             try:
                 check_distribution_compatibility(before, now)
             except ValueError:

@@ -53,7 +53,10 @@ def is_on_last_attempt(trial: FrozenTrial) -> bool:
     """
     starts = trial.user_attrs.get("starts", [])
     last_starts = starts[1 - MAX_STARTS :]
-    return len(last_starts) == MAX_STARTS - 1 and len(set(last_starts)) == 1
+    if len(last_starts) < MAX_STARTS - 1:
+        return False
+    # All at the same checkpoint, by its step.
+    return len(set(last_starts)) == 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class TrialRunner:
         self._optuna = optuna.Study(
             study.name, study.storage, sampler=sampler, pruner=session.pruner()
         )
+        # Not by `ask`, which would begin another trial: an adopted one keeps its number.
         self.trial = optuna.Trial(self._optuna, claim.trial_id)
 
     def run(self, folder_lock: contextlib.ExitStack) -> RunSteps[None]:
@@ -113,12 +117,12 @@ class TrialRunner:
     def _run_unless_finished(self) -> RunSteps[None]:
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
+            # Its worker was lost between the run's end and this call: it is not run again.
             self._tell(Outcome.of_result(result, self._study.objectives))
         elif self._has_lost_too_many_workers(result):
             reason = f"lost its worker {MAX_STARTS} times without a new checkpoint"
-            write_json(
-                self._folder.result, {**result, "status": "failed", "error": reason}
-            )
+            failed_result = {**result, "status": "failed", "error": reason}
+            write_json(self._folder.result, failed_result)
             self._tell(Outcome.failed(reason))
         else:
             outcome = yield from self._run_with_memory_retry()
@@ -155,12 +159,10 @@ class TrialRunner:
         if failure is None:
             result = read_json(self._folder.result)
             return Outcome.of_result(result, self._study.objectives)
-        if (
-            not self._folder.result.exists()
-        ):  # the config was refused before a run began
-            write_json(
-                self._folder.result, {"status": "failed", "error": failure.reason}
-            )
+        # Without a result, the config was refused before a run began.
+        if not self._folder.result.exists():
+            failed_result = {"status": "failed", "error": failure.reason}
+            write_json(self._folder.result, failed_result)
         return Outcome.failed(failure.reason)
 
     def _attempt(self) -> RunSteps[_Failure | None]:
@@ -169,13 +171,14 @@ class TrialRunner:
             overrides = self.suggest_overrides()
             overrides += self.trial.user_attrs.get("shrunk", [])
             yield from self._train(overrides)
+        # An exception like others to Python, but no failure: the trial stays running.
         except Interrupted:
             raise
         except Exception as error:
             failure = _Failure(error_line(error), is_out_of_memory_error(error))
         else:
             return None
-        # Outside the handler, where the exception no longer holds the run's tensors.
+        # Outside the handler: within it, the exception's traceback holds the run's tensors.
         free_memory()
         return failure
 
@@ -188,14 +191,13 @@ class TrialRunner:
             suggest(self.trial, name, distribution)
         function_path = self._session.settings.custom_search_space
         if function_path:
-            extend: Callable[[DictConfig, optuna.Trial], None] = get_method(
-                function_path
-            )
+            extend: Callable[[DictConfig, optuna.Trial], None]
+            extend = get_method(function_path)
             extend(self._session.config, self.trial)
         params = self.trial.params
-        assignments = [
-            f"{name}={format_value(value)}" for name, value in params.items()
-        ]
+        assignments = []
+        for name, value in params.items():
+            assignments.append(f"{name}={format_value(value)}")
         point = ", ".join(assignments)
         log.info("trial %d: %s%s", self.trial.number, point, _role_note(self.trial))
         return [*space.overrides(params), *self._session.common_overrides]
@@ -214,6 +216,7 @@ class TrialRunner:
             resources=shared_resources,
             label=self._label(),
             interactive=False,
+            # No choice of the study may see the test rows: its winner is evaluated at the end.
             evaluate_test_rows=False,
             interrupt=self._interrupt,
             slots=self._session.engine.slots,
@@ -246,6 +249,7 @@ class TrialRunner:
             Whether the trial may start again. Its folder is empty then.
         """
         identity = read_json(self._folder.identity)
+        # Without run.json no run had begun, and no batch is known that could be smaller.
         trainer = identity["config"]["trainer"] if identity else {}
         overrides = smaller_batch(trainer)
         if overrides is None or self.trial.user_attrs.get("shrunk"):
@@ -264,9 +268,8 @@ class TrialRunner:
         self._optuna.tell(
             self.trial, outcome.values, outcome.state, skip_if_finished=True
         )
-        log.info(
-            "trial %d: %s", self.trial.number, outcome.describe(self._study.objectives)
-        )
+        description = outcome.describe(self._study.objectives)
+        log.info("trial %d: %s", self.trial.number, description)
 
 
 def _role_note(trial: optuna.Trial) -> str:

@@ -38,6 +38,7 @@ class Worker:
         below_live_table = is_other_process and sys.stderr.isatty()
         try:
             with run_lines_to_files(warnings_only=below_live_table):
+                # A float, because launchers pickle what a job returns.
                 return float(self._work())
         finally:
             if self.session.is_orphaned:
@@ -48,6 +49,7 @@ class Worker:
         quiet_libraries(bars=False)
         from finetune.model.device import select_gpu
 
+        # The launcher numbers its jobs from 0: each worker takes another GPU.
         select_gpu(HydraConfig.get().job.num)
         session = self.session
         study = Study(session.folder, session.settings.study_name, session.address)
@@ -63,7 +65,8 @@ class Worker:
         except Interrupted:
             if study.storage_error is None:
                 raise
-        if study.storage_error is not None:  # which has interrupted the trials
+        # The runs say only that they were interrupted; the lost storage is the reason.
+        if study.storage_error is not None:
             raise study.storage_error
         return ended
 

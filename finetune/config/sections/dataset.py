@@ -125,8 +125,9 @@ class DatasetSettings(Section):
         self._check_sources()
         for name, minimum in (("max_length", 2), ("limit", 1)):
             value = getattr(self, name)
+            is_valid = value is None or value >= minimum
             allowed = f"must be a whole number of at least {minimum}, or null"
-            self.require(name, value is None or value >= minimum, allowed)
+            self.require(name, is_valid, allowed)
         for split in AUTO_FRACTIONS:
             allowed = "must be auto, or at least 0 and below 1 (0: no such rows)"
             fraction = self.held_out_fraction(split)
@@ -135,14 +136,11 @@ class DatasetSettings(Section):
         self.require("encoding", _is_text_encoding(self.encoding), allowed)
         reason = f"with eval_fraction={self.eval_fraction} leaves no rows to train on"
         self.require("test_fraction", self._trained_fraction > 0, reason)
-        has_length = self.max_length is not None
-        self.require(
-            "packing", not self.packing or has_length, "needs dataset.max_length"
-        )
+        can_pack = not self.packing or self.max_length is not None
+        self.require("packing", can_pack, "needs dataset.max_length")
         self._check_columns()
-        self.require(
-            "ignore", "role" not in self.ignore, "a message's role can't be left out"
-        )
+        reason = "a message's role can't be left out"
+        self.require("ignore", "role" not in self.ignore, reason)
 
     def _check_columns(self) -> None:
         for purpose, column in self.columns.items():
@@ -159,13 +157,12 @@ class DatasetSettings(Section):
         if has_messages and (has_pair or self.template is not None):
             reason = "not with prompt, completion or dataset.template"
             raise refusal("dataset.columns.messages", self.columns["messages"], reason)
+        if self.template is None:
+            return
         has_prompt = "prompt" in self.columns
         reason = "makes the prompt; not with dataset.columns.prompt"
-        self.require("template", self.template is None or not has_prompt, reason)
-        allowed = "must be text, or null"
-        self.require(
-            "template", self.template is None or bool(self.template.strip()), allowed
-        )
+        self.require("template", not has_prompt, reason)
+        self.require("template", bool(self.template.strip()), "must be text, or null")
 
     def _check_sources(self) -> None:
         allowed = "must be a hub id, a file, a folder, or python_docs"
@@ -178,9 +175,8 @@ class DatasetSettings(Section):
             if not source.path:
                 raise refusal(key, source.path, allowed)
             if source.path in paths:
-                reason = (
-                    f"stands twice; {{path: {source.path}, weight: 2}} repeats its rows"
-                )
+                repeated = f"{{path: {source.path}, weight: 2}}"
+                reason = f"stands twice; {repeated} repeats its rows"
                 raise refusal(key, source.path, reason)
             paths.add(source.path)
             if not 0 < source.weight <= MAXIMUM_WEIGHT:
@@ -191,10 +187,11 @@ class DatasetSettings(Section):
     def sources(self) -> list[SourceSettings]:
         """The sources that `path` names, with their weights."""
         items = [self.path] if isinstance(self.path, str) else self.path
-        return [
-            SourceSettings(path=item) if isinstance(item, str) else item
-            for item in items
-        ]
+        sources = []
+        for item in items:
+            source = SourceSettings(path=item) if isinstance(item, str) else item
+            sources.append(source)
+        return sources
 
     @property
     def path_text(self) -> str:
@@ -230,6 +227,8 @@ class DatasetSettings(Section):
 
 def _is_text_encoding(name: str | None) -> bool:
     """Whether Python has a codec of this name from bytes to text; None is allowed too."""
+    # A LookupError also comes from codecs between bytes, such as zlib; a ValueError from a name
+    # with a null character.
     try:
         "".encode(name or "utf-8")
     except (LookupError, ValueError):

@@ -59,17 +59,14 @@ class OptimizerSettings(Section):
         rate = self.learning_rate
         self.require("learning_rate", rate is None or rate > 0, "must be above 0")
         self.require("weight_decay", self.weight_decay >= 0, "must be at least 0")
-        self.require(
-            "max_grad_norm",
-            self.max_grad_norm >= 0,
-            "must be at least 0 (0: no clipping)",
-        )
+        allowed = "must be at least 0 (0: no clipping)"
+        self.require("max_grad_norm", self.max_grad_norm >= 0, allowed)
         allowed = "must be a share of all steps, in [0, 1)"
         self.require("warmup_ratio", 0 <= self.warmup_ratio < 1, allowed)
+        allowed = "must be at least 0 and below 1"
         for field in ("adam_beta1", "adam_beta2"):
-            self.require(
-                field, 0 <= getattr(self, field) < 1, "must be at least 0 and below 1"
-            )
+            decay = getattr(self, field)
+            self.require(field, 0 <= decay < 1, allowed)
         self.require("adam_epsilon", self.adam_epsilon > 0, "must be above 0")
 
     @property

@@ -60,30 +60,28 @@ class TrainerSettings(Section):
         has_limit = self.max_steps >= 1
         allowed = "must be at least 1, or -1: by epochs"
         self.require("max_steps", has_limit or self.max_steps == -1, allowed)
+        allowed = "must be a whole number of at least 1"
         for field in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
         ):
-            self.require(
-                field, getattr(self, field) >= 1, "must be a whole number of at least 1"
-            )
+            count = getattr(self, field)
+            self.require(field, count >= 1, allowed)
         allowed = (
             "must be a whole number of steps, a share of them from 0.001 to below 1, "
             "or 0: none"
         )
-        intervals = (
-            self.eval_steps if isinstance(self.eval_steps, list) else [self.eval_steps]
-        )
+        steps = self.eval_steps
+        intervals = steps if isinstance(steps, list) else [steps]
         are_valid = all(_is_interval(steps) for steps in intervals)
         self.require("eval_steps", are_valid, f"{allowed}; or a list of those")
         self.require("save_steps", _is_interval(self.save_steps), allowed)
         patience = self.early_stopping_patience
+        is_valid = patience is None or patience >= 1
         allowed = "must be at least 1, or null"
-        self.require(
-            "early_stopping_patience", patience is None or patience >= 1, allowed
-        )
+        self.require("early_stopping_patience", is_valid, allowed)
 
     @property
     def effective_batch_size(self) -> int:

@@ -1,0 +1,62 @@
+"""Plain values of a config, before they are checked: each written in one way only.
+
+Such values come from Hydra, from a run folder, or from Python.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.config.convert import is_number
+
+PYTHON_DOCS_LIMIT = 240
+"""Training rows of `python_docs` with `dataset.limit=auto`: an epoch of a few minutes on two CPU
+cores."""
+
+
+def simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write each source of `dataset.path` without a weight as text, a single one without the list.
+
+    So that a config compares equal to one that says the same in another way.
+    """
+    dataset = values.get("dataset")
+    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("path"), list):
+        return values
+    items = [_simplify_source(item) for item in dataset["path"]]
+    path: Any = items
+    if len(items) == 1 and isinstance(items[0], str):
+        path = items[0]
+    return {**values, "dataset": {**dataset, "path": path}}
+
+
+def _simplify_source(item: Any) -> Any:
+    if not isinstance(item, Mapping) or not isinstance(item.get("path"), str):
+        return item
+    weight = item.get("weight", 1)
+    has_weight_one = is_number(weight) and weight == 1
+    # Any other key is left for `build` to refuse.
+    if has_weight_one and set(item) <= {"path", "weight"}:
+        return item["path"]
+    return item
+
+
+def resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
+    dataset = values.get("dataset")
+    # What is no mapping is refused by `build`.
+    if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
+        return values
+    limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
+    return {**values, "dataset": {**dataset, "limit": limit}}
+
+
+def pick_learning_rate(values: dict[Any, Any]) -> None:
+    """Replace a mapping in `model.learning_rate` by the rate of the run's base, or null.
+
+    A model's YAML gives the rate of its own base, which must not apply to another `name_or_path`.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return
+    rates = model.get("learning_rate")
+    if isinstance(rates, Mapping):
+        model["learning_rate"] = rates.get(model.get("name_or_path"))
