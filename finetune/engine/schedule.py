@@ -153,5 +153,5 @@ def epoch_order(
             list(lengths), batch_rows, generator=generator
         )
         return order
-    permutation = torch.randperm(len(lengths), generator=generator)
-    return [int(index) for index in permutation]
+    shuffled: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    return shuffled

@@ -182,7 +182,7 @@ CONFIG = [
     Case(
         "fraction-of-one",
         "dataset.eval_fraction=1",
-        "dataset.eval_fraction=1…: must be at least 0 and below 1…",
+        "dataset.eval_fraction=1…: must be auto, or at least 0 and below 1…",
     ),
     Case(
         "no-rows-wanted",

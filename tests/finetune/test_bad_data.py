@@ -249,7 +249,7 @@ DATA = [
     Case(
         "one-group-of-all-rows",
         "dataset.group_by=author",
-        "dataset.test_fraction=0.15: takes 1 of 8 rows, but 8 of them stay in one part as near twins, or rows of one author",
+        "dataset.test_fraction=auto: takes 1 of 8 rows, but 8 of them stay in one part as near twins, or rows of one author",
         {"d.jsonl": lines(*[{"text": f"row {n}", "author": "Ana"} for n in range(8)])},
     ),
 ]

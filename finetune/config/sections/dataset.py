@@ -13,9 +13,9 @@ COLUMN_PURPOSES = ("prompt", "completion", "system", "messages", "tools", "histo
 AUTO_FRACTIONS = {"eval": 0.1, "test": 0.15}
 """The shares of the rows that `auto` holds out, by split."""
 
-AUTO_HELD_OUT_ROWS = 2000
+AUTO_HELD_OUT_ROWS = 1000
 """With `auto` no more rows are held out: more would only make every evaluation slower. The standard
-error of a mean loss over 2,000 rows is about a hundredth of it."""
+error of a mean loss over 1,000 rows is a few hundredths of a row's deviation."""
 
 MAXIMUM_WEIGHT = 1000
 """Bounds the length of an epoch: a weight is a number of repetitions."""
@@ -71,14 +71,14 @@ class DatasetSettings(Section):
 
     eval_fraction: float | Literal["auto"]
     """Share of the rows held out for evaluation, where no file has them; 0: none; auto: 0.1, at
-    most 2,000 rows."""
+    most 1,000 rows."""
 
     eval_path: str | None
     """A file of rows for evaluation; null: `eval_fraction` of the rows."""
 
     test_fraction: float | Literal["auto"]
     """Share of the rows held out for the final test, where no file has them; 0: none; auto: 0.15,
-    at most 2,000 rows. No choice of a study uses these rows."""
+    at most 1,000 rows. No choice of a study uses these rows."""
 
     test_path: str | None
     """A file of rows for the final test; null: `test_fraction` of the rows."""

@@ -83,7 +83,7 @@ class PackedTraining:
             self._weights_event = record_event(self._slot.bank.device)
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
-        lengths = [len(row["input_ids"]) for row in self._rows]
+        lengths = self._rows.lengths
         steps = step_batches(lengths, self._config, self._total)
         progress = reporter.progress
         with reporter.live():

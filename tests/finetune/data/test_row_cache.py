@@ -169,9 +169,9 @@ def test_pages_that_were_read_are_given_back(
 
 @pytest.mark.parametrize(
     ("count", "held_out"),
-    [(100, (10, 15)), (15_000, (1500, 2000)), (25_000, (2000, 2000))],
+    [(100, (10, 15)), (8_000, (800, 1000)), (12_000, (1000, 1000))],
 )
-def test_auto_holds_out_a_share_but_at_most_2000_rows(
+def test_auto_holds_out_a_share_but_at_most_1000_rows(
     settings: Settings,
     tmp_path: Path,
     count: int,
@@ -185,6 +185,6 @@ def test_auto_holds_out_a_share_but_at_most_2000_rows(
         )
     assert (len(rows.evaluation), len(rows.test)) == held_out
     assert len(rows.train) == count - sum(held_out)
-    said = [line for line in caplog.messages if "at most 2,000 rows" in line]
-    assert len(said) == sum(size == 2000 for size in held_out)
+    said = [line for line in caplog.messages if "at most 1,000 rows" in line]
+    assert len(said) == sum(size == 1000 for size in held_out)
     assert said == [f"data: {line}" for line in rows.notes]
