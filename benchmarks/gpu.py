@@ -312,15 +312,7 @@ class Counter:
         """Nothing is measured first."""
         yield from ()
 
-    def report_step(
-        self,
-        number: int,
-        loss: float,
-        norm: float,
-        rate: float,
-        tokens: int,
-        seconds: float,
-    ) -> Iterator[Any]:
+    def report_step(self, *, tokens: int, **_: object) -> Iterator[Any]:
         """A step was taken."""
         self.tokens += tokens
         yield from ()
