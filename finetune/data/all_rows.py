@@ -13,6 +13,7 @@ from finetune.data.conversion import RowFormats
 from finetune.data.duplicates import Ties, find_ties
 from finetune.data.reading import OpenedPath, read_path
 from finetune.data.report import Report
+from finetune.data.row_chunks import progress_bar
 from finetune.data.row_file import RowWriter, StoredRows
 from finetune.data.types import fingerprint
 from finetune.files.atomic import (
@@ -161,7 +162,7 @@ def _read(
     formats = RowFormats(settings)
     source_ends = []
     splits = {}
-    with RowWriter(folder) as writer:
+    with progress_bar("reading rows") as bar, RowWriter(folder, bar.update) as writer:
         for split, paths in opened.items():
             start = len(writer)
             for path in paths:

@@ -1,6 +1,7 @@
 """Work on rows in chunks, by several processes where there are many rows."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -8,10 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 from finetune.compat import hide_main_module
 from finetune.data.types import Row
+
+log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1000
 
@@ -21,8 +25,8 @@ ROWS_PER_PROCESS = 5000
 MOST_PROCESSES = 8
 """Each takes about 200 MB of memory."""
 
-SHOWN_ROWS = 5000
-"""With fewer rows there is nothing to wait for, and no progress bar."""
+SHOWN_AFTER = 2
+"""Seconds after which a progress bar appears."""
 
 Result = TypeVar("Result")
 
@@ -35,7 +39,7 @@ def map_chunks(task: Task[Result], rows: Sequence[Row], title: str) -> Iterator[
     Args:
         task: Is called with each chunk; must be possible to pickle.
         rows: All rows; must be possible to pickle.
-        title: What the progress bar says. It is shown on a terminal only.
+        title: What the progress bar says, for example `comparing rows`.
 
     Yields:
         The results, in the order of the chunks.
@@ -46,12 +50,11 @@ def map_chunks(task: Task[Result], rows: Sequence[Row], title: str) -> Iterator[
     starts = range(0, len(rows), CHUNK_ROWS)
     processes = min(process_limit(), len(rows) // ROWS_PER_PROCESS)
     if processes > 1:
+        # A log file has no progress bar.
+        log.info("data: %s: %s, in %d processes", title, f"{len(rows):,}", processes)
         results = _map_in_processes(task, rows, starts, processes)
     else:
         results = (task(rows[start : start + CHUNK_ROWS]) for start in starts)
-    if len(rows) < SHOWN_ROWS:
-        yield from results
-        return
     with progress_bar(title, len(rows)) as bar:
         for start, result in zip(starts, results, strict=True):
             yield result
@@ -63,17 +66,28 @@ def process_limit() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
-def progress_bar(title: str, total: int | None) -> Any:
-    """Return a progress bar of rows on stderr, shown on a terminal only.
+def progress_bar(title: str, total: int | None = None) -> AbstractContextManager["Bar"]:
+    """Return a progress bar of rows on stderr, which a terminal shows after `SHOWN_AFTER` seconds.
 
     Args:
         title: What it says.
         total: The number of rows; None: not known.
     """
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext(Bar())
     from tqdm import tqdm
 
-    is_hidden = not sys.stderr.isatty()
-    return tqdm(total=total, desc=title, unit=" rows", disable=is_hidden, leave=False)
+    bar: AbstractContextManager[Bar] = tqdm(
+        desc=title, total=total, unit=" rows", leave=False, delay=SHOWN_AFTER
+    )
+    return bar
+
+
+class Bar:
+    """A progress bar that is not shown, with the one method of tqdm that is used."""
+
+    def update(self, count: int = 1) -> None:
+        """Count further rows."""
 
 
 def _map_in_processes(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import operator
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -43,10 +43,14 @@ class RowWriter:
 
     Args:
         folder: An existing folder.
+        count: Is called with the number of rows whenever some were written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, count: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._folder = folder
+        self._count = count
         self._sources: dict[RowSource, int] = {}
         self._contents: list[str] = []
         self._source_numbers = array("i")
@@ -101,6 +105,7 @@ class RowWriter:
             self._writer = pyarrow.ipc.new_file(path, batch.schema)
         self._writer.write_batch(batch)
         self._written += len(self._contents)
+        self._count(len(self._contents))
         self._contents = []
         self._source_numbers = array("i")
         self._row_numbers = array("q")

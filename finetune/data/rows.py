@@ -159,8 +159,7 @@ def _save_split(
                 if split == "train" and len(systems) < 2:
                     systems.add(system_of(row))
                 bar.update()
-            numpy_path = folder / f"{split}.npy"
-            _save_numbers(numpy_path, numbers[split])
+            _save_numbers(folder / f"{split}.npy", numbers[split])
     summary = {
         "fingerprint": whole_digest.fingerprint,
         "keys": {split: digest.key for split, digest in digests.items()},
