@@ -111,15 +111,28 @@ def _map_in_processes(
 def _delay_signals() -> Iterator[None]:
     """Handle interruptions after the block, which starts processes.
 
-    A process whose start is interrupted would fail with a traceback. Processes that are started in
-    the block never see Ctrl-C, which reaches all processes of a terminal: the first one cancels
-    the others' work.
+    A process whose start is interrupted fails with a traceback, and its pool waits for it forever.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    interruptions = (signal.SIGINT, signal.SIGTERM)
+    received: list[int] = []
+    handlers = {}
+    # Python runs handlers in the main thread alone, whichever thread receives the signal.
+    if threading.current_thread() is threading.main_thread():
+        for number in interruptions:
+            handlers[number] = signal.signal(
+                number, lambda number, _: received.append(number)
+            )
+    # Processes inherit the mask, and never see Ctrl-C, which reaches all processes of a terminal:
+    # the first one cancels the others' work.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, interruptions)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for received_number in received:
+        signal.raise_signal(received_number)
 
 
 class _Worker(Generic[Result]):

@@ -122,7 +122,7 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
 def test_processes_end_with_the_command_and_the_next_one_begins_anew(
     tmp_path: Path, name: str
 ) -> None:
-    long = [{"text": f"{n} " + "word " * 300} for n in range(MANY)]
+    long = [{"text": f"{n} " + "word " * 60} for n in range(MANY)]
     file = write_jsonl(tmp_path / "rows.jsonl", long)
     command = [
         sys.executable,
@@ -144,7 +144,10 @@ def test_processes_end_with_the_command_and_the_next_one_begins_anew(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
     if name != "SIGKILL":
