@@ -39,7 +39,7 @@ PACKED_BATCH = 1000
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 """Increased when the encoding changes, so that tokens cached by an earlier version are not used."""
 
 
@@ -127,12 +127,14 @@ def _encode_all(
 
     # In this order the first row that is refused is the first of its file.
     sorted_rows = rows.in_source_order()
+    _, positions = numpy.unique(rows.numbers, return_index=True)
     report = TokenReport()
     example_rows: list[Numbers] = []
     writer = TokenWriter(folder)
     for chunk in map_chunks(encode, sorted_rows, f"tokenising {split} rows"):
         report.add(chunk.report)
-        writer.write(chunk.record_batch())
+        sorted_positions = sorted_rows.numbers.searchsorted(chunk.rows)
+        writer.write(chunk.record_batch(positions[sorted_positions]))
         example_rows.append(chunk.rows)
     encoder = encode.encoder
     if not report.examples:
@@ -205,15 +207,20 @@ class _EncodedChunk:
     """The tokens of all examples."""
     labels: "Numbers"
 
-    def record_batch(self) -> "pyarrow.RecordBatch":
-        """Return the examples as they are stored."""
+    def record_batch(self, positions: "Numbers") -> "pyarrow.RecordBatch":
+        """Return the examples as they are stored.
+
+        Args:
+            positions: Of each example's row, among all rows. The numbers of rows are not stored:
+                other data sets, which have the same rows under other numbers, share the tokens.
+        """
         import pyarrow
 
         offsets = pyarrow.array(self.offsets)
         columns = {
             "input_ids": pyarrow.ListArray.from_arrays(offsets, self.ids),
             "labels": pyarrow.ListArray.from_arrays(offsets, self.labels),
-            "row": pyarrow.array(self.rows),
+            "row": pyarrow.array(positions),
             "full_length": pyarrow.array(self.full_lengths),
         }
         return pyarrow.RecordBatch.from_pydict(columns)

@@ -192,13 +192,13 @@ def _distinct_rows(
         tokens: The examples.
         rows: Their rows.
     """
-    lengths, row_numbers = tokens.full_lengths, tokens.row_numbers
+    lengths, row_positions = tokens.full_lengths, tokens.row_positions
     distinct: dict[int, ExampleLength] = {}
     for example in order:
-        number = row_numbers[example]
-        if number not in distinct:
-            row = rows.by_number(number)
-            distinct[number] = ExampleLength(lengths[example], row.place)
+        position = row_positions[example]
+        if position not in distinct:
+            place = rows[position].place
+            distinct[position] = ExampleLength(lengths[example], place)
         if len(distinct) == LISTED:
             break
     return list(distinct.values())

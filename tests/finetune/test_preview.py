@@ -506,3 +506,20 @@ def test_a_template_that_is_given_is_the_one_that_is_shown(
     (row, *_) = shown.json(chats(tmp_path), *NOTHING_HELD_OUT, base=base)["rows"]
 
     assert "".join(row["tokens"]).startswith("<|start|>user")
+
+
+def test_names_the_rows_of_tokens_that_another_data_set_has_cached(
+    shown: Preview, tmp_path: Path
+) -> None:
+    """The same held-out rows, below many or few training rows."""
+    held_out = write_jsonl(
+        tmp_path / "eval.jsonl", [chat("Q?", "A" * (9 - n)) for n in range(5)]
+    )
+    overrides = [f"dataset.eval_path={held_out}", "dataset.test_fraction=0"]
+    for count in (9, 3, 30):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        data = chats(folder, count)
+        text = shown.text(data, "--part", "eval", *overrides)
+        longest = [line for line in text.splitlines() if line.startswith("longest")]
+        assert longest[0].endswith("eval.jsonl: row 1")
