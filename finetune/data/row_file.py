@@ -177,6 +177,16 @@ class StoredRows(Sequence[Row]):
         name, format_name = self._table.sources[sources[position]]
         return Row(json.loads(content), name, int(row_numbers[position]), format_name)
 
+    def check(self) -> None:
+        """Open the files, to see whether they are complete.
+
+        Raises:
+            Exception: A file is missing or damaged.
+        """
+        rows = self._table.file.table.num_rows
+        if len(self) and self.numbers.max() >= rows:
+            raise ValueError(f"{self.folder / ROWS_FILE} has {rows} rows")
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented

@@ -20,7 +20,7 @@ from finetune.data.split_files import file_names, files_by_split, files_for_spli
 from finetune.data.types import ListDigest, SkippedRow, canonical_text, fingerprint
 from finetune.errors import refusal
 from finetune.files.atomic import read_json, write_json
-from finetune.files.cache import cached_folder
+from finetune.files.cache import load_cached
 
 SplitFiles = dict[str, dict[str, list[Path]]]
 """Of each folder in `dataset.path` the files of each split."""
@@ -99,8 +99,11 @@ def load_rows(settings: DatasetSettings) -> Rows:
         is_new = True
         _save_split(draft, settings, files, all_rows)
 
-    folder = cached_folder("splits", _split_key(settings, all_rows), create)
-    rows, report = _load_split(folder, all_rows)
+    def load(folder: Path) -> tuple[Rows, Report]:
+        return _load_split(folder, all_rows)
+
+    key = _split_key(settings, all_rows)
+    rows, report = load_cached("splits", key, create, load)
     if not is_new:
         report.repeat(start=len(all_rows.report.lines))
     return rows

@@ -25,7 +25,7 @@ from finetune.data.token_report import (
 )
 from finetune.data.types import MESSAGE_KEYS, Row, fingerprint
 from finetune.errors import ConfigError, refusal
-from finetune.files.cache import cached_folder
+from finetune.files.cache import load_cached
 
 if TYPE_CHECKING:
     import numpy
@@ -74,7 +74,7 @@ def tokenize(
     def create(folder: Path) -> None:
         _encode_all(folder, split, rows, encode)
 
-    tokens = Tokens.load(cached_folder("tokens", key, create))
+    tokens = load_cached("tokens", key, create, Tokens.load)
     if settings.packing:
         tokens = _pack(tokens, key, settings)
     for line in tokens.report.lines(split, settings.max_length):
@@ -189,7 +189,7 @@ def _pack(tokens: Tokens, key: str, settings: DatasetSettings) -> Tokens:
                 writer.write(batch)
         writer.finish(numpy.arange(len(packed)), tokens.report)
 
-    return Tokens.load(cached_folder("tokens", f"{key}-packed", create))
+    return load_cached("tokens", f"{key}-packed", create, Tokens.load)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,78 @@ def test_rows_of_a_url_without_a_hash_are_always_read_again(settings: Settings) 
         storage.pipe_file("/rows.jsonl", lines.encode())
         rows = load_rows(settings(path="memory://rows.jsonl"))
         assert marks(rows.train) == marks([{"text": f"{word} {n}"} for n in range(4)])
+
+
+SPLITS_OF_URL: list[tuple[dict[str, Any], list[int]]] = [
+    ({"path": "memory://a.jsonl"}, [9, 0, 0]),
+    ({"path": "memory://a.jsonl", "eval_fraction": 0.4}, [5, 4, 0]),
+    ({"path": "memory://a.jsonl", "eval_path": "memory://b.jsonl"}, [9, 9, 0]),
+    ({"path": ["memory://a.jsonl", "memory://b.jsonl"]}, [18, 0, 0]),
+    ({"path": "memory://a.jsonl", "test_path": "memory://b.jsonl"}, [9, 0, 9]),
+    ({"path": "memory://b.jsonl", "test_path": "memory://a.jsonl"}, [9, 0, 9]),
+    ({"path": "memory://a.jsonl", "eval_fraction": 0.4, "group_by": "g"}, [4, 5, 0]),
+]
+
+
+def test_urls_without_a_hash_are_divided_as_each_config_says(
+    settings: Settings,
+) -> None:
+    """The cache holds the same rows of the configs before."""
+    import fsspec
+
+    storage = fsspec.filesystem("memory")
+    for word in ("a", "b"):
+        lines = [f'{{"text": "{word} {n}", "g": {n // 4}}}\n' for n in range(9)]
+        storage.pipe_file(f"/{word}.jsonl", "".join(lines).encode())
+    for keys, sizes in SPLITS_OF_URL:
+        rows = load_rows(settings(**keys))
+        assert [len(split) for split in rows.by_split.values()] == sizes, keys
+    groups = [
+        {int(row["text"][2:]) // 4 for row in split}
+        for split in (rows.train, rows.evaluation)
+    ]
+    assert groups[0].isdisjoint(groups[1])
+
+
+DAMAGES: list[tuple[str, int | None]] = [
+    ("rows/*/rows.arrow", None),
+    ("rows/*/rows.arrow", 0),
+    ("rows/*/rows.arrow", 99),
+    ("rows/*/sources.json", None),
+    ("rows/*/summary.json", None),
+    ("rows/*/summary.json", 9),
+    ("rows/*/ties.npz", None),
+    ("rows/*/ties.npz", 40),
+    ("splits/*/split.json", None),
+    ("splits/*/train.npy", 7),
+]
+"""Files of the cache, and how many bytes are left of them."""
+
+
+@pytest.mark.parametrize("with_split", [True, False], ids=["", "no-split"])
+@pytest.mark.parametrize(("pattern", "size"), DAMAGES)
+def test_a_damaged_cache_is_created_anew(
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pattern: str,
+    size: int | None,
+    with_split: bool,
+) -> None:
+    keys = {"path": str(write_jsonl(tmp_path / "a.jsonl", texts(40)))}
+    first = load_rows(settings(eval_fraction=0.2, **keys))
+    parts = {split: list(rows) for split, rows in first.by_split.items()}
+    [file] = (tmp_path / "cache").glob(pattern)
+    if size is None:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+    if not with_split and pattern.startswith("rows"):
+        shutil.rmtree(tmp_path / "cache" / "splits")
+    again = load_rows(settings(eval_fraction=0.2, **keys))
+    assert {split: list(rows) for split, rows in again.by_split.items()} == parts
+    [line] = [text for text in caplog.messages if "damaged" in text]
+    assert str(file.parent) in line
 
 
 def test_all_rows_of_a_path_are_in_the_order_of_the_file(
