@@ -57,10 +57,15 @@ class RowWriter:
         self._written = 0
 
     def append(self, row: Row, group: int = 0) -> None:
-        """Add a row and the key of the group that it belongs to."""
+        """Add a row and the key of the group that it belongs to.
+
+        Raises:
+            TypeError: The row holds a value that JSON does not have. Nothing is added.
+        """
+        content = json.dumps(row, ensure_ascii=False)
         self.groups.append(group)
         source = RowSource(row.source, row.format_name)
-        self._contents.append(json.dumps(row, ensure_ascii=False))
+        self._contents.append(content)
         self._source_numbers.append(
             self._sources.setdefault(source, len(self._sources))
         )
