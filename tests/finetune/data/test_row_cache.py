@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,35 @@ def test_a_damaged_cache_is_created_anew(
     assert {split: list(rows) for split, rows in again.by_split.items()} == parts
     [line] = [text for text in caplog.messages if "damaged" in text]
     assert str(file.parent) in line
+
+
+FULL_DISK = """
+import resource, sys
+from finetune.config.sections.dataset import DatasetSettings
+from finetune.console import run_command
+from finetune.data.rows import load_rows
+settings = DatasetSettings(path=sys.argv[1], name=None, split="train", format="auto", text_field="text",
+    max_length=64, packing=False, limit=None, eval_fraction=0.1, eval_path=None, test_fraction=0,
+    test_path=None, split_seed=0)
+size = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+run_command(lambda: load_rows(settings))
+"""
+
+
+@pytest.mark.parametrize("size", [1000, 150_000])
+def test_a_full_disk_is_named_and_leaves_no_draft(tmp_path: Path, size: int) -> None:
+    """The rows are too large, or only the phrases by which they are compared."""
+    rows = [{"text": " ".join(f"{n}x{word}" for word in range(40))} for n in range(400)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    command = [sys.executable, "-c", FULL_DISK, str(file), str(size)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    folder = tmp_path / "cache" / "rows"
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"error: File too large: {folder}\n",
+    )
+    assert not list(folder.glob("[!.]*"))
 
 
 def test_all_rows_of_a_path_are_in_the_order_of_the_file(
