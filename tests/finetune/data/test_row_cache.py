@@ -13,8 +13,11 @@ import pytest
 from support.rows import Settings, chat, marks, texts
 from support.runs import write_jsonl
 
+from finetune.data.all_rows import read_all_rows
+from finetune.data.reading import open_path
 from finetune.data.row_file import StoredRows
 from finetune.data.rows import Rows, load_all_rows, load_rows
+from finetune.errors import ConfigError
 from finetune.files.arrow_file import ArrowFile
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -91,6 +94,21 @@ def test_rows_are_read_again_after_a_change(
     if name == "content":
         assert chat("q3", "answer X") in list(again.train)
     assert {row.source for row in again.train} == {keys["path"]}
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Else the cache would hold the new rows as those of the old file."""
+    rows = texts(9)
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    keys = settings(path=str(file))
+    opened = {"train": [open_path("dataset.path", str(file), None, keys)]}
+    write_jsonl(file, rows[:5])
+    with pytest.raises(ConfigError, match="the file changed while it was read"):
+        read_all_rows(opened, keys, with_ties=False)
+    write_jsonl(file, rows)
+    assert marks(load_rows(keys).train) == marks(rows)
 
 
 SPLIT_CHANGES: list[dict[str, Any]] = [
