@@ -16,6 +16,7 @@ from finetune.data.row_chunks import map_chunks
 from finetune.data.row_file import StoredRows
 from finetune.data.token_file import Tokens, TokenWriter
 from finetune.data.token_report import (
+    EXAMPLE_REASONS,
     LISTED_ROWS,
     NO_ANSWER_WITHIN,
     NOTHING_LEARNT,
@@ -344,6 +345,8 @@ def encode_row(
         examples.append(dataclasses.replace(shorter, turns_left_out=left_out))
     if not examples:
         report.left_out[reasons[0] if reasons else NOTHING_LEARNT] += 1
+    else:
+        report.examples_left_out.update(EXAMPLE_REASONS[reason] for reason in reasons)
     yield from examples
 
 
