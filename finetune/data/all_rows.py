@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.conversion import RowFormats
 from finetune.data.duplicates import Ties, find_ties
+from finetune.data.readers.file import DataFile
+from finetune.data.readers.identity import file_identity
 from finetune.data.reading import OpenedPath, read_path
 from finetune.data.report import Report
 from finetune.data.row_chunks import progress_bar
@@ -18,11 +20,10 @@ from finetune.data.row_file import RowWriter, StoredRows
 from finetune.data.types import fingerprint
 from finetune.files.atomic import (
     draft_folder,
-    publish_folder,
     read_json,
     write_json,
 )
-from finetune.files.cache import cache_folder, cached_folder
+from finetune.files.cache import cache_folder, load_cached
 
 if TYPE_CHECKING:
     import numpy
@@ -103,7 +104,7 @@ def read_all_rows(
         is_new = True
         _read(draft, opened, settings, with_ties)
 
-    all_rows = _load(cached_folder("rows", key, create))
+    all_rows = load_cached("rows", key, create, _load)
     if not is_new:
         all_rows.report.repeat()
     return all_rows
@@ -142,13 +143,17 @@ def _read_without_key(
     with_ties: bool,
 ) -> AllRows:
     """Read rows of which nothing tells whether they are those of the last time: always anew."""
-    parent = cache_folder() / "rows"
-    with draft_folder(parent, "unidentified") as draft:
+    with draft_folder(cache_folder() / "rows", "unidentified") as draft:
         _read(draft, opened, settings, with_ties)
-        all_rows = _load(draft)
-        folder = parent / all_rows.rows(range(all_rows.count)).key
-        publish_folder(draft, folder)
-    return _load(folder)
+        # All files count: the same rows may be divided otherwise, and have other ties.
+        key = file_identity(DataFile(str(draft)))
+        assert key is not None
+
+        def create(folder: Path) -> None:
+            for file in draft.iterdir():
+                file.rename(folder / file.name)
+
+        return load_cached("rows", key[:16], create, _load)
 
 
 def _read(
@@ -177,6 +182,7 @@ def _read(
         find_ties(rows, groups).save(folder / TIES_FILE)
     summary = {
         "count": len(groups),
+        "has_ties": with_ties,
         "source_ends": source_ends,
         "splits": splits,
         "report": report.to_dict(),
@@ -185,7 +191,15 @@ def _read(
 
 
 def _load(folder: Path) -> AllRows:
+    """Open the rows of a folder that `_read` wrote.
+
+    Raises:
+        Exception: A file is missing or damaged.
+    """
     summary = read_json(folder / SUMMARY_FILE)
+    StoredRows.all_of(folder, summary["count"]).check()
+    if summary["has_ties"]:
+        Ties.check(folder / TIES_FILE)
     file_splits = {
         split: range(*bounds)
         for split, bounds in summary["splits"].items()

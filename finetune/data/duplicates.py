@@ -69,6 +69,18 @@ class Ties:
         ties = [list(itertools.islice(remaining, length)) for length in lengths]
         return cls(ties, common_texts, comparisons)
 
+    @classmethod
+    def check(cls, path: Path) -> None:
+        """Open a file that `save` wrote, to see whether it is complete.
+
+        Raises:
+            Exception: It is missing or damaged.
+        """
+        import numpy as np
+
+        with path.open("rb") as stream, np.load(stream) as arrays:
+            arrays["counts"]
+
     def groups(self, count: int) -> "array[int]":
         """Return for each of the first `count` rows the first row of its group.
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.conversion import RowFormats
@@ -149,13 +150,17 @@ class _Reader:
         if isinstance(raw_row, BadRow):
             raise refusal(self._key, source.name, raw_row.reason)
         # The group's column is read first, as the conversion may leave it out.
-        group = self._group(f"{self._key}={source.name}: row {number}", raw_row)
+        where = f"{self._key}={source.name}: row {number}"
+        group = self._group(where, raw_row)
         content = self.converter.convert(
             raw_row, source.name, number, source.class_names
         )
         if content is not None:
             row = Row(content, source.name, number, self.converter.format or "")
-            self._writer.append(row, group_key(group))
+            try:
+                self._writer.append(row, group_key(group))
+            except TypeError:
+                raise _no_json(row, where) from None
 
     def _group(self, where: str, raw_row: RawRow) -> str | None:
         """The value of the row's column `dataset.group_by`, as text."""
@@ -168,6 +173,29 @@ class _Reader:
             raise refusal("dataset.group_by", column, reason)
         value = raw_row[column]
         return None if value is None else json.dumps(value, sort_keys=True, default=str)
+
+
+def _no_json(row: Row, where: str) -> ConfigError:
+    """The refusal of a row with a value that JSON does not have, such as a date of Parquet."""
+    path: list[str] = []
+    value: Any = row
+    while isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+        key, value = next(pair for pair in pairs if not _is_json(pair[1]))
+        path.append(str(key))
+    *outer, field = path
+    reason = f"is no text, number, list or object but {type(value).__name__}"
+    is_of_message = path[0] == "messages" and len(path) == 3
+    remedy = f"; dataset.ignore=[{field}] leaves it out" if is_of_message else ""
+    return ConfigError(f"{where}, {' '.join(outer)}: field '{field}' {reason}{remedy}")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _without_place(

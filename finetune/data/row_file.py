@@ -61,10 +61,15 @@ class RowWriter:
         self._written = 0
 
     def append(self, row: Row, group: int = 0) -> None:
-        """Add a row and the key of the group that it belongs to."""
+        """Add a row and the key of the group that it belongs to.
+
+        Raises:
+            TypeError: The row holds a value that JSON does not have. Nothing is added.
+        """
+        content = json.dumps(row, ensure_ascii=False)
         self.groups.append(group)
         source = RowSource(row.source, row.format_name)
-        self._contents.append(json.dumps(row, ensure_ascii=False))
+        self._contents.append(content)
         self._source_numbers.append(
             self._sources.setdefault(source, len(self._sources))
         )
@@ -181,6 +186,16 @@ class StoredRows(Sequence[Row]):
         self._table.file.count_read(len(content))
         name, format_name = self._table.sources[sources[position]]
         return Row(json.loads(content), name, int(row_numbers[position]), format_name)
+
+    def check(self) -> None:
+        """Open the files, to see whether they are complete.
+
+        Raises:
+            Exception: A file is missing or damaged.
+        """
+        rows = self._table.file.table.num_rows
+        if len(self) and self.numbers.max() >= rows:
+            raise ValueError(f"{self.folder / ROWS_FILE} has {rows} rows")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):

@@ -20,7 +20,7 @@ from finetune.data.split_files import file_names, files_by_split, files_for_spli
 from finetune.data.types import ListDigest, SkippedRow, canonical_text, fingerprint
 from finetune.errors import refusal
 from finetune.files.atomic import read_json, write_json
-from finetune.files.cache import cached_folder
+from finetune.files.cache import load_cached
 
 SplitFiles = dict[str, dict[str, list[Path]]]
 """Of each folder in `dataset.path` the files of each split."""
@@ -99,8 +99,11 @@ def load_rows(settings: DatasetSettings) -> Rows:
         is_new = True
         _save_split(draft, settings, files, all_rows)
 
-    folder = cached_folder("splits", _split_key(settings, all_rows), create)
-    rows, report = _load_split(folder, all_rows)
+    def load(folder: Path) -> tuple[Rows, Report]:
+        return _load_split(folder, all_rows)
+
+    key = _split_key(settings, all_rows)
+    rows, report = load_cached("splits", key, create, load)
     if not is_new:
         report.repeat(start=len(all_rows.report.lines))
     return rows
@@ -221,7 +224,7 @@ def _divide(
         unique = _drop_duplicates(rows, fingerprints)
         count = len(held_out[split])
         if count and not unique:
-            raise _all_in_training(split, settings, files, count)
+            raise _all_left_out(split, settings, files, count, in_evaluation=bool(rows))
         reason = f"{split} rows that also stand in training or twice"
         report.drop(reason, count - len(unique))
         held_out[split] = unique
@@ -279,23 +282,38 @@ def _drop_duplicates(rows: StoredRows, fingerprints: set[str]) -> list[int]:
     return unique
 
 
-def _all_in_training(
+def _all_left_out(
     split: str,
     settings: DatasetSettings,
     files: SplitFiles,
     count: int,
+    in_evaluation: bool,
 ) -> Exception:
-    """The refusal of a split all of whose rows are training rows; it names the rows' key."""
-    reason = f"all {count} rows also stand in training"
-    if getattr(settings, f"{split}_path") is not None:
-        return refusal(
-            f"dataset.{split}_path", getattr(settings, f"{split}_path"), reason
-        )
-    split_files = [
-        file for by_split in files.values() for file in by_split.get(split, ())
-    ]
-    if split_files:
-        reason = f"all {count} rows of {file_names(split_files)} also stand in training"
-        return refusal("dataset.path", settings.path_text, reason)
-    key = f"{split}_fraction"
-    return refusal(f"dataset.{key}", getattr(settings, key), reason)
+    """The refusal of a split all of whose rows stand in training; it names the rows' key.
+
+    Args:
+        split: `eval` or `test`.
+        settings: The paths and fractions.
+        files: Of each folder in `dataset.path` the files of each split.
+        count: The number of the split's rows.
+        in_evaluation: Some stand not in training, but among the evaluation rows.
+    """
+    others = "in training"
+    if in_evaluation:
+        others += " or among the evaluation rows"
+        if settings.eval_path is not None:
+            others += f" (dataset.eval_path={settings.eval_path})"
+    rows = f"all {count} rows"
+    key = f"{split}_path"
+    value = getattr(settings, key)
+    if value is None:
+        split_files = [
+            file for by_split in files.values() for file in by_split.get(split, ())
+        ]
+        if split_files:
+            rows += f" of {file_names(split_files)}"
+            key, value = "path", settings.path_text
+        else:
+            key = f"{split}_fraction"
+            value = getattr(settings, key)
+    return refusal(f"dataset.{key}", value, f"{rows} also stand {others}")

@@ -104,10 +104,25 @@ def open_files(
 
 
 def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
-    rows = _checked(key, name, read_file(key, name, settings.encoding), settings)
+    identity = file_identity(DataFile(name))
+    file_rows = _read_unchanged(key, name, settings, identity)
+    rows = _checked(key, name, file_rows, settings)
     folder = local_path(name)
     names = saved_class_names(folder) if is_saved_dataset(folder) else {}
-    return Source(name, rows, file_identity(DataFile(name)), class_names=names)
+    return Source(name, rows, identity, class_names=names)
+
+
+def _read_unchanged(
+    key: str, name: str, settings: DatasetSettings, identity: str | None
+) -> Iterator[RawRow]:
+    """Yield the rows of a file, which are kept in the cache under its identity.
+
+    Raises:
+        ConfigError: The file has another identity when all of it is read.
+    """
+    yield from read_file(key, name, settings.encoding)
+    if file_identity(DataFile(name)) != identity:
+        raise refusal(key, name, "the file changed while it was read; start again")
 
 
 def _python_docs_rows() -> Iterator[RawRow]:

@@ -76,8 +76,11 @@ class Tokens(Sequence[Example]):
         return self._select_column("full_length")
 
     @property
-    def row_numbers(self) -> list[int]:
-        """The number of each example's row (see `StoredRows.numbers`)."""
+    def row_positions(self) -> list[int]:
+        """The position of each example's row among the rows that were tokenised.
+
+        Of a row that stands several times it is the first one.
+        """
         return self._select_column("row")
 
     def __len__(self) -> int:

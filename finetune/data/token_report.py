@@ -9,6 +9,12 @@ NOTHING_LEARNT = "rows of which no answer is learnt"
 TOO_LONG = "rows longer than dataset.max_length"
 REFUSED = "rows that can't be encoded (dataset.on_bad_row=skip)"
 
+EXAMPLE_REASONS = {
+    NO_ANSWER_WITHIN: "examples with no answer within dataset.max_length",
+    TOO_LONG: "examples longer than dataset.max_length",
+}
+"""The reasons for one of several examples of a row."""
+
 LISTED_ROWS = 3
 """How many skipped rows the log names."""
 
@@ -23,6 +29,8 @@ class TokenReport:
     """What a row becomes: a row can become several."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows that became no example, by reason."""
+    examples_left_out: Counter[str] = field(default_factory=Counter)
+    """Examples that were left out of rows that have others, by reason."""
     cut: int = 0
     """Examples whose end is lost to `dataset.max_length`."""
     shortened: int = 0
@@ -48,6 +56,7 @@ class TokenReport:
         self.rows += other.rows
         self.examples += other.examples
         self.left_out += other.left_out
+        self.examples_left_out += other.examples_left_out
         self.cut += other.cut
         self.shortened += other.shortened
         self.unlearnt += other.unlearnt
@@ -63,17 +72,25 @@ class TokenReport:
         lines = [f"skipped {line}" for line in self.skipped]
         for reason, count in self.left_out.items():
             lines.append(f"left out {count} {split} {reason}")
+        for reason, count in self.examples_left_out.items():
+            lines.append(f"left out {count} {split} {reason}")
+        examples = self.examples + self.examples_left_out.total()
+        has_several = examples > self.rows - self.left_out.total()
+        unit = f"{split} {'examples' if has_several else 'rows'}"
         if self.cut:
-            rows = f"{self.cut} of {self.rows} {split} rows"
+            total = self.examples if has_several else self.rows
             limit = f"dataset.max_length={max_length}"
-            lines.append(f"cut {rows} to {limit}: their end is lost")
+            lines.append(
+                f"cut {self.cut} of {total} {unit} to {limit}: their end is lost"
+            )
         if self.shortened:
             reason = "to keep the answer within dataset.max_length"
-            rows = f"{self.shortened} {split} rows"
-            lines.append(f"left out the oldest turns of {rows}, {reason}")
+            lines.append(
+                f"left out the oldest turns of {self.shortened} {unit}, {reason}"
+            )
         for reason, count in self.unlearnt.items():
             lines.append(f"{split}: not learnt: {count} {reason}")
-        if self.examples > self.rows - self.left_out.total():
+        if has_several:
             reason = (
                 "the chat template renders earlier answers otherwise, "
                 "so each has one of its own"
@@ -92,5 +109,6 @@ class TokenReport:
         """Return the report that `to_dict` has made values of."""
         report = cls(**values)
         report.left_out = Counter(values["left_out"])
+        report.examples_left_out = Counter(values["examples_left_out"])
         report.unlearnt = Counter(values["unlearnt"])
         return report

@@ -16,6 +16,7 @@ from finetune.data.row_chunks import map_chunks
 from finetune.data.row_file import StoredRows
 from finetune.data.token_file import Tokens, TokenWriter
 from finetune.data.token_report import (
+    EXAMPLE_REASONS,
     LISTED_ROWS,
     NO_ANSWER_WITHIN,
     NOTHING_LEARNT,
@@ -25,7 +26,7 @@ from finetune.data.token_report import (
 )
 from finetune.data.types import MESSAGE_KEYS, Row, fingerprint
 from finetune.errors import ConfigError, refusal
-from finetune.files.cache import cached_folder
+from finetune.files.cache import load_cached
 
 if TYPE_CHECKING:
     import numpy
@@ -39,7 +40,7 @@ PACKED_BATCH = 1000
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 """Increased when the encoding changes, so that tokens cached by an earlier version are not used."""
 
 
@@ -74,7 +75,7 @@ def tokenize(
     def create(folder: Path) -> None:
         _encode_all(folder, split, rows, encode)
 
-    tokens = Tokens.load(cached_folder("tokens", key, create))
+    tokens = load_cached("tokens", key, create, Tokens.load)
     if settings.packing:
         tokens = _pack(tokens, key, settings)
     for line in tokens.report.lines(split, settings.max_length):
@@ -127,12 +128,14 @@ def _encode_all(
 
     # In this order the first row that is refused is the first of its file.
     sorted_rows = rows.in_source_order()
+    _, positions = numpy.unique(rows.numbers, return_index=True)
     report = TokenReport()
     example_rows: list[Numbers] = []
     writer = TokenWriter(folder)
     for chunk in map_chunks(encode, sorted_rows, f"tokenising {split} rows"):
         report.add(chunk.report)
-        writer.write(chunk.record_batch())
+        sorted_positions = sorted_rows.numbers.searchsorted(chunk.rows)
+        writer.write(chunk.record_batch(positions[sorted_positions]))
         example_rows.append(chunk.rows)
     encoder = encode.encoder
     if not report.examples:
@@ -187,7 +190,7 @@ def _pack(tokens: Tokens, key: str, settings: DatasetSettings) -> Tokens:
                 writer.write(batch)
         writer.finish(numpy.arange(len(packed)), tokens.report)
 
-    return Tokens.load(cached_folder("tokens", f"{key}-packed", create))
+    return load_cached("tokens", f"{key}-packed", create, Tokens.load)
 
 
 @dataclass
@@ -205,15 +208,20 @@ class _EncodedChunk:
     """The tokens of all examples."""
     labels: "Numbers"
 
-    def record_batch(self) -> "pyarrow.RecordBatch":
-        """Return the examples as they are stored."""
+    def record_batch(self, positions: "Numbers") -> "pyarrow.RecordBatch":
+        """Return the examples as they are stored.
+
+        Args:
+            positions: Of each example's row, among all rows. The numbers of rows are not stored:
+                other data sets, which have the same rows under other numbers, share the tokens.
+        """
         import pyarrow
 
         offsets = pyarrow.array(self.offsets)
         columns = {
             "input_ids": pyarrow.ListArray.from_arrays(offsets, self.ids),
             "labels": pyarrow.ListArray.from_arrays(offsets, self.labels),
-            "row": pyarrow.array(self.rows),
+            "row": pyarrow.array(positions),
             "full_length": pyarrow.array(self.full_lengths),
         }
         return pyarrow.RecordBatch.from_pydict(columns)
@@ -337,6 +345,8 @@ def encode_row(
         examples.append(dataclasses.replace(shorter, turns_left_out=left_out))
     if not examples:
         report.left_out[reasons[0] if reasons else NOTHING_LEARNT] += 1
+    else:
+        report.examples_left_out.update(EXAMPLE_REASONS[reason] for reason in reasons)
     yield from examples
 
 

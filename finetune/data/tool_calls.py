@@ -4,6 +4,7 @@ import contextlib
 import json
 from typing import Any
 
+from finetune.data.readers import json_text
 from finetune.errors import ConfigError
 
 
@@ -42,18 +43,14 @@ def normalize_tools(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of JSON text. Raises ConfigError if it is none."""
+    """Return the value of JSON text. Raises ConfigError if it is none, or has no single meaning."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = (
-            error.msg
-            if isinstance(error, json.JSONDecodeError)
-            else "nested too deeply"
-        )
-        raise ConfigError(
-            f"{where} must be JSON, but is {_shorten(text)} ({reason})"
-        ) from None
+        return json_text.parse_json(text)
+    except json.JSONDecodeError as error:
+        reason = f" must be JSON, but is {_shorten(text)} ({error.msg})"
+    except json_text.JsonContentError as error:
+        reason = f": its JSON text {error}"
+    raise ConfigError(f"{where}{reason}")
 
 
 def parse_list(value: Any) -> Any:

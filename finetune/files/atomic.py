@@ -127,6 +127,9 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
 
     Yields:
         The draft's path.
+
+    Raises:
+        OSError: The block's, with the parent folder if it names no file (disk full).
     """
     machine = platform.node().partition(".")[0]
     draft = parent / f"{name}.{machine}.{os.getpid()}"
@@ -138,6 +141,12 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Libraries don't name the file whose disk is full.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, reason, str(parent)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

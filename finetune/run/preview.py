@@ -80,6 +80,8 @@ class Preview:
     """What training and evaluation see of each split: a row can become several."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows of all splits that are not used, by reason."""
+    examples_left_out: Counter[str] = field(default_factory=Counter)
+    """Examples of all splits that are not used, of rows that have others, by reason."""
     cut: int = 0
     """Examples of all splits whose end is lost to `dataset.max_length`."""
     shortened: int = 0
@@ -102,7 +104,7 @@ class Preview:
             "format": ", ".join(self.formats),
             "parts": self.rows,
             "examples": self.examples["train"],
-            "left_out": dict(self.left_out),
+            "left_out": dict(self.left_out + self.examples_left_out),
             "cut": self.cut,
             "notes": self.notes,
             "rows": [shown.to_dict() for shown in self.shown],
@@ -167,6 +169,7 @@ def preview_rows(
         report = tokens.report
         preview.examples[name] = len(tokens)
         preview.left_out += report.left_out
+        preview.examples_left_out += report.examples_left_out
         preview.cut += report.cut
         preview.shortened += report.shortened
         preview.unlearnt += report.unlearnt
@@ -192,13 +195,13 @@ def _distinct_rows(
         tokens: The examples.
         rows: Their rows.
     """
-    lengths, row_numbers = tokens.full_lengths, tokens.row_numbers
+    lengths, row_positions = tokens.full_lengths, tokens.row_positions
     distinct: dict[int, ExampleLength] = {}
     for example in order:
-        number = row_numbers[example]
-        if number not in distinct:
-            row = rows.by_number(number)
-            distinct[number] = ExampleLength(lengths[example], row.place)
+        position = row_positions[example]
+        if position not in distinct:
+            place = rows[position].place
+            distinct[position] = ExampleLength(lengths[example], place)
         if len(distinct) == LISTED:
             break
     return list(distinct.values())

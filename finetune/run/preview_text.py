@@ -144,7 +144,10 @@ def _count_lines(preview: Preview, settings: DatasetSettings) -> list[str]:
         rows, examples = preview.rows[split], preview.examples[split]
         further = "" if examples == rows else f", {_counted(examples, 'example')}"
         lines.append(f"{split:12}{_counted(rows, 'row')}{further}")
-    lines.append(f"{'left out':12}{_counted(preview.left_out.total(), 'row')}")
+    left_out = _counted(preview.left_out.total(), "row")
+    if preview.examples_left_out:
+        left_out += f", {_counted(preview.examples_left_out.total(), 'example')}"
+    lines.append(f"{'left out':12}{left_out}")
     lines.append(f"{'cut':12}{_counted(preview.cut, 'example')}")
     if preview.shortened:
         lines.append(f"{'shortened':12}{_counted(preview.shortened, 'example')}")

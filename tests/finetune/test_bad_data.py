@@ -211,6 +211,19 @@ DATA = [
         "dataset.eval_fraction=0.5: takes 10 of 20 rows…",
     ),
     Case(
+        "eval-file-is-the-training-file-with-test-rows",
+        "dataset.eval_path=d.jsonl dataset.test_fraction=0.2",
+        "dataset.test_fraction=0.2: all 4 rows also stand in training or among the evaluation rows "
+        "(dataset.eval_path=d.jsonl)",
+    ),
+    Case(
+        "eval-file-is-the-test-file",
+        "dataset.eval_path=e.jsonl dataset.test_path=e.jsonl",
+        "dataset.test_path=e.jsonl: all 3 rows also stand in training or among the evaluation rows "
+        "(dataset.eval_path=e.jsonl)",
+        {"e.jsonl": lines(*({"text": f"held {n}"} for n in range(3)))},
+    ),
+    Case(
         "eval-file-is-the-training-file",
         "dataset.eval_path=d.jsonl dataset.test_fraction=0",
         "dataset.eval_path=d.jsonl: all 20 rows also stand in training",

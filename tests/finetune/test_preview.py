@@ -506,3 +506,53 @@ def test_a_template_that_is_given_is_the_one_that_is_shown(
     (row, *_) = shown.json(chats(tmp_path), *NOTHING_HELD_OUT, base=base)["rows"]
 
     assert "".join(row["tokens"]).startswith("<|start|>user")
+
+
+def test_names_the_rows_of_tokens_that_another_data_set_has_cached(
+    shown: Preview, tmp_path: Path
+) -> None:
+    """The same held-out rows, below many or few training rows."""
+    held_out = write_jsonl(
+        tmp_path / "eval.jsonl", [chat("Q?", "A" * (9 - n)) for n in range(5)]
+    )
+    overrides = [f"dataset.eval_path={held_out}", "dataset.test_fraction=0"]
+    for count in (9, 3, 30):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        data = chats(folder, count)
+        text = shown.text(data, "--part", "eval", *overrides)
+        longest = [line for line in text.splitlines() if line.startswith("longest")]
+        assert longest[0].endswith("eval.jsonl: row 1")
+
+
+def test_counts_the_examples_of_rows_that_have_several(
+    shown: Preview, tmp_path: Path, forgetful_base: Path
+) -> None:
+    """Two rows of two answers each; only the first answers fit."""
+    rows = [
+        chat(f"{n}?", "<think>Easy</think>Two.", "Or?", "<think>Hm</think>Four.")
+        for n in range(2)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    whole = shown.json(data, *NOTHING_HELD_OUT, base=forgetful_base)
+    lengths = [len(example["ids"]) for example in whole["rows"]]
+    assert lengths[0] == lengths[2] < lengths[1] == lengths[3]
+
+    limit = f"dataset.max_length={lengths[0]}"
+    overrides = [*NOTHING_HELD_OUT, limit, "dataset.on_too_long=drop"]
+    dropped = shown.json(data, *overrides, base=forgetful_base)
+    assert dropped["examples"] == 2
+    reason = "examples longer than dataset.max_length"
+    assert dropped["left_out"] == {reason: 2}
+    assert f"left out 2 train {reason}" in dropped["notes"]
+    text = shown.text(data, *overrides, base=forgetful_base)
+    assert "left out    0 rows, 2 examples\n" in text
+
+    limit = f"dataset.max_length={lengths[0] - 1}"
+    cut = shown.json(data, *NOTHING_HELD_OUT, limit, base=forgetful_base)
+    assert cut["cut"] == 4
+    assert f"cut 4 of 4 train examples to {limit}: their end is lost" in cut["notes"]
+    shortened = (
+        "left out the oldest turns of 2 train examples, to keep the answer within"
+    )
+    assert any(note.startswith(shortened) for note in cut["notes"])

@@ -2,11 +2,14 @@
 
 import json
 import logging
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rows import Settings, store_rows, texts
+from support.bad_input import matches
+from support.rows import Settings, chat, store_rows, texts, write_parquet
 from support.runs import write_jsonl
 
 from finetune.data.rows import Rows, load_rows
@@ -123,3 +126,38 @@ def test_counts_list_only_what_there_is() -> None:
     assert counts["train"] == 1
     assert counts["commits"] == {"owner/name": "abc"}
     assert counts["notes"] == ["a"]
+
+
+NO_JSON: list[tuple[str, dict[str, Any], str]] = [
+    ("date", {"when": datetime(2024, 1, 1)}, "messages 2: field 'when' is no text, number, list or object but datetime; dataset.ignore=[when] leaves it out"),
+    ("decimal", {"cost": Decimal("1.5")}, "messages 2: field 'cost' is no text, number, list or object but Decimal; …"),
+    ("bytes", {"raw": b"\xff"}, "messages 2: field 'raw' is no text, number, list or object but bytes; …"),
+    ("inside", {"meta": {"times": [None, datetime(2024, 1, 1)]}}, "messages 2 meta times: field '2' is no text, number, list or object but datetime"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "says"), NO_JSON, ids=[case[0] for case in NO_JSON]
+)
+def test_values_that_json_does_not_have_are_refused_skipped_or_ignored(
+    settings: Settings, tmp_path: Path, name: str, field: dict[str, Any], says: str
+) -> None:
+    rows: list[dict[str, Any]] = [chat(f"Q{n}?", f"A{n}.") for n in range(6)]
+    rows[2]["messages"][1] |= field
+    rows = [{**row, "group": n // 2} for n, row in enumerate(rows)]
+    file = write_parquet(tmp_path / "rows.parquet", rows)
+    with pytest.raises(ConfigError) as refused:
+        load_rows(settings(path=str(file)))
+    assert matches(f"dataset.path={file}: row 3, {says}", str(refused.value))
+    keys = {"path": str(file), "group_by": "group", "eval_fraction": 0.4}
+    skipped = load_rows(settings(on_bad_row="skip", **keys))
+    assert [row.number for row in skipped.skipped] == [3]
+    ignored = load_rows(settings(ignore=[*field], **keys))
+    assert not ignored.skipped
+    for result in (skipped, ignored):
+        groups = [
+            {(row.number - 1) // 2 for row in split}
+            for split in result.by_split.values()
+        ]
+        assert groups[0].isdisjoint(groups[1])
+        assert groups[0] | groups[1] == {0, 1, 2}

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,11 @@ import pytest
 from support.rows import Settings, chat, marks, texts
 from support.runs import write_jsonl
 
+from finetune.data.all_rows import read_all_rows
+from finetune.data.reading import open_path
 from finetune.data.row_file import StoredRows
 from finetune.data.rows import Rows, load_all_rows, load_rows
+from finetune.errors import ConfigError
 from finetune.files.arrow_file import ArrowFile
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -90,6 +96,21 @@ def test_rows_are_read_again_after_a_change(
     assert {row.source for row in again.train} == {keys["path"]}
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Else the cache would hold the new rows as those of the old file."""
+    rows = texts(9)
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    keys = settings(path=str(file))
+    opened = {"train": [open_path("dataset.path", str(file), None, keys)]}
+    write_jsonl(file, rows[:5])
+    with pytest.raises(ConfigError, match="the file changed while it was read"):
+        read_all_rows(opened, keys, with_ties=False)
+    write_jsonl(file, rows)
+    assert marks(load_rows(keys).train) == marks(rows)
+
+
 SPLIT_CHANGES: list[dict[str, Any]] = [
     {"split_seed": 1},
     {"eval_fraction": 0.4},
@@ -121,6 +142,107 @@ def test_rows_of_a_url_without_a_hash_are_always_read_again(settings: Settings) 
         storage.pipe_file("/rows.jsonl", lines.encode())
         rows = load_rows(settings(path="memory://rows.jsonl"))
         assert marks(rows.train) == marks([{"text": f"{word} {n}"} for n in range(4)])
+
+
+SPLITS_OF_URL: list[tuple[dict[str, Any], list[int]]] = [
+    ({"path": "memory://a.jsonl"}, [9, 0, 0]),
+    ({"path": "memory://a.jsonl", "eval_fraction": 0.4}, [5, 4, 0]),
+    ({"path": "memory://a.jsonl", "eval_path": "memory://b.jsonl"}, [9, 9, 0]),
+    ({"path": ["memory://a.jsonl", "memory://b.jsonl"]}, [18, 0, 0]),
+    ({"path": "memory://a.jsonl", "test_path": "memory://b.jsonl"}, [9, 0, 9]),
+    ({"path": "memory://b.jsonl", "test_path": "memory://a.jsonl"}, [9, 0, 9]),
+    ({"path": "memory://a.jsonl", "eval_fraction": 0.4, "group_by": "g"}, [4, 5, 0]),
+]
+
+
+def test_urls_without_a_hash_are_divided_as_each_config_says(
+    settings: Settings,
+) -> None:
+    """The cache holds the same rows of the configs before."""
+    import fsspec
+
+    storage = fsspec.filesystem("memory")
+    for word in ("a", "b"):
+        lines = [f'{{"text": "{word} {n}", "g": {n // 4}}}\n' for n in range(9)]
+        storage.pipe_file(f"/{word}.jsonl", "".join(lines).encode())
+    for keys, sizes in SPLITS_OF_URL:
+        rows = load_rows(settings(**keys))
+        assert [len(split) for split in rows.by_split.values()] == sizes, keys
+    groups = [
+        {int(row["text"][2:]) // 4 for row in split}
+        for split in (rows.train, rows.evaluation)
+    ]
+    assert groups[0].isdisjoint(groups[1])
+
+
+DAMAGES: list[tuple[str, int | None]] = [
+    ("rows/*/rows.arrow", None),
+    ("rows/*/rows.arrow", 0),
+    ("rows/*/rows.arrow", 99),
+    ("rows/*/sources.json", None),
+    ("rows/*/summary.json", None),
+    ("rows/*/summary.json", 9),
+    ("rows/*/ties.npz", None),
+    ("rows/*/ties.npz", 40),
+    ("splits/*/split.json", None),
+    ("splits/*/train.npy", 7),
+]
+"""Files of the cache, and how many bytes are left of them."""
+
+
+@pytest.mark.parametrize("with_split", [True, False], ids=["", "no-split"])
+@pytest.mark.parametrize(("pattern", "size"), DAMAGES)
+def test_a_damaged_cache_is_created_anew(
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pattern: str,
+    size: int | None,
+    with_split: bool,
+) -> None:
+    keys = {"path": str(write_jsonl(tmp_path / "a.jsonl", texts(40)))}
+    first = load_rows(settings(eval_fraction=0.2, **keys))
+    parts = {split: list(rows) for split, rows in first.by_split.items()}
+    [file] = (tmp_path / "cache").glob(pattern)
+    if size is None:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+    if not with_split and pattern.startswith("rows"):
+        shutil.rmtree(tmp_path / "cache" / "splits")
+    again = load_rows(settings(eval_fraction=0.2, **keys))
+    assert {split: list(rows) for split, rows in again.by_split.items()} == parts
+    [line] = [text for text in caplog.messages if "damaged" in text]
+    assert str(file.parent) in line
+
+
+FULL_DISK = """
+import resource, sys
+from finetune.config.sections.dataset import DatasetSettings
+from finetune.console import run_command
+from finetune.data.rows import load_rows
+settings = DatasetSettings(path=sys.argv[1], name=None, split="train", format="auto", text_field="text",
+    max_length=64, packing=False, limit=None, eval_fraction=0.1, eval_path=None, test_fraction=0,
+    test_path=None, split_seed=0)
+size = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+run_command(lambda: load_rows(settings))
+"""
+
+
+@pytest.mark.parametrize("size", [1000, 150_000])
+def test_a_full_disk_is_named_and_leaves_no_draft(tmp_path: Path, size: int) -> None:
+    """The rows are too large, or only the phrases by which they are compared."""
+    rows = [{"text": " ".join(f"{n}x{word}" for word in range(40))} for n in range(400)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    command = [sys.executable, "-c", FULL_DISK, str(file), str(size)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    folder = tmp_path / "cache" / "rows"
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"error: File too large: {folder}\n",
+    )
+    assert not list(folder.glob("[!.]*"))
 
 
 def test_all_rows_of_a_path_are_in_the_order_of_the_file(

@@ -68,6 +68,31 @@ def test_the_cache_tells_end_tokens_apart(tokenizer: Any, settings: Settings) ->
     assert ends == [tokenizer.eos_token_id] * 2
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("size", [None, 0, 9], ids=["missing", "empty", "cut"])
+@pytest.mark.parametrize("name", ["tokens.arrow", "order.npy", "report.json"])
+def test_damaged_tokens_are_created_anew(
+    tokenizer: Any,
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    size: int | None,
+    packing: bool,
+) -> None:
+    keys = settings(max_length=64, packing=packing)
+    first = list(tokenize("train", texts(9), tokenizer, keys))
+    files = list((tmp_path / "cache" / "tokens").glob(f"*/{name}"))
+    assert len(files) == 1 + packing
+    for file in files:
+        if size is None:
+            file.unlink()
+        else:
+            os.truncate(file, size)
+    assert list(tokenize("train", texts(9), tokenizer, keys)) == first
+    assert len([text for text in caplog.messages if "damaged" in text]) == len(files)
+
+
 RACE = """
 import json, sys, time
 from pathlib import Path
