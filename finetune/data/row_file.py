@@ -100,7 +100,7 @@ class RowWriter:
         import pyarrow
 
         columns = {
-            "content": pyarrow.array(self._contents, pyarrow.string()),
+            "content": pyarrow.array(self._contents, pyarrow.large_string()),
             "source": pyarrow.array(self._source_numbers, pyarrow.int32()),
             "number": pyarrow.array(self._row_numbers, pyarrow.int64()),
         }
