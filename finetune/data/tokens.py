@@ -39,7 +39,7 @@ PACKED_BATCH = 1000
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 """Increased when the encoding changes, so that tokens cached by an earlier version are not used."""
 
 
