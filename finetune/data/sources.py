@@ -18,8 +18,14 @@ from finetune.config.data_folder import (
     local_path,
 )
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.class_names import ClassNames, class_names, saved_class_names
+from finetune.data.class_names import (
+    ClassNames,
+    class_names,
+    saved_class_names,
+    stored_class_names,
+)
 from finetune.data.python_docs import question_answer_pairs
+from finetune.data.readers.arrow_rows import schema_metadata
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
 from finetune.data.readers.file import DataFile
 from finetune.data.readers.identity import file_identity
@@ -106,8 +112,12 @@ def open_files(
 def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
     rows = _checked(key, name, read_file(key, name, settings.encoding), settings)
     folder = local_path(name)
-    names = saved_class_names(folder) if is_saved_dataset(folder) else {}
-    return Source(name, rows, file_identity(DataFile(name)), class_names=names)
+    file = DataFile(name)
+    if is_saved_dataset(folder):
+        names = saved_class_names(folder)
+    else:
+        names = stored_class_names(schema_metadata(file))
+    return Source(name, rows, file_identity(file), class_names=names)
 
 
 def _python_docs_rows() -> Iterator[RawRow]:
