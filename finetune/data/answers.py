@@ -113,6 +113,11 @@ class Chat:
             pending = [turn for turn in pending if turn not in learnt]
         return examples[::-1], unlearnt
 
+    def changed_answers(self, example: Example) -> int:
+        """Return how many of an example's answers do not stand whole in its text."""
+        answers = filter(is_answer, self.messages[: example.turns])
+        return sum(not is_whole(answer, example.text) for answer in answers)
+
     def _find(
         self,
         text: str,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.answers import Chat, Example, common_length
+from finetune.data.answers import NOT_WHOLE, Chat, Example, common_length
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.frames import Frames
 from finetune.data.types import Messages, Prompt
@@ -82,6 +82,8 @@ class Encoder:
             ids = self._encode_text(row["text"])
             return EncodedRow([Encoded(ids, list(ids))])
         messages: Messages = row["messages"]
+        if self._loss_on == "all":
+            _refuse_marks(messages)
         if self.template is None:
             return EncodedRow([self._encode_pair(messages)])
         return self._encode_chat(
@@ -125,10 +127,15 @@ class Encoder:
         last_only: bool,
     ) -> EncodedRow:
         assert self.template is not None
+        messages = [self.template.without_end(message) for message in messages]
         chat = Chat(
             self.template, messages, tools, self._tokenizer.eos_token, self._frames
         )
         examples, unlearnt = chat.examples(last_only)
+        if self._loss_on == "all" and examples:
+            changed = chat.changed_answers(examples[-1])
+            if changed:
+                unlearnt[NOT_WHOLE] += changed
         return EncodedRow(
             [self._encode_example(chat, example) for example in examples], unlearnt
         )
@@ -245,3 +252,13 @@ class Encoder:
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _refuse_marks(messages: Messages) -> None:
+    """Refuse a chat with an answer that is marked as context, where every token is learnt."""
+    for number, message in enumerate(messages, start=1):
+        if message.get("train") is False:
+            mark = "train: false or weight: 0"
+            advice = "dataset.ignore=[train,weight] learns it too"
+            reason = f"dataset.loss_on=all, but message {number} is context ({mark})"
+            raise ConfigError(f"{reason}; {advice}")
