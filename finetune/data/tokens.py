@@ -351,8 +351,12 @@ def encode_row(
 def _notes(report: TokenReport, encoder: Encoder) -> list[str]:
     """What a reader should know of the chat template, one line each."""
     template = encoder.template
-    if template is None or not report.chats:
+    if not report.chats:
         return []
+    if template is None:
+        unused = report.message_keys + ["name"] * bool(report.named_roles)
+        reason = "fields of messages that are not used without a chat template"
+        return [f"{reason}: {', '.join(unused)}"] if unused else []
     notes = []
     if template.writes_date:
         date = FIXED_DATE.date().isoformat()

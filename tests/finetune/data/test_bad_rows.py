@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rows import Settings, store_rows, texts
+from support.rows import Settings, chat, store_rows, texts
 from support.runs import write_jsonl
 
 from finetune.data.rows import Rows, load_rows
@@ -123,3 +123,13 @@ def test_counts_list_only_what_there_is() -> None:
     assert counts["train"] == 1
     assert counts["commits"] == {"owner/name": "abc"}
     assert counts["notes"] == ["a"]
+
+
+def test_a_bad_message_is_listed_without_the_place_of_its_row(
+    settings: Settings, tmp_path: Path
+) -> None:
+    rows = [chat("Q?", f"A{number}.") for number in range(4)]
+    rows[2]["messages"][0]["role"] = "alien"
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    [skipped] = load_rows(settings(path=str(file), on_bad_row="skip")).skipped
+    assert skipped.reason.startswith("message 1: role=alien: allowed: ")

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 END = "<|im_end|>"
 PROMPT = f"<|im_start|>user\n{Q}{END}\n<|im_start|>assistant\n"
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"n": 1}}}
 DROPS_REASONING = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
     "{%- if loop.last and m.reasoning_content -%}{{- m.reasoning_content + '\n' -}}{%- endif -%}"
@@ -102,3 +103,63 @@ def test_what_every_token_lacks_of_earlier_answers_is_counted(tokenizer: Any) ->
     encoded = Encoder(tokenizer, loss_on="all").encode(row)
     assert encoded.unlearnt.total() == 1
     assert Encoder(tokenizer).encode(row).unlearnt.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "tools", "reason"),
+    [
+        (
+            {"reasoning_content": "R."},
+            None,
+            r"reasoning would need.*ignore=\[reasoning\]",
+        ),
+        ({"thinking": "R."}, None, r"reasoning would need.*ignore=\[reasoning\]"),
+        ({"tool_calls": [CALL], "content": ""}, None, r"ignore=\[tool_calls\]"),
+        ({"tool_calls": [CALL]}, [CALL], r"ignore=\[tools,tool_calls\]"),
+        ({}, [CALL], r"tools would need.*ignore=\[tools\]"),
+    ],
+)
+def test_without_a_template_what_is_not_text_is_refused(
+    tokenizer: Any, fields: dict[str, Any], tools: list[Any] | None, reason: str
+) -> None:
+    tokenizer.chat_template = None
+    row = chat(Q, A)
+    row["messages"][1] |= fields
+    if tools:
+        row["tools"] = tools
+    with pytest.raises(ConfigError, match=rf"model.chat_template=null: .*{reason}"):
+        Encoder(tokenizer).encode(row)
+
+
+@pytest.mark.parametrize("roles", [("assistant",), ("assistant", "assistant")])
+def test_without_a_template_a_chat_without_a_question_is_refused(
+    tokenizer: Any, roles: tuple[str, ...]
+) -> None:
+    tokenizer.chat_template = None
+    messages = [{"role": role, "content": A} for role in roles]
+    with pytest.raises(ConfigError, match="do not begin with a question"):
+        Encoder(tokenizer).encode({"messages": messages})
+
+
+def test_without_a_template_fields_that_are_not_used_are_said(
+    tokenizer: Any, settings: Settings
+) -> None:
+    tokenizer.chat_template = None
+    row = chat(Q, A)
+    row["messages"][0] |= {"name": "Ana", "lang": "en"}
+    notes = tokenize("train", [row], tokenizer, settings()).report.notes
+    line = "fields of messages that are not used without a chat template: lang, name"
+    assert notes == [line]
+
+
+@pytest.mark.parametrize("roles", [["system"], ["developer"], ["system", "developer"]])
+def test_instructions_stay_where_the_oldest_turns_are_left_out(
+    tokenizer: Any, settings: Settings, roles: list[str]
+) -> None:
+    instructions = [{"role": role, "content": f"Be {role}."} for role in roles]
+    row = {"messages": instructions + chat("word " * 80, A, Q, A)["messages"]}
+    tokens = tokenize("train", [row], tokenizer, settings(max_length=90))
+    text = tokenizer.decode(tokens[0]["input_ids"])
+    assert tokens.report.shortened == 1
+    assert all(f"Be {role}." in text for role in roles)
+    assert "word" not in text
