@@ -34,12 +34,20 @@ def main() -> None:
     quiet_libraries()
     resources = SharedResources()
     # Mistakes in the rows are reported before torch is imported.
-    resources.rows(config.dataset)
+    rows = resources.rows(config.dataset)
     config = resolve_learning_rate(config, resources)
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
+    from finetune.run.sizes import check_sizes
 
     config = resolve_quantization(config, resources)
     config = resolve_checkpointing(config, "packed", resources)
+    splits = {
+        "train": resources.tokens("train", rows.train, config),
+        "eval": resources.tokens("eval", rows.evaluation, config),
+        "test": resources.tokens("test", rows.test, config),
+    }
+    source = resources.source(config.model)
+    check_sizes(config, source, resources.tokenizer(config.model), splits)
     plan = plan_memory(config, resources)
     method = quantization_method(config, resources)
     if not arguments.json:

@@ -15,11 +15,16 @@ from typing import Any
 
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.frames import Frames, Places, content_places
+from finetune.data.messages import is_answer
 from finetune.data.types import Message, Messages
 from finetune.errors import ConfigError
 
 NOT_WHOLE = "answers that the chat template does not render whole"
 NO_QUESTION = "answers that begin a chat, before any question"
+EMPTY = "answers that hold neither text nor a tool call"
+
+_IGNORED_AS = {"system": "system", "developer": "system", "tool": "tool_calls"}
+"""The names that `dataset.ignore` has for messages, by their roles."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,12 @@ class Chat:
             ConfigError: The template refuses the chat.
         """
         unlearnt: Counter[str] = Counter()
+        marked = [message for message in self.messages if is_learnt(message)]
         pending = [
-            turn for turn, message in enumerate(self.messages) if is_learnt(message)
+            turn for turn, message in enumerate(self.messages) if is_answer(message)
         ]
+        if len(marked) > len(pending):
+            unlearnt[EMPTY] = len(marked) - len(pending)
         if last_only:
             pending = pending[-1:]
         if pending and pending[0] == 0:
@@ -105,6 +113,11 @@ class Chat:
             pending = [turn for turn in pending if turn not in learnt]
         return examples[::-1], unlearnt
 
+    def changed_answers(self, example: Example) -> int:
+        """Return how many of an example's answers do not stand whole in its text."""
+        answers = filter(is_answer, self.messages[: example.turns])
+        return sum(not is_whole(answer, example.text) for answer in answers)
+
     def _find(
         self,
         text: str,
@@ -134,20 +147,29 @@ class Chat:
             ConfigError: It names each field that `dataset.ignore` would leave out.
         """
         missing = self._missing_context(text, last) | self._missing_fields(text, last)
-        if missing:
-            places = ", ".join(missing)
-            fields = ",".join(dict.fromkeys(missing.values()))
-            advice = f"dataset.ignore=[{fields}] trains without that"
-            raise ConfigError(f"not rendered by the chat template: {places}; {advice}")
+        if not missing:
+            return
+        # One refusal names all, so that one change of the config is enough.
+        for turn in range(last):
+            if is_answer(self.messages[turn]):
+                missing |= self._missing_fields(self._render_to(turn), turn)
+        places = ", ".join(missing)
+        fields = dict.fromkeys(missing.values())
+        advice = (
+            f"dataset.ignore=[{','.join(filter(None, fields))}] trains without that"
+        )
+        if None in fields:
+            advice = "model.chat_template takes another template"
+        raise ConfigError(f"not rendered by the chat template: {places}; {advice}")
 
-    def _missing_fields(self, text: str, turn: int) -> dict[str, str]:
+    def _missing_fields(self, text: str, turn: int) -> dict[str, str | None]:
         """The reasoning and the calls of an answer that its text lacks.
 
         Returns:
             For each of them the name that `dataset.ignore` has for it.
         """
         message = self.messages[turn]
-        missing = {}
+        missing: dict[str, str | None] = {}
         for name in ("reasoning_content", "thinking"):
             if message.get(name) and not stands_in(message[name], text):
                 missing[f"{name} of message {turn + 1}"] = "reasoning"
@@ -155,27 +177,31 @@ class Chat:
             missing[f"tool_calls of message {turn + 1}"] = "tool_calls"
         return missing
 
-    def _missing_context(self, text: str, last: int) -> dict[str, str]:
-        """The tools, system turn, questions and tool results that a text lacks."""
+    def _missing_context(self, text: str, last: int) -> dict[str, str | None]:
+        """The tools, system turn, questions and tool results that a text lacks.
+
+        Returns:
+            For each of them the name that `dataset.ignore` has for it; None for questions, which
+            can't be left out.
+        """
         messages = self.messages[: last + 1]
-        missing = {}
-        names = [str(_tool_name(tool)) for tool in self.tools or ()]
-        if not all(name in text for name in names):
-            without_tools = self.template.render(messages)
-            if text.startswith(without_tools):
-                missing["tools"] = "tools"
+        missing: dict[str, str | None] = {}
+        # The names of tools stand in calls as well: only what has no effect is missing.
+        if self.tools and text.startswith(self.template.render(messages)):
+            missing["tools"] = "tools"
+        if _stand_in_order(messages, text):
+            return missing
         for turn, message in enumerate(messages):
-            content = message["content"]
-            if message["role"] == "assistant" or stands_in(content.strip(), text):
+            if message["role"] == "assistant" or not message["content"].strip():
                 continue
-            # The template may have changed the content's form: only what has no effect is missing.
+            # The template may have changed the content's form, or another message holds it too.
             changed = [
                 *messages[:turn],
                 {**message, "content": ""},
                 *messages[turn + 1 :],
             ]
             if text.startswith(self.template.render(changed, self.tools)):
-                field = "system" if message["role"] == "system" else "content"
+                field = _IGNORED_AS.get(message["role"])
                 missing[f"content of message {turn + 1} ({message['role']})"] = field
         return missing
 
@@ -192,7 +218,8 @@ class Chat:
     def _last_answer(self, text: str, turn: int) -> Answer | None:
         """The last answer of a text; None if the template does not render it whole."""
         start = self._start(turn, text)
-        whole = is_whole(self.messages[turn], text[start:])
+        before = self._generation_prompt(turn, text, start)
+        whole = is_whole(self.messages[turn], text[start:], before)
         return Answer(turn, start, len(text)) if whole else None
 
     def _earlier_answer(self, text: str, turn: int) -> Answer | None:
@@ -203,9 +230,11 @@ class Chat:
         if start > common:
             return None
         end = self._end(text, start, common, is_all=common == len(alone))
-        if end is None or not is_whole(self.messages[turn], text[start:end]):
+        if end is None:
             return None
-        return Answer(turn, start, end)
+        before = self._generation_prompt(turn, text, start)
+        whole = is_whole(self.messages[turn], text[start:end], before)
+        return Answer(turn, start, end) if whole else None
 
     def _end(
         self,
@@ -246,6 +275,13 @@ class Chat:
         # The generation prompt begins what the model thinks, or the template moved something.
         return max(common_length(prompt, text), self.content_start(turn, text))
 
+    def _generation_prompt(self, turn: int, text: str, start: int) -> str:
+        """The generation prompt before an answer; empty if the answer begins elsewhere."""
+        prompt = self._render(turn, ask=True)
+        if text[:start] != prompt:
+            return ""
+        return prompt[common_length(self._render(turn), prompt) :]
+
     def content_start(self, turn: int, text: str) -> int:
         """Where a different answer of a turn would diverge from a text that holds the answer."""
         different = {
@@ -270,16 +306,30 @@ class Chat:
 
 
 def is_learnt(message: Message) -> bool:
-    """Whether a message is an answer to learn."""
+    """Whether a message is an answer that no mark excludes."""
     return message["role"] == "assistant" and bool(message.get("train", True))
 
 
-def is_whole(message: Message, text: str) -> bool:
-    """Whether everything that an answer holds stands in a text, but for white space."""
-    content = message["content"]
-    if content.strip() not in text and _squeeze(content) not in _squeeze(text):
+def is_whole(message: Message, text: str, before: str = "") -> bool:
+    """Whether everything that an answer holds stands in a text, but for white space.
+
+    Args:
+        message: The answer.
+        text: What is learnt of it.
+        before: The generation prompt, which may hold the beginning of the content (`<think>`).
+    """
+    if not _stands_from(message["content"], text, before):
         return False
     return all(stands_in(value, text) for value in further_texts(message))
+
+
+def _stands_from(content: str, text: str, before: str) -> bool:
+    """Whether a content stands in a text, or begins before the text and ends in it."""
+    if content.strip() in text:
+        return True
+    squeezed, prompt = _squeeze(content), _squeeze(before)
+    earliest = max(0, len(prompt) - len(squeezed) + 1)
+    return squeezed in (prompt + _squeeze(text))[earliest:]
 
 
 def further_texts(message: Message) -> list[str]:
@@ -307,9 +357,16 @@ def stands_in(value: str, text: str) -> bool:
     return _squeeze(escaped) in _squeeze(text.replace('\\"', '"'))
 
 
-def _tool_name(tool: Any) -> Any:
-    """The name of a tool by its schema; None if the schema has none."""
-    return tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
+def _stand_in_order(messages: Messages, text: str) -> bool:
+    """Whether the contents of all messages stand in a text, one after the other."""
+    position = 0
+    for message in messages:
+        content = message["content"].strip()
+        start = text.find(content, position)
+        if start < 0:
+            return False
+        position = start + len(content)
+    return True
 
 
 def _leaves(value: Any) -> list[str]:

@@ -23,7 +23,7 @@ FIXED_DATE = datetime.datetime(2024, 7, 26)
 With the real date, the same rows would be other tokens on the next day.
 """
 
-QUESTION, ANSWER, SYSTEM = "Qwhatq", "Aanswera", "Ssystems"
+QUESTION, ANSWER, SYSTEM, NAME = "Qwhatq", "Aanswera", "Ssystems", "Nnamen"
 """Texts of the probes. A template writes them as they are, and no template holds them itself."""
 
 
@@ -133,6 +133,39 @@ class ChatTemplate:
         # Of tokens that begin at the same place, the longest is the one that is meant.
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @functools.cached_property
+    def turn_tokens(self) -> frozenset[str]:
+        """The special tokens with which the template begins chats and turns."""
+        try:
+            chat = [_message("user", QUESTION), _message("assistant", ANSWER)]
+            beginning = self._render(chat).partition(QUESTION)[0]
+        except ConfigError:
+            return frozenset()
+        tokens = {match[0] for match in self.special_tokens.finditer(beginning)}
+        return frozenset(tokens - {self.end})
+
+    def without_end(self, message: Message) -> Message:
+        """Return an answer without an end token at its end, as the template writes one."""
+        if message["role"] != "assistant":
+            return message
+        content = message["content"].rstrip()
+        for end in (self.end, self._tokenizer.eos_token):
+            if end and content.endswith(end):
+                return {**message, "content": content.removesuffix(end)}
+        return message
+
+    def writes_name(self, role: str) -> bool:
+        """Whether the template writes the name of messages of a role."""
+        chat = [_message("user", QUESTION), _message("assistant", ANSWER)]
+        named = [
+            {**message, "name": NAME} if message["role"] == role else message
+            for message in chat
+        ]
+        try:
+            return NAME in self._render(named)
+        except ConfigError:
+            return False
 
     @functools.cached_property
     def takes_parts(self) -> bool:

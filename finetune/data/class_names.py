@@ -1,5 +1,7 @@
 """Names of classes: data sets keep a class as a number, and its name beside the rows."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,26 @@ def class_names(rows: object) -> ClassNames:
 
 def saved_class_names(folder: Path) -> ClassNames:
     """Return the class names of a data set that `save_to_disk` wrote."""
-    features = read_json(folder / "dataset_info.json").get("features") or {}
+    return _names_of(read_json(folder / "dataset_info.json").get("features"))
+
+
+def stored_class_names(metadata: Mapping[bytes, bytes]) -> ClassNames:
+    """Return the class names in a Parquet or Arrow file that the `datasets` library wrote.
+
+    Args:
+        metadata: That of the file's schema.
+    """
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return _names_of(features)
+
+
+def _names_of(features: Any) -> ClassNames:
+    """The class names in the features of a data set, as it is stored."""
+    if not isinstance(features, dict):
+        return {}
     return {
         column: list(feature["names"])
         for column, feature in features.items()

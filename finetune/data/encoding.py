@@ -2,14 +2,16 @@
 
 import bisect
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.answers import Chat, Example, common_length
+from finetune.data.answers import NOT_WHOLE, Chat, Example, common_length
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.frames import Frames
+from finetune.data.messages import REASONING_KEYS, is_instruction
 from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError
 
@@ -82,7 +84,10 @@ class Encoder:
             ids = self._encode_text(row["text"])
             return EncodedRow([Encoded(ids, list(ids))])
         messages: Messages = row["messages"]
+        if self._loss_on == "all":
+            _refuse_marks(messages)
         if self.template is None:
+            _refuse_without_template(messages, row.get("tools"))
             return EncodedRow([self._encode_pair(messages)])
         return self._encode_chat(
             messages, row.get("tools"), last_only=self._loss_on != "assistant"
@@ -107,7 +112,7 @@ class Encoder:
         if self.template is None or not turns:
             return None
         messages: Messages = row["messages"]
-        system = [message for message in messages[:1] if message["role"] == "system"]
+        system = list(itertools.takewhile(is_instruction, messages))
         for start in range(len(system) + 1, turns):
             if messages[start]["role"] != "user":
                 continue
@@ -125,10 +130,15 @@ class Encoder:
         last_only: bool,
     ) -> EncodedRow:
         assert self.template is not None
+        messages = [self.template.without_end(message) for message in messages]
         chat = Chat(
             self.template, messages, tools, self._tokenizer.eos_token, self._frames
         )
         examples, unlearnt = chat.examples(last_only)
+        if self._loss_on == "all" and examples:
+            changed = chat.changed_answers(examples[-1])
+            if changed:
+                unlearnt[NOT_WHOLE] += changed
         return EncodedRow(
             [self._encode_example(chat, example) for example in examples], unlearnt
         )
@@ -199,9 +209,6 @@ class Encoder:
         If neither ends or begins with white space, the answer begins on a new line, which is learnt
         as part of it.
         """
-        if len(messages) != 2:
-            reason = "this tokenizer has none, and the chats have more than two turns"
-            raise ConfigError(f"model.chat_template=null: {reason}")
         question, answer = (message["content"] for message in messages)
         needs_new_line = (
             question and not question[-1].isspace() and not answer[0].isspace()
@@ -245,3 +252,33 @@ class Encoder:
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _refuse_without_template(messages: Messages, tools: Sequence[Any] | None) -> None:
+    """Refuse a chat that is more than a question and its answer, as text."""
+    names = {"tools": bool(tools)}
+    for message in messages:
+        names["tool_calls"] = names.get("tool_calls", False) or "tool_calls" in message
+        has_reasoning = any(key in message for key in REASONING_KEYS)
+        names["reasoning"] = names.get("reasoning", False) or has_reasoning
+    fields = [name for name, is_present in names.items() if is_present]
+    if fields:
+        reason = f"this tokenizer has none, which {', '.join(fields)} would need"
+        advice = f"dataset.ignore=[{','.join(fields)}] trains without that"
+        raise ConfigError(f"model.chat_template=null: {reason}; {advice}")
+    if len(messages) > 2:
+        reason = "this tokenizer has none, and the chats have more than two turns"
+        raise ConfigError(f"model.chat_template=null: {reason}")
+    if len(messages) < 2 or messages[0]["role"] == "assistant":
+        reason = "this tokenizer has none, and the chats do not begin with a question"
+        raise ConfigError(f"model.chat_template=null: {reason}")
+
+
+def _refuse_marks(messages: Messages) -> None:
+    """Refuse a chat with an answer that is marked as context, where every token is learnt."""
+    for number, message in enumerate(messages, start=1):
+        if message.get("train") is False:
+            mark = "train: false or weight: 0"
+            advice = "dataset.ignore=[train,weight] learns it too"
+            reason = f"dataset.loss_on=all, but message {number} is context ({mark})"
+            raise ConfigError(f"{reason}; {advice}")

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from finetune.data.messages import REASONING_KEYS
+from finetune.data.messages import REASONING_KEYS, is_instruction
 from finetune.data.types import Message, Messages
 
 FIELDS = (
@@ -59,7 +59,7 @@ def drop_ignored(content: dict[str, Any], ignore: Collection[str]) -> dict[str, 
 
 
 def _is_dropped(message: Message, names: Collection[str]) -> bool:
-    if message["role"] in ("system", "developer"):
+    if is_instruction(message):
         return "system" in names
     if "tool_calls" not in names:
         return False

@@ -84,13 +84,18 @@ def prepend_system(messages: Messages, text: str, where: str) -> Messages:
     """
     if not text.strip():
         return messages
-    if messages and messages[0]["role"] in ("system", "developer"):
+    if messages and is_instruction(messages[0]):
         if messages[0]["content"].strip() == text.strip():
             return messages
         raise ConfigError(
             f"{where} and the chat's first message are two different system turns"
         )
     return [{"role": "system", "content": text}, *messages]
+
+
+def is_instruction(message: Message) -> bool:
+    """Return whether a message is a system turn, or the developer's."""
+    return message["role"] in ("system", "developer")
 
 
 def is_answer(message: Message) -> bool:

@@ -17,9 +17,10 @@ def describe_shape(row: RawRow) -> str | None:
     """Return what rows are whose columns no format has, None if that is not known."""
     columns = {column for column, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= columns:
-        instead = (
-            "dataset.columns={prompt: …, completion: chosen} learns the chosen answers"
-        )
+        columns_key = "dataset.columns={prompt: …, completion: chosen}"
+        if isinstance(row["chosen"], list) and "prompt" not in columns:
+            columns_key = "dataset.columns={messages: chosen}"
+        instead = f"{columns_key} learns the chosen answers"
         return f"preference rows (chosen, rejected) are not learnt; {instead}"
     if "input_ids" in columns:
         return "rows that are tokenised already (input_ids) are not read; the text is needed"

@@ -207,4 +207,4 @@ def _without_place(
     """The message of an error without the place of the row, which is listed beside it."""
     for place in (f"{key}={name}: row {number}", f"{key}={name}"):
         message = message.removeprefix(place)
-    return message.lstrip(": ")
+    return message.lstrip(":, ")

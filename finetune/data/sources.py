@@ -18,8 +18,14 @@ from finetune.config.data_folder import (
     local_path,
 )
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.class_names import ClassNames, class_names, saved_class_names
+from finetune.data.class_names import (
+    ClassNames,
+    class_names,
+    saved_class_names,
+    stored_class_names,
+)
 from finetune.data.python_docs import question_answer_pairs
+from finetune.data.readers.arrow_rows import schema_metadata
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
 from finetune.data.readers.file import DataFile
 from finetune.data.readers.identity import file_identity
@@ -108,7 +114,10 @@ def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
     file_rows = _read_unchanged(key, name, settings, identity)
     rows = _checked(key, name, file_rows, settings)
     folder = local_path(name)
-    names = saved_class_names(folder) if is_saved_dataset(folder) else {}
+    if is_saved_dataset(folder):
+        names = saved_class_names(folder)
+    else:
+        names = stored_class_names(schema_metadata(DataFile(name)))
     return Source(name, rows, identity, class_names=names)
 
 

@@ -46,6 +46,10 @@ class TokenReport:
     """Rows that are chats."""
     first_system: str | None = None
     """The place of the first row that has a system turn."""
+    first_rendered: str | None = None
+    """The place of the first row whose messages hold tokens that begin turns."""
+    named_roles: list[str] = field(default_factory=list)
+    """The roles, user and assistant, of which messages have a name."""
     message_keys: list[str] = field(default_factory=list)
     """Keys of messages that the common form does not know, in the order of the rows."""
     largest_id: int = -1
@@ -63,6 +67,9 @@ class TokenReport:
         self.skipped = (self.skipped + other.skipped)[:LISTED_ROWS]
         self.chats += other.chats
         self.first_system = self.first_system or other.first_system
+        self.first_rendered = self.first_rendered or other.first_rendered
+        new_roles = [role for role in other.named_roles if role not in self.named_roles]
+        self.named_roles = self.named_roles + new_roles
         new_keys = [key for key in other.message_keys if key not in self.message_keys]
         self.message_keys = self.message_keys + new_keys
         self.largest_id = max(self.largest_id, other.largest_id)

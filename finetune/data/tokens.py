@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.sections.dataset import DatasetSettings
-from finetune.data.chat_template import FIXED_DATE
+from finetune.data.chat_template import FIXED_DATE, ChatTemplate
 from finetune.data.encoding import Encoded, Encoder
 from finetune.data.row_chunks import map_chunks
 from finetune.data.row_file import StoredRows
@@ -252,7 +252,7 @@ class _EncodeRows:
         example_rows, full_lengths, offsets = [], [], [0]
         ids, labels = array("i"), array("i")
         for number, row in zip(rows.numbers.tolist(), rows, strict=True):
-            _note_row(row, report)
+            _note_row(row, report, self.encoder.template)
             for example in encode_row(row, self.encoder, self.settings, report):
                 report.examples += 1
                 ids.extend(example.ids[: self.settings.max_length])
@@ -271,14 +271,22 @@ class _EncodeRows:
         )
 
 
-def _note_row(row: Row, report: TokenReport) -> None:
+def _note_row(row: Row, report: TokenReport, template: ChatTemplate | None) -> None:
     """Note in the report what a reader may want to know of a row's chat."""
     messages = row.get("messages")
     if messages is None:
         return
     report.chats += 1
     for message in messages:
-        if message["role"] == "system" and report.first_system is None:
+        if template is not None and report.first_rendered is None:
+            content = template.without_end(message)["content"]
+            if any(token in content for token in template.turn_tokens):
+                report.first_rendered = row.place
+        role = message["role"]
+        is_named = "name" in message and role in ("user", "assistant")
+        if is_named and role not in report.named_roles:
+            report.named_roles.append(role)
+        if role == "system" and report.first_system is None:
             report.first_system = row.place
         if message.keys() <= MESSAGE_KEYS:
             continue
@@ -353,8 +361,12 @@ def encode_row(
 def _notes(report: TokenReport, encoder: Encoder) -> list[str]:
     """What a reader should know of the chat template, one line each."""
     template = encoder.template
-    if template is None or not report.chats:
+    if not report.chats:
         return []
+    if template is None:
+        unused = report.message_keys + ["name"] * bool(report.named_roles)
+        reason = "fields of messages that are not used without a chat template"
+        return [f"{reason}: {', '.join(unused)}"] if unused else []
     notes = []
     if template.writes_date:
         date = FIXED_DATE.date().isoformat()
@@ -364,7 +376,13 @@ def _notes(report: TokenReport, encoder: Encoder) -> list[str]:
         effect = "they are put before the first question"
         place = f"(first in {report.first_system})"
         notes.append(f"the chat template has no system turns: {effect} {place}")
+    if report.first_rendered is not None:
+        effect = "texts that are rendered already are rendered again"
+        place = f"(first in {report.first_rendered})"
+        notes.append(f"messages hold tokens that begin turns {place}: {effect}")
     unused = [key for key in report.message_keys if not template.mentions(key)]
+    if not all(template.writes_name(role) for role in report.named_roles):
+        unused.append("name")
     if unused:
         names = ", ".join(unused)
         notes.append(f"fields of messages that the chat template does not use: {names}")

@@ -43,6 +43,27 @@ def read_saved_dataset(file: DataFile) -> Iterator[RawRow]:
             yield from _rows_of_batches(_ipc_batches(stream), f"Arrow file {name}")
 
 
+def schema_metadata(file: DataFile) -> dict[bytes, bytes]:
+    """Return what a Parquet or Arrow file says about its columns.
+
+    Nothing for files of other types and for broken ones: reading their rows says what is wrong.
+    """
+    suffix = file.type[0]
+    if suffix not in (".parquet", ".arrow", ".feather"):
+        return {}
+    import pyarrow.parquet
+
+    try:
+        with file.open() as stream:
+            if suffix == ".parquet":
+                schema = pyarrow.parquet.read_schema(stream)
+            else:
+                schema = _ipc_reader(stream).schema
+    except (OSError, ValueError, UnreadableError):
+        return {}
+    return dict(schema.metadata or {})
+
+
 def _require_content(stream: BinaryIO) -> None:
     if not stream.read(1):
         raise UnreadableError("the file is empty")
@@ -58,15 +79,23 @@ def _parquet_batches(stream: BinaryIO) -> "Iterator[pyarrow.RecordBatch]":
 def _ipc_batches(stream: BinaryIO) -> "Iterator[pyarrow.RecordBatch]":
     import pyarrow
 
-    is_file = stream.read(6) == b"ARROW1"
-    stream.seek(0)
-    if is_file:
-        reader = pyarrow.ipc.open_file(stream)
+    reader = _ipc_reader(stream)
+    if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
         yield from (
             reader.get_batch(index) for index in range(reader.num_record_batches)
         )
     else:
-        yield from pyarrow.ipc.open_stream(stream)
+        yield from reader
+
+
+def _ipc_reader(
+    stream: BinaryIO,
+) -> "pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader":
+    import pyarrow
+
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    return pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
 
 
 def _rows_of_batches(

@@ -79,8 +79,8 @@ def undecodable_reason(
         reason = error.reason if isinstance(error, UnicodeDecodeError) else str(error)
         return f"begins with the mark of {mark_encoding} but is no such text ({reason})"
     tried = "utf-8" if mark_encoding else encoding or "utf-8"
-    line, sample = _undecodable_sample(file, tried)
-    likely = _likely_encoding(sample)
+    line, start, sample = _undecodable_sample(file, tried)
+    likely = _likely_encoding(sample, start)
     if likely is None:
         return f"line {line} is not {tried.upper()} text; it looks like a binary file"
     hint = f"it looks like {likely}: dataset.encoding={likely} reads it"
@@ -94,26 +94,36 @@ def _mark_encoding(start: bytes) -> str | None:
     return next((name for mark, name in _MARKS if start.startswith(mark)), None)
 
 
-def _undecodable_sample(file: DataFile, encoding: str) -> tuple[int, bytes]:
-    """The number of the first line that can't be decoded, and bytes from there on."""
+def _undecodable_sample(file: DataFile, encoding: str) -> tuple[int, int, bytes]:
+    """The first line that can't be decoded.
+
+    Returns:
+        The line's number, where it begins in the file in bytes, and bytes from there on.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
+    start = 0
     with file.open() as stream:
         while piece := stream.readline(_SAMPLE_BYTES):
             try:
                 decoder.decode(piece)
             except UnicodeError:
-                return line, piece + stream.read(_SAMPLE_BYTES)
+                return line, start, piece + stream.read(_SAMPLE_BYTES)
             line += piece.endswith(b"\n")
-    return line, b""
+            start += len(piece)
+    return line, start, b""
 
 
-def _likely_encoding(sample: bytes) -> str | None:
-    """The encoding that a text probably has; None if it looks like no text."""
-    zeros = [index for index, byte in enumerate(sample) if not byte]
+def _likely_encoding(sample: bytes, start: int) -> str | None:
+    """The encoding that a text probably has; None if it looks like no text.
+
+    Args:
+        sample: Bytes of the text.
+        start: Where they begin in the file.
+    """
+    zeros = [index for index, byte in enumerate(sample, start) if not byte]
     if len(zeros) > len(sample) / 4:  # every second byte of western text in UTF-16
         odd = sum(index % 2 for index in zeros)
-        # A sample need not begin at an even byte: only the file's first line does.
         return "utf-16-le" if odd * 2 > len(zeros) else "utf-16-be"
     if zeros or len(re.findall(rb"[\x01-\x08\x0e-\x1f]", sample)) > len(sample) / 50:
         return None

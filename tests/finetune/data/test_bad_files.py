@@ -88,6 +88,16 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         GERMAN.encode("utf-16-le"),
         "line 1 is not UTF-8 text; it looks like utf-16-le: dataset.encoding=utf-16-le reads it",
     ),
+    (
+        "d.csv",
+        ("text\n" + GERMAN).encode("utf-16-le"),
+        "line 2 is not UTF-8 text; it looks like utf-16-le: dataset.encoding=utf-16-le reads it",
+    ),
+    (
+        "d.csv",
+        ("text\n" + GERMAN).encode("utf-16-be"),
+        "line 2 is not UTF-8 text; it looks like utf-16-be: dataset.encoding=utf-16-be reads it",
+    ),
     ("d.csv", "text\nä\n".encode("utf-16")[:-1], "begins with the mark of utf-16 but is no such text (…)"),
     ("d.jsonl", LINE + b'{"text": "a", "text": "b"}', "line 2 has the key 'text' twice in one object"),
     ("d.jsonl", LINE + b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "line 2 is nested more than 100 levels deep"),

@@ -161,3 +161,13 @@ def test_values_that_json_does_not_have_are_refused_skipped_or_ignored(
         ]
         assert groups[0].isdisjoint(groups[1])
         assert groups[0] | groups[1] == {0, 1, 2}
+
+
+def test_a_bad_message_is_listed_without_the_place_of_its_row(
+    settings: Settings, tmp_path: Path
+) -> None:
+    rows = [chat("Q?", f"A{number}.") for number in range(4)]
+    rows[2]["messages"][0]["role"] = "alien"
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    [skipped] = load_rows(settings(path=str(file), on_bad_row="skip")).skipped
+    assert skipped.reason.startswith("message 1: role=alien: allowed: ")

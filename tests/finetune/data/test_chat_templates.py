@@ -10,6 +10,7 @@ from support.matrix import fixed_part
 
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encoding import IGNORED, Encoded, Encoder
+from finetune.data.ignored import drop_ignored
 from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError
 
@@ -34,6 +35,10 @@ TOOL = {
 
 def system(text: str) -> dict[str, Any]:
     return {"role": "system", "content": text}
+
+
+def developer(text: str) -> dict[str, Any]:
+    return {"role": "developer", "content": text}
 
 
 def user(text: str) -> dict[str, Any]:
@@ -86,6 +91,20 @@ KINDS: dict[str, tuple[Messages, list[Any] | None]] = {
     ),
     "call_at_the_end": ([user("Qone?"), answer("", tool_calls=[CALL])], [TOOL]),
     "assistant_first": ([answer("Aone."), user("Qtwo?"), answer("Atwo.")], None),
+    "empty_answer": (
+        [user("Qone?"), answer(""), user("Qtwo?"), answer("Atwo.")],
+        None,
+    ),
+    "developer": ([developer("Be brief."), user("Qone?"), answer("Aone.")], None),
+    "repeated_result": (
+        [
+            user("Qone?"),
+            answer("", tool_calls=[CALL]),
+            {**RESULT, "content": "Atwo"},
+            answer("Atwo."),
+        ],
+        [TOOL],
+    ),
 }
 CONTEXT = ("Qone?", "Qtwo?", "Qsix?", "Be brief.", "10 degrees")
 
@@ -125,6 +144,18 @@ def learnt(example: Encoded, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids) for ids in stretches if ids]
 
 
+def rendered(tokenizer: Any, kind: str) -> list[str]:
+    """The texts of the examples that a chat becomes."""
+    messages, tools = KINDS[kind]
+    row = {"messages": messages, **({"tools": tools} if tools else {})}
+    examples = Encoder(tokenizer).encode(row).examples
+    return [tokenizer.decode(example.ids) for example in examples]
+
+
+def squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
 def encode(tokenizer: Any, kind: str) -> tuple[list[str], int]:
     """What is learnt of a chat, and how many answers are counted as not learnt."""
     messages, tools = KINDS[kind]
@@ -148,6 +179,7 @@ def test_each_answer_is_learnt_whole_with_its_end_or_counted_or_refused(
     tokenizer = with_template(file)
     try:
         stretches, unlearnt = encode(tokenizer, kind)
+        examples = rendered(tokenizer, kind)
     except ConfigError as error:
         refusal = str(error)
     else:
@@ -166,7 +198,10 @@ def test_each_answer_is_learnt_whole_with_its_end_or_counted_or_refused(
         assert ends, text
         assert not text[ends[-1].end() :].strip(), text
     for message in answers[-len(stretches) :] if stretches else []:
-        texts = [message["content"], message.get("reasoning_content", "")]
+        content = message["content"]
+        assert any(squeeze(content) in squeeze(text) for text in examples)
+        # A generation prompt may hold the beginning of the answer.
+        texts = [content.removeprefix("<think>"), message.get("reasoning_content", "")]
         texts += ["get_weather", "Oslo"] if "tool_calls" in message else []
         squeezed = ["".join(text.split()) for text in stretches]
         assert any(all("".join(t.split()) in s for t in texts) for s in squeezed), (
@@ -228,11 +263,25 @@ BY_HAND = {
             "\n<think>Rtwo.</think>\nAtwo.<|user|>",
         ],
     },
+    "qwen3_5_think": {
+        "inline_reasoning": [
+            "Rone.\n</think>\n\nAone.<|im_end|>\n",
+            "\n</think>\n\nAtwo.<|im_end|>\n",
+        ],
+        "empty_answer": ["\n</think>\n\nAtwo.<|im_end|>\n"],
+    },
+    "nemotron_3_nano": {
+        "inline_reasoning": [
+            "Rone.\n</think>\n\nAone.<|im_end|>\n",
+            "Atwo.<|im_end|>\n",
+        ],
+    },
     "gptoss": {
+        "empty_answer": ["<|channel|>final<|message|>Atwo.<|return|>"],
         "turns": [
             f"<|channel|>final<|message|>{text}.<|return|>"
             for text in ("Aone", "Atwo", "Asix")
-        ]
+        ],
     },
 }
 
@@ -252,9 +301,14 @@ def test_what_is_learnt_was_worked_out_by_hand(
     ("name", "kind", "fields"),
     [
         ("qwen2_5", "reasoning", "[reasoning]"),
-        ("llama3", "tools", "[tools]"),
+        ("llama3", "tools", "[tools,tool_calls]"),
         ("llama3", "call_at_the_end", "[tools,tool_calls]"),
         ("phi3", "reasoning", "[reasoning]"),
+        ("phi3", "repeated_result", "[tools,tool_calls]"),
+        ("phi3", "developer", "[system]"),
+        ("qwen3", "developer", "[system]"),
+        ("deepseekv3", "tools", "[tools]"),
+        ("deepseekv3", "call_at_the_end", "[tools]"),
     ],
 )
 def test_fields_that_a_template_leaves_out_are_refused_by_name(
@@ -264,6 +318,36 @@ def test_fields_that_a_template_leaves_out_are_refused_by_name(
     with pytest.raises(ConfigError) as raised:
         encode(with_template(file), kind)
     assert f"dataset.ignore={fields}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    fixed_part(
+        itertools.product(
+            ["tools", "repeated_result", "reasoning", "developer", "call_at_the_end"],
+            templates(),
+        ),
+        kind=lambda case: case[0],
+    ),
+    ids=lambda value: Path(value).stem,
+)
+def test_a_row_trains_with_what_its_refusal_advises(
+    with_template: Any, file: str, kind: str
+) -> None:
+    tokenizer = with_template(file)
+    try:
+        encode(tokenizer, kind)
+    except ConfigError as error:
+        advised = re.search(r"dataset\.ignore=\[(.*?)\]", str(error))
+    else:
+        return
+    if advised is None:  # the template itself raised an error
+        return
+    messages, tools = KINDS[kind]
+    content = {"messages": messages, **({"tools": tools} if tools else {})}
+    row = drop_ignored(content, advised[1].split(","))
+    if any(message["role"] == "assistant" for message in row["messages"]):
+        assert Encoder(tokenizer).encode(row).examples
 
 
 @pytest.mark.parametrize(

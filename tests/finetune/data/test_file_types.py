@@ -352,3 +352,36 @@ def test_a_row_that_cant_be_read_stands_among_the_rows_where_it_is_to_be_skipped
     with pytest.raises(ConfigError) as refused:
         raw_rows(file, settings)
     assert str(refused.value) == f"dataset.path={file}: {bad.reason}"
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.parquet", "rows.arrow", "rows.feather", "saved"]
+)
+@pytest.mark.parametrize("as_url", [False, True])
+def test_a_class_is_written_by_its_name_whatever_the_file(
+    settings: Settings, tmp_path: Path, name: str, as_url: bool
+) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}
+    )
+    rows = Dataset.from_dict({"text": ["Qone", "Qtwo"], "label": [1, 0]}, features)
+    file = tmp_path / name
+    if name == "saved":
+        rows.save_to_disk(str(file))
+    elif name == "rows.parquet":
+        rows.to_parquet(str(file))
+    else:
+        table = rows.with_format("arrow")[:]
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+        )
+        with pyarrow.ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table)
+    path = f"file://{file}" if as_url else str(file)
+    train = load_rows(settings(path=path)).train
+    answers = {
+        row["messages"][0]["content"]: row["messages"][1]["content"] for row in train
+    }
+    assert answers == {"Qone": "good", "Qtwo": "bad"}

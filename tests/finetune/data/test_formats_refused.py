@@ -96,7 +96,7 @@ SHAPES: list[tuple[str, Row, str]] = [
     ("no_format", {"body": "b", "title": "t"}, f"{ROW} has the columns of no format; its fields: body, title; {FORMATS}"),
     ("premise", {"premise": "p", "hypothesis": "h", "label": 1}, f"{ROW} has the columns of no format; its fields: premise, hypothesis, label; {FORMATS}"),
     ("preference", {"prompt": Q, "chosen": A, "rejected": "5"}, f"{ROW}: preference rows (chosen, rejected) are not learnt; dataset.columns={{prompt: …, completion: chosen}} learns the chosen answers; its fields: prompt, chosen, rejected"),
-    ("preference_chats", {"chosen": chat(Q, A)["messages"], "rejected": []}, f"{ROW}: preference rows (chosen, rejected) are not learnt; …"),
+    ("preference_chats", {"chosen": chat(Q, A)["messages"], "rejected": []}, f"{ROW}: preference rows (chosen, rejected) are not learnt; dataset.columns={{messages: chosen}} learns the chosen answers; …"),
     ("preference_beside_chat", {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": A}, "rejected": {}}, f"{ROW} has the column 'rejected': this is a preference row (chosen, rejected); dataset.ignore=[rejected] learns…"),
     ("kto", {**GOOD, "label": False}, f"{ROW} has the column 'label': it marks the answer as good or bad (KTO); dataset.ignore=[label] learns the row without it"),
     ("kto_csv", {**GOOD, "label": "True"}, f"{ROW} has the column 'label': it marks the answer as good or bad (KTO); …"),

@@ -171,9 +171,11 @@ def test_fields_of_messages_that_no_template_uses_are_named_once(
         {"role": "assistant", "content": "A.", "timestamp": 3, "name": "Bo"},
     ]
     rows = [Row({"messages": messages}), *map(Row, CHATS)]
-    line = "fields of messages that the chat template does not use: lang, timestamp"
+    line = (
+        "fields of messages that the chat template does not use: lang, timestamp, name"
+    )
     assert tokenize("train", rows, tokenizer, settings()).report.notes == [line]
-    tokenizer.chat_template += "{# lang timestamp #}"
+    tokenizer.chat_template += "{# lang timestamp #}{{ messages[-1].name }}"
     assert tokenize("train", rows, tokenizer, settings()).report.notes == []
 
 

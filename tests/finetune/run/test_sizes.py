@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.bad_input import matches
 from support.bases import make_base, with_changed_json
+from support.commands import Station
 from support.runs import SHORT, Tiny, final, write_jsonl
 
 from finetune.errors import ConfigError
@@ -264,3 +265,15 @@ def test_a_config_that_is_no_json_is_refused(
         ConfigError, match=r"model\.name_or_path=.*: its config\.json holds no map"
     ):
         run(tiny(*PLAIN, f"model.name_or_path={base}"), tmp_path / "run")
+
+
+def test_a_plan_refuses_what_a_run_refuses(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = with_tokens(tiny_base, tmp_path / "base", *NEW)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a <new0> here"}] * 6)
+    keys = [f"model.name_or_path={base}", f"dataset.path={rows}"]
+    done = station.run(*PLAIN, *keys, module="finetune.plan", cwd=tmp_path)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "its embedding has 600 rows, but token 600 (<new0>) stands in" in line
