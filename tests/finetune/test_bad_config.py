@@ -44,6 +44,10 @@ CONFIG = [
     Case("top-level-key", "sede=1", "sede: no such key; did you mean seed…"),
     Case("key-below-a-value", "seed.value=1", "seed.value: no such key…"),
     Case("flag", "--frobnicate", "unrecognized arguments: --frobnicate; see --help"),
+    Case(
+        "config-of-a-sweep", "-m --cfg job", "--cfg: shows a single run; leave out -m"
+    ),
+    Case("info-of-a-sweep", "-m --info", "--info: shows a single run; leave out -m"),
     Case("word", "frobnicate", "…frobnicate…EQUAL…"),
     Case("interpolation", "name=${nope}", "…nope…"),
     Case("config-folder", "--config-dir nowhere", "…nowhere…"),
