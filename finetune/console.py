@@ -205,6 +205,17 @@ def quiet_libraries(bars: bool = True) -> None:
         disable_progress_bar()
 
 
+def log_to_stderr(*loggers: str) -> None:
+    """Print what loggers say to stderr, from INFO on, for a command without Hydra's logging.
+
+    Args:
+        loggers: names of modules or packages.
+    """
+    logging.basicConfig(format="%(message)s")
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
 def log_traceback(error: BaseException) -> None:
     """Write the traceback of an unexpected error to the log files, but not to the terminal."""
     if isinstance(error, ConfigError | Interrupted | KeyboardInterrupt):
