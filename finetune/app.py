@@ -68,7 +68,11 @@ def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
     parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
     # Hydra, too, takes flags between overrides.
-    return parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
+    for flag, value in (("--cfg", parsed.cfg), ("--info", parsed.info)):
+        if parsed.multirun and value:
+            raise ConfigError(f"{flag}: shows a single run; leave out -m")
+    return parsed
 
 
 def compose_run(overrides: list[str]) -> RunConfig:

@@ -35,6 +35,12 @@ SWEEP_WITHOUT_MULTIRUN = re.compile(
 """Hydra's messages about sweep syntax without -m."""
 
 
+UNPARSED_OVERRIDE = re.compile(
+    r"Error when parsing index: \d+, string: (?P<override>.*?) out of \[", re.DOTALL
+)
+"""Hydra's message about an override that is against its grammar."""
+
+
 SUMMARY_LENGTH = 300
 """Characters of another library's error message that are shown."""
 
@@ -121,6 +127,9 @@ def _hydra_error_line(error: Exception) -> str:
     sweep = SWEEP_WITHOUT_MULTIRUN.search(text)
     if sweep:
         return _sweep_refusal(sweep["override"])
+    unparsed = UNPARSED_OVERRIDE.search(text)
+    if unparsed:
+        return _syntax_refusal(unparsed["override"])
     lines = [_join_lines(line) for line in text.splitlines() if line.strip()]
     cause = str(error.__cause__ or "").splitlines()
     if cause and cause[0] not in text:
@@ -142,6 +151,17 @@ def _sweep_refusal(override: str) -> str:
     if not is_group and "(" not in values:
         remedy += f"; one list is {key}=[{values}]"
     return f"{override}: {remedy}"
+
+
+def _syntax_refusal(override: str) -> str:
+    """Return the error for an override that Hydra can't parse."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: must be KEY=VALUE"
+    remedy = "text with special characters needs quotes"
+    if not set(value) & set("'\"\\$\n"):
+        remedy += f": '{key}=\"{value}\"'"
+    return f"{_join_lines(override)}: is not Hydra's syntax; {remedy}"
 
 
 def _suggest_key(unknown: str) -> str:
@@ -203,6 +223,17 @@ def quiet_libraries(bars: bool = True) -> None:
 
         disable_progress_bars()
         disable_progress_bar()
+
+
+def log_to_stderr(*loggers: str) -> None:
+    """Print what loggers say to stderr, from INFO on, for a command without Hydra's logging.
+
+    Args:
+        loggers: names of modules or packages.
+    """
+    logging.basicConfig(format="%(message)s")
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def log_traceback(error: BaseException) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.data_folder import ANY_FILE
-from finetune.console import command_parser, run_command
+from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.rows import load_all_rows
 from finetune.data.tokens import tokenize
 from finetune.run.load import load_run, read_run_config
@@ -19,6 +19,8 @@ from finetune.run.load import load_run, read_run_config
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
 
+
+log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "accuracy")
 """Attributes of an `Evaluation`, in the order of the table."""
@@ -45,7 +47,8 @@ class Comparison:
 def main() -> None:
     """Read the command line, evaluate base and adapter on the rows, print both."""
     arguments = _parse_arguments()
-    _show_data_log()
+    # Files of a folder that are read, and rows that are left out, too.
+    log_to_stderr(__name__, "finetune.data", "finetune.run.load")
     comparison = _compare(arguments.run, arguments.data)
     if arguments.json:
         content = {"data": arguments.data, **comparison.to_dict()}
@@ -71,12 +74,6 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _show_data_log() -> None:
-    """Print which files of a folder are read, and which rows are left out, to stderr."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("finetune.data").setLevel(logging.INFO)
-
-
 def _compare(folder: str, data: str) -> Comparison:
     """Evaluate a run's base without and with the adapter.
 
@@ -97,7 +94,9 @@ def _compare(folder: str, data: str) -> Comparison:
     )
     batch_size = config.trainer.per_device_eval_batch_size
     # The base first: attaching the adapter may change it.
+    log.info("evaluating the base")
     base = evaluate(run.base, tokens, batch_size, config.quantization)
+    log.info("evaluating the adapter")
     adapter = evaluate(run.with_adapter(), tokens, batch_size, config.quantization)
     return Comparison(len(tokens), base, adapter)
 

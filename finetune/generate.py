@@ -1,17 +1,21 @@
 """Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`."""
 
 import argparse
+import logging
 
-from finetune.console import command_parser, run_command
+from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.types import Prompt
 from finetune.engine.generation import generate_answers
 from finetune.errors import refusal
 from finetune.run.load import load_run
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Read the command line, load the run, print an answer to each prompt."""
     arguments = _parse_arguments()
+    log_to_stderr(__name__, "finetune.run.load")
     for answer in _generate(arguments):
         print(answer)
 
@@ -69,6 +73,8 @@ def _generate(arguments: argparse.Namespace) -> list[str]:
         max_length = run.config.sample_max_length
     model = run.base if arguments.base else run.with_adapter()
     prompts = [Prompt(text, arguments.system) for text in arguments.prompt]
+    count = len(prompts)
+    log.info("answering %s", "the prompt" if count == 1 else f"{count} prompts")
     return generate_answers(
         model,
         run.tokenizer,

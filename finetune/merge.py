@@ -5,11 +5,12 @@ and nothing is quantised again. The merged model differs only by rounding to 16 
 """
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.compat import forget_quantized_format
-from finetune.console import command_parser, run_command
+from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
 from finetune.files.atomic import replace_folder
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 """The text on which the merged model is compared with the adapter on its base."""
@@ -43,14 +46,17 @@ def main() -> None:
         reason = "exists already; must be a new or an empty folder"
         raise refusal("--to", arguments.to, reason)
     _require_mergeable(arguments.run)
+    log_to_stderr(__name__, "finetune.run.load")
     run = load_run(arguments.run)
     expected = probe(run, run.with_adapter())
+    log.info("merging adapter and base")
     # Loaded again, because attaching an adapter may change its base (PiSSA).
     merged = merge(load_run(arguments.run).base, run.folder.adapter)
     # Measured twice, to tell a wrong merge from the loss by rounding.
     difference = _largest_difference(expected, probe(run, merged))
     merged = _round(merged, arguments.dtype)
     difference_rounded = _largest_difference(expected, probe(run, merged))
+    log.info("saving the merged model")
     _save(merged, run, folder)
     start = f"python -m finetune model.name_or_path={folder}"
     print(f"merged model in {folder}: {start} starts from it")

@@ -99,8 +99,8 @@ class TokenReport:
             lines.append(f"{split}: not learnt: {count} {reason}")
         if has_several:
             reason = (
-                "the chat template renders earlier answers otherwise, "
-                "so each has one of its own"
+                "the chat template renders an answer differently once other turns follow it, "
+                "so each such answer is an example of its own"
             )
             counts = f"{self.examples} {split} examples of {self.rows} rows"
             lines.append(f"{counts}: {reason}")

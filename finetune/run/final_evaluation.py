@@ -6,6 +6,7 @@ evaluates its winner and its baseline on them. A run alone evaluates its test ro
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,8 @@ from finetune.tracking.tracker import Tracker
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_finished_run(
@@ -60,13 +63,15 @@ def evaluate_finished_run(
         with errors, _open_adapter(config, folder, resources, test) as opened:
             samples = Samples(config, folder, rows, opened.generation_model, resources)
             # The base's answers come first: the adapter is still fresh, and changes nothing.
-            if needs_answers:
+            if needs_answers and samples.unasked:
+                log.info("answering %d sample prompts with the base", samples.unasked)
                 samples.before()
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
                 evaluation = opened.evaluate()
                 write_json(folder.test_rows, dataclasses.asdict(evaluation))
-            if needs_answers:
+            if needs_answers and samples.asked:
+                log.info("answering %d sample prompts with the adapter", samples.asked)
                 samples.after(Tracker(), 0)
     _record(evaluation, folder)
     return evaluation

@@ -1,5 +1,6 @@
 """A run that has ended, loaded from its folder: its config, its base, its adapter."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from finetune.model.source import find_base
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     config = read_trained_config(folder)
     run = RunFolder(folder)
     quiet_libraries()
+    log.info("loading %s, the base of %s", config.model.name_or_path, folder)
     from finetune.model.loading import load_base
     from finetune.model.tokenizer import load_tokenizer
 

@@ -29,6 +29,7 @@ def set_style(figure: go.Figure) -> go.Figure:
     """Apply the report's style; titles are outside of the charts."""
     return figure.update_layout(
         template="plotly_white", title=None, width=None, autosize=True, height=420,
-        margin={"l": 60, "r": 20, "t": 30, "b": 50}, legend={"orientation": "h", "y": 1.08},
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         font={"family": "system-ui, sans-serif", "size": 13},
     )  # fmt: skip

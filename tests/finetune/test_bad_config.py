@@ -44,7 +44,22 @@ CONFIG = [
     Case("top-level-key", "sede=1", "sede: no such key; did you mean seed…"),
     Case("key-below-a-value", "seed.value=1", "seed.value: no such key…"),
     Case("flag", "--frobnicate", "unrecognized arguments: --frobnicate; see --help"),
-    Case("word", "frobnicate", "…frobnicate…EQUAL…"),
+    Case(
+        "config-of-a-sweep", "-m --cfg job", "--cfg: shows a single run; leave out -m"
+    ),
+    Case("info-of-a-sweep", "-m --info", "--info: shows a single run; leave out -m"),
+    Case("word", "frobnicate", "frobnicate: must be KEY=VALUE"),
+    Case(
+        "brackets-without-quotes",
+        "dataset.path=rows(1).jsonl",
+        "dataset.path=rows(1).jsonl: is not Hydra's syntax; text with special characters needs "
+        """quotes: 'dataset.path="rows(1).jsonl"'""",
+    ),
+    Case(
+        "quote-within-a-text",
+        "dataset.path=row's.jsonl",
+        "dataset.path=row's.jsonl: is not Hydra's syntax; text with special characters needs quotes",
+    ),
     Case("interpolation", "name=${nope}", "…nope…"),
     Case("config-folder", "--config-dir nowhere", "…nowhere…"),
     Case("text-for-a-whole-number", "lora.r=abc", "lora.r=abc: must be a whole number"),

@@ -66,6 +66,8 @@ def test_generate_answers_by_the_adapter_or_the_base(
         module="finetune.generate",
     )
 
+    assert adapter.stderr.splitlines()[0].startswith("loading ")
+    assert adapter.stderr.splitlines()[-1] == "answering the prompt"
     assert " ".join(adapter.stdout.split()) == " ".join(sample["after"].split())
     assert " ".join(base.stdout.split()) == " ".join(sample["before"].split())
 
@@ -125,6 +127,8 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(
     assert done.returncode == 0, done.stderr
     header, names, loss, perplexity, accuracy = done.stdout.splitlines()
     assert header.startswith("1 rows")
+    for stage in ("loading ", "evaluating the base", "evaluating the adapter"):
+        assert stage in done.stderr
     assert names.split() == ["base", "adapter", "change"]
     assert float(loss.split()[2]) < float(loss.split()[1])
     assert perplexity.startswith("perplexity")
@@ -184,6 +188,8 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
         )
         assert done.returncode == 0, done.stderr
     assert "after rounding to bfloat16" in done.stdout
+    for stage in ("loading ", "merging adapter and base", "saving the merged model"):
+        assert stage in done.stderr
 
     ids = torch.tensor(
         [

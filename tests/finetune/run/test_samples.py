@@ -151,10 +151,13 @@ def test_a_winners_failing_samples_leave_its_test_loss(
         RunContext(resources=resources, interactive=False, evaluate_test_rows=measured),
     )
     failing(monkeypatch, RuntimeError("no room"), calls)
+    caplog.set_level("INFO")
 
     evaluation = evaluate_finished_run(tmp_path, resources, answer_prompts=True)
 
     assert evaluation is not None
+    stages = [line for line in caplog.messages if line.startswith("answering")]
+    assert [stage.split()[-1] for stage in stages] == ["base", "adapter"]
     assert content(tmp_path / "result.json")["metrics"]["test/loss"] == evaluation.loss
     assert len(warnings_of(caplog)) == len(calls)
     assert len(content(tmp_path / "samples.json")[0]) == 3 - len(calls)

@@ -237,6 +237,29 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_page_is_legible_at_any_width(
+    width: int, browser: Any, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    trials = [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(12)]
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(write_report(made_study(tmp_path / "s", trials)).as_uri())
+
+    legend = page.locator("#chart-curves .legend").bounding_box()
+    plot = page.locator("#chart-curves .nsewdrag").bounding_box()
+    screenshot(page, f"width-{width}")
+    assert legend["y"] + legend["height"] <= plot["y"] + 1
+    for name in ("parallel", "slices"):
+        assert page.locator(f"#chart-{name}").bounding_box()["width"] >= 700
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 1280:
+        bar = "document.querySelector('nav')"
+        assert page.evaluate(f"{bar}.scrollWidth <= {bar}.clientWidth")
+    page.close()
+
+
+@pytest.mark.slow
 def test_the_leaderboard_sorts_by_a_column_that_is_clicked(
     browser: Any, done: Path
 ) -> None:
