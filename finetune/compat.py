@@ -142,7 +142,12 @@ def compile_and_launch(
     Returns:
         The compiled kernel; None from Triton's interpreter.
     """
-    return kernel[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
+    return kernel[grid](
+        *arguments,
+        *constants,
+        num_warps=warps,
+        num_stages=stages,
+    )
 
 
 def hydra_argument_parser() -> argparse.ArgumentParser:

@@ -242,7 +242,15 @@ def log_traceback(error: BaseException) -> None:
         return
     text = "".join(traceback.format_exception(error))
     # A record by hand, because a logger would send it to the terminal's handler as well.
-    record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
+    record = log.makeRecord(
+        log.name,
+        logging.ERROR,
+        "",
+        0,
+        text,
+        (),
+        None,
+    )
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.emit(record)

@@ -36,6 +36,11 @@ def refusal(key: str, value: object, allowed: str) -> ConfigError:
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return the names nearest to a mistyped word, followed by all allowed names."""
     names = sorted(allowed)
-    nearest = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    nearest = difflib.get_close_matches(
+        word,
+        names,
+        n=2,
+        cutoff=0.5,
+    )
     suggestion = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return f"{suggestion}allowed: {', '.join(names)}"

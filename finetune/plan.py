@@ -47,7 +47,12 @@ def main() -> None:
         "test": resources.tokens("test", rows.test, config),
     }
     source = resources.source(config.model)
-    check_sizes(config, source, resources.tokenizer(config.model), splits)
+    check_sizes(
+        config,
+        source,
+        resources.tokenizer(config.model),
+        splits,
+    )
     plan = plan_memory(config, resources)
     method = quantization_method(config, resources)
     if not arguments.json:

@@ -80,10 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         "confirm", _confirm, "retrain the best trials with other seeds"
     )
     confirm.add_argument(
-        "--top", type=_positive, default=3, help="number of best trials (default 3)"
+        "--top",
+        type=_positive,
+        default=3,
+        help="number of best trials (default 3)",
     )
     confirm.add_argument(
-        "--seeds", type=_positive, default=5, help="number of seeds (default 5)"
+        "--seeds",
+        type=_positive,
+        default=5,
+        help="number of seeds (default 5)",
     )
     return parser
 

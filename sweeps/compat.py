@@ -106,7 +106,11 @@ def claim_waiting_trial(
         row.state = TrialState.RUNNING
         row.datetime_start = datetime.now()
         storage._set_trial_attr_without_commit(
-            session, attributes, trial_id, attribute, token
+            session,
+            attributes,
+            trial_id,
+            attribute,
+            token,
         )
     return True
 

@@ -49,7 +49,10 @@ class StudySweeper(Sweeper):
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
         draft = draft_session(
-            self._config, self._hydra_context, self._values, arguments
+            self._config,
+            self._hydra_context,
+            self._values,
+            arguments,
         )
 
         # After the checks, because these modules load torch.
@@ -85,7 +88,12 @@ def _enqueue(study: "Study", draft: "Draft") -> bool:
         )
     else:
         advice = f"hydra.sweeper.n_trials={finished + total} goes on"
-    log.info("study %s is full (%d trials): %s", study.name, finished, advice)
+    log.info(
+        "study %s is full (%d trials): %s",
+        study.name,
+        finished,
+        advice,
+    )
     return False
 
 

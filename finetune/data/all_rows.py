@@ -102,9 +102,19 @@ def read_all_rows(
     def create(draft: Path) -> None:
         nonlocal is_new
         is_new = True
-        _read(draft, opened, settings, with_ties)
+        _read(
+            draft,
+            opened,
+            settings,
+            with_ties,
+        )
 
-    all_rows = load_cached("rows", key, create, _load)
+    all_rows = load_cached(
+        "rows",
+        key,
+        create,
+        _load,
+    )
     if not is_new:
         all_rows.report.repeat()
     return all_rows
@@ -144,7 +154,12 @@ def _read_without_key(
 ) -> AllRows:
     """Read rows of which nothing tells whether they are those of the last time: always anew."""
     with draft_folder(cache_folder() / "rows", "unidentified") as draft:
-        _read(draft, opened, settings, with_ties)
+        _read(
+            draft,
+            opened,
+            settings,
+            with_ties,
+        )
         # All files count: the same rows may be divided otherwise, and have other ties.
         key = file_identity(DataFile(str(draft)))
         assert key is not None
@@ -153,7 +168,12 @@ def _read_without_key(
             for file in draft.iterdir():
                 file.rename(folder / file.name)
 
-        return load_cached("rows", key[:16], create, _load)
+        return load_cached(
+            "rows",
+            key[:16],
+            create,
+            _load,
+        )
 
 
 def _read(
@@ -171,7 +191,12 @@ def _read(
         for split, paths in opened.items():
             start = len(writer)
             for path in paths:
-                read_path(path, formats, report, writer)
+                read_path(
+                    path,
+                    formats,
+                    report,
+                    writer,
+                )
                 if split == "train":
                     source_ends.append(len(writer))
             splits[split] = [start, len(writer)]
@@ -207,5 +232,9 @@ def _load(folder: Path) -> AllRows:
     }
     report = Report.from_dict(summary["report"])
     return AllRows(
-        folder, summary["count"], summary["source_ends"], file_splits, report
+        folder,
+        summary["count"],
+        summary["source_ends"],
+        file_splits,
+        report,
     )

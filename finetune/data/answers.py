@@ -95,7 +95,12 @@ class Chat:
             places = (
                 None if self.tools else content_places(self.messages[: last + 1], text)
             )
-            answer = self._find(text, last, places, self._last_answer)
+            answer = self._find(
+                text,
+                last,
+                places,
+                self._last_answer,
+            )
             if answer is None:
                 self._require_rendered(text, last)
                 unlearnt[NOT_WHOLE] += 1
@@ -104,7 +109,12 @@ class Chat:
                 self._require_rendered(text, last)
             answers = [answer]
             for turn in pending:
-                earlier = self._find(text, turn, places, self._earlier_answer)
+                earlier = self._find(
+                    text,
+                    turn,
+                    places,
+                    self._earlier_answer,
+                )
                 if earlier is not None:
                     answers.append(earlier)
             answers.sort(key=lambda answer: answer.turn)
@@ -133,7 +143,13 @@ class Chat:
             answer = search(text, turn)
             return None if answer is None else (answer.start, answer.end)
 
-        span = self.frames.locate(self.messages, places, text, turn, exact)
+        span = self.frames.locate(
+            self.messages,
+            places,
+            text,
+            turn,
+            exact,
+        )
         return None if span is None else Answer(turn, *span)
 
     def _require_rendered(self, text: str, last: int) -> None:
@@ -229,7 +245,12 @@ class Chat:
         start = self._start(turn, alone)
         if start > common:
             return None
-        end = self._end(text, start, common, is_all=common == len(alone))
+        end = self._end(
+            text,
+            start,
+            common,
+            is_all=common == len(alone),
+        )
         if end is None:
             return None
         before = self._generation_prompt(turn, text, start)

@@ -54,7 +54,12 @@ class Ties:
         members = np.fromiter(itertools.chain.from_iterable(self.ties), np.int64)
         lengths = np.fromiter(map(len, self.ties), np.int64)
         counts = np.array([self.common_texts, self.comparisons])
-        np.savez(path, members=members, lengths=lengths, counts=counts)
+        np.savez(
+            path,
+            members=members,
+            lengths=lengths,
+            counts=counts,
+        )
 
     @classmethod
     def load(cls, path: Path) -> "Ties":
@@ -167,7 +172,12 @@ class _HashTexts:
         hashes = _TextHashes(len(rows))
         hasher = PhraseHasher(phrases_per_text(self.count, _KINDS))
         for number, row in enumerate(rows):
-            self._add(hashes, hasher, number, wording(row))
+            self._add(
+                hashes,
+                hasher,
+                number,
+                wording(row),
+            )
         hashes.phrases = hasher.finish()
         return hashes
 

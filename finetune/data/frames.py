@@ -57,7 +57,12 @@ class Frames:
         is_last = turn + 1 == len(places)
         before = text[places[turn - 1][1] : start]
         after = text[end:] if is_last else text[end : places[turn + 1][0]]
-        frame = Frame(before, after, messages[turn - 1]["role"], is_last)
+        frame = Frame(
+            before,
+            after,
+            messages[turn - 1]["role"],
+            is_last,
+        )
         if frame not in self._offsets:
             exact = search()
             if len(self._offsets) < MOST_FRAMES:

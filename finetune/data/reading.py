@@ -51,9 +51,24 @@ def open_path(
         ConfigError: There is no such file or data set.
     """
     if files is None:
-        return OpenedPath(key, path, path, [open_source(key, path, settings)])
-    sources = open_files(key, path, files, settings)
-    return OpenedPath(key, path, f"{path} ({file_names(files)})", sources)
+        return OpenedPath(
+            key,
+            path,
+            path,
+            [open_source(key, path, settings)],
+        )
+    sources = open_files(
+        key,
+        path,
+        files,
+        settings,
+    )
+    return OpenedPath(
+        key,
+        path,
+        f"{path} ({file_names(files)})",
+        sources,
+    )
 
 
 def read_path(
@@ -72,7 +87,12 @@ def read_path(
     """
     key, shown_path = opened.key, opened.shown_path
     first = len(writer)
-    reader = _Reader(key, shown_path, formats, writer)
+    reader = _Reader(
+        key,
+        shown_path,
+        formats,
+        writer,
+    )
     for source in opened.sources:
         reader.read(source)
         if source.commit is not None:
@@ -136,7 +156,12 @@ class _Reader:
             except ConfigError as error:
                 if self._settings.on_bad_row == "refuse":
                     raise
-                reason = _without_place(str(error), self._key, source.name, number)
+                reason = _without_place(
+                    str(error),
+                    self._key,
+                    source.name,
+                    number,
+                )
                 self.skipped_count += 1
                 if len(self.skipped) < LISTED_ROWS:
                     self.skipped.append(SkippedRow(source.name, number, reason))
@@ -153,10 +178,18 @@ class _Reader:
         where = f"{self._key}={source.name}: row {number}"
         group = self._group(where, raw_row)
         content = self.converter.convert(
-            raw_row, source.name, number, source.class_names
+            raw_row,
+            source.name,
+            number,
+            source.class_names,
         )
         if content is not None:
-            row = Row(content, source.name, number, self.converter.format or "")
+            row = Row(
+                content,
+                source.name,
+                number,
+                self.converter.format or "",
+            )
             try:
                 self._writer.append(row, group_key(group))
             except TypeError:

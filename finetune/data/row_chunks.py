@@ -51,8 +51,18 @@ def map_chunks(task: Task[Result], rows: Sequence[Row], title: str) -> Iterator[
     processes = min(process_limit(), len(rows) // ROWS_PER_PROCESS)
     if processes > 1:
         # A log file has no progress bar.
-        log.info("data: %s: %s, in %d processes", title, f"{len(rows):,}", processes)
-        results = _map_in_processes(task, rows, starts, processes)
+        log.info(
+            "data: %s: %s, in %d processes",
+            title,
+            f"{len(rows):,}",
+            processes,
+        )
+        results = _map_in_processes(
+            task,
+            rows,
+            starts,
+            processes,
+        )
     else:
         results = (task(rows[start : start + CHUNK_ROWS]) for start in starts)
     with progress_bar(title, len(rows)) as bar:
@@ -78,7 +88,11 @@ def progress_bar(title: str, total: int | None = None) -> AbstractContextManager
     from tqdm import tqdm
 
     bar: AbstractContextManager[Bar] = tqdm(
-        desc=title, total=total, unit=" rows", leave=False, delay=SHOWN_AFTER
+        desc=title,
+        total=total,
+        unit=" rows",
+        leave=False,
+        delay=SHOWN_AFTER,
     )
     return bar
 
@@ -96,7 +110,10 @@ def _map_in_processes(
     # Not forked: libraries have begun threads, and a GPU may be in use.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        processes, context, initializer=_begin_worker, initargs=(_Worker(task, rows),)
+        processes,
+        context,
+        initializer=_begin_worker,
+        initargs=(_Worker(task, rows),),
     )
     try:
         with hide_main_module(), _delay_signals():

@@ -185,7 +185,12 @@ class StoredRows(Sequence[Row]):
         content: str = contents[position].as_py()
         self._table.file.count_read(len(content))
         name, format_name = self._table.sources[sources[position]]
-        return Row(json.loads(content), name, int(row_numbers[position]), format_name)
+        return Row(
+            json.loads(content),
+            name,
+            int(row_numbers[position]),
+            format_name,
+        )
 
     def check(self) -> None:
         """Open the files, to see whether they are complete.

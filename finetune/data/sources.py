@@ -82,9 +82,20 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         allowed = f"python_docs, a hub id (owner/name), a {ANY_FILE}, a folder"
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
     dataset, commit = _hub_dataset(key, path, settings)
-    rows = _checked(key, path, dataset, settings)
+    rows = _checked(
+        key,
+        path,
+        dataset,
+        settings,
+    )
     identity = None if commit is None else f"{commit} {settings.name} {settings.split}"
-    return Source(path, rows, identity, commit, class_names(dataset))
+    return Source(
+        path,
+        rows,
+        identity,
+        commit,
+        class_names(dataset),
+    )
 
 
 def open_files(
@@ -111,14 +122,29 @@ def open_files(
 
 def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
     identity = file_identity(DataFile(name))
-    file_rows = _read_unchanged(key, name, settings, identity)
-    rows = _checked(key, name, file_rows, settings)
+    file_rows = _read_unchanged(
+        key,
+        name,
+        settings,
+        identity,
+    )
+    rows = _checked(
+        key,
+        name,
+        file_rows,
+        settings,
+    )
     folder = local_path(name)
     if is_saved_dataset(folder):
         names = saved_class_names(folder)
     else:
         names = stored_class_names(schema_metadata(DataFile(name)))
-    return Source(name, rows, identity, class_names=names)
+    return Source(
+        name,
+        rows,
+        identity,
+        class_names=names,
+    )
 
 
 def _read_unchanged(
@@ -184,7 +210,10 @@ def _hub_dataset(
         from datasets import load_dataset
 
         return load_dataset(
-            path, settings.name, split=settings.split, revision=revision
+            path,
+            settings.name,
+            split=settings.split,
+            revision=revision,
         )
 
     def ask() -> "tuple[Dataset, str | None, bool]":
@@ -203,7 +232,13 @@ def _hub_dataset(
 
     instead = f"{key}=FILE takes a file from this machine"
     try:
-        dataset, commit, is_cached = ask_hub(key, path, ask, in_cache, instead)
+        dataset, commit, is_cached = ask_hub(
+            key,
+            path,
+            ask,
+            in_cache,
+            instead,
+        )
     except ConfigError:
         raise
     except (
@@ -233,7 +268,10 @@ def _require_revision(path: str, revision: str, commit: str | None) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     reference = Path(
-        HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", revision
+        HF_HUB_CACHE,
+        f"datasets--{path.replace('/', '--')}",
+        "refs",
+        revision,
     )
     wanted = reference.read_text().strip() if reference.is_file() else revision
     if commit is None or not commit.startswith(wanted):

@@ -44,14 +44,30 @@ def divide_rows(
     for split in HELD_OUT:
         if split not in splits:
             continue
-        count = _held_out_count(split, settings, total, len(order), report)
+        count = _held_out_count(
+            split,
+            settings,
+            total,
+            len(order),
+            report,
+        )
         if not count:
             continue
         parts[split], order = take_groups(order, groups, count)
         if not parts[split]:
-            raise _all_tied(split, settings, count, groups)
+            raise _all_tied(
+                split,
+                settings,
+                count,
+                groups,
+            )
     if any(parts.values()):
-        _note_ties(settings, ties, groups, report)
+        _note_ties(
+            settings,
+            ties,
+            groups,
+            report,
+        )
     return order, parts
 
 

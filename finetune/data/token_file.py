@@ -54,7 +54,12 @@ class Tokens(Sequence[Example]):
         """Return the tokens of no rows."""
         import numpy
 
-        return cls(None, numpy.empty(0, numpy.int64), TokenReport(), "")
+        return cls(
+            None,
+            numpy.empty(0, numpy.int64),
+            TokenReport(),
+            "",
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Tokens":
@@ -63,7 +68,12 @@ class Tokens(Sequence[Example]):
 
         report = TokenReport.from_dict(read_json(folder / REPORT_FILE))
         order = numpy.load(folder / ORDER_FILE)
-        return cls(ArrowFile(folder / TOKENS_FILE), order, report, folder.name)
+        return cls(
+            ArrowFile(folder / TOKENS_FILE),
+            order,
+            report,
+            folder.name,
+        )
 
     @property
     def lengths(self) -> list[int]:

@@ -69,13 +69,28 @@ def tokenize(
     """
     if not rows:
         return Tokens.empty()
-    key = _cache_key(rows, tokenizer, settings, variables)
+    key = _cache_key(
+        rows,
+        tokenizer,
+        settings,
+        variables,
+    )
     encode = _EncodeRows(tokenizer, dict(variables or {}), settings)
 
     def create(folder: Path) -> None:
-        _encode_all(folder, split, rows, encode)
+        _encode_all(
+            folder,
+            split,
+            rows,
+            encode,
+        )
 
-    tokens = load_cached("tokens", key, create, Tokens.load)
+    tokens = load_cached(
+        "tokens",
+        key,
+        create,
+        Tokens.load,
+    )
     if settings.packing:
         tokens = _pack(tokens, key, settings)
     for line in tokens.report.lines(split, settings.max_length):
@@ -139,7 +154,12 @@ def _encode_all(
         example_rows.append(chunk.rows)
     encoder = encode.encoder
     if not report.examples:
-        raise _nothing_to_learn(split, sorted_rows[0], encode.settings, report)
+        raise _nothing_to_learn(
+            split,
+            sorted_rows[0],
+            encode.settings,
+            report,
+        )
     report.notes = _notes(report, encoder)
     order = _order(rows.numbers, numpy.concatenate(example_rows))
     writer.finish(order, report)
@@ -190,7 +210,12 @@ def _pack(tokens: Tokens, key: str, settings: DatasetSettings) -> Tokens:
                 writer.write(batch)
         writer.finish(numpy.arange(len(packed)), tokens.report)
 
-    return load_cached("tokens", f"{key}-packed", create, Tokens.load)
+    return load_cached(
+        "tokens",
+        f"{key}-packed",
+        create,
+        Tokens.load,
+    )
 
 
 @dataclass
@@ -253,7 +278,12 @@ class _EncodeRows:
         ids, labels = array("i"), array("i")
         for number, row in zip(rows.numbers.tolist(), rows, strict=True):
             _note_row(row, report, self.encoder.template)
-            for example in encode_row(row, self.encoder, self.settings, report):
+            for example in encode_row(
+                row,
+                self.encoder,
+                self.settings,
+                report,
+            ):
                 report.examples += 1
                 ids.extend(example.ids[: self.settings.max_length])
                 labels.extend(example.labels[: self.settings.max_length])

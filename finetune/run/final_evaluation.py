@@ -60,8 +60,22 @@ def evaluate_finished_run(
         # Where only samples are missing, no error may end the study.
         if not needs_evaluation:
             errors = survive_samples("after training")
-        with errors, _open_adapter(config, folder, resources, test) as opened:
-            samples = Samples(config, folder, rows, opened.generation_model, resources)
+        with (
+            errors,
+            _open_adapter(
+                config,
+                folder,
+                resources,
+                test,
+            ) as opened,
+        ):
+            samples = Samples(
+                config,
+                folder,
+                rows,
+                opened.generation_model,
+                resources,
+            )
             # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers and samples.unasked:
                 log.info("answering %d sample prompts with the base", samples.unasked)
@@ -133,7 +147,12 @@ def _open_adapter(
     """
     if read_json(folder.result)["engine"] == "packed":
         with resources.slot(config) as create_slot:
-            training = PackedTraining(config, create_slot(), test, 1)
+            training = PackedTraining(
+                config,
+                create_slot(),
+                test,
+                1,
+            )
             yield _PackedAdapter(training, test)
     else:
         with resources.model(config) as model:
@@ -164,7 +183,12 @@ class _TrlAdapter:
 
     def evaluate(self) -> Evaluation:
         batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, self._test, batch_size, self._config.quantization)
+        return evaluate(
+            self.model,
+            self._test,
+            batch_size,
+            self._config.quantization,
+        )
 
     def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
         return contextlib.nullcontext(self.model)

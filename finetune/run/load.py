@@ -81,4 +81,9 @@ def load_run(folder: str | Path) -> TrainedRun:
 
     source = find_base(config.model)
     tokenizer = load_tokenizer(source, config.model)
-    return TrainedRun(config, run, tokenizer, load_base(source, config))
+    return TrainedRun(
+        config,
+        run,
+        tokenizer,
+        load_base(source, config),
+    )

@@ -157,7 +157,13 @@ def activation_elements(
     layer = _decoder_layer_elements(widths, config.lora.r, targets)
     if shapes.model_type == "qwen3":
         layer += widths.queries + widths.keys  # the inputs of the heads' own norms
-    return _decoder_elements(layers, widths, layer, checkpointing, slots)
+    return _decoder_elements(
+        layers,
+        widths,
+        layer,
+        checkpointing,
+        slots,
+    )
 
 
 def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Elements:
@@ -226,4 +232,9 @@ def _read_widths(shapes: Any) -> _Widths:
     key_heads: int = getattr(shapes, "num_key_value_heads", heads)
     head_size: int = getattr(shapes, "head_dim", None) or hidden // heads
     inner: int = getattr(shapes, "intermediate_size", None) or 4 * hidden
-    return _Widths(hidden, heads * head_size, key_heads * head_size, inner)
+    return _Widths(
+        hidden,
+        heads * head_size,
+        key_heads * head_size,
+        inner,
+    )

@@ -139,8 +139,18 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
     targets = adapted_layers(adapted) if uses_decoder else None
-    alone = activation_elements(shapes, config, targets, slots=1)
-    packed = activation_elements(shapes, config, targets, slots=2)
+    alone = activation_elements(
+        shapes,
+        config,
+        targets,
+        slots=1,
+    )
+    packed = activation_elements(
+        shapes,
+        config,
+        targets,
+        slots=2,
+    )
     slack = 1 if on_gpu() else CPU_SLACK
     largest_batch_bytes = max(work.batches) * element_bytes * slack
     return Plan(

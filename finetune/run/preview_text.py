@@ -163,7 +163,10 @@ def _note_lines(preview: Preview) -> list[str]:
     lines = []
     for note in preview.notes:
         lines += textwrap.wrap(
-            f"- {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
+            f"- {note}",
+            WIDTH,
+            subsequent_indent="  ",
+            break_on_hyphens=False,
         )
     return lines
 

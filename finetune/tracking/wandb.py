@@ -90,7 +90,12 @@ class WandbTracker(Tracker):
     def log_adapter(self, folder: Path) -> None:
         name = self._arguments["group"] or self._arguments["name"]
         try:
-            log_artifact(self._run, f"{name}-adapter", "model", folder)
+            log_artifact(
+                self._run,
+                f"{name}-adapter",
+                "model",
+                folder,
+            )
         # Caught here, so that the run itself is still shown to its end.
         except Exception as error:
             reason = summary_line(error)

@@ -141,7 +141,12 @@ def _crowded_end(
     end: End = "lower" if lower_count > upper_count else "upper"
     count = max(lower_count, upper_count)
     # If values had nothing to do with the result, each would be in the edge with this probability.
-    probability = binomtest(count, len(best), edge, "greater").pvalue
+    probability = binomtest(
+        count,
+        len(best),
+        edge,
+        "greater",
+    ).pvalue
     if probability >= SIGNIFICANCE:
         return None
     return count, end

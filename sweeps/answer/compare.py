@@ -87,7 +87,12 @@ def compare(
     share_better = (means < 0).mean()
     share_equal = (means == 0).mean()
     chance = share_better + share_equal / 2
-    return Comparison(float(difference), float(low), float(high), float(chance))
+    return Comparison(
+        float(difference),
+        float(low),
+        float(high),
+        float(chance),
+    )
 
 
 def _resampled_means(

@@ -57,10 +57,20 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     candidates = _select_candidates(study, top)
     repeats = _plan_repeats(study, candidates, seeds)
     names = ", ".join(f"trial {trial.number}" for trial in candidates)
-    log.info("confirming %s with %d other seeds: %d runs", names, seeds, len(repeats))
+    log.info(
+        "confirming %s with %d other seeds: %d runs",
+        names,
+        seeds,
+        len(repeats),
+    )
     try:
         errors = retrain(study, repeats)
-        confirmation = evaluate_candidates(study, candidates, repeats, errors)
+        confirmation = evaluate_candidates(
+            study,
+            candidates,
+            repeats,
+            errors,
+        )
         write_json(study.folder / CONFIRMATION, confirmation)
         with_adapter = _ensure_adapter(study, repeats, confirmation["winner"])
     except (Interrupted, KeyboardInterrupt):
@@ -113,7 +123,12 @@ def _plan_repeats(
         for trial, config in zip(candidates, configs, strict=True):
             path = study.folder / "confirm" / f"{trial.number}-seed{seed}"
             config_with_seed = dataclasses.replace(config, seed=seed)
-            repeat = Repeat(trial.number, seed, RunFolder(path), config_with_seed)
+            repeat = Repeat(
+                trial.number,
+                seed,
+                RunFolder(path),
+                config_with_seed,
+            )
             repeats.append(repeat)
     return repeats
 

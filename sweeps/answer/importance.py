@@ -109,7 +109,13 @@ def importances(study: optuna.Study, objective: int = 0) -> dict[str, Share]:
     # The shares of one resample add up to 1; their medians need not. All may be 0.
     total = float(medians.sum()) or 1.0
     importance: dict[str, Share] = {}
-    for name, median, low, high in zip(names, medians, lows, highs, strict=True):
+    for name, median, low, high in zip(
+        names,
+        medians,
+        lows,
+        highs,
+        strict=True,
+    ):
         share = float(median / total)
         importance[name] = Share(share, float(low), float(high))
 

@@ -59,7 +59,12 @@ def learning_curves(
     # Last, so that they lie above all other curves.
     for number, (name, colour) in highlights.items():
         if number in trial_curves:
-            trace = _curves_trace([trial_curves[number]], name, colour, 3)
+            trace = _curves_trace(
+                [trial_curves[number]],
+                name,
+                colour,
+                3,
+            )
             figure.add_trace(trace)
     axis = "share of the trial's steps"
     if _have_equal_steps(trials):
@@ -90,7 +95,14 @@ def _state_traces(trial_curves: Sequence[TrialCurve]) -> list[go.Scatter]:
     for state, colour in STATES.items():
         in_state = _in_state(trial_curves, state)
         if in_state:
-            traces.append(_curves_trace(in_state, state.name.lower(), colour, 1.2))
+            traces.append(
+                _curves_trace(
+                    in_state,
+                    state.name.lower(),
+                    colour,
+                    1.2,
+                )
+            )
     return traces
 
 
@@ -98,7 +110,12 @@ def _crosses_trace(pruned: Sequence[TrialCurve]) -> go.Scatter:
     """Mark the last evaluation of each pruned trial."""
     ends = [(trial, curve[-1:]) for trial, curve in pruned]
     marker = {"symbol": "x", "size": 7, "color": GREY}
-    trace = _curves_trace(ends, "pruned after this", GREY, 1)
+    trace = _curves_trace(
+        ends,
+        "pruned after this",
+        GREY,
+        1,
+    )
     return trace.update(mode="markers", marker=marker)
 
 

@@ -54,7 +54,12 @@ def publish(
         return []
     tracker = tracker or read_run_config(folder.path).tracker
     publication = _Publication(
-        study, winner_number, run_arguments, test, report, tracker
+        study,
+        winner_number,
+        run_arguments,
+        test,
+        report,
+        tracker,
     )
     contents = publication.contents()
     published = read_json(study.folder / PUBLISHED) or {}
@@ -134,9 +139,20 @@ class _Publication:
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:
         group = self.run_arguments["group"]
         if "adapter" in names:
-            log_artifact(run, f"{group}-adapter", "model", self._adapter, ["best"])
+            log_artifact(
+                run,
+                f"{group}-adapter",
+                "model",
+                self._adapter,
+                ["best"],
+            )
         if "report" in names and self.report is not None:
-            log_artifact(run, f"{group}-report", "report", self.report)
+            log_artifact(
+                run,
+                f"{group}-report",
+                "report",
+                self.report,
+            )
 
 
 def _digest(path: Path) -> str:

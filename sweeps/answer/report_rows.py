@@ -44,4 +44,10 @@ def _first_examples(config: RunConfig) -> list[ShownExample]:
     resources = SharedResources()
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
-    return first_examples(config, tokenizer, "train", rows.train, COUNT)
+    return first_examples(
+        config,
+        tokenizer,
+        "train",
+        rows.train,
+        COUNT,
+    )

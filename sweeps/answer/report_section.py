@@ -66,7 +66,12 @@ def chart_section(
     """Build a section with one chart; an empty one if there is no chart."""
     if figure is None:
         return Section(name, title)
-    return Section(name, title, note, chart=chart_html(name, figure))
+    return Section(
+        name,
+        title,
+        note,
+        chart=chart_html(name, figure),
+    )
 
 
 def chart_html(name: str, figure: go.Figure | None) -> str:

@@ -56,7 +56,12 @@ def sections(data: ReportData) -> list[Section]:
             COMPARED,
         ),
         _importance(data),
-        chart_section("slices", "Slices", charts.slices(study), COMPARED),
+        chart_section(
+            "slices",
+            "Slices",
+            charts.slices(study),
+            COMPARED,
+        ),
         spending(data),
         failures(data),
         _samples(data),
@@ -94,7 +99,13 @@ def _answer(data: ReportData) -> Section:
             lines.append(f"{label} {line}")
     if baseline == winner:
         lines.append("The winner is the baseline itself.")
-    return Section("answer", "Result", lines=lines, head=head, rows=rows)
+    return Section(
+        "answer",
+        "Result",
+        lines=lines,
+        head=head,
+        rows=rows,
+    )
 
 
 def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
@@ -123,7 +134,12 @@ def _advice(data: ReportData) -> Section:
     measured = importance.comparable_trials(data.study.optuna)
     has_too_few = 0 < len(measured) < advice.MIN_TRIALS
     note = "Too few trials for advice." if has_too_few else ""
-    return Section("next", "Advice", note, lines=data.analysis.advice)
+    return Section(
+        "next",
+        "Advice",
+        note,
+        lines=data.analysis.advice,
+    )
 
 
 def _confirmation(data: ReportData) -> Section:
@@ -151,7 +167,12 @@ def _curves(data: ReportData) -> Section:
     curves = curves_of(data.study, data.metrics)
     winner = data.winner.number if data.winner else None
     figure = learning_curves(data.study, curves, winner)
-    return chart_section("curves", "Learning curves", figure, note)
+    return chart_section(
+        "curves",
+        "Learning curves",
+        figure,
+        note,
+    )
 
 
 def _importance(data: ReportData) -> Section:
@@ -164,7 +185,12 @@ def _importance(data: ReportData) -> Section:
             "Computed by fANOVA on resamples of the trials; "
             f"the lines contain nine of ten resamples. {COMPARED}"
         )
-        return chart_section("importance", title, charts.importance_bars(shares), note)
+        return chart_section(
+            "importance",
+            title,
+            charts.importance_bars(shares),
+            note,
+        )
     note = f"Needs {importance.MIN_TRIALS} measured trials with different values."
     return Section("importance", title, note if data.trials else "")
 

@@ -43,7 +43,13 @@ def leaderboard(data: ReportData) -> Section:
         note = "on the Pareto front" if number in front else trial_note(trial)
         cells = [*_trial_cells(data, trial, names), note]
         rows.append(Row(cells, _row_kind(data, trial)))
-    return Section("leaderboard", "Leaderboard", head=head, rows=rows, sortable=True)
+    return Section(
+        "leaderboard",
+        "Leaderboard",
+        head=head,
+        rows=rows,
+        sortable=True,
+    )
 
 
 def _trial_cells(
@@ -107,7 +113,12 @@ def spending(data: ReportData) -> Section:
     if confirmation_tokens:
         label = "tokens trained by the confirmation, in addition"
         figures.append((f"{confirmation_tokens:,}", label))
-    return Section("spent", title, figures=figures, chart=chart)
+    return Section(
+        "spent",
+        title,
+        figures=figures,
+        chart=chart,
+    )
 
 
 def _saved_by_pruning(
@@ -171,4 +182,9 @@ def failures(data: ReportData) -> Section:
         path = os.path.relpath(folder.path)
         rows.append(Row([str(trial.number), error, path]))
     head = ["trial", "reason", "folder"] if rows else ()
-    return Section("failures", "Failed trials", head=head, rows=rows)
+    return Section(
+        "failures",
+        "Failed trials",
+        head=head,
+        rows=rows,
+    )

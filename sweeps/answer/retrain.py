@@ -73,7 +73,12 @@ class _Retraining:
         folder.mkdir(parents=True, exist_ok=True)
         packed_with: set[str] = set()
         steps = self._train(repeat, packed_with)
-        return PackedRun(folder.name, steps, folder / "train.log", packed_with)
+        return PackedRun(
+            folder.name,
+            steps,
+            folder / "train.log",
+            packed_with,
+        )
 
     def _train(self, repeat: Repeat, packed_with: set[str]) -> RunSteps[None]:
         """Train one repeat; record its error instead of raising it, unless it is interrupted."""
@@ -110,4 +115,9 @@ class _Retraining:
             objective = self._study.objectives[0]
             metrics = read_json(repeat.folder.result)["metrics"]
             outcome = f"{objective} {metrics[objective]:.4f}"
-        log.info("trial %d with seed %d: %s", repeat.trial, repeat.seed, outcome)
+        log.info(
+            "trial %d with seed %d: %s",
+            repeat.trial,
+            repeat.seed,
+            outcome,
+        )

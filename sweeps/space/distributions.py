@@ -153,8 +153,18 @@ def _widen_range(
     log = distribution.log
     if isinstance(distribution, IntDistribution):
         whole_step = int(step or 1)
-        return IntDistribution(int(low), int(high), log=log, step=whole_step)
-    return FloatDistribution(low, high, log=log, step=step)
+        return IntDistribution(
+            int(low),
+            int(high),
+            log=log,
+            step=whole_step,
+        )
+    return FloatDistribution(
+        low,
+        high,
+        log=log,
+        step=step,
+    )
 
 
 def _common_step(step: float, offset: float) -> float:

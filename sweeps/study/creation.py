@@ -53,7 +53,12 @@ def create_or_resume(
         )
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
-        _update_terms(study, terms, distributions, settings.allow_change)
+        _update_terms(
+            study,
+            terms,
+            distributions,
+            settings.allow_change,
+        )
         # Last, because a folder with this file counts as a study, whose terms can be read.
         # The address is as the user wrote it: secrets stay references to environment variables.
         entry = {"name": settings.study_name, "storage": settings.storage}
@@ -87,7 +92,13 @@ def _update_terms(
             # Stored terms have gone through JSON, which makes lists of tuples.
             plain_terms = json.loads(json.dumps(terms))
             require_same_terms(study.name, stored, plain_terms)
-        require_changeable(study.name, stored, terms, study.trials(), distributions)
+        require_changeable(
+            study.name,
+            stored,
+            terms,
+            study.trials(),
+            distributions,
+        )
         if has_new_config(stored, terms):
             _clear_unfinished_runs(study)
     if stored != terms:

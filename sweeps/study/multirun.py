@@ -143,7 +143,12 @@ class Multirun:
             if isinstance(error, Interrupted):
                 raise error
 
-        return PackedRun(str(number), steps(), folder / "train.log", packed_with)
+        return PackedRun(
+            str(number),
+            steps(),
+            folder / "train.log",
+            packed_with,
+        )
 
     def _raise_failures(self) -> None:
         """Log each failed job, and raise the first one's error."""

@@ -92,7 +92,12 @@ class Study:
         # Resolves references to secrets in environment variables.
         resolved = OmegaConf.create({"storage": entry["storage"]})
         try:
-            return cls(folder, entry["name"], resolved.storage, retry_seconds)
+            return cls(
+                folder,
+                entry["name"],
+                resolved.storage,
+                retry_seconds,
+            )
         except KeyError:
             raise ConfigError(
                 f"{folder}: its storage knows no study {entry['name']}"

@@ -93,7 +93,10 @@ class TrialRunner:
         """Names of the runs that have trained together with this trial."""
         sampler = session.sampler(claim.number)
         self._optuna = optuna.Study(
-            study.name, study.storage, sampler=sampler, pruner=session.pruner()
+            study.name,
+            study.storage,
+            sampler=sampler,
+            pruner=session.pruner(),
         )
         # Not by `ask`, which would begin another trial: an adopted one keeps its number.
         self.trial = optuna.Trial(self._optuna, claim.trial_id)
@@ -199,7 +202,12 @@ class TrialRunner:
         for name, value in params.items():
             assignments.append(f"{name}={format_value(value)}")
         point = ", ".join(assignments)
-        log.info("trial %d: %s%s", self.trial.number, point, _role_note(self.trial))
+        log.info(
+            "trial %d: %s%s",
+            self.trial.number,
+            point,
+            _role_note(self.trial),
+        )
         return [*space.overrides(params), *self._session.common_overrides]
 
     def _train(self, overrides: list[str]) -> RunSteps[None]:
@@ -266,7 +274,10 @@ class TrialRunner:
         for name, value in outcome.attributes.items():
             self.trial.set_user_attr(name, value)
         self._optuna.tell(
-            self.trial, outcome.values, outcome.state, skip_if_finished=True
+            self.trial,
+            outcome.values,
+            outcome.state,
+            skip_if_finished=True,
         )
         description = outcome.describe(self._study.objectives)
         log.info("trial %d: %s", self.trial.number, description)

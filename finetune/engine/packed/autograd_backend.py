@@ -89,7 +89,12 @@ class AutogradBackend:
         """See `Backend.forward`."""
         spans = []
         steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
-        slot_spans = zip(slots, batch.batch_spans, steps, strict=True)
+        slot_spans = zip(
+            slots,
+            batch.batch_spans,
+            steps,
+            strict=True,
+        )
         for slot, (start, stop), step in slot_spans:
             span = _SlotSpan(
                 slot=slot,
@@ -201,7 +206,13 @@ class AutogradBackend:
                 spans = self._pass.spans
                 slot_inputs = [x[:, span.start : span.stop] for span in spans]
                 output = torch.cat([original(slot_x) for slot_x in slot_inputs], 1)
-            return lora_linear(x, self._anchor, output, layer, slot_tokens)
+            return lora_linear(
+                x,
+                self._anchor,
+                output,
+                layer,
+                slot_tokens,
+            )
 
         layer.forward = forward
 

@@ -119,7 +119,12 @@ def _kernels_work() -> bool:
     try:
         from finetune.engine.packed.gpu.swiglu import swiglu
 
-        gate, up = torch.zeros(2, 16, device="cuda", dtype=torch.bfloat16)
+        gate, up = torch.zeros(
+            2,
+            16,
+            device="cuda",
+            dtype=torch.bfloat16,
+        )
         swiglu(gate, up)
     except Exception as error:
         log.warning(

@@ -166,19 +166,39 @@ class _LoraLinear(torch.autograd.Function):
         flat_grad_x = None if grad_x is None else grad_x.flatten(0, -2)
         all_shrunk = activations[::2]
         masks = activations[1::2]
-        for slot, shrunk, mask in zip(ctx.slot_tokens, all_shrunk, masks, strict=True):
+        for slot, shrunk, mask in zip(
+            ctx.slot_tokens,
+            all_shrunk,
+            masks,
+            strict=True,
+        ):
             tokens = slice(slot.start, slot.stop)
             adapter = slot.adapter
             slot_grad = flat_grad_output[tokens]
             # Scaled here, where it has only as many columns as the rank.
             grad_shrunk = (slot_grad @ adapter.b) * slot.scaling
-            _add_product(adapter.gradient_b, slot_grad.t(), shrunk, slot.scaling)
+            _add_product(
+                adapter.gradient_b,
+                slot_grad.t(),
+                shrunk,
+                slot.scaling,
+            )
             slot_x = _drop(flat_x[tokens], mask)
-            _add_product(adapter.gradient_a, grad_shrunk.t(), slot_x, 1.0)
+            _add_product(
+                adapter.gradient_a,
+                grad_shrunk.t(),
+                slot_x,
+                1.0,
+            )
             # With dropout it is a copy.
             del slot_x
             if flat_grad_x is not None:
-                _add_input_gradient(flat_grad_x[tokens], grad_shrunk, adapter.a, mask)
+                _add_input_gradient(
+                    flat_grad_x[tokens],
+                    grad_shrunk,
+                    adapter.a,
+                    mask,
+                )
         grad_base = None if ctx.computes_base else grad_output
         return grad_x, None, grad_base, None, None
 

@@ -162,7 +162,12 @@ def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch
     """
     spans, length = indices.shape
     padded = embedding(indices, states)
-    heads = padded.view(spans, length, -1, head_dim)
+    heads = padded.view(
+        spans,
+        length,
+        -1,
+        head_dim,
+    )
     return heads.transpose(1, 2)
 
 

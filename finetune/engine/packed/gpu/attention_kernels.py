@@ -74,12 +74,27 @@ def _store_head(
         halves = tl.reshape(values, (values.shape[0], 2, half))
         first, second = tl.split(tl.permute(halves, (0, 2, 1)))
         offsets = first_element + columns
-        store_rounded(base, offsets, first * c + second * s, mask)
-        store_rounded(base + half, offsets, second * c - first * s, mask)
+        store_rounded(
+            base,
+            offsets,
+            first * c + second * s,
+            mask,
+        )
+        store_rounded(
+            base + half,
+            offsets,
+            second * c - first * s,
+            mask,
+        )
     else:
         columns = tl.arange(0, HEAD_DIM)[None, :]
         mask = token_mask[:, None] & (columns < head_dim)
-        store_rounded(base, first_element + columns, values, mask)
+        store_rounded(
+            base,
+            first_element + columns,
+            values,
+            mask,
+        )
 
 
 @triton.jit
@@ -123,11 +138,30 @@ def _load_keys(
     token_mask = tokens < end
     key_heads = heads // group_size
     key_head = head // group_size
-    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
-    values = _load_head(
-        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+    keys = _load_head(
+        key,
+        tokens,
+        key_heads,
+        key_head,
+        head_dim,
+        columns,
+        token_mask,
     )
-    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    values = _load_head(
+        value,
+        tokens,
+        key_heads,
+        key_head,
+        head_dim,
+        columns,
+        token_mask,
+    )
+    key_positions = _load_positions(
+        position_ids,
+        tokens,
+        token_mask,
+        WINDOW,
+    )
     visible = _attention_mask(
         query_positions[:, None],
         key_positions[None, :],
@@ -168,8 +202,21 @@ def attention_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    query_positions = _load_positions(
+        position_ids,
+        tokens,
+        token_mask,
+        WINDOW,
+    )
+    queries = _load_head(
+        query,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
     denominator = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -195,7 +242,10 @@ def attention_kernel(
             rescaled = result * rescale[:, None]
             # Rounded to the values' dtype, because `tl.dot` takes two operands of the same dtype.
             result = tl.dot(
-                weights.to(values.dtype), values, rescaled, input_precision="ieee"
+                weights.to(values.dtype),
+                values,
+                rescaled,
+                input_precision="ieee",
             )
     # Beyond the span it may be 0.
     denominator = tl.where(token_mask, denominator, 1.0)
@@ -235,15 +285,44 @@ def attention_backward_query_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
-    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    query_positions = _load_positions(
+        position_ids,
+        tokens,
+        token_mask,
+        WINDOW,
+    )
+    queries = _load_head(
+        query,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
+    grads = _load_head(
+        grad_output,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
     # Of this head, in tensors with one number for each query [heads, tokens].
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
     )
-    outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
+    outputs = _load_head(
+        output,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -270,7 +349,10 @@ def attention_backward_query_kernel(
             grad_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
             grad_scores = weights * (grad_weights - grad_sums[:, None])
             result = tl.dot(
-                grad_scores.to(keys.dtype), keys, result, input_precision="ieee"
+                grad_scores.to(keys.dtype),
+                keys,
+                result,
+                input_precision="ieee",
             )
     # Without LOG2_E, which only belongs to the scores' powers of 2.
     result = result * gradient_scale
@@ -289,8 +371,24 @@ def _load_queries(
     """The queries from a token on, their outputs' gradients, and which of them see each key."""
     tokens = first + tl.arange(0, STEP)
     token_mask = tokens < end
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
-    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    queries = _load_head(
+        query,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
+    grads = _load_head(
+        grad_output,
+        tokens,
+        heads,
+        head,
+        head_dim,
+        columns,
+        token_mask,
+    )
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
@@ -298,10 +396,19 @@ def _load_queries(
     grad_sums = tl.load(
         output_grad_sum + first_query + tokens, mask=token_mask, other=0.0
     )
-    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    query_positions = _load_positions(
+        position_ids,
+        tokens,
+        token_mask,
+        WINDOW,
+    )
     mask = token_mask[None, :] & key_mask[:, None]
     visible = _attention_mask(
-        query_positions[None, :], key_positions[:, None], mask, window, WINDOW
+        query_positions[None, :],
+        key_positions[:, None],
+        mask,
+        window,
+        WINDOW,
     )
     return queries, grads, query_log_sum_exp, grad_sums, visible
 
@@ -323,10 +430,29 @@ def attention_backward_key_value_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    key_positions = _load_positions(
+        position_ids,
+        tokens,
+        token_mask,
+        WINDOW,
+    )
+    keys = _load_head(
+        key,
+        tokens,
+        key_heads,
+        key_head,
+        head_dim,
+        columns,
+        token_mask,
+    )
     values = _load_head(
-        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+        value,
+        tokens,
+        key_heads,
+        key_head,
+        head_dim,
+        columns,
+        token_mask,
     )
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -354,7 +480,10 @@ def attention_backward_key_value_kernel(
                 )
                 weights = tl.exp2(log_weights)
                 value_result = tl.dot(
-                    weights.to(grads.dtype), grads, value_result, input_precision="ieee"
+                    weights.to(grads.dtype),
+                    grads,
+                    value_result,
+                    input_precision="ieee",
                 )
                 grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
                 grad_scores = weights * (grad_weights - grad_sums[None, :])

@@ -30,7 +30,13 @@ def cross_entropy(
     correct = torch.empty(tokens, dtype=torch.bool, device=logits.device)
     arguments = (logits, targets, losses, correct, vocabulary)
     block = min(MAX_BLOCK, triton.next_power_of_2(vocabulary))
-    launch(_cross_entropy_kernel, (tokens, 1, 1), arguments, (with_gradient, block), 8)
+    launch(
+        _cross_entropy_kernel,
+        (tokens, 1, 1),
+        arguments,
+        (with_gradient, block),
+        8,
+    )
     gradient = logits if with_gradient else None
     return losses, correct, gradient
 
@@ -79,4 +85,9 @@ def _cross_entropy_kernel(
                 _load_logits(token_logits, column, vocabulary) - log_sum_exp
             )
             gradient = probabilities - tl.where(column == target, 1.0, 0.0)
-            store_rounded(token_logits, column, gradient, column < vocabulary)
+            store_rounded(
+                token_logits,
+                column,
+                gradient,
+                column < vocabulary,
+            )

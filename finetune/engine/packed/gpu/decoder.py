@@ -101,7 +101,14 @@ class Decoder:
         self._blocks: list[Block] = []
         for number, module in enumerate(model.layers):
             name = f"{prefix}.layers.{number}"
-            self._blocks.append(Block(module, name, self._table_rows, sliding_window))
+            self._blocks.append(
+                Block(
+                    module,
+                    name,
+                    self._table_rows,
+                    sliding_window,
+                )
+            )
 
     score = staticmethod(cross_entropy)
 
@@ -123,7 +130,12 @@ class Decoder:
     ) -> tuple[torch.Tensor, Trace]:
         """See `Backend.forward`."""
         x: torch.Tensor = self._embedding(batch.input_ids)[0]
-        context = self._context(x, batch, slots, dropout_steps)
+        context = self._context(
+            x,
+            batch,
+            slots,
+            dropout_steps,
+        )
         layers = len(self._blocks)
         recomputed = 0
         if self._gradient_checkpointing:
@@ -187,7 +199,10 @@ class Decoder:
         grad = gradient.new_zeros(tokens, hidden_size)
         # An answer token is predicted at one position only, so nothing has to be summed.
         grad[batch.prediction_positions] = rms_norm_backward(
-            gradient.contiguous(), trace.hidden, self._norm.weight, trace.inverse_rms
+            gradient.contiguous(),
+            trace.hidden,
+            self._norm.weight,
+            trace.inverse_rms,
         )
         # Makes room.
         del trace.hidden, gradient
@@ -203,7 +218,12 @@ class Decoder:
             if isinstance(stored, torch.Tensor):
                 _, stored = block.forward(stored, context, recompute=True)
             is_first = not trace.blocks
-            grad_x = block.backward(grad, stored, context, need_input_grad=not is_first)
+            grad_x = block.backward(
+                grad,
+                stored,
+                context,
+                need_input_grad=not is_first,
+            )
             if grad_x is not None:
                 grad = grad_x
 

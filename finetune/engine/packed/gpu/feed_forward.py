@@ -50,8 +50,18 @@ class FeedForward:
         self._norm = module.post_attention_layernorm
         module_name = f"{name}.mlp"
         gate_up = ("gate_proj", "up_proj")
-        self._gate_up = linear_group(module.mlp, module_name, gate_up, table_rows)
-        self._down = linear_group(module.mlp, module_name, ("down_proj",), table_rows)
+        self._gate_up = linear_group(
+            module.mlp,
+            module_name,
+            gate_up,
+            table_rows,
+        )
+        self._down = linear_group(
+            module.mlp,
+            module_name,
+            ("down_proj",),
+            table_rows,
+        )
 
     def forward(
         self,
@@ -72,7 +82,10 @@ class FeedForward:
         normalized: torch.Tensor | None
         # The copy of x is where the sum is built: a recomputed layer has none.
         normalized, inverse_rms, residual = rms_norm(
-            x, self._norm.weight, self._norm.variance_epsilon, copy_input=not recompute
+            x,
+            self._norm.weight,
+            self._norm.variance_epsilon,
+            copy_input=not recompute,
         )
         (gate, up), shrunk_gate_up = self._gate_up.forward(normalized, context)
         # Only the gradient of an adapter's A reads it.

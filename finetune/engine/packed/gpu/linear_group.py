@@ -47,7 +47,15 @@ class LinearGroup:
         shrunk = self.shrink(x, context)
         outputs = []
         for number in range(len(self.layers)):
-            outputs.append(self._forward_layer(number, x, shrunk, context, residual))
+            outputs.append(
+                self._forward_layer(
+                    number,
+                    x,
+                    shrunk,
+                    context,
+                    residual,
+                )
+            )
         return outputs, shrunk
 
     def _forward_layer(
@@ -69,7 +77,12 @@ class LinearGroup:
         # bits it may be too small to change the much larger residual.
         if shrunk is not None and name in context.adapted_layers:
             row = self.table_row + number
-            output = lowrank.expand(shrunk[number], context.adapters, row, len(weight))
+            output = lowrank.expand(
+                shrunk[number],
+                context.adapters,
+                row,
+                len(weight),
+            )
             output.addmm_(x, weight.t())
             if layer.bias is not None:
                 output.add_(layer.bias)
@@ -83,7 +96,12 @@ class LinearGroup:
         """Compute `shrunk` alone; None where no layer is adapted."""
         if not self.is_adapted(context):
             return None
-        return lowrank.shrink(x, context.adapters, self.table_row, len(self.layers))
+        return lowrank.shrink(
+            x,
+            context.adapters,
+            self.table_row,
+            len(self.layers),
+        )
 
     def backward_b(
         self,
@@ -141,7 +159,10 @@ class LinearGroup:
         if grad_shrunk is not None:
             in_features = self.layers[0].in_features
             grad_x = lowrank.shrink_backward(
-                grad_shrunk, context.adapters, self.table_row, in_features
+                grad_shrunk,
+                context.adapters,
+                self.table_row,
+                in_features,
             )
         for number, grad_output in enumerate(grad_outputs):
             weight = self._backward_weight(number, context)
@@ -170,7 +191,10 @@ class LinearGroup:
         if grad_shrunk is not None:
             assert x is not None
             lowrank.shrink_weight_gradient(
-                x, grad_shrunk, context.adapters, self.table_row
+                x,
+                grad_shrunk,
+                context.adapters,
+                self.table_row,
             )
 
     def _backward_weight(self, number: int, context: PassContext) -> torch.Tensor:

@@ -37,8 +37,20 @@ def shrink(
     Returns:
         [count, tokens, rank]; uninitialised where a slot has no adapter on a layer.
     """
-    shrunk = torch.empty(count, len(x), tables.rank, dtype=x.dtype, device=x.device)
-    _launch_shrink(x, shrunk, tables, layer, through_b=False)
+    shrunk = torch.empty(
+        count,
+        len(x),
+        tables.rank,
+        dtype=x.dtype,
+        device=x.device,
+    )
+    _launch_shrink(
+        x,
+        shrunk,
+        tables,
+        layer,
+        through_b=False,
+    )
     return shrunk
 
 
@@ -59,7 +71,13 @@ def expand(
     Returns:
         [tokens, out_features]; zero where a slot has no adapter on the layer.
     """
-    return _launch_expand(shrunk[None], tables, layer, width, through_a=False)
+    return _launch_expand(
+        shrunk[None],
+        tables,
+        layer,
+        width,
+        through_a=False,
+    )
 
 
 def expand_backward(
@@ -78,8 +96,20 @@ def expand_backward(
         tables: The slots.
         layer: The layer's row in the slots' tables.
     """
-    _launch_weight_gradient(grad_output, shrunk[None], tables, layer, of_b=True)
-    _launch_shrink(grad_output, grad_shrunk[None], tables, layer, through_b=True)
+    _launch_weight_gradient(
+        grad_output,
+        shrunk[None],
+        tables,
+        layer,
+        of_b=True,
+    )
+    _launch_shrink(
+        grad_output,
+        grad_shrunk[None],
+        tables,
+        layer,
+        through_b=True,
+    )
 
 
 def shrink_backward(
@@ -99,7 +129,13 @@ def shrink_backward(
     Returns:
         [tokens, in_features].
     """
-    return _launch_expand(grad_shrunk, tables, layer, width, through_a=True)
+    return _launch_expand(
+        grad_shrunk,
+        tables,
+        layer,
+        width,
+        through_a=True,
+    )
 
 
 def shrink_weight_gradient(
@@ -116,7 +152,13 @@ def shrink_weight_gradient(
         tables: The slots.
         layer: First layer, a row of the slots' tables.
     """
-    _launch_weight_gradient(x, grad_shrunk, tables, layer, of_b=False)
+    _launch_weight_gradient(
+        x,
+        grad_shrunk,
+        tables,
+        layer,
+        of_b=False,
+    )
 
 
 def _launch_shrink(
@@ -154,7 +196,14 @@ def _launch_shrink(
     constants = (
         through_b, dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
     )  # fmt: skip
-    launch(shrink_kernel, grid, arguments, constants, warps, stages)
+    launch(
+        shrink_kernel,
+        grid,
+        arguments,
+        constants,
+        warps,
+        stages,
+    )
 
 
 def _launch_expand(
@@ -171,7 +220,12 @@ def _launch_expand(
     # Through A the gradient of the input is computed: it is 0 where dropout dropped the input.
     dropout = tables.has_dropout and through_a
     warps = 8 if tables.tile_tokens == 64 else 4
-    y = torch.empty(tokens, width, dtype=shrunk.dtype, device=shrunk.device)
+    y = torch.empty(
+        tokens,
+        width,
+        dtype=shrunk.dtype,
+        device=shrunk.device,
+    )
     grid = (triton.cdiv(width, outer_block), len(tables.tiles), 1)
     arguments = (
         y,
@@ -187,7 +241,14 @@ def _launch_expand(
         through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, rank_block,
         outer_block,
     )  # fmt: skip
-    launch(expand_kernel, grid, arguments, constants, warps, 2)
+    launch(
+        expand_kernel,
+        grid,
+        arguments,
+        constants,
+        warps,
+        2,
+    )
     return y
 
 
@@ -221,4 +282,9 @@ def _launch_weight_gradient(
         rank_block,
         outer_block,
     )
-    launch(weight_gradient_kernel, grid, arguments, constants)
+    launch(
+        weight_gradient_kernel,
+        grid,
+        arguments,
+        constants,
+    )

@@ -55,7 +55,12 @@ def _drop(
     columns,
 ):
     """Set what dropout drops to 0 [tokens, columns]; `_load_scaling` scales up the rest."""
-    keeps = _dropout_keeps(span, table, tokens, columns)
+    keeps = _dropout_keeps(
+        span,
+        table,
+        tokens,
+        columns,
+    )
     return tl.where(keeps, values, tl.zeros_like(values))
 
 
@@ -76,25 +81,45 @@ def _matrix(
 @triton.jit
 def _matrix_a(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """A [rank, in_features]."""
-    return _matrix(table, 0, dtype, ALIGNED)
+    return _matrix(
+        table,
+        0,
+        dtype,
+        ALIGNED,
+    )
 
 
 @triton.jit
 def _matrix_b(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """B [out_features, rank]."""
-    return _matrix(table, 1, dtype, ALIGNED)
+    return _matrix(
+        table,
+        1,
+        dtype,
+        ALIGNED,
+    )
 
 
 @triton.jit
 def _gradient_a(table, ALIGNED: tl.constexpr):
     """The gradient of A [rank, in_features], always float32."""
-    return _matrix(table, 2, tl.float32, ALIGNED)
+    return _matrix(
+        table,
+        2,
+        tl.float32,
+        ALIGNED,
+    )
 
 
 @triton.jit
 def _gradient_b(table, ALIGNED: tl.constexpr):
     """The gradient of B [out_features, rank], always float32."""
-    return _matrix(table, 3, tl.float32, ALIGNED)
+    return _matrix(
+        table,
+        3,
+        tl.float32,
+        ALIGNED,
+    )
 
 
 @triton.jit
@@ -152,7 +177,12 @@ def shrink_kernel(
     TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """shrunk = x Aᵀ of one layer for a tile of tokens; THROUGH_B: scaling · x B, its gradient."""
-    first, span, table = _load_tile(tiles, spans, tables, stride)
+    first, span, table = _load_tile(
+        tiles,
+        spans,
+        tables,
+        stride,
+    )
     # Programs that read the same tokens are next to each other, so that a cache may hold them.
     rank_blocks: tl.constexpr = RANK // RANK_BLOCK
     layer = tl.program_id(0) // rank_blocks
@@ -178,20 +208,43 @@ def shrink_kernel(
     for begin in range(0, width, INNER_BLOCK):
         inner = begin + tl.arange(0, INNER_BLOCK)
         inner_mask = inner < width
-        values = _load_elements(x, tokens, inner, width, token_mask, inner_mask)
+        values = _load_elements(
+            x,
+            tokens,
+            inner,
+            width,
+            token_mask,
+            inner_mask,
+        )
         if DROPOUT:
-            values = _drop(values, span, table, tokens - start, inner)
+            values = _drop(
+                values,
+                span,
+                table,
+                tokens - start,
+                inner,
+            )
         if THROUGH_B:
             weight_offsets = inner[:, None] * rank + ranks[None, :]
         else:
             weight_offsets = ranks[None, :] * width + inner[:, None]
         weight_mask = inner_mask[:, None] & (ranks < rank)[None, :]
         weights = tl.load(weight + weight_offsets, mask=weight_mask, other=0.0)
-        total = tl.dot(values, weights, total, input_precision="ieee")
+        total = tl.dot(
+            values,
+            weights,
+            total,
+            input_precision="ieee",
+        )
     if THROUGH_B:
         total *= _load_scaling(span, table)
     rows = layer.to(tl.int64) * token_count + tokens[:, None]
-    store_rounded(shrunk, rows * RANK + ranks[None, :], total, token_mask[:, None])
+    store_rounded(
+        shrunk,
+        rows * RANK + ranks[None, :],
+        total,
+        token_mask[:, None],
+    )
 
 
 @triton.jit
@@ -205,14 +258,26 @@ def _expand_product(
     for begin in tl.static_range(0, RANK, RANK_BLOCK):
         ranks = begin + tl.arange(0, RANK_BLOCK)
         rank_mask = ranks < rank
-        values = _load_elements(shrunk, tokens, ranks, RANK, token_mask, rank_mask)
+        values = _load_elements(
+            shrunk,
+            tokens,
+            ranks,
+            RANK,
+            token_mask,
+            rank_mask,
+        )
         if THROUGH_A:
             weight_offsets = ranks[:, None] * width + outer[None, :]
         else:
             weight_offsets = outer[None, :] * rank + ranks[:, None]
         weight_mask = rank_mask[:, None] & outer_mask[None, :]
         weights = tl.load(weight + weight_offsets, mask=weight_mask, other=0.0)
-        total = tl.dot(values, weights, total, input_precision="ieee")
+        total = tl.dot(
+            values,
+            weights,
+            total,
+            input_precision="ieee",
+        )
     return total
 
 
@@ -224,7 +289,12 @@ def expand_kernel(
     RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = scaling · shrunk Bᵀ for a tile of tokens; THROUGH_A: the sum of shrunk A over layers."""
-    first, span, table = _load_tile(tiles, spans, tables, stride)
+    first, span, table = _load_tile(
+        tiles,
+        spans,
+        tables,
+        stride,
+    )
     start = tl.load(span)
     stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
@@ -249,12 +319,23 @@ def expand_kernel(
             if not THROUGH_A:
                 total *= _load_scaling(span, table)
             if DROPOUT:
-                total = _drop(total, span, table, tokens - start, outer)
+                total = _drop(
+                    total,
+                    span,
+                    table,
+                    tokens - start,
+                    outer,
+                )
             result += total
         table += 8
         shrunk += token_count.to(tl.int64) * RANK
     mask = token_mask[:, None] & outer_mask[None, :]
-    store_rounded(y, tokens[:, None] * width + outer[None, :], result, mask)
+    store_rounded(
+        y,
+        tokens[:, None] * width + outer[None, :],
+        result,
+        mask,
+    )
 
 
 # Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
@@ -285,12 +366,30 @@ def weight_gradient_kernel(
     for begin in range(start, stop, TOKENS):
         tokens = begin + tl.arange(0, TOKENS)
         token_mask = tokens < stop
-        values = _load_elements(x, tokens, outer, width, token_mask, outer_mask)
+        values = _load_elements(
+            x,
+            tokens,
+            outer,
+            width,
+            token_mask,
+            outer_mask,
+        )
         if DROPOUT:
-            values = _drop(values, span, table, tokens - start, outer)
+            values = _drop(
+                values,
+                span,
+                table,
+                tokens - start,
+                outer,
+            )
         shrunk_offsets = tokens[:, None] * RANK + ranks[None, :]
         low_rank = tl.load(shrunk + shrunk_offsets, mask=token_mask[:, None], other=0.0)
-        total = tl.dot(tl.trans(values), low_rank, total, input_precision="ieee")
+        total = tl.dot(
+            tl.trans(values),
+            low_rank,
+            total,
+            input_precision="ieee",
+        )
     # For A the scaling is in `shrunk` already, which holds the gradient that came through B.
     if OF_B:
         total *= _load_scaling(span, table)

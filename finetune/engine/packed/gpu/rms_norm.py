@@ -39,7 +39,13 @@ def rms_norm(
     residual_argument = y if residual is None else residual
     arguments = (x, weight, y, inverse_rms, residual_argument, columns, epsilon)
     block, warps = _row_block(columns)
-    launch(_rms_norm_kernel, (rows, 1, 1), arguments, (copy_input, block), warps)
+    launch(
+        _rms_norm_kernel,
+        (rows, 1, 1),
+        arguments,
+        (copy_input, block),
+        warps,
+    )
     return y, inverse_rms, residual
 
 
@@ -77,7 +83,13 @@ def rms_norm_backward(
     )
     block, warps = _row_block(columns)
     constants = (grad_residual is not None, block)
-    launch(_rms_norm_backward_kernel, (rows, 1, 1), arguments, constants, warps)
+    launch(
+        _rms_norm_backward_kernel,
+        (rows, 1, 1),
+        arguments,
+        constants,
+        warps,
+    )
     return grad_x
 
 
@@ -108,7 +120,12 @@ def _rms_norm_kernel(
     # Rounded before it is multiplied by the weight, as in transformers.
     normalized = (x_float32 * scale).to(y.dtype.element_ty).to(tl.float32)
     weights = load_float32(weight, column, mask)
-    store_rounded(y + first, column, normalized * weights, mask)
+    store_rounded(
+        y + first,
+        column,
+        normalized * weights,
+        mask,
+    )
     tl.store(inverse_rms + row, scale)
 
 
@@ -130,4 +147,9 @@ def _rms_norm_backward_kernel(
     result = (grad_normalized - normalized * projection) * scale
     if ADD_RESIDUAL:
         result += load_float32(grad_residual + first, column, mask)
-    store_rounded(grad_x + first, column, result, mask)
+    store_rounded(
+        grad_x + first,
+        column,
+        result,
+        mask,
+    )

@@ -34,7 +34,12 @@ def apply_rotary(
     block = triton.next_power_of_2(head_dim // 2)
     arguments = (x, cos, sin, output, heads, head_dim, sign)
     grid = (tokens, triton.cdiv(heads, HEADS), 1)
-    launch(_rotary_kernel, grid, arguments, (HEADS, block))
+    launch(
+        _rotary_kernel,
+        grid,
+        arguments,
+        (HEADS, block),
+    )
     return output
 
 
@@ -64,5 +69,15 @@ def _rotary_kernel(
     mask = (head < heads)[:, None] & column_mask[None, :]
     first = load_float32(x, offsets, mask)
     second = load_float32(x + half, offsets, mask)
-    store_rounded(output, offsets, first * c - second * s, mask)
-    store_rounded(output + half, offsets, second * c + first * s, mask)
+    store_rounded(
+        output,
+        offsets,
+        first * c - second * s,
+        mask,
+    )
+    store_rounded(
+        output + half,
+        offsets,
+        second * c + first * s,
+        mask,
+    )

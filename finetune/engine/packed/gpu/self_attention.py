@@ -66,9 +66,17 @@ class SelfAttention:
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
-        self._qkv = linear_group(attention_module, module_name, qkv, table_rows)
+        self._qkv = linear_group(
+            attention_module,
+            module_name,
+            qkv,
+            table_rows,
+        )
         self._output = linear_group(
-            attention_module, module_name, ("o_proj",), table_rows
+            attention_module,
+            module_name,
+            ("o_proj",),
+            table_rows,
         )
         self._norm = module.input_layernorm
         self._head_norms: dict[str, Any] = {}
@@ -96,7 +104,10 @@ class SelfAttention:
         normalized: torch.Tensor | None
         # x itself is an activation: the sum is built in a copy of it.
         normalized, inverse_rms, residual = rms_norm(
-            x, self._norm.weight, self._norm.variance_epsilon, copy_input=True
+            x,
+            self._norm.weight,
+            self._norm.variance_epsilon,
+            copy_input=True,
         )
         outputs, shrunk_qkv = self._qkv.forward(normalized, context)
         # Only the gradient of an adapter's A reads it.
@@ -150,7 +161,12 @@ class SelfAttention:
                 head_norms[name] = _HeadNorm(x, inverse_rms)
             # Its backward pass needs the angles alone, so neither input nor output is kept for it.
             if self._rotary:
-                heads[name] = apply_rotary(heads[name], context.cos, context.sin, 1.0)
+                heads[name] = apply_rotary(
+                    heads[name],
+                    context.cos,
+                    context.sin,
+                    1.0,
+                )
         return heads, head_norms
 
     def backward(
@@ -204,7 +220,10 @@ class SelfAttention:
         self._output.backward_a(trace.output.flatten(1), grad_shrunk, context)
         rotation = (context.cos, context.sin) if self._rotary else None
         grads = attention_backward(
-            grad_attention.view(trace.output.shape), trace, context.spans, rotation
+            grad_attention.view(trace.output.shape),
+            trace,
+            context.spans,
+            rotation,
         )
         # `grad_heads` alone refers to the gradients then: each is freed once a norm's replaces it.
         del grad_attention
@@ -214,6 +233,9 @@ class SelfAttention:
             grad = grad_heads[name].view(-1, self._head_dim)
             weight = self._head_norms[name].weight
             grad_heads[name] = rms_norm_backward(
-                grad, head_norm.x, weight, head_norm.inverse_rms
+                grad,
+                head_norm.x,
+                weight,
+                head_norm.inverse_rms,
             )
         return list(grad_heads.values())

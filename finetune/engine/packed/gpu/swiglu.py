@@ -24,7 +24,12 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     output = torch.empty_like(gate)
     count = gate.numel()
     grid = (triton.cdiv(count, BLOCK), 1, 1)
-    launch(_swiglu_kernel, grid, (gate, up, output, count), (BLOCK,))
+    launch(
+        _swiglu_kernel,
+        grid,
+        (gate, up, output, count),
+        (BLOCK,),
+    )
     return output
 
 
@@ -48,7 +53,12 @@ def swiglu_backward(
     count = gate.numel()
     grid = (triton.cdiv(count, BLOCK), 1, 1)
     arguments = (grad_output, gate, up, count)
-    launch(_swiglu_backward_kernel, grid, arguments, (recompute_output, BLOCK))
+    launch(
+        _swiglu_backward_kernel,
+        grid,
+        arguments,
+        (recompute_output, BLOCK),
+    )
     return grad_output if recompute_output else None
 
 
@@ -66,7 +76,12 @@ def _swiglu_kernel(
     mask = offsets < count
     g = load_float32(gate, offsets, mask)
     u = load_float32(up, offsets, mask)
-    store_rounded(output, offsets, g * tl.sigmoid(g) * u, mask)
+    store_rounded(
+        output,
+        offsets,
+        g * tl.sigmoid(g) * u,
+        mask,
+    )
 
 
 @triton.jit
@@ -88,7 +103,22 @@ def _swiglu_backward_kernel(
     # silu(g) = g · sigmoid(g) has the derivative sigmoid(g) · (1 + g · (1 - sigmoid(g))).
     grad_gate = grad * u * sigmoid * (1 + g * (1 - sigmoid))
     grad_up = grad * g * sigmoid
-    store_rounded(gate, offsets, grad_gate, mask)
-    store_rounded(up, offsets, grad_up, mask)
+    store_rounded(
+        gate,
+        offsets,
+        grad_gate,
+        mask,
+    )
+    store_rounded(
+        up,
+        offsets,
+        grad_up,
+        mask,
+    )
     if RECOMPUTE_OUTPUT:
-        store_rounded(grad_output, offsets, g * sigmoid * u, mask)
+        store_rounded(
+            grad_output,
+            offsets,
+            g * sigmoid * u,
+            mask,
+        )
