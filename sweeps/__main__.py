@@ -191,9 +191,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _confirm(arguments: argparse.Namespace) -> None:
+    study = _find_study_for_work(arguments.study)
+    # Loads torch: after a wrong name is refused, and after the libraries are quiet.
     from sweeps.answer.confirm import confirm
 
-    study = _find_study_for_work(arguments.study)
     confirm(study, arguments.seeds, arguments.top)
     _conclude(study)
 

@@ -415,3 +415,23 @@ def test_a_broken_study_costs_the_list_no_other(
         "error: …outputs/sweeps/empty: its storage knows no study empty",
         reported.stderr.strip(),
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "s9"),
+        ("best", "s9"),
+        ("report", "s9"),
+        ("stop", "s9", "0"),
+        ("confirm", "s9"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_study_that_is_not_there_is_refused_before_torch_loads(
+    arguments: tuple[str, ...], workplace: Workplace
+) -> None:
+    outcome = workplace.call(*arguments, module="sweeps")
+
+    assert outcome.error.startswith("s9: no such study; allowed: a study's folder")
+    assert not outcome.torch_imported
