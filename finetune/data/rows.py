@@ -356,11 +356,11 @@ def _all_left_out(
         count: The number of the split's rows.
         in_evaluation: Some stand not in training, but among the evaluation rows.
     """
-    others = "in training"
+    reason = "also stand in training"
     if in_evaluation:
-        others += " or among the evaluation rows"
+        reason += " or among the evaluation rows"
         if settings.eval_path is not None:
-            others += f" (dataset.eval_path={settings.eval_path})"
+            reason += f" (dataset.eval_path={settings.eval_path})"
     rows = f"all {count} rows"
     key = f"{split}_path"
     value = getattr(settings, key)
@@ -374,4 +374,4 @@ def _all_left_out(
         else:
             key = f"{split}_fraction"
             value = getattr(settings, key)
-    return refusal(f"dataset.{key}", value, f"{rows} also stand {others}")
+    return refusal(f"dataset.{key}", value, f"{rows} {reason}")
