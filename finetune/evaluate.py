@@ -90,21 +90,12 @@ def _compare(folder: str, data: str) -> Comparison:
 
     run = load_run(folder)
     tokens = tokenize(
-        "test",
-        rows,
-        run.tokenizer,
-        settings,
-        run.config.model.template_kwargs,
+        "test", rows, run.tokenizer, settings, run.config.model.template_kwargs
     )
     batch_size = config.trainer.per_device_eval_batch_size
     # The base first: attaching the adapter may change it.
     log.info("evaluating the base")
-    base = evaluate(
-        run.base,
-        tokens,
-        batch_size,
-        config.quantization,
-    )
+    base = evaluate(run.base, tokens, batch_size, config.quantization)
     log.info("evaluating the adapter")
     adapter = evaluate(
         run.with_adapter(),

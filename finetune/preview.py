@@ -72,13 +72,7 @@ def _preview(config: RunConfig, split: str, count: int) -> Preview:
         if not config.model.trust_remote_code:
             import_transformers_without_torch()
         quiet_libraries()
-        return preview_rows(
-            config,
-            resources,
-            split,
-            count,
-            notes,
-        )
+        return preview_rows(config, resources, split, count, notes)
 
 
 def _no_rows(config: RunConfig, split: str) -> ConfigError:

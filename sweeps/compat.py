@@ -106,11 +106,7 @@ def claim_waiting_trial(
         row.state = TrialState.RUNNING
         row.datetime_start = datetime.now()
         storage._set_trial_attr_without_commit(
-            session,
-            attributes,
-            trial_id,
-            attribute,
-            token,
+            session, attributes, trial_id, attribute, token
         )
     return True
 

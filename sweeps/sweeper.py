@@ -49,10 +49,7 @@ class StudySweeper(Sweeper):
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
         draft = draft_session(
-            self._config,
-            self._hydra_context,
-            self._values,
-            arguments,
+            self._config, self._hydra_context, self._values, arguments
         )
 
         # After the checks, because these modules load torch.
@@ -88,12 +85,7 @@ def _enqueue(study: "Study", draft: "Draft") -> bool:
         )
     else:
         advice = f"hydra.sweeper.n_trials={finished + total} goes on"
-    log.info(
-        "study %s is full (%d trials): %s",
-        study.name,
-        finished,
-        advice,
-    )
+    log.info("study %s is full (%d trials): %s", study.name, finished, advice)
     return False
 
 

@@ -101,12 +101,7 @@ def show_address(key: str, address: str) -> str:
     """Return an address without password and query."""
     url = parse_address(key, address)
     public = url.create(
-        url.drivername,
-        url.username,
-        None,
-        url.host,
-        url.port,
-        url.database,
+        url.drivername, url.username, None, url.host, url.port, url.database
     )
     return public.render_as_string()
 

@@ -102,19 +102,9 @@ def read_all_rows(
     def create(draft: Path) -> None:
         nonlocal is_new
         is_new = True
-        _read(
-            draft,
-            opened,
-            settings,
-            with_ties,
-        )
+        _read(draft, opened, settings, with_ties)
 
-    all_rows = load_cached(
-        "rows",
-        key,
-        create,
-        _load,
-    )
+    all_rows = load_cached("rows", key, create, _load)
     if not is_new:
         all_rows.report.repeat()
     return all_rows
@@ -154,12 +144,7 @@ def _read_without_key(
 ) -> AllRows:
     """Read rows of which nothing tells whether they are those of the last time: always anew."""
     with draft_folder(cache_folder() / "rows", "unidentified") as draft:
-        _read(
-            draft,
-            opened,
-            settings,
-            with_ties,
-        )
+        _read(draft, opened, settings, with_ties)
         # All files count: the same rows may be divided otherwise, and have other ties.
         key = file_identity(DataFile(str(draft)))
         assert key is not None
@@ -191,12 +176,7 @@ def _read(
         for split, paths in opened.items():
             start = len(writer)
             for path in paths:
-                read_path(
-                    path,
-                    formats,
-                    report,
-                    writer,
-                )
+                read_path(path, formats, report, writer)
                 if split == "train":
                     source_ends.append(len(writer))
             splits[split] = [start, len(writer)]

@@ -95,12 +95,7 @@ class Chat:
             places = (
                 None if self.tools else content_places(self.messages[: last + 1], text)
             )
-            answer = self._find(
-                text,
-                last,
-                places,
-                self._last_answer,
-            )
+            answer = self._find(text, last, places, self._last_answer)
             if answer is None:
                 self._require_rendered(text, last)
                 unlearnt[NOT_WHOLE] += 1
@@ -109,12 +104,7 @@ class Chat:
                 self._require_rendered(text, last)
             answers = [answer]
             for turn in pending:
-                earlier = self._find(
-                    text,
-                    turn,
-                    places,
-                    self._earlier_answer,
-                )
+                earlier = self._find(text, turn, places, self._earlier_answer)
                 if earlier is not None:
                     answers.append(earlier)
             answers.sort(key=lambda answer: answer.turn)
@@ -143,13 +133,7 @@ class Chat:
             answer = search(text, turn)
             return None if answer is None else (answer.start, answer.end)
 
-        span = self.frames.locate(
-            self.messages,
-            places,
-            text,
-            turn,
-            exact,
-        )
+        span = self.frames.locate(self.messages, places, text, turn, exact)
         return None if span is None else Answer(turn, *span)
 
     def _require_rendered(self, text: str, last: int) -> None:

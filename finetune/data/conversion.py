@@ -126,12 +126,7 @@ class RowConverter:
         self._require_columns(layout, row, where)
         columns = layout.columns_of(row)
         content = FORMATS[layout.format].convert(
-            Cells(
-                row,
-                columns,
-                where,
-                self._ignored_keys,
-            )
+            Cells(row, columns, where, self._ignored_keys)
         )
         if content is not None:
             content = drop_ignored(content, self._settings.ignore)
@@ -139,12 +134,7 @@ class RowConverter:
         used = set(columns.values())
         refuse_media(row, used, where)
         if layout.format != "text":
-            refuse_marked(
-                row,
-                used,
-                answered,
-                where,
-            )
+            refuse_marked(row, used, answered, where)
         if content is None:
             self._refuse_mixture(layout, row, where)
         self._note_columns(row, columns)

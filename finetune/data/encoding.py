@@ -132,11 +132,7 @@ class Encoder:
         assert self.template is not None
         messages = [self.template.without_end(message) for message in messages]
         chat = Chat(
-            self.template,
-            messages,
-            tools,
-            self._tokenizer.eos_token,
-            self._frames,
+            self.template, messages, tools, self._tokenizer.eos_token, self._frames
         )
         examples, unlearnt = chat.examples(last_only)
         if self._loss_on == "all" and examples:

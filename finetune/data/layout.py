@@ -69,12 +69,7 @@ def find_layout(settings: DatasetSettings, row: RawRow, where: str) -> Layout:
     given: _Names = {purpose: (column,) for purpose, column in settings.columns.items()}
     if settings.template is not None:
         given["prompt"] = (TEMPLATE_KEY,)
-    name, required = _required_columns(
-        settings,
-        given,
-        row,
-        where,
-    )
+    name, required = _required_columns(settings, given, row, where)
     optional = dict(FORMATS[name].optional)
     for purpose, names in given.items():
         if purpose in required:
@@ -126,12 +121,7 @@ def _required_columns(
     if "messages" in given:
         return "chat", {"messages": given["messages"]}
     if "prompt" in given or "completion" in given:
-        return _completed_pair(
-            settings,
-            given,
-            row,
-            where,
-        )
+        return _completed_pair(settings, given, row, where)
     if text_field != "text" and text_field in row:
         return "text", {"text": (text_field,)}
     usual = detect(row)

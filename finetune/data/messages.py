@@ -118,30 +118,15 @@ def _message(turn: Any, where: str, ignored: Collection[str]) -> Message:
     role = _role(fields, where)
     if not has_content:
         raise ConfigError(f"{where}: {_REQUIRED}, as text")
-    content = _either(
-        fields,
-        "content",
-        "value",
-        where,
-    )
+    content = _either(fields, "content", "value", where)
     if role in CALL_ROLES:
         message: Message = {"role": "assistant", "content": ""}
-        _add(
-            message,
-            "tool_calls",
-            content,
-            where,
-        )
+        _add(message, "tool_calls", content, where)
     else:
         message = {"role": role, "content": _text(content, where)}
     for key, value in fields.items():
         if key not in {"role", "from", "content", "value"} | _IDENTIFIERS:
-            _add(
-                message,
-                key,
-                value,
-                where,
-            )
+            _add(message, key, value, where)
     return message
 
 
@@ -223,35 +208,18 @@ def _add(
 ) -> None:
     """Add a key to a message under its name in the common form, unless it holds nothing."""
     if key in ("train", "weight"):
-        _mark(
-            message,
-            key,
-            value,
-            where,
-        )
+        _mark(message, key, value, where)
     elif value in ("", [], {}):
         return
     elif key in ("tool_calls", "function_call"):
         calls = normalize_tool_calls(value, where)
         _require_assistant(message, key, where)
-        _set(
-            message,
-            "tool_calls",
-            calls,
-            key,
-            where,
-        )
+        _set(message, "tool_calls", calls, key, where)
     elif key == "reasoning" or key in REASONING_KEYS:
         if not isinstance(value, str):
             raise ConfigError(f"{where}: {key} is no text but {type(value).__name__}")
         name = "reasoning_content" if key == "reasoning" else key
-        _set(
-            message,
-            name,
-            value,
-            key,
-            where,
-        )
+        _set(message, name, value, key, where)
     else:
         message[key] = value
 

@@ -57,12 +57,7 @@ def open_path(
             path,
             [open_source(key, path, settings)],
         )
-    sources = open_files(
-        key,
-        path,
-        files,
-        settings,
-    )
+    sources = open_files(key, path, files, settings)
     return OpenedPath(
         key,
         path,
@@ -87,12 +82,7 @@ def read_path(
     """
     key, shown_path = opened.key, opened.shown_path
     first = len(writer)
-    reader = _Reader(
-        key,
-        shown_path,
-        formats,
-        writer,
-    )
+    reader = _Reader(key, shown_path, formats, writer)
     for source in opened.sources:
         reader.read(source)
         if source.commit is not None:
@@ -178,10 +168,7 @@ class _Reader:
         where = f"{self._key}={source.name}: row {number}"
         group = self._group(where, raw_row)
         content = self.converter.convert(
-            raw_row,
-            source.name,
-            number,
-            source.class_names,
+            raw_row, source.name, number, source.class_names
         )
         if content is not None:
             row = Row(

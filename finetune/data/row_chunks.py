@@ -57,12 +57,7 @@ def map_chunks(task: Task[Result], rows: Sequence[Row], title: str) -> Iterator[
             f"{len(rows):,}",
             processes,
         )
-        results = _map_in_processes(
-            task,
-            rows,
-            starts,
-            processes,
-        )
+        results = _map_in_processes(task, rows, starts, processes)
     else:
         results = (task(rows[start : start + CHUNK_ROWS]) for start in starts)
     with progress_bar(title, len(rows)) as bar:

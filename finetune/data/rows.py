@@ -97,23 +97,13 @@ def load_rows(settings: DatasetSettings) -> Rows:
     def create(draft: Path) -> None:
         nonlocal is_new
         is_new = True
-        _save_split(
-            draft,
-            settings,
-            files,
-            all_rows,
-        )
+        _save_split(draft, settings, files, all_rows)
 
     def load(folder: Path) -> tuple[Rows, Report]:
         return _load_split(folder, all_rows)
 
     key = _split_key(settings, all_rows)
-    rows, report = load_cached(
-        "splits",
-        key,
-        create,
-        load,
-    )
+    rows, report = load_cached("splits", key, create, load)
     if not is_new:
         report.repeat(start=len(all_rows.report.lines))
     return rows
@@ -123,14 +113,7 @@ def _open_training(settings: DatasetSettings, files: SplitFiles) -> list[OpenedP
     opened = []
     for path, split_files in files.items():
         training_files = split_files.get("train")
-        opened.append(
-            open_path(
-                "dataset.path",
-                path,
-                training_files,
-                settings,
-            )
-        )
+        opened.append(open_path("dataset.path", path, training_files, settings))
     return opened
 
 
@@ -176,12 +159,7 @@ def _save_split(
 ) -> None:
     """Divide all rows, and write which rows each split has."""
     report = copy.deepcopy(all_rows.report)
-    numbers = _divide(
-        settings,
-        files,
-        all_rows,
-        report,
-    )
+    numbers = _divide(settings, files, all_rows, report)
     digests = {split: KeyDigest() for split in SPLITS}
     systems: set[str | None] = set()
     whole_digest = ListDigest()
@@ -249,13 +227,7 @@ def _divide(
     ties = all_rows.ties
     pool = all_rows.pool
     splits = set(HELD_OUT) - set(all_rows.file_splits)
-    order, parts = divide_rows(
-        settings,
-        pool,
-        ties,
-        splits,
-        report,
-    )
+    order, parts = divide_rows(settings, pool, ties, splits, report)
     held_out: dict[str, Sequence[int]] = {**parts, **all_rows.file_splits}
     twins = ties.tied_to(order, pool) if ties is not None else set()
     fingerprints: set[str] = set()
@@ -274,12 +246,7 @@ def _divide(
         reason = f"{split} rows that also stand in training or twice"
         report.drop(reason, count - len(unique))
         held_out[split] = unique
-    weighted = weigh_rows(
-        order,
-        all_rows.source_ends,
-        settings,
-        report,
-    )
+    weighted = weigh_rows(order, all_rows.source_ends, settings, report)
     train = weighted[: settings.limit]
     if not train:
         reason = "no rows are left to train on"
@@ -312,14 +279,7 @@ def load_all_rows(key: str, settings: DatasetSettings) -> StoredRows:
     opened = []
     for source in settings.sources:
         files = files_for_split("test", key, source.path)
-        opened.append(
-            open_path(
-                key,
-                source.path,
-                files,
-                settings,
-            )
-        )
+        opened.append(open_path(key, source.path, files, settings))
     all_rows = read_all_rows({"train": opened}, settings, with_ties=False)
     return all_rows.rows(range(all_rows.count))
 

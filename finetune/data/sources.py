@@ -82,12 +82,7 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         allowed = f"python_docs, a hub id (owner/name), a {ANY_FILE}, a folder"
         raise refusal(key, path, f"no such file or folder; allowed: {allowed}")
     dataset, commit = _hub_dataset(key, path, settings)
-    rows = _checked(
-        key,
-        path,
-        dataset,
-        settings,
-    )
+    rows = _checked(key, path, dataset, settings)
     identity = None if commit is None else f"{commit} {settings.name} {settings.split}"
     return Source(
         path,
@@ -122,18 +117,8 @@ def open_files(
 
 def _open_file(key: str, name: str, settings: DatasetSettings) -> Source:
     identity = file_identity(DataFile(name))
-    file_rows = _read_unchanged(
-        key,
-        name,
-        settings,
-        identity,
-    )
-    rows = _checked(
-        key,
-        name,
-        file_rows,
-        settings,
-    )
+    file_rows = _read_unchanged(key, name, settings, identity)
+    rows = _checked(key, name, file_rows, settings)
     folder = local_path(name)
     if is_saved_dataset(folder):
         names = saved_class_names(folder)
@@ -232,13 +217,7 @@ def _hub_dataset(
 
     instead = f"{key}=FILE takes a file from this machine"
     try:
-        dataset, commit, is_cached = ask_hub(
-            key,
-            path,
-            ask,
-            in_cache,
-            instead,
-        )
+        dataset, commit, is_cached = ask_hub(key, path, ask, in_cache, instead)
     except ConfigError:
         raise
     except (

@@ -55,19 +55,9 @@ def divide_rows(
             continue
         parts[split], order = take_groups(order, groups, count)
         if not parts[split]:
-            raise _all_tied(
-                split,
-                settings,
-                count,
-                groups,
-            )
+            raise _all_tied(split, settings, count, groups)
     if any(parts.values()):
-        _note_ties(
-            settings,
-            ties,
-            groups,
-            report,
-        )
+        _note_ties(settings, ties, groups, report)
     return order, parts
 
 

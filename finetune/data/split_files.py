@@ -51,12 +51,7 @@ def files_by_split(settings: DatasetSettings, path: str) -> dict[str, list[Path]
         reason = f"the folder has {file_names(all_files)}, and no file to train on"
         raise refusal(key, path, f"{reason}; {key}={all_files[0]} trains on it")
     if len(unnamed) < sum(map(len, files.values())):
-        _log_splits(
-            settings,
-            path,
-            files,
-            unnamed,
-        )
+        _log_splits(settings, path, files, unnamed)
     return files
 
 

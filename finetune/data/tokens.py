@@ -69,28 +69,13 @@ def tokenize(
     """
     if not rows:
         return Tokens.empty()
-    key = _cache_key(
-        rows,
-        tokenizer,
-        settings,
-        variables,
-    )
+    key = _cache_key(rows, tokenizer, settings, variables)
     encode = _EncodeRows(tokenizer, dict(variables or {}), settings)
 
     def create(folder: Path) -> None:
-        _encode_all(
-            folder,
-            split,
-            rows,
-            encode,
-        )
+        _encode_all(folder, split, rows, encode)
 
-    tokens = load_cached(
-        "tokens",
-        key,
-        create,
-        Tokens.load,
-    )
+    tokens = load_cached("tokens", key, create, Tokens.load)
     if settings.packing:
         tokens = _pack(tokens, key, settings)
     for line in tokens.report.lines(split, settings.max_length):
@@ -278,12 +263,7 @@ class _EncodeRows:
         ids, labels = array("i"), array("i")
         for number, row in zip(rows.numbers.tolist(), rows, strict=True):
             _note_row(row, report, self.encoder.template)
-            for example in encode_row(
-                row,
-                self.encoder,
-                self.settings,
-                report,
-            ):
+            for example in encode_row(row, self.encoder, self.settings, report):
                 report.examples += 1
                 ids.extend(example.ids[: self.settings.max_length])
                 labels.extend(example.labels[: self.settings.max_length])

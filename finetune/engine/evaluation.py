@@ -128,12 +128,7 @@ def evaluate(
         for start in range(0, len(rows), batch_size):
             batch_indices = order[start : start + batch_size]
             batch = [rows[index] for index in batch_indices]
-            predictions = predict(
-                model,
-                batch,
-                prefix_length,
-                prefix_cache,
-            )
+            predictions = predict(model, batch, prefix_length, prefix_cache)
             row_losses, row_tokens = predictions.sum_by_row(len(batch))
             for position, index in enumerate(batch_indices):
                 losses[index] = row_losses[position]
@@ -158,12 +153,7 @@ def packed_sequences_hold(
     """
     with evaluation_mode(model), autocast(quantization):
         compare = functools.partial(_compare_packed, model, 1)
-        return holds(
-            Shortcut.PACKED_SEQUENCES,
-            model,
-            tokens,
-            compare,
-        )
+        return holds(Shortcut.PACKED_SEQUENCES, model, tokens, compare)
 
 
 def _choose_batches(
@@ -184,12 +174,7 @@ def _choose_batches(
     if prefix_length:
         compare = functools.partial(_compare_shared_prefix, model)
         # This probe compares a row in a batch, so it covers rows together as well.
-        if holds(
-            Shortcut.SHARED_PREFIX,
-            model,
-            longest,
-            compare,
-        ):
+        if holds(Shortcut.SHARED_PREFIX, model, longest, compare):
             return batch_size, prefix_length
     if batch_size == 1:
         return 1, 0
@@ -198,12 +183,7 @@ def _choose_batches(
     if "seq_lengths" in examples[0]:
         shortcut = Shortcut.SEQUENCES_TOGETHER
         compare = functools.partial(_compare_packed, model, 2)
-    if not holds(
-        shortcut,
-        model,
-        longest,
-        compare,
-    ):
+    if not holds(shortcut, model, longest, compare):
         return 1, 0
     return batch_size, 0
 
@@ -225,12 +205,7 @@ def _compare_shared_prefix(model: torch.nn.Module, length: int) -> Comparison:
     shorter = _whole_row(prefix + probe_ids(model, 3, length + 6))
     batch = [longer, shorter]
     cache = compute_prefix(model, batch, length)
-    predictions = predict(
-        model,
-        batch,
-        length,
-        cache,
-    )
+    predictions = predict(model, batch, length, cache)
     plain = plain_logits(model, shorter["input_ids"])
     return predictions.logits_of(1), plain[length:-1]
 

@@ -65,12 +65,7 @@ def generate_answers(
     config = text_config_of(model.config)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     limits = [
-        _answer_limit(
-            length,
-            max_new_tokens,
-            max_length,
-            positions,
-        )
+        _answer_limit(length, max_new_tokens, max_length, positions)
         for length in lengths
     ]
     answers = [""] * len(prompts)
@@ -118,21 +113,11 @@ def _choose_way(
     if any(len(batch) > 1 for batch in batches):
         compare = functools.partial(_compare_steps, model, 2)
         # This probe is of cached steps too, so the next one is not needed.
-        if holds(
-            Shortcut.PROMPTS_TOGETHER,
-            model,
-            tokens,
-            compare,
-        ):
+        if holds(Shortcut.PROMPTS_TOGETHER, model, tokens, compare):
             return batches, True
     single_batches = [[row] for batch in batches for row in batch]
     compare = functools.partial(_compare_steps, model, 1)
-    use_cache = holds(
-        Shortcut.CACHED_STEPS,
-        model,
-        tokens,
-        compare,
-    )
+    use_cache = holds(Shortcut.CACHED_STEPS, model, tokens, compare)
     return single_batches, use_cache
 
 

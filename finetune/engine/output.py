@@ -72,18 +72,9 @@ class RunOutput:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
         else:
             log.info(
-                "step %d/%d  loss %.4f  %.0f tokens/s",
-                step,
-                self._total,
-                loss,
-                speed,
+                "step %d/%d  loss %.4f  %.0f tokens/s", step, self._total, loss, speed
             )
 
     def show_evaluation(self, step: int, loss: float) -> None:
         """Log the loss on held-out rows, in nats per token."""
-        log.info(
-            "step %d/%d  held-out loss %.4f",
-            step,
-            self._total,
-            loss,
-        )
+        log.info("step %d/%d  held-out loss %.4f", step, self._total, loss)

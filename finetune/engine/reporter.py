@@ -101,12 +101,7 @@ class Reporter:
             Diverged: The loss is not finite.
             RuntimeError: No gradient reaches the adapter.
         """
-        self.progress.add_step(
-            step,
-            loss,
-            tokens,
-            seconds,
-        )
+        self.progress.add_step(step, loss, tokens, seconds)
         # Before anything is logged: a diverged run ends here.
         self._check_loss(step, loss)
         self._check_gradient(step, grad_norm)

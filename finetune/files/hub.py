@@ -50,12 +50,7 @@ def ask_hub(
     except Exception:
         uncached = f"{reason} and nothing of it is cached; {instead}"
         raise refusal(key, name, uncached) from None
-    log.info(
-        "%s=%s: %s; using what is cached",
-        key,
-        name,
-        reason,
-    )
+    log.info("%s=%s: %s; using what is cached", key, name, reason)
     return answer
 
 

@@ -162,10 +162,4 @@ def _find_on_hub(name: str, revision: str | None) -> BaseSource:
         return BaseSource(location=name, name=name, revision=Path(snapshot).name)
 
     instead = "model.name_or_path=FOLDER takes a model folder from this machine"
-    return ask_hub(
-        "model.name_or_path",
-        name,
-        ask,
-        in_cache,
-        instead,
-    )
+    return ask_hub("model.name_or_path", name, ask, in_cache, instead)

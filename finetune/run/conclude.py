@@ -52,12 +52,7 @@ def conclude(
             log.info("evaluating %d test rows", len(prepared.test))
         metrics |= yield from evaluate_test_rows(prepared, training, folder)
     if context.interactive:
-        samples = sample_prompts(
-            prepared,
-            training,
-            folder,
-            context,
-        )
+        samples = sample_prompts(prepared, training, folder, context)
         if samples.asked:
             log.info("answering %d sample prompts after training", samples.asked)
         samples.after(tracker, progress.step)

@@ -62,20 +62,9 @@ def evaluate_finished_run(
             errors = survive_samples("after training")
         with (
             errors,
-            _open_adapter(
-                config,
-                folder,
-                resources,
-                test,
-            ) as opened,
+            _open_adapter(config, folder, resources, test) as opened,
         ):
-            samples = Samples(
-                config,
-                folder,
-                rows,
-                opened.generation_model,
-                resources,
-            )
+            samples = Samples(config, folder, rows, opened.generation_model, resources)
             # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers and samples.unasked:
                 log.info("answering %d sample prompts with the base", samples.unasked)
@@ -183,12 +172,7 @@ class _TrlAdapter:
 
     def evaluate(self) -> Evaluation:
         batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(
-            self.model,
-            self._test,
-            batch_size,
-            self._config.quantization,
-        )
+        return evaluate(self.model, self._test, batch_size, self._config.quantization)
 
     def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
         return contextlib.nullcontext(self.model)

@@ -157,13 +157,7 @@ def activation_elements(
     layer = _decoder_layer_elements(widths, config.lora.r, targets)
     if shapes.model_type == "qwen3":
         layer += widths.queries + widths.keys  # the inputs of the heads' own norms
-    return _decoder_elements(
-        layers,
-        widths,
-        layer,
-        checkpointing,
-        slots,
-    )
+    return _decoder_elements(layers, widths, layer, checkpointing, slots)
 
 
 def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Elements:

@@ -66,10 +66,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     lora_config(config.lora)  # raises for unknown arguments
     engine = choose_engine(config, source)
     config = resolve_checkpointing(
-        config,
-        engine,
-        resources,
-        context.checkpointed_bases,
+        config, engine, resources, context.checkpointed_bases
     )
     train = resources.tokens("train", rows.train, config)
     held_out = resources.tokens("eval", rows.evaluation, config)
@@ -81,13 +78,4 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         {"train": train, "eval": held_out, "test": test},
     )
     steps = total_steps(config, len(train))
-    return Prepared(
-        config,
-        engine,
-        rows,
-        tokenizer,
-        train,
-        held_out,
-        test,
-        steps,
-    )
+    return Prepared(config, engine, rows, tokenizer, train, held_out, test, steps)

@@ -181,13 +181,7 @@ def preview_rows(
             preview.shortest = _distinct_rows(by_length, tokens, split_rows)
             preview.longest = _distinct_rows(by_length[::-1], tokens, split_rows)
     split_rows = rows.by_split[split]
-    preview.shown = first_examples(
-        config,
-        tokenizer,
-        split,
-        split_rows,
-        count,
-    )
+    preview.shown = first_examples(config, tokenizer, split, split_rows, count)
     return preview
 
 
@@ -239,14 +233,7 @@ def first_examples(
     for row in rows.in_source_order():
         if not count:
             break
-        examples = list(
-            encode_row(
-                row,
-                encoder,
-                config.dataset,
-                report,
-            )
-        )
+        examples = list(encode_row(row, encoder, config.dataset, report))
         for index, example in enumerate(examples, start=1):
             tokens = tokens_of(example, tokenizer, config.dataset.max_length)
             shown.append(

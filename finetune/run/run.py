@@ -93,12 +93,7 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
             # With a full disk too: an online tracker still shows how the run ended.
             tracker.finish(result.status, final_summary(recorded))
     if result.context.interactive:
-        print_summary(
-            folder,
-            result,
-            recorded,
-            tracker,
-        )
+        print_summary(folder, result, recorded, tracker)
 
 
 def resume(path: str | Path) -> Objective:
@@ -180,29 +175,12 @@ def _train_and_conclude(
     while not context.resources.has_room(prepared.config, prepared.engine):
         yield None
     with contextlib.ExitStack() as stack:
-        training = yield from start_training(
-            prepared,
-            folder,
-            context.resources,
-            stack,
-        )
-        yield from train(
-            prepared,
-            training,
-            progress,
-            folder,
-            tracker,
-            context,
-        )
+        training = yield from start_training(prepared, folder, context.resources, stack)
+        yield from train(prepared, training, progress, folder, tracker, context)
         takes_best = prepared.config.objective_at == "best"
         result.metrics = progress.final_metrics(best=takes_best)
         final = yield from conclude(
-            prepared,
-            training,
-            progress,
-            folder,
-            tracker,
-            context,
+            prepared, training, progress, folder, tracker, context
         )
         del training
     result.metrics |= final

@@ -45,12 +45,7 @@ def check_sizes(
             than its table of positions.
     """
     base_config = read_base_config(source, config.model)
-    _check_token_ids(
-        config,
-        base_config,
-        tokenizer,
-        splits,
-    )
+    _check_token_ids(config, base_config, tokenizer, splits)
     _check_lengths(config, base_config, splits)
 
 

@@ -77,13 +77,7 @@ def start_training(
     model = stack.enter_context(resources.model(config))
     if config.dataset.packing:
         _require_separate_rows(model, prepared)
-    return TrlTraining(
-        config,
-        arguments,
-        model,
-        prepared.tokenizer,
-        prepared.train,
-    )
+    return TrlTraining(config, arguments, model, prepared.tokenizer, prepared.train)
 
 
 def _require_separate_rows(model: "PeftModel", prepared: Prepared) -> None:
@@ -122,22 +116,8 @@ def train(
         progress.step if checkpoint else -1
     )  # -1: the metrics of step 0 go too
     if context.interactive:
-        _answer_before_training(
-            sample_prompts(
-                prepared,
-                training,
-                folder,
-                context,
-            )
-        )
-    reporter = _create_reporter(
-        prepared,
-        training,
-        progress,
-        folder,
-        tracker,
-        context,
-    )
+        _answer_before_training(sample_prompts(prepared, training, folder, context))
+    reporter = _create_reporter(prepared, training, progress, folder, tracker, context)
     steps = prepared.total_steps
     batch_size = config.trainer.effective_batch_size
     log.info(
@@ -185,24 +165,9 @@ def _create_reporter(
         config=config,
         progress=progress,
         total=total,
-        output=RunOutput(
-            folder,
-            tracker,
-            total,
-            context.interactive,
-        ),
-        evaluate=_held_out_evaluation(
-            prepared,
-            training,
-            progress,
-            context,
-        ),
-        early_stopping=EarlyStopping(
-            config,
-            progress,
-            total,
-            save_best,
-        ),
+        output=RunOutput(folder, tracker, total, context.interactive),
+        evaluate=_held_out_evaluation(prepared, training, progress, context),
+        early_stopping=EarlyStopping(config, progress, total, save_best),
         observer=context.observer,
         interrupt=context.interrupt,
     )
@@ -228,12 +193,7 @@ def _save(training: Training, prepared: Prepared, folder: Path) -> None:
     """Save the adapter as it is now."""
     with training.weights_on_cpu():
         variables = prepared.config.model.template_kwargs
-        save_adapter(
-            training.model,
-            prepared.tokenizer,
-            folder,
-            variables,
-        )
+        save_adapter(training.model, prepared.tokenizer, folder, variables)
 
 
 def _held_out_evaluation(
@@ -245,13 +205,7 @@ def _held_out_evaluation(
     """Return the function that evaluates the held-out rows, None where there are none."""
     if not prepared.held_out:
         return None
-    return functools.partial(
-        _evaluate_held_out,
-        prepared,
-        training,
-        progress,
-        context,
-    )
+    return functools.partial(_evaluate_held_out, prepared, training, progress, context)
 
 
 def _evaluate_held_out(

@@ -94,11 +94,6 @@ def _write_tags(folder: RunFolder, arguments: dict[str, Any], tags: list[str]) -
             pass
     except Exception as error:
         reason = summary_line(error)
-        log.warning(
-            "W&B: %s; the tags of %s are not %s",
-            reason,
-            folder.path,
-            tags,
-        )
+        log.warning("W&B: %s; the tags of %s are not %s", reason, folder.path, tags)
     else:
         write_json(folder.path / TRACKER, arguments)

@@ -30,14 +30,7 @@ def evaluate_candidates(
     summaries = []
     for trial in candidates:
         of_trial = repeats_of(repeats, trial.number)
-        summaries.append(
-            _summarize(
-                study,
-                trial,
-                of_trial,
-                errors,
-            )
-        )
+        summaries.append(_summarize(study, trial, of_trial, errors))
     winner = _choose_winner(study, summaries, errors)
     seeds = {repeat.seed for repeat in repeats}
     return {

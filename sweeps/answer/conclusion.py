@@ -67,24 +67,14 @@ def _conclude(
         _report(study)
         _explain_missing_adapter(study, winner, run)
         return
-    answer = _answer(
-        study,
-        winner,
-        run,
-        resources,
-    )
+    answer = _answer(study, winner, run, resources)
     # Before the report, which shows it.
     write_json(study.folder / ANSWER, answer)
     _tag_winner(study, winner)
     write_best(study, winner, run)
     analysis = analyze(study)
     report = _report(study, analysis)
-    lines = summary_lines(
-        study,
-        answer,
-        analysis,
-        report,
-    )
+    lines = summary_lines(study, answer, analysis, report)
     log.info("%s", "\n".join(lines))
     for line in publish(
         study,
@@ -124,12 +114,7 @@ def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) 
     """Log that another machine has the adapter. Raises ConfigError if none does."""
     if study.written_address is not None and not run.path.exists():
         action = "run `python -m sweeps best` on the machine that has its folder"
-        log.info(
-            "study %s: trial %d wins; %s",
-            study.name,
-            winner.number,
-            action,
-        )
+        log.info("study %s: trial %d wins; %s", study.name, winner.number, action)
         return
     raise ConfigError(
         f"study {study.name}: the adapter of its winner, trial {winner.number}, "
@@ -152,12 +137,7 @@ def _answer(
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
-        "test": _test(
-            study,
-            run,
-            rival,
-            resources,
-        ),
+        "test": _test(study, run, rival, resources),
     }
 
 

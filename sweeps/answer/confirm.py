@@ -65,12 +65,7 @@ def _confirm(study: Study, seeds: int, top: int) -> dict[str, Any]:
     )
     try:
         errors = retrain(study, repeats)
-        confirmation = evaluate_candidates(
-            study,
-            candidates,
-            repeats,
-            errors,
-        )
+        confirmation = evaluate_candidates(study, candidates, repeats, errors)
         write_json(study.folder / CONFIRMATION, confirmation)
         with_adapter = _ensure_adapter(study, repeats, confirmation["winner"])
     except (Interrupted, KeyboardInterrupt):

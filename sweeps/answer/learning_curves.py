@@ -110,12 +110,7 @@ def _crosses_trace(pruned: Sequence[TrialCurve]) -> go.Scatter:
     """Mark the last evaluation of each pruned trial."""
     ends = [(trial, curve[-1:]) for trial, curve in pruned]
     marker = {"symbol": "x", "size": 7, "color": GREY}
-    trace = _curves_trace(
-        ends,
-        "pruned after this",
-        GREY,
-        1,
-    )
+    trace = _curves_trace(ends, "pruned after this", GREY, 1)
     return trace.update(mode="markers", marker=marker)
 
 

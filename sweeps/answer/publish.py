@@ -54,12 +54,7 @@ def publish(
         return []
     tracker = tracker or read_run_config(folder.path).tracker
     publication = _Publication(
-        study,
-        winner_number,
-        run_arguments,
-        test,
-        report,
-        tracker,
+        study, winner_number, run_arguments, test, report, tracker
     )
     contents = publication.contents()
     published = read_json(study.folder / PUBLISHED) or {}

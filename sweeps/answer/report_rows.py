@@ -44,10 +44,4 @@ def _first_examples(config: RunConfig) -> list[ShownExample]:
     resources = SharedResources()
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
-    return first_examples(
-        config,
-        tokenizer,
-        "train",
-        rows.train,
-        COUNT,
-    )
+    return first_examples(config, tokenizer, "train", rows.train, COUNT)

@@ -167,12 +167,7 @@ def _curves(data: ReportData) -> Section:
     curves = curves_of(data.study, data.metrics)
     winner = data.winner.number if data.winner else None
     figure = learning_curves(data.study, curves, winner)
-    return chart_section(
-        "curves",
-        "Learning curves",
-        figure,
-        note,
-    )
+    return chart_section("curves", "Learning curves", figure, note)
 
 
 def _importance(data: ReportData) -> Section:

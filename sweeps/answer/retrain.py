@@ -115,9 +115,4 @@ class _Retraining:
             objective = self._study.objectives[0]
             metrics = read_json(repeat.folder.result)["metrics"]
             outcome = f"{objective} {metrics[objective]:.4f}"
-        log.info(
-            "trial %d with seed %d: %s",
-            repeat.trial,
-            repeat.seed,
-            outcome,
-        )
+        log.info("trial %d with seed %d: %s", repeat.trial, repeat.seed, outcome)

@@ -78,12 +78,7 @@ class Space:
                 fixed[name] = distribution_or_text
         require_searchable(distributions)
         relative = frozenset(relative_names & distributions.keys())
-        return cls(
-            distributions,
-            fixed,
-            deletions,
-            relative,
-        )
+        return cls(distributions, fixed, deletions, relative)
 
     def scaled(self, composed: DictConfig) -> "Space":
         """Convert relative intervals to the units of their parameters.

@@ -53,12 +53,7 @@ def create_or_resume(
         )
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
-        _update_terms(
-            study,
-            terms,
-            distributions,
-            settings.allow_change,
-        )
+        _update_terms(study, terms, distributions, settings.allow_change)
         # Last, because a folder with this file counts as a study, whose terms can be read.
         # The address is as the user wrote it: secrets stay references to environment variables.
         entry = {"name": settings.study_name, "storage": settings.storage}

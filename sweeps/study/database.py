@@ -134,12 +134,7 @@ class Database(RDBStorage):
     @retried
     def _claim(self, trial_id: int, token: str) -> bool:
         """Begin a waiting trial, unless another call than this one already has."""
-        return claim_waiting_trial(
-            self,
-            trial_id,
-            CLAIM,
-            token,
-        )
+        return claim_waiting_trial(self, trial_id, CLAIM, token)
 
     def _get_prepared_new_trial(
         self,

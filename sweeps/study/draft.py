@@ -81,12 +81,7 @@ def draft_session(
     common = _resolve_automatic_values(common, composed)
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
-    space, points = _first_points(
-        settings,
-        scaled_space,
-        composed,
-        common.seed,
-    )
+    space, points = _first_points(settings, scaled_space, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),

@@ -39,23 +39,14 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     # A missing base model is reported at once, and a remote one downloaded once.
     shared_resources.source(config.model)
     fingerprint = shared_resources.rows(config.dataset).fingerprint
-    terms = study_terms(
-        config,
-        draft.space,
-        settings,
-        fingerprint,
-    )
+    terms = study_terms(config, draft.space, settings, fingerprint)
     # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
     check_address(draft.address, worker_count(settings))
     _log_why_no_pruning(settings, config)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
     study = create_or_resume(
-        draft.folder,
-        settings,
-        draft.address,
-        terms,
-        distributions,
+        draft.folder, settings, draft.address, terms, distributions
     )
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):

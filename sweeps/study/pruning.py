@@ -106,11 +106,7 @@ class PruningObserver(Observer):
             PruningObserver.reports += 1
         name = self._study.objectives[0]
         log.info(
-            "trial %d: step %d, %s %.4f",
-            self._trial.number,
-            rung.step,
-            name,
-            value,
+            "trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value
         )
 
     def should_prune(self, rung: Rung) -> bool:

@@ -77,12 +77,7 @@ class Retry:
             self._first_failure = now
             if self._retry_seconds > 0:
                 message = "%s is out of reach (%s): trying again for %.0f s"
-                log.warning(
-                    message,
-                    self._shown_address,
-                    reason,
-                    self._retry_seconds,
-                )
+                log.warning(message, self._shown_address, reason, self._retry_seconds)
         return now - self._first_failure >= self._retry_seconds
 
     def pause(self) -> None:

@@ -96,12 +96,7 @@ class _TrialSource:
             claim = stack.enter_context(claim_trial(self._study, accepts))
             if claim is None:
                 return None
-            runner = TrialRunner(
-                self._session,
-                self._study,
-                claim,
-                self._interrupt,
-            )
+            runner = TrialRunner(self._session, self._study, claim, self._interrupt)
             # From here on the run holds the claim.
             steps = runner.run(folder_lock=stack.pop_all())
         return PackedRun(

@@ -53,22 +53,8 @@ class PackedAttention:
         """
         has_16_bits = query.dtype in (torch.bfloat16, torch.float16)
         if has_16_bits and is_ampere_or_later(query.device):
-            return attend_varlen(
-                query,
-                key,
-                value,
-                self._varlen_bounds,
-                scale,
-                window,
-            )
-        return attend_padded(
-            query,
-            key,
-            value,
-            self._buckets,
-            scale,
-            window,
-        )
+            return attend_varlen(query, key, value, self._varlen_bounds, scale, window)
+        return attend_padded(query, key, value, self._buckets, scale, window)
 
     # Each of the two when a layer needs it first, then for all layers of the pass.
 
@@ -112,13 +98,7 @@ def _attention(
     q = query.squeeze(0).transpose(0, 1)
     k = key.squeeze(0).transpose(0, 1)
     v = value.squeeze(0).transpose(0, 1)
-    output = packed_attention.attend(
-        q,
-        k,
-        v,
-        scaling,
-        sliding_window,
-    )
+    output = packed_attention.attend(q, k, v, scaling, sliding_window)
     return output[None], None
 
 

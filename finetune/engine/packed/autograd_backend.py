@@ -206,13 +206,7 @@ class AutogradBackend:
                 spans = self._pass.spans
                 slot_inputs = [x[:, span.start : span.stop] for span in spans]
                 output = torch.cat([original(slot_x) for slot_x in slot_inputs], 1)
-            return lora_linear(
-                x,
-                self._anchor,
-                output,
-                layer,
-                slot_tokens,
-            )
+            return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward
 

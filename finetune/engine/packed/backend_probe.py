@@ -42,20 +42,9 @@ def computes_as_base(
         slot: Any slot that is attached to both backends.
         quantization: As the base was loaded.
     """
-    compare = functools.partial(
-        _compare_backend,
-        backend,
-        autograd,
-        base,
-        slot,
-    )
+    compare = functools.partial(_compare_backend, backend, autograd, base, slot)
     with evaluation_mode(base), torch.no_grad(), autocast(quantization):
-        return holds(
-            shortcut,
-            base,
-            0,
-            compare,
-        )
+        return holds(shortcut, base, 0, compare)
 
 
 def _compare_backend(

@@ -94,12 +94,7 @@ class TrlTraining:
         # A generator without requests, as `train`.
         yield from ()
         batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(
-            self.model,
-            rows,
-            batch_size,
-            self._config.quantization,
-        )
+        return evaluate(self.model, rows, batch_size, self._config.quantization)
 
     def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """Leave the weights where they are: no other run computes that a copy could wait for."""

@@ -127,14 +127,7 @@ def attention(
     )  # fmt: skip
     grid = (len(tables.blocks), heads, 1)
     constants = _constants(head_dim, window_tokens)
-    launch(
-        attention_kernel,
-        grid,
-        arguments,
-        constants,
-        4,
-        3,
-    )
+    launch(attention_kernel, grid, arguments, constants, 4, 3)
     return AttentionTrace(
         query=query,
         key=key,
@@ -188,23 +181,13 @@ def attention_backward(
     query_arguments = (grad_query, trace.output, *shared_arguments)
     query_grid = (blocks, heads, 1)
     launch(
-        attention_backward_query_kernel,
-        query_grid,
-        query_arguments,
-        constants,
-        4,
-        3,
+        attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3
     )
     key_arguments = (grad_key, grad_value, *shared_arguments)
     # A program for each key head: it sums over the query heads that share it.
     key_grid = (blocks, key_heads, 1)
     launch(
-        attention_backward_key_value_kernel,
-        key_grid,
-        key_arguments,
-        constants,
-        4,
-        2,
+        attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2
     )
     if rotation is not None and not rotate_in_kernel:
         grad_query = apply_rotary(

@@ -138,30 +138,11 @@ def _load_keys(
     token_mask = tokens < end
     key_heads = heads // group_size
     key_head = head // group_size
-    keys = _load_head(
-        key,
-        tokens,
-        key_heads,
-        key_head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
     values = _load_head(
-        value,
-        tokens,
-        key_heads,
-        key_head,
-        head_dim,
-        columns,
-        token_mask,
+        value, tokens, key_heads, key_head, head_dim, columns, token_mask
     )
-    key_positions = _load_positions(
-        position_ids,
-        tokens,
-        token_mask,
-        WINDOW,
-    )
+    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     visible = _attention_mask(
         query_positions[:, None],
         key_positions[None, :],
@@ -202,21 +183,8 @@ def attention_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    query_positions = _load_positions(
-        position_ids,
-        tokens,
-        token_mask,
-        WINDOW,
-    )
-    queries = _load_head(
-        query,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
     denominator = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -231,7 +199,7 @@ def attention_kernel(
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
                 key, value, position_ids, key_token, end, query_positions, heads, group_size,
-                head, head_dim, columns, window, WINDOW, STEP,
+                head, head_dim, columns, window, WINDOW, STEP
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(visible, scores, -float("inf"))
@@ -285,44 +253,15 @@ def attention_backward_query_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    query_positions = _load_positions(
-        position_ids,
-        tokens,
-        token_mask,
-        WINDOW,
-    )
-    queries = _load_head(
-        query,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
-    grads = _load_head(
-        grad_output,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
     # Of this head, in tensors with one number for each query [heads, tokens].
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
     )
-    outputs = _load_head(
-        output,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -337,7 +276,7 @@ def attention_backward_query_kernel(
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
                 key, value, position_ids, key_token, end, query_positions, heads, group_size,
-                head, head_dim, columns, window, WINDOW, STEP,
+                head, head_dim, columns, window, WINDOW, STEP
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             log_weights = tl.where(
@@ -358,7 +297,7 @@ def attention_backward_query_kernel(
     result = result * gradient_scale
     _store_head(
         grad_query, result, cos, sin, tokens, heads, head, head_dim, token_mask, ROTATE_BACK,
-        HEAD_DIM,
+        HEAD_DIM
     )  # fmt: skip
 
 
@@ -371,24 +310,8 @@ def _load_queries(
     """The queries from a token on, their outputs' gradients, and which of them see each key."""
     tokens = first + tl.arange(0, STEP)
     token_mask = tokens < end
-    queries = _load_head(
-        query,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
-    grads = _load_head(
-        grad_output,
-        tokens,
-        heads,
-        head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
@@ -396,12 +319,7 @@ def _load_queries(
     grad_sums = tl.load(
         output_grad_sum + first_query + tokens, mask=token_mask, other=0.0
     )
-    query_positions = _load_positions(
-        position_ids,
-        tokens,
-        token_mask,
-        WINDOW,
-    )
+    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     mask = token_mask[None, :] & key_mask[:, None]
     visible = _attention_mask(
         query_positions[None, :],
@@ -430,29 +348,10 @@ def attention_backward_key_value_kernel(
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
-    key_positions = _load_positions(
-        position_ids,
-        tokens,
-        token_mask,
-        WINDOW,
-    )
-    keys = _load_head(
-        key,
-        tokens,
-        key_heads,
-        key_head,
-        head_dim,
-        columns,
-        token_mask,
-    )
+    key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
+    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
     values = _load_head(
-        value,
-        tokens,
-        key_heads,
-        key_head,
-        head_dim,
-        columns,
-        token_mask,
+        value, tokens, key_heads, key_head, head_dim, columns, token_mask
     )
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -471,7 +370,7 @@ def attention_backward_key_value_kernel(
                 queries, grads, query_log_sum_exp, grad_sums, visible = _load_queries(
                     query, grad_output, log_sum_exp, output_grad_sum, position_ids, query_token,
                     end, key_positions, token_mask, token_count, heads, head, head_dim, columns,
-                    window, WINDOW, STEP,
+                    window, WINDOW, STEP
                 )  # fmt: skip
                 # Transposed, keys by queries, so that the sums over queries below are products.
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
@@ -496,9 +395,9 @@ def attention_backward_key_value_kernel(
     key_result = key_result * gradient_scale
     _store_head(
         grad_key, key_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
-        ROTATE_BACK, HEAD_DIM,
+        ROTATE_BACK, HEAD_DIM
     )  # fmt: skip
     _store_head(
         grad_value, value_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
-        False, HEAD_DIM,
+        False, HEAD_DIM
     )  # fmt: skip

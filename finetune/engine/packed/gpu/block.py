@@ -48,12 +48,7 @@ class Block:
             table_rows: Each linear layer's row in the slots' tables, by full name.
             sliding_window: For models whose attention modules do not hold it themselves.
         """
-        self._attention = SelfAttention(
-            module,
-            name,
-            table_rows,
-            sliding_window,
-        )
+        self._attention = SelfAttention(module, name, table_rows, sliding_window)
         self._feed_forward = FeedForward(module, name, table_rows)
 
     def forward(
@@ -100,8 +95,5 @@ class Block:
             grad_output, activations.feed_forward, context
         )
         return self._attention.backward(
-            grad,
-            activations.attention,
-            context,
-            need_input_grad,
+            grad, activations.attention, context, need_input_grad
         )

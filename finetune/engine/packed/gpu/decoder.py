@@ -101,14 +101,7 @@ class Decoder:
         self._blocks: list[Block] = []
         for number, module in enumerate(model.layers):
             name = f"{prefix}.layers.{number}"
-            self._blocks.append(
-                Block(
-                    module,
-                    name,
-                    self._table_rows,
-                    sliding_window,
-                )
-            )
+            self._blocks.append(Block(module, name, self._table_rows, sliding_window))
 
     score = staticmethod(cross_entropy)
 
@@ -130,12 +123,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, Trace]:
         """See `Backend.forward`."""
         x: torch.Tensor = self._embedding(batch.input_ids)[0]
-        context = self._context(
-            x,
-            batch,
-            slots,
-            dropout_steps,
-        )
+        context = self._context(x, batch, slots, dropout_steps)
         layers = len(self._blocks)
         recomputed = 0
         if self._gradient_checkpointing:

@@ -50,12 +50,7 @@ class FeedForward:
         self._norm = module.post_attention_layernorm
         module_name = f"{name}.mlp"
         gate_up = ("gate_proj", "up_proj")
-        self._gate_up = linear_group(
-            module.mlp,
-            module_name,
-            gate_up,
-            table_rows,
-        )
+        self._gate_up = linear_group(module.mlp, module_name, gate_up, table_rows)
         self._down = linear_group(
             module.mlp,
             module_name,

@@ -44,12 +44,7 @@ def launch(
     # The first launch of a combination compiles; later ones skip Triton's Python code.
     if compiled is None:
         _compiled[key] = compile_and_launch(
-            kernel,
-            grid,
-            arguments,
-            constants,
-            warps,
-            stages,
+            kernel, grid, arguments, constants, warps, stages
         )
     else:
         compiled[grid](*arguments, *constants)

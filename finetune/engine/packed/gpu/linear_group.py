@@ -47,15 +47,7 @@ class LinearGroup:
         shrunk = self.shrink(x, context)
         outputs = []
         for number in range(len(self.layers)):
-            outputs.append(
-                self._forward_layer(
-                    number,
-                    x,
-                    shrunk,
-                    context,
-                    residual,
-                )
-            )
+            outputs.append(self._forward_layer(number, x, shrunk, context, residual))
         return outputs, shrunk
 
     def _forward_layer(
@@ -159,10 +151,7 @@ class LinearGroup:
         if grad_shrunk is not None:
             in_features = self.layers[0].in_features
             grad_x = lowrank.shrink_backward(
-                grad_shrunk,
-                context.adapters,
-                self.table_row,
-                in_features,
+                grad_shrunk, context.adapters, self.table_row, in_features
             )
         for number, grad_output in enumerate(grad_outputs):
             weight = self._backward_weight(number, context)
@@ -191,10 +180,7 @@ class LinearGroup:
         if grad_shrunk is not None:
             assert x is not None
             lowrank.shrink_weight_gradient(
-                x,
-                grad_shrunk,
-                context.adapters,
-                self.table_row,
+                x, grad_shrunk, context.adapters, self.table_row
             )
 
     def _backward_weight(self, number: int, context: PassContext) -> torch.Tensor:

@@ -196,14 +196,7 @@ def _launch_shrink(
     constants = (
         through_b, dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
     )  # fmt: skip
-    launch(
-        shrink_kernel,
-        grid,
-        arguments,
-        constants,
-        warps,
-        stages,
-    )
+    launch(shrink_kernel, grid, arguments, constants, warps, stages)
 
 
 def _launch_expand(
@@ -241,14 +234,7 @@ def _launch_expand(
         through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, rank_block,
         outer_block,
     )  # fmt: skip
-    launch(
-        expand_kernel,
-        grid,
-        arguments,
-        constants,
-        warps,
-        2,
-    )
+    launch(expand_kernel, grid, arguments, constants, warps, 2)
     return y
 
 
@@ -282,9 +268,4 @@ def _launch_weight_gradient(
         rank_block,
         outer_block,
     )
-    launch(
-        weight_gradient_kernel,
-        grid,
-        arguments,
-        constants,
-    )
+    launch(weight_gradient_kernel, grid, arguments, constants)

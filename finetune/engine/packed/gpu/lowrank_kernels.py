@@ -55,12 +55,7 @@ def _drop(
     columns,
 ):
     """Set what dropout drops to 0 [tokens, columns]; `_load_scaling` scales up the rest."""
-    keeps = _dropout_keeps(
-        span,
-        table,
-        tokens,
-        columns,
-    )
+    keeps = _dropout_keeps(span, table, tokens, columns)
     return tl.where(keeps, values, tl.zeros_like(values))
 
 
@@ -81,45 +76,25 @@ def _matrix(
 @triton.jit
 def _matrix_a(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """A [rank, in_features]."""
-    return _matrix(
-        table,
-        0,
-        dtype,
-        ALIGNED,
-    )
+    return _matrix(table, 0, dtype, ALIGNED)
 
 
 @triton.jit
 def _matrix_b(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """B [out_features, rank]."""
-    return _matrix(
-        table,
-        1,
-        dtype,
-        ALIGNED,
-    )
+    return _matrix(table, 1, dtype, ALIGNED)
 
 
 @triton.jit
 def _gradient_a(table, ALIGNED: tl.constexpr):
     """The gradient of A [rank, in_features], always float32."""
-    return _matrix(
-        table,
-        2,
-        tl.float32,
-        ALIGNED,
-    )
+    return _matrix(table, 2, tl.float32, ALIGNED)
 
 
 @triton.jit
 def _gradient_b(table, ALIGNED: tl.constexpr):
     """The gradient of B [out_features, rank], always float32."""
-    return _matrix(
-        table,
-        3,
-        tl.float32,
-        ALIGNED,
-    )
+    return _matrix(table, 3, tl.float32, ALIGNED)
 
 
 @triton.jit
@@ -177,12 +152,7 @@ def shrink_kernel(
     TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """shrunk = x Aᵀ of one layer for a tile of tokens; THROUGH_B: scaling · x B, its gradient."""
-    first, span, table = _load_tile(
-        tiles,
-        spans,
-        tables,
-        stride,
-    )
+    first, span, table = _load_tile(tiles, spans, tables, stride)
     # Programs that read the same tokens are next to each other, so that a cache may hold them.
     rank_blocks: tl.constexpr = RANK // RANK_BLOCK
     layer = tl.program_id(0) // rank_blocks
@@ -208,14 +178,7 @@ def shrink_kernel(
     for begin in range(0, width, INNER_BLOCK):
         inner = begin + tl.arange(0, INNER_BLOCK)
         inner_mask = inner < width
-        values = _load_elements(
-            x,
-            tokens,
-            inner,
-            width,
-            token_mask,
-            inner_mask,
-        )
+        values = _load_elements(x, tokens, inner, width, token_mask, inner_mask)
         if DROPOUT:
             values = _drop(
                 values,
@@ -258,14 +221,7 @@ def _expand_product(
     for begin in tl.static_range(0, RANK, RANK_BLOCK):
         ranks = begin + tl.arange(0, RANK_BLOCK)
         rank_mask = ranks < rank
-        values = _load_elements(
-            shrunk,
-            tokens,
-            ranks,
-            RANK,
-            token_mask,
-            rank_mask,
-        )
+        values = _load_elements(shrunk, tokens, ranks, RANK, token_mask, rank_mask)
         if THROUGH_A:
             weight_offsets = ranks[:, None] * width + outer[None, :]
         else:
@@ -289,12 +245,7 @@ def expand_kernel(
     RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = scaling · shrunk Bᵀ for a tile of tokens; THROUGH_A: the sum of shrunk A over layers."""
-    first, span, table = _load_tile(
-        tiles,
-        spans,
-        tables,
-        stride,
-    )
+    first, span, table = _load_tile(tiles, spans, tables, stride)
     start = tl.load(span)
     stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
@@ -313,7 +264,7 @@ def expand_kernel(
                 weight = _matrix_b(table, dtype, ALIGNED)
             total = _expand_product(
                 shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
-                THROUGH_A, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK,
+                THROUGH_A, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK
             )  # fmt: skip
             # A gradient that goes through A has the scaling from its way through B.
             if not THROUGH_A:
@@ -366,14 +317,7 @@ def weight_gradient_kernel(
     for begin in range(start, stop, TOKENS):
         tokens = begin + tl.arange(0, TOKENS)
         token_mask = tokens < stop
-        values = _load_elements(
-            x,
-            tokens,
-            outer,
-            width,
-            token_mask,
-            outer_mask,
-        )
+        values = _load_elements(x, tokens, outer, width, token_mask, outer_mask)
         if DROPOUT:
             values = _drop(
                 values,

@@ -66,12 +66,7 @@ class SelfAttention:
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
-        self._qkv = linear_group(
-            attention_module,
-            module_name,
-            qkv,
-            table_rows,
-        )
+        self._qkv = linear_group(attention_module, module_name, qkv, table_rows)
         self._output = linear_group(
             attention_module,
             module_name,
@@ -233,9 +228,6 @@ class SelfAttention:
             grad = grad_heads[name].view(-1, self._head_dim)
             weight = self._head_norms[name].weight
             grad_heads[name] = rms_norm_backward(
-                grad,
-                head_norm.x,
-                weight,
-                head_norm.inverse_rms,
+                grad, head_norm.x, weight, head_norm.inverse_rms
             )
         return list(grad_heads.values())

@@ -103,18 +103,8 @@ def _swiglu_backward_kernel(
     # silu(g) = g · sigmoid(g) has the derivative sigmoid(g) · (1 + g · (1 - sigmoid(g))).
     grad_gate = grad * u * sigmoid * (1 + g * (1 - sigmoid))
     grad_up = grad * g * sigmoid
-    store_rounded(
-        gate,
-        offsets,
-        grad_gate,
-        mask,
-    )
-    store_rounded(
-        up,
-        offsets,
-        grad_up,
-        mask,
-    )
+    store_rounded(gate, offsets, grad_gate, mask)
+    store_rounded(up, offsets, grad_up, mask)
     if RECOMPUTE_OUTPUT:
         store_rounded(
             grad_output,
