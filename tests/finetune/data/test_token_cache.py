@@ -94,11 +94,13 @@ def test_damaged_tokens_are_created_anew(
 
 
 RACE = """
-import json, sys, time
+import json, sys, tempfile, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from finetune.config.sections.dataset import DatasetSettings
-from support.rows import tokenize
+from finetune.data.row_file import RowWriter, StoredRows
+from finetune.data.tokens import tokenize
+from finetune.data.types import Row
 base, folder, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 tokenizer = AutoTokenizer.from_pretrained(base)
 settings = DatasetSettings(path="x", name=None, split="train", format="auto", text_field="text", max_length=64,
@@ -108,7 +110,11 @@ for turn in range(8):
     (folder / f"{turn}.{me}").touch()
     while len(list(folder.glob(f"{turn}.*"))) < 2:
         time.sleep(0.0001)
-    rows = [{"text": f"turn {turn} row {n}"} for n in range(20)]
+    rows_folder = Path(tempfile.mkdtemp())
+    with RowWriter(rows_folder) as writer:
+        for n in range(20):
+            writer.append(Row({"text": f"turn {turn} row {n}"}, "rows", n + 1))
+    rows = StoredRows.all_of(rows_folder, 20)
     lengths.append(sum(tokenize("train", rows, tokenizer, settings).lengths))
 print(json.dumps(lengths))
 """
