@@ -32,13 +32,12 @@ needs_processes = pytest.mark.skipif(process_limit() < 2, reason="needs two CPUs
 
 
 def working_children() -> list[psutil.Process]:
-    """The processes that this one has started, without the resource tracker of Python."""
+    """The processes that this one has spawned and that still run.
+
+    Other tests' helpers are its children too.
+    """
     children = psutil.Process().children()
-    return [
-        child
-        for child in children
-        if "resource_tracker" not in " ".join(child.cmdline())
-    ]
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def numbers_and_process(rows: Sequence[Row]) -> tuple[list[int], int]:
