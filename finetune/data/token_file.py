@@ -63,7 +63,7 @@ class Tokens(Sequence[Example]):
 
     @classmethod
     def load(cls, folder: Path) -> "Tokens":
-        """Open the tokens that `save_tokens` wrote."""
+        """Open the tokens that `TokenWriter` wrote."""
         import numpy
 
         report = TokenReport.from_dict(read_json(folder / REPORT_FILE))

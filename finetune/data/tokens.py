@@ -137,7 +137,6 @@ def _encode_all(
         sorted_positions = sorted_rows.numbers.searchsorted(chunk.rows)
         writer.write(chunk.record_batch(positions[sorted_positions]))
         example_rows.append(chunk.rows)
-    encoder = encode.encoder
     if not report.examples:
         raise _nothing_to_learn(
             split,
@@ -145,7 +144,7 @@ def _encode_all(
             encode.settings,
             report,
         )
-    report.notes = _notes(report, encoder)
+    report.notes = _notes(report, encode.encoder)
     order = _order(rows.numbers, numpy.concatenate(example_rows))
     writer.finish(order, report)
 

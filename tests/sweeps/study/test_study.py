@@ -16,6 +16,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from support.commands import Station
 from support.configs import study_overrides
+from support.study_folder import told
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from sweeps.study.study import FINISHED, Study
@@ -85,16 +86,6 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def trials_in(folder: Path) -> list[tuple[Any, ...]]:
     return [told(trial) for trial in Study.load(folder).trials()]
-
-
-def told(trial: FrozenTrial) -> tuple[Any, ...]:
-    return (
-        trial.number,
-        trial.state,
-        trial.params,
-        trial.values,
-        trial.intermediate_values,
-    )
 
 
 def test_holds_exactly_its_trials_the_first_being_the_baseline(done: Done) -> None:
