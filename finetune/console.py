@@ -40,6 +40,9 @@ UNPARSED_OVERRIDE = re.compile(
 )
 """Hydra's message about an override that is against its grammar."""
 
+WRONG_CALL = re.compile(r"while evaluating '.*?': (?!Unknown function)(?P<reason>.*)")
+"""Hydra's message about one of its functions with wrong arguments: `choice()`."""
+
 
 SUMMARY_LENGTH = 300
 """Characters of another library's error message that are shown."""
@@ -129,6 +132,9 @@ def _hydra_error_line(error: Exception) -> str:
         return _sweep_refusal(sweep["override"])
     unparsed = UNPARSED_OVERRIDE.search(text)
     if unparsed:
+        wrong_call = WRONG_CALL.search(text)
+        if wrong_call:
+            return f"{_join_lines(unparsed['override'])}: {wrong_call['reason']}"
         return _syntax_refusal(unparsed["override"])
     lines = [_join_lines(line) for line in text.splitlines() if line.strip()]
     cause = str(error.__cause__ or "").splitlines()

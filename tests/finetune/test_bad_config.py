@@ -60,6 +60,13 @@ CONFIG = [
         "dataset.path=row's.jsonl",
         "dataset.path=row's.jsonl: is not Hydra's syntax; text with special characters needs quotes",
     ),
+    Case("function-without-arguments", "lora.r=choice()", "lora.r=choice(): empty choice…"),
+    Case("function-of-a-text", "lora.r=int(a)", "lora.r=int(a): invalid literal for int()…"),
+    Case(
+        "unknown-function",
+        "dataset.path=rows(1)",
+        """dataset.path=rows(1): is not Hydra's syntax; …'dataset.path="rows(1)"'""",
+    ),
     Case("interpolation", "name=${nope}", "…nope…"),
     Case("config-folder", "--config-dir nowhere", "…nowhere…"),
     Case("text-for-a-whole-number", "lora.r=abc", "lora.r=abc: must be a whole number"),

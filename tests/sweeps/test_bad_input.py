@@ -153,7 +153,7 @@ SPACE = [
         "lora.dropout=interval(0.2,0.1)",
         "lora.dropout=interval(0.2,0.1): …low <= high…",
     ),
-    Case("no-choice", "lora.r=choice()", "…lora.r=choice()…empty choice…"),
+    Case("no-choice", "lora.r=choice()", "lora.r=choice(): empty choice is not legal"),
     Case("glob-of-nothing", "lora/target=glob(z*)", "lora/target=glob(z*): …"),
     Case(
         "smooth-grid",
