@@ -8,7 +8,9 @@ replaces `inspect.getfile`).
 
 import importlib
 import inspect
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,9 +29,15 @@ SHORTEST, LONGEST = 40, 200
 Longer docstrings are reference manuals, shorter ones say nothing.
 """
 
+FAMILY = "family"
+"""The column that says which rows are variations of one docstring: `math.sin` and `math.cos`."""
+
+FAMILY_LIKENESS = 0.5
+"""Two docstrings are of one family if this share of their words (Jaccard index) is in both."""
+
 
 def question_answer_pairs() -> list[dict[str, str]]:
-    """Return all rows, each with a `prompt` and its `completion`, ordered by prompt."""
+    """Return all rows, each with a `prompt`, its `completion` and its `family`, by prompt."""
     bare_interpreter = [sys.executable, "-I", __file__]
     process = subprocess.run(bare_interpreter, capture_output=True, check=True)
     rows: list[dict[str, str]] = json.loads(process.stdout)
@@ -47,7 +55,38 @@ def _collect() -> list[dict[str, str]]:
         {"prompt": question, "completion": answer}
         for answer, question in question_of.items()
     ]
-    return sorted(rows, key=lambda row: row["prompt"])
+    rows.sort(key=lambda row: row["prompt"])
+    for row, family in zip(rows, _families(rows), strict=True):
+        row[FAMILY] = family
+    return rows
+
+
+def _families(rows: list[dict[str, str]]) -> list[str]:
+    """Return each row's family, named by the prompt of its first row."""
+    words = [_words(row) for row in rows]
+    family_of = list(range(len(rows)))
+    for later, earlier in itertools.combinations(reversed(range(len(rows))), 2):
+        common = words[later] & words[earlier]
+        if len(common) < FAMILY_LIKENESS * len(words[later] | words[earlier]):
+            continue
+        # A row that is like two families makes them one.
+        joined = {family_of[later], family_of[earlier]}
+        family_of = [
+            min(joined) if number in joined else number for number in family_of
+        ]
+    return [rows[number]["prompt"] for number in family_of]
+
+
+def _words(row: dict[str, str]) -> frozenset[str]:
+    """Return the words of a row's answer, without numbers and the words of the row's own name."""
+    in_prompt = set(_letters(row["prompt"]))
+    return frozenset(
+        word for word in _letters(row["completion"]) if word not in in_prompt
+    )
+
+
+def _letters(text: str) -> list[str]:
+    return re.findall("[a-z]+", text.casefold())
 
 
 def _docstrings(module_name: str) -> Iterator[tuple[str, str]]:

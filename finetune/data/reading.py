@@ -166,7 +166,10 @@ class _Reader:
             raise refusal(self._key, source.name, raw_row.reason)
         # The group's column is read first, as the conversion may leave it out.
         where = f"{self._key}={source.name}: row {number}"
-        group = self._group(where, raw_row)
+        group = self._group(where, raw_row, source.group_column)
+        if source.group_column is not None:
+            raw_row = {**raw_row}
+            del raw_row[source.group_column]
         content = self.converter.convert(
             raw_row, source.name, number, source.class_names
         )
@@ -182,9 +185,11 @@ class _Reader:
             except TypeError:
                 raise _no_json(row, where) from None
 
-    def _group(self, where: str, raw_row: RawRow) -> str | None:
-        """The value of the row's column `dataset.group_by`, as text."""
-        column = self._settings.group_by
+    def _group(
+        self, where: str, raw_row: RawRow, source_column: str | None
+    ) -> str | None:
+        """The value of the row's column `dataset.group_by`, or else of the source's, as text."""
+        column = self._settings.group_by or source_column
         if column is None:
             return None
         if column not in raw_row:

@@ -24,7 +24,7 @@ from finetune.data.class_names import (
     saved_class_names,
     stored_class_names,
 )
-from finetune.data.python_docs import question_answer_pairs
+from finetune.data.python_docs import FAMILY, question_answer_pairs
 from finetune.data.readers.arrow_rows import schema_metadata
 from finetune.data.readers.cells import CHAT_COLUMNS, parse_cells
 from finetune.data.readers.file import DataFile
@@ -53,6 +53,8 @@ class Source:
     """The commit of a data set on the hub, where it is known."""
     class_names: ClassNames = field(default_factory=dict)
     """The names of classes that columns hold as numbers."""
+    group_column: str | None = None
+    """The column that says which rows belong together unless `dataset.group_by` names another."""
 
 
 @functools.cache
@@ -73,7 +75,8 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
-        return Source(path, _python_docs_rows(), identity=sys.version)
+        identity = f"{sys.version} with families"
+        return Source(path, _python_docs_rows(), identity, group_column=FAMILY)
     file = local_path(path)
     if is_remote(path) or os.path.isfile(file) or is_saved_dataset(file):
         return _open_file(key, path, settings)

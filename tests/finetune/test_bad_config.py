@@ -60,8 +60,16 @@ CONFIG = [
         "dataset.path=row's.jsonl",
         "dataset.path=row's.jsonl: is not Hydra's syntax; text with special characters needs quotes",
     ),
-    Case("function-without-arguments", "lora.r=choice()", "lora.r=choice(): empty choice…"),
-    Case("function-of-a-text", "lora.r=int(a)", "lora.r=int(a): invalid literal for int()…"),
+    Case(
+        "function-without-arguments",
+        "lora.r=choice()",
+        "lora.r=choice(): empty choice…",
+    ),
+    Case(
+        "function-of-a-text",
+        "lora.r=int(a)",
+        "lora.r=int(a): invalid literal for int()…",
+    ),
     Case(
         "unknown-function",
         "dataset.path=rows(1)",

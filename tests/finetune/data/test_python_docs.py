@@ -1,5 +1,6 @@
 """The packaged data set: questions and answers from the interpreter's docstrings."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.configs import compose
+from support.runs import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -71,10 +73,56 @@ def test_python_docs_answers_are_unique_short_and_many() -> None:
     assert len(set(answers)) == len(answers)
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert all(SHORTEST <= len(answer) <= LONGEST for answer in answers)
-    assert {"prompt", "completion"} == set().union(*rows)
+    assert {"prompt", "completion", "family"} == set().union(*rows)
     assert not any(
         " at 0x" in answer for answer in answers
     )  # a memory address would differ from run to run
+
+
+def test_variations_of_one_docstring_stay_in_one_part() -> None:
+    from finetune.data.rows import load_rows
+
+    rows = load_rows(compose().dataset)
+
+    part_of: dict[str, str] = {}
+    words_of: dict[str, set[str]] = {}
+    for part, rows_of_part in rows.by_split.items():
+        for row in rows_of_part:
+            question, answer = [message["content"] for message in row["messages"]]
+            name = question.split()[2]
+            part_of[name] = part
+            words_of[name] = set(answer.lower().split())
+    for family in (
+        ["math.sin", "math.cos", "math.tan", "cmath.asinh"],
+        ["os.path.getatime", "os.path.getctime", "os.path.getsize"],
+        ["uuid.uuid3", "uuid.uuid5"],
+        ["base64.encode", "base64.decode"],
+    ):
+        members = part_of.keys() & {*family}
+        assert len({part_of[name] for name in members}) <= 1, family
+    for name, other in itertools.combinations(part_of, 2):
+        if part_of[name] != part_of[other]:
+            common = words_of[name] & words_of[other]
+            either = words_of[name] | words_of[other]
+            assert len(common) < 0.6 * len(either), (name, other)
+
+
+def test_rows_of_python_docs_are_groups_however_they_are_named(tmp_path: Path) -> None:
+    from finetune.data.rows import load_rows
+
+    mine = write_jsonl(
+        tmp_path / "mine.jsonl", [{"text": f"Row {n}."} for n in range(30)]
+    )
+    mixed = load_rows(
+        compose("dataset=local", f"dataset.path=[python_docs,{mine}]").dataset
+    )
+    alone = load_rows(compose("dataset=local", "dataset.path=python_docs").dataset)
+
+    for rows in (mixed, alone):
+        (note,) = [line for line in rows.notes if "stay in one part" in line]
+        assert "in 54 groups" in note
+        assert not any("family" in line for line in [*rows.notes, *rows.formats])
+        assert all("family" not in row for row in rows.test)
 
 
 def test_python_docs_are_collected_once_in_a_process(
@@ -88,7 +136,8 @@ def test_python_docs_are_collected_once_in_a_process(
     def collect() -> list[dict[str, str]]:
         collected.append(None)
         return [
-            {"prompt": f"{number}?", "completion": f"{number}."} for number in range(20)
+            {"prompt": f"{n}?", "completion": f"{n}.", "family": str(n)}
+            for n in range(20)
         ]
 
     monkeypatch.setattr(sources, "question_answer_pairs", collect)

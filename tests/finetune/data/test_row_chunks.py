@@ -110,7 +110,9 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
     script.write_text(UNGUARDED)
     command = [sys.executable, str(script), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    most_held_out = 1_000  # of the default fractions, for each of the two held-out splits
+    most_held_out = (
+        1_000  # of the default fractions, for each of the two held-out splits
+    )
     held_out = sum(min(round(MANY * part), most_held_out) for part in (0.1, 0.15))
     assert done.stdout == f"{MANY - held_out} rows\n", done.stderr
     assert "Traceback" not in done.stderr
