@@ -75,8 +75,8 @@ def open_source(key: str, path: str, settings: DatasetSettings) -> Source:
         ConfigError: There is no such file or data set.
     """
     if path == "python_docs":
-        identity = f"{sys.version} with families"
-        return Source(path, _python_docs_rows(), identity, group_column=FAMILY)
+        families_identity = f"{sys.version} with families"
+        return Source(path, _python_docs_rows(), families_identity, group_column=FAMILY)
     file = local_path(path)
     if is_remote(path) or os.path.isfile(file) or is_saved_dataset(file):
         return _open_file(key, path, settings)
