@@ -37,6 +37,12 @@ class Repeat:
     purpose: str
     """Why, as trackers show it (`job_type`): `confirm` or `baseline`."""
 
+    @property
+    def name(self) -> str:
+        """The name in logs and trackers, and beside whom other runs have trained."""
+        prefix = "baseline" if self.purpose == "baseline" else self.trial
+        return f"{prefix}-seed{self.seed}"
+
 
 def repeat_run(
     study: Study,
@@ -70,7 +76,7 @@ def repeat_run(
         packed_with=packed_with,
     )
     steps = _train(study, repeat, context, on_error)
-    return PackedRun(folder.name, steps, folder / "train.log", packed_with)
+    return PackedRun(repeat.name, steps, folder / "train.log", packed_with)
 
 
 def retrain(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
@@ -134,12 +140,9 @@ def _outcome(study: Study, repeat: Repeat) -> str:
 
 def _label(study: Study, repeat: Repeat) -> Label:
     """Return how trackers name the repeat."""
-    suffix = f"{repeat.trial}-seed{repeat.seed}"
-    if repeat.purpose == "baseline":
-        suffix = f"baseline-seed{repeat.seed}"
     return Label(
-        id=f"{study.uid}-{suffix}",
-        name=f"{study.name}-{suffix}",
+        id=f"{study.uid}-{repeat.name}",
+        name=f"{study.name}-{repeat.name}",
         group=study.name,
         job_type=repeat.purpose,
     )

@@ -21,7 +21,6 @@ from support.commands import SLOW_STEPS, Station
 from support.configs import study_overrides
 from support.runs import final
 from support.studies import made_study
-from sweeps.study.repeats import Repeat
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
@@ -34,6 +33,7 @@ from sweeps.answer.conclusion import conclude
 from sweeps.answer.confirm import confirm
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines
+from sweeps.study.repeats import Repeat
 from sweeps.study.study import Study
 
 POINTS = (
@@ -134,7 +134,8 @@ def test_more_seeds_train_only_what_is_missing(copied: Path) -> None:
     (pair,) = found["comparisons"]
     assert (pair["trial"], pair["other"]) == (1, 0)
     assert pair["difference"] == pytest.approx(best["test"] - baseline["test"])
-    assert pair["chance"] > 0.9
+    assert (pair["seeds"], pair["metric"]) == (3, "test/loss")
+    assert pair["verdict"] == "too few rows to say"
 
 
 def made_lucky(folder: Path, number: int) -> None:
@@ -251,7 +252,7 @@ def ended(folder: Path, loss: float, test: float) -> None:
     )
     write_json(
         folder / "test_rows.json",
-        {"row_losses": [test] * 4, "row_tokens": [1] * 4, "accuracy": 0.5},
+        {"row_losses": [test] * 40, "row_tokens": [1] * 40, "row_correct": [0] * 40},
     )
 
 
@@ -318,8 +319,8 @@ def test_what_the_confirmation_says_is_so(
     assert "trial 0, the study's best, has failed runs: trial 1 is the winner" in lines
     assert not [line for line in lines if "better mean" in line]
     (against,) = [line for line in lines if "compared with trial 2" in line]
-    assert against.endswith("better with a probability of more than 99%")
-    difference = "test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 4 test"
+    assert against.endswith("better with a confidence of more than 99%")
+    difference = "test loss -1.0000, 95 % interval -1.0000 to -1.0000 on 40 test"
     assert against.startswith(f"trial 1 compared with trial 2: {difference}")
 
 
@@ -420,7 +421,11 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(
 
     conclude(written, resources=SharedResources())
 
-    assert content(written.folder / "answer.json")["test"] == {"rows": 4, "winner": 1.5}
+    assert content(written.folder / "answer.json")["test"] == {
+        "rows": 40,
+        "looks": 1,
+        "winner": 1.5,
+    }
     assert "trial 2, the baseline, is not evaluated: its adapter is gone" in caplog.text
     assert "baseline itself" not in (written.folder / "report.html").read_text()
 

@@ -60,6 +60,7 @@ def test_a_packed_study_holds_its_trials_and_each_says_who_was_beside(
         (number, int(other))
         for number, result in enumerate(results)
         for other in result["companions"]
+        if other.isdigit()
     }
     assert {(0, 1), (0, 2), (1, 2)} <= beside
     assert all((other, number) in beside for number, other in beside)
