@@ -3,8 +3,7 @@
 Spans of about the same length are padded together into a bucket, and each bucket takes one call.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
@@ -23,20 +22,25 @@ class _Bucket:
     """[spans, longest span]"""
     keys: torch.Tensor
     """[spans, longest span with its prefix]"""
-    distance: torch.Tensor
-    """Position of the query minus that of the key [spans, 1, queries, keys]; negative: the key
-    comes later, or is padding."""
-
-    @functools.cached_property
-    def causal_mask(self) -> torch.Tensor:
-        """True where a query attends to a key."""
-        return self.distance >= 0
+    query_positions: torch.Tensor
+    """[spans, 1, queries, 1], from the first token of the span's prefix."""
+    key_positions: torch.Tensor
+    """[keys]; those of padding come after a span's last query."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """The masks that layers have asked for, by their window."""
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """The causal mask, limited to a sliding window of that many tokens."""
-        if window is None:
-            return self.causal_mask
-        return self.causal_mask & (self.distance < window)
+        """True where a query attends to a key [spans, 1, queries, keys].
+
+        Args:
+            window: Tokens that a query sees, itself included; None: all before it.
+        """
+        if window not in self.masks:
+            mask = self.key_positions <= self.query_positions
+            if window is not None:
+                mask &= self.key_positions > self.query_positions - window
+            self.masks[window] = mask
+        return self.masks[window]
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,12 @@ def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
     prefix_lengths = torch.tensor([span.prefix_length for span in spans])
     first_positions = prefix_lengths[:, None, None]
     query_positions = first_positions + torch.arange(query_count)[:, None]
-    key_positions = torch.arange(key_count)
-    # One mask for all heads.
-    distance = (query_positions - key_positions)[:, None]
     return _Bucket(
         queries=queries.to(device),
         keys=keys.to(device),
-        distance=distance.to(device),
+        # One mask for all heads.
+        query_positions=query_positions[:, None].to(device),
+        key_positions=torch.arange(key_count, device=device),
     )
 
 
