@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from finetune.model.host_memory import free_host_memory
+
 GIB = 2**30
 """Bytes of a gibibyte."""
 
@@ -71,10 +73,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def available_memory() -> int:
-    """Return the bytes that a run may compute in: of the GPU if there is one, else of the host.
+def total_memory() -> int:
+    """Return the bytes of the GPU that this process may have, or of the host without a GPU.
 
-    On a GPU it is this process's share, as `set_per_process_memory_fraction` has set it.
+    The share of a GPU is what `set_per_process_memory_fraction` has set.
     """
     import torch
 
@@ -82,6 +84,19 @@ def available_memory() -> int:
         total = torch.cuda.get_device_properties(0).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction())
     return int(psutil.virtual_memory().total)
+
+
+def available_memory() -> int:
+    """Return the bytes that a run may compute in: of the GPU if there is one, else of the host.
+
+    What this process has already counts, what other processes have does not.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return int(min(total_memory(), free + torch.cuda.memory_reserved()))
+    return free_host_memory()
 
 
 def reset_peak_memory() -> None:

@@ -14,7 +14,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.errors import refusal
 from finetune.model.device import on_gpu
-from finetune.model.memory import available_memory
+from finetune.model.memory import total_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def should_dequantize(weights: int, config: RunConfig) -> bool:
         return False
     dtype = compute_dtype(config.quantization)
     dequantized_bytes = dtype.itemsize * weights
-    return dequantized_bytes <= available_memory() * DEQUANTIZED_SHARE
+    return dequantized_bytes <= total_memory() * DEQUANTIZED_SHARE
 
 
 def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
