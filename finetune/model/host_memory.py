@@ -10,7 +10,7 @@ CGROUP_FILES = {
     "": ("memory.max", "memory.current", ""),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
-"""Of version 2 and 1 of control groups, by the controller's name in `/proc/self/cgroup`: the files of
+"""Of versions 2 and 1 of control groups, by the controller in `/proc/self/cgroup`: the files of
 the limit and the use, and the prefix of the entries in `memory.stat`."""
 
 

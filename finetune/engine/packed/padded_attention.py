@@ -26,21 +26,28 @@ class _Bucket:
     """[spans, 1, queries, 1], from the first token of the span's prefix."""
     key_positions: torch.Tensor
     """[keys]; those of padding come after a span's last query."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """The masks that layers have asked for, by their window."""
+    masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(
+        default_factory=dict
+    )
+    """The masks that layers have asked for, by their window and type."""
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """True where a query attends to a key [spans, 1, queries, keys].
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Return 0 where a query attends to a key, else minus infinity [spans, 1, queries, keys].
+
+        Of numbers and one for all layers, because PyTorch would turn one of booleans into another
+        for each layer, and keep it for the backward pass: of long rows, most of the memory.
 
         Args:
             window: Tokens that a query sees, itself included; None: all before it.
+            dtype: That of the queries.
         """
-        if window not in self.masks:
-            mask = self.key_positions <= self.query_positions
+        if (window, dtype) not in self.masks:
+            hidden = self.key_positions > self.query_positions
             if window is not None:
-                mask &= self.key_positions > self.query_positions - window
-            self.masks[window] = mask
-        return self.masks[window]
+                hidden |= self.key_positions <= self.query_positions - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.masks[window, dtype] = mask.masked_fill_(hidden, -torch.inf)
+        return self.masks[window, dtype]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def attend_padded(
             bucket_query,
             _repeat_heads(bucket_key, heads),
             _repeat_heads(bucket_value, heads),
-            attn_mask=bucket.mask(window),
+            attn_mask=bucket.mask(window, query.dtype),
             scale=scale,
         )
         outputs.append(_join_heads(output))
