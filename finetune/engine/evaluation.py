@@ -30,8 +30,8 @@ class Evaluation:
     """Sum of the negative log-likelihoods of each row's answer tokens, in nats."""
     row_tokens: tuple[int, ...]
     """Number of answer tokens of each row."""
-    accuracy: float
-    """Share of answer tokens that the model finds most likely, in [0, 1]."""
+    row_correct: tuple[int, ...]
+    """Number of answer tokens of each row that the model finds most likely."""
 
     @property
     def tokens(self) -> int:
@@ -42,6 +42,11 @@ class Evaluation:
     def loss(self) -> float:
         """Mean negative log-likelihood of an answer token, in nats."""
         return math.fsum(self.row_losses) / max(self.tokens, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of answer tokens that the model finds most likely, in [0, 1]."""
+        return sum(self.row_correct) / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
@@ -121,7 +126,7 @@ def evaluate(
     order = sorted(indices, key=lambda index: -lengths[index])
     losses = [0.0] * len(rows)
     tokens = [0] * len(rows)
-    correct = 0
+    correct = [0] * len(rows)
     with evaluation_mode(model), autocast(quantization):
         batch_size, prefix_length = _choose_batches(model, rows, batch_size)
         prefix_cache = compute_prefix(model, rows, prefix_length)
@@ -130,14 +135,15 @@ def evaluate(
             batch = [rows[index] for index in batch_indices]
             predictions = predict(model, batch, prefix_length, prefix_cache)
             row_losses, row_tokens = predictions.sum_by_row(len(batch))
+            row_correct = predictions.count_correct(len(batch))
             for position, index in enumerate(batch_indices):
                 losses[index] = row_losses[position]
                 tokens[index] = row_tokens[position]
-            correct += predictions.count_correct()
+                correct[index] = row_correct[position]
     return Evaluation(
         row_losses=tuple(losses),
         row_tokens=tuple(tokens),
-        accuracy=correct / max(sum(tokens), 1),
+        row_correct=tuple(correct),
     )
 
 

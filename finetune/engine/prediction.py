@@ -42,10 +42,12 @@ class Predictions:
         """Return the logits of a row's answer tokens [answer tokens, vocabulary]."""
         return self.logits[self.rows == row]
 
-    def count_correct(self) -> int:
-        """Count the tokens that the model finds most likely."""
-        likeliest = self.logits.argmax(-1)
-        return int((likeliest == self.targets).sum())
+    def count_correct(self, row_count: int) -> list[int]:
+        """Count each row's answer tokens that the model finds most likely."""
+        is_correct = self.logits.argmax(-1) == self.targets
+        counts = torch.bincount(self.rows[is_correct], minlength=row_count)
+        result: list[int] = counts.tolist()
+        return result
 
 
 def compute_prefix(

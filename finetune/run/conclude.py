@@ -3,7 +3,6 @@
 The test rows of a study's trials are evaluated at the study's end, in `final_evaluation`.
 """
 
-import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,11 @@ from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps
-from finetune.files.atomic import write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.origin import public_base_name
 from finetune.run.context import RunContext
 from finetune.run.prepare import Prepared
+from finetune.run.test_evaluation import write_test_evaluation
 from finetune.run.train import Training, sample_prompts
 from finetune.tracking.tracker import Tracker
 
@@ -68,7 +67,7 @@ def evaluate_test_rows(
     The same for a run of a study, once every choice is made, is `final_evaluation`.
     """
     evaluation = yield from training.evaluate(prepared.test)
-    write_json(folder.test_rows, dataclasses.asdict(evaluation))
+    write_test_evaluation(folder, evaluation)
     return evaluation.metrics("test")
 
 

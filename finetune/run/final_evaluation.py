@@ -5,7 +5,6 @@ evaluates its winner and its baseline on them. A run alone evaluates its test ro
 """
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from finetune.model.adapter import load_adapter
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples, survive_samples
+from finetune.run.test_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -72,23 +72,12 @@ def evaluate_finished_run(
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
                 evaluation = opened.evaluate()
-                write_json(folder.test_rows, dataclasses.asdict(evaluation))
+                write_test_evaluation(folder, evaluation)
             if needs_answers and samples.asked:
                 log.info("answering %d sample prompts with the adapter", samples.asked)
                 samples.after(Tracker(), 0)
     _record(evaluation, folder)
     return evaluation
-
-
-def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
-    """Read a run's evaluation on the test rows; None if there is none, or a loss is NaN."""
-    recorded = read_json(folder.test_rows)
-    # A NaN was written as null, which JSON has in its place.
-    if recorded is None or None in recorded["row_losses"]:
-        return None
-    losses = tuple(recorded["row_losses"])
-    tokens = tuple(recorded["row_tokens"])
-    return Evaluation(losses, tokens, recorded["accuracy"])
 
 
 def _lacks_answers(config: RunConfig, folder: RunFolder) -> bool:

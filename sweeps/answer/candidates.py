@@ -2,8 +2,8 @@
 
 import dataclasses
 import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +11,64 @@ from optuna.trial import FrozenTrial
 
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
-from finetune.run.final_evaluation import read_test_evaluation
-from sweeps.answer.compare import compare
-from sweeps.answer.retrain import Repeat
+from finetune.run.test_evaluation import read_test_evaluation
+from sweeps.answer.compare import compare_seeds, metric_of
+from sweeps.study.repeats import Repeat
 from sweeps.study.study import Study, role
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
 
 
+@dataclass
+class _Candidate:
+    """A trial that was trained again, and what its runs have shown, by their seeds."""
+
+    trial: FrozenTrial
+    values: dict[int, float] = field(default_factory=dict)
+    """The objective on the held-out rows."""
+    test_losses: list[float] = field(default_factory=list)
+    evaluations: "dict[int, Evaluation]" = field(default_factory=dict)
+    """Evaluations on the test rows."""
+    failures: list[str] = field(default_factory=list)
+
+
 def evaluate_candidates(
     study: Study,
-    candidates: Sequence[FrozenTrial],
+    trials: Sequence[FrozenTrial],
     repeats: Sequence[Repeat],
     errors: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """Build the content of `confirm.json`: each candidate's values, the winner, comparisons."""
-    summaries = []
-    for trial in candidates:
+    """Build the content of `confirm.json`: each candidate's values, the winner, comparisons.
+
+    Args:
+        study: the study.
+        trials: the trials that were trained again, the study's best first.
+        repeats: their runs.
+        errors: the error of each run that failed, by its folder.
+
+    Raises:
+        ConfigError: if every run failed.
+    """
+    candidates = []
+    for trial in trials:
         of_trial = repeats_of(repeats, trial.number)
-        summaries.append(_summarize(study, trial, of_trial, errors))
-    winner = _choose_winner(study, summaries, errors)
+        candidates.append(_read_candidate(study, trial, of_trial, errors))
+    eligible = _eligible(candidates)
+    if not eligible:
+        error = next(iter(errors.values()))
+        raise ConfigError(
+            f"study {study.name}: every run of the confirmation failed: {error}"
+        )
+    winner = _choose(study, eligible)
     seeds = {repeat.seed for repeat in repeats}
     return {
-        "before": candidates[0].number,
-        "winner": winner,
+        "before": trials[0].number,
+        "winner": winner.trial.number,
         "objective": study.objectives[0],
         "seeds": sorted(seeds),
-        "candidates": summaries,
-        "comparisons": _compare_with_winner(repeats, winner, candidates),
+        "candidates": [_summarize(candidate) for candidate in candidates],
+        "comparisons": _compare_with_others(study, winner, eligible, candidates),
     }
 
 
@@ -48,91 +77,108 @@ def repeats_of(repeats: Sequence[Repeat], trial: int) -> list[Repeat]:
     return [repeat for repeat in repeats if repeat.trial == trial]
 
 
-def _summarize(
+def _read_candidate(
     study: Study,
     trial: FrozenTrial,
     repeats: Sequence[Repeat],
     errors: Mapping[Path, str],
-) -> dict[str, Any]:
-    """Summarize a candidate's runs: mean and standard deviation over the seeds."""
-    objective = study.objectives[0]
-    values = []
-    test_losses = []
-    failures = []
+) -> _Candidate:
+    """Read what a candidate's runs have shown from their folders."""
+    candidate = _Candidate(trial)
     for repeat in repeats:
         error = errors.get(repeat.folder.path)
         if error is not None:
-            failures.append(error)
+            candidate.failures.append(error)
             continue
         metrics = read_json(repeat.folder.result)["metrics"]
-        values.append(metrics[objective])
+        candidate.values[repeat.seed] = metrics[study.objectives[0]]
         # JSON has null for a NaN.
         if metrics.get("test/loss") is not None:
-            test_losses.append(metrics["test/loss"])
+            candidate.test_losses.append(metrics["test/loss"])
+        evaluation = read_test_evaluation(repeat.folder)
+        if evaluation is not None:
+            candidate.evaluations[repeat.seed] = evaluation
+    return candidate
+
+
+def _summarize(candidate: _Candidate) -> dict[str, Any]:
+    """Summarize a candidate's runs: mean and standard deviation over the seeds."""
+    values = list(candidate.values.values())
+    test_losses = candidate.test_losses
     return {
-        "trial": trial.number,
-        "role": role(trial),
-        "study": trial.value,
+        "trial": candidate.trial.number,
+        "role": role(candidate.trial),
+        "study": candidate.trial.value,
         "values": values,
         "mean": statistics.fmean(values) if values else None,
         "spread": statistics.stdev(values) if len(values) > 1 else None,
         "test": statistics.fmean(test_losses) if test_losses else None,
-        "failed": failures,
+        "failed": candidate.failures,
     }
 
 
-def _choose_winner(
-    study: Study, summaries: Sequence[Mapping[str, Any]], errors: Mapping[Path, str]
-) -> int:
-    """Choose the candidate with the best mean, among those without failed runs if there are any."""
+def _eligible(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Select those without failed runs, or all with a value if every one has failed runs."""
     # A mean over fewer seeds than the others' is compared only if there is nothing else.
-    without_failures = [summary for summary in summaries if not summary["failed"]]
-    with_values = [summary for summary in summaries if summary["values"]]
-    eligible = without_failures or with_values
-    if not eligible:
-        error = next(iter(errors.values()))
-        raise ConfigError(
-            f"study {study.name}: every run of the confirmation failed: {error}"
-        )
-
-    def mean_cost(summary: Mapping[str, Any]) -> float:
-        return study.to_cost(summary["mean"])
-
-    best = min(eligible, key=mean_cost)
-    return int(best["trial"])
+    without_failures = [one for one in candidates if not one.failures]
+    return without_failures or [one for one in candidates if one.values]
 
 
-def _compare_with_winner(
-    repeats: Sequence[Repeat], winner: int, candidates: Sequence[FrozenTrial]
+def _choose(
+    study: Study, candidates: Sequence[_Candidate], without_seed: int | None = None
+) -> _Candidate:
+    """Choose the candidate with the best mean over the seeds, perhaps without one of them.
+
+    Where no other seed is left, the study's own values choose.
+    """
+
+    def mean_cost(candidate: _Candidate) -> float:
+        values = [
+            value for seed, value in candidate.values.items() if seed != without_seed
+        ]
+        # The study's own value is one of a further seed.
+        mean = statistics.fmean(values) if values else candidate.trial.value
+        assert mean is not None
+        return study.to_cost(mean)
+
+    return min(candidates, key=mean_cost)
+
+
+def _compare_with_others(
+    study: Study,
+    winner: _Candidate,
+    eligible: Sequence[_Candidate],
+    candidates: Iterable[_Candidate],
 ) -> list[dict[str, Any]]:
-    """Compare the winner with each other candidate on the test rows, by the seeds both have."""
-    evaluations = _test_evaluations(repeats)
-    of_winner = evaluations[winner]
+    """Compare the winner with each other candidate on the test rows, by the seeds of both.
+
+    The winner was chosen by these seeds, which would flatter it. So on each seed stands the
+    candidate that the other seeds alone choose (cross-fitting): the winner, where it is clear.
+    """
+    metric = metric_of(study.objectives[0])
     comparisons = []
-    for candidate in candidates:
-        of_candidate = evaluations[candidate.number]
-        # The comparison is paired: both sides need the same seeds in the same order.
-        seeds = sorted(of_winner.keys() & of_candidate.keys())
-        if candidate.number == winner or not seeds:
+    for other in candidates:
+        if other is winner:
             continue
-        winner_evaluations = [of_winner[seed] for seed in seeds]
-        candidate_evaluations = [of_candidate[seed] for seed in seeds]
-        comparison = compare(winner_evaluations, candidate_evaluations)
+        chosen_evaluations = []
+        other_evaluations = []
+        for seed in sorted(other.evaluations):
+            evaluated = [one for one in eligible if seed in one.evaluations]
+            if not evaluated:
+                continue
+            chosen = _choose(study, evaluated, without_seed=seed)
+            chosen_evaluations.append(chosen.evaluations[seed])
+            other_evaluations.append(other.evaluations[seed])
+        if not chosen_evaluations:
+            continue
+        comparison = compare_seeds(chosen_evaluations, other_evaluations, metric)
         entry = {
-            "trial": winner,
-            "other": candidate.number,
-            "rows": len(winner_evaluations[0].row_losses),
+            "trial": winner.trial.number,
+            "other": other.trial.number,
+            "metric": f"test/{metric}",
+            "rows": len(other_evaluations[0].row_losses),
+            "seeds": len(other_evaluations),
             **dataclasses.asdict(comparison),
         }
         comparisons.append(entry)
     return comparisons
-
-
-def _test_evaluations(repeats: Sequence[Repeat]) -> "dict[int, dict[int, Evaluation]]":
-    """Read the evaluations on the test rows: by trial, then by seed."""
-    evaluations: dict[int, dict[int, Evaluation]] = defaultdict(dict)
-    for repeat in repeats:
-        evaluation = read_test_evaluation(repeat.folder)
-        if evaluation is not None:
-            evaluations[repeat.trial][repeat.seed] = evaluation
-    return evaluations

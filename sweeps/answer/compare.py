@@ -1,143 +1,187 @@
-"""Compare two adapters by their losses on the same rows, with a paired bootstrap."""
+"""Compare two adapters, or the configs behind them, by a metric on the same rows.
 
+Two adapters differ on these rows by what other rows could show otherwise. Two configs differ by
+that, and by the seeds with which they were trained.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from scipy import stats
+
+from sweeps.answer.intervals import (
+    CONFIDENCE,
+    combined_error,
+    row_interval,
+    row_mean,
+    seed_mean,
+    selected_quantile,
+)
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
 
+Metric = Literal["loss", "accuracy"]
 
-MAX_RESAMPLES = 10_000
-"""Resamples where there are few rows: the interval's ends are stable to about 1 % of its width."""
+def metric_of(objective: str) -> Metric:
+    """Return the metric by which an objective is compared on the test rows.
 
-
-MIN_RESAMPLES = 1_000
-"""Resamples at least, however many rows there are."""
-
-
-MAX_DRAWS = 10_000_000
-"""Rows drawn for all resamples together: with many rows, fewer resamples are as precise."""
+    Args:
+        objective: the name of the study's objective, for example `eval/accuracy`.
+    """
+    return "accuracy" if objective.endswith("/accuracy") else "loss"
 
 
-BLOCK = 200
-"""Resamples that are in memory at the same time."""
+TAIL = (1 - CONFIDENCE) / 2
+"""Probability that the truth is beyond one end of an interval."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean loss of the first side minus that of the second, in nats per token.
-
-    A difference below 0 means that the first side is better.
-    """
+    """A metric of the first side minus that of the second, per token."""
 
     difference: float
-    low: float
-    """Lower end of the 95 % confidence interval."""
-    high: float
+    low: float | None
+    """Lower end of the 95 % confidence interval; None: too few rows for one."""
+    high: float | None
     """Upper end of the 95 % confidence interval."""
-    chance: float
-    """Share of resamples in which the first side is better; ties count half."""
-
-    @property
-    def verdict(self) -> str:
-        """Describe the interval in words."""
-        if self.high < 0:
-            return "better"
-        if self.low > 0:
-            return "worse"
-        return "no clear difference"
+    confidence: float | None
+    """One-sided confidence that the first side is better, in [0, 1]."""
+    verdict: str
+    """`better`, `worse`, `no clear difference`, or `too few rows to say`."""
 
 
-def compare(
+def compare_adapters(
+    first: "Evaluation", second: "Evaluation", metric: Metric = "loss"
+) -> Comparison:
+    """Compare two adapters: what other rows of the same kind would show.
+
+    Args:
+        first: the evaluation of the first adapter.
+        second: that of the second, on the same rows.
+        metric: what is compared.
+    """
+    differences = _row_sums(first, metric) - _row_sums(second, metric)
+    tokens = _row_tokens(first)
+    mean = row_mean(differences, tokens)
+    if not mean.is_measurable:
+        return _too_few_rows(mean.value)
+    low, high = row_interval(differences, tokens)
+    freedom = mean.effective_rows - 1
+    confidence = _confidence(mean.value, mean.standard_error, freedom, metric)
+    return _comparison(mean.value, low, high, confidence, metric)
+
+
+def compare_configs(
+    winner: "Evaluation",
+    baseline: Sequence["Evaluation"],
+    candidates: int,
+    metric: Metric = "loss",
+) -> Comparison:
+    """Compare the winner's config with the baseline's, which was trained with several seeds.
+
+    The winner was chosen among others, so part of its lead is the luck of its seed. The end of the
+    interval that says `better` allows for as much as the best of equal configs has by luck. The
+    errors by seeds and by rows are combined by the method of variance estimates recovery (Zou and
+    Donner, 2008).
+
+    Args:
+        winner: the evaluation of the winner's adapter, of one seed.
+        baseline: evaluations of the baseline with at least two seeds, on the same rows.
+        candidates: number of trials among which the winner was chosen.
+        metric: what is compared.
+    """
+    tokens = _row_tokens(winner)
+    sums = np.array([_row_sums(evaluation, metric) for evaluation in baseline])
+    differences = _row_sums(winner, metric) - sums.mean(0)
+    mean = row_mean(differences, tokens)
+    if not mean.is_measurable:
+        return _too_few_rows(mean.value)
+    row_low, row_high = row_interval(differences, tokens)
+    seeds = seed_mean([float(row.sum() / tokens.sum()) for row in sums])
+    seed_error = math.sqrt(seeds.variance + seeds.mean_variance)
+    plain = float(stats.t.ppf(1 - TAIL, seeds.seeds - 1))
+    selected = selected_quantile(max(candidates, 1), seeds.seeds)
+    # The winner's luck makes it look better: smaller by a loss, larger by an accuracy.
+    below, above = (selected, plain) if metric == "accuracy" else (plain, selected)
+    low = mean.value - math.hypot(mean.value - row_low, below * seed_error)
+    high = mean.value + math.hypot(row_high - mean.value, above * seed_error)
+    return _comparison(mean.value, low, high, None, metric)
+
+
+def compare_seeds(
     first: Sequence["Evaluation"],
     second: Sequence["Evaluation"],
-    max_resamples: int = MAX_RESAMPLES,
+    metric: Metric = "loss",
 ) -> Comparison:
-    """Compare two sides by the paired bootstrap (Efron and Tibshirani, 1993).
-
-    Rows are resampled with replacement, and each row keeps its losses on both sides and with all
-    seeds. Seeds are not resampled: with two of them, a bootstrap would hide half of their variance.
-    Instead, the mean over several seeds gets an error with Student's t distribution. One seed says
-    nothing about others, so its comparison holds for that seed alone.
-
-    `scipy.stats.bootstrap` covers the case of one seed, but it draws other rows from the same
-    generator, which would change the interval of every study that is concluded again, and it
-    has no counterpart for several seeds.
+    """Compare two configs that were both trained with the same seeds.
 
     Args:
         first: one evaluation for each seed, on the same rows.
         second: evaluations on the same rows and with the same seeds, in the same order.
-        max_resamples: resamples where memory allows so many.
-
-    Returns:
-        The difference with its confidence interval.
+        metric: what is compared.
     """
-    first_losses = np.array([evaluation.row_losses for evaluation in first])
-    second_losses = np.array([evaluation.row_losses for evaluation in second])
-    # [seeds, rows], nats summed over a row's tokens.
-    differences = first_losses - second_losses
-    tokens = np.array(first[0].row_tokens, dtype=float)
-    # Over all tokens, not the mean of the rows' means: this is how a loss is computed.
-    difference = differences.mean(0).sum() / max(tokens.sum(), 1)
-    means = _resampled_means(differences, tokens, max_resamples)
-    low, high = np.quantile(means, [0.025, 0.975])
-    share_better = (means < 0).mean()
-    share_equal = (means == 0).mean()
-    chance = share_better + share_equal / 2
-    return Comparison(
-        float(difference),
-        float(low),
-        float(high),
-        float(chance),
+    if len(first) == 1:
+        return compare_adapters(first[0], second[0], metric)
+    tokens = _row_tokens(first[0])
+    # [seeds, rows].
+    differences = np.array(
+        [
+            _row_sums(one, metric) - _row_sums(other, metric)
+            for one, other in zip(first, second, strict=True)
+        ]
     )
+    mean = row_mean(differences.mean(0), tokens)
+    if not mean.is_measurable:
+        return _too_few_rows(mean.value)
+    seeds = seed_mean([float(row.sum() / tokens.sum()) for row in differences])
+    error, freedom = combined_error(mean, seeds)
+    half_width = float(stats.t.ppf(1 - TAIL, freedom)) * error
+    confidence = _confidence(mean.value, error, freedom, metric)
+    low, high = mean.value - half_width, mean.value + half_width
+    return _comparison(mean.value, low, high, confidence, metric)
 
 
-def _resampled_means(
-    differences: np.ndarray, tokens: np.ndarray, max_resamples: int
-) -> np.ndarray:
-    """Compute the mean difference per token in each resample.
-
-    A resample is a count for each row: how often the row is in it.
-
-    Args:
-        differences: loss differences `[seeds, rows]`.
-        tokens: tokens of each row `[rows]`.
-        max_resamples: upper bound of the number of resamples.
-
-    Returns:
-        Mean differences `[resamples]`.
-    """
-    seeds, rows = differences.shape
-    # A fixed seed: the same losses give the same interval.
-    generator = np.random.default_rng(0)
-    # In whole blocks, which the loop fills one after the other.
-    affordable = MAX_DRAWS // rows // BLOCK * BLOCK
-    resamples = min(max_resamples, max(MIN_RESAMPLES, affordable))
-    means = np.empty(resamples)
-    equal_chances = np.full(rows, 1 / rows)
-    for start in range(0, len(means), BLOCK):
-        # Both [BLOCK, rows].
-        row_counts = generator.multinomial(rows, equal_chances, size=BLOCK)
-        seed_weights = _seed_weights(generator, seeds)
-        row_differences = seed_weights @ differences
-        sums = (row_differences * row_counts).sum(1)
-        token_counts = np.maximum(row_counts @ tokens, 1)
-        means[start : start + BLOCK] = sums / token_counts
-    return means
+def _row_sums(evaluation: "Evaluation", metric: Metric) -> np.ndarray:
+    """Return the metric of each row, summed over its tokens `[rows]`."""
+    rows = (
+        evaluation.row_losses if metric == "loss" else evaluation.row_correct
+    )
+    return np.array(rows, dtype=float)
 
 
-def _seed_weights(generator: np.random.Generator, seeds: int) -> np.ndarray:
-    """Draw weights of the seeds whose weighted mean has Student's t error: `[BLOCK, seeds]`."""
-    weights = np.full((BLOCK, seeds), 1 / seeds)
-    if seeds > 1:
-        errors = generator.normal(size=(BLOCK, seeds))
-        # Centred, so that the weights still add up to 1. Summed over the seeds' values, such errors
-        # are normal with the variance (seeds - 1) s^2; divided by the root of seeds times chi^2,
-        # they are s / sqrt(seeds) times Student's t with seeds - 1 degrees of freedom.
-        errors -= errors.mean(1, keepdims=True)
-        chi_squares = generator.chisquare(seeds - 1, size=(BLOCK, 1))
-        weights += errors / np.sqrt(seeds * chi_squares)
-    return weights
+def _row_tokens(evaluation: "Evaluation") -> np.ndarray:
+    return np.array(evaluation.row_tokens, dtype=float)
+
+
+def _confidence(
+    difference: float, error: float, freedom: float, metric: Metric
+) -> float:
+    """Return the one-sided confidence that the first side is better."""
+    gain = difference if metric == "accuracy" else -difference
+    if error == 0:
+        return 0.5 + math.copysign(0.5, gain) * (gain != 0)
+    return float(stats.t.cdf(gain / error, freedom))
+
+
+def _comparison(
+    difference: float,
+    low: float,
+    high: float,
+    confidence: float | None,
+    metric: Metric,
+) -> Comparison:
+    is_above, is_below = ("better", "worse") if metric == "accuracy" else ("worse", "better")
+    verdict = "no clear difference"
+    if high < 0:
+        verdict = is_below
+    elif low > 0:
+        verdict = is_above
+    return Comparison(difference, low, high, confidence, verdict)
+
+
+def _too_few_rows(difference: float) -> Comparison:
+    return Comparison(difference, None, None, None, "too few rows to say")

@@ -20,7 +20,7 @@ from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.answer.candidates import evaluate_candidates, repeats_of
-from sweeps.answer.retrain import Repeat, retrain
+from sweeps.study.repeats import Repeat, retrain
 from sweeps.study.study import CONFIRMATION, Study
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def _plan_repeats(
                 seed,
                 RunFolder(path),
                 config_with_seed,
+                "confirm",
             )
             repeats.append(repeat)
     return repeats

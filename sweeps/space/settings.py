@@ -42,6 +42,9 @@ class StudySettings(Section):
     """Path of a function of (config, trial) that suggests further parameters; null: none."""
     baseline: bool
     """Whether the first trial has the config's own values. It is never pruned."""
+    baseline_seeds: int | Literal["auto"]
+    """Number of further seeds with which the baseline is trained in slots that no trial needs, to
+    show how far equal configs differ; auto: 2, or none with one slot."""
     start: list[dict[str, Any]]
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     timeout: float | None
@@ -75,6 +78,8 @@ class StudySettings(Section):
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
         can_confirm = not self.confirm or len(self.directions) == 1
         self.require("confirm", can_confirm, "needs one objective; 0: none")
+        has_seeds = self.baseline_seeds == "auto" or int(self.baseline_seeds) >= 0
+        self.require("baseline_seeds", has_seeds, "must be a number of seeds, or auto; 0: none")
 
     def _check_trials_and_workers(self) -> None:
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from finetune.console import quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import Interrupted
+from sweeps.study.baseline_seeds import BaselineSeeds
 from sweeps.study.claims import claim_trial
 from sweeps.study.errors import StorageLost
 from sweeps.study.logs import run_lines_to_files
@@ -54,14 +55,17 @@ class Worker:
         session = self.session
         study = Study(session.folder, session.settings.study_name, session.address)
         trials = _TrialSource(session, study)
+        baseline_seeds = BaselineSeeds(session, study, trials.interrupt)
+
+        def next_run() -> PackedRun | None:
+            run = trials.next_run(lambda trial: not is_on_last_attempt(trial))
+            return run or trials.unless_over(baseline_seeds.next_run)
+
         ended = 0
         try:
             # Trials that have lost their workers train one by one, without others at risk.
             ended += train_together(lambda: trials.next_run(is_on_last_attempt), 1)
-            ended += train_together(
-                lambda: trials.next_run(lambda trial: not is_on_last_attempt(trial)),
-                session.engine.slots,
-            )
+            ended += train_together(next_run, session.engine.slots)
         except Interrupted:
             if study.storage_error is None:
                 raise
@@ -77,18 +81,23 @@ class _TrialSource:
     def __init__(self, session: Session, study: Study) -> None:
         self._session = session
         self._study = study
-        self._interrupt = Interrupt()
+        self.interrupt = Interrupt()
+        """Shared by all runs of this worker."""
 
     def next_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
         """Claim the next acceptable trial; None if there is none, or if none shall begin."""
+        return self.unless_over(lambda: self._claim_run(accepts))
+
+    def unless_over(self, begin: Callable[[], PackedRun | None]) -> PackedRun | None:
+        """Begin a run, unless the session is over or the storage is lost."""
         if self._study.storage_error is not None:
             return None
         try:
             if self._session.is_over(self._study):
                 return None
-            return self._claim_run(accepts)
+            return begin()
         except StorageLost as error:
-            self._study.release_trials(error, self._interrupt)
+            self._study.release_trials(error, self.interrupt)
             return None
 
     def _claim_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
@@ -96,7 +105,7 @@ class _TrialSource:
             claim = stack.enter_context(claim_trial(self._study, accepts))
             if claim is None:
                 return None
-            runner = TrialRunner(self._session, self._study, claim, self._interrupt)
+            runner = TrialRunner(self._session, self._study, claim, self.interrupt)
             # From here on the run holds the claim.
             steps = runner.run(folder_lock=stack.pop_all())
         return PackedRun(

@@ -297,16 +297,17 @@ class Bank:
         row_losses = zeros.index_add(0, batch.target_rows, result.losses.double())
         losses = self._fetch(row_losses)
         tokens = torch.bincount(batch.target_rows, minlength=row_count).tolist()
+        zero_counts = torch.zeros(row_count, dtype=torch.long, device=self.device)
+        row_correct = zero_counts.index_add(0, batch.target_rows, result.correct.long())
+        correct = row_correct.tolist()
         evaluations = []
         first_row = 0
-        for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
+        for request in requests:
             rows = slice(first_row, first_row + len(request.rows))
-            correct = int(result.correct[start:stop].sum())
-            accuracy = correct / max(stop - start, 1)
             evaluation = Evaluation(
                 row_losses=tuple(losses[rows]),
                 row_tokens=tuple(tokens[rows]),
-                accuracy=accuracy,
+                row_correct=tuple(correct[rows]),
             )
             evaluations.append(evaluation)
             first_row = rows.stop

@@ -119,7 +119,7 @@ class PackedTraining:
         order = sorted(indices, key=lambda index: -lengths[index])
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
-        correct = 0.0
+        correct = [0] * len(examples)
         for start in range(0, len(order), batch_size):
             batch_indices = order[start : start + batch_size]
             batch = [examples[index] for index in batch_indices]
@@ -127,11 +127,11 @@ class PackedTraining:
             for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
-            correct += evaluation.accuracy * evaluation.tokens
+                correct[index] = evaluation.row_correct[position]
         return Evaluation(
             row_losses=tuple(losses),
             row_tokens=tuple(tokens),
-            accuracy=correct / max(sum(tokens), 1),
+            row_correct=tuple(correct),
         )
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
