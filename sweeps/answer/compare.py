@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Metric = Literal["loss", "accuracy"]
 
+
 def metric_of(objective: str) -> Metric:
     """Return the metric by which an objective is compared on the test rows.
 
@@ -147,9 +148,7 @@ def compare_seeds(
 
 def _row_sums(evaluation: "Evaluation", metric: Metric) -> np.ndarray:
     """Return the metric of each row, summed over its tokens `[rows]`."""
-    rows = (
-        evaluation.row_losses if metric == "loss" else evaluation.row_correct
-    )
+    rows = evaluation.row_losses if metric == "loss" else evaluation.row_correct
     return np.array(rows, dtype=float)
 
 
@@ -174,7 +173,9 @@ def _comparison(
     confidence: float | None,
     metric: Metric,
 ) -> Comparison:
-    is_above, is_below = ("better", "worse") if metric == "accuracy" else ("worse", "better")
+    is_above, is_below = (
+        ("better", "worse") if metric == "accuracy" else ("worse", "better")
+    )
     verdict = "no clear difference"
     if high < 0:
         verdict = is_below

@@ -1,7 +1,6 @@
 """Conclude a session of a study: test the winner and the baseline, write the answer, report it."""
 
 import logging
-import math
 import os
 import shlex
 from pathlib import Path
@@ -15,17 +14,16 @@ from finetune.errors import ConfigError
 from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
-from finetune.run.final_evaluation import evaluate_finished_run, read_test_evaluation
 from finetune.run.resources import SharedResources, shared_resources
 from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
-from sweeps.answer.compare import compare
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
+from sweeps.answer.test_rows import test_answer
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.study import Study
 
@@ -137,52 +135,7 @@ def _answer(
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
-        "test": _test(study, run, rival, resources),
-    }
-
-
-def _test(
-    study: Study,
-    run: RunFolder,
-    baseline: FrozenTrial | None,
-    resources: SharedResources,
-) -> dict[str, Any] | None:
-    """Evaluate the winner and the baseline on the test rows, unless they were before.
-
-    Args:
-        study: the study.
-        run: the winner's run.
-        baseline: the trial to compare with; None if the winner is the baseline or there is none.
-        resources: bases and rows that are loaded already.
-
-    Returns:
-        Losses in nats per token and the comparison; None without test rows.
-    """
-    log.info("evaluating the winner and the baseline on the test rows")
-    of_winner = evaluate_finished_run(run.path, resources, answer_prompts=True)
-    # JSON has no NaN, and no interval could be computed from one.
-    if of_winner is None or not math.isfinite(of_winner.loss):
-        return None
-    row_count = len(of_winner.row_losses)
-    test: dict[str, Any] = {"rows": row_count, "winner": of_winner.loss}
-    if baseline is None:
-        return test
-    folder = study.folder_of(baseline.number)
-    if not folder.adapter.is_dir() and not read_test_evaluation(folder):
-        log.warning(
-            "trial %d, the baseline, is not evaluated: its adapter is gone",
-            baseline.number,
-        )
-        return test
-    of_baseline = evaluate_finished_run(folder.path, resources, answer_prompts=False)
-    if of_baseline is None or not math.isfinite(of_baseline.loss):
-        return test
-    comparison = compare([of_winner], [of_baseline])
-    return test | {
-        "baseline": of_baseline.loss,
-        "difference": comparison.difference,
-        "interval_95": [comparison.low, comparison.high],
-        "verdict": comparison.verdict,
+        "test": test_answer(study, winner, run, rival, resources),
     }
 
 

@@ -4,31 +4,58 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def test_loss_lines(answer: Mapping[str, Any]) -> list[str]:
-    """Describe the test losses of the winner and the baseline.
+def test_lines(answer: Mapping[str, Any]) -> list[str]:
+    """Describe how the winner and the baseline do on the test rows.
 
     Args:
         answer: the content of `answer.json`.
 
     Returns:
-        A line with the losses (nats per token), and one with their difference and its confidence
-        interval if there is a baseline to compare with. Empty without test rows.
+        A line with the values of the objective's own metric; if there is a baseline to compare
+        with, one on the two adapters and one on their configs; and one if these rows have been
+        looked at before. Empty without test rows.
     """
     test = answer["test"]
     if test is None:
         return []
-    loss = f"{test['winner']:.4f}"
+    compared = test.get("objective", test)
+    # An answer of an earlier version names no metric: it is the loss.
+    name = compared.get("metric", "test/loss").removeprefix("test/")
+    winner = f"{name} {compared['winner']:.4f}"
     rows = f"on {test['rows']} test rows that no decision has used"
-    if "difference" in test:
-        difference = f"{test['difference']:+.4f}"
-        interval = _format_interval(*test["interval_95"])
-        return [
-            f"{loss}, baseline {test['baseline']:.4f} {rows}",
-            f"{difference}, {interval}: {test['verdict']}",
-        ]
-    if answer["baseline"] == answer["trial"]:
-        return [f"{loss} {rows}: the winner is the baseline itself"]
-    return [f"{loss} {rows}"]
+    if "difference" not in compared:
+        is_baseline = answer["baseline"] == answer["trial"]
+        note = ": the winner is the baseline itself" if is_baseline else ""
+        return [f"{winner} {rows}{note}"]
+    return [
+        f"{winner}, baseline {compared['baseline']:.4f} {rows}",
+        f"this adapter and the baseline's: {_comparison(compared)}",
+        f"their configs: {_config_comparison(test.get('config'))}",
+        *_look_lines(test.get("looks", 1)),
+    ]
+
+
+def _comparison(entry: Mapping[str, Any]) -> str:
+    """Describe a difference, its interval and the verdict."""
+    difference = f"{entry['difference']:+.4f}"
+    if entry["interval_95"] is None:
+        return f"{difference}, {entry['verdict']}"
+    interval = _format_interval(*entry["interval_95"])
+    return f"{difference}, {interval}: {entry['verdict']}"
+
+
+def _config_comparison(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "not known from one seed (confirm trains further ones)"
+    return f"{_comparison(entry)} (with {entry['seeds']} seeds of {entry['seeds_of']})"
+
+
+def _look_lines(looks: int) -> list[str]:
+    if looks < 2:
+        return []
+    return [
+        f"{looks} winners have been evaluated on these rows; the best of them is partly luck"
+    ]
 
 
 def _format_interval(low: float, high: float) -> str:
@@ -79,19 +106,24 @@ def _format_mean(candidate: Mapping[str, Any]) -> str:
 
 
 def _comparison_line(comparison: Mapping[str, Any]) -> str:
-    """Describe the winner's test loss minus another candidate's."""
-    difference = f"{comparison['difference']:+.4f}"
-    interval = _format_interval(comparison["low"], comparison["high"])
-    probability = _format_probability(comparison["chance"])
-    return (
+    """Describe the winner's value on the test rows minus another candidate's."""
+    name = comparison.get("metric", "test/loss").replace("/", " ")
+    line = (
         f"trial {comparison['trial']} compared with trial {comparison['other']}: "
-        f"test loss {difference}, {interval} on {comparison['rows']} test rows; "
-        f"better with a probability of {probability}"
+        f"{name} {comparison['difference']:+.4f}"
     )
+    if comparison["low"] is None:
+        return f"{line}, {comparison['verdict']}"
+    interval = _format_interval(comparison["low"], comparison["high"])
+    line += f", {interval} on {comparison['rows']} test rows"
+    # A confirmation of an earlier version has none.
+    if comparison.get("confidence") is None:
+        return line
+    return f"{line}; better with a confidence of {_format_confidence(comparison['confidence'])}"
 
 
-def _format_probability(share: float) -> str:
-    """Format a share of resamples; never as 0 % or 100 %, which resamples cannot prove."""
+def _format_confidence(share: float) -> str:
+    """Format a one-sided confidence; never as 0 % or 100 %, which no sample can prove."""
     if share > 0.99:
         return "more than 99%"
     if share < 0.01:

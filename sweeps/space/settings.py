@@ -79,7 +79,9 @@ class StudySettings(Section):
         can_confirm = not self.confirm or len(self.directions) == 1
         self.require("confirm", can_confirm, "needs one objective; 0: none")
         has_seeds = self.baseline_seeds == "auto" or int(self.baseline_seeds) >= 0
-        self.require("baseline_seeds", has_seeds, "must be a number of seeds, or auto; 0: none")
+        self.require(
+            "baseline_seeds", has_seeds, "must be a number of seeds, or auto; 0: none"
+        )
 
     def _check_trials_and_workers(self) -> None:
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)

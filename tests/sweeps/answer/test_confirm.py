@@ -21,6 +21,7 @@ from support.commands import SLOW_STEPS, Station
 from support.configs import study_overrides
 from support.runs import final
 from support.studies import made_study
+from sweeps.answer.retrain import Repeat
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
@@ -33,7 +34,6 @@ from sweeps.answer.conclusion import conclude
 from sweeps.answer.confirm import confirm
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines
-from sweeps.answer.retrain import Repeat
 from sweeps.study.study import Study
 
 POINTS = (

@@ -1,0 +1,166 @@
+"""What the test rows say of a study's winner: of its adapter, and of its config.
+
+No choice of the study has seen these rows. The entries are those of `test` in `answer.json`.
+"""
+
+import logging
+import math
+from dataclasses import fields
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from finetune.engine.evaluation import Evaluation
+from finetune.files.atomic import read_json
+from finetune.files.run_folder import RunFolder
+from finetune.run.final_evaluation import evaluate_finished_run
+from finetune.run.resources import SharedResources
+from finetune.run.test_evaluation import read_test_evaluation
+from sweeps.answer.compare import (
+    Comparison,
+    Metric,
+    compare_adapters,
+    compare_configs,
+    metric_of,
+)
+from sweeps.answer.confirmation import read_confirmation
+from sweeps.answer.report_data import ANSWER
+from sweeps.study.study import Study
+
+log = logging.getLogger(__name__)
+
+
+def test_answer(
+    study: Study,
+    winner: FrozenTrial,
+    run: RunFolder,
+    baseline: FrozenTrial | None,
+    resources: SharedResources,
+) -> dict[str, Any] | None:
+    """Evaluate the winner and the baseline on the test rows, unless they were before.
+
+    Args:
+        study: the study.
+        winner: the winner.
+        run: the winner's run.
+        baseline: the trial to compare with; None if the winner is the baseline or there is none.
+        resources: bases and rows that are loaded already.
+
+    Returns:
+        Losses in nats per token and the comparisons; None without test rows.
+    """
+    log.info("evaluating the winner and the baseline on the test rows")
+    of_winner = evaluate_finished_run(run.path, resources, answer_prompts=True)
+    # JSON has no NaN, and no interval could be computed from one.
+    if of_winner is None or not math.isfinite(of_winner.loss):
+        return None
+    test: dict[str, Any] = {
+        "rows": len(of_winner.row_losses),
+        "looks": _count_looks(study, winner),
+        "winner": of_winner.loss,
+    }
+    of_baseline = _evaluate_baseline(study, baseline, resources)
+    if of_baseline is None:
+        return test
+    test |= _adapters(of_winner, of_baseline, "loss")
+    metric = metric_of(study.objectives[0])
+    if metric != "loss":
+        test["objective"] = _adapters(of_winner, of_baseline, metric)
+    test["config"] = _configs(study, of_winner, of_baseline, metric)
+    return test
+
+
+def _count_looks(study: Study, winner: FrozenTrial) -> int:
+    """Count how many winners the study has evaluated on these rows, this one included."""
+    answer = read_json(study.folder / ANSWER) or {}
+    earlier = answer.get("test") or {}
+    looks = int(earlier.get("looks", 1)) if earlier else 0
+    is_new = answer.get("trial") != winner.number
+    return looks + is_new if looks else 1
+
+
+def _evaluate_baseline(
+    study: Study, baseline: FrozenTrial | None, resources: SharedResources
+) -> Evaluation | None:
+    """Return the baseline's evaluation; None if it has no adapter left, or a loss is NaN."""
+    if baseline is None:
+        return None
+    folder = study.folder_of(baseline.number)
+    if not folder.adapter.is_dir() and not read_test_evaluation(folder):
+        log.warning(
+            "trial %d, the baseline, is not evaluated: its adapter is gone",
+            baseline.number,
+        )
+        return None
+    evaluation = evaluate_finished_run(folder.path, resources, answer_prompts=False)
+    if evaluation is None or not math.isfinite(evaluation.loss):
+        return None
+    return evaluation
+
+
+def _adapters(
+    of_winner: Evaluation, of_baseline: Evaluation, metric: Metric
+) -> dict[str, Any]:
+    comparison = compare_adapters(of_winner, of_baseline, metric)
+    values = {
+        "metric": f"test/{metric}",
+        "winner": getattr(of_winner, metric),
+        "baseline": getattr(of_baseline, metric),
+    }
+    return values | _entries(comparison)
+
+
+def _configs(
+    study: Study, of_winner: Evaluation, of_baseline: Evaluation, metric: Metric
+) -> dict[str, Any] | None:
+    """Compare the configs by a confirmation, or by further seeds of the baseline.
+
+    None if neither has been trained.
+    """
+    confirmed = _confirmed(study)
+    if confirmed is not None:
+        return confirmed
+    seeds = [of_baseline]
+    for path in sorted((study.folder / "baseline").glob("seed*")):
+        evaluation = read_test_evaluation(RunFolder(path))
+        if evaluation is not None and math.isfinite(evaluation.loss):
+            seeds.append(evaluation)
+    if len(seeds) < 2:
+        return None
+    # Pruned trials are among those that could have won.
+    candidates = study.trials(TrialState.COMPLETE, TrialState.PRUNED)
+    comparison = compare_configs(of_winner, seeds, len(candidates) - 1, metric)
+    origin = {
+        "metric": f"test/{metric}",
+        "seeds": len(seeds),
+        "seeds_of": "the baseline",
+    }
+    return origin | _entries(comparison)
+
+
+def _confirmed(study: Study) -> dict[str, Any] | None:
+    """Return what a confirmation says of the winner's and the baseline's config."""
+    confirmation = read_confirmation(study)
+    baseline = study.baseline()
+    if confirmation is None or baseline is None:
+        return None
+    for entry in confirmation["comparisons"]:
+        # A confirmation of an earlier version has no verdict.
+        if entry["other"] == baseline.number and entry.get("seeds", 0) > 1:
+            comparison = Comparison(
+                *(entry[field.name] for field in fields(Comparison))
+            )
+            origin = {key: entry[key] for key in ("metric", "seeds")}
+            return origin | {"seeds_of": "both"} | _entries(comparison)
+    return None
+
+
+def _entries(comparison: Comparison) -> dict[str, Any]:
+    interval = None
+    if comparison.low is not None:
+        interval = [comparison.low, comparison.high]
+    return {
+        "difference": comparison.difference,
+        "interval_95": interval,
+        "verdict": comparison.verdict,
+    }
