@@ -14,7 +14,9 @@ from scipy import stats
 
 from sweeps.answer.intervals import (
     CONFIDENCE,
+    MAX_RESAMPLES,
     combined_error,
+    combined_half_width,
     row_interval,
     row_mean,
     seed_mean,
@@ -56,7 +58,10 @@ class Comparison:
 
 
 def compare_adapters(
-    first: "Evaluation", second: "Evaluation", metric: Metric = "loss"
+    first: "Evaluation",
+    second: "Evaluation",
+    metric: Metric = "loss",
+    max_resamples: int = MAX_RESAMPLES,
 ) -> Comparison:
     """Compare two adapters: what other rows of the same kind would show.
 
@@ -64,13 +69,14 @@ def compare_adapters(
         first: the evaluation of the first adapter.
         second: that of the second, on the same rows.
         metric: what is compared.
+        max_resamples: resamples of the rows, where memory allows so many.
     """
     differences = _row_sums(first, metric) - _row_sums(second, metric)
     tokens = _row_tokens(first)
     mean = row_mean(differences, tokens)
     if not mean.is_measurable:
         return _too_few_rows(mean.value)
-    low, high = row_interval(differences, tokens)
+    low, high = row_interval(differences, tokens, max_resamples)
     freedom = mean.effective_rows - 1
     confidence = _confidence(mean.value, mean.standard_error, freedom, metric)
     return _comparison(mean.value, low, high, confidence, metric)
@@ -81,6 +87,7 @@ def compare_configs(
     baseline: Sequence["Evaluation"],
     candidates: int,
     metric: Metric = "loss",
+    max_resamples: int = MAX_RESAMPLES,
 ) -> Comparison:
     """Compare the winner's config with the baseline's, which was trained with several seeds.
 
@@ -94,6 +101,7 @@ def compare_configs(
         baseline: evaluations of the baseline with at least two seeds, on the same rows.
         candidates: number of trials among which the winner was chosen.
         metric: what is compared.
+        max_resamples: resamples of the rows, where memory allows so many.
     """
     tokens = _row_tokens(winner)
     sums = np.array([_row_sums(evaluation, metric) for evaluation in baseline])
@@ -101,7 +109,7 @@ def compare_configs(
     mean = row_mean(differences, tokens)
     if not mean.is_measurable:
         return _too_few_rows(mean.value)
-    row_low, row_high = row_interval(differences, tokens)
+    row_low, row_high = row_interval(differences, tokens, max_resamples)
     seeds = seed_mean([float(row.sum() / tokens.sum()) for row in sums])
     seed_error = math.sqrt(seeds.variance + seeds.mean_variance)
     plain = float(stats.t.ppf(1 - TAIL, seeds.seeds - 1))
@@ -140,7 +148,7 @@ def compare_seeds(
         return _too_few_rows(mean.value)
     seeds = seed_mean([float(row.sum() / tokens.sum()) for row in differences])
     error, freedom = combined_error(mean, seeds)
-    half_width = float(stats.t.ppf(1 - TAIL, freedom)) * error
+    half_width = combined_half_width(mean, seeds)
     confidence = _confidence(mean.value, error, freedom, metric)
     low, high = mean.value - half_width, mean.value + half_width
     return _comparison(mean.value, low, high, confidence, metric)

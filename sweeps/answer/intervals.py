@@ -167,15 +167,40 @@ def combined_error(rows: RowMean, seeds: SeedMean) -> tuple[float, float]:
 
     Returns:
         The standard error, and its degrees of freedom by Satterthwaite (1946): of two variances of
-        which one is known far better, most of that one's.
+        which one is known far better, most of that one's. With two seeds, a single one:
+        their variance is often far too small by chance.
     """
     row_variance = rows.standard_error**2
     variance = row_variance + seeds.mean_variance
     if variance == 0:
         return 0.0, math.inf
+    if seeds.seeds == 2:
+        return math.sqrt(variance), 1.0
     spread = row_variance**2 / (rows.effective_rows - 1)
     spread += seeds.mean_variance**2 / (seeds.seeds - 1)
     return math.sqrt(variance), variance**2 / spread
+
+
+def combined_half_width(rows: RowMean, seeds: SeedMean) -> float:
+    """Compute half the width of the confidence interval by rows and seeds.
+
+    By Student's t distribution with Satterthwaite's degrees of freedom. With two seeds, of which it
+    would hold the truth in 88 % only, by the method of variance estimates recovery (Zou and Donner,
+    2008), which holds it in 95 to 99 %.
+
+    Args:
+        rows: the difference's mean on the rows.
+        seeds: the difference's mean over the seeds.
+    """
+    quantile = (1 + CONFIDENCE) / 2
+    if seeds.seeds > 2:
+        error, freedom = combined_error(rows, seeds)
+        return float(stats.t.ppf(quantile, freedom)) * error
+    of_rows = (
+        float(stats.t.ppf(quantile, rows.effective_rows - 1)) * rows.standard_error
+    )
+    of_seeds = float(stats.t.ppf(quantile, 1)) * math.sqrt(seeds.mean_variance)
+    return math.hypot(of_rows, of_seeds)
 
 
 @functools.lru_cache

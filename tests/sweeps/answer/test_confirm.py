@@ -21,7 +21,7 @@ from support.commands import SLOW_STEPS, Station
 from support.configs import study_overrides
 from support.runs import final
 from support.studies import made_study
-from sweeps.answer.retrain import Repeat
+from sweeps.study.repeats import Repeat
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
