@@ -15,7 +15,7 @@ pruned:
 The runs may have different numbers of evaluations and of steps; the last line of a run is its
 result. A run that diverged ends with a line whose value is nan.
 
-A replay draws configs at random without replacement, and for each one of its runs. The first is the
+A replay draws configs at random without replacement, and of each config one run. The first is the
 baseline, which is never pruned. In K slots, the trials report to an Optuna study at their steps,
 and the real pruner judges as in this project's studies: at each report, the trials that report at
 the same step all report before one is judged, and each trial is judged again by its last rung
@@ -24,15 +24,16 @@ when others report. No trial is judged at a rung within the warm-up.
 - winners lost: share of replays in which the run with the best result of all is pruned
 - steps saved: share of all runs' steps that are not trained
 - loss given away: distance of the best result of the trials that are complete to the best of all
-- regret: the same, where the study goes on drawing trials until it has trained as many steps as
-  the budget's number of whole runs. It is the distance to the best of all recorded runs, in
+- regret: the same, where the study draws trials until it has trained as many steps as the budget's
+  number of whole runs. It is the distance to the best of all recorded runs, in
   standard deviations of the recorded results.
 
-Means have their standard error. The same replays (configs, runs, order) serve all pruners.
+After ± stands the standard error. The same replays (configs, runs, order) serve all pruners.
 """
 
 import argparse
 import csv
+import functools
 import math
 import random
 import statistics
@@ -42,6 +43,7 @@ from pathlib import Path
 
 import optuna
 from optuna.pruners import BasePruner
+from optuna.trial import TrialState
 
 from sweeps.space.pruners import WARMUP_RUNG, SuccessiveHalvingPruner
 
@@ -62,6 +64,15 @@ class Curve:
     def total(self) -> int:
         """The run's optimizer steps."""
         return self.steps[-1]
+
+    @functools.cached_property
+    def rungs(self) -> list[int]:
+        """Each evaluation's index, as a study reports it: a multiple of the first one's step."""
+        rungs: list[int] = []
+        for step in self.steps:
+            next_index = rungs[-1] + 1 if rungs else 1
+            rungs.append(max(round(step / self.steps[0]), next_index))
+        return rungs
 
     @property
     def result(self) -> float:
@@ -142,7 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--first",
         default="1",
-        help="first rungs that judge (min_resource), in evaluations",
+        help="first rungs that judge (min_resource), as multiples of the first evaluation's step",
     )
     parser.add_argument("--configs", type=int, default=200, help="synthetic ones")
     parser.add_argument("--evaluations", type=int, default=27, help="of synthetic runs")
@@ -257,7 +268,7 @@ def pruners(first: int) -> dict[str, MakePruner]:
     """Return the pruners to compare, by name.
 
     Args:
-        first: the first rung that judges, in evaluations.
+        first: the first rung that judges.
     """
 
     def halving(factor: int, survivors: int, margin: float) -> MakePruner:
@@ -323,21 +334,15 @@ def replay(
         for run in reporting:
             report(run, warmup)
         for run in list(live):
-            is_complete = run.reported == len(run.curve.steps)
-            if is_complete:
+            if run.reported == len(run.curve.steps):
                 outcome.complete.append(run.curve)
-                state = optuna.trial.TrialState.COMPLETE
                 if math.isnan(run.curve.values[-1]):
-                    state = optuna.trial.TrialState.FAIL
-                value = run.curve.values[-1]
-                study.tell(
-                    run.trial,
-                    None if state == optuna.trial.TrialState.FAIL else value,
-                    state,
-                )
+                    study.tell(run.trial, state=TrialState.FAIL)
+                else:
+                    study.tell(run.trial, run.curve.values[-1])
             # Asked for the baseline, too: Optuna's pruner notes whom it has judged.
             elif run.judged and run.trial.should_prune() and run.trial.number > 0:
-                study.tell(run.trial, state=optuna.trial.TrialState.PRUNED)
+                study.tell(run.trial, state=TrialState.PRUNED)
             else:
                 continue
             finished_steps += clock - run.begin
@@ -346,15 +351,14 @@ def replay(
 
 
 def report(run: Live, warmup: float) -> None:
-    """Report a run's next evaluation."""
-    curve = run.curve
-    step, value = curve.steps[run.reported], curve.values[run.reported]
+    """Report a run's next evaluation, as this project's studies do."""
+    curve, number = run.curve, run.reported
     run.reported += 1
-    if step < math.ceil(warmup * curve.total):
-        run.trial.set_user_attr(WARMUP_RUNG, run.reported)
+    if curve.steps[number] < math.ceil(warmup * curve.total):
+        run.trial.set_user_attr(WARMUP_RUNG, curve.rungs[number])
     else:
         run.judged = True
-    run.trial.report(value, run.reported)
+    run.trial.report(curve.values[number], curve.rungs[number])
 
 
 def print_same_trials(
@@ -369,9 +373,12 @@ def print_same_trials(
             figures = compare_trials(
                 curves, trials, slots, make, arguments.studies, arguments.warmup
             )
+            # Of a share that is 0, too, an error: as if one more study had lost its winner.
+            share = (figures.lost * arguments.studies + 1) / (arguments.studies + 2)
+            error = math.sqrt(share * (1 - share) / arguments.studies)
             print(
-                f"| {name} | {first} | {figures.lost:.1%} | {figures.given_away:.4f} | "
-                f"{figures.saved:.1%} |"
+                f"| {name} | {first} | {figures.lost:.1%} ± {error:.1%} | "
+                f"{figures.given_away:.4f} | {figures.saved:.1%} |"
             )
 
 
