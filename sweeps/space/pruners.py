@@ -1,4 +1,4 @@
-"""Successive halving for trials that train together."""
+"""Successive halving for trials that train together and whose curves are noisy."""
 
 import math
 import statistics
