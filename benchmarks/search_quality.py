@@ -162,8 +162,13 @@ def print_best(curves: Curves, trials: int) -> None:
 def print_pruning(curves: Curves) -> None:
     """How often a pruner loses the winner, what that costs, and what of the steps it saves."""
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "halving by 2": lambda: SuccessiveHalvingPruner(reduction_factor=2),
-        "halving by 3": lambda: SuccessiveHalvingPruner(reduction_factor=3),
+        "halving by 2": lambda: SuccessiveHalvingPruner(
+            reduction_factor=2, min_survivors=1, noise_margin=0
+        ),
+        "halving by 3": lambda: SuccessiveHalvingPruner(
+            reduction_factor=3, min_survivors=1, noise_margin=0
+        ),
+        "halving by 3, noise, three kept": SuccessiveHalvingPruner,
         "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
             min_resource=1, reduction_factor=3
         ),

@@ -16,6 +16,8 @@ class Rung:
     total: int
     """Optimizer steps of the whole run."""
     metrics: Metrics
+    is_warmup: bool = False
+    """Whether the learning rate is still rising at this step."""
 
 
 class Observer:

@@ -16,7 +16,7 @@ from finetune.engine.early_stopping import EarlyStopping
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.output import RunOutput
-from finetune.engine.schedule import evaluation_rungs
+from finetune.engine.schedule import evaluation_rungs, warmup_steps
 from finetune.engine.steps import RunSteps
 from finetune.errors import Diverged
 from finetune.files.run_folder import Metrics, remove_old_checkpoints
@@ -65,6 +65,7 @@ class Reporter:
         self._observer = observer
         self._interrupt = interrupt
         self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._warmup_steps = warmup_steps(config.optimizer, total)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -181,6 +182,7 @@ class Reporter:
             step=step,
             total=self.total,
             metrics=metrics,
+            is_warmup=step < self._warmup_steps,
         )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.

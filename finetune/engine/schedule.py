@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import OptimizerSettings
 
 SEED_STRIDE = 1_000_003
 """Distance between the seeds of two runs' first epochs, more than a run has epochs."""
@@ -68,6 +69,20 @@ def resolve_steps(setting: float, total: int) -> int:
     if 0 < setting < 1:
         return max(1, math.ceil(setting * total))
     return int(setting)
+
+
+def warmup_steps(settings: OptimizerSettings, total: int) -> int:
+    """Return the optimizer step after which the learning rate has risen from 0.
+
+    Args:
+        settings: The optimizer's settings.
+        total: Optimizer steps of the whole run.
+    """
+    # transformers ignores the setting here.
+    if settings.lr_scheduler_type == "constant":
+        return 0
+    # Rounded as transformers does.
+    return math.ceil(settings.warmup_ratio * total)
 
 
 def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]:

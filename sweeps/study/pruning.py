@@ -11,6 +11,7 @@ from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
 from finetune.tracking.wandb_finished import remove_tag
+from sweeps.space.pruners import WARMUP_RUNG
 from sweeps.study.errors import StorageLost
 from sweeps.study.session import Session
 from sweeps.study.study import OUT_OF_TIME, Study, role
@@ -26,6 +27,8 @@ class PruningObserver(Observer):
 
     A trial is judged at each rung that it reports, and again by its last rung as other trials
     report theirs: after each report in this process, and every `POLL_SECONDS` for the others.
+    Rungs within the learning rate's warm-up are reported, but not judged: a rate that is still
+    rising ranks trials by their schedules.
 
     Args:
         session: the session.
@@ -55,10 +58,13 @@ class PruningObserver(Observer):
         self._interrupt = interrupt
         self.poll_seconds = poll_seconds
         self._last_poll = time.monotonic()
-        self._reported_rungs = set(self._stored_trial().intermediate_values)
-        # The value of `reports` when the trial was last judged; None: it has reported no rung yet.
-        # An adopted trial was judged in another process, so it is due.
-        self._judged_at_report: int | None = -1 if self._reported_rungs else None
+        stored_trial = self._stored_trial()
+        self._reported_rungs = set(stored_trial.intermediate_values)
+        last_rung = max(self._reported_rungs, default=0)
+        is_judged = last_rung > stored_trial.user_attrs.get(WARMUP_RUNG, 0)
+        # The value of `reports` when the trial was last judged; None: it has reported no rung after
+        # its warm-up yet. An adopted trial was judged in another process, so it is due.
+        self._judged_at_report: int | None = -1 if is_judged else None
 
     def _stored_trial(self) -> FrozenTrial:
         return self._study.storage.get_trial(self._trial_id)
@@ -99,6 +105,9 @@ class PruningObserver(Observer):
         if not self._is_reportable(rung):
             return
         value = rung.metrics["objective"]
+        # Before the report, so that no process reads the report without it.
+        if rung.is_warmup:
+            self._trial.set_user_attr(WARMUP_RUNG, rung.index)
         # A trial that resumes from a checkpoint comes again to rungs that it has reported.
         if rung.index not in self._reported_rungs:
             # By the rung's index, because trials with other batch sizes take other steps to it.
@@ -111,7 +120,7 @@ class PruningObserver(Observer):
 
     def should_prune(self, rung: Rung) -> bool:
         """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""
-        if not self._is_reportable(rung) or rung.step >= rung.total:
+        if not self._is_reportable(rung) or rung.is_warmup or rung.step >= rung.total:
             return False
         return self._is_pruned() and self._stop("worse than others at this rung")
 

@@ -1,6 +1,7 @@
 """A session of a study: what its workers share while one sweep command runs."""
 
 import dataclasses
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -100,8 +101,9 @@ class Session:
             raise refusal("objective", config.objective, reason)
         return config
 
+    @functools.cached_property
     def pruner(self) -> BasePruner:
-        """Make the study's pruner."""
+        """The study's pruner: one for all trials of a worker, because it keeps what it has read."""
         return make_pruner(self.settings)
 
     def sampler(self, trial_number: int) -> BaseSampler:

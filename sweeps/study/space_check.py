@@ -24,7 +24,7 @@ def check_space(session: Session) -> list[RunConfig]:
         ConfigError: no trial of the study could run.
     """
     _require_makes("sampler", lambda: session.sampler(0))
-    _require_makes("pruner", session.pruner)
+    _require_makes("pruner", lambda: session.pruner)
     _check_function(session.settings.custom_search_space)
     configs = []
     for point in session.space.extremes():

@@ -96,7 +96,7 @@ class TrialRunner:
             study.name,
             study.storage,
             sampler=sampler,
-            pruner=session.pruner(),
+            pruner=session.pruner,
         )
         # Not by `ask`, which would begin another trial: an adopted one keeps its number.
         self.trial = optuna.Trial(self._optuna, claim.trial_id)

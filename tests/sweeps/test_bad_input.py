@@ -372,6 +372,16 @@ BEFORE_IT_BEGINS = [
         "hydra.sweeper.pruner.reduction_factor=0",
         "hydra.sweeper.pruner…reduction_factor…",
     ),
+    Case(
+        "pruner-survivors",
+        "hydra.sweeper.pruner.min_survivors=0",
+        "hydra.sweeper.pruner…min_survivors=0: must be a whole number, at least 1",
+    ),
+    Case(
+        "pruner-margin",
+        "hydra.sweeper.pruner.noise_margin=-1",
+        "hydra.sweeper.pruner…noise_margin=-1: must be a number, at least 0",
+    ),
 ]
 
 

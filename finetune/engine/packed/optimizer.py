@@ -9,6 +9,7 @@ from transformers import get_scheduler
 
 from finetune.config.schema import RunConfig
 from finetune.engine.packed.slot import Slot
+from finetune.engine.schedule import warmup_steps
 from finetune.files.atomic import name_file_in_errors
 
 STATE = "slot.safetensors"
@@ -49,7 +50,7 @@ class SlotOptimizer:
         scheduler = get_scheduler(
             settings.lr_scheduler_type,
             self._adamw,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * total),
+            num_warmup_steps=warmup_steps(settings, total),
             num_training_steps=total,
             scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
         )

@@ -1,10 +1,14 @@
-"""The order in which an epoch visits its rows."""
+"""The order in which an epoch visits its rows, and the warm-up."""
 
+import math
 import random
+from typing import get_args
 
 import pytest
+from support.configs import compose
 
-from finetune.engine.schedule import epoch_order
+from finetune.config.sections.optimizer import ScheduleName
+from finetune.engine.schedule import epoch_order, warmup_steps
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -61,3 +65,40 @@ def test_grouped_by_length_the_longest_batch_comes_first_and_batches_hold_rows_o
     assert max(LENGTHS) == LENGTHS[grouped[0]]
     assert max(batches(grouped), key=max) == batches(grouped)[0]
     assert padding(grouped) * 3 < padding(shuffled)
+
+
+SCHEDULE_ARGUMENTS = {
+    "cosine_with_min_lr": "{min_lr_rate:0.1}",
+    "warmup_stable_decay": "{num_decay_steps:3}",
+}
+
+
+@pytest.mark.parametrize("ratio", [0, 0.04, 0.05, 0.2])
+@pytest.mark.parametrize("schedule", get_args(ScheduleName))
+def test_the_warmup_ends_where_transformers_rate_is_first_at_its_highest(
+    schedule: str, ratio: float
+) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    total = 54
+    overrides = []
+    if schedule in SCHEDULE_ARGUMENTS:
+        arguments = SCHEDULE_ARGUMENTS[schedule]
+        overrides = [f"+trainer.extra.lr_scheduler_kwargs={arguments}"]
+    config = compose(
+        f"optimizer.lr_scheduler_type={schedule}",
+        f"optimizer.warmup_ratio={ratio}",
+        *overrides,
+    )
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    rates = get_scheduler(
+        schedule,
+        torch.optim.SGD([parameter], lr=1.0),
+        # As transformers' TrainingArguments turn a share into steps.
+        num_warmup_steps=math.ceil(ratio * total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
+    ).lr_lambdas[0]
+    factors = [rates(step) for step in range(total)]
+    assert warmup_steps(config.optimizer, total) == factors.index(max(factors))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import random
+import statistics
+import time
 import warnings
 from typing import Any
 
@@ -10,10 +13,10 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from optuna.pruners import BasePruner
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from support.studies import PRUNERS, PRUNERS_ALLOWED, composed, settings_of
 
-from sweeps.space.pruners import SuccessiveHalvingPruner
+from sweeps.space.pruners import WARMUP_RUNG, CurveNoise, SuccessiveHalvingPruner
 from sweeps.space.samplers import MOVED_CLASSES, make_pruner
 
 RUNGS = 4
@@ -66,7 +69,10 @@ def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -
     """Optuna's own lets the first that is judged go on, and its next ones too if each is the best
     so far."""
     sign = 1 if direction == "minimize" else -1
-    study = optuna.create_study(direction=direction, pruner=SuccessiveHalvingPruner())
+    study = optuna.create_study(
+        direction=direction,
+        pruner=SuccessiveHalvingPruner(min_survivors=1, noise_margin=0),
+    )
 
     def left(trials: list[optuna.Trial], rung: int, values: list[float]) -> list[int]:
         for trial, value in zip(trials, values, strict=True):
@@ -100,12 +106,187 @@ def test_halving_compares_with_all_that_have_reported_the_rung(direction: str) -
         {"reduction_factor": 1},
         {"min_early_stopping_rate": -1},
         {"min_resource": 1.5},
+        {"min_survivors": 0},
+        {"min_survivors": 2.5},
+        {"min_survivors": True},
+        {"min_survivors": None},
+        {"noise_margin": -0.1},
+        {"noise_margin": math.nan},
+        {"noise_margin": math.inf},
+        {"noise_margin": "1"},
+        {"noise_margin": None},
     ],
 )
-def test_halving_refuses_what_makes_no_rungs(values: dict[str, Any]) -> None:
-    (name,) = values
-    with pytest.raises(ValueError, match=name):
+def test_halving_refuses_wrong_arguments_in_one_line(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be .*at least [012]$"):
         SuccessiveHalvingPruner(**values)
+
+
+def continuing(study: optuna.Study, rung: int, values: list[float]) -> list[int]:
+    """Positions of the new trials that continue, where all report a rung before one is judged."""
+    trials = [study.ask() for _ in values]
+    for trial, value in zip(trials, values, strict=True):
+        trial.report(value, rung)
+    return [
+        position for position, trial in enumerate(trials) if not trial.should_prune()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reported", "survivors"),
+    [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 3),
+        (6, 3),
+        (9, 3),
+        (11, 3),
+        (12, 4),
+        (30, 10),
+    ],
+)
+def test_at_least_three_continue_at_a_rung_but_not_more_than_half(
+    reported: int, survivors: int
+) -> None:
+    pruner = SuccessiveHalvingPruner(noise_margin=0)
+    study = optuna.create_study(pruner=pruner)
+    values = [float(number) for number in reversed(range(reported))]
+    assert continuing(study, 1, values) == [*range(reported - survivors, reported)]
+
+
+@pytest.mark.parametrize(
+    ("min_survivors", "continued"),
+    [(1, [0, 7]), (3, [0, 2, 4, 6, 7])],
+)
+def test_in_one_slot_a_trial_continues_that_is_among_the_best_so_far(
+    min_survivors: int, continued: list[int]
+) -> None:
+    """One after the other: each is compared with those before it alone."""
+    pruner = SuccessiveHalvingPruner(min_survivors=min_survivors, noise_margin=0)
+    study = optuna.create_study(pruner=pruner)
+    values = [5.0, 8.0, 6.0, 9.0, 5.5, 7.0, 5.9, 4.0]
+    decisions = [continuing(study, 1, [value]) for value in values]
+    assert [number for number, left in enumerate(decisions) if left] == continued
+
+
+CURVES = [[3.0, 2.0, 1.0], [3.1, 2.0, 1.1], [3.0, 2.1, 1.0], [9.0, 2.0, math.nan]]
+"""Absolute second differences: 0, 0.2, 0.2, and NaN; their median is 0.2."""
+NOISE = 0.2 * 1.4826 / math.sqrt(6)
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+@pytest.mark.parametrize(
+    ("margin", "distance", "continues"),
+    [
+        (1.0, 0.99 * NOISE, True),
+        (1.0, 1.01 * NOISE, False),
+        (2.0, 1.99 * NOISE, True),
+        (2.0, 2.01 * NOISE, False),
+        (0.0, 0.01 * NOISE, False),
+    ],
+)
+def test_a_trial_continues_whose_distance_is_within_the_noise(
+    direction: str, margin: float, distance: float, continues: bool
+) -> None:
+    sign = 1 if direction == "minimize" else -1
+    pruner = SuccessiveHalvingPruner(
+        min_resource=9, min_survivors=1, noise_margin=margin
+    )
+    study = optuna.create_study(direction=direction, pruner=pruner)
+    for curve in CURVES:
+        trial = study.ask()
+        for rung, value in enumerate(curve, start=1):
+            trial.report(sign * value, rung)
+    assert continuing(study, 9, [sign * 1.0, sign * (1.0 + distance)]) == (
+        [0, 1] if continues else [0]
+    )
+
+
+def test_without_three_values_in_a_curve_the_noise_counts_as_0() -> None:
+    study = optuna.create_study()
+    noise = CurveNoise()
+    assert noise.deviation(study.trials) == 0
+    trials = [study.ask() for _ in range(3)]
+    for rung in (1, 2):
+        for trial in trials:
+            trial.report(float(rung * trial.number), rung)
+    assert noise.deviation(study.trials) == 0
+    trials[1].report(3.5, 3)
+    assert noise.deviation(study.trials) == pytest.approx(0.5 * 1.4826 / math.sqrt(6))
+
+
+def test_noise_of_curves_is_measured_whenever_they_were_read() -> None:
+    """Normal noise on a slow decay; and values read as they come give what all at once give."""
+    draw = random.Random(0)
+    study = optuna.create_study()
+    trials = [study.ask() for _ in range(60)]
+    noise = CurveNoise()
+    for rung in range(1, 28):
+        for trial in trials[: 60 - 2 * rung]:
+            trial.report(2 - 0.01 * rung + draw.gauss(0, 0.05), rung)
+        latest = noise.deviation(study.get_trials(deepcopy=False))
+    assert latest == CurveNoise().deviation(study.trials)
+    assert latest == pytest.approx(0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("values", [[math.nan], [1.0, 1.1, math.nan]])
+def test_a_diverged_trial_is_pruned_whatever_the_noise(values: list[float]) -> None:
+    pruner = SuccessiveHalvingPruner(noise_margin=1e9)
+    study = optuna.create_study(pruner=pruner)
+    trial = study.ask()
+    for index, value in enumerate(values):
+        trial.report(value, 3**index)
+    assert trial.should_prune()
+
+
+@pytest.mark.parametrize(
+    ("warmup_rung", "reports", "is_pruned"),
+    [
+        (0, {1: 9.0}, True),
+        (1, {1: 9.0}, False),  # as it re-judges between rungs
+        (1, {1: 9.0, 2: 9.0}, False),  # the rung at 1 is left out, the next one is at 3
+        (1, {1: 9.0, 2: 9.0, 3: 9.0}, True),
+        (1, {1: 9.0, 2: 9.0, 3: 0.0}, False),
+        (3, {1: 9.0, 3: 9.0, 8: 9.0}, False),
+        (3, {1: 9.0, 3: 9.0, 9: 9.0}, True),
+    ],
+)
+def test_a_rung_within_the_warmup_judges_no_trial(
+    warmup_rung: int, reports: dict[int, float], is_pruned: bool
+) -> None:
+    study = optuna.create_study(pruner=SuccessiveHalvingPruner(noise_margin=0))
+    for value in (1.0, 1.1, 1.2, 1.3):
+        good = study.ask()
+        for rung in (1, 2, 3, 8, 9):
+            good.report(value, rung)
+    trial = study.ask()
+    trial.set_user_attr(WARMUP_RUNG, warmup_rung)
+    for rung, value in reports.items():
+        trial.report(value, rung)
+    assert trial.should_prune() == is_pruned
+
+
+def test_one_judgement_among_1000_trials_takes_a_few_milliseconds() -> None:
+    draw = random.Random(0)
+    study = optuna.create_study(pruner=SuccessiveHalvingPruner())
+    curves = [
+        {r: 1 / r + draw.gauss(0, 0.02) for r in range(1, 28)} for _ in range(1000)
+    ]
+    study.add_trials(
+        [create_trial(value=1.0, intermediate_values=curve) for curve in curves]
+    )
+    trial = study.ask()
+    durations = []
+    for rung in range(1, 28):
+        trial.report(1.0 / rung, rung)
+        begin = time.perf_counter()
+        trial.should_prune()
+        durations.append(time.perf_counter() - begin)
+    # The first judgement reads all curves. The median, because other processes disturb some.
+    assert statistics.median(durations) < 0.01
 
 
 def test_no_pruner_ends_nothing() -> None:

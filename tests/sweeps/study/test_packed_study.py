@@ -103,6 +103,8 @@ def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
     more = (
         "optimizer.learning_rate=tag(log,interval(1e-6,1e-1))",
         f"hydra.sweeper.start=[{points}]",
+        # The best third alone continues: of four trials one.
+        "hydra.sweeper.pruner.min_survivors=1",
     )
     study = run_study(
         station, tiny_base, tmp_path, *rungs, *more, "hydra.sweeper.n_trials=4"

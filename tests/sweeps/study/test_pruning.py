@@ -1,0 +1,179 @@
+"""Pruning: a trial is judged at its rungs, and again between them; not within its warm-up."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from support.commands import Station
+from support.configs import study_overrides
+from support.studies import PRUNERS, made_study, settings_of
+
+from finetune.engine.interrupt import Interrupt
+from finetune.engine.observer import Rung
+from sweeps.space.pruners import SuccessiveHalvingPruner
+from sweeps.space.samplers import make_pruner
+from sweeps.study.pruning import PruningObserver
+from sweeps.study.study import Study
+
+
+def halving() -> SuccessiveHalvingPruner:
+    """The best third continues, and no other."""
+    return SuccessiveHalvingPruner(min_survivors=1, noise_margin=0)
+
+
+class Judged:
+    """A trial of a study, and what a worker hears of it."""
+
+    def __init__(
+        self,
+        study: Study,
+        pruner: Any,
+        role: str = "",
+        trial: optuna.Trial | None = None,
+    ) -> None:
+        asked = optuna.Study(study.name, study.storage, pruner=pruner)
+        self.trial = (
+            asked.ask()
+            if trial is None
+            else optuna.Trial(asked, study.trial_id(trial.number))
+        )
+        self.trial.set_user_attr("role", role)
+        session: Any = SimpleNamespace(
+            settings=SimpleNamespace(directions=["minimize"]),
+            is_stopping=False,
+            is_out_of_time=False,
+        )
+        trial_id = study.trial_id(self.trial.number)
+        self.judge = PruningObserver(
+            session, study, self.trial, trial_id, Interrupt(), poll_seconds=math.inf
+        )
+
+    def ends_at(self, rung: int, value: float, is_warmup: bool = False) -> bool:
+        reached = Rung(rung, 10 * rung, 90, {"objective": value}, is_warmup)
+        self.judge.on_rung(reached)
+        return self.judge.should_prune(reached)
+
+    def ends_after(self, step: int) -> bool:
+        return self.judge.on_step(step)
+
+
+@pytest.mark.parametrize(
+    "where", ["here", "in another process", "before it was resumed"]
+)
+def test_a_trial_is_judged_anew_as_others_come_to_its_rung(
+    where: str, tmp_path: Path
+) -> None:
+    study, pruner = made_study(tmp_path / "s", []), halving()
+    baseline, early = Judged(study, pruner, "baseline"), Judged(study, pruner)
+    assert not early.ends_at(1, 2.0)
+    assert not baseline.ends_at(1, 3.0)
+    assert not early.ends_after(11)
+    for value in (1.0, 1.1, 1.2):
+        if where == "here":
+            Judged(study, pruner).ends_at(1, value)
+        else:
+            Judged(study, pruner).trial.report(value, 1)
+    if where == "in another process":
+        assert not early.ends_after(12), "it has not looked"
+        early.judge.poll_seconds = baseline.judge.poll_seconds = 0
+    elif where == "before it was resumed":
+        baseline, early = (
+            Judged(study, pruner, role, own.trial)
+            for role, own in (("baseline", baseline), ("", early))
+        )
+    assert early.ends_after(13)
+    assert not baseline.ends_after(13), "it is never pruned"
+
+
+def test_the_baseline_counts_where_optunas_halving_judges(tmp_path: Path) -> None:
+    """Which notes who was asked, and compares with them alone."""
+    study, pruner = (
+        made_study(tmp_path / "s", []),
+        optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
+    )
+    assert not Judged(study, pruner, "baseline").ends_at(1, 1.0)
+    assert Judged(study, pruner).ends_at(1, 2.0)
+
+
+class PrunesAlways(optuna.pruners.BasePruner):
+    """Stands for any pruner: asked about a trial, it gives it up."""
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return True
+
+
+def test_no_pruner_is_asked_before_the_warmup_is_over(tmp_path: Path) -> None:
+    """Not at its rungs, not between them as others report, and not when the trial is resumed."""
+    study, pruner = made_study(tmp_path / "s", []), PrunesAlways()
+    trial = Judged(study, pruner)
+    trial.judge.poll_seconds = 0
+    assert not trial.ends_at(1, 2.0, is_warmup=True)
+    Judged(study, pruner).ends_at(1, 1.0)
+    assert not trial.ends_after(11)
+    resumed = Judged(study, pruner, trial=trial.trial)
+    resumed.judge.poll_seconds = 0
+    assert not resumed.ends_after(12)
+    assert not resumed.ends_at(2, 2.0, is_warmup=True)
+    assert [*study.trials()[0].intermediate_values] == [1, 2], "reported all the same"
+    assert resumed.ends_at(3, 2.0)
+    assert Judged(study, pruner, trial=trial.trial).ends_after(31)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_worst_trial_survives_its_warmup_under_each_pruner(
+    name: str, tmp_path: Path
+) -> None:
+    study = made_study(tmp_path / "s", [])
+    pruner = make_pruner(settings_of(f"hydra/sweeper/pruner={name}"))
+    for value in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
+        good = Judged(study, pruner, "baseline")
+        for rung in (1, 2, 3):
+            good.ends_at(rung, value)
+        good.trial.study.tell(good.trial, value)
+    trial = Judged(study, pruner)
+    trial.judge.poll_seconds = 0
+    for rung in (1, 2):
+        assert not trial.ends_at(rung, 9.0 + rung, is_warmup=True)
+        assert not trial.ends_after(10 * rung + 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "judges_at_first_rung"),
+    [("cosine", False), ("constant_with_warmup", False), ("constant", True)],
+)
+def test_a_study_prunes_no_trial_within_its_warmup(
+    schedule: str,
+    judges_at_first_rung: bool,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    """A constant rate has no warm-up, whatever `optimizer.warmup_ratio` says."""
+    rates = ",".join(f"{{optimizer.learning_rate: {rate}}}" for rate in (1e-2, 1e-6))
+    overrides = (
+        *study_overrides(tiny_base, "s"),
+        "optimizer.learning_rate=tag(log,interval(1e-6,1e-1))",
+        f"hydra.sweeper.start=[{rates}]",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.slots=3",
+        "hydra.sweeper.pruner.min_survivors=1",
+        "hydra.sweeper.pruner.noise_margin=0",
+        f"optimizer.lr_scheduler_type={schedule}",
+        "optimizer.warmup_ratio=0.3",
+        "trainer.max_steps=20",
+        "trainer.eval_steps=[4,12]",
+    )
+    ended = station.run(*overrides, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    worst = Study.load(tmp_path / "outputs" / "sweeps" / "s").trials()[2]
+    assert worst.state == TrialState.PRUNED
+    # The warm-up's 6 steps end after the first rung.
+    assert worst.user_attrs["step"] == (4 if judges_at_first_rung else 12)
+    assert [*worst.intermediate_values] == ([1] if judges_at_first_rung else [1, 3])
+    assert re.search(r"worse than others at this rung", worst.user_attrs["reason"])
