@@ -14,7 +14,7 @@ from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.origin import public_base_name
 from finetune.run.context import RunContext
 from finetune.run.prepare import Prepared
-from finetune.run.test_evaluation import write_test_evaluation
+from finetune.run.recorded_evaluation import write_test_evaluation
 from finetune.run.train import Training, sample_prompts
 from finetune.tracking.tracker import Tracker
 

@@ -20,9 +20,9 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
 from finetune.run.load import read_run_config
+from finetune.run.recorded_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples, survive_samples
-from finetune.run.test_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
-from finetune.run.test_evaluation import read_test_evaluation
+from finetune.run.recorded_evaluation import read_test_evaluation
 from sweeps.answer.compare import compare_seeds, metric_of
 from sweeps.study.repeats import Repeat
 from sweeps.study.study import Study, role

@@ -19,11 +19,11 @@ from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.confirmation import read_confirmation
+from sweeps.answer.final_comparison import compare_on_test_rows
 from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
-from sweeps.answer.test_rows import test_answer
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.study import Study
 
@@ -135,7 +135,7 @@ def _answer(
         "params": winner.params,
         "objective": dict(zip(study.objectives, winner.values, strict=True)),
         "baseline": baseline.number if baseline else None,
-        "test": test_answer(study, winner, run, rival, resources),
+        "test": compare_on_test_rows(study, winner, run, rival, resources),
     }
 
 

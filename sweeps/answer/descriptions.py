@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def test_lines(answer: Mapping[str, Any]) -> list[str]:
+def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
     """Describe how the winner and the baseline do on the test rows.
 
     Args:

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from finetune.files.atomic import write_text
 from finetune.files.lock import file_lock
 from sweeps.answer.advice import Analysis
-from sweeps.answer.descriptions import test_lines
+from sweeps.answer.descriptions import final_comparison_lines
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_sections import sections
 from sweeps.study.formatting import format_counts
@@ -128,4 +128,6 @@ def _verdict(data: ReportData) -> str:
     result = f"Trial {winner.number} wins with {objective}"
     if data.answer is None or data.test is None:
         return f"{result}."
-    return f"{result}. On the test rows: {'; '.join(test_lines(data.answer))}."
+    return (
+        f"{result}. On the test rows: {'; '.join(final_comparison_lines(data.answer))}."
+    )

@@ -9,7 +9,7 @@ from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
-from sweeps.answer.descriptions import confirmation_lines, test_lines
+from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
@@ -93,7 +93,7 @@ def _answer(data: ReportData) -> Section:
         rows.append(Row(["test/loss", *losses]))
     lines = []
     if data.answer is not None:
-        lines += test_lines(data.answer)
+        lines += final_comparison_lines(data.answer)
     if baseline == winner:
         lines.append("The winner is the baseline itself.")
     return Section(

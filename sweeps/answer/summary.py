@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.answer.advice import Analysis
 from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
-from sweeps.answer.descriptions import confirmation_lines, test_lines
+from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.study.formatting import format_counts, format_parameters
 from sweeps.study.study import Study, role
 
@@ -40,7 +40,7 @@ def summary_lines(
     lines = [f"study {study.name}: {format_counts(study)}"]
     lines += _trial_lines(study)
     lines += _labelled("importance", _importance(analysis))
-    lines += _labelled("test rows", test_lines(answer))
+    lines += _labelled("test rows", final_comparison_lines(answer))
     if confirmation is not None:
         lines += _labelled("confirmed", confirmation_lines(confirmation))
     lines += _labelled("advice", analysis.advice)

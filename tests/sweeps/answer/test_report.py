@@ -217,7 +217,7 @@ def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> N
 
 
 def test_test_rows_that_gave_no_number_are_no_proof(tmp_path: Path) -> None:
-    from finetune.run.test_evaluation import read_test_evaluation
+    from finetune.run.recorded_evaluation import read_test_evaluation
 
     study = made_study(tmp_path / "s", [trial(random.Random(0))])
     folder = study.folder_of(0)

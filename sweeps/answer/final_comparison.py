@@ -14,8 +14,8 @@ from finetune.engine.evaluation import Evaluation
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.final_evaluation import evaluate_finished_run
+from finetune.run.recorded_evaluation import read_test_evaluation
 from finetune.run.resources import SharedResources
-from finetune.run.test_evaluation import read_test_evaluation
 from sweeps.answer.compare import (
     Comparison,
     Metric,
@@ -30,7 +30,7 @@ from sweeps.study.study import Study
 log = logging.getLogger(__name__)
 
 
-def test_answer(
+def compare_on_test_rows(
     study: Study,
     winner: FrozenTrial,
     run: RunFolder,
