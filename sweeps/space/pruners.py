@@ -26,9 +26,8 @@ class SuccessiveHalvingPruner(BasePruner):
 
     Two rules let more trials continue, because early values rank trials with an error:
 
-    - The best `min_survivors` trials at a rung continue, but not more than half (rounded up) of
-      those that have reported it. Without that limit, the first `min_survivors` trials that come
-      to a rung one after the other, as in a single slot, would all continue, however bad.
+    - At least the best `min_survivors` trials at a rung continue. In a single slot, where trials
+      come to a rung one after the other, the first `min_survivors` always do.
     - A trial whose distance to the last one that continues by rank is within `noise_margin`
       standard deviations of the curves' noise continues too. The noise is estimated from all
       values reported so far; see `CurveNoise`.
@@ -42,8 +41,7 @@ class SuccessiveHalvingPruner(BasePruner):
         min_resource: the first rung at which trials are pruned.
         reduction_factor: ratio of a rung to the one before, and of trials to those that continue.
         min_early_stopping_rate: number of rungs left out at the beginning.
-        min_survivors: number of trials that continue at each rung, at least; of fewer than twice
-            as many that have reported it, the best half.
+        min_survivors: number of trials that continue at each rung, at least.
         noise_margin: distance in standard deviations of the noise; 0: ranks alone decide.
 
     Raises:
@@ -89,9 +87,8 @@ class SuccessiveHalvingPruner(BasePruner):
 
     def _survivors(self, reported: int) -> int:
         """Return how many trials continue by rank, of those that have reported a rung."""
-        half = math.ceil(reported / 2)
-        minimum = min(self._min_survivors, half)
-        return max(reported // self._reduction_factor, minimum)
+        survivors = max(reported // self._reduction_factor, self._min_survivors)
+        return min(survivors, reported)
 
     def _last_rung_step(self, trial: FrozenTrial) -> int | None:
         """Return the trial's report that counts for the last rung it has passed.
