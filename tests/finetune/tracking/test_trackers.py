@@ -15,8 +15,8 @@ from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_sum
 
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer, Rung
-from finetune.run.context import RunContext
 from finetune.files.run_folder import RunFolder
+from finetune.run.context import RunContext
 from finetune.run.run import run
 from finetune.tracking.wandb_finished import add_tag
 
