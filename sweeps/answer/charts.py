@@ -91,7 +91,7 @@ def slices(study: Study, winner: int | None) -> go.Figure | None:
         return None
     set_style(figure)
     figure.update_traces(marker_colorscale=SCALE, marker_size=7)
-    stars = []
+    stars: list[go.Scatter] = []
     for points in figure.data:
         # Optuna's plot names trials by their positions in the copied study.
         numbers = [measured[position][0].number for position in points.marker.color]
@@ -173,6 +173,12 @@ def pareto_front(study: Study) -> go.Figure | None:
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
     figure = visualization.plot_pareto_front(copy, target_names=study.objectives)
+    for points in figure.data:
+        # Optuna colours trials by their numbers, in two scales.
+        is_front = points.marker.colorbar.title.text == "Best Trial"
+        points.marker = {"color": GREEN if is_front else GREY, "size": 8}
+        points.name = "on the Pareto front" if is_front else "dominated"
+        points.showlegend = True
     return set_style(figure)
 
 

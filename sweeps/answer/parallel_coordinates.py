@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -104,7 +105,7 @@ def _parameter_axes(measured: Sequence[MeasuredTrial]) -> list[_Axis]:
     return axes
 
 
-def _position(distribution: BaseDistribution, value: object) -> float:
+def _position(distribution: BaseDistribution, value: Any) -> float:
     """Return the position of a value on its axis; choices stand at equal distances."""
     if isinstance(distribution, CategoricalDistribution):
         last_index = len(distribution.choices) - 1
@@ -120,6 +121,7 @@ def _ticks(distribution: BaseDistribution) -> list[Tick]:
         if len(values) > MAX_TICKS:
             values = [values[0], values[-1]]
     else:
+        # Once where both are equal.
         values = list(dict.fromkeys(bounds(distribution)))
     return [(_position(distribution, value), format_value(value)) for value in values]
 

@@ -108,8 +108,7 @@ class _Publication:
         if self.tracker.adapters != "none" and self._adapter.is_dir():
             contents["adapter"] = [run_id, _digest(self._adapter)]
         # The report shows rows, samples, and prompts of the config.
-        has_report = self.report is not None and self.report.is_file()
-        if has_report and self.tracker.text:
+        if self.report is not None and self.report.is_file() and self.tracker.text:
             contents["report"] = [run_id, _digest(self.report)]
         if self.tracker.workspace and self.run_arguments["mode"] == "online":
             keys = searched_keys(self.study)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.dataset import DatasetSettings
 from finetune.console import summary_line
+from finetune.data.rows import Rows
 from finetune.data.segments import segments_of
 from finetune.files.run_folder import RunFolder
 from finetune.run.cached import Cached
@@ -99,4 +101,12 @@ def _read(config: RunConfig) -> _ReadRows:
     rows = resources.rows(config.dataset)
     tokenizer = resources.tokenizer(config.model)
     examples = first_examples(config, tokenizer, "train", rows.train, COUNT)
-    return _ReadRows(rows.formats, rows.counts, examples)
+    formats = rows.formats or [_named_format(config.dataset, rows)]
+    return _ReadRows(formats, rows.counts, examples)
+
+
+def _named_format(settings: DatasetSettings, rows: Rows) -> str:
+    """Say the format where the config names it, or its columns, so that none was detected."""
+    line = f"format {', '.join(rows.train.format_names)}"
+    columns = [f"{purpose}: {name}" for purpose, name in settings.columns.items()]
+    return f"{line} ({', '.join(columns)})" if columns else line
