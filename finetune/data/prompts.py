@@ -11,6 +11,19 @@ def first_prompt(row: Row) -> Prompt | None:
     return None
 
 
+def first_answer(row: Row) -> str | None:
+    """Return the answer to a row's first question, None if the row has none in words."""
+    messages = iter(row.get("messages", ()))
+    for message in messages:
+        if message["role"] == "user":
+            break
+    answer = next(messages, None)
+    if answer is None or answer["role"] != "assistant":
+        return None
+    content = answer.get("content")
+    return str(content) if content else None
+
+
 def system_of(row: Row) -> str | None:
     """Return the system turn with which a chat begins."""
     messages = row.get("messages")

@@ -91,7 +91,8 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
             write_json(folder.result, recorded)
         finally:
             # With a full disk too: an online tracker still shows how the run ended.
-            tracker.finish(result.status, final_summary(recorded))
+            summary = final_summary(recorded, result.config.tracker.text)
+            tracker.finish(result.status, summary)
     if result.context.interactive:
         print_summary(folder, result, recorded, tracker)
 

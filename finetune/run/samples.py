@@ -4,15 +4,16 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.console import log_traceback, summary_line
-from finetune.data.prompts import first_prompt
+from finetune.data.prompts import first_answer, first_prompt
 from finetune.data.rows import Rows
-from finetune.data.types import Prompt
+from finetune.data.types import Prompt, Row
 from finetune.engine.generation import generate_answers
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
@@ -31,7 +32,9 @@ HELD_OUT_PROMPTS = 2
 
 
 class Samples:
-    """The content of `samples.json`: a list of `prompt`, `before` and `after`.
+    """The content of `samples.json`: a list of `prompt`, `expected`, `before` and `after`.
+
+    A row's own answer to its question is `expected`; a prompt of the config has none.
 
     Samples never fail a run: an answer that could not be generated is left out of its row.
 
@@ -55,7 +58,8 @@ class Samples:
         self._file = folder.samples
         self._generation_model = generation_model
         self._resources = resources
-        self._prompts = _choose_prompts(config, rows)
+        self._questions = _choose_questions(config, rows)
+        self._prompts = [question.prompt for question in self._questions]
 
     @property
     def unasked(self) -> int:
@@ -71,7 +75,7 @@ class Samples:
         """Ask the fresh adapter. A resumed run has asked already."""
         if not self.unasked:
             return
-        samples: list[Sample] = [{"prompt": prompt.text} for prompt in self._prompts]
+        samples = [question.to_sample() for question in self._questions]
         with survive_samples("before training"):
             for sample, answer in zip(samples, self._answers_before(), strict=True):
                 sample["before"] = answer
@@ -109,13 +113,35 @@ class Samples:
             )
 
 
-def _choose_prompts(config: RunConfig, rows: Rows) -> list[Prompt]:
+@dataclass(frozen=True)
+class _Question:
+    """A prompt, and the answer to it that is known."""
+
+    prompt: Prompt
+    expected: str | None = None
+
+    def to_sample(self) -> Sample:
+        sample = {"prompt": self.prompt.text}
+        if self.expected is not None:
+            sample["expected"] = self.expected
+        return sample
+
+
+def _choose_questions(config: RunConfig, rows: Rows) -> list[_Question]:
     """The config's prompts with the system turn that all rows share, or held-out questions."""
     if config.sample_prompts is not None:
-        return [Prompt(text, rows.shared_system) for text in config.sample_prompts]
-    prompts = (first_prompt(row) for row in rows.evaluation or rows.train)
-    questions = (prompt for prompt in prompts if prompt is not None)
+        system = rows.shared_system
+        return [_Question(Prompt(text, system)) for text in config.sample_prompts]
+    questions = _questions_of(rows.evaluation or rows.train)
     return list(itertools.islice(questions, HELD_OUT_PROMPTS))
+
+
+def _questions_of(rows: Iterable[Row]) -> Iterator[_Question]:
+    """The first question of each row that has one."""
+    for row in rows:
+        prompt = first_prompt(row)
+        if prompt is not None:
+            yield _Question(prompt, first_answer(row))
 
 
 @contextlib.contextmanager

@@ -17,4 +17,4 @@ def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
         openers.append(lambda: WandbTracker(config, folder, label))
     if settings.name in ("tensorboard", "both"):
         openers.append(lambda: TensorboardTracker(config, folder))
-    return SeveralTrackers(openers)
+    return SeveralTrackers(openers, shows_text=settings.text)

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
+from finetune.tracking.text_privacy import tracked_config
 from finetune.tracking.tracker import Sample, Tracker
 
 
@@ -20,7 +21,7 @@ class TensorboardTracker(Tracker):
         # A resumed run logs the steps after its checkpoint again: hide the earlier ones.
         purge_step = checkpoint_step(checkpoint) + 1 if checkpoint else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-        text = json.dumps(config.to_dict(), indent=2)
+        text = json.dumps(tracked_config(config), indent=2)
         self._writer.add_text("config", f"```\n{text}\n```")
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -29,9 +30,11 @@ class TensorboardTracker(Tracker):
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
         for sample in samples:
-            before = sample.get("before", "")
-            after = sample.get("after", "")
-            text = f"**before:** {before}\n\n**after:** {after}"
+            texts = []
+            for name in ("expected", "before", "after"):
+                if name in sample:
+                    texts.append(f"**{name}:** {sample[name]}")
+            text = "\n\n".join(texts)
             self._writer.add_text(f"samples/{sample['prompt']}", text, step)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from finetune.console import summary_line
 from finetune.files.run_folder import Metrics
+from finetune.tracking.text_privacy import HIDDEN
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, str]
-"""A `prompt`, the base's answer `before` training, and the answer `after` it.
+"""A `prompt`, its `expected` answer, the answer `before` training, and the one `after` it.
 
-An answer is missing if its generation failed.
+A prompt of the config has no expected answer. An answer is missing if its generation failed.
 """
 
 
@@ -69,9 +70,17 @@ class Tracker:
 
 
 class SeveralTrackers(Tracker):
-    """Calls each of several trackers. One that fails is not called again, and the run continues."""
+    """Calls each of several trackers. One that fails is not called again, and the run continues.
 
-    def __init__(self, openers: list[Callable[[], Tracker]]) -> None:
+    Args:
+        openers: Open one tracker each.
+        shows_text: Whether the trackers get prompts and answers (`tracker.text`).
+    """
+
+    def __init__(
+        self, openers: list[Callable[[], Tracker]], shows_text: bool = True
+    ) -> None:
+        self._shows_text = shows_text
         self._trackers: list[Tracker] = []
         self._failed: list[Tracker] = []
         # A wrong key of W&B, or a package that is not installed, must not cost the run.
@@ -98,6 +107,8 @@ class SeveralTrackers(Tracker):
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
+        if not self._shows_text:
+            return
         self._each(lambda tracker: tracker.log_samples(step, samples))
 
     def add_tags(self, tags: list[str]) -> None:
@@ -116,10 +127,16 @@ class SeveralTrackers(Tracker):
         return lines
 
 
-def final_summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's final state for `Tracker.finish`, from the content of its `result.json`."""
+def final_summary(result: dict[str, Any], shows_text: bool) -> dict[str, Any]:
+    """Return a run's final state for `Tracker.finish`.
+
+    Args:
+        result: The content of its `result.json`.
+        shows_text: Whether trackers may show texts; the message of an error may quote a row.
+    """
     summary = dict(result["metrics"])
     if result["status"] == "pruned":
         summary["pruned_at"] = result["step"]
-    summary["error"] = result["error"]
+    error = result["error"]
+    summary["error"] = HIDDEN if error and not shows_text else error
     return summary

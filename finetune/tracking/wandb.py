@@ -36,6 +36,7 @@ class WandbTracker(Tracker):
         label: Label,
     ) -> None:
         self._folder = folder
+        self._shows_text = config.tracker.text
         self._arguments = init_arguments(config, folder, label)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
@@ -47,7 +48,8 @@ class WandbTracker(Tracker):
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
         import wandb
 
-        settings = quiet_settings(self._arguments["mode"], uploads)
+        mode = self._arguments["mode"]
+        settings = quiet_settings(mode, uploads, self._shows_text)
         # Before the run is opened: a process killed right after it goes on under the same id.
         self._record()
         try:
@@ -72,7 +74,7 @@ class WandbTracker(Tracker):
         import wandb
 
         self._last_logged_step = step
-        columns = ["prompt", "before", "after"]
+        columns = ["prompt", "expected", "before", "after"]
         table = wandb.Table(columns=columns)
         for sample in samples:
             table.add_data(*(sample.get(column, "") for column in columns))

@@ -10,6 +10,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.tracker import TrackerSettings
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.tracking.text_privacy import tracked_config
 from finetune.tracking.tracker import Label
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def init_arguments(
         "job_type": label.job_type,
         # Else W&B has one run for a process; here trials that train together have one each.
         "reinit": "create_new",
-        "config": config.to_dict(),
+        "config": tracked_config(config),
     }
 
 
@@ -72,21 +73,25 @@ def resume_offline(folder: RunFolder) -> str | None:
     return "allow" if folder.last_checkpoint() else None
 
 
-def quiet_settings(mode: str, uploads: bool) -> "wandb.Settings":
+def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Settings":
     """Return settings under which W&B prints nothing and waits for a limited time.
 
     Args:
         mode: The argument `mode` of `wandb.init`.
         uploads: Whether artifacts are uploaded, which takes longer.
+        shows_text: Whether W&B may record the command line, which can hold prompts, and the
+            changes of a git repository, which can hold rows.
     """
     import wandb
 
+    hiding = {} if shows_text else {"x_disable_meta": True, "disable_git": True}
     return wandb.Settings(
         console="off",
         silent=True,
         init_timeout=INIT_TIMEOUT,
         finish_timeout=UPLOAD_TIMEOUT if uploads else FINISH_TIMEOUT,
         x_disable_stats=mode != "online",
+        **hiding,
     )
 
 

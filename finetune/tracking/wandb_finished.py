@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.tracking.text_privacy import hide_text, shows_text
 from finetune.tracking.tracker import final_summary
 from finetune.tracking.wandb_arguments import OFFLINE_MODES, TRACKER, quiet_settings
 
@@ -40,18 +41,19 @@ def reopen_run(
     # The folder may have been moved since.
     arguments = {**arguments, "dir": str(folder.path)}
     summary = arguments.pop("summary", {})
-    config = arguments.pop("config", None)
+    config = arguments.pop("config", None) or read_json(folder.identity)["config"]
+    may_show_text = shows_text(config)
     is_offline = arguments["mode"] in OFFLINE_MODES
     if is_offline:
-        arguments["config"] = config or read_json(folder.identity)["config"]
+        arguments["config"] = hide_text(config)
         # Otherwise this file's history replaces the one sent before.
         arguments["resume"] = "allow"
-    settings = quiet_settings(arguments["mode"], uploads)
+    settings = quiet_settings(arguments["mode"], uploads, may_show_text)
     run = wandb.init(settings=settings, **arguments)
     try:
         if is_offline:
             result = read_json(folder.result)
-            final = final_summary(result)
+            final = final_summary(result, may_show_text)
             run.summary.update({**summary, "status": result["status"], **final})
         yield run
     finally:

@@ -1,7 +1,7 @@
 """Charts of a study, by Optuna's plots and plotly. Each is None if there is too little to draw."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -9,7 +9,17 @@ import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.answer.chart_style import BLUE, GREEN, ORANGE, STATES, set_style, set_titles
+from sweeps.answer.chart_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SCALE,
+    SLATE,
+    STATES,
+    set_style,
+    set_titles,
+)
 from sweeps.answer.importance import (
     Share,
     common_parameters,
@@ -21,7 +31,7 @@ from sweeps.study.study import Study
 
 
 def history(study: Study) -> go.Figure | None:
-    """Draw the objective of each trial in order, and the best so far."""
+    """Draw each trial's objective in order, pruned trials' last values, and the best so far."""
     complete = study.trials(TrialState.COMPLETE)
     if not any(math.isfinite(trial.values[0]) for trial in complete):
         return None
@@ -30,34 +40,83 @@ def history(study: Study) -> go.Figure | None:
     figure = visualization.plot_optimization_history(
         study.optuna, target=target, target_name=study.objectives[0]
     )
+    _add_pruned(figure, study)
     return set_style(figure)
+
+
+def _add_pruned(figure: go.Figure, study: Study) -> None:
+    """Add the last value of each pruned trial; it is of an earlier step than the others' values."""
+    numbers = []
+    values = []
+    for trial in study.trials(TrialState.PRUNED):
+        if trial.last_step is None:
+            continue
+        value = trial.intermediate_values[trial.last_step]
+        if math.isfinite(value):
+            numbers.append(trial.number)
+            values.append(value)
+    if not numbers:
+        return
+    figure.add_scatter(
+        x=numbers, y=values, name="pruned (last value)", mode="markers",
+        marker={"symbol": "x", "size": 7, "color": GREY},
+        hovertemplate="trial %{x}, pruned at %{y:.4f}<extra></extra>",
+    )  # fmt: skip
 
 
 def _first_objective(trial: FrozenTrial) -> float:
     return float(trial.values[0])
 
 
-def parallel_coordinates(study: Study) -> go.Figure | None:
-    """Draw each trial as a line through its parameters, coloured by its objective."""
-    return _comparable_plot(study, visualization.plot_parallel_coordinate)
+def slices(study: Study, winner: int | None) -> go.Figure | None:
+    """Draw the objective against each parameter.
 
+    Args:
+        study: the study.
+        winner: number of the trial to highlight.
 
-def slices(study: Study) -> go.Figure | None:
-    """Draw the objective against each parameter."""
-    return _comparable_plot(study, visualization.plot_slice)
-
-
-def _comparable_plot(study: Study, plot: Callable[..., go.Figure]) -> go.Figure | None:
-    """Draw one of Optuna's plots of the comparable trials and the parameters they all have."""
+    Returns:
+        The chart.
+    """
     measured = comparable_trials(study.optuna)
     if len(measured) < 2:
         return None
     names = common_parameters([trial for trial, _ in measured])
     if not names:
         return None
-    # A copy in which pruned trials are complete: Optuna's plots would leave them out.
+    # A copy in which pruned trials are complete: Optuna's plot would leave them out.
     copy = study_of_values(measured, names, study.optuna.directions[0])
-    return set_style(plot(copy, target_name=study.objectives[0]))
+    figure = visualization.plot_slice(copy, target_name=study.objectives[0])
+    if not figure.data:
+        return None
+    set_style(figure)
+    figure.update_traces(marker_colorscale=SCALE, marker_size=7)
+    stars: list[go.Scatter] = []
+    for points in figure.data:
+        # Optuna's plot names trials by their positions in the copied study.
+        numbers = [measured[position][0].number for position in points.marker.color]
+        points.marker.color = numbers
+        points.text = [f"trial {number}" for number in numbers]
+        points.hovertemplate = "%{text}<br>%{x}: %{y:.4f}<extra></extra>"
+        if winner in numbers:
+            star = _winner_star(points, numbers.index(winner), is_first=not stars)
+            stars.append(star)
+    figure.add_traces(stars)
+    return figure
+
+
+def _winner_star(points: go.Scatter, index: int, is_first: bool) -> go.Scatter:
+    """Build a star above one of the points of a slice; the first slice's has the legend's entry."""
+    marker = {
+        "symbol": "star", "size": 15, "color": GREEN,
+        "line": {"color": "white", "width": 1},
+    }  # fmt: skip
+    return go.Scatter(
+        x=[points.x[index]], y=[points.y[index]], xaxis=points.xaxis, yaxis=points.yaxis,
+        mode="markers", marker=marker, name=f"winner ({points.text[index]})",
+        legendgroup="winner", showlegend=is_first, hovertemplate=points.hovertemplate,
+        text=[points.text[index]],
+    )  # fmt: skip
 
 
 def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
@@ -69,7 +128,7 @@ def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
     shares = [importance[name] for name in names]
     # At least 0: the shares are scaled to a sum of 1, the quantiles are not.
     error = {
-        "type": "data", "symmetric": False, "color": "#475569",
+        "type": "data", "symmetric": False, "color": SLATE,
         "array": [max(share.high - share.share, 0) for share in shares],
         "arrayminus": [max(share.share - share.low, 0) for share in shares],
     }  # fmt: skip
@@ -114,6 +173,12 @@ def pareto_front(study: Study) -> go.Figure | None:
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
     figure = visualization.plot_pareto_front(copy, target_names=study.objectives)
+    for points in figure.data:
+        # Optuna colours trials by their numbers, in two scales.
+        is_front = points.marker.colorbar.title.text == "Best Trial"
+        points.marker = {"color": GREEN if is_front else GREY, "size": 8}
+        points.name = "on the Pareto front" if is_front else "dominated"
+        points.showlegend = True
     return set_style(figure)
 
 

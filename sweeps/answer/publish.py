@@ -107,7 +107,8 @@ class _Publication:
         # With adapters=all W&B has the files already, and the artifact only gets the alias `best`.
         if self.tracker.adapters != "none" and self._adapter.is_dir():
             contents["adapter"] = [run_id, _digest(self._adapter)]
-        if self.report is not None and self.report.is_file():
+        # The report shows rows, samples, and prompts of the config.
+        if self.report is not None and self.report.is_file() and self.tracker.text:
             contents["report"] = [run_id, _digest(self.report)]
         if self.tracker.workspace and self.run_arguments["mode"] == "online":
             keys = searched_keys(self.study)

@@ -15,6 +15,8 @@ class Row:
     cells: Sequence[str]
     kind: str = ""
     """The row's style: winner, baseline, or empty."""
+    link: str = ""
+    """Address that the first cell leads to."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Section:
     rows: Sequence[Row] = ()
     sortable: bool = False
     samples: Sequence[Mapping[str, str]] = ()
-    """Prompts with the texts generated before and after training."""
+    """Prompts with their expected answers, and the texts generated before and after training."""
+    commands: Sequence[tuple[str, str]] = ()
+    """Purposes and shell commands, each with a button that copies it."""
     shown_rows: Sequence[ShownRow] = ()
     folded: Sequence[tuple[str, str]] = ()
     """Titles and texts that are shown on a click."""
@@ -54,7 +58,7 @@ class Section:
         """Whether there is anything to show under the title."""
         texts = (self.note, self.lines, self.chart, self.rows)
         more = (self.figures, self.samples, self.shown_rows, self.folded)
-        return any(texts) or any(more)
+        return any(texts) or any(more) or bool(self.commands)
 
 
 def chart_section(
@@ -62,19 +66,31 @@ def chart_section(
     title: str,
     figure: go.Figure | None,
     note: str = "",
+    min_width: int = 0,
 ) -> Section:
-    """Build a section with one chart; an empty one if there is no chart."""
+    """Build a section with one chart; an empty one if there is no chart.
+
+    Args:
+        name: the section's id.
+        title: its title.
+        figure: the chart.
+        note: a line above the chart.
+        min_width: pixels; on a narrower page the chart scrolls inside of its box.
+
+    Returns:
+        The section.
+    """
     if figure is None:
         return Section(name, title)
     return Section(
         name,
         title,
         note,
-        chart=chart_html(name, figure),
+        chart=chart_html(name, figure, min_width),
     )
 
 
-def chart_html(name: str, figure: go.Figure | None) -> str:
+def chart_html(name: str, figure: go.Figure | None, min_width: int = 0) -> str:
     """Render a chart as HTML that uses the page's copy of plotly; empty if there is no chart."""
     if figure is None:
         return ""
@@ -84,4 +100,4 @@ def chart_html(name: str, figure: go.Figure | None) -> str:
         div_id=f"chart-{name}",
         config={"displaylogo": False, "responsive": True},
     )
-    return html
+    return f'<div style="min-width: {min_width}px">{html}</div>'

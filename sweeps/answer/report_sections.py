@@ -11,11 +11,12 @@ from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
+from sweeps.answer.parallel_coordinates import parallel_coordinates
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
-from sweeps.study.formatting import parameter_cells
+from sweeps.study.formatting import parameter_cells, parameter_names
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -41,6 +42,7 @@ ENVIRONMENT_KEYS = (
 def sections(data: ReportData) -> list[Section]:
     """Build all sections that have content."""
     study = data.study
+    winner = data.winner.number if data.winner else None
     every_section = [
         _answer(data),
         _advice(data),
@@ -52,15 +54,17 @@ def sections(data: ReportData) -> list[Section]:
         chart_section(
             "parallel",
             "Parallel coordinates",
-            charts.parallel_coordinates(study),
+            parallel_coordinates(study, winner),
             COMPARED,
+            _width_for_parameters(data),
         ),
         _importance(data),
         chart_section(
             "slices",
             "Slices",
-            charts.slices(study),
+            charts.slices(study, winner),
             COMPARED,
+            _width_for_parameters(data),
         ),
         spending(data),
         failures(data),
@@ -70,6 +74,12 @@ def sections(data: ReportData) -> list[Section]:
         _config(data),
     ]
     return [section for section in every_section if section.has_content]
+
+
+def _width_for_parameters(data: ReportData) -> int:
+    """Return the pixels that a chart with an axis for each parameter needs."""
+    names = parameter_names(data.trials.values())
+    return max(720, 130 * len(names))
 
 
 def _answer(data: ReportData) -> Section:
@@ -188,21 +198,26 @@ def _importance(data: ReportData) -> Section:
 
 
 def _samples(data: ReportData) -> Section:
-    """Show what the base and the winner generate from the sample prompts."""
+    """Show what the base and the winner generate from the sample prompts, and the rows' answers."""
     rows = None
     if data.answer is not None:
         rows = read_json(RunFolder(data.study.folder / "best").samples)
     samples = []
     for row in rows or []:
         texts = {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
+        # Prompts of the config have no expected answer.
+        if "expected" in row:
+            texts["expected"] = str(row["expected"])
         samples.append(texts)
     return Section("samples", "Samples before and after training", samples=samples)
 
 
 def _rows(data: ReportData) -> Section:
-    """Show the first training rows of the winner."""
-    run = data.study.folder_of(data.winner.number) if data.winner else None
-    return rows_section(run)
+    """Describe the winner's rows, and show the first ones."""
+    if data.winner is None:
+        return Section("rows", "Rows")
+    number = data.winner.number
+    return rows_section(data.study.folder_of(number), data.results[number])
 
 
 def _commands(data: ReportData) -> Section:
@@ -213,8 +228,7 @@ def _commands(data: ReportData) -> Section:
         "Use the winner",
         "Run these commands in the folder in which this report was written. "
         "Merge before you serve; replace YOU by your name on the hub.",
-        head=["purpose", "command"],
-        rows=[Row(pair) for pair in commands(data.study)],
+        commands=commands(data.study),
     )
 
 

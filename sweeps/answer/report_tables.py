@@ -42,7 +42,8 @@ def leaderboard(data: ReportData) -> Section:
         trial = data.trials[number]
         note = "on the Pareto front" if number in front else trial_note(trial)
         cells = [*_trial_cells(data, trial, names), note]
-        rows.append(Row(cells, _row_kind(data, trial)))
+        kind = _row_kind(data, trial)
+        rows.append(Row(cells, kind, folder_link(data.study, number)))
     return Section(
         "leaderboard",
         "Leaderboard",
@@ -50,6 +51,14 @@ def leaderboard(data: ReportData) -> Section:
         rows=rows,
         sortable=True,
     )
+
+
+def folder_link(study: Study, number: int) -> str:
+    """Return the address of a trial's folder, relative to the report; empty if it is not here."""
+    path = study.folder_of(number).path
+    if not path.is_dir():
+        return ""
+    return f"{path.relative_to(study.folder).as_posix()}/"
 
 
 def _trial_cells(
@@ -180,7 +189,8 @@ def failures(data: ReportData) -> Section:
         error = str(trial.user_attrs.get("error"))
         folder = data.study.folder_of(trial.number)
         path = os.path.relpath(folder.path)
-        rows.append(Row([str(trial.number), error, path]))
+        link = folder_link(data.study, trial.number)
+        rows.append(Row([str(trial.number), error, path], link=link))
     head = ["trial", "reason", "folder"] if rows else ()
     return Section(
         "failures",

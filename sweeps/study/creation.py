@@ -2,6 +2,7 @@
 
 import json
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def create_or_resume(
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
         _update_terms(study, terms, distributions, settings.allow_change)
+        _name_metrics(study)
         # Last, because a folder with this file counts as a study, whose terms can be read.
         # The address is as the user wrote it: secrets stay references to environment variables.
         entry = {"name": settings.study_name, "storage": settings.storage}
@@ -98,6 +100,18 @@ def _update_terms(
             _clear_unfinished_runs(study)
     if stored != terms:
         study.optuna.set_user_attr("terms", terms)
+
+
+def _name_metrics(study: Study) -> None:
+    """Store the names of the objectives for Optuna's own tools, as optuna-dashboard.
+
+    A study from before this was done gets them when it is resumed.
+    """
+    if study.optuna.metric_names == study.objectives:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.optuna.set_metric_names(study.objectives)
 
 
 def _clear_unfinished_runs(study: Study) -> None:

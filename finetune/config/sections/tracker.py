@@ -32,6 +32,10 @@ class TrackerSettings(Section):
 
     workspace: bool = False
     """Whether a W&B view of a study is saved when the study ends; only online."""
+
+    text: bool = True
+    """Whether trackers get prompts, answers and rows: samples, prompts and templates in the config,
+    messages of errors, the command line, a study's report. false: they stay in local files."""
     # These defaults are for run folders that were written before the keys existed.
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import RunConfig
+from finetune.data.prompts import first_answer
+from finetune.data.types import Row
 from finetune.errors import Interrupted
 from finetune.run.context import RunContext
 from finetune.run.resources import SharedResources
@@ -229,3 +231,50 @@ def test_a_mixture_of_experts_answers_after_training(
     assert len(samples) == 2
     assert all(set(sample) == {"prompt", "before", "after"} for sample in samples)
     assert not warnings_of(caplog)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is it so?"},
+    {"role": "assistant", "content": "It is."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "It is known."},
+]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": CHAT}, "It is."),
+        ({"messages": CHAT[1:3]}, "It is."),
+        # A conversation that begins with the assistant.
+        ({"messages": [CHAT[2], *CHAT[3:]]}, "It is known."),
+        ({"messages": CHAT[:2]}, None),
+        ({"messages": [CHAT[1], CHAT[3], CHAT[4]]}, None),
+        ({"messages": [CHAT[1], {"role": "assistant", "tool_calls": [CALL]}]}, None),
+        ({"text": "It is."}, None),
+    ],
+)
+def test_the_expected_answer_is_the_rows_answer_to_its_first_question(
+    row: dict[str, Any], expected: str | None
+) -> None:
+    assert first_answer(Row(row)) == expected
+
+
+@pytest.mark.parametrize("prompts", ["null", "[Hm?]"])
+def test_only_prompts_of_rows_have_an_expected_answer(
+    prompts: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny(*DEBUG, f"sample_prompts={prompts}", "dataset.eval_fraction=0.2")
+    run(config, tmp_path)
+
+    samples = content(tmp_path / "samples.json")
+    held_out = {}
+    for row in SharedResources().rows(config.dataset).evaluation:
+        question, answer = row["messages"]
+        held_out[question["content"]] = answer["content"]
+    assert samples
+    for sample in samples:
+        assert sample.get("expected") == held_out.get(sample["prompt"])
+        assert ("expected" in sample) == (prompts == "null")

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import write_jsonl
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer, Rung
+from finetune.files.run_folder import RunFolder
 from finetune.run.context import RunContext
 from finetune.run.run import run
+from finetune.tracking.wandb_finished import add_tag
 
 Tiny = Callable[..., RunConfig]
 
@@ -237,3 +240,76 @@ def test_a_run_that_was_written_down_before_there_was_a_key_is_read(tiny: Tiny) 
     values = config.to_dict()
     del values["tracker"]["adapters"], values["tracker"]["workspace"]
     assert RunConfig.from_dict(values) == config
+
+
+def texts_of_user(folder: Path) -> tuple[list[str], str]:
+    """Write rows; return the overrides of a run with texts, and what all of these texts hold."""
+    secret = "quetzal"
+    rows = [
+        {"title": f"{secret} {number}", "reply": f"{secret}!"} for number in range(30)
+    ]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    overrides = [
+        f"dataset.path={data}",
+        f"dataset.template='Is {{{{title}}}} a {secret}?'",
+        "+dataset.columns.completion=reply",
+        f"model.chat_template='{{{{messages[0].content}}}} {secret}: {{{{messages[-1].content}}}}'",
+    ]
+    return overrides, secret
+
+
+def files_with(text: str, folder: Path) -> set[str]:
+    """The names of the trackers' folders in which a file holds a text."""
+    trackers = set()
+    for tracker in ("wandb", "tensorboard"):
+        for file in (folder / tracker).rglob("*"):
+            if file.is_file() and text.encode() in file.read_bytes():
+                trackers.add(tracker)
+    return trackers
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["completes", "fails"])
+@pytest.mark.parametrize("prompts", ["null", "[A quetzal?]"], ids=["of rows", "given"])
+@pytest.mark.parametrize("text", [True, False])
+def test_no_text_is_in_any_tracker_unless_it_may(
+    text: bool,
+    prompts: str,
+    fails: bool,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides, secret = texts_of_user(tmp_path)
+    monkeypatch.setattr("sys.argv", ["finetune", *overrides])
+    folder = tmp_path / "run"
+    given = (
+        *QUICK,
+        "tracker=both",
+        f"tracker.text={text}",
+        f"sample_prompts={prompts}",
+    )
+    config = tiny(*given, *overrides)
+    if fails:
+
+        def refuse(*_: Any) -> Any:
+            raise ValueError(f"{secret} is no row")
+
+        monkeypatch.setattr("finetune.run.prepare.prepare", refuse)
+        with pytest.raises(ValueError, match="no row"):
+            run(config, folder)
+    else:
+        run(config, folder)
+
+    summary = wandb_summary(wandb_records(folder))
+    assert summary["status"] == ("failed" if fails else "completed")
+    assert files_with(secret, folder) == ({"wandb", "tensorboard"} if text else set())
+    # The files of the run itself hold everything.
+    assert secret in (folder / "run.json").read_text()
+    local = "result.json" if fails else "samples.json"
+    assert secret in (folder / local).read_text()
+    add_tag(RunFolder(folder), "later")
+    records = wandb_files(folder)[-1]
+    opened = next(record.run for record in records if record.HasField("run"))
+    assert "later" in opened.tags
+    assert wandb_items(opened.config.update)["lora"]["r"] == 16
+    assert ("wandb" in files_with(secret, folder)) == text

@@ -278,6 +278,15 @@ def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_row
     assert not (study.folder / PUBLISHED).exists()
 
 
+def test_a_report_stays_on_this_machine_where_trackers_get_no_text(
+    study: Study, report: Path
+) -> None:
+    publish(study, 0, TEST, report, asked(study, adapters="all", text=False))
+
+    assert [list(artifacts(records)) for records in added(study)] == [["s-adapter"]]
+    assert "report" not in json.loads((study.folder / PUBLISHED).read_text())
+
+
 def test_a_study_without_wandb_is_left_alone(study: Study, report: Path) -> None:
     (study.folder_of(0).path / "tracker.json").unlink()
     assert (

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
+from playwright import sync_api as playwright
 from support.commands import Station
 from support.configs import study_overrides
-from support.studies import COMPLETE, PRUNED, kinds, made_study, text_of, trial
+from support.studies import COMPLETE, FAIL, PRUNED, kinds, made_study, text_of, trial
 
+from finetune.run.resources import SharedResources
 from sweeps.answer import report, report_rows
 from sweeps.answer.report import write_report
+from sweeps.study.study import Study
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,87 @@ def test_a_study_ends_with_its_report(done: Path) -> None:
     assert "Is &lt;it&gt; so?" in page
 
 
+def test_the_leaderboard_leads_to_the_run_folders(done: Path, tmp_path: Path) -> None:
+    page = text_of(done / "report.html")
+    rows = page[page.index('id="leaderboard"') :].split("</section>")[0]
+    links = re.findall(r'<a href="([^"]+)"[^>]*>(\d+)</a>', rows)
+
+    assert len(links) == 8
+    for address, number in links:
+        assert address == f"trials/{number}/"
+        assert (done / address / "result.json").exists()
+    # The folders of these trials are on another machine.
+    elsewhere = made_study(tmp_path / "s", [trial(random.Random(0))])
+    assert '<a href="trials' not in text_of(write_report(elsewhere))
+
+
+def test_expected_answers_stand_beside_the_models(done: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(done, tmp_path / "copy")
+    samples = copy / "best" / "samples.json"
+    answers = {"before": "No <idea>", "after": "It & is"}
+    rows = [
+        {"prompt": "Is it?", "expected": "It <is>", **answers},
+        {"prompt": "Why?", **answers},
+    ]
+    samples.write_text(json.dumps(rows))
+
+    page = text_of(write_report(Study.load(copy)))
+
+    shown = page[page.index('id="samples"') :].split("</section>")[0]
+    first, second = shown.split('<div class="samples">')[1:]
+    for text in (
+        "<h4>expected</h4><pre>It &lt;is&gt;</pre>",
+        "<pre>No &lt;idea&gt;</pre>",
+    ):
+        assert text in first
+    assert "expected" not in second
+    assert "<pre>It &amp; is</pre>" in second
+
+
+def test_says_what_became_of_the_rows(tmp_path: Path, tiny_base: Path) -> None:
+    from support.configs import compose
+    from support.runs import write_jsonl
+
+    rows = [
+        {"question": f"Is <{number}> so?", "answer": "Yes."} for number in range(40)
+    ]
+    data = write_jsonl(
+        tmp_path / "rows.jsonl", [*rows, {"question": "So?", "answer": ""}]
+    )
+    columns = [
+        f"+dataset.columns.{purpose}={column}"
+        for purpose, column in {"prompt": "question", "completion": "answer"}.items()
+    ]
+    overrides = (f"dataset.path={data}", f"model.name_or_path={tiny_base}")
+    config = compose(*overrides, *columns)
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    folder = study.folder_of(0)
+    folder.path.mkdir(parents=True)
+    folder.identity.write_text(json.dumps({"config": config.to_dict()}))
+
+    def section() -> str:
+        page = text_of(write_report(study))
+        return page[page.index('id="rows"') :].split("</section>")[0]
+
+    counts = SharedResources().rows(config.dataset).counts
+    for part, name in (("train", "training"), ("eval", "evaluation"), ("test", "test")):
+        assert f"<b>{counts[part]}</b><span>{name} rows</span>" in section()
+    assert (
+        "format prompt_completion (prompt: question, completion: answer)" in section()
+    )
+    assert "left out 1 rows of" in section()
+    assert section().count('class="place"') == 3
+
+    # What the run has recorded holds, also where the rows can't be read any more.
+    recorded = counts | {"train": 1234, "left_out": {"train": 5, "eval": 0, "test": 0}}
+    folder.result.write_text(json.dumps({"rows": recorded}))
+    data.unlink()
+    report_rows._shown.drop()
+    assert "<b>1,234</b><span>training rows</span>" in section()
+    assert "left out 5 training rows" in section()
+    assert "Rows as the model sees them" not in section()
+
+
 def test_shows_the_first_training_rows_with_what_is_trained(done: Path) -> None:
     from finetune.run.load import read_run_config
     from finetune.run.preview import first_examples
@@ -69,7 +154,7 @@ def test_shows_the_first_training_rows_with_what_is_trained(done: Path) -> None:
     for example in shown:
         trained = "".join(token.text for token in example.tokens if token.kind.trained)
         assert trained
-        assert f"<h3>{html.escape(example.place)}</h3>" in page
+        assert f'<p class="place">{html.escape(example.place)}</p>' in page
         assert (
             f'<span class="trained">{html.escape(trained, quote=False)}'
             in html_text(page)
@@ -237,26 +322,160 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_page_is_legible_at_any_width(
-    width: int, browser: Any, tmp_path: Path
+    width: int, theme: str, browser: Any, tmp_path: Path
 ) -> None:
     draw = random.Random(0)
     trials = [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(12)]
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.goto(write_report(made_study(tmp_path / "s", trials)).as_uri())
+    failed = trial(draw, FAIL)
+    failed.user_attrs["error"] = "no_room_" * 40
+    trials.append(failed)
+    study = made_study(tmp_path / ("a_study_with_a_long_name_" * 4), trials)
+    page = browser.new_page(
+        viewport={"width": width, "height": 900}, color_scheme=theme
+    )
+    page.goto(write_report(study).as_uri())
 
     legend = page.locator("#chart-curves .legend").bounding_box()
     plot = page.locator("#chart-curves .nsewdrag").bounding_box()
-    screenshot(page, f"width-{width}")
+    screenshot(page, f"width-{width}-{theme}")
     assert legend["y"] + legend["height"] <= plot["y"] + 1
     for name in ("parallel", "slices"):
         assert page.locator(f"#chart-{name}").bounding_box()["width"] >= 700
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if width == 1280:
-        bar = "document.querySelector('nav')"
-        assert page.evaluate(f"{bar}.scrollWidth <= {bar}.clientWidth")
+    # What is wider than the page scrolls inside of its box.
+    for box in page.locator(".scroll, .chart, pre").all():
+        shape = box.bounding_box()
+        assert shape["x"] >= 0
+        assert shape["x"] + shape["width"] <= width
     page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_navigation_fits_and_leads_to_each_section(
+    width: int, browser: Any, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    study = made_study(tmp_path / "s", [trial(draw) for _ in range(12)])
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(write_report(study).as_uri())
+    links = page.locator("nav a")
+    menu = page.locator("nav summary")
+
+    sections = page.locator("section").evaluate_all("all => all.map(one => one.id)")
+    targets = links.evaluate_all("all => all.map(one => one.hash.slice(1))")
+    assert targets == sections
+    for target in sections:
+        if width == 390:
+            assert not links.first.is_visible()
+            menu.click()
+        link = page.locator(f"nav a[href='#{target}']")
+        shape = link.bounding_box()
+        assert 0 <= shape["x"] <= shape["x"] + shape["width"] <= width
+        link.click()
+        heading = page.locator(f"#{target} h2").bounding_box()
+        bar = page.locator("nav").bounding_box()
+        assert bar["height"] < 90
+        assert bar["y"] + bar["height"] <= heading["y"] + 1
+    page.close()
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of a colour such as rgb(1, 2, 3) (WCAG 2)."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+        for value in channels
+    ]
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(colour: str, ground: str) -> float:
+    """The contrast ratio of two colours (WCAG 2)."""
+    darker, lighter = sorted([luminance(colour), luminance(ground)])
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["real", "mixed", "two-objectives"])
+def test_texts_and_marks_stand_out_in_both_themes(
+    theme: str, kind: str, browser: Any, done: Path, tmp_path: Path
+) -> None:
+    if kind == "real":
+        path = done / "report.html"
+    else:
+        trials, objectives = kinds()[kind]
+        path = write_report(made_study(tmp_path / kind, trials, *objectives))
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme=theme)
+    page.goto(path.as_uri())
+    style = "getComputedStyle(one)"
+    ground = page.locator("section").first.evaluate(f"one => {style}.backgroundColor")
+    assert (luminance(ground) > 0.5) == (theme == "light")
+
+    def colours(selector: str, attribute: str) -> set[str]:
+        drawn: set[str] = set(
+            page.locator(selector).evaluate_all(
+                f"all => all.map(one => {style}.{attribute})"
+            )
+        )
+        assert drawn
+        return drawn
+
+    for colour in colours("td, th, li, h2", "color"):
+        assert contrast(colour, ground) >= 4
+    for colour in colours(".js-plotly-plot .main-svg text", "fill"):
+        assert contrast(colour, ground) >= 4.5
+    marks = colours(".js-plotly-plot .points path", "fill")
+    marks |= colours(".js-plotly-plot .lines path", "stroke")
+    for colour in marks - {"none"}:
+        assert contrast(colour, ground) >= 2.5
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["clipboard", "selection", "neither"])
+def test_a_command_is_copied_or_selected_to_be_copied(
+    way: str, browser: Any, done: Path
+) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto((done / "report.html").as_uri())
+    page.evaluate(
+        "addEventListener('copy', () => { window.selected = '' + getSelection(); })"
+    )
+    if way == "clipboard":
+        page.evaluate(
+            "navigator.clipboard.writeText = async text => { window.written = text; }"
+        )
+    else:
+        page.evaluate(
+            "Object.defineProperty(navigator, 'clipboard', {value: undefined})"
+        )
+    if way == "neither":
+        page.evaluate("document.execCommand = () => false")
+    row = page.locator(".command", has_text="finetune.merge")
+    command = row.locator("code").text_content()
+    button = row.locator("button")
+
+    button.click()
+
+    answer = "press Ctrl+C" if way == "neither" else "copied"
+    playwright.expect(button).to_have_text(answer)
+    assert command.startswith("python -m finetune.merge ")
+    if way == "clipboard":
+        assert page.evaluate("window.written") == command
+    else:
+        assert page.evaluate("'' + getSelection()") == command
+        assert page.evaluate("window.selected") == (
+            command if way == "selection" else None
+        )
+    playwright.expect(button).to_have_text("copy")
+    context.close()
 
 
 @pytest.mark.slow
@@ -315,7 +534,11 @@ def test_optuna_dashboard_reads_the_studys_storage(done: Path) -> None:
                 assert server.poll() is None
                 assert time.monotonic() < end
                 time.sleep(0.2)
-        assert [study["study_name"] for study in found["study_summaries"]] == ["s1"]
+        (summary,) = found["study_summaries"]
+        assert summary["study_name"] == "s1"
+        address = f"http://127.0.0.1:{port}/api/studies/{summary['study_id']}"
+        with urllib.request.urlopen(address, timeout=60) as reply:
+            assert json.load(reply)["objective_names"] == ["eval/loss"]
     finally:
         server.kill()
         server.wait()

@@ -94,11 +94,13 @@ def drive(tmp_path: Path) -> Drive:
             seed=seed,
             folder=tmp_path,
         )
+        count = len(session.settings.directions)
+        objectives = ["eval/loss", "adapter/parameters"][:count]
         opened = create_or_resume(
             tmp_path / study,
             session.settings,
             None,
-            {"objective": "eval/loss"},
+            {"objective": objectives if len(objectives) > 1 else objectives[0]},
             session.space.distributions,
         )
         enqueue_trials(opened, trials, points or [])
