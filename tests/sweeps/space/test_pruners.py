@@ -148,9 +148,7 @@ def continuing(study: optuna.Study, rung: int, values: list[float]) -> list[int]
         (30, 10),
     ],
 )
-def test_at_least_three_continue_at_a_rung(
-    reported: int, survivors: int
-) -> None:
+def test_at_least_three_continue_at_a_rung(reported: int, survivors: int) -> None:
     pruner = SuccessiveHalvingPruner(noise_margin=0)
     study = optuna.create_study(pruner=pruner)
     values = [float(number) for number in reversed(range(reported))]
