@@ -26,6 +26,9 @@ from sweeps.study.study import Study
 MAX_TICKS = 9
 """Of more choices only the first and the last are named."""
 
+MAX_TICK_LENGTH = 16
+"""Longer texts would reach the axis before; the line's text under the pointer is whole."""
+
 Tick = tuple[float, str]
 """A position on an axis, 0 at its lower end and 1 at its upper one, and the text beside it."""
 
@@ -123,7 +126,13 @@ def _ticks(distribution: BaseDistribution) -> list[Tick]:
     else:
         # Once where both are equal.
         values = list(dict.fromkeys(bounds(distribution)))
-    return [(_position(distribution, value), format_value(value)) for value in values]
+    ticks = []
+    for value in values:
+        text = format_value(value)
+        if len(text) > MAX_TICK_LENGTH:
+            text = f"{text[: MAX_TICK_LENGTH - 1]}…"
+        ticks.append((_position(distribution, value), text))
+    return ticks
 
 
 def _line(
