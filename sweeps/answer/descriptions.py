@@ -29,25 +29,32 @@ def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
         return [f"{winner} {rows}{note}"]
     return [
         f"{winner}, baseline {compared['baseline']:.4f} {rows}",
-        f"this adapter and the baseline's: {_comparison(compared)}",
-        f"their configs: {_config_comparison(test.get('config'))}",
+        _comparison("adapter", compared),
+        _config_comparison(test.get("config")),
         *_look_lines(test.get("looks", 1)),
     ]
 
 
-def _comparison(entry: Mapping[str, Any]) -> str:
-    """Describe a difference, its interval and the verdict."""
-    difference = f"{entry['difference']:+.4f}"
-    if entry["interval_95"] is None:
-        return f"{difference}, {entry['verdict']}"
-    interval = _format_interval(*entry["interval_95"])
-    return f"{difference}, {interval}: {entry['verdict']}"
+VERDICTS = {
+    "better": "this {} is better than the baseline's",
+    "worse": "this {} is worse than the baseline's",
+    "no clear difference": "no clear difference between this {} and the baseline's",
+    "too few rows to say": "too few rows to compare this {} with the baseline's",
+}
+
+
+def _comparison(noun: str, entry: Mapping[str, Any]) -> str:
+    """Say what a comparison is of (adapter or config), its verdict, difference and interval."""
+    line = f"{VERDICTS[entry['verdict']].format(noun)}: {entry['difference']:+.4f}"
+    if entry["interval_95"] is not None:
+        line += f", {_format_interval(*entry['interval_95'])}"
+    return line
 
 
 def _config_comparison(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
-        return "not known from one seed (confirm trains further ones)"
-    return f"{_comparison(entry)} (with {entry['seeds']} seeds of {entry['seeds_of']})"
+        return "whether this config is better needs further seeds (confirm trains them)"
+    return f"{_comparison('config', entry)}, with {entry['seeds']} seeds of {entry['seeds_of']}"
 
 
 def _look_lines(looks: int) -> list[str]:

@@ -82,7 +82,7 @@ def test_seeds_are_no_trials_and_the_answer_says_what_they_show(
     low, high = config["interval_95"]
     adapter_low, adapter_high = test["interval_95"]
     assert high - low > adapter_high - adapter_low
-    assert "their configs: " in ended.stdout + ended.stderr
+    assert ", with 3 seeds of the baseline" in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(
