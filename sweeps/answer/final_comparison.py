@@ -121,8 +121,8 @@ def _configs(
     if confirmed is not None:
         return confirmed
     seeds = [of_baseline]
-    for path in sorted((study.folder / "baseline").glob("seed*")):
-        evaluation = read_test_evaluation(RunFolder(path))
+    for folder in study.baseline_seed_folders():
+        evaluation = read_test_evaluation(folder)
         if evaluation is not None and math.isfinite(evaluation.loss):
             seeds.append(evaluation)
     if len(seeds) < 2:

@@ -54,7 +54,7 @@ def baseline_repeats(study: Study, seeds: int) -> list[Repeat]:
     config = read_run_config(study.folder_of(baseline.number).path)
     repeats = []
     for seed in range(config.seed + 1, config.seed + 1 + seeds):
-        folder = RunFolder(study.folder / "baseline" / f"seed{seed}")
+        folder = study.baseline_seed_folder(seed)
         config_with_seed = dataclasses.replace(config, seed=seed)
         repeat = Repeat(baseline.number, seed, folder, config_with_seed, "baseline")
         repeats.append(repeat)

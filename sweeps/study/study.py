@@ -184,6 +184,15 @@ class Study:
         """Return a trial's run folder."""
         return RunFolder(self.folder / "trials" / str(number))
 
+    def baseline_seed_folder(self, seed: int) -> RunFolder:
+        """Return the run folder of the baseline with a further seed."""
+        return RunFolder(self.folder / "baseline" / f"seed{seed}")
+
+    def baseline_seed_folders(self) -> list[RunFolder]:
+        """Return the run folders of the baseline's further seeds that were begun."""
+        paths = sorted((self.folder / "baseline").glob("seed*"))
+        return [RunFolder(path) for path in paths]
+
     def request_stop(self, number: int) -> None:
         """Ask the worker of a running trial to end it at its next step, as pruned."""
         self.storage.set_trial_user_attr(self.trial_id(number), "stop", True)
@@ -231,12 +240,21 @@ class Study:
         confirmation = read_json(self.folder / CONFIRMATION)
         if confirmation:
             needed.add(confirmation["winner"])
-        for trial in finished:
-            if trial.number not in needed:
-                folder = self.folder_of(trial.number)
-                # Errors are ignored: the folders may be gone, or another worker removes them now.
-                shutil.rmtree(folder.adapter, ignore_errors=True)
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        unneeded = [
+            self.folder_of(trial.number)
+            for trial in finished
+            if trial.number not in needed
+        ]
+        # Of the baseline's further seeds, only the evaluation is needed once they are done.
+        for seed_folder in self.baseline_seed_folders():
+            result = read_json(seed_folder.result) or {}
+            # An interrupted run goes on from its checkpoint.
+            if result.get("status") in ("completed", "failed"):
+                unneeded.append(seed_folder)
+        for folder in unneeded:
+            # Errors are ignored: the folders may be gone, or another worker removes them now.
+            shutil.rmtree(folder.adapter, ignore_errors=True)
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def role(trial: FrozenTrial | optuna.Trial) -> str:

@@ -71,6 +71,9 @@ def test_seeds_are_no_trials_and_the_answer_says_what_they_show(
         result = final(folder / "baseline" / f"seed{seed}")
         assert result["status"] == "completed"
         assert "test/loss" in result["metrics"]
+        assert not list(
+            (folder / f"baseline/seed{seed}").glob("[ac][dh]*")
+        )  # files of weights
         config = json.loads((folder / f"baseline/seed{seed}/run.json").read_text())[
             "config"
         ]
