@@ -131,9 +131,10 @@ def _pressed_end(
 
     By the hypergeometric test: if values had nothing to do with the result, the best trials would
     be as any trials of the study. Samplers such as TPE crowd at an end by themselves, which counts
-    for nothing here. Each end is tested at half of 5 %. Simulated with 40 trials by TPE, an end
-    was named in 2 to 3 % of studies a parameter where nothing had an influence, and in 85 to 95 %
-    where the objective fell up to the bound (a slow test holds both).
+    for nothing here. Each end is tested at half of 5 %. Simulated with 20 and 40 trials, by TPE or
+    uniform, an end was named in 1 to 4 % of studies for a parameter without influence. Where the
+    objective fell up to the bound it was named in 82 to 99 % of studies of 40 trials, and in 55 to
+    72 % of 20.
 
     Returns:
         The end and its trials; None if there is none.
