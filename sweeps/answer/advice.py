@@ -1,18 +1,19 @@
 """Advice on how to continue a study, from its own trials: each line names the number behind it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import binomtest
+from scipy.stats import hypergeom
 
 from sweeps.answer.importance import (
+    Importance,
     MeasuredTrial,
-    Share,
     comparable_trials,
     importances,
+    rung_of_comparison,
 )
 from sweeps.answer.improvement import expected_improvement
 from sweeps.answer.ranges import (
@@ -30,48 +31,45 @@ MIN_TRIALS = 8
 """Measured trials that are needed before any advice."""
 
 
-AT_COMMON_RUNG = "at the last rung that all trials reached"
-"""Where trials are compared if some were pruned. It may be an early rung, so the advice says so."""
-
-
 MIN_BEST = 4
-MAX_BEST = 10
-"""The best quarter of the trials is looked at for bounds, within these numbers of trials."""
+"""Least number of best trials that are looked at for bounds."""
 
 
-EDGE = 0.15
+BEST_PART = 3
+"""The best third of the trials is looked at for bounds."""
+
+
+EDGE = 0.2
 """Share of a range, at each end, in which a trial counts as close to the bound."""
 
 
-SIGNIFICANCE = 0.01
-"""Largest probability that so many of the best trials are close to a bound by chance alone."""
+SIGNIFICANCE = 0.025
+"""Largest probability, for each end, that so many of the best trials are there by chance."""
 
 
-NEGLIGIBLE_SHARE = 0.1
-"""A parameter has little influence if 19 of 20 resamples give it a share below this."""
+MIN_TRIALS_FOR_GAIN = 20
+"""Measured trials that are needed to say whether more help: with 8, the rule below is a guess."""
 
 
-WORTHWHILE_GAIN = 0.1
-"""More trials are worthwhile if the expected gain exceeds this share of the trials' spread."""
+WORTHWHILE_GAIN = 0.3
+"""More trials help if the next one's expected gain exceeds this share of the trials' spread."""
 
 
 @dataclass(frozen=True)
 class Analysis:
     """What the trials of a study show."""
 
-    importance: Mapping[str, Share]
-    """Share of each parameter, the largest first."""
+    importance: Importance
     advice: list[str]
 
 
 def analyze(study: Study) -> Analysis:
-    """Compute the importance of each parameter, and the advice that follows."""
-    importance = importances(study.optuna)
-    return Analysis(importance, advise(study, importance))
+    """Compute the importance of each parameter, and the advice."""
+    return Analysis(importances(study.optuna), advise(study))
 
 
-def advise(study: Study, importance: Mapping[str, Share]) -> list[str]:
-    """Give advice on bounds, on parameters to fix, and on more trials.
+def advise(study: Study) -> list[str]:
+    """Give advice on bounds and on more trials.
 
     Returns:
         One line for each piece of advice; none with several objectives, or with too few trials.
@@ -81,12 +79,10 @@ def advise(study: Study, importance: Mapping[str, Share]) -> list[str]:
     ranked = _rank(study, comparable_trials(study.optuna))
     if len(ranked) < MIN_TRIALS:
         return []
-    trials = [trial for trial, _ in ranked]
-    bound_lines = _bound_lines(trials)
-    fixable_lines = _fixable_lines(trials[0], importance)
-    lines = [*bound_lines, *fixable_lines]
-    if any(trial.state == TrialState.PRUNED for trial in trials):
-        lines = [f"{line} (measured {AT_COMMON_RUNG})" for line in lines]
+    rung = rung_of_comparison(study.optuna)
+    lines = _bound_lines([trial for trial, _ in ranked])
+    if rung:
+        lines = [f"{line} (measured at {rung})" for line in lines]
     return [*lines, *_more_trials_lines(study, ranked)]
 
 
@@ -98,58 +94,76 @@ def _rank(study: Study, measured: Iterable[MeasuredTrial]) -> list[MeasuredTrial
 
 def _bound_lines(ranked: Sequence[FrozenTrial]) -> list[str]:
     """Name the parameters whose best values are close to a bound, and a value beyond it."""
-    best_count = max(MIN_BEST, len(ranked) // 4)
-    best = ranked[: min(best_count, MAX_BEST)]
     lines = []
     for name, distribution in newest_distributions(ranked).items():
-        crowded = _crowded_end(distribution, best, name)
-        if crowded is None:
+        pressed = _pressed_end(distribution, ranked, name)
+        if pressed is None:
             continue
-        count, end = crowded
-        extension = value_beyond(distribution, end)
+        extension = value_beyond(distribution, pressed.end)
         if extension is not None:
             low, high = bounds(distribution)
             interval = f"{format_value(low)} … {format_value(high)}"
             lines.append(
-                f"{name}: {count} of the best {len(best)} trials are at the {end} end of "
-                f"{interval}; extend it to {format_value(extension)}"
+                f"{name}: {pressed.best_there} of the best {pressed.best} trials are at the "
+                f"{pressed.end} end of {interval}, but {pressed.there} of all {len(ranked)}; "
+                f"extend it to {format_value(extension)}"
             )
     return lines
 
 
-def _crowded_end(
-    distribution: BaseDistribution, best: Sequence[FrozenTrial], name: str
-) -> tuple[int, End] | None:
-    """Find the end of a range that more of the best trials are close to than chance explains.
+@dataclass(frozen=True)
+class _PressedEnd:
+    """An end of a range that good trials have come to more often than all trials."""
+
+    end: End
+    best: int
+    """Number of best trials."""
+    best_there: int
+    """Number of best trials at this end."""
+    there: int
+    """Number of all trials at this end."""
+
+
+def _pressed_end(
+    distribution: BaseDistribution, ranked: Sequence[FrozenTrial], name: str
+) -> _PressedEnd | None:
+    """Find the end of a range at which more of the best trials are than chance explains.
+
+    By the hypergeometric test: if values had nothing to do with the result, the best trials would
+    be as any trials of the study. Samplers such as TPE crowd at an end by themselves, which counts
+    for nothing here. Each end is tested at half of 5 %. Simulated with 20 and 40 trials, by TPE or
+    uniform, an end was named in 1 to 4 % of studies for a parameter without influence. Where the
+    objective fell up to the bound it was named in 82 to 99 % of studies of 40 trials, and in 55 to
+    72 % of 20.
 
     Returns:
-        The number of trials close to that end, and the end; None if there is none.
+        The end and its trials; None if there is none.
     """
     edge = _edge_width(distribution)
     if edge is None:
         return None
     positions = []
-    for trial in best:
-        if name not in trial.params:
-            return None
-        relative_position = position(distribution, trial.params[name])
+    for trial in ranked:
+        relative_position = None
+        if name in trial.params:
+            relative_position = position(distribution, trial.params[name])
         if relative_position is None:
             return None
         positions.append(relative_position)
-    lower_count = sum(at <= edge for at in positions)
-    upper_count = sum(at >= 1 - edge for at in positions)
-    end: End = "lower" if lower_count > upper_count else "upper"
-    count = max(lower_count, upper_count)
-    # If values had nothing to do with the result, each would be in the edge with this probability.
-    probability = binomtest(
-        count,
-        len(best),
-        edge,
-        "greater",
-    ).pvalue
-    if probability >= SIGNIFICANCE:
-        return None
-    return count, end
+    best = max(MIN_BEST, len(ranked) // BEST_PART)
+    at_ends: dict[End, list[bool]] = {
+        "lower": [at <= edge for at in positions],
+        "upper": [at >= 1 - edge for at in positions],
+    }
+    for end, is_there in at_ends.items():
+        pressed = _PressedEnd(end, best, sum(is_there[:best]), sum(is_there))
+        # The probability of as many of the best trials, or more, at this end.
+        probability = hypergeom.sf(
+            pressed.best_there - 1, len(ranked), pressed.there, best
+        )
+        if probability <= SIGNIFICANCE:
+            return pressed
+    return None
 
 
 def _edge_width(distribution: BaseDistribution) -> float | None:
@@ -162,48 +176,38 @@ def _edge_width(distribution: BaseDistribution) -> float | None:
     return None
 
 
-def _fixable_lines(best: FrozenTrial, importance: Mapping[str, Share]) -> list[str]:
-    """Name the parameters with little influence, and the best trial's values to fix them at."""
-    shares = []
-    overrides = []
-    for name, share in importance.items():
-        # By the upper end: a small share that may well be large is no reason to fix anything.
-        if share.high < NEGLIGIBLE_SHARE and name in best.params:
-            value = format_value(best.params[name])
-            shares.append(f"{name} ({share.share:.0%}, at most {share.high:.0%})")
-            overrides.append(f"{name}={value}")
-    if not shares:
-        return []
-    return [
-        f"little influence: {', '.join(shares)}; "
-        f"fix with {' '.join(overrides)} and search fewer dimensions"
-    ]
-
-
 def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[str]:
-    """Say what the next trial is expected to gain; nothing for a grid, whose points are fixed.
+    """Say whether more trials help; nothing for a grid, whose points are fixed.
 
-    The final values of complete trials are used if there are enough of them.
+    The final values of complete trials are used if there are enough of them. The expected
+    improvement itself is not shown: as a figure it was wrong by a factor of 0.04 to 12 in
+    simulations. The rule says whether as many more trials better the winner's true value by a
+    tenth of the spread between trials (third less first quartile). On eight surfaces with TPE it
+    was right in 78 of 100 studies of 20 trials and in 85 of 100 of 40: "hardly help" in 80 and 86,
+    "likely to help", said of 12 % and 2 % of the studies, in 64 of 100 of 20 trials. More trials
+    helped in 25 and 14 % of those studies, and in 44 % of those of 8, where no rule that was tried
+    did better than 6 of 10.
+
+    Returns:
+        One line, or none.
     """
     if any(role(trial) == "grid" for trial in study.trials()):
         return []
-    objective = study.objectives[0]
-    trials = [trial for trial, _ in ranked]
-    complete = _rank(study, _final_values(trials))
-    if len(complete) >= MIN_TRIALS:
-        improvement = expected_improvement(complete)
-    else:
-        improvement = expected_improvement(ranked)
-        objective = f"{objective} {AT_COMMON_RUNG}"
+    complete = _rank(study, _final_values(trial for trial, _ in ranked))
+    if len(complete) >= MIN_TRIALS_FOR_GAIN:
+        ranked = complete
+    if len(ranked) < MIN_TRIALS_FOR_GAIN:
+        needed = f"not known from {len(ranked)} trials (needs {MIN_TRIALS_FOR_GAIN})"
+        return [f"whether more trials would help is {needed}"]
+    improvement = expected_improvement(ranked)
     if improvement is None:
         return []
-    relative_gain = f"{improvement.relative:.0%} of the spread between trials"
-    gain = f"{improvement.gain:.2g} ({relative_gain})"
-    if improvement.gain > WORTHWHILE_GAIN * improvement.spread:
-        conclusion = f"continue with hydra.sweeper.n_trials={_larger_total(study)}"
-    else:
-        conclusion = "more trials are unlikely to help"
-    return [f"expected gain of the next trial in {objective}: {gain}; {conclusion}"]
+    if improvement.relative > WORTHWHILE_GAIN:
+        total = _larger_total(study)
+        return [
+            f"more trials are likely to help; continue with hydra.sweeper.n_trials={total}"
+        ]
+    return ["more trials would hardly help"]
 
 
 def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:

@@ -15,13 +15,12 @@ from sweeps.answer.chart_style import (
     GREY,
     ORANGE,
     SCALE,
-    SLATE,
     STATES,
     set_style,
     set_titles,
 )
 from sweeps.answer.importance import (
-    Share,
+    Importance,
     common_parameters,
     comparable_trials,
     study_of_values,
@@ -119,26 +118,23 @@ def _winner_star(points: go.Scatter, index: int, is_first: bool) -> go.Scatter:
     )  # fmt: skip
 
 
-def importance_bars(importance: Mapping[str, Share]) -> go.Figure | None:
-    """Draw each parameter's share, with the interval that contains nine of ten resamples."""
-    if not importance:
+def importance_bars(importance: Importance) -> go.Figure | None:
+    """Draw the share of each parameter above the noise, and the noise as a line."""
+    if not importance.influences:
         return None
     # Plotly puts the first bar at the bottom.
-    names = list(importance)[::-1]
-    shares = [importance[name] for name in names]
-    # At least 0: the shares are scaled to a sum of 1, the quantiles are not.
-    error = {
-        "type": "data", "symmetric": False, "color": SLATE,
-        "array": [max(share.high - share.share, 0) for share in shares],
-        "arrayminus": [max(share.share - share.low, 0) for share in shares],
-    }  # fmt: skip
+    shares = dict(reversed(importance.influences.items()))
     bars = go.Bar(
-        x=[share.share for share in shares], y=[short_name(name) for name in names],
-        orientation="h", error_x=error, marker_color=BLUE,
-        hovertemplate="%{y}: %{x:.0%}<extra></extra>",
+        x=list(shares.values()), y=[short_name(name) for name in shares],
+        orientation="h", marker_color=BLUE, hovertemplate="%{y}: %{x:.0%}<extra></extra>",
     )  # fmt: skip
-    figure = set_titles(go.Figure(bars), "share of the objective's variation", "")
-    height = 160 + 40 * len(names)
+    title = "share of the differences between trials"
+    figure = set_titles(go.Figure(bars), title, "")
+    figure.add_vline(
+        importance.threshold, line_dash="dot", annotation_text="pure noise",
+        annotation_position="top",
+    )  # fmt: skip
+    height = 160 + 40 * len(shares)
     figure.update_layout(xaxis={"tickformat": ".0%", "range": [0, 1]}, height=height)
     return figure.update_yaxes(automargin=True)
 

@@ -3,17 +3,15 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
 from scipy.stats import norm, qmc
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from sweeps.answer.importance import MeasuredTrial, common_parameters
-from sweeps.answer.ranges import newest_distributions, position
+from sweeps.answer.ranges import parameter_columns
 
 MAX_FITTED = 200
 """Largest number of trials that the process is fitted to; fitting takes cubic time."""
@@ -50,7 +48,8 @@ def expected_improvement(ranked: Sequence[MeasuredTrial]) -> Improvement | None:
         The improvement; None if the trials have no parameter in common.
     """
     ranked = ranked[:MAX_FITTED]
-    columns = _parameter_columns(ranked)
+    trials = [trial for trial, _ in ranked]
+    columns = [*parameter_columns(trials, common_parameters(trials)).values()]
     if not columns:
         return None
     costs = np.array([cost for _, cost in ranked])
@@ -98,31 +97,6 @@ def _process(width: int) -> GaussianProcessRegressor:
     return GaussianProcessRegressor(amplitude * smooth + noise, random_state=0)
 
 
-def _parameter_columns(ranked: Sequence[MeasuredTrial]) -> list[np.ndarray]:
-    """Encode the parameters that all trials have: `[trials, columns]` for each parameter."""
-    trials = [trial for trial, _ in ranked]
-    distributions = newest_distributions(trials)
-    columns = []
-    for name in common_parameters(trials):
-        values = [trial.params[name] for trial in trials]
-        columns.append(_encode(distributions[name], values))
-    return columns
-
-
-def _encode(distribution: BaseDistribution, values: Sequence[Any]) -> np.ndarray:
-    """Encode values as one column of positions, or one-hot if the parameter has no order."""
-    positions = [position(distribution, value) for value in values]
-    if None not in positions:
-        return np.array(positions, dtype=float)[:, None]
-    texts = [str(value) for value in values]
-    choices = sorted(set(texts))
-    rows = []
-    for text in texts:
-        one_hot = [float(text == choice) for choice in choices]
-        rows.append(one_hot)
-    return np.array(rows)
-
-
 def _candidate_points(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spread candidates evenly over the space: `[CANDIDATES, columns]`."""
     # A fixed seed: the same trials give the same advice.
@@ -130,8 +104,8 @@ def _candidate_points(columns: Sequence[np.ndarray]) -> np.ndarray:
     # [CANDIDATES, parameters], between 0 and 1.
     uniform = sequence.random(CANDIDATES)
     encoded = []
-    for parameter_columns, positions in zip(columns, uniform.T, strict=True):
-        encoded.append(_encode_positions(positions, parameter_columns))
+    for column, positions in zip(columns, uniform.T, strict=True):
+        encoded.append(_encode_positions(positions, column))
     return np.concatenate(encoded, axis=1)
 
 

@@ -1,9 +1,10 @@
 """Search ranges of parameters: positions inside them, and values beyond their ends."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -47,11 +48,15 @@ def position(distribution: BaseDistribution, value: Any) -> float | None:
         range has no order or no width.
     """
     if isinstance(distribution, CategoricalDistribution):
-        if not is_ordered(distribution):
+        # A value from before the choices were changed need not be among them.
+        if not is_ordered(distribution) or value not in distribution.choices:
             return None
         last_index = len(distribution.choices) - 1
         return distribution.choices.index(value) / max(last_index, 1)
     assert isinstance(distribution, IntDistribution | FloatDistribution)
+    # A value from when the parameter had choices that were no numbers.
+    if not is_number(value):
+        return None
     low = float(distribution.low)
     high = float(distribution.high)
     number = float(value)
@@ -65,6 +70,32 @@ def position(distribution: BaseDistribution, value: Any) -> float | None:
     if high <= low:
         return None
     return (number - low) / (high - low)
+
+
+def parameter_columns(
+    trials: Sequence[FrozenTrial], names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Encode parameters that all trials have: `[trials, columns]` for each, between 0 and 1."""
+    distributions = newest_distributions(trials)
+    columns = {}
+    for name in names:
+        values = [trial.params[name] for trial in trials]
+        columns[name] = _encode(distributions[name], values)
+    return columns
+
+
+def _encode(distribution: BaseDistribution, values: Sequence[Any]) -> np.ndarray:
+    """Encode values as one column of positions, or one-hot if the parameter has no order."""
+    positions = [position(distribution, value) for value in values]
+    if None not in positions:
+        return np.array(positions, dtype=float)[:, None]
+    texts = [str(value) for value in values]
+    choices = sorted(set(texts))
+    rows = []
+    for text in texts:
+        one_hot = [float(text == choice) for choice in choices]
+        rows.append(one_hot)
+    return np.array(rows)
 
 
 def bounds(distribution: BaseDistribution) -> tuple[float, float]:

@@ -182,19 +182,22 @@ def _importance(data: ReportData) -> Section:
     if data.has_several_objectives:
         title = f"{title} for {data.study.objectives[0]}"
     shares = data.analysis.importance
-    if shares:
+    if not shares.trials:
+        return Section("importance", title)
+    note = ""
+    if shares.trials >= importance.MIN_TRIALS:
         note = (
-            "Computed by fANOVA on resamples of the trials; "
-            f"the lines contain nine of ten resamples. {COMPARED}"
+            "Share of the differences between trials that a model explains by this parameter "
+            "alone, of trials that it has not seen. Shares need not add up to 100 %: interactions "
+            "belong to several parameters, and noise to none."
         )
-        return chart_section(
-            "importance",
-            title,
-            charts.importance_bars(shares),
-            note,
-        )
-    note = f"Needs {importance.MIN_TRIALS} measured trials with different values."
-    return Section("importance", title, note if data.trials else "")
+    return Section(
+        "importance",
+        title,
+        note,
+        lines=[importance.describe_importance(shares)],
+        chart=chart_html("importance", charts.importance_bars(shares)),
+    )
 
 
 def _samples(data: ReportData) -> Section:

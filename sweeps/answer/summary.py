@@ -12,6 +12,7 @@ from sweeps.answer.advice import Analysis
 from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
+from sweeps.answer.importance import describe_importance
 from sweeps.study.formatting import format_counts, format_parameters
 from sweeps.study.study import Study, role
 
@@ -39,7 +40,7 @@ def summary_lines(
     confirmation = read_confirmation(study)
     lines = [f"study {study.name}: {format_counts(study)}"]
     lines += _trial_lines(study)
-    lines += _labelled("importance", _importance(analysis))
+    lines += _labelled("importance", [describe_importance(analysis.importance)])
     lines += _labelled("test rows", final_comparison_lines(answer))
     if confirmation is not None:
         lines += _labelled("confirmed", confirmation_lines(confirmation))
@@ -79,15 +80,6 @@ def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:
     if is_on_front:
         line += "  (on the Pareto front)"
     return line
-
-
-def _importance(analysis: Analysis) -> list[str]:
-    """Describe each parameter's share on one line; no line if there are no shares."""
-    shares = []
-    for name, share in analysis.importance.items():
-        interval = f"{share.low:.0%}-{share.high:.0%}"
-        shares.append(f"{name} {share.share:.0%} ({interval})")
-    return [", ".join(shares)] if shares else []
 
 
 def _winner(study: Study, answer: Mapping[str, Any]) -> str:

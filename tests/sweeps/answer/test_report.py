@@ -25,7 +25,7 @@ from support.studies import (
 
 from sweeps.answer import report
 from sweeps.answer.commands import commands
-from sweeps.answer.importance import Share, importances
+from sweeps.answer.importance import Importance, importances
 from sweeps.answer.report import write_report
 from sweeps.study.study import OUT_OF_TIME
 
@@ -90,7 +90,7 @@ def test_a_trial_that_ends_meanwhile_is_in_the_next_report(
         [trial(random.Random(0)), *[create_trial(state=TrialState.WAITING)] * 2],
     )
 
-    def end_another(seen: optuna.Study) -> dict[str, Share]:
+    def end_another(seen: optuna.Study) -> Importance:
         study.optuna.tell(study.optuna.ask().number, 1.0)
         return importances(seen)
 
@@ -131,20 +131,34 @@ def test_texts_of_the_config_are_shown_as_they_are(tmp_path: Path) -> None:
     assert prompt in text_of(write_report(study))
 
 
-def test_says_what_mattered_and_how_sure_that_is(tmp_path: Path) -> None:
+def test_the_report_names_what_mattered_and_the_rung_at_which_trials_are_compared(
+    tmp_path: Path,
+) -> None:
     draw = random.Random(0)
     study = made_study(
         tmp_path / "s",
         [trial(draw, COMPLETE if number % 2 else PRUNED) for number in range(24)],
     )
 
-    shares = importances(study.optuna)
+    page = text_of(write_report(study))
 
-    assert next(iter(shares)) == "optimizer.learning_rate"
-    rate = shares["optimizer.learning_rate"]
-    assert rate.low <= rate.share <= 1
-    assert rate.share > 0.7
-    assert shares["lora.dropout"].high < rate.low
+    assert re.search(
+        r"optimizer\.learning_rate \d\d%; "
+        r"not known from 24 trials: (lora\.r, lora\.dropout|lora\.dropout, lora\.r) "
+        r"\(at rung 1 of 4\)",
+        page,
+    )
+    assert "chart-importance" in page
+
+
+def test_the_report_shows_no_importance_of_few_trials(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    study = made_study(tmp_path / "s", [trial(draw) for _ in range(19)])
+
+    page = text_of(write_report(study))
+
+    assert "not known from 19 trials (needs 20)" in page
+    assert "chart-importance" not in page
 
 
 def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
@@ -163,7 +177,7 @@ def test_a_running_trial_has_its_curve(tmp_path: Path) -> None:
 def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
     page = text_of(write_report(made_study(tmp_path / "s", [trial(random.Random(0))])))
 
-    assert "Needs 8 measured trials with different values." in page
+    assert "not known from 1 trial (needs 20)" in page
     assert "Too few trials for advice." in page
 
 
@@ -211,7 +225,7 @@ def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> N
 
     assert f"Trial {largest.number} wins with eval/accuracy {largest.value:.4f}" in page
     assert re.search(
-        r"optimizer\.learning_rate: \d of the best 6 trials are at the lower end", page
+        r"optimizer\.learning_rate: \d of the best 8 trials are at the lower end", page
     )
     assert "eval/accuracy (maximize)" in page
 

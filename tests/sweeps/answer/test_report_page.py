@@ -312,9 +312,10 @@ def test_a_browser_draws_every_chart_without_errors_or_the_network(
     assert drawn == len(charts)
     if kind in ("real", "large", "mixed"):
         assert charts >= {
-            f"chart-{name}"
-            for name in ("curves", "history", "parallel", "importance", "slices")
+            f"chart-{name}" for name in ("curves", "history", "parallel", "slices")
         }
+    # The other studies have too few trials to know what mattered.
+    assert ("chart-importance" in charts) == (kind == "large")
     assert ("chart-tokens" in charts) == (kind == "real")
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 1280  # nothing sticks out
