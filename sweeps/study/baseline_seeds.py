@@ -46,12 +46,17 @@ def baseline_repeats(study: Study, seeds: int) -> list[Repeat]:
         seeds: their number.
 
     Returns:
-        The runs; none before the baseline has reported a rung, which shows that it can train.
+        The runs; none before the baseline has reported a rung, which shows that it can train. Of
+        several machines that share a study, only the one that has the baseline's folder trains
+        them.
     """
     baseline = _measured_baseline(study)
     if baseline is None:
         return []
-    config = read_run_config(study.folder_of(baseline.number).path)
+    folder = study.folder_of(baseline.number)
+    if not folder.identity.exists():
+        return []
+    config = read_run_config(folder.path)
     repeats = []
     for seed in range(config.seed + 1, config.seed + 1 + seeds):
         folder = study.baseline_seed_folder(seed)
