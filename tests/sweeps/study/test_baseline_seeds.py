@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from support.commands import Station
 from support.configs import study_overrides
 from support.runs import final, write_jsonl
+from support.studies import made_study
 
+from sweeps.study.baseline_seeds import baseline_repeats
 from sweeps.study.study import Study
 
 pytestmark = pytest.mark.slow
@@ -136,3 +138,12 @@ def test_a_killed_study_goes_on_with_its_seeds(
     assert len(Study.load(folder).trials()) == TRIALS + 1
     assert final(folder / "baseline/seed2")["status"] == "completed"
     assert (folder / "baseline/seed1/run.json").stat().st_mtime_ns == finished
+
+
+def test_a_machine_without_the_baselines_folder_trains_no_seeds(tmp_path: Path) -> None:
+    baseline = create_trial(
+        value=1.0, user_attrs={"role": "baseline"}, intermediate_values={1: 1.0}
+    )
+    study = made_study(tmp_path / "s", [baseline])
+
+    assert baseline_repeats(study, 2) == []
