@@ -97,7 +97,7 @@ def test_a_run_trains_its_language_model_alone(
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["engine"]) == ("completed", "trl")
     assert all(
-        set(row) == {"prompt", "before", "after"}
+        set(row) == {"prompt", "expected", "before", "after"}
         for row in json.loads((tmp_path / "samples.json").read_text())
     )
     assert adapted_layers(tmp_path) == {

@@ -92,7 +92,7 @@ def test_leaves_a_run_folder_whose_adapter_plain_peft_loads(
     AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert [
         set(row) for row in json.loads((tmp_path / "samples.json").read_text())
-    ] == [{"prompt", "before", "after"}] * 2
+    ] == [{"prompt", "expected", "before", "after"}] * 2
     names = {name for row in metrics_of(tmp_path) for name in row}
     assert {
         "train/loss",
