@@ -60,7 +60,7 @@ def _template_flag(study: Study) -> str:
 def _offline_runs(study: Study, folder: str) -> list[str]:
     """Return shell patterns of the W&B runs that are stored on this machine only."""
     patterns = []
-    for runs in ("trials", "confirm"):
+    for runs in ("trials", "confirm", "baseline"):
         pattern = f"{runs}/*/wandb/offline-run-*"
         if any(study.folder.glob(pattern)):
             # Without quotes, because the shell has to expand it.
