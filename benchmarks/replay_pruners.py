@@ -178,12 +178,12 @@ def read_curves(path: Path, *, maximize: bool = False) -> list[Curve]:
         if missing:
             raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}")
         for row in rows:
-            place = f"{path}, line {rows.line_num}"
+            location = f"{path}, line {rows.line_num}"
             try:
                 step, value = int(row["step"]), sign * float(row["value"])
             except (TypeError, ValueError):
                 raise SystemExit(
-                    f"{place}: step={row['step']}, value={row['value']}: must be a whole "
+                    f"{location}: step={row['step']}, value={row['value']}: must be a whole "
                     "number and a number"
                 ) from None
             # Before the first step all runs are alike, and none reports.
@@ -191,7 +191,7 @@ def read_curves(path: Path, *, maximize: bool = False) -> list[Curve]:
                 continue
             run = points.setdefault((row["trial"], row["seed"]), {})
             if step in run:
-                raise SystemExit(f"{place}: step={step}: twice in one run")
+                raise SystemExit(f"{location}: step={step}: twice in one run")
             run[step] = value
     if not points:
         raise SystemExit(f"{path}: no curves")
@@ -215,8 +215,8 @@ def synthetic_curves(
 ) -> list[Curve]:
     """Return power laws that cross, with noise.
 
-    A config is a learning rate: the best one lies in the middle of the range, and a higher one falls
-    faster, so it leads early. The results without noise have a standard deviation of about 0.09.
+    A config is a learning rate: the best one lies in the middle of the range, and a higher one
+    falls faster, so it leads early. The results without noise have a standard deviation of about 0.09.
 
     Args:
         configs: number of curves.

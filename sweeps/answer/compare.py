@@ -13,8 +13,8 @@ import numpy as np
 from scipy import stats
 
 from sweeps.answer.intervals import (
-    CONFIDENCE,
     MAX_RESAMPLES,
+    UPPER_QUANTILE,
     combined_error,
     combined_half_width,
     row_interval,
@@ -36,10 +36,6 @@ def metric_of(objective: str) -> Metric:
         objective: the name of the study's objective, for example `eval/accuracy`.
     """
     return "accuracy" if objective.endswith("/accuracy") else "loss"
-
-
-TAIL = (1 - CONFIDENCE) / 2
-"""Probability that the truth is beyond one end of an interval."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +106,9 @@ def compare_configs(
     if not mean.is_measurable:
         return _too_few_rows(mean.value)
     row_low, row_high = row_interval(differences, tokens, max_resamples)
-    seeds = seed_mean([float(row.sum() / tokens.sum()) for row in sums])
+    seeds = seed_mean(sums.sum(1) / tokens.sum())
     seed_error = math.sqrt(seeds.variance + seeds.mean_variance)
-    plain = float(stats.t.ppf(1 - TAIL, seeds.seeds - 1))
+    plain = float(stats.t.ppf(UPPER_QUANTILE, seeds.seeds - 1))
     selected = selected_quantile(max(candidates, 1), seeds.seeds)
     # The winner's luck makes it look better: smaller by a loss, larger by an accuracy.
     below, above = (selected, plain) if metric == "accuracy" else (plain, selected)
@@ -146,7 +142,7 @@ def compare_seeds(
     mean = row_mean(differences.mean(0), tokens)
     if not mean.is_measurable:
         return _too_few_rows(mean.value)
-    seeds = seed_mean([float(row.sum() / tokens.sum()) for row in differences])
+    seeds = seed_mean(differences.sum(1) / tokens.sum())
     error, freedom = combined_error(mean, seeds)
     half_width = combined_half_width(mean, seeds)
     confidence = _confidence(mean.value, error, freedom, metric)
@@ -170,7 +166,7 @@ def _confidence(
     """Return the one-sided confidence that the first side is better."""
     gain = difference if metric == "accuracy" else -difference
     if error == 0:
-        return 0.5 + math.copysign(0.5, gain) * (gain != 0)
+        return float((1 + np.sign(gain)) / 2)
     return float(stats.t.cdf(gain / error, freedom))
 
 

@@ -5,7 +5,8 @@ No choice of the study has seen these rows. The entries are those of `test` in `
 
 import logging
 import math
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -17,7 +18,6 @@ from finetune.run.final_evaluation import evaluate_finished_run
 from finetune.run.recorded_evaluation import read_test_evaluation
 from finetune.run.resources import SharedResources
 from sweeps.answer.compare import (
-    Comparison,
     Metric,
     compare_adapters,
     compare_configs,
@@ -72,11 +72,12 @@ def compare_on_test_rows(
 
 def _count_looks(study: Study, winner: FrozenTrial) -> int:
     """Count how many winners the study has evaluated on these rows, this one included."""
-    answer = read_json(study.folder / ANSWER) or {}
-    earlier = answer.get("test") or {}
-    looks = int(earlier.get("looks", 1)) if earlier else 0
-    is_new = answer.get("trial") != winner.number
-    return looks + is_new if looks else 1
+    answer = read_json(study.folder / ANSWER)
+    if not answer or not answer["test"]:
+        return 1
+    # An answer of an earlier version does not count them.
+    looks = int(answer["test"].get("looks", 1))
+    return looks if answer["trial"] == winner.number else looks + 1
 
 
 def _evaluate_baseline(
@@ -107,7 +108,7 @@ def _adapters(
         "winner": getattr(of_winner, metric),
         "baseline": getattr(of_baseline, metric),
     }
-    return values | _entries(comparison)
+    return values | _entries(asdict(comparison))
 
 
 def _configs(
@@ -135,7 +136,7 @@ def _configs(
         "seeds": len(seeds),
         "seeds_of": "the baseline",
     }
-    return origin | _entries(comparison)
+    return origin | _entries(asdict(comparison))
 
 
 def _confirmed(study: Study) -> dict[str, Any] | None:
@@ -147,20 +148,16 @@ def _confirmed(study: Study) -> dict[str, Any] | None:
     for entry in confirmation["comparisons"]:
         # A confirmation of an earlier version has no verdict.
         if entry["other"] == baseline.number and entry.get("seeds", 0) > 1:
-            comparison = Comparison(
-                *(entry[field.name] for field in fields(Comparison))
-            )
-            origin = {key: entry[key] for key in ("metric", "seeds")}
-            return origin | {"seeds_of": "both"} | _entries(comparison)
+            origin = {"metric": entry["metric"], "seeds": entry["seeds"]}
+            return origin | {"seeds_of": "both"} | _entries(entry)
     return None
 
 
-def _entries(comparison: Comparison) -> dict[str, Any]:
-    interval = None
-    if comparison.low is not None:
-        interval = [comparison.low, comparison.high]
+def _entries(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `answer.json` for the fields of a `Comparison`."""
+    low, high = comparison["low"], comparison["high"]
     return {
-        "difference": comparison.difference,
-        "interval_95": interval,
-        "verdict": comparison.verdict,
+        "difference": comparison["difference"],
+        "interval_95": None if low is None else [low, high],
+        "verdict": comparison["verdict"],
     }

@@ -6,7 +6,6 @@ how a loss is computed, so long rows count more.
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,10 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 """Share of intervals that contain the true difference."""
+
+
+UPPER_QUANTILE = (1 + CONFIDENCE) / 2
+"""The quantile above which half of `1 - CONFIDENCE` lies."""
 
 
 MIN_EFFECTIVE_ROWS = 30
@@ -91,10 +94,9 @@ def row_interval(
         The lower and the upper end.
     """
     mean = row_mean(differences, tokens)
-    tail = (1 - CONFIDENCE) / 2
-    t = float(stats.t.ppf(1 - tail, mean.effective_rows - 1))
+    t = float(stats.t.ppf(UPPER_QUANTILE, mean.effective_rows - 1))
     ratios = _resampled_t(differences, tokens, mean, max_resamples)
-    low, high = np.quantile(ratios, [tail, 1 - tail])
+    low, high = np.quantile(ratios, [1 - UPPER_QUANTILE, UPPER_QUANTILE])
     lower = mean.value - max(float(high), t) * mean.standard_error
     upper = mean.value + max(float(-low), t) * mean.standard_error
     return lower, upper
@@ -153,7 +155,7 @@ class SeedMean:
         return self.variance / self.seeds
 
 
-def seed_mean(values: Sequence[float]) -> SeedMean:
+def seed_mean(values: np.ndarray) -> SeedMean:
     """Compute the mean and the variance of the values of at least two seeds."""
     return SeedMean(float(np.mean(values)), float(np.var(values, ddof=1)), len(values))
 
@@ -192,14 +194,14 @@ def combined_half_width(rows: RowMean, seeds: SeedMean) -> float:
         rows: the difference's mean on the rows.
         seeds: the difference's mean over the seeds.
     """
-    quantile = (1 + CONFIDENCE) / 2
     if seeds.seeds > 2:
         error, freedom = combined_error(rows, seeds)
-        return float(stats.t.ppf(quantile, freedom)) * error
+        return float(stats.t.ppf(UPPER_QUANTILE, freedom)) * error
     of_rows = (
-        float(stats.t.ppf(quantile, rows.effective_rows - 1)) * rows.standard_error
+        float(stats.t.ppf(UPPER_QUANTILE, rows.effective_rows - 1))
+        * rows.standard_error
     )
-    of_seeds = float(stats.t.ppf(quantile, 1)) * math.sqrt(seeds.mean_variance)
+    of_seeds = float(stats.t.ppf(UPPER_QUANTILE, 1)) * math.sqrt(seeds.mean_variance)
     return math.hypot(of_rows, of_seeds)
 
 
@@ -216,7 +218,7 @@ def selected_quantile(candidates: int, controls: int) -> float:
         controls: number of seeds of the control, at least two.
 
     Returns:
-        The one-sided quantile that leaves half of `1 - CONFIDENCE` above it.
+        The quantile `UPPER_QUANTILE` of that distance.
     """
     generator = np.random.default_rng(0)
     # The largest of n normal numbers, from the n-th root of a uniform one.
@@ -225,4 +227,4 @@ def selected_quantile(candidates: int, controls: int) -> float:
     control = generator.normal(size=SELECTION_DRAWS) / math.sqrt(controls)
     variances = generator.chisquare(controls - 1, size=SELECTION_DRAWS) / (controls - 1)
     errors = np.sqrt(variances * (1 + 1 / controls))
-    return float(np.quantile((luck + control) / errors, (1 + CONFIDENCE) / 2))
+    return float(np.quantile((luck + control) / errors, UPPER_QUANTILE))

@@ -6,8 +6,8 @@ winner's config is better, or only its adapter. They are no trials, and stand un
 
 import contextlib
 import dataclasses
-import logging
 import time
+from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -21,8 +21,6 @@ from sweeps.study.pruning import POLL_SECONDS
 from sweeps.study.repeats import Repeat, repeat_run
 from sweeps.study.session import Session
 from sweeps.study.study import Study, role
-
-log = logging.getLogger(__name__)
 
 AUTO_SEEDS = 2
 """Further seeds with `hydra.sweeper.baseline_seeds=auto` where trials train together."""
@@ -88,6 +86,8 @@ class BaselineSeeds:
         self._interrupt = interrupt
         self._seeds = planned_seeds(session)
         self._begun: set[int] = set()
+        # A seed that fails says so in the log; its evaluation is missing then.
+        self._errors: dict[Path, str] = {}
 
     def next_run(self) -> PackedRun | None:
         """Return the next seed that no worker has trained or trains; None if there is none."""
@@ -103,7 +103,7 @@ class BaselineSeeds:
                     repeat,
                     self._interrupt,
                     self._session.engine.slots,
-                    _warn,
+                    self._errors,
                     _Deadline(self._session, self._interrupt),
                 )
         return None
@@ -120,10 +120,6 @@ def _needs_training(folder: RunFolder) -> bool:
             folder.clear()
         return status not in ("completed", "failed")
     return False
-
-
-def _warn(repeat: Repeat, error: str) -> None:
-    log.warning("the baseline with seed %d failed: %s", repeat.seed, error)
 
 
 class _Deadline(Observer):

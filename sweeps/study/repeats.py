@@ -1,7 +1,7 @@
 """Train trials again with other seeds, as runs that are no trials."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.study import Study
 
 log = logging.getLogger(__name__)
-
-OnError = Callable[["Repeat", str], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def repeat_run(
     repeat: Repeat,
     interrupt: Interrupt,
     slots: int,
-    on_error: OnError,
+    errors: dict[Path, str],
     observer: Observer | None = None,
 ) -> PackedRun:
     """Make a repeat a run in a slot.
@@ -59,7 +57,7 @@ def repeat_run(
         repeat: the repeat; a folder that holds it completed is not trained again.
         interrupt: the interrupt that the runs of this process share.
         slots: number of runs that train at once.
-        on_error: receives the repeat and its error, where it fails.
+        errors: receives the repeat's error by its folder, where it fails.
         observer: may stop the run.
     """
     folder = repeat.folder.path
@@ -75,7 +73,7 @@ def repeat_run(
         slots=slots,
         packed_with=packed_with,
     )
-    steps = _train(study, repeat, context, on_error)
+    steps = _train(study, repeat, context, errors)
     return PackedRun(repeat.name, steps, folder / "train.log", packed_with)
 
 
@@ -98,14 +96,11 @@ def retrain(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
     interrupt = Interrupt()
     errors: dict[Path, str] = {}
 
-    def record_error(repeat: Repeat, error: str) -> None:
-        errors[repeat.folder.path] = error
-
     def next_run() -> PackedRun | None:
         repeat = next(waiting, None)
         if repeat is None:
             return None
-        return repeat_run(study, repeat, interrupt, slots, record_error)
+        return repeat_run(study, repeat, interrupt, slots, errors)
 
     with run_lines_to_files():
         train_together(next_run, slots)
@@ -113,9 +108,9 @@ def retrain(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
 
 
 def _train(
-    study: Study, repeat: Repeat, context: RunContext, on_error: OnError
+    study: Study, repeat: Repeat, context: RunContext, errors: dict[Path, str]
 ) -> RunSteps[None]:
-    """Train one repeat; hand its error on instead of raising it, unless it is interrupted."""
+    """Train one repeat; record its error instead of raising it, unless it is interrupted."""
     try:
         yield from run_steps(repeat.config, repeat.folder, context)
     # An exception like others to Python, but no failure: it ends all runs.
@@ -123,7 +118,7 @@ def _train(
         raise
     except Exception as error:
         outcome = error_line(error)
-        on_error(repeat, outcome)
+        errors[repeat.folder.path] = outcome
     else:
         outcome = _outcome(study, repeat)
     log.info("trial %d with seed %d: %s", repeat.trial, repeat.seed, outcome)

@@ -72,8 +72,8 @@ def test_parallel_coordinates_mark_the_winners_line(
             axis = list(shown).index("learning_rate")
             assert line.y[axis] == pytest.approx((math.log10(rate) + 4) / 2)
             if "schedule" in shown:
-                place = CHOICES.choices.index(params["optimizer.schedule"])
-                assert line.y[list(shown).index("schedule")] == place / 2
+                choice_index = CHOICES.choices.index(params["optimizer.schedule"])
+                assert line.y[list(shown).index("schedule")] == choice_index / 2
 
 
 @pytest.mark.parametrize("winner", [0, 4, 11])
