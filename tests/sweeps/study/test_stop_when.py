@@ -18,7 +18,6 @@ TRIALS = 40
 def search(station: Station, base: Path, cwd: Path, *overrides: str) -> Any:
     # Of a rate at which nothing is learnt, no dropout is better than another.
     flat = (
-        "search=none",
         "hydra.sweeper.params={lora.dropout: 'interval(0.0, 0.15)'}",
         "optimizer.learning_rate=1e-9",
         "hydra/sweeper/pruner=none",
