@@ -4,6 +4,7 @@ Registered as a plugin by the package's entry point, so Hydra imports it at ever
 heavy is imported when a sweep begins.
 """
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -57,6 +58,10 @@ class StudySweeper(Sweeper):
         from sweeps.study.opening import open_study
 
         study, session = open_study(draft.session)
+        if session.settings.stop_when == "no_gain":
+            from sweeps.answer.more_trials import no_gain
+
+            session = dataclasses.replace(session, end_rule=no_gain)
         if _enqueue(study, draft):
             run_workers(study, session, draft.total)
         _conclude(study, session)
@@ -64,6 +69,8 @@ class StudySweeper(Sweeper):
 
 def _enqueue(study: "Study", draft: "Draft") -> bool:
     """Enqueue the trials that the study lacks; return whether any is left to train."""
+    from optuna.trial import TrialState
+
     from sweeps.study.claims import enqueue_trials
 
     total = draft.total
@@ -75,6 +82,10 @@ def _enqueue(study: "Study", draft: "Draft") -> bool:
         total,
         os.path.relpath(study.folder),
     )
+    if study.ended:
+        log.info("study %s: %s", study.name, study.ended)
+        # Trials that have lost their workers are still taken on.
+        return bool(study.trials(TrialState.RUNNING))
     if unfinished > 0:
         return True
     finished = len(study.finished())

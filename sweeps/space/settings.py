@@ -49,6 +49,9 @@ class StudySettings(Section):
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     timeout: float | None
     """Seconds after which no trial begins and running trials are pruned; null: no limit."""
+    stop_when: Literal["no_gain"] | None
+    """no_gain: no further trial begins once at least 20 are measured and simulations say that as
+    many more would hardly help; null: the study goes on to `n_trials`."""
     keep_adapters: int
     """Number of the best trials whose adapters and checkpoints stay on disk."""
     confirm: int
@@ -74,6 +77,7 @@ class StudySettings(Section):
         )
         has_time = self.timeout is None or self.timeout > 0
         self.require("timeout", has_time, "must be above 0 seconds, or null")
+        self._check_stop_when()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
         can_confirm = not self.confirm or len(self.directions) == 1
@@ -82,6 +86,14 @@ class StudySettings(Section):
         self.require(
             "baseline_seeds", has_seeds, "must be a number of seeds, or auto; 0: none"
         )
+
+    def _check_stop_when(self) -> None:
+        if self.stop_when is None:
+            return
+        has_one_objective = len(self.directions) == 1
+        self.require("stop_when", has_one_objective, "needs one objective; null: none")
+        samples = not self.is_grid
+        self.require("stop_when", samples, "a grid tries every point; null: none")
 
     def _check_trials_and_workers(self) -> None:
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)

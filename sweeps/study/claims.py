@@ -145,13 +145,18 @@ def _claim_next(
 
 
 def _claimable_trials(study: Study) -> list[FrozenTrial]:
-    """Return the running trials whose folders are on this machine, then those that wait."""
+    """Return the running trials whose folders are on this machine, then those that wait.
+
+    Of a study that has ended itself, none that waits.
+    """
     adoptable = []
     for trial in study.trials(TrialState.RUNNING):
         # A running trial without a folder here belongs to another machine.
         folder = study.folder_of(trial.number)
         if not study.is_shared or folder.path.exists():
             adoptable.append(trial)
+    if study.ended:
+        return adoptable
     # An earlier session may have added more trials than the study shall hold now.
     total = study.optuna.user_attrs.get("total", len(study.trials()))
     waiting = [

@@ -281,6 +281,17 @@ class TrialRunner:
         )
         description = outcome.describe(self._study.objectives)
         log.info("trial %d: %s", self.trial.number, description)
+        self._end_study_by_rule()
+
+    def _end_study_by_rule(self) -> None:
+        """End the study if `hydra.sweeper.stop_when` says so, now that a trial has ended."""
+        rule = self._session.end_rule
+        if rule is None or self._study.ended:
+            return
+        reason = rule(self._study)
+        if reason is not None:
+            self._study.end(reason)
+            log.info("study %s: %s", self._study.name, self._study.ended)
 
 
 def _role_note(trial: optuna.Trial) -> str:

@@ -89,6 +89,22 @@ SETTINGS = [
         "hydra.sweeper.timeout=0…: must be above 0 seconds, or null",
     ),
     Case(
+        "stop-when",
+        "hydra.sweeper.stop_when=soon",
+        "hydra.sweeper.stop_when=soon: …no_gain…",
+    ),
+    Case(
+        "stop-when-of-two",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.direction=[minimize,minimize] "
+        "hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: needs one objective; null: none",
+    ),
+    Case(
+        "stop-when-of-a-grid",
+        "hydra/sweeper/sampler=grid hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: a grid tries every point; null: none",
+    ),
+    Case(
         "adapters",
         "hydra.sweeper.keep_adapters=0",
         "hydra.sweeper.keep_adapters=0: must be at least 1",
