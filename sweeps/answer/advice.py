@@ -203,10 +203,7 @@ def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[st
     if improvement is None:
         return []
     if improvement.relative > WORTHWHILE_GAIN:
-        total = _larger_total(study)
-        return [
-            f"more trials are likely to help; continue with hydra.sweeper.n_trials={total}"
-        ]
+        return [f"more trials are likely to help; {_continuation(study)}"]
     return ["more trials would hardly help"]
 
 
@@ -219,6 +216,15 @@ def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:
             if math.isfinite(value):
                 measured.append((trial, value))
     return measured
+
+
+def _continuation(study: Study) -> str:
+    """Say with which setting the study goes on."""
+    if study.total is not None:
+        return f"continue with hydra.sweeper.n_trials={_larger_total(study)}"
+    if study.max_tokens is not None:
+        return f"continue with hydra.sweeper.max_tokens={2 * study.max_tokens}"
+    return "the same command goes on"
 
 
 def _larger_total(study: Study) -> int:

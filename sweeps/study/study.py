@@ -2,7 +2,7 @@
 
 The storage's study attributes hold what all workers and later sessions have to agree on:
 `uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
-(the number of trials), and `engine`, `slots` and `checkpointing` (see `EngineChoice`).
+(the number of trials), `max_tokens` (their budget), and `engine`, `slots` and `checkpointing` (see `EngineChoice`).
 """
 
 import copy
@@ -107,6 +107,19 @@ class Study:
     def uid(self) -> str:
         """A random id of the study; the W&B run ids of its trials begin with it."""
         return str(self.optuna.user_attrs["uid"])
+
+    @property
+    def total(self) -> int | None:
+        """The number of trials that the study shall hold; None: as many as the budget allows."""
+        # Studies from before it was stored have all their trials.
+        total: int | None = self.optuna.user_attrs.get("total", len(self.trials()))
+        return total
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The training tokens of all trials from which on none begins; None: no limit."""
+        max_tokens: int | None = self.optuna.user_attrs.get("max_tokens")
+        return max_tokens
 
     @property
     def lock_path(self) -> Path:
