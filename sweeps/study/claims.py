@@ -80,9 +80,7 @@ def _add_waiting_trials(study: Study, total: int) -> None:
         study.optuna.add_trial(trial)
 
 
-def _enqueue_points(
-    study: Study, untried: list[tuple[str, Point]], total: int
-) -> None:
+def _enqueue_points(study: Study, untried: list[tuple[str, Point]], total: int) -> None:
     """Give the points not yet tried to waiting trials without one, in order."""
     free = _free_trials(study)
     # Not strict: the sampler chooses for the trials that remain, and further points wait.

@@ -89,6 +89,22 @@ SETTINGS = [
         "hydra.sweeper.timeout=0…: must be above 0 seconds, or null",
     ),
     Case(
+        "tokens",
+        "hydra.sweeper.max_tokens=0",
+        "hydra.sweeper.max_tokens=0: must be above 0 tokens, or null",
+    ),
+    Case(
+        "no-end",
+        "hydra.sweeper.n_trials=null",
+        "hydra.sweeper.n_trials=null: needs a budget: "
+        "hydra.sweeper.timeout or hydra.sweeper.max_tokens",
+    ),
+    Case(
+        "all-may-fail",
+        "hydra.sweeper.n_trials=null hydra.sweeper.timeout=9 hydra.sweeper.max_failure_rate=1",
+        "hydra.sweeper.max_failure_rate=1…: must be below 1 with hydra.sweeper.n_trials=null",
+    ),
+    Case(
         "adapters",
         "hydra.sweeper.keep_adapters=0",
         "hydra.sweeper.keep_adapters=0: must be at least 1",
