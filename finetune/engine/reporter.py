@@ -183,6 +183,7 @@ class Reporter:
             total=self.total,
             metrics=metrics,
             is_warmup=step < self._warmup_steps,
+            train_tokens=self.progress.train_tokens,
         )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.

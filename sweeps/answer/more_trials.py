@@ -55,7 +55,7 @@ def more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[str
         return []
     line = describe_gain(gain, study.objectives[0]) + rung
     if gain.may_help:
-        line += f"; continue with hydra.sweeper.n_trials={total}"
+        line += f"; {_continuation(study, total)}"
     return [line]
 
 
@@ -116,6 +116,15 @@ def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:
             if math.isfinite(value):
                 measured.append((trial, value))
     return measured
+
+
+def _continuation(study: Study, total: int) -> str:
+    """Say which setting lets the study go on to a total of trials."""
+    if study.total is not None:
+        return f"continue with hydra.sweeper.n_trials={total}"
+    if study.max_tokens is not None:
+        return f"continue with hydra.sweeper.max_tokens={2 * study.max_tokens}"
+    return "the same command goes on"
 
 
 def _larger_total(study: Study) -> int:

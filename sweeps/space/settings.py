@@ -25,8 +25,9 @@ class StudySettings(Section):
     storage: str | None
     """Address of a database, `postgresql+psycopg2://user@host/name` (a secret in it only as
     `${oc.env:NAME}`); null: a journal file in the study's folder."""
-    n_trials: int
-    """Number of trials that the study holds when it is done, over all sessions."""
+    n_trials: int | None
+    """Number of trials that the study holds when it is done, over all sessions; null: as many as
+    `timeout` or `max_tokens` allow."""
     n_jobs: int | None
     """Number of workers; null: one for each visible GPU, or one on a CPU."""
     slots: int | Literal["auto"]
@@ -52,6 +53,9 @@ class StudySettings(Section):
     stop_when: Literal["no_gain"] | None
     """no_gain: no further trial begins once at least 20 are measured and simulations say that as
     many more would hardly help; null: the study goes on to `n_trials`."""
+    max_tokens: int | None
+    """Training tokens of all trials together, over all sessions, from which on no trial begins;
+    running trials go on to their end. null: no limit."""
     keep_adapters: int
     """Number of the best trials whose adapters and checkpoints stay on disk."""
     confirm: int
@@ -75,9 +79,8 @@ class StudySettings(Section):
         self.require(
             "max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1"
         )
-        has_time = self.timeout is None or self.timeout > 0
-        self.require("timeout", has_time, "must be above 0 seconds, or null")
         self._check_stop_when()
+        self._check_budget()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
         can_confirm = not self.confirm or len(self.directions) == 1
@@ -97,13 +100,34 @@ class StudySettings(Section):
 
     def _check_trials_and_workers(self) -> None:
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
-        self.require("n_trials", self.n_trials >= 1, "must be at least 1")
+        has_trials = self.n_trials is None or self.n_trials >= 1
+        self.require("n_trials", has_trials, "must be at least 1, or null")
         has_workers = self.n_jobs is None or self.n_jobs >= 1
         self.require(
             "n_jobs", has_workers, "must be at least 1, or null: one for each GPU"
         )
         has_slots = self.slots == "auto" or int(self.slots) >= 1
         self.require("slots", has_slots, "must be at least 1, or auto: by memory")
+
+    def _check_budget(self) -> None:
+        has_time = self.timeout is None or self.timeout > 0
+        self.require("timeout", has_time, "must be above 0 seconds, or null")
+        has_tokens = self.max_tokens is None or self.max_tokens > 0
+        self.require("max_tokens", has_tokens, "must be above 0 tokens, or null")
+        if self.n_trials is not None:
+            return
+        has_budget = self.timeout is not None or self.max_tokens is not None
+        self.require(
+            "n_trials",
+            has_budget,
+            "needs a budget: hydra.sweeper.timeout or hydra.sweeper.max_tokens",
+        )
+        # Trials that fail at once spend no tokens: such a study would never end.
+        self.require(
+            "max_failure_rate",
+            self.max_failure_rate < 1,
+            "must be below 1 with hydra.sweeper.n_trials=null",
+        )
 
     @classmethod
     def from_sweeper(cls, values: Mapping[str, Any]) -> "StudySettings":

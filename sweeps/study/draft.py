@@ -34,12 +34,16 @@ class Draft:
     """Role (baseline, start, grid) and point of the first trials."""
 
     @property
-    def total(self) -> int:
-        """Number of trials that the study shall hold; a grid has no more than its points."""
+    def total(self) -> int | None:
+        """Number of trials that the study shall hold; None: as many as the budget allows.
+
+        A grid has no more than its points.
+        """
         settings = self.session.settings
-        if settings.is_grid:
-            return min(settings.n_trials, len(self.points))
-        return settings.n_trials
+        if not settings.is_grid:
+            return settings.n_trials
+        points = len(self.points)
+        return points if settings.n_trials is None else min(settings.n_trials, points)
 
     @property
     def is_whole_grid(self) -> bool:

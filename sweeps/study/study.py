@@ -2,8 +2,8 @@
 
 The storage's study attributes hold what all workers and later sessions have to agree on:
 `uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
-(the number of trials), `engine`, `slots` and `checkpointing` (see `EngineChoice`), `sampler` (that
-of the last session), and `ended` (why the study has ended itself).
+(the number of trials), `max_tokens` (their budget), `engine`, `slots` and `checkpointing` (see
+`EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
 """
 
 import copy
@@ -112,6 +112,19 @@ class Study:
         return str(self.optuna.user_attrs["uid"])
 
     @property
+    def total(self) -> int | None:
+        """The number of trials that the study shall hold; None: as many as the budget allows."""
+        # Studies from before it was stored have all their trials.
+        total: int | None = self.optuna.user_attrs.get("total", len(self.trials()))
+        return total
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The training tokens of all trials from which on none begins; None: no limit."""
+        max_tokens: int | None = self.optuna.user_attrs.get("max_tokens")
+        return max_tokens
+
+    @property
     def lock_path(self) -> Path:
         """The file lock under which trials are added and claimed on this machine."""
         return self.folder / ".lock"
@@ -147,9 +160,9 @@ class Study:
 
     def end(self, reason: str) -> None:
         """End the study before it has all its trials: no further one begins, on any machine."""
-        total = self.optuna.user_attrs.get("total", len(self.trials()))
         begun = len(self.trials()) - len(self.trials(TrialState.WAITING))
-        note = f"the study ended itself after {begun} of {total} trials: {reason}"
+        trials = str(begun) if self.total is None else f"{begun} of {self.total}"
+        note = f"the study ended itself after {trials} trials: {reason}"
         self.optuna.set_user_attr(
             "ended", f"{note}; hydra.sweeper.stop_when=null goes on"
         )

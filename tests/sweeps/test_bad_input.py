@@ -105,6 +105,22 @@ SETTINGS = [
         "hydra.sweeper.stop_when=no_gain: a grid tries every point; null: none",
     ),
     Case(
+        "tokens",
+        "hydra.sweeper.max_tokens=0",
+        "hydra.sweeper.max_tokens=0: must be above 0 tokens, or null",
+    ),
+    Case(
+        "no-end",
+        "hydra.sweeper.n_trials=null",
+        "hydra.sweeper.n_trials=null: needs a budget: "
+        "hydra.sweeper.timeout or hydra.sweeper.max_tokens",
+    ),
+    Case(
+        "all-may-fail",
+        "hydra.sweeper.n_trials=null hydra.sweeper.timeout=9 hydra.sweeper.max_failure_rate=1",
+        "hydra.sweeper.max_failure_rate=1…: must be below 1 with hydra.sweeper.n_trials=null",
+    ),
+    Case(
         "adapters",
         "hydra.sweeper.keep_adapters=0",
         "hydra.sweeper.keep_adapters=0: must be at least 1",
@@ -340,7 +356,7 @@ def test_a_search_of_nothing_is_refused(workplace: Workplace) -> None:
 def test_a_study_without_a_name_is_checked_as_any_other(workplace: Workplace) -> None:
     outcome = search(workplace, "hydra.sweeper.n_trials=0", name="")
 
-    assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1"
+    assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1, or null"
     assert workplace.files() == set()
 
 
