@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import Station
 from support.rows import chat
 from support.runs import NONE, TRL, Tiny, final, train_in_slots, write_jsonl
 
@@ -33,7 +34,7 @@ def learnable(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ti
         return tiny(
             NONE, "dataset.path=rows.jsonl", "dataset.limit=null", "dataset.eval_fraction=0.1",
             "dataset.test_fraction=0.1", "trainer.max_steps=24", "trainer.eval_steps=8",
-            "optimizer.learning_rate=2e-2", "evaluation.max_new_tokens=4", "sample_prompts=[]",
+            "optimizer.learning_rate=1e-2", "evaluation.max_new_tokens=2", "sample_prompts=[]",
             *overrides,
         )  # fmt: skip
 
@@ -103,7 +104,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(
     )
 
     assert run(config, tmp_path / "run", QUIET) == 0.9
-    assert final(tmp_path / "run")["metrics"]["test/score"] == 0.2
+    assert final(tmp_path / "run")["metrics"]["test/score"] == pytest.approx(0.2)
 
 
 def test_each_source_has_loss_and_scores(learnable: Tiny, tmp_path: Path) -> None:
@@ -201,3 +202,27 @@ def test_what_no_run_can_score_is_refused_before_the_base_loads(
         run(learnable(*overrides), tmp_path / "run", QUIET)
 
     assert str(error.value).startswith(says)
+
+
+def test_evaluate_writes_each_answer_with_its_scores(
+    learnable: Tiny, tmp_path: Path, station: Station
+) -> None:
+    run(learnable("evaluation=exact_match"), tmp_path / "run", QUIET)
+    write_jsonl(tmp_path / "test.jsonl", [*rows(3), *rows(1, "No")])
+
+    ended = station.run(
+        "run", "--data", "test.jsonl", "--answers", "answers.jsonl", "--json",
+        module="finetune.evaluate", cwd=tmp_path,
+    )  # fmt: skip
+
+    assert ended.returncode == 0, ended.stderr
+    printed = json.loads(ended.stdout)
+    assert printed["adapter"]["exact_match"] == 0.75
+    assert printed["base"]["exact_match"] == 0
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "answers.jsonl").read_text().splitlines()
+    ]
+    assert [line["scores"]["exact_match"] for line in lines] == [1, 1, 1, 0]
+    assert (lines[3]["prediction"], lines[3]["reference"]) == ("Yes", "No")
+    assert lines[3]["row"] == "test.jsonl: row 4"
