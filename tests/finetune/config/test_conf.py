@@ -16,6 +16,7 @@ from support.configs import compose, compose_whole
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.config.sections.optimizer import OptimizerName, ScheduleName
+from finetune.errors import ConfigError
 
 YAMLS = [
     file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))
@@ -437,7 +438,7 @@ def test_the_tests_compose_as_hydra_does(overrides: tuple[str, ...]) -> None:
         ("evaluation.turns=first", "evaluation.turns=first: "),
         ("evaluation.concurrency=0", "evaluation.concurrency=0: "),
         ("evaluation.retries=-1", "evaluation.retries=-1: "),
-        ("objective=eval/exact_match", "objective=eval/exact_match: allowed: "),
+        ("objective=eval/exact_match", "objective=eval/exact_match: "),
         ("evaluation=exact_match objective=eval/exact", "objective=eval/exact: did you mean eval/exact_match"),
         ("evaluation=exact_match objective=eval/a/exact_match", "objective=eval/a/exact_match: did you mean eval/exact_match"),
     ],
