@@ -32,8 +32,9 @@ class StudySettings(Section):
     """Number of workers; null: one for each visible GPU, or one on a CPU."""
     slots: int | Literal["auto"]
     """Number of trials that train together on one worker; auto: by memory, 1 on a CPU."""
-    direction: Direction | list[Direction]
-    """Whether the objective is minimized or maximized; a list for several objectives."""
+    direction: Literal["auto"] | Direction | list[Direction]
+    """Whether the objective is minimized or maximized; a list for several objectives; auto: as each
+    objective's metric is better."""
     max_failure_rate: float
     """Fraction of the finished trials (at least five) that may fail before the study ends."""
     params: dict[str, Any]
@@ -73,7 +74,7 @@ class StudySettings(Section):
         self.require(
             "direction",
             bool(self.direction),
-            "must be minimize or maximize, or a list of them",
+            "must be auto, minimize or maximize, or a list of the last two",
         )
         is_rate = 0 <= self.max_failure_rate <= 1
         self.require(
@@ -83,7 +84,8 @@ class StudySettings(Section):
         self._check_budget()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
-        can_confirm = not self.confirm or len(self.directions) == 1
+        is_resolved = self.direction != "auto"
+        can_confirm = not (self.confirm and is_resolved) or len(self.directions) == 1
         self.require("confirm", can_confirm, "needs one objective; 0: none")
         has_seeds = self.baseline_seeds == "auto" or int(self.baseline_seeds) >= 0
         self.require(
@@ -144,10 +146,11 @@ class StudySettings(Section):
 
     @property
     def directions(self) -> list[Direction]:
-        """One direction for each objective."""
-        if isinstance(self.direction, str):
-            return [self.direction]
-        return list(self.direction)
+        """One direction for each objective; `auto` is resolved by then."""
+        if isinstance(self.direction, list):
+            return list(self.direction)
+        assert self.direction != "auto", "resolved where the session is drafted"
+        return [self.direction]
 
     @property
     def is_grid(self) -> bool:

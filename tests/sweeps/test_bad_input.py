@@ -51,7 +51,7 @@ SETTINGS = [
     Case(
         "directions-none",
         "hydra.sweeper.direction=[]",
-        "hydra.sweeper.direction=[]: must be minimize or maximize…",
+        "hydra.sweeper.direction=[]: must be auto, minimize or maximize…",
     ),
     Case(
         "directions-too-many",
@@ -60,7 +60,7 @@ SETTINGS = [
     ),
     Case(
         "directions-too-few",
-        "objective=[eval/loss,adapter/parameters]",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.direction=minimize",
         "hydra.sweeper.direction=minimize: must be one for each objective (2: eval/loss, adapter/parameters)",
     ),
     Case(
@@ -339,7 +339,9 @@ def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(
 
 
 def test_a_measure_that_rises_is_not_minimised(workplace: Workplace) -> None:
-    outcome = search(workplace, "objective=eval/accuracy")
+    outcome = search(
+        workplace, "objective=eval/accuracy", "hydra.sweeper.direction=minimize"
+    )
 
     said = "hydra.sweeper.direction=minimize: eval/accuracy is better the larger it is: maximize"
     assert outcome.error == said
