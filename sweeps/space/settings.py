@@ -84,8 +84,7 @@ class StudySettings(Section):
         self._check_budget()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
-        is_resolved = self.direction != "auto"
-        can_confirm = not (self.confirm and is_resolved) or len(self.directions) == 1
+        can_confirm = not self.confirm or self._may_have_one_objective
         self.require("confirm", can_confirm, "needs one objective; 0: none")
         has_seeds = self.baseline_seeds == "auto" or int(self.baseline_seeds) >= 0
         self.require(
@@ -95,8 +94,9 @@ class StudySettings(Section):
     def _check_stop_when(self) -> None:
         if self.stop_when is None:
             return
-        has_one_objective = len(self.directions) == 1
-        self.require("stop_when", has_one_objective, "needs one objective; null: none")
+        self.require(
+            "stop_when", self._may_have_one_objective, "needs one objective; null: none"
+        )
         samples = not self.is_grid
         self.require("stop_when", samples, "a grid tries every point; null: none")
 
@@ -143,6 +143,11 @@ class StudySettings(Section):
         """
         points = _start_points(values.get("start"))
         return build(cls, "hydra.sweeper", {**values, "start": points})
+
+    @property
+    def _may_have_one_objective(self) -> bool:
+        """Whether there is one direction, or none yet: it is checked again once it is resolved."""
+        return self.direction == "auto" or len(self.directions) == 1
 
     @property
     def directions(self) -> list[Direction]:

@@ -31,12 +31,12 @@ SETTINGS = [
     Case(
         "no-trials",
         "hydra.sweeper.n_trials=0",
-        "hydra.sweeper.n_trials=0: must be at least 1",
+        "hydra.sweeper.n_trials=0: must be at least 1, or null",
     ),
     Case(
         "trials-text",
         "hydra.sweeper.n_trials=many",
-        "hydra.sweeper.n_trials=many: must be a whole number",
+        "hydra.sweeper.n_trials=many: must be a whole number or null",
     ),
     Case(
         "no-workers",
@@ -46,7 +46,7 @@ SETTINGS = [
     Case(
         "direction",
         "hydra.sweeper.direction=up",
-        "hydra.sweeper.direction=up: …allowed: maximize, minimize",
+        "hydra.sweeper.direction=up: …allowed: auto, maximize, minimize",
     ),
     Case(
         "directions-none",
@@ -97,6 +97,11 @@ SETTINGS = [
         "stop-when-of-two",
         "objective=[eval/loss,adapter/parameters] hydra.sweeper.direction=[minimize,minimize] "
         "hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: needs one objective; null: none",
+    ),
+    Case(
+        "stop-when-of-two-found",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.stop_when=no_gain",
         "hydra.sweeper.stop_when=no_gain: needs one objective; null: none",
     ),
     Case(
