@@ -60,7 +60,7 @@ STOCK = {
     ],
 }
 IMPORTS = """
-import bitsandbytes, optuna.importance, plotly.graph_objects, sklearn.ensemble
+import bitsandbytes, plotly.graph_objects
 import finetune.run.run, finetune.engine.packed.bank, sweeps.answer.report, sweeps.sweeper
 from transformers import LlamaForCausalLM
 from trl import SFTTrainer

@@ -157,13 +157,13 @@ def _losses_by_source(
             numbers.setdefault(name, []).append(number)
     scores = {}
     for name, chosen in numbers.items():
-        part = Evaluation(
+        of_source = Evaluation(
             tuple(evaluation.row_losses[number] for number in chosen),
             tuple(evaluation.row_tokens[number] for number in chosen),
             tuple(evaluation.row_correct[number] for number in chosen),
         )
         for metric in ("loss", "accuracy"):
-            score = part.score(metric)
+            score = of_source.score(metric)
             assert score is not None
             scores[f"{name}/{metric}"] = score
     return scores

@@ -14,7 +14,7 @@ from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.generation import generate_answers
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
@@ -158,15 +158,11 @@ class PackedTraining:
         batch_size = self._config.trainer.per_device_eval_batch_size
         for start in range(0, len(prompts), batch_size):
             yield None
+            batch = prompts[start : start + batch_size]
             with self.generation_model() as model:
-                answers += generate_answers(
-                    model,
-                    tokenizer,
-                    prompts[start : start + batch_size],
-                    self._config.quantization,
-                    max_new_tokens=max_new_tokens,
-                    max_length=None,
-                    variables=self._config.model.template_kwargs,
+                loaded = LoadedModel(self._config, model)
+                answers += yield from loaded.generate_answers(
+                    batch, tokenizer, max_new_tokens=max_new_tokens
                 )
         return answers
 

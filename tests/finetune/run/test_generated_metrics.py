@@ -82,7 +82,7 @@ def test_without_metrics_nothing_is_generated(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("generated")
 
-    monkeypatch.setattr("finetune.engine.packed.training.generate_answers", refuse)
+    monkeypatch.setattr("finetune.engine.loaded_model.generate_answers", refuse)
 
     run(learnable(), tmp_path / "run", QUIET)
 
