@@ -15,6 +15,9 @@ from optuna.trial import TrialState
 
 from sweeps.space.pruners import WARMUP_RUNG
 
+ROUNDING = 1e-6
+"""Error of a sum of steps, where evaluations take a part of one."""
+
 
 @dataclass
 class Live:
@@ -79,9 +82,9 @@ def replay(
         if not live:
             break
         clock = min(run.next_report for run in live)
-        reporting = [run for run in live if run.next_report == clock]
+        reporting = [run for run in live if run.next_report <= clock + ROUNDING]
         steps = finished_steps + sum(clock - run.begin for run in live)
-        if steps > budget:
+        if steps > budget + ROUNDING:
             break
         outcome.steps = steps
         for run in reporting:

@@ -35,7 +35,7 @@ import numpy as np
 import optuna
 from curve_model import CurveModel
 from curves import Curve
-from replay import replay
+from replay import ROUNDING, replay
 from study_variants import DEFAULT, VARIANTS, StudyConfig, compose_study
 
 from sweeps.space.distributions import suggest
@@ -73,7 +73,7 @@ class History:
 
     def regret_at(self, budget: float) -> float:
         """Return the regret when a budget is spent; nan before any trial is complete."""
-        count = sum(spent <= budget for spent in self.spent)
+        count = sum(spent <= budget + ROUNDING for spent in self.spent)
         return self.regrets[count - 1] if count else math.nan
 
 

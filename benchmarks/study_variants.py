@@ -26,6 +26,9 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         ],
         "halving by 3, three kept": [f"{PRUNER}.noise_margin=0"],
         "halving by 3, noise": [f"{PRUNER}.min_survivors=1"],
+        "halving by 3, a third of the noise, three kept": [
+            f"{PRUNER}.noise_margin=0.33"
+        ],
         "halving by 2, noise, three kept": [f"{PRUNER}.reduction_factor=2"],
     },
     "rungs": {
@@ -40,7 +43,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
     "sampler": {
         name: [f"hydra/sweeper/sampler={name}"]
-        for name in ("random", "qmc", "cmaes", "nsgaii", "gp")
+        for name in ("random", "qmc", "cmaes", "gp")
     },
 }
 """By what varies: the names of variants and their overrides."""
