@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
     "start": {
         f"{number} random": [f"hydra.sweeper.sampler.n_startup_trials={number}"]
-        for number in (4, 6, 8, 16)
+        for number in (4, 8, 16)
     },
     "sampler": {
         name: [f"hydra/sweeper/sampler={name}"]
