@@ -6,9 +6,10 @@ trial is judged at a rung within the warm-up.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import optuna
 from curves import Curve
 from optuna.trial import TrialState
@@ -123,3 +124,13 @@ def is_ended(study: optuna.Study, run: Live) -> bool:
         study.tell(run.trial, state=TrialState.PRUNED)
         return True
     return False
+
+
+def mean_and_error(values: Sequence[float], sign: str = "") -> str:
+    """Return a mean with its standard error; nan where a value is missing."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{np.mean(values):{sign}.3f} ± {error:.3f}"
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

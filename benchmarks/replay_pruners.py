@@ -25,7 +25,7 @@ import argparse
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +40,8 @@ from curves import (
     write_curves,
 )
 from optuna.pruners import BasePruner
-from replay import Replay, replay
-
-from sweeps.space.pruners import SuccessiveHalvingPruner
-
-MakePruner = Callable[[], BasePruner]
-
-DEFAULT = "halving by 3, noise, three kept"
-"""The pruner of the default study."""
+from pruner_variants import DEFAULT, MakePruner, pruners
+from replay import Replay, mean_and_error, numbers, replay
 
 
 def main() -> None:
@@ -107,51 +101,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def draw_study(curves: Sequence[Curve], seed: int) -> list[Curve]:
     """One run of each config, in random order."""
     draw = random.Random(seed)
     runs = [draw.choice(runs) for runs in by_config(curves).values()]
     draw.shuffle(runs)
     return runs
-
-
-def pruners(first: int) -> dict[str, MakePruner]:
-    """Return the pruners to compare, by name.
-
-    Args:
-        first: the first rung that judges.
-    """
-
-    def halving(factor: int, survivors: int, margin: float) -> MakePruner:
-        return lambda: SuccessiveHalvingPruner(
-            min_resource=first,
-            reduction_factor=factor,
-            min_survivors=survivors,
-            noise_margin=margin,
-        )
-
-    return {
-        "none": optuna.pruners.NopPruner,
-        "halving by 3": halving(3, 1, 0),
-        "halving by 3, noise": halving(3, 1, 1),
-        "halving by 3, three kept": halving(3, 3, 0),
-        DEFAULT: halving(3, 3, 1),
-        "halving by 2": halving(2, 1, 0),
-        "halving by 2, noise, three kept": halving(2, 3, 1),
-        "Optuna's halving by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=first, reduction_factor=3
-        ),
-        "median": lambda: optuna.pruners.MedianPruner(
-            n_startup_trials=4, n_warmup_steps=first - 1
-        ),
-        "best quarter": lambda: optuna.pruners.PercentilePruner(
-            25.0, n_startup_trials=4, n_warmup_steps=first - 1
-        ),
-    }
 
 
 def replay_curves(
@@ -282,12 +237,6 @@ def compare_budget(
         regrets.append((best - min(results)) / unit)
         complete.append(len(outcome.complete))
     return regrets, complete
-
-
-def mean_and_error(values: Sequence[float], sign: str = "") -> str:
-    """Return a mean with its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):{sign}.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import functools
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import numpy as np
 import optuna
 from curve_model import CurveModel
 from curves import Curve
-from replay import ROUNDING, replay
+from replay import ROUNDING, mean_and_error, numbers, replay
 from study_variants import DEFAULT, VARIANTS, StudyConfig, compose_study
 
 from sweeps.space.distributions import suggest
@@ -108,10 +107,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=float, default=0.044)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     return parser.parse_args()
-
-
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 @functools.cache
@@ -236,12 +231,6 @@ def print_trials(
             regret = mean_and_error([history.regrets[-1] for history in histories])
             spent = statistics.mean(history.total for history in histories)
             print(f"| {name} | {trials} | {regret} | {spent:.1f} |", flush=True)
-
-
-def mean_and_error(values: Sequence[float], sign: str = "") -> str:
-    """Return a mean with its standard error; nan where a value is missing."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):{sign}.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":
