@@ -1,4 +1,4 @@
-"""Records learning curves of unpruned runs, for `replay_pruners.py`.
+"""Records learning curves of unpruned runs, for `replay_pruners.py` and `replay_study.py`.
 
     python benchmarks/record_curves.py CURVES.csv [--rows python_docs] [--configs 200]
         [--repeated 20] [--seeds 3] [--steps 54] [OVERRIDE ...]

@@ -4,107 +4,44 @@
     python benchmarks/replay_pruners.py                    synthetic curves
     python benchmarks/replay_pruners.py --write FILE.csv   write the synthetic curves, too
 
-The CSV has a header and one line for each evaluation after the first step, of runs that were not
-pruned:
-
-    trial   the config's name or number
-    seed    the run's seed; a config may have several runs
-    step    the optimizer step of the evaluation
-    value   the objective
-
-The runs may have different numbers of evaluations and of steps; the last line of a run is its
-result. A run that diverged ends with a line whose value is nan.
-
-A replay draws configs at random without replacement, and of each config one run. The first is the
-baseline, which is never pruned. In K slots, the trials report to an Optuna study at their steps,
-and the real pruner judges as in this project's studies: at each report, the trials that report at
-the same step all report before one is judged, and each trial is judged again by its last rung
-when others report. No trial is judged at a rung within the warm-up.
+The format of CURVES.csv is that of `curves.py`. A replay draws configs at random without
+replacement, and of each config one run; `replay.py` says how they report and are judged.
+`replay_study.py` replays whole studies, with a sampler.
 
 - winners lost: share of replays in which the run with the best result of all is pruned
 - steps saved: share of all runs' steps that are not trained
 - loss given away: distance of the best result of the trials that are complete to the best of all
 - regret: the same, where the study draws trials until it has trained as many steps as the budget's
-  number of whole runs. It is the distance to the best of all recorded runs, in
-  standard deviations of the recorded results.
+  number of whole runs. It is the distance to the best of all recorded runs, in units of the better
+  half's width (the median result minus the best tenth's): a few learning rates that diverge would
+  dominate a standard deviation.
+- Δ: difference to the default pruner
 
-After ± stands the standard error. The same replays (configs, runs, order) serve all pruners.
+After ± stands the standard error. The same replays (configs, runs, order) serve all pruners, so
+differences are paired.
 """
 
 import argparse
-import csv
-import functools
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+from curves import (
+    Curve,
+    by_config,
+    keep_every,
+    read_curves,
+    spread,
+    synthetic_curves,
+    write_curves,
+)
 from optuna.pruners import BasePruner
-from optuna.trial import TrialState
-
-from sweeps.space.pruners import WARMUP_RUNG, SuccessiveHalvingPruner
-
-MakePruner = Callable[[], BasePruner]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The evaluations of one run that was not pruned."""
-
-    trial: str
-    seed: str
-    steps: list[int]
-    values: list[float]
-    """The objective, as a cost: less is better."""
-
-    @property
-    def total(self) -> int:
-        """The run's optimizer steps."""
-        return self.steps[-1]
-
-    @functools.cached_property
-    def rungs(self) -> list[int]:
-        """Each evaluation's index, as a study reports it: a multiple of the first one's step."""
-        rungs: list[int] = []
-        for step in self.steps:
-            next_index = rungs[-1] + 1 if rungs else 1
-            rungs.append(max(round(step / self.steps[0]), next_index))
-        return rungs
-
-    @property
-    def result(self) -> float:
-        """The run's last value; infinite where it diverged."""
-        return math.inf if math.isnan(self.values[-1]) else self.values[-1]
-
-
-@dataclass
-class Live:
-    """A trial in a slot."""
-
-    curve: Curve
-    trial: optuna.Trial
-    begin: int
-    """Steps that its slot had trained before."""
-    reported: int = 0
-    """Number of its evaluations that have been reported."""
-    judged: bool = False
-    """Whether it has reported a rung after its warm-up."""
-
-    @property
-    def next_report(self) -> int:
-        return self.begin + self.curve.steps[self.reported]
-
-
-@dataclass
-class Replay:
-    """What came of a study's replay."""
-
-    complete: list[Curve] = field(default_factory=list)
-    steps: int = 0
-    """Trained by all trials."""
+from pruner_variants import DEFAULT, MakePruner, pruners
+from replay import Replay, mean_and_error, numbers, replay
 
 
 def main() -> None:
@@ -164,98 +101,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def read_curves(path: Path, *, maximize: bool = False) -> list[Curve]:
-    """Read recorded curves; a wrong file ends in one line that names the line and the column."""
-    sign = -1 if maximize else 1
-    points: dict[tuple[str, str], dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        missing = {"trial", "seed", "step", "value"} - set(rows.fieldnames or [])
-        if missing:
-            raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}")
-        for row in rows:
-            location = f"{path}, line {rows.line_num}"
-            try:
-                step, value = int(row["step"]), sign * float(row["value"])
-            except (TypeError, ValueError):
-                raise SystemExit(
-                    f"{location}: step={row['step']}, value={row['value']}: must be a whole "
-                    "number and a number"
-                ) from None
-            # Before the first step all runs are alike, and none reports.
-            if step <= 0:
-                continue
-            run = points.setdefault((row["trial"], row["seed"]), {})
-            if step in run:
-                raise SystemExit(f"{location}: step={step}: twice in one run")
-            run[step] = value
-    if not points:
-        raise SystemExit(f"{path}: no curves")
-    return [
-        Curve(trial, seed, sorted(run), [run[step] for step in sorted(run)])
-        for (trial, seed), run in points.items()
-    ]
-
-
-def write_curves(curves: Sequence[Curve], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "seed", "step", "value"])
-        for curve in curves:
-            for step, value in zip(curve.steps, curve.values, strict=True):
-                writer.writerow([curve.trial, curve.seed, step, repr(value)])
-
-
-def synthetic_curves(
-    configs: int, evaluations: int, noise: float, seed: int
-) -> list[Curve]:
-    """Return power laws that cross, with noise.
-
-    A config is a learning rate: the best one lies in the middle of the range, and a higher one
-    falls faster, so it leads early. The results without noise have a standard deviation of about 0.09.
-
-    Args:
-        configs: number of curves.
-        evaluations: values of each curve.
-        noise: standard deviation of each value's noise.
-        seed: of the configs and of the noise.
-    """
-    draw = random.Random(seed)
-    curves = []
-    for config in range(configs):
-        rate = draw.uniform(-1, 1)
-        end = 2 + 0.3 * rate**2 + draw.gauss(0, 0.01)
-        exponent = 0.7 + 0.3 * rate + draw.gauss(0, 0.05)
-        steps, values = [], []
-        for evaluation in range(1, evaluations + 1):
-            share = evaluation / evaluations
-            # Before the end, by how much the power law has still to fall.
-            trend = end + 0.1 * (share**-exponent - 1)
-            steps.append(10 * evaluation)
-            values.append(trend + draw.gauss(0, noise))
-        curves.append(Curve(str(config), "0", steps, values))
-    return curves
-
-
-def keep_every(curve: Curve, every: int) -> Curve:
-    """Keep each n-th evaluation, counted so that the last one stays."""
-    first = (len(curve.steps) - 1) % every
-    return Curve(
-        curve.trial, curve.seed, curve.steps[first::every], curve.values[first::every]
-    )
-
-
-def by_config(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    configs: dict[str, list[Curve]] = {}
-    for curve in curves:
-        configs.setdefault(curve.trial, []).append(curve)
-    return configs
-
-
 def draw_study(curves: Sequence[Curve], seed: int) -> list[Curve]:
     """One run of each config, in random order."""
     draw = random.Random(seed)
@@ -264,49 +109,14 @@ def draw_study(curves: Sequence[Curve], seed: int) -> list[Curve]:
     return runs
 
 
-def pruners(first: int) -> dict[str, MakePruner]:
-    """Return the pruners to compare, by name.
-
-    Args:
-        first: the first rung that judges.
-    """
-
-    def halving(factor: int, survivors: int, margin: float) -> MakePruner:
-        return lambda: SuccessiveHalvingPruner(
-            min_resource=first,
-            reduction_factor=factor,
-            min_survivors=survivors,
-            noise_margin=margin,
-        )
-
-    return {
-        "none": optuna.pruners.NopPruner,
-        "halving by 3": halving(3, 1, 0),
-        "halving by 3, noise": halving(3, 1, 1),
-        "halving by 3, three kept": halving(3, 3, 0),
-        "halving by 3, noise, three kept": halving(3, 3, 1),
-        "halving by 2": halving(2, 1, 0),
-        "halving by 2, noise, three kept": halving(2, 3, 1),
-        "Optuna's halving by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=first, reduction_factor=3
-        ),
-        "median": lambda: optuna.pruners.MedianPruner(
-            n_startup_trials=4, n_warmup_steps=first - 1
-        ),
-        "best quarter": lambda: optuna.pruners.PercentilePruner(
-            25.0, n_startup_trials=4, n_warmup_steps=first - 1
-        ),
-    }
-
-
-def replay(
+def replay_curves(
     curves: Sequence[Curve],
     slots: int,
     pruner: BasePruner,
     warmup: float = 0.0,
     budget: float = math.inf,
 ) -> Replay:
-    """Replay one study.
+    """Replay one study whose trials are given.
 
     Args:
         curves: the trials' runs, in the order in which they begin; the first is the baseline.
@@ -316,49 +126,13 @@ def replay(
         budget: trained steps after which the study ends, with its running trials.
     """
     study = optuna.create_study(pruner=pruner)
-    outcome = Replay()
-    waiting = list(reversed(curves))
-    live: list[Live] = []
-    clock = 0
-    finished_steps = 0
-    while True:
-        while waiting and len(live) < slots:
-            live.append(Live(waiting.pop(), study.ask(), clock))
-        if not live:
-            break
-        clock = min(run.next_report for run in live)
-        reporting = [run for run in live if run.next_report == clock]
-        outcome.steps = finished_steps + sum(clock - run.begin for run in live)
-        if outcome.steps > budget:
-            break
-        for run in reporting:
-            report(run, warmup)
-        for run in list(live):
-            if run.reported == len(run.curve.steps):
-                outcome.complete.append(run.curve)
-                if math.isnan(run.curve.values[-1]):
-                    study.tell(run.trial, state=TrialState.FAIL)
-                else:
-                    study.tell(run.trial, run.curve.values[-1])
-            # Asked for the baseline, too: Optuna's pruner notes whom it has judged.
-            elif run.judged and run.trial.should_prune() and run.trial.number > 0:
-                study.tell(run.trial, state=TrialState.PRUNED)
-            else:
-                continue
-            finished_steps += clock - run.begin
-            live.remove(run)
-    return outcome
+    waiting = iter(curves)
 
+    def begin_trial() -> tuple[Curve, optuna.Trial] | None:
+        curve = next(waiting, None)
+        return None if curve is None else (curve, study.ask())
 
-def report(run: Live, warmup: float) -> None:
-    """Report a run's next evaluation, as this project's studies do."""
-    curve, number = run.curve, run.reported
-    run.reported += 1
-    if curve.steps[number] < math.ceil(warmup * curve.total):
-        run.trial.set_user_attr(WARMUP_RUNG, curve.rungs[number])
-    else:
-        run.judged = True
-    run.trial.report(curve.values[number], curve.rungs[number])
+    return replay(study, begin_trial, slots, warmup, budget)
 
 
 def print_same_trials(
@@ -403,7 +177,7 @@ def compare_trials(
     lost, given_away, saved = [], [], []
     for seed in range(studies):
         drawn = draw_study(curves, seed)[:trials]
-        outcome = replay(drawn, slots, make(), warmup)
+        outcome = replay_curves(drawn, slots, make(), warmup)
         best = min(curve.result for curve in drawn)
         best_complete = min(curve.result for curve in outcome.complete)
         lost.append(best_complete > best)
@@ -421,17 +195,22 @@ def print_same_budget(
     print(
         f"\nBudget: {budget} whole runs, {slots} slots, {arguments.studies} studies\n"
     )
-    print("| pruner | first rung | regret, sd | trials complete |")
-    print("|---|---|---|---|")
+    print("| pruner | first rung | regret | Δ | trials complete |")
+    print("|---|---|---|---|---|")
     for first in numbers(arguments.first):
-        for name, make in pruners(first).items():
-            regrets, complete = compare_budget(
+        candidates = pruners(first)
+        figures = {
+            name: compare_budget(
                 curves, budget, slots, make, arguments.studies, arguments.warmup
             )
-            error = statistics.stdev(regrets) / math.sqrt(len(regrets))
+            for name, make in candidates.items()
+        }
+        default, _ = figures[DEFAULT]
+        for name, (regrets, complete) in figures.items():
+            differences = [a - b for a, b in zip(regrets, default, strict=True)]
             print(
-                f"| {name} | {first} | {statistics.mean(regrets):.2f} ± {error:.2f} | "
-                f"{statistics.mean(complete):.1f} |"
+                f"| {name} | {first} | {mean_and_error(regrets)} | "
+                f"{mean_and_error(differences, '+')} | {statistics.mean(complete):.1f} |"
             )
 
 
@@ -446,14 +225,14 @@ def compare_budget(
     """Replay studies of the same budget under a pruner.
 
     Returns:
-        Each replay's regret in standard deviations, and its number of complete trials.
+        Each replay's regret, and its number of complete trials.
     """
     results = [curve.result for curve in curves]
-    unit = statistics.stdev(result for result in results if math.isfinite(result))
+    unit = spread(results)
     steps = budget * max(curve.total for curve in curves)
     regrets, complete = [], []
     for seed in range(studies):
-        outcome = replay(draw_study(curves, seed), slots, make(), warmup, steps)
+        outcome = replay_curves(draw_study(curves, seed), slots, make(), warmup, steps)
         best = min(curve.result for curve in outcome.complete)
         regrets.append((best - min(results)) / unit)
         complete.append(len(outcome.complete))

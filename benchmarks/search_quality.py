@@ -1,16 +1,12 @@
-"""What a search loses by asking for several trials at once, and by pruning: best loss so far,
-pruned winners.
+"""What a search loses by asking for several trials at once: the best loss so far.
 
     python benchmarks/search_quality.py [--seeds 10] [--trials 16] [--jobs 2] [--steps 40]
-    [--evaluations 4]
-                                        [--slots 1,4,8] [--schedules constant,cosine]
+    [--slots 1,4,8] [--schedules constant,cosine]
 
 Trials that train together in K slots are asked for before their companions' losses are known. Here
 whole studies run for each K, seed and schedule, unpruned, with the default space and sampler, on a
 Llama of two layers with random weights: the best loss after n trials shows what knowing less
-costs. The pruners are then replayed on the curves of each study, K trials reporting a rung before
-any is judged: a winner is lost where the trial that ended best is not among those that are left.
-With 27 evaluations they are replayed on every third one alone, too.
+costs. `replay_pruners.py` and `replay_study.py` show what pruning does.
 """
 
 import argparse
@@ -20,12 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import optuna
-
-from sweeps.space.pruners import SuccessiveHalvingPruner
 
 AFTER = (4, 8, 12, 16, 32)
 Curve = list[float]
@@ -35,7 +26,7 @@ Curves = dict[tuple[str, int], list[list[Curve]]]
 
 
 def main() -> None:
-    """Run the studies, replay the pruners, print two tables."""
+    """Run the studies, and print the best losses."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +39,6 @@ def main() -> None:
         help="studies at once, each on one core",
     )
     parser.add_argument("--steps", type=int, default=40, help="of a trial")
-    parser.add_argument("--evaluations", type=int, default=4, help="of a trial")
     parser.add_argument("--slots", default="1,4,8")
     parser.add_argument("--schedules", default="constant,cosine")
     arguments = parser.parse_args()
@@ -57,11 +47,7 @@ def main() -> None:
         for schedule in arguments.schedules.split(",")
         for slots in arguments.slots.split(",")
     ]
-    length = (
-        arguments.trials,
-        arguments.steps,
-        arguments.steps // arguments.evaluations,
-    )
+    length = (arguments.trials, arguments.steps)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base")
@@ -73,7 +59,6 @@ def main() -> None:
         for kind in kinds
     }
     print_best(curves, arguments.trials)
-    print_pruning(curves)
 
 
 def make_base(folder: Path) -> None:
@@ -113,7 +98,6 @@ def study(
     folder: Path,
     trials: int,
     steps: int,
-    eval_steps: int,
     schedule: str,
     slots: int,
     seed: int,
@@ -125,7 +109,7 @@ def study(
         f"hydra.sweeper.study_name={name}", f"hydra.sweeper.n_trials={trials}", f"hydra.sweeper.slots={slots}",
         f"hydra.sweep.dir={folder / name}", f"model.name_or_path={folder / 'base'}", f"seed={seed}",
         f"optimizer.lr_scheduler_type={schedule}", "optimizer.warmup_ratio=0",
-        f"trainer.max_steps={steps}", f"trainer.eval_steps={eval_steps}", f"trainer.logging_steps={steps}",
+        f"trainer.max_steps={steps}", f"trainer.logging_steps={steps}",
         "trainer.save_steps=0", "tracker=none", "sample_prompts=[]", "quantization=none", "dataset.max_length=128",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -157,78 +141,6 @@ def print_best(curves: Curves, trials: int) -> None:
             )
         print(f"| {schedule} | {slots} | {' | '.join(cells)} |")
     print()
-
-
-def print_pruning(curves: Curves) -> None:
-    """How often a pruner loses the winner, what that costs, and what of the steps it saves."""
-    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "halving by 2": lambda: SuccessiveHalvingPruner(
-            reduction_factor=2, min_survivors=1, noise_margin=0
-        ),
-        "halving by 3": lambda: SuccessiveHalvingPruner(
-            reduction_factor=3, min_survivors=1, noise_margin=0
-        ),
-        "halving by 3, noise, three kept": SuccessiveHalvingPruner,
-        "Optuna's by 3": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=1, reduction_factor=3
-        ),
-        "median": lambda: optuna.pruners.MedianPruner(
-            n_startup_trials=4, n_warmup_steps=0
-        ),
-    }
-    print(
-        "| schedule | slots | evaluations | pruner | winners lost | loss given away | steps saved |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for (schedule, slots), studies in curves.items():
-        rungs = len(studies[0][0])
-        for every in (1, 3) if rungs == 27 else (1,):
-            for name, make in pruners.items():
-                lost, given, kept = 0, 0.0, 0.0
-                for own in (
-                    [curve[every - 1 :: every] for curve in study] for study in studies
-                ):
-                    reached = replay(own, slots, make())
-                    best = min(curve[-1] for curve in own)
-                    left = min(
-                        curve[-1]
-                        for curve, seen in zip(own, reached, strict=True)
-                        if seen == len(curve)
-                    )
-                    lost += left > best
-                    given += left - best
-                    kept += sum(reached) / sum(map(len, own))
-                count = len(studies)
-                figures = (
-                    f"{lost} of {count} | {given / count:.4f} | {1 - kept / count:.0%}"
-                )
-                print(
-                    f"| {schedule} | {slots} | {rungs // every} | {name} | {figures} |"
-                )
-
-
-def replay(
-    curves: Sequence[Curve], slots: int, pruner: optuna.pruners.BasePruner
-) -> list[int]:
-    """How many rungs each trial reaches; the first is the baseline, which is judged too, but never
-    pruned."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    replayed = optuna.create_study(pruner=pruner)
-    reached = [0] * len(curves)
-    waiting = list(range(len(curves)))
-    live: dict[int, optuna.Trial] = {}
-    while waiting or live:
-        while waiting and len(live) < slots:
-            live[waiting.pop(0)] = replayed.ask()
-        for number, trial in live.items():
-            reached[number] += 1
-            trial.report(curves[number][reached[number] - 1], reached[number])
-        for number, trial in list(live.items()):
-            if reached[number] == len(curves[number]):
-                replayed.tell(live.pop(number), curves[number][-1])
-            elif trial.should_prune() and number:
-                replayed.tell(live.pop(number), state=optuna.trial.TrialState.PRUNED)
-    return reached
 
 
 if __name__ == "__main__":

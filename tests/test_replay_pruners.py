@@ -1,8 +1,8 @@
 """The replay of pruners on curves (benchmarks/replay_pruners.py)."""
 
-import importlib.util
+import importlib
 import math
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +13,15 @@ import pytest
 from finetune.config.paths import CONF
 from sweeps.space.pruners import SuccessiveHalvingPruner
 
-SCRIPT = CONF.parent / "benchmarks" / "replay_pruners.py"
 HEADER = "trial,seed,step,value"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replay_pruners", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        # The scripts import their neighbours.
+        patch.syspath_prepend(CONF.parent / "benchmarks")
+        yield importlib.import_module("replay_pruners")
 
 
 def written(path: Path, *lines: str) -> Path:
@@ -56,6 +51,7 @@ def test_curves_are_read_by_config_and_seed(script: ModuleType, tmp_path: Path) 
     assert [c.result for c in curves] == [1.0, math.inf, 3.0]
     assert script.read_curves(file, maximize=True)[0].values == [-2.0, -1.0]
     assert {*script.by_config(curves)} == {"a", "b"}
+    assert curves[2].params == {"note": "x"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +98,13 @@ def test_rungs_are_numbered_as_in_a_study(
     assert script.Curve("a", "0", steps, [1.0] * len(steps)).rungs == rungs
 
 
+def test_runs_that_diverge_do_not_change_the_unit_of_regret(script: ModuleType) -> None:
+    good = [1.0 + number / 100 for number in range(101)]
+    unit = script.spread([*good, *[50.0] * 5, math.inf])
+    assert unit == pytest.approx(script.spread([*good, *[2.1] * 6]))
+    assert unit == pytest.approx(0.4, abs=0.05)
+
+
 def flat_curves(script: ModuleType, *values: float) -> list[Any]:
     return [
         script.Curve(str(number), "0", [10, 20, 30, 40], [value] * 4)
@@ -125,7 +128,7 @@ def test_a_replay_trains_what_a_study_would(
 ) -> None:
     pruner = SuccessiveHalvingPruner(min_survivors=1, noise_margin=0)
     curves = flat_curves(script, 3.0, 2.0, 2.5, 1.0)
-    outcome = script.replay(curves, slots, pruner)
+    outcome = script.replay_curves(curves, slots, pruner)
     assert outcome.steps == sum(steps)
     complete = {int(curve.trial) for curve in outcome.complete}
     assert complete == {number for number, step in enumerate(steps) if step == 40}
@@ -144,9 +147,9 @@ def test_without_a_pruner_a_replay_trains_all_and_loses_none(
 def test_a_replay_judges_no_trial_within_the_warmup(script: ModuleType) -> None:
     pruner = SuccessiveHalvingPruner(min_survivors=1, noise_margin=0)
     curves = flat_curves(script, 1.0, 2.0, 3.0)
-    assert script.replay(curves, 3, pruner).steps == 40 + 10 + 10
+    assert script.replay_curves(curves, 3, pruner).steps == 40 + 10 + 10
     pruner = SuccessiveHalvingPruner(min_survivors=1, noise_margin=0)
-    assert script.replay(curves, 3, pruner, warmup=0.3).steps == 40 + 30 + 30
+    assert script.replay_curves(curves, 3, pruner, warmup=0.3).steps == 40 + 30 + 30
 
 
 @pytest.mark.slow

@@ -4,17 +4,27 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from support.commands import Station
-from support.configs import study_overrides
+from support.configs import compose, study_overrides
 from support.studies import PRUNERS, made_study, settings_of
 
+from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import ScheduleName
+from finetune.engine.checkpoint import Progress
+from finetune.engine.early_stopping import EarlyStopping
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Rung
+from finetune.engine.output import RunOutput
+from finetune.engine.reporter import Reporter
+from finetune.engine.schedule import evaluation_rungs
+from finetune.engine.steps import RunSteps, drive
+from finetune.files.run_folder import RunFolder
+from finetune.tracking.tracker import Tracker
 from sweeps.space.pruners import SuccessiveHalvingPruner
 from sweeps.space.samplers import make_pruner
 from sweeps.study.pruning import PruningObserver
@@ -123,6 +133,79 @@ def test_no_pruner_is_asked_before_the_warmup_is_over(tmp_path: Path) -> None:
     assert [*study.trials()[0].intermediate_values] == [1, 2], "reported all the same"
     assert resumed.ends_at(3, 2.0)
     assert Judged(study, pruner, trial=trial.trial).ends_after(31)
+
+
+def run_until_pruned(folder: Path, config: RunConfig, total: int) -> Progress:
+    """A run without a model, whose pruner gives it up as soon as it is asked."""
+    study = made_study(folder / "s", [])
+    judged = Judged(study, PrunesAlways())
+    # It is judged after each step, too.
+    judged.judge.poll_seconds = 0
+    progress = Progress()
+
+    def evaluate(generates: bool) -> RunSteps[dict[str, float]]:
+        yield from ()
+        return {"eval/loss": 1.0}
+
+    reporter = Reporter(
+        config=config,
+        progress=progress,
+        total=total,
+        output=RunOutput(RunFolder(folder / "run"), Tracker(), total, False),
+        evaluate=evaluate,
+        early_stopping=EarlyStopping(config, progress, total, lambda step: None, False),
+        observer=judged.judge,
+        interrupt=Interrupt(),
+    )
+    (folder / "run").mkdir()
+    drive(reporter.begin())
+    while progress.stop is None and progress.step < total:
+        drive(reporter.report_step(progress.step + 1, 1.0, 1.0, 1e-4, 10, 0.1))
+    return progress
+
+
+SCHEDULE_ARGUMENTS = {
+    "cosine_with_min_lr": "{min_lr_rate:0.1}",
+    "warmup_stable_decay": "{num_decay_steps:3}",
+}
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("ratio", [0, 0.05, 0.3])
+@pytest.mark.parametrize("eval_steps", ["0.25", "1", "[0.03704,0.1112,0.3334]"])
+@pytest.mark.parametrize("schedule", get_args(ScheduleName))
+def test_the_first_rung_that_judges_is_the_first_one_after_the_warmup(
+    schedule: str, eval_steps: str, ratio: float, tmp_path: Path
+) -> None:
+    """Of every schedule, by the rates that transformers gives it."""
+    import torch
+    from transformers import get_scheduler
+
+    total = 54
+    overrides = [
+        f"optimizer.lr_scheduler_type={schedule}",
+        f"optimizer.warmup_ratio={ratio}",
+        f"trainer.eval_steps={eval_steps}",
+    ]
+    if schedule in SCHEDULE_ARGUMENTS:
+        arguments = SCHEDULE_ARGUMENTS[schedule]
+        overrides.append(f"+trainer.extra.lr_scheduler_kwargs={arguments}")
+    config = compose(*overrides)
+    progress = run_until_pruned(tmp_path, config, total)
+    rates = get_scheduler(
+        schedule,
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
+        num_warmup_steps=math.ceil(ratio * total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
+    ).lr_lambdas[0]
+    factors = [rates(step) for step in range(total)]
+    warmup_end = factors.index(max(factors))
+    rungs = [
+        step for step in evaluation_rungs(config.trainer.eval_steps, total) if step
+    ]
+    assert progress.stop == "pruned"
+    assert progress.step == next(step for step in rungs if step >= warmup_end)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
