@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.app import compose_sweep
 from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
+from finetune.errors import ConfigError
 from finetune.model.memory import GIB
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
@@ -30,6 +31,10 @@ def main() -> None:
     """Read the command line, plan the run, print the plan."""
     arguments = _parse_arguments()
     config, sweeper = compose_sweep(arguments.overrides, arguments.multirun)
+    if arguments.multirun and not sweeper:
+        raise ConfigError(
+            "-m: plans a study; add hydra/sweeper=optuna, or leave out -m"
+        )
     quiet_libraries()
     resources = SharedResources()
     # Mistakes in the rows are reported before torch is imported.
