@@ -56,16 +56,26 @@ def drive(steps: RunSteps[T]) -> T:
             # None: there are no other runs to wait for, so the run goes on at once.
             response = None
             if request is not None:
-                (response,) = request.executor.execute([request])
+                response = _execute(request)
     # The return value of a generator is in the exception that its end raises.
     except StopIteration as end:
         result: T = end.value
         return result
 
 
+def _execute(request: Request) -> Any:
+    """Return the response to a request; an interruption is one too."""
+    try:
+        (response,) = request.executor.execute([request])
+        return response
+    # The run has to know of it, because it says how it can be continued.
+    except KeyboardInterrupt as error:
+        return error
+
+
 def _resume(steps: RunSteps[T], response: Any) -> Request | None:
     """Give a generator its response, or raise it there if it is an exception."""
     # Raised where the run waits for the response, so that its `with` blocks end in order.
-    if isinstance(response, Exception):
+    if isinstance(response, BaseException):
         return steps.throw(response)
     return steps.send(response)

@@ -6,16 +6,18 @@ evaluates its winner and its baseline on them. A run alone evaluates its test ro
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
+from finetune.data.types import Prompt
 from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.generation import generate_answers
 from finetune.engine.packed.training import PackedTraining
-from finetune.engine.steps import drive
+from finetune.engine.steps import RunSteps, drive
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
@@ -27,7 +29,7 @@ from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +66,18 @@ def evaluate_finished_run(
             errors,
             _open_adapter(config, folder, resources, test) as opened,
         ):
-            samples = Samples(config, folder, rows, opened.generation_model, resources)
+            samples = Samples(config, folder, rows, opened.generate_answers, resources)
             # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers and samples.unasked:
                 log.info("answering %d sample prompts with the base", samples.unasked)
-                samples.before()
+                drive(samples.before())
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
                 evaluation = opened.evaluate()
                 write_test_evaluation(folder, evaluation)
             if needs_answers and samples.asked:
                 log.info("answering %d sample prompts with the adapter", samples.asked)
-                samples.after(Tracker(), 0)
+                drive(samples.after(Tracker(), 0))
     _record(evaluation, folder)
     return evaluation
 
@@ -108,8 +110,8 @@ class _OpenedAdapter(Protocol):
     def evaluate(self) -> Evaluation:
         """Evaluate the adapter on the test rows."""
 
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """The model to generate text with."""
+    generate_answers: Callable[..., RunSteps[list[str]]]
+    """Answers prompts; see `PackedTraining.generate_answers`."""
 
 
 @contextlib.contextmanager
@@ -130,17 +132,19 @@ def _open_adapter(
                 create_slot(),
                 test,
                 1,
+                resources.tokenizer(config.model),
             )
             yield _PackedAdapter(training, test)
     else:
         with resources.model(config) as model:
-            yield _TrlAdapter(config, model, test)
+            tokenizer = resources.tokenizer(config.model)
+            yield _TrlAdapter(config, model, test, tokenizer)
 
 
 class _PackedAdapter:
     def __init__(self, training: PackedTraining, test: Tokens) -> None:
         self.model = training.model
-        self.generation_model = training.generation_model
+        self.generate_answers = training.generate_answers
         self._training = training
         self._test = test
 
@@ -154,8 +158,10 @@ class _TrlAdapter:
         config: RunConfig,
         model: "PeftModel",
         test: Tokens,
+        tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
         self.model = model
+        self._tokenizer = tokenizer
         self._config = config
         self._test = test
 
@@ -163,5 +169,12 @@ class _TrlAdapter:
         batch_size = self._config.trainer.per_device_eval_batch_size
         return evaluate(self.model, self._test, batch_size, self._config.quantization)
 
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        return contextlib.nullcontext(self.model)
+    def generate_answers(
+        self, prompts: Sequence[str | Prompt], **arguments: Any
+    ) -> RunSteps[list[str]]:
+        # A generator without requests, as `TrlTraining.generate_answers`.
+        yield from ()
+        quantization = self._config.quantization
+        return generate_answers(
+            self.model, self._tokenizer, prompts, quantization, **arguments
+        )

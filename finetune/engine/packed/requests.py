@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.slot import Slot
@@ -57,7 +58,20 @@ class Evaluate:
         return self.slot.bank
 
 
-PackedRequest = ForwardBackward | Evaluate
+@dataclass(frozen=True)
+class Generate:
+    """Request the answers to prompts under the slot's adapter."""
+
+    slot: Slot
+    prompts: EncodedPrompts
+
+    @property
+    def executor(self) -> Executor:
+        """The bank that the slot is on."""
+        return self.slot.bank
 
 
-Response = ForwardBackwardResult | Evaluation
+PackedRequest = ForwardBackward | Evaluate | Generate
+
+
+Response = ForwardBackwardResult | Evaluation | Answers

@@ -1,9 +1,10 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,13 @@ from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Tokens
+from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import (
+    Answers,
+    Sampling,
+    decode_answers,
+    encode_prompts,
+)
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
@@ -18,6 +26,7 @@ from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
     ForwardBackwardResult,
+    Generate,
 )
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
@@ -27,7 +36,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ class PackedTraining:
         slot: Slot,
         rows: Tokens,
         total: int,
+        tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
         """Set up the optimizer of a fresh slot.
 
@@ -50,11 +60,13 @@ class PackedTraining:
             slot: The run's slot; nobody else may change it.
             rows: The tokenised training rows.
             total: Optimizer steps of the whole run.
+            tokenizer: The base's tokenizer.
         """
         self._config = config
         self._slot = slot
         self._rows = rows
         self._total = total
+        self._tokenizer = tokenizer
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -141,9 +153,30 @@ class PackedTraining:
         """
         return self._slot.weights_on_cpu(self._weights_event)
 
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """The base with the run's adapter applied, for text generation."""
-        return self._slot.bank.generation_model(self._slot)
+    def generate_answers(
+        self,
+        prompts: Sequence[str | Prompt],
+        *,
+        max_new_tokens: int | None,
+        max_length: int | None,
+        variables: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+    ) -> RunSteps[list[str]]:
+        """Generate an answer to each prompt, together with those of other runs.
+
+        Arguments and answers are those of `finetune.engine.generation.generate_answers`.
+        """
+        encoded = encode_prompts(
+            self._slot.bank.base,
+            self._tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            variables=variables,
+            sampling=sampling,
+        )
+        answers: Answers = yield Generate(self._slot, encoded)
+        return decode_answers(self._tokenizer, answers)
 
     def _step(
         self,

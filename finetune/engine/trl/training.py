@@ -4,9 +4,10 @@
 Logging, evaluation and stopping are the `Reporter`'s, called from a trainer callback.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -14,7 +15,10 @@ from trl import SFTConfig, SFTTrainer
 from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
+from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.generation import generate_answers
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
@@ -100,9 +104,31 @@ class TrlTraining:
         """Leave the weights where they are: no other run computes that a copy could wait for."""
         return nullcontext()
 
-    def generation_model(self) -> "AbstractContextManager[PeftModel]":
-        """Return the model with the adapter, for text generation."""
-        return nullcontext(self.model)
+    def generate_answers(
+        self,
+        prompts: Sequence[str | Prompt],
+        *,
+        max_new_tokens: int | None,
+        max_length: int | None,
+        variables: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+    ) -> RunSteps[list[str]]:
+        """Generate an answer to each prompt.
+
+        Arguments and answers are those of `finetune.engine.generation.generate_answers`.
+        """
+        # A generator without requests, as `train`.
+        yield from ()
+        return generate_answers(
+            self.model,
+            self._tokenizer,
+            prompts,
+            self._config.quantization,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            variables=variables,
+            sampling=sampling,
+        )
 
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded
