@@ -348,7 +348,6 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
             bank.create_slot(config.lora, seed),
             data,
             case.steps + case.warm + 1,
-            tokenizer(),
         )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]

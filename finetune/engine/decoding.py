@@ -21,8 +21,8 @@ from finetune.engine.answer_batch import (
     rows_in_memory,
 )
 from finetune.engine.batch_decoding import decode_batch, generate, pad_left
-from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_of
 from finetune.engine.evaluation import evaluation_mode
+from finetune.engine.generation import Answers, EncodedPrompts, positions_of
 from finetune.engine.probes import (
     Comparison,
     Shortcut,

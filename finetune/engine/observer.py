@@ -18,6 +18,8 @@ class Rung:
     metrics: Metrics
     is_warmup: bool = False
     """Whether the learning rate is still rising at this step."""
+    train_tokens: int = 0
+    """Tokens that the run has trained so far, without padding."""
 
 
 class Observer:

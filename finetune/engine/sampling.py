@@ -6,7 +6,7 @@ import numpy
 import torch
 from transformers import LogitsProcessor
 
-from finetune.engine.encoded_prompts import Sampling
+from finetune.engine.generation import Sampling
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
         draws = numpy.empty((len(rows), tokens), dtype=numpy.float32)
         for index, (sampling, number) in enumerate(rows):
             if sampling is not None:
-                seeds = [sampling.seed, sampling.step, number]
+                seeds = [sampling.seed, number]
                 draws[index] = numpy.random.default_rng(seeds).random(tokens)
         self._sampled = torch.tensor(sampled, device=device)[:, None]
         self._temperatures = torch.tensor(temperatures, device=device)

@@ -6,30 +6,26 @@ evaluates its winner and its baseline on them. A run alone evaluates its test ro
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
-from finetune.data.types import Prompt
-from finetune.engine.evaluation import Evaluation, evaluate
-from finetune.engine.generation import generate_answers
+from finetune.engine.evaluation import Evaluation
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.training import PackedTraining
-from finetune.engine.steps import RunSteps, drive
+from finetune.engine.steps import drive
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.load import load_metrics
 from finetune.model.adapter import load_adapter
+from finetune.run.evaluate_rows import evaluate_rows
 from finetune.run.load import read_run_config
 from finetune.run.recorded_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples, survive_samples
 from finetune.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +62,23 @@ def evaluate_finished_run(
             errors,
             _open_adapter(config, folder, resources, test) as opened,
         ):
-            samples = Samples(config, folder, rows, opened.generate_answers, resources)
+            samples = Samples(config, folder, rows, opened, resources)
             # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers and samples.unasked:
                 log.info("answering %d sample prompts with the base", samples.unasked)
                 drive(samples.before())
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
-                evaluation = opened.evaluate()
+                metrics = load_metrics(config.evaluation)
+                steps = evaluate_rows(
+                    opened,
+                    test,
+                    rows.test,
+                    config,
+                    resources.tokenizer(config.model),
+                    metrics,
+                )
+                evaluation = drive(steps).evaluation
                 write_test_evaluation(folder, evaluation)
             if needs_answers and samples.asked:
                 log.info("answering %d sample prompts with the adapter", samples.asked)
@@ -102,25 +107,13 @@ def _record(evaluation: Evaluation | None, folder: RunFolder) -> None:
     write_json(folder.result, result)
 
 
-class _OpenedAdapter(Protocol):
-    """A fresh adapter on the base, into which a saved one can be loaded."""
-
-    model: "PeftModel"
-
-    def evaluate(self) -> Evaluation:
-        """Evaluate the adapter on the test rows."""
-
-    generate_answers: Callable[..., RunSteps[list[str]]]
-    """Answers prompts; see `PackedTraining.generate_answers`."""
-
-
 @contextlib.contextmanager
 def _open_adapter(
     config: RunConfig,
     folder: RunFolder,
     resources: SharedResources,
     test: Tokens,
-) -> Iterator[_OpenedAdapter]:
+) -> "Iterator[PackedTraining | LoadedModel]":
     """Put a fresh adapter on the base, by the engine that trained the run.
 
     The other engine's losses would differ in their last digits.
@@ -132,49 +125,8 @@ def _open_adapter(
                 create_slot(),
                 test,
                 1,
-                resources.tokenizer(config.model),
             )
-            yield _PackedAdapter(training, test)
+            yield training
     else:
         with resources.model(config) as model:
-            tokenizer = resources.tokenizer(config.model)
-            yield _TrlAdapter(config, model, test, tokenizer)
-
-
-class _PackedAdapter:
-    def __init__(self, training: PackedTraining, test: Tokens) -> None:
-        self.model = training.model
-        self.generate_answers = training.generate_answers
-        self._training = training
-        self._test = test
-
-    def evaluate(self) -> Evaluation:
-        return drive(self._training.evaluate(self._test))
-
-
-class _TrlAdapter:
-    def __init__(
-        self,
-        config: RunConfig,
-        model: "PeftModel",
-        test: Tokens,
-        tokenizer: "PreTrainedTokenizerBase",
-    ) -> None:
-        self.model = model
-        self._tokenizer = tokenizer
-        self._config = config
-        self._test = test
-
-    def evaluate(self) -> Evaluation:
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, self._test, batch_size, self._config.quantization)
-
-    def generate_answers(
-        self, prompts: Sequence[str | Prompt], **arguments: Any
-    ) -> RunSteps[list[str]]:
-        # A generator without requests, as `TrlTraining.generate_answers`.
-        yield from ()
-        quantization = self._config.quantization
-        return generate_answers(
-            self.model, self._tokenizer, prompts, quantization, **arguments
-        )
+            yield LoadedModel(config, model)

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
@@ -17,6 +17,7 @@ from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.memory import free_memory
+from finetune.run.evaluate_rows import EvaluatedModel
 from finetune.run.resources import SharedResources
 from finetune.tracking.tracker import Sample, Tracker
 
@@ -37,8 +38,8 @@ class Samples:
         config: The run's config.
         folder: The run folder.
         rows: Rows to take questions from.
-        generate_answers: Answers prompts with the adapter as it is; see `PackedTraining`.
-        resources: Share the base's answers.
+        model: Answers the prompts.
+        resources: Share the tokenizer and the base's answers.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Samples:
         config: RunConfig,
         folder: RunFolder,
         rows: Rows,
-        generate_answers: Callable[..., RunSteps[list[str]]],
+        model: EvaluatedModel,
         resources: SharedResources,
     ) -> None:
         self._config = config
         self._file = folder.samples
-        self._generate_answers = generate_answers
+        self._model = model
         self._resources = resources
         self._questions = _choose_questions(config, rows)
         self._prompts = [question.prompt for question in self._questions]
@@ -98,14 +99,13 @@ class Samples:
 
     def _answers(self) -> RunSteps[list[str]]:
         config = self._config
-        return (
-            yield from self._generate_answers(
-                self._prompts,
-                max_new_tokens=config.sample_max_new_tokens,
-                max_length=config.sample_max_length,
-                variables=config.model.template_kwargs,
-            )
+        steps = self._model.generate_answers(
+            self._prompts,
+            self._resources.tokenizer(config.model),
+            max_new_tokens=config.sample_max_new_tokens,
+            max_length=config.sample_max_length,
         )
+        return (yield from steps)
 
 
 @dataclass(frozen=True)

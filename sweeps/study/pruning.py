@@ -12,6 +12,7 @@ from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
 from finetune.tracking.wandb_finished import remove_tag
 from sweeps.space.pruners import WARMUP_RUNG
+from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.errors import StorageLost
 from sweeps.study.session import Session
 from sweeps.study.study import OUT_OF_TIME, Study, role
@@ -100,6 +101,7 @@ class PruningObserver(Observer):
 
     def on_rung(self, rung: Rung) -> None:
         """Report a rung. The evaluation before training is none: there all trials are alike."""
+        self._trial.set_user_attr(TRAIN_TOKENS, rung.train_tokens)
         if rung.index == 0:
             self._trial.set_user_attr("steps", rung.total)
         if not self._is_reportable(rung):

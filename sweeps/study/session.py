@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class Session:
     deadline: float | None
     """Unix time in seconds, after which no trial begins and running trials are pruned."""
     engine: EngineChoice
+    end_rule: Callable[[Study], str | None] | None = None
+    """Says after each trial why the study ends before it has all; None: it does not."""
     sweeper_pid: int = field(default_factory=os.getpid)
     """The process of the sweep command."""
 

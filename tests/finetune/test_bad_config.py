@@ -13,7 +13,7 @@ CONFIG = [
     Case(
         "choice",
         "model=llama2",
-        "model=llama2: …did you mean llama2_7b…allowed: gemma3_4b, …smollm2_135m…",
+        "model=llama2: …did you mean llama2_7b…allowed: gemma3_270m, …smollm2_135m…",
     ),
     Case(
         "nested-choice",

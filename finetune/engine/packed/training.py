@@ -1,25 +1,25 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
-from finetune.data.token_file import Tokens
+from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
-from finetune.engine.encoded_prompts import (
+from finetune.engine.evaluation import Evaluation
+from finetune.engine.generation import (
     Answers,
     Sampling,
     decode_answers,
     encode_prompts,
 )
-from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
@@ -51,7 +51,6 @@ class PackedTraining:
         slot: Slot,
         rows: Tokens,
         total: int,
-        tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
         """Set up the optimizer of a fresh slot.
 
@@ -60,13 +59,11 @@ class PackedTraining:
             slot: The run's slot; nobody else may change it.
             rows: The tokenised training rows.
             total: Optimizer steps of the whole run.
-            tokenizer: The base's tokenizer.
         """
         self._config = config
         self._slot = slot
         self._rows = rows
         self._total = total
-        self._tokenizer = tokenizer
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -115,7 +112,7 @@ class PackedTraining:
                     self._optimizer.save(path)
                     reporter.complete_checkpoint(path, checkpoint_limit)
 
-    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
+    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
@@ -146,20 +143,13 @@ class PackedTraining:
             row_correct=tuple(correct),
         )
 
-    def weights_on_cpu(self) -> AbstractContextManager[None]:
-        """Point `model` at a copy of its weights in host memory while the context lasts.
-
-        The copy does not wait for passes of other slots that the GPU still computes.
-        """
-        return self._slot.weights_on_cpu(self._weights_event)
-
     def generate_answers(
         self,
-        prompts: Sequence[str | Prompt],
+        prompts: Sequence[Prompt],
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         max_new_tokens: int | None,
-        max_length: int | None,
-        variables: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
         sampling: Sampling | None = None,
     ) -> RunSteps[list[str]]:
         """Generate an answer to each prompt, together with those of other runs.
@@ -168,15 +158,22 @@ class PackedTraining:
         """
         encoded = encode_prompts(
             self._slot.bank.base,
-            self._tokenizer,
+            tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
             max_length=max_length,
-            variables=variables,
+            variables=self._config.model.template_kwargs,
             sampling=sampling,
         )
         answers: Answers = yield Generate(self._slot, encoded)
-        return decode_answers(self._tokenizer, answers)
+        return decode_answers(tokenizer, answers)
+
+    def weights_on_cpu(self) -> AbstractContextManager[None]:
+        """Point `model` at a copy of its weights in host memory while the context lasts.
+
+        The copy does not wait for passes of other slots that the GPU still computes.
+        """
+        return self._slot.weights_on_cpu(self._weights_event)
 
     def _step(
         self,

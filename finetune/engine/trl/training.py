@@ -4,10 +4,9 @@
 Logging, evaluation and stopping are the `Reporter`'s, called from a trainer callback.
 """
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -15,10 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
-from finetune.data.types import Prompt
-from finetune.engine.encoded_prompts import Sampling
-from finetune.engine.evaluation import Evaluation, evaluate
-from finetune.engine.generation import generate_answers
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TrlTraining:
+class TrlTraining(LoadedModel):
     """One run's model and trainer."""
 
     def __init__(
@@ -51,8 +47,7 @@ class TrlTraining:
             tokenizer: The base's tokenizer.
             rows: The tokenised training rows.
         """
-        self.model = model
-        self._config = config
+        super().__init__(config, model)
         self._arguments = arguments
         self._tokenizer = tokenizer
         self._rows = rows
@@ -86,49 +81,9 @@ class TrlTraining:
             if reporter.progress.stop is None:
                 trainer.train(resume_from_checkpoint=resumed)
 
-    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
-        """Compute the adapter's losses on rows.
-
-        Args:
-            rows: Tokenised rows.
-
-        Returns:
-            The evaluation, with the rows in their order.
-        """
-        # A generator without requests, as `train`.
-        yield from ()
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, rows, batch_size, self._config.quantization)
-
     def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """Leave the weights where they are: no other run computes that a copy could wait for."""
         return nullcontext()
-
-    def generate_answers(
-        self,
-        prompts: Sequence[str | Prompt],
-        *,
-        max_new_tokens: int | None,
-        max_length: int | None,
-        variables: Mapping[str, Any] | None = None,
-        sampling: Sampling | None = None,
-    ) -> RunSteps[list[str]]:
-        """Generate an answer to each prompt.
-
-        Arguments and answers are those of `finetune.engine.generation.generate_answers`.
-        """
-        # A generator without requests, as `train`.
-        yield from ()
-        return generate_answers(
-            self.model,
-            self._tokenizer,
-            prompts,
-            self._config.quantization,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            variables=variables,
-            sampling=sampling,
-        )
 
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded

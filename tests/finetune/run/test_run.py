@@ -339,9 +339,7 @@ def test_an_adapter_that_was_put_back_is_measured_in_bfloat16_too(
     )
     with resources.slot(config) as place:
         slot = place()
-        training = PackedTraining(
-            config, slot, held_out, 1, resources.tokenizer(config.model)
-        )
+        training = PackedTraining(config, slot, held_out, 1)
         fresh = drive(training.evaluate(held_out)).loss
         load_adapter(slot.model, tmp_path / "adapter")
         trained = drive(training.evaluate(held_out)).loss

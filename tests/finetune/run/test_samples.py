@@ -55,7 +55,7 @@ def failing(
             raise error
         return ["Hm."]
 
-    for engine in ("packed.training.PackedTraining", "trl.training.TrlTraining"):
+    for engine in ("packed.training.PackedTraining", "loaded_model.LoadedModel"):
         monkeypatch.setattr(f"finetune.engine.{engine}.generate_answers", answer)
 
 

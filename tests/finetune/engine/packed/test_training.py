@@ -192,7 +192,6 @@ def together_step_by_step(
             slot,
             resources.tokens("train", rows, config),
             config.trainer.max_steps,
-            resources.tokenizer(config.model),
         )
         for config, slot in zip(configs, slots, strict=True)
     ]
