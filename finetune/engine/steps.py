@@ -16,6 +16,8 @@ class Executor(Protocol):
 
     capacity: int | None
     """Number of requests that fit into memory at once; None: no limit is known."""
+    answer_tokens: int
+    """Tokens of the longest answer that a request for answers is expected to generate."""
 
     def execute(
         self, requests: Sequence[Any], host_work: Callable[[], None] | None = None
@@ -37,6 +39,10 @@ class Request(Protocol):
     @property
     def executor(self) -> Executor:
         """Executes the request, together with simultaneous requests of other runs."""
+
+    @property
+    def rounds_to_answers(self) -> int | None:
+        """How many requests from now the run asks for answers; 0: this one does; None: never."""
 
 
 RunSteps = Generator[Request | None, Any, T]

@@ -82,6 +82,8 @@ class Bank:
         """Slots in which runs train now, counted by `SharedResources.slot`."""
         self.capacity: int | None = None
         """How many requests fit into memory at once; None: no limit has been met."""
+        self.answer_tokens = config.evaluation.max_new_tokens
+        """Tokens of the longest answer of the last generation; at first its limit."""
         self._host_work: Callable[[], None] | None = None
 
     def initialise_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
@@ -336,6 +338,8 @@ class Bank:
 
         prompts = [request.prompts for request in requests]
         answers = generate_tokens(self.base, prompts, self._quantization, adapt)
+        lengths = [len(tokens) for run in answers for tokens in run]
+        self.answer_tokens = max(lengths, default=self.answer_tokens)
         # Keys and values are large, and of other sizes than what training needs.
         free_memory()
         return answers

@@ -26,6 +26,8 @@ class ForwardBackward:
     """1 / (answer tokens of the whole optimizer step), times the float16 loss scale if any."""
     dropout_step: int
     """Number of the batch within the run; seeds the batch's dropout masks."""
+    rounds_to_answers: int | None = None
+    """See `Request.rounds_to_answers`."""
 
     @property
     def executor(self) -> Executor:
@@ -51,6 +53,8 @@ class Evaluate:
 
     slot: Slot
     rows: Sequence[Row]
+    rounds_to_answers: int | None = None
+    """See `Request.rounds_to_answers`."""
 
     @property
     def executor(self) -> Executor:
@@ -69,6 +73,11 @@ class Generate:
     def executor(self) -> Executor:
         """The bank that the slot is on."""
         return self.slot.bank
+
+    @property
+    def rounds_to_answers(self) -> int:
+        """See `Request.rounds_to_answers`."""
+        return 0
 
 
 PackedRequest = ForwardBackward | Evaluate | Generate

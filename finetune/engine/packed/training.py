@@ -1,6 +1,7 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +31,13 @@ from finetune.engine.packed.requests import (
 )
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
-from finetune.engine.schedule import Step, resolve_steps, step_batches
+from finetune.engine.schedule import (
+    Step,
+    answer_steps,
+    evaluation_rungs,
+    resolve_steps,
+    step_batches,
+)
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
@@ -64,6 +71,10 @@ class PackedTraining:
         self._slot = slot
         self._rows = rows
         self._total = total
+        rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._answer_steps = answer_steps(config.evaluation, rungs)
+        self._step_number = 0
+        """Of the step that is computed, or that an evaluation follows."""
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -132,7 +143,10 @@ class PackedTraining:
         for start in range(0, len(order), batch_size):
             batch_indices = order[start : start + batch_size]
             batch = [examples[index] for index in batch_indices]
-            evaluation: Evaluation = yield Evaluate(self._slot, batch)
+            rounds = math.ceil((len(order) - start) / batch_size)
+            evaluation: Evaluation = yield Evaluate(
+                self._slot, batch, self._rounds_to_answers(rounds)
+            )
             for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
@@ -175,6 +189,18 @@ class PackedTraining:
         """
         return self._slot.weights_on_cpu(self._weights_event)
 
+    def _rounds_to_answers(self, rounds: int) -> int | None:
+        """Return how many requests from now the run asks for answers; None: never.
+
+        Args:
+            rounds: Requests that are left of the current step or evaluation.
+        """
+        for step in self._answer_steps:
+            if step >= self._step_number:
+                accumulation = self._config.trainer.gradient_accumulation_steps
+                return (step - self._step_number) * accumulation + rounds
+        return None
+
     def _step(
         self,
         number: int,
@@ -183,6 +209,7 @@ class PackedTraining:
     ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
+        self._step_number = number
         batches = []
         for indices in step.batches:
             batches.append([self._rows[index] for index in indices])
@@ -203,6 +230,7 @@ class PackedTraining:
                 rows=batch,
                 loss_weight=token_weight * loss_scale,
                 dropout_step=first_batch + index,
+                rounds_to_answers=self._rounds_to_answers(len(batches) - index),
             )
             loss += result.loss * token_weight
             seconds += result.seconds
