@@ -10,6 +10,12 @@ import torch
 
 from finetune.engine.allocated_cache import allocate_cache
 from finetune.engine.generation import Answers
+from finetune.engine.probes import (
+    Comparison,
+    computes_exactly,
+    plain_logits,
+    probe_ids,
+)
 from finetune.engine.sampling import RowSampler
 
 if TYPE_CHECKING:
@@ -185,3 +191,39 @@ def generate(
         use_cache=use_cache,
         **arguments,
     )
+
+
+def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Comparison:
+    """Compare the logits of cached steps with those of the row alone, without a cache.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
+        length: Tokens of the compared prompt.
+    """
+    # Where products are rounded, the median token is compared: one token would be no median.
+    cached_steps = 1 if computes_exactly(model) else 3
+    prompt = probe_ids(model, length, 0)
+    longer_prompt = probe_ids(model, length + 3, 1)
+    batch = [longer_prompt, prompt][-prompts:]
+    ids, mask = pad_left(batch, prompt[0], next(model.parameters()).device)
+    output = generate(
+        model,
+        ids,
+        mask,
+        tokens=1 + cached_steps,
+        ends=[],
+        padding=prompt[0],
+        use_cache=True,
+        cache=allocate_cache(model, ids.shape[1] + 1 + cached_steps),
+        min_new_tokens=1 + cached_steps,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    # The first new token comes from the pass over the prompt, which has no cache yet.
+    cached_logits = [step[-1] for step in output.logits[1:]]
+    # No step has read the last new token.
+    sequence = output.sequences[-1].tolist()
+    answer = sequence[-1 - cached_steps : -1]
+    plain = plain_logits(model, prompt + answer)
+    return torch.stack(cached_logits), plain[-cached_steps:]

@@ -10,27 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
-
 from finetune.config.sections.model import QuantizationSettings
-from finetune.engine.allocated_cache import allocate_cache
 from finetune.engine.answer_batch import (
     AnswerBatch,
     next_batch,
     remove_answered,
     rows_in_memory,
 )
-from finetune.engine.batch_decoding import decode_batch, generate, pad_left
+from finetune.engine.batch_decoding import compare_steps, decode_batch
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.generation import Answers, EncodedPrompts, positions_of
-from finetune.engine.probes import (
-    Comparison,
-    Shortcut,
-    computes_exactly,
-    holds,
-    plain_logits,
-    probe_ids,
-)
+from finetune.engine.probes import Shortcut, holds
 from finetune.engine.sampling import RowSampler
 from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.quantization import autocast
@@ -155,11 +145,11 @@ class _Decoding:
         """
         with self._adapt([run]):
             if several:
-                compare = functools.partial(_compare_steps, self._model, 2)
+                compare = functools.partial(compare_steps, self._model, 2)
                 # This probe is of cached steps too, so the next one is not needed.
                 if holds(Shortcut.PROMPTS_TOGETHER, self._model, tokens, compare):
                     return True, True
-            compare = functools.partial(_compare_steps, self._model, 1)
+            compare = functools.partial(compare_steps, self._model, 1)
             use_cache = holds(Shortcut.CACHED_STEPS, self._model, tokens, compare)
         return False, use_cache
 
@@ -198,7 +188,9 @@ class _Decoding:
         samplings = [(self._prompts[run].sampling, row) for run, row in members]
         sampler = None
         if any(sampling is not None for sampling, _ in samplings):
-            sampler = RowSampler(samplings, max(limits), _device_of(self._model))
+            sampler = RowSampler(
+                samplings, max(limits), next(self._model.parameters()).device
+            )
         with self._adapt(batch.runs):
             answers = decode_batch(
                 self._model,
@@ -212,44 +204,3 @@ class _Decoding:
             )
         for (run, row), answer in zip(members, answers, strict=True):
             self._answers[run][row] = answer
-
-
-def _device_of(model: "PreTrainedModel") -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
-
-
-def _compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Comparison:
-    """Compare the logits of cached steps with those of the row alone, without a cache.
-
-    Args:
-        model: In evaluation mode.
-        prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
-        length: Tokens of the compared prompt.
-    """
-    # Where products are rounded, the median token is compared: one token would be no median.
-    cached_steps = 1 if computes_exactly(model) else 3
-    prompt = probe_ids(model, length, 0)
-    longer_prompt = probe_ids(model, length + 3, 1)
-    batch = [longer_prompt, prompt][-prompts:]
-    ids, mask = pad_left(batch, prompt[0], _device_of(model))
-    output = generate(
-        model,
-        ids,
-        mask,
-        tokens=1 + cached_steps,
-        ends=[],
-        padding=prompt[0],
-        use_cache=True,
-        cache=allocate_cache(model, ids.shape[1] + 1 + cached_steps),
-        min_new_tokens=1 + cached_steps,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    # The first new token comes from the pass over the prompt, which has no cache yet.
-    cached_logits = [step[-1] for step in output.logits[1:]]
-    # No step has read the last new token.
-    sequence = output.sequences[-1].tolist()
-    answer = sequence[-1 - cached_steps : -1]
-    plain = plain_logits(model, prompt + answer)
-    return torch.stack(cached_logits), plain[-cached_steps:]
