@@ -322,9 +322,11 @@ def ours(
         flush=True,
     )
     complete = Study.load(folder / "ours").trials(TrialState.COMPLETE)
-    ends = [
-        (trial.datetime_complete.timestamp() - began, trial.value) for trial in complete
-    ]
+    ends: list[tuple[float, float]] = []
+    for trial in complete:
+        assert trial.datetime_complete is not None
+        assert trial.value is not None
+        ends.append((trial.datetime_complete.timestamp() - began, trial.value))
     return Outcome(seconds, ends)
 
 

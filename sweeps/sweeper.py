@@ -124,7 +124,7 @@ def _explain_end(study: "Study", session: "Session") -> None:
     spent = describe_spent_tokens(study)
     if spent:
         log.info("study %s: %s", study.name, spent)
-    elif session.is_out_of_time:
+    elif session.is_out_of_time(study):
         log.info("study %s: out of time; the same command goes on", study.name)
 
 
@@ -164,7 +164,7 @@ def _confirm(study: "Study", session: "Session") -> None:
     """Train the best trials again with other seeds, if there is time; log why not otherwise."""
     from sweeps.answer.confirm import confirm
 
-    if session.is_out_of_time:
+    if session.is_out_of_time(study):
         folder = os.path.relpath(study.folder)
         log.info("out of time: not confirmed; python -m sweeps confirm %s does", folder)
         return

@@ -5,6 +5,7 @@ set.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -173,7 +174,9 @@ class Reporter:
         """Evaluate, report to the observer, and stop the run if it or the patience says so."""
         if self._evaluate is None:
             return
+        began = time.perf_counter()
         metrics = yield from self._evaluate(step in self._answer_steps)
+        seconds = time.perf_counter() - began
         names = self._config.objectives
         # Of several objectives none alone says which run is better.
         if len(names) == 1 and names[0] in metrics:
@@ -186,6 +189,7 @@ class Reporter:
             metrics=metrics,
             is_warmup=step < self._warmup_steps,
             train_tokens=self.progress.train_tokens,
+            seconds=seconds,
         )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.

@@ -50,7 +50,8 @@ class StudySettings(Section):
     start: list[dict[str, Any]]
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     timeout: float | None
-    """Seconds after which no trial begins and running trials are pruned; null: no limit."""
+    """Seconds for the whole session, its final evaluation included; null: no limit. When only the
+    time for that is left, no trial begins, and running trials are pruned."""
     stop_when: Literal["no_gain"] | None
     """no_gain: no further trial begins once at least 20 are measured and simulations say that as
     many more would hardly help; null: the study goes on to `n_trials`."""
