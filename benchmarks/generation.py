@@ -180,7 +180,7 @@ class Sides:
 
     def answer_in_slots(self, runs: int) -> list[list[str]]:
         """Answer the prompts of so many runs together."""
-        from finetune.engine.generation import decode_answers, encode_prompts
+        from finetune.engine.encoded_prompts import decode_answers, encode_prompts
         from finetune.engine.packed.requests import Generate
 
         requests = []

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from finetune.compat import hydra_argument_parser
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
@@ -81,10 +83,39 @@ def compose_run(overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: an override or the resulting config is not allowed.
     """
+    return compose_sweep(overrides)[0]
+
+
+def compose_sweep(
+    overrides: list[str], multirun: bool = False
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the checked config of a command line, and the keys of its sweeper.
+
+    Args:
+        overrides: the command line's overrides.
+        multirun: whether values may be swept over; such a key then has the config's own value.
+
+    Returns:
+        The config, and `hydra.sweeper` with `hydra/sweeper=optuna`; else an empty dict.
+
+    Raises:
+        ConfigError: an override or the resulting config is not allowed.
+    """
     checked = [check_override(override) for override in overrides]
+    if multirun:
+        parsed = OverridesParser.create().parse_overrides(checked)
+        checked = [
+            override
+            for override, parts in zip(checked, parsed, strict=True)
+            if not parts.is_sweep_override()
+        ]
     with hydra.initialize_config_dir(str(CONF)):
-        composed = hydra.compose("config", checked)
-        return RunConfig.from_hydra(composed)
+        composed = hydra.compose("config", checked, return_hydra_config=True)
+        sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper)
+        with flag_override(composed, "struct", False):
+            del composed["hydra"]
+        config = RunConfig.from_hydra(composed)
+    return config, sweeper if "n_trials" in sweeper else {}
 
 
 def check_override(override: str) -> str:

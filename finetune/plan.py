@@ -1,26 +1,25 @@
-"""Plan memory, tokens and time of a run: `python -m finetune.plan OVERRIDES`. Loads no weights."""
+"""Plan memory, tokens and time of a run or a study: `python -m finetune.plan OVERRIDES`.
+
+Loads no weights.
+"""
 
 import argparse
 import json
-import math
 import time
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from finetune.app import compose_run
+from finetune.app import compose_sweep
 from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.model.memory import GIB
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
+from finetune.run.time_plan import TimePlan, plan_time
 
 if TYPE_CHECKING:
     from finetune.run.plan import Plan
-
-
-PASSES = 4
-"""Passes through the base for each trained token, in forward passes: a backward pass takes about
-twice as long, and the adapter and attention the rest."""
 
 
 TRAINING_SHARE = 0.7
@@ -30,12 +29,13 @@ TRAINING_SHARE = 0.7
 def main() -> None:
     """Read the command line, plan the run, print the plan."""
     arguments = _parse_arguments()
-    config = compose_run(arguments.overrides)
+    config, sweeper = compose_sweep(arguments.overrides, arguments.multirun)
     quiet_libraries()
     resources = SharedResources()
     # Mistakes in the rows are reported before torch is imported.
     rows = resources.rows(config.dataset)
     config = resolve_learning_rate(config, resources)
+    from finetune.model.device import on_gpu
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
     from finetune.run.sizes import check_sizes
 
@@ -58,23 +58,56 @@ def main() -> None:
     if not arguments.json:
         _print_memory(plan, method)
     plan.require_room(config)
-    operations = plan.train_tokens * PASSES * plan.weights
-    seconds = operations / measure_speed()
+    times = plan_time(
+        config,
+        splits,
+        plan.train_tokens,
+        plan.weights,
+        measure_speed(),
+        on_gpu(),
+    )
+    study = _plan_study(plan, times, sweeper)
     if arguments.json:
-        content = {**_to_dict(plan, config, seconds), "quantization": method}
+        content = {**_to_dict(plan, config, times, study), "quantization": method}
         print(json.dumps(content, indent=2))
     else:
-        _print_work(plan, config, seconds)
+        _print_work(plan, config, times, splits)
+        _print_study(study, times, sweeper)
+
+
+def _plan_study(
+    plan: "Plan", times: TimePlan, sweeper: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Return the least and the most seconds of a study; None where `n_trials` is not given."""
+    if not sweeper.get("n_trials"):
+        return None
+    import torch
+
+    slots = plan.slots if sweeper["slots"] == "auto" else sweeper["slots"]
+    seeds = sweeper["baseline_seeds"]
+    if seeds == "auto":
+        seeds = 2 if slots > 1 else 0
+    workers = sweeper["n_jobs"] or max(1, torch.cuda.device_count())
+    return times.study(sweeper["n_trials"], seeds, workers)
 
 
 def _parse_arguments() -> argparse.Namespace:
-    description = "Plan memory, tokens and time of a run, before any weights load."
+    description = (
+        "Plan memory, tokens and time of a run, or of a study with hydra/sweeper=optuna, "
+        "before any weights load."
+    )
     parser = command_parser("finetune.plan", description)
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="OVERRIDE",
         help="as python -m finetune accepts them",
+    )
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="as for a study: values that are searched are then allowed",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table"
@@ -123,7 +156,12 @@ def _further_slot(plan: "Plan") -> int:
     return plan.peak(3) - plan.peak(2)
 
 
-def _to_dict(plan: "Plan", config: RunConfig, seconds: float) -> dict[str, Any]:
+def _to_dict(
+    plan: "Plan",
+    config: RunConfig,
+    times: TimePlan,
+    study: tuple[float, float] | None,
+) -> dict[str, Any]:
     """Return the plan as `--json` prints it: memory in bytes, time in seconds."""
     return {
         "memory": {
@@ -143,7 +181,12 @@ def _to_dict(plan: "Plan", config: RunConfig, seconds: float) -> dict[str, Any]:
         "slots": plan.slots,
         "learning_rate": config.optimizer.learning_rate,
         "train_tokens": plan.train_tokens,
-        "train_seconds": seconds,
+        "train_seconds": times.training,
+        "evaluation_seconds": times.evaluation,
+        "evaluations": times.evaluations,
+        "final_seconds": times.final,
+        "run_seconds": times.run,
+        "study_seconds": study,
     }
 
 
@@ -166,13 +209,54 @@ def _print_memory(plan: "Plan", method: str) -> None:
     print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}")
 
 
-def _print_work(plan: "Plan", config: RunConfig, seconds: float) -> None:
+def _print_work(
+    plan: "Plan",
+    config: RunConfig,
+    times: TimePlan,
+    splits: Mapping[str, Sized],
+) -> None:
     size = _further_slot(plan) / GIB
     slots = f"room for {plan.largest}, {plan.slots} recommended"
-    minutes = max(1, math.ceil(seconds / 60))
     print(f"{'each further slot':32}{size:8.2f} GiB: {slots}")
     print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")
-    print(f"{'tokens':32}{plan.train_tokens:8d}: about {minutes} min of training")
+    training = format_duration(times.training)
+    print(f"{'tokens':32}{plan.train_tokens:8d}: about {training} of training")
+    # Answers may end before their limit.
+    measure = "up to" if config.evaluation.metrics else "about"
+    if times.evaluations:
+        evaluations = format_duration(times.evaluations * times.evaluation)
+        count = f"{measure} {evaluations} for {times.evaluations} evaluations"
+        print(f"{'held-out rows':32}{len(splits['eval']):8d}: {count}")
+    test = f"{measure} {format_duration(times.test)}"
+    print(f"{'test rows':32}{len(splits['test']):8d}: {test}")
+    if times.answers:
+        measure = "up to"
+        answers = format_duration(2 * times.answers)
+        print(f"{'sample prompts':32}{'':8}  up to {answers}, before and after")
+    run = format_duration(times.run)
+    print(f"{'the run, after loading':32}{'':8}  {measure} {run}")
+
+
+def _print_study(
+    study: tuple[float, float] | None, times: TimePlan, sweeper: Mapping[str, Any]
+) -> None:
+    if study is not None:
+        least, most = (format_duration(seconds) for seconds in study)
+        trials = f"the study of {sweeper['n_trials']} trials"
+        print(f"{trials:32}{'':8}  {least} (pruning saves half) to {most}")
+    timeout = sweeper.get("timeout")
+    if timeout:
+        fitting = max(0.0, timeout - times.final - times.test) / times.training
+        print(f"{'whole trials in the timeout':32}{fitting:8.1f} on each worker")
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it, at two digits: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.2g} h"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.engine.allocated_cache import allocate_cache
-from finetune.engine.generation import Answers
+from finetune.engine.encoded_prompts import Answers
 from finetune.engine.probes import (
     Comparison,
     computes_exactly,

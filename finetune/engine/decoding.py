@@ -18,8 +18,8 @@ from finetune.engine.answer_batch import (
     rows_in_memory,
 )
 from finetune.engine.batch_decoding import compare_steps, decode_batch
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_of
 from finetune.engine.evaluation import evaluation_mode
-from finetune.engine.generation import Answers, EncodedPrompts, positions_of
 from finetune.engine.probes import Shortcut, holds
 from finetune.engine.sampling import RowSampler
 from finetune.model.memory import free_memory, is_out_of_memory_error

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example
 from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation, evaluate
-from finetune.engine.generation import Sampling, generate_answers
+from finetune.engine.generation import generate_answers
 from finetune.engine.steps import RunSteps
 
 if TYPE_CHECKING:

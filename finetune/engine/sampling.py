@@ -6,7 +6,7 @@ import numpy
 import torch
 from transformers import LogitsProcessor
 
-from finetune.engine.generation import Sampling
+from finetune.engine.encoded_prompts import Sampling
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]

@@ -11,8 +11,8 @@ from finetune.config.data_folder import local_path
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt, Row
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.generation import Sampling
 from finetune.engine.steps import RunSteps
 from finetune.metrics.answers import answers_of
 from finetune.metrics.metric import Answer, Metric, Score

@@ -10,6 +10,7 @@ import math
 
 from finetune.config.schema import RunConfig
 from finetune.run.resources import SharedResources
+from finetune.run.time_plan import GENERATED_STEP_TOKENS
 from sweeps.study.study import Study
 
 FINAL_SECONDS = "final_seconds"
@@ -17,10 +18,6 @@ FINAL_SECONDS = "final_seconds"
 
 CONCLUSION_SECONDS = 10.0
 """Report, files and trackers, once all is evaluated."""
-
-GENERATED_STEP_TOKENS = 80
-"""A step of generation on a CPU takes as long as an evaluation of so many tokens (measured with
-SmolLM2-135M on two cores). On a GPU, which waits for its host, as long as a batch of rows."""
 
 
 def estimate_final_seconds(
@@ -48,6 +45,7 @@ def estimate_final_seconds(
         evaluation_steps = float(config.evaluation.max_new_tokens)
     else:
         batches = math.ceil(len(held_out) / config.trainer.per_device_eval_batch_size)
+        # On a GPU, which waits for its host, a step takes as long as a batch of rows.
         step_tokens = tokens / batches if is_gpu else GENERATED_STEP_TOKENS
         evaluation_steps = tokens / step_tokens
     # The base's and the winner's.

@@ -17,8 +17,8 @@ import torch
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
 from finetune.engine.decoding import generate_tokens
+from finetune.engine.encoded_prompts import Answers
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.generation import Answers
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import computes_as_base

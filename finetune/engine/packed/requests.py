@@ -6,8 +6,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.generation import Answers, EncodedPrompts
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.slot import Slot
 from finetune.engine.steps import Executor

@@ -14,13 +14,13 @@ from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
-from finetune.engine.evaluation import Evaluation
-from finetune.engine.generation import (
+from finetune.engine.encoded_prompts import (
     Answers,
     Sampling,
     decode_answers,
     encode_prompts,
 )
+from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (

@@ -8,7 +8,7 @@ from support.runs import NONE, Tiny
 
 from finetune.config.schema import RunConfig
 from finetune.data.types import Prompt
-from finetune.engine.generation import Sampling
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.steps import drive
 from finetune.run.resources import SharedResources
 
