@@ -1,12 +1,12 @@
 """A model that no other run uses, evaluated by itself: TRL's, and that of a completed run."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example
 from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation, evaluate
 from finetune.engine.generation import generate_answers
 from finetune.engine.steps import RunSteps
@@ -47,33 +47,22 @@ class LoadedModel:
         prompts: Sequence[Prompt],
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        max_length: int | None = None,
+        sampling: Sampling | None = None,
     ) -> RunSteps[list[str]]:
         """Generate an answer to each prompt.
 
-        Args:
-            prompts: The prompts.
-            tokenizer: The base's tokenizer.
-            max_new_tokens: Limit of an answer, in tokens.
-
-        Returns:
-            The answers, in the order of the prompts.
+        Arguments and answers are those of `finetune.engine.generation.generate_answers`.
         """
         yield from ()
-        answers: list[str] = []
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        for start in range(0, len(prompts), batch_size):
-            answers += generate_answers(
-                self.model,
-                tokenizer,
-                prompts[start : start + batch_size],
-                self._config.quantization,
-                max_new_tokens=max_new_tokens,
-                max_length=None,
-                variables=self._config.model.template_kwargs,
-            )
-        return answers
-
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """Return the model, for text generation."""
-        return nullcontext(self.model)
+        return generate_answers(
+            self.model,
+            tokenizer,
+            prompts,
+            self._config.quantization,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            variables=self._config.model.template_kwargs,
+            sampling=sampling,
+        )

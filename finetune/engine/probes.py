@@ -45,7 +45,7 @@ bfloat16 on an H200, right logits differ by 5.6 %. Deeper bases differ by more. 
 architectures are tested one by one; the probe is for a base that is not what its type says.
 """
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
 
 WINDOW_SETTINGS = (

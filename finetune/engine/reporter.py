@@ -17,7 +17,7 @@ from finetune.engine.early_stopping import EarlyStopping
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.output import RunOutput
-from finetune.engine.schedule import evaluation_rungs, warmup_steps
+from finetune.engine.schedule import answer_steps, evaluation_rungs, warmup_steps
 from finetune.engine.steps import RunSteps
 from finetune.errors import Diverged
 from finetune.files.run_folder import Metrics, remove_old_checkpoints
@@ -67,6 +67,7 @@ class Reporter:
         self._observer = observer
         self._interrupt = interrupt
         self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._answer_steps = answer_steps(config.evaluation, self._rungs)
         self._warmup_steps = warmup_steps(config.optimizer, total)
 
     @contextmanager
@@ -174,7 +175,7 @@ class Reporter:
         if self._evaluate is None:
             return
         began = time.perf_counter()
-        metrics = yield from self._evaluate(self._generates(step))
+        metrics = yield from self._evaluate(step in self._answer_steps)
         seconds = time.perf_counter() - began
         names = self._config.objectives
         # Of several objectives none alone says which run is better.
@@ -203,13 +204,6 @@ class Reporter:
             self.progress.stop = "pruned"
         elif self._early_stopping.should_stop(step):
             self.progress.stop = "early"
-
-    def _generates(self, step: int) -> bool:
-        """Whether answers are generated at the rung of a step: `evaluation.every`."""
-        every = self._config.evaluation.every
-        number = list(self._rungs).index(step)
-        is_due = every > 0 and number % every == 0
-        return is_due or step == self.total
 
     def _check_evaluation(self, step: int, loss: float) -> None:
         if math.isfinite(loss):

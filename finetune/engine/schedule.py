@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.evaluation import EvaluationSettings
 from finetune.config.sections.optimizer import OptimizerSettings
 
 SEED_STRIDE = 1_000_003
@@ -114,6 +115,20 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
         # Two positions may round up to one step; it is evaluated once.
         rungs.setdefault(math.ceil(point), max(multiple, next_index))
     return rungs
+
+
+def answer_steps(settings: EvaluationSettings, rungs: dict[int, int]) -> list[int]:
+    """Return the optimizer steps after which a run generates answers (`evaluation.every`).
+
+    Args:
+        settings: The metrics of generated answers, and when they are computed.
+        rungs: From `evaluation_rungs`.
+    """
+    if not settings.metrics:
+        return []
+    steps = [*rungs]
+    due = steps[:: settings.every] if settings.every else []
+    return sorted({*due, steps[-1]})
 
 
 def _position(value: float, total: int) -> float:

@@ -16,6 +16,8 @@ class Executor(Protocol):
 
     capacity: int | None
     """Number of requests that fit into memory at once; None: no limit is known."""
+    answer_tokens: int
+    """Tokens of the longest answer that a request for answers is expected to generate."""
 
     def execute(
         self, requests: Sequence[Any], host_work: Callable[[], None] | None = None
@@ -38,6 +40,10 @@ class Request(Protocol):
     def executor(self) -> Executor:
         """Executes the request, together with simultaneous requests of other runs."""
 
+    @property
+    def rounds_to_answers(self) -> int | None:
+        """How many requests from now the run asks for answers; 0: this one does; None: never."""
+
 
 RunSteps = Generator[Request | None, Any, T]
 """The steps of a run, which may be interleaved with those of other runs in one process.
@@ -56,16 +62,26 @@ def drive(steps: RunSteps[T]) -> T:
             # None: there are no other runs to wait for, so the run goes on at once.
             response = None
             if request is not None:
-                (response,) = request.executor.execute([request])
+                response = _execute(request)
     # The return value of a generator is in the exception that its end raises.
     except StopIteration as end:
         result: T = end.value
         return result
 
 
+def _execute(request: Request) -> Any:
+    """Return the response to a request; an interruption is one too."""
+    try:
+        (response,) = request.executor.execute([request])
+        return response
+    # The run has to know of it, because it says how it can be continued.
+    except KeyboardInterrupt as error:
+        return error
+
+
 def _resume(steps: RunSteps[T], response: Any) -> Request | None:
     """Give a generator its response, or raise it there if it is an exception."""
     # Raised where the run waits for the response, so that its `with` blocks end in order.
-    if isinstance(response, Exception):
+    if isinstance(response, BaseException):
         return steps.throw(response)
     return steps.send(response)

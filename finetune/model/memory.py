@@ -99,6 +99,19 @@ def available_memory() -> int:
     return free_host_memory()
 
 
+def allocatable_memory() -> int:
+    """Return the bytes that this process can allocate now, of the GPU if there is one.
+
+    What PyTorch has reserved and not allocated counts.
+    """
+    import torch
+
+    memory = available_memory()
+    if torch.cuda.is_available():
+        return memory - torch.cuda.memory_allocated()
+    return memory - resident_memory_bytes()
+
+
 def reset_peak_memory() -> None:
     """Measure the peak from here on: a process may train several runs."""
     import torch

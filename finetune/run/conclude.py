@@ -55,7 +55,7 @@ def conclude(
         samples = sample_prompts(prepared, training, folder, context)
         if samples.asked:
             log.info("answering %d sample prompts after training", samples.asked)
-        samples.after(tracker, progress.step)
+        yield from samples.after(tracker, progress.step)
         _push(prepared.config, training.model)
     return metrics
 

@@ -11,6 +11,7 @@ from finetune.config.data_folder import local_path
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt, Row
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
 from finetune.metrics.answers import answers_of
@@ -37,7 +38,9 @@ class EvaluatedModel(Protocol):
         prompts: Sequence[Prompt],
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        max_length: int | None = None,
+        sampling: Sampling | None = None,
     ) -> RunSteps[list[str]]:
         """Generate an answer to each prompt."""
 
@@ -87,7 +90,10 @@ def evaluate_rows(
     answers = answers_of(rows, settings)
     prompts = [answer.prompt for answer in answers]
     predictions = yield from model.generate_answers(
-        prompts, tokenizer, max_new_tokens=settings.max_new_tokens
+        prompts,
+        tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=_sampling(config),
     )
 
     def score() -> tuple[dict[str, Result], dict[str, Score]]:
@@ -102,6 +108,15 @@ def evaluate_rows(
     results, answer_scores = future.result()
     evaluation = replace(evaluation, scores=scores | answer_scores)
     return EvaluatedRows(evaluation, answers, predictions, results)
+
+
+def _sampling(config: RunConfig) -> Sampling | None:
+    """Return how answers are drawn: alike in all trials of a study, whatever their seeds."""
+    settings = config.evaluation
+    if settings.temperature == 0:
+        return None
+    seed = config.dataset.split_seed
+    return Sampling(settings.temperature, settings.top_p, seed)
 
 
 def _start_thread(work: Callable[[], T]) -> Future[T]:

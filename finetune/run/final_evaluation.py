@@ -62,11 +62,11 @@ def evaluate_finished_run(
             errors,
             _open_adapter(config, folder, resources, test) as opened,
         ):
-            samples = Samples(config, folder, rows, opened.generation_model, resources)
+            samples = Samples(config, folder, rows, opened, resources)
             # The base's answers come first: the adapter is still fresh, and changes nothing.
             if needs_answers and samples.unasked:
                 log.info("answering %d sample prompts with the base", samples.unasked)
-                samples.before()
+                drive(samples.before())
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
                 metrics = load_metrics(config.evaluation)
@@ -82,7 +82,7 @@ def evaluate_finished_run(
                 write_test_evaluation(folder, evaluation)
             if needs_answers and samples.asked:
                 log.info("answering %d sample prompts with the adapter", samples.asked)
-                samples.after(Tracker(), 0)
+                drive(samples.after(Tracker(), 0))
     _record(evaluation, folder)
     return evaluation
 

@@ -4,26 +4,22 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.console import log_traceback, summary_line
 from finetune.data.prompts import first_answer, first_prompt
 from finetune.data.rows import Rows
 from finetune.data.types import Prompt, Row
-from finetune.engine.generation import generate_answers
+from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.memory import free_memory
+from finetune.run.evaluate_rows import EvaluatedModel
 from finetune.run.resources import SharedResources
 from finetune.tracking.tracker import Sample, Tracker
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +38,7 @@ class Samples:
         config: The run's config.
         folder: The run folder.
         rows: Rows to take questions from.
-        generation_model: Returns a context manager that gives the model as the adapter makes it.
+        model: Answers the prompts.
         resources: Share the tokenizer and the base's answers.
     """
 
@@ -51,12 +47,12 @@ class Samples:
         config: RunConfig,
         folder: RunFolder,
         rows: Rows,
-        generation_model: "Callable[[], AbstractContextManager[PreTrainedModel]]",
+        model: EvaluatedModel,
         resources: SharedResources,
     ) -> None:
         self._config = config
         self._file = folder.samples
-        self._generation_model = generation_model
+        self._model = model
         self._resources = resources
         self._questions = _choose_questions(config, rows)
         self._prompts = [question.prompt for question in self._questions]
@@ -71,46 +67,45 @@ class Samples:
         """How many prompts `after` will answer."""
         return len(read_json(self._file) or [])
 
-    def before(self) -> None:
+    def before(self) -> RunSteps[None]:
         """Ask the fresh adapter. A resumed run has asked already."""
         if not self.unasked:
             return
         samples = [question.to_sample() for question in self._questions]
         with survive_samples("before training"):
-            for sample, answer in zip(samples, self._answers_before(), strict=True):
+            answers = yield from self._answers_before()
+            for sample, answer in zip(samples, answers, strict=True):
                 sample["before"] = answer
         write_json(self._file, samples)
 
-    def after(self, tracker: Tracker, step: int) -> None:
+    def after(self, tracker: Tracker, step: int) -> RunSteps[None]:
         """Ask the trained adapter, and show both answers on the tracker."""
         samples: list[Sample] = read_json(self._file) or []
         if not samples:
             return
         with survive_samples("after training"):
-            for sample, answer in zip(samples, self._answers(), strict=True):
+            answers = yield from self._answers()
+            for sample, answer in zip(samples, answers, strict=True):
                 sample["after"] = answer
         write_json(self._file, samples)
         tracker.log_samples(step, samples)
 
-    def _answers_before(self) -> list[str]:
+    def _answers_before(self) -> RunSteps[list[str]]:
         """Answers of the fresh adapter; where it equals the base, all runs share them."""
         if not self._config.lora.starts_at_zero:
-            return self._answers()
-        return self._resources.base_answers(self._config, self._prompts, self._answers)
+            return (yield from self._answers())
+        base_answers = self._resources.base_answers(self._config, self._prompts)
+        return (yield from base_answers.get(self._answers))
 
-    def _answers(self) -> list[str]:
+    def _answers(self) -> RunSteps[list[str]]:
         config = self._config
-        tokenizer = self._resources.tokenizer(config.model)
-        with self._generation_model() as model:
-            return generate_answers(
-                model,
-                tokenizer,
-                self._prompts,
-                config.quantization,
-                max_new_tokens=config.sample_max_new_tokens,
-                max_length=config.sample_max_length,
-                variables=config.model.template_kwargs,
-            )
+        steps = self._model.generate_answers(
+            self._prompts,
+            self._resources.tokenizer(config.model),
+            max_new_tokens=config.sample_max_new_tokens,
+            max_length=config.sample_max_length,
+        )
+        return (yield from steps)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ def train(
         progress.step if checkpoint else -1
     )  # -1: the metrics of step 0 go too
     if context.interactive:
-        _answer_before_training(sample_prompts(prepared, training, folder, context))
+        yield from _answer_before_training(
+            sample_prompts(prepared, training, folder, context)
+        )
     reporter = _create_reporter(prepared, training, progress, folder, tracker, context)
     steps = prepared.total_steps
     batch_size = config.trainer.effective_batch_size
@@ -140,11 +142,11 @@ def train(
     _save(training, prepared, folder.adapter)
 
 
-def _answer_before_training(samples: Samples) -> None:
+def _answer_before_training(samples: Samples) -> RunSteps[None]:
     if samples.unasked:
         # On a CPU this takes a minute in which nothing else is shown.
         log.info("answering %d sample prompts before training", samples.unasked)
-    samples.before()
+    yield from samples.before()
 
 
 def _create_reporter(
@@ -191,7 +193,7 @@ def sample_prompts(
         prepared.config,
         folder,
         prepared.rows,
-        training.generation_model,
+        training,
         context.resources,
     )
 

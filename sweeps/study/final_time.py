@@ -40,11 +40,11 @@ def estimate_final_seconds(
     answer_steps = config.sample_max_new_tokens or config.sample_max_length or 0
     if config.sample_prompts == []:
         answer_steps = 0
-    batches = math.ceil(len(held_out) / config.trainer.per_device_eval_batch_size)
     if config.evaluation.metrics:
-        # An evaluation generates an answer to each row.
-        evaluation_steps = float(batches * config.evaluation.max_new_tokens)
+        # An evaluation generates the answers to all rows together.
+        evaluation_steps = float(config.evaluation.max_new_tokens)
     else:
+        batches = math.ceil(len(held_out) / config.trainer.per_device_eval_batch_size)
         # On a GPU, which waits for its host, a step takes as long as a batch of rows.
         step_tokens = tokens / batches if is_gpu else GENERATED_STEP_TOKENS
         evaluation_steps = tokens / step_tokens

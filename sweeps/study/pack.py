@@ -10,6 +10,7 @@ from typing import Any
 from finetune.console import LOG_FORMAT
 from finetune.engine.steps import Executor, Request, RunSteps
 from finetune.errors import Interrupted
+from sweeps.study.answer_wait import answers_wait
 from sweeps.study.logs import RunNameFormatter
 
 
@@ -72,7 +73,8 @@ def train_together(next_run: Callable[[], PackedRun | None], slots: int) -> int:
 
     Requests that several runs have at the same time are executed together. A run without a
     request (one that begins or ends) works while the GPU executes the others' requests, so that
-    its beginning and end cost them almost no time. While runs train, at most one begins in each
+    its beginning and end cost them almost no time. A run that asks for answers may wait for others
+    that will soon ask too, see `answers_wait`. While runs train, at most one begins in each
     pass: several that begin together would also end together, and leave the GPU idle.
 
     Args:
@@ -104,9 +106,9 @@ class _Pack:
         """Train all runs; return how many have ended."""
         try:
             while self._runs or self._begin_runs(self._slots):
-                requesting = [run for run in self._runs if run.request is not None]
-                self._execute_requests(requesting)
-                self._resume(requesting)
+                due = self._due_runs()
+                self._execute_requests(due)
+                self._resume(due)
         finally:
             # Runs are left only after an error: a closed run frees its folder's lock.
             for run in self._runs:
@@ -150,6 +152,18 @@ class _Pack:
                 self._runs.remove(run)
                 run.close()
                 self._ended += 1
+
+    def _due_runs(self) -> list[PackedRun]:
+        """Return the runs whose requests are executed in this round."""
+        requesting = [run for run in self._runs if run.request is not None]
+        due = []
+        for _, runs in _by_executor(requesting):
+            requests = [_request_of(run) for run in runs]
+            are_held = answers_wait(requests)
+            for run, request in zip(runs, requests, strict=True):
+                if not (are_held and request.rounds_to_answers == 0):
+                    due.append(run)
+        return due
 
     def _execute_requests(self, requesting: list[PackedRun]) -> None:
         """Execute the runs' requests, those of one bank together, while the other runs work."""

@@ -1,5 +1,6 @@
 """Metrics of generated answers, beside the loss of held-out rows."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,6 +33,13 @@ class EvaluationSettings(Section):
 
     max_new_tokens: int = 128
     """Limit of a generated answer, in tokens."""
+
+    temperature: float = 0.0
+    """Answers are drawn with this temperature, by the same random numbers in each trial and at each
+    evaluation; 0: each token is the most likely one."""
+
+    top_p: float = 1.0
+    """With a temperature: only the likeliest tokens that have this share together are drawn."""
 
     limit: int | None = None
     """The number of rows that get answers, the first ones of each part; null: all."""
@@ -67,6 +75,11 @@ class EvaluationSettings(Section):
         has_rows = self.limit is None or self.limit >= 1
         self.require("limit", has_rows, f"{allowed}, or null: all rows")
         self.require("every", self.every >= 0, "must be at least 0 (0: only the last)")
+        is_temperature = 0 <= self.temperature < math.inf
+        allowed = "must be a number of at least 0 (0: the most likely tokens)"
+        self.require("temperature", is_temperature, allowed)
+        is_share = 0 < self.top_p <= 1
+        self.require("top_p", is_share, "must be above 0 and at most 1")
         self.require("retries", self.retries >= 0, "must be at least 0")
 
     @property

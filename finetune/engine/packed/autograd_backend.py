@@ -16,6 +16,7 @@ from finetune.engine.packed.attention import ATTENTION, PackedAttention
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
+from finetune.engine.packed.row_adapters import RowAdapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +30,8 @@ class _SlotSpan:
 
     slot: "Slot"
     start: int
-    stop: int | None
-    """One past the last token; None: to the end."""
+    stop: int
+    """One past the last token."""
     dropout_step: int | None
     """None: no dropout."""
 
@@ -67,12 +68,18 @@ class AutogradBackend:
         self._base = base
         self._gradient_checkpointing = gradient_checkpointing
         self._pass: _Pass | None = None
+        self._row_adapters: RowAdapters | None = None
+        """Those of the slots for which text is generated now."""
         device = base.get_input_embeddings().weight.device
         # Makes the outputs part of the graph where no input requires a gradient.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._hooked: set[str] = set()
         """Names of the layers with a hook."""
-        fuse_layers(base, lambda: self._pass is not None)
+        fuse_layers(base, self._is_active)
+
+    def _is_active(self) -> bool:
+        """Whether the base works for slots now."""
+        return self._pass is not None or self._row_adapters is not None
 
     def attach(self, slot: "Slot") -> None:
         """Hook the layers that the slot adapts, unless another slot has done so."""
@@ -150,26 +157,21 @@ class AutogradBackend:
         return losses, correct, gradient
 
     @contextlib.contextmanager
-    def generation_model(self, slot: "Slot") -> Iterator["PreTrainedModel"]:
-        """Apply one slot's adapter to everything that the base computes, without dropout.
+    def adapted_rows(self, slots: "Sequence[Slot]") -> Iterator["PreTrainedModel"]:
+        """Apply slots' adapters to the rows that the base computes, without dropout.
 
         Args:
-            slot: Must be attached.
+            slots: Attached slots. The base is called with equally many rows of each, one slot's
+                after another's.
 
         Yields:
             The base.
         """
-        all_tokens = _SlotSpan(
-            slot=slot,
-            start=0,
-            stop=None,
-            dropout_step=None,
-        )
-        self._pass = _Pass([all_tokens], training=False)
+        self._row_adapters = RowAdapters(slots)
         try:
             yield self._base
         finally:
-            self._pass = None
+            self._row_adapters = None
 
     @contextlib.contextmanager
     def _during(self, current_pass: _Pass) -> Iterator[None]:
@@ -198,9 +200,12 @@ class AutogradBackend:
         separate = type(layer).__name__ == "Linear8bitLt"
 
         def forward(x: torch.Tensor) -> torch.Tensor:
+            if self._row_adapters is not None:
+                base_layer = original if separate else None
+                return self._row_adapters.forward(name, layer, x, base_layer)
             if self._pass is None:
                 return original(x)
-            slot_tokens = _adapted_tokens(self._pass, name, x)
+            slot_tokens = _adapted_tokens(self._pass, name)
             output = None
             if separate:
                 spans = self._pass.spans
@@ -211,23 +216,19 @@ class AutogradBackend:
         layer.forward = forward
 
 
-def _adapted_tokens(
-    current_pass: _Pass, name: str, x: torch.Tensor
-) -> list[SlotTokens]:
-    """The tokens of the slots that adapt a layer, which has the input x [..., in_features]."""
+def _adapted_tokens(current_pass: _Pass, name: str) -> list[SlotTokens]:
+    """The tokens of the slots that adapt a layer."""
     slot_tokens = []
     for span in current_pass.spans:
         adapter = span.slot.adapters.get(name)
         if adapter is None:
             continue
-        # Without an end the slot has all tokens: those of all rows while text is generated.
-        stop = x[..., 0].numel() if span.stop is None else span.stop
         tokens = SlotTokens(
             seed=span.slot.seed,
             dropout=span.slot.dropout,
             adapter=adapter,
             start=span.start,
-            stop=stop,
+            stop=span.stop,
             dropout_step=span.dropout_step,
         )
         slot_tokens.append(tokens)

@@ -70,7 +70,7 @@ def _compare_backend(
         hidden, _ = backend.forward(batch, [slot], None)
         row_hidden = hidden[batch.target_rows == 1]
         logits = base.get_output_embeddings()(row_hidden)
-    with autograd.generation_model(slot) as adapted_base:
+    with autograd.adapted_rows([slot]) as adapted_base:
         plain = plain_logits(adapted_base, rows[1]["input_ids"])
     return logits, plain[len(prefix) : -1]
 

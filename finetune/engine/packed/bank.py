@@ -5,17 +5,19 @@ contribution of every slot's adapter to that slot's own tokens. So a slot's numb
 it would have alone, up to the rounding of matrix products.
 """
 
-import contextlib
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
+from finetune.engine.decoding import generate_tokens
+from finetune.engine.encoded_prompts import Answers
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
@@ -27,6 +29,7 @@ from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
     ForwardBackwardResult,
+    Generate,
     PackedRequest,
     Response,
 )
@@ -79,6 +82,8 @@ class Bank:
         """Slots in which runs train now, counted by `SharedResources.slot`."""
         self.capacity: int | None = None
         """How many requests fit into memory at once; None: no limit has been met."""
+        self.answer_tokens = config.evaluation.max_new_tokens
+        """Tokens of the longest answer of the last generation; at first its limit."""
         self._host_work: Callable[[], None] | None = None
 
     def initialise_adapter(self, lora: LoraSettings, seed: int) -> "PeftModel":
@@ -185,8 +190,8 @@ class Bank:
         # By the requests' ids: they hold lists of rows and so have no hash.
         responses: dict[int, Response | Exception] = {}
         # One after the other: a pass either trains all of its slots, with dropout and a trace for
-        # the gradients, or evaluates all of them.
-        for request_type in (ForwardBackward, Evaluate):
+        # the gradients, or evaluates all of them, or generates text for all of them.
+        for request_type in (ForwardBackward, Evaluate, Generate):
             group = [
                 request for request in requests if isinstance(request, request_type)
             ]
@@ -207,13 +212,17 @@ class Bank:
         try:
             if isinstance(requests[0], ForwardBackward):
                 return list(self.forward_backward(requests))
-            return list(self.evaluate(requests))
+            if isinstance(requests[0], Evaluate):
+                return list(self.evaluate(requests))
+            return list(self.generate(requests))
         except Exception as error:
             if len(requests) == 1:
                 # The response outlives this call, and its frames hold the tensors of the pass.
                 traceback.clear_frames(error.__traceback__)
                 return [error]
-            if is_out_of_memory_error(error):
+            # Text is generated in batches that fit, so this is a single prompt that does not.
+            is_generation = isinstance(requests[0], Generate)
+            if is_out_of_memory_error(error) and not is_generation:
                 self.capacity = half
                 log.warning(
                     "memory is too small for %d slots at once; %d from now on",
@@ -313,21 +322,31 @@ class Bank:
             first_row = rows.stop
         return evaluations
 
-    @contextlib.contextmanager
-    def generation_model(self, slot: Slot) -> Iterator["PreTrainedModel"]:
-        """Apply one slot's adapter to everything that the base computes, for text generation.
+    def generate(self, requests: Sequence[Generate]) -> list[Answers]:
+        """Answer the prompts of several slots together, each token for all of them at once.
 
         Args:
-            slot: A slot of this bank.
+            requests: One for each slot.
 
-        Yields:
-            The base.
+        Returns:
+            The answers to each request's prompts.
         """
-        slot.round()
-        with self._autograd.generation_model(slot) as base:
-            yield base
+        slots = self._rounded_slots(requests)
 
-    def _packed_batch(self, requests: Sequence[PackedRequest]) -> PackedBatch:
+        def adapt(runs: Sequence[int]) -> AbstractContextManager["PreTrainedModel"]:
+            return self._autograd.adapted_rows([slots[run] for run in runs])
+
+        prompts = [request.prompts for request in requests]
+        answers = generate_tokens(self.base, prompts, self._quantization, adapt)
+        lengths = [len(tokens) for run in answers for tokens in run]
+        self.answer_tokens = max(lengths, default=self.answer_tokens)
+        # Keys and values are large, and of other sizes than what training needs.
+        free_memory()
+        return answers
+
+    def _packed_batch(
+        self, requests: Sequence[ForwardBackward | Evaluate]
+    ) -> PackedBatch:
         batches = [request.rows for request in requests]
         return PackedBatch(batches, self.device)
 

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.slot import Slot
@@ -25,6 +26,8 @@ class ForwardBackward:
     """1 / (answer tokens of the whole optimizer step), times the float16 loss scale if any."""
     dropout_step: int
     """Number of the batch within the run; seeds the batch's dropout masks."""
+    rounds_to_answers: int | None = None
+    """See `Request.rounds_to_answers`."""
 
     @property
     def executor(self) -> Executor:
@@ -50,6 +53,8 @@ class Evaluate:
 
     slot: Slot
     rows: Sequence[Row]
+    rounds_to_answers: int | None = None
+    """See `Request.rounds_to_answers`."""
 
     @property
     def executor(self) -> Executor:
@@ -57,7 +62,25 @@ class Evaluate:
         return self.slot.bank
 
 
-PackedRequest = ForwardBackward | Evaluate
+@dataclass(frozen=True)
+class Generate:
+    """Request the answers to prompts under the slot's adapter."""
+
+    slot: Slot
+    prompts: EncodedPrompts
+
+    @property
+    def executor(self) -> Executor:
+        """The bank that the slot is on."""
+        return self.slot.bank
+
+    @property
+    def rounds_to_answers(self) -> int:
+        """See `Request.rounds_to_answers`."""
+        return 0
 
 
-Response = ForwardBackwardResult | Evaluation
+PackedRequest = ForwardBackward | Evaluate | Generate
+
+
+Response = ForwardBackwardResult | Evaluation | Answers

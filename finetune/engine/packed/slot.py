@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,11 +23,7 @@ class SlotBank(Executor, Protocol):
     device: torch.device
     dtype: torch.dtype
     """Of matrix products."""
-
-    def generation_model(
-        self, slot: "Slot"
-    ) -> AbstractContextManager["PreTrainedModel"]:
-        """The base with the slot's adapter applied, for text generation."""
+    base: "PreTrainedModel"
 
 
 class Slot:

@@ -1,6 +1,7 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,24 +14,36 @@ from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import (
+    Answers,
+    Sampling,
+    decode_answers,
+    encode_prompts,
+)
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
     ForwardBackwardResult,
+    Generate,
 )
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
-from finetune.engine.schedule import Step, resolve_steps, step_batches
+from finetune.engine.schedule import (
+    Step,
+    answer_steps,
+    evaluation_rungs,
+    resolve_steps,
+    step_batches,
+)
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
@@ -58,6 +71,10 @@ class PackedTraining:
         self._slot = slot
         self._rows = rows
         self._total = total
+        rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._answer_steps = answer_steps(config.evaluation, rungs)
+        self._step_number = 0
+        """Of the step that is computed, or that an evaluation follows."""
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -126,7 +143,10 @@ class PackedTraining:
         for start in range(0, len(order), batch_size):
             batch_indices = order[start : start + batch_size]
             batch = [examples[index] for index in batch_indices]
-            evaluation: Evaluation = yield Evaluate(self._slot, batch)
+            rounds = math.ceil((len(order) - start) / batch_size)
+            evaluation: Evaluation = yield Evaluate(
+                self._slot, batch, self._rounds_to_answers(rounds)
+            )
             for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]
                 tokens[index] = evaluation.row_tokens[position]
@@ -142,29 +162,25 @@ class PackedTraining:
         prompts: Sequence[Prompt],
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        max_length: int | None = None,
+        sampling: Sampling | None = None,
     ) -> RunSteps[list[str]]:
-        """Generate an answer to each prompt with the run's adapter; other runs train in between.
+        """Generate an answer to each prompt, together with those of other runs.
 
-        Args:
-            prompts: The prompts.
-            tokenizer: The base's tokenizer.
-            max_new_tokens: Limit of an answer, in tokens.
-
-        Returns:
-            The answers, in the order of the prompts.
+        Arguments and answers are those of `finetune.engine.generation.generate_answers`.
         """
-        answers: list[str] = []
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        for start in range(0, len(prompts), batch_size):
-            yield None
-            batch = prompts[start : start + batch_size]
-            with self.generation_model() as model:
-                loaded = LoadedModel(self._config, model)
-                answers += yield from loaded.generate_answers(
-                    batch, tokenizer, max_new_tokens=max_new_tokens
-                )
-        return answers
+        encoded = encode_prompts(
+            self._slot.bank.base,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            variables=self._config.model.template_kwargs,
+            sampling=sampling,
+        )
+        answers: Answers = yield Generate(self._slot, encoded)
+        return decode_answers(tokenizer, answers)
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.
@@ -173,9 +189,17 @@ class PackedTraining:
         """
         return self._slot.weights_on_cpu(self._weights_event)
 
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """The base with the run's adapter applied, for text generation."""
-        return self._slot.bank.generation_model(self._slot)
+    def _rounds_to_answers(self, rounds: int) -> int | None:
+        """Return how many requests from now the run asks for answers; None: never.
+
+        Args:
+            rounds: Requests that are left of the current step or evaluation.
+        """
+        for step in self._answer_steps:
+            if step >= self._step_number:
+                accumulation = self._config.trainer.gradient_accumulation_steps
+                return (step - self._step_number) * accumulation + rounds
+        return None
 
     def _step(
         self,
@@ -185,6 +209,7 @@ class PackedTraining:
     ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
+        self._step_number = number
         batches = []
         for indices in step.batches:
             batches.append([self._rows[index] for index in indices])
@@ -205,6 +230,7 @@ class PackedTraining:
                 rows=batch,
                 loss_weight=token_weight * loss_scale,
                 dropout_step=first_batch + index,
+                rounds_to_answers=self._rounds_to_answers(len(batches) - index),
             )
             loss += result.loss * token_weight
             seconds += result.seconds

@@ -76,13 +76,41 @@ def test_answers_are_generated_at_the_rungs_that_every_names(
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 8, 16, 24]
 
 
+def test_drawn_answers_are_the_same_again_and_do_not_depend_on_the_runs_seed(
+    learnable: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "answers.py").write_text(
+        "def number(predictions, references, rows):\n"
+        "    return [float(sum(map(ord, text))) for text in predictions]\n"
+    )
+    # A rate of next to nothing: the adapter stays that of the base, whatever its seed.
+    overrides = ["evaluation.metrics=[answers.number]", "optimizer.learning_rate=1e-30"]
+    drawn = [*overrides, "evaluation.temperature=2.0", "evaluation.max_new_tokens=8"]
+    cases = {
+        "greedy": overrides,
+        "drawn": drawn,
+        "other seed": [*drawn, "seed=1"],
+        "likeliest": [*drawn, "evaluation.top_p=0.5"],
+    }
+    scores = {}
+    for name, case in cases.items():
+        run(learnable("trainer.max_steps=1", *case), tmp_path / name, QUIET)
+        lines = RunFolder(tmp_path / name).metrics()
+        scores[name] = [line["eval/number"] for line in lines if "eval/number" in line]
+
+    assert scores["drawn"][0] == scores["drawn"][1]
+    assert scores["other seed"] == scores["drawn"]
+    assert scores["greedy"] != scores["drawn"]
+    assert scores["likeliest"] != scores["drawn"]
+
+
 def test_without_metrics_nothing_is_generated(
     learnable: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("generated")
 
-    monkeypatch.setattr("finetune.engine.loaded_model.generate_answers", refuse)
+    monkeypatch.setattr("finetune.engine.packed.bank.generate_tokens", refuse)
 
     run(learnable(), tmp_path / "run", QUIET)
 

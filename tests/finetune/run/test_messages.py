@@ -96,18 +96,18 @@ def interrupt_call(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> N
     """Let one call of a function, counted from 0, be interrupted; the others return answers."""
     number = 0
 
-    def interrupted(*_: Any, **__: Any) -> list[str]:
+    def interrupted(*_: Any, **__: Any) -> list[list[list[int]]]:
         nonlocal number
         number += 1
         if number - 1 == call:
             raise KeyboardInterrupt
-        return ["Hm.", "Hm."]
+        return [[[5], [5]]]
 
     monkeypatch.setattr(target, interrupted)
 
 
 ROWS = "finetune.run.resources.load_rows"
-ANSWERS = "finetune.run.samples.generate_answers"
+ANSWERS = "finetune.engine.packed.bank.generate_tokens"
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_an_interruption_outside_the_steps_says_how_to_continue(
 
 
 SLOW_ANSWERS = """
-import time, finetune.run.samples
-finetune.run.samples.generate_answers = lambda *_, **__: time.sleep(60)
+import time, finetune.engine.packed.bank
+finetune.engine.packed.bank.generate_tokens = lambda *_: time.sleep(60)
 """
 
 

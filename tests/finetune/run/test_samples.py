@@ -47,14 +47,16 @@ def failing(
     """Let these calls of `answer`, counted from 0, fail; the others answer "Hm."."""
     number = 0
 
-    def answer(*_: Any, **__: Any) -> list[str]:
+    def answer(*_: Any, **__: Any) -> Any:
+        yield from ()
         nonlocal number
         number += 1
         if number - 1 in calls:
             raise error
         return ["Hm."]
 
-    monkeypatch.setattr("finetune.run.samples.generate_answers", answer)
+    for engine in ("packed.training.PackedTraining", "loaded_model.LoadedModel"):
+        monkeypatch.setattr(f"finetune.engine.{engine}.generate_answers", answer)
 
 
 def content(file: Path) -> Any:

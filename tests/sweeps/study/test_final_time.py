@@ -46,7 +46,7 @@ def resources(**splits: list[int]) -> Any:
         (["sample_max_new_tokens=10"], False, 4 * (6 + 2 * 10 / 10)),
         # A step takes as long as one of two batches.
         (["sample_max_new_tokens=10"], True, 4 * (6 + 2 * 10 / 2)),
-        # An evaluation generates two batches of 20 tokens.
+        # An evaluation generates 20 tokens of all answers together.
         (
             [
                 "sample_max_new_tokens=10",
@@ -54,7 +54,7 @@ def resources(**splits: list[int]) -> Any:
                 "evaluation.max_new_tokens=20",
             ],
             False,
-            4 * (6 + 2 * 10 / 40),
+            4 * (6 + 2 * 10 / 20),
         ),
     ],
 )

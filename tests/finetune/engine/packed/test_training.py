@@ -294,7 +294,7 @@ def test_saved_adapters_are_plain_pefts_at_their_true_rank(
 
         load_adapter(slot.model, place / "adapter")
         ids = torch.arange(40).reshape(2, 20)
-        with torch.no_grad(), slot.bank.generation_model(slot) as spoken:
+        with torch.no_grad(), slot.bank._autograd.adapted_rows([slot]) as spoken:
             ours = spoken(input_ids=ids).logits
             theirs = model(input_ids=ids).logits
         assert float((ours - theirs).abs().max()) < 1e-4

@@ -1,0 +1,89 @@
+"""A cache of keys and values that is allocated once for a batch, instead of copied at each token.
+
+Transformers' own one concatenates all keys and values anew for each token: of many rows, most of
+the memory that a step reads and writes.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from finetune.engine.probes import base_of
+from finetune.model.architectures import LLAMA_LIKE, text_config_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
+    """The keys and values of a layer, in memory for all tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        """Set the size.
+
+        Args:
+            capacity: Tokens of the longest row.
+        """
+        super().__init__()
+        self._capacity = capacity
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [rows, heads, tokens, head_dim]; return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._key_memory = self._allocate(key_states)
+            self._value_memory = self._allocate(value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        self._key_memory[:, :, start:stop] = key_states
+        self._value_memory[:, :, start:stop] = value_states
+        self.keys = self._key_memory[:, :, :stop]
+        self.values = self._value_memory[:, :, :stop]
+        # The first ones are consecutive in memory as they come, which attention reads faster.
+        if start == 0:
+            return key_states, value_states
+        return self.keys, self.values
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        rows, heads, _, head_dim = states.shape
+        return states.new_empty(rows, heads, self._capacity, head_dim)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Go on with some rows only."""
+        length = self.get_seq_length()
+        self._key_memory = self._key_memory[indices]
+        self._value_memory = self._value_memory[indices]
+        self.keys = self._key_memory[:, :, :length]
+        self.values = self._value_memory[:, :, :length]
+
+
+def allocate_cache(model: "PreTrainedModel", tokens: int) -> DynamicCache | None:
+    """Return an empty cache for a batch.
+
+    Args:
+        model: A base, or a base with an adapter.
+        tokens: Tokens of the longest prompt and answer together.
+
+    Returns:
+        The cache; None for architectures whose cache may be another one.
+    """
+    base = base_of(model)
+    config = text_config_of(base.config)
+    # Remote code may use a cache in other ways.
+    is_transformers_model = type(base).__module__.startswith("transformers.")
+    if not is_transformers_model or config.model_type not in LLAMA_LIKE:
+        return None
+    cache = DynamicCache(config=config)
+    for number, layer in enumerate(cache.layers):
+        # Layers with a sliding window hold the window only.
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = _AllocatedLayer(tokens)
+    return cache

@@ -1,0 +1,229 @@
+"""One batch of prompts, continued token by token with transformers' `generate`.
+
+With an allocated cache it is called for some tokens at a time, and rows that have ended leave the
+batch in between.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.engine.allocated_cache import allocate_cache
+from finetune.engine.encoded_prompts import Answers
+from finetune.engine.probes import (
+    Comparison,
+    computes_exactly,
+    plain_logits,
+    probe_ids,
+)
+from finetune.engine.sampling import RowSampler
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+TOKENS_OF_A_CALL = 16
+"""Tokens after which rows that have ended leave the batch."""
+
+SMALLER_SHARE = 0.75
+"""Rows leave if at most this share of the batch remains: the cache is copied for it."""
+
+
+def decode_batch(
+    model: "PreTrainedModel",
+    prompt_ids: list[list[int]],
+    limits: list[int],
+    *,
+    runs: int,
+    ends: list[int],
+    padding: int,
+    use_cache: bool,
+    sampler: RowSampler | None,
+) -> Answers:
+    """Continue prompts together.
+
+    Args:
+        model: In evaluation mode, with the adapters of the runs.
+        prompt_ids: Tokens of each prompt: of one run after another, equally many of each.
+        limits: Limit on each answer's tokens, at least 1.
+        runs: Number of runs.
+        ends: Ids that end an answer; empty: nothing does.
+        padding: Id of the padding token.
+        use_cache: Whether the keys and values of earlier tokens are cached.
+        sampler: Draws the tokens; None: each is the most likely one.
+
+    Returns:
+        The answer of each prompt, in the order of the prompts.
+    """
+    device = next(model.parameters()).device
+    ids, mask = pad_left(prompt_ids, padding, device)
+    remaining = max(limits)
+    cache = allocate_cache(model, ids.shape[1] + remaining) if use_cache else None
+    answers: Answers = [[] for _ in prompt_ids]
+    rows = list(range(len(prompt_ids)))
+    while True:
+        tokens = remaining if cache is None else min(remaining, TOKENS_OF_A_CALL)
+        length = ids.shape[1]
+        ids = generate(
+            model,
+            ids,
+            mask,
+            tokens=tokens,
+            ends=ends,
+            padding=padding,
+            use_cache=use_cache,
+            cache=cache,
+            sampler=sampler,
+        )
+        for row, new_tokens in zip(rows, ids[:, length:].tolist(), strict=True):
+            answers[row] = _cut(answers[row] + new_tokens, limits[row], ends)
+        remaining -= tokens
+        unfinished = [not _is_finished(answers[row], limits[row], ends) for row in rows]
+        if cache is None or not any(unfinished):
+            return answers
+        mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - length)], 1)
+        selected = _select(unfinished, runs)
+        if len(selected) <= SMALLER_SHARE * len(rows):
+            indices = torch.tensor(selected, device=device)
+            ids = ids[indices]
+            mask = mask[indices]
+            cache.batch_select_indices(indices)
+            if sampler is not None:
+                sampler.select(indices)
+            rows = [rows[index] for index in selected]
+
+
+def _cut(tokens: list[int], limit: int, ends: list[int]) -> list[int]:
+    """Return an answer up to its limit or its first end, which is left in it."""
+    for position, token in enumerate(tokens[:limit]):
+        if token in ends:
+            return tokens[: position + 1]
+    return tokens[:limit]
+
+
+def _is_finished(answer: list[int], limit: int, ends: list[int]) -> bool:
+    return len(answer) >= limit or answer[-1] in ends
+
+
+def _select(unfinished: list[bool], runs: int) -> list[int]:
+    """Choose equally many rows of each run, all that are unfinished among them.
+
+    Args:
+        unfinished: Of each row, of one run after another.
+        runs: Number of runs.
+
+    Returns:
+        The indices of the rows, of one run after another.
+    """
+    rows_of_a_run = len(unfinished) // runs
+    ordered = []
+    counts = []
+    for run in range(runs):
+        first = run * rows_of_a_run
+        indices = range(first, first + rows_of_a_run)
+        # The unfinished ones come first, each group in its order.
+        ordered.append(sorted(indices, key=lambda index: not unfinished[index]))
+        counts.append(sum(unfinished[index] for index in indices))
+    selected = []
+    for indices_of_a_run in ordered:
+        selected += indices_of_a_run[: max(counts)]
+    return selected
+
+
+def pad_left(
+    prompt_ids: list[list[int]], padding: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts as one tensor, and the mask that is 0 at padding [prompts, tokens].
+
+    They are padded on the left, because each answer continues at its prompt's last token.
+    """
+    longest = max(map(len, prompt_ids))
+    padded = []
+    mask = []
+    for ids in prompt_ids:
+        missing = longest - len(ids)
+        padded.append([padding] * missing + ids)
+        mask.append([0] * missing + [1] * len(ids))
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def generate(
+    model: "PreTrainedModel",
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    tokens: int,
+    ends: list[int],
+    padding: int,
+    use_cache: bool,
+    cache: "DynamicCache | None",
+    sampler: RowSampler | None = None,
+    **arguments: Any,
+) -> Any:
+    """Continue rows until all have ended.
+
+    Args:
+        model: In evaluation mode.
+        ids: Tokens of each row, padded on the left [rows, tokens].
+        mask: 0 at padding [rows, tokens].
+        tokens: Limit on the new tokens.
+        ends: Ids that end an answer; empty: nothing does.
+        padding: Id of the padding token.
+        use_cache: Whether the keys and values of earlier tokens are cached.
+        cache: Those of the rows' first tokens, or empty; None: transformers' own.
+        sampler: Draws the tokens; None: each is the most likely one.
+        arguments: Further arguments of transformers' `generate`.
+
+    Returns:
+        transformers' output: the rows with the new tokens [rows, tokens], unless `arguments` ask
+        for more.
+    """
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if sampler is not None:
+        arguments["logits_processor"] = [sampler]
+    return model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=padding,
+        eos_token_id=ends or None,
+        use_cache=use_cache,
+        **arguments,
+    )
+
+
+def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Comparison:
+    """Compare the logits of cached steps with those of the row alone, without a cache.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
+        length: Tokens of the compared prompt.
+    """
+    # Where products are rounded, the median token is compared: one token would be no median.
+    cached_steps = 1 if computes_exactly(model) else 3
+    prompt = probe_ids(model, length, 0)
+    longer_prompt = probe_ids(model, length + 3, 1)
+    batch = [longer_prompt, prompt][-prompts:]
+    ids, mask = pad_left(batch, prompt[0], next(model.parameters()).device)
+    output = generate(
+        model,
+        ids,
+        mask,
+        tokens=1 + cached_steps,
+        ends=[],
+        padding=prompt[0],
+        use_cache=True,
+        cache=allocate_cache(model, ids.shape[1] + 1 + cached_steps),
+        min_new_tokens=1 + cached_steps,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    # The first new token comes from the pass over the prompt, which has no cache yet.
+    cached_logits = [step[-1] for step in output.logits[1:]]
+    # No step has read the last new token.
+    sequence = output.sequences[-1].tolist()
+    answer = sequence[-1 - cached_steps : -1]
+    plain = plain_logits(model, prompt + answer)
+    return torch.stack(cached_logits), plain[-cached_steps:]

@@ -1,0 +1,88 @@
+"""The adapters of several slots on rows that text is generated for: equally many of each slot."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear, pad
+
+from finetune.model.quantization import dense_weight
+
+if TYPE_CHECKING:
+    from finetune.engine.packed.slot import Slot
+
+_Stack = tuple[torch.Tensor, torch.Tensor]
+
+
+class RowAdapters:
+    """Stacks each layer's adapters, so that two products compute those of all slots.
+
+    A slot's numbers never enter those of another: each product is a batch of one for each slot.
+    """
+
+    def __init__(self, slots: "Sequence[Slot]") -> None:
+        """Take the adapters as they are now.
+
+        Args:
+            slots: The rows are one slot's after another's, in this order.
+        """
+        self._slots = slots
+        self._stacks: dict[str, _Stack | None] = {}
+        """By layer, from its first call on: A of all slots [slots, in_features, rank], and B with
+        the scaling [slots, rank, out_features]; None where no slot adapts the layer."""
+
+    def forward(
+        self,
+        name: str,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        separate: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Compute a linear layer with the slots' adapters.
+
+        Args:
+            name: The layer's full name in the base.
+            layer: The frozen layer.
+            x: Its input [rows, tokens, in_features], or the same flattened.
+            separate: Computes the layer on each slot's rows by themselves; None: the layer computes
+                each row without regard to the others.
+
+        Returns:
+            The output [rows, tokens, out_features], or the same flattened.
+        """
+        count = len(self._slots)
+        if separate is not None:
+            y = torch.cat([separate(slot_x) for slot_x in x.chunk(count)])
+        else:
+            y = linear(x, dense_weight(layer), getattr(layer, "bias", None))
+        if name not in self._stacks:
+            self._stacks[name] = self._stack(name)
+        stack = self._stacks[name]
+        if stack is None:
+            return y
+        a, b = stack
+        slot_x = x.reshape(count, -1, x.shape[-1])
+        slot_y = y.view(count, -1, y.shape[-1])
+        slot_y.baddbmm_(torch.bmm(slot_x, a), b)
+        return y
+
+    def _stack(self, name: str) -> _Stack | None:
+        adapters = [slot.adapters.get(name) for slot in self._slots]
+        present = [adapter for adapter in adapters if adapter is not None]
+        if not present:
+            return None
+        rank = max(len(adapter.a) for adapter in present)
+        stacked_a = []
+        stacked_b = []
+        for adapter in adapters:
+            if adapter is None:
+                # Not another slot's numbers times 0: they may be NaN.
+                a = torch.zeros_like(present[0].a)
+                scaled_b = torch.zeros_like(present[0].b)
+            else:
+                a = adapter.a
+                scaled_b = adapter.b * adapter.scaling
+            missing = rank - len(a)
+            stacked_a.append(pad(a.t(), (0, missing)))
+            stacked_b.append(pad(scaled_b.t(), (0, 0, 0, missing)))
+        return torch.stack(stacked_a), torch.stack(stacked_b)
