@@ -8,6 +8,7 @@ from typing import Any
 from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.metrics.classification import Classification, confusion_lines
 from finetune.run.result import Result
 from finetune.tracking.tracker import Tracker
 
@@ -33,6 +34,7 @@ def print_summary(
     """
     facts = [
         *_quality(result, recorded),
+        *_confusion(folder),
         *_cost(recorded),
         *_answers(folder),
         *_next_steps(folder, tracker),
@@ -64,6 +66,16 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
         text = f"{loss:.3f} on {rows} rows that no decision has used"
         facts.append(("test loss", text))
     return facts
+
+
+def _confusion(folder: RunFolder) -> list[Fact]:
+    """The labels of the test rows against the most likely ones."""
+    evaluation = read_json(folder.test_rows) or {}
+    classification = evaluation.get("classification")
+    if classification is None:
+        return []
+    lines = confusion_lines(Classification.from_dict(classification))
+    return [("test labels" if line is lines[0] else "", line) for line in lines]
 
 
 def _scores(metrics: Metrics, first: Metrics) -> list[Fact]:

@@ -329,7 +329,11 @@ class Bank:
 
     def _packed_batch(self, requests: Sequence[PackedRequest]) -> PackedBatch:
         batches = [request.rows for request in requests]
-        return PackedBatch(batches, self.device)
+        group_sizes = [
+            request.group_size if isinstance(request, Evaluate) else None
+            for request in requests
+        ]
+        return PackedBatch(batches, self.device, group_sizes)
 
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
         """Refresh the rounded weights of the requests' slots; return the slots."""

@@ -50,6 +50,8 @@ class Evaluate:
 
     slot: Slot
     rows: Sequence[Row]
+    group_size: int | None = None
+    """Each so many rows share a beginning of their own; None: all rows are one group."""
 
     @property
     def executor(self) -> Executor:
