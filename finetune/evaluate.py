@@ -22,6 +22,7 @@ from finetune.files.atomic import write_text
 from finetune.metrics.classification import confusion_lines
 from finetune.metrics.labels import LabelledRows
 from finetune.metrics.load import load_metrics
+from finetune.metrics.names import metric_notes
 from finetune.run.load import load_run, read_labels, read_run_config
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "accuracy")
 """Attributes of an `Evaluation`, in the order of the table."""
-
-NOTE = "accuracy: of answer tokens, given the right beginning"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Comparison:
             for name, result in adapter.results.items():
                 if isinstance(result.values, list):
                     scores[name] = result.values[index]
-            line = {
+            line: dict[str, Any] = {
                 "row": answer.row.place,
                 "prompt": answer.prompt.text,
                 "base": self.base.predictions[index],
@@ -207,7 +206,7 @@ def _print_table(data: str, comparison: Comparison) -> None:
         adapter = _value(comparison.adapter, name)
         change = adapter / base - 1 if base else 0
         print(f"{name:{width}}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
-    print(NOTE)
+    print("\n".join(metric_notes(comparison.names)))
     classification = comparison.adapter.evaluation.classification
     if classification is not None:
         print("\n".join(confusion_lines(classification)))

@@ -62,11 +62,18 @@ def confusion_lines(classification: Classification) -> list[str]:
     first = max(map(len, [*names, "label"]))
     widths = [max(len(name), 5) for name in names]
     lines = ["rows by their label (lines) and the most likely label (columns)"]
-    for name, cells in [("", names), *zip(names, confusion, strict=True)]:
-        columns = zip(cells, widths, strict=True)
-        line = "  ".join(f"{cell!s:>{width}}" for cell, width in columns)
-        lines.append(f"{name:{first}}  {line}")
+    lines.append(_table_line("", first, names, widths))
+    for name, counts in zip(names, confusion, strict=True):
+        lines.append(_table_line(name, first, list(map(str, counts)), widths))
     return lines
+
+
+def _table_line(
+    name: str, name_width: int, cells: Sequence[str], widths: Sequence[int]
+) -> str:
+    columns = zip(cells, widths, strict=True)
+    line = "  ".join(f"{cell:>{width}}" for cell, width in columns)
+    return f"{name:{name_width}}  {line}"
 
 
 def _frequent_confusions(

@@ -156,7 +156,7 @@ class LabelledRows:
 
 
 class Candidates(Sequence[Example]):
-    """Tokenised rows: those of the first answer with each label, those of the second, …
+    """Tokenised rows: those of the first answer with each label, then those of the second.
 
     What the rows of an answer begin with alike, its prompt, is stored once.
 

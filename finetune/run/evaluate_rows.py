@@ -143,7 +143,9 @@ def _classify(
         best = row_losses.index(min(row_losses))
         numbers[answer] = best
         predictions[answer] = labels[best]
-        likelihoods[answer] = dict(zip(labels, (-loss for loss in row_losses), strict=True))
+        likelihoods[answer] = dict(
+            zip(labels, (-loss for loss in row_losses), strict=True)
+        )
     references = [labels.index(answer.reference) for answer in labelled.answers]
     classification = Classification(tuple(labels), tuple(references), tuple(numbers))
     return replace(

@@ -9,6 +9,7 @@ from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.classification import Classification, confusion_lines
+from finetune.metrics.names import describe_metric
 from finetune.run.result import Result
 from finetune.tracking.tracker import Tracker
 
@@ -88,7 +89,7 @@ def _scores(metrics: Metrics, first: Metrics) -> list[Fact]:
         before = f"{first[name]:.4f} -> " if name in first else ""
         test = metrics.get(f"test/{score}")
         of_test = "" if test is None else f", {test:.4f} on test rows"
-        facts.append((score, f"{before}{value:.4f}{of_test}"))
+        facts.append((describe_metric(score), f"{before}{value:.4f}{of_test}"))
     return facts
 
 

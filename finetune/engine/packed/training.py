@@ -123,9 +123,7 @@ class PackedTraining:
         batch_size = self._config.trainer.per_device_eval_batch_size
         size = group_size or 1
         lengths = [computed_length(row) for row in examples]
-        groups = [
-            range(first, first + size) for first in range(0, len(examples), size)
-        ]
+        groups = [range(first, first + size) for first in range(0, len(examples), size)]
         groups.sort(key=lambda group: -max(lengths[index] for index in group))
         groups_at_once = max(batch_size // size, 1)
         losses = [0.0] * len(examples)
