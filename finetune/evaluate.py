@@ -19,8 +19,11 @@ from finetune.data.tokens import tokenize
 from finetune.engine.steps import drive
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
+from finetune.metrics.classification import confusion_lines
+from finetune.metrics.labels import LabelledRows
 from finetune.metrics.load import load_metrics
-from finetune.run.load import load_run, read_run_config
+from finetune.metrics.names import metric_notes
+from finetune.run.load import load_run, read_labels, read_run_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,8 +36,6 @@ log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "accuracy")
 """Attributes of an `Evaluation`, in the order of the table."""
-
-NOTE = "accuracy: of answer tokens, given the right beginning"
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,17 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as `--json` prints them."""
-        return {
+        content: dict[str, Any] = {
             "rows": self.rows,
             "tokens": self.adapter.evaluation.tokens,
             "base": {name: _value(self.base, name) for name in self.names},
             "adapter": {name: _value(self.adapter, name) for name in self.names},
         }
+        classification = self.adapter.evaluation.classification
+        if classification is not None:
+            content["labels"] = classification.labels
+            content["confusion"] = classification.confusion()
+        return content
 
     def answer_lines(self) -> Iterator[dict[str, Any]]:
         """Yield what the adapter answered to each prompt, with the row's answer and the scores."""
@@ -71,7 +77,7 @@ class Comparison:
             for name, result in adapter.results.items():
                 if isinstance(result.values, list):
                     scores[name] = result.values[index]
-            yield {
+            line: dict[str, Any] = {
                 "row": answer.row.place,
                 "prompt": answer.prompt.text,
                 "base": self.base.predictions[index],
@@ -79,6 +85,9 @@ class Comparison:
                 "reference": answer.reference,
                 "scores": scores,
             }
+            if adapter.log_likelihoods:
+                line["log_likelihoods"] = adapter.log_likelihoods[index]
+            yield line
 
 
 def _value(evaluated: "EvaluatedRows", name: str) -> float:
@@ -141,7 +150,7 @@ def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
     config = read_run_config(folder)
     metrics = load_metrics(config.evaluation)
     if answers_file is not None and not metrics:
-        reason = "the run has no evaluation.metrics, so that nothing is generated"
+        reason = "the run has no evaluation.metrics, so that there are no answers"
         raise refusal("--answers", answers_file, reason)
     settings = dataclasses.replace(config.dataset, path=data, packing=False)
     rows = load_all_rows("--data", settings)
@@ -151,9 +160,19 @@ def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
     from finetune.run.evaluate_rows import evaluate_rows
 
     run = load_run(folder)
-    tokens = tokenize(
-        "test", rows, run.tokenizer, settings, run.config.model.template_kwargs
-    )
+    variables = run.config.model.template_kwargs
+    tokens = tokenize("test", rows, run.tokenizer, settings, variables)
+    labels = read_labels(run.folder)
+    labelled = None
+    if labels is not None:
+        labelled = LabelledRows.create(
+            rows,
+            labels,
+            config.evaluation,
+            run.tokenizer,
+            variables,
+            settings.max_length,
+        )
     config = dataclasses.replace(run.config, dataset=settings)
 
     def evaluate(model: "PreTrainedModel | PeftModel") -> "EvaluatedRows":
@@ -165,6 +184,7 @@ def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
             config,
             run.tokenizer,
             metrics,
+            labelled,
         )
         return drive(steps)
 
@@ -186,7 +206,10 @@ def _print_table(data: str, comparison: Comparison) -> None:
         adapter = _value(comparison.adapter, name)
         change = adapter / base - 1 if base else 0
         print(f"{name:{width}}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
-    print(NOTE)
+    print("\n".join(metric_notes(comparison.names)))
+    classification = comparison.adapter.evaluation.classification
+    if classification is not None:
+        print("\n".join(confusion_lines(classification)))
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _print_work(
     training = format_duration(times.training)
     print(f"{'tokens':32}{plan.train_tokens:8d}: about {training} of training")
     # Answers may end before their limit.
-    measure = "up to" if config.evaluation.metrics else "about"
+    measure = "up to" if config.evaluation.generates else "about"
     if times.evaluations:
         evaluations = format_duration(times.evaluations * times.evaluation)
         count = f"{measure} {evaluations} for {times.evaluations} evaluations"

@@ -25,7 +25,7 @@ def common_prefix_length(rows: Sequence[dict[str, Any]]) -> int:
     # What the first and the last in lexicographic order have in common, all have.
     first, last = min(sequences), max(sequences)
     equal = common_length(first, last)
-    first_labels = min(_first_label(row["labels"]) for row in rows)
+    first_labels = min(first_label(row["labels"]) for row in rows)
     shared = min(equal, first_labels - 1, len(first) - 1)
     return shared if shared >= MIN_SHARED_TOKENS else 0
 
@@ -47,5 +47,6 @@ def computed_length(row: dict[str, Any]) -> int:
     )
 
 
-def _first_label(labels: Sequence[int]) -> int:
+def first_label(labels: Sequence[int]) -> int:
+    """Return the number of the first token with a label."""
     return next(index for index, label in enumerate(labels) if label != IGNORED)

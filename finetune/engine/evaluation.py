@@ -18,6 +18,7 @@ from finetune.data.lengths import common_prefix_length
 from finetune.data.token_file import Example
 from finetune.engine.prediction import compute_prefix, predict
 from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.metrics.classification import Classification
 from finetune.metrics.metric import Score
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
@@ -34,8 +35,9 @@ class Evaluation:
     row_correct: tuple[int, ...]
     """Number of answer tokens of each row that the model finds most likely."""
     scores: Mapping[str, Score] = field(default_factory=dict)
-    """Scores of generated answers by their names, and `SOURCE/NAME` where there are several
-    sources."""
+    """Scores of answers by their names, and `SOURCE/NAME` where there are several sources."""
+    classification: Classification | None = None
+    """The most likely label of each row; None without the metric `classification`."""
 
     @property
     def tokens(self) -> int:
@@ -168,6 +170,15 @@ def evaluate(
         row_losses=tuple(losses),
         row_tokens=tuple(tokens),
         row_correct=tuple(correct),
+    )
+
+
+def join_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return the evaluation of all rows, the first evaluation's first."""
+    return Evaluation(
+        row_losses=tuple(loss for part in evaluations for loss in part.row_losses),
+        row_tokens=tuple(count for part in evaluations for count in part.row_tokens),
+        row_correct=tuple(count for part in evaluations for count in part.row_correct),
     )
 
 

@@ -7,7 +7,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example
 from finetune.data.types import Prompt
 from finetune.engine.encoded_prompts import Sampling
-from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.evaluation import Evaluation, evaluate, join_evaluations
 from finetune.engine.generation import generate_answers
 from finetune.engine.steps import RunSteps
 
@@ -29,18 +29,29 @@ class LoadedModel:
         self.model = model
         self._config = config
 
-    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
+    def evaluate(
+        self, rows: Sequence[Example], group_size: int | None = None
+    ) -> RunSteps[Evaluation]:
         """Compute the model's losses on rows.
 
         Args:
             rows: Tokenised rows.
+            group_size: The rows come in groups of so many, whose common beginning is computed once
+                for each group; None: once for all rows.
 
         Returns:
             The evaluation, with the rows in their order.
         """
         yield from ()
         batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, rows, batch_size, self._config.quantization)
+        quantization = self._config.quantization
+        if group_size is None:
+            return evaluate(self.model, rows, batch_size, quantization)
+        evaluations = []
+        for first in range(0, len(rows), group_size):
+            group = rows[first : first + group_size]
+            evaluations.append(evaluate(self.model, group, batch_size, quantization))
+        return join_evaluations(evaluations)
 
     def generate_answers(
         self,

@@ -10,6 +10,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.metrics.names import describe_metric
 from finetune.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,6 @@ class RunOutput:
         for name, value in metrics.items():
             split, _, score = name.partition("/")
             if split == "eval" and score not in LOSS_METRICS:
-                values += f"  {score} {value:.4f}"
+                values += f"  {describe_metric(score)} {value:.4f}"
         loss = metrics["eval/loss"]
         log.info("step %d/%d  held-out loss %.4f%s", step, self._total, loss, values)

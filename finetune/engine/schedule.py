@@ -124,7 +124,7 @@ def answer_steps(settings: EvaluationSettings, rungs: dict[int, int]) -> list[in
         settings: The metrics of generated answers, and when they are computed.
         rungs: From `evaluation_rungs`.
     """
-    if not settings.metrics:
+    if not settings.generates:
         return []
     steps = [*rungs]
     due = steps[:: settings.every] if settings.every else []

@@ -17,13 +17,21 @@ def answers_of(rows: Sequence[Row], settings: EvaluationSettings) -> list[Answer
         rows: Rows in the common form. Plain text has no answer.
         settings: `limit` and `turns`.
     """
-    answers: list[Answer] = []
-    # One by one, because rows are read from disk and a limit needs only the first ones.
-    for position in range(min(len(rows), settings.limit or len(rows))):
-        row = rows[position]
-        of_row = list(_answers_of_row(row, position))
-        answers += of_row if settings.turns == "all" else of_row[-1:]
-    return answers
+    count = min(len(rows), settings.limit or len(rows))
+    return list(iterate_answers(rows, count, settings.turns))
+
+
+def iterate_answers(rows: Sequence[Row], count: int, turns: str) -> Iterator[Answer]:
+    """Yield the answers of the first rows, which are read from disk one by one.
+
+    Args:
+        rows: Rows in the common form.
+        count: The number of rows.
+        turns: `evaluation.turns`.
+    """
+    for position in range(count):
+        of_row = list(_answers_of_row(rows[position], position))
+        yield from of_row if turns == "all" else of_row[-1:]
 
 
 def _answers_of_row(row: Row, position: int) -> Iterator[Answer]:
@@ -36,7 +44,7 @@ def _answers_of_row(row: Row, position: int) -> Iterator[Answer]:
         prompt = Prompt(
             str(before[-1]["content"]), tools=row.get("tools"), messages=before
         )
-        yield Answer(row, position, prompt, _reference(message))
+        yield Answer(row, position, prompt, message, _reference(message))
 
 
 def _reference(message: Message) -> str:

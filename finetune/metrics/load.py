@@ -8,7 +8,13 @@ from finetune.config.sections.evaluation import (
     EvaluationSettings,
 )
 from finetune.errors import did_you_mean, refusal
-from finetune.metrics import exact_match, json_valid, rouge, tool_calls
+from finetune.metrics import (
+    classification,
+    exact_match,
+    json_valid,
+    rouge,
+    tool_calls,
+)
 from finetune.metrics.metric import Metric
 from finetune.metrics.user_function import load_function
 
@@ -19,6 +25,7 @@ _METRICS = {
         rouge.METRIC,
         json_valid.METRIC,
         tool_calls.METRIC,
+        classification.METRIC,
     )
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.types import Prompt, Row
+from finetune.data.types import Message, Prompt, Row
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Any]
 """Takes predictions, references and rows, each of the same length.
@@ -24,6 +24,8 @@ class Metric:
     """Names of its scores; the first one is that of a result without names."""
     score: ScoreFunction
     higher_is_better: bool = True
+    is_generated: bool = True
+    """Whether its predictions are generated answers; otherwise they are the most likely labels."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Answer:
     position: int
     """The row's position among the evaluated rows, from 0."""
     prompt: Prompt
-    reference: str
+    message: Message
     """The answer as the row has it."""
+    reference: str
+    """Its text, with its tool calls and without think blocks."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def evaluate_test_rows(
         prepared.config,
         prepared.tokenizer,
         prepared.metrics,
+        prepared.labelled_test,
     )
     write_test_evaluation(folder, evaluated.evaluation)
     return evaluated.evaluation.metrics("test")

@@ -15,6 +15,8 @@ from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
 from finetune.metrics.answers import answers_of
+from finetune.metrics.classification import UNSCORED, Classification
+from finetune.metrics.labels import LabelledRows
 from finetune.metrics.metric import Answer, Metric, Score
 from finetune.metrics.scores import Result, score_answers, scores_by_source
 
@@ -30,7 +32,9 @@ POLL_SECONDS = 0.002
 class EvaluatedModel(Protocol):
     """What evaluates and generates: `PackedTraining`, `LoadedModel`."""
 
-    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
+    def evaluate(
+        self, rows: Sequence[Example], group_size: int | None = None
+    ) -> RunSteps[Evaluation]:
         """Compute losses."""
 
     def generate_answers(
@@ -52,8 +56,11 @@ class EvaluatedRows:
     evaluation: Evaluation
     answers: list[Answer] = field(default_factory=list)
     predictions: list[str] = field(default_factory=list)
+    """The generated answers; where nothing is generated, the most likely labels."""
     results: Mapping[str, Result] = field(default_factory=dict)
     """The scores of the answers by name."""
+    log_likelihoods: list[Mapping[str, float] | None] = field(default_factory=list)
+    """Of each answer's labels, in nats; None: the row is not classified."""
 
 
 def evaluate_rows(
@@ -63,6 +70,7 @@ def evaluate_rows(
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     metrics: Sequence[Metric],
+    labelled: LabelledRows | None = None,
 ) -> RunSteps[EvaluatedRows]:
     """Evaluate rows.
 
@@ -72,7 +80,8 @@ def evaluate_rows(
         rows: The rows in the common form.
         config: The run's config.
         tokenizer: The base's tokenizer.
-        metrics: The metrics of generated answers; without any, nothing is generated.
+        metrics: The metrics of answers; without any, nothing is generated.
+        labelled: The same rows with their labels, for the metric `classification`.
 
     Returns:
         The evaluation; its scores are those of `metrics`, and of each source where there are
@@ -88,26 +97,69 @@ def evaluate_rows(
         return EvaluatedRows(replace(evaluation, scores=scores))
     settings = config.evaluation
     answers = answers_of(rows, settings)
-    prompts = [answer.prompt for answer in answers]
-    predictions = yield from model.generate_answers(
-        prompts,
-        tokenizer,
-        max_new_tokens=settings.max_new_tokens,
-        sampling=_sampling(config),
+    evaluated = EvaluatedRows(evaluation, answers)
+    if any(not metric.is_generated for metric in metrics):
+        assert labelled is not None
+        evaluated = yield from _classify(model, evaluated, labelled)
+        label_metrics = [metric for metric in metrics if not metric.is_generated]
+        results = score_answers(label_metrics, answers, evaluated.predictions)
+        scores |= scores_by_source(results, answers, evaluated.predictions, sources)
+        evaluated = replace(evaluated, results=results)
+    generated_metrics = [metric for metric in metrics if metric.is_generated]
+    if generated_metrics:
+        prompts = [answer.prompt for answer in answers]
+        predictions = yield from model.generate_answers(
+            prompts,
+            tokenizer,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=_sampling(config),
+        )
+
+        def score() -> tuple[dict[str, Result], dict[str, Score]]:
+            results = score_answers(generated_metrics, answers, predictions)
+            return results, scores_by_source(results, answers, predictions, sources)
+
+        # A function of the user's may take long, or wait for a service.
+        future = _start_thread(score)
+        while not future.done():
+            wait([future], timeout=POLL_SECONDS)
+            yield None
+        results, answer_scores = future.result()
+        scores |= answer_scores
+        results = {**evaluated.results, **results}
+        evaluated = replace(evaluated, predictions=predictions, results=results)
+    evaluation = replace(evaluated.evaluation, scores=scores)
+    return replace(evaluated, evaluation=evaluation)
+
+
+def _classify(
+    model: EvaluatedModel, evaluated: EvaluatedRows, labelled: LabelledRows
+) -> RunSteps[EvaluatedRows]:
+    """Compute each label's likelihood as the answer; the most likely one is the prediction."""
+    labels = list(labelled.labels)
+    candidates = labelled.candidates
+    losses = yield from model.evaluate(candidates, len(labels))
+    likelihoods: list[Mapping[str, float] | None] = [None] * len(labelled.answers)
+    predictions = [UNSCORED] * len(labelled.answers)
+    numbers: list[int | None] = [None] * len(labelled.answers)
+    for position, answer in enumerate(candidates.answers):
+        first = position * len(labels)
+        row_losses = losses.row_losses[first : first + len(labels)]
+        # Of labels that are as likely, the first in alphabetical order.
+        best = row_losses.index(min(row_losses))
+        numbers[answer] = best
+        predictions[answer] = labels[best]
+        likelihoods[answer] = dict(
+            zip(labels, (-loss for loss in row_losses), strict=True)
+        )
+    references = [labels.index(answer.reference) for answer in labelled.answers]
+    classification = Classification(tuple(labels), tuple(references), tuple(numbers))
+    return replace(
+        evaluated,
+        evaluation=replace(evaluated.evaluation, classification=classification),
+        predictions=predictions,
+        log_likelihoods=likelihoods,
     )
-
-    def score() -> tuple[dict[str, Result], dict[str, Score]]:
-        results = score_answers(metrics, answers, predictions)
-        return results, scores_by_source(results, answers, predictions, sources)
-
-    # A function of the user's may take long, or wait for a service.
-    future = _start_thread(score)
-    while not future.done():
-        wait([future], timeout=POLL_SECONDS)
-        yield None
-    results, answer_scores = future.result()
-    evaluation = replace(evaluation, scores=scores | answer_scores)
-    return EvaluatedRows(evaluation, answers, predictions, results)
 
 
 def _sampling(config: RunConfig) -> Sampling | None:

@@ -21,7 +21,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.model.adapter import load_adapter
 from finetune.run.evaluate_rows import evaluate_rows
-from finetune.run.load import read_run_config
+from finetune.run.load import read_labels, read_run_config
 from finetune.run.recorded_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples, survive_samples
@@ -70,6 +70,7 @@ def evaluate_finished_run(
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
                 metrics = load_metrics(config.evaluation)
+                labels = read_labels(folder)
                 steps = evaluate_rows(
                     opened,
                     test,
@@ -77,6 +78,7 @@ def evaluate_finished_run(
                     config,
                     resources.tokenizer(config.model),
                     metrics,
+                    resources.labelled_rows("test", rows.test, labels, config),
                 )
                 evaluation = drive(steps).evaluation
                 write_test_evaluation(folder, evaluation)

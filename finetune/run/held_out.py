@@ -55,6 +55,7 @@ def _evaluate_held_out(
             config,
             prepared.tokenizer,
             prepared.metrics if with_answers else [],
+            prepared.labelled_held_out,
         )
         return evaluated.evaluation.metrics("eval")
 

@@ -10,6 +10,7 @@ from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.labels import Labels
 from finetune.model.source import find_base
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def read_run_config(folder: str | Path) -> RunConfig:
     if identity is None:
         raise ConfigError(f"{folder}: is no run folder: it has no run.json")
     return RunConfig.from_dict(identity["config"])
+
+
+def read_labels(folder: RunFolder) -> Labels | None:
+    """Read the labels that a run's training rows have; None without classification."""
+    labels: Labels | None = (read_json(folder.result) or {}).get("labels")
+    return labels
 
 
 def read_trained_config(folder: str | Path) -> RunConfig:

@@ -10,6 +10,7 @@ from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
 from finetune.errors import refusal
 from finetune.metrics.answers import answers_of
+from finetune.metrics.labels import LabelledRows, Labels
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
 from finetune.model.lora_config import lora_config
@@ -40,7 +41,11 @@ class Prepared:
     total_steps: int
     """Optimizer steps of the whole run."""
     metrics: list[Metric]
-    """Metrics of generated answers."""
+    """Metrics of answers."""
+    labels: Labels | None
+    """The labels of the training rows; None without the metric `classification`."""
+    labelled_held_out: LabelledRows | None
+    labelled_test: LabelledRows | None
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -64,7 +69,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         ConfigError: A target module does not exist, rows have tokens or positions that the base
             does not have, an argument of LoRA is unknown, the engine that
             was asked for does not support the config, no row has an answer within `max_length`,
-            or rows without answers are to be scored.
+            rows without answers are to be scored, or their answers are no labels.
     """
     resources = context.resources
     source = resources.source(config.model)
@@ -88,6 +93,9 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     metrics = load_metrics(config.evaluation)
     if metrics:
         _require_answers(config, rows)
+    labels = None
+    if any(not metric.is_generated for metric in metrics):
+        labels = resources.labels(rows.train, config)
     return Prepared(
         config,
         engine,
@@ -98,6 +106,9 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         test,
         steps,
         metrics,
+        labels,
+        resources.labelled_rows("eval", rows.evaluation, labels, config),
+        resources.labelled_rows("test", rows.test, labels, config),
     )
 
 

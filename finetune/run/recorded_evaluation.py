@@ -5,6 +5,7 @@ import dataclasses
 from finetune.engine.evaluation import Evaluation
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.classification import Classification
 from finetune.metrics.metric import Score
 
 
@@ -25,6 +26,7 @@ def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
     # A NaN was written as null, which JSON has in its place.
     if record is None or None in record["row_losses"] or "row_correct" not in record:
         return None
+    classification = record.get("classification")
     return Evaluation(
         row_losses=tuple(record["row_losses"]),
         row_tokens=tuple(record["row_tokens"]),
@@ -33,4 +35,7 @@ def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
             name: Score.from_dict(values)
             for name, values in record.get("scores", {}).items()
         },
+        classification=(
+            None if classification is None else Classification.from_dict(classification)
+        ),
     )

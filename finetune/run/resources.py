@@ -16,8 +16,9 @@ from finetune.data.row_file import StoredRows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.token_file import Tokens
 from finetune.data.tokens import tokenize
-from finetune.data.types import Prompt
+from finetune.data.types import Prompt, Row
 from finetune.files.run_folder import Metrics
+from finetune.metrics.labels import LabelledRows, Labels, find_labels
 from finetune.model.source import BaseSource, find_base
 from finetune.run.cached import Cached
 from finetune.run.shared_computation import SharedComputation
@@ -42,6 +43,10 @@ class SharedResources:
         self._tokenizer: Cached[ModelSettings, PreTrainedTokenizerBase] = Cached()
         self._tokens: dict[str, Cached[object, Tokens]] = {
             split: Cached() for split in ("train", "eval", "test")
+        }
+        self._labels: Cached[object, Labels] = Cached(frees_memory=False)
+        self._labelled_rows: dict[str, Cached[object, LabelledRows]] = {
+            split: Cached(frees_memory=False) for split in ("eval", "test")
         }
         self._bank: Cached[object, Bank] = Cached()
         self._base_answers: Cached[object, SharedComputation[list[str]]] = Cached(
@@ -93,6 +98,53 @@ class SharedResources:
 
         key = (config.model, config.dataset)
         return self._tokens[split].get(key, create)
+
+    def labels(self, rows: Sequence[Row], config: RunConfig) -> Labels:
+        """Return the labels of a classification.
+
+        Args:
+            rows: The training rows of `config.dataset`.
+            config: Says what is a label.
+
+        Raises:
+            ConfigError: The rows' answers are no small set.
+        """
+        key = (config.dataset, config.evaluation)
+        return self._labels.get(key, lambda: find_labels(rows, config.evaluation))
+
+    def labelled_rows(
+        self,
+        split: str,
+        rows: Sequence[Row],
+        labels: Labels | None,
+        config: RunConfig,
+    ) -> LabelledRows | None:
+        """Return the rows of a split with each label; None without labels.
+
+        Args:
+            split: eval or test.
+            rows: The rows of that split of `config.dataset`.
+            labels: From `labels`.
+            config: Names the data set and the tokenizer.
+
+        Raises:
+            ConfigError: A row's answer is no label.
+        """
+        if labels is None:
+            return None
+
+        def create() -> LabelledRows:
+            return LabelledRows.create(
+                rows,
+                labels,
+                config.evaluation,
+                self.tokenizer(config.model),
+                config.model.template_kwargs,
+                config.dataset.max_length,
+            )
+
+        key = (config.model, config.dataset, config.evaluation)
+        return self._labelled_rows[split].get(key, create)
 
     def check_targets(self, config: RunConfig) -> None:
         """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""

@@ -1,6 +1,7 @@
 """The result of a run, as `result.json` holds it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,8 @@ class Result:
     engine: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows without an answer's token within `dataset.max_length`, by part."""
+    labels: Mapping[str, str] | None = None
+    """The labels of the training rows, each with its text; None without classification."""
     progress: Progress | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +84,7 @@ class Result:
             "quantization": self.quantization,
             "dataset_fingerprint": self.rows.fingerprint if self.rows else None,
             "rows": counts,
+            "labels": self.labels,
         }
 
     def _objectives(self) -> object:

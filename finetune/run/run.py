@@ -173,6 +173,7 @@ def _train_and_conclude(
     result.config = prepared.config
     result.engine = prepared.engine
     result.left_out = prepared.left_out
+    result.labels = prepared.labels
     checkpoint = folder.last_checkpoint()
     progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
     # Runs on another base may still train: one base is loaded at a time.

@@ -8,6 +8,8 @@ from typing import Any
 from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.metrics.classification import Classification, confusion_lines
+from finetune.metrics.names import describe_metric
 from finetune.run.result import Result
 from finetune.tracking.tracker import Tracker
 
@@ -33,6 +35,7 @@ def print_summary(
     """
     facts = [
         *_quality(result, recorded),
+        *_confusion(folder),
         *_cost(recorded),
         *_answers(folder),
         *_next_steps(folder, tracker),
@@ -66,6 +69,16 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
     return facts
 
 
+def _confusion(folder: RunFolder) -> list[Fact]:
+    """The labels of the test rows against the most likely ones."""
+    evaluation = read_json(folder.test_rows) or {}
+    classification = evaluation.get("classification")
+    if classification is None:
+        return []
+    lines = confusion_lines(Classification.from_dict(classification))
+    return [("test labels" if line is lines[0] else "", line) for line in lines]
+
+
 def _scores(metrics: Metrics, first: Metrics) -> list[Fact]:
     """The scores of generated answers on held-out rows, from the first evaluation to the last."""
     facts: list[Fact] = []
@@ -76,7 +89,7 @@ def _scores(metrics: Metrics, first: Metrics) -> list[Fact]:
         before = f"{first[name]:.4f} -> " if name in first else ""
         test = metrics.get(f"test/{score}")
         of_test = "" if test is None else f", {test:.4f} on test rows"
-        facts.append((score, f"{before}{value:.4f}{of_test}"))
+        facts.append((describe_metric(score), f"{before}{value:.4f}{of_test}"))
     return facts
 
 

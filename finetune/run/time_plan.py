@@ -118,7 +118,7 @@ def plan_time(
 
 def _answer_steps(config: RunConfig, rows: int) -> int:
     """The steps in which answers to rows are generated, if a metric needs them."""
-    if not config.evaluation.metrics:
+    if not config.evaluation.generates:
         return 0
     rows = min(rows, config.evaluation.limit or rows)
     batches = math.ceil(rows / config.trainer.per_device_eval_batch_size)

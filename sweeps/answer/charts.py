@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.metrics.names import describe_metric
 from sweeps.answer.chart_style import (
     BLUE,
     GREEN,
@@ -37,7 +38,7 @@ def history(study: Study) -> go.Figure | None:
     # Optuna's plot of several objectives has to be told which one it draws.
     target = _first_objective if len(study.objectives) > 1 else None
     figure = visualization.plot_optimization_history(
-        study.optuna, target=target, target_name=study.objectives[0]
+        study.optuna, target=target, target_name=describe_metric(study.objectives[0])
     )
     _add_pruned(figure, study)
     return set_style(figure)
@@ -85,7 +86,9 @@ def slices(study: Study, winner: int | None) -> go.Figure | None:
         return None
     # A copy in which pruned trials are complete: Optuna's plot would leave them out.
     copy = study_of_values(measured, names, study.optuna.directions[0])
-    figure = visualization.plot_slice(copy, target_name=study.objectives[0])
+    figure = visualization.plot_slice(
+        copy, target_name=describe_metric(study.objectives[0])
+    )
     if not figure.data:
         return None
     set_style(figure)
@@ -168,7 +171,9 @@ def pareto_front(study: Study) -> go.Figure | None:
     # A copy without the trials whose values are not finite, which have no place in the chart.
     copy = optuna.create_study(directions=study.optuna.directions)
     copy.add_trials(finite)
-    figure = visualization.plot_pareto_front(copy, target_names=study.objectives)
+    figure = visualization.plot_pareto_front(
+        copy, target_names=list(map(describe_metric, study.objectives))
+    )
     for points in figure.data:
         # Optuna colours trials by their numbers, in two scales.
         is_front = points.marker.colorbar.title.text == "Best Trial"
@@ -197,7 +202,7 @@ def seeds(confirmation: Mapping[str, Any]) -> go.Figure | None:
     for candidate in candidates:
         is_winner = candidate["trial"] == confirmation["winner"]
         _add_candidate(figure, candidate, is_winner)
-    figure = set_titles(figure, confirmation["objective"], "")
+    figure = set_titles(figure, describe_metric(confirmation["objective"]), "")
     height = 160 + 45 * len(candidates)
     # Plotly counts upwards: reversed, the first candidate is at the top.
     axis = {"autorange": "reversed", "automargin": True}

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-OF_TOKENS = "of answer tokens, given the right beginning"
-"""What the metric `accuracy` is a share of."""
+from finetune.metrics.names import describe_metric
 
 
 def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
@@ -24,9 +23,7 @@ def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
     compared = test.get("objective", test)
     # An answer of an earlier version names no metric: it is the loss.
     name = compared.get("metric", "test/loss").removeprefix("test/")
-    if name == "accuracy":
-        name += f" ({OF_TOKENS})"
-    winner = f"{name} {compared['winner']:.4f}"
+    winner = f"{describe_metric(name)} {compared['winner']:.4f}"
     rows = f"on {test['rows']} test rows that no decision has used"
     if "difference" not in compared:
         is_baseline = answer["baseline"] == answer["trial"]
@@ -96,6 +93,7 @@ def confirmation_lines(confirmation: Mapping[str, Any]) -> list[str]:
 
 
 def _candidate_line(candidate: Mapping[str, Any], objective: str) -> str:
+    objective = describe_metric(objective)
     result = f"{objective}: no run completed"
     if candidate["mean"] is not None:
         result = f"{objective} {_format_mean(candidate)}"
@@ -120,7 +118,8 @@ def _format_mean(candidate: Mapping[str, Any]) -> str:
 
 def _comparison_line(comparison: Mapping[str, Any]) -> str:
     """Describe the winner's value on the test rows minus another candidate's."""
-    name = comparison.get("metric", "test/loss").replace("/", " ")
+    metric = comparison.get("metric", "test/loss")
+    name = describe_metric(metric).replace("/", " ")
     line = (
         f"trial {comparison['trial']} compared with trial {comparison['other']}: "
         f"{name} {comparison['difference']:+.4f}"

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.metrics.names import describe_metric
 from sweeps.answer.chart_style import GREEN, GREY, ORANGE, STATES, set_titles
 from sweeps.study.formatting import format_parameters
 from sweeps.study.study import Study
@@ -69,7 +70,7 @@ def learning_curves(
     axis = "share of the trial's steps"
     if _have_equal_steps(trials):
         axis = "optimizer step"
-    return set_titles(figure, axis, study.objectives[0])
+    return set_titles(figure, axis, describe_metric(study.objectives[0]))
 
 
 def _highlights(study: Study, winner: int | None) -> dict[int, tuple[str, str]]:

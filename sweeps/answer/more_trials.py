@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.metrics.names import describe_metric
 from sweeps.answer.gain import Gain, simulate_gain
 from sweeps.answer.importance import (
     MeasuredTrial,
@@ -86,8 +87,9 @@ def describe_gain(gain: Gain, objective: str) -> str:
     verdict = "may help" if gain.may_help else "would hardly help"
     plural = "" if gain.more == 1 else "s"
     interval = f"{gain.low:.2g} to {gain.high:.2g} in 8 of 10 simulated continuations"
+    name = describe_metric(objective)
     return (
-        f"{gain.more} more trial{plural} {verdict}: {objective} better by {gain.mean:.2g} on "
+        f"{gain.more} more trial{plural} {verdict}: {name} better by {gain.mean:.2g} on "
         f"average ({interval}; a tenth of the trials' spread is {gain.worthwhile:.2g})"
     )
 

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from finetune.files.atomic import write_text
 from finetune.files.lock import file_lock
+from finetune.metrics.names import describe_metric
 from sweeps.answer.advice import Analysis
 from sweeps.answer.descriptions import final_comparison_lines
 from sweeps.answer.report_data import ReportData
@@ -95,7 +96,7 @@ def render_page(data: ReportData, live: bool = False) -> str:
         waiting=waiting,
         running=running,
         refresh=REFRESH if live and is_unfinished else None,
-        objectives=study.objectives,
+        objectives=list(map(describe_metric, study.objectives)),
         directions=[direction.name.lower() for direction in study.optuna.directions],
         updated=_last_change(data),
         verdict=_verdict(data),
@@ -124,7 +125,7 @@ def _verdict(data: ReportData) -> str:
         return (
             f"Trial {winner.number} is the first of {count} trials on the Pareto front."
         )
-    objective = f"{data.study.objectives[0]} {winner.value:.4f}"
+    objective = f"{describe_metric(data.study.objectives[0])} {winner.value:.4f}"
     result = f"Trial {winner.number} wins with {objective}"
     if data.answer is None or data.test is None:
         return f"{result}."

@@ -7,11 +7,13 @@ from optuna.trial import FrozenTrial
 
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.names import describe_metric, metric_notes
 from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.parallel_coordinates import parallel_coordinates
+from sweeps.answer.report_confusion import confusion_section
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
@@ -45,6 +47,7 @@ def sections(data: ReportData) -> list[Section]:
     winner = data.winner.number if data.winner else None
     every_section = [
         _answer(data),
+        confusion_section(data),
         _advice(data),
         _confirmation(data),
         leaderboard(data),
@@ -55,7 +58,7 @@ def sections(data: ReportData) -> list[Section]:
             "parallel",
             "Parallel coordinates",
             parallel_coordinates(study, winner),
-            COMPARED,
+            ". ".join([*metric_notes(study.objectives[:1]), COMPARED]),
             _width_for_parameters(data),
         ),
         _importance(data),
@@ -106,7 +109,7 @@ def _answer(data: ReportData) -> Section:
             values = [
                 f"{compared[side]:.4f}" if side in compared else "" for side in sides
             ]
-            rows.append(Row([compared["metric"], *values]))
+            rows.append(Row([describe_metric(compared["metric"]), *values]))
     lines = []
     if data.answer is not None:
         lines += final_comparison_lines(data.answer)
@@ -139,7 +142,7 @@ def _objective_rows(data: ReportData, sides: dict[str, FrozenTrial]) -> list[Row
     rows = []
     for index, name in enumerate(data.study.objectives):
         values = [f"{trial.values[index]:.4f}" for trial in sides.values()]
-        rows.append(Row([name, *values], "winner"))
+        rows.append(Row([describe_metric(name), *values], "winner"))
     return rows
 
 
@@ -186,7 +189,7 @@ def _curves(data: ReportData) -> Section:
 def _importance(data: ReportData) -> Section:
     title = "Parameter importance"
     if data.has_several_objectives:
-        title = f"{title} for {data.study.objectives[0]}"
+        title = f"{title} for {describe_metric(data.study.objectives[0])}"
     shares = data.analysis.importance
     if not shares.trials:
         return Section("importance", title)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.atomic import read_json
+from finetune.metrics.names import metric_notes
 from sweeps.answer import charts
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html
@@ -47,6 +48,7 @@ def leaderboard(data: ReportData) -> Section:
     return Section(
         "leaderboard",
         "Leaderboard",
+        "; ".join(metric_notes(data.study.objectives)),
         head=head,
         rows=rows,
         sortable=True,

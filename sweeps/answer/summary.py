@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.metrics.names import metric_notes
 from sweeps.answer.advice import Analysis
 from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
@@ -66,7 +67,8 @@ def _trial_lines(study: Study) -> list[str]:
     baseline = study.baseline()
     if baseline is not None and baseline not in shown:
         shown.append(baseline)
-    return [_trial_line(study, trial, trial.number in front) for trial in shown]
+    lines = [_trial_line(study, trial, trial.number in front) for trial in shown]
+    return lines + [f"  {note}" for note in metric_notes(study.objectives)]
 
 
 def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:

@@ -11,6 +11,7 @@ from optuna.study import StudyDirection
 
 from finetune.config.flatten import flatten
 from finetune.files.atomic import read_json
+from finetune.metrics.names import describe_metric
 from sweeps.answer.ranges import newest_distributions
 from sweeps.study.study import Study
 
@@ -60,7 +61,10 @@ def build_workspace(study: Study, entity: str, project: str) -> "Workspace":
     keys = searched_keys(study)
     summaries = _objective_summaries(study)
     search = _search_panels(keys, summaries)
-    curves = [wr.LinePlot(title=name, y=[name]) for name in _curve_names(study)]
+    curves = [
+        wr.LinePlot(title=describe_metric(name), y=[name])
+        for name in _curve_names(study)
+    ]
     table = [wr.RunComparer(diff_only="split")]
     return ws.Workspace(
         entity=entity,
@@ -99,7 +103,7 @@ def _search_panels(
         for key, distribution in keys.items():
             if _is_numeric(distribution):
                 plot = wr.ScatterPlot(
-                    title=f"{name} by {key}",
+                    title=f"{describe_metric(name)} by {key}",
                     x=wr.Config(key),
                     y=wr.SummaryMetric(summary),
                     log_x=_is_log(distribution) or None,

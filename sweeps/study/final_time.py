@@ -40,7 +40,7 @@ def estimate_final_seconds(
     answer_steps = config.sample_max_new_tokens or config.sample_max_length or 0
     if config.sample_prompts == []:
         answer_steps = 0
-    if config.evaluation.metrics:
+    if config.evaluation.generates:
         # An evaluation generates the answers to all rows together.
         evaluation_steps = float(config.evaluation.max_new_tokens)
     else:

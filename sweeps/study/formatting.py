@@ -5,6 +5,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.metrics.names import metric_notes
 from sweeps.study.study import Study, role
 
 
@@ -44,7 +45,7 @@ def trials_table(study: Study) -> str:
         parameters = parameter_cells(trial, names)
         note = trial_note(trial)
         rows.append([number, state, *objectives, *parameters, note])
-    table = format_table(head, rows)
+    table = "\n".join([format_table(head, rows), *metric_notes(study.objectives)])
     waiting_count = len(study.trials()) - len(trials)
     if waiting_count:
         table += f"\n{waiting_count} waiting"

@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from finetune.metrics.names import metric_notes
 from sweeps.study.budget import describe_tokens
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_parameters, objective_cells
@@ -83,7 +84,8 @@ class LiveTable:
             table.add_column(column, justify="left" if is_text else "right")
         for trial in self._study.trials(TrialState.RUNNING):
             table.add_row(*self._row(trial))
-        return Group(table, Text(self._summary()))
+        notes = metric_notes(objectives)
+        return Group(table, *map(Text, notes), Text(self._summary()))
 
     def _row(self, trial: FrozenTrial) -> list[str]:
         folder = self._study.folder_of(trial.number)

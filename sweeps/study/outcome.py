@@ -6,6 +6,8 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from finetune.metrics.names import describe_metric
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,5 +58,5 @@ class Outcome:
         assert self.values is not None
         results = []
         for name, value in zip(objectives, self.values, strict=True):
-            results.append(f"{name} {value:.4f}")
+            results.append(f"{describe_metric(name)} {value:.4f}")
         return f"completed, {', '.join(results)}"

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
+from finetune.metrics.names import describe_metric
 from finetune.run.resources import shared_resources
 from finetune.tracking.wandb_finished import remove_tag
 from sweeps.space.pruners import WARMUP_RUNG
@@ -121,7 +122,7 @@ class PruningObserver(Observer):
             # By the rung's index, because trials with other batch sizes take other steps to it.
             self._trial.report(value, rung.index)
             PruningObserver.reports += 1
-        name = self._study.objectives[0]
+        name = describe_metric(self._study.objectives[0])
         log.info(
             "trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value
         )

@@ -13,6 +13,7 @@ from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.names import describe_metric
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.run import run_steps
@@ -130,7 +131,7 @@ def _outcome(study: Study, repeat: Repeat) -> str:
     if result["status"] != "completed":
         return str(result["status"])
     objective = study.objectives[0]
-    return f"{objective} {result['metrics'][objective]:.4f}"
+    return f"{describe_metric(objective)} {result['metrics'][objective]:.4f}"
 
 
 def _label(study: Study, repeat: Repeat) -> Label:

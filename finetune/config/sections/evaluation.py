@@ -1,4 +1,4 @@
-"""Metrics of generated answers, beside the loss of held-out rows."""
+"""Metrics of answers, beside the loss of held-out rows."""
 
 import math
 from collections import Counter
@@ -13,6 +13,7 @@ BUILT_IN = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "json_valid": ("json_valid",),
     "tool_calls": ("tool_calls",),
+    "classification": ("label_accuracy", "balanced_accuracy", "macro_f1"),
 }
 """The built-in metrics, each with the names of its scores."""
 
@@ -22,14 +23,15 @@ LOSS_METRICS = ("loss", "accuracy")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(Section):
-    """Metrics of generated answers, and how the answers are generated."""
+    """Metrics of answers, and how the answers are generated."""
 
     section = "evaluation"
 
     # The defaults are for run folders that were written before this section existed.
     metrics: list[str] = field(default_factory=list)
     """Metrics of generated answers: exact_match, rouge, json_valid, tool_calls, or the import path
-    of a function, for example `my_module.score`. Each is `eval/NAME` and `test/NAME`."""
+    of a function, for example `my_module.score`; or classification, by the likelihood of each
+    label, without generation. Each is `eval/NAME` and `test/NAME`."""
 
     max_new_tokens: int = 128
     """Limit of a generated answer, in tokens."""
@@ -52,11 +54,19 @@ class EvaluationSettings(Section):
     """Which answers of a chat are generated: the last one, or all, each after the chat's turns as
     the row has them."""
 
+    max_labels: int = 50
+    """Largest number of different answers that training rows may have for classification."""
+
     concurrency: int = 8
     """Number of calls of a judge at the same time."""
 
     retries: int = 2
     """Number of further calls of a judge after one that failed."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether a metric needs generated answers."""
+        return any(name != "classification" for name in self.metrics)
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -71,6 +81,7 @@ class EvaluationSettings(Section):
             self.require("metrics", not is_taken, allowed)
         allowed = "must be a whole number of at least 1"
         self.require("max_new_tokens", self.max_new_tokens >= 1, allowed)
+        self.require("max_labels", self.max_labels >= 2, "must be at least 2")
         self.require("concurrency", self.concurrency >= 1, allowed)
         has_rows = self.limit is None or self.limit >= 1
         self.require("limit", has_rows, f"{allowed}, or null: all rows")

@@ -348,7 +348,11 @@ class Bank:
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
         batches = [request.rows for request in requests]
-        return PackedBatch(batches, self.device)
+        group_sizes = [
+            request.group_size if isinstance(request, Evaluate) else None
+            for request in requests
+        ]
+        return PackedBatch(batches, self.device, group_sizes)
 
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
         """Refresh the rounded weights of the requests' slots; return the slots."""

@@ -74,10 +74,17 @@ class _Layout:
     row_count: int = 0
     target_count: int = 0
 
-    def add_batch(self, rows: Sequence[Row]) -> None:
-        """Append the rows of one run's batch."""
+    def add_batch(self, rows: Sequence[Row], group_size: int) -> None:
+        """Append the rows of one run's batch, of which each group has a shared prefix."""
         start = len(self.input_ids)
         first_target = self.target_count
+        for first in range(0, len(rows), group_size):
+            self._add_group(rows[first : first + group_size])
+        self.batch_spans.append((start, len(self.input_ids)))
+        self.target_spans.append((first_target, self.target_count))
+
+    def _add_group(self, rows: Sequence[Row]) -> None:
+        start = len(self.input_ids)
         prefix_length = common_prefix_length(rows)
         if prefix_length:
             # The prefix is a span of its own, to which no label belongs.
@@ -92,8 +99,6 @@ class _Layout:
             self.position_ids.append(numpy.arange(prefix_length))
         for row in rows:
             self._add_row(row, start, prefix_length)
-        self.batch_spans.append((start, len(self.input_ids)))
-        self.target_spans.append((first_target, self.target_count))
 
     def _add_row(
         self,
@@ -128,16 +133,25 @@ class _Layout:
 class PackedBatch:
     """The tokens of several runs' batches, one batch after another, and where everything is."""
 
-    def __init__(self, batches: Sequence[Sequence[Row]], device: torch.device) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Sequence[Row]],
+        device: torch.device,
+        group_sizes: Sequence[int | None] | None = None,
+    ) -> None:
         """Lay out the rows.
 
         Args:
             batches: The rows of each run's batch.
             device: Where the tensors go.
+            group_sizes: For each batch how many rows after each other may share a prefix; None: all
+                of the batch.
         """
         layout = _Layout()
-        for rows in batches:
-            layout.add_batch(rows)
+        for rows, size in zip(
+            batches, group_sizes or [None] * len(batches), strict=True
+        ):
+            layout.add_batch(rows, size or len(rows))
         self.batch_spans = layout.batch_spans
         """The tokens of each run's batch: first, one past the last."""
         self.target_spans = layout.target_spans

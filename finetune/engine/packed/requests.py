@@ -53,6 +53,8 @@ class Evaluate:
 
     slot: Slot
     rows: Sequence[Row]
+    group_size: int | None = None
+    """Each so many rows share a beginning of their own; None: all rows are one group."""
     rounds_to_answers: int | None = None
     """See `Request.rounds_to_answers`."""
 

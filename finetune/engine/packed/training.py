@@ -123,29 +123,36 @@ class PackedTraining:
                     self._optimizer.save(path)
                     reporter.complete_checkpoint(path, checkpoint_limit)
 
-    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
+    def evaluate(
+        self, rows: Sequence[Example], group_size: int | None = None
+    ) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
             rows: Tokenised rows.
+            group_size: The rows come in groups of so many, whose common beginning is computed once
+                for each group; None: once for each batch.
 
         Returns:
             The evaluation, with the rows in their order.
         """
         examples = rows
         batch_size = self._config.trainer.per_device_eval_batch_size
+        size = group_size or 1
         lengths = [computed_length(row) for row in examples]
-        indices = range(len(examples))
-        order = sorted(indices, key=lambda index: -lengths[index])
+        groups = [range(first, first + size) for first in range(0, len(examples), size)]
+        groups.sort(key=lambda group: -max(lengths[index] for index in group))
+        groups_at_once = max(batch_size // size, 1)
         losses = [0.0] * len(examples)
         tokens = [0] * len(examples)
         correct = [0] * len(examples)
-        for start in range(0, len(order), batch_size):
-            batch_indices = order[start : start + batch_size]
+        for start in range(0, len(groups), groups_at_once):
+            batch_groups = groups[start : start + groups_at_once]
+            batch_indices = [index for group in batch_groups for index in group]
             batch = [examples[index] for index in batch_indices]
-            rounds = math.ceil((len(order) - start) / batch_size)
+            rounds = math.ceil((len(groups) - start) / groups_at_once)
             evaluation: Evaluation = yield Evaluate(
-                self._slot, batch, self._rounds_to_answers(rounds)
+                self._slot, batch, group_size, self._rounds_to_answers(rounds)
             )
             for position, index in enumerate(batch_indices):
                 losses[index] = evaluation.row_losses[position]

@@ -15,6 +15,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from support.studies import made_study
 
+from finetune.metrics.names import OF_TOKENS
 from sweeps.answer.advice import advise
 from sweeps.answer.gain import simulate_gain
 from sweeps.answer.more_trials import no_gain
@@ -137,7 +138,7 @@ def test_a_study_ends_where_more_trials_would_hardly_help(tmp_path: Path) -> Non
     assert minimized is not None
     assert minimized.startswith("40 more trials would hardly help: eval/loss better by")
     assert maximized is not None
-    assert maximized.replace("eval/accuracy", "eval/loss") == minimized
+    assert maximized.replace(f"eval/accuracy ({OF_TOKENS})", "eval/loss") == minimized
 
 
 def test_failed_trials_do_not_count(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from support.studies import (
     two_values,
 )
 
+from finetune.metrics.names import OF_TOKENS
 from sweeps.answer import report
 from sweeps.answer.commands import commands
 from sweeps.answer.importance import Importance, importances
@@ -223,11 +224,12 @@ def test_of_an_objective_that_is_maximised_the_largest_wins(tmp_path: Path) -> N
 
     page = text_of(write_report(study))
 
-    assert f"Trial {largest.number} wins with eval/accuracy {largest.value:.4f}" in page
+    name = f"eval/accuracy ({OF_TOKENS})"
+    assert f"Trial {largest.number} wins with {name} {largest.value:.4f}" in page
     assert re.search(
         r"optimizer\.learning_rate: \d of the best 8 trials are at the lower end", page
     )
-    assert "eval/accuracy (maximize)" in page
+    assert f"{name} (maximize)" in page
 
 
 def test_test_rows_that_gave_no_number_are_no_proof(tmp_path: Path) -> None:
