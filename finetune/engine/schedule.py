@@ -118,13 +118,13 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
 
 
 def answer_steps(settings: EvaluationSettings, rungs: dict[int, int]) -> list[int]:
-    """Return the optimizer steps after which a run generates answers (`evaluation.every`).
+    """Return the optimizer steps after which answers are evaluated (`evaluation.every`).
 
     Args:
         settings: The metrics of generated answers, and when they are computed.
         rungs: From `evaluation_rungs`.
     """
-    if not settings.generates:
+    if not settings.metrics:
         return []
     steps = [*rungs]
     due = steps[:: settings.every] if settings.every else []

@@ -72,7 +72,10 @@ class PackedTraining:
         self._rows = rows
         self._total = total
         rungs = evaluation_rungs(config.trainer.eval_steps, total)
-        self._answer_steps = answer_steps(config.evaluation, rungs)
+        self._answer_steps: list[int] = []
+        """The steps after which answers are generated."""
+        if config.evaluation.generates:
+            self._answer_steps = answer_steps(config.evaluation, rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
         self._optimizer = SlotOptimizer(config, slot, total)
