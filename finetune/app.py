@@ -15,11 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import CommandParser, error_line, run_command
+from finetune.console import VERSION, CommandParser, error_line, run_command
 from finetune.errors import ConfigError, Interrupted, did_you_mean, refusal
 from finetune.files.run_folder import discard_multirun
 
@@ -66,7 +67,16 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
 
 def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
-    parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
+    # A command's name instead of an override: before its flags are refused as Hydra's.
+    if arguments and re.fullmatch(r"[a-z]+", arguments[0]):
+        raise ConfigError(explain_word(arguments[0]))
+    parser = CommandParser(
+        parents=[hydra_argument_parser()],
+        add_help=False,
+        conflict_handler="resolve",
+    )
+    version = f"{VERSION} (Hydra {hydra.__version__})"
+    parser.add_argument("--version", action="version", version=version)
     # Hydra, too, takes flags between overrides.
     parsed = parser.parse_intermixed_args(arguments)
     for flag, value in (("--cfg", parsed.cfg), ("--info", parsed.info)):

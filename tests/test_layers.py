@@ -34,6 +34,8 @@ LAYERS = (
     ("finetune.data",),
     ("finetune.files",),
     ("finetune.console",),
+    ("finetune.hydra_errors",),
+    ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
     ("finetune.errors",),
@@ -41,7 +43,8 @@ LAYERS = (
 
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.data", "finetune.files", "finetune.console",
-    "finetune.config", "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.hydra_errors", "finetune.commands", "finetune.config", "finetune.compat",
+    "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.space",
     "sweeps.answer.report", *LAYERS[5],
 )  # fmt: skip

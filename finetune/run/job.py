@@ -1,5 +1,7 @@
 """A run as a Hydra job: the composed config is checked, and the run gets Hydra's folder."""
 
+import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from finetune.engine.steps import RunSteps
     from finetune.run.result import Objective
 
+log = logging.getLogger(__name__)
+
 
 def check_job(composed: "DictConfig") -> RunConfig:
     """Check a job's config.
@@ -36,6 +40,8 @@ def check_job(composed: "DictConfig") -> RunConfig:
         ConfigError: No run can have this config.
     """
     _refuse_secrets_in_storage()
+    if HydraConfig.get().mode == RunMode.RUN:
+        _refuse_sweep_keys()
     # A run does not read the group `search`: it would train with the config's own values.
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
@@ -47,6 +53,23 @@ def check_job(composed: "DictConfig") -> RunConfig:
         reason = "belongs on the command line: python -m finetune resume=FOLDER"
         raise refusal("resume", config.resume, reason)
     return config
+
+
+def _refuse_sweep_keys() -> None:
+    """Refuse overrides that only a sweep reads, on the command line of a single run."""
+    overrides = HydraConfig.get().overrides
+    for override in overrides.hydra:
+        key = override.lstrip("+~").replace("/", ".")
+        if key.startswith(("hydra.sweeper", "hydra.launcher")):
+            words = shlex.join([*overrides.hydra, *overrides.task])
+            command = f"python -m finetune -m {words}"
+            raise ConfigError(f"{override}: has no effect without -m: {command}")
+    chosen = HydraConfig.get().runtime.choices.get("hydra/sweeper", "basic")
+    if chosen != "basic":
+        # Chosen by a config file, which single runs may use as well.
+        log.warning(
+            "hydra/sweeper=%s has no effect without -m: this is one run", chosen
+        )
 
 
 def run_job(composed: "DictConfig") -> "Objective":

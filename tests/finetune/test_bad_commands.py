@@ -58,7 +58,7 @@ COMMANDS = [
     Case(
         "generate-length-text",
         "generate run --prompt Hi --max-length long",
-        "argument --max-length: …'long'; see --help",
+        "--max-length=long: must be a whole number",
     ),
     Case(
         "generate-length-zero",
@@ -73,7 +73,7 @@ COMMANDS = [
     Case(
         "merge-dtype",
         "merge run --to new --dtype int4",
-        "argument --dtype: …'int4'…bfloat16…float16…float32…; see --help",
+        "--dtype=int4: allowed: bfloat16, float16, float32",
     ),
     Case(
         "merge-to-a-full-folder",

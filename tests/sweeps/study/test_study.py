@@ -573,8 +573,8 @@ def test_best_takes_the_winner_anew(
         ),
         (("stop", "s1", "2"), "trial 2: is not running; running: none"),
         (("stop", "s1", "99"), "trial 99: is not running; running: none"),
-        (("stop", "s1", "two"), "argument trial: invalid int value: 'two'; see --help"),
-        (("walk",), "argument COMMAND: invalid choice: 'walk' (choose from"),
+        (("stop", "s1", "two"), "trial=two: must be a whole number"),
+        (("walk",), "walk: no such command; "),
     ],
 )
 def test_commands_refuse_in_one_line(
