@@ -1,22 +1,24 @@
 """The time of a study on a GPU: this project against the stock stack, on a Llama of Llama-2-7B's
 shapes.
 
-    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--rungs 0.037,0.111,0.333]
-    [--stock-trials 2] [--tiny]
-                                   [--sides tutorial,best,ours,recipe] [--memory GIB]
+    python benchmarks/gpu_study.py [--trials 32] [--steps 432] [--rungs SHARE,SHARE]
+        [--stock-trials 2] [--sides tutorial,best,ours,recipe] [--memory GIB] [--tiny]
 
 The base has random weights, the rows are the standard library's source, a token a word or sign
 (128 to 512 of them, mean about 350): real text, so that trials differ and are pruned as elsewhere.
 A trial is LoRA on queries and values, batch 4. This project evaluates 32 held-out rows before it,
-after the rungs' shares of its steps and at its end; halving by 3 judges at rungs each three times
-as far as the one before. Its time is the wall time of the whole command, with its defaults; what
-is imported has been read from the disk before.
+at its default rungs or at those of `--rungs`, and at its end. Its time is the wall time of the
+whole command, with its defaults; what is imported has been read from the disk before.
 
 The stock stack is hydra-optuna-sweeper with a plain TRL script for each trial (stock_trial.py):
 `tutorial` has gradient checkpointing and the paged optimizer, `best` neither that nor padding, and
 Liger's kernels (see gpu.py). It evaluates once, at the end, as it has no use for more. Every trial
 loads the base anew. Its time is that of so many trials, from the base's loading on: the first, and
 what the later ones take on average for each of the rest.
+
+Where a stock side has trained all its trials (`--stock-trials` as many as `--trials`), a second
+table has the time until a complete trial first reached the same held-out loss: the worse of the
+two sides' best losses. Both are means over all held-out tokens, TRL's in one batch of all rows.
 
 The side `recipe` is no study: it trains the published recipe, `experiment=llama2_guanaco`, for 50
 steps on that base. With `--memory` this project's study takes no more than so many GiB. `--tiny`
@@ -32,13 +34,18 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from llama import GPU, write_checkpoint
+from optuna.trial import TrialState
 from study import read_lines, timed, write_lines
+
+from sweeps.study.study import Study
 
 SPACE = [
     "lora.r=choice(8,16,32,64)",
@@ -60,7 +67,7 @@ STOCK = {
     ],
 }
 IMPORTS = """
-import bitsandbytes, optuna.importance, plotly.graph_objects, sklearn.ensemble
+import bitsandbytes, plotly.graph_objects
 import finetune.run.run, finetune.engine.packed.bank, sweeps.answer.report, sweeps.sweeper
 from transformers import LlamaForCausalLM
 from trl import SFTTrainer
@@ -78,8 +85,27 @@ main()
 """The command, in so many GiB."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one side's study."""
+
+    seconds: float
+    """Time of all its trials; estimated where only some were trained."""
+    trials: list[tuple[float, float]]
+    """Of each complete trial: seconds from the study's start to its end, and held-out loss."""
+
+    @property
+    def best(self) -> float:
+        """The lowest held-out loss."""
+        return min(loss for _, loss in self.trials)
+
+    def seconds_to(self, loss: float) -> float:
+        """Return the seconds until a complete trial had at most this loss."""
+        return min(end for end, value in self.trials if value <= loss)
+
+
 def main() -> None:
-    """Run the sides, print the table."""
+    """Run the sides, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,8 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=432, help="of a whole trial")
     parser.add_argument(
         "--rungs",
-        default="0.037,0.111,0.333",
-        help="of this project's trials: shares of the steps",
+        help="of this project's trials: shares of the steps; default: its own default",
     )
     parser.add_argument("--stock-trials", type=int, default=2, help="that are measured")
     parser.add_argument("--sides", default="tutorial,best,ours")
@@ -109,32 +134,59 @@ def main() -> None:
             write_lines(folder / f"{part}.jsonl", rows)
         timed(folder, [sys.executable, "-c", IMPORTS])
         os.sync()  # or who asks for a line to be on the disk waits for the base's gigabytes
-        seconds, steps = {}, arguments.steps
+        outcomes: dict[str, Outcome] = {}
+        steps = arguments.steps
         for side in arguments.sides.split(","):
             if side == "recipe":
                 print(f"recipe: {recipe(folder)}", flush=True)
                 continue
             if side == "ours":
                 memory = arguments.memory if GPU else None
-                seconds[side] = ours(
+                outcomes[side] = ours(
                     folder, arguments.trials, steps, arguments.rungs, memory
                 )
             else:
-                first, *others = stock(folder, side, arguments.stock_trials, steps)
-                seconds[side] = first + (arguments.trials - 1) * statistics.fmean(
-                    others or [first]
+                outcomes[side] = stock(
+                    folder, side, arguments.stock_trials, arguments.trials, steps
                 )
-            print(f"{side}: {seconds[side]:.0f} s", flush=True)
-    study = f"{arguments.trials} trials of {steps} steps, ours judged after {arguments.rungs}"
-    print(f"\n| {study} | seconds | this project is faster by |")
+            print(f"{side}: {outcomes[side].seconds:.0f} s", flush=True)
+    print_times(arguments.trials, steps, arguments.rungs, outcomes)
+    print_times_to_loss(arguments.trials, outcomes)
+
+
+def print_times(
+    trials: int, steps: int, rungs: str | None, outcomes: dict[str, Outcome]
+) -> None:
+    """Print each side's time for all trials."""
+    judged = f"ours judged after {rungs or 'its default rungs'}"
+    print(
+        f"\n| {trials} trials of {steps} steps, {judged} | seconds | this project is faster by |"
+    )
     print("|---|---|---|")
-    for side, took in seconds.items():
-        faster = (
-            f"{took / seconds['ours']:.1f} times"
-            if "ours" in seconds and side != "ours"
-            else ""
-        )
-        print(f"| {side} | {took:.0f} | {faster} |")
+    for side, outcome in outcomes.items():
+        faster = ""
+        if "ours" in outcomes and side != "ours":
+            faster = f"{outcome.seconds / outcomes['ours'].seconds:.1f} times"
+        print(f"| {side} | {outcome.seconds:.0f} | {faster} |")
+
+
+def print_times_to_loss(trials: int, outcomes: dict[str, Outcome]) -> None:
+    """Print the time until each side reached a loss, beside this project's time."""
+    mine = outcomes.get("ours")
+    if mine is None:
+        return
+    print(
+        "\n| | best loss | of this project | loss | seconds to it | of this project | faster by |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for side, outcome in outcomes.items():
+        if side != "ours" and len(outcome.trials) == trials:
+            loss = max(outcome.best, mine.best)
+            theirs, seconds = outcome.seconds_to(loss), mine.seconds_to(loss)
+            print(
+                f"| {side} | {outcome.best:.4f} | {mine.best:.4f} | {loss:.4f} | {theirs:.0f} | "
+                f"{seconds:.0f} | {theirs / seconds:.1f} times |"
+            )
 
 
 def texts(counts: dict[str, int], divisor: int) -> dict[str, list[dict[str, str]]]:
@@ -163,8 +215,8 @@ def texts(counts: dict[str, int], divisor: int) -> dict[str, list[dict[str, str]
     }
 
 
-def stock(folder: Path, side: str, trials: int, steps: int) -> list[float]:
-    """Seconds of each of some trials of the stock stack."""
+def stock(folder: Path, side: str, measured: int, trials: int, steps: int) -> Outcome:
+    """Run some trials of the stock stack."""
     script = Path(__file__).resolve().with_name("stock_trial.py")
     records = folder / f"{side}.jsonl"
     timed(
@@ -179,7 +231,7 @@ def stock(folder: Path, side: str, trials: int, steps: int) -> list[float]:
             f"records={records}",
         ],
         [
-            f"hydra.sweeper.n_trials={trials}",
+            f"hydra.sweeper.n_trials={measured}",
             "hydra.sweeper.n_jobs=1",
             "hydra.sweeper.sampler.seed=0",
         ],
@@ -187,11 +239,20 @@ def stock(folder: Path, side: str, trials: int, steps: int) -> list[float]:
             "lora.targets=[q_proj,v_proj]",
             "rows.tokens=null",
             "++arguments.completion_only_loss=false",
+            "++arguments.per_device_eval_batch_size=32",
             *STOCK[side],
         ],
         [f"hydra.sweep.dir={side}", f"++arguments.eval_steps={steps}"],
     )
-    return [record["seconds"] for record in read_lines(records)]
+    entries = read_lines(records)
+    seconds = [entry["seconds"] for entry in entries]
+    losses = [entry["trl_eval_loss"] for entry in entries]
+    later = statistics.fmean(seconds[1:] or seconds)
+    ends = itertools.accumulate(seconds)
+    return Outcome(
+        seconds=seconds[0] + (trials - 1) * later,
+        trials=list(zip(ends, losses, strict=True)),
+    )
 
 
 def recipe(folder: Path) -> str:
@@ -214,10 +275,12 @@ def recipe(folder: Path) -> str:
 
 
 def ours(
-    folder: Path, trials: int, steps: int, rungs: str, memory: float | None
-) -> float:
-    """Seconds of this project's whole study."""
-    took = timed(
+    folder: Path, trials: int, steps: int, rungs: str | None, memory: float | None
+) -> Outcome:
+    """Run this project's whole study."""
+    judged = [] if rungs is None else [f"trainer.eval_steps=[{rungs}]"]
+    began = time.time()
+    seconds = timed(
         folder,
         [
             sys.executable,
@@ -237,8 +300,8 @@ def ours(
         ],
         [
             f"trainer.max_steps={steps}",
-            f"trainer.eval_steps=[{rungs}]",
             "trainer.save_steps=0",
+            *judged,
         ],
         [
             f"hydra.sweeper.n_trials={trials}",
@@ -251,12 +314,20 @@ def ours(
         json.loads(file.read_text(encoding="utf-8"))
         for file in folder.glob("ours/trials/*/result.json")
     ]
-    states = [result["status"] for result in results]
+    states = Counter(result["status"] for result in results)
     slots = {result["slots"] for result in results}
     tokens = sum(result["train_tokens"] for result in results)
-    print(f"ours: {states.count('completed')} complete, {states.count('pruned')} pruned, {len(states)} in all, "
-          f"slots {slots}, {tokens} tokens", flush=True)  # fmt: skip
-    return took
+    print(
+        f"ours: {dict(states)}, slots {slots}, {tokens} trained tokens",
+        flush=True,
+    )
+    complete = Study.load(folder / "ours").trials(TrialState.COMPLETE)
+    ends: list[tuple[float, float]] = []
+    for trial in complete:
+        assert trial.datetime_complete is not None
+        assert trial.value is not None
+        ends.append((trial.datetime_complete.timestamp() - began, trial.value))
+    return Outcome(seconds, ends)
 
 
 if __name__ == "__main__":

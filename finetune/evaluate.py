@@ -7,17 +7,26 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.data_folder import ANY_FILE
 from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.rows import load_all_rows
 from finetune.data.tokens import tokenize
+from finetune.engine.steps import drive
+from finetune.errors import refusal
+from finetune.files.atomic import write_text
+from finetune.metrics.load import load_metrics
 from finetune.run.load import load_run, read_run_config
 
 if TYPE_CHECKING:
-    from finetune.engine.evaluation import Evaluation
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from finetune.run.evaluate_rows import EvaluatedRows
 
 
 log = logging.getLogger(__name__)
@@ -25,23 +34,58 @@ log = logging.getLogger(__name__)
 METRICS = ("loss", "perplexity", "accuracy")
 """Attributes of an `Evaluation`, in the order of the table."""
 
+NOTE = "accuracy: of answer tokens, given the right beginning"
+
 
 @dataclass(frozen=True)
 class Comparison:
     """Metrics of a base alone and with its adapter, on the same rows."""
 
     rows: int
-    base: "Evaluation"
-    adapter: "Evaluation"
+    base: "EvaluatedRows"
+    adapter: "EvaluatedRows"
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics, in the order of the table."""
+        base_scores = self.base.evaluation.scores
+        scores = [
+            name for name in self.adapter.evaluation.scores if name in base_scores
+        ]
+        return [*METRICS, *scores]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as `--json` prints them."""
         return {
             "rows": self.rows,
-            "tokens": self.adapter.tokens,
-            "base": {name: getattr(self.base, name) for name in METRICS},
-            "adapter": {name: getattr(self.adapter, name) for name in METRICS},
+            "tokens": self.adapter.evaluation.tokens,
+            "base": {name: _value(self.base, name) for name in self.names},
+            "adapter": {name: _value(self.adapter, name) for name in self.names},
         }
+
+    def answer_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what the adapter answered to each prompt, with the row's answer and the scores."""
+        adapter = self.adapter
+        for index, answer in enumerate(adapter.answers):
+            scores = {}
+            for name, result in adapter.results.items():
+                if isinstance(result.values, list):
+                    scores[name] = result.values[index]
+            yield {
+                "row": answer.row.place,
+                "prompt": answer.prompt.text,
+                "base": self.base.predictions[index],
+                "prediction": adapter.predictions[index],
+                "reference": answer.reference,
+                "scores": scores,
+            }
+
+
+def _value(evaluated: "EvaluatedRows", name: str) -> float:
+    if name in METRICS:
+        value: float = getattr(evaluated.evaluation, name)
+        return value
+    return evaluated.evaluation.scores[name].value
 
 
 def main() -> None:
@@ -49,7 +93,10 @@ def main() -> None:
     arguments = _parse_arguments()
     # Files of a folder that are read, and rows that are left out, too.
     log_to_stderr(__name__, "finetune.data", "finetune.run.load")
-    comparison = _compare(arguments.run, arguments.data)
+    comparison = _compare(arguments.run, arguments.data, arguments.answers)
+    if arguments.answers is not None:
+        lines = map(json.dumps, comparison.answer_lines())
+        write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
     if arguments.json:
         content = {"data": arguments.data, **comparison.to_dict()}
         print(json.dumps(content, indent=2))
@@ -71,51 +118,75 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table"
     )
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="write each row's prediction, reference and scores as JSON lines; of a run with "
+        "evaluation.metrics",
+    )
     return parser.parse_args()
 
 
-def _compare(folder: str, data: str) -> Comparison:
+def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
     """Evaluate a run's base without and with the adapter.
 
     Args:
         folder: the run folder.
         data: the path or hub id of the rows.
+        answers_file: where answers are written; None: nowhere.
+
+    Raises:
+        ConfigError: a metric can't be loaded, or answers are to be written and none generated.
     """
     config = read_run_config(folder)
+    metrics = load_metrics(config.evaluation)
+    if answers_file is not None and not metrics:
+        reason = "the run has no evaluation.metrics, so that nothing is generated"
+        raise refusal("--answers", answers_file, reason)
     settings = dataclasses.replace(config.dataset, path=data, packing=False)
     rows = load_all_rows("--data", settings)
 
     # Imports torch, so only after all that is refused without it.
-    from finetune.engine.evaluation import evaluate
+    from finetune.engine.loaded_model import LoadedModel
+    from finetune.run.evaluate_rows import evaluate_rows
 
     run = load_run(folder)
     tokens = tokenize(
         "test", rows, run.tokenizer, settings, run.config.model.template_kwargs
     )
-    batch_size = config.trainer.per_device_eval_batch_size
+    config = dataclasses.replace(run.config, dataset=settings)
+
+    def evaluate(model: "PreTrainedModel | PeftModel") -> "EvaluatedRows":
+        loaded = LoadedModel(config, model)
+        steps = evaluate_rows(
+            loaded,
+            tokens,
+            rows,
+            config,
+            run.tokenizer,
+            metrics,
+        )
+        return drive(steps)
+
     # The base first: attaching the adapter may change it.
     log.info("evaluating the base")
-    base = evaluate(run.base, tokens, batch_size, config.quantization)
+    base = evaluate(run.base)
     log.info("evaluating the adapter")
-    adapter = evaluate(
-        run.with_adapter(),
-        tokens,
-        batch_size,
-        config.quantization,
-    )
+    adapter = evaluate(run.with_adapter())
     return Comparison(len(tokens), base, adapter)
 
 
 def _print_table(data: str, comparison: Comparison) -> None:
-    print(
-        f"{comparison.rows} rows, {comparison.adapter.tokens} answer tokens of {data}"
-    )
-    print(f"{'':12}{'base':>10}{'adapter':>10}{'change':>10}")
-    for name in METRICS:
-        base = getattr(comparison.base, name)
-        adapter = getattr(comparison.adapter, name)
+    tokens = comparison.adapter.evaluation.tokens
+    print(f"{comparison.rows} rows, {tokens} answer tokens of {data}")
+    width = max(12, *(len(name) + 1 for name in comparison.names))
+    print(f"{'':{width}}{'base':>10}{'adapter':>10}{'change':>10}")
+    for name in comparison.names:
+        base = _value(comparison.base, name)
+        adapter = _value(comparison.adapter, name)
         change = adapter / base - 1 if base else 0
-        print(f"{name:12}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
+        print(f"{name:{width}}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
+    print(NOTE)
 
 
 if __name__ == "__main__":

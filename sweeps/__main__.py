@@ -158,10 +158,14 @@ def _list_row(path: Path) -> list[str]:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from sweeps.study.budget import describe_tokens
     from sweeps.study.formatting import trials_table
 
     study = _find_study(arguments.study)
     print(trials_table(study))
+    tokens = describe_tokens(study)
+    if tokens:
+        print(tokens)
 
 
 def _best(arguments: argparse.Namespace) -> None:

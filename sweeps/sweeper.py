@@ -4,6 +4,7 @@ Registered as a plugin by the package's entry point, so Hydra imports it at ever
 heavy is imported when a sweep begins.
 """
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -57,36 +58,74 @@ class StudySweeper(Sweeper):
         from sweeps.study.opening import open_study
 
         study, session = open_study(draft.session)
-        if _enqueue(study, draft):
+        if session.settings.stop_when == "no_gain":
+            from sweeps.answer.more_trials import no_gain
+
+            session = dataclasses.replace(session, end_rule=no_gain)
+        _enqueue(study, draft)
+        if _has_work(study, draft):
             run_workers(study, session, draft.total)
+            _explain_end(study, session)
         _conclude(study, session)
 
 
-def _enqueue(study: "Study", draft: "Draft") -> bool:
-    """Enqueue the trials that the study lacks; return whether any is left to train."""
+def _enqueue(study: "Study", draft: "Draft") -> None:
+    """Enqueue the trials that the study lacks, and log what is left to do."""
+    from sweeps.study.budget import describe_tokens
     from sweeps.study.claims import enqueue_trials
 
     total = draft.total
-    unfinished = enqueue_trials(study, total, draft.points)
-    log.info(
-        "study %s: %d of %d trials to go, in %s",
-        study.name,
-        max(unfinished, 0),
-        total,
-        os.path.relpath(study.folder),
-    )
-    if unfinished > 0:
-        return True
+    enqueue_trials(study, total, draft.points, draft.session.settings.max_tokens)
     finished = len(study.finished())
-    if draft.is_whole_grid:
-        advice = (
-            "every point of the grid is tried; "
-            "another hydra.sweeper.study_name takes another grid"
-        )
+    if total is None:
+        plan = f"{finished} trials, more until the budget is spent"
     else:
-        advice = f"hydra.sweeper.n_trials={finished + total} goes on"
-    log.info("study %s is full (%d trials): %s", study.name, finished, advice)
-    return False
+        plan = f"{max(total - finished, 0)} of {total} trials to go"
+    tokens = describe_tokens(study)
+    if tokens:
+        plan += f", {tokens}"
+    folder = os.path.relpath(study.folder)
+    log.info("study %s: %s, in %s", study.name, plan, folder)
+
+
+def _has_work(study: "Study", draft: "Draft") -> bool:
+    """Return whether any trial is left to train; log how the study goes on if not."""
+    from optuna.trial import TrialState
+
+    from sweeps.study.budget import describe_spent_tokens
+
+    if study.ended:
+        log.info("study %s: %s", study.name, study.ended)
+        # Trials that have lost their workers are still taken on.
+        return bool(study.trials(TrialState.RUNNING))
+    finished = len(study.finished())
+    spent = describe_spent_tokens(study)
+    # A running trial without a worker goes on to its end.
+    has_running = bool(study.trials(TrialState.RUNNING))
+    if draft.total is not None and finished >= draft.total:
+        advice = f"hydra.sweeper.n_trials={finished + draft.total} goes on"
+        if draft.is_whole_grid:
+            advice = (
+                "every point of the grid is tried; "
+                "another hydra.sweeper.study_name takes another grid"
+            )
+        log.info("study %s is full (%d trials): %s", study.name, finished, advice)
+        return False
+    if spent and not has_running:
+        log.info("study %s: %s", study.name, spent)
+        return False
+    return True
+
+
+def _explain_end(study: "Study", session: "Session") -> None:
+    """Log which budget has ended the session, if one has, and how the study goes on."""
+    from sweeps.study.budget import describe_spent_tokens
+
+    spent = describe_spent_tokens(study)
+    if spent:
+        log.info("study %s: %s", study.name, spent)
+    elif session.is_out_of_time(study):
+        log.info("study %s: out of time; the same command goes on", study.name)
 
 
 def _conclude(study: "Study", session: "Session") -> None:
@@ -125,7 +164,7 @@ def _confirm(study: "Study", session: "Session") -> None:
     """Train the best trials again with other seeds, if there is time; log why not otherwise."""
     from sweeps.answer.confirm import confirm
 
-    if session.is_out_of_time:
+    if session.is_out_of_time(study):
         folder = os.path.relpath(study.folder)
         log.info("out of time: not confirmed; python -m sweeps confirm %s does", folder)
         return

@@ -31,6 +31,7 @@ LAYERS = (
     ("finetune.model",),
     ("finetune.app",),
     ("finetune.tracking",),
+    ("finetune.metrics",),
     ("finetune.data",),
     ("finetune.files",),
     ("finetune.console",),
@@ -42,9 +43,9 @@ LAYERS = (
 )
 
 LIGHT = (
-    "finetune.app", "finetune.tracking", "finetune.data", "finetune.files", "finetune.console",
-    "finetune.hydra_errors", "finetune.commands", "finetune.config", "finetune.compat",
-    "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
+    "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
+    "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.space",
     "sweeps.answer.report", *LAYERS[5],
 )  # fmt: skip
@@ -52,7 +53,7 @@ LIGHT = (
 
 HEAVY = {
     "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
-    "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich",
+    "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
     "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip

@@ -5,8 +5,8 @@ the key, the value and what is allowed.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,25 +19,21 @@ from finetune.config.plain_values import (
 )
 from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
+from finetune.config.sections.evaluation import LOSS_METRICS, EvaluationSettings
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.config.sections.optimizer import OptimizerSettings
 from finetune.config.sections.section import Section
 from finetune.config.sections.tracker import HubSettings, TrackerSettings
 from finetune.config.sections.trainer import TrainerSettings
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, did_you_mean, refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-MetricName = Literal[
-    "eval/loss", "eval/accuracy", "train/loss", "train/seconds", "adapter/parameters"
-]
-
-
-SELECTION_METRICS = ("eval/loss", "eval/accuracy")
-"""Metrics by which a checkpoint can be chosen: those of evaluations."""
+FINAL_METRICS = ("train/loss", "train/seconds", "adapter/parameters")
+"""Metrics that a run has at its end, not at each evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +52,10 @@ class RunConfig(Section):
     """A run folder, on the command line only: continue that run from its last checkpoint, with its
     own config."""
 
-    objective: MetricName | list[MetricName]
-    """The metric that a run returns to a sweeper, or a list of them."""
+    objective: str | list[str]
+    """The metric that a run returns to a sweeper, or a list of them: eval/loss, eval/accuracy (of
+    answer tokens, given the right beginning), eval/NAME of `evaluation.metrics`, train/loss,
+    train/seconds, adapter/parameters. With several sources also eval/SOURCE/NAME."""
 
     objective_at: Literal["last", "best"]
     """The evaluation whose metrics count; best: also keeps the adapter of the best checkpoint."""
@@ -79,7 +77,9 @@ class RunConfig(Section):
 
     sample_max_new_tokens: int | None = None
     """Limit of an answer to a sample prompt, in tokens; null: only `sample_max_length`."""
-    # The default is for run folders that were written before this key existed.
+    # These defaults are for run folders that were written before the keys existed.
+
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
@@ -89,6 +89,7 @@ class RunConfig(Section):
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)
+        self._check_objectives()
         self._require_held_out_rows()
         prompts = self.sample_prompts
         allowed = "must be texts that are not empty, or null"
@@ -97,12 +98,32 @@ class RunConfig(Section):
         self._require_unquantized_base()
         self._require_one_eval_objective()
 
+    def _check_objectives(self) -> None:
+        allowed = self.allowed_objectives(self.evaluation.names)
+        for name in self._objective_names:
+            # A function's scores are known once it is imported: `finetune.metrics.load`.
+            if self.evaluation.has_functions and name.startswith("eval/"):
+                continue
+            if name not in allowed:
+                raise refusal("objective", name, did_you_mean(name, allowed))
+
+    def allowed_objectives(self, scores: Sequence[str]) -> list[str]:
+        """Return the names of all metrics that can be an objective.
+
+        Args:
+            scores: The names of the scores of generated answers.
+        """
+        names = [f"eval/{name}" for name in (*LOSS_METRICS, *scores)]
+        for source in self.dataset.source_names.values():
+            names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *scores)]
+        return [*names, *FINAL_METRICS]
+
     def _check_sample_limits(self) -> None:
         allowed = "must be a whole number of at least 1, or null"
         has_limit = False
-        for field in ("sample_max_new_tokens", "sample_max_length"):
-            limit = getattr(self, field)
-            self.require(field, limit is None or limit >= 1, allowed)
+        for key in ("sample_max_new_tokens", "sample_max_length"):
+            limit = getattr(self, key)
+            self.require(key, limit is None or limit >= 1, allowed)
             has_limit = has_limit or limit is not None
         # Without a limit, an answer that never ends would keep the run from its end.
         self.require("sample_max_new_tokens", has_limit, "needs sample_max_length")
@@ -131,9 +152,13 @@ class RunConfig(Section):
 
     def _require_one_eval_objective(self) -> None:
         if self.objective_at == "best" or self.trainer.early_stopping_patience:
-            names = ", ".join(SELECTION_METRICS)
-            reason = f"objective_at=best and early stopping need one of {names}"
-            self.require("objective", self.objective in SELECTION_METRICS, reason)
+            names = [f"eval/{name}" for name in (*LOSS_METRICS, *self.evaluation.names)]
+            reason = (
+                f"objective_at=best and early stopping need one of {', '.join(names)}"
+            )
+            objective = self.objective
+            is_evaluated = isinstance(objective, str) and objective.startswith("eval/")
+            self.require("objective", is_evaluated, reason)
 
     @classmethod
     def from_hydra(cls, composed: "DictConfig") -> "RunConfig":
@@ -182,11 +207,14 @@ class RunConfig(Section):
     @property
     def objectives(self) -> list[str]:
         """Names of the metrics that the run returns; `eval/…` only if there are held-out rows."""
-        objective = self.objective
-        names = [objective] if isinstance(objective, str) else objective
+        names = self._objective_names
         if self.dataset.holds_out:
             return [*names]
         return [name for name in names if not name.startswith("eval/")]
+
+    @property
+    def _objective_names(self) -> list[str]:
+        return [self.objective] if isinstance(self.objective, str) else self.objective
 
 
 PathOrNone = TypeVar("PathOrNone", str, str | None)

@@ -152,9 +152,12 @@ class Encoder:
                 else f"{prompt.system}\n\n{prompt.text}"
             )
             return self._beginning + self._plain_ids(text)
-        messages = [{"role": "user", "content": prompt.text}]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
+        messages = prompt.messages
+        if messages is None:
+            messages = [{"role": "user", "content": prompt.text}]
+            if prompt.system is not None:
+                messages.insert(0, {"role": "system", "content": prompt.system})
+        messages = [self.template.without_end(message) for message in messages]
         return self._plain_ids(self.template.render(messages, prompt.tools, ask=True))
 
     @property

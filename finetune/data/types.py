@@ -77,6 +77,9 @@ class Prompt:
     """The system turn before it."""
     tools: list[Any] | None = None
     """Schemas of the tools that the model may call."""
+    messages: Messages | None = None
+    """The whole chat up to the answer, in place of `text` and `system`; None: there are no earlier
+    turns."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class EarlyStopping:
         progress: Progress,
         total: int,
         save_best: Callable[[int], None],
+        higher_is_better: bool,
     ) -> None:
         """Track the evaluations of a run.
 
@@ -28,13 +29,14 @@ class EarlyStopping:
             total: Optimizer steps of the whole run.
             save_best: Saves the current adapter as the best one; receives the optimizer step.
                 Called only with `objective_at=best`.
+            higher_is_better: Whether the objective is better the larger it is.
         """
         self._progress = progress
         self._total = total
         self._save_best = save_best
         self._patience = config.trainer.early_stopping_patience
         self._saves_best = config.objective_at == "best"
-        self._higher_is_better = config.objective == "eval/accuracy"
+        self._higher_is_better = higher_is_better
 
     def record(self, step: int, objective: float | None) -> None:
         """Compare an evaluation with the best so far.

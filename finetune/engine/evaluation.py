@@ -6,8 +6,8 @@ It does not depend on the batch size, draws no random numbers, and leaves the mo
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from finetune.data.lengths import common_prefix_length
 from finetune.data.token_file import Example
 from finetune.engine.prediction import compute_prefix, predict
 from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.metrics.metric import Score
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
 
@@ -32,6 +33,9 @@ class Evaluation:
     """Number of answer tokens of each row."""
     row_correct: tuple[int, ...]
     """Number of answer tokens of each row that the model finds most likely."""
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    """Scores of generated answers by their names, and `SOURCE/NAME` where there are several
+    sources."""
 
     @property
     def tokens(self) -> int:
@@ -45,7 +49,10 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of answer tokens that the model finds most likely, in [0, 1]."""
+        """Share of answer tokens that the model finds most likely, in [0, 1].
+
+        Each token is predicted from the right beginning of its answer.
+        """
         return sum(self.row_correct) / max(self.tokens, 1)
 
     @property
@@ -55,12 +62,29 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def metrics(self, split: str) -> dict[str, float]:
-        """Return loss and accuracy as files and trackers name them, for example `eval/loss`.
+        """Return all values as files and trackers name them, for example `eval/loss`.
 
         Args:
             split: `eval` or `test`.
         """
-        return {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
+        metrics = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
+        for name, score in self.scores.items():
+            metrics[f"{split}/{name}"] = score.value
+        return metrics
+
+    def score(self, name: str) -> Score | None:
+        """Return the value of a metric with its parts by row; None where it has no value.
+
+        Args:
+            name: `loss`, `accuracy`, or the name of a score.
+        """
+        counts = self.row_tokens
+        if name == "loss":
+            return Score(self.loss, False, self.row_losses, counts)
+        if name == "accuracy":
+            correct = tuple(map(float, self.row_correct))
+            return Score(self.accuracy, True, correct, counts)
+        return self.scores.get(name)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,10 @@ class Rung:
     metrics: Metrics
     is_warmup: bool = False
     """Whether the learning rate is still rising at this step."""
+    train_tokens: int = 0
+    """Tokens that the run has trained so far, without padding."""
+    seconds: float = 0.0
+    """Duration of the evaluation; in a pack, that of its waits for the other runs included."""
 
 
 class Observer:

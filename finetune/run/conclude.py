@@ -13,6 +13,7 @@ from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.model.origin import public_base_name
 from finetune.run.context import RunContext
+from finetune.run.evaluate_rows import evaluate_rows
 from finetune.run.prepare import Prepared
 from finetune.run.recorded_evaluation import write_test_evaluation
 from finetune.run.train import Training, sample_prompts
@@ -66,9 +67,16 @@ def evaluate_test_rows(
 
     The same for a run of a study, once every choice is made, is `final_evaluation`.
     """
-    evaluation = yield from training.evaluate(prepared.test)
-    write_test_evaluation(folder, evaluation)
-    return evaluation.metrics("test")
+    evaluated = yield from evaluate_rows(
+        training,
+        prepared.test,
+        prepared.rows.test,
+        prepared.config,
+        prepared.tokenizer,
+        prepared.metrics,
+    )
+    write_test_evaluation(folder, evaluated.evaluation)
+    return evaluated.evaluation.metrics("test")
 
 
 def _push(config: RunConfig, model: "PeftModel") -> None:

@@ -9,25 +9,23 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
-from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.evaluation import Evaluation
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.training import PackedTraining
 from finetune.engine.steps import drive
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.load import load_metrics
 from finetune.model.adapter import load_adapter
+from finetune.run.evaluate_rows import evaluate_rows
 from finetune.run.load import read_run_config
 from finetune.run.recorded_evaluation import read_test_evaluation, write_test_evaluation
 from finetune.run.resources import SharedResources
 from finetune.run.samples import Samples, survive_samples
 from finetune.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,16 @@ def evaluate_finished_run(
                 samples.before()
             load_adapter(opened.model, folder.adapter)
             if needs_evaluation:
-                evaluation = opened.evaluate()
+                metrics = load_metrics(config.evaluation)
+                steps = evaluate_rows(
+                    opened,
+                    test,
+                    rows.test,
+                    config,
+                    resources.tokenizer(config.model),
+                    metrics,
+                )
+                evaluation = drive(steps).evaluation
                 write_test_evaluation(folder, evaluation)
             if needs_answers and samples.asked:
                 log.info("answering %d sample prompts with the adapter", samples.asked)
@@ -100,25 +107,13 @@ def _record(evaluation: Evaluation | None, folder: RunFolder) -> None:
     write_json(folder.result, result)
 
 
-class _OpenedAdapter(Protocol):
-    """A fresh adapter on the base, into which a saved one can be loaded."""
-
-    model: "PeftModel"
-
-    def evaluate(self) -> Evaluation:
-        """Evaluate the adapter on the test rows."""
-
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        """The model to generate text with."""
-
-
 @contextlib.contextmanager
 def _open_adapter(
     config: RunConfig,
     folder: RunFolder,
     resources: SharedResources,
     test: Tokens,
-) -> Iterator[_OpenedAdapter]:
+) -> "Iterator[PackedTraining | LoadedModel]":
     """Put a fresh adapter on the base, by the engine that trained the run.
 
     The other engine's losses would differ in their last digits.
@@ -131,37 +126,7 @@ def _open_adapter(
                 test,
                 1,
             )
-            yield _PackedAdapter(training, test)
+            yield training
     else:
         with resources.model(config) as model:
-            yield _TrlAdapter(config, model, test)
-
-
-class _PackedAdapter:
-    def __init__(self, training: PackedTraining, test: Tokens) -> None:
-        self.model = training.model
-        self.generation_model = training.generation_model
-        self._training = training
-        self._test = test
-
-    def evaluate(self) -> Evaluation:
-        return drive(self._training.evaluate(self._test))
-
-
-class _TrlAdapter:
-    def __init__(
-        self,
-        config: RunConfig,
-        model: "PeftModel",
-        test: Tokens,
-    ) -> None:
-        self.model = model
-        self._config = config
-        self._test = test
-
-    def evaluate(self) -> Evaluation:
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, self._test, batch_size, self._config.quantization)
-
-    def generation_model(self) -> "AbstractContextManager[PreTrainedModel]":
-        return contextlib.nullcontext(self.model)
+            yield LoadedModel(config, model)

@@ -17,6 +17,8 @@ KEYS_WITHOUT_EFFECT = (
     "hub.",
     "sample_",
     "model.learning_rate",
+    "evaluation.concurrency",
+    "evaluation.retries",
 )
 """Beginnings of the keys that may change when a run or a study is resumed: they change no number.
 
@@ -46,7 +48,9 @@ def require_same_run(folder: RunFolder, identity: dict[str, Any]) -> None:
     recorded = read_json(folder.identity)
     if recorded is None:
         return
-    recorded_values = flatten(recorded)
+    # A record from before a key existed has the key's default.
+    config = RunConfig.from_dict(recorded["config"])
+    recorded_values = flatten({**recorded, "config": config.to_dict()})
     # Key by key, so that the refusal can name the one that differs.
     for path, value in flatten(identity).items():
         key = path.removeprefix("config.")

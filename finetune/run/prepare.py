@@ -8,6 +8,10 @@ from finetune.data.rows import Rows
 from finetune.data.token_file import Tokens
 from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
+from finetune.errors import refusal
+from finetune.metrics.answers import answers_of
+from finetune.metrics.load import load_metrics
+from finetune.metrics.metric import Metric
 from finetune.model.lora_config import lora_config
 from finetune.run.context import RunContext
 from finetune.run.memory_plan import resolve_checkpointing
@@ -35,6 +39,8 @@ class Prepared:
     """Tokenised test rows; may be empty."""
     total_steps: int
     """Optimizer steps of the whole run."""
+    metrics: list[Metric]
+    """Metrics of generated answers."""
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -57,7 +63,8 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     Raises:
         ConfigError: A target module does not exist, rows have tokens or positions that the base
             does not have, an argument of LoRA is unknown, the engine that
-            was asked for does not support the config, or no row has an answer within `max_length`.
+            was asked for does not support the config, no row has an answer within `max_length`,
+            or rows without answers are to be scored.
     """
     resources = context.resources
     source = resources.source(config.model)
@@ -78,4 +85,29 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         {"train": train, "eval": held_out, "test": test},
     )
     steps = total_steps(config, len(train))
-    return Prepared(config, engine, rows, tokenizer, train, held_out, test, steps)
+    metrics = load_metrics(config.evaluation)
+    if metrics:
+        _require_answers(config, rows)
+    return Prepared(
+        config,
+        engine,
+        rows,
+        tokenizer,
+        train,
+        held_out,
+        test,
+        steps,
+        metrics,
+    )
+
+
+def _require_answers(config: RunConfig, rows: Rows) -> None:
+    """Refuse metrics of answers where held-out rows, or test rows, have no answer."""
+    for split, part in (("held-out", rows.evaluation), ("test", rows.test)):
+        if len(part) and not answers_of(part, config.evaluation):
+            reason = (
+                f"needs prompts with answers, which the {split} rows do not have "
+                f"(format {', '.join(part.format_names)})"
+            )
+            paths = ",".join(config.evaluation.metrics)
+            raise refusal("evaluation.metrics", f"[{paths}]", reason)

@@ -5,6 +5,7 @@ import dataclasses
 from finetune.engine.evaluation import Evaluation
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.metric import Score
 
 
 def write_test_evaluation(folder: RunFolder, evaluation: Evaluation) -> None:
@@ -28,4 +29,8 @@ def read_test_evaluation(folder: RunFolder) -> Evaluation | None:
         row_losses=tuple(record["row_losses"]),
         row_tokens=tuple(record["row_tokens"]),
         row_correct=tuple(record["row_correct"]),
+        scores={
+            name: Score.from_dict(values)
+            for name, values in record.get("scores", {}).items()
+        },
     )

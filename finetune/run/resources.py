@@ -118,7 +118,15 @@ class SharedResources:
     ) -> SharedComputation[Metrics]:
         """Return the base's metrics on the held-out rows, which the first run computes."""
         batch_size = config.trainer.per_device_eval_batch_size
-        key = (config.model, config.quantization, config.dataset, batch_size, engine)
+        evaluation = config.evaluation
+        key = (
+            config.model,
+            config.quantization,
+            config.dataset,
+            batch_size,
+            engine,
+            evaluation,
+        )
         return self._base_metrics.get(key, SharedComputation)
 
     def bank(self, config: RunConfig) -> "Bank":

@@ -1,5 +1,6 @@
 """The result of a run, as `result.json` holds it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,12 @@ held-out rows."""
 
 
 def objective_of(config: RunConfig, metrics: Metrics) -> Objective:
-    """Return the objective of a run from its final metrics."""
-    values = tuple(metrics[name] for name in config.objectives)
+    """Return the objective of a run from its final metrics.
+
+    It is not a number where a run was stopped before answers were generated, or where no row was
+    scored.
+    """
+    values = tuple(metrics.get(name, math.nan) for name in config.objectives)
     if not values:
         return None
     return values[0] if len(values) == 1 else values

@@ -15,6 +15,7 @@ from finetune.engine.steps import RunSteps, drive
 from finetune.errors import Interrupted, refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.metrics.load import check_metrics
 from finetune.run.context import RunContext
 from finetune.run.identity import require_same_run, run_identity
 from finetune.run.interruption import explain_interruption
@@ -137,6 +138,8 @@ def _completed_metrics(folder: RunFolder) -> Metrics | None:
 def _read_inputs(result: Result, folder: RunFolder) -> None:
     """Read the rows, find the base, and write the run's identity. It needs no torch."""
     resources = result.context.resources
+    # First, because it takes no time: a function that is missing need not wait for the rows.
+    check_metrics(result.config)
     rows = result.rows = resources.rows(result.config.dataset)
     source = resources.source(result.config.model)
     result.config = resolve_learning_rate(result.config, resources)

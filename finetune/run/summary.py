@@ -5,8 +5,9 @@ import os
 import shlex
 from typing import Any
 
+from finetune.config.sections.evaluation import LOSS_METRICS
 from finetune.files.atomic import read_json
-from finetune.files.run_folder import RunFolder
+from finetune.files.run_folder import Metrics, RunFolder
 from finetune.run.result import Result
 from finetune.tracking.tracker import Tracker
 
@@ -55,11 +56,27 @@ def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
         rows = counts["eval"]
         losses = f"{before:.3f} -> {after:.3f} ({change:+.1%}) on {rows} rows"
         facts.append(("held-out loss", losses))
+        first = result.progress.rungs[0]["metrics"]
+        facts += _scores(metrics, first)
     if "test/loss" in metrics:
         loss = metrics["test/loss"]
         rows = counts["test"]
         text = f"{loss:.3f} on {rows} rows that no decision has used"
         facts.append(("test loss", text))
+    return facts
+
+
+def _scores(metrics: Metrics, first: Metrics) -> list[Fact]:
+    """The scores of generated answers on held-out rows, from the first evaluation to the last."""
+    facts: list[Fact] = []
+    for name, value in metrics.items():
+        split, _, score = name.partition("/")
+        if split != "eval" or score in LOSS_METRICS:
+            continue
+        before = f"{first[name]:.4f} -> " if name in first else ""
+        test = metrics.get(f"test/{score}")
+        of_test = "" if test is None else f", {test:.4f} on test rows"
+        facts.append((score, f"{before}{value:.4f}{of_test}"))
     return facts
 
 

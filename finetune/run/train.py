@@ -5,7 +5,6 @@ The training loops themselves are `finetune.engine.packed.training` and
 """
 
 import contextlib
-import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -19,10 +18,12 @@ from finetune.engine.probes import Shortcut, base_of, model_type_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted, refusal
-from finetune.files.run_folder import Metrics, RunFolder
+from finetune.files.run_folder import RunFolder
+from finetune.metrics.load import higher_is_better
 from finetune.model.adapter import load_adapter, save_adapter
 from finetune.model.memory import reset_peak_memory
 from finetune.run.context import RunContext
+from finetune.run.held_out import held_out_evaluation
 from finetune.run.interruption import resume_command
 from finetune.run.prepare import Prepared
 from finetune.run.resources import SharedResources
@@ -166,8 +167,14 @@ def _create_reporter(
         progress=progress,
         total=total,
         output=RunOutput(folder, tracker, total, context.interactive),
-        evaluate=_held_out_evaluation(prepared, training, progress, context),
-        early_stopping=EarlyStopping(config, progress, total, save_best),
+        evaluate=held_out_evaluation(prepared, training, progress, context),
+        early_stopping=EarlyStopping(
+            config,
+            progress,
+            total,
+            save_best,
+            higher_is_better(str(config.objective), prepared.metrics),
+        ),
         observer=context.observer,
         interrupt=context.interrupt,
     )
@@ -194,42 +201,3 @@ def _save(training: Training, prepared: Prepared, folder: Path) -> None:
     with training.weights_on_cpu():
         variables = prepared.config.model.template_kwargs
         save_adapter(training.model, prepared.tokenizer, folder, variables)
-
-
-def _held_out_evaluation(
-    prepared: Prepared,
-    training: Training,
-    progress: Progress,
-    context: RunContext,
-) -> "functools.partial[RunSteps[Metrics]] | None":
-    """Return the function that evaluates the held-out rows, None where there are none."""
-    if not prepared.held_out:
-        return None
-    return functools.partial(_evaluate_held_out, prepared, training, progress, context)
-
-
-def _evaluate_held_out(
-    prepared: Prepared,
-    training: Training,
-    progress: Progress,
-    context: RunContext,
-) -> RunSteps[Metrics]:
-    """Evaluate the held-out rows.
-
-    Before the first step the adapter answers exactly as the base does: one run evaluates for all.
-    """
-    config = prepared.config
-
-    def evaluate() -> RunSteps[Metrics]:
-        if progress.step == 0 and context.interactive:
-            log.info(
-                "evaluating %d held-out rows before the first step",
-                len(prepared.held_out),
-            )
-        evaluation = yield from training.evaluate(prepared.held_out)
-        return evaluation.metrics("eval")
-
-    if progress.step > 0 or not config.lora.starts_at_zero:
-        return (yield from evaluate())
-    base_metrics = context.resources.base_metrics(config, prepared.engine)
-    return dict((yield from base_metrics.get(evaluate)))

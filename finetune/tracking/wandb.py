@@ -10,6 +10,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import Metrics, RunFolder
+from finetune.metrics.load import load_metrics
 from finetune.tracking.tracker import Label, Sample, Tracker
 from finetune.tracking.wandb_arguments import (
     OFFLINE_MODES,
@@ -43,6 +44,10 @@ class WandbTracker(Tracker):
         # The best evaluation need not be the last: the summary shows both.
         self._run.define_metric("eval/loss", summary="min,last")
         self._run.define_metric("eval/accuracy", summary="max,last")
+        for metric in load_metrics(config.evaluation):
+            best = "max" if metric.higher_is_better else "min"
+            for name in metric.names:
+                self._run.define_metric(f"eval/{name}", summary=f"{best},last")
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""

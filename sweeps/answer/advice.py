@@ -1,21 +1,19 @@
 """Advice on how to continue a study, from its own trials: each line names the number behind it."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from scipy.stats import hypergeom
 
 from sweeps.answer.importance import (
     Importance,
-    MeasuredTrial,
     comparable_trials,
     importances,
     rung_of_comparison,
 )
-from sweeps.answer.improvement import expected_improvement
+from sweeps.answer.more_trials import more_trials_lines, rank
 from sweeps.answer.ranges import (
     End,
     bounds,
@@ -25,7 +23,7 @@ from sweeps.answer.ranges import (
     value_beyond,
 )
 from sweeps.study.formatting import format_value
-from sweeps.study.study import Study, role
+from sweeps.study.study import Study
 
 MIN_TRIALS = 8
 """Measured trials that are needed before any advice."""
@@ -45,14 +43,6 @@ EDGE = 0.2
 
 SIGNIFICANCE = 0.025
 """Largest probability, for each end, that so many of the best trials are there by chance."""
-
-
-MIN_TRIALS_FOR_GAIN = 20
-"""Measured trials that are needed to say whether more help: with 8, the rule below is a guess."""
-
-
-WORTHWHILE_GAIN = 0.3
-"""More trials help if the next one's expected gain exceeds this share of the trials' spread."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +66,15 @@ def advise(study: Study) -> list[str]:
     """
     if len(study.objectives) > 1:
         return []
-    ranked = _rank(study, comparable_trials(study.optuna))
+    ranked = rank(study, comparable_trials(study.optuna))
     if len(ranked) < MIN_TRIALS:
         return []
     rung = rung_of_comparison(study.optuna)
     lines = _bound_lines([trial for trial, _ in ranked])
     if rung:
         lines = [f"{line} (measured at {rung})" for line in lines]
-    return [*lines, *_more_trials_lines(study, ranked)]
-
-
-def _rank(study: Study, measured: Iterable[MeasuredTrial]) -> list[MeasuredTrial]:
-    """Replace values by costs (less is better) and sort, the best first."""
-    costs = [(trial, study.to_cost(value)) for trial, value in measured]
-    return sorted(costs, key=lambda pair: pair[1])
+    ended = [study.ended] if study.ended else []
+    return [*ended, *lines, *more_trials_lines(study, ranked)]
 
 
 def _bound_lines(ranked: Sequence[FrozenTrial]) -> list[str]:
@@ -174,56 +159,3 @@ def _edge_width(distribution: BaseDistribution) -> float | None:
     if is_ordered(distribution) and len(distribution.choices) > 2:
         return 1 / len(distribution.choices)
     return None
-
-
-def _more_trials_lines(study: Study, ranked: Sequence[MeasuredTrial]) -> list[str]:
-    """Say whether more trials help; nothing for a grid, whose points are fixed.
-
-    The final values of complete trials are used if there are enough of them. The expected
-    improvement itself is not shown: as a figure it was wrong by a factor of 0.04 to 12 in
-    simulations. The rule says whether as many more trials better the winner's true value by a
-    tenth of the spread between trials (third less first quartile). On eight surfaces with TPE it
-    was right in 78 of 100 studies of 20 trials and in 85 of 100 of 40: "hardly help" in 80 and 86,
-    "likely to help", said of 12 % and 2 % of the studies, in 64 of 100 of 20 trials. More trials
-    helped in 25 and 14 % of those studies, and in 44 % of those of 8, where no rule that was tried
-    did better than 6 of 10.
-
-    Returns:
-        One line, or none.
-    """
-    if any(role(trial) == "grid" for trial in study.trials()):
-        return []
-    complete = _rank(study, _final_values(trial for trial, _ in ranked))
-    if len(complete) >= MIN_TRIALS_FOR_GAIN:
-        ranked = complete
-    if len(ranked) < MIN_TRIALS_FOR_GAIN:
-        needed = f"not known from {len(ranked)} trials (needs {MIN_TRIALS_FOR_GAIN})"
-        return [f"whether more trials would help is {needed}"]
-    improvement = expected_improvement(ranked)
-    if improvement is None:
-        return []
-    if improvement.relative > WORTHWHILE_GAIN:
-        total = _larger_total(study)
-        return [
-            f"more trials are likely to help; continue with hydra.sweeper.n_trials={total}"
-        ]
-    return ["more trials would hardly help"]
-
-
-def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:
-    """Pair complete trials with their finite final values."""
-    measured = []
-    for trial in trials:
-        if trial.state == TrialState.COMPLETE:
-            value = trial.value or 0.0
-            if math.isfinite(value):
-                measured.append((trial, value))
-    return measured
-
-
-def _larger_total(study: Study) -> int:
-    """Return the trial count to continue with: twice as many, or all that already wait."""
-    total = len(study.trials())
-    if study.trials(TrialState.WAITING):
-        return total
-    return 2 * total

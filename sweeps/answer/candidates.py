@@ -96,7 +96,8 @@ def _read_candidate(
         if metrics.get("test/loss") is not None:
             candidate.test_losses.append(metrics["test/loss"])
         evaluation = read_test_evaluation(repeat.folder)
-        if evaluation is not None:
+        metric = metric_of(study.objectives[0])
+        if evaluation is not None and evaluation.score(metric) is not None:
             candidate.evaluations[repeat.seed] = evaluation
     return candidate
 

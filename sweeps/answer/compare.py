@@ -7,11 +7,12 @@ that, and by the seeds with which they were trained.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats
 
+from finetune.metrics.metric import Score
 from sweeps.answer.intervals import (
     MAX_RESAMPLES,
     UPPER_QUANTILE,
@@ -26,16 +27,16 @@ from sweeps.answer.intervals import (
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
 
-Metric = Literal["loss", "accuracy"]
 
-
-def metric_of(objective: str) -> Metric:
+def metric_of(objective: str) -> str:
     """Return the metric by which an objective is compared on the test rows.
 
     Args:
-        objective: the name of the study's objective, for example `eval/accuracy`.
+        objective: the name of the study's objective, for example `eval/exact_match`.
     """
-    return "accuracy" if objective.endswith("/accuracy") else "loss"
+    split, _, name = objective.partition("/")
+    # What is no metric of rows (train/seconds) is compared by the loss.
+    return name if split == "eval" else "loss"
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Comparison:
     confidence: float | None
     """One-sided confidence that the first side is better, in [0, 1]."""
     verdict: str
-    """`better`, `worse`, `no clear difference`, or `too few rows to say`."""
+    """`better`, `worse`, `no clear difference`, `too few rows to say`, or `one number for all
+    rows`: without scores of rows there is no interval."""
 
 
 def compare_adapters(
     first: "Evaluation",
     second: "Evaluation",
-    metric: Metric = "loss",
+    metric: str = "loss",
     max_resamples: int = MAX_RESAMPLES,
 ) -> Comparison:
     """Compare two adapters: what other rows of the same kind would show.
@@ -67,22 +69,26 @@ def compare_adapters(
         metric: what is compared.
         max_resamples: resamples of the rows, where memory allows so many.
     """
-    differences = _row_sums(first, metric) - _row_sums(second, metric)
-    tokens = _row_tokens(first)
+    rows = _rows_of([first, second], metric)
+    if rows.tokens is None:
+        return _without_rows(rows.values[0] - rows.values[1], "one number for all rows")
+    tokens = rows.tokens
+    differences = rows.sums[0] - rows.sums[1]
     mean = row_mean(differences, tokens)
     if not mean.is_measurable:
-        return _too_few_rows(mean.value)
+        return _without_rows(mean.value, "too few rows to say")
     low, high = row_interval(differences, tokens, max_resamples)
     freedom = mean.effective_rows - 1
-    confidence = _confidence(mean.value, mean.standard_error, freedom, metric)
-    return _comparison(mean.value, low, high, confidence, metric)
+    rising = rows.higher_is_better
+    confidence = _confidence(mean.value, mean.standard_error, freedom, rising)
+    return _comparison(mean.value, low, high, confidence, rising)
 
 
 def compare_configs(
     winner: "Evaluation",
     baseline: Sequence["Evaluation"],
     candidates: int,
-    metric: Metric = "loss",
+    metric: str = "loss",
     max_resamples: int = MAX_RESAMPLES,
 ) -> Comparison:
     """Compare the winner's config with the baseline's, which was trained with several seeds.
@@ -99,28 +105,32 @@ def compare_configs(
         metric: what is compared.
         max_resamples: resamples of the rows, where memory allows so many.
     """
-    tokens = _row_tokens(winner)
-    sums = np.array([_row_sums(evaluation, metric) for evaluation in baseline])
-    differences = _row_sums(winner, metric) - sums.mean(0)
+    rows = _rows_of([winner, *baseline], metric)
+    if rows.tokens is None:
+        difference = rows.values[0] - float(np.mean(rows.values[1:]))
+        return _without_rows(difference, "one number for all rows")
+    tokens, sums = rows.tokens, rows.sums[1:]
+    differences = rows.sums[0] - sums.mean(0)
     mean = row_mean(differences, tokens)
     if not mean.is_measurable:
-        return _too_few_rows(mean.value)
+        return _without_rows(mean.value, "too few rows to say")
     row_low, row_high = row_interval(differences, tokens, max_resamples)
     seeds = seed_mean(sums.sum(1) / tokens.sum())
     seed_error = math.sqrt(seeds.variance + seeds.mean_variance)
     plain = float(stats.t.ppf(UPPER_QUANTILE, seeds.seeds - 1))
     selected = selected_quantile(max(candidates, 1), seeds.seeds)
     # The winner's luck makes it look better: smaller by a loss, larger by an accuracy.
-    below, above = (selected, plain) if metric == "accuracy" else (plain, selected)
+    rising = rows.higher_is_better
+    below, above = (selected, plain) if rising else (plain, selected)
     low = mean.value - math.hypot(mean.value - row_low, below * seed_error)
     high = mean.value + math.hypot(row_high - mean.value, above * seed_error)
-    return _comparison(mean.value, low, high, None, metric)
+    return _comparison(mean.value, low, high, None, rising)
 
 
 def compare_seeds(
     first: Sequence["Evaluation"],
     second: Sequence["Evaluation"],
-    metric: Metric = "loss",
+    metric: str = "loss",
 ) -> Comparison:
     """Compare two configs that were both trained with the same seeds.
 
@@ -131,40 +141,66 @@ def compare_seeds(
     """
     if len(first) == 1:
         return compare_adapters(first[0], second[0], metric)
-    tokens = _row_tokens(first[0])
+    rows = _rows_of([*first, *second], metric)
+    seed_count = len(first)
+    if rows.tokens is None:
+        values = np.array(rows.values)
+        difference = float(np.mean(values[:seed_count] - values[seed_count:]))
+        return _without_rows(difference, "one number for all rows")
+    tokens = rows.tokens
     # [seeds, rows].
-    differences = np.array(
-        [
-            _row_sums(one, metric) - _row_sums(other, metric)
-            for one, other in zip(first, second, strict=True)
-        ]
-    )
+    differences = rows.sums[:seed_count] - rows.sums[seed_count:]
     mean = row_mean(differences.mean(0), tokens)
     if not mean.is_measurable:
-        return _too_few_rows(mean.value)
+        return _without_rows(mean.value, "too few rows to say")
     seeds = seed_mean(differences.sum(1) / tokens.sum())
     error, freedom = combined_error(mean, seeds)
     half_width = combined_half_width(mean, seeds)
-    confidence = _confidence(mean.value, error, freedom, metric)
+    rising = rows.higher_is_better
+    confidence = _confidence(mean.value, error, freedom, rising)
     low, high = mean.value - half_width, mean.value + half_width
-    return _comparison(mean.value, low, high, confidence, metric)
+    return _comparison(mean.value, low, high, confidence, rising)
 
 
-def _row_sums(evaluation: "Evaluation", metric: Metric) -> np.ndarray:
-    """Return the metric of each row, summed over its tokens `[rows]`."""
-    rows = evaluation.row_losses if metric == "loss" else evaluation.row_correct
-    return np.array(rows, dtype=float)
+@dataclass(frozen=True)
+class _Rows:
+    """A metric of several evaluations on the rows that all of them have scored."""
+
+    values: list[float]
+    """The metric of each evaluation, on all of its rows."""
+    higher_is_better: bool
+    sums: np.ndarray
+    """Summed over each row's tokens or answers `[evaluations, rows]`."""
+    tokens: np.ndarray | None
+    """Tokens or answers of each row `[rows]`; None for one number of all rows."""
 
 
-def _row_tokens(evaluation: "Evaluation") -> np.ndarray:
-    return np.array(evaluation.row_tokens, dtype=float)
+def _rows_of(evaluations: Sequence["Evaluation"], metric: str) -> _Rows:
+    scores: list[Score] = []
+    for evaluation in evaluations:
+        score = evaluation.score(metric)
+        assert score is not None, metric
+        scores.append(score)
+    values = [score.value for score in scores]
+    rising = scores[0].higher_is_better
+    sums = np.array([score.row_sums for score in scores], dtype=float)
+    counts = np.array([score.row_counts for score in scores], dtype=float)
+    if not counts.size:
+        return _Rows(values, rising, sums, None)
+    if (counts == counts[0]).all():
+        return _Rows(values, rising, sums, counts[0])
+    # Where a judge has failed for one of them, a row counts as often as all have scored it.
+    common = counts.min(0)
+    sums = sums / np.maximum(counts, 1) * common
+    scored = common > 0
+    return _Rows(values, rising, sums[:, scored], common[scored])
 
 
 def _confidence(
-    difference: float, error: float, freedom: float, metric: Metric
+    difference: float, error: float, freedom: float, higher_is_better: bool
 ) -> float:
     """Return the one-sided confidence that the first side is better."""
-    gain = difference if metric == "accuracy" else -difference
+    gain = difference if higher_is_better else -difference
     if error == 0:
         return float((1 + np.sign(gain)) / 2)
     return float(stats.t.cdf(gain / error, freedom))
@@ -175,10 +211,10 @@ def _comparison(
     low: float,
     high: float,
     confidence: float | None,
-    metric: Metric,
+    higher_is_better: bool,
 ) -> Comparison:
     is_above, is_below = (
-        ("better", "worse") if metric == "accuracy" else ("worse", "better")
+        ("better", "worse") if higher_is_better else ("worse", "better")
     )
     verdict = "no clear difference"
     if high < 0:
@@ -188,5 +224,5 @@ def _comparison(
     return Comparison(difference, low, high, confidence, verdict)
 
 
-def _too_few_rows(difference: float) -> Comparison:
-    return Comparison(difference, None, None, None, "too few rows to say")
+def _without_rows(difference: float, verdict: str) -> Comparison:
+    return Comparison(difference, None, None, None, verdict)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+OF_TOKENS = "of answer tokens, given the right beginning"
+"""What the metric `accuracy` is a share of."""
+
 
 def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
     """Describe how the winner and the baseline do on the test rows.
@@ -21,6 +24,8 @@ def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
     compared = test.get("objective", test)
     # An answer of an earlier version names no metric: it is the loss.
     name = compared.get("metric", "test/loss").removeprefix("test/")
+    if name == "accuracy":
+        name += f" ({OF_TOKENS})"
     winner = f"{name} {compared['winner']:.4f}"
     rows = f"on {test['rows']} test rows that no decision has used"
     if "difference" not in compared:
@@ -40,6 +45,7 @@ VERDICTS = {
     "worse": "this {} is worse than the baseline's",
     "no clear difference": "no clear difference between this {} and the baseline's",
     "too few rows to say": "too few rows to compare this {} with the baseline's",
+    "one number for all rows": "without scores of rows, no interval for this {} and the baseline's",
 }
 
 

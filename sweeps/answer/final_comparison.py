@@ -18,7 +18,6 @@ from finetune.run.final_evaluation import evaluate_finished_run
 from finetune.run.recorded_evaluation import read_test_evaluation
 from finetune.run.resources import SharedResources
 from sweeps.answer.compare import (
-    Metric,
     compare_adapters,
     compare_configs,
     metric_of,
@@ -59,11 +58,18 @@ def compare_on_test_rows(
         "looks": _count_looks(study, winner),
         "winner": of_winner.loss,
     }
+    metric = metric_of(study.objectives[0])
+    if of_winner.score(metric) is None:
+        # A judge was out of reach, or no test row is of the objective's source.
+        log.warning("test/%s has no value; the losses are compared", metric)
+        metric = "loss"
+    if metric != "loss":
+        value = _value(of_winner, metric)
+        test["objective"] = {"metric": f"test/{metric}", "winner": value}
     of_baseline = _evaluate_baseline(study, baseline, resources)
-    if of_baseline is None:
+    if of_baseline is None or of_baseline.score(metric) is None:
         return test
     test |= _adapters(of_winner, of_baseline, "loss")
-    metric = metric_of(study.objectives[0])
     if metric != "loss":
         test["objective"] = _adapters(of_winner, of_baseline, metric)
     test["config"] = _configs(study, of_winner, of_baseline, metric)
@@ -100,19 +106,25 @@ def _evaluate_baseline(
 
 
 def _adapters(
-    of_winner: Evaluation, of_baseline: Evaluation, metric: Metric
+    of_winner: Evaluation, of_baseline: Evaluation, metric: str
 ) -> dict[str, Any]:
     comparison = compare_adapters(of_winner, of_baseline, metric)
     values = {
         "metric": f"test/{metric}",
-        "winner": getattr(of_winner, metric),
-        "baseline": getattr(of_baseline, metric),
+        "winner": _value(of_winner, metric),
+        "baseline": _value(of_baseline, metric),
     }
     return values | _entries(asdict(comparison))
 
 
+def _value(evaluation: Evaluation, metric: str) -> float:
+    score = evaluation.score(metric)
+    assert score is not None, metric
+    return score.value
+
+
 def _configs(
-    study: Study, of_winner: Evaluation, of_baseline: Evaluation, metric: Metric
+    study: Study, of_winner: Evaluation, of_baseline: Evaluation, metric: str
 ) -> dict[str, Any] | None:
     """Compare the configs by a confirmation, or by further seeds of the baseline.
 
@@ -124,7 +136,9 @@ def _configs(
     seeds = [of_baseline]
     for folder in study.baseline_seed_folders():
         evaluation = read_test_evaluation(folder)
-        if evaluation is not None and math.isfinite(evaluation.loss):
+        if evaluation is None or not math.isfinite(evaluation.loss):
+            continue
+        if evaluation.score(metric) is not None:
             seeds.append(evaluation)
     if len(seeds) < 2:
         return None

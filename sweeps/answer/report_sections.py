@@ -101,6 +101,12 @@ def _answer(data: ReportData) -> Section:
             loss = data.test.get(side)
             losses.append("" if loss is None else f"{loss:.4f}")
         rows.append(Row(["test/loss", *losses]))
+        compared = data.test.get("objective")
+        if compared is not None:
+            values = [
+                f"{compared[side]:.4f}" if side in compared else "" for side in sides
+            ]
+            rows.append(Row([compared["metric"], *values]))
     lines = []
     if data.answer is not None:
         lines += final_comparison_lines(data.answer)

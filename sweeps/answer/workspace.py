@@ -130,7 +130,7 @@ def _curve_names(study: Study) -> list[str]:
     """Name the metrics that are logged during training."""
     # Each once: the objective may be one of the two losses.
     names = dict.fromkeys(("eval/loss", *study.objectives, "train/loss"))
-    return [name for name in names if name.endswith(("/loss", "/accuracy"))]
+    return [name for name in names if name.startswith("eval/") or name == "train/loss"]
 
 
 def _objective_summaries(study: Study) -> dict[str, str]:

@@ -25,14 +25,16 @@ class StudySettings(Section):
     storage: str | None
     """Address of a database, `postgresql+psycopg2://user@host/name` (a secret in it only as
     `${oc.env:NAME}`); null: a journal file in the study's folder."""
-    n_trials: int
-    """Number of trials that the study holds when it is done, over all sessions."""
+    n_trials: int | None
+    """Number of trials that the study holds when it is done, over all sessions; null: as many as
+    `timeout` or `max_tokens` allow."""
     n_jobs: int | None
     """Number of workers; null: one for each visible GPU, or one on a CPU."""
     slots: int | Literal["auto"]
     """Number of trials that train together on one worker; auto: by memory, 1 on a CPU."""
-    direction: Direction | list[Direction]
-    """Whether the objective is minimized or maximized; a list for several objectives."""
+    direction: Literal["auto"] | Direction | list[Direction]
+    """Whether the objective is minimized or maximized; a list for several objectives; auto: as each
+    objective's metric is better."""
     max_failure_rate: float
     """Fraction of the finished trials (at least five) that may fail before the study ends."""
     params: dict[str, Any]
@@ -48,7 +50,14 @@ class StudySettings(Section):
     start: list[dict[str, Any]]
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     timeout: float | None
-    """Seconds after which no trial begins and running trials are pruned; null: no limit."""
+    """Seconds for the whole session, its final evaluation included; null: no limit. When only the
+    time for that is left, no trial begins, and running trials are pruned."""
+    stop_when: Literal["no_gain"] | None
+    """no_gain: no further trial begins once at least 20 are measured and simulations say that as
+    many more would hardly help; null: the study goes on to `n_trials`."""
+    max_tokens: int | None
+    """Training tokens of all trials together, over all sessions, from which on no trial begins;
+    running trials go on to their end. null: no limit."""
     keep_adapters: int
     """Number of the best trials whose adapters and checkpoints stay on disk."""
     confirm: int
@@ -66,32 +75,62 @@ class StudySettings(Section):
         self.require(
             "direction",
             bool(self.direction),
-            "must be minimize or maximize, or a list of them",
+            "must be auto, minimize or maximize, or a list of the last two",
         )
         is_rate = 0 <= self.max_failure_rate <= 1
         self.require(
             "max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1"
         )
-        has_time = self.timeout is None or self.timeout > 0
-        self.require("timeout", has_time, "must be above 0 seconds, or null")
+        self._check_stop_when()
+        self._check_budget()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
-        can_confirm = not self.confirm or len(self.directions) == 1
+        can_confirm = not self.confirm or self._may_have_one_objective
         self.require("confirm", can_confirm, "needs one objective; 0: none")
         has_seeds = self.baseline_seeds == "auto" or int(self.baseline_seeds) >= 0
         self.require(
             "baseline_seeds", has_seeds, "must be a number of seeds, or auto; 0: none"
         )
 
+    def _check_stop_when(self) -> None:
+        if self.stop_when is None:
+            return
+        self.require(
+            "stop_when", self._may_have_one_objective, "needs one objective; null: none"
+        )
+        samples = not self.is_grid
+        self.require("stop_when", samples, "a grid tries every point; null: none")
+
     def _check_trials_and_workers(self) -> None:
         self.require("study_name", is_plain_name(self.study_name), PLAIN_NAME)
-        self.require("n_trials", self.n_trials >= 1, "must be at least 1")
+        has_trials = self.n_trials is None or self.n_trials >= 1
+        self.require("n_trials", has_trials, "must be at least 1, or null")
         has_workers = self.n_jobs is None or self.n_jobs >= 1
         self.require(
             "n_jobs", has_workers, "must be at least 1, or null: one for each GPU"
         )
         has_slots = self.slots == "auto" or int(self.slots) >= 1
         self.require("slots", has_slots, "must be at least 1, or auto: by memory")
+
+    def _check_budget(self) -> None:
+        has_time = self.timeout is None or self.timeout > 0
+        self.require("timeout", has_time, "must be above 0 seconds, or null")
+        has_tokens = self.max_tokens is None or self.max_tokens > 0
+        self.require("max_tokens", has_tokens, "must be above 0 tokens, or null")
+        if self.n_trials is not None:
+            return
+        has_budget = self.timeout is not None or self.max_tokens is not None
+        self.require(
+            "n_trials",
+            has_budget,
+            "needs a budget: hydra.sweeper.timeout or hydra.sweeper.max_tokens",
+        )
+        # Trials that fail at once spend no tokens: such a study would never end.
+        self.require(
+            "max_failure_rate",
+            self.max_failure_rate < 1,
+            "must be below 1 with hydra.sweeper.n_trials=null",
+        )
 
     @classmethod
     def from_sweeper(cls, values: Mapping[str, Any]) -> "StudySettings":
@@ -107,11 +146,17 @@ class StudySettings(Section):
         return build(cls, "hydra.sweeper", {**values, "start": points})
 
     @property
+    def _may_have_one_objective(self) -> bool:
+        """Whether there is one direction, or none yet: it is checked again once it is resolved."""
+        return self.direction == "auto" or len(self.directions) == 1
+
+    @property
     def directions(self) -> list[Direction]:
-        """One direction for each objective."""
-        if isinstance(self.direction, str):
-            return [self.direction]
-        return list(self.direction)
+        """One direction for each objective; `auto` is resolved by then."""
+        if isinstance(self.direction, list):
+            return list(self.direction)
+        assert self.direction != "auto", "resolved where the session is drafted"
+        return [self.direction]
 
     @property
     def is_grid(self) -> bool:

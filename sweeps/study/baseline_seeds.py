@@ -104,7 +104,7 @@ class BaselineSeeds:
                     self._interrupt,
                     self._session.engine.slots,
                     self._errors,
-                    _Deadline(self._session, self._interrupt),
+                    _Deadline(self._session, self._study, self._interrupt),
                 )
         return None
 
@@ -125,8 +125,9 @@ def _needs_training(folder: RunFolder) -> bool:
 class _Deadline(Observer):
     """Stops a run when its session is out of time, and interrupts it when the session ends."""
 
-    def __init__(self, session: Session, interrupt: Interrupt) -> None:
+    def __init__(self, session: Session, study: Study, interrupt: Interrupt) -> None:
         self._session = session
+        self._study = study
         self._interrupt = interrupt
         self._last_poll = time.monotonic()
 
@@ -138,4 +139,4 @@ class _Deadline(Observer):
         if self._session.is_stopping:
             self._interrupt.requested = True
             return False
-        return self._session.is_out_of_time
+        return self._session.is_out_of_time(self._study)

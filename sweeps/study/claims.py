@@ -1,6 +1,7 @@
 """Which worker trains which trial.
 
-All trials of a study are added when it begins, waiting, and a worker claims one at a time. A claim
+All trials of a study are added when it begins, waiting, and a worker claims one at a time. Where a
+budget instead of a number ends the study, each claim adds the trial that it needs. A claim
 holds the lock of the trial's folder as long as the worker's process lives. A running trial whose
 folder is not locked has lost its worker; the next claim adopts it under its own number.
 """
@@ -32,24 +33,42 @@ class Claim:
     folder: RunFolder
 
 
-def enqueue_trials(study: Study, total: int, points: list[tuple[str, Point]]) -> int:
+def enqueue_trials(
+    study: Study,
+    total: int | None,
+    points: list[tuple[str, Point]],
+    max_tokens: int | None = None,
+) -> None:
     """Add waiting trials until the study has its total, and give them the points not yet tried.
 
     Args:
         study: the study.
-        total: number of trials that the study shall hold when it is done.
+        total: number of trials that the study shall hold when it is done; None: as many as the
+            budget allows.
         points: role (baseline, start, grid) and point, for the next waiting trials. The baseline
             is tried once, and again if it ran out of time.
-
-    Returns:
-        The number of trials that are not finished.
+        max_tokens: training tokens of all trials, from which on none begins; None: no limit.
     """
     # Two sessions at once must not both add the trials that the study lacks.
     with file_lock(study.lock_path):
         study.optuna.set_user_attr("total", total)
+        study.optuna.set_user_attr("max_tokens", max_tokens)
+        untried = _untried_points(study, points)
+        if total is None:
+            total = len(study.trials()) + _lacking_trials(study, untried)
         _add_waiting_trials(study, total)
-        _enqueue_points(study, points, total)
-        return total - len(study.finished())
+        _enqueue_points(study, untried, total)
+
+
+def _lacking_trials(study: Study, untried: list[tuple[str, Point]]) -> int:
+    """Return how many waiting trials the points need in addition to those there are."""
+    return max(0, len(untried) - len(_free_trials(study)))
+
+
+def _free_trials(study: Study) -> list[FrozenTrial]:
+    """Return the waiting trials without a point."""
+    waiting = study.trials(TrialState.WAITING)
+    return [trial for trial in waiting if enqueued_point(trial) is None]
 
 
 def _add_waiting_trials(study: Study, total: int) -> None:
@@ -61,11 +80,9 @@ def _add_waiting_trials(study: Study, total: int) -> None:
         study.optuna.add_trial(trial)
 
 
-def _enqueue_points(study: Study, points: list[tuple[str, Point]], total: int) -> None:
+def _enqueue_points(study: Study, untried: list[tuple[str, Point]], total: int) -> None:
     """Give the points not yet tried to waiting trials without one, in order."""
-    untried = _untried_points(study, points)
-    waiting = study.trials(TrialState.WAITING)
-    free = [trial for trial in waiting if enqueued_point(trial) is None]
+    free = _free_trials(study)
     # Not strict: the sampler chooses for the trials that remain, and further points wait.
     for trial, (point_role, point) in zip(free, untried, strict=False):
         trial_id = study.trial_id(trial.number)
@@ -127,6 +144,21 @@ def _claim_next(
     accepts: Callable[[FrozenTrial], bool],
     folder_lock: contextlib.ExitStack,
 ) -> Claim | None:
+    # Another machine may be first with each of them.
+    while True:
+        claim = _claim_existing(study, accepts, folder_lock)
+        if claim is not None or study.total is not None or study.ended:
+            return claim
+        if not accepts(create_trial(state=TrialState.WAITING)):
+            return None
+        _add_waiting_trials(study, len(study.trials()) + 1)
+
+
+def _claim_existing(
+    study: Study,
+    accepts: Callable[[FrozenTrial], bool],
+    folder_lock: contextlib.ExitStack,
+) -> Claim | None:
     for trial in filter(accepts, _claimable_trials(study)):
         folder = study.folder_of(trial.number)
         # Locked before it is set running: a running trial with a free folder has lost its worker.
@@ -145,18 +177,23 @@ def _claim_next(
 
 
 def _claimable_trials(study: Study) -> list[FrozenTrial]:
-    """Return the running trials whose folders are on this machine, then those that wait."""
+    """Return the running trials whose folders are on this machine, then those that wait.
+
+    Of a study that has ended itself, none that waits.
+    """
     adoptable = []
     for trial in study.trials(TrialState.RUNNING):
         # A running trial without a folder here belongs to another machine.
         folder = study.folder_of(trial.number)
         if not study.is_shared or folder.path.exists():
             adoptable.append(trial)
+    if study.ended:
+        return adoptable
     # An earlier session may have added more trials than the study shall hold now.
-    total = study.optuna.user_attrs.get("total", len(study.trials()))
-    waiting = [
-        trial for trial in study.trials(TrialState.WAITING) if trial.number < total
-    ]
+    total = study.total
+    waiting = study.trials(TrialState.WAITING)
+    if total is not None:
+        waiting = [trial for trial in waiting if trial.number < total]
     return [*adoptable, *waiting]
 
 

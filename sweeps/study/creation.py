@@ -56,6 +56,9 @@ def create_or_resume(
         _ensure_uid(study)
         _update_terms(study, terms, distributions, settings.allow_change)
         _name_metrics(study)
+        study.optuna.set_user_attr("sampler", settings.sampler)
+        if settings.stop_when is None:
+            _resume_ended(study)
         # Last, because a folder with this file counts as a study, whose terms can be read.
         # The address is as the user wrote it: secrets stay references to environment variables.
         entry = {"name": settings.study_name, "storage": settings.storage}
@@ -98,8 +101,17 @@ def _update_terms(
         )
         if has_new_config(stored, terms):
             _clear_unfinished_runs(study)
+        if stored != json.loads(json.dumps(terms)):
+            # The study ended itself for what it searched before the change.
+            _resume_ended(study)
     if stored != terms:
         study.optuna.set_user_attr("terms", terms)
+
+
+def _resume_ended(study: Study) -> None:
+    """Let a study that has ended itself go on."""
+    if study.ended:
+        study.optuna.set_user_attr("ended", None)
 
 
 def _name_metrics(study: Study) -> None:

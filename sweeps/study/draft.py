@@ -1,5 +1,6 @@
 """The session that a sweep command asks for, checked before torch and a base model are loaded."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.errors import ConfigError, refusal
+from finetune.metrics.load import check_metrics, higher_is_better
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
-from sweeps.space.settings import StudySettings
+from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
@@ -34,12 +36,16 @@ class Draft:
     """Role (baseline, start, grid) and point of the first trials."""
 
     @property
-    def total(self) -> int:
-        """Number of trials that the study shall hold; a grid has no more than its points."""
+    def total(self) -> int | None:
+        """Number of trials that the study shall hold; None: as many as the budget allows.
+
+        A grid has no more than its points.
+        """
         settings = self.session.settings
-        if settings.is_grid:
-            return min(settings.n_trials, len(self.points))
-        return settings.n_trials
+        if not settings.is_grid:
+            return settings.n_trials
+        points = len(self.points)
+        return points if settings.n_trials is None else min(settings.n_trials, points)
 
     @property
     def is_whole_grid(self) -> bool:
@@ -74,7 +80,8 @@ def draft_session(
     composed = context.config_loader.load_sweep_config(config, space.fixed_texts)
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
-    common = _check_run_config(settings, composed)
+    common = _check_run_config(composed)
+    settings = _resolve_directions(settings, common)
     address = plain["storage"]
     # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
@@ -168,17 +175,31 @@ def _resolve_automatic_values(common: RunConfig, composed: DictConfig) -> RunCon
     return resolved
 
 
-def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfig:
-    """Check the run's config, and that its objectives suit a study."""
+def _check_run_config(composed: DictConfig) -> RunConfig:
+    """Check the run's config, and that it has an objective."""
     config = RunConfig.from_hydra(composed)
     if not config.objectives:
         raise ConfigError(
             f"objective={config.objective}: there are no held-out rows to search by; "
             "give dataset.eval_fraction above 0, or dataset.eval_path"
         )
+    return config
+
+
+def _resolve_directions(settings: StudySettings, config: RunConfig) -> StudySettings:
+    """Return the settings with a direction for each objective, which its metric allows."""
+    metrics = check_metrics(config)
+    rising = [higher_is_better(name, metrics) for name in config.objectives]
+    if settings.direction == "auto":
+        directions: list[Direction] = [
+            "maximize" if is_rising else "minimize" for is_rising in rising
+        ]
+        return dataclasses.replace(settings, direction=directions)
     # Not strict: a wrong number of directions is refused below, with the names.
-    for name, direction in zip(config.objectives, settings.directions, strict=False):
-        if name == "eval/accuracy" and direction == "minimize":
+    for name, is_rising, direction in zip(
+        config.objectives, rising, settings.directions, strict=False
+    ):
+        if is_rising and direction == "minimize":
             reason = f"{name} is better the larger it is: maximize"
             raise refusal("hydra.sweeper.direction", direction, reason)
     count = len(config.objectives)
@@ -186,7 +207,7 @@ def _check_run_config(settings: StudySettings, composed: DictConfig) -> RunConfi
         names = ", ".join(config.objectives)
         reason = f"must be one for each objective ({count}: {names})"
         raise ConfigError(f"hydra.sweeper.direction={settings.direction}: {reason}")
-    return config
+    return settings
 
 
 def _study_folder(

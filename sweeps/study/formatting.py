@@ -48,6 +48,8 @@ def trials_table(study: Study) -> str:
     waiting_count = len(study.trials()) - len(trials)
     if waiting_count:
         table += f"\n{waiting_count} waiting"
+    if study.ended:
+        table += f"\n{study.ended}"
     return table
 
 

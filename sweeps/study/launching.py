@@ -40,13 +40,13 @@ def worker_count(settings: StudySettings) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_workers(study: Study, session: Session, total: int) -> None:
+def run_workers(study: Study, session: Session, total: int | None) -> None:
     """Run a session's workers until no trial is left for them.
 
     Args:
         study: the study.
         session: the session.
-        total: number of trials that the study shall hold, for the live table.
+        total: number of trials that the study shall hold, for the live table; None: no number.
 
     Raises:
         Interrupted: the user interrupted the workers; StorageLost: the database is out of reach.

@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sweeps.study.budget import describe_tokens
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_parameters, objective_cells
 from sweeps.study.study import Study
@@ -31,12 +32,12 @@ METRICS_TAIL = 4096
 
 
 @contextlib.contextmanager
-def live_table(study: Study, total: int) -> Iterator[None]:
+def live_table(study: Study, total: int | None) -> Iterator[None]:
     """Draw the study below the log lines while the context lasts, if stderr is a terminal.
 
     Args:
         study: the study.
-        total: number of trials that the study shall hold.
+        total: number of trials that the study shall hold; None: as many as the budget allows.
     """
     if not sys.stderr.isatty():
         yield
@@ -57,10 +58,10 @@ class LiveTable:
 
     Args:
         study: the study.
-        total: number of trials that the study shall hold.
+        total: number of trials that the study shall hold; None: as many as the budget allows.
     """
 
-    def __init__(self, study: Study, total: int) -> None:
+    def __init__(self, study: Study, total: int | None) -> None:
         self._study = study
         self._total = total
         self._began = time.monotonic()
@@ -106,21 +107,30 @@ class LiveTable:
         states = Counter(trial.state for trial in finished)
         pruned = states[TrialState.PRUNED]
         failed = states[TrialState.FAIL]
-        line = (
-            f"{len(finished)} of {self._total} done ({pruned} pruned, {failed} failed)"
-        )
+        of_total = "" if self._total is None else f" of {self._total}"
+        line = f"{len(finished)}{of_total} done ({pruned} pruned, {failed} failed)"
         best = next(iter(self._study.ranked()), None)
         if best is not None:
             cells = objective_cells(best, len(best.values))
             line += f" · best {' '.join(cells)} (trial {best.number})"
+        tokens = describe_tokens(self._study)
+        if tokens:
+            line += f" · {tokens}"
+        return line + self._time_left(len(finished))
+
+    def _time_left(self, finished: int) -> str:
+        """Estimate the time until the study has its number of trials; empty where unknown."""
+        # A budget may end the study before.
+        if self._total is None or self._study.max_tokens is not None:
+            return ""
         # The time since this session began belongs to the trials that have finished in it.
-        finished_here = len(finished) - self._finished_before
-        unfinished = self._total - len(finished)
-        if finished_here and unfinished > 0:
-            seconds_per_trial = (time.monotonic() - self._began) / finished_here
-            minutes = max(1, round(seconds_per_trial * unfinished / 60))
-            line += f" · about {minutes} min left"
-        return line
+        finished_here = finished - self._finished_before
+        unfinished = self._total - finished
+        if not finished_here or unfinished <= 0:
+            return ""
+        seconds_per_trial = (time.monotonic() - self._began) / finished_here
+        minutes = max(1, round(seconds_per_trial * unfinished / 60))
+        return f" · about {minutes} min left"
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

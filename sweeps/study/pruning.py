@@ -10,9 +10,12 @@ from optuna.trial import FrozenTrial
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
+from finetune.run.resources import shared_resources
 from finetune.tracking.wandb_finished import remove_tag
 from sweeps.space.pruners import WARMUP_RUNG
+from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.errors import StorageLost
+from sweeps.study.final_time import estimate_final_seconds, record_final_seconds
 from sweeps.study.session import Session
 from sweeps.study.study import OUT_OF_TIME, Study, role
 
@@ -89,7 +92,8 @@ class PruningObserver(Observer):
             return False
         if self._stored_trial().user_attrs.get("stop"):
             return self._stop("told to stop")
-        return self._session.is_out_of_time and self._stop(OUT_OF_TIME)
+        is_out_of_time = self._session.is_out_of_time(self._study)
+        return is_out_of_time and self._stop(OUT_OF_TIME)
 
     def _is_due(self, polls: bool) -> bool:
         """Whether other trials may have reported a rung since this one was judged."""
@@ -100,6 +104,10 @@ class PruningObserver(Observer):
 
     def on_rung(self, rung: Rung) -> None:
         """Report a rung. The evaluation before training is none: there all trials are alike."""
+        self._trial.set_user_attr(TRAIN_TOKENS, rung.train_tokens)
+        # The evaluation before the first step is the base's, and all trials share its result.
+        if self._session.deadline is not None and rung.index > 0:
+            self._record_final_seconds(rung.seconds)
         if rung.index == 0:
             self._trial.set_user_attr("steps", rung.total)
         if not self._is_reportable(rung):
@@ -117,6 +125,17 @@ class PruningObserver(Observer):
         log.info(
             "trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value
         )
+
+    def _record_final_seconds(self, seconds: float) -> None:
+        from finetune.model.device import on_gpu
+
+        estimate = estimate_final_seconds(
+            self._session.common,
+            shared_resources,
+            seconds,
+            is_gpu=on_gpu(),
+        )
+        record_final_seconds(self._study, estimate)
 
     def should_prune(self, rung: Rung) -> bool:
         """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sweeps.space.encoding import encode
 from sweeps.space.samplers import make_pruner, make_sampler
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
+from sweeps.study.final_time import reserved_seconds
 from sweeps.study.study import EngineChoice, Study
 
 PARENT_PID = os.getppid()
@@ -44,8 +46,10 @@ class Session:
     common: RunConfig
     """The config's own values; a trial differs from it only in what is searched."""
     deadline: float | None
-    """Unix time in seconds, after which no trial begins and running trials are pruned."""
+    """Unix time in seconds at which the session shall have its answer."""
     engine: EngineChoice
+    end_rule: Callable[[Study], str | None] | None = None
+    """Says after each trial why the study ends before it has all; None: it does not."""
     sweeper_pid: int = field(default_factory=os.getpid)
     """The process of the sweep command."""
 
@@ -110,10 +114,15 @@ class Session:
         """Make the sampler of one trial."""
         return make_sampler(self.settings, self.common.seed, trial_number)
 
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.time() >= self.deadline
+    def is_out_of_time(self, study: Study) -> bool:
+        """Whether no trial shall begin, and running trials shall be pruned.
+
+        The rest of the time is for the final evaluation.
+        """
+        timeout = self.settings.timeout
+        if self.deadline is None or timeout is None:
+            return False
+        return time.time() >= self.deadline - reserved_seconds(study, timeout)
 
     @property
     def stop_file(self) -> Path:
@@ -135,7 +144,7 @@ class Session:
         """Whether no further trial shall begin."""
         return (
             self.is_stopping
-            or self.is_out_of_time
+            or self.is_out_of_time(study)
             or has_failed_too_often(study, self.settings)
         )
 

@@ -2,13 +2,16 @@
 
 The storage's study attributes hold what all workers and later sessions have to agree on:
 `uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
-(the number of trials), and `engine`, `slots` and `checkpointing` (see `EngineChoice`).
+(the number of trials), `max_tokens` (their budget), `engine`, `slots` and `checkpointing` (see
+`EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
 """
 
 import copy
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
@@ -109,6 +112,19 @@ class Study:
         return str(self.optuna.user_attrs["uid"])
 
     @property
+    def total(self) -> int | None:
+        """The number of trials that the study shall hold; None: as many as the budget allows."""
+        # Studies from before it was stored have all their trials.
+        total: int | None = self.optuna.user_attrs.get("total", len(self.trials()))
+        return total
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The training tokens of all trials from which on none begins; None: no limit."""
+        max_tokens: int | None = self.optuna.user_attrs.get("max_tokens")
+        return max_tokens
+
+    @property
     def lock_path(self) -> Path:
         """The file lock under which trials are added and claimed on this machine."""
         return self.folder / ".lock"
@@ -131,6 +147,25 @@ class Study:
         """The names of the metrics that the study optimizes."""
         names = self.optuna.user_attrs["terms"]["objective"]
         return [names] if isinstance(names, str) else list(names)
+
+    @property
+    def sampler(self) -> Mapping[str, Any] | None:
+        """The sampler and its arguments; None: an earlier version has stored none."""
+        return self.optuna.user_attrs.get("sampler")
+
+    @property
+    def ended(self) -> str | None:
+        """Why the study has ended itself, by `hydra.sweeper.stop_when`; None: it has not."""
+        return self.optuna.user_attrs.get("ended")
+
+    def end(self, reason: str) -> None:
+        """End the study before it has all its trials: no further one begins, on any machine."""
+        begun = len(self.trials()) - len(self.trials(TrialState.WAITING))
+        trials = str(begun) if self.total is None else f"{begun} of {self.total}"
+        note = f"the study ended itself after {trials} trials: {reason}"
+        self.optuna.set_user_attr(
+            "ended", f"{note}; hydra.sweeper.stop_when=null goes on"
+        )
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return all trials, or those in some states, by number. They are not copies."""

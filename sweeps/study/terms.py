@@ -47,7 +47,10 @@ def study_terms(
     config_values = flatten(config.with_absolute_paths().to_dict())
     terms: dict[str, Any] = {}
     for key, value in config_values.items():
-        if key not in searched and not key.startswith(excluded_prefixes):
+        # A study from before the section existed has none of its keys.
+        is_neutral = key.startswith("evaluation.") and not config.evaluation.metrics
+        is_excluded = key in searched or key.startswith(excluded_prefixes)
+        if not is_excluded and not is_neutral:
             terms[key] = value
     terms["objective"] = config.objective
     terms["hydra.sweeper.direction"] = settings.directions

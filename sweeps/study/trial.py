@@ -30,6 +30,7 @@ from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
 from sweeps.space.distributions import suggest
+from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value
@@ -271,7 +272,12 @@ class TrialRunner:
 
     def _tell(self, outcome: Outcome) -> None:
         """Store the trial's outcome in the study."""
-        for name, value in outcome.attributes.items():
+        attributes = dict(outcome.attributes)
+        result = read_json(self._folder.result) or {}
+        # A trial that failed before it trained has none.
+        if TRAIN_TOKENS in result:
+            attributes[TRAIN_TOKENS] = result[TRAIN_TOKENS]
+        for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
         self._optuna.tell(
             self.trial,
@@ -281,6 +287,17 @@ class TrialRunner:
         )
         description = outcome.describe(self._study.objectives)
         log.info("trial %d: %s", self.trial.number, description)
+        self._end_study_by_rule()
+
+    def _end_study_by_rule(self) -> None:
+        """End the study if `hydra.sweeper.stop_when` says so, now that a trial has ended."""
+        rule = self._session.end_rule
+        if rule is None or self._study.ended:
+            return
+        reason = rule(self._study)
+        if reason is not None:
+            self._study.end(reason)
+            log.info("study %s: %s", self._study.name, self._study.ended)
 
 
 def _role_note(trial: optuna.Trial) -> str:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from finetune.console import quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import Interrupted
 from sweeps.study.baseline_seeds import BaselineSeeds
+from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import claim_trial
 from sweeps.study.errors import StorageLost
 from sweeps.study.logs import run_lines_to_files
@@ -57,9 +58,17 @@ class Worker:
         trials = _TrialSource(session, study)
         baseline_seeds = BaselineSeeds(session, study, trials.interrupt)
 
+        def next_trial() -> PackedRun | None:
+            return trials.next_run(lambda trial: not is_on_last_attempt(trial))
+
+        def next_seed() -> PackedRun | None:
+            return trials.unless_over(baseline_seeds.next_run)
+
         def next_run() -> PackedRun | None:
-            run = trials.next_run(lambda trial: not is_on_last_attempt(trial))
-            return run or trials.unless_over(baseline_seeds.next_run)
+            # Without a number of trials, no slot is left over before the budget is spent.
+            if study.total is None:
+                return next_seed() or next_trial()
+            return next_trial() or next_seed()
 
         ended = 0
         try:
@@ -101,8 +110,15 @@ class _TrialSource:
             return None
 
     def _claim_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
+        begins_trials = not has_spent_tokens(self._study)
+
+        def is_acceptable(trial: FrozenTrial) -> bool:
+            # A trial that lost its worker goes on: its tokens would be wasted otherwise.
+            may_run = begins_trials or trial.state == TrialState.RUNNING
+            return may_run and accepts(trial)
+
         with contextlib.ExitStack() as stack:
-            claim = stack.enter_context(claim_trial(self._study, accepts))
+            claim = stack.enter_context(claim_trial(self._study, is_acceptable))
             if claim is None:
                 return None
             runner = TrialRunner(self._session, self._study, claim, self.interrupt)

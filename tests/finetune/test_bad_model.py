@@ -31,12 +31,12 @@ BASE = [
     Case(
         "no-folder",
         "model.name_or_path=./nowhere",
-        "model.name_or_path=./nowhere: no such folder; allowed: smollm2_135m, a hub id (owner/name), a folder",
+        "model.name_or_path=./nowhere: no such folder; allowed: smollm2_135m, gemma3_270m, a hub id (owner/name), a folder",
     ),
     Case(
         "no-model-of-that-name",
         "model.name_or_path=smollm2",
-        "model.name_or_path=smollm2: no such folder; allowed: smollm2_135m, a hub id…",
+        "model.name_or_path=smollm2: no such folder; allowed: smollm2_135m, gemma3_270m, a hub id…",
     ),
     Case(
         "folder-that-is-no-model",

@@ -125,10 +125,11 @@ def test_evaluate_measures_adapter_and_base_on_other_rows(
     )
 
     assert done.returncode == 0, done.stderr
-    header, names, loss, perplexity, accuracy = done.stdout.splitlines()
+    header, names, loss, perplexity, accuracy, note = done.stdout.splitlines()
     assert header.startswith("1 rows")
     for stage in ("loading ", "evaluating the base", "evaluating the adapter"):
         assert stage in done.stderr
+    assert note == "accuracy: of answer tokens, given the right beginning"
     assert names.split() == ["base", "adapter", "change"]
     assert float(loss.split()[2]) < float(loss.split()[1])
     assert perplexity.startswith("perplexity")
@@ -161,7 +162,8 @@ def test_evaluate_prints_the_same_figures_as_json(
         table[0]
         == f"{figures['rows']} rows, {figures['tokens']} answer tokens of {data}"
     )
-    for line in table[2:]:
+    assert table[-1] == "accuracy: of answer tokens, given the right beginning"
+    for line in table[2:-1]:
         name, base, adapter, _ = line.split()
         assert f"{figures['base'][name]:.4f}" == base
         assert f"{figures['adapter'][name]:.4f}" == adapter

@@ -33,11 +33,14 @@ def sweeper_config(*overrides: str) -> DictConfig:
 
 
 def settings_of(*overrides: str) -> StudySettings:
+    """Settings with the direction that a draft resolves for the loss."""
     values = OmegaConf.to_container(
         sweeper_config(*overrides).hydra.sweeper, resolve=True
     )
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items() if key != "_target_"}
+    if plain["direction"] == "auto":
+        plain["direction"] = "minimize"
     return StudySettings.from_sweeper(
         plain | {"study_name": "s", "params": plain["params"] or {}}
     )

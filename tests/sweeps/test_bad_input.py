@@ -31,12 +31,12 @@ SETTINGS = [
     Case(
         "no-trials",
         "hydra.sweeper.n_trials=0",
-        "hydra.sweeper.n_trials=0: must be at least 1",
+        "hydra.sweeper.n_trials=0: must be at least 1, or null",
     ),
     Case(
         "trials-text",
         "hydra.sweeper.n_trials=many",
-        "hydra.sweeper.n_trials=many: must be a whole number",
+        "hydra.sweeper.n_trials=many: must be a whole number or null",
     ),
     Case(
         "no-workers",
@@ -46,12 +46,12 @@ SETTINGS = [
     Case(
         "direction",
         "hydra.sweeper.direction=up",
-        "hydra.sweeper.direction=up: …allowed: maximize, minimize",
+        "hydra.sweeper.direction=up: …allowed: auto, maximize, minimize",
     ),
     Case(
         "directions-none",
         "hydra.sweeper.direction=[]",
-        "hydra.sweeper.direction=[]: must be minimize or maximize…",
+        "hydra.sweeper.direction=[]: must be auto, minimize or maximize…",
     ),
     Case(
         "directions-too-many",
@@ -60,7 +60,7 @@ SETTINGS = [
     ),
     Case(
         "directions-too-few",
-        "objective=[eval/loss,adapter/parameters]",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.direction=minimize",
         "hydra.sweeper.direction=minimize: must be one for each objective (2: eval/loss, adapter/parameters)",
     ),
     Case(
@@ -87,6 +87,43 @@ SETTINGS = [
         "timeout",
         "hydra.sweeper.timeout=0",
         "hydra.sweeper.timeout=0…: must be above 0 seconds, or null",
+    ),
+    Case(
+        "stop-when",
+        "hydra.sweeper.stop_when=soon",
+        "hydra.sweeper.stop_when=soon: …no_gain…",
+    ),
+    Case(
+        "stop-when-of-two",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.direction=[minimize,minimize] "
+        "hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: needs one objective; null: none",
+    ),
+    Case(
+        "stop-when-of-two-found",
+        "objective=[eval/loss,adapter/parameters] hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: needs one objective; null: none",
+    ),
+    Case(
+        "stop-when-of-a-grid",
+        "hydra/sweeper/sampler=grid hydra.sweeper.stop_when=no_gain",
+        "hydra.sweeper.stop_when=no_gain: a grid tries every point; null: none",
+    ),
+    Case(
+        "tokens",
+        "hydra.sweeper.max_tokens=0",
+        "hydra.sweeper.max_tokens=0: must be above 0 tokens, or null",
+    ),
+    Case(
+        "no-end",
+        "hydra.sweeper.n_trials=null",
+        "hydra.sweeper.n_trials=null: needs a budget: "
+        "hydra.sweeper.timeout or hydra.sweeper.max_tokens",
+    ),
+    Case(
+        "all-may-fail",
+        "hydra.sweeper.n_trials=null hydra.sweeper.timeout=9 hydra.sweeper.max_failure_rate=1",
+        "hydra.sweeper.max_failure_rate=1…: must be below 1 with hydra.sweeper.n_trials=null",
     ),
     Case(
         "adapters",
@@ -307,7 +344,9 @@ def test_a_sweepers_mistyped_key_is_answered_by_the_nearest(
 
 
 def test_a_measure_that_rises_is_not_minimised(workplace: Workplace) -> None:
-    outcome = search(workplace, "objective=eval/accuracy")
+    outcome = search(
+        workplace, "objective=eval/accuracy", "hydra.sweeper.direction=minimize"
+    )
 
     said = "hydra.sweeper.direction=minimize: eval/accuracy is better the larger it is: maximize"
     assert outcome.error == said
@@ -324,7 +363,7 @@ def test_a_search_of_nothing_is_refused(workplace: Workplace) -> None:
 def test_a_study_without_a_name_is_checked_as_any_other(workplace: Workplace) -> None:
     outcome = search(workplace, "hydra.sweeper.n_trials=0", name="")
 
-    assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1"
+    assert outcome.error == "hydra.sweeper.n_trials=0: must be at least 1, or null"
     assert workplace.files() == set()
 
 

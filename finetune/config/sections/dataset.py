@@ -1,6 +1,7 @@
 """The rows that a run reads."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
 
 from finetune.config.data_folder import has_evaluation_files
@@ -197,6 +198,27 @@ class DatasetSettings(Section):
     def path_text(self) -> str:
         """All paths as one text, for messages."""
         return ", ".join(source.path for source in self.sources)
+
+    @property
+    def source_names(self) -> dict[str, str]:
+        """The names of several sources in metrics, by their paths; empty with a single source.
+
+        A file is named without its folder and its type; equal names are numbered.
+        """
+        paths = [source.path for source in self.sources]
+        if len(paths) < 2:
+            return {}
+        names: dict[str, str] = {}
+        for path in paths:
+            # `partition`, because `.jsonl.gz` are two types.
+            stem = PurePath(path).name.partition(".")[0] or "source"
+            count = 1
+            name = stem
+            while name in names.values():
+                count += 1
+                name = f"{stem}-{count}"
+            names[path] = name
+        return names
 
     def held_out_fraction(self, split: str) -> float:
         """Return the share of the rows of `path` that `eval` or `test` takes."""

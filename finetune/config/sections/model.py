@@ -13,7 +13,7 @@ class ModelSettings(Section):
     section = "model"
 
     name_or_path: str
-    """A hub id, a folder, or `smollm2_135m`, the packaged model."""
+    """A hub id, a folder, or a packaged model: `smollm2_135m`, `gemma3_270m`."""
 
     revision: str | None
     """Branch, tag or commit on the hub; null: the default branch."""

@@ -1,6 +1,7 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ import torch
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
-from finetune.data.token_file import Tokens
+from finetune.data.token_file import Example, Tokens
+from finetune.data.types import Prompt
 from finetune.engine.evaluation import Evaluation
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.batch import Row
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
@@ -27,7 +30,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ class PackedTraining:
                     self._optimizer.save(path)
                     reporter.complete_checkpoint(path, checkpoint_limit)
 
-    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
+    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
@@ -133,6 +136,35 @@ class PackedTraining:
             row_tokens=tuple(tokens),
             row_correct=tuple(correct),
         )
+
+    def generate_answers(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_new_tokens: int,
+    ) -> RunSteps[list[str]]:
+        """Generate an answer to each prompt with the run's adapter; other runs train in between.
+
+        Args:
+            prompts: The prompts.
+            tokenizer: The base's tokenizer.
+            max_new_tokens: Limit of an answer, in tokens.
+
+        Returns:
+            The answers, in the order of the prompts.
+        """
+        answers: list[str] = []
+        batch_size = self._config.trainer.per_device_eval_batch_size
+        for start in range(0, len(prompts), batch_size):
+            yield None
+            batch = prompts[start : start + batch_size]
+            with self.generation_model() as model:
+                loaded = LoadedModel(self._config, model)
+                answers += yield from loaded.generate_answers(
+                    batch, tokenizer, max_new_tokens=max_new_tokens
+                )
+        return answers
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.

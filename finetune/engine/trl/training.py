@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
-from finetune.engine.evaluation import Evaluation, evaluate
+from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TrlTraining:
+class TrlTraining(LoadedModel):
     """One run's model and trainer."""
 
     def __init__(
@@ -47,8 +47,7 @@ class TrlTraining:
             tokenizer: The base's tokenizer.
             rows: The tokenised training rows.
         """
-        self.model = model
-        self._config = config
+        super().__init__(config, model)
         self._arguments = arguments
         self._tokenizer = tokenizer
         self._rows = rows
@@ -82,27 +81,9 @@ class TrlTraining:
             if reporter.progress.stop is None:
                 trainer.train(resume_from_checkpoint=resumed)
 
-    def evaluate(self, rows: Tokens) -> RunSteps[Evaluation]:
-        """Compute the adapter's losses on rows.
-
-        Args:
-            rows: Tokenised rows.
-
-        Returns:
-            The evaluation, with the rows in their order.
-        """
-        # A generator without requests, as `train`.
-        yield from ()
-        batch_size = self._config.trainer.per_device_eval_batch_size
-        return evaluate(self.model, rows, batch_size, self._config.quantization)
-
     def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """Leave the weights where they are: no other run computes that a copy could wait for."""
         return nullcontext()
-
-    def generation_model(self) -> "AbstractContextManager[PeftModel]":
-        """Return the model with the adapter, for text generation."""
-        return nullcontext(self.model)
 
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded

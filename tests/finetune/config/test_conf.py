@@ -16,6 +16,7 @@ from support.configs import compose, compose_whole
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.config.sections.optimizer import OptimizerName, ScheduleName
+from finetune.errors import ConfigError
 
 YAMLS = [
     file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))
@@ -422,3 +423,40 @@ def test_guanaco_can_be_changed_on_the_command_line() -> None:
 def test_the_tests_compose_as_hydra_does(overrides: tuple[str, ...]) -> None:
     """`support.configs.compose` reads the files once."""
     assert compose(*overrides) == RunConfig.from_hydra(compose_whole(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("evaluation.metrics=[exact_mach]", "evaluation.metrics=exact_mach: did you mean exact_match"),
+        ("evaluation.metrics=[a.score,b.score]", "evaluation.metrics=['a.score', 'b.score']: eval/score would have two meanings"),
+        ("evaluation.metrics=[a.loss]", "evaluation.metrics=['a.loss']: eval/loss would have two meanings"),
+        ("evaluation.metrics=exact_match", "evaluation.metrics=exact_match: must be a list"),
+        ("evaluation.max_new_tokens=0", "evaluation.max_new_tokens=0: must be a whole number of at least 1"),
+        ("evaluation.limit=0", "evaluation.limit=0: must be a whole number of at least 1, or null"),
+        ("evaluation.every=-1", "evaluation.every=-1: must be at least 0"),
+        ("evaluation.turns=first", "evaluation.turns=first: "),
+        ("evaluation.concurrency=0", "evaluation.concurrency=0: "),
+        ("evaluation.retries=-1", "evaluation.retries=-1: "),
+        ("objective=eval/exact_match", "objective=eval/exact_match: "),
+        ("evaluation=exact_match objective=eval/exact", "objective=eval/exact: did you mean eval/exact_match"),
+        ("evaluation=exact_match objective=eval/a/exact_match", "objective=eval/a/exact_match: did you mean eval/exact_match"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_no_run_can_make_is_refused(
+    overrides: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(*overrides.split())
+
+    assert str(error.value).startswith(says)
+
+
+def test_each_source_is_an_objective_by_its_files_name() -> None:
+    config = compose(
+        "dataset.path=[x/a.jsonl.gz,y/a.csv,owner/name]",
+        "evaluation=exact_match",
+        "objective=[eval/a/loss,eval/a-2/exact_match,eval/name/accuracy]",
+    )
+
+    assert list(config.dataset.source_names.values()) == ["a", "a-2", "name"]

@@ -8,7 +8,7 @@ from support.bases import with_changed_json
 from support.models import load_tokenizer
 from support.runs import SHORT, Tiny
 
-from finetune.model.packaged import PACKAGED
+from finetune.model.packaged import SMOLLM2
 from finetune.model.source import BaseSource
 from finetune.run.run import run
 
@@ -54,7 +54,7 @@ def test_no_file_names_a_folder_of_this_machine(
     ("source", "name"),
     [
         (BaseSource("owner/base", "owner/base", revision="c0ffee"), "owner/base"),
-        (BaseSource(".", PACKAGED.name), PACKAGED.name),
+        (BaseSource(".", SMOLLM2.name), SMOLLM2.name),
         (BaseSource(".", "/data/models/base"), "base"),
         (BaseSource(".", "../models/base/"), "base"),
         (BaseSource(".", "~/base"), "base"),

@@ -189,8 +189,8 @@ def test_the_base_is_loaded_and_measured_once(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import finetune.run.resources as run_resources
+    from finetune.engine import loaded_model as trl_engine
     from finetune.engine.packed import bank
-    from finetune.engine.trl import training as trl_engine
     from finetune.model import loading as base
 
     calls: list[str] = []

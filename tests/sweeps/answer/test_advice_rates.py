@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +16,8 @@ from optuna.distributions import (
 )
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from sweeps.answer.advice import _bound_lines, _more_trials_lines, _rank
-from sweeps.answer.importance import comparable_trials, importances
+from sweeps.answer.advice import _bound_lines
+from sweeps.answer.importance import importances
 from sweeps.answer.ranges import position
 
 pytestmark = pytest.mark.slow
@@ -163,89 +162,3 @@ def test_a_bound_that_the_objective_presses_against_is_named(
             for line in lines
         )
     assert named / count >= 0.75
-
-
-SURFACES: dict[str, tuple[Objective, float]] = {
-    "noise": (lambda at: 0.0, 1.0),
-    "bowl": (
-        lambda at: 4 * (at["rate"] - 0.6) ** 2 + 0.3 * (at["rank"] - 0.5) ** 2,
-        0.05,
-    ),
-    "noisy": (
-        lambda at: 4 * (at["rate"] - 0.6) ** 2 + 0.3 * (at["rank"] - 0.5) ** 2,
-        0.2,
-    ),
-    "bound": (lambda at: -at["rate"] + 0.3 * (at["dropout"] - 0.5) ** 2, 0.05),
-    "ridge": (
-        lambda at: 4 * (at["rate"] + 0.5 * at["rank"] - 0.9) ** 2 + 0.2 * at["dropout"],
-        0.05,
-    ),
-    "four": (
-        lambda at: sum(
-            (at[name] - best) ** 2
-            for name, best in zip(SPACE, (0.7, 0.2, 0.5, 1.0), strict=True)
-        ),
-        0.03,
-    ),
-    "cliff": (
-        lambda at: (
-            0.1 * at["dropout"]
-            + (
-                0.5 * (0.75 - at["rate"])
-                if at["rate"] < 0.75
-                else 20 * (at["rate"] - 0.75) ** 2
-            )
-        ),
-        0.03,
-    ),
-    "needle": (
-        lambda at: (
-            -math.exp(-((at["rate"] - 0.8) ** 2 + (at["dropout"] - 0.3) ** 2) / 0.0288)
-        ),
-        0.03,
-    ),
-}
-"""True objectives, with the standard deviation of a measurement's noise."""
-
-
-@pytest.mark.parametrize("trials", [20, 40])
-def test_more_trials_help_as_often_as_promised(trials: int) -> None:
-    studies = 15
-    continuations = 4
-    right = 0
-    right_of_hardly = []
-    for objective, noise in SURFACES.values():
-        for seed in range(studies):
-            study = optuna.create_study(sampler=sampler("tpe", seed))
-            truth = search(study, objective, noise, trials, seed)
-            gains = []
-            for continuation in range(continuations):
-                other_seed = 1_000 * (seed + 1) + continuation
-                longer = optuna.create_study(sampler=sampler("tpe", other_seed))
-                longer.add_trials(study.trials)
-                more = search(longer, objective, noise, trials, other_seed)
-                winner = longer.best_trial.number
-                gains.append(truth[study.best_trial.number] - [*truth, *more][winner])
-            values = [cast(float, trial.value) for trial in study.trials]
-            first_quartile, third_quartile = np.quantile(values, [0.25, 0.75])
-            helps = np.mean(gains) > 0.1 * (third_quartile - first_quartile)
-            says_hardly = more_trials_line(study) == "more trials would hardly help"
-            right += says_hardly != helps
-            if says_hardly:
-                right_of_hardly.append(not helps)
-    # What the docstring says, less two standard deviations of the simulation.
-    expected = {20: 0.78, 40: 0.85}[trials]
-    assert right / (studies * len(SURFACES)) >= expected - 0.075
-    assert np.mean(right_of_hardly) >= {20: 0.80, 40: 0.86}[trials] - 0.075
-
-
-def more_trials_line(optuna_study: optuna.Study) -> str:
-    study = cast(
-        Any,
-        SimpleNamespace(
-            trials=lambda *states: [] if states else optuna_study.trials,
-            to_cost=lambda value: value,
-        ),
-    )
-    (line,) = _more_trials_lines(study, _rank(study, comparable_trials(optuna_study)))
-    return line

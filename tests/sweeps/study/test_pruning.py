@@ -46,7 +46,8 @@ class Judged:
         session: Any = SimpleNamespace(
             settings=SimpleNamespace(directions=["minimize"]),
             is_stopping=False,
-            is_out_of_time=False,
+            is_out_of_time=lambda study: False,
+            deadline=None,
         )
         trial_id = study.trial_id(self.trial.number)
         self.judge = PruningObserver(

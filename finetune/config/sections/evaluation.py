@@ -1,0 +1,89 @@
+"""Metrics of generated answers, beside the loss of held-out rows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.config.sections.section import Section
+from finetune.errors import did_you_mean, refusal
+
+BUILT_IN = {
+    "exact_match": ("exact_match",),
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+    "json_valid": ("json_valid",),
+    "tool_calls": ("tool_calls",),
+}
+"""The built-in metrics, each with the names of its scores."""
+
+LOSS_METRICS = ("loss", "accuracy")
+"""What every evaluation has, without generated answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Section):
+    """Metrics of generated answers, and how the answers are generated."""
+
+    section = "evaluation"
+
+    # The defaults are for run folders that were written before this section existed.
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of generated answers: exact_match, rouge, json_valid, tool_calls, or the import path
+    of a function, for example `my_module.score`. Each is `eval/NAME` and `test/NAME`."""
+
+    max_new_tokens: int = 128
+    """Limit of a generated answer, in tokens."""
+
+    limit: int | None = None
+    """The number of rows that get answers, the first ones of each part; null: all."""
+
+    every: int = 1
+    """Answers are generated at every n-th evaluation, the one before training included; 0: only at
+    the last evaluation, which always has them."""
+
+    turns: Literal["last", "all"] = "last"
+    """Which answers of a chat are generated: the last one, or all, each after the chat's turns as
+    the row has them."""
+
+    concurrency: int = 8
+    """Number of calls of a judge at the same time."""
+
+    retries: int = 2
+    """Number of further calls of a judge after one that failed."""
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in BUILT_IN and not is_import_path(name):
+                allowed = (
+                    f"{did_you_mean(name, BUILT_IN)}, or the import path of a function"
+                )
+                raise refusal("evaluation.metrics", name, allowed)
+        for name, count in Counter(self.names).items():
+            allowed = f"eval/{name} would have two meanings; rename the function"
+            is_taken = name in LOSS_METRICS or count > 1
+            self.require("metrics", not is_taken, allowed)
+        allowed = "must be a whole number of at least 1"
+        self.require("max_new_tokens", self.max_new_tokens >= 1, allowed)
+        self.require("concurrency", self.concurrency >= 1, allowed)
+        has_rows = self.limit is None or self.limit >= 1
+        self.require("limit", has_rows, f"{allowed}, or null: all rows")
+        self.require("every", self.every >= 0, "must be at least 0 (0: only the last)")
+        self.require("retries", self.retries >= 0, "must be at least 0")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the scores, as far as they are known before a function is imported."""
+        names: list[str] = []
+        for name in self.metrics:
+            names += BUILT_IN.get(name, (name.rpartition(".")[2],))
+        return names
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether any metric is a function of the user's."""
+        return any(name not in BUILT_IN for name in self.metrics)
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a text could be the path of a function in a module."""
+    parts = name.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)

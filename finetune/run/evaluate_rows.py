@@ -1,0 +1,169 @@
+"""Evaluate rows: their losses, the answers that a model generates to them, and their scores."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from finetune.config.data_folder import local_path
+from finetune.config.schema import RunConfig
+from finetune.data.token_file import Example, Tokens
+from finetune.data.types import Prompt, Row
+from finetune.engine.evaluation import Evaluation
+from finetune.engine.steps import RunSteps
+from finetune.metrics.answers import answers_of
+from finetune.metrics.metric import Answer, Metric, Score
+from finetune.metrics.scores import Result, score_answers, scores_by_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.002
+"""How long a run waits for a metric's thread before the other runs of its process may train."""
+
+
+class EvaluatedModel(Protocol):
+    """What evaluates and generates: `PackedTraining`, `LoadedModel`."""
+
+    def evaluate(self, rows: Sequence[Example]) -> RunSteps[Evaluation]:
+        """Compute losses."""
+
+    def generate_answers(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_new_tokens: int,
+    ) -> RunSteps[list[str]]:
+        """Generate an answer to each prompt."""
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """An evaluation, and the answers that were generated for it."""
+
+    evaluation: Evaluation
+    answers: list[Answer] = field(default_factory=list)
+    predictions: list[str] = field(default_factory=list)
+    results: Mapping[str, Result] = field(default_factory=dict)
+    """The scores of the answers by name."""
+
+
+def evaluate_rows(
+    model: EvaluatedModel,
+    tokens: Tokens,
+    rows: Sequence[Row],
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    metrics: Sequence[Metric],
+) -> RunSteps[EvaluatedRows]:
+    """Evaluate rows.
+
+    Args:
+        model: The model.
+        tokens: The rows, tokenised.
+        rows: The rows in the common form.
+        config: The run's config.
+        tokenizer: The base's tokenizer.
+        metrics: The metrics of generated answers; without any, nothing is generated.
+
+    Returns:
+        The evaluation; its scores are those of `metrics`, and of each source where there are
+        several.
+
+    Raises:
+        ConfigError: A metric failed; the message names its row.
+    """
+    evaluation = yield from model.evaluate(tokens)
+    sources = _sources(config, rows)
+    scores = _losses_by_source(evaluation, tokens, rows, sources)
+    if not metrics:
+        return EvaluatedRows(replace(evaluation, scores=scores))
+    settings = config.evaluation
+    answers = answers_of(rows, settings)
+    prompts = [answer.prompt for answer in answers]
+    predictions = yield from model.generate_answers(
+        prompts, tokenizer, max_new_tokens=settings.max_new_tokens
+    )
+
+    def score() -> tuple[dict[str, Result], dict[str, Score]]:
+        results = score_answers(metrics, answers, predictions)
+        return results, scores_by_source(results, answers, predictions, sources)
+
+    # A function of the user's may take long, or wait for a service.
+    future = _start_thread(score)
+    while not future.done():
+        wait([future], timeout=POLL_SECONDS)
+        yield None
+    results, answer_scores = future.result()
+    evaluation = replace(evaluation, scores=scores | answer_scores)
+    return EvaluatedRows(evaluation, answers, predictions, results)
+
+
+def _start_thread(work: Callable[[], T]) -> Future[T]:
+    """Call a function in a thread that does not keep an interrupted process from its end."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def _sources(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
+    """Return the name of the source of each file that rows come from.
+
+    Empty with a single source, and for rows that `dataset.eval_path` or `test_path` names.
+    """
+    names = config.dataset.source_names
+    if not names:
+        return {}
+    sources: dict[str, str] = {}
+    for row in rows:
+        if row.source in sources:
+            continue
+        for path, name in names.items():
+            if row.source == path or _is_in(row.source, path):
+                sources[row.source] = name
+    return sources
+
+
+def _is_in(file: str, folder: str) -> bool:
+    """Whether a file of a folder is named by its path."""
+    return file.startswith(os.path.join(local_path(folder), ""))
+
+
+def _losses_by_source(
+    evaluation: Evaluation,
+    tokens: Tokens,
+    rows: Sequence[Row],
+    sources: Mapping[str, str],
+) -> dict[str, Score]:
+    """The loss and the accuracy of each source's rows; none of packed sequences of rows."""
+    if not sources or not tokens or "seq_lengths" in tokens[0]:
+        return {}
+    numbers: dict[str, list[int]] = {}
+    for number, position in enumerate(tokens.row_positions):
+        name = sources.get(rows[position].source)
+        if name is not None:
+            numbers.setdefault(name, []).append(number)
+    scores = {}
+    for name, chosen in numbers.items():
+        of_source = Evaluation(
+            tuple(evaluation.row_losses[number] for number in chosen),
+            tuple(evaluation.row_tokens[number] for number in chosen),
+            tuple(evaluation.row_correct[number] for number in chosen),
+        )
+        for metric in ("loss", "accuracy"):
+            score = of_source.score(metric)
+            assert score is not None
+            scores[f"{name}/{metric}"] = score
+    return scores

@@ -1,0 +1,71 @@
+"""The time that a session leaves for its final evaluation, before `hydra.sweeper.timeout` ends.
+
+Once the trials have ended, the winner and the baseline are evaluated on the test rows, and the
+sample prompts are answered before and after training. How long that takes is estimated from the
+study's own evaluations of the held-out rows, the fastest of them: in a pack an evaluation waits for
+the other runs.
+"""
+
+import math
+
+from finetune.config.schema import RunConfig
+from finetune.run.resources import SharedResources
+from sweeps.study.study import Study
+
+FINAL_SECONDS = "final_seconds"
+"""User attribute of a study: the estimate, in seconds."""
+
+CONCLUSION_SECONDS = 10.0
+"""Report, files and trackers, once all is evaluated."""
+
+GENERATED_STEP_TOKENS = 80
+"""A step of generation on a CPU takes as long as an evaluation of so many tokens (measured with
+SmolLM2-135M on two cores). On a GPU, which waits for its host, as long as a batch of rows."""
+
+
+def estimate_final_seconds(
+    config: RunConfig, resources: SharedResources, seconds: float, is_gpu: bool
+) -> float:
+    """Estimate how long the final evaluation takes.
+
+    Args:
+        config: The config that the trials have in common.
+        resources: Hold the rows and their tokens.
+        seconds: Duration of an evaluation of the held-out rows.
+        is_gpu: Whether the base is on a GPU.
+    """
+    rows = resources.rows(config.dataset)
+    held_out = resources.tokens("eval", rows.evaluation, config)
+    test = resources.tokens("test", rows.test, config)
+    tokens = sum(held_out.lengths)
+    # The winner's and the baseline's.
+    evaluations = 2 * sum(test.lengths) / tokens
+    answer_steps = config.sample_max_new_tokens or config.sample_max_length or 0
+    if config.sample_prompts == []:
+        answer_steps = 0
+    batches = math.ceil(len(held_out) / config.trainer.per_device_eval_batch_size)
+    if config.evaluation.metrics:
+        # An evaluation generates an answer to each row.
+        evaluation_steps = float(batches * config.evaluation.max_new_tokens)
+    else:
+        step_tokens = tokens / batches if is_gpu else GENERATED_STEP_TOKENS
+        evaluation_steps = tokens / step_tokens
+    # The base's and the winner's.
+    answers = 2 * answer_steps / evaluation_steps
+    return seconds * (evaluations + answers) + CONCLUSION_SECONDS
+
+
+def record_final_seconds(study: Study, seconds: float) -> None:
+    """Store an estimate, unless a lower one is stored."""
+    if seconds < study.optuna.user_attrs.get(FINAL_SECONDS, math.inf):
+        study.optuna.set_user_attr(FINAL_SECONDS, seconds)
+
+
+def reserved_seconds(study: Study, timeout: float) -> float:
+    """Return the seconds before the end of `hydra.sweeper.timeout` at which training ends.
+
+    At most half of the timeout, so that most of it is for training. Before the first evaluation
+    nothing is known, and no trial could be the winner.
+    """
+    seconds: float = study.optuna.user_attrs.get(FINAL_SECONDS, 0.0)
+    return min(seconds, timeout / 2)
