@@ -17,7 +17,7 @@ _FLAGS = {
     "hydra-help": "--hydra-help",
     "info": "--info",
     "multirun": "-m",
-    "resume": "resume=FOLDER",
+    "resume": "resume=RUN",
     "search": "-m hydra/sweeper=optuna",
     "sweep": "-m hydra/sweeper=optuna",
     "tune": "-m hydra/sweeper=optuna",

@@ -19,6 +19,7 @@ from finetune.data.tokens import tokenize
 from finetune.engine.steps import drive
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
+from finetune.files.find_run import RUN_HELP, find_run
 from finetune.metrics.load import load_metrics
 from finetune.run.load import load_run, read_run_config
 
@@ -93,7 +94,8 @@ def main() -> None:
     arguments = _parse_arguments()
     # Files of a folder that are read, and rows that are left out, too.
     log_to_stderr(__name__, "finetune.data", "finetune.run.load")
-    comparison = _compare(arguments.run, arguments.data, arguments.answers)
+    folder = find_run("RUN", arguments.run)
+    comparison = _compare(folder, arguments.data, arguments.answers)
     if arguments.answers is not None:
         lines = map(json.dumps, comparison.answer_lines())
         write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
@@ -107,7 +109,7 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     description = "Evaluate the adapter of a run and its base on other data."
     parser = command_parser("finetune.evaluate", description)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -127,7 +129,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
+def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
     """Evaluate a run's base without and with the adapter.
 
     Args:

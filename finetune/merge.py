@@ -14,6 +14,7 @@ from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
 from finetune.files.atomic import replace_folder
+from finetune.files.find_run import RUN_HELP, find_run
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
@@ -45,13 +46,14 @@ def main() -> None:
     if is_file or (folder.is_dir() and any(folder.iterdir())):
         reason = "exists already; must be a new or an empty folder"
         raise refusal("--to", arguments.to, reason)
-    _require_mergeable(arguments.run)
+    run_folder = find_run("RUN", arguments.run)
+    _require_mergeable(run_folder)
     log_to_stderr(__name__, "finetune.run.load")
-    run = load_run(arguments.run)
+    run = load_run(run_folder)
     expected = probe(run, run.with_adapter())
     log.info("merging adapter and base")
     # Loaded again, because attaching an adapter may change its base (PiSSA).
-    merged = merge(load_run(arguments.run).base, run.folder.adapter)
+    merged = merge(load_run(run_folder).base, run.folder.adapter)
     # Measured twice, to tell a wrong merge from the loss by rounding.
     difference = _largest_difference(expected, probe(run, merged))
     merged = _round(merged, arguments.dtype)
@@ -74,7 +76,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = command_parser(
         "finetune.merge", "Merge the adapter of a run into its base."
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--to",
         metavar="FOLDER",
@@ -90,7 +92,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _require_mergeable(folder: str) -> None:
+def _require_mergeable(folder: Path) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
     config = read_trained_config(folder)
     base_values = read_config_json(find_base(config.model))

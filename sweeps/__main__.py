@@ -1,6 +1,6 @@
 """Commands on studies: `python -m sweeps COMMAND`, as in `python -m sweeps show my_study`.
 
-A study is given by its name under `outputs/sweeps` or by its folder.
+A study is given by its name under `outputs/sweeps`, by its folder, or as `latest`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.console import command_parser, error_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
+from sweeps.study.find_study import STUDIES, STUDY_HELP, find_study, study_folders
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 # Studies and their answers are imported inside the functions: they load Optuna, which `--help` and
 # a mistake on the command line do not need.
-
-STUDIES = Path("outputs/sweeps")
-"""Folder of all studies, relative to the working directory."""
 
 
 def main() -> None:
@@ -56,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, action: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
         command = add(name, action, text)
-        command.add_argument("study", metavar="S", help="name or folder of the study")
+        command.add_argument("study", metavar="S", help=STUDY_HELP)
         return command
 
     add("list", _list, f"list all studies under {STUDIES}")
@@ -102,23 +100,9 @@ def _positive(text: str) -> int:
     return number
 
 
-def _find_study(name: str) -> "Study":
-    """Load a study by its folder or its name. Raises ConfigError if there is none."""
-    from sweeps.study.study import Study
-
-    for folder in (Path(name), STUDIES / name):
-        if (folder / "study.json").is_file():
-            return Study.load(folder.absolute())
-    names = sorted(path.parent.name for path in STUDIES.glob("*/study.json"))
-    allowed = f"a study's folder (there are no studies under {STUDIES} yet)"
-    if names:
-        allowed = f"a study's folder, or one of {', '.join(names)}"
-    raise ConfigError(f"{name}: no such study; allowed: {allowed}")
-
-
 def _find_study_for_work(name: str) -> "Study":
     """Load a study whose runs will be loaded or trained, and print log lines on the terminal."""
-    study = _find_study(name)
+    study = find_study(name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries(bars=False)
     return study
@@ -127,27 +111,27 @@ def _find_study_for_work(name: str) -> "Study":
 def _list(arguments: argparse.Namespace) -> None:
     from sweeps.study.formatting import format_table
 
-    paths = sorted(STUDIES.glob("*/study.json"), key=os.path.getmtime)
-    if not paths:
+    folders = study_folders()
+    if not folders:
         print(f"no studies under {STUDIES}")
         return
-    rows = [_list_row(path) for path in paths]
+    rows = [_list_row(folder) for folder in folders]
     print(format_table(["study", "begun", "trials", "best"], rows))
 
 
-def _list_row(path: Path) -> list[str]:
-    """Name, start, trial count and best value of the study with this `study.json`."""
+def _list_row(folder: Path) -> list[str]:
+    """Name, start, trial count and best value of the study in a folder."""
     from sweeps.study.formatting import objective_cells
     from sweeps.study.study import Study
 
-    began = time.localtime(path.stat().st_mtime)
+    began = time.localtime((folder / "study.json").stat().st_mtime)
     start = time.strftime("%Y-%m-%d %H:%M", began)
     try:
         # Without retries: a database out of reach must not hold up the list of all studies.
-        study = Study.load(path.parent.absolute(), retry_seconds=0)
+        study = Study.load(folder.absolute(), retry_seconds=0)
     # Its database can't be reached, or its files are damaged.
     except Exception as error:
-        return [path.parent.name, start, "", error_line(error)]
+        return [folder.name, start, "", error_line(error)]
     counts = f"{len(study.finished())}/{len(study.trials())}"
     ranked = study.ranked()
     value = ""
@@ -161,7 +145,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from sweeps.study.budget import describe_tokens
     from sweeps.study.formatting import trials_table
 
-    study = _find_study(arguments.study)
+    study = find_study(arguments.study)
     print(trials_table(study))
     tokens = describe_tokens(study)
     if tokens:
@@ -186,7 +170,7 @@ def _conclude(study: "Study") -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from sweeps.answer.report import watch, write_report
 
-    study = _find_study(arguments.study)
+    study = find_study(arguments.study)
     if arguments.watch:
         watch(study, lambda line: print(line, flush=True))
         return
@@ -206,7 +190,7 @@ def _confirm(arguments: argparse.Namespace) -> None:
 def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
-    study = _find_study(arguments.study)
+    study = find_study(arguments.study)
     running = [trial.number for trial in study.trials(TrialState.RUNNING)]
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"

@@ -50,7 +50,7 @@ def check_job(composed: "DictConfig") -> RunConfig:
             raise ConfigError(f"{override}: {reason}")
     config = RunConfig.from_hydra(composed)
     if config.resume is not None:
-        reason = "belongs on the command line: python -m finetune resume=FOLDER"
+        reason = "belongs on the command line: python -m finetune resume=RUN"
         raise refusal("resume", config.resume, reason)
     return config
 

@@ -12,7 +12,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
-from finetune.errors import Interrupted, refusal
+from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import check_metrics
@@ -105,7 +105,6 @@ def resume(path: str | Path) -> Objective:
         ConfigError: No run began in the folder, or the user can mend what ended it.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    _require_run_folder(path)
     config = read_run_config(path)
     # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
@@ -114,16 +113,6 @@ def resume(path: str | Path) -> Objective:
     file.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
     return run(config, path)
-
-
-def _require_run_folder(path: str | Path) -> None:
-    """Refuse the value of `resume=` if no run began there."""
-    folder = RunFolder(path)
-    if folder.identity.exists():
-        return
-    problem = "it has no run.json" if folder.path.is_dir() else "no such folder"
-    allowed = "allowed: the folder of a run that has begun, as outputs/runs/NAME/TIME"
-    raise refusal("resume", path, f"{problem}; {allowed}")
 
 
 def _completed_metrics(folder: RunFolder) -> Metrics | None:

@@ -9,17 +9,17 @@ COMMANDS = [
     Case(
         "generate-no-run",
         "generate nowhere --prompt Hi",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "evaluate-no-run",
         "evaluate nowhere --data d.jsonl",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "merge-no-run",
         "merge nowhere --to new",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "generate-no-adapter",

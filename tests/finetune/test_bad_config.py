@@ -263,7 +263,7 @@ CONFIG = [
     Case(
         "resume",
         "resume=nowhere",
-        "resume=nowhere: no such folder; allowed: the folder of a run that has begun, as …",
+        "resume=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "resume-no-run",
@@ -300,10 +300,12 @@ CONFIG = [
         "lora.init_lora_weights=pissa",
         "lora.init_lora_weights=pissa: …quantization=none",
     ),
-    Case("resume-nothing", "resume=", "resume=: must be a run folder"),
     Case(
-        "resume-added", "++resume=nowhere", "resume=nowhere: no such folder; allowed: …"
+        "resume-nothing",
+        "resume=",
+        "resume=: must be a run folder, a run's name, or latest",
     ),
+    Case("resume-added", "++resume=nowhere", "resume=nowhere: no such run; allowed: …"),
 ]
 
 

@@ -238,6 +238,33 @@ def test_a_completed_run_is_not_run_again(trained: Path, station: Station) -> No
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["mine", "latest"])
+def test_every_command_on_a_run_takes_its_name(
+    name: str, trained: Path, tmp_path: Path, station: Station
+) -> None:
+    named = tmp_path / "outputs" / "runs" / "mine" / "t1"
+    named.parent.mkdir(parents=True)
+    named.symlink_to(trained)
+    (tmp_path / "empty.jsonl").write_text("")
+    resumed = station.run(f"resume={name}", cwd=tmp_path)
+    generated = station.run(
+        name, "--prompt", "Hi", cwd=tmp_path, module="finetune.generate"
+    )
+    # Refused for another reason: the run is found.
+    evaluated = station.run(
+        name, "--data", "empty.jsonl", cwd=tmp_path, module="finetune.evaluate"
+    )
+    merged = station.run(
+        name, "--to", "new", "--dtype", "float32", cwd=tmp_path, module="finetune.merge"
+    )
+
+    assert "mine/t1: this run is completed already" in resumed.stderr
+    assert generated.returncode == 0, generated.stderr
+    assert ", the base of outputs/runs/mine/t1" in generated.stderr
+    assert evaluated.stderr.startswith("error: --data=empty.jsonl: ")
+    assert merged.returncode == 0, merged.stderr
+
+
 def test_a_run_is_gone_on_with_only_as_it_began(
     trained: Path, station: Station
 ) -> None:

@@ -19,6 +19,8 @@ from support.configs import study_overrides
 from support.study_folder import told
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
+from finetune.errors import ConfigError
+from sweeps.study.find_study import find_study
 from sweeps.study.study import FINISHED, Study
 
 TRIALS = 6
@@ -565,11 +567,11 @@ def test_best_takes_the_winner_anew(
     [
         (
             ("show", "nothing"),
-            "nothing: no such study; allowed: a study's folder, or one of s1",
+            "nothing: no such study; allowed: a study's folder, latest, or one of s1",
         ),
         (
             ("best", "nothing"),
-            "nothing: no such study; allowed: a study's folder, or one of s1",
+            "nothing: no such study; allowed: a study's folder, latest, or one of s1",
         ),
         (("stop", "s1", "2"), "trial 2: is not running; running: none"),
         (("stop", "s1", "99"), "trial 99: is not running; running: none"),
@@ -589,6 +591,27 @@ def test_commands_refuse_in_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+def test_a_study_is_found_by_its_name_its_folder_or_as_the_newest(
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(copied, copied.parent / "older")
+    os.utime(copied.parent / "older" / "study.json", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("s1", "outputs/sweeps/s1", str(copied), "latest"):
+        assert find_study(name).folder == copied
+    with pytest.raises(ConfigError) as caught:
+        find_study("oldr")
+    assert str(caught.value) == (
+        "oldr: no such study; did you mean older? allowed: a study's folder, latest, or one of "
+        "older, s1"
+    )
+    command(monkeypatch, tmp_path, "report", "latest")
+    assert capsys.readouterr().out == "outputs/sweeps/s1/report.html\n"
 
 
 def test_best_of_a_study_without_a_complete_trial_is_refused(
