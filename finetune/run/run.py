@@ -6,6 +6,7 @@ Each stage has a file of its own beside this one. Whatever happens on the way, t
 
 import contextlib
 import logging
+import shutil
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
@@ -94,8 +95,19 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
             # With a full disk too: an online tracker still shows how the run ended.
             summary = final_summary(recorded, result.config.tracker.text)
             tracker.finish(result.status, summary)
+    if result.status == "completed":
+        _remove_checkpoints(result.config, folder)
     if result.context.interactive:
         print_summary(folder, result, recorded, tracker)
+
+
+def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:
+    """Remove the checkpoints of a completed run, unless the user has chosen how many stay.
+
+    Only now, when the result is on disk: until then, a killed run continues from the last one.
+    """
+    if "save_total_limit" not in config.trainer.extra:
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def resume(path: str | Path) -> Objective:
