@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 from finetune.console import command_parser, error_line, quiet_libraries, run_command
 from finetune.errors import ConfigError
-from sweeps.study.find_study import STUDIES, STUDY_HELP, find_study, study_folders
+from sweeps.study.find_study import (
+    STUDIES,
+    STUDY_HELP,
+    begun,
+    find_search,
+    find_study,
+    load_study,
+    study_folders,
+)
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -102,7 +110,7 @@ def _positive(text: str) -> int:
 
 def _find_study_for_work(name: str) -> "Study":
     """Load a study whose runs will be loaded or trained, and print log lines on the terminal."""
-    study = find_study(name)
+    study = find_search(name)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries(bars=False)
     return study
@@ -122,13 +130,11 @@ def _list(arguments: argparse.Namespace) -> None:
 def _list_row(folder: Path) -> list[str]:
     """Name, start, trial count and best value of the study in a folder."""
     from sweeps.study.formatting import objective_cells
-    from sweeps.study.study import Study
 
-    began = time.localtime((folder / "study.json").stat().st_mtime)
-    start = time.strftime("%Y-%m-%d %H:%M", began)
+    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun(folder)))
     try:
         # Without retries: a database out of reach must not hold up the list of all studies.
-        study = Study.load(folder.absolute(), retry_seconds=0)
+        study = load_study(folder, retry_seconds=0)
     # Its database can't be reached, or its files are damaged.
     except Exception as error:
         return [folder.name, start, "", error_line(error)]
@@ -144,9 +150,10 @@ def _list_row(folder: Path) -> list[str]:
 def _show(arguments: argparse.Namespace) -> None:
     from sweeps.study.budget import describe_tokens
     from sweeps.study.formatting import trials_table
+    from sweeps.study.multirun_folder import is_multirun
 
     study = find_study(arguments.study)
-    print(trials_table(study))
+    print(trials_table(study, is_ranked=is_multirun(study)))
     tokens = describe_tokens(study)
     if tokens:
         print(tokens)
@@ -190,7 +197,7 @@ def _confirm(arguments: argparse.Namespace) -> None:
 def _stop(arguments: argparse.Namespace) -> None:
     from optuna.trial import TrialState
 
-    study = find_study(arguments.study)
+    study = find_search(arguments.study)
     running = [trial.number for trial in study.trials(TrialState.RUNNING)]
     if arguments.trial not in running:
         numbers = ", ".join(map(str, running)) or "none"

@@ -77,11 +77,15 @@ def run_job(composed: "DictConfig") -> "Objective":
     return drive(job(composed))
 
 
-def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
+def job(
+    composed: "DictConfig", description: str = "", **context: Any
+) -> "RunSteps[Objective]":
     """Check a job's config, and return the steps of its run.
 
     Args:
         composed: The job's config; Hydra's own part is that of the current job.
+        description: What the job has that others of its sweep have not, for its name in trackers;
+            empty: its number stands there.
         context: Further fields of `RunContext`.
 
     Returns:
@@ -102,6 +106,8 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
         name = f"{config.name}-{hydra.job.num}"
+        if description:
+            name = f"{config.name} {description}"
         label = Label(name=name, group=group, job_type="trial")
     run_context = RunContext(resources=shared_resources, label=label, **context)
     steps = run_steps(config, folder, run_context)
