@@ -8,7 +8,16 @@ from finetune.config.paths import CONF
 COMMANDS = ("evaluate", "generate", "merge", "plan", "preview")
 """Modules of `finetune` that are commands."""
 
-_STUDY_COMMANDS = ("best", "confirm", "list", "report", "show", "stop", "sweeps")
+_STUDY_COMMANDS = (
+    "best",
+    "confirm",
+    "diff",
+    "list",
+    "report",
+    "show",
+    "stop",
+    "sweeps",
+)
 
 _TRAINING_WORDS = ("finetune", "fit", "run", "start", "train")
 

@@ -66,7 +66,19 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("list", _list, f"list all studies under {STUDIES}")
-    add_for_study("show", _show, "list the trials of a study")
+    show = add_for_study(
+        "show", _show, "list the trials of a study, or show one in full"
+    )
+    show.add_argument(
+        "trial",
+        type=int,
+        nargs="?",
+        help="number of a trial (default: all, as a table)",
+    )
+    diff = add_for_study(
+        "diff", _diff, "show what two trials differ in: their configs and their results"
+    )
+    diff.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help="two numbers")
     add_for_study(
         "best",
         _best,
@@ -124,7 +136,7 @@ def _list(arguments: argparse.Namespace) -> None:
         print(f"no studies under {STUDIES}")
         return
     rows = [_list_row(folder) for folder in folders]
-    print(format_table(["study", "begun", "trials", "best"], rows))
+    print(format_table(["study", "begun", "trials", "objective", "best"], rows))
 
 
 def _list_row(folder: Path) -> list[str]:
@@ -137,26 +149,36 @@ def _list_row(folder: Path) -> list[str]:
         study = load_study(folder, retry_seconds=0)
     # Its database can't be reached, or its files are damaged.
     except Exception as error:
-        return [folder.name, start, "", error_line(error)]
+        return [folder.name, start, "", "", error_line(error)]
     counts = f"{len(study.finished())}/{len(study.trials())}"
     ranked = study.ranked()
     value = ""
     if ranked:
         cells = objective_cells(ranked[0], len(study.objectives))
         value = " ".join(cells)
-    return [study.name, start, counts, value]
+    return [study.name, start, counts, " ".join(study.objectives), value]
 
 
 def _show(arguments: argparse.Namespace) -> None:
     from sweeps.study.budget import describe_tokens
     from sweeps.study.formatting import trials_table
     from sweeps.study.multirun_folder import is_multirun
+    from sweeps.study.trial_text import trial_text
 
     study = find_study(arguments.study)
+    if arguments.trial is not None:
+        print(trial_text(study, arguments.trial))
+        return
     print(trials_table(study, is_ranked=is_multirun(study)))
     tokens = describe_tokens(study)
     if tokens:
         print(tokens)
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from sweeps.study.trial_text import difference_text
+
+    print(difference_text(find_study(arguments.study), arguments.trials))
 
 
 def _best(arguments: argparse.Namespace) -> None:

@@ -521,9 +521,13 @@ def test_list_and_show(
     command(monkeypatch, place, "list")
     best = min(trial.value for trial in done.trials if trial.value is not None)
     head, line = capsys.readouterr().out.splitlines()
-    assert head.split() == ["study", "begun", "trials", "best"]
+    assert head.split() == ["study", "begun", "trials", "objective", "best"]
     assert line.split()[0] == "s1"
-    assert line.split()[-2:] == [f"{TRIALS}/{TRIALS}", f"{best:.4f}"]
+    assert line.split()[-3:] == [
+        f"{TRIALS}/{TRIALS}",
+        "eval/loss",
+        f"{best:.4f}",
+    ]
 
     for name in ("s1", "outputs/sweeps/s1", str(done.folder)):
         command(monkeypatch, place, "show", name)
@@ -531,6 +535,50 @@ def test_list_and_show(
         assert [row.split()[:2] for row in rows] == [
             [str(trial.number), trial.state.name.lower()] for trial in done.trials
         ]
+
+
+def test_one_trial_is_shown_in_full(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, done.folder.parents[2], "show", "s1", "0")
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(line.split(maxsplit=1) for line in lines)
+    result = done.result(0)
+    assert lines[0].split() == ["trial", "0"]
+    assert (shown["state"], shown["note"]) == ("complete", "baseline")
+    assert (shown["lora.r"], shown["optimizer.learning_rate"]) == ("16", "0.001")
+    assert float(shown["eval/loss"]) == pytest.approx(
+        result["metrics"]["eval/loss"], rel=1e-2
+    )
+    assert shown["step"] == str(result["step"])
+    assert shown["folder"] == "trials/0"
+
+
+def test_two_trials_differ_in_their_parameters_and_results(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, done.folder.parents[2], "diff", "s1", "1", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["trial", "1", "0"]
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    configs = [
+        json.loads((done.folder / "trials" / number / "run.json").read_text())["config"]
+        for number in "10"
+    ]
+    differing = set()
+    for section, values in configs[0].items():
+        if not isinstance(values, dict):
+            continue
+        differing |= {
+            f"{section}.{key}"
+            for key, value in values.items()
+            if value != configs[1][section][key]
+        }
+    assert {name for name in shown if "." in name} == differing
+    assert float(shown["eval/loss"][1]) == pytest.approx(
+        done.result(0)["metrics"]["eval/loss"], rel=1e-2
+    )
+    assert "seed" not in shown
 
 
 def test_help_names_the_command_that_was_typed(
@@ -576,6 +624,13 @@ def test_best_takes_the_winner_anew(
         (("stop", "s1", "2"), "trial 2: is not running; running: none"),
         (("stop", "s1", "99"), "trial 99: is not running; running: none"),
         (("stop", "s1", "two"), "trial=two: must be a whole number"),
+        (("show", "s1", "99"), f"trial 99: no such trial; allowed: 0 to {TRIALS - 1}"),
+        (("diff", "s1", "0", "99"), "trial 99: no such trial; allowed: 0 to"),
+        (
+            ("diff", "s1", "0"),
+            "the following arguments are required: TRIAL; see --help",
+        ),
+        (("show", "s1", "two"), "trial=two: must be a whole number"),
         (("walk",), "walk: no such command; "),
     ],
 )
