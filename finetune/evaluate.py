@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,14 +182,26 @@ def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
 def _print_table(data: str, comparison: Comparison) -> None:
     tokens = comparison.adapter.evaluation.tokens
     print(f"{comparison.rows} rows, {tokens} answer tokens of {data}")
-    width = max(12, *(len(name) + 1 for name in comparison.names))
-    print(f"{'':{width}}{'base':>10}{'adapter':>10}{'change':>10}")
+    rows = [("", "base", "adapter", "change")]
     for name in comparison.names:
         base = _value(comparison.base, name)
         adapter = _value(comparison.adapter, name)
-        change = adapter / base - 1 if base else 0
-        print(f"{name:{width}}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
+        rows.append((name, f"{base:.4f}", f"{adapter:.4f}", change_cell(base, adapter)))
+    # A perplexity may have any number of digits.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        line = name.ljust(widths[0])
+        for cell, width in zip(cells, widths[1:], strict=True):
+            line += f"  {cell:>{width}}"
+        print(line)
     print(NOTE)
+
+
+def change_cell(base: float, adapter: float) -> str:
+    """Format the relative change of a metric; "-" where there is none, as from 0."""
+    if not base or not math.isfinite(adapter / base):
+        return "-"
+    return f"{adapter / base - 1:+.1%}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The commands on a run's folder: generate, evaluate, merge, resume."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.commands import Station
 from support.configs import tiny_overrides
 from support.runs import write_jsonl
+
+from finetune import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +171,45 @@ def test_evaluate_prints_the_same_figures_as_json(
         name, base, adapter, _ = line.split()
         assert f"{figures['base'][name]:.4f}" == base
         assert f"{figures['adapter'][name]:.4f}" == adapter
+
+
+def test_evaluates_columns_stand_apart_whatever_their_digits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def evaluated(loss: float, perplexity: float, accuracy: float) -> SimpleNamespace:
+        evaluation = SimpleNamespace(
+            loss=loss, perplexity=perplexity, accuracy=accuracy, scores={}, tokens=9
+        )
+        return SimpleNamespace(evaluation=evaluation)
+
+    before = evaluated(10.7423, 46274.3422, 0.0)
+    after = evaluated(10.0923, 24232.7889, 0.25)
+    comparison = evaluate.Comparison(3, before, after)  # type: ignore[arg-type]
+    evaluate._print_table("d.jsonl", comparison)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]] == [
+        ["base", "adapter", "change"],
+        ["loss", "10.7423", "10.0923", "-6.1%"],
+        ["perplexity", "46274.3422", "24232.7889", "-47.6%"],
+        ["accuracy", "0.0000", "0.2500", "-"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "cell"),
+    [
+        (2.0, 1.0, "-50.0%"),
+        (2.0, 2.0, "+0.0%"),
+        (0.0, 0.0, "-"),
+        (0.0, 0.5, "-"),
+        (math.inf, 2.0, "-100.0%"),
+        (2.0, math.inf, "-"),
+        (math.nan, 2.0, "-"),
+    ],
+)
+def test_there_is_no_change_from_nothing(
+    base: float, adapter: float, cell: str
+) -> None:
+    assert evaluate.change_cell(base, adapter) == cell
 
 
 def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
