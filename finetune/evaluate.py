@@ -109,7 +109,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Evaluate the adapter of a run and its base on other data."
-    parser = command_parser("finetune.evaluate", description)
+    parser = command_parser(
+        "finetune.evaluate", description, "latest --data test.jsonl"
+    )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--data",

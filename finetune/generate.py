@@ -23,7 +23,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        "finetune.generate", "Generate text with the adapter of a run."
+        "finetune.generate",
+        "Generate text with the adapter of a run.",
+        'latest --prompt "What does math.gcd do in Python?"',
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(

@@ -74,7 +74,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        "finetune.merge", "Merge the adapter of a run into its base."
+        "finetune.merge",
+        "Merge the adapter of a run into its base.",
+        "latest --to merged",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(

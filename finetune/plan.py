@@ -69,7 +69,7 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Plan memory, tokens and time of a run, before any weights load."
-    parser = command_parser("finetune.plan", description)
+    parser = command_parser("finetune.plan", description, "model=llama2_7b lora=r64")
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -45,29 +45,43 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; `action` is the function of the chosen one."""
-    parser = command_parser("sweeps", "List and inspect studies, and act on them.")
+    parser = command_parser(
+        "sweeps",
+        "List and inspect studies, and act on them.",
+        "list",
+        "show latest",
+    )
     # Python before 3.14 prints the file's name, `__main__.py`.
     parser.prog = "python -m sweeps"
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, action: Callable[[argparse.Namespace], None], text: str
+        name: str,
+        action: Callable[[argparse.Namespace], None],
+        text: str,
+        arguments: str = "",
     ) -> argparse.ArgumentParser:
         sentence = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(name, help=text, description=sentence)
+        example = f"{parser.prog} {name} {arguments}".strip()
+        command = commands.add_parser(
+            name, help=text, description=sentence, epilog=f"example: {example}"
+        )
         command.set_defaults(action=action)
         return command
 
     def add_for_study(
-        name: str, action: Callable[[argparse.Namespace], None], text: str
+        name: str,
+        action: Callable[[argparse.Namespace], None],
+        text: str,
+        arguments: str = "s1",
     ) -> argparse.ArgumentParser:
-        command = add(name, action, text)
+        command = add(name, action, text, arguments)
         command.add_argument("study", metavar="S", help=STUDY_HELP)
         return command
 
     add("list", _list, f"list all studies under {STUDIES}")
     show = add_for_study(
-        "show", _show, "list the trials of a study, or show one in full"
+        "show", _show, "list the trials of a study, or show one in full", "s1 7"
     )
     show.add_argument(
         "trial",
@@ -76,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         help="number of a trial (default: all, as a table)",
     )
     diff = add_for_study(
-        "diff", _diff, "show what two trials differ in: their configs and their results"
+        "diff",
+        _diff,
+        "show what two trials differ in: their configs and their results",
+        "s1 7 0",
     )
     diff.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help="two numbers")
     add_for_study(
@@ -85,17 +102,26 @@ def _parser() -> argparse.ArgumentParser:
         "write best/ and experiment/best.yaml again from the winner, and print the result",
     )
     stop = add_for_study(
-        "stop", _stop, "stop a running trial at its next step and record it as pruned"
+        "stop",
+        _stop,
+        "stop a running trial at its next step and record it as pruned",
+        "s1 7",
     )
     stop.add_argument("trial", type=int, help="number of the trial")
     report = add_for_study(
-        "report", _report, "write report.html, which needs no network"
+        "report",
+        _report,
+        "write report.html, which needs no network",
+        "latest --watch",
     )
     report.add_argument(
         "--watch", action="store_true", help="update it until no trial is running"
     )
     confirm = add_for_study(
-        "confirm", _confirm, "retrain the best trials with other seeds"
+        "confirm",
+        _confirm,
+        "retrain the best trials with other seeds",
+        "s1 --top 3 --seeds 5",
     )
     confirm.add_argument(
         "--top",

@@ -105,6 +105,7 @@ def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
         "finetune.evaluate",
         "finetune.merge",
         "finetune.plan",
+        "finetune.preview",
         "sweeps",
     ],
 )
@@ -113,3 +114,6 @@ def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> N
 
     assert text.startswith(f"usage: python -m {module} ")
     assert "`" not in text
+    examples = text.partition("examples:")[2].splitlines()[1:]
+    assert examples
+    assert all(line.startswith(f"  python -m {module} ") for line in examples)

@@ -584,13 +584,15 @@ def test_two_trials_differ_in_their_parameters_and_results(
 def test_help_names_the_command_that_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in ((), ("confirm",)):
+    commands = ("list", "show", "diff", "best", "stop", "report", "confirm")
+    for words in ((), *((name,) for name in commands)):
         with pytest.raises(SystemExit) as ended:
             command(monkeypatch, tmp_path, *words, "--help")
         assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(
-            f"usage: {' '.join(('python -m sweeps', *words))} [-h]"
-        )
+        text = capsys.readouterr().out
+        typed = " ".join(("python -m sweeps", *words))
+        assert text.startswith(f"usage: {typed} [-h]")
+        assert typed in text.partition("example")[2]
 
 
 @pytest.mark.slow
