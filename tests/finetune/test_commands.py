@@ -12,6 +12,7 @@ from support.configs import tiny_overrides
 from support.runs import write_jsonl
 
 from finetune import evaluate
+from finetune.merge import judge_divergences
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,7 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
         )
         assert done.returncode == 0, done.stderr
     assert "after rounding to bfloat16" in done.stdout
+    assert done.stdout.splitlines()[-1] == "fine: below 10% of what the adapter changes"
     for stage in ("loading ", "merging adapter and base", "saving the merged model"):
         assert stage in done.stderr
 
@@ -253,6 +255,22 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
         # rounding.
         assert (merged(input_ids=ids).logits - wanted).abs().max() < 1e-4
         assert (rounded.float()(input_ids=ids).logits - wanted).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("exact", "rounded", "says"),
+    [
+        (1e-5, 0.05, "fine: below 10%"),
+        (1e-5, 0.2, "not fine: rounding to float16 costs more than 10%"),
+        (0.2, 0.2, "not fine: merging alone differs by more than 10%"),
+        (math.nan, 0.0, "not fine: merging alone"),
+        (0.0, math.nan, "not fine: rounding to float16"),
+    ],
+)
+def test_merge_says_whether_its_difference_is_fine(
+    exact: float, rounded: float, says: str
+) -> None:
+    assert judge_divergences(exact, rounded, 1.0, "float16").startswith(says)
 
 
 @pytest.mark.slow
