@@ -39,6 +39,8 @@ def trained(
 def test_the_run_ends_with_a_summary(trained: Path) -> None:
     log = (trained / "train.log").read_text()
     for part in (
+        "loading the base ",
+        "evaluating ",
         "completed: default",
         "held-out loss",
         "test loss",
