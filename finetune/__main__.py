@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from finetune.app import hydra_app
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from omegaconf import DictConfig
 
     from finetune.run.result import Objective
@@ -18,7 +20,7 @@ def task(composed: "DictConfig") -> "Objective":
     return run_job(composed)
 
 
-def resume(folder: str) -> "Objective":
+def resume(folder: "Path") -> "Objective":
     """Continue the run in a folder from its last checkpoint."""
     from finetune.run.run import resume as resume_run
 

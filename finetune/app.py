@@ -17,12 +17,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import CommandParser, error_line, run_command
+from finetune.console import VERSION, CommandParser, error_line, run_command
 from finetune.errors import ConfigError, Interrupted, did_you_mean, refusal
+from finetune.files.find_run import find_run
 from finetune.files.run_folder import discard_multirun
 
 log = logging.getLogger(__name__)
@@ -31,18 +33,18 @@ log = logging.getLogger(__name__)
 Task = Callable[[DictConfig], object]
 
 
-def hydra_app(task: Task, resume: Callable[[str], object]) -> None:
+def hydra_app(task: Task, resume: Callable[[Path], object]) -> None:
     """Compose `conf/` with the command line and call the task with it, as `hydra.main` does.
 
     Args:
         task: trains the run of a composed config; called once for each job.
         resume: continues the run in a folder; called instead of the task where the command line
-            has `resume=FOLDER`.
+            has `resume=RUN`.
     """
     run_command(lambda: _run_app(task, resume))
 
 
-def _run_app(task: Task, resume: Callable[[str], object]) -> None:
+def _run_app(task: Task, resume: Callable[[Path], object]) -> None:
     # Before Hydra parses them, which prints several lines for a wrong flag and exits with 2.
     arguments = parse_hydra_arguments(sys.argv[1:])
     folder = _folder_to_resume(arguments)
@@ -68,7 +70,16 @@ def _run_app(task: Task, resume: Callable[[str], object]) -> None:
 
 def parse_hydra_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line as Hydra does. Raises ConfigError for a wrong flag."""
-    parser = CommandParser(parents=[hydra_argument_parser()], add_help=False)
+    # A command's name instead of an override: before its flags are refused as Hydra's.
+    if arguments and re.fullmatch(r"[a-z]+", arguments[0]):
+        raise ConfigError(explain_word(arguments[0]))
+    parser = CommandParser(
+        parents=[hydra_argument_parser()],
+        add_help=False,
+        conflict_handler="resolve",
+    )
+    version = f"{VERSION} (Hydra {hydra.__version__})"
+    parser.add_argument("--version", action="version", version=version)
     # Hydra, too, takes flags between overrides.
     parsed = parser.parse_intermixed_args(arguments)
     for flag, value in (("--cfg", parsed.cfg), ("--info", parsed.info)):
@@ -145,8 +156,8 @@ def check_override(override: str) -> str:
     return f"++{override}" if adds_key else override
 
 
-def _folder_to_resume(arguments: argparse.Namespace) -> str | None:
-    """Return the folder of `resume=FOLDER`, or None where the command line starts a new run.
+def _folder_to_resume(arguments: argparse.Namespace) -> Path | None:
+    """Return the folder of `resume=RUN`, or None where the command line starts a new run.
 
     A resumed run keeps the config that it started with, so no other override is allowed.
     """
@@ -159,15 +170,15 @@ def _folder_to_resume(arguments: argparse.Namespace) -> str | None:
             resumes.append(override)
     if not resumes:
         return None
-    folder = resumes[0].partition("=")[2]
-    if not folder:
-        raise refusal("resume", folder, "must be a run folder")
+    name = resumes[0].partition("=")[2].strip("'\"")
+    if not name:
+        raise refusal("resume", name, "must be a run folder, a run's name, or latest")
     for override in overrides:
         if override not in resumes:
             raise ConfigError(
                 f"{override}: resume takes no other override; a run continues with its own config"
             )
-    return folder.strip("'\"")
+    return find_run("resume", name)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The terminal: errors as one line with exit code 1, argument parsers, quiet libraries."""
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -9,39 +10,30 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from finetune.config.paths import CONF
-from finetune.errors import ConfigError, Interrupted, did_you_mean
+from finetune import __version__
+from finetune.config.keys import unknown_key
+from finetune.errors import (
+    ConfigError,
+    Interrupted,
+    did_you_mean,
+    join_lines,
+    refusal,
+)
+from finetune.hydra_errors import hydra_error_line
 
 log = logging.getLogger(__name__)
 
 
-HYDRA_NOISE = (
-    "provider=",
-    "full_key:",
-    "object_type=",
-    "reference_type=",
-    "Config search path",
-    "Set the environment",
+VERSION = f"qlora-sweeps {__version__}"
+"""What `--version` prints."""
+
+
+UNKNOWN_SWEEPER_ARGUMENT = re.compile(
+    r"Sweeper\.__init__\(\) got an unexpected keyword argument '(?P<name>\w+)'"
 )
-"""Beginnings of lines in messages of Hydra and OmegaConf that tell a user nothing."""
-
-
-SWEEP_WITHOUT_MULTIRUN = re.compile(
-    r"(Ambiguous value for argument|Sweep parameters) '(?P<override>.*)'( requires --multirun)?$",
-    re.MULTILINE,
-)
-"""Hydra's messages about sweep syntax without -m."""
-
-
-UNPARSED_OVERRIDE = re.compile(
-    r"Error when parsing index: \d+, string: (?P<override>.*?) out of \[", re.DOTALL
-)
-"""Hydra's message about an override that is against its grammar."""
-
-WRONG_CALL = re.compile(r"while evaluating '.*?': (?!Unknown function)(?P<reason>.*)")
-"""Hydra's message about one of its functions with wrong arguments: `choice()`."""
+"""Python's message about a key that a sweeper does not have, added by `+`."""
 
 
 SUMMARY_LENGTH = 300
@@ -50,9 +42,6 @@ SUMMARY_LENGTH = 300
 
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 """The format of lines in a `train.log`: that of Hydra's own job logs."""
-
-
-SWEEPER = "hydra.sweeper."
 
 
 def run_command(command: Callable[[], object]) -> None:
@@ -96,95 +85,22 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _hydra_error_line(error)
+        return hydra_error_line(error)
     if isinstance(error, OSError) and error.strerror:
         if error.filename:
             return f"{error.strerror}: {error.filename}"
         return error.strerror
     if isinstance(error, ConfigError | Interrupted):
-        return _join_lines(str(error))
+        return join_lines(str(error))
+    argument = UNKNOWN_SWEEPER_ARGUMENT.search(str(error))
+    if argument:
+        return unknown_key(f"hydra.sweeper.{argument['name']}")
     return f"{type(error).__name__}: {summary_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def summary_line(error: BaseException) -> str:
     """Return the beginning of another library's error message, on one line."""
-    return _join_lines(str(error))[:SUMMARY_LENGTH]
-
-
-def _join_lines(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _hydra_error_line(error: Exception) -> str:
-    """Return an error of Hydra or OmegaConf as one line, with the nearest names."""
-    from hydra.errors import MissingConfigException
-
-    text = str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        if choice:
-            return f"{group}={choice}: no such choice; {did_you_mean(choice, error.options)}"
-    unknown = re.search(r"Could not override '([^']*)'", text)
-    if unknown:
-        return f"{unknown[1]}: no such key; {_suggest_key(unknown[1])}"
-    sweep = SWEEP_WITHOUT_MULTIRUN.search(text)
-    if sweep:
-        return _sweep_refusal(sweep["override"])
-    unparsed = UNPARSED_OVERRIDE.search(text)
-    if unparsed:
-        wrong_call = WRONG_CALL.search(text)
-        if wrong_call:
-            return f"{_join_lines(unparsed['override'])}: {wrong_call['reason']}"
-        return _syntax_refusal(unparsed["override"])
-    lines = [_join_lines(line) for line in text.splitlines() if line.strip()]
-    cause = str(error.__cause__ or "").splitlines()
-    if cause and cause[0] not in text:
-        lines.append(cause[0])
-    shown_lines = []
-    for line in lines:
-        if not line.startswith(HYDRA_NOISE):
-            shown_lines.append(line.rstrip(".;"))
-    return "; ".join(shown_lines)
-
-
-def _sweep_refusal(override: str) -> str:
-    """Return the error for sweep syntax on the command line of a single run."""
-    key, _, values = override.partition("=")
-    if "interval(" in values:
-        return f"{override}: a range needs python -m finetune -m hydra/sweeper=optuna"
-    remedy = "several values need python -m finetune -m"
-    is_group = (CONF / key).is_dir()
-    if not is_group and "(" not in values:
-        remedy += f"; one list is {key}=[{values}]"
-    return f"{override}: {remedy}"
-
-
-def _syntax_refusal(override: str) -> str:
-    """Return the error for an override that Hydra can't parse."""
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{override}: must be KEY=VALUE"
-    remedy = "text with special characters needs quotes"
-    if not set(value) & set("'\"\\$\n"):
-        remedy += f": '{key}=\"{value}\"'"
-    return f"{_join_lines(override)}: is not Hydra's syntax; {remedy}"
-
-
-def _suggest_key(unknown: str) -> str:
-    """Return the keys nearest to an unknown one, and all keys of its group."""
-    from omegaconf import DictConfig, OmegaConf
-
-    file = "hydra/sweeper/optuna.yaml" if unknown.startswith(SWEEPER) else "config.yaml"
-    *groups, name = unknown.removeprefix(SWEEPER).split(".")
-    node: Any = OmegaConf.load(CONF / file)
-    for group in groups:
-        has_group = isinstance(node, DictConfig) and group in node
-        node = node.get(group) if has_group else None
-    if not node:
-        return "see --cfg job"
-    # Hydra's defaults list is no key of the config.
-    keys = [str(key) for key in node if key != "defaults"]
-    return did_you_mean(name, keys)
+    return join_lines(str(error))[:SUMMARY_LENGTH]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -192,17 +108,62 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print the usage and exit with code 2."""
-        raise ConfigError(f"{message}; see --help")
+        choice = _INVALID_CHOICE.fullmatch(message)
+        if choice:
+            raise _choice_refusal(choice["name"], choice["value"], choice["choices"])
+        number = _INVALID_NUMBER.fullmatch(message)
+        if number:
+            raise refusal(number["name"], number["value"], "must be a whole number")
+        flag = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        flags = re.findall(r"--[a-z][a-z-]*", self.format_usage())
+        nearest = difflib.get_close_matches(flag[1], [*flags, "--help"]) if flag else []
+        guess = f"did you mean {nearest[0]}? " if nearest else ""
+        raise ConfigError(f"{message}; {guess}see --help")
 
 
-def command_parser(module: str, description: str) -> CommandParser:
+_INVALID_CHOICE = re.compile(
+    r"argument (?P<name>\S+): invalid choice: '(?P<value>.*)' \(choose from (?P<choices>.*)\)"
+)
+"""argparse's message about a word that is not among the allowed ones."""
+
+_INVALID_NUMBER = re.compile(
+    r"argument (?P<name>\S+): invalid int value: '(?P<value>.*)'"
+)
+
+
+def _choice_refusal(name: str, value: str, choices: str) -> ConfigError:
+    """Return the error for a word that is not among the allowed ones.
+
+    Args:
+        name: the flag, or the argument's name in the help.
+        value: the word.
+        choices: the allowed words, as argparse lists them.
+    """
+    words = choices.replace("'", "").split(", ")
+    if name != "COMMAND":
+        return refusal(name, value, did_you_mean(value, words))
+    allowed = did_you_mean(value, [*words, "--help"])
+    return ConfigError(f"{value}: no such command; {allowed}")
+
+
+def command_parser(module: str, description: str, *examples: str) -> CommandParser:
     """Return the parser of a command.
 
     Args:
         module: the module that is run, for example `finetune.plan`.
         description: what the command does, as its help prints it.
+        examples: command lines behind the module's name, which the help shows.
     """
-    return CommandParser(prog=f"python -m {module}", description=description)
+    command = f"python -m {module}"
+    lines = [f"  {command} {example}" for example in examples]
+    parser = CommandParser(
+        prog=command,
+        description=description,
+        epilog="\n".join(["examples:", *lines]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
+    return parser
 
 
 def quiet_libraries(bars: bool = True) -> None:

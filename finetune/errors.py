@@ -44,3 +44,8 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     )
     suggestion = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return f"{suggestion}allowed: {', '.join(names)}"
+
+
+def join_lines(text: str) -> str:
+    """Return a text on one line."""
+    return " ".join(text.split())

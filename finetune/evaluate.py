@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.data.tokens import tokenize
 from finetune.engine.steps import drive
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
+from finetune.files.find_run import RUN_HELP, find_run
 from finetune.metrics.classification import confusion_lines
 from finetune.metrics.labels import LabelledRows
 from finetune.metrics.load import load_metrics
@@ -102,7 +104,8 @@ def main() -> None:
     arguments = _parse_arguments()
     # Files of a folder that are read, and rows that are left out, too.
     log_to_stderr(__name__, "finetune.data", "finetune.run.load")
-    comparison = _compare(arguments.run, arguments.data, arguments.answers)
+    folder = find_run("RUN", arguments.run)
+    comparison = _compare(folder, arguments.data, arguments.answers)
     if arguments.answers is not None:
         lines = map(json.dumps, comparison.answer_lines())
         write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
@@ -115,8 +118,10 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Evaluate the adapter of a run and its base on other data."
-    parser = command_parser("finetune.evaluate", description)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser = command_parser(
+        "finetune.evaluate", description, "latest --data test.jsonl"
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -136,7 +141,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
+def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
     """Evaluate a run's base without and with the adapter.
 
     Args:
@@ -199,17 +204,29 @@ def _compare(folder: str, data: str, answers_file: str | None) -> Comparison:
 def _print_table(data: str, comparison: Comparison) -> None:
     tokens = comparison.adapter.evaluation.tokens
     print(f"{comparison.rows} rows, {tokens} answer tokens of {data}")
-    width = max(12, *(len(name) + 1 for name in comparison.names))
-    print(f"{'':{width}}{'base':>10}{'adapter':>10}{'change':>10}")
+    rows = [("", "base", "adapter", "change")]
     for name in comparison.names:
         base = _value(comparison.base, name)
         adapter = _value(comparison.adapter, name)
-        change = adapter / base - 1 if base else 0
-        print(f"{name:{width}}{base:10.4f}{adapter:10.4f}{change:+10.1%}")
+        rows.append((name, f"{base:.4f}", f"{adapter:.4f}", change_cell(base, adapter)))
+    # A perplexity may have any number of digits.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        line = name.ljust(widths[0])
+        for cell, width in zip(cells, widths[1:], strict=True):
+            line += f"  {cell:>{width}}"
+        print(line)
     print("\n".join(metric_notes(comparison.names)))
     classification = comparison.adapter.evaluation.classification
     if classification is not None:
         print("\n".join(confusion_lines(classification)))
+
+
+def change_cell(base: float, adapter: float) -> str:
+    """Format the relative change of a metric; "-" where there is none, as from 0."""
+    if not base or not math.isfinite(adapter / base):
+        return "-"
+    return f"{adapter / base - 1:+.1%}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.types import Prompt
 from finetune.engine.generation import generate_answers
 from finetune.errors import refusal
+from finetune.files.find_run import RUN_HELP, find_run
 from finetune.run.load import load_run
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,11 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        "finetune.generate", "Generate text with the adapter of a run."
+        "finetune.generate",
+        "Generate text with the adapter of a run.",
+        'latest --prompt "What does math.gcd do in Python?"',
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -65,7 +68,7 @@ def _require_positive(flag: str, limit: int | None) -> None:
 
 def _generate(arguments: argparse.Namespace) -> list[str]:
     """Return the answers in the order of the prompts."""
-    run = load_run(arguments.run)
+    run = load_run(find_run("RUN", arguments.run))
     max_new_tokens = arguments.max_new_tokens
     max_length = arguments.max_length
     if max_new_tokens is None and max_length is None:

@@ -14,6 +14,7 @@ from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
 from finetune.files.atomic import replace_folder
+from finetune.files.find_run import RUN_HELP, find_run
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
@@ -37,6 +38,13 @@ PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 """The text on which the merged model is compared with the adapter on its base."""
 
 
+ACCEPTED_SHARE = 0.1
+"""Share of the adapter's effect, as a divergence, up to which a difference is called fine.
+
+The largest difference alone says little: most often it is that of a very unlikely token.
+"""
+
+
 def main() -> None:
     """Read the command line, merge, save, print the differences that merging and rounding leave."""
     arguments = _parse_arguments()
@@ -45,21 +53,26 @@ def main() -> None:
     if is_file or (folder.is_dir() and any(folder.iterdir())):
         reason = "exists already; must be a new or an empty folder"
         raise refusal("--to", arguments.to, reason)
-    _require_mergeable(arguments.run)
+    run_folder = find_run("RUN", arguments.run)
+    _require_mergeable(run_folder)
     log_to_stderr(__name__, "finetune.run.load")
-    run = load_run(arguments.run)
+    run = load_run(run_folder)
+    # First, because attaching an adapter may change its base (PiSSA).
+    base = probe(run, run.base)
     expected = probe(run, run.with_adapter())
     log.info("merging adapter and base")
-    # Loaded again, because attaching an adapter may change its base (PiSSA).
-    merged = merge(load_run(arguments.run).base, run.folder.adapter)
+    # Loaded again, for the same reason.
+    merged = merge(load_run(run_folder).base, run.folder.adapter)
     # Measured twice, to tell a wrong merge from the loss by rounding.
-    difference = _largest_difference(expected, probe(run, merged))
+    exact = probe(run, merged)
     merged = _round(merged, arguments.dtype)
-    difference_rounded = _largest_difference(expected, probe(run, merged))
+    rounded = probe(run, merged)
     log.info("saving the merged model")
     _save(merged, run, folder)
     start = f"python -m finetune model.name_or_path={folder}"
     print(f"merged model in {folder}: {start} starts from it")
+    difference = _largest_difference(expected, exact)
+    difference_rounded = _largest_difference(expected, rounded)
     print(
         "largest difference of a log-probability on a fixed text, against the adapter on its "
         "quantised base:"
@@ -68,13 +81,22 @@ def main() -> None:
         f"{difference:.1e} before rounding and {difference_rounded:.1e} "
         f"after rounding to {arguments.dtype}"
     )
+    verdict = judge_divergences(
+        exact=_divergence(expected, exact),
+        rounded=_divergence(expected, rounded),
+        effect=_divergence(expected, base),
+        dtype=arguments.dtype,
+    )
+    print(verdict)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        "finetune.merge", "Merge the adapter of a run into its base."
+        "finetune.merge",
+        "Merge the adapter of a run into its base.",
+        "latest --to merged",
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--to",
         metavar="FOLDER",
@@ -90,7 +112,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _require_mergeable(folder: str) -> None:
+def _require_mergeable(folder: Path) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
     config = read_trained_config(folder)
     base_values = read_config_json(find_base(config.model))
@@ -151,6 +173,32 @@ def probe(run: TrainedRun, model: "PreTrainedModel | PeftModel") -> "torch.Tenso
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids).logits[0]
     return logits.float().log_softmax(-1)
+
+
+def judge_divergences(exact: float, rounded: float, effect: float, dtype: str) -> str:
+    """Say in words whether a merged model still does what its adapter does.
+
+    Args:
+        exact: divergence of the merged model from the adapter on its base, before rounding.
+        rounded: the same after rounding.
+        effect: divergence of the base without the adapter.
+        dtype: what the weights are rounded to.
+    """
+    limit = ACCEPTED_SHARE * effect
+    share = f"{ACCEPTED_SHARE:.0%} of what the adapter changes"
+    if not exact <= limit:
+        return f"not fine: merging alone differs by more than {share}; serve base and adapter apart"
+    if not rounded <= limit:
+        return (
+            f"not fine: rounding to {dtype} costs more than {share}; use --dtype float32, or "
+            "serve base and adapter apart"
+        )
+    return f"fine: below {share}"
+
+
+def _divergence(expected: "torch.Tensor", actual: "torch.Tensor") -> float:
+    """Return the mean Kullback-Leibler divergence of predictions, in nats per token."""
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
 
 
 def _largest_difference(expected: "torch.Tensor", actual: "torch.Tensor") -> float:

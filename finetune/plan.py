@@ -101,7 +101,7 @@ def _parse_arguments() -> argparse.Namespace:
         "Plan memory, tokens and time of a run, or of a study with hydra/sweeper=optuna, "
         "before any weights load."
     )
-    parser = command_parser("finetune.plan", description)
+    parser = command_parser("finetune.plan", description, "model=llama2_7b lora=r64")
     parser.add_argument(
         "overrides",
         nargs="*",

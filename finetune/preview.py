@@ -31,7 +31,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Show rows as the model sees them, and what becomes of all rows."
-    parser = command_parser("finetune.preview", description)
+    parser = command_parser(
+        "finetune.preview", description, "dataset.path=./mine.jsonl --rows 5"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

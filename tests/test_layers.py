@@ -35,14 +35,17 @@ LAYERS = (
     ("finetune.data",),
     ("finetune.files",),
     ("finetune.console",),
+    ("finetune.hydra_errors",),
+    ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
     ("finetune.errors",),
 )
 
 LIGHT = (
-    "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files", "finetune.console",
-    "finetune.config", "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
+    "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
+    "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.space",
     "sweeps.answer.report", *LAYERS[5],
 )  # fmt: skip

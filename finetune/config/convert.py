@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from finetune.config.keys import unknown_key
 from finetune.errors import ConfigError, did_you_mean, refusal
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ def build(cls: type[T], path: str, values: Any) -> T:
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in fields:
-            raise ConfigError(
-                f"{prefix}{key}: no such key; {did_you_mean(str(key), fields)}"
-            )
+            raise ConfigError(unknown_key(f"{prefix}{key}", fields))
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name}: must be given")

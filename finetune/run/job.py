@@ -1,5 +1,7 @@
 """A run as a Hydra job: the composed config is checked, and the run gets Hydra's folder."""
 
+import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from finetune.engine.steps import RunSteps
     from finetune.run.result import Objective
 
+log = logging.getLogger(__name__)
+
 
 def check_job(composed: "DictConfig") -> RunConfig:
     """Check a job's config.
@@ -36,6 +40,8 @@ def check_job(composed: "DictConfig") -> RunConfig:
         ConfigError: No run can have this config.
     """
     _refuse_secrets_in_storage()
+    if HydraConfig.get().mode == RunMode.RUN:
+        _refuse_sweep_keys()
     # A run does not read the group `search`: it would train with the config's own values.
     for override in HydraConfig.get().overrides.task:
         if override.startswith("search"):
@@ -44,9 +50,26 @@ def check_job(composed: "DictConfig") -> RunConfig:
             raise ConfigError(f"{override}: {reason}")
     config = RunConfig.from_hydra(composed)
     if config.resume is not None:
-        reason = "belongs on the command line: python -m finetune resume=FOLDER"
+        reason = "belongs on the command line: python -m finetune resume=RUN"
         raise refusal("resume", config.resume, reason)
     return config
+
+
+def _refuse_sweep_keys() -> None:
+    """Refuse overrides that only a sweep reads, on the command line of a single run."""
+    overrides = HydraConfig.get().overrides
+    for override in overrides.hydra:
+        key = override.lstrip("+~").replace("/", ".")
+        if key.startswith(("hydra.sweeper", "hydra.launcher")):
+            words = shlex.join([*overrides.hydra, *overrides.task])
+            command = f"python -m finetune -m {words}"
+            raise ConfigError(f"{override}: has no effect without -m: {command}")
+    chosen = HydraConfig.get().runtime.choices.get("hydra/sweeper", "basic")
+    if chosen != "basic":
+        # Chosen by a config file, which single runs may use as well.
+        log.warning(
+            "hydra/sweeper=%s has no effect without -m: this is one run", chosen
+        )
 
 
 def run_job(composed: "DictConfig") -> "Objective":
@@ -54,11 +77,15 @@ def run_job(composed: "DictConfig") -> "Objective":
     return drive(job(composed))
 
 
-def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
+def job(
+    composed: "DictConfig", description: str = "", **context: Any
+) -> "RunSteps[Objective]":
     """Check a job's config, and return the steps of its run.
 
     Args:
         composed: The job's config; Hydra's own part is that of the current job.
+        description: What the job has that others of its sweep have not, for its name in trackers;
+            empty: its number stands there.
         context: Further fields of `RunContext`.
 
     Returns:
@@ -79,6 +106,8 @@ def job(composed: "DictConfig", **context: Any) -> "RunSteps[Objective]":
     if hydra.mode == RunMode.MULTIRUN:
         group = Path(hydra.sweep.dir).name
         name = f"{config.name}-{hydra.job.num}"
+        if description:
+            name = f"{config.name} {description}"
         label = Label(name=name, group=group, job_type="trial")
     run_context = RunContext(resources=shared_resources, label=label, **context)
     steps = run_steps(config, folder, run_context)

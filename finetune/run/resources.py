@@ -5,6 +5,7 @@ trial of a study neither reads nor loads anything.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ADAPTER_THREAD = ThreadPoolExecutor(1)
 """Draws the adapter of the next run while others train: of a 7B base it takes half a second."""
+
+log = logging.getLogger(__name__)
 
 
 class SharedResources:
@@ -197,6 +200,7 @@ class SharedResources:
 
         freeze_libraries()
         free_memory()  # the base of another owner, which is in use no more
+        _log_loading(config)
         base = load_base(self.source(config.model), config)
         dequantize_base(base, config)
         bank = Bank(base, config)
@@ -260,6 +264,14 @@ class SharedResources:
 
 shared_resources = SharedResources()
 """The resources of all runs of this process that are started by Hydra."""
+
+
+def _log_loading(config: RunConfig) -> None:
+    """Say what is loaded: on a large base this takes minutes in which nothing else is shown."""
+    quantization = config.quantization
+    is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    note = " and quantising it" if is_quantized else ""
+    log.info("loading the base %s%s", config.model.name_or_path, note)
 
 
 def base_key(config: RunConfig) -> object:

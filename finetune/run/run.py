@@ -6,13 +6,14 @@ Each stage has a file of its own beside this one. Whatever happens on the way, t
 
 import contextlib
 import logging
+import shutil
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
-from finetune.errors import Interrupted, refusal
+from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import check_metrics
@@ -94,8 +95,19 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
             # With a full disk too: an online tracker still shows how the run ended.
             summary = final_summary(recorded, result.config.tracker.text)
             tracker.finish(result.status, summary)
+    if result.status == "completed":
+        _remove_checkpoints(result.config, folder)
     if result.context.interactive:
         print_summary(folder, result, recorded, tracker)
+
+
+def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:
+    """Remove the checkpoints of a completed run, unless the user has chosen how many stay.
+
+    Only now, when the result is on disk: until then, a killed run continues from the last one.
+    """
+    if "save_total_limit" not in config.trainer.extra:
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def resume(path: str | Path) -> Objective:
@@ -105,7 +117,6 @@ def resume(path: str | Path) -> Objective:
         ConfigError: No run began in the folder, or the user can mend what ended it.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    _require_run_folder(path)
     config = read_run_config(path)
     # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
@@ -114,16 +125,6 @@ def resume(path: str | Path) -> Objective:
     file.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
     return run(config, path)
-
-
-def _require_run_folder(path: str | Path) -> None:
-    """Refuse the value of `resume=` if no run began there."""
-    folder = RunFolder(path)
-    if folder.identity.exists():
-        return
-    problem = "it has no run.json" if folder.path.is_dir() else "no such folder"
-    allowed = "allowed: the folder of a run that has begun, as outputs/runs/NAME/TIME"
-    raise refusal("resume", path, f"{problem}; {allowed}")
 
 
 def _completed_metrics(folder: RunFolder) -> Metrics | None:

@@ -40,11 +40,19 @@ def print_summary(
         *_answers(folder),
         *_next_steps(folder, tracker),
     ]
-    lines = [f"{result.status}: {result.config.name}"]
-    for name, text in facts:
-        lines.append(f"  {name:14} {text}")
+    lines = [f"{result.status}: {result.config.name}", *_fact_lines(facts)]
     # One record: in a pack, no line of another run comes between.
     log.info("%s", "\n".join(lines))
+
+
+def _fact_lines(facts: list[Fact]) -> list[str]:
+    """Format facts; further lines of a text are indented under its first one."""
+    lines = []
+    for name, text in facts:
+        for index, line in enumerate(text.splitlines() or [""]):
+            label = "" if index else name
+            lines.append(f"  {label:14} {line}".rstrip())
+    return lines
 
 
 def _quality(result: Result, recorded: dict[str, Any]) -> list[Fact]:
@@ -113,9 +121,7 @@ def _answers(folder: RunFolder) -> list[Fact]:
     for sample in read_json(folder.samples) or []:
         facts.append(("prompt", sample["prompt"]))
         for when in ("before", "after"):
-            # On one line, because an answer may have several.
-            answer = " ".join(sample.get(when, "").split())
-            facts.append((f"  {when}", answer))
+            facts.append((f"  {when}", sample.get(when, "").strip()))
     return facts
 
 

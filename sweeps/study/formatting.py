@@ -31,9 +31,18 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def trials_table(study: Study) -> str:
-    """Format all started trials: state, objectives, parameters, and a note."""
+def trials_table(study: Study, is_ranked: bool = False) -> str:
+    """Format all started trials: state, objectives, parameters, and a note.
+
+    Args:
+        study: the study.
+        is_ranked: whether the best trial comes first and those without a value last; otherwise
+            trials are listed by number.
+    """
     trials = [trial for trial in study.trials() if trial.state != TrialState.WAITING]
+    if is_ranked:
+        ranked = study.ranked()
+        trials = ranked + [trial for trial in trials if trial not in ranked]
     names = parameter_names(trials)
     short_names = [short_name(name) for name in names]
     head = ["trial", "state", *study.objectives, *short_names, "note"]

@@ -1,12 +1,14 @@
 """The jobs of a plain multirun, trained together in one process."""
 
 import logging
+import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, configure_log, filter_overrides
+from hydra.core.utils import JobReturn, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -21,6 +23,12 @@ from finetune.run.result import Objective
 from sweeps.compat import job_error
 from sweeps.study.job import hydra_config, run_as_job
 from sweeps.study.logs import RunNameFormatter
+from sweeps.study.multirun_folder import (
+    TABLE,
+    describe_values,
+    differing_values,
+    write_table,
+)
 from sweeps.study.pack import PackedRun, train_together
 
 log = logging.getLogger(__name__)
@@ -46,6 +54,7 @@ class Multirun:
         self._slots = slots
         self._interrupt = Interrupt()
         self._returns: dict[int, JobReturn] = {}
+        self._descriptions: dict[int, str] = {}
         self._slot_count = 1
         self._checkpointed_bases: list[object] = []
 
@@ -61,8 +70,12 @@ class Multirun:
         Raises:
             ConfigError: a job failed; raised when all have ended.
         """
+        differences = differing_values(job_overrides)
         composed = []
         for number, overrides in enumerate(job_overrides, first_number):
+            description = describe_values(differences[number - first_number])
+            self._descriptions[number] = description
+            log.info("job %d: %s", number, description or " ".join(overrides))
             composed.append(self._compose(number, list(overrides)))
         self._configure_log()
         # Slots are planned for the valid jobs; the others report by themselves what is wrong.
@@ -80,6 +93,7 @@ class Multirun:
             return None if config is None else self._packed_run(config)
 
         train_together(next_run, self._slot_count)
+        self._print_table()
         self._raise_failures()
         return [self._returns[number] for number in sorted(self._returns)]
 
@@ -88,7 +102,6 @@ class Multirun:
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-        log.info("job %d: %s", number, " ".join(filter_overrides(overrides)))
         return config
 
     def _choose_slots(self, valid: list[RunConfig], jobs: int) -> None:
@@ -129,6 +142,7 @@ class Multirun:
         def task(composed: DictConfig) -> RunSteps[Objective]:
             return job(
                 composed,
+                description=self._descriptions[number],
                 packed_with=packed_with,
                 interrupt=self._interrupt,
                 slots=self._slot_count,
@@ -149,6 +163,18 @@ class Multirun:
             folder / "train.log",
             packed_with,
         )
+
+    def _print_table(self) -> None:
+        """Print the table of the jobs, the best first, and write it into the multirun's folder."""
+        folder = Path(self._config.hydra.sweep.dir)
+        if len(self._returns) < 2 or not folder.is_dir():
+            return
+        # Without an objective jobs can't be compared; then each has its own summary.
+        with suppress(ConfigError):
+            table = write_table(folder)
+            path = os.path.relpath(folder)
+            log.info("%s\ntable: %s", table, os.path.join(path, TABLE))
+            log.info("charts: python -m sweeps report %s", shlex.quote(path))
 
     def _raise_failures(self) -> None:
         """Log each failed job, and raise the first one's error."""

@@ -6,16 +6,15 @@ The storage's study attributes hold what all workers and later sessions have to 
 `EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
 """
 
-import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.storages import InMemoryStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -57,7 +56,7 @@ class Study:
     Args:
         folder: the study's folder.
         name: the study's name in the storage.
-        address: the database's address; None: the journal in the folder.
+        address: the database's address, or the storage itself; None: the journal in the folder.
         retry_seconds: seconds for which a lost connection is retried; None: the default.
     """
 
@@ -65,16 +64,19 @@ class Study:
         self,
         folder: Path,
         name: str,
-        address: str | None,
+        address: str | BaseStorage | None,
         retry_seconds: float | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
-        self.is_shared = address is not None
+        self.is_shared = isinstance(address, str)
         """Whether workers on other machines, with folders of their own, may take part."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
-        self.storage = open_storage(address, folder, retry_seconds)
+        if isinstance(address, BaseStorage):
+            self.storage = address
+        else:
+            self.storage = open_storage(address, folder, retry_seconds)
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
         self._study_id = self.storage.get_study_id_from_name(name)
 
@@ -234,17 +236,39 @@ class Study:
 
     def snapshot(self) -> "Study":
         """Copy the study's present state into memory, so that several reads agree."""
+        return Study.in_memory(
+            self.folder,
+            self.name,
+            self.optuna.directions,
+            self.optuna.user_attrs,
+            self.trials(),
+        )
+
+    @classmethod
+    def in_memory(
+        cls,
+        folder: Path,
+        name: str,
+        directions: Sequence[StudyDirection],
+        attributes: Mapping[str, Any],
+        trials: Iterable[FrozenTrial],
+    ) -> "Study":
+        """Create a study that is in memory only.
+
+        Args:
+            folder: the folder of its trials.
+            name: its name.
+            directions: one for each objective.
+            attributes: its attributes, see the module.
+            trials: its trials, by number.
+        """
         storage = InMemoryStorage()
-        study_id = storage.create_new_study(self.optuna.directions, self.name)
-        for name, value in self.optuna.user_attrs.items():
-            storage.set_study_user_attr(study_id, name, value)
-        for trial in self.trials():
+        study_id = storage.create_new_study(directions, name)
+        for key, value in attributes.items():
+            storage.set_study_user_attr(study_id, key, value)
+        for trial in trials:
             storage.create_new_trial(study_id, trial)
-        snapshot = copy.copy(self)
-        snapshot.storage = storage
-        snapshot.optuna = optuna.load_study(study_name=self.name, storage=storage)
-        snapshot._study_id = study_id  # noqa: SLF001  (an attribute of its own class)
-        return snapshot
+        return cls(folder, name, storage)
 
     def release_trials(self, error: StorageLost, interrupt: Interrupt) -> None:
         """End this worker's trials after their present step, with a checkpoint, and claim no more.

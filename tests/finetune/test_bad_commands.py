@@ -9,17 +9,17 @@ COMMANDS = [
     Case(
         "generate-no-run",
         "generate nowhere --prompt Hi",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "evaluate-no-run",
         "evaluate nowhere --data d.jsonl",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "merge-no-run",
         "merge nowhere --to new",
-        "nowhere: is no run folder: it has no run.json",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "generate-no-adapter",
@@ -58,7 +58,7 @@ COMMANDS = [
     Case(
         "generate-length-text",
         "generate run --prompt Hi --max-length long",
-        "argument --max-length: …'long'; see --help",
+        "--max-length=long: must be a whole number",
     ),
     Case(
         "generate-length-zero",
@@ -73,7 +73,7 @@ COMMANDS = [
     Case(
         "merge-dtype",
         "merge run --to new --dtype int4",
-        "argument --dtype: …'int4'…bfloat16…float16…float32…; see --help",
+        "--dtype=int4: allowed: bfloat16, float16, float32",
     ),
     Case(
         "merge-to-a-full-folder",

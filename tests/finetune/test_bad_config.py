@@ -8,6 +8,8 @@ text.
 import pytest
 from support.bad_input import Case, Workplace, each, matches
 
+from finetune.config.keys import _OTHER_NAMES, _all_keys, group_names
+
 SECRET = "hf_abcdefSECRETghijkl"
 CONFIG = [
     Case(
@@ -48,7 +50,7 @@ CONFIG = [
         "config-of-a-sweep", "-m --cfg job", "--cfg: shows a single run; leave out -m"
     ),
     Case("info-of-a-sweep", "-m --info", "--info: shows a single run; leave out -m"),
-    Case("word", "frobnicate", "frobnicate: must be KEY=VALUE"),
+    Case("word", "frobnicate", "frobnicate: must be KEY=VALUE; see --help"),
     Case(
         "brackets-without-quotes",
         "dataset.path=rows(1).jsonl",
@@ -261,7 +263,7 @@ CONFIG = [
     Case(
         "resume",
         "resume=nowhere",
-        "resume=nowhere: no such folder; allowed: the folder of a run that has begun, as …",
+        "resume=nowhere: no such run; allowed: the folder of a run that has begun, as …",
     ),
     Case(
         "resume-no-run",
@@ -298,10 +300,12 @@ CONFIG = [
         "lora.init_lora_weights=pissa",
         "lora.init_lora_weights=pissa: …quantization=none",
     ),
-    Case("resume-nothing", "resume=", "resume=: must be a run folder"),
     Case(
-        "resume-added", "++resume=nowhere", "resume=nowhere: no such folder; allowed: …"
+        "resume-nothing",
+        "resume=",
+        "resume=: must be a run folder, a run's name, or latest",
     ),
+    Case("resume-added", "++resume=nowhere", "resume=nowhere: no such run; allowed: …"),
 ]
 
 
@@ -325,6 +329,150 @@ SWEEPS_WITHOUT_MULTIRUN = {
         "a range needs python -m finetune -m hydra/sweeper=optuna"
     ),
 }
+
+
+GUESSES = {
+    "learning_rate": "optimizer.learning_rate",
+    "lr": "optimizer.learning_rate",
+    "optimizer.lr": "optimizer.learning_rate",
+    "model.lr": "optimizer.learning_rate",
+    "trainer.learning_rate": "optimizer.learning_rate",
+    "optimzer.learning_rate": "optimizer.learning_rate",
+    "weight_decy": "optimizer.weight_decay",
+    "warmup_steps": "optimizer.warmup_ratio",
+    "rank": "lora.r",
+    "lora.rank": "lora.r",
+    "+lora.rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora.lora_alpha": "lora.alpha",
+    "alhpa": "lora.alpha",
+    "lra.r": "lora.r",
+    "epochs": "trainer.num_train_epochs",
+    "trainer.epochs": "trainer.num_train_epochs",
+    "batch_size": "trainer.per_device_train_batch_size",
+    "batchsize": "trainer.per_device_train_batch_size",
+    "max_steps": "trainer.max_steps",
+    "max_seq_length": "dataset.max_length",
+    "dataset.max_seq_length": "dataset.max_length",
+    "data": "dataset.path",
+    "base_model": "model.name_or_path",
+    "model.path": "model.name_or_path",
+    "training.seed": "seed",
+    "output_dir": "hydra.run.dir",
+    "n_trials": "hydra.sweeper.n_trials",
+    "study": "hydra.sweeper.study_name",
+    "hydra.sweper.n_trials": "hydra.sweeper.n_trials",
+}
+"""Keys that do not exist, and the key that is meant."""
+
+
+@pytest.mark.parametrize("key", GUESSES)
+def test_a_key_by_another_name_or_without_its_group_is_guessed(
+    key: str, workplace: Workplace
+) -> None:
+    outcome = workplace.call(f"{key}=3")
+
+    expected = (
+        f"{key.lstrip('+')}: no such key; did you mean {GUESSES[key]}? allowed: …"
+    )
+    assert matches(expected, outcome.error), outcome.error
+    assert not outcome.torch_imported
+    assert workplace.files() == set()
+
+
+def test_every_guessed_key_exists() -> None:
+    groups = set(group_names())
+    for key in _OTHER_NAMES:
+        assert key in groups or key in {*_all_keys(), "hydra.run.dir"}, key
+
+
+SEARCH = "python -m finetune -m hydra/sweeper=optuna"
+ONLY_IN_SWEEPS = {
+    "hydra/sweeper=optuna": f"hydra/sweeper=optuna: has no effect without -m: {SEARCH}",
+    "hydra/sweeper=optuna lora=r8 hydra.sweeper.study_name=s": (
+        f"hydra/sweeper=optuna: has no effect without -m: {SEARCH} "
+        "hydra.sweeper.study_name=s lora=r8"
+    ),
+    "hydra/sweeper=optuna lora.r=abc": (
+        f"hydra/sweeper=optuna: has no effect without -m: {SEARCH} lora.r=abc"
+    ),
+    "hydra/launcher=basic": (
+        "hydra/launcher=basic: has no effect without -m: python -m finetune -m "
+        "hydra/launcher=basic"
+    ),
+    "hydra.launcher.slots=2": (
+        "hydra.launcher.slots=2: has no effect without -m: python -m finetune -m "
+        "hydra.launcher.slots=2"
+    ),
+    "+hydra.sweeper.n_trials=3": "+hydra.sweeper.n_trials=3: has no effect without -m: …",
+    "hydra.sweeper.study_name=s": (
+        f"hydra.sweeper.study_name: needs hydra/sweeper=optuna: {SEARCH}"
+    ),
+    "-m hydra.sweeper.n_trials=3": (
+        f"hydra.sweeper.n_trials: needs hydra/sweeper=optuna: {SEARCH}"
+    ),
+    "-m +hydra.sweeper.n_trials=3": (
+        f"hydra.sweeper.n_trials: needs hydra/sweeper=optuna: {SEARCH}"
+    ),
+    "-m hydra/sweeper/sampler=random": (
+        f"hydra/sweeper/sampler: needs hydra/sweeper=optuna: {SEARCH}"
+    ),
+    "-m hydra.sweeper.pruner.min_survivors=1": (
+        "hydra.sweeper.pruner.min_survivors: needs hydra/sweeper=optuna "
+        f"hydra/sweeper/pruner=successive_halving: {SEARCH} "
+        "hydra/sweeper/pruner=successive_halving"
+    ),
+    "hydra/sweper=optuna": "hydra/sweper: no such group; did you mean hydra/sweeper …",
+}
+"""Arguments of a search without -m or without its sweeper."""
+
+
+@pytest.mark.parametrize("arguments", ONLY_IN_SWEEPS)
+def test_a_search_without_m_or_without_its_sweeper_is_refused_with_the_command(
+    arguments: str, workplace: Workplace
+) -> None:
+    outcome = workplace.call(*arguments.split())
+
+    assert matches(ONLY_IN_SWEEPS[arguments], outcome.error), outcome.error
+    assert outcome.stderr == f"error: {outcome.error}\n"
+    assert not outcome.torch_imported
+    assert workplace.files() == set()
+
+
+WORDS = {
+    "train": "train: must be KEY=VALUE; did you mean python -m finetune?",
+    "run lora=r8": "run: must be KEY=VALUE; did you mean python -m finetune?",
+    "-m train": "train: must be KEY=VALUE; did you mean python -m finetune?",
+    "hlep": "hlep: must be KEY=VALUE; did you mean python -m finetune --help?",
+    "versoin": "…did you mean python -m finetune --version?",
+    "generate RUN --prompt x": "…did you mean python -m finetune.generate?",
+    "evalute RUN": "…did you mean python -m finetune.evaluate?",
+    "multirun lora=r8,r16": "…did you mean python -m finetune -m?",
+    "sweeps": "…did you mean python -m sweeps --help?",
+    "model llama2_7b": "model: must be GROUP=CHOICE; allowed: gemma3_270m, gemma3_4b, …",
+    "rows.jsonl": "…did you mean dataset.path=rows.jsonl?",
+    "--hlep": "unrecognized arguments: --hlep; did you mean --help? see --help",
+    "--multirn": "…did you mean --multirun? see --help",
+    "model=owner/name": (
+        "model=owner/name: no such choice; did you mean model.name_or_path=owner/name?"
+    ),
+    "dataset=./rows.jsonl": "…did you mean dataset.path=./rows.jsonl?",
+}
+"""What is typed instead of an override, and the answer."""
+
+
+@pytest.mark.parametrize("arguments", WORDS)
+def test_another_word_than_an_override_is_answered_with_what_to_type(
+    arguments: str, workplace: Workplace
+) -> None:
+    workplace.write({"rows.jsonl": ""})
+
+    outcome = workplace.call(*arguments.split())
+
+    assert matches(WORDS[arguments], outcome.error), outcome.error
+    assert outcome.stderr == f"error: {outcome.error}\n"
+    assert not outcome.torch_imported
+    assert workplace.files() == {"rows.jsonl"}
 
 
 @pytest.mark.parametrize("override", SWEEPS_WITHOUT_MULTIRUN)

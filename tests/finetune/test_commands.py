@@ -1,13 +1,18 @@
 """The commands on a run's folder: generate, evaluate, merge, resume."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.commands import Station
 from support.configs import tiny_overrides
 from support.runs import write_jsonl
+
+from finetune import evaluate
+from finetune.merge import judge_divergences
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,8 @@ def trained(
 def test_the_run_ends_with_a_summary(trained: Path) -> None:
     log = (trained / "train.log").read_text()
     for part in (
+        "loading the base ",
+        "evaluating ",
         "completed: default",
         "held-out loss",
         "test loss",
@@ -169,6 +176,45 @@ def test_evaluate_prints_the_same_figures_as_json(
         assert f"{figures['adapter'][name]:.4f}" == adapter
 
 
+def test_evaluates_columns_stand_apart_whatever_their_digits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def evaluated(loss: float, perplexity: float, accuracy: float) -> SimpleNamespace:
+        evaluation = SimpleNamespace(
+            loss=loss, perplexity=perplexity, accuracy=accuracy, scores={}, tokens=9
+        )
+        return SimpleNamespace(evaluation=evaluation)
+
+    before = evaluated(10.7423, 46274.3422, 0.0)
+    after = evaluated(10.0923, 24232.7889, 0.25)
+    comparison = evaluate.Comparison(3, before, after)  # type: ignore[arg-type]
+    evaluate._print_table("d.jsonl", comparison)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]] == [
+        ["base", "adapter", "change"],
+        ["loss", "10.7423", "10.0923", "-6.1%"],
+        ["perplexity", "46274.3422", "24232.7889", "-47.6%"],
+        ["accuracy", "0.0000", "0.2500", "-"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "cell"),
+    [
+        (2.0, 1.0, "-50.0%"),
+        (2.0, 2.0, "+0.0%"),
+        (0.0, 0.0, "-"),
+        (0.0, 0.5, "-"),
+        (math.inf, 2.0, "-100.0%"),
+        (2.0, math.inf, "-"),
+        (math.nan, 2.0, "-"),
+    ],
+)
+def test_there_is_no_change_from_nothing(
+    base: float, adapter: float, cell: str
+) -> None:
+    assert evaluate.change_cell(base, adapter) == cell
+
+
 def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
     trained: Path, tmp_path: Path, station: Station
 ) -> None:
@@ -190,6 +236,7 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
         )
         assert done.returncode == 0, done.stderr
     assert "after rounding to bfloat16" in done.stdout
+    assert done.stdout.splitlines()[-1] == "fine: below 10% of what the adapter changes"
     for stage in ("loading ", "merging adapter and base", "saving the merged model"):
         assert stage in done.stderr
 
@@ -210,6 +257,22 @@ def test_merge_gives_the_logits_of_the_adapter_on_its_quantised_base(
         # rounding.
         assert (merged(input_ids=ids).logits - wanted).abs().max() < 1e-4
         assert (rounded.float()(input_ids=ids).logits - wanted).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("exact", "rounded", "says"),
+    [
+        (1e-5, 0.05, "fine: below 10%"),
+        (1e-5, 0.2, "not fine: rounding to float16 costs more than 10%"),
+        (0.2, 0.2, "not fine: merging alone differs by more than 10%"),
+        (math.nan, 0.0, "not fine: merging alone"),
+        (0.0, math.nan, "not fine: rounding to float16"),
+    ],
+)
+def test_merge_says_whether_its_difference_is_fine(
+    exact: float, rounded: float, says: str
+) -> None:
+    assert judge_divergences(exact, rounded, 1.0, "float16").startswith(says)
 
 
 @pytest.mark.slow
@@ -236,6 +299,33 @@ def test_a_completed_run_is_not_run_again(trained: Path, station: Station) -> No
     assert again.returncode == 0
     assert "completed already" in again.stderr
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["mine", "latest"])
+def test_every_command_on_a_run_takes_its_name(
+    name: str, trained: Path, tmp_path: Path, station: Station
+) -> None:
+    named = tmp_path / "outputs" / "runs" / "mine" / "t1"
+    named.parent.mkdir(parents=True)
+    named.symlink_to(trained)
+    (tmp_path / "empty.jsonl").write_text("")
+    resumed = station.run(f"resume={name}", cwd=tmp_path)
+    generated = station.run(
+        name, "--prompt", "Hi", cwd=tmp_path, module="finetune.generate"
+    )
+    # Refused for another reason: the run is found.
+    evaluated = station.run(
+        name, "--data", "empty.jsonl", cwd=tmp_path, module="finetune.evaluate"
+    )
+    merged = station.run(
+        name, "--to", "new", "--dtype", "float32", cwd=tmp_path, module="finetune.merge"
+    )
+
+    assert "mine/t1: this run is completed already" in resumed.stderr
+    assert generated.returncode == 0, generated.stderr
+    assert ", the base of outputs/runs/mine/t1" in generated.stderr
+    assert evaluated.stderr.startswith("error: --data=empty.jsonl: ")
+    assert merged.returncode == 0, merged.stderr
 
 
 def test_a_run_is_gone_on_with_only_as_it_began(

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from support.commands import run_cli
 
+from finetune import __version__
+from finetune.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 WITHOUT_TORCH = """
@@ -41,8 +44,22 @@ def test_help_gives_examples_and_the_choices(tmp_path: Path) -> None:
         "llama2_7b",
         "lora/target: all_linear, attention, q_v",
         "resume=",
+        *(f"python -m finetune.{command}" for command in COMMANDS),
+        "python -m sweeps",
+        "finetune -sc install=bash",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["finetune", "sweeps", *(f"finetune.{command}" for command in COMMANDS)],
+)
+def test_version_is_this_projects(module: str, tmp_path: Path) -> None:
+    asked = run_cli("--version", cwd=tmp_path, module=module)
+
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.startswith(f"qlora-sweeps {__version__}")
 
 
 def test_the_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
@@ -88,6 +105,7 @@ def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
         "finetune.evaluate",
         "finetune.merge",
         "finetune.plan",
+        "finetune.preview",
         "sweeps",
     ],
 )
@@ -96,3 +114,6 @@ def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> N
 
     assert text.startswith(f"usage: python -m {module} ")
     assert "`" not in text
+    examples = text.partition("examples:")[2].splitlines()[1:]
+    assert examples
+    assert all(line.startswith(f"  python -m {module} ") for line in examples)

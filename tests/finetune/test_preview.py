@@ -426,13 +426,13 @@ REFUSED = [
     Case(
         "rows-text",
         "--rows all",
-        "argument --rows: invalid int value: 'all'; see --help",
+        "--rows=all: must be a whole number",
     ),
-    Case("part", "--part x", "argument --part: invalid choice: 'x'…train…; see --help"),
+    Case("part", "--part x", "--part=x: allowed: eval, test, train"),
     Case(
         "part-validation",
         "--part validation",
-        "argument --part: invalid choice: …; see --help",
+        "--part=validation: allowed: eval, test, train",
     ),
     Case(
         "no-eval-rows",

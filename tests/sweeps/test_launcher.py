@@ -116,6 +116,35 @@ def test_each_jobs_log_holds_its_own_lines_and_the_terminal_says_whose_each_is(
         assert own == texts
 
 
+def test_a_multirun_ends_with_a_table_of_its_jobs_the_best_first(
+    two: tuple[Path, str], station: Station
+) -> None:
+    folder, said = two
+    values = {
+        number: final(folder / "trials" / str(number))["metrics"]["eval/loss"]
+        for number in range(2)
+    }
+    best, other = sorted(values, key=lambda number: values[number])
+    expected = [["trial", "state", "eval/loss", "lora", "note"]] + [
+        [str(number), "complete", f"{values[number]:.4f}", f"r{4 + 4 * number}", "grid"]
+        for number in (best, other)
+    ]
+    table = (folder / "jobs.txt").read_text()
+    assert [line.split() for line in table.splitlines()] == expected
+    assert table in said
+    assert "job 0: lora=r4\n" in said
+
+    shown = station.run("show", "jobs", cwd=folder.parent, module="sweeps")
+    assert shown.stdout == table
+    report = station.run("report", "jobs", cwd=folder.parent, module="sweeps")
+    assert report.stdout == "jobs/report.html\n", report.stderr
+    page = (folder / "report.html").read_text()
+    assert f"Trial {best} wins with eval/loss {values[best]:.4f}" in page
+    for command in ("best", "confirm"):
+        refused = station.run(command, "jobs", cwd=folder.parent, module="sweeps")
+        assert refused.stderr.startswith("error: jobs: is a plain multirun, which has ")
+
+
 def test_a_job_is_the_run_alone(
     two: tuple[Path, str], tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -155,7 +184,10 @@ def test_each_job_is_a_wandb_run_of_one_group(two: tuple[Path, str]) -> None:
             wanted = [row[name] for row in logged(place) if name in row]
             assert wanted
             assert [row[name] for row in steps if name in row] == wanted
-    assert shown == [("default-0", "jobs", "trial"), ("default-1", "jobs", "trial")]
+    assert shown == [
+        ("default lora=r4", "jobs", "trial"),
+        ("default lora=r8", "jobs", "trial"),
+    ]
 
 
 def test_jobs_that_fail_end_no_other_and_are_told_of(
@@ -186,6 +218,12 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
     ]
     assert final(trials / "1")["error"].startswith("optimizer.learning_rate=1e+30")
     assert not (trials / "2").exists(), "a job that never began leaves nothing"
+    table = (tmp_path / "jobs" / "jobs.txt").read_text().splitlines()
+    assert table[0].split() == ["trial", "state", "eval/loss", "learning_rate", "note"]
+    states = [line.split()[1] for line in table[1:]]
+    assert states == ["complete", "complete", "fail", "fail"]
+    assert "training diverged" in table[3]
+    assert "was refused before it began" in table[4]
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 

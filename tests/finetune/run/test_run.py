@@ -437,10 +437,13 @@ STEPS = (
 
 @by_trl_slowly
 def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(
-    engine: str, tiny: Tiny, tmp_path: Path
+    engine: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(*STEPS, engine, "trainer.max_steps=5", "sample_prompts=[]")
-    run(config, tmp_path)
+    with monkeypatch.context() as patch:
+        # The kill comes before.
+        patch.setattr("finetune.run.run._remove_checkpoints", lambda *_: None)
+        run(config, tmp_path)
     adapter = adapter_of(tmp_path)
     shutil.rmtree(tmp_path / "adapter")
     (tmp_path / "result.json").unlink()
@@ -448,6 +451,32 @@ def test_a_run_killed_after_its_last_step_is_finished_not_trained_on(
     run(config, tmp_path)
     assert adapter_of(tmp_path) == adapter
     assert metrics_of(tmp_path)[-1]["step"] == 5
+
+
+@by_trl_slowly
+def test_only_a_completed_run_loses_its_checkpoints(
+    engine: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Unless the user has said how many stay."""
+    best = "objective_at=best"
+    config = tiny(*STEPS, engine, "sample_prompts=[]", best)
+    run(config, tmp_path, RunContext(StopsAt(1)))
+    assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+    (tmp_path / "result.json").unlink()
+    run(config, tmp_path)
+    assert result_of(tmp_path)["status"] == "completed"
+    assert not (tmp_path / "checkpoints").exists()
+    assert adapter_of(tmp_path)
+
+
+def test_checkpoints_stay_where_their_number_is_given(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    run(
+        tiny(*STEPS, "sample_prompts=[]", "+trainer.extra.save_total_limit=2"), tmp_path
+    )
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 2
 
 
 def test_a_run_on_a_mixture_goes_on_and_says_what_it_read(

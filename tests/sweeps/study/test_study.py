@@ -19,6 +19,8 @@ from support.configs import study_overrides
 from support.study_folder import told
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
+from finetune.errors import ConfigError
+from sweeps.study.find_study import find_study
 from sweeps.study.study import FINISHED, Study
 
 TRIALS = 6
@@ -519,9 +521,13 @@ def test_list_and_show(
     command(monkeypatch, place, "list")
     best = min(trial.value for trial in done.trials if trial.value is not None)
     head, line = capsys.readouterr().out.splitlines()
-    assert head.split() == ["study", "begun", "trials", "best"]
+    assert head.split() == ["study", "begun", "trials", "objective", "best"]
     assert line.split()[0] == "s1"
-    assert line.split()[-2:] == [f"{TRIALS}/{TRIALS}", f"{best:.4f}"]
+    assert line.split()[-3:] == [
+        f"{TRIALS}/{TRIALS}",
+        "eval/loss",
+        f"{best:.4f}",
+    ]
 
     for name in ("s1", "outputs/sweeps/s1", str(done.folder)):
         command(monkeypatch, place, "show", name)
@@ -531,16 +537,62 @@ def test_list_and_show(
         ]
 
 
+def test_one_trial_is_shown_in_full(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, done.folder.parents[2], "show", "s1", "0")
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(line.split(maxsplit=1) for line in lines)
+    result = done.result(0)
+    assert lines[0].split() == ["trial", "0"]
+    assert (shown["state"], shown["note"]) == ("complete", "baseline")
+    assert (shown["lora.r"], shown["optimizer.learning_rate"]) == ("16", "0.001")
+    assert float(shown["eval/loss"]) == pytest.approx(
+        result["metrics"]["eval/loss"], rel=1e-2
+    )
+    assert shown["step"] == str(result["step"])
+    assert shown["folder"] == "trials/0"
+
+
+def test_two_trials_differ_in_their_parameters_and_results(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, done.folder.parents[2], "diff", "s1", "1", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["trial", "1", "0"]
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    configs = [
+        json.loads((done.folder / "trials" / number / "run.json").read_text())["config"]
+        for number in "10"
+    ]
+    differing = set()
+    for section, values in configs[0].items():
+        if not isinstance(values, dict):
+            continue
+        differing |= {
+            f"{section}.{key}"
+            for key, value in values.items()
+            if value != configs[1][section][key]
+        }
+    assert {name for name in shown if "." in name} == differing
+    assert float(shown["eval/loss"][1]) == pytest.approx(
+        done.result(0)["metrics"]["eval/loss"], rel=1e-2
+    )
+    assert "seed" not in shown
+
+
 def test_help_names_the_command_that_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in ((), ("confirm",)):
+    commands = ("list", "show", "diff", "best", "stop", "report", "confirm")
+    for words in ((), *((name,) for name in commands)):
         with pytest.raises(SystemExit) as ended:
             command(monkeypatch, tmp_path, *words, "--help")
         assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(
-            f"usage: {' '.join(('python -m sweeps', *words))} [-h]"
-        )
+        text = capsys.readouterr().out
+        typed = " ".join(("python -m sweeps", *words))
+        assert text.startswith(f"usage: {typed} [-h]")
+        assert typed in text.partition("example")[2]
 
 
 @pytest.mark.slow
@@ -565,16 +617,23 @@ def test_best_takes_the_winner_anew(
     [
         (
             ("show", "nothing"),
-            "nothing: no such study; allowed: a study's folder, or one of s1",
+            "nothing: no such study; allowed: a study's folder, latest, or one of s1",
         ),
         (
             ("best", "nothing"),
-            "nothing: no such study; allowed: a study's folder, or one of s1",
+            "nothing: no such study; allowed: a study's folder, latest, or one of s1",
         ),
         (("stop", "s1", "2"), "trial 2: is not running; running: none"),
         (("stop", "s1", "99"), "trial 99: is not running; running: none"),
-        (("stop", "s1", "two"), "argument trial: invalid int value: 'two'; see --help"),
-        (("walk",), "argument COMMAND: invalid choice: 'walk' (choose from"),
+        (("stop", "s1", "two"), "trial=two: must be a whole number"),
+        (("show", "s1", "99"), f"trial 99: no such trial; allowed: 0 to {TRIALS - 1}"),
+        (("diff", "s1", "0", "99"), "trial 99: no such trial; allowed: 0 to"),
+        (
+            ("diff", "s1", "0"),
+            "the following arguments are required: TRIAL; see --help",
+        ),
+        (("show", "s1", "two"), "trial=two: must be a whole number"),
+        (("walk",), "walk: no such command; "),
     ],
 )
 def test_commands_refuse_in_one_line(
@@ -589,6 +648,27 @@ def test_commands_refuse_in_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+def test_a_study_is_found_by_its_name_its_folder_or_as_the_newest(
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(copied, copied.parent / "older")
+    os.utime(copied.parent / "older" / "study.json", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("s1", "outputs/sweeps/s1", str(copied), "latest"):
+        assert find_study(name).folder == copied
+    with pytest.raises(ConfigError) as caught:
+        find_study("oldr")
+    assert str(caught.value) == (
+        "oldr: no such study; did you mean older? allowed: a study's folder, latest, or one of "
+        "older, s1"
+    )
+    command(monkeypatch, tmp_path, "report", "latest")
+    assert capsys.readouterr().out == "outputs/sweeps/s1/report.html\n"
 
 
 def test_best_of_a_study_without_a_complete_trial_is_refused(

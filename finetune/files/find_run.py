@@ -1,0 +1,63 @@
+"""Find a run by its folder, by its name under `outputs/runs`, or as the newest one."""
+
+import difflib
+from pathlib import Path
+
+from finetune.errors import ConfigError, refusal
+from finetune.files.run_folder import RunFolder
+
+RUNS = Path("outputs/runs")
+"""Folder of all runs, relative to the working directory: the beginning of `hydra.run.dir`."""
+
+LATEST = "latest"
+"""Stands for the newest run, or the newest study."""
+
+RUN_HELP = (
+    "a run folder; its name under outputs/runs (NAME: the newest, NAME/TIME); or latest"
+)
+
+
+def find_run(key: str, name: str) -> Path:
+    """Return the folder of a run that has begun.
+
+    Args:
+        key: the argument that names the run, for the error.
+        name: a run folder, NAME/TIME or NAME (its newest run) under `outputs/runs`, or `latest`.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    folder = Path(name)
+    if RunFolder(folder).identity.exists():
+        return folder
+    runs = _runs()
+    # The path from the working directory too, because a shell completes that one.
+    paths = (folder.absolute(), (RUNS / name).absolute())
+    matching = []
+    for run in runs:
+        is_latest = name == LATEST
+        if is_latest or run.absolute() in paths or run.parent.absolute() in paths:
+            matching.append(run)
+    if not matching:
+        raise _no_such_run(key, name, runs)
+    return matching[-1]
+
+
+def _runs() -> list[Path]:
+    """Return the folders of all runs under `outputs/runs`, the newest last."""
+    identities = list(RUNS.glob("*/*/run.json"))
+    # Written when a run begins or resumes.
+    identities.sort(key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent for path in identities]
+
+
+def _no_such_run(key: str, name: str, runs: list[Path]) -> ConfigError:
+    names = sorted({run.parent.name for run in runs})
+    addresses = [run.relative_to(RUNS).as_posix() for run in runs]
+    nearest = difflib.get_close_matches(name, [*names, LATEST, *addresses], n=1)
+    guess = f"did you mean {nearest[0]}? " if nearest and runs else ""
+    problem = "it has no run.json" if Path(name).is_dir() else "no such run"
+    allowed = "the folder of a run that has begun, as outputs/runs/NAME/TIME"
+    if runs:
+        allowed = f"{allowed}, {LATEST}, {', '.join(names)}"
+    return refusal(key, name, f"{problem}; {guess}allowed: {allowed}")

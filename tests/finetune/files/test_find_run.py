@@ -1,0 +1,94 @@
+"""A run is found by its folder, by its name, or as the newest one; otherwise one line says what
+there is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.files.find_run import find_run
+
+BEGUN = ("other/t1", "mine/t1", "mine/t2", "third/t1", "mine/unfinished")
+"""Runs in the order in which they began; the last one never did."""
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of several runs, under the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "runs"
+    for age, name in enumerate(BEGUN):
+        run = folder / name
+        run.mkdir(parents=True)
+        if name != BEGUN[-1]:
+            (run / "run.json").write_text("{}")
+            os.utime(run / "run.json", (age, age))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("mine", "mine/t2"),
+        ("mine/t1", "mine/t1"),
+        ("other", "other/t1"),
+        ("latest", "third/t1"),
+        ("outputs/runs/mine", "mine/t2"),
+        ("./outputs/runs/mine/", "mine/t2"),
+        ("outputs/runs/mine/t1", "mine/t1"),
+        ("{runs}/mine/t1", "mine/t1"),
+        ("{runs}/mine", "mine/t2"),
+    ],
+)
+def test_a_name_is_that_of_the_newest_run(name: str, run: str, runs: Path) -> None:
+    assert find_run("RUN", name.format(runs=runs)).absolute() == runs / run
+
+
+def test_a_folder_here_comes_before_a_name(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("{}")
+    assert find_run("RUN", "mine") == Path("mine")
+
+
+ALLOWED = "allowed: the folder of a run that has begun, as outputs/runs/NAME/TIME"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "mien",
+            f"no such run; did you mean mine? {ALLOWED}, latest, mine, other, third",
+        ),
+        (
+            "lastest",
+            f"no such run; did you mean latest? {ALLOWED}, latest, mine, other, third",
+        ),
+        (
+            "mine/t3",
+            f"no such run; did you mean mine/t2? {ALLOWED}, latest, mine, other, third",
+        ),
+        (
+            "outputs",
+            f"it has no run.json; {ALLOWED}, latest, mine, other, third",
+        ),
+        ("mine/unfinished", f"no such run; {ALLOWED}, latest, mine, other, third"),
+    ],
+)
+def test_another_name_is_refused_with_the_nearest(
+    name: str, says: str, runs: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_run("RUN", name)
+    assert str(caught.value) == f"RUN={name}: {says}"
+
+
+@pytest.mark.parametrize("name", ["latest", "mine"])
+def test_without_a_run_no_name_is_offered(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        find_run("RUN", name)
+    assert str(caught.value) == f"RUN={name}: no such run; {ALLOWED}"
