@@ -21,6 +21,11 @@ NOT_SEARCHABLE = (
 Trials would be evaluated on other rows or by another objective, or would store results elsewhere.
 """
 
+SEED_REASON = (
+    "can't be searched: the best seed would win by luck; search without it, and "
+    "python -m sweeps confirm STUDY trains the best trials with further seeds"
+)
+"""Why trials that differ only by their seed are no points of a space."""
 
 RELATIVE = "relative"
 """A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
@@ -93,6 +98,8 @@ def require_searchable(names: Iterable[str]) -> None:
         ConfigError: names the first of them.
     """
     for name in names:
+        if name.lstrip("+") == "seed":
+            raise ConfigError(f"{name}: {SEED_REASON}")
         if re.fullmatch(NOT_SEARCHABLE, name):
             raise ConfigError(
                 f"{name}: can't be searched: all trials of a study are evaluated by the same "
