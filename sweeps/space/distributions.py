@@ -1,6 +1,7 @@
 """Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed, suggested."""
 
 import math
+import random
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -193,6 +194,29 @@ def grid_values(distribution: BaseDistribution) -> list[Any] | None:
     if not values or values[-1] != distribution.high:
         values.append(distribution.high)
     return values
+
+
+def value_count(distribution: BaseDistribution) -> int | None:
+    """Return the number of a distribution's values; None if it is continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    if distribution.low == distribution.high:
+        return 1
+    if distribution.step is None:
+        return None
+    return round((distribution.high - distribution.low) / distribution.step) + 1
+
+
+def random_value(distribution: BaseDistribution, draw: random.Random) -> Any:
+    """Draw a value of a distribution that is not continuous, each with the same chance."""
+    if isinstance(distribution, CategoricalDistribution):
+        return draw.choice(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    count = value_count(distribution)
+    assert count is not None
+    value = distribution.low + draw.randrange(count) * (distribution.step or 0)
+    return distribution.to_external_repr(value)
 
 
 def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:

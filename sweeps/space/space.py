@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from sweeps.space.distributions import (
     describe,
     distribution_or_value,
     grid_values,
+    random_value,
+    value_count,
     widen,
 )
 from sweeps.space.encoding import NULL, encode
@@ -191,6 +194,24 @@ class Space:
                 point[name] = extremes[index % len(extremes)]
             points.append(point)
         return points
+
+    @property
+    def size(self) -> int | None:
+        """The number of points; None: a parameter is continuous."""
+        counts = []
+        for distribution in self.distributions.values():
+            count = value_count(distribution)
+            if count is None:
+                return None
+            counts.append(count)
+        return math.prod(counts)
+
+    def random_point(self, draw: random.Random) -> Point:
+        """Draw a point of a space in which no parameter is continuous."""
+        point: Point = {}
+        for name, distribution in self.distributions.items():
+            point[name] = random_value(distribution, draw)
+        return point
 
     def grid(self, seed: int) -> list[Point]:
         """Return every point of a space of choices and steps, in an order shuffled by a seed.

@@ -39,18 +39,28 @@ class Draft:
     def total(self) -> int | None:
         """Number of trials that the study shall hold; None: as many as the budget allows.
 
-        A grid has no more than its points.
+        A space without a continuous parameter has no more than its points.
         """
-        settings = self.session.settings
-        if not settings.is_grid:
-            return settings.n_trials
-        points = len(self.points)
-        return points if settings.n_trials is None else min(settings.n_trials, points)
+        n_trials = self.session.settings.n_trials
+        points = self._point_count
+        if n_trials is None or points is None:
+            return n_trials or points
+        return min(n_trials, points)
 
     @property
-    def is_whole_grid(self) -> bool:
-        """Whether the study's trials are all points of a grid."""
-        return self.session.settings.is_grid and self.total == len(self.points)
+    def is_whole_space(self) -> bool:
+        """Whether the study's trials are all points of a space, or of a grid."""
+        return self._point_count is not None and self.total == self._point_count
+
+    @property
+    def _point_count(self) -> int | None:
+        """The number of points of a grid, or of a space; None: there is no end of them."""
+        settings = self.session.settings
+        if settings.is_grid:
+            return len(self.points)
+        if settings.custom_search_space:
+            return None
+        return self.session.space.size
 
 
 def draft_session(

@@ -348,7 +348,14 @@ def test_what_trials_are_compared_by_cant_be_searched(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["dataset.limit", "trainer.extra.data_seed", "model", "quantization", "trainer.max_steps", "lora"],
+    [
+        "dataset.limit",
+        "trainer.extra.data_seed",
+        "model",
+        "quantization",
+        "trainer.max_steps",
+        "lora",
+    ],
 )
 def test_all_else_can_be_searched(name: str) -> None:
     assert list(Space.parse({name: "choice(a,b)"}, []).distributions) == [name]
