@@ -21,7 +21,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import Trial
+from optuna.trial import BaseTrial
 
 from finetune.config.convert import is_number
 from finetune.errors import ConfigError
@@ -46,6 +46,9 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
         ConfigError: the override is no valid search space.
     """
     sweep = override.value()
+    if isinstance(sweep, str) and "${" in sweep:
+        # As it is written: each trial's config resolves it. Hydra's text of it has escapes.
+        return str(override.input_line).partition("=")[2]
     try:
         # hydra-optuna-sweeper knows no globs; here one is a choice of the options that match it.
         if isinstance(sweep, Glob):
@@ -219,7 +222,7 @@ def random_value(distribution: BaseDistribution, draw: random.Random) -> Any:
     return distribution.to_external_repr(value)
 
 
-def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+def suggest(trial: BaseTrial, name: str, distribution: BaseDistribution) -> None:
     """Let a trial's sampler choose a parameter, unless an earlier attempt of the trial has."""
     if name in trial.params:
         return

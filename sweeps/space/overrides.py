@@ -59,8 +59,49 @@ def parse_overrides(
         try:
             overrides += parser.parse_overrides([text])
         except HydraException as error:
-            raise ConfigError(f"{text}: {_parser_reason(error)}") from None
+            reason = _advice(text) or _parser_reason(error)
+            raise ConfigError(f"{text}: {reason}") from None
     return overrides
+
+
+def _advice(text: str) -> str | None:
+    """Say how to write a search that Hydra does not parse, for the common mistakes."""
+    name, _, value = text.partition("=")
+    call = re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL)
+    items = call[1].split(",") if call else [value]
+    if call and "null" in [item.strip() for item in items]:
+        return f"choice takes no null; write {name}={call[1]}"
+    if "=" not in value or any(character in "".join(items) for character in "'\"([{"):
+        return None
+    quoted = [f"'{item.strip()}'" if "=" in item else item for item in items]
+    joined = ",".join(quoted)
+    return f"a value with = stands in quotes; write {name}=" + (
+        f"choice({joined})" if call else joined
+    )
+
+
+def refuse_quoted_list(override: Override, values: Iterable[Any]) -> None:
+    """Refuse a list in quotes, which is text to Hydra.
+
+    Args:
+        override: the override, for the error.
+        values: its encoded values, in quotes where they are text that Hydra reads otherwise.
+
+    Raises:
+        ConfigError: one of them is a list in quotes.
+    """
+    parser = OverridesParser.create()
+    for value in values:
+        quoted = re.fullmatch(r"'(\[.*\])'", str(value), re.DOTALL)
+        if quoted is None:
+            continue
+        try:
+            parsed = parser.parse_overrides([f"key={quoted[1]}"])
+        except HydraException:
+            continue
+        if isinstance(parsed[0].value(), list):
+            reason = f"a list in quotes is text; write {quoted[1]} without them"
+            raise ConfigError(f"{override.input_line}: {reason}")
 
 
 def _as_text(value: Any) -> str:

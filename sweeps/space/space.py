@@ -29,7 +29,12 @@ from sweeps.space.distributions import (
     widen,
 )
 from sweeps.space.encoding import NULL, encode
-from sweeps.space.overrides import is_relative, parse_overrides, require_searchable
+from sweeps.space.overrides import (
+    is_relative,
+    parse_overrides,
+    refuse_quoted_list,
+    require_searchable,
+)
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
@@ -66,8 +71,13 @@ class Space:
                 deletions.append(str(override.input_line))
                 continue
             name = override.get_key_element()
+            searched_or_text = distribution_or_value(override)
+            values = [searched_or_text]
+            if isinstance(searched_or_text, CategoricalDistribution):
+                values = list(searched_or_text.choices)
+            refuse_quoted_list(override, values)
             # `+key` and `key` are the same parameter: the later one replaces the earlier.
-            parameters[name.lstrip("+")] = (name, distribution_or_value(override))
+            parameters[name.lstrip("+")] = (name, searched_or_text)
             if is_relative(override):
                 relative_names.add(name)
             else:
@@ -263,7 +273,12 @@ def _positive_number(composed: DictConfig, key: str) -> float:
 
 
 def _assignments(values: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value}" for name, value in values.items()]
+    assignments = []
+    for name, value in values.items():
+        # A user's function may suggest None as it is.
+        text = NULL if value is None else value
+        assignments.append(f"{name}={text}")
+    return assignments
 
 
 def _rounded(bound: float) -> float:

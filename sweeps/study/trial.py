@@ -2,12 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from hydra.utils import get_method
 from omegaconf import DictConfig
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
@@ -31,6 +29,7 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
+from sweeps.space.custom import load_function
 from sweeps.space.distributions import suggest
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
@@ -200,8 +199,7 @@ class TrialRunner:
                 suggest(self.trial, name, distribution)
         function_path = self._session.settings.custom_search_space
         if function_path:
-            extend: Callable[[DictConfig, optuna.Trial], None]
-            extend = get_method(function_path)
+            extend = load_function(function_path)
             extend(self._session.config, self.trial)
         params = self.trial.params
         assignments = []
