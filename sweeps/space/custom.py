@@ -19,8 +19,14 @@ from sweeps.space.space import Point, Space
 log = logging.getLogger(__name__)
 
 
-def load_function(path: str) -> Callable[..., object]:
-    """Import a `custom_search_space`, a function of (config, trial).
+def load_function(
+    path: str, key: str = "hydra.sweeper.custom_search_space"
+) -> Callable[..., object]:
+    """Import a user's function.
+
+    Args:
+        path: its import path.
+        key: the config key that names it, for the error.
 
     Raises:
         ConfigError: there is no such function.
@@ -29,7 +35,7 @@ def load_function(path: str) -> Callable[..., object]:
         function: Callable[..., object] = get_method(path)
     except Exception as error:
         reason = f"no such function ({summary_line(error)})"
-        raise refusal("hydra.sweeper.custom_search_space", path, reason) from error
+        raise refusal(key, path, reason) from error
     return function
 
 

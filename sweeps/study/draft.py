@@ -22,6 +22,7 @@ from sweeps.space.custom import extend_baseline, load_function
 from sweeps.space.params import plain_params
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
+from sweeps.study.job import require_one_directory
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
@@ -85,6 +86,7 @@ def draft_session(
     # The time limit counts from the command's start: checks and downloads are part of it. In Unix
     # time, with which workers in other processes and on other machines compare it.
     began = time.time()
+    require_one_directory(config)
     plain = _plain_values(values)
     params = _search_params(config)
     settings = _check_settings(config, plain, params)

@@ -278,6 +278,30 @@ def test_a_grid_is_every_point_once(drive: Drive) -> None:
     assert Space.parse(params, []).grid(0) == grid != Space.parse(params, []).grid(1)
 
 
+def small_rank(trial: optuna.trial.FrozenTrial) -> list[float]:
+    """A constraint: r is at most 16."""
+    return [trial.params["lora.r"] - 16]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii", "nsgaiii", "gp"])
+def test_a_constraint_is_given_by_its_path_without_a_plus(
+    sampler: str, drive: Drive
+) -> None:
+    path = f"{__name__}.small_rank"
+    given = f"hydra.sweeper.sampler.constraints_func={path}"
+    session = session_of(
+        f"hydra/sweeper/sampler={sampler}", given, space=Space.parse(PARAMS, [])
+    )
+    study = optuna.create_study(sampler=session.sampler(0))
+    study.optimize(lambda trial: trial.suggest_int("lora.r", 1, 64), n_trials=1)
+    (trial,) = study.trials
+    assert list(trial.constraints.values()) == [trial.params["lora.r"] - 16]
+    with pytest.raises(
+        ConfigError, match=r"constraints_func=none\.such: no such function"
+    ):
+        drive(sampler, 2, "hydra.sweeper.sampler.constraints_func=none.such", study="b")
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_point_of_a_finite_space_is_tried_twice(sampler: str, drive: Drive) -> None:
     """All six points in six trials, also where the study goes on and the user gives half a point."""
