@@ -22,10 +22,12 @@ class SlotsLauncher(Launcher):
 
     Args:
         slots: number of jobs that train at once; `auto`: as many as fit into memory.
+        others: keys of other launchers, as `n_jobs`; refused.
     """
 
-    def __init__(self, slots: int | str = "auto") -> None:
+    def __init__(self, slots: int | str = "auto", **others: object) -> None:
         self._slots = slots
+        self._others = others
 
     def setup(
         self,
@@ -55,6 +57,9 @@ class SlotsLauncher(Launcher):
         """
         from sweeps.study.multirun import Multirun
 
+        for key, value in self._others.items():
+            allowed = "no such key; hydra.launcher.slots is how many jobs train at once"
+            raise refusal(f"hydra.launcher.{key}", value, allowed)
         is_count = isinstance(self._slots, int) and self._slots >= 1
         if self._slots != "auto" and not is_count:
             allowed = "must be at least 1, or auto: by memory"

@@ -84,6 +84,9 @@ def _enqueue(study: "Study", draft: "Draft") -> None:
     tokens = describe_tokens(study)
     if tokens:
         plan += f", {tokens}"
+    n_trials = draft.session.settings.n_trials
+    if n_trials is not None and total is not None and total < n_trials:
+        plan += f" (the space has no more than {total} points, each trained once)"
     folder = os.path.relpath(study.folder)
     log.info("study %s: %s, in %s", study.name, plan, folder)
 
@@ -104,10 +107,11 @@ def _has_work(study: "Study", draft: "Draft") -> bool:
     has_running = bool(study.trials(TrialState.RUNNING))
     if draft.total is not None and finished >= draft.total:
         advice = f"hydra.sweeper.n_trials={finished + draft.total} goes on"
-        if draft.is_whole_grid:
+        if draft.is_whole_space:
+            space = "grid" if draft.session.settings.is_grid else "space"
             advice = (
-                "every point of the grid is tried; "
-                "another hydra.sweeper.study_name takes another grid"
+                f"every point of the {space} is tried; "
+                f"another hydra.sweeper.study_name takes another {space}"
             )
         log.info("study %s is full (%d trials): %s", study.name, finished, advice)
         return False

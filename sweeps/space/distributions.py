@@ -1,6 +1,7 @@
 """Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed, suggested."""
 
 import math
+import random
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -20,7 +21,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import Trial
+from optuna.trial import BaseTrial
 
 from finetune.config.convert import is_number
 from finetune.errors import ConfigError
@@ -45,6 +46,9 @@ def distribution_or_value(override: Override) -> BaseDistribution | Any:
         ConfigError: the override is no valid search space.
     """
     sweep = override.value()
+    if isinstance(sweep, str) and "${" in sweep:
+        # As it is written: each trial's config resolves it. Hydra's text of it has escapes.
+        return str(override.input_line).partition("=")[2]
     try:
         # hydra-optuna-sweeper knows no globs; here one is a choice of the options that match it.
         if isinstance(sweep, Glob):
@@ -195,7 +199,30 @@ def grid_values(distribution: BaseDistribution) -> list[Any] | None:
     return values
 
 
-def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+def value_count(distribution: BaseDistribution) -> int | None:
+    """Return the number of a distribution's values; None if it is continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    if distribution.low == distribution.high:
+        return 1
+    if distribution.step is None:
+        return None
+    return round((distribution.high - distribution.low) / distribution.step) + 1
+
+
+def random_value(distribution: BaseDistribution, draw: random.Random) -> Any:
+    """Draw a value of a distribution that is not continuous, each with the same chance."""
+    if isinstance(distribution, CategoricalDistribution):
+        return draw.choice(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    count = value_count(distribution)
+    assert count is not None
+    value = distribution.low + draw.randrange(count) * (distribution.step or 0)
+    return distribution.to_external_repr(value)
+
+
+def suggest(trial: BaseTrial, name: str, distribution: BaseDistribution) -> None:
     """Let a trial's sampler choose a parameter, unless an earlier attempt of the trial has."""
     if name in trial.params:
         return

@@ -21,6 +21,11 @@ NOT_SEARCHABLE = (
 Trials would be evaluated on other rows or by another objective, or would store results elsewhere.
 """
 
+SEED_REASON = (
+    "can't be searched: the best seed would win by luck; search without it, and "
+    "python -m sweeps confirm STUDY trains the best trials with further seeds"
+)
+"""Why trials that differ only by their seed are no points of a space."""
 
 RELATIVE = "relative"
 """A tag: `tag(log, relative, interval(0.1, 10))` is in multiples of the config's own value."""
@@ -54,8 +59,49 @@ def parse_overrides(
         try:
             overrides += parser.parse_overrides([text])
         except HydraException as error:
-            raise ConfigError(f"{text}: {_parser_reason(error)}") from None
+            reason = _advice(text) or _parser_reason(error)
+            raise ConfigError(f"{text}: {reason}") from None
     return overrides
+
+
+def _advice(text: str) -> str | None:
+    """Say how to write a search that Hydra does not parse, for the common mistakes."""
+    name, _, value = text.partition("=")
+    call = re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL)
+    items = call[1].split(",") if call else [value]
+    if call and "null" in [item.strip() for item in items]:
+        return f"choice takes no null; write {name}={call[1]}"
+    if "=" not in value or any(character in "".join(items) for character in "'\"([{"):
+        return None
+    quoted = [f"'{item.strip()}'" if "=" in item else item for item in items]
+    joined = ",".join(quoted)
+    return f"a value with = stands in quotes; write {name}=" + (
+        f"choice({joined})" if call else joined
+    )
+
+
+def refuse_quoted_list(override: Override, values: Iterable[Any]) -> None:
+    """Refuse a list in quotes, which is text to Hydra.
+
+    Args:
+        override: the override, for the error.
+        values: its encoded values, in quotes where they are text that Hydra reads otherwise.
+
+    Raises:
+        ConfigError: one of them is a list in quotes.
+    """
+    parser = OverridesParser.create()
+    for value in values:
+        quoted = re.fullmatch(r"'(\[.*\])'", str(value), re.DOTALL)
+        if quoted is None:
+            continue
+        try:
+            parsed = parser.parse_overrides([f"key={quoted[1]}"])
+        except HydraException:
+            continue
+        if isinstance(parsed[0].value(), list):
+            reason = f"a list in quotes is text; write {quoted[1]} without them"
+            raise ConfigError(f"{override.input_line}: {reason}")
 
 
 def _as_text(value: Any) -> str:
@@ -93,6 +139,8 @@ def require_searchable(names: Iterable[str]) -> None:
         ConfigError: names the first of them.
     """
     for name in names:
+        if name.lstrip("+") == "seed":
+            raise ConfigError(f"{name}: {SEED_REASON}")
         if re.fullmatch(NOT_SEARCHABLE, name):
             raise ConfigError(
                 f"{name}: can't be searched: all trials of a study are evaluated by the same "

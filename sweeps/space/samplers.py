@@ -1,6 +1,8 @@
 """Samplers and pruners, made from a study's settings."""
 
+import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from hydra.utils import instantiate
@@ -8,6 +10,7 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 
 from finetune.errors import refusal
+from sweeps.space.custom import load_function
 from sweeps.space.settings import StudySettings
 
 ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
@@ -50,10 +53,20 @@ def make_sampler(
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
     arguments = {**settings.sampler, "seed": seed}
-    sampler: BaseSampler = instantiate(
-        arguments, _execution_whitelist_=ALLOWED_SAMPLERS
+    functions = {}
+    constraints = arguments.get("constraints_func")
+    if isinstance(constraints, str):
+        key = "hydra.sweeper.sampler.constraints_func"
+        functions["constraints_func"] = load_function(constraints, key)
+        del arguments["constraints_func"]
+    make: Callable[..., BaseSampler] = instantiate(
+        {**arguments, "_partial_": True}, _execution_whitelist_=ALLOWED_SAMPLERS
     )
-    return sampler
+    with warnings.catch_warnings():
+        if functions:
+            # Optuna 5 prefers constraints that a trial sets, which a config can't name.
+            warnings.simplefilter("ignore", FutureWarning)
+        return make(**functions)
 
 
 def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -> int:

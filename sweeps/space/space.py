@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,17 @@ from sweeps.space.distributions import (
     describe,
     distribution_or_value,
     grid_values,
+    random_value,
+    value_count,
     widen,
 )
 from sweeps.space.encoding import NULL, encode
-from sweeps.space.overrides import is_relative, parse_overrides, require_searchable
+from sweeps.space.overrides import (
+    is_relative,
+    parse_overrides,
+    refuse_quoted_list,
+    require_searchable,
+)
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
@@ -63,8 +71,13 @@ class Space:
                 deletions.append(str(override.input_line))
                 continue
             name = override.get_key_element()
+            searched_or_text = distribution_or_value(override)
+            values = [searched_or_text]
+            if isinstance(searched_or_text, CategoricalDistribution):
+                values = list(searched_or_text.choices)
+            refuse_quoted_list(override, values)
             # `+key` and `key` are the same parameter: the later one replaces the earlier.
-            parameters[name.lstrip("+")] = (name, distribution_or_value(override))
+            parameters[name.lstrip("+")] = (name, searched_or_text)
             if is_relative(override):
                 relative_names.add(name)
             else:
@@ -192,6 +205,24 @@ class Space:
             points.append(point)
         return points
 
+    @property
+    def size(self) -> int | None:
+        """The number of points; None: a parameter is continuous."""
+        counts = []
+        for distribution in self.distributions.values():
+            count = value_count(distribution)
+            if count is None:
+                return None
+            counts.append(count)
+        return math.prod(counts)
+
+    def random_point(self, draw: random.Random) -> Point:
+        """Draw a point of a space in which no parameter is continuous."""
+        point: Point = {}
+        for name, distribution in self.distributions.items():
+            point[name] = random_value(distribution, draw)
+        return point
+
     def grid(self, seed: int) -> list[Point]:
         """Return every point of a space of choices and steps, in an order shuffled by a seed.
 
@@ -242,7 +273,12 @@ def _positive_number(composed: DictConfig, key: str) -> float:
 
 
 def _assignments(values: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value}" for name, value in values.items()]
+    assignments = []
+    for name, value in values.items():
+        # A user's function may suggest None as it is.
+        text = NULL if value is None else value
+        assignments.append(f"{name}={text}")
+    return assignments
 
 
 def _rounded(bound: float) -> float:

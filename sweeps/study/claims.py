@@ -19,6 +19,7 @@ from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.compat import enqueue_point, enqueued_point
 from sweeps.space.space import Point
 from sweeps.study.study import OUT_OF_TIME, Study, role
+from sweeps.study.untried import is_among, tried_points
 
 log = logging.getLogger(__name__)
 
@@ -98,19 +99,17 @@ def _untried_points(
     study: Study, points: list[tuple[str, Point]]
 ) -> list[tuple[str, Point]]:
     """Return the points that no trial has, each once."""
-    # A trial that ran out of time has not shown what its point is worth.
-    trials = [
-        trial
-        for trial in study.trials()
-        if trial.user_attrs.get("reason") != OUT_OF_TIME
-    ]
-    tried = [enqueued_point(trial) for trial in trials]
-    has_baseline = any(role(trial) == "baseline" for trial in trials)
+    trials = study.trials()
+    tried = tried_points(trials)
+    has_baseline = any(
+        role(trial) == "baseline" and trial.user_attrs.get("reason") != OUT_OF_TIME
+        for trial in trials
+    )
     untried: list[tuple[str, Point]] = []
     for point_role, point in points:
         # A resumed study's config may have other own values; its first baseline stays the one.
         is_second_baseline = point_role == "baseline" and has_baseline
-        if point in tried or is_second_baseline:
+        if is_among(point, tried) or is_second_baseline:
             continue
         untried.append((point_role, point))
         tried.append(point)

@@ -18,8 +18,11 @@ from finetune.errors import ConfigError, refusal
 from finetune.metrics.load import check_metrics, higher_is_better
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
+from sweeps.space.custom import extend_baseline, load_function
+from sweeps.space.params import plain_params
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
+from sweeps.study.job import require_one_directory
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
@@ -39,18 +42,28 @@ class Draft:
     def total(self) -> int | None:
         """Number of trials that the study shall hold; None: as many as the budget allows.
 
-        A grid has no more than its points.
+        A space without a continuous parameter has no more than its points.
         """
-        settings = self.session.settings
-        if not settings.is_grid:
-            return settings.n_trials
-        points = len(self.points)
-        return points if settings.n_trials is None else min(settings.n_trials, points)
+        n_trials = self.session.settings.n_trials
+        points = self._point_count
+        if n_trials is None or points is None:
+            return n_trials or points
+        return min(n_trials, points)
 
     @property
-    def is_whole_grid(self) -> bool:
-        """Whether the study's trials are all points of a grid."""
-        return self.session.settings.is_grid and self.total == len(self.points)
+    def is_whole_space(self) -> bool:
+        """Whether the study's trials are all points of a space, or of a grid."""
+        return self._point_count is not None and self.total == self._point_count
+
+    @property
+    def _point_count(self) -> int | None:
+        """The number of points of a grid, or of a space; None: there is no end of them."""
+        settings = self.session.settings
+        if settings.is_grid:
+            return len(self.points)
+        if settings.custom_search_space:
+            return None
+        return self.session.space.size
 
 
 def draft_session(
@@ -73,9 +86,12 @@ def draft_session(
     # The time limit counts from the command's start: checks and downloads are part of it. In Unix
     # time, with which workers in other processes and on other machines compare it.
     began = time.time()
+    require_one_directory(config)
     plain = _plain_values(values)
-    params = _search_params(config, values)
+    params = _search_params(config)
     settings = _check_settings(config, plain, params)
+    if settings.custom_search_space:
+        load_function(settings.custom_search_space)
     space = _parse_space(settings, params, arguments)
     composed = context.config_loader.load_sweep_config(config, space.fixed_texts)
     # For the interpolations `${hydra:…}` in the config.
@@ -88,7 +104,7 @@ def draft_session(
     common = _resolve_automatic_values(common, composed)
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
-    space, points = _first_points(settings, scaled_space, composed, common.seed)
+    space, points = _first_points(settings, scaled_space, config, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
@@ -114,18 +130,16 @@ def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _search_params(config: DictConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+def _search_params(config: DictConfig) -> dict[str, Any]:
     """Return `hydra.sweeper.params`, or else those of the chosen search space."""
-    params = values.get("params")
+    params = config.hydra.sweeper.get("params")
     # The group `search` stands apart: a plain multirun, whose sweeper has no such parameters,
     # would fail with a space in `hydra.sweeper.params`.
     if params is None:
         params = OmegaConf.select(config, "search.params")
     if params is None:
         return {}
-    plain = OmegaConf.to_container(params, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain_params(params, config)
 
 
 def _check_settings(
@@ -226,6 +240,7 @@ def _study_folder(
 def _first_points(
     settings: StudySettings,
     space: Space,
+    config: DictConfig,
     composed: DictConfig,
     seed: int,
 ) -> tuple[Space, list[tuple[str, Point]]]:
@@ -236,17 +251,9 @@ def _first_points(
     # Before the baseline widens the space: its values are not those of the user's grid.
     grid = space.grid(seed) if settings.is_grid else []
     points: list[tuple[str, Point]] = []
-    if settings.baseline and space.distributions:
-        baseline = space.point_of(composed)
-        if baseline is None:
-            log.info(
-                "no baseline: the config has no value of its own for what is searched"
-            )
-        else:
-            # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
-            space, lines = space.widened(baseline)
-            for line in lines:
-                log.info("%s", line)
+    if settings.baseline:
+        space, baseline = _baseline(settings, space, config, composed)
+        if baseline is not None:
             points.append(("baseline", baseline))
     for point in settings.start:
         space.require("hydra.sweeper.start", point)
@@ -256,3 +263,24 @@ def _first_points(
         if point not in chosen:
             points.append(("grid", point))
     return space, points
+
+
+def _baseline(
+    settings: StudySettings, space: Space, config: DictConfig, composed: DictConfig
+) -> tuple[Space, Point | None]:
+    """Return the space, widened for the config's own values, and the point that they are."""
+    baseline = space.point_of(composed)
+    if baseline is None:
+        log.info("no baseline: the config has no value of its own for what is searched")
+        return space, None
+    # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
+    widened, lines = space.widened(baseline)
+    if settings.custom_search_space:
+        baseline = extend_baseline(
+            settings.custom_search_space, config, widened, baseline, composed
+        )
+        if baseline is None:
+            return space, None
+    for line in lines:
+        log.info("%s", line)
+    return widened, baseline

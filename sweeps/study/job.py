@@ -16,6 +16,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from finetune.engine.steps import RunSteps
+from finetune.errors import refusal
 
 T = TypeVar("T")
 
@@ -58,6 +59,20 @@ def run_as_job(
     finally:
         context.callbacks.on_job_end(config=config, job_return=job)
     return job
+
+
+def require_one_directory(config: DictConfig) -> None:
+    """Refuse a working directory for each of several jobs in one process.
+
+    Raises:
+        ConfigError: `hydra.job.chdir` is true.
+    """
+    if config.hydra.job.chdir:
+        reason = (
+            "runs that train together share one working directory: leave it false; "
+            "a plain multirun has hydra/launcher=basic, which runs its jobs one by one"
+        )
+        raise refusal("hydra.job.chdir", config.hydra.job.chdir, reason)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -140,8 +140,19 @@ def _with_worker_launcher(chosen: DictConfig, workers: int) -> DictConfig:
             config.hydra.launcher = stored.node
         # Joblib starts as many processes as the machine has cores unless it is told otherwise.
         if str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
+            _log_other_processes(config.hydra.launcher.get("n_jobs"), workers)
             OmegaConf.update(config, "hydra.launcher.n_jobs", workers)
     return config
+
+
+def _log_other_processes(n_jobs: int | None, workers: int) -> None:
+    """Say that a study's workers decide the number of joblib's processes."""
+    # Joblib's default is -1: as many as the machine has cores.
+    if n_jobs not in (None, -1, workers):
+        message = (
+            "hydra.launcher.n_jobs=%s: %d instead, as hydra.sweeper.n_jobs decides"
+        )
+        log.warning(message, n_jobs, workers)
 
 
 @contextlib.contextmanager

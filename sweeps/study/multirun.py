@@ -8,20 +8,24 @@ from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, configure_log
+from hydra.core.utils import (
+    JobReturn,
+    configure_log,
+    env_override,
+)
 from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from finetune.config.schema import RunConfig
 from finetune.console import error_line, quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
-from finetune.errors import ConfigError, Interrupted
+from finetune.errors import ConfigError, Interrupted, refusal
 from finetune.files.run_folder import discard_multirun
 from finetune.run.job import check_job, job
 from finetune.run.result import Objective
 from sweeps.compat import job_error
-from sweeps.study.job import hydra_config, run_as_job
+from sweeps.study.job import hydra_config, require_one_directory, run_as_job
 from sweeps.study.logs import RunNameFormatter
 from sweeps.study.multirun_folder import (
     TABLE,
@@ -70,6 +74,7 @@ class Multirun:
         Raises:
             ConfigError: a job failed; raised when all have ended.
         """
+        require_one_directory(self._config)
         differences = differing_values(job_overrides)
         composed = []
         for number, overrides in enumerate(job_overrides, first_number):
@@ -77,6 +82,10 @@ class Multirun:
             self._descriptions[number] = description
             log.info("job %d: %s", number, description or " ".join(overrides))
             composed.append(self._compose(number, list(overrides)))
+        with env_override(_environment(composed)):
+            return self._train(composed)
+
+    def _train(self, composed: list[DictConfig]) -> list[JobReturn]:
         self._configure_log()
         # Slots are planned for the valid jobs; the others report by themselves what is wrong.
         valid = []
@@ -196,3 +205,29 @@ def _check(composed: DictConfig) -> RunConfig | None:
     with suppress(ValueError), hydra_config(composed):
         return check_job(composed)
     return None
+
+
+def _environment(composed: Sequence[DictConfig]) -> dict[str, str]:
+    """Return the environment variables of all jobs, `hydra.job.env_set` with those of `env_copy`.
+
+    Raises:
+        ConfigError: jobs differ in them: they train in one process, whose variables they share.
+    """
+    environment: dict[str, str] = {}
+    for job_config in composed:
+        with hydra_config(job_config):
+            variables = OmegaConf.to_container(
+                job_config.hydra.job.env_set, resolve=True
+            )
+        assert isinstance(variables, dict)
+        texts = {str(name): str(value) for name, value in variables.items()}
+        if job_config is composed[0]:
+            environment = texts
+        for name in sorted(texts.keys() | environment.keys()):
+            if texts.get(name) != environment.get(name):
+                reason = (
+                    "jobs that train in one process share its variables; "
+                    "hydra/launcher=basic runs them one by one"
+                )
+                raise refusal(f"hydra.job.env_set.{name}", texts.get(name), reason)
+    return environment

@@ -15,8 +15,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from finetune.config.schema import RunConfig
-from finetune.errors import refusal
+from finetune.errors import ConfigError, refusal
 from sweeps.space.encoding import encode
+from sweeps.space.overrides import SEED_REASON
 from sweeps.space.samplers import make_pruner, make_sampler
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
@@ -100,6 +101,8 @@ class Session:
             if value != common_values[key]:
                 reason = "all trials of a study are measured on the same rows"
                 raise refusal(f"dataset.{key}", value, reason)
+        if config.seed != self.common.seed:
+            raise ConfigError(f"seed={config.seed}: {SEED_REASON}")
         if config.objectives != self.common.objectives:
             reason = "all trials of a study have the same"
             raise refusal("objective", config.objective, reason)

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_method
 
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
-from finetune.errors import ConfigError, refusal
+from finetune.errors import ConfigError
 from sweeps.study.session import Session
 
 
 def check_space(session: Session) -> list[RunConfig]:
-    """Check sampler, pruner, the user's function, and configs at the ends of the space.
+    """Check sampler, pruner, and configs at the ends of the space.
 
     Args:
         session: the session, before its engine is chosen.
@@ -25,7 +24,6 @@ def check_space(session: Session) -> list[RunConfig]:
     """
     _require_makes("sampler", lambda: session.sampler(0))
     _require_makes("pruner", lambda: session.pruner)
-    _check_function(session.settings.custom_search_space)
     configs = []
     for point in session.space.extremes():
         overrides = session.space.overrides(point)
@@ -45,14 +43,3 @@ def _require_makes(key: str, make: Callable[[], object]) -> None:
         raise
     except Exception as error:
         raise ConfigError(f"hydra.sweeper.{key}: {summary_line(error)}") from error
-
-
-def _check_function(path: str | None) -> None:
-    """Refuse a `custom_search_space` that can't be imported."""
-    if not path:
-        return
-    try:
-        get_method(path)
-    except Exception as error:
-        reason = f"no such function ({summary_line(error)})"
-        raise refusal("hydra.sweeper.custom_search_space", path, reason) from error

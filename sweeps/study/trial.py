@@ -2,13 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from hydra.utils import get_method
 from omegaconf import DictConfig
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from finetune.config.schema import RunConfig
@@ -17,6 +16,7 @@ from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import checkpoint_step
 from finetune.model.memory import (
     free_memory,
@@ -29,6 +29,7 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
+from sweeps.space.custom import load_function
 from sweeps.space.distributions import suggest
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
@@ -40,6 +41,7 @@ from sweeps.study.pruning import PruningObserver
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
 from sweeps.study.study import Study, role
+from sweeps.study.untried import UntriedPointSampler
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class TrialRunner:
         self._folder = claim.folder
         self.packed_with: set[str] = set()
         """Names of the runs that have trained together with this trial."""
-        sampler = session.sampler(claim.number)
+        sampler = _sampler(session, claim.number)
         self._optuna = optuna.Study(
             study.name,
             study.storage,
@@ -191,12 +193,13 @@ class TrialRunner:
         space = self._session.space
         for name, value in space.fixed.items():
             self.trial.set_user_attr(name, value)
-        for name, distribution in space.distributions.items():
-            suggest(self.trial, name, distribution)
+        # One trial at a time, so that no two draw the same untried point.
+        with file_lock(self._study.lock_path):
+            for name, distribution in space.distributions.items():
+                suggest(self.trial, name, distribution)
         function_path = self._session.settings.custom_search_space
         if function_path:
-            extend: Callable[[DictConfig, optuna.Trial], None]
-            extend = get_method(function_path)
+            extend = load_function(function_path)
             extend(self._session.config, self.trial)
         params = self.trial.params
         assignments = []
@@ -298,6 +301,15 @@ class TrialRunner:
         if reason is not None:
             self._study.end(reason)
             log.info("study %s: %s", self._study.name, self._study.ended)
+
+
+def _sampler(session: Session, number: int) -> BaseSampler:
+    """Return a trial's sampler, which repeats no point of a finite space."""
+    sampler = session.sampler(number)
+    # What a user's function suggests besides makes other trials of the same point.
+    if session.space.size is None or session.settings.custom_search_space:
+        return sampler
+    return UntriedPointSampler(sampler, session.space, seed=number)
 
 
 def _role_note(trial: optuna.Trial) -> str:

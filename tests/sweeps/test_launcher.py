@@ -480,3 +480,66 @@ sys.modules["tells"] = module
         if line.split()[0] in ("start", "end")
     ]
     assert sorted(told) == ["end 0 COMPLETED", "end 1 FAILED", "start 0 4", "start 1 0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            "+hydra.launcher.n_jobs=2",
+            "error: hydra.launcher.n_jobs=2: no such key; hydra.launcher.slots",
+        ),
+        (
+            "hydra.job.chdir=true",
+            "error: hydra.job.chdir=true: runs that train together share one",
+        ),
+        (
+            "+hydra.job.env_set.SHADE=r${lora.r}",
+            "error: hydra.job.env_set.SHADE=r8: jobs that train in one",
+        ),
+    ],
+)
+def test_what_jobs_of_one_process_cannot_have_each_is_refused(
+    arguments: str, line: str, light_station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    ended = light_station.run(
+        *multirun(tiny_base, "lora=r4,r8", arguments), cwd=tmp_path
+    )
+    assert ended.returncode == 1
+    assert error_of(ended.stderr).startswith(line)
+
+
+CALLBACK = """
+import os
+from hydra.experimental.callback import Callback
+class Recorder(Callback):
+    def on_job_start(self, config, **kwargs):
+        with open("variables.txt", "a") as file:
+            file.write(f"{os.environ['SHADE']} {os.environ['COPIED']}\\n")
+import sys, types
+os.environ["COPIED"] = "yes"
+module = types.ModuleType("recorder")
+module.Recorder = Recorder
+sys.modules["recorder"] = module
+"""
+
+
+def test_jobs_have_the_environment_of_the_config_and_no_log_where_it_is_disabled(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    ended = station.run(
+        *multirun(
+            tiny_base,
+            "lora=r4,r8",
+            "+hydra.job.env_set.SHADE=red",
+            "hydra.job.env_copy=[COPIED]",
+            "+hydra.callbacks.recorder._target_=recorder.Recorder",
+            "hydra/job_logging=disabled",
+        ),
+        cwd=tmp_path,
+        before=CALLBACK,
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = (tmp_path / "variables.txt").read_text().splitlines()
+    assert lines == ["red yes"] * 2
+    assert "held-out" not in ended.stderr

@@ -1,18 +1,21 @@
 """The sweeper as Hydra finds it, and the baseline of a searched limit."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig
+from optuna.trial import BaseTrial
 from support.configs import compose
 from support.studies import sweeper_config
 
 from finetune.config.paths import CONF
 from finetune.errors import ConfigError
-from sweeps.study.draft import draft_session
+from sweeps.study.draft import Draft, draft_session
 from sweeps.study.session import Session
 
 
@@ -20,6 +23,33 @@ def test_hydra_finds_the_sweeper() -> None:
     assert "StudySweeper" in [
         sweeper.__name__ for sweeper in Plugins.instance().discover(Sweeper)
     ]
+
+
+def drafted(
+    arguments: list[str], *settings: str, search: str | None = "~search"
+) -> Draft:
+    """Check a sweep command as the sweeper does."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import HydraContext
+
+    config = sweeper_config(
+        "hydra.sweeper.study_name=s", *([search] if search else []), *settings
+    )
+    with initialize_config_dir(str(CONF)):
+        HydraConfig.instance().set_config(config)
+        context = HydraContext(
+            config_loader=GlobalHydra.instance().config_loader(),
+            callbacks=cast(Any, None),
+        )
+        sweeper = cast(
+            Any,
+            Plugins.instance().instantiate_sweeper(
+                hydra_context=context, task_function=lambda config: None, config=config
+            ),
+        )
+        return draft_session(config, context, sweeper._values, arguments)
 
 
 @pytest.mark.parametrize(
@@ -33,27 +63,79 @@ def test_hydra_finds_the_sweeper() -> None:
 def test_the_baseline_of_a_searched_limit_has_the_number_that_auto_stands_for(
     searched: str, overrides: tuple[str, ...], limit: int | str
 ) -> None:
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import HydraContext
-
-    config = sweeper_config("hydra.sweeper.study_name=s", "~search")
-    with initialize_config_dir(str(CONF)):
-        HydraConfig.instance().set_config(config)
-        context = HydraContext(
-            config_loader=GlobalHydra.instance().config_loader(),
-            callbacks=cast(Any, None),
-        )
-        sweeper = cast(
-            Any,
-            Plugins.instance().instantiate_sweeper(
-                hydra_context=context, task_function=lambda config: None, config=config
-            ),
-        )
-        draft = draft_session(config, context, sweeper._values, [searched, *overrides])
+    draft = drafted([searched, *overrides])
 
     assert draft.points == [("baseline", {"dataset.limit": limit})]
+
+
+def further(config: DictConfig, trial: BaseTrial) -> None:
+    """Suggests by what the trial has: a number, a group, None, a list and a key with `+`."""
+    assert trial.params["lora.alpha"] == 16
+    trial.suggest_float("optimizer.weight_decay", 0.0, 0.1)
+    if trial.suggest_categorical("optimizer", ["adamw", "lion"]) == "lion":
+        trial.suggest_float("optimizer.adam_beta1", 0.8, 0.9)
+    trial.suggest_categorical("trainer.early_stopping_patience", [None, 2])
+    trial.suggest_categorical("lora.target_modules", ["all-linear", "[q_proj]"])
+    trial.suggest_int("++lora.r", 4, 64, log=True)
+
+
+def beside(config: DictConfig, trial: BaseTrial) -> None:
+    trial.suggest_float("optimizer.weight_decay", 0.1, 0.2)
+
+
+def absent(config: DictConfig, trial: BaseTrial) -> None:
+    trial.suggest_categorical("lora.r", [4, 8])
+
+
+CUSTOM = "hydra.sweeper.custom_search_space"
+
+
+@pytest.mark.parametrize("searched", [["lora.alpha=choice(8,16)"], []])
+def test_the_baseline_is_the_configs_values_of_a_custom_space_too(
+    searched: list[str],
+) -> None:
+    point = {
+        "lora.alpha": 16,
+        "optimizer.weight_decay": 0.0,
+        "optimizer": "adamw",
+        "trainer.early_stopping_patience": None,
+        "lora.target_modules": "all-linear",
+        "++lora.r": 16,
+    }
+    name = "further" if searched else "alone"
+    draft = drafted(searched, f"{CUSTOM}={__name__}.{name}")
+    assert draft.points == [("baseline", point)]
+    overrides = draft.session.space.overrides(draft.points[0][1])
+    assert "trainer.early_stopping_patience=null" in overrides
+
+
+def alone(config: DictConfig, trial: BaseTrial) -> None:
+    """The same without any other parameter."""
+    trial.suggest_categorical("lora.alpha", [8, 16])
+    further(config, trial)
+
+
+@pytest.mark.parametrize("name", ["beside", "absent"])
+def test_a_custom_space_without_the_configs_values_has_no_baseline(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        draft = drafted(["lora.alpha=choice(8,16)"], f"{CUSTOM}={__name__}.{name}")
+    assert draft.points == []
+    assert "no baseline: " in caplog.text
+
+
+def test_an_interpolation_in_a_space_is_resolved_in_each_trial(tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    space = "params: {lora: {r: [4, 8], alpha: '${lora.r}'}}"
+    (tmp_path / "search" / "mine.yaml").write_text(space)
+    draft = drafted(
+        [], "search=mine", f"hydra.searchpath=[file://{tmp_path}]", search=None
+    )
+    space_of_study = draft.session.space
+    for rank in (4, 8):
+        overrides = space_of_study.overrides({"lora.r": rank})
+        assert sweeper_config(*overrides).lora.alpha == rank
 
 
 def test_trials_share_their_sources_and_weights() -> None:

@@ -278,6 +278,68 @@ def test_a_grid_is_every_point_once(drive: Drive) -> None:
     assert Space.parse(params, []).grid(0) == grid != Space.parse(params, []).grid(1)
 
 
+def small_rank(trial: optuna.trial.FrozenTrial) -> list[float]:
+    """A constraint: r is at most 16."""
+    return [trial.params["lora.r"] - 16]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii", "nsgaiii", "gp"])
+def test_a_constraint_is_given_by_its_path_without_a_plus(
+    sampler: str, drive: Drive
+) -> None:
+    path = f"{__name__}.small_rank"
+    given = f"hydra.sweeper.sampler.constraints_func={path}"
+    session = session_of(
+        f"hydra/sweeper/sampler={sampler}", given, space=Space.parse(PARAMS, [])
+    )
+    study = optuna.create_study(sampler=session.sampler(0))
+    study.optimize(lambda trial: trial.suggest_int("lora.r", 1, 64), n_trials=1)
+    (trial,) = study.trials
+    assert list(trial.constraints.values()) == [trial.params["lora.r"] - 16]
+    with pytest.raises(
+        ConfigError, match=r"constraints_func=none\.such: no such function"
+    ):
+        drive(sampler, 2, "hydra.sweeper.sampler.constraints_func=none.such", study="b")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_point_of_a_finite_space_is_tried_twice(sampler: str, drive: Drive) -> None:
+    """All six points in six trials, also where the study goes on and the user gives half a point."""
+    params = {
+        "lora.r": "choice(4,8)",
+        "optimizer.warmup_ratio": "range(0.1,0.4,0.1)",
+    }
+    assert Space.parse(params, []).size == 6
+    half: list[tuple[str, Point]] = [("start", {"lora.r": 8})]
+    drive(sampler, 3, params=params)
+    points = drive(sampler, 6, params=params, points=half)
+    steps = {
+        (point["lora.r"], round(point["optimizer.warmup_ratio"], 9)) for point in points
+    }
+    assert len(steps) == 6
+    # Its user's half holds, though the sampler chose the rest.
+    assert points[3]["lora.r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("sweep", "size"),
+    [
+        ("choice(4,8)", 2),
+        ("range(1,4)", 3),
+        ("range(0,0.3,0.1)", 3),
+        ("int(interval(1,8))", 8),
+        ("tag(log,int(interval(1,8)))", 8),
+        ("interval(0.0,1.0)", None),
+        ("tag(log,interval(1e-3,1e-2))", None),
+        ("interval(0.5,0.5)", 1),
+    ],
+)
+def test_a_space_knows_the_number_of_its_points(sweep: str, size: int | None) -> None:
+    assert Space.parse({"lora.r": sweep}, []).size == size
+    whole = Space.parse({"lora.r": sweep, "lora.alpha": "choice(1,2,3)"}, [])
+    assert whole.size == (None if size is None else 3 * size)
+
+
 def test_a_grid_of_a_smooth_parameter_is_refused() -> None:
     with pytest.raises(
         ConfigError,

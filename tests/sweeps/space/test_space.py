@@ -348,7 +348,14 @@ def test_what_trials_are_compared_by_cant_be_searched(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["dataset.limit", "seed", "model", "quantization", "trainer.max_steps", "lora"],
+    [
+        "dataset.limit",
+        "trainer.extra.data_seed",
+        "model",
+        "quantization",
+        "trainer.max_steps",
+        "lora",
+    ],
 )
 def test_all_else_can_be_searched(name: str) -> None:
     assert list(Space.parse({name: "choice(a,b)"}, []).distributions) == [name]
@@ -432,3 +439,13 @@ def test_every_sampler_and_every_pruner_composes(sampler: str, pruner: str) -> N
     assert checked.pruner["_target_"].startswith(
         ("optuna.pruners.", "sweeps.space.pruners.")
     )
+
+
+@pytest.mark.parametrize("name", ["seed", "+seed", "++seed"])
+def test_a_searched_seed_is_refused_with_confirm_named(name: str) -> None:
+    for sweep in ("choice(0,1,2)", "range(0,5)", "0,1"):
+        with pytest.raises(ConfigError, match="sweeps confirm"):
+            Space.parse({name: sweep}, [])
+        with pytest.raises(ConfigError, match="sweeps confirm"):
+            Space.parse({}, [f"{name}={sweep}"])
+    assert Space.parse({name: 3}, []).fixed == {name: "3"}

@@ -314,6 +314,20 @@ def test_a_grid_that_is_tried_does_not_say_that_more_trials_go_on(
     assert "n_trials" not in ended.stderr
 
 
+def test_a_space_of_three_points_is_a_study_of_three_trials(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    space = ("~search", "lora.r=choice(4,8,16)", "hydra.sweeper.n_trials=5")
+    ended = station.run(*study_overrides(tiny_base, "s"), *space, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "the space has no more than 3 points, each trained once" in ended.stderr
+    trials = Study.load(tmp_path / "outputs" / "sweeps" / "s").trials()
+    assert sorted(trial.params["lora.r"] for trial in trials) == [4, 8, 16]
+
+    again = station.run(*study_overrides(tiny_base, "s"), *space, cwd=tmp_path)
+    assert "every point of the space is tried" in again.stderr
+
+
 def test_goes_on_to_more_trials_after_half_a_line(
     copied: Path, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
