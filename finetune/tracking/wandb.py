@@ -123,10 +123,15 @@ class WandbTracker(Tracker):
             self._run.finish(exit_code=0 if has_ended_well else 1)
 
     def locations(self) -> list[str]:
-        files = os.path.relpath(self._folder.path / "wandb")
+        directory = Path(self._arguments["dir"])
+        files = os.path.relpath(directory / "wandb")
+        # WANDB_DIR holds the files of other runs too.
+        is_shared = directory != self._folder.path
+        suffix = f"-{self._arguments['id']}" if is_shared else ""
         if self._arguments["mode"] == "online":
-            sync = f"if anything is missing there: wandb sync {files}/run-*"
-            return [f"W&B: {self._run.url} ({sync})"]
+            # Without the flag, `wandb sync` skips runs that were online.
+            command = f"wandb sync --no-skip-online {files}/run-*{suffix}"
+            return [f"W&B: {self._run.url} (if anything is missing there: {command})"]
         if not os.path.isdir(files):
             return []
-        return [f"W&B: offline; wandb sync {files}/offline-run-*"]
+        return [f"W&B: offline; wandb sync {files}/offline-run-*{suffix}"]

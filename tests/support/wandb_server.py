@@ -172,7 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(*self.stub.reply(self.path, body))
 
-    do_GET = do_PUT = do_POST
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_GET(self) -> None:
+        self.do_POST()
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
