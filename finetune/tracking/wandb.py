@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+
+_server_failure = threading.Event()
+"""Set when W&B's server did not open a run: later runs of this process don't wait for it again."""
 
 
 class WandbTracker(Tracker):
@@ -53,6 +57,9 @@ class WandbTracker(Tracker):
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
         import wandb
 
+        if self._arguments["mode"] == "online" and _server_failure.is_set():
+            resume = resume_offline(self._folder)
+            self._arguments |= {"mode": "offline", "resume": resume}
         mode = self._arguments["mode"]
         settings = quiet_settings(mode, uploads, self._shows_text)
         # Before the run is opened: a process killed right after it goes on under the same id.
@@ -60,7 +67,11 @@ class WandbTracker(Tracker):
         try:
             return wandb.init(settings=settings, **self._arguments)
         except Exception as error:
-            log.warning("W&B: %s; this run is kept offline", summary_line(error))
+            runs = "this run is"
+            if isinstance(error, wandb.errors.CommError):
+                _server_failure.set()
+                runs = "runs of this process are"
+            log.warning("W&B: %s; %s kept offline", summary_line(error), runs)
         # For as long as this process lives, W&B holds the id of the failed attempt as in use.
         offline_id = f"{self._arguments['id']}-offline"
         resume = resume_offline(self._folder)

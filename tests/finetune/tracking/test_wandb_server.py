@@ -16,6 +16,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.context import RunContext
 from finetune.run.run import run
 from finetune.tracking.tracker import Label
+from finetune.tracking.wandb import WandbTracker, _server_failure
 from finetune.tracking.wandb_arguments import TRACKER
 from finetune.tracking.wandb_finished import add_tag, reopen_run
 
@@ -42,7 +43,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         monkeypatch.setenv("WANDB_BASE_URL", stub.address)
         # W&B reads the address once in a process.
         wandb.teardown()
+        _server_failure.clear()
         yield stub
+        _server_failure.clear()
         wandb.teardown()
 
 
@@ -84,3 +87,24 @@ def test_the_server_shows_a_winner_whole_that_gets_its_test_loss_afterwards(
     assert list(server.runs) == ["abc-0"]
     assert sorted(server.runs["abc-0"].tags) == ["best", "first"]
     assert_whole(server.runs["abc-0"], tmp_path)
+
+
+@pytest.mark.fault
+def test_a_server_that_is_away_is_waited_for_once(
+    server: WandbServer,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("finetune.tracking.wandb_arguments.INIT_TIMEOUT", 2)
+    server.behaviour = "hang"
+    config = tiny("tracker=wandb", "tracker.mode=online")
+    for number in range(2):
+        folder = RunFolder(tmp_path / str(number))
+        folder.path.mkdir()
+        label = Label(f"abc-{number}", f"s1-{number}", "s1", "trial")
+        WandbTracker(config, folder, label).finish("completed", {})
+        assert read_json(folder.path / TRACKER)["mode"] == "offline"
+    warnings = [line for line in caplog.messages if "kept offline" in line]
+    assert len(warnings) == 1
