@@ -55,7 +55,8 @@ def sync(folder: Path) -> None:
     files = sorted(str(path) for path in folder.glob("wandb/offline-run-*"))
     environment = {**os.environ, "WANDB_MODE": "online"}
     command = [sys.executable, "-m", "wandb", "sync", *files]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    # W&B writes its log below the working directory.
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=120)
 
 
 def assert_whole(shown: ShownRun, folder: Path) -> None:
