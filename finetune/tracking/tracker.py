@@ -29,7 +29,8 @@ class Label:
     """The displayed name; None: the run's own name."""
     group: str | None = None
     """The study; None: the run belongs to none."""
-    job_type: str = "run"
+    job_type: str | None = None
+    """What the run is in its study; None: WANDB_JOB_TYPE, or `run`."""
 
 
 class Tracker:

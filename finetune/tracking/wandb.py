@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+
+_server_failure = threading.Event()
+"""Set when W&B's server did not open a run: later runs of this process don't wait for it again."""
 
 
 class WandbTracker(Tracker):
@@ -53,6 +57,9 @@ class WandbTracker(Tracker):
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
         import wandb
 
+        if self._arguments["mode"] == "online" and _server_failure.is_set():
+            resume = resume_offline(self._folder)
+            self._arguments |= {"mode": "offline", "resume": resume}
         mode = self._arguments["mode"]
         settings = quiet_settings(mode, uploads, self._shows_text)
         # Before the run is opened: a process killed right after it goes on under the same id.
@@ -60,7 +67,11 @@ class WandbTracker(Tracker):
         try:
             return wandb.init(settings=settings, **self._arguments)
         except Exception as error:
-            log.warning("W&B: %s; this run is kept offline", summary_line(error))
+            runs = "this run is"
+            if isinstance(error, wandb.errors.CommError):
+                _server_failure.set()
+                runs = "runs of this process are"
+            log.warning("W&B: %s; %s kept offline", summary_line(error), runs)
         # For as long as this process lives, W&B holds the id of the failed attempt as in use.
         offline_id = f"{self._arguments['id']}-offline"
         resume = resume_offline(self._folder)
@@ -123,10 +134,15 @@ class WandbTracker(Tracker):
             self._run.finish(exit_code=0 if has_ended_well else 1)
 
     def locations(self) -> list[str]:
-        files = os.path.relpath(self._folder.path / "wandb")
+        directory = Path(self._arguments["dir"])
+        files = os.path.relpath(directory / "wandb")
+        # WANDB_DIR holds the files of other runs too.
+        is_shared = directory != self._folder.path
+        suffix = f"-{self._arguments['id']}" if is_shared else ""
         if self._arguments["mode"] == "online":
-            sync = f"if anything is missing there: wandb sync {files}/run-*"
-            return [f"W&B: {self._run.url} ({sync})"]
+            # Without the flag, `wandb sync` skips runs that were online.
+            command = f"wandb sync --no-skip-online {files}/run-*{suffix}"
+            return [f"W&B: {self._run.url} (if anything is missing there: {command})"]
         if not os.path.isdir(files):
             return []
-        return [f"W&B: offline; wandb sync {files}/offline-run-*"]
+        return [f"W&B: offline; wandb sync {files}/offline-run-*{suffix}"]

@@ -1,5 +1,7 @@
 """The arguments of `wandb.init`, and `tracker.json` in a run's folder, which records them."""
 
+import functools
+import logging
 import netrc
 import os
 import urllib.parse
@@ -15,6 +17,8 @@ from finetune.tracking.tracker import Label
 
 if TYPE_CHECKING:
     import wandb
+
+log = logging.getLogger(__name__)
 
 TRACKER = "tracker.json"
 """Holds the arguments of `wandb.init` with which a run's W&B run was opened, among them `config`.
@@ -54,11 +58,11 @@ def init_arguments(
         "entity": settings.entity,
         "name": label.name or os.environ.get("WANDB_NAME") or config.name,
         "group": label.group or os.environ.get("WANDB_RUN_GROUP"),
-        "tags": settings.tags or None,
-        "id": label.id or _run_id(folder),
+        "tags": _tags(settings) or None,
+        "id": label.id or _run_id(folder, belongs_to_study=label.group is not None),
         "resume": "allow" if mode == "online" else resume_offline(folder),
-        "dir": str(folder.path),
-        "job_type": label.job_type,
+        "dir": directory(folder),
+        "job_type": label.job_type or os.environ.get("WANDB_JOB_TYPE") or "run",
         # Else W&B has one run for a process; here trials that train together have one each.
         "reinit": "create_new",
         "config": tracked_config(config),
@@ -95,13 +99,51 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
     )
 
 
+def directory(folder: RunFolder) -> str:
+    """Return the folder in which W&B creates `wandb/`: WANDB_DIR, else the run's folder."""
+    return os.environ.get("WANDB_DIR") or str(folder.path)
+
+
 def _mode(settings: TrackerSettings) -> str:
-    """The mode of `wandb.init`: `auto` is online only with a key, so that W&B never asks for it."""
+    """The mode of `wandb.init`: online only with a key, so that W&B never asks for it."""
+    mode = _wanted_mode(settings)
+    if mode != "online" or _has_key():
+        return mode
+    _warn_without_key()
+    return "offline"
+
+
+@functools.cache
+def _warn_without_key() -> None:
+    """Say once in a process, not in each trial of a study, that there is no key."""
+    log.warning(
+        "W&B: online needs a key (WANDB_API_KEY, or wandb login); runs are kept offline"
+    )
+
+
+def _wanted_mode(settings: TrackerSettings) -> str:
+    """The mode of the config or of the environment; `auto` is online with a key."""
     if settings.mode != "auto":
         return settings.mode
+    if _is_disabled():
+        return "disabled"
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     return "online" if _has_key() else "offline"
+
+
+def _is_disabled() -> bool:
+    """Whether WANDB_DISABLED is set, which W&B itself no longer reads."""
+    value = os.environ.get("WANDB_DISABLED", "").lower()
+    return value not in ("", "0", "false", "no", "off")
+
+
+def _tags(settings: TrackerSettings) -> list[str]:
+    """The tags of the config, after those of WANDB_TAGS: W&B reads these only without others."""
+    tags = os.environ.get("WANDB_TAGS", "").split(",")
+    given_tags = [tag.strip() for tag in tags if tag.strip()]
+    distinct_tags = dict.fromkeys([*given_tags, *settings.tags])
+    return list(distinct_tags)
 
 
 def _has_key() -> bool:
@@ -118,10 +160,12 @@ def _has_key() -> bool:
         return False
 
 
-def _run_id(folder: RunFolder) -> str:
-    """The W&B id of the run that is resumed in a folder, else a new one."""
+def _run_id(folder: RunFolder, belongs_to_study: bool) -> str:
+    """The W&B id of the run that is resumed in a folder, else WANDB_RUN_ID, else a new one."""
     arguments = read_json(folder.path / TRACKER)
     if arguments is None:
-        return uuid.uuid4().hex[:12]
+        # Several runs can't have one id.
+        given_id = None if belongs_to_study else os.environ.get("WANDB_RUN_ID")
+        return given_id or uuid.uuid4().hex[:12]
     # Added where an earlier start could not reach the server: see `WandbTracker`.
     return str(arguments["id"]).removesuffix("-offline")

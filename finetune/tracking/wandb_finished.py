@@ -10,7 +10,12 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.tracking.text_privacy import hide_text, shows_text
 from finetune.tracking.tracker import final_summary
-from finetune.tracking.wandb_arguments import OFFLINE_MODES, TRACKER, quiet_settings
+from finetune.tracking.wandb_arguments import (
+    OFFLINE_MODES,
+    TRACKER,
+    directory,
+    quiet_settings,
+)
 
 if TYPE_CHECKING:
     import wandb
@@ -39,7 +44,7 @@ def reopen_run(
     import wandb
 
     # The folder may have been moved since.
-    arguments = {**arguments, "dir": str(folder.path)}
+    arguments = {**arguments, "dir": directory(folder)}
     summary = arguments.pop("summary", {})
     config = arguments.pop("config", None) or read_json(folder.identity)["config"]
     may_show_text = shows_text(config)

@@ -205,6 +205,11 @@ CONFIG = [
         "tracker.name=mlflow",
         "tracker.name=mlflow: allowed: both, none, tensorboard, wandb",
     ),
+    Case(
+        "tag-too-long",
+        f"tracker.tags=[{'x' * 65}]",
+        "tracker.tags=x…x: each tag must have 1 to 64 characters…",
+    ),
     Case("no-path", "dataset=local", "dataset.path: must be given, as dataset.path=…"),
     Case(
         "fractions-sum-to-one",

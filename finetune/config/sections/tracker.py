@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.config.sections.section import Section
+from finetune.errors import refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,12 @@ class TrackerSettings(Section):
     """Whether trackers get prompts, answers and rows: samples, prompts and templates in the config,
     messages of errors, the command line, a study's report. false: they stay in local files."""
     # These defaults are for run folders that were written before the keys existed.
+
+    def __post_init__(self) -> None:
+        allowed = "each tag must have 1 to 64 characters, the limit of W&B"
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise refusal("tracker.tags", tag, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

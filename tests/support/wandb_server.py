@@ -1,0 +1,200 @@
+"""A stub of W&B's server: it answers GraphQL and file_stream, and holds what W&B would show."""
+
+import contextlib
+import gzip
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+Behaviour = Literal["answer", "refuse", "hang"]
+
+
+@dataclass
+class ShownRun:
+    """What the server would show of one run."""
+
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The rows by their position in the history."""
+    exit_code: int | None = None
+
+
+class WandbServer:
+    """The stub server on a free port of this machine; `behaviour` may change while it runs."""
+
+    def __init__(self) -> None:
+        self.behaviour: Behaviour = "answer"
+        self.runs: dict[str, ShownRun] = {}
+        self.requests: list[str] = []
+        """The names of the GraphQL operations, and the paths of other requests."""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        handler = type("Handler", (_Handler,), {"stub": self})
+        self._server = _HttpServer(("127.0.0.1", 0), handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def die(self) -> None:
+        """Stop for good: later connections are refused."""
+        self._closed.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def reply(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the JSON answer to one request."""
+        with self._lock:
+            if path.endswith("/graphql"):
+                request = json.loads(body)
+                variables = request.get("variables") or {}
+                return 200, {"data": self._graphql(request["query"], variables)}
+            self.requests.append(path)
+            if path.endswith("/file_stream"):
+                self._stream(path.split("/")[-2], json.loads(body))
+            return 200, {}
+
+    def hang(self) -> None:
+        """Wait until the server ends."""
+        self._closed.wait()
+
+    def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        operation = query.split("(")[0].split("{")[0].split()[-1]
+        self.requests.append(operation)
+        if "upsertBucket" in query:
+            return {"upsertBucket": self._upsert(variables)}
+        if "createRunFiles" in query:
+            files = []
+            for name in variables["files"]:
+                files.append(
+                    {"name": name, "uploadUrl": f"{self.address}/upload/{name}"}
+                )
+            answer = {"runID": variables["run"], "uploadHeaders": [], "files": files}
+            return {"createRunFiles": answer}
+        if "bucket(" in query:
+            return {"model": {"bucket": self._bucket(variables)}}
+        if "viewer" in query:
+            viewer = {"id": "1", "entity": "user", "username": "user", "flags": "{}"}
+            return {"viewer": viewer}
+        return {}
+
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run_id = variables["name"]
+        inserted = run_id not in self.runs
+        run = self.runs.setdefault(run_id, ShownRun())
+        for attribute, name in (
+            ("name", "displayName"),
+            ("group", "groupName"),
+            ("job_type", "jobType"),
+            ("tags", "tags"),
+        ):
+            if variables.get(name) is not None:
+                setattr(run, attribute, variables[name])
+        if variables.get("config"):
+            run.config = json.loads(variables["config"])
+        if variables.get("summaryMetrics"):
+            run.summary = json.loads(variables["summaryMetrics"])
+        project = {"id": "1", "name": "finetune", "entity": {"id": "1", "name": "user"}}
+        bucket = {
+            "id": run_id,
+            "name": run_id,
+            "displayName": run.name,
+            "config": json.dumps(run.config),
+            "historyLineCount": len(run.history),
+            "project": project,
+        }
+        return {"bucket": bucket, "inserted": inserted}
+
+    def _bucket(self, variables: dict[str, Any]) -> dict[str, Any] | None:
+        run_id = variables.get("name") or variables.get("runId") or variables.get("run")
+        run = self.runs.get(str(run_id))
+        if run is None:
+            return None
+        tail = [json.dumps(row) for _, row in sorted(run.history.items())][-1:]
+        return {
+            "id": run_id,
+            "name": run_id,
+            "config": json.dumps(run.config),
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.name,
+            "tags": run.tags,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps(tail),
+            "eventsTail": "[]",
+            "wandbConfig": '{"t": 1}',
+        }
+
+    def _stream(self, run_id: str, body: dict[str, Any]) -> None:
+        run = self.runs[run_id]
+        files = body.get("files") or {}
+        history = files.get("wandb-history.jsonl")
+        if history:
+            for position, line in enumerate(history["content"], history["offset"]):
+                run.history[position] = json.loads(line)
+        summary = files.get("wandb-summary.json")
+        if summary:
+            # The server holds one line: a later one takes the place of the earlier.
+            run.summary = json.loads(summary["content"][-1])
+        if body.get("complete"):
+            run.exit_code = body.get("exitcode")
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Print nothing when W&B closes a connection."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    stub: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.stub.behaviour == "hang":
+            self.stub.hang()
+            return
+        if self.stub.behaviour == "refuse":
+            self._send(401, {"errors": [{"message": "refused"}]})
+            return
+        self._send(*self.stub.reply(self.path, body))
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@contextlib.contextmanager
+def wandb_server() -> Iterator[WandbServer]:
+    """Run a stub server."""
+    server = WandbServer()
+    try:
+        yield server
+    finally:
+        server.die()
