@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
@@ -60,6 +61,12 @@ def _template_flag(study: Study) -> str:
 def _offline_runs(study: Study, folder: str) -> list[str]:
     """Return shell patterns of the W&B runs that are stored on this machine only."""
     patterns = []
+    shared = os.environ.get("WANDB_DIR")
+    if shared:
+        # It holds the files of other studies too.
+        pattern = f"wandb/offline-run-*-{study.uid}-*"
+        if any(Path(shared).glob(pattern)):
+            patterns.append(f"{shlex.quote(os.path.relpath(shared))}/{pattern}")
     for runs in ("trials", "confirm", "baseline"):
         pattern = f"{runs}/*/wandb/offline-run-*"
         if any(study.folder.glob(pattern)):

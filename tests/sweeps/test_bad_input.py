@@ -456,7 +456,7 @@ def test_a_broken_study_costs_the_list_no_other(
     reported = light_station.run("report", "empty", cwd=tmp_path, module="sweeps")
 
     rows = {line.split()[0]: line for line in listed.stdout.splitlines()}
-    assert rows["sound"].endswith("1/1     1.5000")
+    assert rows["sound"].endswith("1/1     eval/loss  1.5000")
     assert "its storage knows no study empty" in rows["empty"]
     assert "NO_SUCH_DATABASE" in rows["far"]
     assert "JSONDecodeError" in rows["torn"]

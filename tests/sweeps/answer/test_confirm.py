@@ -476,6 +476,20 @@ def test_runs_of_the_confirmation_are_synced_too(written: Study) -> None:
     )
 
 
+def test_runs_in_a_folder_of_the_users_are_synced_without_those_of_other_studies(
+    written: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    (tmp_path / "wandb" / "offline-run-1-other-0").mkdir(parents=True)
+    assert "W&B" not in dict(commands(written))
+    (tmp_path / "wandb" / f"offline-run-1-{written.uid}-0").mkdir()
+    pattern = f"wandb/offline-run-*-{written.uid}-*"
+    assert (
+        dict(commands(written))["W&B"]
+        == f"wandb sync {os.path.relpath(tmp_path)}/{pattern}"
+    )
+
+
 @pytest.mark.parametrize("flag", ["--seeds=0", "--top=x"])
 def test_wrong_numbers_are_one_line(flag: str, station: Station, copied: Path) -> None:
     ended = station.run("confirm", "s1", flag, cwd=copied.parents[2], module="sweeps")
