@@ -48,9 +48,9 @@ def main() -> None:
         deviations = seed_deviations(path, curves)
         first_runs = [runs[0] for runs in by_config(curves).values()]
         for every in (1, 3, 7):
-            kept = [keep_every(curve, every) for curve in first_runs]
+            sparse_curves = [keep_every(curve, every) for curve in first_runs]
             values = np.array(
-                [curve.values for curve in kept if curve.result < math.inf]
+                [curve.values for curve in sparse_curves if curve.result < math.inf]
             )
             estimates, centered = [], []
             for seed in range(arguments.studies):

@@ -112,7 +112,7 @@ def plan_time(
         evaluation=evaluation_seconds(splits["eval"]),
         evaluations=len(rungs) if has_held_out else 0,
         test=evaluation_seconds(splits["test"]),
-        answers=_prompt_steps(config) * step_seconds,
+        answers=prompt_steps(config) * step_seconds,
     )
 
 
@@ -125,7 +125,7 @@ def _answer_steps(config: RunConfig, rows: int) -> int:
     return batches * config.evaluation.max_new_tokens
 
 
-def _prompt_steps(config: RunConfig) -> int:
+def prompt_steps(config: RunConfig) -> int:
     """The most steps in which the sample prompts are answered once."""
     if config.sample_prompts == []:
         return 0

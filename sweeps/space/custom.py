@@ -84,8 +84,8 @@ def _own_values(composed: DictConfig) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(run_config, resolve=True)
     values: dict[str, Any] = {}
     for key, value in flatten(plain).items():
-        own = encode(value) if isinstance(value, list) else value
+        encoded = encode(value) if isinstance(value, list) else value
         for prefix in ("", "+", "++"):
-            values[f"{prefix}{key}"] = own
+            values[f"{prefix}{key}"] = encoded
     # The value of a config group is the name of its choice.
     return {**values, **composed.hydra.runtime.choices}

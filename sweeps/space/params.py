@@ -105,10 +105,10 @@ def _old_form_text(key: str, value: Mapping[str, Any]) -> str:
 
 def _list_text(key: str, value: list[Any], config: DictConfig) -> Any:
     """Return a list as a choice, unless the config's own value shows that it may be a value."""
-    own = OmegaConf.select(config, key.lstrip("+")) if "/" not in key else {}
-    if is_number(own) or isinstance(own, bool | Mapping | DictConfig):
+    config_value = OmegaConf.select(config, key.lstrip("+")) if "/" not in key else {}
+    if is_number(config_value) or isinstance(config_value, bool | Mapping | DictConfig):
         return _choice(value)
-    if isinstance(own, str):
+    if isinstance(config_value, str):
         raise ConfigError(
             f"{key}={value}: to search, write {_choice(value)}; "
             f"a value that is a list stands in quotes: '{encode(value)}'"

@@ -10,7 +10,7 @@ import math
 
 from finetune.config.schema import RunConfig
 from finetune.run.resources import SharedResources
-from finetune.run.time_plan import GENERATED_STEP_TOKENS
+from finetune.run.time_plan import GENERATED_STEP_TOKENS, prompt_steps
 from sweeps.study.study import Study
 
 FINAL_SECONDS = "final_seconds"
@@ -37,9 +37,6 @@ def estimate_final_seconds(
     tokens = sum(held_out.lengths)
     # The winner's and the baseline's.
     evaluations = 2 * sum(test.lengths) / tokens
-    answer_steps = config.sample_max_new_tokens or config.sample_max_length or 0
-    if config.sample_prompts == []:
-        answer_steps = 0
     if config.evaluation.generates:
         # An evaluation generates the answers to all rows together.
         evaluation_steps = float(config.evaluation.max_new_tokens)
@@ -49,7 +46,7 @@ def estimate_final_seconds(
         step_tokens = tokens / batches if is_gpu else GENERATED_STEP_TOKENS
         evaluation_steps = tokens / step_tokens
     # The base's and the winner's.
-    answers = 2 * answer_steps / evaluation_steps
+    answers = 2 * prompt_steps(config) / evaluation_steps
     return seconds * (evaluations + answers) + CONCLUSION_SECONDS
 
 
