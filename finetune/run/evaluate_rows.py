@@ -98,10 +98,10 @@ def evaluate_rows(
     settings = config.evaluation
     answers = answers_of(rows, settings)
     evaluated = EvaluatedRows(evaluation, answers)
-    if any(not metric.is_generated for metric in metrics):
+    label_metrics = [metric for metric in metrics if not metric.is_generated]
+    if label_metrics:
         assert labelled is not None
         evaluated = yield from _classify(model, evaluated, labelled)
-        label_metrics = [metric for metric in metrics if not metric.is_generated]
         results = score_answers(label_metrics, answers, evaluated.predictions)
         scores |= scores_by_source(results, answers, evaluated.predictions, sources)
         evaluated = replace(evaluated, results=results)
@@ -114,22 +114,34 @@ def evaluate_rows(
             max_new_tokens=settings.max_new_tokens,
             sampling=_sampling(config),
         )
-
-        def score() -> tuple[dict[str, Result], dict[str, Score]]:
-            results = score_answers(generated_metrics, answers, predictions)
-            return results, scores_by_source(results, answers, predictions, sources)
-
-        # A function of the user's may take long, or wait for a service.
-        future = _start_thread(score)
-        while not future.done():
-            wait([future], timeout=POLL_SECONDS)
-            yield None
-        results, answer_scores = future.result()
+        results, answer_scores = yield from _score(
+            generated_metrics, answers, predictions, sources
+        )
         scores |= answer_scores
         results = {**evaluated.results, **results}
         evaluated = replace(evaluated, predictions=predictions, results=results)
     evaluation = replace(evaluated.evaluation, scores=scores)
     return replace(evaluated, evaluation=evaluation)
+
+
+def _score(
+    metrics: Sequence[Metric],
+    answers: list[Answer],
+    predictions: list[str],
+    sources: Mapping[str, str],
+) -> RunSteps[tuple[dict[str, Result], dict[str, Score]]]:
+    """Score answers, all and by source, in a thread beside the other runs' training."""
+
+    def score() -> tuple[dict[str, Result], dict[str, Score]]:
+        results = score_answers(metrics, answers, predictions)
+        return results, scores_by_source(results, answers, predictions, sources)
+
+    # A function of the user's may take long, or wait for a service.
+    future = _start_thread(score)
+    while not future.done():
+        wait([future], timeout=POLL_SECONDS)
+        yield None
+    return future.result()
 
 
 def _classify(
