@@ -45,7 +45,17 @@ def is_out_of_memory_message(message: str) -> bool:
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    # glibc keeps freed memory for later allocations; other C libraries lack the function.
+    trim_host_memory()
+
+
+def trim_host_memory() -> None:
+    """Return freed host memory to the system.
+
+    glibc keeps it for later allocations, of which aligned ones do not fit into a gap of their own
+    size (fixed in glibc 2.38): without this, a second step takes new memory beside that of the
+    first.
+    """
+    # Other C libraries lack the function.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
 from finetune.data.token_file import Example
@@ -79,7 +77,7 @@ class BaseShape:
 def cpu_activations(
     config: RunConfig,
     shapes: Any,
-    adapted: torch.nn.Module,
+    adapted: Any,
     batches: Sequence[Sequence[Example]],
     evaluated: Sequence[Example],
     is_trl: bool,
@@ -116,17 +114,19 @@ def cpu_activations(
     return Activations(training, training, logits, max(0, evaluating - logits))
 
 
-def _layer_shape(widths: Widths, adapted: torch.nn.Module) -> LayerShape:
+def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
     """Read a layer's norms and adapters from the base, whose layers are taken to be alike."""
     adapters = {}
     norms = 0
     for name, module in adapted.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if hasattr(module, "lora_A"):
-            rank = module.lora_A["default"].out_features
-            adapters[last] = (module.in_features, module.out_features, rank)
+        if "default" in getattr(module, "lora_A", {}):
+            sizes = (module.in_features, module.out_features, module.r["default"])
+            adapters[last] = sizes
+        # Of the first layer.
         elif ".0." in name and type(module).__name__.endswith("Norm"):
-            if module.weight.numel() == widths.hidden:
+            weight = getattr(module, "weight", None)
+            if weight is None or weight.numel() == widths.hidden:
                 norms += widths.hidden
             else:  # of heads
                 norms += widths.keys if last.startswith("k") else widths.queries
@@ -167,10 +167,16 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
     layer = base.layer
     # A norm keeps its input, a gate its two inputs, an adapted layer its input and that times A.
     elements = layer.norms + 2 * layer.inner
-    elements += layer.hidden * layer.adapts("q_proj", "k_proj", "v_proj")
-    elements += layer.hidden * layer.adapts("gate_proj", "up_proj")
-    elements += layer.queries * layer.adapts("o_proj")
-    elements += layer.inner * layer.adapts("down_proj")
+    # In 8 bits bitsandbytes keeps the input of each layer.
+    all_inputs = config.quantization.load_in_8bit
+    if all_inputs or layer.adapts("q_proj", "k_proj", "v_proj"):
+        elements += layer.hidden
+    if all_inputs or layer.adapts("gate_proj", "up_proj"):
+        elements += layer.hidden
+    if all_inputs or layer.adapts("o_proj"):
+        elements += layer.queries
+    if all_inputs or layer.adapts("down_proj"):
+        elements += layer.inner
     elements += sum(rank for _, _, rank in layer.adapters.values())
     bytes_per_token = elements * base.element
     if config.lora.dropout:
@@ -187,8 +193,9 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
     if config.lora.dropout and layer.adapts("down_proj"):
         gate = 3  # the product masked, and the gradient of it, before it is freed
     passing = batch.tokens * (3 * layer.hidden + gate * layer.inner) * base.element
-    kept = _kept(config, base, stored, batch.tokens) + shared
-    return kept, passing, _packed_head(base, batch.answers)
+    head = _packed_head(base, batch.answers)
+    kept, passing, head = _count(config, base, batch.tokens, stored, passing, head)
+    return kept + shared, passing, head
 
 
 def packed_evaluation(base: BaseShape, batch: BatchShape) -> int:
@@ -197,13 +204,21 @@ def packed_evaluation(base: BaseShape, batch: BatchShape) -> int:
     return max(_evaluated(base, batch), head) + batch.mask * base.element
 
 
-def _kept(config: RunConfig, base: BaseShape, stored: int, tokens: int) -> int:
-    """Bytes of all layers; with checkpointing of their inputs, and of one layer computed again."""
-    hidden = tokens * base.layer.hidden * base.element
+def _count(
+    config: RunConfig,
+    base: BaseShape,
+    tokens: int,
+    stored: int,
+    passing: int,
+    head: int,
+) -> Count:
+    """Count a batch of which each layer keeps `stored`; with checkpointing, only its input."""
     # The last norm's input too.
+    inputs = (base.layers + 1) * tokens * base.layer.hidden * base.element
     if config.trainer.gradient_checkpointing is True:
-        return (base.layers + 1) * hidden + stored
-    return base.layers * stored + hidden
+        # The layer whose backward pass runs has computed its activations again.
+        return inputs, stored + passing, head
+    return base.layers * stored + inputs // (base.layers + 1), passing, head
 
 
 def _packed_head(base: BaseShape, answers: int) -> int:
@@ -244,11 +259,8 @@ def trl_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Count
     passing = batch.tokens * (3 * layer.hidden + 3 * layer.inner) * base.element
     tile = min(batch.tokens, TRL_TOKENS) * min(base.vocabulary, TRL_COLUMNS) * 4
     states = 2 * batch.tokens * layer.hidden * base.element
-    return (
-        _kept(config, base, stored, batch.tokens),
-        passing,
-        int(TRL_TILES * tile) + states,
-    )
+    head = int(TRL_TILES * tile) + states
+    return _count(config, base, batch.tokens, stored, passing, head)
 
 
 def trl_evaluation(base: BaseShape, batch: BatchShape) -> int:

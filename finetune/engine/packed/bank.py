@@ -37,7 +37,11 @@ from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
-from finetune.model.memory import free_memory, is_out_of_memory_error
+from finetune.model.memory import (
+    free_memory,
+    is_out_of_memory_error,
+    trim_host_memory,
+)
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
 
@@ -209,6 +213,8 @@ class Bank:
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
         """Execute requests of one type together; on an error, again in halves."""
         half = len(requests) // 2
+        if self.device.type == "cpu":
+            trim_host_memory()
         try:
             if isinstance(requests[0], ForwardBackward):
                 return list(self.forward_backward(requests))
