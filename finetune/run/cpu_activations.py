@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.data.encoding import IGNORED
 from finetune.data.token_file import Example
 from finetune.engine.evaluation import rows_at_once
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.engine.packed.batch import packed_spans
 from finetune.engine.packed.losses import chunk_size
-from finetune.engine.packed.padded_attention import padded_sizes
 from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.quantization import compute_dtype
+from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
 from finetune.run.memory_costs import Activations, Widths, read_widths
 
 TRL_TOKENS = 4096
@@ -27,22 +25,6 @@ TRL_COLUMNS = 32768
 TRL_TILES = 8.25
 """Copies of a tile that the head's backward pass has at once: the tile, five intermediate values,
 the targets in float32, one difference, and a mask of booleans."""
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """A batch as attention and the head see it."""
-
-    tokens: int
-    """Tokens that go through the layers, with padding where rows are padded."""
-    queries: int
-    """Tokens in attention's buckets, padded."""
-    keys: int
-    """The same of keys, with the shared prefix of each row."""
-    mask: int
-    """Elements of attention's masks."""
-    answers: int
-    """Tokens that are predicted."""
 
 
 @dataclass(frozen=True)
@@ -135,28 +117,6 @@ def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
     )
 
 
-def packed_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
-    """Return the shape of a batch without padding, but for attention's buckets."""
-    spans = packed_spans(rows)
-    queries, keys, mask = padded_sizes(spans)
-    tokens = sum(span.length for span in spans)
-    return BatchShape(tokens, queries, keys, mask, _answers(rows))
-
-
-def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
-    """Return the shape of a batch that is padded to its longest row."""
-    lengths = [len(row["input_ids"]) for row in rows] or [0]
-    longest = max(lengths)
-    tokens = len(rows) * longest
-    # Without padding transformers passes no mask.
-    mask = 0 if min(lengths) == longest else tokens * longest
-    return BatchShape(tokens, tokens, tokens, mask, tokens)
-
-
-def _answers(rows: Sequence[dict[str, Any]]) -> int:
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
-
-
 Count = tuple[int, int, int]
 """Bytes that are kept for the backward pass, those that it needs itself at its widest place, and
 those of the head, which is computed before it."""
@@ -232,8 +192,10 @@ def _packed_head(base: BaseShape, answers: int) -> int:
 def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     """A layer without a backward pass: the wider of feed-forward layer and attention."""
     layer = base.layer
-    feed_forward = (2 * layer.hidden + 3 * layer.inner) * batch.tokens
-    projections = 2 * layer.hidden + 2 * layer.queries + 4 * layer.keys
+    # Embeddings, the layer's input, what attention adds to, and a norm's output.
+    states = 4 * layer.hidden
+    feed_forward = (states + 3 * layer.inner) * batch.tokens
+    projections = states + 2 * layer.queries + 4 * layer.keys
     attention = projections * batch.tokens
     attention += 2 * layer.queries * (batch.queries + batch.keys)
     return max(feed_forward, attention) * base.element

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 ADAMW_BYTES = 2 * 4
 """AdamW keeps two averages of each weight's gradient, in float32."""
 
-LIBRARIES = 120 * 2**20
+LIBRARIES = 100 * 2**20
 """Bytes of its libraries that a run on a CPU pages in once it computes."""
 
 

@@ -213,8 +213,7 @@ class Bank:
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
         """Execute requests of one type together; on an error, again in halves."""
         half = len(requests) // 2
-        if self.device.type == "cpu":
-            trim_host_memory()
+        self._trim()
         try:
             if isinstance(requests[0], ForwardBackward):
                 return list(self.forward_backward(requests))
@@ -260,6 +259,7 @@ class Bank:
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
         hidden, trace = self.backend.forward(batch, slots, dropout_steps)
+        self._trim()  # gaps between the activations, before the logits
         result = token_losses(
             self.backend, self._head, hidden, batch.targets, loss_weights
         )
@@ -281,6 +281,11 @@ class Bank:
         pairs = self._fetch(figures)
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
+
+    def _trim(self) -> None:
+        """Return freed memory to the system, where it is the host's."""
+        if self.device.type == "cpu":
+            trim_host_memory()
 
     def _loss_weights(
         self, requests: Sequence[ForwardBackward], batch: PackedBatch
