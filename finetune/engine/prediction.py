@@ -34,8 +34,8 @@ class Predictions:
         """Return each row's summed loss in nats, and its number of answer tokens."""
         # In chunks, because logits dominate memory.
         chunks = zip(
-            self.logits.split(SCORED_TOKENS),
-            self.targets.split(SCORED_TOKENS),
+            torch.split(self.logits, SCORED_TOKENS),
+            torch.split(self.targets, SCORED_TOKENS),
             strict=True,
         )
         # In 16 bits the sum over the vocabulary would be rounded too much.
