@@ -131,9 +131,9 @@ class _Layout:
 
 
 def packed_spans(rows: Sequence[Row]) -> list[Span]:
-    """Return the spans of one run's batch."""
+    """Return the spans of one run's batch, whose rows may all share a prefix."""
     layout = _Layout()
-    layout.add_batch(rows)
+    layout.add_batch(rows, max(1, len(rows)))
     return layout.spans
 
 

@@ -8,8 +8,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import drive
-from finetune.model.device import on_gpu
-from finetune.model.memory import trim_host_memory
 
 
 class ReporterCallback(TrainerCallback):  # type: ignore[misc]
@@ -37,17 +35,6 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Start the clock."""
         self._training_since = time.perf_counter()
-
-    def on_step_begin(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        """Make room for the step's activations, where memory is the host's."""
-        if not on_gpu():
-            trim_host_memory()
 
     def on_log(
         self,

@@ -4,7 +4,8 @@
 Logging, evaluation and stopping are the `Reporter`'s, called from a trainer callback.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,18 @@ from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
 from finetune.engine.loaded_model import LoadedModel
+from finetune.engine.probes import base_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
 from finetune.engine.trl.sampler import EpochSampler
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
+from finetune.model.device import on_gpu
+from finetune.model.memory import trim_host_memory
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -76,7 +81,7 @@ class TrlTraining(LoadedModel):
             return
         trainer = self._create_trainer(reporter)
         resumed = None if checkpoint is None else str(checkpoint)
-        with reporter.live():
+        with reporter.live(), _trimmed_memory(base_of(self.model).base_model):
             drive(reporter.begin())
             if reporter.progress.stop is None:
                 trainer.train(resume_from_checkpoint=resumed)
@@ -109,3 +114,23 @@ class TrlTraining(LoadedModel):
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         return trainer
+
+
+@contextmanager
+def _trimmed_memory(decoder: "torch.nn.Module") -> Iterator[None]:
+    """On a CPU, return freed memory before the decoder's pass, and before that of the head.
+
+    The first is what the step before has left, the second gaps between the activations.
+    """
+    if on_gpu():
+        yield
+        return
+    hooks = [
+        decoder.register_forward_pre_hook(lambda *_: trim_host_memory()),
+        decoder.register_forward_hook(lambda *_: trim_host_memory()),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
