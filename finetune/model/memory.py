@@ -5,7 +5,6 @@ Loads torch only inside functions: `finetune.run.run` imports this module at its
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import gc
 import resource
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from finetune.model.heap import trim_heap
 from finetune.model.host_memory import free_host_memory
 
 GIB = 2**30
@@ -45,19 +45,7 @@ def is_out_of_memory_message(message: str) -> bool:
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    trim_host_memory()
-
-
-def trim_host_memory() -> None:
-    """Return freed host memory to the system.
-
-    glibc keeps it for later allocations, of which aligned ones do not fit into a gap of their own
-    size (fixed in glibc 2.38): without this, a second step takes new memory beside that of the
-    first.
-    """
-    # Other C libraries lack the function.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim_heap()
 
 
 @functools.cache

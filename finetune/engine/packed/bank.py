@@ -37,11 +37,7 @@ from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
-from finetune.model.memory import (
-    free_memory,
-    is_out_of_memory_error,
-    trim_host_memory,
-)
+from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
 
@@ -213,7 +209,6 @@ class Bank:
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
         """Execute requests of one type together; on an error, again in halves."""
         half = len(requests) // 2
-        self._trim()
         try:
             if isinstance(requests[0], ForwardBackward):
                 return list(self.forward_backward(requests))
@@ -259,7 +254,6 @@ class Bank:
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
         hidden, trace = self.backend.forward(batch, slots, dropout_steps)
-        self._trim()  # gaps between the activations, before the logits
         result = token_losses(
             self.backend, self._head, hidden, batch.targets, loss_weights
         )
@@ -281,11 +275,6 @@ class Bank:
         pairs = self._fetch(figures)
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
-
-    def _trim(self) -> None:
-        """Return freed memory to the system, where it is the host's."""
-        if self.device.type == "cpu":
-            trim_host_memory()
 
     def _loss_weights(
         self, requests: Sequence[ForwardBackward], batch: PackedBatch

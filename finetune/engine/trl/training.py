@@ -4,8 +4,7 @@
 Logging, evaluation and stopping are the `Reporter`'s, called from a trainer callback.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,9 @@ from finetune.engine.trl.callback import ReporterCallback
 from finetune.engine.trl.sampler import EpochSampler
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
-from finetune.model.device import on_gpu
-from finetune.model.memory import trim_host_memory
+from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -81,7 +78,7 @@ class TrlTraining(LoadedModel):
             return
         trainer = self._create_trainer(reporter)
         resumed = None if checkpoint is None else str(checkpoint)
-        with reporter.live(), _trimmed_memory(base_of(self.model).base_model):
+        with reporter.live(), trimmed_heap(base_of(self.model).base_model):
             drive(reporter.begin())
             if reporter.progress.stop is None:
                 trainer.train(resume_from_checkpoint=resumed)
@@ -114,23 +111,3 @@ class TrlTraining(LoadedModel):
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         return trainer
-
-
-@contextmanager
-def _trimmed_memory(decoder: "torch.nn.Module") -> Iterator[None]:
-    """On a CPU, return freed memory before the decoder's pass, and before that of the head.
-
-    The first is what the step before has left, the second gaps between the activations.
-    """
-    if on_gpu():
-        yield
-        return
-    hooks = [
-        decoder.register_forward_pre_hook(lambda *_: trim_host_memory()),
-        decoder.register_forward_hook(lambda *_: trim_host_memory()),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
