@@ -131,6 +131,8 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     skeleton = skeleton_of(base_config, config.model)
     weights = _multiplied_weights(skeleton)
     experts = expert_bytes(skeleton, config)
+    # Before the adapter's weights stand in the skeleton.
+    base = base_bytes(skeleton, config, base_quantization(read_config_json(source)))
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = sum(
@@ -157,7 +159,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         )
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
-        base=base_bytes(skeleton, config, base_quantization(read_config_json(source))),
+        base=base,
         experts=experts,
         adapter=trained * _bytes_per_trained_weight(config, half_precision),
         optimizer=int(trained * _optimizer_bytes(config.optimizer.name)),
