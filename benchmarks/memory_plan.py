@@ -111,6 +111,20 @@ CASES = {
         ("trainer.per_device_eval_batch_size=4",),
         base="gemma3",
     ),
+    "q_v alone, batch 1": Case(
+        SHORT, ("lora/target=q_v", "trainer.per_device_train_batch_size=1")
+    ),
+    "batch 16 of short rows": Case(
+        (20, 60), ("trainer.per_device_train_batch_size=16",), rows=44
+    ),
+    "r 64 with rsLoRA, dropout": Case(
+        SHORT, ("lora=r64", "lora.use_rslora=true", "lora.dropout=0.05")
+    ),
+    "3 slots, rows of 512": Case(
+        (550, 550),
+        ("dataset.max_length=512", "trainer.per_device_train_batch_size=2"),
+        slots=3,
+    ),
     "2 slots": Case(SHORT, slots=2),
     "4 slots": Case(SHORT, slots=4),
 }

@@ -17,11 +17,21 @@ from finetune.config.sections.model import QuantizationSettings
 from finetune.data.lengths import common_prefix_length
 from finetune.data.token_file import Example
 from finetune.engine.prediction import compute_prefix, predict
-from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.engine.probes import (
+    Comparison,
+    Shortcut,
+    base_of,
+    holds,
+    plain_logits,
+    probe_ids,
+)
 from finetune.metrics.classification import Classification
 from finetune.metrics.metric import Score
 from finetune.model.architectures import text_config_of
 from finetune.model.quantization import autocast
+
+LOGITS_BYTES = 2**28
+"""Limit of the logits of the rows that are evaluated at once; one row may exceed it."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ def evaluate(
     Args:
         model: A base, or a base with an adapter.
         rows: Columns `input_ids` and `labels`; of packed sequences also `seq_lengths`.
-        batch_size: Rows computed at once.
+        batch_size: Rows computed at once; fewer where their logits would exceed `LOGITS_BYTES`.
         quantization: As the base was loaded.
 
     Returns:
@@ -156,8 +166,13 @@ def evaluate(
     with evaluation_mode(model), autocast(quantization):
         batch_size, prefix_length = _choose_batches(model, rows, batch_size)
         prefix_cache = compute_prefix(model, rows, prefix_length)
-        for start in range(0, len(rows), batch_size):
-            batch_indices = order[start : start + batch_size]
+        vocabulary = text_config_of(base_of(model).config).vocab_size
+        start = 0
+        while start < len(rows):
+            longest = lengths[order[start]] - prefix_length
+            stop = start + rows_at_once(longest, vocabulary, batch_size)
+            batch_indices = order[start:stop]
+            start = stop
             batch = [rows[index] for index in batch_indices]
             predictions = predict(model, batch, prefix_length, prefix_cache)
             row_losses, row_tokens = predictions.sum_by_row(len(batch))
@@ -180,6 +195,18 @@ def join_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
         row_tokens=tuple(count for part in evaluations for count in part.row_tokens),
         row_correct=tuple(count for part in evaluations for count in part.row_correct),
     )
+
+
+def rows_at_once(longest: int, vocabulary: int, batch_size: int) -> int:
+    """Return how many rows are evaluated at once: fewer than asked for where logits are large.
+
+    Args:
+        longest: Tokens of the longest row.
+        vocabulary: Columns of the logits.
+        batch_size: The most rows.
+    """
+    row_bytes = 4 * longest * vocabulary  # in float32
+    return min(batch_size, max(1, LOGITS_BYTES // row_bytes))
 
 
 def packed_sequences_hold(

@@ -15,6 +15,9 @@ from torch.nn.functional import cross_entropy
 from finetune.data.encoding import IGNORED
 from finetune.engine.probes import base_of
 
+SCORED_TOKENS = 512
+"""Tokens whose probabilities are in memory at once."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -29,9 +32,19 @@ class Predictions:
 
     def sum_by_row(self, row_count: int) -> tuple[list[float], list[int]]:
         """Return each row's summed loss in nats, and its number of answer tokens."""
+        # In chunks, because logits dominate memory.
+        chunks = zip(
+            torch.split(self.logits, SCORED_TOKENS),
+            torch.split(self.targets, SCORED_TOKENS),
+            strict=True,
+        )
         # In 16 bits the sum over the vocabulary would be rounded too much.
-        logits = self.logits.float()
-        losses = cross_entropy(logits, self.targets, reduction="none")
+        losses = torch.cat(
+            [
+                cross_entropy(logits.float(), targets, reduction="none")
+                for logits, targets in chunks
+            ]
+        )
         # In float64 the sum of a row hardly depends on the order of its terms.
         sums = torch.zeros(row_count, dtype=torch.float64, device=losses.device)
         sums.index_add_(0, self.rows, losses.double())
@@ -116,8 +129,10 @@ def predict(
     is_answer = is_answer[:, positions].to(device)
     labels = labels[:, positions].to(device)
     rows = is_answer.nonzero()[:, 0]
+    # Of all tokens they are a view: a copy would be as large as the logits.
+    answers = logits.flatten(0, 1) if is_answer.all() else logits[is_answer]
     return Predictions(
-        logits=logits[is_answer],
+        logits=answers,
         targets=labels[is_answer],
         rows=rows,
     )

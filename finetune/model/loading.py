@@ -101,7 +101,22 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     set_4bit_compute_dtype(model, product_dtype)
     log_unquantized_weights(model, quantization)
     remember_origin(model, source)
+    if quantization.is_quantized and not on_gpu():
+        _copy_mapped_weights(model)
     return model
+
+
+def _copy_mapped_weights(model: "PreTrainedModel") -> None:
+    """Copy the weights that are not quantised out of the mapped files.
+
+    On a CPU they are views of the files, all of whose pages they would keep in memory, although the
+    quantised weights are copies. A base that is not quantised views nearly all of its files, and
+    is left as it is.
+    """
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            # In place, because the head may share the embedding's parameter.
+            weight.data = weight.data.clone()
 
 
 def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Loads torch only inside functions: `finetune.run.run` imports this module at its
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import gc
 import resource
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from finetune.model.heap import trim_heap
 from finetune.model.host_memory import free_host_memory
 
 GIB = 2**30
@@ -45,9 +45,7 @@ def is_out_of_memory_message(message: str) -> bool:
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""
     gc.collect()
-    # glibc keeps freed memory for later allocations; other C libraries lack the function.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim_heap()
 
 
 @functools.cache

@@ -117,7 +117,50 @@ class Elements:
 
 
 @dataclass(frozen=True)
-class _Widths:
+class Activations:
+    """Bytes of a run's largest batch."""
+
+    training: int
+    """Kept for the backward pass, and needed within it, when the run trains alone."""
+    beside: int
+    """The same when other slots train with it."""
+    logits: int
+    """One chunk of logits; on a CPU what it takes beyond the backward pass of a layer, which comes
+    when the logits are freed."""
+    evaluating: int
+    """Without a backward pass, beyond `logits`."""
+
+
+def gpu_activations(
+    shapes: Any,
+    config: RunConfig,
+    targets: set[str] | None,
+    element_bytes: int,
+    tokens: int,
+    evaluated: int,
+) -> Activations:
+    """Count a GPU's activations in bytes.
+
+    Args:
+        shapes: The base's text config.
+        config: The run's config.
+        targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
+        element_bytes: Bytes of an element.
+        tokens: Tokens of the largest training batch.
+        evaluated: Tokens of the largest batch that is evaluated.
+    """
+    alone = activation_elements(shapes, config, targets, slots=1)
+    packed = activation_elements(shapes, config, targets, slots=2)
+    return Activations(
+        training=tokens * alone.training * element_bytes,
+        beside=tokens * packed.training * element_bytes,
+        logits=logits_bytes(shapes.vocab_size, targets is not None, element_bytes == 2),
+        evaluating=evaluated * alone.evaluating * element_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Widths:
     """Elements that one token has in the tensors of a layer."""
 
     hidden: int
@@ -150,7 +193,7 @@ def activation_elements(
         slots: How many slots train together.
     """
     layers: int = shapes.num_hidden_layers
-    widths = _read_widths(shapes)
+    widths = read_widths(shapes)
     checkpointing = config.trainer.gradient_checkpointing is True
     if targets is None:
         return _autograd_elements(layers, widths, checkpointing)
@@ -160,7 +203,7 @@ def activation_elements(
     return _decoder_elements(layers, widths, layer, checkpointing, slots)
 
 
-def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Elements:
+def _autograd_elements(layers: int, widths: Widths, checkpointing: bool) -> Elements:
     attention = 2 * widths.queries + 2 * widths.keys
     layer = 4 * widths.hidden + attention + 3 * widths.inner
     passing = 4 * widths.hidden + 2 * widths.queries + 4 * widths.inner
@@ -173,7 +216,7 @@ def _autograd_elements(layers: int, widths: _Widths, checkpointing: bool) -> Ele
 
 def _decoder_elements(
     layers: int,
-    widths: _Widths,
+    widths: Widths,
     layer: int,
     checkpointing: bool,
     slots: int,
@@ -188,7 +231,7 @@ def _decoder_elements(
     return Elements(stored * layer + inputs + passing, evaluating)
 
 
-def _decoder_layer_elements(widths: _Widths, rank: int, targets: set[str]) -> int:
+def _decoder_layer_elements(widths: Widths, rank: int, targets: set[str]) -> int:
     """Elements that one layer of the GPU's decoder keeps for each token."""
     adapts_attention = bool(targets & {"q_proj", "k_proj", "v_proj"})
     adapts_gate = bool(targets & {"gate_proj", "up_proj"})
@@ -215,18 +258,18 @@ def block_weights(shapes: Any, config: RunConfig) -> int:
     checkpointing = config.trainer.gradient_checkpointing is True
     if not (checkpointing and config.quantization.load_in_4bit):
         return 0
-    widths = _read_widths(shapes)
+    widths = read_widths(shapes)
     return widths.hidden * 2 * (widths.queries + widths.keys + widths.inner)
 
 
-def _read_widths(shapes: Any) -> _Widths:
+def read_widths(shapes: Any) -> Widths:
     """Read the widths of a base's text config, with transformers' defaults."""
     hidden: int = shapes.hidden_size
     heads: int = shapes.num_attention_heads
     key_heads: int = getattr(shapes, "num_key_value_heads", heads)
     head_size: int = getattr(shapes, "head_dim", None) or hidden // heads
     inner: int = getattr(shapes, "intermediate_size", None) or 4 * hidden
-    return _Widths(
+    return Widths(
         hidden,
         heads * head_size,
         key_heads * head_size,

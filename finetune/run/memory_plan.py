@@ -17,9 +17,11 @@ import torch
 
 from finetune.config.schema import RunConfig
 from finetune.data.lengths import computed_length
+from finetune.data.token_file import Example
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
+from finetune.engine.selection import reason_unsupported
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import text_config_of
@@ -30,13 +32,13 @@ from finetune.model.loading import skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.model.target_modules import modules_outside_language_model
+from finetune.run.cpu_activations import cpu_activations
 from finetune.run.memory_costs import (
-    activation_elements,
     adapted_layers,
     base_bytes,
     block_weights,
     expert_bytes,
-    logits_bytes,
+    gpu_activations,
 )
 from finetune.run.plan import Plan
 from finetune.run.quantization import resolve_quantization
@@ -47,16 +49,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_SLACK = 1.7
-"""Factor on a CPU's activations, measured: padded copies in attention, and freed memory that the C
-library keeps."""
-
 ADAMW_BYTES = 2 * 4
 """AdamW keeps two averages of each weight's gradient, in float32."""
 
-LIBRARIES = 300 * 2**20
+LIBRARIES = 100 * 2**20
 """Bytes of its libraries that a run on a CPU pages in once it computes."""
 
+
+MOST_SHAPED = 16
+"""Batches whose activations are computed on a CPU: the largest ones."""
 
 MOST_COUNTED = 5000
 """Training batches whose tokens are counted exactly: reading the rows of more takes seconds."""
@@ -130,6 +131,8 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     skeleton = skeleton_of(base_config, config.model)
     weights = _multiplied_weights(skeleton)
     experts = expert_bytes(skeleton, config)
+    # Before the adapter's weights stand in the skeleton.
+    base = base_bytes(skeleton, config, base_quantization(read_config_json(source)))
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     trained = sum(
@@ -138,37 +141,48 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
-    targets = adapted_layers(adapted) if uses_decoder else None
-    alone = activation_elements(
-        shapes,
-        config,
-        targets,
-        slots=1,
-    )
-    packed = activation_elements(
-        shapes,
-        config,
-        targets,
-        slots=2,
-    )
-    slack = 1 if on_gpu() else CPU_SLACK
-    largest_batch_bytes = max(work.batches) * element_bytes * slack
+    if on_gpu():
+        targets = adapted_layers(adapted) if uses_decoder else None
+        activations = gpu_activations(
+            shapes,
+            config,
+            targets,
+            element_bytes,
+            max(work.batches),
+            packed_length(work.evaluated_rows),
+        )
+    else:
+        is_trl = reason_unsupported(config, base_config) is not None
+        is_trl |= config.trainer.engine == "trl"
+        activations = cpu_activations(
+            config, shapes, adapted, work.largest_rows, work.evaluated_rows, is_trl
+        )
     return Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
-        base=base_bytes(skeleton, config, base_quantization(read_config_json(source))),
+        base=base,
         experts=experts,
         adapter=trained * _bytes_per_trained_weight(config, half_precision),
-        optimizer=trained * ADAMW_BYTES,
-        activations=int(largest_batch_bytes * alone.training),
-        activations_beside=int(largest_batch_bytes * packed.training),
+        optimizer=int(trained * _optimizer_bytes(config.optimizer.name)),
+        activations=activations.training,
+        activations_beside=activations.beside,
         held=block_weights(shapes, config) * element_bytes if uses_decoder else 0,
-        logits=logits_bytes(shapes.vocab_size, uses_decoder, half_precision),
-        evaluation=work.evaluated * alone.evaluating * element_bytes,
+        logits=activations.logits,
+        evaluation=activations.evaluating,
         available=available_memory(),
         batches=work.batches,
         train_tokens=work.train_tokens,
         weights=weights,
     )
+
+
+def _optimizer_bytes(name: str) -> float:
+    """Bytes of the optimizer's state for each trained weight."""
+    if on_gpu():
+        return ADAMW_BYTES
+    if name == "adafactor":
+        return 0  # a row and a column for each matrix
+    averages = 1 if "lion" in name else 2
+    return averages * (1 if "8bit" in name else 4)
 
 
 def _bytes_per_trained_weight(config: RunConfig, half_precision: bool) -> int:
@@ -188,8 +202,10 @@ class _Work:
     batches: tuple[int, ...]
     """Tokens in each training batch, of very long runs in a part of them; a prefix that the rows
     share is counted once."""
-    evaluated: int
-    """Tokens in the largest batch of held-out or test rows."""
+    largest_rows: list[list[Example]]
+    """The rows of the training batches that may need most."""
+    evaluated_rows: list[Example]
+    """The longest held-out or test rows, as many as are evaluated at once."""
     train_tokens: int
     """Tokens of the whole run without padding."""
 
@@ -216,7 +232,21 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
     evaluated = itertools.chain(held_out, test)
     eval_batch_rows = config.trainer.per_device_eval_batch_size
     largest_evaluation = heapq.nlargest(eval_batch_rows, evaluated, key=computed_length)
-    return _Work(tuple(batch_lengths), packed_length(largest_evaluation), sum(sizes))
+    # Engines that pad rows need most for the batch with the longest row times its rows.
+    widest = heapq.nlargest(
+        MOST_SHAPED,
+        counted,
+        key=lambda batch: len(batch) * max(lengths[index] for index in batch),
+    )
+    fullest = heapq.nlargest(
+        MOST_SHAPED, counted, key=lambda batch: sum(lengths[index] for index in batch)
+    )
+    return _Work(
+        batches=tuple(batch_lengths),
+        largest_rows=[[train[index] for index in batch] for batch in widest + fullest],
+        evaluated_rows=largest_evaluation,
+        train_tokens=sum(sizes),
+    )
 
 
 def _multiplied_weights(skeleton: "PreTrainedModel") -> int:

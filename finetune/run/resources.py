@@ -202,6 +202,7 @@ class SharedResources:
         free_memory()  # the base of another owner, which is in use no more
         _log_loading(config)
         base = load_base(self.source(config.model), config)
+        free_memory()  # what loading leaves behind may hold the mapped files
         dequantize_base(base, config)
         bank = Bank(base, config)
         free_memory()

@@ -17,6 +17,7 @@ from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
 from finetune.engine.packed.row_adapters import RowAdapters
+from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,8 +112,9 @@ class AutogradBackend:
             )
             spans.append(span)
         current_pass = _Pass(spans, training=dropout_steps is not None)
-        with self._during(current_pass):
-            states = self._base.get_decoder()(
+        decoder = self._base.get_decoder()
+        with self._during(current_pass), trimmed_heap(decoder):
+            states = decoder(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
@@ -129,7 +131,8 @@ class AutogradBackend:
             # `lora_linear` adds to it.
             span.slot.gradient.zero_()
         # Gradient checkpointing computes the blocks again within this call, with the same hooks.
-        with self._during(trace.current_pass):
+        decoder = self._base.get_decoder()
+        with self._during(trace.current_pass), trimmed_heap(decoder):
             torch.autograd.backward(trace.hidden, gradient)
 
     @staticmethod

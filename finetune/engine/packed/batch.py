@@ -130,6 +130,13 @@ class _Layout:
         self.row_count += 1
 
 
+def packed_spans(rows: Sequence[Row]) -> list[Span]:
+    """Return the spans of one run's batch, whose rows may all share a prefix."""
+    layout = _Layout()
+    layout.add_batch(rows, max(1, len(rows)))
+    return layout.spans
+
+
 class PackedBatch:
     """The tokens of several runs' batches, one batch after another, and where everything is."""
 

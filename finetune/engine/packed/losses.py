@@ -46,7 +46,7 @@ def token_losses(
     losses = []
     correct = []
     gradients = []
-    size = _chunk_size(len(hidden), backend.logits_chunk)
+    size = chunk_size(len(hidden), backend.logits_chunk)
     for start in range(0, len(hidden), size):
         chunk = slice(start, start + size)
         # No name is bound to the logits here, so that `score` can free them.
@@ -68,8 +68,8 @@ def token_losses(
     return TokenLosses(torch.cat(losses), torch.cat(correct), gradient)
 
 
-def _chunk_size(tokens: int, limit: int) -> int:
-    """Tokens of a chunk: about equal for all chunks, and a multiple of 16."""
+def chunk_size(tokens: int, limit: int) -> int:
+    """Return the tokens of a chunk: about equal for all chunks, and a multiple of 16."""
     # As few chunks as the limit allows; equal ones leave no small last product.
     chunks = math.ceil(tokens / limit)
     return 16 * math.ceil(tokens / chunks / 16)

@@ -81,6 +81,20 @@ def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Bucket
     return Buckets(buckets, output_indices.to(device))
 
 
+def padded_sizes(spans: list[Span]) -> tuple[int, int, int]:
+    """Return the padded queries and keys of all buckets, and the elements of their masks."""
+    queries = 0
+    keys = 0
+    mask = 0
+    for group in _group_by_length(spans):
+        query_count = group[0].length
+        key_count = max(span.prefix_length + span.length for span in group)
+        queries += len(group) * query_count
+        keys += len(group) * key_count
+        mask += len(group) * query_count * key_count
+    return queries, keys, mask
+
+
 def _group_by_length(spans: list[Span]) -> list[list[Span]]:
     """Group spans, the longest first, so that little of a group is padding."""
     groups: list[list[Span]] = []

@@ -15,12 +15,14 @@ from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
 from finetune.engine.loaded_model import LoadedModel
+from finetune.engine.probes import base_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
 from finetune.engine.trl.sampler import EpochSampler
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter import load_adapter
+from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,7 +78,7 @@ class TrlTraining(LoadedModel):
             return
         trainer = self._create_trainer(reporter)
         resumed = None if checkpoint is None else str(checkpoint)
-        with reporter.live():
+        with reporter.live(), trimmed_heap(base_of(self.model).base_model):
             drive(reporter.begin())
             if reporter.progress.stop is None:
                 trainer.train(resume_from_checkpoint=resumed)

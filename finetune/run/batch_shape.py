@@ -1,0 +1,47 @@
+"""The shape of a batch in memory: tokens, attention's padding and masks, predicted tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.encoding import IGNORED
+from finetune.engine.packed.batch import packed_spans
+from finetune.engine.packed.padded_attention import padded_sizes
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch as attention and the head see it."""
+
+    tokens: int
+    """Tokens that go through the layers, with padding where rows are padded."""
+    queries: int
+    """Tokens in attention's buckets, padded."""
+    keys: int
+    """The same of keys, with the shared prefix of each row."""
+    mask: int
+    """Elements of attention's masks."""
+    answers: int
+    """Tokens that are predicted."""
+
+
+def packed_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
+    """Return the shape of a batch without padding, but for attention's buckets."""
+    spans = packed_spans(rows)
+    queries, keys, mask = padded_sizes(spans)
+    tokens = sum(span.length for span in spans)
+    return BatchShape(tokens, queries, keys, mask, _answers(rows))
+
+
+def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
+    """Return the shape of a batch that is padded to its longest row."""
+    lengths = [len(row["input_ids"]) for row in rows] or [0]
+    longest = max(lengths)
+    tokens = len(rows) * longest
+    # Without padding transformers passes no mask.
+    mask = 0 if min(lengths) == longest else tokens * longest
+    return BatchShape(tokens, tokens, tokens, mask, tokens)
+
+
+def _answers(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])

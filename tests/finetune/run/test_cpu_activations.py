@@ -1,0 +1,115 @@
+"""The plan on a CPU: its terms against what autograd allocates, and against whole processes."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune.config.paths import CONF
+from finetune.config.schema import RunConfig
+
+SCRIPT = CONF.parent / "benchmarks" / "memory_plan.py"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["lora/target=q_v"],
+        ["lora.r=64", "lora.dropout=0.1"],
+        ["trainer.gradient_checkpointing=true"],
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [300, 20_000])
+def test_is_what_autograd_allocates(
+    tiny: Callable[..., RunConfig], overrides: list[str], vocabulary: int
+) -> None:
+    """Within 10 %. Of rows of several lengths, which attention pads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.requests import Evaluate, ForwardBackward
+    from finetune.run.cpu_activations import cpu_activations
+
+    shapes = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    config = tiny(
+        "quantization=none", "trainer.gradient_checkpointing=false", *overrides
+    )
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shapes))
+    bank = Bank(base, config)
+    slot = bank.create_slot(config.lora, 0)
+    ids = [torch.randint(0, 300, (length,)).tolist() for length in (180, 150, 90, 300)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    planned = cpu_activations(
+        config, base.config, slot.model, [rows], rows, is_trl=False
+    )
+    training = allocated(
+        lambda: bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
+    )
+    assert training == pytest.approx(planned.training + planned.logits, rel=0.1)
+    evaluating = allocated(lambda: bank.evaluate([Evaluate(slot, rows)]))
+    # Beyond what the plan adds for logits anyway.
+    assert evaluating <= 1.1 * (planned.evaluating + planned.logits)
+
+
+def allocated(compute: Callable[[], object]) -> int:
+    """Return the peak of the tensors that a call allocates, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        compute()
+    memory = peak = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            memory += event.nbytes()
+            peak = max(peak, memory)
+    return peak
+
+
+ODD = [
+    "no quantization",
+    "int8",
+    "nf4_double, r 128, dropout",
+    "DoRA (trl)",
+    "engine=trl",
+    "short rows, batch 8, accumulation 2",
+    "Adafactor (trl)",
+    "q_v alone, batch 1",
+    "batch 16 of short rows",
+    "r 64 with rsLoRA, dropout",
+    "Qwen 3, 150,000 words, untied",
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_plan_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
+def test_is_what_a_process_takes(script: ModuleType, tmp_path: Path, name: str) -> None:
+    """Within 10 %: the resident memory of a whole run, in a process of its own."""
+    case = script.CASES[name]
+    steps = ("trainer.max_steps=2", "trainer.eval_steps=2")
+    shorter = dataclasses.replace(case, overrides=(*case.overrides, *steps))
+    planned, measured = script.compare(shorter, tmp_path)
+    assert planned == pytest.approx(measured, rel=0.1)
