@@ -19,6 +19,7 @@ from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
 from sweeps.study.formatting import parameter_cells, parameter_names
+from sweeps.study.inside import first_inside, is_inside, point_of, values_outside
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -92,6 +93,9 @@ def _answer(data: ReportData) -> Section:
     if winner is None:
         return Section("answer", "Result", "No trial is complete yet.")
     sides = {"winner": winner}
+    inside = first_inside(data.study.ranked())
+    if not is_inside(winner) and inside is not None:
+        sides["best inside the space"] = inside
     if baseline is not None and baseline != winner:
         sides["baseline"] = baseline
     head = [""]
@@ -115,6 +119,9 @@ def _answer(data: ReportData) -> Section:
         lines += final_comparison_lines(data.answer)
     if baseline == winner:
         lines.append("The winner is the baseline itself.")
+    if not is_inside(winner):
+        names = ", ".join(values_outside(winner))
+        lines.append(f"The winner lies outside the search space: {names}.")
     return Section(
         "answer",
         "Result",
@@ -128,7 +135,7 @@ def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
     # A dict in place of a set, to keep the order of the winner's parameters.
     names: dict[str, None] = {}
     for trial in sides.values():
-        names |= dict.fromkeys(trial.params)
+        names |= dict.fromkeys(point_of(trial))
     rows = []
     for name in names:
         cells = [name]

@@ -8,13 +8,14 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.metrics.names import metric_notes
+from finetune.metrics.names import describe_metric, metric_notes
 from sweeps.answer.advice import Analysis
 from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.importance import describe_importance
 from sweeps.study.formatting import format_counts, format_parameters
+from sweeps.study.inside import is_inside, values_outside
 from sweeps.study.study import Study, role
 
 SHOWN_TRIALS = 5
@@ -50,6 +51,7 @@ def summary_lines(
         error = trial.user_attrs.get("error")
         lines.append(f"  trial {trial.number:<4} failed: {error}")
     lines += _labelled("winner", [_winner(study, answer)])
+    lines += _labelled("best inside", _inside_lines(study, answer))
     for purpose, command in commands(study):
         lines += _labelled(purpose, [command])
     if report is not None:
@@ -92,6 +94,24 @@ def _winner(study: Study, answer: Mapping[str, Any]) -> str:
         return f"{folder}/best: the run folder of trial {number}"
     source = f"retrained in {answer['run']}, because its first adapter was removed"
     return f"{folder}/best: trial {number}, {source}"
+
+
+def _inside_lines(study: Study, answer: Mapping[str, Any]) -> list[str]:
+    """Name the best trial inside the space where the winner lies outside."""
+    trials = {trial.number: trial for trial in study.ranked()}
+    winner = trials[answer["trial"]]
+    if is_inside(winner):
+        return []
+    names = ", ".join(values_outside(winner))
+    reason = f"trial {winner.number} lies outside the search space: {names}"
+    if answer.get("inside") is None:
+        return [f"no trial is complete; {reason}"]
+    inside = trials[answer["inside"]["trial"]]
+    values = [
+        f"{describe_metric(name)} {value:.4f}"
+        for name, value in zip(study.objectives, inside.values, strict=True)
+    ]
+    return [f"trial {inside.number}, {', '.join(values)}; {reason}"]
 
 
 def _labelled(label: str, lines: Sequence[str]) -> list[str]:

@@ -75,9 +75,12 @@ class SuccessiveHalvingPruner(BasePruner):
         objective: float = trial.intermediate_values[step]
         if math.isnan(objective):
             return True
+        # A study leaves out its trials outside the search space, which this one may be.
         trials = study.get_trials(deepcopy=False)
+        others = [other for other in trials if other.number != trial.number]
         sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-        ranked_costs = sorted(sign * value for value in _values_at(step, trials))
+        values = [objective, *_values_at(step, others)]
+        ranked_costs = sorted(sign * value for value in values)
         survivors = self._survivors(len(ranked_costs))
         margin = 0.0
         if self._noise_margin > 0:

@@ -21,12 +21,12 @@ from optuna.distributions import (
 from finetune.config.convert import is_number
 from finetune.errors import ConfigError, refusal
 from sweeps.space.distributions import (
+    contains,
     describe,
     distribution_or_value,
     grid_values,
     random_value,
     value_count,
-    widen,
 )
 from sweeps.space.encoding import NULL, encode
 from sweeps.space.overrides import (
@@ -147,26 +147,16 @@ class Space:
             point[name] = encoded
         return point
 
-    def widened(self, point: Point) -> tuple["Space", list[str]]:
-        """Extend the space so that it contains a point.
-
-        Returns:
-            The space, and a line for the user on each parameter whose distribution was extended.
-        """
-        distributions = dict(self.distributions)
-        lines = []
+    def outside(self, point: Point) -> Point:
+        """Return a point's values of searched parameters that lie outside the space."""
+        outside: Point = {}
         for name, value in point.items():
-            distribution = self.distributions[name]
-            distributions[name] = widen(name, distribution, value)
-            if distributions[name] != distribution:
-                before = describe(distribution)
-                lines.append(
-                    f"{name}={value}: the config's own value lies outside {before}, "
-                    "which now holds it"
-                )
-        return dataclasses.replace(self, distributions=distributions), lines
+            distribution = self.distributions.get(name)
+            if distribution is not None and not contains(distribution, value):
+                outside[name] = value
+        return outside
 
-    def require(self, key: str, point: Mapping[str, Any]) -> None:
+    def require(self, key: str, point: Point) -> None:
         """Refuse a point that lies outside the space.
 
         Args:
@@ -176,14 +166,13 @@ class Space:
         Raises:
             ConfigError: a parameter is not searched, or its value lies outside its distribution.
         """
-        for name, value in point.items():
+        for name in point:
             if name not in self.distributions:
                 allowed = ", ".join(self.distributions)
                 raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
-            distribution = self.distributions[name]
-            if widen(f"{key}: {name}", distribution, value) != distribution:
-                described = describe(distribution)
-                raise ConfigError(f"{key}: {name}={value} lies outside {described}")
+        for name, value in self.outside(point).items():
+            described = describe(self.distributions[name])
+            raise ConfigError(f"{key}: {name}={value} lies outside {described}")
 
     def extremes(self) -> list[Point]:
         """Return a few points that together have every choice and both ends of every range."""

@@ -19,6 +19,7 @@ from finetune.metrics.load import check_metrics, higher_is_better
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
 from sweeps.space.custom import extend_baseline, load_function
+from sweeps.space.distributions import describe
 from sweeps.space.params import plain_params
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
@@ -42,7 +43,7 @@ class Draft:
     def total(self) -> int | None:
         """Number of trials that the study shall hold; None: as many as the budget allows.
 
-        A space without a continuous parameter has no more than its points.
+        A space without a continuous parameter has no more than its points, and a baseline outside.
         """
         n_trials = self.session.settings.n_trials
         points = self._point_count
@@ -61,9 +62,11 @@ class Draft:
         settings = self.session.settings
         if settings.is_grid:
             return len(self.points)
-        if settings.custom_search_space:
+        space = self.session.space
+        if settings.custom_search_space or space.size is None:
             return None
-        return self.session.space.size
+        outside = [point for _, point in self.points if space.outside(point)]
+        return space.size + len(outside)
 
 
 def draft_session(
@@ -104,13 +107,13 @@ def draft_session(
     common = _resolve_automatic_values(common, composed)
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
-    space, points = _first_points(settings, scaled_space, config, composed, common.seed)
+    points = _first_points(settings, scaled_space, config, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
         address=address,
         settings=settings,
-        space=space,
+        space=scaled_space,
         config=config,
         hydra_context=context,
         common=common,
@@ -243,44 +246,42 @@ def _first_points(
     config: DictConfig,
     composed: DictConfig,
     seed: int,
-) -> tuple[Space, list[tuple[str, Point]]]:
-    """Return the points of the first trials, and a space that contains them.
+) -> list[tuple[str, Point]]:
+    """Return the points of the first trials.
 
     They are the config's own values (the baseline), the user's points, and a grid's points.
     """
-    # Before the baseline widens the space: its values are not those of the user's grid.
-    grid = space.grid(seed) if settings.is_grid else []
     points: list[tuple[str, Point]] = []
     if settings.baseline:
-        space, baseline = _baseline(settings, space, config, composed)
+        baseline = _baseline(settings, space, config, composed)
         if baseline is not None:
             points.append(("baseline", baseline))
     for point in settings.start:
         space.require("hydra.sweeper.start", point)
         points.append(("start", point))
     chosen = [point for _, point in points]
-    for point in grid:
+    for point in space.grid(seed) if settings.is_grid else []:
         if point not in chosen:
             points.append(("grid", point))
-    return space, points
+    return points
 
 
 def _baseline(
     settings: StudySettings, space: Space, config: DictConfig, composed: DictConfig
-) -> tuple[Space, Point | None]:
-    """Return the space, widened for the config's own values, and the point that they are."""
+) -> Point | None:
+    """Return the point of the config's own values, which may lie outside the space."""
     baseline = space.point_of(composed)
     if baseline is None:
         log.info("no baseline: the config has no value of its own for what is searched")
-        return space, None
-    # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
-    widened, lines = space.widened(baseline)
+        return None
     if settings.custom_search_space:
         baseline = extend_baseline(
-            settings.custom_search_space, config, widened, baseline, composed
+            settings.custom_search_space, config, space, baseline, composed
         )
-        if baseline is None:
-            return space, None
-    for line in lines:
-        log.info("%s", line)
-    return widened, baseline
+    for name, value in space.outside(baseline or {}).items():
+        described = describe(space.distributions[name])
+        message = (
+            "%s=%s: the config's own value lies outside %s; only the baseline has it"
+        )
+        log.info(message, name, value, described)
+    return baseline

@@ -6,6 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.metrics.names import metric_notes
+from sweeps.study.inside import is_inside, point_of, values_outside
 from sweeps.study.study import Study, role
 
 
@@ -67,13 +68,14 @@ def parameter_names(trials: Iterable[FrozenTrial]) -> list[str]:
     """Return the names of all parameters that some of the trials have, in alphabetical order."""
     names: set[str] = set()
     for trial in trials:
-        names |= trial.params.keys()
+        names |= point_of(trial).keys()
     return sorted(names)
 
 
 def parameter_cells(trial: FrozenTrial, names: Sequence[str]) -> list[str]:
     """Format a trial's values of some parameters; empty where the trial has none."""
-    return [format_value(trial.params.get(name, "")) for name in names]
+    point = point_of(trial)
+    return [format_value(point.get(name, "")) for name in names]
 
 
 def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
@@ -95,9 +97,11 @@ def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
 
 
 def trial_note(trial: FrozenTrial) -> str:
-    """Describe a trial's role, why it ended early, and whether its batch was reduced."""
+    """Describe a trial's role, its place, why it ended early, and whether its batch was reduced."""
     attributes = trial.user_attrs
     notes = [role(trial)]
+    if not is_inside(trial):
+        notes.append(f"outside the space ({', '.join(values_outside(trial))})")
     if trial.state == TrialState.PRUNED:
         step = attributes.get("step")
         reason = attributes.get("reason", "")
@@ -112,7 +116,7 @@ def trial_note(trial: FrozenTrial) -> str:
 def format_parameters(trial: FrozenTrial) -> str:
     """Format a trial's parameters on one line."""
     assignments = []
-    for name, value in trial.params.items():
+    for name, value in point_of(trial).items():
         assignments.append(f"{short_name(name)}={format_value(value)}")
     return " ".join(assignments)
 

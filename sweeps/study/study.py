@@ -6,6 +6,7 @@ The storage's study attributes hold what all workers and later sessions have to 
 `EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
 """
 
+import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.study.errors import StorageLost
+from sweeps.study.inside import is_inside
 from sweeps.study.storage import open_storage
 
 # Optuna's own lines on each trial would repeat those of the study.
@@ -292,7 +294,11 @@ class Study:
         """
         # Read before the ranking: a trial that finishes in between may be one of the best.
         finished = self.finished()
-        needed = {trial.number for trial in self.ranked()[:keep]}
+        ranked = self.ranked()
+        inside = filter(is_inside, ranked)
+        # The winner may lie outside the space.
+        best = [*ranked[:1], *itertools.islice(inside, keep)]
+        needed = {trial.number for trial in best}
         baseline = self.baseline()
         if baseline is not None:
             needed.add(baseline.number)

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.compat import enqueued_point
 from sweeps.space.space import Point, Space
+from sweeps.study.inside import point_of
 from sweeps.study.study import OUT_OF_TIME
 
 ATTEMPTS = 1000
@@ -31,7 +32,7 @@ def tried_points(trials: Sequence[FrozenTrial]) -> list[Point]:
             points.append(enqueued)
         # A point that its user gave in part is whole once the sampler has chosen the rest.
         if trial.params:
-            points.append(trial.params)
+            points.append(point_of(trial))
     return points
 
 

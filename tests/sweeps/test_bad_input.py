@@ -197,11 +197,6 @@ SPACE = [
         "hydra/sweeper/sampler=grid",
         "lora.dropout, optimizer.learning_rate: a grid needs a choice or a range with a step",
     ),
-    Case(
-        "baseline-beyond-widening",
-        "lora.dropout=tag(log,interval(0.01,0.1))",
-        "lora.dropout=0.0: can't be part of tag(log, interval(0.01, 0.1)); hydra.sweeper.baseline=false goes without",
-    ),
 ]
 
 

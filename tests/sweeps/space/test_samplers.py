@@ -116,6 +116,52 @@ def drive(tmp_path: Path) -> Drive:
     return run
 
 
+OUTSIDE: Point = {
+    "optimizer.learning_rate": 1.0,
+    "lora.dropout": 0.9,
+    "lora.r": 1,
+    "lora.alpha": 7,
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("count", [1, 4], ids=["one value outside", "all"])
+def test_a_baseline_outside_of_the_space_does_not_lead_the_sampler(
+    sampler: str, count: int, drive: Drive
+) -> None:
+    inside: Point = {
+        "optimizer.learning_rate": 1e-3,
+        "lora.dropout": 0.1,
+        "lora.r": 32,
+        "lora.alpha": 16,
+    }
+    baseline = {**inside, **dict(list(OUTSIDE.items())[:count])}
+
+    def study(name: str, baseline_loss: float) -> list[Point]:
+        def values(point: Point) -> list[float]:
+            return [loss(point) if len(point) == len(PARAMS) else baseline_loss]
+
+        points = [("baseline", baseline)]
+        return drive(sampler, 14, study=name, points=points, values=values)
+
+    first, *others = study("best", -10.0)
+    assert first == {name: inside[name] for name in list(PARAMS)[count:]}
+    space = Space.parse(PARAMS, [])
+    for point in others:
+        assert list(point) == list(PARAMS)
+        assert space.outside(point) == {}
+    # They are as if the baseline was the worst: no sampler has seen it.
+    assert study("worst", 10.0)[1:] == others
+
+
+def test_a_baseline_outside_comes_on_top_of_a_finite_space(drive: Drive) -> None:
+    params = {"lora.r": "choice(4,8)", "lora.alpha": "choice(8,16)"}
+    points = [("baseline", {"lora.r": 16, "lora.alpha": 8})]
+    first, *others = drive("tpe", 5, params=params, points=points)
+    assert first == {"lora.alpha": 8}
+    assert distinct(others) == 4
+
+
 def distinct(points: list[Point]) -> int:
     return len({tuple(sorted(point.items())) for point in points})
 
