@@ -14,7 +14,11 @@ from sweeps.answer.commands import commands
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.importance import describe_importance
-from sweeps.study.formatting import format_counts, format_parameters
+from sweeps.study.formatting import (
+    format_counts,
+    format_parameters,
+    variant_notes,
+)
 from sweeps.study.inside import is_inside, values_outside
 from sweeps.study.study import Study, role
 
@@ -70,7 +74,8 @@ def _trial_lines(study: Study) -> list[str]:
     if baseline is not None and baseline not in shown:
         shown.append(baseline)
     lines = [_trial_line(study, trial, trial.number in front) for trial in shown]
-    return lines + [f"  {note}" for note in metric_notes(study.objectives)]
+    notes = [*metric_notes(study.objectives), *variant_notes(study)]
+    return lines + [f"  {note}" for note in notes]
 
 
 def _trial_line(study: Study, trial: FrozenTrial, is_on_front: bool) -> str:

@@ -12,7 +12,7 @@ from optuna.trial import FixedTrial
 from finetune.config.flatten import flatten
 from finetune.console import error_line, summary_line
 from finetune.errors import refusal
-from sweeps.space.distributions import contains, describe, suggest
+from sweeps.space.distributions import contains, describe
 from sweeps.space.encoding import encode
 from sweeps.space.space import Point, Space
 
@@ -57,9 +57,7 @@ def extend_baseline(
     """
     trial = FixedTrial({**_own_values(composed), **point})
     outside = space.outside(point)
-    for name, distribution in space.distributions.items():
-        if name not in outside:
-            suggest(trial, name, distribution)
+    space.suggest(trial, outside)
     function = load_function(path)
     try:
         function(config, trial)

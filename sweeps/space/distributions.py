@@ -1,7 +1,7 @@
 """Optuna's distributions: read from Hydra's sweep syntax, described, listed, suggested."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import (
@@ -90,7 +90,7 @@ def describe(distribution: BaseDistribution) -> str:
 def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether an encoded value lies in a distribution, on a step where it has steps."""
     if isinstance(distribution, CategoricalDistribution):
-        return _has_choice(distribution, value)
+        return has_choice(distribution.choices, value)
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     if not is_number(value) or not distribution.low <= value <= distribution.high:
         return False
@@ -102,13 +102,12 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     return bool(abs(steps - round(steps)) < STEP_TOLERANCE)
 
 
-def _has_choice(distribution: CategoricalDistribution, value: Any) -> bool:
-    """Whether a value is among the choices; True and 1 are equal in Python, but not in a config."""
+def has_choice(choices: Sequence[Any], value: Any) -> bool:
+    """Whether a value is among choices; True and 1 are equal in Python, but not in a config."""
     is_bool = isinstance(value, bool)
-    for choice in distribution.choices:
-        if choice == value and isinstance(choice, bool) == is_bool:
-            return True
-    return False
+    return any(
+        choice == value and isinstance(choice, bool) == is_bool for choice in choices
+    )
 
 
 def grid_values(distribution: BaseDistribution) -> list[Any] | None:

@@ -21,6 +21,7 @@ from finetune.run.resources import shared_resources
 from sweeps.space.custom import extend_baseline, load_function
 from sweeps.space.distributions import describe
 from sweeps.space.params import plain_params
+from sweeps.space.points import grid_points, point_count
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
 from sweeps.study.job import require_one_directory
@@ -63,10 +64,11 @@ class Draft:
         if settings.is_grid:
             return len(self.points)
         space = self.session.space
-        if settings.custom_search_space or space.size is None:
+        inside = point_count(space)
+        if settings.custom_search_space or inside is None:
             return None
         outside = [point for _, point in self.points if space.outside(point)]
-        return space.size + len(outside)
+        return inside + len(outside)
 
 
 def draft_session(
@@ -260,7 +262,7 @@ def _first_points(
         space.require("hydra.sweeper.start", point)
         points.append(("start", point))
     chosen = [point for _, point in points]
-    for point in space.grid(seed) if settings.is_grid else []:
+    for point in grid_points(space, seed) if settings.is_grid else []:
         if point not in chosen:
             points.append(("grid", point))
     return points
@@ -279,7 +281,8 @@ def _baseline(
             settings.custom_search_space, config, space, baseline, composed
         )
     for name, value in space.outside(baseline or {}).items():
-        described = describe(space.distributions[name])
+        distribution = space.distributions.get(name)
+        described = describe(distribution) if distribution else "all variants"
         message = (
             "%s=%s: the config's own value lies outside %s; only the baseline has it"
         )

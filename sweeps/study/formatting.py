@@ -55,13 +55,25 @@ def trials_table(study: Study, is_ranked: bool = False) -> str:
         parameters = parameter_cells(trial, names)
         note = trial_note(trial)
         rows.append([number, state, *objectives, *parameters, note])
-    table = "\n".join([format_table(head, rows), *metric_notes(study.objectives)])
+    notes = [*metric_notes(study.objectives), *variant_notes(study)]
+    table = "\n".join([format_table(head, rows), *notes])
     waiting_count = len(study.trials()) - len(trials)
     if waiting_count:
         table += f"\n{waiting_count} waiting"
     if study.ended:
         table += f"\n{study.ended}"
     return table
+
+
+def variant_notes(study: Study) -> list[str]:
+    """Return a line below a table for each variant: the values that its name stands for."""
+    lines = []
+    for name, variants in study.variants.items():
+        for variant, values in variants.items():
+            assignments = [f"{key}={value}" for key, value in values.items()]
+            text = " ".join(assignments) or "the config's own values"
+            lines.append(f"{short_name(name)}={variant}: {text}")
+    return lines
 
 
 def parameter_names(trials: Iterable[FrozenTrial]) -> list[str]:

@@ -7,6 +7,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.run.resources import shared_resources
+from sweeps.space.samplers import conditions_note
 from sweeps.space.settings import StudySettings
 from sweeps.study.creation import create_or_resume, decide_engine
 from sweeps.study.launching import worker_count
@@ -43,6 +44,9 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
     check_address(draft.address, worker_count(settings))
     _log_why_no_pruning(settings, config)
+    note = conditions_note(settings, draft.space.conditions)
+    if note:
+        log.info("%s", note)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
     study = create_or_resume(

@@ -153,6 +153,15 @@ class Study:
         return [names] if isinstance(names, str) else list(names)
 
     @property
+    def variants(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The values of each variant, by the name of the parameter and that of the variant."""
+        variants = {}
+        for key, term in self.optuna.user_attrs["terms"].items():
+            if key.startswith("space.") and "variants" in term:
+                variants[key.removeprefix("space.")] = term["variants"]
+        return variants
+
+    @property
     def sampler(self) -> Mapping[str, Any] | None:
         """The sampler and its arguments; None: an earlier version has stored none."""
         return self.optuna.user_attrs.get("sampler")

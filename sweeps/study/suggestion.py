@@ -6,7 +6,7 @@ from optuna.samplers import BaseSampler
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, filtered_study
 from sweeps.space.custom import load_function
-from sweeps.space.distributions import suggest
+from sweeps.space.points import point_count
 from sweeps.space.space import Point
 from sweeps.study.inside import OUTSIDE, is_inside, point_of
 from sweeps.study.session import Session
@@ -46,9 +46,7 @@ def suggest_point(session: Session, study: Study, trial: optuna.Trial) -> Point:
         trial.set_user_attr(OUTSIDE, outside)
     # One trial at a time, so that no two draw the same untried point.
     with file_lock(study.lock_path):
-        for name, distribution in space.distributions.items():
-            if name not in outside:
-                suggest(trial, name, distribution)
+        space.suggest(trial, outside)
     function_path = session.settings.custom_search_space
     if function_path:
         extend = load_function(function_path)
@@ -60,6 +58,6 @@ def _sampler(session: Session, number: int) -> BaseSampler:
     """Return a trial's sampler, which repeats no point of a finite space."""
     sampler = session.sampler(number)
     # What a user's function suggests besides makes other trials of the same point.
-    if session.space.size is None or session.settings.custom_search_space:
+    if point_count(session.space) is None or session.settings.custom_search_space:
         return sampler
     return UntriedPointSampler(sampler, session.space, seed=number)

@@ -36,7 +36,7 @@ def study_terms(
         A value for each config key, and for each parameter an entry `space.<name>`.
     """
     # `+key` is Hydra's syntax for a key that the config lacks.
-    searched = {name.lstrip("+") for name in space.distributions}
+    searched = {name.lstrip("+") for name in space.config_keys}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
     groups = []
     for name in searched:
@@ -113,6 +113,12 @@ def require_changeable(
                 f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"
             )
             raise refusal(key, terms.get(key), reason)
+    for key, now in terms.items():
+        before = stored.get(key) if key.startswith("space.") else None
+        if before and before.get("variants") != now.get("variants"):
+            name = key.removeprefix("space.")
+            reason = f"study {study} has trials of other variants; {OTHER_NAME}"
+            raise ConfigError(f"{name}: {reason}")
     for trial in trials:
         for name in trial.distributions.keys() & distributions.keys():
             before = trial.distributions[name]
