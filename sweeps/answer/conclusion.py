@@ -24,6 +24,7 @@ from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
+from sweeps.space.feasibility import why_no_winner
 from sweeps.study.inside import first_inside, is_inside, point_of
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.study import Study
@@ -58,7 +59,8 @@ def _conclude(
 ) -> None:
     winner = _winner(study)
     if winner is None:
-        log.info("study %s: no trial is complete, so there is no winner", study.name)
+        reason = why_no_winner(study.trials())
+        log.info("study %s: %s, so there is no winner", study.name, reason)
         _report(study)
         return
     run = _run_with_adapter(study, winner)

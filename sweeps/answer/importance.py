@@ -103,7 +103,7 @@ def comparable_trials(study: optuna.Study, objective: int = 0) -> list[MeasuredT
     """Select the trials that can be compared, pruned ones included.
 
     Where pruning leaves few complete trials, all trials are compared by their values at the last
-    rung that every trial has reported. With several objectives nothing is pruned, and complete
+    rung that every trial has reported. With several objectives, complete
     trials are compared by their final values.
 
     Args:

@@ -7,7 +7,11 @@ from optuna.trial import FrozenTrial
 
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
-from finetune.metrics.names import describe_metric, metric_notes
+from finetune.metrics.names import (
+    describe_metric,
+    format_metric,
+    metric_notes,
+)
 from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
@@ -18,6 +22,7 @@ from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
+from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import parameter_cells, parameter_names
 from sweeps.study.inside import first_inside, is_inside, point_of, values_outside
 
@@ -91,7 +96,8 @@ def _answer(data: ReportData) -> Section:
     winner = data.winner
     baseline = data.study.baseline()
     if winner is None:
-        return Section("answer", "Result", "No trial is complete yet.")
+        reason = why_no_winner(data.trials.values())
+        return Section("answer", "Result", f"There is no winner: {reason}.")
     sides = {"winner": winner}
     inside = first_inside(data.study.ranked())
     if not is_inside(winner) and inside is not None:
@@ -148,7 +154,7 @@ def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
 def _objective_rows(data: ReportData, sides: dict[str, FrozenTrial]) -> list[Row]:
     rows = []
     for index, name in enumerate(data.study.objectives):
-        values = [f"{trial.values[index]:.4f}" for trial in sides.values()]
+        values = [format_metric(trial.values[index]) for trial in sides.values()]
         rows.append(Row([describe_metric(name), *values], "winner"))
     return rows
 

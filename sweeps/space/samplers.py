@@ -29,12 +29,18 @@ MOVED_CLASSES = {
 
 
 def make_pruner(settings: StudySettings) -> BasePruner:
-    """Make the study's pruner; with several objectives, one that never prunes."""
-    if len(settings.directions) > 1:
-        return NopPruner()
+    """Make the study's pruner; one that never prunes where it can't compare several objectives."""
     arguments = _with_current_path(settings.pruner)
+    if len(settings.directions) > 1 and not compares_several(settings):
+        return NopPruner()
     pruner: BasePruner = instantiate(arguments, _execution_whitelist_=ALLOWED_PRUNERS)
     return pruner
+
+
+def compares_several(settings: StudySettings) -> bool:
+    """Whether the configured pruner compares trials by several objectives: Optuna's do not."""
+    target = _with_current_path(settings.pruner)["_target_"]
+    return str(target) == "sweeps.space.pruners.SuccessiveHalvingPruner"
 
 
 def make_sampler(

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from finetune.config.schema import RunConfig
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.errors import ConfigError, refusal
 from finetune.metrics.load import check_metrics, higher_is_better
+from finetune.metrics.metric import Metric
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
+from sweeps.space.constraints import require_names
 from sweeps.space.custom import extend_baseline, load_function
 from sweeps.space.distributions import describe
 from sweeps.space.params import plain_params
@@ -102,7 +104,10 @@ def draft_session(
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
     common = _check_run_config(composed)
-    settings = _resolve_directions(settings, common)
+    metrics = check_metrics(common)
+    scores = [name for metric in metrics for name in metric.names]
+    require_names(settings.parsed_constraints, common.allowed_objectives(scores))
+    settings = _resolve_directions(settings, common, metrics)
     address = plain["storage"]
     # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
@@ -205,9 +210,10 @@ def _check_run_config(composed: DictConfig) -> RunConfig:
     return config
 
 
-def _resolve_directions(settings: StudySettings, config: RunConfig) -> StudySettings:
+def _resolve_directions(
+    settings: StudySettings, config: RunConfig, metrics: Sequence[Metric]
+) -> StudySettings:
     """Return the settings with a direction for each objective, which its metric allows."""
-    metrics = check_metrics(config)
     rising = [higher_is_better(name, metrics) for name in config.objectives]
     if settings.direction == "auto":
         directions: list[Direction] = [

@@ -5,7 +5,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.metrics.names import metric_notes
+from finetune.metrics.names import format_metric, metric_notes
+from sweeps.space.feasibility import is_feasible, violated
+from sweeps.space.pruners import rung_values
 from sweeps.study.inside import is_inside, point_of, values_outside
 from sweeps.study.study import Study, role
 
@@ -101,9 +103,10 @@ def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
         `count` cells.
     """
     values: Sequence[float] = trial.values or []
-    if not values and trial.last_step is not None:
-        values = [trial.intermediate_values[trial.last_step]]
-    cells = [f"{value:.4f}" for value in values[:count]]
+    reported = rung_values(trial)
+    if not values and reported:
+        values = reported[max(reported)]
+    cells = [format_metric(value) for value in values[:count]]
     padding = [""] * (count - len(cells))
     return cells + padding
 
@@ -114,6 +117,8 @@ def trial_note(trial: FrozenTrial) -> str:
     notes = [role(trial)]
     if not is_inside(trial):
         notes.append(f"outside the space ({', '.join(values_outside(trial))})")
+    if not is_feasible(trial):
+        notes.append(f"infeasible: {', '.join(violated(trial))}")
     if trial.state == TrialState.PRUNED:
         step = attributes.get("step")
         reason = attributes.get("reason", "")
@@ -144,8 +149,10 @@ def format_value(value: Any) -> str:
 
 
 def format_counts(study: Study) -> str:
-    """Count the complete, pruned and failed trials."""
+    """Count the complete, pruned and failed trials, and the infeasible ones among them."""
     complete = len(study.trials(TrialState.COMPLETE))
     pruned = len(study.trials(TrialState.PRUNED))
     failed = len(study.trials(TrialState.FAIL))
-    return f"{complete} complete, {pruned} pruned, {failed} failed"
+    infeasible = sum(not is_feasible(trial) for trial in study.trials())
+    counts = f"{complete} complete, {pruned} pruned, {failed} failed"
+    return f"{counts}, {infeasible} of them infeasible" if infeasible else counts

@@ -24,6 +24,7 @@ from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
 from sweeps.study.inside import is_inside
 from sweeps.study.storage import open_storage
@@ -191,11 +192,11 @@ class Study:
         return self.trials(*FINISHED)
 
     def ranked(self) -> list[FrozenTrial]:
-        """Return the complete trials, the best first.
+        """Return the complete trials that violate no constraint, the best first.
 
         With several objectives, the Pareto front comes first, then the others, each by number.
         """
-        complete = self.trials(TrialState.COMPLETE)
+        complete = list(filter(is_feasible, self.trials(TrialState.COMPLETE)))
         if len(self.optuna.directions) == 1:
             return sorted(complete, key=self._cost_and_number)
         front = {trial.number for trial in self.optuna.best_trials}

@@ -11,6 +11,7 @@ from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
 from finetune.run.identity import KEYS_WITHOUT_EFFECT
+from sweeps.space.constraints import KEY as CONSTRAINTS
 from sweeps.space.distributions import describe
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
@@ -54,6 +55,9 @@ def study_terms(
             terms[key] = value
     terms["objective"] = config.objective
     terms["hydra.sweeper.direction"] = settings.directions
+    # A study from before there were constraints has none.
+    if settings.constraints:
+        terms[CONSTRAINTS] = settings.constraints
     terms["dataset_fingerprint"] = dataset_fingerprint
     for name, distribution in space.to_dict().items():
         terms[f"space.{name}"] = distribution
@@ -107,7 +111,7 @@ def require_changeable(
         ConfigError: the objective has changed, or a parameter's choices, which Optuna can't
             compare with those of the earlier trials.
     """
-    for key in ("objective", "hydra.sweeper.direction"):
+    for key in ("objective", "hydra.sweeper.direction", CONSTRAINTS):
         if stored.get(key) != terms.get(key):
             reason = (
                 f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"

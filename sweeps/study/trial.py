@@ -7,7 +7,7 @@ from typing import Any
 
 import optuna
 from omegaconf import DictConfig
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.schema import RunConfig
 from finetune.console import error_line
@@ -27,6 +27,8 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
+from sweeps.space.constraints import violations
+from sweeps.space.feasibility import store_violations
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
@@ -261,6 +263,8 @@ class TrialRunner:
             attributes[TRAIN_TOKENS] = result[TRAIN_TOKENS]
         for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
+        if outcome.state != TrialState.FAIL:
+            self._store_violations(result, outcome)
         self.trial.study.tell(
             self.trial,
             outcome.values,
@@ -270,6 +274,13 @@ class TrialRunner:
         description = outcome.describe(self._study.objectives)
         log.info("trial %d: %s", self.trial.number, description)
         self._end_study_by_rule()
+
+    def _store_violations(self, result: dict[str, Any], outcome: Outcome) -> None:
+        """Store how far the trial is beyond the bounds of `hydra.sweeper.constraints`."""
+        constraints = self._session.settings.parsed_constraints
+        figures = {**result, **result.get("metrics", {})}
+        is_final = outcome.state == TrialState.COMPLETE
+        store_violations(self.trial, violations(constraints, figures, is_final))
 
     def _end_study_by_rule(self) -> None:
         """End the study if `hydra.sweeper.stop_when` says so, now that a trial has ended."""

@@ -54,7 +54,7 @@ class Judged:
         )
         self.trial.set_user_attr("role", role)
         session: Any = SimpleNamespace(
-            settings=SimpleNamespace(directions=["minimize"]),
+            settings=SimpleNamespace(directions=["minimize"], parsed_constraints=[]),
             is_stopping=False,
             is_out_of_time=lambda study: False,
             deadline=None,
