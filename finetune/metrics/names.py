@@ -17,7 +17,7 @@ def describe_metric(name: str) -> str:
 
 def format_metric(value: float) -> str:
     """Format a metric's value; whole numbers, as a count of weights, have no decimals."""
-    is_count = abs(value) >= 100 and value == round(value)
+    is_count = abs(value) >= 100 and float(value).is_integer()
     return f"{value:.0f}" if is_count else f"{value:.4f}"
 
 

@@ -19,6 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from sweeps.space.distributions import describe
 from sweeps.space.encoding import encode
+from sweeps.space.points import extreme_points
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
 
@@ -425,3 +426,62 @@ def test_a_searched_seed_is_refused_with_confirm_named(name: str) -> None:
         with pytest.raises(ConfigError, match="sweeps confirm"):
             Space.parse({}, [f"{name}={sweep}"])
     assert Space.parse({name: 3}, []).fixed == {name: "3"}
+
+
+@pytest.mark.parametrize(
+    ("searched", "expected"),
+    [
+        ("lora.r=int(interval(2,7))", [2, 7]),
+        ("lora.r=range(2,8)", [2, 7]),
+        ("lora.r=range(8,65,8)", [8, 64]),
+        ("lora.r=tag(log,int(interval(2,64)))", [2, 64]),
+        ("lora.dropout=interval(0,0.1)", [0.0, 0.1]),
+        ("lora.dropout=range(0,0.3,0.1)", [0.0, 0.2]),
+        ("optimizer.learning_rate=tag(log,interval(1e-5,1e-3))", [1e-5, 1e-3]),
+        ("lora.use_dora=choice(true,false)", [True, False]),
+        ("dataset.limit=null,100", [None, 100]),
+        (
+            "lora.target_modules=choice([q_proj],[q_proj,v_proj])",
+            [["q_proj"], ["q_proj", "v_proj"]],
+        ),
+        ("lora.target_modules=[q_proj],all-linear", [["q_proj"], "all-linear"]),
+        ("++lora.extra=choice({a:1},{a:2})", [{"a": 1}, {"a": 2}]),
+    ],
+)
+def test_both_ends_of_what_is_searched_reach_the_config(
+    searched: str, expected: list[object]
+) -> None:
+    space = Space.parse({}, [searched])
+    values = []
+    for point in extreme_points(space):
+        value = OmegaConf.select(
+            composed(*space.overrides(point)), searched.partition("=")[0].strip("+")
+        )
+        is_config = OmegaConf.is_config(value)
+        values.append(OmegaConf.to_container(value) if is_config else value)
+    assert values == expected
+
+
+@pytest.mark.parametrize(
+    ("searched", "key", "expected"),
+    [
+        ("lora=choice(r8,r64)", "lora.r", [8, 64]),
+        ("lora=r8,r64", "lora.r", [8, 64]),
+        ("lora/target=choice(q_v,all_linear)", "lora.target_modules", [["q_proj", "v_proj"], "all-linear"]),
+        ("lora=glob(r?)", "lora.r", [4, 8]),
+    ],
+)  # fmt: skip
+def test_whole_groups_reach_the_config(
+    searched: str, key: str, expected: list[object]
+) -> None:
+    # A glob lists a group's options by Hydra's loader.
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF)):
+        space = Space.parse({}, [searched])
+    values = []
+    for point in extreme_points(space):
+        value = OmegaConf.select(composed(*space.overrides(point)), key)
+        is_config = OmegaConf.is_config(value)
+        values.append(OmegaConf.to_container(value) if is_config else value)
+    assert values == expected
