@@ -167,6 +167,8 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _list_row(folder: Path) -> list[str]:
     """Name, start, trial count and best value of the study in a folder."""
+    from optuna.trial import TrialState
+
     from sweeps.study.formatting import objective_cells
 
     start = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun(folder)))
@@ -179,6 +181,8 @@ def _list_row(folder: Path) -> list[str]:
     counts = f"{len(study.finished())}/{len(study.trials())}"
     ranked = study.ranked()
     value = ""
+    if not ranked and study.trials(TrialState.COMPLETE):
+        value = "none feasible"
     if ranked:
         cells = objective_cells(ranked[0], len(study.objectives))
         value = " ".join(cells)
@@ -210,9 +214,10 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _best(arguments: argparse.Namespace) -> None:
     study = _find_study_for_work(arguments.study)
     if not study.ranked():
-        raise ConfigError(
-            f"{arguments.study}: no trial is complete yet, so there is no best"
-        )
+        from sweeps.space.feasibility import why_no_winner
+
+        reason = why_no_winner(study.trials())
+        raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
     _conclude(study)
 
 

@@ -8,13 +8,17 @@ libraries are imported inside the functions, so that a module which imports this
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
 if TYPE_CHECKING:
+    import optuna
     from hydra.core.override_parser.types import Override
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage, RDBStorage
     from optuna.trial import FrozenTrial
     from sqlalchemy.orm import Session
@@ -65,6 +69,35 @@ def enqueue_point(storage: BaseStorage, trial_id: int, point: dict[str, Any]) ->
 def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
     """Return the point that was enqueued for a trial, or None where its sampler chooses."""
     return trial.system_attrs.get(ENQUEUED_POINT)
+
+
+def filtered_study(
+    name: str,
+    storage: BaseStorage,
+    sampler: BaseSampler,
+    pruner: BasePruner,
+    accepts: Callable[[FrozenTrial], bool],
+) -> optuna.Study:
+    """Return a study whose sampler and pruner see only some of its trials.
+
+    Samplers and pruners read all trials by `_get_trials` (or `get_trials`, which calls it), and
+    have no setting for which. Optuna's Hyperband overrides the same method for the trials of a
+    bracket. Read in Optuna 5.0.0, `optuna/pruners/_hyperband.py` and `optuna/study/study.py`.
+
+    Args:
+        name: the study's name in the storage.
+        storage: the storage.
+        sampler: the sampler of the trials that are made from the study.
+        pruner: their pruner.
+        accepts: whether they see a trial.
+    """
+    import optuna
+
+    class FilteredStudy(optuna.Study):
+        def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+            return list(filter(accepts, super()._get_trials(*args, **kwargs)))
+
+    return FilteredStudy(name, storage, sampler=sampler, pruner=pruner)
 
 
 def claim_waiting_trial(

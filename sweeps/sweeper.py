@@ -155,7 +155,7 @@ def _conclude(study: "Study", session: "Session") -> None:
         raise Interrupted(f"interrupted; {command} takes the winner") from None
     # After the answer is written: the complete trials count, though too many others failed.
     failed = study.trials(TrialState.FAIL)
-    has_no_answer = bool(failed) and not study.ranked()
+    has_no_answer = bool(failed) and not study.trials(TrialState.COMPLETE)
     if has_no_answer or has_failed_too_often(study, session.settings):
         rate = f"hydra.sweeper.max_failure_rate={session.settings.max_failure_rate}"
         count = f"{len(failed)} of {len(study.finished())} trials failed"

@@ -18,6 +18,9 @@ from omegaconf import OmegaConf, open_dict
 from finetune.app import check_override, parse_hydra_arguments
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
+from sweeps.space.parameters import VARIANTS
+from sweeps.space.points import extreme_points
+from sweeps.space.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [
@@ -114,10 +117,9 @@ def require_composed(
     parsed = OverridesParser.create().parse_overrides(
         [check_override(text) for text in overrides]
     )
-    texts = [
-        first_value(override) if multirun else str(override.input_line)
-        for override in parsed
-    ]
+    texts: list[str] = []
+    for override in parsed:
+        texts += first_values(override) if multirun else [str(override.input_line)]
     if further is not None:
         for override in parsed:
             choice = further / override.key_or_group / f"{override.value()}.yaml"
@@ -136,17 +138,20 @@ def require_composed(
     RunConfig.from_hydra(composed)
 
 
-def first_value(override: Override) -> str:
-    """An override with one value, the first of a sweep."""
+def first_values(override: Override) -> list[str]:
+    """Overrides with one value, the first of a sweep; those of the first variant."""
     if not override.is_sweep_override():
-        return str(override.input_line)
+        return [str(override.input_line)]
     sweep = override.value()
+    if VARIANTS in sweep.tags:
+        space = Space.parse({}, [str(override.input_line)])
+        return space.overrides(extreme_points(space)[0])
     value = (
         sweep.start
         if isinstance(sweep, IntervalSweep)
         else next(override.sweep_string_iterator())
     )
-    return f"{override.get_key_element()}={value}"
+    return [f"{override.get_key_element()}={value}"]
 
 
 def help_commands() -> list[str]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 FINAL_METRICS = ("train/loss", "train/seconds", "adapter/parameters")
 """Metrics that a run has at its end, not at each evaluation."""
 
+CONSTANT_METRICS = ("adapter/parameters",)
+"""Those of them that do not change while the run trains: they are known before its first step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):

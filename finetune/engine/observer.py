@@ -1,6 +1,6 @@
 """The observer of a run: receives each step and each evaluation, and may stop the run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetune.files.run_folder import Metrics
 
@@ -22,6 +22,8 @@ class Rung:
     """Tokens that the run has trained so far, without padding."""
     seconds: float = 0.0
     """Duration of the evaluation; in a pack, that of its waits for the other runs included."""
+    constants: Metrics = field(default_factory=dict)
+    """Final metrics that do not change while the run trains: `adapter/parameters`."""
 
 
 class Observer:

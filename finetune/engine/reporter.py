@@ -44,6 +44,7 @@ class Reporter:
         early_stopping: EarlyStopping,
         observer: Observer,
         interrupt: Interrupt,
+        constants: Metrics | None = None,
     ) -> None:
         """Report on a run.
 
@@ -57,6 +58,7 @@ class Reporter:
             early_stopping: Records each evaluation, and may stop the run.
             observer: Receives each step and each evaluation, and may stop the run.
             interrupt: Ctrl-C and SIGTERM.
+            constants: Final metrics that are known already.
         """
         self.progress = progress
         self.total = total
@@ -66,6 +68,7 @@ class Reporter:
         self._early_stopping = early_stopping
         self._observer = observer
         self._interrupt = interrupt
+        self._constants = constants or {}
         self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._answer_steps = answer_steps(config.evaluation, self._rungs)
         self._warmup_steps = warmup_steps(config.optimizer, total)
@@ -187,6 +190,7 @@ class Reporter:
             step=step,
             total=self.total,
             metrics=metrics,
+            constants=self._constants,
             is_warmup=step < self._warmup_steps,
             train_tokens=self.progress.train_tokens,
             seconds=seconds,

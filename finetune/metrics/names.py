@@ -15,6 +15,12 @@ def describe_metric(name: str) -> str:
     return f"{name} ({OF_TOKENS})" if _is_accuracy(name) else name
 
 
+def format_metric(value: float) -> str:
+    """Format a metric's value; whole numbers, as a count of weights, have no decimals."""
+    is_count = abs(value) >= 100 and float(value).is_integer()
+    return f"{value:.0f}" if is_count else f"{value:.4f}"
+
+
 def metric_notes(names: Iterable[str]) -> list[str]:
     """Return a line below a table on each of its metrics whose name would mislead."""
     return [f"{name}: {OF_TOKENS}" for name in names if _is_accuracy(name)]

@@ -16,7 +16,7 @@ from finetune.run.context import RunContext
 from finetune.run.evaluate_rows import evaluate_rows
 from finetune.run.prepare import Prepared
 from finetune.run.recorded_evaluation import write_test_evaluation
-from finetune.run.train import Training, sample_prompts
+from finetune.run.train import Training, constant_metrics, sample_prompts
 from finetune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def conclude(
     Returns:
         The metrics that no evaluation during training has: `adapter/parameters`, `test/…`.
     """
-    count = 0
-    for weight in training.model.parameters():
-        if weight.requires_grad:
-            count += weight.numel()
-    metrics: Metrics = {"adapter/parameters": count}
+    metrics = constant_metrics(training)
     if progress.stop == "pruned":
         return metrics
     if context.evaluate_test_rows and prepared.test:

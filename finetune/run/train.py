@@ -18,7 +18,7 @@ from finetune.engine.probes import Shortcut, base_of, model_type_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted, refusal
-from finetune.files.run_folder import RunFolder
+from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import higher_is_better
 from finetune.model.adapter import load_adapter, save_adapter
 from finetune.model.memory import reset_peak_memory
@@ -179,7 +179,17 @@ def _create_reporter(
         ),
         observer=context.observer,
         interrupt=context.interrupt,
+        constants=constant_metrics(training),
     )
+
+
+def constant_metrics(training: Training) -> Metrics:
+    """Return the final metrics that do not change while a run trains."""
+    count = 0
+    for weight in training.model.parameters():
+        if weight.requires_grad:
+            count += weight.numel()
+    return {"adapter/parameters": count}
 
 
 def sample_prompts(

@@ -179,6 +179,9 @@ def pareto_front(study: Study) -> go.Figure | None:
         is_front = points.marker.colorbar.title.text == "Best Trial"
         points.marker = {"color": GREEN if is_front else GREY, "size": 8}
         points.name = "on the Pareto front" if is_front else "dominated"
+        if "Infeasible" in points.hovertemplate:
+            points.name = "infeasible"
+            points.marker.symbol = "x"
         points.showlegend = True
     return set_style(figure)
 

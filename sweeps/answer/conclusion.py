@@ -24,6 +24,8 @@ from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
+from sweeps.space.feasibility import why_no_winner
+from sweeps.study.inside import first_inside, is_inside, point_of
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.study import Study
 
@@ -57,7 +59,8 @@ def _conclude(
 ) -> None:
     winner = _winner(study)
     if winner is None:
-        log.info("study %s: no trial is complete, so there is no winner", study.name)
+        reason = why_no_winner(study.trials())
+        log.info("study %s: %s, so there is no winner", study.name, reason)
         _report(study)
         return
     run = _run_with_adapter(study, winner)
@@ -130,13 +133,28 @@ def _answer(
     baseline = study.baseline()
     rival = baseline if baseline != winner else None
     return {
-        "trial": winner.number,
         "run": os.path.relpath(run.path, study.folder),
-        "params": winner.params,
-        "objective": dict(zip(study.objectives, winner.values, strict=True)),
+        **_entry(study, winner),
+        "inside": _best_inside(study, winner),
         "baseline": baseline.number if baseline else None,
         "test": compare_on_test_rows(study, winner, run, rival, resources),
     }
+
+
+def _entry(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "params": point_of(trial),
+        "objective": dict(zip(study.objectives, trial.values, strict=True)),
+    }
+
+
+def _best_inside(study: Study, winner: FrozenTrial) -> dict[str, Any] | None:
+    """Return the best trial inside the space; None where that is the winner, or there is none."""
+    if is_inside(winner):
+        return None
+    inside = first_inside(study.ranked())
+    return _entry(study, inside) if inside else None
 
 
 def _tag_winner(study: Study, winner: FrozenTrial) -> None:

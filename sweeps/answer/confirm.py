@@ -5,6 +5,7 @@ it is.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import shlex
@@ -20,8 +21,10 @@ from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.answer.candidates import evaluate_candidates, repeats_of
+from sweeps.space.feasibility import why_no_winner
+from sweeps.study.inside import is_inside
 from sweeps.study.repeats import Repeat, retrain
-from sweeps.study.study import CONFIRMATION, Study
+from sweeps.study.study import CONFIRMATION, Study, role
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +99,15 @@ def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:
     ranked = study.ranked()
     if not ranked:
         raise ConfigError(
-            f"study {study.name}: no trial is complete, so there is nothing to confirm"
+            f"study {study.name}: {why_no_winner(study.trials())}; nothing to confirm"
         )
-    candidates = ranked[:top]
-    baseline = study.baseline()
-    if baseline is not None and baseline not in candidates:
-        candidates.append(baseline)
-    return candidates
+    best = list(itertools.islice(filter(is_inside, ranked), top))
+    # In the order of the ranking: the first one is the winner before the confirmation.
+    return [
+        trial
+        for trial in ranked
+        if trial in best or trial == ranked[0] or role(trial) == "baseline"
+    ]
 
 
 def _plan_repeats(

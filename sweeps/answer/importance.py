@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import rankdata
 
 from sweeps.answer.ranges import parameter_columns
+from sweeps.study.inside import is_inside
 
 MIN_TRIALS = 20
 """Measured trials that are needed: with fewer, the largest share of pure noise exceeds a third."""
@@ -102,7 +103,7 @@ def comparable_trials(study: optuna.Study, objective: int = 0) -> list[MeasuredT
     """Select the trials that can be compared, pruned ones included.
 
     Where pruning leaves few complete trials, all trials are compared by their values at the last
-    rung that every trial has reported. With several objectives nothing is pruned, and complete
+    rung that every trial has reported. With several objectives, complete
     trials are compared by their final values.
 
     Args:
@@ -110,10 +111,11 @@ def comparable_trials(study: optuna.Study, objective: int = 0) -> list[MeasuredT
         objective: index of the objective whose values are taken.
 
     Returns:
-        Each trial with its value; without trials whose value is not finite.
+        Each trial with its value; without trials whose value is not finite, and without those
+        outside the search space, which say nothing of it.
     """
     states = (TrialState.COMPLETE, TrialState.PRUNED)
-    trials = study.get_trials(deepcopy=False, states=states)
+    trials = list(filter(is_inside, study.get_trials(deepcopy=False, states=states)))
     rung = _common_rung(study)
     if rung is None:
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]

@@ -12,6 +12,7 @@ from sweeps.answer.importance import (
     comparable_trials,
     rung_of_comparison,
 )
+from sweeps.space.feasibility import is_feasible
 from sweeps.study.study import Study, role
 
 MIN_TRIALS_FOR_GAIN = 20
@@ -23,8 +24,10 @@ MAX_MORE = 40
 
 
 def rank(study: Study, measured: Iterable[MeasuredTrial]) -> list[MeasuredTrial]:
-    """Replace values by costs (less is better) and sort, the best first."""
-    costs = [(trial, study.to_cost(value)) for trial, value in measured]
+    """Replace values by costs (less is better) and sort the feasible trials, the best first."""
+    costs = [
+        (trial, study.to_cost(value)) for trial, value in measured if is_feasible(trial)
+    ]
     return sorted(costs, key=lambda pair: pair[1])
 
 

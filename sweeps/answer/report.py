@@ -19,6 +19,7 @@ from sweeps.answer.advice import Analysis
 from sweeps.answer.descriptions import final_comparison_lines
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_sections import sections
+from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import format_counts
 from sweeps.study.study import Study
 
@@ -119,7 +120,7 @@ def _verdict(data: ReportData) -> str:
     """Say in one sentence which trial wins."""
     winner = data.winner
     if winner is None:
-        return "No trial is complete yet, so there is no winner."
+        return f"There is no winner: {why_no_winner(data.trials.values())}."
     if data.has_several_objectives:
         count = len(data.pareto_front())
         return (

@@ -7,7 +7,11 @@ from optuna.trial import FrozenTrial
 
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
-from finetune.metrics.names import describe_metric, metric_notes
+from finetune.metrics.names import (
+    describe_metric,
+    format_metric,
+    metric_notes,
+)
 from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
@@ -18,7 +22,9 @@ from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_rows import rows_section
 from sweeps.answer.report_section import Row, Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
+from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import parameter_cells, parameter_names
+from sweeps.study.inside import first_inside, is_inside, point_of, values_outside
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -90,8 +96,12 @@ def _answer(data: ReportData) -> Section:
     winner = data.winner
     baseline = data.study.baseline()
     if winner is None:
-        return Section("answer", "Result", "No trial is complete yet.")
+        reason = why_no_winner(data.trials.values())
+        return Section("answer", "Result", f"There is no winner: {reason}.")
     sides = {"winner": winner}
+    inside = first_inside(data.study.ranked())
+    if not is_inside(winner) and inside is not None:
+        sides["best inside the space"] = inside
     if baseline is not None and baseline != winner:
         sides["baseline"] = baseline
     head = [""]
@@ -115,6 +125,9 @@ def _answer(data: ReportData) -> Section:
         lines += final_comparison_lines(data.answer)
     if baseline == winner:
         lines.append("The winner is the baseline itself.")
+    if not is_inside(winner):
+        names = ", ".join(values_outside(winner))
+        lines.append(f"The winner lies outside the search space: {names}.")
     return Section(
         "answer",
         "Result",
@@ -128,7 +141,7 @@ def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
     # A dict in place of a set, to keep the order of the winner's parameters.
     names: dict[str, None] = {}
     for trial in sides.values():
-        names |= dict.fromkeys(trial.params)
+        names |= dict.fromkeys(point_of(trial))
     rows = []
     for name in names:
         cells = [name]
@@ -141,7 +154,7 @@ def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
 def _objective_rows(data: ReportData, sides: dict[str, FrozenTrial]) -> list[Row]:
     rows = []
     for index, name in enumerate(data.study.objectives):
-        values = [f"{trial.values[index]:.4f}" for trial in sides.values()]
+        values = [format_metric(trial.values[index]) for trial in sides.values()]
         rows.append(Row([describe_metric(name), *values], "winner"))
     return rows
 

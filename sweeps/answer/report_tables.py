@@ -18,6 +18,7 @@ from sweeps.study.formatting import (
     parameter_names,
     short_name,
     trial_note,
+    variant_notes,
 )
 from sweeps.study.study import OUT_OF_TIME, Study, role
 
@@ -48,7 +49,7 @@ def leaderboard(data: ReportData) -> Section:
     return Section(
         "leaderboard",
         "Leaderboard",
-        "; ".join(metric_notes(data.study.objectives)),
+        "; ".join([*metric_notes(data.study.objectives), *variant_notes(data.study)]),
         head=head,
         rows=rows,
         sortable=True,

@@ -164,6 +164,9 @@ def searched_keys(study: Study) -> dict[str, BaseDistribution | None]:
     keys: dict[str, BaseDistribution | None] = {}
     for name, distribution in newest_distributions(study.trials()).items():
         key = name.lstrip("+").replace("/", ".")
+        if name in study.variants:
+            keys |= _keys_of_variants(study.variants[name], configs)
+            continue
         if key in config_keys:
             keys[key] = distribution
             continue
@@ -173,6 +176,22 @@ def searched_keys(study: Study) -> dict[str, BaseDistribution | None]:
         for member in config_keys:
             if member.startswith(prefix) and _differs(configs, member):
                 keys[member] = None
+    return keys
+
+
+def _keys_of_variants(
+    variants: Mapping[str, Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]
+) -> dict[str, None]:
+    """Return the config keys that differ between variants; of groups, those below them."""
+    names = {
+        key.lstrip("+").replace("/", ".") for each in variants.values() for key in each
+    }
+    keys: dict[str, None] = {}
+    for config in configs:
+        for key in config:
+            is_set = any(key == name or key.startswith(f"{name}.") for name in names)
+            if is_set and _differs(configs, key):
+                keys[key] = None
     return keys
 
 

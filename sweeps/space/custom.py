@@ -12,7 +12,7 @@ from optuna.trial import FixedTrial
 from finetune.config.flatten import flatten
 from finetune.console import error_line, summary_line
 from finetune.errors import refusal
-from sweeps.space.distributions import contains, describe, suggest
+from sweeps.space.distributions import contains, describe
 from sweeps.space.encoding import encode
 from sweeps.space.space import Point, Space
 
@@ -47,7 +47,7 @@ def extend_baseline(
     Args:
         path: the function's import path.
         config: the sweep's config, which the function receives.
-        space: the space, which contains the point.
+        space: the space.
         point: the config's own values of the searched parameters.
         composed: the config of a trial before anything is searched.
 
@@ -56,8 +56,8 @@ def extend_baseline(
         suggests, or one outside of that. A line in the log says which.
     """
     trial = FixedTrial({**_own_values(composed), **point})
-    for name, distribution in space.distributions.items():
-        suggest(trial, name, distribution)
+    outside = space.outside(point)
+    space.suggest(trial, outside)
     function = load_function(path)
     try:
         function(config, trial)
@@ -74,7 +74,7 @@ def extend_baseline(
             message = "no baseline: %s=%s: the config's own value lies outside %s"
             log.info(message, name, value, described)
             return None
-    return dict(trial.params)
+    return {**trial.params, **outside}
 
 
 def _own_values(composed: DictConfig) -> dict[str, Any]:

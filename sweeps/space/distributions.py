@@ -1,9 +1,7 @@
-"""Optuna's distributions: read from Hydra's sweep syntax, described, widened, listed, suggested."""
+"""Optuna's distributions: read from Hydra's sweep syntax, described, listed, suggested."""
 
-import math
 import random
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import (
@@ -89,98 +87,27 @@ def describe(distribution: BaseDistribution) -> str:
     return text
 
 
-def contains(distribution: IntDistribution | FloatDistribution, value: float) -> bool:
-    """Whether a number lies in a numeric distribution, on a step where it has steps."""
-    if not distribution.low <= value <= distribution.high:
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether an encoded value lies in a distribution, on a step where it has steps."""
+    if isinstance(distribution, CategoricalDistribution):
+        return has_choice(distribution.choices, value)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    if not is_number(value) or not distribution.low <= value <= distribution.high:
         return False
     if isinstance(distribution, IntDistribution):
-        return (value - distribution.low) % distribution.step == 0
+        return bool((value - distribution.low) % distribution.step == 0)
     if distribution.step is None:
         return True
     steps = (value - distribution.low) / distribution.step
-    return abs(steps - round(steps)) < STEP_TOLERANCE
+    return bool(abs(steps - round(steps)) < STEP_TOLERANCE)
 
 
-def widen(name: str, distribution: BaseDistribution, value: Any) -> BaseDistribution:
-    """Extend a distribution so that it contains a value.
-
-    Args:
-        name: the parameter, which errors name.
-        distribution: the distribution to extend.
-        value: an encoded value, see `encode`.
-
-    Returns:
-        The same distribution if it contains the value already, else a larger one of its kind.
-
-    Raises:
-        ConfigError: no distribution of the kind contains the value.
-    """
-    if isinstance(distribution, CategoricalDistribution):
-        if _has_choice(distribution, value):
-            return distribution
-        return CategoricalDistribution([*distribution.choices, value])
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
-    described = describe(distribution)
-    if not is_number(value):
-        raise ConfigError(f"{name}={value}: no number, as {described} needs")
-    if contains(distribution, float(value)):
-        return distribution
-    if isinstance(distribution, IntDistribution) and value != int(value):
-        raise ConfigError(f"{name}={value}: no whole number, as {described} needs")
-    # A logarithmic range ends above 0.
-    if distribution.log and value <= 0:
-        raise ConfigError(
-            f"{name}={value}: can't be part of {described}; "
-            "hydra.sweeper.baseline=false goes without"
-        )
-    return _widen_range(distribution, value)
-
-
-def _has_choice(distribution: CategoricalDistribution, value: Any) -> bool:
-    """Whether a value is among the choices; True and 1 are equal in Python, but not in a config."""
+def has_choice(choices: Sequence[Any], value: Any) -> bool:
+    """Whether a value is among choices; True and 1 are equal in Python, but not in a config."""
     is_bool = isinstance(value, bool)
-    for choice in distribution.choices:
-        if choice == value and isinstance(choice, bool) == is_bool:
-            return True
-    return False
-
-
-def _widen_range(
-    distribution: IntDistribution | FloatDistribution, value: float
-) -> BaseDistribution:
-    low = min(distribution.low, value)
-    high = max(distribution.high, value)
-    step = distribution.step
-    if step is not None:
-        # The value and all values of the old range must lie on the steps of the new one.
-        step = _common_step(step, value - distribution.low)
-    log = distribution.log
-    if isinstance(distribution, IntDistribution):
-        whole_step = int(step or 1)
-        return IntDistribution(
-            int(low),
-            int(high),
-            log=log,
-            step=whole_step,
-        )
-    return FloatDistribution(
-        low,
-        high,
-        log=log,
-        step=step,
+    return any(
+        choice == value and isinstance(choice, bool) == is_bool for choice in choices
     )
-
-
-def _common_step(step: float, offset: float) -> float:
-    """Return the largest step that divides both a step and an offset from the range's start."""
-    # By their decimal digits: as binary fractions, 0.1 and 0.05 have no useful common divisor.
-    first = Fraction(str(step))
-    second = Fraction(str(offset))
-    denominator = first.denominator * second.denominator
-    first_numerator = first.numerator * second.denominator
-    second_numerator = second.numerator * first.denominator
-    divisor = math.gcd(first_numerator, second_numerator)
-    return float(Fraction(divisor, denominator))
 
 
 def grid_values(distribution: BaseDistribution) -> list[Any] | None:

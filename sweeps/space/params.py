@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.config.convert import is_number
 from finetune.errors import ConfigError
 from sweeps.space.encoding import encode
+from sweeps.space.long_form import is_long_form, tagged_sweep
 
 SWEEP = re.compile(
     r"\b(choice|range|interval|tag|int|float|glob|shuffle|sort)\s*\(|^[^\[{'\"]*,"
@@ -39,6 +40,9 @@ def plain_params(params: DictConfig, config: DictConfig) -> dict[str, Any]:
     texts: dict[str, Any] = {}
     written_values = dict(_parameters(written))
     for key, value in _parameters(resolved):
+        if is_long_form(value):
+            texts[key] = _long_form_text(key, value, written_values[key], config)
+            continue
         text = _sweep_text(key, value, config)
         is_sweep = isinstance(text, str) and SWEEP.search(text)
         # The bounds and choices of a sweep are the same for all trials.
@@ -52,7 +56,8 @@ def _parameters(
     """Yield dotted keys; a mapping without a sweep in it is a value."""
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and not _is_old_form(value) and _has_sweep(value):
+        is_one_parameter = _is_old_form(value) or is_long_form(value)
+        if isinstance(value, Mapping) and not is_one_parameter and _has_sweep(value):
             yield from _parameters(value, f"{name}.")
         else:
             yield name, value
@@ -60,7 +65,8 @@ def _parameters(
 
 def _has_sweep(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return _is_old_form(value) or any(_has_sweep(item) for item in value.values())
+        is_one_parameter = _is_old_form(value) or is_long_form(value)
+        return is_one_parameter or any(map(_has_sweep, value.values()))
     return isinstance(value, list) or bool(
         isinstance(value, str) and SWEEP.search(value)
     )
@@ -70,6 +76,22 @@ def _is_old_form(value: Any) -> bool:
     if not isinstance(value, Mapping) or "type" not in value:
         return False
     return bool({"choices", "low", "high"} & value.keys())
+
+
+def _long_form_text(
+    key: str, value: Mapping[str, Any], written: Mapping[str, Any], config: DictConfig
+) -> str:
+    form = dict(value)
+    if "variants" in written:
+        # Their values are as they are written, so that each trial resolves them.
+        form["variants"] = written["variants"]
+    search = form.get("search")
+    if search is not None:
+        is_list = isinstance(search, list)
+        form["search"] = (
+            _choice(search) if is_list else _sweep_text(key, search, config)
+        )
+    return tagged_sweep(key, form)
 
 
 def _sweep_text(key: str, value: Any, config: DictConfig) -> Any:

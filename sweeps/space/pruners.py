@@ -2,14 +2,24 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from optuna.pruners import BasePruner
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
+from sweeps.space.dominance import count_ahead
+from sweeps.space.feasibility import is_feasible
+
 WARMUP_RUNG = "warmup_rung"
 """User attribute of a trial: its last rung before the end of the learning rate's warm-up."""
+
+RUNGS = "rungs"
+"""User attribute of a trial with several objectives: their values by rung, as text for JSON.
+
+Optuna takes no reports of such a trial.
+"""
 
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation of a normal variable, divided by the median of its absolute value."""
@@ -31,6 +41,10 @@ class SuccessiveHalvingPruner(BasePruner):
     - A trial whose distance to the last one that continues by rank is within `noise_margin`
       standard deviations of the curves' noise continues too. The noise is estimated from all
       values reported so far; see `CurveNoise`.
+
+    With several objectives trials are ranked by non-dominated sorting: a trial is given up when the
+    fronts better than its own hold as many trials as continue. A trial that no other dominates
+    always continues. Trials that violate a constraint are no rivals.
 
     A rung that lies within a trial's warm-up (user attribute `warmup_rung`) does not judge the
     trial.
@@ -65,25 +79,32 @@ class SuccessiveHalvingPruner(BasePruner):
         self._reduction_factor = reduction_factor
         self._min_survivors = min_survivors
         self._noise_margin = noise_margin
-        self._noise = CurveNoise()
+        self._noise: list[CurveNoise] = []
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether a trial shall end, judged by the last rung that it has reported."""
         step = self._last_rung_step(trial)
         if step is None:
             return False
-        objective: float = trial.intermediate_values[step]
-        if math.isnan(objective):
+        signs = np.array([_sign(direction) for direction in study.directions])
+        costs = signs * np.array(rung_values(trial)[step])
+        if np.isnan(costs).any():
             return True
+        # A study leaves out its trials outside the search space, which this one may be.
         trials = study.get_trials(deepcopy=False)
-        sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-        ranked_costs = sorted(sign * value for value in _values_at(step, trials))
-        survivors = self._survivors(len(ranked_costs))
-        margin = 0.0
+        others = [other for other in trials if other.number != trial.number]
+        other_costs = signs * _values_at(step, others, len(signs))
+        survivors = self._survivors(1 + len(other_costs))
         if self._noise_margin > 0:
-            margin = self._noise_margin * self._noise.deviation(trials)
+            noise = [each.deviation(trials) for each in self._noise_of(len(signs))]
+            costs = costs - self._noise_margin * np.array(noise)
         # A trial as good as the last survivor continues too.
-        return sign * objective > ranked_costs[survivors - 1] + margin
+        return count_ahead(costs, other_costs) >= survivors
+
+    def _noise_of(self, objectives: int) -> "list[CurveNoise]":
+        while len(self._noise) < objectives:
+            self._noise.append(CurveNoise(len(self._noise)))
+        return self._noise
 
     def _survivors(self, reported: int) -> int:
         """Return how many trials continue by rank, of those that have reported a rung."""
@@ -100,7 +121,7 @@ class SuccessiveHalvingPruner(BasePruner):
         while rung <= warmup_rung:
             rung *= self._reduction_factor
         rung_step = None
-        for step in sorted(trial.intermediate_values):
+        for step in sorted(rung_values(trial)):
             if step >= rung:
                 rung_step = step
             while rung <= step:
@@ -117,9 +138,13 @@ class CurveNoise:
     single jumps.
 
     Values of a trial never change once they are reported, so only new ones are read.
+
+    Args:
+        objective: index of the objective whose curves are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: int = 0) -> None:
+        self._objective = objective
         self._sorted_differences: list[float] = []
         self._read_counts: dict[int, int] = {}
         """Number of values read, by trial number."""
@@ -142,11 +167,12 @@ class CurveNoise:
     def _read(self, trial: FrozenTrial) -> None:
         """Add the differences that end at new values of a trial."""
         read_count = self._read_counts.get(trial.number, 0)
-        reports = trial.intermediate_values
-        if len(reports) == read_count:
+        # Most trials have nothing new, and a study may have thousands.
+        if len(trial.user_attrs.get(RUNGS) or trial.intermediate_values) == read_count:
             return
+        reports = rung_values(trial)
         self._read_counts[trial.number] = len(reports)
-        values = [reports[step] for step in sorted(reports)]
+        values = [reports[step][self._objective] for step in sorted(reports)]
         for index in range(max(read_count, 2), len(values)):
             before, middle, after = values[index - 2 : index + 1]
             difference = abs(before - 2 * middle + after)
@@ -155,14 +181,38 @@ class CurveNoise:
                 self._sorted_differences.append(difference)
 
 
-def _values_at(step: int, trials: Sequence[FrozenTrial]) -> list[float]:
-    """Return all trials' objectives at a step, NaN left out."""
+def rung_values(trial: FrozenTrial) -> dict[int, list[float]]:
+    """Return the objectives that a trial has reported, by rung."""
+    several: Mapping[str, list[float]] = trial.user_attrs.get(RUNGS, {})
+    if several:
+        return {int(rung): values for rung, values in several.items()}
+    return {rung: [value] for rung, value in trial.intermediate_values.items()}
+
+
+def _values_at(step: int, trials: Sequence[FrozenTrial], objectives: int) -> np.ndarray:
+    """Return the objectives at a step of all trials that can win, without those with a NaN."""
     values = []
     for trial in trials:
-        value = trial.intermediate_values.get(step, math.nan)
-        if not math.isnan(value):
-            values.append(value)
-    return values
+        reported = _values_of(trial, step)
+        if reported is None or any(map(math.isnan, reported)):
+            continue
+        # An infeasible trial can't win: that it is better says nothing against another.
+        if is_feasible(trial):
+            values.append(reported)
+    return np.array(values).reshape(-1, objectives)
+
+
+def _values_of(trial: FrozenTrial, step: int) -> Sequence[float] | None:
+    """Return the objectives that a trial has reported at a step, without reading all others."""
+    several: Mapping[str, list[float]] | None = trial.user_attrs.get(RUNGS)
+    if several:
+        return several.get(str(step))
+    value = trial.intermediate_values.get(step)
+    return None if value is None else [value]
+
+
+def _sign(direction: StudyDirection) -> int:
+    return -1 if direction == StudyDirection.MAXIMIZE else 1
 
 
 def _require_at_least(name: str, value: int, minimum: int) -> None:

@@ -1,11 +1,13 @@
 """Samplers and pruners, made from a study's settings."""
 
+import re
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hydra.utils import instantiate
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 
@@ -17,6 +19,9 @@ ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 ALLOWED_PRUNERS = ("optuna.pruners.*", "sweeps.space.pruners.*")
 """Classes that a YAML file or a command may name; Hydra instantiates no others."""
 
+LEARN_COMMON_PARAMETERS = re.compile(r"cmaes|gp|qmc|nsgaiii|nsgaii", re.IGNORECASE)
+"""Samplers that draw a parameter at random unless every trial so far has it."""
+
 MOVED_CLASSES = {
     "sweeps.halving.SuccessiveHalvingPruner": "sweeps.space.pruners.SuccessiveHalvingPruner",
 }
@@ -24,16 +29,25 @@ MOVED_CLASSES = {
 
 
 def make_pruner(settings: StudySettings) -> BasePruner:
-    """Make the study's pruner; with several objectives, one that never prunes."""
-    if len(settings.directions) > 1:
-        return NopPruner()
+    """Make the study's pruner; one that never prunes where it can't compare several objectives."""
     arguments = _with_current_path(settings.pruner)
+    if len(settings.directions) > 1 and not compares_several(settings):
+        return NopPruner()
     pruner: BasePruner = instantiate(arguments, _execution_whitelist_=ALLOWED_PRUNERS)
     return pruner
 
 
+def compares_several(settings: StudySettings) -> bool:
+    """Whether the configured pruner compares trials by several objectives: Optuna's do not."""
+    target = _with_current_path(settings.pruner)["_target_"]
+    return str(target) == "sweeps.space.pruners.SuccessiveHalvingPruner"
+
+
 def make_sampler(
-    settings: StudySettings, run_seed: int, trial_number: int
+    settings: StudySettings,
+    run_seed: int,
+    trial_number: int,
+    has_conditions: bool = False,
 ) -> BaseSampler:
     """Make the sampler of one trial.
 
@@ -41,6 +55,7 @@ def make_sampler(
         settings: the study's settings.
         run_seed: the config's seed, used where the sampler has none of its own.
         trial_number: the trial's number in the study.
+        has_conditions: whether some parameters are searched in some trials only.
 
     Returns:
         A sampler seeded by both the study's seed and the trial's number.
@@ -53,6 +68,8 @@ def make_sampler(
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
     arguments = {**settings.sampler, "seed": seed}
+    if has_conditions:
+        arguments |= _for_conditions(arguments)
     functions = {}
     constraints = arguments.get("constraints_func")
     if isinstance(constraints, str):
@@ -63,10 +80,44 @@ def make_sampler(
         {**arguments, "_partial_": True}, _execution_whitelist_=ALLOWED_SAMPLERS
     )
     with warnings.catch_warnings():
+        # The argument `group` is experimental.
+        warnings.simplefilter("ignore", ExperimentalWarning)
         if functions:
             # Optuna 5 prefers constraints that a trial sets, which a config can't name.
             warnings.simplefilter("ignore", FutureWarning)
         return make(**functions)
+
+
+def conditions_note(settings: StudySettings, names: Iterable[str]) -> str | None:
+    """Say which parameters a sampler draws at random, as some trials do without them.
+
+    Args:
+        settings: the study's settings.
+        names: the parameters that have a condition.
+
+    Returns:
+        The note; None where the sampler learns them, or draws all at random anyway.
+    """
+    name = str(settings.sampler["_target_"]).rpartition(".")[2]
+    sampler = LEARN_COMMON_PARAMETERS.search(name)
+    shown = ", ".join(names)
+    if not shown or sampler is None:
+        return None
+    return (
+        f"{shown}: drawn at random, because {sampler[0].lower()} learns only what is searched in "
+        "all trials; hydra/sweeper/sampler=tpe learns these too"
+    )
+
+
+def _for_conditions(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a sampler's arguments for parameters that are searched in some trials only."""
+    # TPE then draws those parameters together that the same trials have, instead of none.
+    if arguments.get("multivariate"):
+        return {"group": True}
+    # Said once for the study, by `conditions_note`.
+    if "warn_independent_sampling" in arguments:
+        return {"warn_independent_sampling": False}
+    return {}
 
 
 def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -> int:

@@ -10,6 +10,7 @@ from finetune.config.flatten import flatten
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.sections.section import Section
 from finetune.errors import ConfigError
+from sweeps.space.constraints import Constraint, parse_constraint
 from sweeps.space.encoding import encode
 
 Direction = Literal["minimize", "maximize"]
@@ -40,6 +41,9 @@ class StudySettings(Section):
     params: dict[str, Any]
     """Sweep syntax of each searched key; null: the parameters of the group `search`.
     `tag(relative, interval(a, b))` searches multiples of the config's own value."""
+    constraints: list[str]
+    """Bounds that a trial must keep to win, such as `[adapter/parameters <= 2e6]`: a metric or a
+    number of `result.json`, one of <=, >=, < and >, and a number."""
     custom_search_space: str | None
     """Path of a function of (config, trial) that suggests further parameters; null: none."""
     baseline: bool
@@ -82,6 +86,8 @@ class StudySettings(Section):
             "max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1"
         )
         self._check_stop_when()
+        for text in self.constraints:
+            parse_constraint(text)
         self._check_budget()
         self.require("keep_adapters", self.keep_adapters >= 1, "must be at least 1")
         self.require("confirm", self.confirm >= 0, "must be a number of seeds; 0: none")
@@ -157,6 +163,11 @@ class StudySettings(Section):
             return list(self.direction)
         assert self.direction != "auto", "resolved where the session is drafted"
         return [self.direction]
+
+    @property
+    def parsed_constraints(self) -> list[Constraint]:
+        """The constraints."""
+        return [parse_constraint(text) for text in self.constraints]
 
     @property
     def is_grid(self) -> bool:

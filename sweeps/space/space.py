@@ -1,10 +1,7 @@
-"""A study's search space: the searched parameters, points in the space, and grids over it."""
+"""A study's search space: the searched parameters, and points inside and outside of it."""
 
 import dataclasses
-import itertools
 import json
-import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,24 +14,20 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
+from optuna.trial import BaseTrial
 
 from finetune.config.convert import is_number
 from finetune.errors import ConfigError, refusal
-from sweeps.space.distributions import (
-    describe,
-    distribution_or_value,
-    grid_values,
-    random_value,
-    value_count,
-    widen,
+from sweeps.space.conditions import (
+    Conditions,
+    in_order,
+    is_met,
+    require_conditions,
 )
+from sweeps.space.distributions import contains, describe, has_choice, suggest
 from sweeps.space.encoding import NULL, encode
-from sweeps.space.overrides import (
-    is_relative,
-    parse_overrides,
-    refuse_quoted_list,
-    require_searchable,
-)
+from sweeps.space.overrides import parse_overrides, require_searchable
+from sweeps.space.parameters import Parameter, Variants, read_parameter
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
@@ -45,53 +38,108 @@ class Space:
     """The searched parameters, and the overrides that all trials share."""
 
     distributions: dict[str, BaseDistribution]
+    """What is searched; a parameter comes after those that its condition names."""
     fixed: dict[str, Any]
     """Parameters with one value."""
     fixed_overrides: list[str]
     """Overrides that delete a key, as the user wrote them."""
     relative: frozenset[str] = frozenset()
     """Parameters whose interval is in multiples of the config's own value, see `scaled`."""
+    variants: Mapping[str, Variants] = dataclasses.field(default_factory=dict)
+    """The values of config keys that each variant of a parameter stands for."""
+    conditions: Conditions = dataclasses.field(default_factory=dict)
+    """The values of other parameters with which a parameter is searched."""
 
     @classmethod
     def parse(cls, params: Mapping[str, Any], arguments: Sequence[str]) -> "Space":
         """Parse `hydra.sweeper.params` and the command line, which takes precedence.
 
         Args:
-            params: the sweep syntax, or the value, of each parameter.
+            params: the sweep syntax, the long form, or the value, of each parameter.
             arguments: overrides of the command line.
 
         Raises:
             ConfigError: an override can't be parsed, or its parameter can't be searched.
         """
-        parameters: dict[str, tuple[str, Any]] = {}
+        parameters: dict[str, Parameter] = {}
         deletions = []
-        relative_names = set()
         for override in parse_overrides(params, arguments):
             if override.is_delete():
                 deletions.append(str(override.input_line))
                 continue
-            name = override.get_key_element()
-            searched_or_text = distribution_or_value(override)
-            values = [searched_or_text]
-            if isinstance(searched_or_text, CategoricalDistribution):
-                values = list(searched_or_text.choices)
-            refuse_quoted_list(override, values)
+            parameter = read_parameter(override)
             # `+key` and `key` are the same parameter: the later one replaces the earlier.
-            parameters[name.lstrip("+")] = (name, searched_or_text)
-            if is_relative(override):
-                relative_names.add(name)
-            else:
-                relative_names.discard(name)
-        distributions: dict[str, BaseDistribution] = {}
+            parameters[parameter.name.lstrip("+")] = parameter
+        searched: dict[str, Parameter] = {}
         fixed: dict[str, Any] = {}
-        for name, distribution_or_text in parameters.values():
-            if isinstance(distribution_or_text, BaseDistribution):
-                distributions[name] = distribution_or_text
+        for parameter in parameters.values():
+            if isinstance(parameter.searched, BaseDistribution):
+                searched[parameter.name] = parameter
             else:
-                fixed[name] = distribution_or_text
-        require_searchable(distributions)
-        relative = frozenset(relative_names & distributions.keys())
-        return cls(distributions, fixed, deletions, relative)
+                fixed[parameter.name] = parameter.searched
+        conditions = {name: each.when for name, each in searched.items() if each.when}
+        distributions = {name: each.searched for name, each in searched.items()}
+        require_conditions(conditions, distributions)
+        ordered = in_order(list(searched), conditions)
+        space = cls(
+            {name: distributions[name] for name in ordered},
+            fixed,
+            deletions,
+            frozenset(name for name in searched if searched[name].is_relative),
+            {name: each.variants for name, each in searched.items() if each.variants},
+            conditions,
+        )
+        require_searchable(space.config_keys)
+        return space
+
+    @property
+    def config_keys(self) -> list[str]:
+        """The config keys that differ between trials, as they are written in overrides.
+
+        Raises:
+            ConfigError: a key is searched twice.
+        """
+        origins: dict[str, str] = {}
+        for name in self.distributions:
+            for key in self._keys_of(name):
+                before = origins.setdefault(key.lstrip("+"), name)
+                if before != name:
+                    raise ConfigError(f"{key}: is searched by both {before} and {name}")
+        return [key for name in self.distributions for key in self._keys_of(name)]
+
+    def _keys_of(self, name: str) -> list[str]:
+        """Return the config keys that a parameter sets."""
+        if name not in self.variants:
+            return [name]
+        # A dict in place of a set, to keep the order.
+        keys: dict[str, None] = {}
+        for values in self.variants[name].values():
+            keys |= dict.fromkeys(values)
+        return list(keys)
+
+    def is_searched(self, name: str, point: Point) -> bool:
+        """Whether a parameter is searched where the parameters before it have these values."""
+        return is_met(self.conditions.get(name, {}), point)
+
+    def searched_part(self, point: Point) -> Point:
+        """Return a point without the parameters that are not searched there."""
+        part: Point = {}
+        for name in self.distributions:
+            if name in point and self.is_searched(name, part):
+                part[name] = point[name]
+        return part
+
+    def suggest(self, trial: BaseTrial, outside: Point) -> None:
+        """Let a trial's sampler choose the parameters that are searched.
+
+        Args:
+            trial: the trial.
+            outside: the trial's values that lie outside the space, which no sampler chooses.
+        """
+        for name, distribution in self.distributions.items():
+            is_open = outside.keys().isdisjoint([name, *self._keys_of(name)])
+            if is_open and self.is_searched(name, {**trial.params, **outside}):
+                suggest(trial, name, distribution)
 
     def scaled(self, composed: DictConfig) -> "Space":
         """Convert relative intervals to the units of their parameters.
@@ -117,7 +165,10 @@ class Space:
 
     def overrides(self, point: Point) -> list[str]:
         """Return the command-line overrides of a trial at a point."""
-        return self.fixed_texts + _assignments(point)
+        values: dict[str, Any] = {}
+        for name, value in point.items():
+            values |= self.variants.get(name, {}).get(value, {name: value})
+        return self.fixed_texts + _assignments(values)
 
     @property
     def fixed_texts(self) -> list[str]:
@@ -131,42 +182,40 @@ class Space:
             composed: the config, with the `hydra` node.
 
         Returns:
-            The point; None if the config has no value for one of the parameters.
+            The point, with the values of the keys where no variant has them all; None if the
+            config has no value for one of the parameters.
         """
-        group_choices = composed.hydra.runtime.choices
         point: Point = {}
         for name, distribution in self.distributions.items():
-            key = name.lstrip("+")
-            value = OmegaConf.select(composed, key)
-            # A searched config group has the name of its choice as its value.
-            if key in group_choices:
-                value = group_choices[key]
-            encoded = encode(value)
-            if encoded == NULL and not _has_null(distribution):
+            if not self.is_searched(name, point):
+                continue
+            if name in self.variants:
+                values = _variant_of(name, self.variants[name], composed)
+                if not values:
+                    return None
+                point |= values
+                continue
+            value = _value_of(name, composed)
+            if value == NULL and not _has_null(distribution):
                 return None
-            point[name] = encoded
+            point[name] = value
         return point
 
-    def widened(self, point: Point) -> tuple["Space", list[str]]:
-        """Extend the space so that it contains a point.
+    def outside(self, point: Point) -> Point:
+        """Return a point's values of searched parameters that lie outside the space.
 
-        Returns:
-            The space, and a line for the user on each parameter whose distribution was extended.
+        Values of the keys that a variant would set lie outside: no variant has them all.
         """
-        distributions = dict(self.distributions)
-        lines = []
+        variant_keys = {key for name in self.variants for key in self._keys_of(name)}
+        outside: Point = {}
         for name, value in point.items():
-            distribution = self.distributions[name]
-            distributions[name] = widen(name, distribution, value)
-            if distributions[name] != distribution:
-                before = describe(distribution)
-                lines.append(
-                    f"{name}={value}: the config's own value lies outside {before}, "
-                    "which now holds it"
-                )
-        return dataclasses.replace(self, distributions=distributions), lines
+            distribution = self.distributions.get(name)
+            is_value_outside = distribution and not contains(distribution, value)
+            if is_value_outside or (distribution is None and name in variant_keys):
+                outside[name] = value
+        return outside
 
-    def require(self, key: str, point: Mapping[str, Any]) -> None:
+    def require(self, key: str, point: Point) -> None:
         """Refuse a point that lies outside the space.
 
         Args:
@@ -174,89 +223,55 @@ class Space:
             point: values of some or all searched parameters.
 
         Raises:
-            ConfigError: a parameter is not searched, or its value lies outside its distribution.
+            ConfigError: a parameter is not searched, or not at this point, or its value lies
+                outside its distribution.
         """
-        for name, value in point.items():
+        for name in point:
             if name not in self.distributions:
-                allowed = ", ".join(self.distributions)
-                raise ConfigError(f"{key}: {name} is not searched; allowed: {allowed}")
-            distribution = self.distributions[name]
-            if widen(f"{key}: {name}", distribution, value) != distribution:
-                described = describe(distribution)
-                raise ConfigError(f"{key}: {name}={value} lies outside {described}")
-
-    def extremes(self) -> list[Point]:
-        """Return a few points that together have every choice and both ends of every range."""
-        values: dict[str, list[Any]] = {}
-        for name, distribution in self.distributions.items():
-            if isinstance(distribution, CategoricalDistribution):
-                values[name] = list(distribution.choices)
-            else:
-                assert isinstance(distribution, IntDistribution | FloatDistribution)
-                values[name] = [distribution.low, distribution.high]
-        lengths = [len(extremes) for extremes in values.values()]
-        count = max(lengths, default=0)
-        points = []
-        for index in range(count):
-            point: Point = {}
-            for name, extremes in values.items():
-                # A parameter with fewer extremes than another begins again with its first.
-                point[name] = extremes[index % len(extremes)]
-            points.append(point)
-        return points
-
-    @property
-    def size(self) -> int | None:
-        """The number of points; None: a parameter is continuous."""
-        counts = []
-        for distribution in self.distributions.values():
-            count = value_count(distribution)
-            if count is None:
-                return None
-            counts.append(count)
-        return math.prod(counts)
-
-    def random_point(self, draw: random.Random) -> Point:
-        """Draw a point of a space in which no parameter is continuous."""
-        point: Point = {}
-        for name, distribution in self.distributions.items():
-            point[name] = random_value(distribution, draw)
-        return point
-
-    def grid(self, seed: int) -> list[Point]:
-        """Return every point of a space of choices and steps, in an order shuffled by a seed.
-
-        Args:
-            seed: the run's seed, so that a resumed study has the same order.
-
-        Raises:
-            ConfigError: a parameter is continuous.
-        """
-        values: list[list[Any]] = []
-        continuous = []
-        for name, distribution in self.distributions.items():
-            choices = grid_values(distribution)
-            if choices is None:
-                continuous.append(name)
-            else:
-                values.append(choices)
-        if continuous:
-            names = ", ".join(continuous)
-            raise ConfigError(f"{names}: a grid needs a choice or a range with a step")
-        points = []
-        for combination in itertools.product(*values):
-            point = dict(zip(self.distributions, combination, strict=True))
-            points.append(point)
-        # Shuffled, so that a study which is stopped early has seen all regions of the grid.
-        random.Random(seed).shuffle(points)
-        return points
+                names = ", ".join(self.distributions)
+                raise ConfigError(f"{key}: {name} is not searched; allowed: {names}")
+        for name, value in self.outside(point).items():
+            described = describe(self.distributions[name])
+            raise ConfigError(f"{key}: {name}={value} lies outside {described}")
+        for name in point:
+            for other, allowed in self.conditions.get(name, {}).items():
+                # Where the point leaves it open, the sampler may choose a value that fits.
+                if other in point and not has_choice(allowed, point[other]):
+                    needed = " or ".join(f"{other}={value}" for value in allowed)
+                    raise ConfigError(f"{key}: {name} is searched only with {needed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the distributions as plain values, for storage and comparison."""
         plain = {}
         for name, distribution in self.distributions.items():
             plain[name] = json.loads(distribution_to_json(distribution))
+            if name in self.variants:
+                plain[name]["variants"] = self.variants[name]
+            if name in self.conditions:
+                plain[name]["when"] = self.conditions[name]
         return plain
+
+
+def _value_of(name: str, composed: DictConfig) -> Any:
+    """Return a config's own value of a key or a config group, encoded."""
+    key = name.lstrip("+")
+    group_choices = composed.hydra.runtime.choices
+    # A searched config group has the name of its choice as its value.
+    if key in group_choices:
+        return encode(group_choices[key])
+    return encode(OmegaConf.select(composed, key))
+
+
+def _variant_of(name: str, variants: Variants, composed: DictConfig) -> Point:
+    """Return the variant that a config has, or else the config's own values of all its keys."""
+    config_values: Point = {}
+    for variant, values in variants.items():
+        for key in values:
+            config_values[key] = _value_of(key, composed)
+        if all(config_values[key] == value for key, value in values.items()):
+            return {name: variant}
+    # A key that the config lacks needs no override.
+    return {key: value for key, value in config_values.items() if value != NULL}
 
 
 def _positive_number(composed: DictConfig, key: str) -> float:

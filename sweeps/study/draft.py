@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from finetune.config.schema import RunConfig
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.errors import ConfigError, refusal
 from finetune.metrics.load import check_metrics, higher_is_better
+from finetune.metrics.metric import Metric
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
+from sweeps.space.constraints import require_names
 from sweeps.space.custom import extend_baseline, load_function
+from sweeps.space.distributions import describe
 from sweeps.space.params import plain_params
+from sweeps.space.points import grid_points, point_count
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
 from sweeps.study.job import require_one_directory
@@ -42,7 +46,7 @@ class Draft:
     def total(self) -> int | None:
         """Number of trials that the study shall hold; None: as many as the budget allows.
 
-        A space without a continuous parameter has no more than its points.
+        A space without a continuous parameter has no more than its points, and a baseline outside.
         """
         n_trials = self.session.settings.n_trials
         points = self._point_count
@@ -61,9 +65,12 @@ class Draft:
         settings = self.session.settings
         if settings.is_grid:
             return len(self.points)
-        if settings.custom_search_space:
+        space = self.session.space
+        inside = point_count(space)
+        if settings.custom_search_space or inside is None:
             return None
-        return self.session.space.size
+        outside = [point for _, point in self.points if space.outside(point)]
+        return inside + len(outside)
 
 
 def draft_session(
@@ -97,20 +104,23 @@ def draft_session(
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
     common = _check_run_config(composed)
-    settings = _resolve_directions(settings, common)
+    metrics = check_metrics(common)
+    scores = [name for metric in metrics for name in metric.names]
+    require_names(settings.parsed_constraints, common.allowed_objectives(scores))
+    settings = _resolve_directions(settings, common, metrics)
     address = plain["storage"]
     # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
-    space, points = _first_points(settings, scaled_space, config, composed, common.seed)
+    points = _first_points(settings, scaled_space, config, composed, common.seed)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=_study_folder(config, values, settings.study_name),
         address=address,
         settings=settings,
-        space=space,
+        space=scaled_space,
         config=config,
         hydra_context=context,
         common=common,
@@ -200,9 +210,10 @@ def _check_run_config(composed: DictConfig) -> RunConfig:
     return config
 
 
-def _resolve_directions(settings: StudySettings, config: RunConfig) -> StudySettings:
+def _resolve_directions(
+    settings: StudySettings, config: RunConfig, metrics: Sequence[Metric]
+) -> StudySettings:
     """Return the settings with a direction for each objective, which its metric allows."""
-    metrics = check_metrics(config)
     rising = [higher_is_better(name, metrics) for name in config.objectives]
     if settings.direction == "auto":
         directions: list[Direction] = [
@@ -243,44 +254,43 @@ def _first_points(
     config: DictConfig,
     composed: DictConfig,
     seed: int,
-) -> tuple[Space, list[tuple[str, Point]]]:
-    """Return the points of the first trials, and a space that contains them.
+) -> list[tuple[str, Point]]:
+    """Return the points of the first trials.
 
     They are the config's own values (the baseline), the user's points, and a grid's points.
     """
-    # Before the baseline widens the space: its values are not those of the user's grid.
-    grid = space.grid(seed) if settings.is_grid else []
     points: list[tuple[str, Point]] = []
     if settings.baseline:
-        space, baseline = _baseline(settings, space, config, composed)
+        baseline = _baseline(settings, space, config, composed)
         if baseline is not None:
             points.append(("baseline", baseline))
     for point in settings.start:
         space.require("hydra.sweeper.start", point)
         points.append(("start", point))
     chosen = [point for _, point in points]
-    for point in grid:
+    for point in grid_points(space, seed) if settings.is_grid else []:
         if point not in chosen:
             points.append(("grid", point))
-    return space, points
+    return points
 
 
 def _baseline(
     settings: StudySettings, space: Space, config: DictConfig, composed: DictConfig
-) -> tuple[Space, Point | None]:
-    """Return the space, widened for the config's own values, and the point that they are."""
+) -> Point | None:
+    """Return the point of the config's own values, which may lie outside the space."""
     baseline = space.point_of(composed)
     if baseline is None:
         log.info("no baseline: the config has no value of its own for what is searched")
-        return space, None
-    # Optuna warns of an enqueued number outside of its range, and refuses such a choice.
-    widened, lines = space.widened(baseline)
+        return None
     if settings.custom_search_space:
         baseline = extend_baseline(
-            settings.custom_search_space, config, widened, baseline, composed
+            settings.custom_search_space, config, space, baseline, composed
         )
-        if baseline is None:
-            return space, None
-    for line in lines:
-        log.info("%s", line)
-    return widened, baseline
+    for name, value in space.outside(baseline or {}).items():
+        distribution = space.distributions.get(name)
+        described = describe(distribution) if distribution else "all variants"
+        message = (
+            "%s=%s: the config's own value lies outside %s; only the baseline has it"
+        )
+        log.info(message, name, value, described)
+    return baseline

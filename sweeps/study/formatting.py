@@ -5,7 +5,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.metrics.names import metric_notes
+from finetune.metrics.names import format_metric, metric_notes
+from sweeps.space.feasibility import is_feasible, violated
+from sweeps.space.pruners import rung_values
+from sweeps.study.inside import is_inside, point_of, values_outside
 from sweeps.study.study import Study, role
 
 
@@ -54,7 +57,8 @@ def trials_table(study: Study, is_ranked: bool = False) -> str:
         parameters = parameter_cells(trial, names)
         note = trial_note(trial)
         rows.append([number, state, *objectives, *parameters, note])
-    table = "\n".join([format_table(head, rows), *metric_notes(study.objectives)])
+    notes = [*metric_notes(study.objectives), *variant_notes(study)]
+    table = "\n".join([format_table(head, rows), *notes])
     waiting_count = len(study.trials()) - len(trials)
     if waiting_count:
         table += f"\n{waiting_count} waiting"
@@ -63,17 +67,29 @@ def trials_table(study: Study, is_ranked: bool = False) -> str:
     return table
 
 
+def variant_notes(study: Study) -> list[str]:
+    """Return a line below a table for each variant: the values that its name stands for."""
+    lines = []
+    for name, variants in study.variants.items():
+        for variant, values in variants.items():
+            assignments = [f"{key}={value}" for key, value in values.items()]
+            text = " ".join(assignments) or "the config's own values"
+            lines.append(f"{short_name(name)}={variant}: {text}")
+    return lines
+
+
 def parameter_names(trials: Iterable[FrozenTrial]) -> list[str]:
     """Return the names of all parameters that some of the trials have, in alphabetical order."""
     names: set[str] = set()
     for trial in trials:
-        names |= trial.params.keys()
+        names |= point_of(trial).keys()
     return sorted(names)
 
 
 def parameter_cells(trial: FrozenTrial, names: Sequence[str]) -> list[str]:
     """Format a trial's values of some parameters; empty where the trial has none."""
-    return [format_value(trial.params.get(name, "")) for name in names]
+    point = point_of(trial)
+    return [format_value(point.get(name, "")) for name in names]
 
 
 def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
@@ -87,17 +103,22 @@ def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
         `count` cells.
     """
     values: Sequence[float] = trial.values or []
-    if not values and trial.last_step is not None:
-        values = [trial.intermediate_values[trial.last_step]]
-    cells = [f"{value:.4f}" for value in values[:count]]
+    reported = rung_values(trial)
+    if not values and reported:
+        values = reported[max(reported)]
+    cells = [format_metric(value) for value in values[:count]]
     padding = [""] * (count - len(cells))
     return cells + padding
 
 
 def trial_note(trial: FrozenTrial) -> str:
-    """Describe a trial's role, why it ended early, and whether its batch was reduced."""
+    """Describe a trial's role, its place, why it ended early, and whether its batch was reduced."""
     attributes = trial.user_attrs
     notes = [role(trial)]
+    if not is_inside(trial):
+        notes.append(f"outside the space ({', '.join(values_outside(trial))})")
+    if not is_feasible(trial):
+        notes.append(f"infeasible: {', '.join(violated(trial))}")
     if trial.state == TrialState.PRUNED:
         step = attributes.get("step")
         reason = attributes.get("reason", "")
@@ -112,7 +133,7 @@ def trial_note(trial: FrozenTrial) -> str:
 def format_parameters(trial: FrozenTrial) -> str:
     """Format a trial's parameters on one line."""
     assignments = []
-    for name, value in trial.params.items():
+    for name, value in point_of(trial).items():
         assignments.append(f"{short_name(name)}={format_value(value)}")
     return " ".join(assignments)
 
@@ -128,8 +149,10 @@ def format_value(value: Any) -> str:
 
 
 def format_counts(study: Study) -> str:
-    """Count the complete, pruned and failed trials."""
+    """Count the complete, pruned and failed trials, and the infeasible ones among them."""
     complete = len(study.trials(TrialState.COMPLETE))
     pruned = len(study.trials(TrialState.PRUNED))
     failed = len(study.trials(TrialState.FAIL))
-    return f"{complete} complete, {pruned} pruned, {failed} failed"
+    infeasible = sum(not is_feasible(trial) for trial in study.trials())
+    counts = f"{complete} complete, {pruned} pruned, {failed} failed"
+    return f"{counts}, {infeasible} of them infeasible" if infeasible else counts

@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.run.resources import shared_resources
+from sweeps.space.samplers import compares_several, conditions_note
 from sweeps.space.settings import StudySettings
 from sweeps.study.creation import create_or_resume, decide_engine
 from sweeps.study.launching import worker_count
@@ -43,6 +44,9 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
     check_address(draft.address, worker_count(settings))
     _log_why_no_pruning(settings, config)
+    note = conditions_note(settings, draft.space.conditions)
+    if note:
+        log.info("%s", note)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
     study = create_or_resume(
@@ -84,11 +88,12 @@ def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:
 def _log_why_no_pruning(settings: StudySettings, config: RunConfig) -> None:
     if not settings.can_prune:
         return
-    if len(settings.directions) > 1:
+    if len(settings.directions) > 1 and not compares_several(settings):
         log.info(
-            "no pruning: trials with several objectives can't be ranked before their end"
+            "no pruning: of the pruners only successive_halving compares several objectives"
         )
-    elif not config.objectives[0].startswith("eval/"):
-        log.info(
-            "no pruning: %s is not known before a trial's end", config.objectives[0]
-        )
+        return
+    for name in config.objectives:
+        if not name.startswith("eval/") and name not in CONSTANT_METRICS:
+            log.info("no pruning: %s is not known before a trial's end", name)
+            return

@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from finetune.metrics.names import describe_metric
+from finetune.metrics.names import describe_metric, format_metric
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class Outcome:
         assert self.values is not None
         results = []
         for name, value in zip(objectives, self.values, strict=True):
-            results.append(f"{describe_metric(name)} {value:.4f}")
+            results.append(f"{describe_metric(name)} {format_metric(value)}")
         return f"completed, {', '.join(results)}"

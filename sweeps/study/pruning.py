@@ -10,10 +10,12 @@ from optuna.trial import FrozenTrial
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
-from finetune.metrics.names import describe_metric
+from finetune.metrics.names import describe_metric, format_metric
 from finetune.run.resources import shared_resources
 from finetune.tracking.wandb_finished import remove_tag
-from sweeps.space.pruners import WARMUP_RUNG
+from sweeps.space.constraints import violations
+from sweeps.space.feasibility import store_violations
+from sweeps.space.pruners import RUNGS, WARMUP_RUNG, rung_values
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.errors import StorageLost
 from sweeps.study.final_time import estimate_final_seconds, record_final_seconds
@@ -63,7 +65,7 @@ class PruningObserver(Observer):
         self.poll_seconds = poll_seconds
         self._last_poll = time.monotonic()
         stored_trial = self._stored_trial()
-        self._reported_rungs = set(stored_trial.intermediate_values)
+        self._reported_rungs = set(rung_values(stored_trial))
         last_rung = max(self._reported_rungs, default=0)
         is_judged = last_rung > stored_trial.user_attrs.get(WARMUP_RUNG, 0)
         # The value of `reports` when the trial was last judged; None: it has reported no rung after
@@ -111,21 +113,44 @@ class PruningObserver(Observer):
             self._record_final_seconds(rung.seconds)
         if rung.index == 0:
             self._trial.set_user_attr("steps", rung.total)
+        constraints = self._session.settings.parsed_constraints
+        distances = violations(constraints, rung.constants, is_final=False)
+        store_violations(self._trial, distances)
         if not self._is_reportable(rung):
             return
-        value = rung.metrics["objective"]
         # Before the report, so that no process reads the report without it.
         if rung.is_warmup:
             self._trial.set_user_attr(WARMUP_RUNG, rung.index)
         # A trial that resumes from a checkpoint comes again to rungs that it has reported.
         if rung.index not in self._reported_rungs:
-            # By the rung's index, because trials with other batch sizes take other steps to it.
-            self._trial.report(value, rung.index)
-            PruningObserver.reports += 1
-        name = describe_metric(self._study.objectives[0])
+            self._report(rung)
+        texts = [
+            f"{describe_metric(name)} {format_metric(value)}"
+            for name, value in zip(
+                self._study.objectives, self._values(rung), strict=True
+            )
+        ]
         log.info(
-            "trial %d: step %d, %s %.4f", self._trial.number, rung.step, name, value
+            "trial %d: step %d, %s", self._trial.number, rung.step, ", ".join(texts)
         )
+
+    def _report(self, rung: Rung) -> None:
+        """Report a rung by its index: trials with other batch sizes take other steps to it."""
+        values = self._values(rung)
+        if len(values) == 1:
+            self._trial.report(values[0], rung.index)
+        else:
+            # Optuna takes no reports of trials with several objectives.
+            rungs = {**self._trial.user_attrs.get(RUNGS, {}), str(rung.index): values}
+            self._trial.set_user_attr(RUNGS, rungs)
+        PruningObserver.reports += 1
+
+    def _values(self, rung: Rung) -> list[float]:
+        """Return the objectives at a rung."""
+        if "objective" in rung.metrics:
+            return [rung.metrics["objective"]]
+        figures = {**rung.metrics, **rung.constants}
+        return [figures[name] for name in self._study.objectives]
 
     def _record_final_seconds(self, seconds: float) -> None:
         from finetune.model.device import on_gpu
@@ -140,19 +165,36 @@ class PruningObserver(Observer):
 
     def should_prune(self, rung: Rung) -> bool:
         """Whether the pruner gives the trial up at a rung. After the last step nothing is saved."""
-        if not self._is_reportable(rung) or rung.is_warmup or rung.step >= rung.total:
+        if rung.index == 0 or rung.step >= rung.total:
+            return False
+        if self._can_not_win():
+            return self._stop("can't win")
+        if not self._is_reportable(rung) or rung.is_warmup:
             return False
         return self._is_pruned() and self._stop("worse than others at this rung")
 
     def _is_pruned(self) -> bool:
         self._judged_at_report = self.reports
         # The pruner is asked for the baseline too: some of Optuna's note whom they have judged.
-        return self._trial.should_prune() and role(self._trial) != "baseline"
+        if len(self._session.settings.directions) == 1:
+            is_pruned = self._trial.should_prune()
+        else:
+            study = self._trial.study
+            is_pruned = study.pruner.prune(study, self._stored_trial())
+        return is_pruned and role(self._trial) != "baseline"
+
+    def _can_not_win(self) -> bool:
+        """Whether the trial violates a constraint, and need not go on."""
+        is_baseline = role(self._trial) == "baseline"
+        is_violated = any(value > 0 for value in self._trial.constraints.values())
+        return is_violated and not is_baseline and self._session.settings.can_prune
 
     def _is_reportable(self, rung: Rung) -> bool:
-        # Optuna takes no reports of trials with several objectives.
-        has_one_objective = len(self._session.settings.directions) == 1
-        return rung.index > 0 and "objective" in rung.metrics and has_one_objective
+        if len(self._session.settings.directions) == 1:
+            return rung.index > 0 and "objective" in rung.metrics
+        # Answers are generated at some rungs only.
+        figures = {*rung.metrics, *rung.constants}
+        return rung.index > 0 and figures.issuperset(self._study.objectives)
 
     def _stop(self, reason: str) -> bool:
         self._trial.set_user_attr("reason", reason)
@@ -162,6 +204,10 @@ class PruningObserver(Observer):
         """Return the tag `best` if the trial is the best so far, and untag the previous best."""
         objectives = self._study.objectives
         if len(objectives) > 1 or objectives[0] not in metrics:
+            return []
+        constraints = self._session.settings.parsed_constraints
+        distances = violations(constraints, metrics, is_final=False)
+        if any(distance > 0 for distance in distances.values()):
             return []
         best = next(iter(self._study.ranked()), None)
         if best is not None and best.value is not None:

@@ -78,7 +78,7 @@ class Session:
         """Overrides that hold the study's engine, for all its trials."""
         overrides = [f"trainer.engine={self.engine.name}"]
         key = "trainer.gradient_checkpointing"
-        is_searched = key in self.space.distributions
+        is_searched = key in self.space.config_keys
         # `auto` could mean something else for each trial: the study has decided it for all.
         if self.common.trainer.gradient_checkpointing == "auto" and not is_searched:
             overrides.append(f"{key}={str(self.engine.checkpointing).lower()}")
@@ -115,7 +115,12 @@ class Session:
 
     def sampler(self, trial_number: int) -> BaseSampler:
         """Make the sampler of one trial."""
-        return make_sampler(self.settings, self.common.seed, trial_number)
+        return make_sampler(
+            self.settings,
+            self.common.seed,
+            trial_number,
+            has_conditions=bool(self.space.conditions),
+        )
 
     def is_out_of_time(self, study: Study) -> bool:
         """Whether no trial shall begin, and running trials shall be pruned.

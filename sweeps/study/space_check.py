@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.errors import ConfigError
+from sweeps.space.points import extreme_points
 from sweeps.study.session import Session
 
 
@@ -25,7 +26,7 @@ def check_space(session: Session) -> list[RunConfig]:
     _require_makes("sampler", lambda: session.sampler(0))
     _require_makes("pruner", lambda: session.pruner)
     configs = []
-    for point in session.space.extremes():
+    for point in extreme_points(session.space):
         overrides = session.space.overrides(point)
         composed = session.compose(0, overrides)
         # For the interpolations `${hydra:…}` in the config.

@@ -6,6 +6,7 @@ The storage's study attributes hold what all workers and later sessions have to 
 `EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
 """
 
+import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
+from sweeps.study.inside import is_inside
 from sweeps.study.storage import open_storage
 
 # Optuna's own lines on each trial would repeat those of the study.
@@ -151,6 +154,15 @@ class Study:
         return [names] if isinstance(names, str) else list(names)
 
     @property
+    def variants(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The values of each variant, by the name of the parameter and that of the variant."""
+        variants = {}
+        for key, term in self.optuna.user_attrs["terms"].items():
+            if key.startswith("space.") and "variants" in term:
+                variants[key.removeprefix("space.")] = term["variants"]
+        return variants
+
+    @property
     def sampler(self) -> Mapping[str, Any] | None:
         """The sampler and its arguments; None: an earlier version has stored none."""
         return self.optuna.user_attrs.get("sampler")
@@ -180,11 +192,11 @@ class Study:
         return self.trials(*FINISHED)
 
     def ranked(self) -> list[FrozenTrial]:
-        """Return the complete trials, the best first.
+        """Return the complete trials that violate no constraint, the best first.
 
         With several objectives, the Pareto front comes first, then the others, each by number.
         """
-        complete = self.trials(TrialState.COMPLETE)
+        complete = list(filter(is_feasible, self.trials(TrialState.COMPLETE)))
         if len(self.optuna.directions) == 1:
             return sorted(complete, key=self._cost_and_number)
         front = {trial.number for trial in self.optuna.best_trials}
@@ -292,7 +304,11 @@ class Study:
         """
         # Read before the ranking: a trial that finishes in between may be one of the best.
         finished = self.finished()
-        needed = {trial.number for trial in self.ranked()[:keep]}
+        ranked = self.ranked()
+        inside = filter(is_inside, ranked)
+        # The winner may lie outside the space.
+        best = [*ranked[:1], *itertools.islice(inside, keep)]
+        needed = {trial.number for trial in best}
         baseline = self.baseline()
         if baseline is not None:
             needed.add(baseline.number)

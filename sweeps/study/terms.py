@@ -11,6 +11,7 @@ from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
 from finetune.run.identity import KEYS_WITHOUT_EFFECT
+from sweeps.space.constraints import KEY as CONSTRAINTS
 from sweeps.space.distributions import describe
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
@@ -36,7 +37,7 @@ def study_terms(
         A value for each config key, and for each parameter an entry `space.<name>`.
     """
     # `+key` is Hydra's syntax for a key that the config lacks.
-    searched = {name.lstrip("+") for name in space.distributions}
+    searched = {name.lstrip("+") for name in space.config_keys}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
     groups = []
     for name in searched:
@@ -54,6 +55,9 @@ def study_terms(
             terms[key] = value
     terms["objective"] = config.objective
     terms["hydra.sweeper.direction"] = settings.directions
+    # A study from before there were constraints has none.
+    if settings.constraints:
+        terms[CONSTRAINTS] = settings.constraints
     terms["dataset_fingerprint"] = dataset_fingerprint
     for name, distribution in space.to_dict().items():
         terms[f"space.{name}"] = distribution
@@ -107,12 +111,18 @@ def require_changeable(
         ConfigError: the objective has changed, or a parameter's choices, which Optuna can't
             compare with those of the earlier trials.
     """
-    for key in ("objective", "hydra.sweeper.direction"):
+    for key in ("objective", "hydra.sweeper.direction", CONSTRAINTS):
         if stored.get(key) != terms.get(key):
             reason = (
                 f"study {study} judges its trials by {stored.get(key)}; {OTHER_NAME}"
             )
             raise refusal(key, terms.get(key), reason)
+    for key, now in terms.items():
+        before = stored.get(key) if key.startswith("space.") else None
+        if before and before.get("variants") != now.get("variants"):
+            name = key.removeprefix("space.")
+            reason = f"study {study} has trials of other variants; {OTHER_NAME}"
+            raise ConfigError(f"{name}: {reason}")
     for trial in trials:
         for name in trial.distributions.keys() & distributions.keys():
             before = trial.distributions[name]

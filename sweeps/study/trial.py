@@ -7,8 +7,7 @@ from typing import Any
 
 import optuna
 from omegaconf import DictConfig
-from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.schema import RunConfig
 from finetune.console import error_line
@@ -16,7 +15,6 @@ from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
-from finetune.files.lock import file_lock
 from finetune.files.run_folder import checkpoint_step
 from finetune.model.memory import (
     free_memory,
@@ -29,8 +27,8 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
-from sweeps.space.custom import load_function
-from sweeps.space.distributions import suggest
+from sweeps.space.constraints import violations
+from sweeps.space.feasibility import store_violations
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
@@ -41,7 +39,7 @@ from sweeps.study.pruning import PruningObserver
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
 from sweeps.study.study import Study, role
-from sweeps.study.untried import UntriedPointSampler
+from sweeps.study.suggestion import open_trial, suggest_point
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +92,7 @@ class TrialRunner:
         self._folder = claim.folder
         self.packed_with: set[str] = set()
         """Names of the runs that have trained together with this trial."""
-        sampler = _sampler(session, claim.number)
-        self._optuna = optuna.Study(
-            study.name,
-            study.storage,
-            sampler=sampler,
-            pruner=session.pruner,
-        )
-        # Not by `ask`, which would begin another trial: an adopted one keeps its number.
-        self.trial = optuna.Trial(self._optuna, claim.trial_id)
+        self.trial = open_trial(session, study, claim.number, claim.trial_id)
 
     def run(self, folder_lock: contextlib.ExitStack) -> RunSteps[None]:
         """Run the trial, or store the outcome that its folder has already.
@@ -193,26 +183,17 @@ class TrialRunner:
         space = self._session.space
         for name, value in space.fixed.items():
             self.trial.set_user_attr(name, value)
-        # One trial at a time, so that no two draw the same untried point.
-        with file_lock(self._study.lock_path):
-            for name, distribution in space.distributions.items():
-                suggest(self.trial, name, distribution)
-        function_path = self._session.settings.custom_search_space
-        if function_path:
-            extend = load_function(function_path)
-            extend(self._session.config, self.trial)
-        params = self.trial.params
+        point = suggest_point(self._session, self._study, self.trial)
         assignments = []
-        for name, value in params.items():
+        for name, value in point.items():
             assignments.append(f"{name}={format_value(value)}")
-        point = ", ".join(assignments)
         log.info(
             "trial %d: %s%s",
             self.trial.number,
-            point,
+            ", ".join(assignments),
             _role_note(self.trial),
         )
-        return [*space.overrides(params), *self._session.common_overrides]
+        return [*space.overrides(point), *self._session.common_overrides]
 
     def _train(self, overrides: list[str]) -> RunSteps[None]:
         """Compose the trial's config, and run it in the trial's folder. Raises the run's error."""
@@ -282,7 +263,9 @@ class TrialRunner:
             attributes[TRAIN_TOKENS] = result[TRAIN_TOKENS]
         for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
-        self._optuna.tell(
+        if outcome.state != TrialState.FAIL:
+            self._store_violations(result, outcome)
+        self.trial.study.tell(
             self.trial,
             outcome.values,
             outcome.state,
@@ -291,6 +274,13 @@ class TrialRunner:
         description = outcome.describe(self._study.objectives)
         log.info("trial %d: %s", self.trial.number, description)
         self._end_study_by_rule()
+
+    def _store_violations(self, result: dict[str, Any], outcome: Outcome) -> None:
+        """Store how far the trial is beyond the bounds of `hydra.sweeper.constraints`."""
+        constraints = self._session.settings.parsed_constraints
+        figures = {**result, **result.get("metrics", {})}
+        is_final = outcome.state == TrialState.COMPLETE
+        store_violations(self.trial, violations(constraints, figures, is_final))
 
     def _end_study_by_rule(self) -> None:
         """End the study if `hydra.sweeper.stop_when` says so, now that a trial has ended."""
@@ -301,15 +291,6 @@ class TrialRunner:
         if reason is not None:
             self._study.end(reason)
             log.info("study %s: %s", self._study.name, self._study.ended)
-
-
-def _sampler(session: Session, number: int) -> BaseSampler:
-    """Return a trial's sampler, which repeats no point of a finite space."""
-    sampler = session.sampler(number)
-    # What a user's function suggests besides makes other trials of the same point.
-    if session.space.size is None or session.settings.custom_search_space:
-        return sampler
-    return UntriedPointSampler(sampler, session.space, seed=number)
 
 
 def _role_note(trial: optuna.Trial) -> str:

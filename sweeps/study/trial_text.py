@@ -10,6 +10,7 @@ from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.study.formatting import format_table, format_value, trial_note
+from sweeps.study.inside import point_of
 from sweeps.study.study import Study
 
 _RESULTS = (
@@ -36,7 +37,7 @@ def trial_text(study: Study, number: int) -> str:
     facts = {
         "state": trial.state.name.lower(),
         "note": trial_note(trial),
-        **trial.params,
+        **point_of(trial),
     }
     facts |= _results(folder)
     facts["folder"] = folder.path.relative_to(study.folder)

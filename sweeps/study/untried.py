@@ -10,7 +10,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.compat import enqueued_point
+from sweeps.space.points import random_point
 from sweeps.space.space import Point, Space
+from sweeps.study.inside import point_of
 from sweeps.study.study import OUT_OF_TIME
 
 ATTEMPTS = 1000
@@ -31,7 +33,7 @@ def tried_points(trials: Sequence[FrozenTrial]) -> list[Point]:
             points.append(enqueued)
         # A point that its user gave in part is whole once the sampler has chosen the rest.
         if trial.params:
-            points.append(trial.params)
+            points.append(point_of(trial))
     return points
 
 
@@ -112,7 +114,7 @@ class UntriedPointSampler(BaseSampler):
         fixed = {**(enqueued_point(trial) or {}), **trial.params}
         point: Point = dict(fixed)
         for name, distribution in self._space.distributions.items():
-            if name in fixed:
+            if name in fixed or not self._space.is_searched(name, point):
                 continue
             if name in self._relative:
                 point[name] = self._relative[name]
@@ -123,10 +125,11 @@ class UntriedPointSampler(BaseSampler):
         trials = study.get_trials(deepcopy=False)
         others = [other for other in trials if other.number != trial.number]
         tried = tried_points(others)
+        point = self._space.searched_part(point)
         if not is_among(point, tried):
             return point
         for _ in range(ATTEMPTS):
-            drawn = {**self._space.random_point(self._random), **fixed}
+            drawn = random_point(self._space, self._random, fixed)
             if not is_among(drawn, tried):
                 return drawn
         # Every point that holds the user's values is tried: those values are trained again.

@@ -115,6 +115,16 @@ SETTINGS = [
         "hydra.sweeper.max_tokens=0: must be above 0 tokens, or null",
     ),
     Case(
+        "constraint-form",
+        "hydra.sweeper.constraints=[adapter/parameters]",
+        "hydra.sweeper.constraints=adapter/parameters: must be NAME <= NUMBER, or with >=, < or >",
+    ),
+    Case(
+        "constraint-name",
+        "hydra.sweeper.constraints=['adapter/parameter<=5']",
+        "hydra.sweeper.constraints=adapter/parameter<=5: did you mean adapter/parameters?…peak_memory_bytes…",
+    ),
+    Case(
         "no-end",
         "hydra.sweeper.n_trials=null",
         "hydra.sweeper.n_trials=null: needs a budget: "
@@ -182,6 +192,16 @@ SPACE = [
         "objective=choice(eval/loss,eval/accuracy)",
         f"objective: {BY_STUDY}",
     ),
+    Case(
+        "condition-on-nothing",
+        "lora.bias=tag('lora.nope=1',choice(all,none))",
+        "lora.bias: when lora.nope: is not searched; allowed: lora.r, …",
+    ),
+    Case(
+        "variants-of-a-searched-key",
+        "size=tag(variants,choice({a:{lora.r:4},b:{lora.r:8}}))",
+        "lora.r: is searched by both lora.r and size",
+    ),
     Case("objective-at", "objective_at=choice(last,best)", f"objective_at: {BY_STUDY}"),
     Case("name", "name=a,b", f"name: {BY_STUDY}"),
     Case("step-zero", "lora.r=range(1,4,0)", "lora.r=range(1,4,0): …nonzero step…"),
@@ -196,11 +216,6 @@ SPACE = [
         "smooth-grid",
         "hydra/sweeper/sampler=grid",
         "lora.dropout, optimizer.learning_rate: a grid needs a choice or a range with a step",
-    ),
-    Case(
-        "baseline-beyond-widening",
-        "lora.dropout=tag(log,interval(0.01,0.1))",
-        "lora.dropout=0.0: can't be part of tag(log, interval(0.01, 0.1)); hydra.sweeper.baseline=false goes without",
     ),
 ]
 

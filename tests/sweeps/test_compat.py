@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 from optuna.storages import RDBStorage, get_storage
 from optuna.storages._cached_storage import _CachedStorage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweeps import compat
 from sweeps.study.storage import open_storage
@@ -141,3 +141,28 @@ def test_the_error_of_a_failed_job_is_read_in_silence(
     assert compat.job_error(failed) is error
     assert compat.job_error(completed) is None
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_filtered_study_hides_trials_from_its_sampler() -> None:
+    seen: list[list[int]] = []
+
+    class Looks(optuna.samplers.RandomSampler):
+        def sample_independent(
+            self, study: optuna.Study, trial: FrozenTrial, *arguments: Any
+        ) -> Any:
+            trials = study.get_trials(deepcopy=False)
+            seen.append([other.number for other in trials])
+            # What samplers call.
+            assert study._get_trials(deepcopy=False, use_cache=True) == trials
+            return super().sample_independent(study, trial, *arguments)
+
+    storage = optuna.storages.InMemoryStorage()
+    whole = optuna.create_study(storage=storage, study_name="s")
+    for value in (0.0, 1.0, 2.0):
+        whole.add_trial(optuna.trial.create_trial(value=value))
+    pruner = optuna.pruners.NopPruner()
+    study = compat.filtered_study(
+        "s", storage, Looks(), pruner, lambda trial: trial.value != 1
+    )
+    study.ask().suggest_float("x", 0, 1)
+    assert seen == [[0, 2, 3]]

@@ -12,6 +12,7 @@ from optuna.distributions import (
 
 from finetune.config.paths import CONF
 from finetune.errors import ConfigError
+from sweeps.space.points import grid_points
 from sweeps.space.space import Space
 
 
@@ -86,7 +87,7 @@ def test_a_range_has_the_values_that_it_has_in_hydra(
 ) -> None:
     assert isinstance(distribution_of(expression), kind)
     grid = sorted(
-        point["key"] for point in Space.parse({}, [f"key={expression}"]).grid(0)
+        point["key"] for point in grid_points(Space.parse({}, [f"key={expression}"]), 0)
     )
     assert grid == values
     assert [type(value) for value in grid] == [type(value) for value in values]

@@ -23,6 +23,8 @@ from support.studies import settings_of
 
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
+from sweeps.space.points import grid_points, point_count
+from sweeps.space.samplers import conditions_note
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial, enqueue_trials
 from sweeps.study.creation import create_or_resume
@@ -114,6 +116,104 @@ def drive(tmp_path: Path) -> Drive:
         return [trial.params for trial in opened.trials()]
 
     return run
+
+
+OUTSIDE: Point = {
+    "optimizer.learning_rate": 1.0,
+    "lora.dropout": 0.9,
+    "lora.r": 1,
+    "lora.alpha": 7,
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("count", [1, 4], ids=["one value outside", "all"])
+def test_a_baseline_outside_of_the_space_does_not_lead_the_sampler(
+    sampler: str, count: int, drive: Drive
+) -> None:
+    inside: Point = {
+        "optimizer.learning_rate": 1e-3,
+        "lora.dropout": 0.1,
+        "lora.r": 32,
+        "lora.alpha": 16,
+    }
+    baseline = {**inside, **dict(list(OUTSIDE.items())[:count])}
+
+    def study(name: str, baseline_loss: float) -> list[Point]:
+        def values(point: Point) -> list[float]:
+            return [loss(point) if len(point) == len(PARAMS) else baseline_loss]
+
+        points = [("baseline", baseline)]
+        return drive(sampler, 14, study=name, points=points, values=values)
+
+    first, *others = study("best", -10.0)
+    assert first == {name: inside[name] for name in list(PARAMS)[count:]}
+    space = Space.parse(PARAMS, [])
+    for point in others:
+        assert list(point) == list(PARAMS)
+        assert space.outside(point) == {}
+    # They are as if the baseline was the worst: no sampler has seen it.
+    assert study("worst", 10.0)[1:] == others
+
+
+def test_a_baseline_outside_comes_on_top_of_a_finite_space(drive: Drive) -> None:
+    params = {"lora.r": "choice(4,8)", "lora.alpha": "choice(8,16)"}
+    points = [("baseline", {"lora.r": 16, "lora.alpha": 8})]
+    first, *others = drive("tpe", 5, params=params, points=points)
+    assert first == {"lora.alpha": 8}
+    assert distinct(others) == 4
+
+
+CONDITIONAL = {
+    "lora.r": "choice(4, 8)",
+    "lora.alpha": "tag('lora.r=8', range(8, 33, 8))",
+    "optimizer.weight_decay": "interval(0.0, 0.1)",
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_parameter_with_a_condition_is_searched_only_where_it_is_met(
+    sampler: str, drive: Drive
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        points = drive(sampler, 16, params=CONDITIONAL)
+    for point in points:
+        assert ("lora.alpha" in point) == (point["lora.r"] == 8)
+    assert {point["lora.r"] for point in points} == {4, 8}
+
+
+def test_tpe_learns_a_parameter_with_a_condition(drive: Drive) -> None:
+    def values(point: Point) -> list[float]:
+        return [abs(point.get("optimizer.warmup_ratio", 2) - 0.7)]
+
+    params = {
+        "lora.use_dora": "choice(true,false)",
+        "optimizer.warmup_ratio": "tag('lora.use_dora=true', interval(0.0, 1.0))",
+    }
+    points = drive("tpe", 60, params=params, values=values)
+    late = [point for point in points[30:] if "optimizer.warmup_ratio" in point]
+    assert len(late) > 20
+    distances = [abs(point["optimizer.warmup_ratio"] - 0.7) for point in late]
+    assert sum(distance < 0.15 for distance in distances) > len(late) / 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_point_with_a_condition_is_repeated(sampler: str, drive: Drive) -> None:
+    params = dict(list(CONDITIONAL.items())[:2])
+    points = drive(sampler, 5, params=params)
+    # r of 4, and r of 8 with four values of alpha.
+    assert distinct(points) == 5
+
+
+def test_samplers_that_draw_conditional_parameters_at_random_say_so() -> None:
+    for sampler in SAMPLERS:
+        settings = settings_of(f"hydra/sweeper/sampler={sampler}")
+        note = conditions_note(settings, ["lora.alpha"])
+        is_silent = sampler in ("tpe", "random")
+        assert (note is None) == is_silent
+        assert note is None or note.startswith("lora.alpha: drawn at random, because ")
+        assert conditions_note(settings, []) is None
 
 
 def distinct(points: list[Point]) -> int:
@@ -268,14 +368,15 @@ def test_a_grid_is_every_point_once(drive: Drive) -> None:
         "optimizer.warmup_ratio": "range(0,0.3,0.1)",
         "lora.use_dora": "true,false",
     }
-    grid = Space.parse(params, []).grid(0)
+    grid = grid_points(Space.parse(params, []), 0)
     assert distinct(grid) == len(grid) == 18
 
     points = drive(
         "grid", 18, params=params, points=[("grid", point) for point in grid]
     )
     assert points == grid
-    assert Space.parse(params, []).grid(0) == grid != Space.parse(params, []).grid(1)
+    assert grid_points(Space.parse(params, []), 0) == grid
+    assert grid_points(Space.parse(params, []), 1) != grid
 
 
 def small_rank(trial: optuna.trial.FrozenTrial) -> list[float]:
@@ -309,7 +410,7 @@ def test_no_point_of_a_finite_space_is_tried_twice(sampler: str, drive: Drive) -
         "lora.r": "choice(4,8)",
         "optimizer.warmup_ratio": "range(0.1,0.4,0.1)",
     }
-    assert Space.parse(params, []).size == 6
+    assert point_count(Space.parse(params, [])) == 6
     half: list[tuple[str, Point]] = [("start", {"lora.r": 8})]
     drive(sampler, 3, params=params)
     points = drive(sampler, 6, params=params, points=half)
@@ -335,19 +436,17 @@ def test_no_point_of_a_finite_space_is_tried_twice(sampler: str, drive: Drive) -
     ],
 )
 def test_a_space_knows_the_number_of_its_points(sweep: str, size: int | None) -> None:
-    assert Space.parse({"lora.r": sweep}, []).size == size
+    assert point_count(Space.parse({"lora.r": sweep}, [])) == size
     whole = Space.parse({"lora.r": sweep, "lora.alpha": "choice(1,2,3)"}, [])
-    assert whole.size == (None if size is None else 3 * size)
+    assert point_count(whole) == (None if size is None else 3 * size)
 
 
 def test_a_grid_of_a_smooth_parameter_is_refused() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"^lora\.dropout: a grid needs a choice or a range with a step",
-    ):
-        Space.parse(
-            {"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}, []
-        ).grid(0)
+    params = {"lora.dropout": "interval(0,1)", "lora.r": "choice(1,2)"}
+    space = Space.parse(params, [])
+    message = r"^lora\.dropout: a grid needs a choice or a range with a step"
+    with pytest.raises(ConfigError, match=message):
+        grid_points(space, 0)
 
 
 def test_known_points_are_the_first_trials(drive: Drive) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -25,8 +26,10 @@ from finetune.engine.schedule import evaluation_rungs
 from finetune.engine.steps import RunSteps, drive
 from finetune.files.run_folder import RunFolder
 from finetune.tracking.tracker import Tracker
+from sweeps.space.constraints import parse_constraint
 from sweeps.space.pruners import SuccessiveHalvingPruner
 from sweeps.space.samplers import make_pruner
+from sweeps.study.formatting import trials_table
 from sweeps.study.pruning import PruningObserver
 from sweeps.study.study import Study
 
@@ -45,6 +48,7 @@ class Judged:
         pruner: Any,
         role: str = "",
         trial: optuna.Trial | None = None,
+        constraints: Sequence[str] = (),
     ) -> None:
         asked = optuna.Study(study.name, study.storage, pruner=pruner)
         self.trial = (
@@ -54,7 +58,11 @@ class Judged:
         )
         self.trial.set_user_attr("role", role)
         session: Any = SimpleNamespace(
-            settings=SimpleNamespace(directions=["minimize"]),
+            settings=SimpleNamespace(
+                directions=["minimize"] * len(study.objectives),
+                parsed_constraints=[parse_constraint(text) for text in constraints],
+                can_prune=True,
+            ),
             is_stopping=False,
             is_out_of_time=lambda study: False,
             deadline=None,
@@ -109,6 +117,46 @@ def test_the_baseline_counts_where_optunas_halving_judges(tmp_path: Path) -> Non
     )
     assert not Judged(study, pruner, "baseline").ends_at(1, 1.0)
     assert Judged(study, pruner).ends_at(1, 2.0)
+
+
+def test_several_objectives_are_reported_and_judged_at_a_rung(tmp_path: Path) -> None:
+    names = ["eval/loss", "adapter/parameters"]
+    study, pruner = made_study(tmp_path / "s", [], *names), halving()
+
+    def ends(loss: float, weights: float, role: str = "") -> bool:
+        judged = Judged(study, pruner, role, constraints=["adapter/parameters <= 50"])
+        reached = Rung(
+            1, 10, 90, {"eval/loss": loss}, constants={"adapter/parameters": weights}
+        )
+        judged.judge.on_rung(reached)
+        return judged.judge.should_prune(reached)
+
+    # These have too many weights: they can't win, and are no rivals of the others.
+    assert ends(0.1, 60.0)
+    assert ends(0.1, 70.0)
+    assert not ends(0.1, 80.0, "baseline")
+    for loss, weights in ((1.0, 9.0), (2.0, 6.0), (3.0, 4.0)):
+        assert not ends(loss, weights)
+    assert not ends(9.0, 1.0), "no other has as few weights"
+    assert ends(4.0, 9.0)
+    assert not ends(4.0, 9.0, "baseline")
+    rungs = [trial.user_attrs["rungs"] for trial in study.trials()]
+    assert rungs[3] == {"1": [1.0, 9.0]}
+    assert "infeasible: adapter/parameters <= 50" in trials_table(study)
+
+
+def test_a_rung_without_all_objectives_judges_no_trial(tmp_path: Path) -> None:
+    names = ["eval/loss", "eval/exact_match"]
+    study, pruner = made_study(tmp_path / "s", [], *names), PrunesAlways()
+    judged = Judged(study, pruner)
+    for rung, metrics, is_pruned in (
+        (1, {"eval/loss": 1.0}, False),
+        (2, {"eval/loss": 1.0, "eval/exact_match": 0.5}, True),
+    ):
+        reached = Rung(rung, 10 * rung, 90, metrics)
+        judged.judge.on_rung(reached)
+        assert judged.judge.should_prune(reached) == is_pruned
+    assert study.trials()[0].user_attrs["rungs"] == {"2": [1.0, 0.5]}
 
 
 class PrunesAlways(optuna.pruners.BasePruner):

@@ -20,7 +20,9 @@ from support.study_folder import told
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.errors import ConfigError
+from sweeps.space.feasibility import is_feasible, violated
 from sweeps.study.find_study import find_study
+from sweeps.study.formatting import trials_table
 from sweeps.study.study import FINISHED, Study
 
 TRIALS = 6
@@ -496,12 +498,16 @@ def test_what_no_study_can_take_is_refused_even_when_told_to(
 
 
 @pytest.mark.slow
-def test_several_objectives_have_a_front_and_no_pruning(
+def test_several_objectives_have_a_front_and_constraints(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     both = (
         "objective=[eval/loss,adapter/parameters]",
         "hydra.sweeper.direction=[minimize,minimize]",
+        "hydra.sweeper.constraints=['adapter/parameters <= 2e4']",
+        "hydra/sweeper/pruner=none",
+        "~search",
+        "lora.r=choice(2,4,8,16)",
     )
     ended = station.run(
         *study_overrides(tiny_base, "s"),
@@ -510,13 +516,34 @@ def test_several_objectives_have_a_front_and_no_pruning(
         cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "no pruning: trials with several objectives" in ended.stderr
     assert "(on the Pareto front)" in ended.stderr
     study = Study.load(tmp_path / "outputs" / "sweeps" / "s")
     assert [trial.state for trial in study.finished()] == [TrialState.COMPLETE] * 4
     for trial in study.finished():
         result = json.loads(study.folder_of(trial.number).result.read_text())
         assert trial.values == [objective["value"] for objective in result["objective"]]
+        # 16 of the baseline, and perhaps of others, has too many weights.
+        assert is_feasible(trial) == (trial.values[1] <= 2e4)
+    baseline = study.baseline()
+    assert baseline is not None
+    assert violated(baseline) == ["adapter/parameters <= 2e4"]
+    assert baseline not in study.ranked()
+    assert baseline not in study.optuna.best_trials
+    assert "infeasible     trials 0" in ended.stderr
+    assert "infeasible: adapter/parameters <= 2e4" in trials_table(study)
+
+    # Where none is feasible, there is no winner.
+    none = station.run(
+        *study_overrides(tiny_base, "none"),
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.constraints=['train_tokens <= 1']",
+        "hydra/sweeper/pruner=none",
+        cwd=tmp_path,
+    )
+    assert none.returncode == 0, none.stderr
+    says = "no trial is both complete and feasible: train_tokens <= 1 (violated by 2)"
+    assert f"study none: {says}, so there is no winner" in none.stderr
+    assert not (tmp_path / "outputs" / "sweeps" / "none" / "best").exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) -> None:
