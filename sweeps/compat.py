@@ -62,6 +62,21 @@ def enqueue_point(storage: BaseStorage, trial_id: int, point: dict[str, Any]) ->
     storage.set_trial_system_attr(trial_id, ENQUEUED_POINT, point)
 
 
+def waiting_trial(point: dict[str, Any], role: str) -> FrozenTrial:
+    """Return a trial that waits with a point, to be added to a study in one call.
+
+    `optuna.Study.enqueue_trial` does the same and returns no number. Read in Optuna 5.0.0,
+    `optuna/study/study.py`.
+    """
+    from optuna.trial import TrialState, create_trial
+
+    return create_trial(
+        state=TrialState.WAITING,
+        user_attrs={"role": role},
+        system_attrs={ENQUEUED_POINT: point},
+    )
+
+
 def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
     """Return the point that was enqueued for a trial, or None where its sampler chooses."""
     return trial.system_attrs.get(ENQUEUED_POINT)

@@ -38,22 +38,24 @@ class Draft:
     points: list[tuple[str, Point]]
     """Role (baseline, start, grid) and point of the first trials."""
 
-    @property
-    def total(self) -> int | None:
-        """Number of trials that the study shall hold; None: as many as the budget allows.
+    def planned_total(self, added: int) -> int | None:
+        """Return how many trials the study shall hold; None: as many as the budget allows.
 
         A space without a continuous parameter has no more than its points.
+
+        Args:
+            added: number of trials that a user has added by hand, which are not counted.
         """
         n_trials = self.session.settings.n_trials
-        points = self._point_count
-        if n_trials is None or points is None:
-            return n_trials or points
-        return min(n_trials, points)
+        if self._point_count is None:
+            return n_trials
+        # A point that a user has added is not trained twice.
+        points = self._point_count - added
+        return points if n_trials is None else min(n_trials, points)
 
-    @property
-    def is_whole_space(self) -> bool:
-        """Whether the study's trials are all points of a space, or of a grid."""
-        return self._point_count is not None and self.total == self._point_count
+    def is_whole_space(self, total: int) -> bool:
+        """Whether a number of trials is all points of a space, or of a grid."""
+        return self._point_count is not None and total >= self._point_count
 
     @property
     def _point_count(self) -> int | None:

@@ -317,5 +317,6 @@ def _role_note(trial: optuna.Trial) -> str:
     notes = {
         "baseline": " (baseline: the config's own values)",
         "start": " (hydra.sweeper.start)",
+        "added": " (added by hand)",
     }
     return notes.get(role(trial), "")

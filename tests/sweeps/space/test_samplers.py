@@ -24,11 +24,12 @@ from support.studies import settings_of
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from sweeps.space.space import Point, Space
-from sweeps.study.claims import claim_trial, enqueue_trials
+from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
 from sweeps.study.session import Session
 from sweeps.study.study import EngineChoice, Study
 from sweeps.study.trial import TrialRunner
+from sweeps.study.waiting import enqueue_trials
 
 SAMPLERS = ["tpe", "random", "cmaes", "qmc", "gp", "nsgaii", "nsgaiii"]
 PARAMS = {
