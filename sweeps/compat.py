@@ -8,6 +8,7 @@ libraries are imported inside the functions, so that a module which imports this
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from hydra.core.utils import JobReturn, JobStatus
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from optuna import Study
     from optuna.storages import BaseStorage, RDBStorage
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
     from sqlalchemy.orm import Session
 
 ENQUEUED_POINT = "fixed_params"
@@ -134,6 +136,36 @@ def trial_row(session: Session, study_id: int, number: int) -> Any | None:
         session.query(models.TrialModel)
         .filter_by(study_id=study_id, number=number)
         .one_or_none()
+    )
+
+
+def study_with_more_trials(study: Study, trials: list[FrozenTrial]) -> Study:
+    """Return a study whose readers see further trials; its storage does not have them.
+
+    Optuna's samplers read a study's trials by the private `_get_trials`, and it has no public way
+    to give them trials that are not in the storage. Read in Optuna 5.0.0, `optuna/study/study.py`;
+    the filtered study of `optuna/pruners/_hyperband.py` has the method too.
+    """
+    import optuna
+
+    class ExtendedStudy(optuna.Study):
+        def _get_trials(
+            self,
+            deepcopy: bool = True,
+            states: Container[TrialState] | None = None,
+            use_cache: bool = False,
+        ) -> list[FrozenTrial]:
+            stored = study._get_trials(deepcopy, states, use_cache)
+            more = [
+                trial for trial in trials if states is None or trial.state in states
+            ]
+            return [*more, *stored]
+
+    return ExtendedStudy(
+        study.study_name,
+        study._storage,
+        sampler=study.sampler,
+        pruner=study.pruner,
     )
 
 

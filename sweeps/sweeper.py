@@ -73,11 +73,14 @@ def _enqueue(study: "Study", draft: "Draft") -> None:
     """Enqueue the trials that the study lacks, and log what is left to do."""
     from sweeps.study.budget import describe_tokens
     from sweeps.study.waiting import enqueue_trials
+    from sweeps.study.warm_start import take_earlier_studies
 
+    session = draft.session
+    earlier = take_earlier_studies(study, session.settings, session.space)
     enqueue_trials(
         study,
         draft.planned_total(study.added_count),
-        draft.points,
+        draft.points_with(earlier),
         draft.session.settings.max_tokens,
     )
     total = study.total

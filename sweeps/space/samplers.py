@@ -1,5 +1,6 @@
 """Samplers and pruners, made from a study's settings."""
 
+import re
 import warnings
 import zlib
 from collections.abc import Callable
@@ -67,6 +68,14 @@ def make_sampler(
             # Optuna 5 prefers constraints that a trial sets, which a config can't name.
             warnings.simplefilter("ignore", FutureWarning)
         return make(**functions)
+
+
+def learns_from_results(settings: StudySettings) -> bool:
+    """Whether the sampler reads trials of other studies; CMA-ES and NSGA need their generations."""
+    target = str(settings.sampler.get("_target_"))
+    return not re.search(
+        r"\b(Random|QMC|Grid|BruteForce|CmaEs|NSGAII|NSGAIII)Sampler$", target
+    )
 
 
 def _sampler_seed(arguments: dict[str, Any], run_seed: int, trial_number: int) -> int:

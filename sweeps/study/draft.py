@@ -26,6 +26,7 @@ from sweeps.study.job import require_one_directory
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
+from sweeps.study.warm_start import require_studies
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,12 @@ class Draft:
     session: Session
     points: list[tuple[str, Point]]
     """Role (baseline, start, grid) and point of the first trials."""
+
+    def points_with(self, earlier: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
+        """Return the points of the first trials with those of earlier studies, a grid's last."""
+        grid = [point for point in self.points if point[0] == "grid"]
+        first = [point for point in self.points if point[0] != "grid"]
+        return [*first, *earlier, *grid]
 
     def planned_total(self, added: int) -> int | None:
         """Return how many trials the study shall hold; None: as many as the budget allows.
@@ -107,9 +114,11 @@ def draft_session(
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
     space, points = _first_points(settings, scaled_space, config, composed, common.seed)
+    folder = _study_folder(config, values, settings.study_name)
+    require_studies(settings, folder)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
-        folder=_study_folder(config, values, settings.study_name),
+        folder=folder,
         address=address,
         settings=settings,
         space=space,

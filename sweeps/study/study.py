@@ -343,5 +343,8 @@ class Study:
 
 
 def role(trial: FrozenTrial | optuna.Trial) -> str:
-    """Return where a trial's point comes from: baseline, start, grid, added; empty: the sampler."""
+    """Return where a trial's point comes from; empty: the sampler.
+
+    It is one of baseline, start, warm_start, grid and added.
+    """
     return str(trial.user_attrs.get("role", ""))

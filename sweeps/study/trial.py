@@ -33,6 +33,7 @@ from sweeps.space.custom import load_function
 from sweeps.space.distributions import suggest
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.claims import Claim
+from sweeps.study.earlier_results import WarmStartSampler
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value
 from sweeps.study.job import run_as_job
@@ -42,6 +43,7 @@ from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
 from sweeps.study.study import Study, role
 from sweeps.study.untried import UntriedPointSampler
+from sweeps.study.warm_start import earlier_trials
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class TrialRunner:
         self._folder = claim.folder
         self.packed_with: set[str] = set()
         """Names of the runs that have trained together with this trial."""
-        sampler = _sampler(session, claim.number)
+        sampler = _sampler(session, study, claim.number)
         self._optuna = optuna.Study(
             study.name,
             study.storage,
@@ -303,9 +305,12 @@ class TrialRunner:
             log.info("study %s: %s", self._study.name, self._study.ended)
 
 
-def _sampler(session: Session, number: int) -> BaseSampler:
-    """Return a trial's sampler, which repeats no point of a finite space."""
+def _sampler(session: Session, study: Study, number: int) -> BaseSampler:
+    """Return a trial's sampler: it has seen earlier studies, and repeats no point if it can."""
     sampler = session.sampler(number)
+    earlier = earlier_trials(study, session.space)
+    if earlier:
+        sampler = WarmStartSampler(sampler, earlier)
     # What a user's function suggests besides makes other trials of the same point.
     if session.space.size is None or session.settings.custom_search_space:
         return sampler
@@ -318,5 +323,6 @@ def _role_note(trial: optuna.Trial) -> str:
         "baseline": " (baseline: the config's own values)",
         "start": " (hydra.sweeper.start)",
         "added": " (added by hand)",
+        "warm_start": " (hydra.sweeper.warm_start)",
     }
     return notes.get(role(trial), "")
