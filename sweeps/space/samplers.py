@@ -3,20 +3,17 @@
 import re
 import warnings
 import zlib
-from collections.abc import Callable
 from typing import Any
 
-from hydra.utils import instantiate
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 
 from finetune.errors import refusal
 from sweeps.space.custom import load_function
 from sweeps.space.settings import StudySettings
+from sweeps.space.user_class import accepts, load_target, make_instance
 
-ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
-ALLOWED_PRUNERS = ("optuna.pruners.*", "sweeps.space.pruners.*")
-"""Classes that a YAML file or a command may name; Hydra instantiates no others."""
+SAMPLER = "hydra.sweeper.sampler"
 
 MOVED_CLASSES = {
     "sweeps.halving.SuccessiveHalvingPruner": "sweeps.space.pruners.SuccessiveHalvingPruner",
@@ -29,8 +26,7 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     if len(settings.directions) > 1:
         return NopPruner()
     arguments = _with_current_path(settings.pruner)
-    pruner: BasePruner = instantiate(arguments, _execution_whitelist_=ALLOWED_PRUNERS)
-    return pruner
+    return make_instance("hydra.sweeper.pruner", arguments, BasePruner)
 
 
 def make_sampler(
@@ -47,27 +43,28 @@ def make_sampler(
         A sampler seeded by both the study's seed and the trial's number.
 
     Raises:
-        ConfigError: the sampler's seed is no whole number.
+        ConfigError: the sampler can't be made, or its seed is no whole number.
     """
     if settings.is_grid:
         # Each trial of a grid has a point; only a `custom_search_space` leaves more to choose.
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
-    arguments = {**settings.sampler, "seed": seed}
+    arguments = dict(settings.sampler)
     functions = {}
+    target = load_target(SAMPLER, str(arguments["_target_"]))
+    arguments.pop("seed", None)
+    # A class of the user's own may have none.
+    if accepts(target, "seed"):
+        arguments["seed"] = seed
     constraints = arguments.get("constraints_func")
     if isinstance(constraints, str):
         key = "hydra.sweeper.sampler.constraints_func"
         functions["constraints_func"] = load_function(constraints, key)
         del arguments["constraints_func"]
-    make: Callable[..., BaseSampler] = instantiate(
-        {**arguments, "_partial_": True}, _execution_whitelist_=ALLOWED_SAMPLERS
-    )
     with warnings.catch_warnings():
-        if functions:
-            # Optuna 5 prefers constraints that a trial sets, which a config can't name.
-            warnings.simplefilter("ignore", FutureWarning)
-        return make(**functions)
+        # Optuna 5 prefers constraints that a trial sets, which a config can't name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return make_instance(SAMPLER, arguments, BaseSampler, **functions)
 
 
 def learns_from_results(settings: StudySettings) -> bool:

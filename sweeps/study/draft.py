@@ -22,6 +22,7 @@ from sweeps.space.custom import extend_baseline, load_function
 from sweeps.space.params import plain_params
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
+from sweeps.space.user_class import without_choice_arguments
 from sweeps.study.job import require_one_directory
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
@@ -162,6 +163,11 @@ def _check_settings(
     written_address = written["storage"]
     refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
     study_name = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    choices = config.hydra.runtime.choices
+    for group in ("sampler", "pruner"):
+        key = f"hydra.sweeper.{group}"
+        choice = str(choices.get(key.replace(".", "/")))
+        plain = {**plain, group: without_choice_arguments(key, choice, plain[group])}
     values = {
         **plain,
         "study_name": study_name,
