@@ -170,4 +170,7 @@ def _make_sampler(settings: Mapping[str, Any] | None, seed: int) -> BaseSampler:
         arguments = DEFAULT_SAMPLER
     # Trials end one after the other here. Without the liar, Optuna need not copy them all.
     arguments = {**arguments, "seed": seed, "constant_liar": False}
-    return make_instance("hydra.sweeper.sampler", arguments, BaseSampler)
+    sampler: BaseSampler = make_instance(
+        "hydra.sweeper.sampler", arguments, BaseSampler
+    )
+    return sampler

@@ -26,7 +26,8 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     if len(settings.directions) > 1:
         return NopPruner()
     arguments = _with_current_path(settings.pruner)
-    return make_instance("hydra.sweeper.pruner", arguments, BasePruner)
+    pruner: BasePruner = make_instance("hydra.sweeper.pruner", arguments, BasePruner)
+    return pruner
 
 
 def make_sampler(
@@ -64,7 +65,10 @@ def make_sampler(
     with warnings.catch_warnings():
         # Optuna 5 prefers constraints that a trial sets, which a config can't name.
         warnings.simplefilter("ignore", FutureWarning)
-        return make_instance(SAMPLER, arguments, BaseSampler, **functions)
+        sampler: BaseSampler = make_instance(
+            SAMPLER, arguments, BaseSampler, **functions
+        )
+    return sampler
 
 
 def learns_from_results(settings: StudySettings) -> bool:

@@ -9,19 +9,15 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
 
 from finetune.config.paths import CONF
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
-
-Kind = TypeVar("Kind", BaseSampler, BasePruner)
 
 Arguments = Mapping[str, Any]
 
@@ -50,16 +46,14 @@ def load_target(key: str, path: str) -> Callable[..., Any]:
     except Exception as error:
         reason = f"{module_name} can't be imported ({_describe(error)})"
         raise refusal(target_key, path, reason) from error
-    target = getattr(module, name, None)
+    target: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(target):
         reason = f"{module_name} has no class or function {name}"
         raise refusal(target_key, path, reason)
     return target
 
 
-def make_instance(
-    key: str, arguments: Arguments, base: type[Kind], **objects: Any
-) -> Kind:
+def make_instance(key: str, arguments: Arguments, base: type, **objects: Any) -> Any:
     """Make a sampler or a pruner from its arguments.
 
     Args:
@@ -67,6 +61,9 @@ def make_instance(
         arguments: `_target_` and the arguments.
         base: Optuna's base class of the kind.
         objects: further arguments that no config can hold.
+
+    Returns:
+        An instance of the base class.
 
     Raises:
         ConfigError: there is no such class or function, it fails, or it makes something else.

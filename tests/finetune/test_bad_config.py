@@ -433,6 +433,10 @@ ONLY_IN_SWEEPS = {
         f"hydra/sweeper/pruner=successive_halving: {SEARCH} "
         "hydra/sweeper/pruner=successive_halving"
     ),
+    "-m hydra/sweeper=optuna hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper."
+    "optuna_sweeper.OptunaSweeper": (
+        "hydra.sweeper._target_: OptunaSweeper of hydra-optuna-sweeper…leave _target_ out…"
+    ),
     "hydra/sweper=optuna": "hydra/sweper: no such group; did you mean hydra/sweeper …",
 }
 """Arguments of a search without -m or without its sweeper."""
