@@ -13,6 +13,7 @@ from support.configs import study_overrides
 from support.study_folder import folder_of, trials_of
 
 from sweeps.__main__ import main
+from sweeps.compat import waiting_trial
 from sweeps.space.space import Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.storage import open_storage
@@ -170,6 +171,27 @@ def test_a_point_that_can_not_be_added_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert len(study.trials()) == 4
+
+
+def test_a_point_that_takes_the_number_of_a_planned_trial_costs_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database refuses a number that another machine has taken meanwhile."""
+    study = searched(tmp_path, total=1, is_database=True)
+    other_machine = Study.load(study.folder)
+    add_trial = study.optuna.add_trial
+    points = iter([POINT])
+
+    def add_later(trial: FrozenTrial) -> None:
+        for point in points:
+            other_machine.add_trial(waiting_trial(point, role="added"))
+        add_trial(trial)
+
+    monkeypatch.setattr(study.optuna, "add_trial", add_later)
+    enqueue_trials(study, 4, [])
+    roles = [trial.user_attrs.get("role") for trial in study.trials()]
+    assert roles == [None, "added", None, None, None]
+    assert study.total == 5
 
 
 def test_a_failed_trial_may_be_cloned_as_it_is_and_an_unchosen_point_not(
