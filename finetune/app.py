@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
+from finetune.config.keys import expand_short_form
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
@@ -130,9 +131,10 @@ def compose_sweep(
 
 
 def check_override(override: str) -> str:
-    """Return an override as Hydra accepts it: to some groups of keys any key may be added.
+    """Return an override as Hydra accepts it.
 
-    These are `extra`, `dataset.columns` and `model.template_kwargs`.
+    A short form gets its whole key. To some groups of keys any key may be added: `extra`,
+    `dataset.columns` and `model.template_kwargs`.
 
     Raises:
         ConfigError: the override holds a credential, names a folder that is not plain, or has a
@@ -153,7 +155,7 @@ def check_override(override: str) -> str:
     )
     # Hydra refuses a new key without `+`, and an existing one with it; `++` allows both.
     adds_key = re.match(open_groups, override)
-    return f"++{override}" if adds_key else override
+    return f"++{override}" if adds_key else expand_short_form(override)
 
 
 def _folder_to_resume(arguments: argparse.Namespace) -> Path | None:

@@ -9,7 +9,9 @@ COMMANDS = ("evaluate", "generate", "merge", "plan", "preview")
 """Modules of `finetune` that are commands."""
 
 _STUDY_COMMANDS = (
+    "add",
     "best",
+    "clone",
     "confirm",
     "diff",
     "list",

@@ -31,9 +31,16 @@ VERSION = f"qlora-sweeps {__version__}"
 
 
 UNKNOWN_SWEEPER_ARGUMENT = re.compile(
-    r"Sweeper\.__init__\(\) got an unexpected keyword argument '(?P<name>\w+)'"
+    r"(?P<sweeper>\w*Sweeper)\.__init__\(\) "
+    r"got an unexpected keyword argument '(?P<name>\w+)'"
 )
 """Python's message about a key that a sweeper does not have, added by `+`."""
+
+STOCK_SWEEPER = (
+    "hydra.sweeper._target_: OptunaSweeper of hydra-optuna-sweeper has not the keys of a study; "
+    "leave _target_ out, or write sweeps.sweeper.StudySweeper, which takes the same keys and more"
+)
+"""The error for another application's config, which names the stock sweeper itself."""
 
 
 SUMMARY_LENGTH = 300
@@ -93,6 +100,8 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, ConfigError | Interrupted):
         return join_lines(str(error))
     argument = UNKNOWN_SWEEPER_ARGUMENT.search(str(error))
+    if argument and argument["sweeper"] == "OptunaSweeper":
+        return STOCK_SWEEPER
     if argument:
         return unknown_key(f"hydra.sweeper.{argument['name']}")
     return f"{type(error).__name__}: {summary_line(error)} (HYDRA_FULL_ERROR=1 shows where)"

@@ -4,32 +4,13 @@ A study is given by its name under `outputs/sweeps`, by its folder, or as `lates
 """
 
 import argparse
-import logging
-import os
-import shlex
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from finetune.console import command_parser, error_line, quiet_libraries, run_command
-from finetune.errors import ConfigError
-from sweeps.study.find_study import (
-    STUDIES,
-    STUDY_HELP,
-    begun,
-    find_search,
-    find_study,
-    load_study,
-    study_folders,
-)
+from finetune.console import command_parser, run_command
+from sweeps.commands import act, inspect, points
+from sweeps.study.find_study import STUDIES, STUDY_HELP
 
-if TYPE_CHECKING:
-    from sweeps.study.study import Study
-
-
-# Studies and their answers are imported inside the functions: they load Optuna, which `--help` and
-# a mistake on the command line do not need.
+VALUES_HELP = "searched keys and their values"
 
 
 def main() -> None:
@@ -79,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("study", metavar="S", help=STUDY_HELP)
         return command
 
-    add("list", _list, f"list all studies under {STUDIES}")
+    add("list", inspect.list_studies, f"list all studies under {STUDIES}")
     show = add_for_study(
-        "show", _show, "list the trials of a study, or show one in full", "s1 7"
+        "show", inspect.show, "list the trials of a study, or show one in full", "s1 7"
     )
     show.add_argument(
         "trial",
@@ -91,26 +72,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff = add_for_study(
         "diff",
-        _diff,
+        inspect.diff,
         "show what two trials differ in: their configs and their results",
         "s1 7 0",
     )
     diff.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help="two numbers")
     add_for_study(
         "best",
-        _best,
+        act.best,
         "write best/ and experiment/best.yaml again from the winner, and print the result",
     )
     stop = add_for_study(
         "stop",
-        _stop,
+        act.stop,
         "stop a running trial at its next step and record it as pruned",
         "s1 7",
     )
     stop.add_argument("trial", type=int, help="number of the trial")
+    new_point = add_for_study(
+        "add",
+        points.add,
+        "add a trial with a point, on top of n_trials, also while the study runs",
+        "s1 lora.r=8 lora.alpha=16",
+    )
+    new_point.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
+    copy = add_for_study(
+        "clone",
+        points.clone,
+        "add a trial with the point of another one and some changes",
+        "s1 7 lora.r=8",
+    )
+    copy.add_argument("trial", type=int, help="number of the trial")
+    copy.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
     report = add_for_study(
         "report",
-        _report,
+        act.report,
         "write report.html, which needs no network",
         "latest --watch",
     )
@@ -119,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     confirm = add_for_study(
         "confirm",
-        _confirm,
+        act.confirm,
         "retrain the best trials with other seeds",
         "s1 --top 3 --seeds 5",
     )
@@ -144,122 +140,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
     return number
-
-
-def _find_study_for_work(name: str) -> "Study":
-    """Load a study whose runs will be loaded or trained, and print log lines on the terminal."""
-    study = find_search(name)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quiet_libraries(bars=False)
-    return study
-
-
-def _list(arguments: argparse.Namespace) -> None:
-    from sweeps.study.formatting import format_table
-
-    folders = study_folders()
-    if not folders:
-        print(f"no studies under {STUDIES}")
-        return
-    rows = [_list_row(folder) for folder in folders]
-    print(format_table(["study", "begun", "trials", "objective", "best"], rows))
-
-
-def _list_row(folder: Path) -> list[str]:
-    """Name, start, trial count and best value of the study in a folder."""
-    from optuna.trial import TrialState
-
-    from sweeps.study.formatting import objective_cells
-
-    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun(folder)))
-    try:
-        # Without retries: a database out of reach must not hold up the list of all studies.
-        study = load_study(folder, retry_seconds=0)
-    # Its database can't be reached, or its files are damaged.
-    except Exception as error:
-        return [folder.name, start, "", "", error_line(error)]
-    counts = f"{len(study.finished())}/{len(study.trials())}"
-    ranked = study.ranked()
-    value = ""
-    if not ranked and study.trials(TrialState.COMPLETE):
-        value = "none feasible"
-    if ranked:
-        cells = objective_cells(ranked[0], len(study.objectives))
-        value = " ".join(cells)
-    return [study.name, start, counts, " ".join(study.objectives), value]
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from sweeps.study.budget import describe_tokens
-    from sweeps.study.formatting import trials_table
-    from sweeps.study.multirun_folder import is_multirun
-    from sweeps.study.trial_text import trial_text
-
-    study = find_study(arguments.study)
-    if arguments.trial is not None:
-        print(trial_text(study, arguments.trial))
-        return
-    print(trials_table(study, is_ranked=is_multirun(study)))
-    tokens = describe_tokens(study)
-    if tokens:
-        print(tokens)
-
-
-def _diff(arguments: argparse.Namespace) -> None:
-    from sweeps.study.trial_text import difference_text
-
-    print(difference_text(find_study(arguments.study), arguments.trials))
-
-
-def _best(arguments: argparse.Namespace) -> None:
-    study = _find_study_for_work(arguments.study)
-    if not study.ranked():
-        from sweeps.space.feasibility import why_no_winner
-
-        reason = why_no_winner(study.trials())
-        raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
-    _conclude(study)
-
-
-def _conclude(study: "Study") -> None:
-    from sweeps.answer.conclusion import conclude
-
-    conclude(study)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from sweeps.answer.report import watch, write_report
-
-    study = find_study(arguments.study)
-    if arguments.watch:
-        watch(study, lambda line: print(line, flush=True))
-        return
-    path = write_report(study)
-    print(os.path.relpath(path))
-
-
-def _confirm(arguments: argparse.Namespace) -> None:
-    study = _find_study_for_work(arguments.study)
-    # Loads torch: after a wrong name is refused, and after the libraries are quiet.
-    from sweeps.answer.confirm import confirm
-
-    confirm(study, arguments.seeds, arguments.top)
-    _conclude(study)
-
-
-def _stop(arguments: argparse.Namespace) -> None:
-    from optuna.trial import TrialState
-
-    study = find_search(arguments.study)
-    running = [trial.number for trial in study.trials(TrialState.RUNNING)]
-    if arguments.trial not in running:
-        numbers = ", ".join(map(str, running)) or "none"
-        raise ConfigError(
-            f"trial {arguments.trial}: is not running; running: {numbers}"
-        )
-    study.request_stop(arguments.trial)
-    command = f"python -m sweeps show {shlex.quote(arguments.study)}"
-    print(f"trial {arguments.trial} stops at its next step; check with: {command}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ libraries are imported inside the functions, so that a module which imports this
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage, RDBStorage
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
     from sqlalchemy.orm import Session
 
 ENQUEUED_POINT = "fixed_params"
@@ -64,6 +64,21 @@ def enqueue_point(storage: BaseStorage, trial_id: int, point: dict[str, Any]) ->
     `optuna/study/study.py`.
     """
     storage.set_trial_system_attr(trial_id, ENQUEUED_POINT, point)
+
+
+def waiting_trial(point: dict[str, Any], role: str) -> FrozenTrial:
+    """Return a trial that waits with a point, to be added to a study in one call.
+
+    `optuna.Study.enqueue_trial` does the same and returns no number. Read in Optuna 5.0.0,
+    `optuna/study/study.py`.
+    """
+    from optuna.trial import TrialState, create_trial
+
+    return create_trial(
+        state=TrialState.WAITING,
+        user_attrs={"role": role},
+        system_attrs={ENQUEUED_POINT: point},
+    )
 
 
 def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
@@ -152,6 +167,38 @@ def trial_row(session: Session, study_id: int, number: int) -> Any | None:
         session.query(models.TrialModel)
         .filter_by(study_id=study_id, number=number)
         .one_or_none()
+    )
+
+
+def study_with_more_trials(
+    study: optuna.Study, trials: list[FrozenTrial]
+) -> optuna.Study:
+    """Return a study whose readers see further trials; its storage does not have them.
+
+    Optuna's samplers read a study's trials by the private `_get_trials`, and it has no public way
+    to give them trials that are not in the storage. Read in Optuna 5.0.0, `optuna/study/study.py`;
+    the filtered study of `optuna/pruners/_hyperband.py` has the method too.
+    """
+    import optuna
+
+    class ExtendedStudy(optuna.Study):
+        def _get_trials(
+            self,
+            deepcopy: bool = True,
+            states: Container[TrialState] | None = None,
+            use_cache: bool = False,
+        ) -> list[FrozenTrial]:
+            stored = study._get_trials(deepcopy, states, use_cache)
+            more = [
+                trial for trial in trials if states is None or trial.state in states
+            ]
+            return [*more, *stored]
+
+    return ExtendedStudy(
+        study.study_name,
+        study._storage,
+        sampler=study.sampler,
+        pruner=study.pruner,
     )
 
 

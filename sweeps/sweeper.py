@@ -64,7 +64,7 @@ class StudySweeper(Sweeper):
             session = dataclasses.replace(session, end_rule=no_gain)
         _enqueue(study, draft)
         if _has_work(study, draft):
-            run_workers(study, session, draft.total)
+            run_workers(study, session)
             _explain_end(study, session)
         _conclude(study, session)
 
@@ -72,10 +72,18 @@ class StudySweeper(Sweeper):
 def _enqueue(study: "Study", draft: "Draft") -> None:
     """Enqueue the trials that the study lacks, and log what is left to do."""
     from sweeps.study.budget import describe_tokens
-    from sweeps.study.claims import enqueue_trials
+    from sweeps.study.waiting import enqueue_trials
+    from sweeps.study.warm_start import take_earlier_studies
 
-    total = draft.total
-    enqueue_trials(study, total, draft.points, draft.session.settings.max_tokens)
+    session = draft.session
+    earlier = take_earlier_studies(study, session.settings, session.space)
+    enqueue_trials(
+        study,
+        draft.planned_total(study.added_count),
+        draft.points_with(earlier),
+        draft.session.settings.max_tokens,
+    )
+    total = study.total
     finished = len(study.finished())
     if total is None:
         plan = f"{finished} trials, more until the budget is spent"
@@ -96,18 +104,22 @@ def _has_work(study: "Study", draft: "Draft") -> bool:
     from optuna.trial import TrialState
 
     from sweeps.study.budget import describe_spent_tokens
+    from sweeps.study.waiting import claimable_waiting_trials
 
     if study.ended:
         log.info("study %s: %s", study.name, study.ended)
-        # Trials that have lost their workers are still taken on.
-        return bool(study.trials(TrialState.RUNNING))
+        # Trials that have lost their workers are still taken on, and those added by hand.
+        running = study.trials(TrialState.RUNNING)
+        return bool(running or claimable_waiting_trials(study))
     finished = len(study.finished())
     spent = describe_spent_tokens(study)
     # A running trial without a worker goes on to its end.
     has_running = bool(study.trials(TrialState.RUNNING))
-    if draft.total is not None and finished >= draft.total:
-        advice = f"hydra.sweeper.n_trials={finished + draft.total} goes on"
-        if draft.is_whole_space:
+    total = study.total
+    if total is not None and finished >= total:
+        larger = finished + total - 2 * study.added_count
+        advice = f"hydra.sweeper.n_trials={larger} goes on"
+        if draft.is_whole_space(total):
             space = "grid" if draft.session.settings.is_grid else "space"
             advice = (
                 f"every point of the {space} is tried; "

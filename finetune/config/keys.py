@@ -13,6 +13,12 @@ OPTUNA = "hydra/sweeper=optuna"
 
 SEARCH_COMMAND = f"python -m finetune -m {OPTUNA}"
 
+_SHORT_FORMS = {
+    "n_trials": "hydra.sweeper.n_trials",
+    "study": "hydra.sweeper.study_name",
+}
+"""Keys of a study that are typed often, by their short forms."""
+
 _OTHER_NAMES = {
     "dataset.path": "data dataset_path data_path train_path train_file data_file file",
     "dataset.eval_path": "val_path valid_path validation_path eval_file validation_file",
@@ -23,7 +29,7 @@ _OTHER_NAMES = {
     "dataset.limit": "max_samples max_train_samples num_samples samples subset",
     "hydra.run.dir": "output_dir out_dir output outdir run_dir save_dir",
     "hydra.sweeper.n_trials": "trials num_trials n_trial",
-    "hydra.sweeper.study_name": "study",
+    "hydra.sweeper.study_name": "study study_name",
     "hydra/sweeper/pruner": "pruner",
     "hydra/sweeper/sampler": "sampler",
     "lora.alpha": "lora_alpha",
@@ -63,6 +69,12 @@ _OTHER_NAMES = {
     "batch per_device_batch_size",
 }
 """For keys, the names that other libraries and users give them."""
+
+
+def expand_short_form(override: str) -> str:
+    """Return an override with its whole key, where it has a short form, such as `study=s1`."""
+    key, equals, value = override.partition("=")
+    return f"{_SHORT_FORMS.get(key, key)}{equals}{value}"
 
 
 def unknown_key(key: str, siblings: Iterable[str] | None = None) -> str:

@@ -19,7 +19,11 @@ from finetune.config.plain_values import (
 )
 from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
-from finetune.config.sections.evaluation import LOSS_METRICS, EvaluationSettings
+from finetune.config.sections.evaluation import (
+    BITS_PER_BYTE,
+    LOSS_METRICS,
+    EvaluationSettings,
+)
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.config.sections.optimizer import OptimizerSettings
@@ -57,8 +61,9 @@ class RunConfig(Section):
 
     objective: str | list[str]
     """The metric that a run returns to a sweeper, or a list of them: eval/loss, eval/accuracy (of
-    answer tokens, given the right beginning), eval/NAME of `evaluation.metrics`, train/loss,
-    train/seconds, adapter/parameters. With several sources also eval/SOURCE/NAME."""
+    answer tokens, given the right beginning), eval/bits_per_byte (the loss by the bytes of the
+    answers, which compares bases), eval/NAME of `evaluation.metrics`, train/loss, train/seconds,
+    adapter/parameters. With several sources also eval/SOURCE/NAME."""
 
     objective_at: Literal["last", "best"]
     """The evaluation whose metrics count; best: also keeps the adapter of the best checkpoint."""
@@ -119,7 +124,7 @@ class RunConfig(Section):
         names = [f"eval/{name}" for name in (*LOSS_METRICS, *scores)]
         for source in self.dataset.source_names.values():
             names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *scores)]
-        return [*names, *FINAL_METRICS]
+        return [*names, f"eval/{BITS_PER_BYTE}", *FINAL_METRICS]
 
     def _check_sample_limits(self) -> None:
         allowed = "must be a whole number of at least 1, or null"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import (
+    BITS_PER_BYTE,
     LOSS_METRICS,
     EvaluationSettings,
 )
@@ -41,7 +42,7 @@ def load_metrics(settings: EvaluationSettings) -> list[Metric]:
         if path == "rouge":
             rouge.require_rouge()
         metrics.append(_METRICS.get(path) or load_function(path, settings))
-    names = [*LOSS_METRICS]
+    names = [*LOSS_METRICS, BITS_PER_BYTE]
     for metric in metrics:
         for name in metric.names:
             if name in names:

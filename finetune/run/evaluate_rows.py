@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from finetune.config.data_folder import local_path
 from finetune.config.schema import RunConfig
+from finetune.config.sections.evaluation import BITS_PER_BYTE
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt, Row
 from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
 from finetune.metrics.answers import answers_of
+from finetune.metrics.bits_per_byte import bits_per_byte
 from finetune.metrics.classification import UNSCORED, Classification
 from finetune.metrics.labels import LabelledRows
 from finetune.metrics.metric import Answer, Metric, Score
@@ -93,6 +95,8 @@ def evaluate_rows(
     evaluation = yield from model.evaluate(tokens)
     sources = _sources(config, rows)
     scores = _losses_by_source(evaluation, tokens, rows, sources)
+    if f"eval/{BITS_PER_BYTE}" in config.objectives:
+        scores[BITS_PER_BYTE] = bits_per_byte(evaluation.row_losses, tokens, tokenizer)
     if not metrics:
         return EvaluatedRows(replace(evaluation, scores=scores))
     settings = config.evaluation

@@ -180,6 +180,8 @@ class SharedResources:
             batch_size,
             engine,
             evaluation,
+            # `eval/bits_per_byte` is computed for runs that have it as their objective.
+            tuple(config.objectives),
         )
         return self._base_metrics.get(key, SharedComputation)
 

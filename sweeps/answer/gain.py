@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import optuna
-from hydra.utils import instantiate
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 
 from sweeps.answer.importance import MeasuredTrial, common_parameters, study_of_values
 from sweeps.answer.ranges import position
 from sweeps.answer.surface_model import ObjectiveDraw, draw_objectives
-from sweeps.space.samplers import ALLOWED_SAMPLERS
+from sweeps.space.user_class import make_instance
 
 MAX_FITTED = 150
 """Largest number of trials that objectives are fitted to, the best; it takes cubic time."""
@@ -167,11 +166,11 @@ def _make_sampler(settings: Mapping[str, Any] | None, seed: int) -> BaseSampler:
     arguments = settings or DEFAULT_SAMPLER
     if str(arguments["_target_"]).endswith(("RandomSampler", "QMCSampler")):
         return RandomSampler(seed)
-    if not str(arguments["_target_"]).endswith(".TPESampler"):
+    if arguments["_target_"] != DEFAULT_SAMPLER["_target_"]:
         arguments = DEFAULT_SAMPLER
     # Trials end one after the other here. Without the liar, Optuna need not copy them all.
-    sampler: BaseSampler = instantiate(
-        {**arguments, "seed": seed, "constant_liar": False},
-        _execution_whitelist_=ALLOWED_SAMPLERS,
+    arguments = {**arguments, "seed": seed, "constant_liar": False}
+    sampler: BaseSampler = make_instance(
+        "hydra.sweeper.sampler", arguments, BaseSampler
     )
     return sampler

@@ -126,7 +126,7 @@ def _final_values(trials: Iterable[FrozenTrial]) -> list[MeasuredTrial]:
 def _continuation(study: Study, total: int) -> str:
     """Say which setting lets the study go on to a total of trials."""
     if study.total is not None:
-        return f"continue with hydra.sweeper.n_trials={total}"
+        return f"continue with hydra.sweeper.n_trials={total - study.added_count}"
     if study.max_tokens is not None:
         return f"continue with hydra.sweeper.max_tokens={2 * study.max_tokens}"
     return "the same command goes on"

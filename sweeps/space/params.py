@@ -114,14 +114,15 @@ def _old_form_text(key: str, value: Mapping[str, Any]) -> str:
             f"{key}={dict(value)}: write choice(8, 16), interval(0.0, 0.1), "
             "tag(log, interval(1e-5, 1e-3)), or range(1, 4)"
         )
+    if kind == "float":
+        # Between two whole numbers, Hydra's intervals and ranges have whole numbers only.
+        low, high = float(low), float(high)
     if step is not None:
         # Hydra's ranges end before their last number.
         return f"range({low},{high + step},{step})"
+    text = f"interval({low},{high})"
     if kind == "int":
-        text = f"int(interval({low},{high}))"
-    else:
-        # Between two whole numbers, Hydra's intervals have whole numbers only.
-        text = f"interval({float(low)},{float(high)})"
+        text = f"int({text})"
     return f"tag(log,{text})" if value.get("log") else text
 
 

@@ -3,10 +3,9 @@
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from hydra.utils import instantiate
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
@@ -14,10 +13,9 @@ from optuna.samplers import BaseSampler, RandomSampler
 from finetune.errors import refusal
 from sweeps.space.custom import load_function
 from sweeps.space.settings import StudySettings
+from sweeps.space.user_class import accepts, load_target, make_instance
 
-ALLOWED_SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
-ALLOWED_PRUNERS = ("optuna.pruners.*", "sweeps.space.pruners.*")
-"""Classes that a YAML file or a command may name; Hydra instantiates no others."""
+SAMPLER = "hydra.sweeper.sampler"
 
 LEARN_COMMON_PARAMETERS = re.compile(r"cmaes|gp|qmc|nsgaiii|nsgaii", re.IGNORECASE)
 """Samplers that draw a parameter at random unless every trial so far has it."""
@@ -33,7 +31,7 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     arguments = _with_current_path(settings.pruner)
     if len(settings.directions) > 1 and not compares_several(settings):
         return NopPruner()
-    pruner: BasePruner = instantiate(arguments, _execution_whitelist_=ALLOWED_PRUNERS)
+    pruner: BasePruner = make_instance("hydra.sweeper.pruner", arguments, BasePruner)
     return pruner
 
 
@@ -61,31 +59,43 @@ def make_sampler(
         A sampler seeded by both the study's seed and the trial's number.
 
     Raises:
-        ConfigError: the sampler's seed is no whole number.
+        ConfigError: the sampler can't be made, or its seed is no whole number.
     """
     if settings.is_grid:
         # Each trial of a grid has a point; only a `custom_search_space` leaves more to choose.
         return RandomSampler(run_seed)
     seed = _sampler_seed(settings.sampler, run_seed, trial_number)
-    arguments = {**settings.sampler, "seed": seed}
+    arguments = dict(settings.sampler)
     if has_conditions:
         arguments |= _for_conditions(arguments)
     functions = {}
+    target = load_target(SAMPLER, str(arguments["_target_"]))
+    arguments.pop("seed", None)
+    # A class of the user's own may have none.
+    if accepts(target, "seed"):
+        arguments["seed"] = seed
     constraints = arguments.get("constraints_func")
     if isinstance(constraints, str):
         key = "hydra.sweeper.sampler.constraints_func"
         functions["constraints_func"] = load_function(constraints, key)
         del arguments["constraints_func"]
-    make: Callable[..., BaseSampler] = instantiate(
-        {**arguments, "_partial_": True}, _execution_whitelist_=ALLOWED_SAMPLERS
-    )
     with warnings.catch_warnings():
         # The argument `group` is experimental.
         warnings.simplefilter("ignore", ExperimentalWarning)
-        if functions:
-            # Optuna 5 prefers constraints that a trial sets, which a config can't name.
-            warnings.simplefilter("ignore", FutureWarning)
-        return make(**functions)
+        # Optuna 5 prefers constraints that a trial sets, which a config can't name.
+        warnings.simplefilter("ignore", FutureWarning)
+        sampler: BaseSampler = make_instance(
+            SAMPLER, arguments, BaseSampler, **functions
+        )
+    return sampler
+
+
+def learns_from_results(settings: StudySettings) -> bool:
+    """Whether the sampler reads trials of other studies; CMA-ES and NSGA need their generations."""
+    target = str(settings.sampler.get("_target_"))
+    return not re.search(
+        r"\b(Random|QMC|Grid|BruteForce|CmaEs|NSGAII|NSGAIII)Sampler$", target
+    )
 
 
 def conditions_note(settings: StudySettings, names: Iterable[str]) -> str | None:

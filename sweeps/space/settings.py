@@ -53,6 +53,9 @@ class StudySettings(Section):
     show how far equal configs differ; auto: 2, or none with one slot."""
     start: list[dict[str, Any]]
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
+    warm_start: list[str]
+    """Earlier studies, by name or folder. Their results inform the sampler where they differ from
+    this study in nothing that it does not search; otherwise their best points are trained again."""
     timeout: float | None
     """Seconds for the whole session, its final evaluation included; null: no limit. When only the
     time for that is left, no trial begins, and running trials are pruned."""
@@ -149,7 +152,11 @@ class StudySettings(Section):
             ConfigError: for the first value that is not allowed.
         """
         points = _start_points(values.get("start"))
-        return build(cls, "hydra.sweeper", {**values, "start": points})
+        warm_start = values.get("warm_start")
+        # A single study without the brackets.
+        names = [warm_start] if isinstance(warm_start, str) else warm_start
+        checked = {**values, "start": points, "warm_start": names}
+        return build(cls, "hydra.sweeper", checked)
 
     @property
     def _may_have_one_objective(self) -> bool:

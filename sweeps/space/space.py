@@ -13,6 +13,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
     distribution_to_json,
+    json_to_distribution,
 )
 from optuna.trial import BaseTrial
 
@@ -91,6 +92,22 @@ class Space:
         )
         require_searchable(space.config_keys)
         return space
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Space":
+        """Return the searched parameters of `to_dict`, without the overrides of all trials."""
+        distributions = {}
+        for name, stored in plain.items():
+            distributions[name] = json_to_distribution(json.dumps(stored))
+        variants = {name: stored.get("variants") for name, stored in plain.items()}
+        conditions = {name: stored.get("when") for name, stored in plain.items()}
+        return cls(
+            distributions,
+            fixed={},
+            fixed_overrides=[],
+            variants={name: each for name, each in variants.items() if each},
+            conditions={name: each for name, each in conditions.items() if each},
+        )
 
     @property
     def config_keys(self) -> list[str]:

@@ -26,10 +26,12 @@ from sweeps.space.params import plain_params
 from sweeps.space.points import grid_points, point_count
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
+from sweeps.space.user_class import without_choice_arguments
 from sweeps.study.job import require_one_directory
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
+from sweeps.study.warm_start import require_studies
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +44,30 @@ class Draft:
     points: list[tuple[str, Point]]
     """Role (baseline, start, grid) and point of the first trials."""
 
-    @property
-    def total(self) -> int | None:
-        """Number of trials that the study shall hold; None: as many as the budget allows.
+    def points_with(self, earlier: list[tuple[str, Point]]) -> list[tuple[str, Point]]:
+        """Return the points of the first trials with those of earlier studies, a grid's last."""
+        grid = [point for point in self.points if point[0] == "grid"]
+        first = [point for point in self.points if point[0] != "grid"]
+        return [*first, *earlier, *grid]
+
+    def planned_total(self, added: int) -> int | None:
+        """Return how many trials the study shall hold; None: as many as the budget allows.
 
         A space without a continuous parameter has no more than its points, and a baseline outside.
+
+        Args:
+            added: number of trials that a user has added by hand, which are not counted.
         """
         n_trials = self.session.settings.n_trials
-        points = self._point_count
-        if n_trials is None or points is None:
-            return n_trials or points
-        return min(n_trials, points)
+        if self._point_count is None:
+            return n_trials
+        # A point that a user has added is not trained twice.
+        points = self._point_count - added
+        return points if n_trials is None else min(n_trials, points)
 
-    @property
-    def is_whole_space(self) -> bool:
-        """Whether the study's trials are all points of a space, or of a grid."""
-        return self._point_count is not None and self.total == self._point_count
+    def is_whole_space(self, total: int) -> bool:
+        """Whether a number of trials is all points of a space, or of a grid."""
+        return self._point_count is not None and total >= self._point_count
 
     @property
     def _point_count(self) -> int | None:
@@ -115,9 +125,11 @@ def draft_session(
     # After the learning rate is resolved: relative intervals are multiples of it.
     scaled_space = space.scaled(composed)
     points = _first_points(settings, scaled_space, config, composed, common.seed)
+    folder = _study_folder(config, values, settings.study_name)
+    require_studies(settings, folder)
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
-        folder=_study_folder(config, values, settings.study_name),
+        folder=folder,
         address=address,
         settings=settings,
         space=scaled_space,
@@ -161,6 +173,11 @@ def _check_settings(
     written_address = written["storage"]
     refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
     study_name = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    choices = config.hydra.runtime.choices
+    for group in ("sampler", "pruner"):
+        key = f"hydra.sweeper.{group}"
+        choice = str(choices.get(key.replace(".", "/")))
+        plain = {**plain, group: without_choice_arguments(key, choice, plain[group])}
     values = {
         **plain,
         "study_name": study_name,

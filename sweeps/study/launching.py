@@ -40,13 +40,12 @@ def worker_count(settings: StudySettings) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_workers(study: Study, session: Session, total: int | None) -> None:
+def run_workers(study: Study, session: Session) -> None:
     """Run a session's workers until no trial is left for them.
 
     Args:
         study: the study.
         session: the session.
-        total: number of trials that the study shall hold, for the live table; None: no number.
 
     Raises:
         Interrupted: the user interrupted the workers; StorageLost: the database is out of reach.
@@ -60,7 +59,7 @@ def run_workers(study: Study, session: Session, total: int | None) -> None:
     for _ in range(RELAUNCHES):
         try:
             with (
-                live_table(study, total),
+                live_table(study),
                 _ends_workers_on_signals(session.stop_file, workers),
             ):
                 returns = launcher.launch(jobs, initial_job_idx=0)

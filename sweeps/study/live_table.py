@@ -33,18 +33,13 @@ METRICS_TAIL = 4096
 
 
 @contextlib.contextmanager
-def live_table(study: Study, total: int | None) -> Iterator[None]:
-    """Draw the study below the log lines while the context lasts, if stderr is a terminal.
-
-    Args:
-        study: the study.
-        total: number of trials that the study shall hold; None: as many as the budget allows.
-    """
+def live_table(study: Study) -> Iterator[None]:
+    """Draw the study below the log lines while the context lasts, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield
         return
     # Another thread draws it, so it has a storage of its own, which does not wait for a database.
-    table = LiveTable(Study.load(study.folder, retry_seconds=0), total)
+    table = LiveTable(Study.load(study.folder, retry_seconds=0))
     with Live(
         console=Console(stderr=True),
         get_renderable=table.draw,
@@ -59,12 +54,10 @@ class LiveTable:
 
     Args:
         study: the study.
-        total: number of trials that the study shall hold; None: as many as the budget allows.
     """
 
-    def __init__(self, study: Study, total: int | None) -> None:
+    def __init__(self, study: Study) -> None:
         self._study = study
-        self._total = total
         self._began = time.monotonic()
         self._finished_before = len(study.finished())
         self._drawing: RenderableType = Text("")
@@ -109,7 +102,8 @@ class LiveTable:
         states = Counter(trial.state for trial in finished)
         pruned = states[TrialState.PRUNED]
         failed = states[TrialState.FAIL]
-        of_total = "" if self._total is None else f" of {self._total}"
+        total = self._study.total
+        of_total = "" if total is None else f" of {total}"
         line = f"{len(finished)}{of_total} done ({pruned} pruned, {failed} failed)"
         best = next(iter(self._study.ranked()), None)
         if best is not None:
@@ -123,11 +117,12 @@ class LiveTable:
     def _time_left(self, finished: int) -> str:
         """Estimate the time until the study has its number of trials; empty where unknown."""
         # A budget may end the study before.
-        if self._total is None or self._study.max_tokens is not None:
+        total = self._study.total
+        if total is None or self._study.max_tokens is not None:
             return ""
         # The time since this session began belongs to the trials that have finished in it.
         finished_here = finished - self._finished_before
-        unfinished = self._total - finished
+        unfinished = total - finished
         if not finished_here or unfinished <= 0:
             return ""
         seconds_per_trial = (time.monotonic() - self._began) / finished_here

@@ -9,6 +9,7 @@ from finetune.engine.selection import choose_engine
 from finetune.run.resources import shared_resources
 from sweeps.space.samplers import compares_several, conditions_note
 from sweeps.space.settings import StudySettings
+from sweeps.study.base_choice import by_base, require_comparable_bases
 from sweeps.study.creation import create_or_resume, decide_engine
 from sweeps.study.launching import worker_count
 from sweeps.study.session import Session
@@ -37,6 +38,9 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     config = draft.common
     extremes = check_space(draft)
     quiet_libraries(bars=False)
+    # Without a baseline, the config's own base is not trained where the base is searched.
+    has_baseline = settings.baseline or not extremes
+    require_comparable_bases([config, *extremes] if has_baseline else extremes)
     # A missing base model is reported at once, and a remote one downloaded once.
     shared_resources.source(config.model)
     fingerprint = shared_resources.rows(config.dataset).fingerprint
@@ -65,11 +69,15 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # The first config that the packed engine does not support logs the reason.
         if choose_engine(config, source) == "trl":
             return EngineChoice("trl", slots=1)
-    # Slots that hold the neediest trial hold any other: the study keeps their number.
-    neediest = max(configs, key=memory_rank)
-    slots, resolved = choose_slots(settings.slots, neediest)
-    has_checkpointing = resolved.trainer.gradient_checkpointing is True
-    return EngineChoice("packed", slots, has_checkpointing)
+    choices = []
+    for of_base in by_base(configs).values():
+        # Slots that hold the neediest trial hold any other: the study keeps their number.
+        neediest = max(of_base, key=memory_rank)
+        slots, resolved = choose_slots(settings.slots, neediest)
+        has_checkpointing = resolved.trainer.gradient_checkpointing is True
+        choices.append(EngineChoice("packed", slots, has_checkpointing))
+    # Those that every base leaves memory for.
+    return min(choices, key=lambda choice: choice.slots)
 
 
 def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:

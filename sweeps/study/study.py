@@ -2,8 +2,9 @@
 
 The storage's study attributes hold what all workers and later sessions have to agree on:
 `uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
-(the number of trials), `max_tokens` (their budget), `engine`, `slots` and `checkpointing` (see
-`EngineChoice`), `sampler` (that of the last session), and `ended` (why the study has ended itself).
+(the number of trials, without those that a user adds by hand), `max_tokens` (their budget),
+`engine`, `slots` and `checkpointing` (see `EngineChoice`), `sampler` (that of the last session),
+and `ended` (why the study has ended itself).
 """
 
 import itertools
@@ -37,6 +38,9 @@ OUT_OF_TIME = "out of time"
 
 CONFIRMATION = "confirm.json"
 """The results of training the best trials again with other seeds, in the study's folder."""
+
+ADDED = "added"
+"""The role of a trial that a user has added by hand, in addition to those of `n_trials`."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -118,10 +122,27 @@ class Study:
 
     @property
     def total(self) -> int | None:
-        """The number of trials that the study shall hold; None: as many as the budget allows."""
+        """The number of trials that the study shall hold; None: as many as the budget allows.
+
+        Those that a user has added by hand are included.
+        """
+        planned = self.planned_total
+        return None if planned is None else planned + self.added_count
+
+    @property
+    def planned_total(self) -> int | None:
+        """The number of trials without those that a user has added by hand; None: see `total`."""
+        attributes = self.optuna.user_attrs
+        if "total" in attributes:
+            planned: int | None = attributes["total"]
+            return planned
         # Studies from before it was stored have all their trials.
-        total: int | None = self.optuna.user_attrs.get("total", len(self.trials()))
-        return total
+        return len(self.trials()) - self.added_count
+
+    @property
+    def added_count(self) -> int:
+        """The number of trials that a user has added by hand."""
+        return sum(role(trial) == ADDED for trial in self.trials())
 
     @property
     def max_tokens(self) -> int | None:
@@ -222,6 +243,11 @@ class Study:
             if role(trial) == "baseline":
                 return trial
         return None
+
+    def add_trial(self, trial: FrozenTrial) -> int:
+        """Add a trial, and return the number that the storage has given it."""
+        trial_id = self.storage.create_new_trial(self._study_id, trial)
+        return self.storage.get_trial_number_from_id(trial_id)
 
     def trial_id(self, number: int) -> int:
         """Return the id under which the storage knows a trial; it may differ from its number."""
@@ -333,5 +359,8 @@ class Study:
 
 
 def role(trial: FrozenTrial | optuna.Trial) -> str:
-    """Return where a trial's values come from: baseline, start, grid; empty: the sampler."""
+    """Return where a trial's point comes from; empty: the sampler.
+
+    It is one of baseline, start, warm_start, grid and added.
+    """
     return str(trial.user_attrs.get("role", ""))

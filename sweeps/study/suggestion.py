@@ -8,10 +8,12 @@ from sweeps.compat import enqueued_point, filtered_study
 from sweeps.space.custom import load_function
 from sweeps.space.points import point_count
 from sweeps.space.space import Point
+from sweeps.study.earlier_results import WarmStartSampler
 from sweeps.study.inside import OUTSIDE, is_inside, point_of
 from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.untried import UntriedPointSampler
+from sweeps.study.warm_start import earlier_trials
 
 
 def open_trial(
@@ -28,7 +30,7 @@ def open_trial(
     searched = filtered_study(
         study.name,
         study.storage,
-        _sampler(session, number),
+        _sampler(session, study, number),
         session.pruner,
         is_inside,
     )
@@ -54,9 +56,12 @@ def suggest_point(session: Session, study: Study, trial: optuna.Trial) -> Point:
     return point_of(trial)
 
 
-def _sampler(session: Session, number: int) -> BaseSampler:
-    """Return a trial's sampler, which repeats no point of a finite space."""
+def _sampler(session: Session, study: Study, number: int) -> BaseSampler:
+    """Return a trial's sampler: it has seen earlier studies, and repeats no point if it can."""
     sampler = session.sampler(number)
+    earlier = earlier_trials(study, session.space)
+    if earlier:
+        sampler = WarmStartSampler(sampler, earlier)
     # What a user's function suggests besides makes other trials of the same point.
     if point_count(session.space) is None or session.settings.custom_search_space:
         return sampler

@@ -64,6 +64,16 @@ def study_terms(
     return terms
 
 
+
+def stored_space(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study searches from its terms, as `Space.to_dict` gave it."""
+    space = {}
+    for key, value in terms.items():
+        if key.startswith("space."):
+            space[key.removeprefix("space.")] = value
+    return space
+
+
 def require_same_terms(
     study: str, stored: Mapping[str, Any], terms: Mapping[str, Any]
 ) -> None:

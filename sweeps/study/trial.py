@@ -298,5 +298,7 @@ def _role_note(trial: optuna.Trial) -> str:
     notes = {
         "baseline": " (baseline: the config's own values)",
         "start": " (hydra.sweeper.start)",
+        "added": " (added by hand)",
+        "warm_start": " (hydra.sweeper.warm_start)",
     }
     return notes.get(role(trial), "")

@@ -32,7 +32,7 @@ def trial_text(study: Study, number: int) -> str:
     Raises:
         ConfigError: the study has no such trial.
     """
-    trial = _find_trial(study, number)
+    trial = find_trial(study, number)
     folder = study.folder_of(number)
     facts = {
         "state": trial.state.name.lower(),
@@ -53,7 +53,7 @@ def difference_text(study: Study, numbers: Sequence[int]) -> str:
     """
     sides = []
     for number in numbers:
-        trial = _find_trial(study, number)
+        trial = find_trial(study, number)
         folder = study.folder_of(number)
         identity = read_json(folder.identity)
         if identity is None:
@@ -72,7 +72,8 @@ def difference_text(study: Study, numbers: Sequence[int]) -> str:
     return format_table(["trial", *map(str, numbers)], rows)
 
 
-def _find_trial(study: Study, number: int) -> FrozenTrial:
+def find_trial(study: Study, number: int) -> FrozenTrial:
+    """Return the trial of a number. Raises ConfigError where the study has none."""
     trials = {trial.number: trial for trial in study.trials()}
     if number not in trials:
         allowed = f"0 to {max(trials)}" if trials else "none yet"

@@ -364,8 +364,8 @@ GUESSES = {
     "model.path": "model.name_or_path",
     "training.seed": "seed",
     "output_dir": "hydra.run.dir",
-    "n_trials": "hydra.sweeper.n_trials",
-    "study": "hydra.sweeper.study_name",
+    "num_trials": "hydra.sweeper.n_trials",
+    "study_name": "hydra.sweeper.study_name",
     "hydra.sweper.n_trials": "hydra.sweeper.n_trials",
 }
 """Keys that do not exist, and the key that is meant."""
@@ -413,6 +413,12 @@ ONLY_IN_SWEEPS = {
     "hydra.sweeper.study_name=s": (
         f"hydra.sweeper.study_name: needs hydra/sweeper=optuna: {SEARCH}"
     ),
+    "study=s": f"hydra.sweeper.study_name: needs hydra/sweeper=optuna: {SEARCH}",
+    "-m n_trials=3": f"hydra.sweeper.n_trials: needs hydra/sweeper=optuna: {SEARCH}",
+    "hydra/sweeper=optuna study=s n_trials=3": (
+        f"hydra/sweeper=optuna: has no effect without -m: {SEARCH} "
+        "hydra.sweeper.study_name=s hydra.sweeper.n_trials=3"
+    ),
     "-m hydra.sweeper.n_trials=3": (
         f"hydra.sweeper.n_trials: needs hydra/sweeper=optuna: {SEARCH}"
     ),
@@ -426,6 +432,10 @@ ONLY_IN_SWEEPS = {
         "hydra.sweeper.pruner.min_survivors: needs hydra/sweeper=optuna "
         f"hydra/sweeper/pruner=successive_halving: {SEARCH} "
         "hydra/sweeper/pruner=successive_halving"
+    ),
+    "-m hydra/sweeper=optuna hydra.sweeper._target_=hydra_plugins.hydra_optuna_sweeper."
+    "optuna_sweeper.OptunaSweeper": (
+        "hydra.sweeper._target_: OptunaSweeper of hydra-optuna-sweeper…leave _target_ out…"
     ),
     "hydra/sweper=optuna": "hydra/sweper: no such group; did you mean hydra/sweeper …",
 }

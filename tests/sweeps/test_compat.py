@@ -166,3 +166,17 @@ def test_a_filtered_study_hides_trials_from_its_sampler() -> None:
     )
     study.ask().suggest_float("x", 0, 1)
     assert seen == [[0, 2, 3]]
+
+
+def test_a_study_with_more_trials_shows_them_to_readers_only() -> None:
+    study = optuna.create_study()
+    study.ask()
+    more = [create_trial(value=1.0), create_trial(state=TrialState.PRUNED)]
+    extended = compat.study_with_more_trials(study, more)
+    assert len(extended.get_trials()) == 3
+    assert extended.get_trials(states=(TrialState.COMPLETE,)) == more[:1]
+    assert len(study.get_trials()) == 1
+    waiting = compat.waiting_trial({"lora.r": 8}, "added")
+    study.add_trial(waiting)
+    # Optuna's own reader of an enqueued point takes it.
+    assert study.ask().suggest_int("lora.r", 4, 16) == 8

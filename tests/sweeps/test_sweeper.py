@@ -13,6 +13,7 @@ from optuna.trial import BaseTrial
 from support.configs import compose
 from support.studies import sweeper_config
 
+from finetune.app import compose_sweep
 from finetune.config.paths import CONF
 from finetune.errors import ConfigError
 from sweeps.study.draft import Draft, draft_session
@@ -147,3 +148,9 @@ def test_trials_share_their_sources_and_weights() -> None:
         Session.check(
             session, compose("dataset.path=[a.jsonl,{path:b.jsonl,weight:3}]")
         )
+
+
+def test_short_forms_of_a_study_mean_its_keys() -> None:
+    overrides = ["hydra/sweeper=optuna", "study=s1", "n_trials=20"]
+    _, sweeper = compose_sweep(overrides, multirun=True)
+    assert (sweeper["study_name"], sweeper["n_trials"]) == ("s1", 20)

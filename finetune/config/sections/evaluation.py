@@ -20,6 +20,9 @@ BUILT_IN = {
 LOSS_METRICS = ("loss", "accuracy")
 """What every evaluation has, without generated answers."""
 
+BITS_PER_BYTE = "bits_per_byte"
+"""The loss by the bytes of the answers, which compares bases; computed as an objective only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(Section):
@@ -77,7 +80,7 @@ class EvaluationSettings(Section):
                 raise refusal("evaluation.metrics", name, allowed)
         for name, count in Counter(self.names).items():
             allowed = f"eval/{name} would have two meanings; rename the function"
-            is_taken = name in LOSS_METRICS or count > 1
+            is_taken = name in (*LOSS_METRICS, BITS_PER_BYTE) or count > 1
             self.require("metrics", not is_taken, allowed)
         allowed = "must be a whole number of at least 1"
         self.require("max_new_tokens", self.max_new_tokens >= 1, allowed)

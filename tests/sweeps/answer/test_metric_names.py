@@ -54,7 +54,7 @@ COMPARISON = {
 def drawn(study: Any) -> str:
     console = Console(width=300)
     with console.capture() as capture:
-        console.print(LiveTable(study, 30).draw())
+        console.print(LiveTable(study).draw())
     return capture.get()
 
 

@@ -5,6 +5,12 @@ from typing import Any
 
 import pytest
 from omegaconf import open_dict
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from support.studies import sweeper_config
 
 from finetune.errors import ConfigError
@@ -114,3 +120,37 @@ def test_a_value_that_hydra_reads_otherwise_says_what_to_write(
 def test_text_in_brackets_is_no_list() -> None:
     prompt = "dataset.template='[INST] {{question}} [/INST]'"
     assert Space.parse({}, [prompt]).fixed
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (
+            {"type": "categorical", "choices": [1, 2, 3]},
+            CategoricalDistribution([1, 2, 3]),
+        ),
+        ({"type": "int", "low": 0, "high": 10}, IntDistribution(0, 10)),
+        (
+            {"type": "int", "low": 0, "high": 10, "step": 2},
+            IntDistribution(0, 10, step=2),
+        ),
+        (
+            {"type": "int", "low": 1, "high": 100, "log": True},
+            IntDistribution(1, 100, log=True),
+        ),
+        ({"type": "float", "low": 0, "high": 1}, FloatDistribution(0, 1)),
+        (
+            {"type": "float", "low": 0, "high": 10, "step": 2},
+            FloatDistribution(0, 10, step=2),
+        ),
+        (
+            {"type": "float", "low": 1, "high": 100, "log": True},
+            FloatDistribution(1, 100, log=True),
+        ),
+    ],
+)
+def test_the_old_form_is_the_distribution_that_it_is_in_the_stock_sweeper(
+    written: dict[str, Any], expected: BaseDistribution
+) -> None:
+    space = Space.parse(params_of({"lora.dropout": written}), [])
+    assert space.distributions["lora.dropout"] == expected

@@ -13,8 +13,9 @@ from support.studies import made_study
 from support.study_folder import folder_of, result_of, told, trials_of
 
 from sweeps.study.budget import describe_spent_tokens, has_spent_tokens, trained_tokens
-from sweeps.study.claims import claim_trial, enqueue_trials
+from sweeps.study.claims import claim_trial
 from sweeps.study.study import FINISHED, Study
+from sweeps.study.waiting import enqueue_trials
 
 WHOLE = ("hydra/sweeper/pruner=none", "trainer.save_steps=1")
 """Trials that run to their end, with a checkpoint after each step."""

@@ -7,8 +7,8 @@ import pytest
 from optuna.trial import TrialState
 from support.studies import made_study
 
-from sweeps.study.claims import enqueue_trials
 from sweeps.study.study import Study
+from sweeps.study.waiting import enqueue_trials
 
 
 def test_a_baseline_that_time_ended_is_tried_once_more(

@@ -8,9 +8,9 @@ from rich.console import Console
 from support.studies import settings_of
 
 from sweeps.space.space import Space
-from sweeps.study.claims import enqueue_trials
 from sweeps.study.creation import create_or_resume
 from sweeps.study.live_table import LiveTable
+from sweeps.study.waiting import enqueue_trials
 
 
 def test_shows_what_runs_and_the_time_left_only_where_something_is_left(
@@ -21,7 +21,7 @@ def test_shows_what_runs_and_the_time_left_only_where_something_is_left(
         tmp_path / "s", settings_of(), None, {"objective": "eval/loss"}, distributions
     )
     enqueue_trials(study, 2, [("start", {"lora.r": 4})])
-    view = LiveTable(study, 2)
+    view = LiveTable(study)
     view._began = time.monotonic() - 60
 
     def shown() -> str:

@@ -1,0 +1,1 @@
+"""What the commands `python -m sweeps COMMAND` do."""

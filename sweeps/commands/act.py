@@ -1,0 +1,80 @@
+"""Commands that act on a study: best, report, confirm, stop."""
+
+import argparse
+import logging
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+from finetune.console import quiet_libraries
+from finetune.errors import ConfigError
+from sweeps.study.find_study import find_search, find_study
+
+if TYPE_CHECKING:
+    from sweeps.study.study import Study
+
+# Studies and their answers are imported inside the functions: they load Optuna, which `--help` and
+# a mistake on the command line do not need.
+
+
+def _find_study_for_work(name: str) -> "Study":
+    """Load a study whose runs will be loaded or trained, and print log lines on the terminal."""
+    study = find_search(name)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries(bars=False)
+    return study
+
+
+def best(arguments: argparse.Namespace) -> None:
+    """Write the winner and the answer again."""
+    study = _find_study_for_work(arguments.study)
+    if not study.ranked():
+        from sweeps.space.feasibility import why_no_winner
+
+        reason = why_no_winner(study.trials())
+        raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
+    _conclude(study)
+
+
+def _conclude(study: "Study") -> None:
+    from sweeps.answer.conclusion import conclude
+
+    conclude(study)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the report."""
+    from sweeps.answer.report import watch, write_report
+
+    study = find_study(arguments.study)
+    if arguments.watch:
+        watch(study, lambda line: print(line, flush=True))
+        return
+    path = write_report(study)
+    print(os.path.relpath(path))
+
+
+def confirm(arguments: argparse.Namespace) -> None:
+    """Train the best trials again with other seeds."""
+    study = _find_study_for_work(arguments.study)
+    # Loads torch: after a wrong name is refused, and after the libraries are quiet.
+    from sweeps.answer.confirm import confirm
+
+    confirm(study, arguments.seeds, arguments.top)
+    _conclude(study)
+
+
+def stop(arguments: argparse.Namespace) -> None:
+    """Ask the worker of a running trial to end it."""
+    from optuna.trial import TrialState
+
+    study = find_search(arguments.study)
+    running = [trial.number for trial in study.trials(TrialState.RUNNING)]
+    if arguments.trial not in running:
+        numbers = ", ".join(map(str, running)) or "none"
+        raise ConfigError(
+            f"trial {arguments.trial}: is not running; running: {numbers}"
+        )
+    study.request_stop(arguments.trial)
+    command = f"python -m sweeps show {shlex.quote(arguments.study)}"
+    print(f"trial {arguments.trial} stops at its next step; check with: {command}")

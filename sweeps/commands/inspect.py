@@ -1,0 +1,77 @@
+"""Commands that only read studies: list, show, diff."""
+
+import argparse
+import time
+from pathlib import Path
+
+from finetune.console import error_line
+from sweeps.study.find_study import (
+    STUDIES,
+    begun,
+    find_study,
+    load_study,
+    study_folders,
+)
+
+# Studies are imported inside the functions: they load Optuna, which `--help` and a mistake on the
+# command line do not need.
+
+
+def list_studies(arguments: argparse.Namespace) -> None:
+    """Print all studies."""
+    from sweeps.study.formatting import format_table
+
+    folders = study_folders()
+    if not folders:
+        print(f"no studies under {STUDIES}")
+        return
+    rows = [_list_row(folder) for folder in folders]
+    print(format_table(["study", "begun", "trials", "objective", "best"], rows))
+
+
+def _list_row(folder: Path) -> list[str]:
+    """Name, start, trial count and best value of the study in a folder."""
+    from optuna.trial import TrialState
+
+    from sweeps.study.formatting import objective_cells
+
+    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun(folder)))
+    try:
+        # Without retries: a database out of reach must not hold up the list of all studies.
+        study = load_study(folder, retry_seconds=0)
+    # Its database can't be reached, or its files are damaged.
+    except Exception as error:
+        return [folder.name, start, "", "", error_line(error)]
+    counts = f"{len(study.finished())}/{len(study.trials())}"
+    ranked = study.ranked()
+    value = ""
+    if not ranked and study.trials(TrialState.COMPLETE):
+        value = "none feasible"
+    if ranked:
+        cells = objective_cells(ranked[0], len(study.objectives))
+        value = " ".join(cells)
+    return [study.name, start, counts, " ".join(study.objectives), value]
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the trials of a study, or one of them in full."""
+    from sweeps.study.budget import describe_tokens
+    from sweeps.study.formatting import trials_table
+    from sweeps.study.multirun_folder import is_multirun
+    from sweeps.study.trial_text import trial_text
+
+    study = find_study(arguments.study)
+    if arguments.trial is not None:
+        print(trial_text(study, arguments.trial))
+        return
+    print(trials_table(study, is_ranked=is_multirun(study)))
+    tokens = describe_tokens(study)
+    if tokens:
+        print(tokens)
+
+
+def diff(arguments: argparse.Namespace) -> None:
+    """Print what two trials differ in."""
+    from sweeps.study.trial_text import difference_text
+
+    print(difference_text(find_study(arguments.study), arguments.trials))

@@ -1,0 +1,233 @@
+"""Points that a user puts into a study by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from support.commands import SLOW_STEPS, Station, wait_until
+from support.configs import study_overrides
+from support.study_folder import folder_of, trials_of
+
+from sweeps.__main__ import main
+from sweeps.compat import waiting_trial
+from sweeps.space.space import Space
+from sweeps.study.claims import claim_trial
+from sweeps.study.storage import open_storage
+from sweeps.study.study import Study
+from sweeps.study.waiting import enqueue_trials
+
+SPACE = Space.parse(
+    {
+        "lora.r": "choice(4,8,16)",
+        "optimizer.learning_rate": "tag(log, interval(1e-4, 1e-2))",
+        "lora.target_modules": "choice(all-linear,[q_proj])",
+    },
+    [],
+)
+POINT = {
+    "lora.r": 8,
+    "optimizer.learning_rate": 1e-3,
+    "lora.target_modules": "all-linear",
+}
+WORDS = tuple(f"{name}={value}" for name, value in POINT.items())
+
+
+def trial_at(state: TrialState, rank: int) -> FrozenTrial:
+    value = 2.5 if state == TrialState.COMPLETE else None
+    notes = {"error": "out of memory"} if state == TrialState.FAIL else {}
+    return create_trial(
+        state=state,
+        params={**POINT, "lora.r": rank},
+        distributions=SPACE.distributions,
+        value=value,
+        user_attrs=notes,
+    )
+
+
+def searched(
+    cwd: Path, *trials: FrozenTrial, total: int = 4, is_database: bool = False
+) -> Study:
+    """Write a study of four trials, some of which are made already."""
+    folder = folder_of(cwd)
+    folder.mkdir(parents=True)
+    address = f"sqlite:///{cwd / 'studies.db'}" if is_database else None
+    storage = open_storage(address, folder)
+    if is_database:
+        # Ids differ from numbers where a database has several studies.
+        optuna.create_study(study_name="other", storage=storage).ask()
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.set_user_attr("uid", "made")
+    terms: dict[str, object] = {"objective": "eval/loss"}
+    for name, distribution in SPACE.distributions.items():
+        terms[f"space.{name}"] = json.loads(distribution_to_json(distribution))
+    study.set_user_attr("terms", terms)
+    study.add_trials(trials)
+    (folder / "study.json").write_text(json.dumps({"name": "s", "storage": address}))
+    opened = Study.load(folder)
+    enqueue_trials(opened, total, [])
+    return opened
+
+
+def sweeps(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) -> None:
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["sweeps", *arguments])
+    main()
+
+
+def claimed(study: Study) -> list[int]:
+    """Claim all trials that wait, in order."""
+    numbers = []
+    while True:
+        with claim_trial(study) as claim:
+            if claim is None:
+                return numbers
+            numbers.append(claim.number)
+            study.optuna.tell(study.optuna.trials[claim.number].number, 1.0)
+
+
+@pytest.mark.parametrize("is_database", [False, True], ids=["journal", "database"])
+def test_an_added_point_comes_on_top_and_begins_next(
+    is_database: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    complete = trial_at(TrialState.COMPLETE, 8)
+    study = searched(tmp_path, complete, is_database=is_database)
+    sweeps(monkeypatch, tmp_path, "add", "s", "lora.r=4")
+    sweeps(monkeypatch, tmp_path, "clone", "s", "0", "lora.target_modules=[q_proj]")
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "trial 4 of s: lora.r=4; the sampler chooses optimizer.learning_rate, "
+        "lora.target_modules; trains when the study's command is run again"
+    )
+    assert second.startswith("trial 5 of s: lora.r=8 optimizer.learning_rate=0.001 ")
+    added = Study.load(study.folder).trials()[4:]
+    assert [trial.system_attrs["fixed_params"] for trial in added] == [
+        {"lora.r": 4},
+        {**POINT, "lora.target_modules": "[q_proj]"},
+    ]
+    assert study.total == 6
+    # The same command again, and one with a trial more: the added ones are not counted.
+    for total in (4, 5):
+        enqueue_trials(study, total, [])
+        assert (study.total, len(study.trials())) == (total + 2, total + 2)
+    # A smaller number than was planned first leaves the last planned trial, and no added one.
+    enqueue_trials(study, 3, [])
+    assert claimed(study) == [4, 5, 1, 2]
+
+
+def test_an_added_point_is_trained_by_a_study_that_has_ended_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(tmp_path, trial_at(TrialState.COMPLETE, 8))
+    study.end("enough")
+    sweeps(monkeypatch, tmp_path, "add", "s", "lora.r=4")
+    assert claimed(study) == [4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("lora.r=5",), "add: lora.r=5 lies outside choice(4, 8, 16)"),
+        (("optimizer.learning_rate=1",), "add: optimizer.learning_rate=1 lies outside"),
+        (("optimizer.learning_rate=x",), "x: no number, as tag(log, interval(0.0001"),
+        (("lora.rank=8",), "lora.rank: is not searched; did you mean lora.r? allowed"),
+        (("seed=8",), "seed: is not searched; allowed: lora.r, lora.target_modules"),
+        (("lora.r=4,8",), "lora.r=4,8: must be one value"),
+        (("lora.r=choice(4,8)",), "lora.r=choice(4,8): must be one value"),
+        (("~lora.r=4",), "~lora.r=4: must be one value"),
+        (("8",), "add=8: must be KEY=VALUE"),
+        (("lora.r=[4",), "lora.r=[4: is not Hydra's syntax"),
+        (
+            WORDS,
+            "trial 0 has this point already (complete, eval/loss 2.5000): not added",
+        ),
+        (
+            ("lora.r=16", *WORDS[1:]),
+            "trial 1 has this point already (running): not added",
+        ),
+        ((), "the following arguments are required: KEY=VALUE"),
+    ],
+)
+def test_a_point_that_can_not_be_added_is_refused_in_one_line(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = searched(
+        tmp_path, trial_at(TrialState.COMPLETE, 8), trial_at(TrialState.RUNNING, 16)
+    )
+    with pytest.raises(SystemExit) as ended:
+        sweeps(monkeypatch, tmp_path, "add", "s", *words)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert len(study.trials()) == 4
+
+
+def test_a_point_that_takes_the_number_of_a_planned_trial_costs_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database refuses a number that another machine has taken meanwhile."""
+    study = searched(tmp_path, total=1, is_database=True)
+    other_machine = Study.load(study.folder)
+    add_trial = study.optuna.add_trial
+    points = iter([POINT])
+
+    def add_later(trial: FrozenTrial) -> None:
+        for point in points:
+            other_machine.add_trial(waiting_trial(point, role="added"))
+        add_trial(trial)
+
+    monkeypatch.setattr(study.optuna, "add_trial", add_later)
+    enqueue_trials(study, 4, [])
+    roles = [trial.user_attrs.get("role") for trial in study.trials()]
+    assert roles == [None, "added", None, None, None]
+    assert study.total == 5
+
+
+def test_a_failed_trial_may_be_cloned_as_it_is_and_an_unchosen_point_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = searched(tmp_path, trial_at(TrialState.FAIL, 8))
+    sweeps(monkeypatch, tmp_path, "clone", "s", "0", "lora.r=8")
+    assert study.total == 5
+    for number, message in (("1", "has no point yet"), ("9", "allowed: 0 to 4")):
+        with pytest.raises(SystemExit):
+            sweeps(monkeypatch, tmp_path, "clone", "s", number, "lora.r=8")
+        assert message in capsys.readouterr().err
+
+
+def test_a_point_added_to_a_running_study_is_trained_in_it(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=2"]
+    process = station.start(*study, cwd=tmp_path, before=SLOW_STEPS)
+    wait_until(
+        lambda: (folder_of(tmp_path) / "trials" / "0" / "metrics.jsonl").exists(),
+        process,
+    )
+    added = station.run("add", "s", "lora.r=4", module="sweeps", cwd=tmp_path)
+    assert added.returncode == 0, added.stderr
+    assert "trial 2 of s: lora.r=4" in added.stdout
+    assert "trains in the next free slot" in added.stdout
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
+    trials = trials_of(tmp_path)
+    assert [trial.state.is_finished() for trial in trials] == [True] * 3
+    assert trials[2].params["lora.r"] == 4
+    again = station.run(*study, cwd=tmp_path)
+    assert (
+        "study s is full (3 trials): hydra.sweeper.n_trials=4 goes on" in again.stderr
+    )
+    assert len(trials_of(tmp_path)) == 3
