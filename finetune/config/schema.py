@@ -14,6 +14,7 @@ from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import (
     pick_learning_rate,
+    resolve_eval_steps,
     resolve_limit,
     simplify_sources,
 )
@@ -185,7 +186,7 @@ class RunConfig(Section):
         """
         refuse_secrets(values)
         simplified = simplify_sources(values)
-        return build(cls, "", resolve_limit(simplified))
+        return build(cls, "", resolve_eval_steps(resolve_limit(simplified)))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""

@@ -23,6 +23,7 @@ from sweeps.space.params import plain_params
 from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
 from sweeps.study.job import require_one_directory
+from sweeps.study.rungs import choose_rungs
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
@@ -96,6 +97,7 @@ def draft_session(
     composed = context.config_loader.load_sweep_config(config, space.fixed_texts)
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
+    has_automatic_rungs = choose_rungs(composed, space)
     common = _check_run_config(composed)
     settings = _resolve_directions(settings, common)
     address = plain["storage"]
@@ -116,6 +118,7 @@ def draft_session(
         common=common,
         deadline=deadline,
         engine=EngineChoice(common.trainer.engine, slots=1),
+        has_automatic_rungs=has_automatic_rungs,
     )
     return Draft(session, points)
 
