@@ -20,7 +20,11 @@ from finetune.config.plain_values import (
 )
 from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
-from finetune.config.sections.evaluation import LOSS_METRICS, EvaluationSettings
+from finetune.config.sections.evaluation import (
+    HARNESS,
+    LOSS_METRICS,
+    EvaluationSettings,
+)
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.config.sections.optimizer import OptimizerSettings
@@ -105,6 +109,9 @@ class RunConfig(Section):
             # A function's scores are known once it is imported: `finetune.metrics.load`.
             if self.evaluation.has_functions and name.startswith("eval/"):
                 continue
+            # So are the further metrics of a task.
+            if self.evaluation.has_tasks and name.startswith(f"eval/{HARNESS}"):
+                continue
             if name not in allowed:
                 raise refusal("objective", name, did_you_mean(name, allowed))
 
@@ -115,8 +122,10 @@ class RunConfig(Section):
             scores: The names of the scores of generated answers.
         """
         names = [f"eval/{name}" for name in (*LOSS_METRICS, *scores)]
+        # The documents of a task belong to no source.
+        of_rows = [name for name in scores if not name.startswith(HARNESS)]
         for source in self.dataset.source_names.values():
-            names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *scores)]
+            names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *of_rows)]
         return [*names, *FINAL_METRICS]
 
     def _check_sample_limits(self) -> None:
