@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from finetune.config.data_folder import local_path
 from finetune.config.schema import RunConfig
-from finetune.data.token_file import Example, Tokens
-from finetune.data.types import Prompt, Row
+from finetune.data.token_file import Tokens
+from finetune.data.types import Row
 from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
@@ -19,33 +19,11 @@ from finetune.metrics.labels import LabelledRows
 from finetune.metrics.metric import Answer, Metric, Score
 from finetune.metrics.scores import Result, score_answers, scores_by_source
 from finetune.run.background import POLL_SECONDS, start_thread
+from finetune.run.evaluated_model import EvaluatedModel
 from finetune.run.harness import Documents, evaluate_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class EvaluatedModel(Protocol):
-    """What evaluates and generates: `PackedTraining`, `LoadedModel`."""
-
-    model: Any
-    """The base with the run's adapter."""
-
-    def evaluate(
-        self, rows: Sequence[Example], group_size: int | None = None
-    ) -> RunSteps[Evaluation]:
-        """Compute losses."""
-
-    def generate_answers(
-        self,
-        prompts: Sequence[Prompt],
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        max_new_tokens: int | None,
-        max_length: int | None = None,
-        sampling: Sampling | None = None,
-    ) -> RunSteps[list[str]]:
-        """Generate an answer to each prompt."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from finetune.engine.steps import RunSteps
 from finetune.metrics.harness import load_task
 from finetune.metrics.metric import Metric, Score
 from finetune.run.background import POLL_SECONDS, start_thread
+from finetune.run.evaluated_model import EvaluatedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from finetune.run.evaluate_rows import EvaluatedModel
 
 Documents = Literal["eval", "test", "all"]
 """Documents with an even number are evaluated during training, the others at the end."""
@@ -31,7 +30,7 @@ FEWSHOT_SEED = 1234
 
 
 def evaluate_tasks(
-    model: "EvaluatedModel",
+    model: EvaluatedModel,
     metrics: Sequence[Metric],
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -61,7 +60,7 @@ def evaluate_tasks(
 
 
 def _evaluate_task(
-    model: "EvaluatedModel",
+    model: EvaluatedModel,
     path: str,
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
