@@ -23,6 +23,6 @@ measure-gpu:           ## everything that is told of a GPU: tests, tables, a stu
 	python benchmarks/gpu.py --sides ours,trl,best --length short,long
 	python benchmarks/gpu.py --sides ours,trl,best --memory 24
 	python benchmarks/gpu.py --sides ours --slots 1 --lora q_v --quantization nf4_double  # as Unsloth's
-	python benchmarks/gpu_study.py --sides tutorial,best,ours,recipe
+	python benchmarks/gpu_study.py --rungs 0.25,0.5,0.75 --sides tutorial,best,ours,recipe
 	python benchmarks/gpu_study.py --sides ours --memory 24
 	python benchmarks/gpu.py --sides unsloth --length short  # last, where Unsloth is installed

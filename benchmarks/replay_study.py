@@ -1,7 +1,7 @@
 """Whole studies on recorded curves: regret of samplers, pruners and rungs at the same budget.
 
     python benchmarks/replay_study.py CURVES.csv … [--vary pruner,rungs,start,sampler] [--slots 1,8]
-        [--budgets 4,8,16,32] [--studies 100]
+        [--budgets 4,8,16,32] [--studies 100] [--base trainer.eval_steps=0.25]
     python benchmarks/replay_study.py CURVES.csv … --vary none --trials 4,8,16,32
 
 A model of the curves that `record_curves.py` made (`curve_model.py`) gives any point of the default
@@ -41,7 +41,7 @@ from sweeps.space.distributions import suggest
 from sweeps.space.samplers import make_pruner, make_sampler
 
 WHOLE_RUN_EVALUATIONS = 4
-"""Evaluations of a default run after its first step."""
+"""Evaluations of a default run, one outside a study, after its first step."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def main() -> None:
     arguments = parse_arguments()
     for path in arguments.curves:
         print(load_model(path).description)
-    variants: dict[str, list[str]] = {DEFAULT: []}
+    variants: dict[str, list[str]] = {DEFAULT: arguments.base}
     for group in arguments.vary.split(","):
-        variants |= VARIANTS.get(group, {})
+        for name, overrides in VARIANTS.get(group, {}).items():
+            variants[name] = [*arguments.base, *overrides]
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs) as pool:
         for slots in numbers(arguments.slots):
             if arguments.trials:
@@ -99,6 +100,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("curves", nargs="+", type=Path, help="CSV of recorded curves")
     parser.add_argument(
         "--vary", default="pruner,rungs,start,sampler", help="groups of variants; none"
+    )
+    parser.add_argument(
+        "--base",
+        nargs="*",
+        default=[],
+        metavar="OVERRIDE",
+        help="of the study that variants are compared with, instead of the default study",
     )
     parser.add_argument("--slots", default="1,8")
     parser.add_argument("--budgets", default="4,8,16,32", help="in whole runs")

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from finetune.config.paths import CONF
+from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.engine.schedule import evaluation_rungs
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
@@ -32,6 +33,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "halving by 2, noise, three kept": [f"{PRUNER}.reduction_factor=2"],
     },
     "rungs": {
+        "four even rungs": ["trainer.eval_steps=0.25"],
         "rungs at 1/2": ["trainer.eval_steps=0.5"],
         "rungs at 1/9, 1/3": ["trainer.eval_steps=[0.1112,0.3334]"],
         "rungs at each 9th": ["trainer.eval_steps=0.1111"],
@@ -81,6 +83,7 @@ def compose_study(overrides: Sequence[str], learning_rate: float) -> StudyConfig
         )
     sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
     params: Any = OmegaConf.to_container(config.search.params)
+    resolve_study_eval_steps(config, STUDY_EVAL_STEPS)
     trainer: Any = OmegaConf.to_container(config.trainer)
     del sweeper["_target_"]
     replaced = {"study_name": "replay", "direction": "minimize", "params": params}

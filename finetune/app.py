@@ -21,6 +21,7 @@ from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
 from finetune.config.keys import expand_short_form
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
+from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
 from finetune.console import VERSION, CommandParser, error_line, run_command
@@ -126,8 +127,11 @@ def compose_sweep(
         sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper)
         with flag_override(composed, "struct", False):
             del composed["hydra"]
+        is_study = "n_trials" in sweeper
+        if is_study:
+            resolve_study_eval_steps(composed, STUDY_EVAL_STEPS)
         config = RunConfig.from_hydra(composed)
-    return config, sweeper if "n_trials" in sweeper else {}
+    return config, sweeper if is_study else {}
 
 
 def check_override(override: str) -> str:

@@ -306,3 +306,14 @@ def hub_network_error() -> type[Exception]:
 
     error: type[Exception] = vars(errors)["HTTPError"]
     return error
+
+
+def silence_harness() -> None:
+    """Let lm-evaluation-harness show no bar while it prepares its requests.
+
+    `lm_eval.api.task` (0.4.13) shows it on every process of rank 0, and has no argument for it.
+    """
+    import lm_eval.api.task
+    from tqdm import tqdm
+
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)

@@ -190,6 +190,7 @@ def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
             run.tokenizer,
             metrics,
             labelled,
+            documents="all",
         )
         return drive(steps)
 

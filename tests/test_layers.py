@@ -53,7 +53,7 @@ LIGHT = (
 
 HEAVY = {
     "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
-    "jinja2", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
+    "jinja2", "lm_eval", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
     "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip

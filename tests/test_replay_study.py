@@ -136,6 +136,7 @@ def test_a_study_without_pruning_spends_one_run_for_each_trial(
         script,
         curves,
         "hydra/sweeper/pruner=none",
+        "trainer.eval_steps=0.25",
         trials=8,
         slots=slots,
         evaluation=evaluation,
@@ -173,7 +174,15 @@ def test_pruning_and_fewer_evaluations_leave_more_trials_for_a_budget(
 ) -> None:
     def trials(*overrides: str) -> float:
         histories = [
-            replayed(script, curves, *overrides, budget=16, seed=seed, evaluation=0.05)
+            replayed(
+                script,
+                curves,
+                "trainer.eval_steps=0.25",
+                *overrides,
+                budget=16,
+                seed=seed,
+                evaluation=0.05,
+            )
             for seed in range(3)
         ]
         return float(np.mean([len(history.spent) for history in histories]))
@@ -190,5 +199,7 @@ def test_every_variant_is_a_config_of_the_project(script: ModuleType) -> None:
             config = script.compose_study(tuple(overrides), 1e-3)
             assert config.rung_steps(54)[-1] == 54
     default = script.compose_study((), 2e-4)
-    assert default.rung_steps(54) == [14, 28, 42, 54]
+    assert default.rung_steps(54) == [7, 19, 54]
+    even = script.compose_study(("trainer.eval_steps=0.25",), 2e-4)
+    assert even.rung_steps(54) == [14, 28, 42, 54]
     assert default.baseline[RATE] == 2e-4

@@ -4,13 +4,25 @@ Such values come from Hydra, from a run folder, or from Python.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.convert import is_number
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 PYTHON_DOCS_LIMIT = 240
 """Training rows of `python_docs` with `dataset.limit=auto`: an epoch of a few minutes on two CPU
 cores."""
+
+AUTO = "auto"
+
+RUN_EVAL_STEPS = 0.25
+"""`trainer.eval_steps=auto` in a run of its own: four evaluations, evenly spaced."""
+
+STUDY_EVAL_STEPS = [0.1112, 0.3334]
+"""The same in a study: rungs after a ninth and a third of the steps, rounded up, which have less
+regret than four even ones at the same budget (docs/benchmarks.md)."""
 
 
 def simplify_sources(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -47,6 +59,35 @@ def resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
+
+
+def resolve_eval_steps(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace `trainer.eval_steps=auto` by its value in a run of its own."""
+    trainer = values.get("trainer")
+    # What is no mapping is refused by `build`.
+    if not isinstance(trainer, Mapping) or trainer.get("eval_steps") != AUTO:
+        return values
+    return {**values, "trainer": {**trainer, "eval_steps": RUN_EVAL_STEPS}}
+
+
+def resolve_study_eval_steps(
+    composed: "DictConfig", eval_steps: float | list[float]
+) -> bool:
+    """Replace `trainer.eval_steps=auto` in the composed config of a study or of a trial.
+
+    Args:
+        composed: The config; it is changed.
+        eval_steps: The study's value.
+
+    Returns:
+        Whether the value was `auto`.
+    """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(composed, "trainer.eval_steps") != AUTO:
+        return False
+    composed.trainer.eval_steps = eval_steps
+    return True
 
 
 def pick_learning_rate(values: dict[Any, Any]) -> None:

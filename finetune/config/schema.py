@@ -14,6 +14,7 @@ from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import (
     pick_learning_rate,
+    resolve_eval_steps,
     resolve_limit,
     simplify_sources,
 )
@@ -21,6 +22,7 @@ from finetune.config.secrets import refuse_secrets
 from finetune.config.sections.dataset import DatasetSettings, SourceSettings
 from finetune.config.sections.evaluation import (
     BITS_PER_BYTE,
+    HARNESS,
     LOSS_METRICS,
     EvaluationSettings,
 )
@@ -112,6 +114,9 @@ class RunConfig(Section):
             # A function's scores are known once it is imported: `finetune.metrics.load`.
             if self.evaluation.has_functions and name.startswith("eval/"):
                 continue
+            # So are the further metrics of a task.
+            if self.evaluation.has_tasks and name.startswith(f"eval/{HARNESS}"):
+                continue
             if name not in allowed:
                 raise refusal("objective", name, did_you_mean(name, allowed))
 
@@ -122,8 +127,10 @@ class RunConfig(Section):
             scores: The names of the scores of generated answers.
         """
         names = [f"eval/{name}" for name in (*LOSS_METRICS, *scores)]
+        # The documents of a task belong to no source.
+        of_rows = [name for name in scores if not name.startswith(HARNESS)]
         for source in self.dataset.source_names.values():
-            names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *scores)]
+            names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *of_rows)]
         return [*names, f"eval/{BITS_PER_BYTE}", *FINAL_METRICS]
 
     def _check_sample_limits(self) -> None:
@@ -193,7 +200,7 @@ class RunConfig(Section):
         """
         refuse_secrets(values)
         simplified = simplify_sources(values)
-        return build(cls, "", resolve_limit(simplified))
+        return build(cls, "", resolve_eval_steps(resolve_limit(simplified)))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""

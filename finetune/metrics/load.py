@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import (
     BITS_PER_BYTE,
+    HARNESS,
     LOSS_METRICS,
     EvaluationSettings,
 )
@@ -16,6 +17,7 @@ from finetune.metrics import (
     rouge,
     tool_calls,
 )
+from finetune.metrics.harness import load_task_metrics
 from finetune.metrics.metric import Metric
 from finetune.metrics.user_function import load_function
 
@@ -37,11 +39,14 @@ def load_metrics(settings: EvaluationSettings) -> list[Metric]:
     Raises:
         ConfigError: A function or a package is missing, or two scores have one name.
     """
-    metrics = []
+    metrics: list[Metric] = []
     for path in settings.metrics:
         if path == "rouge":
             rouge.require_rouge()
-        metrics.append(_METRICS.get(path) or load_function(path, settings))
+        if path.startswith(HARNESS):
+            metrics += load_task_metrics(path, settings)
+        else:
+            metrics.append(_METRICS.get(path) or load_function(path, settings))
     names = [*LOSS_METRICS, BITS_PER_BYTE]
     for metric in metrics:
         for name in metric.names:
@@ -74,13 +79,15 @@ def higher_is_better(objective: str, metrics: Sequence[Metric]) -> bool:
     """Return whether an objective is better the larger it is.
 
     Args:
-        objective: As `eval/loss`, `eval/NAME`, `eval/SOURCE/NAME`, `train/seconds`.
+        objective: As `eval/loss`, `eval/NAME`, `eval/SOURCE/NAME`, `eval/harness/TASK`,
+            `train/seconds`.
         metrics: The metrics of the config.
     """
     split, _, name = objective.partition("/")
     if split != "eval":
         return False
-    name = name.rpartition("/")[2]
+    if not name.startswith(HARNESS):
+        name = name.rpartition("/")[2]
     for metric in metrics:
         if name in metric.names:
             return metric.higher_is_better

@@ -26,6 +26,13 @@ class Metric:
     higher_is_better: bool = True
     is_generated: bool = True
     """Whether its predictions are generated answers; otherwise they are the most likely labels."""
+    task_metric: str | None = None
+    """What a task of lm-evaluation-harness calls it; None: it scores answers to rows."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its predictions are the most likely labels of rows."""
+        return not self.is_generated and self.task_metric is None
 
 
 @dataclass(frozen=True)

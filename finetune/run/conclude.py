@@ -71,6 +71,7 @@ def evaluate_test_rows(
         prepared.tokenizer,
         prepared.metrics,
         prepared.labelled_test,
+        documents="test",
     )
     write_test_evaluation(folder, evaluated.evaluation)
     return evaluated.evaluation.metrics("test")

@@ -1,17 +1,16 @@
 """Evaluate rows: their losses, the answers that a model generates to them, and their scores."""
 
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from finetune.config.data_folder import local_path
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import BITS_PER_BYTE
-from finetune.data.token_file import Example, Tokens
-from finetune.data.types import Prompt, Row
+from finetune.data.token_file import Tokens
+from finetune.data.types import Row
 from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
@@ -21,34 +20,12 @@ from finetune.metrics.classification import UNSCORED, Classification
 from finetune.metrics.labels import LabelledRows
 from finetune.metrics.metric import Answer, Metric, Score
 from finetune.metrics.scores import Result, score_answers, scores_by_source
+from finetune.run.background import POLL_SECONDS, start_thread
+from finetune.run.evaluated_model import EvaluatedModel
+from finetune.run.harness import Documents, evaluate_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
-
-POLL_SECONDS = 0.002
-"""How long a run waits for a metric's thread before the other runs of its process may train."""
-
-
-class EvaluatedModel(Protocol):
-    """What evaluates and generates: `PackedTraining`, `LoadedModel`."""
-
-    def evaluate(
-        self, rows: Sequence[Example], group_size: int | None = None
-    ) -> RunSteps[Evaluation]:
-        """Compute losses."""
-
-    def generate_answers(
-        self,
-        prompts: Sequence[Prompt],
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        max_new_tokens: int | None,
-        max_length: int | None = None,
-        sampling: Sampling | None = None,
-    ) -> RunSteps[list[str]]:
-        """Generate an answer to each prompt."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +50,7 @@ def evaluate_rows(
     tokenizer: "PreTrainedTokenizerBase",
     metrics: Sequence[Metric],
     labelled: LabelledRows | None = None,
+    documents: Documents = "eval",
 ) -> RunSteps[EvaluatedRows]:
     """Evaluate rows.
 
@@ -84,6 +62,7 @@ def evaluate_rows(
         tokenizer: The base's tokenizer.
         metrics: The metrics of answers; without any, nothing is generated.
         labelled: The same rows with their labels, for the metric `classification`.
+        documents: Which documents of a task of lm-evaluation-harness are evaluated.
 
     Returns:
         The evaluation; its scores are those of `metrics`, and of each source where there are
@@ -97,12 +76,16 @@ def evaluate_rows(
     scores = _losses_by_source(evaluation, tokens, rows, sources)
     if f"eval/{BITS_PER_BYTE}" in config.objectives:
         scores[BITS_PER_BYTE] = bits_per_byte(evaluation.row_losses, tokens, tokenizer)
-    if not metrics:
+    task_metrics = [metric for metric in metrics if metric.task_metric is not None]
+    scores |= yield from evaluate_tasks(
+        model, task_metrics, config, tokenizer, documents
+    )
+    if len(task_metrics) == len(metrics):
         return EvaluatedRows(replace(evaluation, scores=scores))
     settings = config.evaluation
     answers = answers_of(rows, settings)
     evaluated = EvaluatedRows(evaluation, answers)
-    label_metrics = [metric for metric in metrics if not metric.is_generated]
+    label_metrics = [metric for metric in metrics if metric.reads_labels]
     if label_metrics:
         assert labelled is not None
         evaluated = yield from _classify(model, evaluated, labelled)
@@ -141,7 +124,7 @@ def _score(
         return results, scores_by_source(results, answers, predictions, sources)
 
     # A function of the user's may take long, or wait for a service.
-    future = _start_thread(score)
+    future = start_thread(score)
     while not future.done():
         wait([future], timeout=POLL_SECONDS)
         yield None
@@ -185,20 +168,6 @@ def _sampling(config: RunConfig) -> Sampling | None:
         return None
     seed = config.dataset.split_seed
     return Sampling(settings.temperature, settings.top_p, seed)
-
-
-def _start_thread(work: Callable[[], T]) -> Future[T]:
-    """Call a function in a thread that does not keep an interrupted process from its end."""
-    future: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 def _sources(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:

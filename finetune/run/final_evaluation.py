@@ -79,6 +79,7 @@ def evaluate_finished_run(
                     resources.tokenizer(config.model),
                     metrics,
                     resources.labelled_rows("test", rows.test, labels, config),
+                    documents="test",
                 )
                 evaluation = drive(steps).evaluation
                 write_test_evaluation(folder, evaluation)

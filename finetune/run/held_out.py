@@ -8,7 +8,8 @@ from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import Metrics
 from finetune.run.context import RunContext
-from finetune.run.evaluate_rows import EvaluatedModel, evaluate_rows
+from finetune.run.evaluate_rows import evaluate_rows
+from finetune.run.evaluated_model import EvaluatedModel
 from finetune.run.prepare import Prepared
 
 log = logging.getLogger(__name__)

@@ -91,10 +91,10 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     )
     steps = total_steps(config, len(train))
     metrics = load_metrics(config.evaluation)
-    if metrics:
+    if any(metric.task_metric is None for metric in metrics):
         _require_answers(config, rows)
     labels = None
-    if any(not metric.is_generated for metric in metrics):
+    if any(metric.reads_labels for metric in metrics):
         labels = resources.labels(rows.train, config)
     return Prepared(
         config,

@@ -17,7 +17,7 @@ from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.memory import free_memory
-from finetune.run.evaluate_rows import EvaluatedModel
+from finetune.run.evaluated_model import EvaluatedModel
 from finetune.run.resources import SharedResources
 from finetune.tracking.tracker import Sample, Tracker
 

@@ -3,7 +3,7 @@
 import json
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def create_or_resume(
     address: str | None,
     terms: Mapping[str, Any],
     distributions: Mapping[str, BaseDistribution],
+    automatic_keys: Sequence[str] = (),
 ) -> Study:
     """Begin a study, or resume it.
 
@@ -36,6 +37,7 @@ def create_or_resume(
         address: the database's address; None: a journal in the folder.
         terms: what makes trials comparable, see `sweeps.study.terms`.
         distributions: the searched parameters.
+        automatic_keys: terms that the config leaves to the study, which keeps those it began with.
 
     Returns:
         The study.
@@ -54,6 +56,9 @@ def create_or_resume(
         )
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
+        stored = study.optuna.user_attrs.get("terms", {})
+        kept = {key: stored[key] for key in automatic_keys if key in stored}
+        terms = {**terms, **kept}
         _update_terms(study, terms, distributions, settings.allow_change)
         _name_metrics(study)
         study.optuna.set_user_attr("sampler", settings.sampler)

@@ -28,6 +28,7 @@ from sweeps.space.settings import Direction, StudySettings
 from sweeps.space.space import Point, Space
 from sweeps.space.user_class import without_choice_arguments
 from sweeps.study.job import require_one_directory
+from sweeps.study.rungs import choose_rungs
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
 from sweeps.study.study import EngineChoice
@@ -113,6 +114,7 @@ def draft_session(
     composed = context.config_loader.load_sweep_config(config, space.fixed_texts)
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
+    has_automatic_rungs = choose_rungs(composed, space)
     common = _check_run_config(composed)
     metrics = check_metrics(common)
     scores = [name for metric in metrics for name in metric.names]
@@ -138,6 +140,7 @@ def draft_session(
         common=common,
         deadline=deadline,
         engine=EngineChoice(common.trainer.engine, slots=1),
+        has_automatic_rungs=has_automatic_rungs,
     )
     return Draft(session, points)
 

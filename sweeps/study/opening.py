@@ -12,6 +12,7 @@ from sweeps.space.settings import StudySettings
 from sweeps.study.base_choice import by_base, require_comparable_bases
 from sweeps.study.creation import create_or_resume, decide_engine
 from sweeps.study.launching import worker_count
+from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
 from sweeps.study.space_check import check_space
@@ -53,9 +54,16 @@ def open_study(draft: Session) -> tuple[Study, Session]:
         log.info("%s", note)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
+    automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
     study = create_or_resume(
-        draft.folder, settings, draft.address, terms, distributions
+        draft.folder,
+        settings,
+        draft.address,
+        terms,
+        distributions,
+        automatic_keys,
     )
+    draft = with_rungs_of(study, draft)
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):
         _log_why_other_slots(settings, engine)

@@ -14,6 +14,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from finetune.config.plain_values import resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
 from sweeps.space.encoding import encode
@@ -49,6 +50,8 @@ class Session:
     deadline: float | None
     """Unix time in seconds at which the session shall have its answer."""
     engine: EngineChoice
+    has_automatic_rungs: bool = False
+    """Whether `trainer.eval_steps=auto` leaves the rungs to the study."""
     end_rule: Callable[[Study], str | None] | None = None
     """Says after each trial why the study ends before it has all; None: it does not."""
     sweeper_pid: int = field(default_factory=os.getpid)
@@ -71,6 +74,7 @@ class Session:
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
+        resolve_study_eval_steps(config, self.common.trainer.eval_steps)
         return config
 
     @property

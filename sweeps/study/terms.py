@@ -64,7 +64,6 @@ def study_terms(
     return terms
 
 
-
 def stored_space(terms: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a study searches from its terms, as `Space.to_dict` gave it."""
     space = {}

@@ -17,6 +17,9 @@ BUILT_IN = {
 }
 """The built-in metrics, each with the names of its scores."""
 
+HARNESS = "harness/"
+"""The beginning of a metric's name that is a task of lm-evaluation-harness."""
+
 LOSS_METRICS = ("loss", "accuracy")
 """What every evaluation has, without generated answers."""
 
@@ -34,7 +37,11 @@ class EvaluationSettings(Section):
     metrics: list[str] = field(default_factory=list)
     """Metrics of generated answers: exact_match, rouge, json_valid, tool_calls, or the import path
     of a function, for example `my_module.score`; or classification, by the likelihood of each
-    label, without generation. Each is `eval/NAME` and `test/NAME`."""
+    label, without generation; or harness/TASK, a task of lm-evaluation-harness, by likelihoods.
+    Each is `eval/NAME` and `test/NAME`."""
+
+    harness_path: str | None = None
+    """A folder with tasks of your own for lm-evaluation-harness; null: its own tasks alone."""
 
     max_new_tokens: int = 128
     """Limit of a generated answer, in tokens."""
@@ -69,13 +76,18 @@ class EvaluationSettings(Section):
     @property
     def generates(self) -> bool:
         """Whether a metric needs generated answers."""
-        return any(name != "classification" for name in self.metrics)
+        return any(
+            name != "classification" and not name.startswith(HARNESS)
+            for name in self.metrics
+        )
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            if name not in BUILT_IN and not is_import_path(name):
+            is_task = name.startswith(HARNESS) and name != HARNESS
+            if name not in BUILT_IN and not is_task and not is_import_path(name):
                 allowed = (
-                    f"{did_you_mean(name, BUILT_IN)}, or the import path of a function"
+                    f"{did_you_mean(name, BUILT_IN)}, harness/TASK, or the import path of a "
+                    "function"
                 )
                 raise refusal("evaluation.metrics", name, allowed)
         for name, count in Counter(self.names).items():
@@ -101,13 +113,24 @@ class EvaluationSettings(Section):
         """Names of the scores, as far as they are known before a function is imported."""
         names: list[str] = []
         for name in self.metrics:
-            names += BUILT_IN.get(name, (name.rpartition(".")[2],))
+            if name.startswith(HARNESS):
+                names.append(name)
+            else:
+                names += BUILT_IN.get(name, (name.rpartition(".")[2],))
         return names
 
     @property
     def has_functions(self) -> bool:
         """Whether any metric is a function of the user's."""
-        return any(name not in BUILT_IN for name in self.metrics)
+        return any(
+            name not in BUILT_IN and not name.startswith(HARNESS)
+            for name in self.metrics
+        )
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether any metric is a task of lm-evaluation-harness."""
+        return any(name.startswith(HARNESS) for name in self.metrics)
 
 
 def is_import_path(name: str) -> bool:

@@ -40,7 +40,8 @@ class TrainerSettings(Section):
 
     eval_steps: float | list[float]
     """Evaluate every this many optimizer steps; below 1: every such share of all steps; a list:
-    after each of those steps or shares; 0: only before and after training."""
+    after each of those steps or shares; 0: only before and after training; auto: 0.25, and in a
+    study [0.1112, 0.3334]."""
 
     save_steps: float
     """Write a checkpoint every this many optimizer steps; below 1: every such share of all steps;

@@ -298,7 +298,7 @@ def test_patience_waits_while_a_trial_still_improves() -> None:
         assert pruned_at("patient", 2.4) in (2, 3, 4)
 
 
-def test_hyperband_judges_within_four_rungs() -> None:
+def test_hyperband_judges_at_the_rungs_of_a_study() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         configured = OmegaConf.to_container(
@@ -311,7 +311,7 @@ def test_hyperband_judges_within_four_rungs() -> None:
         pruned = 0
         for number in range(30):
             trial = study.ask()
-            for rung in range(1, RUNGS + 1):
+            for rung in (1, 3, 9):
                 trial.report(2.0 - (number * 7 % 10) / 10, rung)
                 if trial.should_prune():
                     pruned += 1

@@ -19,6 +19,7 @@ from support.configs import study_overrides
 from support.study_folder import told
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
+from finetune.engine.schedule import evaluation_rungs
 from finetune.errors import ConfigError
 from sweeps.space.feasibility import is_feasible, violated
 from sweeps.study.find_study import find_study
@@ -137,8 +138,9 @@ def test_each_trials_folder_says_what_the_storage_says(done: Done) -> None:
             )
             if "objective" in row
         ]
+        indices = evaluation_rungs(config["trainer"]["eval_steps"], 3)
         assert {
-            index: row["objective"] for index, row in enumerate(rungs) if index
+            indices[row["step"]]: row["objective"] for row in rungs if row["step"]
         } == trial.intermediate_values
 
 
