@@ -20,7 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("__main__", "evaluate", "generate", "merge", "plan", "preview")
 
 LAYERS = (
-    ("sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.commands"),
+    (
+        "sweeps.sweeper",
+        "sweeps.launcher",
+        "sweeps.callback",
+        "sweeps.__main__",
+        "sweeps.commands",
+    ),
     ("sweeps.answer",),
     ("sweeps.study",),
     ("sweeps.space",),
@@ -46,7 +52,8 @@ LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
     "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
-    "sweeps.sweeper", "sweeps.launcher", "sweeps.__main__", "sweeps.commands", "sweeps.space",
+    "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
+    "sweeps.space",
     "sweeps.answer.report", *LAYERS[5],
 )  # fmt: skip
 """Modules, and packages with all their modules, that load no torch when they are imported."""
@@ -212,7 +219,8 @@ def test_imports_inside_functions_only_keep_a_light_module_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["finetune.__main__", "sweeps.sweeper", "sweeps.launcher"]
+    "module",
+    ["finetune.__main__", "sweeps.sweeper", "sweeps.launcher", "sweeps.callback"],
 )
 def test_every_start_loads_only_what_composes_a_config(module: str) -> None:
     """Hydra imports its plugins at every start; `--help` and a refused override need no run."""

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -12,10 +13,15 @@ from finetune.errors import refusal
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 from finetune.model.packaged import PACKAGED_MODELS
 
+log = logging.getLogger(__name__)
+
 HASH_THREADS = 4
 
 HASH_CHUNK_BYTES = 2**24
 """Read at once. With small chunks the threads would mostly wait for Python's global lock."""
+
+LOGGED_HASH_BYTES = 10**9
+"""To hash more than this takes seconds, which a log line explains."""
 
 
 class WeightsHash:
@@ -38,11 +44,20 @@ class WeightsHash:
         Raises:
             OSError: A file can't be read this time either.
         """
+        if not self._digests.ready():
+            self._log_wait()
         try:
             digests = self._digests.get()
         except OSError:
             digests = [_file_digest(file) for file in self._files]
         return hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def _log_wait(self) -> None:
+        """Say what a run waits for, if the weights are large."""
+        size = sum(file.stat().st_size for file in self._files)
+        if size > LOGGED_HASH_BYTES:
+            folder = self._files[0].parent
+            log.info("hashing %.1f GB of weights of %s", size / 1e9, folder)
 
 
 def _file_digest(file: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The first stage of a run: everything that is checked and computed before the base is loaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
 
     Raises:
         ConfigError: A target module does not exist, rows have tokens or positions that the base
-            does not have, an argument of LoRA is unknown, the engine that
+            does not have, an argument of LoRA or of TRL is unknown, the engine that
             was asked for does not support the config, no row has an answer within `max_length`,
             rows without answers are to be scored, or their answers are no labels.
     """
@@ -90,6 +91,8 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         {"train": train, "eval": held_out, "test": test},
     )
     steps = total_steps(config, len(train))
+    if engine == "trl":
+        _check_trl_arguments(config, steps)
     metrics = load_metrics(config.evaluation)
     if any(metric.task_metric is None for metric in metrics):
         _require_answers(config, rows)
@@ -110,6 +113,14 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         resources.labelled_rows("eval", rows.evaluation, labels, config),
         resources.labelled_rows("test", rows.test, labels, config),
     )
+
+
+def _check_trl_arguments(config: RunConfig, steps: int) -> None:
+    """Raise ConfigError where `trainer.extra` has arguments that TRL does not accept."""
+    # Imported late: a packed run does not need TRL.
+    from finetune.engine.trl.arguments import training_arguments
+
+    training_arguments(config, Path("checkpoints"), steps)
 
 
 def _require_answers(config: RunConfig, rows: Rows) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
@@ -27,6 +28,9 @@ from finetune.run.result import Objective, Result, objective_of
 from finetune.run.summary import print_summary
 from finetune.tracking.open import open_tracker
 from finetune.tracking.tracker import Tracker, final_summary
+
+if TYPE_CHECKING:
+    from finetune.run.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +81,13 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
     tracker = Tracker()
     try:
         with explain_interruption(result, folder):
-            _read_inputs(result, folder)
-            tracker = open_tracker(result.config, folder, result.context.label)
-            yield from _train_and_conclude(result, folder, tracker)
+            identity = _read_inputs(result, folder)
+            prepared = _prepare(result)
+            # Only now, when nothing but the weights can refuse the run: a refused one leaves
+            # no folder. From here on, the folder holds a run that can be resumed.
+            write_json(folder.identity, identity)
+            tracker = open_tracker(prepared.config, folder, result.context.label)
+            yield from _train_and_conclude(result, prepared, folder, tracker)
     except BaseException as error:
         # GeneratorExit: the pack closes its runs, because an error has ended them all.
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
@@ -136,8 +144,8 @@ def _completed_metrics(folder: RunFolder) -> Metrics | None:
     return metrics
 
 
-def _read_inputs(result: Result, folder: RunFolder) -> None:
-    """Read the rows, find the base, and write the run's identity. It needs no torch."""
+def _read_inputs(result: Result, folder: RunFolder) -> dict[str, Any]:
+    """Read the rows, find the base, and return the run's identity. It needs no torch."""
     resources = result.context.resources
     # First, because it takes no time: a function that is missing need not wait for the rows.
     check_metrics(result.config)
@@ -151,14 +159,11 @@ def _read_inputs(result: Result, folder: RunFolder) -> None:
     result.base = source
     # Again, now with the hashes: rows or base may have changed under the same names.
     require_same_run(folder, identity)
-    # From here on, the folder holds a run that can be resumed.
-    write_json(folder.identity, identity)
+    return identity
 
 
-def _train_and_conclude(
-    result: Result, folder: RunFolder, tracker: Tracker
-) -> RunSteps[None]:
-    """Prepare, train and conclude. Torch is imported here, once the rows are sound."""
+def _prepare(result: Result) -> "Prepared":
+    """Prepare the run. Torch is imported here, once the rows are sound."""
     context = result.context
     assert result.rows is not None
     quiet_libraries(bars=context.interactive)
@@ -166,15 +171,24 @@ def _train_and_conclude(
 
     # Before bitsandbytes is imported, which looks for GPUs.
     select_gpu(0)
-    from finetune.run.conclude import conclude
     from finetune.run.prepare import prepare
-    from finetune.run.train import start_training, train
 
     prepared = prepare(result.config, result.rows, context)
     result.config = prepared.config
     result.engine = prepared.engine
     result.left_out = prepared.left_out
     result.labels = prepared.labels
+    return prepared
+
+
+def _train_and_conclude(
+    result: Result, prepared: "Prepared", folder: RunFolder, tracker: Tracker
+) -> RunSteps[None]:
+    """Train and conclude a prepared run."""
+    from finetune.run.conclude import conclude
+    from finetune.run.train import start_training, train
+
+    context = result.context
     checkpoint = folder.last_checkpoint()
     progress = result.progress = Progress.load(checkpoint) if checkpoint else Progress()
     # Runs on another base may still train: one base is loaded at a time.

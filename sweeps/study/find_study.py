@@ -67,6 +67,11 @@ def load_study(folder: Path, retry_seconds: float | None = None) -> "Study":
     return read_multirun(folder.absolute())
 
 
+def is_plain_multirun(folder: Path) -> bool:
+    """Return whether a folder is that of a plain multirun, which searched nothing."""
+    return (folder / _MULTIRUN).is_file() and not (folder / _STUDY).is_file()
+
+
 def _is_study(folder: Path) -> bool:
     return (folder / _STUDY).is_file() or (folder / _MULTIRUN).is_file()
 

@@ -1,8 +1,6 @@
 """The jobs of a plain multirun, trained together in one process."""
 
 import logging
-import os
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -27,12 +25,7 @@ from finetune.run.result import Objective
 from sweeps.compat import job_error
 from sweeps.study.job import hydra_config, require_one_directory, run_as_job
 from sweeps.study.logs import RunNameFormatter
-from sweeps.study.multirun_folder import (
-    TABLE,
-    describe_values,
-    differing_values,
-    write_table,
-)
+from sweeps.study.multirun_folder import describe_values, differing_values
 from sweeps.study.pack import PackedRun, train_together
 
 log = logging.getLogger(__name__)
@@ -102,7 +95,6 @@ class Multirun:
             return None if config is None else self._packed_run(config)
 
         train_together(next_run, self._slot_count)
-        self._print_table()
         self._raise_failures()
         return [self._returns[number] for number in sorted(self._returns)]
 
@@ -172,18 +164,6 @@ class Multirun:
             folder / "train.log",
             packed_with,
         )
-
-    def _print_table(self) -> None:
-        """Print the table of the jobs, the best first, and write it into the multirun's folder."""
-        folder = Path(self._config.hydra.sweep.dir)
-        if len(self._returns) < 2 or not folder.is_dir():
-            return
-        # Without an objective jobs can't be compared; then each has its own summary.
-        with suppress(ConfigError):
-            table = write_table(folder)
-            path = os.path.relpath(folder)
-            log.info("%s\ntable: %s", table, os.path.join(path, TABLE))
-            log.info("charts: python -m sweeps report %s", shlex.quote(path))
 
     def _raise_failures(self) -> None:
         """Log each failed job, and raise the first one's error."""

@@ -25,6 +25,8 @@ from support.bad_input import (
 )
 from support.commands import Station
 
+from finetune.files.atomic import read_json
+
 WEIGHTS_LOAD = "no GPU: training on the CPU"
 """Logged on a CPU right before a base's weights load."""
 BASE = [
@@ -199,21 +201,46 @@ LOADING = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["none", "both"])
 @each(LIBRARIES)
-def test_what_the_libraries_refuse_is_one_line_before_the_weights_load(
-    case: Case, workplace: Workplace, station: Station, tiny_base: Path
+def test_what_the_libraries_refuse_is_one_line_and_leaves_nothing(
+    case: Case, tracker: str, workplace: Workplace, station: Station, tiny_base: Path
 ) -> None:
     workplace.write({"d.jsonl": ROWS, **case.files})
     (workplace.cwd / "base").symlink_to(tiny_base)
+    before = workplace.files()
 
     outcome = replace(workplace, station=station).call(
-        *TINY.split(), *case.arguments.split()
+        *TINY.split(), *case.arguments.split(), f"tracker={tracker}"
     )
 
     assert matches(case.says, outcome.error), outcome.error
     assert WEIGHTS_LOAD not in outcome.stderr
     assert outcome.torch_imported  # the observer sees it where it is
-    assert_the_result_says(workplace, outcome.error)
+    assert workplace.files() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slots", "basic"])
+@each(LIBRARIES)
+def test_a_job_that_the_libraries_refuse_leaves_its_result_alone(
+    case: Case, launcher: str, workplace: Workplace, station: Station, tiny_base: Path
+) -> None:
+    workplace.write({"d.jsonl": ROWS, **case.files})
+    (workplace.cwd / "base").symlink_to(tiny_base)
+
+    outcome = replace(workplace, station=station).call(
+        *("-m", *TINY.split(), *case.arguments.split()),
+        *("tracker=both", f"hydra/launcher={launcher}", "hydra.sweep.dir=jobs"),
+    )
+
+    expected = f"1 failed; job 0: {case.says}"
+    assert matches(expected, outcome.error), outcome.error
+    assert WEIGHTS_LOAD not in outcome.stderr
+    folder = workplace.cwd / "jobs" / "trials" / "0"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".hydra", ".lock", "result.json", "train.log"}
+    assert read_json(folder / "result.json")["status"] == "failed"
 
 
 @pytest.mark.slow

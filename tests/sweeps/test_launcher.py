@@ -145,6 +145,28 @@ def test_a_multirun_ends_with_a_table_of_its_jobs_the_best_first(
         assert refused.stderr.startswith("error: jobs: is a plain multirun, which has ")
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=basic"],
+        ["hydra/launcher=basic", "hydra.sweeper.max_batch_size=1"],
+        ["hydra.sweeper.max_batch_size=1"],
+    ],
+    ids=["basic", "basic in batches", "slots in batches"],
+)
+def test_a_multirun_of_any_launcher_ends_with_one_table(
+    launcher: list[str], station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    command = multirun(tiny_base, "lora=r4,r8", "quantization=none", *launcher)
+    ended = station.run(*command, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    table = (tmp_path / "jobs" / "jobs.txt").read_text()
+    assert sorted(line.split()[0] for line in table.splitlines()[1:]) == ["0", "1"]
+    assert ended.stderr.count(table) == 1
+    assert ended.stderr.count("table: jobs/jobs.txt") == 1
+    assert "charts: python -m sweeps report jobs" in ended.stderr
+
+
 def test_a_job_is_the_run_alone(
     two: tuple[Path, str], tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Finding a base and hashing its weights."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,50 @@ def test_a_bases_weights_are_hashed_once_while_others_work(
     ]  # each till its end
     (tmp_path / "a.safetensors").write_bytes(b"another")
     assert WeightsHash(tmp_path.glob("*.safetensors")).hexdigest() != expected
+
+
+@pytest.mark.parametrize(
+    ("size", "is_hashed", "lines"),
+    [
+        (3, False, ["hashing 1.5 GB of weights of {folder}"]),
+        (3, True, []),
+        (2, False, []),
+    ],
+    ids=["large", "hashed already", "small"],
+)
+def test_a_run_that_waits_for_the_hash_of_large_weights_says_so(
+    size: int,
+    is_hashed: bool,
+    lines: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import threading
+
+    from finetune.model import source
+
+    hashes = threading.Event()
+    digest = source._file_digest
+
+    def slow_digest(file: Path) -> bytes:
+        assert hashes.wait(60)
+        return digest(file)
+
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    os.truncate(file, size * 5 * 10**8)  # without content, so that it takes no space
+    monkeypatch.setattr(source, "_compute_digest", lambda *_: b"digest")
+    monkeypatch.setattr(source, "_file_digest", slow_digest)
+    weights = source.WeightsHash([file])
+    if is_hashed:
+        hashes.set()
+        weights.hexdigest()
+        caplog.clear()
+    threading.Timer(0.2, hashes.set).start()
+    with caplog.at_level("INFO"):
+        weights.hexdigest()
+    assert caplog.messages == [line.format(folder=tmp_path) for line in lines]
 
 
 def test_weights_that_could_not_be_read_once_are_tried_again(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_run_that_fails_before_its_first_step_has_no_history_offline(
     def fails(*_: Any) -> Any:
         raise RuntimeError("no base")
 
-    monkeypatch.setattr("finetune.run.prepare.prepare", fails)
+    monkeypatch.setattr("finetune.run.train.start_training", fails)
     with pytest.raises(RuntimeError, match="no base"):
         run(tiny("tracker=wandb", *QUICK), tmp_path)
 
@@ -294,7 +294,7 @@ def test_no_text_is_in_any_tracker_unless_it_may(
         def refuse(*_: Any) -> Any:
             raise ValueError(f"{secret} is no row")
 
-        monkeypatch.setattr("finetune.run.prepare.prepare", refuse)
+        monkeypatch.setattr("finetune.run.train.start_training", refuse)
         with pytest.raises(ValueError, match="no row"):
             run(config, folder)
     else:
