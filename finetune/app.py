@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,9 @@ def _run_app(task: Task, resume: Callable[[Path], object]) -> None:
     # By an absolute path: for a console script, Hydra takes a relative one for a package.
     decorate = hydra.main(config_path=str(CONF), config_name="config")
     application = decorate(failures.collect(task))
+    # Hydra 1.4 gives no way to allow a callback without allowing every class in a config.
+    own_callback = r"hydra\.utils\.instantiate\(\) resolved _target_='sweeps\.callback"
+    warnings.filterwarnings("ignore", own_callback)
     with _explain_unusable_folder(overrides):
         application()
     failures.discard_empty_sweeps()

@@ -194,7 +194,9 @@ def test_a_plan_reads_the_sizes_of_the_language_model(
 
     resources = SharedResources()
     wrapped, plain = (
-        plan_memory(tiny(*DEBUG, f"model.name_or_path={base}"), resources)
+        plan_memory(
+            tiny(*DEBUG, "trainer.engine=trl", f"model.name_or_path={base}"), resources
+        )
         for base in (gemma3, tiny_base)
     )
     assert wrapped.activations == plain.activations

@@ -392,7 +392,7 @@ def test_the_spaces_are_a_decade_each_way_around_the_bases_rate(
     ("overrides", "distribution"),
     [
         ([f"{RATE}=tag(log,interval(1e-5,1e-3))"], rates(1e-5, 1e-3)),
-        ([f"{RATE}=tag(log,interval(0.1,10))"], rates(4e-4, 10)),
+        ([f"{RATE}=tag(log,interval(0.1,10))"], rates(0.1, 10)),
         (
             [
                 "hydra.sweeper.params={optimizer.learning_rate: 'tag(log, interval(1e-5, 1e-3))'}"

@@ -12,6 +12,7 @@ from optuna.distributions import (
 
 from finetune.config.paths import CONF
 from finetune.errors import ConfigError
+from sweeps.space.distributions import grid_values
 from sweeps.space.points import grid_points
 from sweeps.space.space import Space
 
@@ -85,12 +86,17 @@ def test_an_override_gives_the_stock_sweepers_distribution(
 def test_a_range_has_the_values_that_it_has_in_hydra(
     expression: str, values: list[float], kind: type[BaseDistribution]
 ) -> None:
-    assert isinstance(distribution_of(expression), kind)
-    grid = sorted(
-        point["key"] for point in grid_points(Space.parse({}, [f"key={expression}"]), 0)
-    )
-    assert grid == values
-    assert [type(value) for value in grid] == [type(value) for value in values]
+    distribution = distribution_of(expression)
+    assert isinstance(distribution, kind)
+    choices = grid_values(distribution)
+    assert choices is not None
+    assert sorted(choices) == values
+    assert [type(value) for value in sorted(choices)] == [
+        type(value) for value in values
+    ]
+    # A grid has values that are alike once.
+    points = grid_points(Space.parse({}, [f"key={expression}"]), 0)
+    assert sorted(point["key"] for point in points) == sorted(set(values))
 
 
 @pytest.mark.parametrize(

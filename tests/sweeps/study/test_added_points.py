@@ -136,7 +136,10 @@ def test_an_added_point_is_trained_by_a_study_that_has_ended_itself(
     [
         (("lora.r=5",), "add: lora.r=5 lies outside choice(4, 8, 16)"),
         (("optimizer.learning_rate=1",), "add: optimizer.learning_rate=1 lies outside"),
-        (("optimizer.learning_rate=x",), "x: no number, as tag(log, interval(0.0001"),
+        (
+            ("optimizer.learning_rate=x",),
+            "optimizer.learning_rate=x lies outside tag(log, interval(0.0001",
+        ),
         (("lora.rank=8",), "lora.rank: is not searched; did you mean lora.r? allowed"),
         (("seed=8",), "seed: is not searched; allowed: lora.r, lora.target_modules"),
         (("lora.r=4,8",), "lora.r=4,8: must be one value"),
