@@ -100,7 +100,9 @@ def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
     """Read a layer's norms and adapters from the base, whose layers are taken to be alike."""
     adapters = {}
     norms = 0
-    for name, module in adapted.named_modules():
+    # Not of a vision tower, which computes nothing for text.
+    decoder = adapted.get_base_model().get_decoder()
+    for name, module in decoder.named_modules():
         last = name.rsplit(".", 1)[-1]
         if "default" in getattr(module, "lora_A", {}):
             sizes = (module.in_features, module.out_features, module.r["default"])

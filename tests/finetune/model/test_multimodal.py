@@ -186,18 +186,22 @@ def test_it_is_planned(
 
 
 def test_a_plan_reads_the_sizes_of_the_language_model(
-    tiny: Tiny, gemma3: Path, tiny_base: Path
+    tiny: Tiny, gemma3: Path, tmp_path: Path
 ) -> None:
-    """The tiny base has the same; of the vision tower there is memory for the weights alone."""
+    """Of the vision tower there is memory for the weights alone."""
+    from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM
+
     from finetune.run.memory_plan import plan_memory
     from finetune.run.resources import SharedResources
 
+    alone = tmp_path / "language"
+    text_config = AutoConfig.from_pretrained(gemma3).text_config
+    Gemma3ForCausalLM(text_config).save_pretrained(alone)
+    AutoTokenizer.from_pretrained(gemma3).save_pretrained(alone)
     resources = SharedResources()
     wrapped, plain = (
-        plan_memory(
-            tiny(*DEBUG, "trainer.engine=trl", f"model.name_or_path={base}"), resources
-        )
-        for base in (gemma3, tiny_base)
+        plan_memory(tiny(*DEBUG, f"model.name_or_path={base}"), resources)
+        for base in (gemma3, alone)
     )
     assert wrapped.activations == plain.activations
     assert wrapped.logits == plain.logits
