@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, waiting_trial
+from sweeps.space.conditions import is_met
 from sweeps.space.encoding import encode
 from sweeps.space.space import Point, Space
 from sweeps.study.formatting import format_value, objective_cells
@@ -145,11 +146,23 @@ def describe_added(study: Study, number: int, point: Point) -> str:
     """Say which trial has been added, what its sampler chooses, and when it trains."""
     values = " ".join(f"{name}={format_value(value)}" for name, value in point.items())
     line = f"trial {number} of {study.name}: {values}"
-    open_names = [
-        name for name in study_space(study).distributions if name not in point
-    ]
+    open_names = _open_names(study_space(study), point)
     if open_names:
         line += f"; the sampler chooses {', '.join(open_names)}"
     if study.trials(TrialState.RUNNING):
         return f"{line}; trains in the next free slot"
     return f"{line}; trains when the study's command is run again"
+
+
+def _open_names(space: Space, point: Point) -> list[str]:
+    """Return the parameters that a point leaves out and that its trial may search."""
+    names: list[str] = []
+    # A parameter comes after those that its condition names.
+    for name in space.distributions:
+        given = {}
+        for other, allowed in space.conditions.get(name, {}).items():
+            if other not in names:
+                given[other] = allowed
+        if name not in point and is_met(given, point):
+            names.append(name)
+    return names
