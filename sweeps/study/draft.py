@@ -175,7 +175,9 @@ def _check_settings(
     assert isinstance(written, dict)
     written_address = written["storage"]
     refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
-    study_name = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    study_name = plain.get("study_name")
+    if study_name is None:
+        study_name = time.strftime("%Y-%m-%d_%H-%M-%S")
     choices = config.hydra.runtime.choices
     for group in ("sampler", "pruner"):
         key = f"hydra.sweeper.{group}"

@@ -233,12 +233,14 @@ def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(
     assert not outcome.torch_imported
 
 
-def test_a_study_name_is_no_path(workplace: Workplace) -> None:
-    outcome = search(workplace, name="hydra.sweeper.study_name=a/b")
+@pytest.mark.parametrize("name", ["a/b", "", ".."])
+def test_a_study_name_is_no_path(name: str, workplace: Workplace) -> None:
+    """Nor is it empty, as with a shell variable that is not set: it would be all studies' folder."""
+    outcome = search(workplace, name=f"study={name}")
 
     assert (
         outcome.error
-        == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
+        == f"hydra.sweeper.study_name={name}: names a folder: letters, digits, '.', '_' and '-' only"
     )
     assert workplace.files() == set()
 
