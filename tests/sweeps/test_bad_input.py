@@ -125,6 +125,12 @@ SETTINGS = [
         "hydra.sweeper.constraints=adapter/parameter<=5: did you mean adapter/parameters?…peak_memory_bytes…",
     ),
     Case(
+        "constraint-on-what-is-not-computed",
+        "hydra.sweeper.constraints=['eval/bits_per_byte<=5']",
+        "hydra.sweeper.constraints=eval/bits_per_byte<=5: is computed only where it is an objective: "
+        "objective=eval/bits_per_byte",
+    ),
+    Case(
         "no-end",
         "hydra.sweeper.n_trials=null",
         "hydra.sweeper.n_trials=null: needs a budget: "
