@@ -247,6 +247,28 @@ def test_the_sampler_is_said_to_choose_only_what_is_searched_at_the_point(
         assert f"; the sampler chooses {open_names}; trains" in line
 
 
+def test_values_of_which_every_point_is_tried_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The study would be full, and never train it."""
+    space = Space.parse({"r": "choice(2,4)", "alpha": "choice(4,8)"}, [])
+    trials = []
+    for r, alpha in ((2, 4), (2, 8), (4, 8)):
+        point = {"r": r, "alpha": alpha}
+        trial = create_trial(params=point, distributions=space.distributions, value=1.0)
+        trials.append(trial)
+    study = searched(tmp_path, *trials, total=3)
+    terms = {f"space.{name}": plain for name, plain in space.to_dict().items()}
+    study.optuna.set_user_attr("terms", {"objective": "eval/loss", **terms})
+    with pytest.raises(SystemExit):
+        sweeps(monkeypatch, tmp_path, "add", "s", "r=2")
+    assert "r=2: every point with it is tried already" in capsys.readouterr().err
+    sweeps(monkeypatch, tmp_path, "add", "s", "r=4")
+    assert study.added_count == 1
+
+
 def test_a_point_added_to_a_running_study_is_trained_in_it(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
