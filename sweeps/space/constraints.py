@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.sections.evaluation import BITS_PER_BYTE
 from finetune.errors import did_you_mean, refusal
 
 KEY = "hydra.sweeper.constraints"
@@ -82,6 +83,27 @@ def require_names(constraints: Iterable[Constraint], metrics: Iterable[str]) -> 
     for constraint in constraints:
         if constraint.name not in allowed:
             raise refusal(KEY, constraint.text, did_you_mean(constraint.name, allowed))
+
+
+def require_computed(
+    constraints: Iterable[Constraint], objectives: Iterable[str]
+) -> None:
+    """Refuse constraints on a metric that runs compute only where it is an objective.
+
+    Args:
+        constraints: the constraints.
+        objectives: the study's objectives.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    name = f"eval/{BITS_PER_BYTE}"
+    if name in objectives:
+        return
+    for constraint in constraints:
+        if constraint.name == name:
+            reason = f"is computed only where it is an objective: objective={name}"
+            raise refusal(KEY, constraint.text, reason)
 
 
 def violations(

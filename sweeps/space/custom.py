@@ -63,6 +63,14 @@ def extend_baseline(
         function(config, trial)
     # What a user's function raises is not known; for a value that can't be it is a ValueError.
     except Exception as error:
+        name = str(error.args[0]) if isinstance(error, KeyError) else None
+        if name in outside:
+            message = (
+                "no baseline: %s=%s: the config's own value lies outside the space, and "
+                "custom_search_space reads it"
+            )
+            log.info(message, name, outside[name])
+            return None
         log.info("no baseline: custom_search_space: %s", error_line(error))
         return None
     for name, distribution in trial.distributions.items():

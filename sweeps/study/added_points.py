@@ -5,6 +5,7 @@ of any worker trains it.
 """
 
 import dataclasses
+import random
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,14 +14,16 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, waiting_trial
+from sweeps.space.conditions import is_met
 from sweeps.space.encoding import encode
+from sweeps.space.points import point_count, random_point
 from sweeps.space.space import Point, Space
 from sweeps.study.formatting import format_value, objective_cells
 from sweeps.study.inside import point_of
 from sweeps.study.study import ADDED, OUT_OF_TIME, Study
 from sweeps.study.terms import stored_space
 from sweeps.study.trial_text import find_trial
-from sweeps.study.untried import is_among
+from sweeps.study.untried import ATTEMPTS, is_among
 
 
 def study_space(study: Study) -> Space:
@@ -108,7 +111,8 @@ def add_point(study: Study, point: Point) -> int:
         The number of the trial.
 
     Raises:
-        ConfigError: another trial has the point, or waits for it.
+        ConfigError: another trial has the point, or waits for it; or all points with its values
+            are tried.
     """
     # No worker draws a point while the trials are compared with this one.
     with file_lock(study.lock_path):
@@ -121,15 +125,34 @@ def _require_new(study: Study, point: Point) -> None:
 
     A failed trial, and one that ran out of time, have not shown what their point is worth.
     """
+    tried = []
     for trial in study.trials():
         is_open = trial.user_attrs.get("reason") == OUT_OF_TIME
         if is_open or trial.state == TrialState.FAIL:
             continue
+        tried.append(chosen_point(trial))
         if is_among(point, [chosen_point(trial)]):
             state = _describe_state(study, trial)
             raise ConfigError(
                 f"trial {trial.number} has this point already ({state}): not added"
             )
+    if not _has_untried(study_space(study), point, tried):
+        values = _describe_point(point)
+        raise ConfigError(f"{values}: every point with it is tried already: not added")
+
+
+def _has_untried(space: Space, point: Point, tried: Sequence[Point]) -> bool:
+    """Whether a trial with a point's values can be one that is not tried."""
+    if point_count(space) is None:
+        return True
+    draw = random.Random(0)
+    # As many as the sampler draws before it trains a point again.
+    drawn = (random_point(space, draw, point) for _ in range(ATTEMPTS))
+    return any(not is_among(each, tried) for each in drawn)
+
+
+def _describe_point(point: Point) -> str:
+    return " ".join(f"{name}={format_value(value)}" for name, value in point.items())
 
 
 def _describe_state(study: Study, trial: FrozenTrial) -> str:
@@ -143,13 +166,24 @@ def _describe_state(study: Study, trial: FrozenTrial) -> str:
 
 def describe_added(study: Study, number: int, point: Point) -> str:
     """Say which trial has been added, what its sampler chooses, and when it trains."""
-    values = " ".join(f"{name}={format_value(value)}" for name, value in point.items())
-    line = f"trial {number} of {study.name}: {values}"
-    open_names = [
-        name for name in study_space(study).distributions if name not in point
-    ]
+    line = f"trial {number} of {study.name}: {_describe_point(point)}"
+    open_names = _open_names(study_space(study), point)
     if open_names:
         line += f"; the sampler chooses {', '.join(open_names)}"
     if study.trials(TrialState.RUNNING):
         return f"{line}; trains in the next free slot"
     return f"{line}; trains when the study's command is run again"
+
+
+def _open_names(space: Space, point: Point) -> list[str]:
+    """Return the parameters that a point leaves out and that its trial may search."""
+    names: list[str] = []
+    # A parameter comes after those that its condition names.
+    for name in space.distributions:
+        given = {}
+        for other, allowed in space.conditions.get(name, {}).items():
+            if other not in names:
+                given[other] = allowed
+        if name not in point and is_met(given, point):
+            names.append(name)
+    return names

@@ -19,7 +19,7 @@ from finetune.metrics.load import check_metrics, higher_is_better
 from finetune.metrics.metric import Metric
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
-from sweeps.space.constraints import require_names
+from sweeps.space.constraints import require_computed, require_names
 from sweeps.space.custom import extend_baseline, load_function
 from sweeps.space.distributions import describe
 from sweeps.space.params import plain_params
@@ -119,6 +119,7 @@ def draft_session(
     metrics = check_metrics(common)
     scores = [name for metric in metrics for name in metric.names]
     require_names(settings.parsed_constraints, common.allowed_objectives(scores))
+    require_computed(settings.parsed_constraints, common.objectives)
     settings = _resolve_directions(settings, common, metrics)
     address = plain["storage"]
     # Checked again once torch has counted the GPUs: see `open_study`.
@@ -175,7 +176,9 @@ def _check_settings(
     assert isinstance(written, dict)
     written_address = written["storage"]
     refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
-    study_name = plain.get("study_name") or time.strftime("%Y-%m-%d_%H-%M-%S")
+    study_name = plain.get("study_name")
+    if study_name is None:
+        study_name = time.strftime("%Y-%m-%d_%H-%M-%S")
     choices = config.hydra.runtime.choices
     for group in ("sampler", "pruner"):
         key = f"hydra.sweeper.{group}"

@@ -177,11 +177,13 @@ def _results(earlier: Study, terms: Values, space: Space) -> Iterator[dict[str, 
 def _best_points(earlier: Study, space: Space) -> list[Point]:
     """Return the points of the best complete trials, as far as they lie in a space."""
     stored = earlier.optuna.user_attrs["terms"]
+    earlier_space = Space.from_dict(stored_space(stored))
     points: list[Point] = []
     for trial in earlier.ranked():
         config = _trial_values(stored, trial, space)
         # What the earlier study has not searched is left to this study's sampler.
         searched = {name.lstrip("+") for name in trial.params}
+        searched |= _variant_values(earlier_space, trial).keys()
         values = _searched_values(config, space)
         chosen = {
             name: value
@@ -203,13 +205,20 @@ def _trial_values(terms: Values, trial: FrozenTrial, space: Space) -> dict[str, 
     means the same by it.
     """
     stored = Space.from_dict(stored_space(terms))
-    values = {**_config_values(terms)}
+    values = _config_values(terms) | _variant_values(stored, trial)
     for name, value in trial.params.items():
-        variants = stored.variants.get(name)
-        if variants is not None:
-            values |= variants[value]
-        if variants == space.variants.get(name):
+        if stored.variants.get(name) == space.variants.get(name):
             values[name.lstrip("+")] = value
+    return values
+
+
+def _variant_values(space: Space, trial: FrozenTrial) -> dict[str, Any]:
+    """Return the values of config keys that a trial's variants stand for."""
+    values: dict[str, Any] = {}
+    for name, value in trial.params.items():
+        if name in space.variants:
+            keys = space.variants[name][value]
+            values |= {key.lstrip("+"): each for key, each in keys.items()}
     return values
 
 

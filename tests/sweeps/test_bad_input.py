@@ -125,6 +125,12 @@ SETTINGS = [
         "hydra.sweeper.constraints=adapter/parameter<=5: did you mean adapter/parameters?…peak_memory_bytes…",
     ),
     Case(
+        "constraint-on-what-is-not-computed",
+        "hydra.sweeper.constraints=['eval/bits_per_byte<=5']",
+        "hydra.sweeper.constraints=eval/bits_per_byte<=5: is computed only where it is an objective: "
+        "objective=eval/bits_per_byte",
+    ),
+    Case(
         "no-end",
         "hydra.sweeper.n_trials=null",
         "hydra.sweeper.n_trials=null: needs a budget: "
@@ -233,12 +239,14 @@ def test_a_study_that_cant_be_is_one_line_and_leaves_nothing(
     assert not outcome.torch_imported
 
 
-def test_a_study_name_is_no_path(workplace: Workplace) -> None:
-    outcome = search(workplace, name="hydra.sweeper.study_name=a/b")
+@pytest.mark.parametrize("name", ["a/b", "", ".."])
+def test_a_study_name_is_no_path(name: str, workplace: Workplace) -> None:
+    """Nor is it empty, as with a shell variable that is not set: it would be all studies' folder."""
+    outcome = search(workplace, name=f"study={name}")
 
     assert (
         outcome.error
-        == "hydra.sweeper.study_name=a/b: names a folder: letters, digits, '.', '_' and '-' only"
+        == f"hydra.sweeper.study_name={name}: names a folder: letters, digits, '.', '_' and '-' only"
     )
     assert workplace.files() == set()
 

@@ -126,6 +126,22 @@ def test_a_custom_space_without_the_configs_values_has_no_baseline(
     assert "no baseline: " in caplog.text
 
 
+def reading(config: DictConfig, trial: BaseTrial) -> None:
+    trial.suggest_float("lora.dropout", 0.0, trial.params["lora.alpha"] / 100)
+
+
+def test_a_custom_space_that_reads_a_value_outside_the_space_has_no_baseline(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        draft = drafted(["lora.alpha=choice(8,32)"], f"{CUSTOM}={__name__}.reading")
+    assert draft.points == []
+    assert (
+        "no baseline: lora.alpha=16: the config's own value lies outside the space, and "
+        "custom_search_space reads it"
+    ) in caplog.text
+
+
 def test_an_interpolation_in_a_space_is_resolved_in_each_trial(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     space = "params: {lora: {r: [4, 8], alpha: '${lora.r}'}}"

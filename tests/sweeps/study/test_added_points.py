@@ -211,6 +211,64 @@ def test_a_failed_trial_may_be_cloned_as_it_is_and_an_unchosen_point_not(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "open_names"),
+    [
+        (["kind=constant"], None),
+        (["kind=cosine"], "warmup, depth"),
+        (["warmup=0.05"], "kind, depth"),
+        (["kind=cosine", "warmup=0.05"], "depth"),
+    ],
+)
+def test_the_sampler_is_said_to_choose_only_what_is_searched_at_the_point(
+    words: list[str],
+    open_names: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where a condition depends on a parameter that has one."""
+    space = Space.parse(
+        {
+            "kind": "choice(cosine, constant)",
+            "warmup": 'tag("kind=cosine", choice(0.05, 0.1))',
+            "depth": 'tag("warmup=0.05", interval(0, 1))',
+        },
+        [],
+    )
+    study = searched(tmp_path)
+    terms = {f"space.{name}": plain for name, plain in space.to_dict().items()}
+    study.optuna.set_user_attr("terms", {"objective": "eval/loss", **terms})
+    sweeps(monkeypatch, tmp_path, "add", "s", *words)
+    line = capsys.readouterr().out
+    if open_names is None:
+        assert "the sampler chooses" not in line
+    else:
+        assert f"; the sampler chooses {open_names}; trains" in line
+
+
+def test_values_of_which_every_point_is_tried_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The study would be full, and never train it."""
+    space = Space.parse({"r": "choice(2,4)", "alpha": "choice(4,8)"}, [])
+    trials = []
+    for r, alpha in ((2, 4), (2, 8), (4, 8)):
+        point = {"r": r, "alpha": alpha}
+        trial = create_trial(params=point, distributions=space.distributions, value=1.0)
+        trials.append(trial)
+    study = searched(tmp_path, *trials, total=3)
+    terms = {f"space.{name}": plain for name, plain in space.to_dict().items()}
+    study.optuna.set_user_attr("terms", {"objective": "eval/loss", **terms})
+    with pytest.raises(SystemExit):
+        sweeps(monkeypatch, tmp_path, "add", "s", "r=2")
+    assert "r=2: every point with it is tried already" in capsys.readouterr().err
+    sweeps(monkeypatch, tmp_path, "add", "s", "r=4")
+    assert study.added_count == 1
+
+
 def test_a_point_added_to_a_running_study_is_trained_in_it(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:

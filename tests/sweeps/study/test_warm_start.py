@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import distribution_to_json
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from support.commands import Station
@@ -52,8 +51,8 @@ def made(
     folder.mkdir(parents=True)
     study = optuna.create_study(study_name=name, storage=open_storage(None, folder))
     stored = dict(terms)
-    for key, distribution in space.distributions.items():
-        stored[f"space.{key}"] = json.loads(distribution_to_json(distribution))
+    for key, plain in space.to_dict().items():
+        stored[f"space.{key}"] = plain
     study.set_user_attr("terms", stored)
     study.add_trials(trials)
     (folder / "study.json").write_text(json.dumps({"name": name, "storage": None}))
@@ -289,3 +288,24 @@ def test_a_study_begins_with_an_earlier_ones_results_and_resumes_with_them(
     assert again.value == pytest.approx(best.value, abs=1e-5)
     said = run("s2", "n_trials=1", warm, "trainer.max_steps=2")
     assert "no results, as it has trainer.max_steps=3, and this study 2" in said
+
+
+def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = Space.parse(
+        {"size": "tag(variants, choice({small: {lora.r: 4}, default: {}}))"}, []
+    )
+    trials = []
+    for loss, size in ((2.0, "default"), (2.1, "small")):
+        trial = create_trial(
+            params={"size": size}, distributions=sizes.distributions, value=loss
+        )
+        trials.append(trial)
+    made(tmp_path, "s0", *trials, space=sizes)
+    study = made(tmp_path, "s")
+    with caplog.at_level("INFO"):
+        points, results = taken(study)
+    assert (points, results) == ([{"lora.r": 4}], [])
+    assert "warm start: s0: 1 best point to train; no results, as" in caplog.text
