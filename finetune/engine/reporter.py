@@ -136,12 +136,12 @@ class Reporter:
         self.progress.save(checkpoint)
         remove_old_checkpoints(checkpoint.parent, limit, self.progress.best_step)
 
-    def _check_loss(self, step: int, loss: float) -> None:
+    def _check_loss(self, step: int, loss: float, name: str = "loss") -> None:
         # Only the loss: float16's loss scaling skips a step whose gradient overflows.
         if math.isfinite(loss):
             return
         rate = self._config.optimizer.resolved_learning_rate
-        reason = f"training diverged at step {step} (loss {loss}); lower it"
+        reason = f"training diverged at step {step} ({name} {loss}); lower it"
         raise Diverged(f"optimizer.learning_rate={rate}: {reason}")
 
     def _check_gradient(self, step: int, grad_norm: float | None) -> None:
@@ -199,7 +199,7 @@ class Reporter:
         # Logged before it is checked, so that the files show the loss that ended the run.
         self._output.log(step, metrics)
         self._output.show_evaluation(step, metrics)
-        self._check_evaluation(step, loss)
+        self._check_loss(step, loss, "held-out loss")
         self._early_stopping.record(step, metrics.get("objective"))
         self._observer.on_rung(rung)
         # Runs of one pack all report the rung before the pruner compares any of them there.
@@ -208,11 +208,3 @@ class Reporter:
             self.progress.stop = "pruned"
         elif self._early_stopping.should_stop(step):
             self.progress.stop = "early"
-
-    def _check_evaluation(self, step: int, loss: float) -> None:
-        if math.isfinite(loss):
-            return
-        rate = self._config.optimizer.resolved_learning_rate
-        raise Diverged(
-            f"eval/loss={loss} at step {step}: lower optimizer.learning_rate={rate}"
-        )
