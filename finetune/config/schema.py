@@ -25,6 +25,7 @@ from finetune.config.sections.evaluation import (
     HARNESS,
     LOSS_METRICS,
     EvaluationSettings,
+    is_task,
 )
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
@@ -128,7 +129,7 @@ class RunConfig(Section):
         """
         names = [f"eval/{name}" for name in (*LOSS_METRICS, *scores)]
         # The documents of a task belong to no source.
-        of_rows = [name for name in scores if not name.startswith(HARNESS)]
+        of_rows = [name for name in scores if not is_task(name)]
         for source in self.dataset.source_names.values():
             names += [f"eval/{source}/{name}" for name in (*LOSS_METRICS, *of_rows)]
         return [*names, f"eval/{BITS_PER_BYTE}", *FINAL_METRICS]

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import (
     BITS_PER_BYTE,
-    HARNESS,
     LOSS_METRICS,
     EvaluationSettings,
+    is_task,
 )
 from finetune.errors import did_you_mean, refusal
 from finetune.metrics import (
@@ -43,7 +43,7 @@ def load_metrics(settings: EvaluationSettings) -> list[Metric]:
     for path in settings.metrics:
         if path == "rouge":
             rouge.require_rouge()
-        if path.startswith(HARNESS):
+        if is_task(path):
             metrics += load_task_metrics(path, settings)
         else:
             metrics.append(_METRICS.get(path) or load_function(path, settings))
@@ -86,7 +86,7 @@ def higher_is_better(objective: str, metrics: Sequence[Metric]) -> bool:
     split, _, name = objective.partition("/")
     if split != "eval":
         return False
-    if not name.startswith(HARNESS):
+    if not is_task(name):
         name = name.rpartition("/")[2]
     for metric in metrics:
         if name in metric.names:

@@ -1,14 +1,12 @@
 """A metric of the user's: a function by its import path, checked before any model loads."""
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from finetune.config.sections.evaluation import EvaluationSettings
+from finetune.config.user_module import import_user_module
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
 from finetune.metrics.judge import ask_judge
@@ -50,12 +48,8 @@ def load_function(path: str, settings: EvaluationSettings) -> Metric:
 def _import(path: str) -> Any:
     """Import what a path names, with the working directory among the folders of modules."""
     module_name, _, name = path.rpartition(".")
-    folder = os.getcwd()
-    # The script `finetune`, unlike `python -m finetune`, does not look there.
-    if folder not in sys.path:
-        sys.path.append(folder)
     try:
-        module = importlib.import_module(module_name)
+        module = import_user_module(module_name)
     except ModuleNotFoundError as error:
         is_part = error.name and f"{module_name}.".startswith(f"{error.name}.")
         if not is_part:

@@ -90,9 +90,9 @@ def cpu_activations(
     else:
         counts = [packed_training(config, base, packed_shape(rows)) for rows in batches]
         evaluating = packed_evaluation(base, packed_shape(evaluated))
-    kept, passing, head = max(counts, key=lambda count: count[0] + max(count[1:]))
+    stored, passing, head = max(counts, key=lambda count: count[0] + max(count[1:]))
     logits = max(0, head - passing)
-    training = kept + passing
+    training = stored + passing
     return Activations(training, training, logits, max(0, evaluating - logits))
 
 
@@ -120,7 +120,7 @@ def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
 
 
 Count = tuple[int, int, int]
-"""Bytes that are kept for the backward pass, those that it needs itself at its widest place, and
+"""Bytes that are stored for the backward pass, those that it needs itself at its widest place, and
 those of the head, which is computed before it."""
 
 
@@ -156,8 +156,8 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         gate = 3  # the product masked, and the gradient of it, before it is freed
     passing = batch.tokens * (3 * layer.hidden + gate * layer.inner) * base.element
     head = _packed_head(base, batch.answers)
-    kept, passing, head = _count(config, base, batch.tokens, stored, passing, head)
-    return kept + shared, passing, head
+    stored, passing, head = _count(config, base, batch.tokens, stored, passing, head)
+    return stored + shared, passing, head
 
 
 def packed_evaluation(base: BaseShape, batch: BatchShape) -> int:

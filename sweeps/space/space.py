@@ -140,11 +140,11 @@ class Space:
 
     def searched_part(self, point: Point) -> Point:
         """Return a point without the parameters that are not searched there."""
-        part: Point = {}
+        searched: Point = {}
         for name in self.distributions:
-            if name in point and self.is_searched(name, part):
-                part[name] = point[name]
-        return part
+            if name in point and self.is_searched(name, searched):
+                searched[name] = point[name]
+        return searched
 
     def suggest(self, trial: BaseTrial, outside: Point) -> None:
         """Let a trial's sampler choose the parameters that are searched.

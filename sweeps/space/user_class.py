@@ -4,10 +4,7 @@ Whoever writes `_target_` decides that its code runs, so any class of the right 
 there, and any function that returns one.
 """
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from finetune.config.paths import CONF
+from finetune.config.user_module import import_user_module
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
 
@@ -36,12 +34,8 @@ def load_target(key: str, path: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise refusal(target_key, path, "must be an import path, as my_module.MyClass")
-    folder = os.getcwd()
-    # The script `finetune`, unlike `python -m finetune`, does not look there.
-    if folder not in sys.path:
-        sys.path.append(folder)
     try:
-        module = importlib.import_module(module_name)
+        module = import_user_module(module_name)
     # What a user's module raises is not known.
     except Exception as error:
         reason = f"{module_name} can't be imported ({_describe(error)})"

@@ -57,8 +57,8 @@ def create_or_resume(
         study = Study(folder, settings.study_name, address)
         _ensure_uid(study)
         stored = study.optuna.user_attrs.get("terms", {})
-        kept = {key: stored[key] for key in automatic_keys if key in stored}
-        terms = {**terms, **kept}
+        initial = {key: stored[key] for key in automatic_keys if key in stored}
+        terms = {**terms, **initial}
         _update_terms(study, terms, distributions, settings.allow_change)
         _name_metrics(study)
         study.optuna.set_user_attr("sampler", settings.sampler)

@@ -6,12 +6,13 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from sweeps.compat import study_with_more_trials
+from sweeps.study.wrapped_sampler import WrappedSampler
 
 
-class WarmStartSampler(BaseSampler):
+class WarmStartSampler(WrappedSampler):
     """Suggests what another sampler suggests for a study that has further trials.
 
     Only the sampler sees these: the study, its pruner and its answer do not have them.
@@ -22,7 +23,7 @@ class WarmStartSampler(BaseSampler):
     """
 
     def __init__(self, sampler: BaseSampler, trials: Sequence[FrozenTrial]) -> None:
-        self._sampler = sampler
+        super().__init__(sampler)
         self._trials = list(trials)
 
     def infer_relative_search_space(
@@ -51,20 +52,6 @@ class WarmStartSampler(BaseSampler):
         return self._sampler.sample_independent(
             self._extended(study), trial, param_name, param_distribution
         )
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Let the other sampler prepare a trial."""
-        self._sampler.before_trial(study, trial)
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Let the other sampler read a trial's outcome."""
-        self._sampler.after_trial(study, trial, state, values)
 
     def _extended(self, study: optuna.Study) -> optuna.Study:
         return study_with_more_trials(study, self._trials)

@@ -7,13 +7,14 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from sweeps.compat import enqueued_point
 from sweeps.space.points import random_point
 from sweeps.space.space import Point, Space
 from sweeps.study.inside import point_of
 from sweeps.study.study import OUT_OF_TIME
+from sweeps.study.wrapped_sampler import WrappedSampler
 
 ATTEMPTS = 1000
 """Draws of an untried point that holds the values which a user has given for a trial."""
@@ -51,7 +52,7 @@ def _rounded(point: Point) -> Point:
     return rounded
 
 
-class UntriedPointSampler(BaseSampler):
+class UntriedPointSampler(WrappedSampler):
     """Suggests what another sampler suggests, or a random untried point where that is tried.
 
     Args:
@@ -61,17 +62,11 @@ class UntriedPointSampler(BaseSampler):
     """
 
     def __init__(self, sampler: BaseSampler, space: Space, seed: int) -> None:
-        self._sampler = sampler
+        super().__init__(sampler)
         self._space = space
         self._random = random.Random(seed)
         self._relative: Mapping[str, Any] = {}
         self._point: Point | None = None
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Return the parameters that the other sampler draws together."""
-        return self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self,
@@ -94,20 +89,6 @@ class UntriedPointSampler(BaseSampler):
         if self._point is None:
             self._point = self._draw(study, trial)
         return self._point[param_name]
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Let the other sampler prepare a trial."""
-        self._sampler.before_trial(study, trial)
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Let the other sampler read a trial's outcome."""
-        self._sampler.after_trial(study, trial, state, values)
 
     def _draw(self, study: optuna.Study, trial: FrozenTrial) -> Point:
         # A trial whose worker was lost while it drew its point has a part of it.

@@ -77,14 +77,13 @@ class EvaluationSettings(Section):
     def generates(self) -> bool:
         """Whether a metric needs generated answers."""
         return any(
-            name != "classification" and not name.startswith(HARNESS)
-            for name in self.metrics
+            name != "classification" and not is_task(name) for name in self.metrics
         )
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            is_task = name.startswith(HARNESS) and name != HARNESS
-            if name not in BUILT_IN and not is_task and not is_import_path(name):
+            is_named_task = is_task(name) and name != HARNESS
+            if name not in BUILT_IN and not is_named_task and not is_import_path(name):
                 allowed = (
                     f"{did_you_mean(name, BUILT_IN)}, harness/TASK, or the import path of a "
                     "function"
@@ -113,7 +112,7 @@ class EvaluationSettings(Section):
         """Names of the scores, as far as they are known before a function is imported."""
         names: list[str] = []
         for name in self.metrics:
-            if name.startswith(HARNESS):
+            if is_task(name):
                 names.append(name)
             else:
                 names += BUILT_IN.get(name, (name.rpartition(".")[2],))
@@ -122,15 +121,17 @@ class EvaluationSettings(Section):
     @property
     def has_functions(self) -> bool:
         """Whether any metric is a function of the user's."""
-        return any(
-            name not in BUILT_IN and not name.startswith(HARNESS)
-            for name in self.metrics
-        )
+        return any(name not in BUILT_IN and not is_task(name) for name in self.metrics)
 
     @property
     def has_tasks(self) -> bool:
         """Whether any metric is a task of lm-evaluation-harness."""
-        return any(name.startswith(HARNESS) for name in self.metrics)
+        return any(map(is_task, self.metrics))
+
+
+def is_task(name: str) -> bool:
+    """Whether a metric, or a score of it, is of a task of lm-evaluation-harness."""
+    return name.startswith(HARNESS)
 
 
 def is_import_path(name: str) -> bool:
