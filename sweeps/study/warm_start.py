@@ -2,8 +2,8 @@
 
 A trial of an earlier study whose config differs from this study's in nothing but what this study
 searches is a result: the sampler treats it as a trial that it has seen. Of a study without such
-trials only the best points are taken, and trained again. Neither counts as a trial of this study,
-so the winner is always a trial that this study has trained.
+trials only the best points are taken, and trained again as trials of this study. Results do not
+count as its trials, so the winner is always a trial that this study has trained.
 
 What is taken stands in the study's storage, by the earlier study's name: a resumed study takes
 nothing twice, and workers on all machines read the same results.
