@@ -250,7 +250,9 @@ def run_process(words: Sequence[str], folder: Path) -> tuple[str, int]:
         )
         # Of this child alone: `getrusage` has the peak of all children.
         _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        # Else `Popen` takes the process to run still.
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         sys.exit(f"{words}:\n{log.read_text()[-2000:]}")
     # In KiB.
     return output.read_text(), usage.ru_maxrss * 1024
