@@ -31,9 +31,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_SEED_LOCK = threading.Lock()
+_SEED_LOCK = threading.RLock()
 """Held while an adapter is initialised: PEFT draws from PyTorch's global generator, which all
 threads share."""
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put PyTorch's global generator back after the block; no adapter is initialised meanwhile."""
+    with _SEED_LOCK:
+        state = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":

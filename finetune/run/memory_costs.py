@@ -266,7 +266,7 @@ def read_widths(shapes: Any) -> Widths:
     """Read the widths of a base's text config, with transformers' defaults."""
     hidden: int = shapes.hidden_size
     heads: int = shapes.num_attention_heads
-    key_heads: int = getattr(shapes, "num_key_value_heads", heads)
+    key_heads: int = getattr(shapes, "num_key_value_heads", None) or heads
     head_size: int = getattr(shapes, "head_dim", None) or hidden // heads
     inner: int = getattr(shapes, "intermediate_size", None) or 4 * hidden
     return Widths(
