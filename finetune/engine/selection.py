@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
-from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.model.architectures import (
     active_dropout,

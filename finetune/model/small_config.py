@@ -117,9 +117,7 @@ def _shared_layers(values: Mapping[str, Any]) -> int:
     return values.get("num_kv_shared_layers") or 0
 
 
-def _keep_layers(
-    values: dict[str, Any], layers_name: str, selected: list[int]
-) -> None:
+def _keep_layers(values: dict[str, Any], layers_name: str, selected: list[int]) -> None:
     """Leave only the selected layers in a config."""
     layers: int = values[layers_name]
     for name, items in _lists_of_layers(values, layers).items():

@@ -1,4 +1,4 @@
-"""Whether the packed engine computes what a base's own code computes, found out before it is loaded.
+"""Whether the packed engine computes what a base's own code computes, checked before it is loaded.
 
 There is no list of architectures: a small base of the same config is trained for one batch, packed
 and row by row. It takes about a second when a kind of base is first met, and is recorded in the
@@ -228,9 +228,7 @@ def _rows(count: int, prefix_length: int) -> list[Row]:
     for number in range(count):
         ids = prefix + draw(12 + 3 * number)
         ignored = prefix_length + 1
-        rows.append(
-            {"input_ids": ids, "labels": [IGNORED] * ignored + ids[ignored:]}
-        )
+        rows.append({"input_ids": ids, "labels": [IGNORED] * ignored + ids[ignored:]})
     return rows
 
 
@@ -262,7 +260,9 @@ def _own_results(slot: Slot, rows: list[Row]) -> tuple[torch.Tensor, torch.Tenso
     model = slot.model.eval()
     all_losses = []
     for row in rows:
-        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
+        logits = model(
+            input_ids=torch.tensor([row["input_ids"]]), use_cache=False
+        ).logits
         targets = torch.tensor(row["labels"][1:])
         losses = torch.nn.functional.cross_entropy(
             logits[0, :-1].float(), targets, ignore_index=IGNORED, reduction="none"

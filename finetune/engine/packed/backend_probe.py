@@ -58,8 +58,8 @@ def _compare_backend(
 ) -> Comparison:
     """Compare a row's logits in a packed batch with those of the base's own code.
 
-    The row follows another one, with which it shares a prefix that is computed once, unless the base
-    has recurrent layers.
+    The row follows another one, with which it shares a prefix that is computed once, unless the
+    base has recurrent layers.
     """
     prefix = probe_ids(base, MIN_SHARED_TOKENS, 0)
     rows = []

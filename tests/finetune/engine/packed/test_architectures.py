@@ -253,9 +253,7 @@ def greedy(model: Any, ids: list[int], tokens: int, ends: list[int]) -> list[int
 
 
 @pytest.fixture
-def saved(
-    architecture: str, tiny: Tiny, tiny_base: Path, tmp_path: Path
-) -> list[str]:
+def saved(architecture: str, tiny: Tiny, tiny_base: Path, tmp_path: Path) -> list[str]:
     """The overrides of a run on a tiny base of an architecture."""
     tokenizer = load_tokenizer(tiny())
     model = packed_model(architecture, len(tokenizer), tokenizer.eos_token_id)
