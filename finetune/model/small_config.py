@@ -152,9 +152,13 @@ def _shrink_heads(values: dict[str, Any], names: Mapping[str, str]) -> None:
     # Other keys with the same number are the same size by another name.
     for name, value in values.items():
         is_size = isinstance(value, int) and not name.endswith(("_id", "_embeddings"))
-        if is_size and value == hidden:
+        if is_size and value == hidden and not _is_inner(name):
             values[name] = small_hidden
     values[names["hidden_size"]] = small_hidden
+
+
+def _is_inner(name: str) -> bool:
+    return any(part in name for part in INNER_NAMES)
 
 
 def _fewer(key_heads: int, heads: int, small_heads: int) -> int:
@@ -166,7 +170,7 @@ def _fewer(key_heads: int, heads: int, small_heads: int) -> int:
 
 def _shrunk(name: str, value: Any) -> Any:
     """A value of the config, small if it is one of the sizes."""
-    if isinstance(value, list) and any(part in name for part in INNER_NAMES):
+    if isinstance(value, list) and _is_inner(name):
         return [_shrunk(name, item) for item in value]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
@@ -174,7 +178,7 @@ def _shrunk(name: str, value: Any) -> Any:
         return VOCABULARY
     if name.endswith("token_id"):
         return value % VOCABULARY
-    if any(part in name for part in INNER_NAMES):
+    if _is_inner(name):
         return min(value, INNER)
     if name in WINDOWS:
         return min(value, WINDOW)
