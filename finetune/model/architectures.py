@@ -30,6 +30,14 @@ MULTIPLIED_BY_DIVISOR = {"hyperclovax"}
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Keys whose value bounds the logits: Gemma, RecurrentGemma."""
 
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "attention_window_size",
+    "window_size",
+)
+"""Names that architectures have for the number of tokens that a token sees."""
+
 DROPOUT_NAMES = ("dropout", "pdrop")
 """What is in the names of keys that are probabilities of dropout."""
 
@@ -44,6 +52,17 @@ def text_config_of(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """
     text_config: PreTrainedConfig = config.get_text_config(decoder=True)
     return text_config
+
+
+def largest_value(config: "PreTrainedConfig", name: str) -> Any:
+    """Return a value of a text config; the largest where layers have their own (Gemma 4).
+
+    None if the config has no such key.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return getattr(config, name, None)
+    values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max((value for value in values if value is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ same kind, hidden sizes, vocabulary and windows become small.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from finetune.model.architectures import WINDOWS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -15,14 +17,6 @@ WINDOW = 8
 """Tokens that a token sees in layers with a window."""
 INNER = 96
 """Width inside a feed-forward layer."""
-
-WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "attention_window_size",
-    "window_size",
-)
-"""Names that architectures have for the number of tokens that a token sees."""
 
 INNER_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
 """What is in the names of keys for the width inside a feed-forward layer."""
