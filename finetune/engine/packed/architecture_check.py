@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -106,7 +107,15 @@ def _recorded_support(content: str, config_class: "type[PreTrainedConfig]") -> S
     values = read_json(record)
     if values is not None:
         return Support(values["refusal"], values["answers_together"])
-    support = _check(config_class.from_dict(_from_json(content)))
+    small = config_class.from_dict(_from_json(content))
+    try:
+        support = _check(small)
+    except Exception as error:
+        # Neither says anything about the base.
+        if isinstance(error, Interrupted) or is_out_of_memory_error(error):
+            raise
+        # Of any other error it is not known whether it comes again: it is not recorded.
+        return Support(summary_line(error))
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, {"model_type": config_class.model_type, **asdict(support)})
     return support
@@ -120,19 +129,19 @@ def _from_json(content: str) -> dict[str, Any]:
 
 
 def _check(small: "PreTrainedConfig") -> Support:
-    """Compare the packed engine with a small base's own code."""
-    try:
-        with _on_cpu_in_float32():
+    """Compare the packed engine with a small base's own code.
+
+    Raises:
+        Exception: Whatever the base's code raises.
+    """
+    with _on_cpu_in_float32():
+        try:
             base = _random_base(small)
             _compare_training(copy.deepcopy(base))
-            return Support(None, _answers_together(base))
-    except _Refused as error:
-        return Support(str(error))
-    except Exception as error:
-        # Neither says anything about the base.
-        if isinstance(error, Interrupted) or is_out_of_memory_error(error):
-            raise
-        return Support(summary_line(error))
+        # The latter of a feature that the engine has not.
+        except (_Refused, NotImplementedError) as error:
+            return Support(summary_line(error))
+        return Support(None, _answers_together(base))
 
 
 @contextmanager
@@ -142,7 +151,10 @@ def _on_cpu_in_float32() -> Iterator[None]:
         keep_random_state(),
         torch.device("cpu"),
         torch.autocast("cuda", enabled=False),
+        warnings.catch_warnings(),
     ):
+        # They would be about a base that nobody has asked for.
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -169,7 +181,7 @@ def _random_base(config: "PreTrainedConfig") -> "PreTrainedModel":
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
             else:
                 weight.add_(0.2 * noise)
-    return base.eval()
+    return base.requires_grad_(False).eval()
 
 
 class _CheckBank:
