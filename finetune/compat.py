@@ -286,6 +286,22 @@ def forget_renamed_weights(model: "PreTrainedModel") -> None:
     ]
 
 
+def set_base_model_prefix(model: "PreTrainedModel") -> None:
+    """Let a text model's prefix name its decoder, where its class has the published model's prefix.
+
+    Reason: `get_decoder`, and so TRL's fused head, finds the decoder by the prefix, and of
+    `Llama4ForCausalLM` gets the whole model. transformers 5.23,
+    `Llama4ForCausalLM.base_model_prefix`. Upstream: none.
+    """
+    from transformers import PreTrainedModel
+
+    if hasattr(model, model.base_model_prefix):
+        return
+    for name, module in model.named_children():
+        if isinstance(module, PreTrainedModel):
+            model.base_model_prefix = name
+
+
 def bitsandbytes_has_native_library() -> bool:
     """Return whether bitsandbytes found its compiled library for this machine.
 

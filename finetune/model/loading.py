@@ -12,6 +12,7 @@ from finetune.compat import (
     forget_renamed_weights,
     keep_4bit_layers_trainable,
     record_loading_keys,
+    set_base_model_prefix,
 )
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
@@ -116,6 +117,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     if base_config is not published:
         # Or it would be saved under names that its class does not have.
         forget_renamed_weights(model)
+        set_base_model_prefix(model)
     remember_origin(model, source, published_names(published, model))
     if quantization.is_quantized and not on_gpu():
         _copy_mapped_weights(model)

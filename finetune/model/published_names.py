@@ -87,10 +87,16 @@ def published_names(
         # It raises an error for a type that it has no class for.
         with contextlib.suppress(ValueError), torch.device("meta"):
             whole: Any = auto_class.from_config(published, dtype=torch.float32)
-            return PublishedNames(_decoder_name(text_model), _decoder_name(whole))
+            decoder_class = type(text_model.get_decoder())
+            return PublishedNames(
+                _name_of(decoder_class, text_model), _name_of(decoder_class, whole)
+            )
     return None
 
 
-def _decoder_name(model: Any) -> str:
-    names = {module: name for name, module in model.named_modules()}
-    return f"{names[model.get_decoder()]}."
+def _name_of(decoder_class: type, model: Any) -> str:
+    """Return the name of a model's module of a class, with a dot behind it."""
+    for name, module in model.named_modules():
+        if isinstance(module, decoder_class):
+            return f"{name}."
+    raise AssertionError(f"{type(model).__name__} has no {decoder_class.__name__}")
