@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.data.encoding import Encoder
@@ -133,7 +134,6 @@ def _rename_for_published(
 ) -> None:
     """Give a saved adapter the names that its layers have in the published model."""
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
-    from safetensors.torch import load_file, save_file
 
     file = folder / SAFETENSORS_WEIGHTS_NAME
     weights = names.of_published(load_file(file))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from finetune.model.published_names import PublishedNames
 from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel
+
+    from finetune.model.published_names import PublishedNames
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -31,7 +32,7 @@ class _Origin:
     revision: str | None
     """Commit on the hub."""
     generation_config: "GenerationConfig | None"
-    published_names: PublishedNames | None
+    published_names: "PublishedNames | None"
     """Of a text model that was published in a model with other modalities."""
 
 
@@ -42,7 +43,7 @@ _origins: "WeakKeyDictionary[PreTrainedModel, _Origin]" = WeakKeyDictionary()
 def remember_origin(
     base: "PreTrainedModel",
     source: BaseSource,
-    names: PublishedNames | None = None,
+    names: "PublishedNames | None" = None,
 ) -> None:
     """Remember where a base was loaded from, its generation config and its layers' names there."""
     generation_config = copy.deepcopy(base.generation_config)
@@ -51,7 +52,7 @@ def remember_origin(
     )
 
 
-def published_names_of(base: "PreTrainedModel") -> PublishedNames | None:
+def published_names_of(base: "PreTrainedModel") -> "PublishedNames | None":
     """Return the names of a text model's layers in the model that it was published in."""
     origin = _origins.get(base)
     return None if origin is None else origin.published_names

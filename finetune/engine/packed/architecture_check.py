@@ -8,6 +8,7 @@ cache.
 import copy
 import functools
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ def packed_support(config: "PreTrainedConfig") -> Support:
     # Each config class has its own ways to refuse sizes.
     except Exception as error:
         return Support(f"no small base to try it on ({summary_line(error)})")
-    return _recorded_support(small.to_json_string(use_diff=False), type(small))
+    config_class: Any = type(small)
+    return _recorded_support(small.to_json_string(use_diff=False), config_class)
 
 
 @functools.cache
@@ -107,7 +109,7 @@ def _recorded_support(content: str, config_class: "type[PreTrainedConfig]") -> S
     values = read_json(record)
     if values is not None:
         return Support(values["refusal"], values["answers_together"])
-    small = config_class.from_dict(_from_json(content))
+    small = config_class.from_dict(json.loads(content))
     try:
         support = _check(small)
     except Exception as error:
@@ -119,13 +121,6 @@ def _recorded_support(content: str, config_class: "type[PreTrainedConfig]") -> S
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, {"model_type": config_class.model_type, **asdict(support)})
     return support
-
-
-def _from_json(content: str) -> dict[str, Any]:
-    import json
-
-    values: dict[str, Any] = json.loads(content)
-    return values
 
 
 def _check(small: "PreTrainedConfig") -> Support:
@@ -187,7 +182,7 @@ def _random_base(config: "PreTrainedConfig") -> "PreTrainedModel":
 class _CheckBank:
     """What slots need of a bank."""
 
-    capacity = None
+    capacity: int | None = None
     answer_tokens = 0
     device = torch.device("cpu")
     dtype = torch.float32
@@ -282,7 +277,7 @@ def _own_results(slot: Slot, rows: list[Row]) -> tuple[torch.Tensor, torch.Tenso
             logits[0, :-1].float(), targets, ignore_index=IGNORED, reduction="none"
         )
         answers = losses[targets != IGNORED]
-        answers.sum().backward()
+        torch.autograd.backward(answers.sum())
         all_losses.append(answers.detach())
     gradients = [
         torch.zeros_like(weight) if weight.grad is None else weight.grad

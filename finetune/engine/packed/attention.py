@@ -7,7 +7,6 @@ attention of padded spans (`padded_attention`).
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,12 @@ from transformers import AttentionInterface
 
 from finetune.compat import attention_implementation
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.padded_attention import Buckets, attend_padded, make_buckets
+from finetune.engine.packed.padded_attention import (
+    Buckets,
+    Scores,
+    attend_padded,
+    make_buckets,
+)
 from finetune.engine.packed.varlen_attention import (
     MAX_HEAD_DIM,
     VarlenBounds,
@@ -38,20 +42,6 @@ WITHOUT_EFFECT = {
     "return_dict",
 }
 """Arguments that models pass on to attention, and that no attention function computes with."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How attention turns queries and keys into weights."""
-
-    scale: float | None = None
-    """Factor of the scores; None: 1 / √head_dim."""
-    window: int | None = None
-    """Tokens that a query sees, itself included; None: all before it."""
-    softcap: float | None = None
-    """Scores are bounded by tanh to this number (Gemma 2); None: they are not."""
-    sinks: torch.Tensor | None = None
-    """A score of each head to which attention goes without a value (gpt-oss) [heads]."""
 
 
 class PackedAttention:

@@ -248,8 +248,7 @@ class AutogradBackend:
         layer.forward = forward
 
     def _hook(self, name: str, layer: torch.nn.Module) -> None:
-        if not isinstance(layer, torch.nn.Linear):
-            raise NotImplementedError(f"adapters on layers of {type(layer).__name__}")
+        _require_linear(layer)
         original: Callable[[torch.Tensor], torch.Tensor] = layer.forward
         # LLM.int8() chooses outlier columns by all rows of a batch, so a slot's numbers would
         # depend on other slots: each slot's tokens go through the layer separately.
@@ -270,6 +269,12 @@ class AutogradBackend:
             return lora_linear(x, self._anchor, output, layer, slot_tokens)
 
         layer.forward = forward
+
+
+def _require_linear(layer: torch.nn.Module) -> None:
+    """Refuse layers that keep their weight otherwise (GPT-2's are transposed)."""
+    if not isinstance(layer, torch.nn.Linear):
+        raise NotImplementedError(f"adapters on layers of {type(layer).__name__}")
 
 
 def _adapted_tokens(current_pass: _Pass, name: str) -> list[SlotTokens]:

@@ -6,18 +6,29 @@ has neither.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from finetune.engine.packed.batch import Span
 
-if TYPE_CHECKING:
-    from finetune.engine.packed.attention import Scores
-
 MAX_LENGTH_RATIO = 1.5
 """Spans in one bucket differ in length by at most this factor (plus 16 tokens)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How attention turns queries and keys into weights."""
+
+    scale: float | None = None
+    """Factor of the scores; None: 1 / √head_dim."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Scores are bounded by tanh to this number (Gemma 2); None: they are not."""
+    sinks: torch.Tensor | None = None
+    """A score of each head to which attention goes without a value (gpt-oss) [heads]."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ def attend_padded(
     key: torch.Tensor,
     value: torch.Tensor,
     buckets: Buckets,
-    scores: "Scores",
+    scores: Scores,
 ) -> torch.Tensor:
     """Compute the attention of every span. See `PackedAttention.attend`.
 
@@ -189,7 +200,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
-    scores: "Scores",
+    scores: Scores,
 ) -> torch.Tensor:
     """Compute the attention of a bucket.
 
