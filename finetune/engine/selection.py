@@ -87,6 +87,22 @@ def _unsupported_base(config: RunConfig, base: "PreTrainedConfig") -> str | None
     return f"model.name_or_path={config.model.name_or_path} ({kind})"
 
 
+def answers_together(config: RunConfig, base: "PreTrainedConfig") -> bool:
+    """Return whether prompts of different lengths can be answered together, in slots too.
+
+    True where it is not known before the base is loaded; then a line of the log says it.
+
+    Args:
+        config: The run's config.
+        base: The base's own config.
+    """
+    if _refused_by_name(config, base) is not None or text_config_of(base) is not base:
+        return True
+    from finetune.engine.packed.architecture_check import packed_support
+
+    return packed_support(base).answers_together
+
+
 def _refused_by_name(config: RunConfig, base: "PreTrainedConfig") -> str | None:
     """What the packed engine does not do with a base, as its config says."""
     has_own_code = "AutoModelForCausalLM" in (getattr(base, "auto_map", None) or {})

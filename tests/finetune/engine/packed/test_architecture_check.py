@@ -13,6 +13,7 @@ from support.architectures import (
     TINY,
     packed_model,
 )
+from support.configs import tiny_overrides
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_cache"),
@@ -210,6 +211,28 @@ def test_a_refusal_is_recorded_too(tmp_path: Path) -> None:
     assert support("Bloom").refusal is not None
     (record,) = (tmp_path / "cache" / "architectures").iterdir()
     assert json.loads(record.read_text())["refusal"]
+
+
+def test_the_plan_says_that_prompts_are_answered_one_after_another(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where padding on the left changes an answer, as the small base shows."""
+    import torch
+
+    from finetune.engine.packed import architecture_check
+    from finetune.plan import main
+
+    def compare(*_: Any) -> Any:
+        return torch.ones(1, 4), torch.zeros(1, 4) + 2
+
+    monkeypatch.setattr("sys.argv", ["plan", *tiny_overrides(tiny_base)])
+    main()
+    assert "one prompt after another" not in capsys.readouterr().out
+    monkeypatch.setattr(architecture_check, "compare_steps", compare)
+    monkeypatch.setattr(architecture_check, "CHECK_VERSION", -1)
+    architecture_check._recorded_support.cache_clear()
+    main()
+    assert "one prompt after another, in slots too" in capsys.readouterr().out
 
 
 def test_the_check_leaves_the_random_state_as_it_was() -> None:
