@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
+from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
 from finetune.model.architectures import (
     active_dropout,
@@ -77,9 +78,7 @@ def _unsupported_base(config: RunConfig, base: "PreTrainedConfig") -> str | None
     if reason is None and text_config_of(base) is not base:
         reason = "with other modalities"
     if reason is None:
-        # Last and late: a base of a kind that was never met is tried out, which imports PEFT.
-        from finetune.engine.packed.architecture_check import packed_support
-
+        # Last: a base of a kind that was never met is tried out.
         reason = packed_support(base).refusal
     if reason is None:
         return None
@@ -98,8 +97,6 @@ def answers_together(config: RunConfig, base: "PreTrainedConfig") -> bool:
     """
     if _refused_by_name(config, base) is not None or text_config_of(base) is not base:
         return True
-    from finetune.engine.packed.architecture_check import packed_support
-
     return packed_support(base).answers_together
 
 

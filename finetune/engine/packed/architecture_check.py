@@ -1,20 +1,13 @@
 """Whether the packed engine computes what a base's own code computes, checked before it is loaded.
 
 There is no list of architectures: a small base of the same config is trained for one batch, packed
-and row by row. It takes about a second when a kind of base is first met, and is recorded in the
-cache.
+and row by row. `finetune.engine.packed_support` records the result.
 """
 
 import copy
-import functools
-import hashlib
-import json
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,23 +24,16 @@ from finetune.engine.packed.batch import PackedBatch, Row
 from finetune.engine.packed.losses import token_losses
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.probes import EXACT_TOLERANCE, LIBRARIES
+from finetune.engine.probes import EXACT_TOLERANCE
 from finetune.errors import Interrupted
-from finetune.files.atomic import read_json, write_json
-from finetune.files.cache import cache_folder
 from finetune.model.adapter import add_adapter, keep_random_state
 from finetune.model.architectures import logit_transform_of
 from finetune.model.memory import is_out_of_memory_error
 from finetune.model.quantized_layers import expert_weights
-from finetune.model.small_config import VOCABULARY, small_config
+from finetune.model.small_config import VOCABULARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-log = logging.getLogger(__name__)
-
-CHECK_VERSION = 1
-"""Increased when the check or what it checks changes, so that earlier records are not used."""
 
 TOLERANCE = 1e-4
 """Largest difference of losses and gradients, as a share of their size. Those of correct
@@ -70,61 +56,19 @@ ADAPTER = LoraSettings(
 """The adapters of the check, on every linear layer."""
 
 
-@dataclass(frozen=True)
-class Support:
-    """What the packed engine can do with a base."""
-
-    refusal: str | None
-    """Why it can't train the base; None: it can."""
-    answers_together: bool = True
-    """Whether prompts are answered together, with the answers that each has alone."""
-
-
 class _Refused(Exception):
     """The base can't be trained; the message says why."""
 
 
-def packed_support(config: "PreTrainedConfig") -> Support:
-    """Return what the packed engine can do with a base.
+def check_architecture(small: "PreTrainedConfig") -> tuple[str | None, bool]:
+    """Compare the packed engine with a small base's own code.
 
     Args:
-        config: The base's text config, of transformers' own code.
-    """
-    try:
-        small = small_config(config)
-    # Each config class has its own ways to refuse sizes.
-    except Exception as error:
-        return Support(f"no small base to try it on ({summary_line(error)})")
-    config_class: Any = type(small)
-    return _recorded_support(small.to_json_string(use_diff=False), config_class)
+        small: The small base's config.
 
-
-@functools.cache
-def _recorded_support(content: str, config_class: "type[PreTrainedConfig]") -> Support:
-    """Return the record of the cache, or check and record it."""
-    versions = [version(library) for library in LIBRARIES]
-    identity = repr([CHECK_VERSION, config_class.__name__, content, versions])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    record = cache_folder() / "architectures" / f"{name}.json"
-    values = read_json(record)
-    if values is not None:
-        return Support(values["refusal"], values["answers_together"])
-    small = config_class.from_dict(json.loads(content))
-    try:
-        support = _check(small)
-    except Exception as error:
-        # Neither says anything about the base.
-        if isinstance(error, Interrupted) or is_out_of_memory_error(error):
-            raise
-        # Of any other error it is not known whether it comes again: it is not recorded.
-        return Support(summary_line(error))
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"model_type": config_class.model_type, **asdict(support)})
-    return support
-
-
-def _check(small: "PreTrainedConfig") -> Support:
-    """Compare the packed engine with a small base's own code.
+    Returns:
+        Why the engine can't train such bases, None if it can; and whether prompts of different
+        lengths are answered together as each alone.
 
     Raises:
         Exception: Whatever the base's code raises.
@@ -135,8 +79,8 @@ def _check(small: "PreTrainedConfig") -> Support:
             _compare_training(copy.deepcopy(base))
         # The latter of a feature that the engine has not.
         except (_Refused, NotImplementedError) as error:
-            return Support(summary_line(error))
-        return Support(None, _answers_together(base))
+            return summary_line(error), True
+        return None, _answers_together(base)
 
 
 @contextmanager

@@ -24,15 +24,15 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def no_memory() -> None:
     """Forget what other tests have checked."""
-    from finetune.engine.packed import architecture_check
+    from finetune.engine import packed_support
 
-    architecture_check._recorded_support.cache_clear()
+    packed_support._recorded_support.cache_clear()
 
 
 def support(architecture: str, **changes: Any) -> Any:
     import transformers
 
-    from finetune.engine.packed.architecture_check import packed_support
+    from finetune.engine.packed_support import packed_support
 
     sizes = {**ARCHITECTURES, **PACKED}.get(architecture, TINY)
     config = getattr(transformers, f"{architecture}Config")(**{**sizes, **changes})
@@ -73,7 +73,7 @@ def test_bases_of_published_sizes_pass(architecture: str) -> None:
     """Their config's defaults are the sizes of a published base."""
     import transformers
 
-    from finetune.engine.packed.architecture_check import packed_support
+    from finetune.engine.packed_support import packed_support
     from finetune.model.small_config import small_config
 
     config_class = getattr(transformers, f"{architecture}Config")
@@ -178,21 +178,22 @@ def test_an_argument_of_attention_that_is_not_known_is_refused_by_name(
 def test_a_record_is_read_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from finetune.engine import packed_support
     from finetune.engine.packed import architecture_check
 
     calls = []
-    check: Callable[..., Any] = architecture_check._check
+    check: Callable[..., Any] = architecture_check.check_architecture
 
     def count(*arguments: Any) -> Any:
         calls.append(1)
         return check(*arguments)
 
-    monkeypatch.setattr(architecture_check, "_check", count)
+    monkeypatch.setattr(architecture_check, "check_architecture", count)
     for hidden_size in (64, 128):  # of the same kind
         result = support("Llama", hidden_size=hidden_size, head_dim=16)
         assert result.refusal is None
     assert calls == [1]
-    architecture_check._recorded_support.cache_clear()
+    packed_support._recorded_support.cache_clear()
     support("Llama", head_dim=16)
     assert calls == [1]
     (record,) = (tmp_path / "cache" / "architectures").iterdir()
@@ -201,8 +202,8 @@ def test_a_record_is_read_by_the_next_process(
         "refusal": None,
         "answers_together": True,
     }
-    monkeypatch.setattr(architecture_check, "version", lambda _: "another")
-    architecture_check._recorded_support.cache_clear()
+    monkeypatch.setattr(packed_support, "version", lambda _: "another")
+    packed_support._recorded_support.cache_clear()
     support("Llama", head_dim=16)
     assert calls == [1, 1]
 
@@ -219,6 +220,7 @@ def test_the_plan_says_that_prompts_are_answered_one_after_another(
     """Where padding on the left changes an answer, as the small base shows."""
     import torch
 
+    from finetune.engine import packed_support
     from finetune.engine.packed import architecture_check
     from finetune.plan import main
 
@@ -229,8 +231,8 @@ def test_the_plan_says_that_prompts_are_answered_one_after_another(
     main()
     assert "one prompt after another" not in capsys.readouterr().out
     monkeypatch.setattr(architecture_check, "compare_steps", compare)
-    monkeypatch.setattr(architecture_check, "CHECK_VERSION", -1)
-    architecture_check._recorded_support.cache_clear()
+    monkeypatch.setattr(packed_support, "CHECK_VERSION", -1)
+    packed_support._recorded_support.cache_clear()
     main()
     assert "one prompt after another, in slots too" in capsys.readouterr().out
 
