@@ -14,7 +14,7 @@ from finetune.data.token_file import Example
 from finetune.engine.evaluation import rows_at_once
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.losses import chunk_size
-from finetune.engine.packed.padded_attention import keeps_scores
+from finetune.engine.packed.padded_attention import stored_scores
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
@@ -47,7 +47,7 @@ class LayerShape:
     norms: int
     """Inputs of all norms of the layer."""
     scores: int
-    """Heads whose attention scores are kept: of attention with soft-capping or sinks."""
+    """Attention scores for each query and key: of attention with soft-capping or sinks."""
     adapters: Mapping[str, tuple[int, int, int]]
     """Of adapted layers: input, output and rank, by the last part of their names."""
 
@@ -89,11 +89,11 @@ def cpu_activations(
     """
     decoder = adapted.get_base_model().get_decoder()
     shares_prefixes = not recurrent_layers(decoder)
-    heads = shapes.num_attention_heads if keeps_scores(decoder) else 0
+    scores = shapes.num_attention_heads * stored_scores(decoder)
     base = BaseShape(
         layers=shapes.num_hidden_layers,
         vocabulary=shapes.vocab_size,
-        layer=_layer_shape(read_widths(shapes), adapted, heads),
+        layer=_layer_shape(read_widths(shapes), adapted, scores),
         element=compute_dtype(config.quantization).itemsize,
         caps_logits=logit_transform_of(shapes).cap is not None,
     )
@@ -132,6 +132,8 @@ def _layer_shape(widths: Widths, adapted: Any, scores: int) -> LayerShape:
             weight = getattr(module, "weight", None)
             if weight is None or weight.numel() == widths.hidden:
                 norms += widths.hidden
+            elif last.isdigit():  # of one head
+                norms += weight.numel()
             else:  # of heads
                 norms += widths.keys if last.startswith("k") else widths.queries
     return LayerShape(
@@ -176,8 +178,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         bytes_per_token += sum(width for width, _, _ in layer.adapters.values())
     # Attention keeps padded queries and outputs, and keys and values repeated for all heads.
     attention = 2 * layer.queries * (batch.queries + batch.keys) * base.element
-    # Of capped scores their tanh is kept, and of all the weights.
-    attention += 2 * layer.scores * batch.mask * base.element
+    attention += layer.scores * batch.mask * base.element
     stored = batch.tokens * bytes_per_token + attention
     # All layers share a mask.
     shared = batch.mask * base.element
@@ -234,6 +235,8 @@ def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     projections = states + 2 * layer.queries + 4 * layer.keys
     attention = projections * batch.tokens
     attention += 2 * layer.queries * (batch.queries + batch.keys)
+    # The scores themselves, where PyTorch computes them one by one.
+    attention += layer.scores * batch.mask
     return max(feed_forward, attention) * base.element
 
 

@@ -269,6 +269,10 @@ def read_widths(shapes: Any) -> Widths:
     heads: int = shapes.num_attention_heads
     key_heads: int = largest_value(shapes, "num_key_value_heads") or heads
     head_size: int = largest_value(shapes, "head_dim") or hidden // heads
+    # Keys that are expanded from a few columns (MLA), for each head.
+    expanded: int | None = largest_value(shapes, "qk_nope_head_dim")
+    if expanded:
+        head_size = expanded + (largest_value(shapes, "qk_rope_head_dim") or 0)
     inner: int = largest_value(shapes, "intermediate_size") or 4 * hidden
     return Widths(
         hidden,

@@ -237,11 +237,13 @@ def _attend(
     return weights @ value
 
 
-def keeps_scores(decoder: Any) -> bool:
-    """Whether a decoder's attention scores are kept for the backward pass, as `_attend` says."""
+def stored_scores(decoder: Any) -> int:
+    """Return how many tensors of the scores' size `_attend` keeps for the backward pass."""
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
-        return True
-    return any(name.endswith("sinks") for name, _ in decoder.named_parameters())
+        # The tanh of the scores, and the weights.
+        return 2
+    has_sinks = any(name.endswith("sinks") for name, _ in decoder.named_parameters())
+    return 1 if has_sinks else 0
 
 
 def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch.Tensor:
