@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 
+from finetune.quantities import counted
 from finetune.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -86,15 +87,15 @@ def _enqueue(study: "Study", draft: "Draft") -> None:
     total = study.total
     finished = len(study.finished())
     if total is None:
-        plan = f"{finished} trials, more until the budget is spent"
+        plan = f"{counted(finished, 'trial')}, more until the budget is spent"
     else:
-        plan = f"{max(total - finished, 0)} of {total} trials to go"
+        plan = f"{max(total - finished, 0)} of {counted(total, 'trial')} to go"
     tokens = describe_tokens(study)
     if tokens:
         plan += f", {tokens}"
     n_trials = draft.session.settings.n_trials
     if n_trials is not None and total is not None and total < n_trials:
-        plan += f" (the space has no more than {total} points, each trained once)"
+        plan += f" (the space has no more than {counted(total, 'point')}, each trained once)"
     folder = os.path.relpath(study.folder)
     log.info("study %s: %s, in %s", study.name, plan, folder)
 
@@ -125,7 +126,8 @@ def _has_work(study: "Study", draft: "Draft") -> bool:
                 f"every point of the {space} is tried; "
                 f"another hydra.sweeper.study_name takes another {space}"
             )
-        log.info("study %s is full (%d trials): %s", study.name, finished, advice)
+        trials = counted(finished, "trial")
+        log.info("study %s is full (%s): %s", study.name, trials, advice)
         return False
     if spent and not has_running:
         log.info("study %s: %s", study.name, spent)

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from finetune.console import error_line
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
 from finetune.engine.steps import drive
@@ -17,6 +18,7 @@ from finetune.files.run_folder import (
     RunFolder,
     discard_if_untouched,
     discard_refused,
+    record_refused,
     is_new,
 )
 from finetune.run.context import RunContext
@@ -93,14 +95,17 @@ def job(
         Hydra made, unless the job belongs to a sweep: a sweep's folder shows which jobs failed.
 
     Raises:
-        ConfigError: No run can have this config. The folder that Hydra made is removed.
+        ConfigError: No run can have this config. The folder that Hydra made is removed; a sweep's
+            folder keeps the reason.
     """
     hydra = HydraConfig.get()
     folder = RunFolder(hydra.runtime.output_dir)
     try:
         config = check_job(composed)
-    except ValueError:
+    except ValueError as error:
         discard_if_untouched(folder.path)
+        if hydra.mode == RunMode.MULTIRUN:
+            record_refused(Path(hydra.sweep.dir), hydra.job.num, error_line(error))
         raise
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:

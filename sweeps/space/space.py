@@ -28,7 +28,7 @@ from sweeps.space.conditions import (
 from sweeps.space.distributions import contains, describe, has_choice, suggest
 from sweeps.space.encoding import NULL, encode
 from sweeps.space.overrides import parse_overrides, require_searchable
-from sweeps.space.parameters import Parameter, Variants, read_parameter
+from sweeps.space.parameters import Condition, Parameter, Variants, read_parameter
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
@@ -118,13 +118,13 @@ class Space:
         """
         origins: dict[str, str] = {}
         for name in self.distributions:
-            for key in self._keys_of(name):
+            for key in self.keys_of(name):
                 before = origins.setdefault(key.lstrip("+"), name)
                 if before != name:
                     raise ConfigError(f"{key}: is searched by both {before} and {name}")
-        return [key for name in self.distributions for key in self._keys_of(name)]
+        return [key for name in self.distributions for key in self.keys_of(name)]
 
-    def _keys_of(self, name: str) -> list[str]:
+    def keys_of(self, name: str) -> list[str]:
         """Return the config keys that a parameter sets."""
         if name not in self.variants:
             return [name]
@@ -154,7 +154,7 @@ class Space:
             outside: the trial's values that lie outside the space, which no sampler chooses.
         """
         for name, distribution in self.distributions.items():
-            is_open = outside.keys().isdisjoint([name, *self._keys_of(name)])
+            is_open = outside.keys().isdisjoint([name, *self.keys_of(name)])
             if is_open and self.is_searched(name, {**trial.params, **outside}):
                 suggest(trial, name, distribution)
 
@@ -223,7 +223,7 @@ class Space:
 
         Values of the keys that a variant would set lie outside: no variant has them all.
         """
-        variant_keys = {key for name in self.variants for key in self._keys_of(name)}
+        variant_keys = {key for name in self.variants for key in self.keys_of(name)}
         outside: Point = {}
         for name, value in point.items():
             distribution = self.distributions.get(name)
@@ -231,6 +231,26 @@ class Space:
             if is_value_outside or (distribution is None and name in variant_keys):
                 outside[name] = value
         return outside
+
+    def unsearched(self, point: Point) -> Point:
+        """Return a point's values that no trial of this space trains with."""
+        variant_keys = {key for name in self.variants for key in self.keys_of(name)}
+        unsearched: Point = {}
+        for name, value in point.items():
+            is_named = name in self.distributions or name in variant_keys
+            if not is_named or self._unmet(name, point):
+                unsearched[name] = value
+        return unsearched
+
+    def _unmet(self, name: str, point: Point) -> Condition:
+        """Return what a parameter's condition asks for and a point has another value of."""
+        condition = self.conditions.get(name, {})
+        return {
+            other: allowed
+            for other, allowed in condition.items()
+            # Where the point leaves it open, the sampler may choose a value that fits.
+            if other in point and not has_choice(allowed, point[other])
+        }
 
     def require(self, key: str, point: Point) -> None:
         """Refuse a point that lies outside the space.
@@ -251,11 +271,9 @@ class Space:
             described = describe(self.distributions[name])
             raise ConfigError(f"{key}: {name}={value} lies outside {described}")
         for name in point:
-            for other, allowed in self.conditions.get(name, {}).items():
-                # Where the point leaves it open, the sampler may choose a value that fits.
-                if other in point and not has_choice(allowed, point[other]):
-                    needed = " or ".join(f"{other}={value}" for value in allowed)
-                    raise ConfigError(f"{key}: {name} is searched only with {needed}")
+            for other, allowed in self._unmet(name, point).items():
+                needed = " or ".join(f"{other}={value}" for value in allowed)
+                raise ConfigError(f"{key}: {name} is searched only with {needed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the distributions as plain values, for storage and comparison."""

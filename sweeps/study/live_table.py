@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from finetune.quantities import format_duration
 from finetune.metrics.names import metric_notes
 from sweeps.study.budget import describe_tokens
 from sweeps.study.errors import StorageLost
@@ -126,8 +127,8 @@ class LiveTable:
         if not finished_here or unfinished <= 0:
             return ""
         seconds_per_trial = (time.monotonic() - self._began) / finished_here
-        minutes = max(1, round(seconds_per_trial * unfinished / 60))
-        return f" · about {minutes} min left"
+        left = format_duration(seconds_per_trial * unfinished)
+        return f" · about {left} left"
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

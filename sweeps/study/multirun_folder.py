@@ -18,11 +18,11 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json, write_text
-from finetune.files.run_folder import RunFolder
+from finetune.files.run_folder import RunFolder, refused_jobs
 from finetune.metrics.load import higher_is_better, load_metrics
 from finetune.run.load import read_run_config
 from sweeps.study.formatting import trials_table
-from sweeps.study.study import Study
+from sweeps.study.study import GRID, Study
 
 TABLE = "jobs.txt"
 """The table of all jobs, in the multirun's folder."""
@@ -82,7 +82,8 @@ def read_multirun(folder: Path) -> Study:
         if path.name.isdigit():
             runs[int(path.name)] = RunFolder(path)
     config = _common_config(folder, runs.values())
-    numbers = range(max(runs) + 1)
+    refused = refused_jobs(folder)
+    numbers = range(max([*runs, *refused]) + 1)
     varied = dict(
         zip(
             runs,
@@ -98,7 +99,7 @@ def read_multirun(folder: Path) -> Study:
                 _trial(number, runs[number], varied[number], choices, config.objectives)
             )
         else:
-            trials.append(_refused(number))
+            trials.append(_refused(number, refused.get(number)))
     metrics = load_metrics(config.evaluation)
     directions = []
     for objective in config.objectives:
@@ -160,7 +161,7 @@ def _trial(
     state = _STATES.get(result.get("status", ""), TrialState.RUNNING)
     attributes = {key: result.get(key) for key in ("step", "error")}
     # As in a grid search, more trials are no question.
-    attributes["role"] = "grid"
+    attributes["role"] = GRID
     metrics = result.get("metrics", {})
     values = [metrics.get(name) for name in objectives]
     if state == TrialState.COMPLETE and None in values:
@@ -191,8 +192,8 @@ def _changed(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_mtime)
 
 
-def _refused(number: int) -> FrozenTrial:
-    """Return the trial of a job that has left no folder."""
+def _refused(number: int, reason: str | None) -> FrozenTrial:
+    """Return the trial of a job that has left no folder, with the reason if there is one."""
     now = datetime.fromtimestamp(0)
     return FrozenTrial(
         number=number,
@@ -203,7 +204,7 @@ def _refused(number: int) -> FrozenTrial:
         datetime_complete=now,
         params={},
         distributions={},
-        user_attrs={"error": "was refused before it began"},
+        user_attrs={"error": f"refused: {reason}" if reason else "left no run folder"},
         system_attrs={},
         intermediate_values={},
     )

@@ -20,6 +20,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from finetune.quantities import counted
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
@@ -41,6 +42,9 @@ CONFIRMATION = "confirm.json"
 
 ADDED = "added"
 """The role of a trial that a user has added by hand, in addition to those of `n_trials`."""
+
+GRID = "grid"
+"""The role of a trial whose point belongs to a grid, and of a job of a plain multirun."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -196,8 +200,9 @@ class Study:
     def end(self, reason: str) -> None:
         """End the study before it has all its trials: no further one begins, on any machine."""
         begun = len(self.trials()) - len(self.trials(TrialState.WAITING))
-        trials = str(begun) if self.total is None else f"{begun} of {self.total}"
-        note = f"the study ended itself after {trials} trials: {reason}"
+        of_total = "" if self.total is None else f" of {self.total}"
+        trials = f"{begun}{of_total} {'trial' if begun == 1 else 'trials'}"
+        note = f"the study ended itself after {trials}: {reason}"
         self.optuna.set_user_attr(
             "ended", f"{note}; hydra.sweeper.stop_when=null goes on"
         )

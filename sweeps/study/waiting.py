@@ -8,6 +8,7 @@ import logging
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from finetune.quantities import counted
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueue_point, enqueued_point
 from sweeps.space.space import Point
@@ -102,8 +103,14 @@ def _enqueue_points(study: Study, untried: list[tuple[str, Point]], total: int) 
         study.storage.set_trial_user_attr(trial_id, "role", point_role)
     excess = len(untried) - len(free)
     if excess > 0:
-        message = "%d points wait for a trial: hydra.sweeper.n_trials=%d takes them"
-        log.info(message, excess, total + excess)
+        verb, them = ("waits", "it") if excess == 1 else ("wait", "them")
+        log.info(
+            "%s %s for a trial: hydra.sweeper.n_trials=%d takes %s",
+            counted(excess, "point"),
+            verb,
+            total + excess,
+            them,
+        )
 
 
 def _untried_points(
