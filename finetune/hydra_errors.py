@@ -63,7 +63,9 @@ def hydra_error_line(error: Exception) -> str:
     setting = SWEPT_SETTING.search(text)
     if setting:
         key, _, values = setting["override"].partition("=")
-        reason = f"all runs of a sweep share it: give one value, as {key}={_first(values)}"
+        reason = (
+            f"all runs of a sweep share it: give one value, as {key}={_first(values)}"
+        )
         return f"{key}={values}: {reason}"
     unparsed = UNPARSED_OVERRIDE.search(text)
     if unparsed:

@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from finetune.quantities import format_duration
 from finetune.app import compose_sweep
 from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.errors import ConfigError
 from finetune.model.memory import GIB
+from finetune.quantities import format_duration
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources

@@ -5,6 +5,7 @@ heavy is imported when a sweep begins.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 
-from finetune.quantities import counted
 from finetune.errors import ConfigError, Interrupted
+from finetune.quantities import counted
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -73,11 +74,17 @@ class StudySweeper(Sweeper):
 def _enqueue(study: "Study", draft: "Draft") -> None:
     """Enqueue the trials that the study lacks, and log what is left to do."""
     from sweeps.study.budget import describe_tokens
+    from sweeps.study.result_values import read_config_values
     from sweeps.study.waiting import enqueue_trials
     from sweeps.study.warm_start import take_earlier_studies
 
     session = draft.session
-    earlier = take_earlier_studies(study, session.settings, session.space)
+    earlier = take_earlier_studies(
+        study,
+        session.settings,
+        session.space,
+        functools.partial(read_config_values, session),
+    )
     enqueue_trials(
         study,
         draft.planned_total(study.added_count),

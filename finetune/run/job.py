@@ -9,17 +9,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from finetune.console import error_line
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
+from finetune.console import error_line
 from finetune.engine.steps import drive
 from finetune.errors import ConfigError, refusal
 from finetune.files.run_folder import (
     RunFolder,
     discard_if_untouched,
     discard_refused,
-    record_refused,
     is_new,
+    record_refused,
 )
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources

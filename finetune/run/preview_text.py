@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from finetune.quantities import counted
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.rows import SPLITS
 from finetune.data.segments import Kind, Segment, segments_of
+from finetune.quantities import counted
 from finetune.run.preview import ExampleLength, Preview, ShownExample
 
 MOST_BINS = 10

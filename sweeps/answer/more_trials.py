@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.quantities import counted
 from finetune.metrics.names import describe_metric
+from finetune.quantities import counted
 from sweeps.answer.gain import Gain, simulate_gain
 from sweeps.answer.importance import (
     MeasuredTrial,

@@ -25,6 +25,7 @@ from sweeps.answer.report_tables import failures, leaderboard, spending
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import parameter_cells, parameter_names
 from sweeps.study.inside import first_inside, is_inside, point_of, values_outside
+from sweeps.study.warm_start import warm_start_notes
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -57,6 +58,7 @@ def sections(data: ReportData) -> list[Section]:
         _advice(data),
         _confirmation(data),
         leaderboard(data),
+        _warm_start(data),
         _pareto(data),
         _curves(data),
         chart_section("history", "Optimisation history", charts.history(study)),
@@ -181,6 +183,17 @@ def _confirmation(data: ReportData) -> Section:
         "The winner is chosen on held-out rows and compared on test rows.",
         lines=confirmation_lines(data.confirmation),
         chart=chart_html("seeds", charts.seeds(data.confirmation)),
+    )
+
+
+def _warm_start(data: ReportData) -> Section:
+    notes = warm_start_notes(data.study)
+    note = "Results of earlier studies inform the sampler; they are no trials of this study."
+    return Section(
+        "warm-start",
+        "Earlier studies",
+        note if notes else "",
+        lines=notes,
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.quantities import format_duration
 from finetune.files.atomic import read_json
 from finetune.metrics.names import metric_notes
+from finetune.quantities import format_duration
 from sweeps.answer import charts
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html

@@ -17,7 +17,7 @@ from sweeps.compat import enqueued_point, waiting_trial
 from sweeps.space.conditions import is_met
 from sweeps.space.distributions import describe
 from sweeps.space.encoding import encode
-from sweeps.space.points import point_count, random_point
+from sweeps.space.points import may_repeat, random_point
 from sweeps.space.space import Point, Space
 from sweeps.study.formatting import format_value, objective_cells
 from sweeps.study.inside import point_of
@@ -169,11 +169,15 @@ def _require_new(study: Study, point: Point) -> None:
 
 def _has_untried(space: Space, point: Point, tried: Sequence[Point]) -> bool:
     """Whether a trial with a point's values can be one that is not tried."""
-    if point_count(space) is None:
+    if not may_repeat(space):
         return True
     draw = random.Random(0)
+
+    def continuous(_: str) -> float:
+        return draw.random()
+
     # As many as the sampler draws before it trains a point again.
-    drawn = (random_point(space, draw, point) for _ in range(ATTEMPTS))
+    drawn = (random_point(space, draw, point, continuous) for _ in range(ATTEMPTS))
     return any(not is_among(each, tried) for each in drawn)
 
 

@@ -12,11 +12,11 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
-from sweeps.compat import enqueue_point
 from finetune.errors import refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
+from sweeps.compat import enqueue_point
 from sweeps.space.settings import StudySettings
 from sweeps.study.storage import open_storage
 from sweeps.study.study import EngineChoice, Study, role

@@ -19,8 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.quantities import format_duration
 from finetune.metrics.names import metric_notes
+from finetune.quantities import format_duration
 from sweeps.study.budget import describe_tokens
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_parameters, objective_cells

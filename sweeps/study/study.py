@@ -20,7 +20,6 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.quantities import counted
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError

@@ -7,11 +7,11 @@ from typing import Any
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.trial import FrozenTrial
 
-from sweeps.compat import enqueued_point
 from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
 from finetune.run.identity import KEYS_WITHOUT_EFFECT
+from sweeps.compat import enqueued_point
 from sweeps.space.constraints import KEY as CONSTRAINTS
 from sweeps.space.distributions import describe
 from sweeps.space.settings import StudySettings
@@ -42,9 +42,8 @@ def study_terms(
     searched = {name.lstrip("+") for name in space.config_keys}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
     groups = []
-    for name in searched:
-        if "/" in name or "." not in name:
-            groups.append(name.replace("/", "."))
+    for name in filter(is_group, searched):
+        groups.append(name.replace("/", "."))
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     # Absolute paths, so that the same data has the same terms from any working directory.
     config_values = flatten(config.with_absolute_paths().to_dict())
@@ -64,6 +63,11 @@ def study_terms(
     for name, distribution in space.to_dict().items():
         terms[f"space.{name}"] = distribution
     return terms
+
+
+def is_group(name: str) -> bool:
+    """Whether a parameter is a config group, which sets all keys below it."""
+    return "/" in name or "." not in name
 
 
 def stored_space(terms: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import logging
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from finetune.quantities import counted
 from finetune.files.lock import file_lock
+from finetune.quantities import counted
 from sweeps.compat import enqueue_point, enqueued_point
 from sweeps.space.space import Point
 from sweeps.study.study import ADDED, OUT_OF_TIME, Study, role

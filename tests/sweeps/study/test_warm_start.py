@@ -18,6 +18,7 @@ from finetune.errors import ConfigError
 from sweeps.space.distributions import suggest
 from sweeps.space.space import Point, Space
 from sweeps.study.earlier_results import WarmStartSampler
+from sweeps.study.result_values import ConfigValues
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
 from sweeps.study.warm_start import (
@@ -83,11 +84,30 @@ EARLIER = (
 BEST: Point = {"lora.r": 8, "lora.dropout": 0.1}
 
 
+OWN = {
+    **{key: value for key, value in TERMS.items() if "." in key},
+    "lora.r": 8,
+    "lora.dropout": 0.1,
+}
+"""The config's own values, of what is searched too."""
+
+
+def config_values(space: Space, own: dict[str, Any] = OWN) -> ConfigValues:
+    sets = {}
+    for name, variants in space.variants.items():
+        keys = space.keys_of(name)
+        sets[name] = {
+            variant: {key: values.get(key, own[key]) for key in keys}
+            for variant, values in variants.items()
+        }
+    return ConfigValues(own, sets)
+
+
 def taken(
     study: Study, *overrides: str, space: Space = SPACE
 ) -> tuple[list[Point], list[FrozenTrial]]:
     settings = settings_of("hydra.sweeper.warm_start=s0", *overrides)
-    points = take_earlier_studies(study, settings, space)
+    points = take_earlier_studies(study, settings, space, lambda: config_values(space))
     assert all(role == "warm_start" for role, _ in points)
     return [point for _, point in points], earlier_trials(study, space)
 
@@ -106,7 +126,7 @@ def test_results_are_taken_where_only_the_search_differs(
     ]
     assert results[-1].intermediate_values == {1: 3.0}
     assert caplog.messages == [
-        "warm start: s0: 5 results for the sampler, and the best point to train"
+        "warm start: s0: 5 results for the sampler, 1 point to train"
     ]
     # A resumed study takes the same ones, and those only, though the earlier study has gone on.
     earlier.optuna.add_trial(trial_of(8, 0.15, 1.0))
@@ -164,14 +184,14 @@ def test_what_one_of_the_studies_searches_the_other_has_in_its_config(
 @pytest.mark.parametrize(
     ("change", "override", "reason"),
     [
-        ({"dataset_fingerprint": "b"}, "", "its rows are others"),
+        ({"dataset_fingerprint": "b"}, "", "other rows"),
         (
             {"model.name_or_path": "x"},
             "",
-            "it has model.name_or_path=x, and this study smollm2_135m",
+            "model.name_or_path=x instead of smollm2_135m",
         ),
-        ({"objective": "eval/accuracy"}, "", "it has objective=eval/accuracy, and"),
-        ({"trainer.max_steps": 9}, "", "it has trainer.max_steps=9, and this study 60"),
+        ({"objective": "eval/accuracy"}, "", "objective=eval/accuracy instead of"),
+        ({"trainer.max_steps": 9}, "", "trainer.max_steps=9 instead of 60"),
         ({}, "hydra/sweeper/sampler=cmaes", "this sampler does not learn from them"),
         ({}, "hydra/sweeper/sampler=random", "this sampler does not learn from them"),
     ],
@@ -192,9 +212,9 @@ def test_otherwise_the_best_points_are_trained_again(
     ranks = [(point["lora.r"], point["lora.dropout"]) for point in points]
     assert ranks == [(8, 0.1), (16, 0.2), (16, 0.05)]
     assert caplog.messages[0].startswith(
-        "warm start: s0: 3 best points to train; no results, as "
+        "warm start: s0: 0 results for the sampler, 3 points to train; "
+        f"5 trials left out: 5 ({reason}"
     )
-    assert reason in caplog.messages[0]
 
 
 def test_values_outside_the_space_are_left_to_the_sampler(
@@ -221,7 +241,7 @@ def test_a_missing_study_is_refused_before_the_study_begins(
     study = made(tmp_path, "s")
     settings = settings_of(f"hydra.sweeper.warm_start=[{name}]")
     with pytest.raises(ConfigError, match=message):
-        take_earlier_studies(study, settings, SPACE)
+        take_earlier_studies(study, settings, SPACE, lambda: config_values(SPACE))
     # A resumed study may have taken it already.
     require_studies(settings, study.folder)
     if name == "s9":
@@ -273,9 +293,7 @@ def test_a_study_begins_with_an_earlier_ones_results_and_resumes_with_them(
     best = first.ranked()[0]
     warm = "hydra.sweeper.warm_start=[s0]"
     said = run("s1", "n_trials=2", warm)
-    assert (
-        "warm start: s0: 4 results for the sampler, and the best point to train" in said
-    )
+    assert "warm start: s0: 4 results for the sampler, 1 point to train\n" in said
     said = run("s1", "n_trials=3", warm)
     assert "warm start: " not in said
     trials = Study.load(folder_of(tmp_path, "s1")).trials()
@@ -287,7 +305,7 @@ def test_a_study_begins_with_an_earlier_ones_results_and_resumes_with_them(
     (again,) = (trial for trial in trials if trial.params == best.params)
     assert again.value == pytest.approx(best.value, abs=1e-5)
     said = run("s2", "n_trials=1", warm, "trainer.max_steps=2")
-    assert "no results, as it has trainer.max_steps=3, and this study 2" in said
+    assert "4 trials left out: 4 (trainer.max_steps=3 instead of 2)" in said
 
 
 def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
@@ -307,5 +325,6 @@ def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
     study = made(tmp_path, "s")
     with caplog.at_level("INFO"):
         points, results = taken(study)
+    # What a variant leaves out is known from its run.
     assert (points, results) == ([{"lora.r": 4}], [])
-    assert "warm start: s0: 1 best point to train; no results, as" in caplog.text
+    assert "0 results for the sampler, 1 point to train; 2 trials left" in caplog.text
