@@ -249,6 +249,42 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 
+@pytest.mark.parametrize("launcher", ["basic", "slots", "joblib"])
+def test_the_table_says_why_a_job_was_refused(
+    launcher: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Before its run began, or as its rows were read."""
+    command = multirun(
+        tiny_base,
+        f"hydra/launcher={launcher}",
+        "quantization=none",
+        "experiment=a,b,c",
+        "--config-dir",
+        ".",
+    )
+    (tmp_path / "experiment").mkdir()
+    for name, text in (
+        ("a", "lora: {r: 4}"),
+        ("b", "lora: {r: -4}"),
+        ("c", "dataset: {path: nowhere.jsonl}"),
+    ):
+        head = "# @package _global_\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"{head}{text}\n")
+    ended = station.run(*command, cwd=tmp_path)
+    assert ended.returncode == 1
+    jobs = tmp_path / "jobs"
+    table = (jobs / "jobs.txt").read_text().splitlines()
+    assert len(table) == 4
+    assert [line.split()[:2] for line in table[1:]] == [
+        ["0", "complete"],
+        ["1", "fail"],
+        ["2", "fail"],
+    ]
+    assert table[2].endswith("  refused: lora.r=-4: must be at least 1")
+    assert "dataset.path=nowhere.jsonl: " in table[3]
+    assert not (jobs / "trials" / "1").exists()
+
+
 def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     station: Station,
     tiny: Tiny,

@@ -23,7 +23,7 @@ from support.studies import settings_of
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from sweeps.space.points import grid_points, point_count
-from sweeps.space.samplers import conditions_note
+from sweeps.space.samplers import conditions_note, constraints_note
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
@@ -204,6 +204,60 @@ def test_no_point_with_a_condition_is_repeated(sampler: str, drive: Drive) -> No
     points = drive(sampler, 5, params=params)
     # r of 4, and r of 8 with four values of alpha.
     assert distinct(points) == 5
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+def test_a_point_is_not_repeated_where_no_continuous_parameter_is_searched(
+    sampler: str, drive: Drive
+) -> None:
+    params = {
+        "lora.r": "choice(4, 8)",
+        "optimizer.lr_scheduler_type": "choice(linear, constant)",
+        "optimizer.warmup_ratio": (
+            "tag('optimizer.lr_scheduler_type=linear', interval(0.0, 1.0))"
+        ),
+    }
+    # Best without the continuous parameter, where only two points are.
+    points = drive(
+        sampler, 14, params=params, values=lambda point: [len(point) + point["lora.r"]]
+    )
+    assert distinct(points) == 14
+    assert sum("optimizer.warmup_ratio" not in point for point in points) <= 2
+
+
+def test_samplers_that_ignore_constraints_say_so_where_there_are_any() -> None:
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 2e6']"
+    for sampler in [*SAMPLERS, "grid"]:
+        chosen = f"hydra/sweeper/sampler={sampler}"
+        assert constraints_note(settings_of(chosen)) is None
+        note = constraints_note(settings_of(chosen, bound))
+        assert (note is not None) == (sampler in ("cmaes", "qmc", "random"))
+        assert note is None or note.startswith(f"constraints: {sampler} does not learn")
+
+
+def test_a_sampler_that_ignores_constraints_says_so_once(tmp_path: Path) -> None:
+    """Optuna's CMA-ES would warn at the end of each trial; warnings are errors here."""
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 2e6']"
+    session = session_of(
+        "hydra/sweeper/sampler=cmaes",
+        bound,
+        space=Space.parse(PARAMS, []),
+        folder=tmp_path,
+    )
+    opened = create_or_resume(
+        tmp_path / "a",
+        session.settings,
+        None,
+        {"objective": "eval/loss"},
+        session.space.distributions,
+    )
+    enqueue_trials(opened, 1, [])
+    with claim_trial(opened) as claim:
+        assert claim is not None
+        runner = TrialRunner(session, opened, claim, Interrupt())
+        runner.suggest_overrides()
+        runner.trial.set_constraint("adapter/parameters <= 2e6", 1.0)
+        runner.trial.study.tell(runner.trial, 1.0)
 
 
 def test_samplers_that_draw_conditional_parameters_at_random_say_so() -> None:

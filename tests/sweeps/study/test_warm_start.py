@@ -21,6 +21,7 @@ from sweeps.study.earlier_results import WarmStartSampler
 from sweeps.study.result_values import ConfigValues
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
+from sweeps.study.terms import stored_space
 from sweeps.study.warm_start import (
     earlier_trials,
     require_studies,
@@ -328,3 +329,129 @@ def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
     # What a variant leaves out is known from its run.
     assert (points, results) == ([{"lora.r": 4}], [])
     assert "0 results for the sampler, 1 point to train; 2 trials left" in caplog.text
+
+
+BOUND = "hydra.sweeper.constraints=['eval/accuracy >= 0.6']"
+
+
+def test_this_studys_constraints_are_computed_from_the_earlier_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {"hydra.sweeper.constraints": ["adapter/parameters <= 10"]}
+    study = made(tmp_path, "s0", *EARLIER, terms=TERMS | other)
+    # The best one violates the bound, the second one has no such figure.
+    for number, figures in enumerate(
+        ({"eval/accuracy": 0.5}, {}, {"eval/accuracy": 0.7})
+    ):
+        study.folder_of(number).path.mkdir(parents=True)
+        study.folder_of(number).result.write_text(json.dumps({"metrics": figures}))
+    with caplog.at_level("INFO"):
+        points, results = taken(made(tmp_path, "s"), BOUND)
+    assert [trial.params["lora.r"] for trial in results] == [8, 16, 4]
+    first, second, pruned = [list(trial.constraints.values()) for trial in results]
+    assert (first, second) == ([pytest.approx(0.1)], [pytest.approx(-0.1)])
+    # It has not been evaluated by the metric yet.
+    assert pruned == []
+    assert (
+        "3 results for the sampler, 1 point to train; 2 trials left out: "
+        in caplog.text
+    )
+    assert "2 (no eval/accuracy for a constraint)" in caplog.text
+    # The best feasible one that is known, not the best one.
+    assert points == [{"lora.r": 16, "lora.dropout": 0.2}]
+
+
+def test_a_bound_of_both_studies_is_known_without_the_earlier_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trial = trial_of(8, 0.1, 2.0)
+    trial.set_constraint("eval/accuracy >= 0.6", -0.2)
+    made(tmp_path, "s0", trial)
+    _, results = taken(made(tmp_path, "s"), BOUND)
+    assert [each.constraints for each in results] == [{"eval/accuracy >= 0.6": -0.2}]
+
+
+def test_every_trial_that_is_left_out_is_counted_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = create_trial(state=TrialState.FAIL)
+    waiting = create_trial(state=TrialState.WAITING)
+    running = create_trial(state=TrialState.RUNNING)
+    outside = trial_of(8, 0.1, 1.0)
+    made(tmp_path, "s0", *EARLIER, failed, waiting, running, outside)
+    narrow = Space.parse(
+        {"lora.r": "choice(8,16)", "lora.dropout": "interval(0, 0.1)"}, []
+    )
+    with caplog.at_level("INFO"):
+        taken(made(tmp_path, "s", space=narrow), space=narrow)
+    assert caplog.messages == [
+        "warm start: s0: 3 results for the sampler, 1 point to train; 5 trials left out: "
+        "2 (lora.r outside choice(8, 16)), 1 (lora.dropout outside interval(0.0, 0.1)), "
+        "1 (failed), 1 (not finished)"
+    ]
+
+
+FIRST = """
+params:
+  size: {variants: {default: {}, small: {lora.r: 4, lora.alpha: "${lora.r}"}}}
+  optimizer.lr_scheduler_type: choice(linear,constant)
+  optimizer.warmup_ratio: {search: "interval(0.1, 0.5)", when: {optimizer.lr_scheduler_type: linear}}
+"""
+SECOND = """
+params:
+  lora.r: choice(4,16)
+  lora.alpha: choice(4,16)
+  optimizer.lr_scheduler_type: choice(linear,constant)
+  optimizer.warmup_ratio: {search: "interval(0, 0.5)", when: {optimizer.lr_scheduler_type: linear}}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_conditions_and_variants_is_wholly_taken(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """By one that searches the keys of the variants, and has a constraint; and the other way."""
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "first.yaml").write_text(FIRST)
+    (tmp_path / "search" / "second.yaml").write_text(SECOND)
+
+    def run(name: str, *more: str) -> str:
+        common = ("--config-dir", ".", "hydra/sweeper/pruner=none", "lora.r=16")
+        ended = station.run(
+            *study_overrides(tiny_base, name), *common, *more, cwd=tmp_path
+        )
+        assert ended.returncode == 0, ended.stderr
+        return str(ended.stderr)
+
+    run("s0", "search=first", "n_trials=6")
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 1e9']"
+    said = run(
+        "s1", "search=second", "n_trials=4", "hydra.sweeper.warm_start=s0", bound
+    )
+    assert "warm start: s0: 6 results for the sampler, 1 point to train\n" in said
+    second = Study.load(folder_of(tmp_path, "s1"))
+    space = Space.from_dict(stored_space(second.optuna.user_attrs["terms"]))
+    results = earlier_trials(second, space)
+    assert {trial.params["lora.r"] for trial in results} == {4, 16}
+    assert all(
+        trial.params["lora.alpha"] == trial.params["lora.r"] for trial in results
+    )
+    assert all(
+        trial.constraints.keys() == {"adapter/parameters <= 1e9"} for trial in results
+    )
+    page = station.run("report", "s1", module="sweeps", cwd=tmp_path)
+    assert page.returncode == 0, page.stderr
+    text = (second.folder / "report.html").read_text()
+    assert "s0: 6 results for the sampler, 1 point to train" in text
+
+    said = run("s2", "search=first", "n_trials=3", "hydra.sweeper.warm_start=s1")
+    taken_results = [
+        trial.params
+        for trial in second.trials()
+        if trial.params["lora.alpha"] == trial.params["lora.r"]
+    ]
+    assert f"warm start: s1: {len(taken_results)} result" in said
+    assert "trials left out: " in said or len(taken_results) == 4
