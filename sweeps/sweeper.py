@@ -163,11 +163,12 @@ def _conclude(study: "Study", session: "Session") -> None:
     from optuna.trial import TrialState
 
     from sweeps.answer.conclusion import conclude
+    from sweeps.study.adapters import remove_adapters
     from sweeps.study.session import has_failed_too_often
 
     folder = os.path.relpath(study.folder)
     try:
-        study.remove_adapters(session.settings.keep_adapters)
+        remove_adapters(study, session.settings.keep_adapters)
         if session.settings.confirm:
             _confirm(study, session)
         conclude(study, session.common.tracker)

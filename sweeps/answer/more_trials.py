@@ -14,7 +14,8 @@ from sweeps.answer.importance import (
     rung_of_comparison,
 )
 from sweeps.space.feasibility import is_feasible
-from sweeps.study.study import GRID, Study, role
+from sweeps.study.roles import GRID, role
+from sweeps.study.study import Study
 
 MIN_TRIALS_FOR_GAIN = 20
 """Measured trials that are needed to say whether more help: with 8, any rule is a guess."""

@@ -21,7 +21,8 @@ from sweeps.study.formatting import (
     trial_note,
     variant_notes,
 )
-from sweeps.study.study import OUT_OF_TIME, Study, role
+from sweeps.study.roles import role
+from sweeps.study.study import OUT_OF_TIME, Study
 
 
 def leaderboard(data: ReportData) -> Section:

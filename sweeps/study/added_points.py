@@ -21,7 +21,8 @@ from sweeps.space.points import may_repeat, random_point
 from sweeps.space.space import Point, Space
 from sweeps.study.formatting import format_value, objective_cells
 from sweeps.study.inside import point_of
-from sweeps.study.study import ADDED, OUT_OF_TIME, Study
+from sweeps.study.roles import ADDED
+from sweeps.study.study import OUT_OF_TIME, Study
 from sweeps.study.terms import stored_space
 from sweeps.study.trial_text import find_trial
 from sweeps.study.untried import ATTEMPTS, is_among

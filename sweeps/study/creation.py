@@ -18,8 +18,9 @@ from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.compat import enqueue_point
 from sweeps.space.settings import StudySettings
+from sweeps.study.roles import role
 from sweeps.study.storage import open_storage
-from sweeps.study.study import EngineChoice, Study, role
+from sweeps.study.study import Study
 from sweeps.study.terms import (
     has_new_config,
     require_changeable,
@@ -181,26 +182,3 @@ def _clear_unfinished_run(folder: RunFolder) -> None:
                 folder.clear()
     except FolderHeld:
         return
-
-
-def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
-    """Store how trials are trained, unless an earlier session did.
-
-    Args:
-        study: the study.
-        choice: this session's choice.
-
-    Returns:
-        The stored choice.
-    """
-    if "engine" not in study.optuna.user_attrs:
-        study.optuna.set_user_attr("slots", choice.slots)
-        study.optuna.set_user_attr("checkpointing", choice.checkpointing)
-        # Last, because its presence says that all three are stored.
-        study.optuna.set_user_attr("engine", choice.name)
-    stored = study.optuna.user_attrs
-    return EngineChoice(
-        name=str(stored["engine"]),
-        slots=int(stored["slots"]),
-        checkpointing=bool(stored.get("checkpointing", False)),
-    )

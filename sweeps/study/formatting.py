@@ -9,7 +9,8 @@ from finetune.metrics.names import format_metric, metric_notes
 from sweeps.space.feasibility import is_feasible, violated
 from sweeps.space.pruners import rung_values
 from sweeps.study.inside import is_inside, point_of, values_outside
-from sweeps.study.study import GRID, Study, role
+from sweeps.study.roles import GRID, role
+from sweeps.study.study import Study
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,7 +22,9 @@ from finetune.files.run_folder import RunFolder, refused_jobs
 from finetune.metrics.load import higher_is_better, load_metrics
 from finetune.run.load import read_run_config
 from sweeps.study.formatting import trials_table
-from sweeps.study.study import GRID, Study
+from sweeps.study.in_memory import study_in_memory
+from sweeps.study.roles import GRID
+from sweeps.study.study import Study
 
 TABLE = "jobs.txt"
 """The table of all jobs, in the multirun's folder."""
@@ -106,7 +108,7 @@ def read_multirun(folder: Path) -> Study:
         rises = higher_is_better(objective, metrics)
         directions.append(StudyDirection.MAXIMIZE if rises else StudyDirection.MINIMIZE)
     attributes = {"terms": {"objective": list(config.objectives)}, "total": len(trials)}
-    return Study.in_memory(folder, folder.name, directions, attributes, trials)
+    return study_in_memory(folder, folder.name, directions, attributes, trials)
 
 
 def is_multirun(study: Study) -> bool:

@@ -14,14 +14,15 @@ from sweeps.space.samplers import (
 )
 from sweeps.space.settings import StudySettings
 from sweeps.study.base_choice import by_base, require_comparable_bases
-from sweeps.study.creation import create_or_resume, decide_engine
+from sweeps.study.creation import create_or_resume
+from sweeps.study.engine_choice import EngineChoice, decide_engine
 from sweeps.study.launching import worker_count
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
 from sweeps.study.space_check import check_space
 from sweeps.study.storage import check_address
-from sweeps.study.study import EngineChoice, Study
+from sweeps.study.study import Study
 from sweeps.study.terms import study_terms
 
 log = logging.getLogger(__name__)

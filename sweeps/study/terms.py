@@ -16,7 +16,7 @@ from sweeps.space.constraints import KEY as CONSTRAINTS
 from sweeps.space.distributions import describe
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
-from sweeps.study.study import ADDED, role
+from sweeps.study.roles import ADDED, role
 
 OTHER_NAME = "give another hydra.sweeper.study_name"
 

@@ -12,7 +12,8 @@ from finetune.files.lock import file_lock
 from finetune.quantities import counted
 from sweeps.compat import enqueue_point, enqueued_point
 from sweeps.space.space import Point
-from sweeps.study.study import ADDED, OUT_OF_TIME, Study, role
+from sweeps.study.roles import ADDED, role
+from sweeps.study.study import OUT_OF_TIME, Study
 from sweeps.study.untried import is_among, tried_points
 
 log = logging.getLogger(__name__)

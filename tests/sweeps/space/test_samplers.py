@@ -27,8 +27,9 @@ from sweeps.space.samplers import conditions_note, constraints_note
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
+from sweeps.study.engine_choice import EngineChoice
 from sweeps.study.session import Session
-from sweeps.study.study import EngineChoice, Study
+from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
 from sweeps.study.waiting import enqueue_trials
 

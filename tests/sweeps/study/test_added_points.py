@@ -19,8 +19,9 @@ from sweeps.compat import enqueued_point, waiting_trial
 from sweeps.space.space import Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
+from sweeps.study.roles import role
 from sweeps.study.storage import open_storage
-from sweeps.study.study import Study, role
+from sweeps.study.study import Study
 from sweeps.study.waiting import enqueue_trials
 
 SPACE = Space.parse(
