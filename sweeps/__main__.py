@@ -5,18 +5,14 @@ A study is given by its name under `outputs/sweeps`, by its folder, or as `lates
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from finetune.console import CommandParser, command_parser, run_command
+from finetune.console import command_parser, run_command
 from sweeps.commands import act, inspect, points
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
 
 VALUES_HELP = "searched keys and their values"
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[CommandParser]
 
 
 def main() -> None:
@@ -40,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # Python before 3.14 prints the file's name, `__main__.py`.
     parser.prog = PROGRAM
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = _Commands(parser)
     for add_command in (
         _add_list,
         _add_show,
@@ -56,14 +52,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_list(commands: "Commands") -> None:
+class _Commands:
+    """The commands of a parser, each with its parser, help and example."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(
+            dest="command", required=True, metavar="COMMAND"
+        )
+
+    def add(
+        self,
+        name: str,
+        action: Callable[[argparse.Namespace], None],
+        text: str,
+        arguments: str = "",
+    ) -> argparse.ArgumentParser:
+        """Add a command, with an example of its arguments in its help."""
+        sentence = f"{text[0].upper()}{text[1:]}."
+        example = f"{PROGRAM} {name} {arguments}".strip()
+        parser = self._parsers.add_parser(
+            name, help=text, description=sentence, epilog=f"example: {example}"
+        )
+        parser.set_defaults(action=action)
+        return parser
+
+    def add_for_study(
+        self,
+        name: str,
+        action: Callable[[argparse.Namespace], None],
+        text: str,
+        arguments: str = "s1",
+    ) -> argparse.ArgumentParser:
+        """Add a command whose first argument is a study."""
+        parser = self.add(name, action, text, arguments)
+        parser.add_argument("study", metavar="S", help=STUDY_HELP)
+        return parser
+
+
+def _add_list(commands: _Commands) -> None:
     text = f"list all studies under {STUDIES}"
-    _add_command(commands, "list", inspect.list_studies, text)
+    commands.add("list", inspect.list_studies, text)
 
 
-def _add_show(commands: "Commands") -> None:
+def _add_show(commands: _Commands) -> None:
     text = "list the trials of a study, or show one in full"
-    parser = _add_for_study(commands, "show", inspect.show, text, "s1 7")
+    parser = commands.add_for_study("show", inspect.show, text, "s1 7")
     parser.add_argument(
         "trial",
         type=int,
@@ -72,83 +105,53 @@ def _add_show(commands: "Commands") -> None:
     )
 
 
-def _add_diff(commands: "Commands") -> None:
+def _add_diff(commands: _Commands) -> None:
     text = "show what two trials differ in: their configs and their results"
-    parser = _add_for_study(commands, "diff", inspect.diff, text, "s1 7 0")
+    parser = commands.add_for_study("diff", inspect.diff, text, "s1 7 0")
     numbers = "two numbers"
     parser.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help=numbers)
 
 
-def _add_best(commands: "Commands") -> None:
+def _add_best(commands: _Commands) -> None:
     text = "write best/ and experiment/best.yaml again from the winner, and print the result"
-    _add_for_study(commands, "best", act.best, text)
+    commands.add_for_study("best", act.best, text)
 
 
-def _add_stop(commands: "Commands") -> None:
+def _add_stop(commands: _Commands) -> None:
     text = "stop a running trial at its next step and record it as pruned"
-    parser = _add_for_study(commands, "stop", act.stop, text, "s1 7")
+    parser = commands.add_for_study("stop", act.stop, text, "s1 7")
     parser.add_argument("trial", type=int, help="number of the trial")
 
 
-def _add_add(commands: "Commands") -> None:
+def _add_add(commands: _Commands) -> None:
     text = "add a trial with a point, on top of n_trials, also while the study runs"
     example = "s1 lora.r=8 lora.alpha=16"
-    parser = _add_for_study(commands, "add", points.add, text, example)
+    parser = commands.add_for_study("add", points.add, text, example)
     parser.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
 
 
-def _add_clone(commands: "Commands") -> None:
+def _add_clone(commands: _Commands) -> None:
     text = "add a trial with the point of another one and some changes"
-    parser = _add_for_study(commands, "clone", points.clone, text, "s1 7 lora.r=8")
+    parser = commands.add_for_study("clone", points.clone, text, "s1 7 lora.r=8")
     parser.add_argument("trial", type=int, help="number of the trial")
     parser.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
 
 
-def _add_report(commands: "Commands") -> None:
+def _add_report(commands: _Commands) -> None:
     text = "write report.html, which needs no network"
-    parser = _add_for_study(commands, "report", act.report, text, "latest --watch")
+    parser = commands.add_for_study("report", act.report, text, "latest --watch")
     text = "update it until no trial is running"
     parser.add_argument("--watch", action="store_true", help=text)
 
 
-def _add_confirm(commands: "Commands") -> None:
+def _add_confirm(commands: _Commands) -> None:
     text = "retrain the best trials with other seeds"
     example = "s1 --top 3 --seeds 5"
-    parser = _add_for_study(commands, "confirm", act.confirm, text, example)
+    parser = commands.add_for_study("confirm", act.confirm, text, example)
     top = "number of best trials (default 3)"
     parser.add_argument("--top", type=_positive, default=3, help=top)
     seeds = "number of seeds (default 5)"
     parser.add_argument("--seeds", type=_positive, default=5, help=seeds)
-
-
-def _add_command(
-    commands: "Commands",
-    name: str,
-    action: Callable[[argparse.Namespace], None],
-    text: str,
-    arguments: str = "",
-) -> argparse.ArgumentParser:
-    """Add a command, with an example of its arguments in its help."""
-    sentence = f"{text[0].upper()}{text[1:]}."
-    example = f"{PROGRAM} {name} {arguments}".strip()
-    parser = commands.add_parser(
-        name, help=text, description=sentence, epilog=f"example: {example}"
-    )
-    parser.set_defaults(action=action)
-    return parser
-
-
-def _add_for_study(
-    commands: "Commands",
-    name: str,
-    action: Callable[[argparse.Namespace], None],
-    text: str,
-    arguments: str = "s1",
-) -> argparse.ArgumentParser:
-    """Add a command whose first argument is a study."""
-    parser = _add_command(commands, name, action, text, arguments)
-    parser.add_argument("study", metavar="S", help=STUDY_HELP)
-    return parser
 
 
 def _positive(text: str) -> int:
