@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import optuna
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.samplers import (
     CmaEsSampler,
     GPSampler,
@@ -17,7 +17,7 @@ from optuna.samplers import (
     QMCSampler,
     TPESampler,
 )
-from support.configs import compose
+from support.driving import drive_study, session_of
 from support.studies import settings_of
 
 from finetune.engine.interrupt import Interrupt
@@ -27,8 +27,6 @@ from sweeps.space.samplers import conditions_note, constraints_note
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
-from sweeps.study.engine_choice import EngineChoice
-from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
 from sweeps.study.waiting import enqueue_trials
@@ -40,25 +38,6 @@ PARAMS = {
     "lora.r": "range(4, 65, 4)",
     "lora.alpha": "choice(8, 16, 32)",
 }
-
-
-def session_of(
-    *overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")
-) -> Session:
-    nothing: Any = None  # it composes no trial
-    config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
-    engine = EngineChoice("packed", slots=1)
-    return Session(
-        folder,
-        None,
-        settings_of(*overrides),
-        space,
-        config,
-        nothing,
-        common,
-        None,
-        engine,
-    )
 
 
 def loss(point: Point) -> float:
@@ -80,41 +59,16 @@ def drive(tmp_path: Path) -> Drive:
     trials."""
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
-    def run(
-        sampler: str,
-        trials: int,
-        *overrides: str,
-        seed: int = 0,
-        study: str = "a",
-        params: dict[str, str] = PARAMS,
-        points: list[tuple[str, Point]] | None = None,
-        values: Callable[[Point], list[float]] = lambda point: [loss(point)],
-    ) -> list[Point]:
-        session = session_of(
-            f"hydra/sweeper/sampler={sampler}",
-            *overrides,
-            space=Space.parse(params, []),
-            seed=seed,
-            folder=tmp_path,
-        )
-        count = len(session.settings.directions)
-        objectives = ["eval/loss", "adapter/parameters"][:count]
-        opened = create_or_resume(
-            tmp_path / study,
-            session.settings,
-            None,
-            {"objective": objectives if len(objectives) > 1 else objectives[0]},
-            session.space.distributions,
-        )
-        enqueue_trials(opened, trials, points or [])
-        while True:
-            with claim_trial(opened) as claim:
-                if claim is None:
-                    break
-                runner = TrialRunner(session, opened, claim, Interrupt())
-                runner.suggest_overrides()
-                opened.optuna.tell(runner.trial, values(runner.trial.params))
-        return [trial.params for trial in opened.trials()]
+    def run(sampler: str, trials: int, *overrides: str, **more: Any) -> list[Point]:
+        defaults: dict[str, Any] = {
+            "study": "a",
+            "params": PARAMS,
+            "values": lambda point: [loss(point)],
+            "config": {"most": 0.3},
+        }
+        more = defaults | more
+        folder = tmp_path / more.pop("study")
+        return drive_study(folder, sampler, trials, *overrides, **more)
 
     return run
 
