@@ -63,10 +63,8 @@ def hydra_error_line(error: Exception) -> str:
     setting = SWEPT_SETTING.search(text)
     if setting:
         key, _, values = setting["override"].partition("=")
-        reason = (
-            f"all runs of a sweep share it: give one value, as {key}={_first(values)}"
-        )
-        return f"{key}={values}: {reason}"
+        one = f"{key}={_first(values)}"
+        return f"{key}={values}: must be one value for all runs of a sweep, as {one}"
     unparsed = UNPARSED_OVERRIDE.search(text)
     if unparsed:
         wrong_call = WRONG_CALL.search(text)

@@ -41,14 +41,14 @@ SETTINGS = [
     Case(
         "several-numbers-of-trials",
         "n_trials=1,2",
-        "hydra.sweeper.n_trials=1,2: all runs of a sweep share it: give one value, as "
+        "hydra.sweeper.n_trials=1,2: must be one value for all runs of a sweep, as "
         "hydra.sweeper.n_trials=1",
     ),
     Case(
         "several-samplers",
         "hydra/sweeper/sampler=choice(tpe,gp)",
-        "hydra/sweeper/sampler=choice(tpe,gp): all runs of a sweep share it: give one value, "
-        "as hydra/sweeper/sampler=tpe",
+        "hydra/sweeper/sampler=choice(tpe,gp): must be one value for all runs of a sweep, as "
+        "hydra/sweeper/sampler=tpe",
     ),
     Case(
         "no-workers",
