@@ -105,7 +105,9 @@ def job(
     except ValueError as error:
         discard_if_untouched(folder.path)
         if hydra.mode == RunMode.MULTIRUN:
-            record_refused(Path(hydra.sweep.dir), hydra.job.num, error_line(error))
+            # The job may have another working directory.
+            sweep_folder = Path(hydra.runtime.cwd, hydra.sweep.dir)
+            record_refused(sweep_folder, hydra.job.num, error_line(error))
         raise
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:

@@ -4,6 +4,7 @@ A study's terms lack what the study searches. Of an earlier trial such values ar
 and, where it has none (a condition is not met, a variant leaves a key out), those of its run.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,11 @@ def read_config_values(session: Session) -> ConfigValues:
         assert isinstance(distribution, CategoricalDistribution)
         sets[name] = {}
         for choice in distribution.choices:
-            values = at({name: choice})
+            try:
+                values = at({name: choice})
+            # It is allowed with other values than the config's own: no earlier trial is sought.
+            except ConfigError:
+                continue
             keys = _keys_of(space, name, values)
             # A key that only one of several variants adds is missing with the others.
             sets[name][choice] = {key: values[key] for key in keys if key in values}
@@ -136,6 +141,12 @@ def _composed_values(session: Session, overrides: list[str]) -> dict[str, Any]:
     # For the interpolations `${hydra:…}` in the config.
     HydraConfig.instance().set_config(composed)
     config = RunConfig.from_hydra(composed)
+    common = session.common
+    if config.optimizer.learning_rate is None and config.model == common.model:
+        rate = common.optimizer.learning_rate
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        config = dataclasses.replace(config, optimizer=optimizer)
+    # Only the rate of another base is looked for, which the log says.
     return _encoded(resolve_learning_rate(config, shared_resources))
 
 

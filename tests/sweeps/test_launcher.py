@@ -249,14 +249,24 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 
-@pytest.mark.parametrize("launcher", ["basic", "slots", "joblib"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=basic"],
+        ["hydra/launcher=basic", "hydra.job.chdir=true"],
+        ["hydra/launcher=slots"],
+        ["hydra/launcher=joblib"],
+    ],
+    ids=["basic", "other directory", "slots", "joblib"],
+)
 def test_the_table_says_why_a_job_was_refused(
-    launcher: str, station: Station, tiny_base: Path, tmp_path: Path
+    launcher: list[str], station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Before its run began, or as its rows were read."""
     command = multirun(
         tiny_base,
-        f"hydra/launcher={launcher}",
+        *launcher,
         "quantization=none",
         "experiment=a,b,c",
         "--config-dir",
@@ -280,7 +290,9 @@ def test_the_table_says_why_a_job_was_refused(
         ["1", "fail"],
         ["2", "fail"],
     ]
-    assert table[2].endswith("  refused: lora.r=-4: must be at least 1")
+    assert table[2].endswith(
+        "  refused: lora.r=-4: must be a whole number of at least 1"
+    )
     assert "dataset.path=nowhere.jsonl: " in table[3]
     assert not (jobs / "trials" / "1").exists()
 
