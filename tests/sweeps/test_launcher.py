@@ -245,7 +245,7 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
     states = [line.split()[1] for line in table[1:]]
     assert states == ["complete", "complete", "fail", "fail"]
     assert "training diverged" in table[3]
-    assert table[4].endswith("  refused: optimizer.learning_rate=-1: must be above 0")
+    assert table[4].endswith("  refused: optimizer.learning_rate=-1.0: must be above 0")
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
 
 
