@@ -68,4 +68,3 @@ def trimmed_heap(decoder: "torch.nn.Module") -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
