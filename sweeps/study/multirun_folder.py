@@ -79,12 +79,15 @@ def read_multirun(folder: Path) -> Study:
     Raises:
         ConfigError: no job has ended with a value of the objective, by which jobs are compared.
     """
+    refused = refused_jobs(folder)
     runs = {}
     for path in (folder / "trials").glob("*"):
-        if path.name.isdigit():
-            runs[int(path.name)] = RunFolder(path)
+        run = RunFolder(path)
+        # A refused job's folder stays where it is the working directory.
+        has_begun = path.name not in map(str, refused) or run.identity.exists()
+        if path.name.isdigit() and has_begun:
+            runs[int(path.name)] = run
     config = _common_config(folder, runs.values())
-    refused = refused_jobs(folder)
     numbers = range(max([*runs, *refused]) + 1)
     varied = dict(
         zip(
