@@ -457,3 +457,39 @@ def test_a_study_of_conditions_and_variants_is_wholly_taken(
     ]
     assert f"warm start: s1: {counted(len(taken_results), 'result')} for" in said
     assert "trials left out: " in said or len(taken_results) == 4
+
+
+@pytest.mark.slow
+def test_what_a_searched_group_sets_is_compared_key_by_key(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    def run(name: str, *more: str) -> str:
+        ended = station.run(
+            *study_overrides(tiny_base, name),
+            "~search",
+            "hydra/sweeper/pruner=none",
+            *more,
+            cwd=tmp_path,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return str(ended.stderr)
+
+    run("s0", "lora=choice(r4,r8)", "n_trials=3")
+    warm = "hydra.sweeper.warm_start=s0"
+    said = run(
+        "s1", "lora=r8", "optimizer.weight_decay=choice(0.0,0.1)", "n_trials=2", warm
+    )
+    # The baseline has r of 16.
+    assert (
+        "warm start: s0: 1 result for the sampler, 0 points to train; 2 trials left out: "
+        "2 (lora.r is not 8)\n"
+    ) in said
+    warm = "hydra.sweeper.warm_start=s1"
+    said = run("s2", "lora=choice(r8,r16)", "n_trials=1", warm)
+    assert (
+        "warm start: s1: 1 result for the sampler, 0 points to train; 1 trial left out: "
+        "1 (optimizer.weight_decay is not 0.0)\n"
+    ) in said
+    second = Study.load(folder_of(tmp_path, "s2"))
+    space = Space.from_dict(stored_space(second.optuna.user_attrs["terms"]))
+    assert [trial.params for trial in earlier_trials(second, space)] == [{"lora": "r8"}]
