@@ -62,8 +62,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: The base's tokenizer.
         prompt_format: How prompts are formatted.
         positions: Positions of the base; None: unlimited.
-        evaluate_rows: Returns the evaluation of tokenised rows.
-        answer: Returns the answers to prompts, those of each item.
+        evaluate_rows: Returns the evaluation of tokenised rows; None: requests are only built.
+        answer: Returns the answers to prompts, those of each item; None: as above.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: "PreTrainedTokenizerBase",
         prompt_format: PromptFormat,
         positions: int | None,
-        evaluate_rows: Callable[[list[Example]], Evaluation],
-        answer: Callable[[list[EncodedPrompts]], list[Answers]],
+        evaluate_rows: Callable[[list[Example]], Evaluation] | None = None,
+        answer: Callable[[list[EncodedPrompts]], list[Answers]] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -137,6 +137,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         rows = [self._row(context, answer) for _, context, answer in requests]
+        assert self._evaluate_rows is not None
         evaluation = self._evaluate_rows(rows)
         columns = zip(
             evaluation.row_losses,
@@ -186,6 +187,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for settings, numbers in groups.items():
             texts = [requests[number].args[0] for number in numbers]
             prompts.append(self.encode_prompts(texts, settings))
+        assert self._answer is not None
         answers = self._answer(prompts)
         texts = [""] * len(requests)
         for (settings, numbers), group_answers in zip(

@@ -48,7 +48,7 @@ class EvaluationSettings(Section):
     turns; auto: if the base has one, as the run's rows are."""
 
     harness_system: str | None = None
-    """Text of a system turn before each prompt of a task; null: the task's own description alone."""
+    """Text of a system turn before each prompt of a task; null: only the task's description."""
 
     max_new_tokens: int = 128
     """Limit of a generated answer, in tokens."""
