@@ -189,7 +189,7 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(
     short: Tiny, tmp_path: Path
 ) -> None:
     config = short("evaluation.metrics=[harness/long]")
-    with pytest.raises(ConfigError, match="up to 100000 tokens .* positions"):
+    with pytest.raises(ConfigError, match=r"up to 100000 tokens .* positions"):
         run(config, tmp_path / "run", QUIET)
 
 
