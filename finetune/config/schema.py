@@ -217,7 +217,12 @@ class RunConfig(Section):
             eval_path=_absolute_path(self.dataset.eval_path),
             test_path=_absolute_path(self.dataset.test_path),
         )
-        return dataclasses.replace(self, model=model, dataset=dataset)
+        evaluation = dataclasses.replace(
+            self.evaluation, harness_path=_absolute_path(self.evaluation.harness_path)
+        )
+        return dataclasses.replace(
+            self, model=model, dataset=dataset, evaluation=evaluation
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested plain values, for trackers and files."""

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.compat import harness_filters
@@ -109,6 +110,8 @@ def load_benchmark(path: str, folder: str | None) -> Benchmark:
         reason = 'needs the package lm-eval: pip install "qlora-sweeps[harness]"'
         raise refusal(KEY, path, reason)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if folder is not None and not Path(folder).is_dir():
+        raise refusal("evaluation.harness_path", folder, "there is no such folder")
     manager = _task_manager(folder)
     name = path.removeprefix(HARNESS)
     _require_value(path, name, manager)

@@ -119,7 +119,8 @@ def _benchmark_work(
     documents: Documents,
 ) -> Work:
     from finetune.run.harness import copy_benchmark
-    from finetune.run.harness_model import HarnessModel, build_requests
+    from finetune.run.harness_calls import build_requests
+    from finetune.run.harness_model import HarnessModel
 
     format_of_prompts = prompt_format(config, tokenizer)
     model = HarnessModel(benchmark.path, tokenizer, format_of_prompts, positions=None)

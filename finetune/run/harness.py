@@ -55,12 +55,20 @@ def evaluate_tasks(
         The scores by name.
     """
     scores: dict[str, Score] = {}
-    for path in dict.fromkeys(metric.path for metric in metrics):
-        of_task = [metric for metric in metrics if metric.path == path]
-        benchmark = copy_benchmark(load_benchmark(path, config.evaluation.harness_path))
-        steps = _Harness(model, benchmark, config, tokenizer, documents).evaluate()
-        results = yield from steps
-        for metric in of_task:
+    settings = config.evaluation
+    paths = dict.fromkeys(metric.path for metric in metrics)
+    benchmarks = [load_benchmark(path, settings.harness_path) for path in paths]
+    for number, benchmark in enumerate(benchmarks, start=1):
+        asks_later = settings.generates or any(
+            later.generates for later in benchmarks[number:]
+        )
+        harness = _Harness(
+            model, copy_benchmark(benchmark), config, tokenizer, documents, asks_later
+        )
+        results = yield from harness.evaluate()
+        for metric in metrics:
+            if metric.path != benchmark.path:
+                continue
             score = _score(metric, results)
             if score is not None:
                 scores[metric.names[0]] = score
@@ -77,6 +85,7 @@ class _Harness:
         config: RunConfig,
         tokenizer: "PreTrainedTokenizerBase",
         documents: Documents,
+        asks_later: bool,
     ) -> None:
         self._model = model
         self._benchmark = benchmark
@@ -86,8 +95,10 @@ class _Harness:
         self._calls: queue.SimpleQueue[tuple[RunSteps[Any], Future[Any]]] = (
             queue.SimpleQueue()
         )
-        self._will_ask = benchmark.generates
-        """Whether answers will be asked for."""
+        self._asks_later = asks_later
+        """Whether the evaluation asks for answers after this task."""
+        self._will_ask = benchmark.generates or asks_later
+        """Whether it does from now on."""
 
     def evaluate(self) -> RunSteps[Mapping[str, Any]]:
         """Return the task's values and its documents' scores."""
@@ -109,7 +120,8 @@ class _Harness:
 
     def _thread(self) -> Callable[[], Mapping[str, Any]]:
         """Return what the thread does."""
-        from finetune.run.harness_model import HarnessModel, evaluate_by_harness
+        from finetune.run.harness_calls import evaluate_by_harness
+        from finetune.run.harness_model import HarnessModel
 
         base = self._model.model
         plain = prompt_format(self._config, self._tokenizer)
@@ -142,7 +154,7 @@ class _Harness:
         answers = []
         for item in prompts:
             answers.append((yield from self._model.answer(item)))
-        self._will_ask = False
+        self._will_ask = self._asks_later
         return answers
 
     def _ask(self, steps: RunSteps[Any]) -> Any:

@@ -4,16 +4,14 @@ Imported only where a task is evaluated or planned, because it imports `lm_eval`
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from finetune.compat import silence_harness
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encoding import IGNORED
 from finetune.data.token_file import Example
@@ -24,7 +22,6 @@ from finetune.engine.encoded_prompts import (
     StopTexts,
 )
 from finetune.engine.evaluation import Evaluation
-from finetune.metrics.harness import Benchmark
 from finetune.metrics.harness_generation import (
     AnswerSettings,
     check_room,
@@ -232,53 +229,3 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             sampling,
             stops,
         )
-
-
-def evaluate_by_harness(
-    model: HarnessModel, benchmark: Benchmark, numbers: Mapping[str, list[int]]
-) -> Mapping[str, Any]:
-    """Let the harness evaluate documents of a task, or of a group of tasks.
-
-    Args:
-        model: Answers the harness's requests.
-        benchmark: The tasks; their requests are replaced.
-        numbers: The documents of each task, by their numbers.
-
-    Returns:
-        `values`, the metrics by `METRIC,FILTER`, and `samples`, those of each document.
-    """
-    silence_harness()
-    results = evaluate(
-        model,
-        {"tasks": dict(benchmark.tasks), "groups": dict(benchmark.groups)},
-        samples=dict(numbers),
-        bootstrap_iters=0,
-        system_instruction=model.prompt_format.system,
-        apply_chat_template=model.prompt_format.template is not None,
-        fewshot_as_multiturn=True,
-    )
-    samples = [
-        sample for name in benchmark.tasks for sample in results["samples"][name]
-    ]
-    return {"values": results["results"][benchmark.name], "samples": samples}
-
-
-def build_requests(model: HarnessModel, task: Any, numbers: list[int]) -> list[Any]:
-    """Return the harness's requests for documents of a task, without asking them.
-
-    Args:
-        model: Formats the prompts.
-        task: The task; its requests are replaced.
-        numbers: The documents, by their numbers.
-    """
-    silence_harness()
-    has_template = model.prompt_format.template is not None
-    task.build_all_requests(
-        samples=numbers,
-        system_instruction=model.prompt_format.system,
-        apply_chat_template=has_template,
-        fewshot_as_multiturn=True,
-        chat_template=model.apply_chat_template if has_template else None,
-    )
-    requests: list[Any] = task.instances
-    return requests

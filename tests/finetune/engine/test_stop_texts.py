@@ -73,7 +73,6 @@ def test_a_stop_text_ends_an_answer_early_and_changes_nothing_before_it(
     assert base.text(stopped).partition(stop)[0] == before
 
 
-
 def test_an_answer_with_a_stop_text_is_the_same_beside_longer_ones(base: Base) -> None:
     whole = base.answers(TEXTS)
     stop = base.text(whole[0][2:5])

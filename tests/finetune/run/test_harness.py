@@ -136,6 +136,10 @@ def test_a_direction_is_the_tasks_own(short: Tiny) -> None:
             "did you mean parity",
         ),
         (
+            ["evaluation.metrics=[harness/parity]", "evaluation.harness_path=nowhere"],
+            "evaluation.harness_path=nowhere: there is no such folder",
+        ),
+        (
             ["evaluation.metrics=[harness/beams]"],
             "evaluation.metrics=harness/beams: its generation_kwargs have num_beams=4; allowed: "
             "until, max_gen_toks, do_sample, temperature, top_p",
