@@ -6,9 +6,10 @@ the run's engine and so together with other runs.
 
 import copy
 import dataclasses
+import logging
 import math
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ from finetune.run.harness_prompts import Documents, document_numbers, prompt_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from finetune.run.harness_model import HarnessModel
+
+log = logging.getLogger(__name__)
 
 FEWSHOT_SEED = 1234
 """The harness's own default: the examples in a prompt are the same ones at each evaluation."""
@@ -102,7 +107,8 @@ class _Harness:
 
     def evaluate(self) -> RunSteps[Mapping[str, Any]]:
         """Return the task's values and its documents' scores."""
-        future = start_thread(self._thread())
+        model = self._harness_model()
+        future = start_thread(lambda: self._ask_harness(model))
         while not future.done():
             try:
                 steps, response = self._calls.get(timeout=POLL_SECONDS)
@@ -116,17 +122,23 @@ class _Harness:
                 # The thread must not wait for ever.
                 response.set_exception(error)
                 raise
-        return future.result()
+        results = future.result()
+        # Here and not in the thread, so that it goes to the run's log.
+        if model.cut_prompts:
+            log.warning(
+                "%s: the beginnings of %d prompts are cut: the base has too few positions",
+                self._benchmark.path,
+                model.cut_prompts,
+            )
+        return results
 
-    def _thread(self) -> Callable[[], Mapping[str, Any]]:
-        """Return what the thread does."""
-        from finetune.run.harness_calls import evaluate_by_harness
+    def _harness_model(self) -> "HarnessModel":
         from finetune.run.harness_model import HarnessModel
 
         base = self._model.model
         plain = prompt_format(self._config, self._tokenizer)
         ends = end_tokens(base, plain.ends)
-        model = HarnessModel(
+        return HarnessModel(
             self._benchmark.path,
             self._tokenizer,
             dataclasses.replace(plain, ends=ends),
@@ -134,12 +146,17 @@ class _Harness:
             self._evaluate_rows,
             self._answer,
         )
+
+    def _ask_harness(self, model: "HarnessModel") -> Mapping[str, Any]:
+        """Let the harness evaluate. Called in the thread."""
+        from finetune.run.harness_calls import evaluate_by_harness
+
         limit = self._config.evaluation.limit
         numbers = {
             name: document_numbers(len(task.eval_docs), self._documents, limit)
             for name, task in self._benchmark.tasks.items()
         }
-        return lambda: evaluate_by_harness(model, self._benchmark, numbers)
+        return evaluate_by_harness(model, self._benchmark, numbers)
 
     def _evaluate_rows(self, rows: list[Example]) -> Evaluation:
         evaluation: Evaluation = self._ask(self._model.evaluate(rows))

@@ -3,7 +3,6 @@
 Imported only where a task is evaluated or planned, because it imports `lm_eval`.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,6 @@ from finetune.metrics.harness_generation import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 NO_LIMIT = 2**20
 """Tokens of a window of a text, where the base has no limit of positions."""
@@ -75,6 +72,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.tokenizer = tokenizer
         self.prompt_format = prompt_format
+        self.cut_prompts = 0
+        """Prompts whose beginnings were cut, because the base has too few positions."""
         self._path = path
         self._positions = positions or NO_LIMIT
         self._evaluate_rows = evaluate_rows
@@ -114,14 +113,23 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        bos = self.tokenizer.bos_token
-        if add_special_tokens is None and bos and string.startswith(bos):
+        # The template has written all special tokens, as in the run's rows.
+        if add_special_tokens is None and self.prompt_format.template is not None:
             add_special_tokens = False
-        # Else as the tokenizer does by default.
+        if add_special_tokens is None:
+            return self._encode_text(string)
+        ids: list[int] = self.tokenizer.encode(
+            string, add_special_tokens=add_special_tokens
+        )
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode plain text as the tokenizer does by default, with one beginning."""
+        bos = self.tokenizer.bos_token
         special = {}
-        if add_special_tokens is not None:
-            special = {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **special)
+        if bos and text.startswith(bos):
+            special = {"add_special_tokens": False}
+        ids: list[int] = self.tokenizer.encode(text, **special)
         return ids
 
     def loglikelihood(
@@ -147,6 +155,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _row(self, context: list[int], answer: list[int]) -> Example:
         """Return a row whose loss is that of the answer; a context that is too long is cut."""
         ids = [*context, *answer]
+        self.cut_prompts += len(ids) > self._positions
         labels = [IGNORED] * len(context) + answer
         return {
             "input_ids": ids[-self._positions :],
@@ -162,7 +171,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             (text,) = request.args
             # A row has one token more than the window's answer.
             of_text = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self._encode_text(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self._positions - 1,
                 context_len=1,
@@ -208,12 +217,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         check_room(self._path, settings, self._positions)
         room = self._positions - settings.max_tokens
         ids = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
-        cut = sum(len(tokens) > room for tokens in ids)
-        if cut:
-            log.warning(
-                "%s: %d prompts are longer than %d tokens, and their beginnings are cut",
-                self._path, cut, room,
-            )  # fmt: skip
+        self.cut_prompts += sum(len(tokens) > room for tokens in ids)
         sampling = None
         if settings.temperature:
             seed = self.prompt_format.seed
