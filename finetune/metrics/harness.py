@@ -112,8 +112,8 @@ def load_benchmark(path: str, folder: str | None) -> Benchmark:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not Path(folder).is_dir():
         raise refusal("evaluation.harness_path", folder, "there is no such folder")
-    manager = _task_manager(folder)
     name = path.removeprefix(HARNESS)
+    manager = _manager_of(name, folder)
     _require_value(path, name, manager)
     try:
         loaded = manager.load(name)
@@ -121,20 +121,47 @@ def load_benchmark(path: str, folder: str | None) -> Benchmark:
         raise refusal(KEY, path, f"can't be loaded: {summary_line(error)}") from error
     benchmark = Benchmark(path, loaded["tasks"], loaded["groups"])
     for task_name, task in benchmark.tasks.items():
-        reason = _unusable(task)
-        if reason is not None:
+        unusable = _unusable(task)
+        if unusable is not None:
             where = "" if task_name == name else f"its task {task_name} "
-            raise refusal(KEY, path, f"{where}{reason}")
+            raise refusal(KEY, path, f"{where}{unusable}")
     # Settings that can't be used are refused here.
     _ = benchmark.answer_settings
     return benchmark
 
 
+def _manager_of(name: str, folder: str | None) -> Any:
+    """Return what loads a task or a group: the user's folder alone, if it has all of it.
+
+    To read lm-evaluation-harness's many files takes some seconds.
+    """
+    if folder is not None:
+        of_folder = _task_manager(folder, has_defaults=False)
+        names = [name]
+        if name in of_folder.all_groups:
+            names = _members(of_folder, name)
+        if set(names) <= set(of_folder.all_subtasks):
+            return of_folder
+    return _task_manager(folder, has_defaults=True)
+
+
 @functools.cache
-def _task_manager(folder: str | None) -> Any:
+def _task_manager(folder: str | None, has_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=folder)
+    return TaskManager(include_path=folder, include_defaults=has_defaults)
+
+
+def _members(manager: Any, group: str) -> list[str]:
+    """Return the names of a group's tasks and groups."""
+    members = manager.task_index[group].cfg.get("task") or []
+    members = [members] if isinstance(members, str) else members
+    return [
+        member
+        if isinstance(member, str)
+        else str(member.get("task", member.get("group")))
+        for member in members
+    ]
 
 
 def _require_value(path: str, name: str, manager: Any) -> None:
@@ -149,17 +176,9 @@ def _require_value(path: str, name: str, manager: Any) -> None:
         )
         raise refusal(KEY, path, f"{reason}: {_first(tasks)} ({listed})")
     if name in manager.all_groups:
-        values = manager.task_index[name].cfg
-        if values.get("aggregate_metric_list"):
+        if manager.task_index[name].cfg.get("aggregate_metric_list"):
             return
-        members = values.get("task") or []
-        members = [members] if isinstance(members, str) else members
-        names = [
-            member
-            if isinstance(member, str)
-            else member.get("task", member.get("group"))
-            for member in members
-        ]
+        names = _members(manager, name)
         reason = (
             f"is a group of {len(names)} tasks, for which lm-evaluation-harness defines no value "
             "(aggregate_metric_list); name some of them"

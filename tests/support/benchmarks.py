@@ -67,11 +67,14 @@ process_results: !function scoring.process
 metric_list:
   - {{metric: code, aggregation: mean, higher_is_better: true}}
 """
+WIDE = GENERATED.replace("max_gen_toks: 20", "max_gen_toks: 500")
+"""The tiny base has 512 positions."""
 TASKS = {
     "parity": CHOICES,
     "text": ROLLING,
     "said": GENERATED,
     "exact": EXACT,
+    "wide": WIDE,
     "drawn": SAMPLED,
     "few": CHOICES + "tag: [numbers]\nprocess_docs: !function scoring.first_four\n",
     "beams": ANSWERS
@@ -143,7 +146,9 @@ def by_the_harness_itself(
         tasks=[task],
         samples=samples,
         bootstrap_iters=0,
-        task_manager=TaskManager(include_path=folder.parent / "tasks"),
+        task_manager=TaskManager(
+            include_path=folder.parent / "tasks", include_defaults=False
+        ),
         apply_chat_template=has_template,
     )
     return results["results"][task]

@@ -17,8 +17,12 @@ from support.runs import TRL, Tiny, final, train_in_slots
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.harness import load_benchmark
 from finetune.metrics.load import check_metrics, higher_is_better, load_metrics
 from finetune.run.context import RunContext
+from finetune.run.harness import copy_benchmark
+from finetune.run.harness_prompts import prompt_format
+from finetune.run.resources import SharedResources
 from finetune.run.run import run
 
 QUIET = RunContext(interactive=False)
@@ -105,13 +109,40 @@ def test_a_base_without_a_template_is_asked_plain_text(
     assert str(refused.value).startswith(line)
 
 
-def test_a_system_turn_changes_the_prompts(short: Tiny, tmp_path: Path) -> None:
-    values = []
-    for number, system in enumerate(("null", "Be brief.")):
-        folder = tmp_path / str(number)
-        run(short(SAID, f"evaluation.harness_system={system}"), folder, QUIET)
-        values.append(RunFolder(folder).metrics()[0]["eval/harness/said"])
-    assert values[0] != values[1]
+@pytest.mark.parametrize(
+    ("overrides", "beginning"),
+    [
+        ([], "<|im_start|>system\nAnswer.<|im_end|>\n<|im_start|>user\n"),
+        (
+            ["evaluation.harness_system=Hm."],
+            "<|im_start|>system\nHm.\n\nAnswer.<|im_end|>\n<|im_start|>user\n",
+        ),
+        (
+            ["evaluation.harness_system=Hm.", "evaluation.harness_chat_template=false"],
+            "Hm.\n\nAnswer.",
+        ),
+    ],
+)
+def test_prompts_have_their_system_turn_and_examples_as_turns(
+    short: Tiny, overrides: list[str], beginning: str
+) -> None:
+    from finetune.run.harness_calls import build_requests
+    from finetune.run.harness_model import HarnessModel
+
+    config = short(SAID, *overrides)
+    tokenizer = SharedResources().tokenizer(config.model)
+    path = "harness/said"
+    benchmark = load_benchmark(path, config.evaluation.harness_path)
+    (task,) = copy_benchmark(benchmark).tasks.values()
+    model = HarnessModel(path, tokenizer, prompt_format(config, tokenizer), 512)
+
+    (request,) = build_requests(model, task, [3])
+
+    text, _ = request.args
+    assert text.startswith(beginning)
+    turns = text.count("<|im_start|>")
+    # System, two examples, the question, and the beginning of its answer.
+    assert turns == (0 if "false" in "".join(overrides) else 1 + 2 * 2 + 1 + 1)
 
 
 @pytest.fixture
@@ -191,6 +222,20 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(
     config = short("evaluation.metrics=[harness/long]")
     with pytest.raises(ConfigError, match=r"up to 100000 tokens .* positions"):
         run(config, tmp_path / "run", QUIET)
+
+
+def test_prompts_that_are_too_long_lose_their_beginnings(
+    short: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = short("evaluation.metrics=[harness/wide]")
+    run(config, tmp_path / "run", QUIET)
+
+    expected = by_the_harness_itself(tmp_path / "run", "wide", {"wide": EVEN})
+    metrics = final(tmp_path / "run")["metrics"]
+    assert metrics["eval/harness/wide"] == expected["code,whole"]
+    count = len(EVEN)
+    line = f"harness/wide: the beginnings of {count} prompts are cut"
+    assert line in caplog.text
 
 
 @pytest.mark.parametrize(
