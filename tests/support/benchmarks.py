@@ -67,7 +67,7 @@ process_results: !function scoring.process
 metric_list:
   - {{metric: code, aggregation: mean, higher_is_better: true}}
 """
-WIDE = GENERATED.replace("max_gen_toks: 20", "max_gen_toks: 500")
+WIDE = GENERATED.replace('" th"], max_gen_toks: 20', '"?"], max_gen_toks: 500')
 """The tiny base has 512 positions."""
 TASKS = {
     "parity": CHOICES,
