@@ -81,7 +81,6 @@ def test_a_stop_text_of_one_answer_changes_none_beside_it(base: Base) -> None:
 
     stopped = base.answers(TEXTS, stop)
 
-    assert base.text(whole[0]) not in base.text(stopped[0])
     for expected, answer in zip(whole, stopped, strict=True):
         before = base.text(expected).partition(stop)[0]
         assert base.text(answer).partition(stop)[0] == before
