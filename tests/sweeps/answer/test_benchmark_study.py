@@ -13,7 +13,7 @@ from support.runs import final, write_jsonl
 
 from sweeps.study.study import Study
 
-DOCUMENTS = 40
+DOCUMENTS = 240
 HEAD = """
 task: {name}
 dataset_path: json
@@ -24,7 +24,7 @@ doc_to_text: "Is {{{{number}}}} a number?"
 GENERATED = """
 output_type: generate_until
 doc_to_target: "Yes"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+generation_kwargs: {until: ["\\n"], max_gen_toks: 2}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
@@ -68,7 +68,7 @@ def study(
     tiny_base: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
-    """A study of four trials in two slots, two of which hardly learn."""
+    """A study of four trials in two slots, some of which hardly learn."""
     pytest.importorskip("lm_eval")
     place = tmp_path_factory.mktemp("benchmark")
     rows = [chat(f"Is {number} a number?", "Yes") for number in range(260)]
@@ -80,12 +80,12 @@ def study(
     for name, text in TASKS.items():
         head = HEAD.format(name=name, file=file)
         (place / f"tasks/{name}.yaml").write_text(head + text)
-    points = "[{optimizer.learning_rate: 1e-6},{optimizer.learning_rate: 2e-6}]"
+    points = "[{optimizer.learning_rate: 1e-2},{optimizer.learning_rate: 1e-6}]"
     ended = station.run(
         *study_overrides(tiny_base, "s"), "dataset.path=rows.jsonl", "dataset.limit=null",
         "dataset.eval_fraction=5e-2", "dataset.test_fraction=5e-2",
         f"objective=harness/{request.param}", "evaluation.harness_path=tasks",
-        "trainer.max_steps=18", "optimizer.learning_rate=1e-2", "optimizer.warmup_ratio=0",
+        "trainer.max_steps=24", "optimizer.warmup_ratio=0",
         "~search", "optimizer.learning_rate=tag(log,interval(1e-6,2e-2))",
         f"hydra.sweeper.start={points}", "hydra.sweeper.pruner.min_survivors=1",
         "hydra.sweeper.n_trials=4", "hydra.sweeper.slots=2", cwd=place,
@@ -128,7 +128,9 @@ def test_its_answer_compares_the_documents_that_no_decision_has_seen(
 
     assert compared["metric"] == name
     assert compared["winner"] == final(winner)["metrics"][name]
-    assert {"difference", "low", "high", "verdict"} <= set(compared)
+    low, high = compared["interval_95"]
+    assert low <= compared["difference"] <= high
+    assert compared["verdict"] == "better"
     recorded = json.loads((study.folder / "best/test_rows.json").read_text())
     scores = recorded["scores"][f"harness/{study.task}"]
     assert scores["row_counts"] == [1] * (DOCUMENTS // 2)
