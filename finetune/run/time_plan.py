@@ -7,10 +7,10 @@ from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
 from finetune.engine.schedule import answer_steps, evaluation_rungs, total_steps
 from finetune.run.evaluation_work import (
-    Generation,
     Work,
     answer_work,
     loss_work,
+    prompt_work,
 )
 
 TRAINING_PASSES = 4.0
@@ -128,7 +128,6 @@ def plan_time(
     held_out, test = splits["eval"], splits["test"]
     answered = answer_steps(config.evaluation, rungs) if len(held_out) else []
     tasks = tasks or {"eval": Work(), "test": Work()}
-    prompts = Work(generations=(Generation(1, prompt_steps(config)),))
     return TimePlan(
         training=train_tokens * TRAINING_PASSES * token_seconds,
         evaluation=seconds(loss_work(config, held_out)),
@@ -136,15 +135,8 @@ def plan_time(
         test=seconds(
             loss_work(config, test) + answer_work(config, test) + tasks["test"]
         ),
-        answers=seconds(prompts),
+        answers=seconds(prompt_work(config)),
         answering=seconds(answer_work(config, held_out) + tasks["eval"]),
         answered=len(answered),
         base_is_answered=0 in answered,
     )
-
-
-def prompt_steps(config: RunConfig) -> int:
-    """The most steps in which the sample prompts are answered once."""
-    if config.sample_prompts == []:
-        return 0
-    return config.sample_max_new_tokens or config.sample_max_length or 0

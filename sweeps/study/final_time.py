@@ -9,14 +9,8 @@ the other runs.
 import math
 
 from finetune.config.schema import RunConfig
-from finetune.run.evaluation_work import (
-    Generation,
-    Work,
-    answer_work,
-    loss_work,
-)
+from finetune.run.evaluation_work import answer_work, loss_work, prompt_work
 from finetune.run.resources import SharedResources
-from finetune.run.time_plan import prompt_steps
 from sweeps.study.study import Study
 
 FINAL_SECONDS = "final_seconds"
@@ -51,9 +45,8 @@ def estimate_final_seconds(
         evaluation_work += resources.task_work("eval", config)
     test_work = loss_work(config, test) + answer_work(config, test)
     test_work += resources.task_work("test", config)
-    prompts = Work(generations=(Generation(1, prompt_steps(config)),))
     # The winner's and the baseline's test rows, the base's and the winner's answers to prompts.
-    final = 2 * test_work.duration(is_gpu) + 2 * prompts.duration(is_gpu)
+    final = 2 * test_work.duration(is_gpu) + 2 * prompt_work(config).duration(is_gpu)
     return seconds * final / evaluation_work.duration(is_gpu) + CONCLUSION_SECONDS
 
 

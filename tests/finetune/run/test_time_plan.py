@@ -62,7 +62,8 @@ def test_tokens_rungs_and_prompts_are_counted() -> None:
     assert plan.evaluations == 5
     assert plan.evaluation == pytest.approx(20 * 50 * EVALUATION_PASSES)
     assert plan.test == pytest.approx(30 * 10 * EVALUATION_PASSES)
-    step = STEP_TOKENS * EVALUATION_PASSES
+    # Two held-out prompts.
+    step = (STEP_TOKENS + 2) * EVALUATION_PASSES
     assert plan.answers == pytest.approx(5 * step)
     parts = plan.training + 5 * plan.evaluation + plan.test + 2 * plan.answers
     assert plan.run == pytest.approx(parts)
@@ -75,21 +76,21 @@ def test_a_step_of_generation_has_its_own_time_on_a_gpu() -> None:
 
 def test_answers_are_generated_together_after_their_prompts() -> None:
     plan, without = planned("evaluation=exact_match"), planned()
-    step = STEP_TOKENS * EVALUATION_PASSES
+    step = (STEP_TOKENS + 20) * EVALUATION_PASSES
     prompts = 20 * 50 * EVALUATION_PASSES
     assert plan.evaluation == without.evaluation
     assert plan.answering == pytest.approx(7 * step + prompts)
     assert without.answering == 0
+    step = (STEP_TOKENS + 30) * EVALUATION_PASSES
     prompts = 30 * 10 * EVALUATION_PASSES
     assert plan.test - without.test == pytest.approx(7 * step + prompts)
     limited = planned("evaluation=exact_match", "evaluation.limit=3")
+    step = (STEP_TOKENS + 3) * EVALUATION_PASSES
     prompts = 3 * 10 * EVALUATION_PASSES
     assert limited.test - without.test == pytest.approx(7 * step + prompts)
-    many = planned("evaluation=exact_match", test=Split([10] * 3000))
-    without = planned(test=Split([10] * 3000))
-    # More rows than a step on a CPU computes for nothing.
-    expected = (7 * 3000 + 3000 * 10) * EVALUATION_PASSES
-    assert many.test - without.test == pytest.approx(expected)
+    on_gpu = planned("evaluation=exact_match", is_gpu=True)
+    seconds = 7 * GENERATED_STEP_SECONDS + 20 * 50 * EVALUATION_PASSES
+    assert on_gpu.answering == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_tasks_are_counted_with_the_documents_of_their_split() -> None:
     }
     tasks_key = "evaluation.metrics=[harness/any]"
     plan, without = planned(tasks_key, tasks=tasks), planned()
-    step = STEP_TOKENS * EVALUATION_PASSES
+    step = (STEP_TOKENS + 4) * EVALUATION_PASSES
     assert plan.answering == pytest.approx(300 * EVALUATION_PASSES + 6 * step)
     assert plan.test - without.test == pytest.approx(500 * EVALUATION_PASSES)
 

@@ -46,8 +46,8 @@ def resources(**splits: list[int]) -> Any:
     [
         # Twice three times as many tokens.
         (["sample_prompts=[]"], False, 6),
-        # And twice 10 steps of a tenth of the held-out tokens each.
-        (["sample_max_new_tokens=10"], False, 6 + 2 * 10 / 10),
+        # And twice 10 steps, of two prompts each.
+        (["sample_max_new_tokens=10"], False, 6 + 2 * 10 * 82 / 800),
         # A step takes as long as one of two batches.
         (["sample_max_new_tokens=10"], True, 6 + 2 * 10 / 2),
         # An evaluation generates 20 tokens of all answers together, after their prompts.
@@ -58,7 +58,7 @@ def resources(**splits: list[int]) -> Any:
                 "evaluation.max_new_tokens=20",
             ],
             False,
-            2 * (4800 + 20 * 80 + 10 * 80) / (1600 + 20 * 80),
+            2 * (4800 + 20 * 104 + 10 * 82) / (1600 + 20 * 88),
         ),
         (
             [
