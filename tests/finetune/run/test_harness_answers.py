@@ -224,6 +224,7 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(
         run(config, tmp_path / "run", QUIET)
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_lose_their_beginnings(
     short: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
