@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, Trainer
+    from wandb.proto.wandb_internal_pb2 import Record
 
 
 def import_transformers_without_torch() -> None:
@@ -93,6 +94,37 @@ def wandb_summary(run: "wandb.Run") -> dict[str, Any]:
     """
     values: dict[str, Any] = run.summary._as_dict()
     return values
+
+
+def wandb_record_class() -> "type[Record]":
+    """Return the class of the records in W&B's `.wandb` files.
+
+    Reason: no public function reads such a file, or writes one. wandb 0.31, `wandb.proto`, whose
+    module chooses the classes for the installed protobuf. Upstream: none.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    record_class: type[Record] = wandb_internal_pb2.Record
+    return record_class
+
+
+def on_wandb_upload_failure(callback: Callable[[], None]) -> None:
+    """Call a function whenever W&B gives up to upload a run's data; the run itself goes on.
+
+    Reason: W&B's process then sends a text, which is printed, and nothing else: `run.finish` ends
+    as if all were uploaded. wandb 0.31, `wandb.sdk.lib.run_messages`. Upstream: none.
+    """
+    from wandb.errors import term
+
+    print_warning = term.termwarn
+
+    def termwarn(text: str, *arguments: Any, **options: Any) -> None:
+        if "Fatal error while uploading data" in text:
+            callback()
+        else:
+            print_warning(text, *arguments, **options)
+
+    term.termwarn = termwarn
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class _Publication:
             The address of the saved view, if one was saved.
         """
         folder = self.study.folder_of(self.winner_number)
-        with reopen_run(folder, self.run_arguments, uploads=True) as run:
+        with reopen_run(folder, uploads=True) as run:
             if "test/loss" in names and self.test is not None:
                 run.summary["test/loss"] = self.test["winner"]
             self._log_artifacts(run, names)

@@ -1,0 +1,60 @@
+"""Whether W&B's server takes what runs send, for all runs of this process."""
+
+import functools
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from finetune.compat import on_wandb_upload_failure
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+server_failure = threading.Event()
+"""Set when the server has not answered, or has refused data: later runs don't wait for it."""
+
+GIVEN_UP_SECONDS = 2
+"""Seconds to wait for the end of a run whose server has failed already."""
+
+
+def finish_run(run: "wandb.Run", exit_code: int) -> None:
+    """Finish a W&B run. The first one whose server is away waits for it, later ones do not.
+
+    Args:
+        run: The open W&B run.
+        exit_code: By it, W&B shows a run as finished or as failed.
+    """
+    finishing = threading.Thread(
+        target=_finish,
+        args=(run, exit_code),
+        daemon=True,
+    )
+    finishing.start()
+    # Where the server has failed, the end is on disk at once, and the rest is in vain.
+    while finishing.is_alive():
+        if server_failure.is_set():
+            finishing.join(GIVEN_UP_SECONDS)
+            return
+        finishing.join(0.05)
+
+
+def _finish(run: "wandb.Run", exit_code: int) -> None:
+    try:
+        run.finish(exit_code=exit_code)
+    except TimeoutError:
+        fail("its server does not answer")
+
+
+def fail(reason: str) -> None:
+    """Keep later runs of this process offline, and say so once."""
+    if not server_failure.is_set():
+        server_failure.set()
+        log.warning("W&B: %s; runs of this process are kept offline", reason)
+
+
+@functools.cache
+def watch_uploads() -> None:
+    """From now on, notice if the server refuses what a run sends."""
+    on_wandb_upload_failure(lambda: fail("its server has refused data"))
