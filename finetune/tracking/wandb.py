@@ -144,9 +144,12 @@ class WandbTracker(Tracker):
 
     def _close(self, exit_code: int) -> None:
         """Finish the W&B run, and join its files if there are several."""
-        finish_run(self._run, exit_code)
-        if self._is_online and server_failure.is_set():
-            self._arguments["mode"] = "offline"
+        if self._is_online:
+            finish_run(self._run, exit_code)
+            if server_failure.is_set():
+                self._arguments["mode"] = "offline"
+        else:
+            self._run.finish(exit_code=exit_code)
         run_id = without_fallback(self._arguments["id"])
         is_offline = self._arguments["mode"] in OFFLINE_MODES
         join_finished(self._place, run_id, is_offline)

@@ -104,8 +104,8 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
 
 def directory(folder: RunFolder, label: Label) -> Path:
     """Return the folder in which W&B creates `wandb/`: WANDB_DIR, the study's, or the run's."""
-    given = os.environ.get("WANDB_DIR")
-    return Path(given).expanduser().absolute() if given else label.folder or folder.path
+    given = os.environ.get("WANDB_DIR") or label.folder or folder.path
+    return Path(given).expanduser().absolute()
 
 
 def recorded_directory(folder: RunFolder, arguments: dict[str, Any]) -> Path:

@@ -25,7 +25,8 @@ _BLOCK_BYTES = 32768
 _FRAGMENT = struct.Struct("<IHB")
 """The header of a fragment: checksum, length, kind."""
 
-_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_KINDS = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}
+"""The kind of a fragment, by whether it is the first one of its record, and the last one."""
 
 
 def read_records(path: Path) -> "list[Record]":
@@ -53,7 +54,7 @@ def read_records(path: Path) -> "list[Record]":
         if checksum != _checksum(fragment, kind):
             break
         content += fragment
-        if kind in (_WHOLE, _LAST):
+        if kind in (_KINDS[True, True], _KINDS[False, True]):
             records.append(record_class.FromString(content))
             content = b""
     return records
@@ -91,10 +92,7 @@ def _append(data: bytearray, content: bytes) -> None:
             rest = _BLOCK_BYTES
         fragment = content[: rest - _FRAGMENT.size]
         content = content[len(fragment) :]
-        if is_first:
-            kind = _FIRST if content else _WHOLE
-        else:
-            kind = _MIDDLE if content else _LAST
+        kind = _KINDS[is_first, not content]
         data += _FRAGMENT.pack(_checksum(fragment, kind), len(fragment), kind)
         data += fragment
         if not content:

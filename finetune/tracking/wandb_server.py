@@ -20,31 +20,33 @@ GIVEN_UP_SECONDS = 2
 
 
 def finish_run(run: "wandb.Run", exit_code: int) -> None:
-    """Finish a W&B run. The first one whose server is away waits for it, later ones do not.
+    """Finish an online run. The first one whose server is away waits for it, later ones do not.
 
     Args:
         run: The open W&B run.
         exit_code: By it, W&B shows a run as finished or as failed.
+
+    Raises:
+        Exception: Whatever W&B raises.
     """
-    finishing = threading.Thread(
-        target=_finish,
-        args=(run, exit_code),
-        daemon=True,
-    )
+    errors: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            fail("its server does not answer")
+        except Exception as error:
+            errors.append(error)
+
+    finishing = threading.Thread(target=finish, daemon=True)
     finishing.start()
-    # Where the server has failed, the end is on disk at once, and the rest is in vain.
-    while finishing.is_alive():
-        if server_failure.is_set():
-            finishing.join(GIVEN_UP_SECONDS)
-            return
+    while finishing.is_alive() and not server_failure.is_set():
         finishing.join(0.05)
-
-
-def _finish(run: "wandb.Run", exit_code: int) -> None:
-    try:
-        run.finish(exit_code=exit_code)
-    except TimeoutError:
-        fail("its server does not answer")
+    # Where the server has failed, the end is on disk at once, and the rest is in vain.
+    finishing.join(GIVEN_UP_SECONDS)
+    if errors:
+        raise errors[0]
 
 
 def fail(reason: str) -> None:
