@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.files.atomic import write_json
-from finetune.files.run_folder import Metrics, RunFolder
+from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
 from finetune.tracking.tracker import Label, Sample, Tracker
 from finetune.tracking.wandb_arguments import (
     FALLBACK,
@@ -24,6 +24,7 @@ from finetune.tracking.wandb_fragments import (
     fragment_files,
     join_finished,
     join_fragments,
+    last_step,
 )
 from finetune.tracking.wandb_metrics import best_values, define_metrics
 from finetune.tracking.wandb_server import (
@@ -53,11 +54,13 @@ class WandbTracker(Tracker):
         self._arguments = init_arguments(config, folder, label)
         self._place = Path(self._arguments["dir"])
         # Those of earlier sessions, which were killed perhaps.
-        join_fragments(self._place, self._arguments["id"])
+        earlier_file = join_fragments(self._place, self._arguments["id"])
         self._best = best_values(config)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
         define_metrics(self._run, self._best)
+        if self._arguments["resume"] and earlier_file is not None:
+            self._log_missing(last_step(earlier_file))
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
@@ -92,6 +95,21 @@ class WandbTracker(Tracker):
         place = os.path.relpath(self._place, self._folder.path)
         more = {"place": place, "best": self._best}
         write_json(self._folder.path / TRACKER, {**self._arguments, **more})
+
+    def _log_missing(self, last_logged: int) -> None:
+        """Log what a kill has kept from W&B: the steps from its last one to the checkpoint.
+
+        Args:
+            last_logged: The last step in the files of the earlier sessions.
+        """
+        checkpoint = self._folder.last_checkpoint()
+        assert checkpoint is not None
+        # Online, the server may have more than the files.
+        first = max(last_logged + 1, self._run.step)
+        for row in self._folder.metrics():
+            step = row.pop("step")
+            if first <= step <= checkpoint_step(checkpoint):
+                self.log(step, row)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._last_logged_step = step

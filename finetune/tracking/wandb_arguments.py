@@ -96,6 +96,8 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
         finish_timeout=UPLOAD_TIMEOUT if uploads else FINISH_TIMEOUT,
         finish_timeout_raises=mode == "online",
         x_disable_stats=mode != "online",
+        # Seconds that `wandb leet` is behind, and that a kill may take from the file.
+        x_transaction_log_flush_interval=1.0,
         # Links to the latest run: all runs of a study stand in one folder.
         symlink=False,
         **hiding,

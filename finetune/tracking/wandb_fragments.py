@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune.tracking.wandb_arguments import FALLBACK
 from finetune.tracking.wandb_file import read_records, write_records
-from finetune.tracking.wandb_log import RunLog, read_log
+from finetune.tracking.wandb_log import RunLog, read_log, steps_of
 
 _LAST_RECORD_SECONDS = 5
 """How long to wait for the end of a file."""
@@ -104,6 +104,12 @@ def _forget_sync(file: Path) -> None:
     """Let the next `wandb sync` send a file whole, though it was sent before."""
     for suffix in (".synced", ".syncstate"):
         file.with_name(file.name + suffix).unlink(missing_ok=True)
+
+
+def last_step(file: Path) -> int:
+    """Return the last step whose metrics are in a file; -1 if there is none."""
+    log = read_log(file)
+    return max(steps_of(log.body), default=-1) if log is not None else -1
 
 
 def change_tags(file: Path, tags: Sequence[str]) -> None:

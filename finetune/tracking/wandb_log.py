@@ -36,7 +36,7 @@ class RunLog:
         run = _merge_runs(self.run, later.run)
         if not resumes:
             return RunLog(later.header, run, later.exit, later.body)
-        first_step = next(_steps(later.body), None)
+        first_step = next(steps_of(later.body), None)
         if first_step is None:
             # Opened after its end, to add to it.
             added = [_without_internal_summary(record) for record in later.body]
@@ -88,7 +88,8 @@ def _merge_runs(earlier: "Record", later: "Record") -> "Record":
     return merged
 
 
-def _steps(records: "Iterable[Record]") -> Iterator[int]:
+def steps_of(records: "Iterable[Record]") -> Iterator[int]:
+    """Return the steps of the history among some records, in their order."""
     for record in records:
         if record.HasField("history"):
             yield record.history.step.num

@@ -25,7 +25,8 @@ class ShownRun:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The rows by their position in the history."""
+    """The rows by their step. W&B's client sees to it that a step that is sent again, by another
+    `wandb sync`, has the same number; so the server must take it as the same row."""
     files: dict[str, bytes] = field(default_factory=dict)
     artifacts: dict[str, "ShownArtifact"] = field(default_factory=dict)
     """By their names, once they are committed."""
@@ -140,7 +141,7 @@ class WandbServer:
             del committed.files["manifest"]
             self.runs[committed.run].artifacts[committed.name] = committed
             return {"commitArtifact": {"artifact": {"id": artifact_id, "digest": ""}}}
-        return {}
+        return {"project": None}
 
     def _artifact_file(self, given: dict[str, Any], name: str) -> dict[str, Any]:
         artifact_id = given["artifactID"]
@@ -208,8 +209,9 @@ class WandbServer:
         files = body.get("files") or {}
         history = files.get("wandb-history.jsonl")
         if history:
-            for position, line in enumerate(history["content"], history["offset"]):
-                run.history[position] = json.loads(line)
+            for line in history["content"]:
+                row = json.loads(line)
+                run.history[row["_step"]] = row
         summary = files.get("wandb-summary.json")
         if summary:
             # The server holds one line: a later one takes the place of the earlier.
