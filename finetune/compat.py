@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    import wandb
     from peft import LoraConfig
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, Trainer
@@ -84,16 +83,6 @@ def datasets_offline() -> Iterator[None]:
             yield
         finally:
             datasets.config.HF_HUB_OFFLINE = before
-
-
-def wandb_summary(run: "wandb.Run") -> dict[str, Any]:
-    """Return all values of the summary of a live W&B run.
-
-    Reason: `keys` and `get`, the public methods, ask W&B's process for the whole summary at each
-    call, so reading n values takes n + 1 requests. wandb 0.31, `Summary._as_dict`. Upstream: none.
-    """
-    values: dict[str, Any] = run.summary._as_dict()
-    return values
 
 
 def wandb_record_class() -> "type[Record]":
