@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.sections.tracker import TrackerSettings
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
+from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.tracking.wandb_arguments import TRACKER
 from finetune.tracking.wandb_artifacts import files_of, log_artifact
@@ -69,9 +70,12 @@ def publish(
             names = ", ".join(sorted(changed))
             log.warning("W&B: %s; not uploaded: %s", summary_line(error), names)
             return []
-        published |= contents
         if address is not None:
             published["url"] = address
+        elif "workspace" in changed:
+            # The server was away.
+            del contents["workspace"]
+        published |= contents
         # After the upload, because what this file names is never uploaded again.
         write_json(study.folder / PUBLISHED, published)
     if not tracker.workspace:
@@ -97,6 +101,18 @@ class _Publication:
     def _adapter(self) -> Path:
         return self.study.folder / "best" / "adapter"
 
+    @property
+    def _baseline(self) -> RunFolder | None:
+        """The baseline's run; None where it is the winner, or has no W&B run or no test rows."""
+        baseline = self.study.baseline()
+        if baseline is None or baseline.number == self.winner_number:
+            return None
+        folder = self.study.folder_of(baseline.number)
+        arguments = read_json(folder.path / TRACKER)
+        if arguments is None or arguments["mode"] == "disabled":
+            return None
+        return folder if _test_metrics(folder) else None
+
     def contents(self) -> dict[str, Any]:
         """Return the name of each item to publish, and a value that changes with its content."""
         # With the run's id, because another winner has another W&B run.
@@ -104,6 +120,8 @@ class _Publication:
         contents: dict[str, Any] = {}
         if self.test is not None:
             contents["test/loss"] = [run_id, self.test["winner"]]
+        if self._baseline is not None:
+            contents["baseline's test/loss"] = _test_metrics(self._baseline)
         # With adapters=all W&B has the files already, and the artifact only gets the alias `best`.
         if self.tracker.adapters != "none" and self._adapter.is_dir():
             contents["adapter"] = [run_id, _digest(self._adapter)]
@@ -122,12 +140,20 @@ class _Publication:
         Returns:
             The address of the saved view, if one was saved.
         """
+        if "baseline's test/loss" in names and self._baseline is not None:
+            with reopen_run(self._baseline) as run:
+                run.summary.update(_test_metrics(self._baseline))
         folder = self.study.folder_of(self.winner_number)
+        if not names - {"baseline's test/loss"}:
+            return None
         with reopen_run(folder, uploads=True) as run:
             if "test/loss" in names and self.test is not None:
+                run.summary.update(_test_metrics(folder))
+                # Perhaps of another seed's adapter, which a confirmation has trained.
                 run.summary["test/loss"] = self.test["winner"]
             self._log_artifacts(run, names)
-            if "workspace" in names:
+            is_online = read_json(folder.path / TRACKER)["mode"] == "online"
+            if "workspace" in names and is_online:
                 workspace = build_workspace(self.study, run.entity, run.project)
                 return save_workspace(workspace)
         return None
@@ -149,6 +175,13 @@ class _Publication:
                 "report",
                 self.report,
             )
+
+
+def _test_metrics(folder: RunFolder) -> dict[str, Any]:
+    """Return a run's metrics of the test rows, which are evaluated after its end."""
+    result = read_json(folder.result) or {}
+    metrics = result.get("metrics", {})
+    return {name: value for name, value in metrics.items() if name.startswith("test/")}
 
 
 def _digest(path: Path) -> str:

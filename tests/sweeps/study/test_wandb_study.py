@@ -12,6 +12,7 @@ from support.configs import study_overrides
 from support.wandb_runs import connected, run_sync
 from support.wandb_server import Behaviour, WandbServer, wandb_server
 
+from finetune.config.flatten import flatten
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.study.study import Study
@@ -74,7 +75,17 @@ def assert_shows_study(server: WandbServer, folder: Path) -> None:
     """Check that the server shows each trial as the study's folder has it."""
     study = Study.load(folder)
     trials = study.trials()
-    assert server.runs.keys() == {f"{study.uid}-{trial.number}" for trial in trials}
+    repeats = [read_json(path)["id"] for path in folder.glob("baseline/*/tracker.json")]
+    numbers = [trial.number for trial in trials]
+    ids = [*(f"{study.uid}-{number}" for number in numbers), *repeats]
+    assert sorted(server.runs) == sorted(ids)
+    # One file for each.
+    assert len(list(folder.glob("wandb/*run-*"))) == len(ids)
+    for run_id in repeats:
+        shown = server.runs[run_id]
+        assert (shown.group, shown.job_type) == ("s1", "baseline")
+        assert shown.name == f"t00 seed={shown.config['seed']['value']}"
+        assert shown.summary["status"] in ("completed", "interrupted")
     winner = read_json(folder / "answer.json")["trial"]
     for trial in trials:
         shown = server.runs[f"{study.uid}-{trial.number}"]
@@ -84,7 +95,10 @@ def assert_shows_study(server: WandbServer, folder: Path) -> None:
         assert (shown.group, shown.job_type) == ("s1", "trial")
         config = {key: item["value"] for key, item in shown.config.items()}
         del config["_wandb"]
-        assert config == read_json(run.identity)["config"]
+        # W&B's client drops empty mappings.
+        given = flatten(read_json(run.identity)["config"])
+        given = {key: value for key, value in given.items() if value != {}}
+        assert flatten(config) == given
         assert shown.summary["status"] == result["status"]
         final = {name: shown.summary[name] for name in result["metrics"]}
         assert final == pytest.approx(result["metrics"])
@@ -92,8 +106,6 @@ def assert_shows_study(server: WandbServer, folder: Path) -> None:
         is_winner = trial.number == winner
         assert sorted(shown.tags) == (["best", "mine"] if is_winner else ["mine"])
         assert {"config.yaml", "wandb-summary.json"} <= shown.files.keys()
-        assert ("s1-report" in shown.artifacts) == is_winner
-        assert ("s1-adapter" in shown.artifacts) == is_winner
         assert shown.exit_code == 0
     shown = server.runs[f"{study.uid}-{winner}"]
     report = (folder / "report.html").read_bytes()
@@ -128,7 +140,6 @@ def test_an_offline_study_is_shown_whole_by_the_command_that_it_prints(
     assert not server.runs
     runner.sync(said)
     assert_shows_study(server, runner.folder)
-    assert len(list(runner.folder.glob("wandb/*run-*"))) == 3
 
     said = runner.run(5)
     runner.sync(said)
@@ -192,6 +203,5 @@ def test_a_study_that_is_killed_and_resumed_is_shown_whole(
         time.sleep(0.05)
     command.kill()
     said = runner.run(3)
-    assert len(list(runner.folder.glob("wandb/*run-*"))) == 3
     runner.sync(said)
     assert_shows_study(server, runner.folder)
