@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,37 @@ def test_what_is_added_after_the_end_stands_in_the_same_file(tmp_path: Path) -> 
     assert Path(content.local_path).read_text() == "<p>"
 
 
+def test_tags_that_are_added_at_the_same_time_all_stay(tmp_path: Path) -> None:
+    finish(open_tracker(tmp_path))
+    folder = RunFolder(tmp_path / "trials" / "0")
+    tags = [f"tag{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(tags)) as pool:
+        list(pool.map(lambda tag: add_tag(folder, tag), tags))
+    assert sorted(opened(only_records(tmp_path)).tags) == ["first", *tags]
+
+
+def test_wandbs_viewer_reads_a_joined_file(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path)
+    log_steps(tracker, 1, 4)
+    tracker.finish("interrupted", {})
+    checkpoint(tmp_path, 3)
+    tracker = open_tracker(tmp_path)
+    log_steps(tracker, 4, 8)
+    finish(tracker)
+
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary"]
+    shown = subprocess.run(
+        [*command, str(only_file(tmp_path))],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    assert "t00 r=16 (abc-0)" in shown
+    assert "finished (exit code 0)" in shown
+    assert re.search(r"step +8\n", shown)
+
+
 def test_after_an_error_nothing_is_added(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path)
     log_steps(tracker, 1, 3)
@@ -266,6 +299,7 @@ def test_a_kill_at_any_change_of_the_disk_loses_nothing(
     checkpoint(made, 3)
     tracker = open_tracker(made)
     log_steps(tracker, 4, 8)
+    tracker.log_samples(8, [{"prompt": "A?"}])
     with monkeypatch.context() as patch:
         # Left as they are when the process is killed right after its last step.
         patch.setattr("finetune.tracking.wandb.join_finished", lambda *_: None)
@@ -283,6 +317,10 @@ def test_a_kill_at_any_change_of_the_disk_loses_nothing(
                 remaining = 0
         join_fragments(study, "abc-0", is_offline=True)
         assert_whole(study, [1, 2, 3, 4, 5, 6, 7, 8])
+        records = only_records(study)
+        assert sum(record.HasField("artifact") for record in records) == 1
+        (row,) = [row for row in wandb_history(records) if "samples/path" in row]
+        assert (only_file(study).parent / "files" / row["samples/path"]).is_file()
         if remaining:
             break
     assert count > 4, "the change of the disk were not counted"
