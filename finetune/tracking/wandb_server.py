@@ -3,6 +3,7 @@
 import functools
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from finetune.compat import on_wandb_upload_failure
@@ -41,8 +42,12 @@ def finish_run(run: "wandb.Run", exit_code: int) -> None:
 
     finishing = threading.Thread(target=finish, daemon=True)
     finishing.start()
+    # W&B's own limit does not hold for artifacts.
+    end = time.monotonic() + run.settings.finish_timeout + GIVEN_UP_SECONDS
     while finishing.is_alive() and not server_failure.is_set():
         finishing.join(0.05)
+        if time.monotonic() > end:
+            fail("its server does not answer")
     # Where the server has failed, the end is on disk at once, and the rest is in vain.
     finishing.join(GIVEN_UP_SECONDS)
     if errors:

@@ -169,7 +169,8 @@ def test_a_run_that_begins_anew_takes_the_place_of_what_was_logged_before(
     tmp_path: Path,
 ) -> None:
     tracker = open_tracker(tmp_path)
-    log_steps(tracker, 1, 6)
+    log_steps(tracker, 0, 6)
+    tracker.log_samples(6, [{"prompt": "A?"}])
     tracker.finish("failed", {"error": "out of memory", "shrunk": 1})
 
     tracker = open_tracker(tmp_path)
@@ -177,7 +178,9 @@ def test_a_run_that_begins_anew_takes_the_place_of_what_was_logged_before(
     finish(tracker)
 
     assert_whole(tmp_path, [1, 2, 3, 4])
-    assert "shrunk" not in wandb_summary(only_records(tmp_path))
+    records = only_records(tmp_path)
+    assert "shrunk" not in wandb_summary(records)
+    assert not any(record.HasField("artifact") for record in records)
 
 
 def test_what_is_added_after_the_end_stands_in_the_same_file(tmp_path: Path) -> None:

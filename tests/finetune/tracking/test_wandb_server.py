@@ -44,9 +44,9 @@ def trial_folder(study: Path, number: int = 0) -> RunFolder:
     return RunFolder(study / "trials" / str(number))
 
 
-def publish(study: Path) -> None:
+def publish(study: Path, winner: int = 0) -> None:
     """Do what a study's end does with its winner."""
-    folder = trial_folder(study)
+    folder = trial_folder(study, winner)
     report = study / "report.html"
     report.write_text("<p>")
     add_tag(folder, "best")
@@ -196,12 +196,15 @@ def test_a_server_that_fails_costs_nothing_that_one_sync_does_not_send(
         finish(tracker)
         if number == 0 and when == "after":
             change(server, behaviour)
-    publish(tmp_path)
+    # Afterwards, the first trial is known to be whole on the server: it is opened once more.
+    winner = 0 if when == "after" else 1
+    publish(tmp_path, winner)
     # Each of the first start and the first end waits at most once.
     assert time.monotonic() - began < 14
     lines = [text for text in caplog.messages if "kept offline" in text]
     assert len(lines) == 1
     assert read_json(trial_folder(tmp_path).path / TRACKER)["mode"] == "offline"
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
 
     with connected(monkeypatch) as next_server:
         next_server.runs = server.runs
@@ -209,7 +212,7 @@ def test_a_server_that_fails_costs_nothing_that_one_sync_does_not_send(
         assert next_server.runs.keys() == {"abc-0", "abc-1", "abc-2"}
         for shown in next_server.runs.values():
             assert_whole(shown, [1, 2, 3, 4, 5])
-        assert_published(next_server.runs["abc-0"])
+        assert_published(next_server.runs[f"abc-{winner}"])
 
 
 @pytest.mark.fault
@@ -247,3 +250,30 @@ def test_the_line_of_a_single_run_names_a_command_that_sends_it(
         run_sync(command, tmp_path)
         assert_whole(server.runs.pop("abc-0"), [1, 2, 3])
         shutil.rmtree(tmp_path / "a b")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("behaviour", ["refuse", "hang", "die"])
+def test_a_server_that_fails_within_publishing_costs_nothing(
+    behaviour: str,
+    server: WandbServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracker = open_tracker(tmp_path, "tracker.mode=online")
+    log_steps(tracker, 1, 3)
+    finish(tracker)
+    folder = trial_folder(tmp_path)
+    add_tag(folder, "best")
+    report = tmp_path / "report.html"
+    report.write_text("<p>")
+    with reopen_run(folder, uploads=True) as reopened:
+        reopened.summary["test/loss"] = 0.5
+        log_artifact(reopened, "s1-report", "report", report)
+        change(server, behaviour)
+
+    with connected(monkeypatch) as next_server:
+        next_server.runs = server.runs
+        run_sync("wandb sync wandb", tmp_path)
+        assert_whole(next_server.runs["abc-0"], [1, 2, 3])
+        assert_published(next_server.runs["abc-0"])
