@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LOCK = ".wandb.lock"
 """File in a run's folder; its holder changes the finished W&B run."""
 
@@ -68,6 +70,37 @@ def reopen_run(folder: RunFolder, uploads: bool = False) -> "Iterator[wandb.Run]
         finally:
             # The run did complete, whatever happens to what is added to it.
             _close_online(run, folder, arguments)
+
+
+def add_to_run(
+    folder: RunFolder, add: "Callable[[wandb.Run], T]", uploads: bool = False
+) -> T:
+    """Add to the W&B run of a completed run.
+
+    Args:
+        folder: The run's folder, with `tracker.json`.
+        add: Adds summary values or artifacts to an open W&B run. It is called again, with an offline
+            one, if the server fails meanwhile: what it has not taken is nowhere else.
+        uploads: Whether artifacts are added.
+
+    Returns:
+        What `add` returns.
+
+    Raises:
+        Exception: Whatever W&B or `add` raises.
+    """
+    was_online = is_online(folder)
+    with reopen_run(folder, uploads) as run:
+        result = add(run)
+    if was_online and not is_online(folder):
+        with reopen_run(folder, uploads) as run:
+            result = add(run)
+    return result
+
+
+def is_online(folder: RunFolder) -> bool:
+    """Return whether the server has the W&B run of a run."""
+    return bool(read_json(folder.path / TRACKER)["mode"] == "online")
 
 
 def add_tag(folder: RunFolder, tag: str) -> None:

@@ -13,7 +13,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.tracking.wandb_arguments import TRACKER
 from finetune.tracking.wandb_artifacts import files_of, log_artifact
-from finetune.tracking.wandb_finished import reopen_run
+from finetune.tracking.wandb_finished import add_to_run, is_online
 from sweeps.answer.workspace import build_workspace, save_workspace, searched_keys
 from sweeps.study.study import Study
 
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 """File in the study's folder with what W&B has already, so that nothing is uploaded twice."""
+
+
+BASELINE = "baseline's test/loss"
 
 
 def publish(
@@ -121,7 +124,7 @@ class _Publication:
         if self.test is not None:
             contents["test/loss"] = [run_id, self.test["winner"]]
         if self._baseline is not None:
-            contents["baseline's test/loss"] = _test_metrics(self._baseline)
+            contents[BASELINE] = _test_metrics(self._baseline)
         # With adapters=all W&B has the files already, and the artifact only gets the alias `best`.
         if self.tracker.adapters != "none" and self._adapter.is_dir():
             contents["adapter"] = [run_id, _digest(self._adapter)]
@@ -140,22 +143,27 @@ class _Publication:
         Returns:
             The address of the saved view, if one was saved.
         """
-        if "baseline's test/loss" in names and self._baseline is not None:
-            with reopen_run(self._baseline) as run:
-                run.summary.update(_test_metrics(self._baseline))
-        folder = self.study.folder_of(self.winner_number)
-        if not names - {"baseline's test/loss"}:
+        baseline = self._baseline
+        if BASELINE in names and baseline is not None:
+            metrics = _test_metrics(baseline)
+            add_to_run(baseline, lambda run: run.summary.update(metrics))
+        if not names - {BASELINE}:
             return None
-        with reopen_run(folder, uploads=True) as run:
-            if "test/loss" in names and self.test is not None:
-                run.summary.update(_test_metrics(folder))
-                # Perhaps of another seed's adapter, which a confirmation has trained.
-                run.summary["test/loss"] = self.test["winner"]
-            self._log_artifacts(run, names)
-            is_online = read_json(folder.path / TRACKER)["mode"] == "online"
-            if "workspace" in names and is_online:
-                workspace = build_workspace(self.study, run.entity, run.project)
-                return save_workspace(workspace)
+        folder = self.study.folder_of(self.winner_number)
+        return add_to_run(
+            folder, lambda run: self._add(run, folder, names), uploads=True
+        )
+
+    def _add(self, run: "wandb.Run", folder: RunFolder, names: set[str]) -> str | None:
+        """Add items to the winner's open W&B run; return the view's address, if one was saved."""
+        if "test/loss" in names and self.test is not None:
+            run.summary.update(_test_metrics(folder))
+            # Perhaps of another seed's adapter, which a confirmation has trained.
+            run.summary["test/loss"] = self.test["winner"]
+        self._log_artifacts(run, names)
+        if "workspace" in names and is_online(folder):
+            workspace = build_workspace(self.study, run.entity, run.project)
+            return save_workspace(workspace)
         return None
 
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:

@@ -1,12 +1,11 @@
 """What W&B gets when a study ends, read back from its offline files; a view's specification, as it
 would be sent."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,15 +326,14 @@ def server(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     opened.write_text(json.dumps({**json.loads(opened.read_text()), "mode": "online"}))
     sent: list[Any] = []
 
-    @contextlib.contextmanager
-    def reopen_run(*_: Any, **__: Any) -> Iterator[Any]:
-        yield SimpleNamespace(entity="me", project="mine", summary={})
+    def add_to_run(_: Any, add: Callable[[Any], Any], **__: Any) -> Any:
+        return add(SimpleNamespace(entity="me", project="mine", summary={}))
 
     def upsert(view: Any) -> dict[str, Any]:
         sent.append(view)
         return {"upsertView": {"view": {"name": "nw-name-v", "id": "id"}}}
 
-    monkeypatch.setattr(module, "reopen_run", reopen_run)
+    monkeypatch.setattr(module, "add_to_run", add_to_run)
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
     monkeypatch.setattr(interface.wandb, "Api", lambda: None)
     monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.ai")
