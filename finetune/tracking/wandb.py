@@ -20,6 +20,7 @@ from finetune.tracking.wandb_arguments import (
     without_fallback,
 )
 from finetune.tracking.wandb_artifacts import log_artifact
+from finetune.tracking.wandb_finished import add_to_run
 from finetune.tracking.wandb_fragments import (
     fragment_files,
     join_finished,
@@ -58,6 +59,8 @@ class WandbTracker(Tracker):
         self._best = best_values(config)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
+        self._adapter: Path | None = None
+        """What has been logged as the adapter."""
         define_metrics(self._run, self._best)
         if self._arguments["resume"] and earlier_file is not None:
             self._log_missing(last_step(earlier_file))
@@ -135,18 +138,23 @@ class WandbTracker(Tracker):
         self._record()
 
     def log_adapter(self, folder: Path) -> None:
-        name = self._arguments["group"] or self._arguments["name"]
         try:
-            log_artifact(
-                self._run,
-                f"{name}-adapter",
-                "model",
-                folder,
-            )
+            self._add_adapter(self._run, folder)
         # Caught here, so that the run itself is still shown to its end.
         except Exception as error:
             reason = summary_line(error)
             log.warning("W&B: %s; it lacks the adapter, which is in %s", reason, folder)
+        else:
+            self._adapter = folder
+
+    def _add_adapter(self, run: "wandb.Run", folder: Path) -> None:
+        name = self._arguments["group"] or self._arguments["name"]
+        log_artifact(
+            run,
+            f"{name}-adapter",
+            "model",
+            folder,
+        )
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         try:
@@ -162,10 +170,12 @@ class WandbTracker(Tracker):
 
     def _close(self, exit_code: int) -> None:
         """Finish the W&B run, and join its files if there are several."""
+        lacks_adapter = None
         if self._is_online:
             finish_run(self._run, exit_code)
             if server_failure.is_set():
                 self._arguments["mode"] = "offline"
+                lacks_adapter = self._adapter
         else:
             self._run.finish(exit_code=exit_code)
         run_id = without_fallback(self._arguments["id"])
@@ -173,6 +183,10 @@ class WandbTracker(Tracker):
         join_finished(self._place, run_id, is_offline)
         self._arguments["id"] = run_id
         self._record()
+        if lacks_adapter is not None:
+            # The file of an online run has no artifacts.
+            adapter = lacks_adapter
+            add_to_run(self._folder, lambda run: self._add_adapter(run, adapter))
 
     def locations(self) -> list[str]:
         files = fragment_files(self._place, self._arguments["id"])

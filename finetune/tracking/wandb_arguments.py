@@ -40,6 +40,9 @@ For as long as its process lives, W&B holds the id of the failed attempt as in u
 INIT_TIMEOUT = 20
 """Seconds to wait for W&B's server when a run starts."""
 
+REQUEST_RETRIES = 2
+"""How often a request that the server has not answered in `INIT_TIMEOUT` is repeated."""
+
 FINISH_TIMEOUT = 60
 """Seconds to wait for the last upload when a run ends."""
 
@@ -95,6 +98,9 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
         init_timeout=INIT_TIMEOUT,
         finish_timeout=UPLOAD_TIMEOUT if uploads else FINISH_TIMEOUT,
         finish_timeout_raises=mode == "online",
+        # Otherwise a process can't end while its server takes an artifact and never answers.
+        x_graphql_timeout_seconds=INIT_TIMEOUT,
+        x_graphql_retry_max=REQUEST_RETRIES,
         x_disable_stats=mode != "online",
         # Seconds that `wandb leet` is behind, and that a kill may take from the file.
         x_transaction_log_flush_interval=1.0,

@@ -79,8 +79,8 @@ def add_to_run(
 
     Args:
         folder: The run's folder, with `tracker.json`.
-        add: Adds summary values or artifacts to an open W&B run. It is called again, with an offline
-            one, if the server fails meanwhile: what it has not taken is nowhere else.
+        add: Adds summary values or artifacts to an open W&B run. It is called again, with an
+            offline one, if the server fails meanwhile: what it has not taken is nowhere else.
         uploads: Whether artifacts are added.
 
     Returns:

@@ -147,6 +147,9 @@ def _replace(file: Path, log: RunLog, run_id: str) -> Path:
     """Write a run's one file beside one of its fragments, and remove what that stands for."""
     run = log.run.run
     run.run_id = run_id
+    for record in log.body:
+        if record.HasField("artifact"):
+            record.artifact.run_id = run_id
     # All of the run is in the file: W&B is to begin it, not to continue it.
     run.resume = run.resumed = False
     run.starting_step = run.runtime = 0

@@ -195,6 +195,11 @@ def test_a_server_that_fails_costs_nothing_that_one_sync_does_not_send(
             time.sleep(0.5)
             change(server, behaviour)
         log_steps(tracker, 4, 5)
+        if when != "within":
+            adapter = trial_folder(tmp_path, number).adapter
+            adapter.mkdir()
+            (adapter / "weights").write_text(str(number))
+            tracker.log_adapter(adapter)
         finish(tracker)
         if number == 0 and when == "after":
             change(server, behaviour)
@@ -202,7 +207,7 @@ def test_a_server_that_fails_costs_nothing_that_one_sync_does_not_send(
     winner = 0 if when == "after" else 1
     publish(tmp_path, winner)
     # Each of the first start and the first end waits at most once.
-    assert time.monotonic() - began < 14
+    assert time.monotonic() - began < 20
     lines = [text for text in caplog.messages if "kept offline" in text]
     assert len(lines) == 1
     assert read_json(trial_folder(tmp_path).path / TRACKER)["mode"] == "offline"
@@ -214,6 +219,9 @@ def test_a_server_that_fails_costs_nothing_that_one_sync_does_not_send(
         assert next_server.runs.keys() == {"abc-0", "abc-1", "abc-2"}
         for shown in next_server.runs.values():
             assert_whole(shown, [1, 2, 3, 4, 5])
+        for number in range(3) if when != "within" else ():
+            artifact = next_server.runs[f"abc-{number}"].artifacts["s1-adapter"]
+            assert artifact.files == {"weights": str(number).encode()}
         assert_published(next_server.runs[f"abc-{winner}"])
 
 
