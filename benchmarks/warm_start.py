@@ -20,7 +20,7 @@ from sweeps.space.distributions import suggest
 from sweeps.space.samplers import make_sampler
 from sweeps.space.space import Point
 from sweeps.study.earlier_results import WarmStartSampler
-from sweeps.study.warm_start import BEST_POINTS
+from sweeps.study.earlier_study import BEST_POINTS
 
 FIRST_TRIALS = 20
 

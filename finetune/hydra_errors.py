@@ -26,6 +26,12 @@ SWEEP_WITHOUT_MULTIRUN = re.compile(
 """Hydra's messages about sweep syntax without -m."""
 
 
+SWEPT_SETTING = re.compile(
+    r"Sweeping over Hydra's configuration is not supported : '(?P<override>.*)'"
+)
+"""Hydra's message about several values of a key that the whole sweep shares."""
+
+
 UNPARSED_OVERRIDE = re.compile(
     r"Error when parsing index: \d+, string: (?P<override>.*?) out of \[", re.DOTALL
 )
@@ -54,6 +60,11 @@ def hydra_error_line(error: Exception) -> str:
     sweep = SWEEP_WITHOUT_MULTIRUN.search(text)
     if sweep:
         return _sweep_refusal(sweep["override"])
+    setting = SWEPT_SETTING.search(text)
+    if setting:
+        key, _, values = setting["override"].partition("=")
+        one = f"{key}={_first(values)}"
+        return f"{key}={values}: must be one value for all runs of a sweep, as {one}"
     unparsed = UNPARSED_OVERRIDE.search(text)
     if unparsed:
         wrong_call = WRONG_CALL.search(text)
@@ -98,6 +109,12 @@ def _sweep_refusal(override: str) -> str:
     if not is_group and "(" not in values:
         remedy += f"; one list is {key}=[{values}]"
     return f"{override}: {remedy}"
+
+
+def _first(values: str) -> str:
+    """Return the first of several values, as `choice(1,2)` or `1,2` have them."""
+    inner = re.fullmatch(r"\w+\((.*)\)", values)
+    return (inner[1] if inner else values).partition(",")[0].strip()
 
 
 def _syntax_refusal(override: str) -> str:

@@ -14,6 +14,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.errors import ConfigError
 from finetune.model.memory import GIB
+from finetune.quantities import format_duration
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
@@ -253,15 +254,6 @@ def _print_study(
     if timeout:
         fitting = max(0.0, timeout - times.final - times.test) / times.training
         print(f"{'whole trials in the timeout':32}{fitting:8.1f} on each worker")
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in the unit that suits it, at two digits: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.2g} h"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from finetune.console import command_parser, run_command
 from sweeps.commands import act, inspect, points
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
+PROGRAM = "python -m sweeps"
+
 VALUES_HELP = "searched keys and their values"
 
 
@@ -33,105 +35,123 @@ def _parser() -> argparse.ArgumentParser:
         "show latest",
     )
     # Python before 3.14 prints the file's name, `__main__.py`.
-    parser.prog = "python -m sweeps"
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.prog = PROGRAM
+    commands = _Commands(parser)
+    for add_command in (
+        _add_list,
+        _add_show,
+        _add_diff,
+        _add_best,
+        _add_stop,
+        _add_add,
+        _add_clone,
+        _add_report,
+        _add_confirm,
+    ):
+        add_command(commands)
+    return parser
+
+
+class _Commands:
+    """The commands of a parser, each with its parser, help and example."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(
+            dest="command", required=True, metavar="COMMAND"
+        )
 
     def add(
+        self,
         name: str,
         action: Callable[[argparse.Namespace], None],
         text: str,
         arguments: str = "",
     ) -> argparse.ArgumentParser:
+        """Add a command, with an example of its arguments in its help."""
         sentence = f"{text[0].upper()}{text[1:]}."
-        example = f"{parser.prog} {name} {arguments}".strip()
-        command = commands.add_parser(
+        example = f"{PROGRAM} {name} {arguments}".strip()
+        parser = self._parsers.add_parser(
             name, help=text, description=sentence, epilog=f"example: {example}"
         )
-        command.set_defaults(action=action)
-        return command
+        parser.set_defaults(action=action)
+        return parser
 
     def add_for_study(
+        self,
         name: str,
         action: Callable[[argparse.Namespace], None],
         text: str,
         arguments: str = "s1",
     ) -> argparse.ArgumentParser:
-        command = add(name, action, text, arguments)
-        command.add_argument("study", metavar="S", help=STUDY_HELP)
-        return command
+        """Add a command whose first argument is a study."""
+        parser = self.add(name, action, text, arguments)
+        parser.add_argument("study", metavar="S", help=STUDY_HELP)
+        return parser
 
-    add("list", inspect.list_studies, f"list all studies under {STUDIES}")
-    show = add_for_study(
-        "show", inspect.show, "list the trials of a study, or show one in full", "s1 7"
-    )
-    show.add_argument(
+
+def _add_list(commands: _Commands) -> None:
+    text = f"list all studies under {STUDIES}"
+    commands.add("list", inspect.list_studies, text)
+
+
+def _add_show(commands: _Commands) -> None:
+    text = "list the trials of a study, or show one in full"
+    parser = commands.add_for_study("show", inspect.show, text, "s1 7")
+    parser.add_argument(
         "trial",
         type=int,
         nargs="?",
         help="number of a trial (default: all, as a table)",
     )
-    diff = add_for_study(
-        "diff",
-        inspect.diff,
-        "show what two trials differ in: their configs and their results",
-        "s1 7 0",
-    )
-    diff.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help="two numbers")
-    add_for_study(
-        "best",
-        act.best,
-        "write best/ and experiment/best.yaml again from the winner, and print the result",
-    )
-    stop = add_for_study(
-        "stop",
-        act.stop,
-        "stop a running trial at its next step and record it as pruned",
-        "s1 7",
-    )
-    stop.add_argument("trial", type=int, help="number of the trial")
-    new_point = add_for_study(
-        "add",
-        points.add,
-        "add a trial with a point, on top of n_trials, also while the study runs",
-        "s1 lora.r=8 lora.alpha=16",
-    )
-    new_point.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
-    copy = add_for_study(
-        "clone",
-        points.clone,
-        "add a trial with the point of another one and some changes",
-        "s1 7 lora.r=8",
-    )
-    copy.add_argument("trial", type=int, help="number of the trial")
-    copy.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
-    report = add_for_study(
-        "report",
-        act.report,
-        "write report.html, which needs no network",
-        "latest --watch",
-    )
-    report.add_argument(
-        "--watch", action="store_true", help="update it until no trial is running"
-    )
-    confirm = add_for_study(
-        "confirm",
-        act.confirm,
-        "retrain the best trials with other seeds",
-        "s1 --top 3 --seeds 5",
-    )
-    confirm.add_argument(
-        "--top",
-        type=_positive,
-        default=3,
-        help="number of best trials (default 3)",
-    )
-    confirm.add_argument(
-        "--seeds",
-        type=_positive,
-        default=5,
-        help="number of seeds (default 5)",
-    )
-    return parser
+
+
+def _add_diff(commands: _Commands) -> None:
+    text = "show what two trials differ in: their configs and their results"
+    parser = commands.add_for_study("diff", inspect.diff, text, "s1 7 0")
+    numbers = "two numbers"
+    parser.add_argument("trials", type=int, nargs=2, metavar="TRIAL", help=numbers)
+
+
+def _add_best(commands: _Commands) -> None:
+    text = "write best/ and experiment/best.yaml again from the winner, and print the result"
+    commands.add_for_study("best", act.best, text)
+
+
+def _add_stop(commands: _Commands) -> None:
+    text = "stop a running trial at its next step and record it as pruned"
+    parser = commands.add_for_study("stop", act.stop, text, "s1 7")
+    parser.add_argument("trial", type=int, help="number of the trial")
+
+
+def _add_add(commands: _Commands) -> None:
+    text = "add a trial with a point, on top of n_trials, also while the study runs"
+    example = "s1 lora.r=8 lora.alpha=16"
+    parser = commands.add_for_study("add", points.add, text, example)
+    parser.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
+
+
+def _add_clone(commands: _Commands) -> None:
+    text = "add a trial with the point of another one and some changes"
+    parser = commands.add_for_study("clone", points.clone, text, "s1 7 lora.r=8")
+    parser.add_argument("trial", type=int, help="number of the trial")
+    parser.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
+
+
+def _add_report(commands: _Commands) -> None:
+    text = "write report.html, which needs no network"
+    parser = commands.add_for_study("report", act.report, text, "latest --watch")
+    text = "update it until no trial is running"
+    parser.add_argument("--watch", action="store_true", help=text)
+
+
+def _add_confirm(commands: _Commands) -> None:
+    text = "retrain the best trials with other seeds"
+    example = "s1 --top 3 --seeds 5"
+    parser = commands.add_for_study("confirm", act.confirm, text, example)
+    top = "number of best trials (default 3)"
+    parser.add_argument("--top", type=_positive, default=3, help=top)
+    seeds = "number of seeds (default 5)"
+    parser.add_argument("--seeds", type=_positive, default=5, help=seeds)
 
 
 def _positive(text: str) -> int:

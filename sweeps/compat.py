@@ -57,7 +57,7 @@ that repeats a call after a lost connection has to wrap them as well. Left out i
 
 
 def enqueue_point(storage: BaseStorage, trial_id: int, point: dict[str, Any]) -> None:
-    """Fix the parameters of a trial that already waits.
+    """Fix the parameters of a trial that already waits; an empty point leaves them to its sampler.
 
     `optuna.Study.enqueue_trial` adds a new trial with each point. A study has a fixed number of
     trials, all added when it begins, so its points go to trials that exist. Read in Optuna 5.0.0,
@@ -83,7 +83,8 @@ def waiting_trial(point: dict[str, Any], role: str) -> FrozenTrial:
 
 def enqueued_point(trial: FrozenTrial) -> dict[str, Any] | None:
     """Return the point that was enqueued for a trial, or None where its sampler chooses."""
-    return trial.system_attrs.get(ENQUEUED_POINT)
+    # Empty: the point was taken from the trial, see `enqueue_point`.
+    return trial.system_attrs.get(ENQUEUED_POINT) or None
 
 
 def filtered_study(

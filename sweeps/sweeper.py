@@ -5,6 +5,7 @@ heavy is imported when a sweep begins.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.errors import ConfigError, Interrupted
+from finetune.quantities import counted
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -72,11 +74,17 @@ class StudySweeper(Sweeper):
 def _enqueue(study: "Study", draft: "Draft") -> None:
     """Enqueue the trials that the study lacks, and log what is left to do."""
     from sweeps.study.budget import describe_tokens
+    from sweeps.study.result_values import read_config_values
     from sweeps.study.waiting import enqueue_trials
     from sweeps.study.warm_start import take_earlier_studies
 
     session = draft.session
-    earlier = take_earlier_studies(study, session.settings, session.space)
+    earlier = take_earlier_studies(
+        study,
+        session.settings,
+        session.space,
+        functools.partial(read_config_values, session),
+    )
     enqueue_trials(
         study,
         draft.planned_total(study.added_count),
@@ -86,15 +94,15 @@ def _enqueue(study: "Study", draft: "Draft") -> None:
     total = study.total
     finished = len(study.finished())
     if total is None:
-        plan = f"{finished} trials, more until the budget is spent"
+        plan = f"{counted(finished, 'trial')}, more until the budget is spent"
     else:
-        plan = f"{max(total - finished, 0)} of {total} trials to go"
+        plan = f"{max(total - finished, 0)} of {counted(total, 'trial')} to go"
     tokens = describe_tokens(study)
     if tokens:
         plan += f", {tokens}"
     n_trials = draft.session.settings.n_trials
     if n_trials is not None and total is not None and total < n_trials:
-        plan += f" (the space has no more than {total} points, each trained once)"
+        plan += f" (the space has no more than {counted(total, 'point')}, each trained once)"
     folder = os.path.relpath(study.folder)
     log.info("study %s: %s, in %s", study.name, plan, folder)
 
@@ -125,7 +133,8 @@ def _has_work(study: "Study", draft: "Draft") -> bool:
                 f"every point of the {space} is tried; "
                 f"another hydra.sweeper.study_name takes another {space}"
             )
-        log.info("study %s is full (%d trials): %s", study.name, finished, advice)
+        trials = counted(finished, "trial")
+        log.info("study %s is full (%s): %s", study.name, trials, advice)
         return False
     if spent and not has_running:
         log.info("study %s: %s", study.name, spent)
@@ -154,11 +163,12 @@ def _conclude(study: "Study", session: "Session") -> None:
     from optuna.trial import TrialState
 
     from sweeps.answer.conclusion import conclude
+    from sweeps.study.adapters import remove_adapters
     from sweeps.study.session import has_failed_too_often
 
     folder = os.path.relpath(study.folder)
     try:
-        study.remove_adapters(session.settings.keep_adapters)
+        remove_adapters(study, session.settings.keep_adapters)
         if session.settings.confirm:
             _confirm(study, session)
         conclude(study, session.common.tracker)

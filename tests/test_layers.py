@@ -45,13 +45,14 @@ LAYERS = (
     ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
+    ("finetune.quantities",),
     ("finetune.errors",),
 )
 
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
-    "finetune.compat", "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.compat", "finetune.quantities", "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
     "sweeps.answer.report", *LAYERS[5],

@@ -12,8 +12,15 @@ def import_user_module(name: str) -> ModuleType:
     Raises:
         Exception: Whatever the import raises; what a user's module raises is not known.
     """
+    add_working_directory()
+    return importlib.import_module(name)
+
+
+def add_working_directory() -> None:
+    """Add the working directory to the folders of modules.
+
+    The script `finetune`, unlike `python -m finetune`, does not look there.
+    """
     folder = os.getcwd()
-    # The script `finetune`, unlike `python -m finetune`, does not look there.
     if folder not in sys.path:
         sys.path.append(folder)
-    return importlib.import_module(name)

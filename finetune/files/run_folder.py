@@ -152,6 +152,9 @@ def remove_old_checkpoints(folder: Path, keep: int | None, best_step: int) -> No
         shutil.rmtree(path)
 
 
+REFUSED = "refused.jsonl"
+"""File in a sweep's folder: the jobs that were refused, with the reasons."""
+
 HYDRA_FILES = {".hydra", "train.log"}
 """What Hydra writes into the folder of a run before the run's own code starts."""
 
@@ -193,9 +196,32 @@ def _file_names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
+def record_refused(sweep_folder: Path, number: int, reason: str) -> None:
+    """Record why a job of a sweep was refused, as its run folder is removed.
+
+    Args:
+        sweep_folder: The sweep's folder.
+        number: The job's number.
+        reason: Why, in one line.
+    """
+    # Appended in one call, because jobs may run in several processes.
+    with open(sweep_folder / REFUSED, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"job": number, "reason": reason}) + "\n")
+
+
+def refused_jobs(sweep_folder: Path) -> dict[int, str]:
+    """Return why jobs of a sweep were refused, by their numbers."""
+    path = sweep_folder / REFUSED
+    if not path.exists():
+        return {}
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["job"]: line["reason"] for line in lines}
+
+
 def discard_multirun(folder: Path) -> None:
-    """Remove the folder of a sweep in which no job left a file, and its empty parents."""
-    if folder.is_dir() and _file_names(folder) == {"multirun.yaml"}:
+    """Remove the folder of a sweep in which no job left a run, and its empty parents."""
+    names = _file_names(folder) if folder.is_dir() else set()
+    if "multirun.yaml" in names and names <= {"multirun.yaml", REFUSED}:
         shutil.rmtree(folder)
         _remove_empty(folder.parent)
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
+from finetune.console import error_line
 from finetune.engine.steps import drive
 from finetune.errors import ConfigError, refusal
 from finetune.files.run_folder import (
@@ -18,6 +19,7 @@ from finetune.files.run_folder import (
     discard_if_untouched,
     discard_refused,
     is_new,
+    record_refused,
 )
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
@@ -93,14 +95,19 @@ def job(
         Hydra made, unless the job belongs to a sweep: a sweep's folder shows which jobs failed.
 
     Raises:
-        ConfigError: No run can have this config. The folder that Hydra made is removed.
+        ConfigError: No run can have this config. The folder that Hydra made is removed; a sweep's
+            folder keeps the reason.
     """
     hydra = HydraConfig.get()
     folder = RunFolder(hydra.runtime.output_dir)
     try:
         config = check_job(composed)
-    except ValueError:
+    except ValueError as error:
         discard_if_untouched(folder.path)
+        if hydra.mode == RunMode.MULTIRUN:
+            # The job may have another working directory.
+            sweep_folder = Path(hydra.runtime.cwd, hydra.sweep.dir)
+            record_refused(sweep_folder, hydra.job.num, error_line(error))
         raise
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:

@@ -13,6 +13,7 @@ from rich.text import Text
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.data.rows import SPLITS
 from finetune.data.segments import Kind, Segment, segments_of
+from finetune.quantities import counted
 from finetune.run.preview import ExampleLength, Preview, ShownExample
 
 MOST_BINS = 10
@@ -101,7 +102,7 @@ def _facts(shown: ShownExample) -> str:
         facts.append(f"{cut} cut")
     example = shown.example
     if example.turns:
-        facts.insert(0, _counted(example.turns, "turn"))
+        facts.insert(0, counted(example.turns, "turn"))
     if example.turns_left_out:
         facts.insert(1, f"{example.turns_left_out} before them left out")
     return ", ".join(facts)
@@ -142,16 +143,16 @@ def _count_lines(preview: Preview, settings: DatasetSettings) -> list[str]:
     lines = [f"{'format':12}{', '.join(preview.formats)}"]
     for split in SPLITS:
         rows, examples = preview.rows[split], preview.examples[split]
-        further = "" if examples == rows else f", {_counted(examples, 'example')}"
-        lines.append(f"{split:12}{_counted(rows, 'row')}{further}")
-    left_out = _counted(preview.left_out.total(), "row")
+        further = "" if examples == rows else f", {counted(examples, 'example')}"
+        lines.append(f"{split:12}{counted(rows, 'row')}{further}")
+    left_out = counted(preview.left_out.total(), "row")
     if preview.examples_left_out:
-        left_out += f", {_counted(preview.examples_left_out.total(), 'example')}"
+        left_out += f", {counted(preview.examples_left_out.total(), 'example')}"
     lines.append(f"{'left out':12}{left_out}")
-    lines.append(f"{'cut':12}{_counted(preview.cut, 'example')}")
+    lines.append(f"{'cut':12}{counted(preview.cut, 'example')}")
     if preview.shortened:
-        lines.append(f"{'shortened':12}{_counted(preview.shortened, 'example')}")
-    lines.append(f"{'not learnt':12}{_counted(preview.unlearnt.total(), 'answer')}")
+        lines.append(f"{'shortened':12}{counted(preview.shortened, 'example')}")
+    lines.append(f"{'not learnt':12}{counted(preview.unlearnt.total(), 'answer')}")
     if settings.packing:
         joined = f"rows are joined to sequences of {settings.max_length} tokens"
         lines.append(f"{'packing':12}{joined}; each is shown alone")
@@ -175,7 +176,7 @@ def _length_lines(preview: Preview, split: str, settings: DatasetSettings) -> li
     """The histogram, and the longest and shortest rows."""
     sizes = sorted(preview.lengths)
     limit = "null" if settings.max_length is None else str(settings.max_length)
-    examples = _counted(len(sizes), f"{split} example")
+    examples = counted(len(sizes), f"{split} example")
     lines = [
         f"tokens of {examples}: median {statistics.median(sizes):g}, longest {sizes[-1]}, "
         f"dataset.max_length={limit}"
@@ -238,7 +239,3 @@ def _round_step(low: int, high: int) -> int:
         step = int(step * factors[0])
         factors = [*factors[1:], factors[0]]
     return step
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

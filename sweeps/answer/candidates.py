@@ -14,7 +14,8 @@ from finetune.files.atomic import read_json
 from finetune.run.recorded_evaluation import read_test_evaluation
 from sweeps.answer.compare import compare_seeds, metric_of
 from sweeps.study.repeats import Repeat
-from sweeps.study.study import Study, role
+from sweeps.study.roles import role
+from sweeps.study.study import Study
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation

@@ -6,6 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
+from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
+from finetune.errors import ConfigError
+from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.study.storage import JOURNAL
@@ -85,10 +88,23 @@ def _has_unsent(folder: Path, pattern: str) -> bool:
 
 def _shell_storage(study: Study) -> str:
     """Format the study's storage as a shell word; secrets stay environment variables."""
-    address = study.written_address
+    address = written_address(study)
     if address is None:
         return shlex.quote(os.path.relpath(study.folder / JOURNAL))
     # ${oc.env:NAME} of OmegaConf, perhaps with a default, is $NAME in a shell.
     with_shell_variables = re.sub(r"\$\{oc\.env:(\w+)[^}]*\}", r"$\1", address)
     # In double quotes, within which a shell still replaces variables.
     return f'"{with_shell_variables}"'
+
+
+def written_address(study: Study) -> str | None:
+    """Return the database's address as the user wrote it, without secrets; None: the journal."""
+    address: str | None = read_json(study.folder / "study.json")["storage"]
+    if address is None:
+        return None
+    try:
+        refuse_secrets_in(f"{STORAGE_KEY}={address}")
+    # An earlier version accepted a password in the address.
+    except ConfigError:
+        return "${oc.env:STUDY_DATABASE}"
+    return address

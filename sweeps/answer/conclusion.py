@@ -18,6 +18,7 @@ from finetune.run.resources import SharedResources, shared_resources
 from finetune.tracking.wandb_finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
+from sweeps.answer.commands import written_address
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.final_comparison import compare_on_test_rows
 from sweeps.answer.publish import publish
@@ -113,7 +114,7 @@ def _run_with_adapter(study: Study, winner: FrozenTrial) -> RunFolder:
 
 def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
     """Log that another machine has the adapter. Raises ConfigError if none does."""
-    if study.written_address is not None and not run.path.exists():
+    if written_address(study) is not None and not run.path.exists():
         action = "run `python -m sweeps best` on the machine that has its folder"
         log.info("study %s: trial %d wins; %s", study.name, winner.number, action)
         return

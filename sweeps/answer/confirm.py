@@ -24,7 +24,8 @@ from sweeps.answer.candidates import evaluate_candidates, repeats_of
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.inside import is_inside
 from sweeps.study.repeats import Repeat, retrain
-from sweeps.study.study import CONFIRMATION, Study, role
+from sweeps.study.roles import role
+from sweeps.study.study import CONFIRMATION, Study
 
 log = logging.getLogger(__name__)
 

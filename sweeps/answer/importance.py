@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import rankdata
 
+from finetune.quantities import counted
 from sweeps.answer.ranges import parameter_columns
 from sweeps.study.inside import is_inside
 
@@ -83,8 +84,7 @@ class Importance:
 
 def describe_importance(importance: Importance) -> str:
     """Say in one line which parameters have an influence, how large it is, and where."""
-    plural = "" if importance.trials == 1 else "s"
-    trials = f"{importance.trials} trial{plural}"
+    trials = counted(importance.trials, "trial")
     if importance.trials < MIN_TRIALS:
         return f"not known from {trials} (needs {MIN_TRIALS})"
     rung = f" (at {importance.rung})" if importance.rung else ""

@@ -21,6 +21,7 @@ from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_sections import sections
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import format_counts
+from sweeps.study.in_memory import snapshot
 from sweeps.study.study import Study
 
 REPORT = "report.html"
@@ -46,7 +47,7 @@ def write_report(
     path = study.folder / REPORT
     # The lock makes the report that was begun last, which has the newest data, the one that stays.
     with file_lock(study.folder / ".report.lock"):
-        data = ReportData.read(study.snapshot(), analysis)
+        data = ReportData.read(snapshot(study), analysis)
         html = render_page(data, live)
         write_text(path, html, single_writer=True)
     return path

@@ -3,28 +3,26 @@
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from optuna.trial import FrozenTrial
 
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.names import (
     describe_metric,
-    format_metric,
     metric_notes,
 )
 from sweeps.answer import advice, charts, importance
 from sweeps.answer.commands import commands
-from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
+from sweeps.answer.descriptions import confirmation_lines
 from sweeps.answer.learning_curves import curves_of, learning_curves
 from sweeps.answer.parallel_coordinates import parallel_coordinates
 from sweeps.answer.report_confusion import confusion_section
 from sweeps.answer.report_data import ReportData
+from sweeps.answer.report_result import result_section
 from sweeps.answer.report_rows import rows_section
-from sweeps.answer.report_section import Row, Section, chart_html, chart_section
+from sweeps.answer.report_section import Section, chart_html, chart_section
 from sweeps.answer.report_tables import failures, leaderboard, spending
-from sweeps.space.feasibility import why_no_winner
-from sweeps.study.formatting import parameter_cells, parameter_names
-from sweeps.study.inside import first_inside, is_inside, point_of, values_outside
+from sweeps.study.formatting import parameter_names
+from sweeps.study.warm_start import warm_start_notes
 
 COMPARED = (
     "Trials are compared at the last evaluation that all of them have reached, "
@@ -52,11 +50,12 @@ def sections(data: ReportData) -> list[Section]:
     study = data.study
     winner = data.winner.number if data.winner else None
     every_section = [
-        _answer(data),
+        result_section(data),
         confusion_section(data),
         _advice(data),
         _confirmation(data),
         leaderboard(data),
+        _warm_start(data),
         _pareto(data),
         _curves(data),
         chart_section("history", "Optimisation history", charts.history(study)),
@@ -91,74 +90,6 @@ def _width_for_parameters(data: ReportData) -> int:
     return max(720, 130 * len(names))
 
 
-def _answer(data: ReportData) -> Section:
-    """Show the winner next to the baseline."""
-    winner = data.winner
-    baseline = data.study.baseline()
-    if winner is None:
-        reason = why_no_winner(data.trials.values())
-        return Section("answer", "Result", f"There is no winner: {reason}.")
-    sides = {"winner": winner}
-    inside = first_inside(data.study.ranked())
-    if not is_inside(winner) and inside is not None:
-        sides["best inside the space"] = inside
-    if baseline is not None and baseline != winner:
-        sides["baseline"] = baseline
-    head = [""]
-    for side, trial in sides.items():
-        head.append(f"{side} (trial {trial.number})")
-    rows = _parameter_rows(sides) + _objective_rows(data, sides)
-    if data.test is not None:
-        losses = []
-        for side in sides:
-            loss = data.test.get(side)
-            losses.append("" if loss is None else f"{loss:.4f}")
-        rows.append(Row(["test/loss", *losses]))
-        compared = data.test.get("objective")
-        if compared is not None:
-            values = [
-                f"{compared[side]:.4f}" if side in compared else "" for side in sides
-            ]
-            rows.append(Row([describe_metric(compared["metric"]), *values]))
-    lines = []
-    if data.answer is not None:
-        lines += final_comparison_lines(data.answer)
-    if baseline == winner:
-        lines.append("The winner is the baseline itself.")
-    if not is_inside(winner):
-        names = ", ".join(values_outside(winner))
-        lines.append(f"The winner lies outside the search space: {names}.")
-    return Section(
-        "answer",
-        "Result",
-        lines=lines,
-        head=head,
-        rows=rows,
-    )
-
-
-def _parameter_rows(sides: dict[str, FrozenTrial]) -> list[Row]:
-    # A dict in place of a set, to keep the order of the winner's parameters.
-    names: dict[str, None] = {}
-    for trial in sides.values():
-        names |= dict.fromkeys(point_of(trial))
-    rows = []
-    for name in names:
-        cells = [name]
-        for trial in sides.values():
-            cells += parameter_cells(trial, [name])
-        rows.append(Row(cells))
-    return rows
-
-
-def _objective_rows(data: ReportData, sides: dict[str, FrozenTrial]) -> list[Row]:
-    rows = []
-    for index, name in enumerate(data.study.objectives):
-        values = [format_metric(trial.values[index]) for trial in sides.values()]
-        rows.append(Row([describe_metric(name), *values], "winner"))
-    return rows
-
-
 def _advice(data: ReportData) -> Section:
     measured = importance.comparable_trials(data.study.optuna)
     has_too_few = 0 < len(measured) < advice.MIN_TRIALS
@@ -181,6 +112,17 @@ def _confirmation(data: ReportData) -> Section:
         "The winner is chosen on held-out rows and compared on test rows.",
         lines=confirmation_lines(data.confirmation),
         chart=chart_html("seeds", charts.seeds(data.confirmation)),
+    )
+
+
+def _warm_start(data: ReportData) -> Section:
+    notes = warm_start_notes(data.study)
+    note = "Results of earlier studies inform the sampler; they are no trials of this study."
+    return Section(
+        "warm-start",
+        "Earlier studies",
+        note if notes else "",
+        lines=notes,
     )
 
 

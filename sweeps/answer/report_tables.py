@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.atomic import read_json
 from finetune.metrics.names import metric_notes
+from finetune.quantities import format_duration
 from sweeps.answer import charts
 from sweeps.answer.report_data import ReportData
 from sweeps.answer.report_section import Row, Section, chart_html
@@ -20,7 +21,8 @@ from sweeps.study.formatting import (
     trial_note,
     variant_notes,
 )
-from sweeps.study.study import OUT_OF_TIME, Study, role
+from sweeps.study.roles import role
+from sweeps.study.study import OUT_OF_TIME, Study
 
 
 def leaderboard(data: ReportData) -> Section:
@@ -111,14 +113,14 @@ def spending(data: ReportData) -> Section:
         return Section("spent", title, chart=chart)
     saved = _saved_by_pruning(data.study, tokens, seconds)
     saved_share = saved.tokens / (total_tokens + saved.tokens)
-    training_time = _format_duration(sum(seconds.values()))
-    wall_time = _format_duration(_wall_time(data))
+    training_time = format_duration(sum(seconds.values()))
+    wall_time = format_duration(_wall_time(data))
     figures = [
         (f"{total_tokens:,}", "tokens trained"),
         (training_time, "of training"),
         (wall_time, "from the first trial's start to the last one's end"),
         (f"{saved.tokens:,.0f}", "tokens saved by pruning"),
-        (_format_duration(saved.seconds), "of training saved"),
+        (format_duration(saved.seconds), "of training saved"),
         (f"{saved_share:.0%}", "of all tokens saved"),
     ]
     confirmation_tokens = _confirmation_tokens(data.study)
@@ -174,15 +176,6 @@ def _wall_time(data: ReportData) -> float:
     if not starts or not ends:
         return 0.0
     return (max(ends) - min(starts)).total_seconds()
-
-
-def _format_duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def failures(data: ReportData) -> Section:

@@ -21,7 +21,8 @@ from sweeps.study.formatting import (
     variant_notes,
 )
 from sweeps.study.inside import is_inside, values_outside
-from sweeps.study.study import Study, role
+from sweeps.study.roles import role
+from sweeps.study.study import Study
 
 SHOWN_TRIALS = 5
 """Number of best trials that are listed, or the whole front; the baseline is always added."""

@@ -10,6 +10,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial
 
 from finetune.config.flatten import flatten
+from finetune.config.user_module import add_working_directory
 from finetune.console import error_line, summary_line
 from finetune.errors import refusal
 from sweeps.space.distributions import contains, describe
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def load_function(
     path: str, key: str = "hydra.sweeper.custom_search_space"
 ) -> Callable[..., object]:
-    """Import a user's function.
+    """Import a user's function, with the working directory among the folders of modules.
 
     Args:
         path: its import path.
@@ -31,7 +32,9 @@ def load_function(
     Raises:
         ConfigError: there is no such function.
     """
+    add_working_directory()
     try:
+        # Hydra's own look-up, as in hydra-optuna-sweeper: it finds a method of a class, too.
         function: Callable[..., object] = get_method(path)
     except Exception as error:
         reason = f"no such function ({summary_line(error)})"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.distributions import (
@@ -46,15 +46,30 @@ def point_count(space: Space) -> int | None:
     return total
 
 
+def may_repeat(space: Space) -> bool:
+    """Whether trials may have the same point: no continuous parameter is searched in all of them.
+
+    Where no condition of a continuous parameter is met, a point is one of a few.
+    """
+    return all(
+        value_count(distribution) is not None or name in space.conditions
+        for name, distribution in space.distributions.items()
+    )
+
+
 def random_point(
-    space: Space, draw: random.Random, fixed: Mapping[str, Any] | None = None
+    space: Space,
+    draw: random.Random,
+    fixed: Mapping[str, Any] | None = None,
+    draw_continuous: Callable[[str], Any] | None = None,
 ) -> Point:
-    """Draw a point of a space in which no parameter is continuous.
+    """Draw a point of a space.
 
     Args:
         space: the space.
-        draw: draws each value with the same chance.
+        draw: draws each value of a parameter that is not continuous with the same chance.
         fixed: values of some parameters that the point shall have.
+        draw_continuous: draws the value of a continuous parameter; None: there is none.
     """
     point: Point = {}
     for name, distribution in space.distributions.items():
@@ -62,6 +77,8 @@ def random_point(
             continue
         if fixed is not None and name in fixed:
             point[name] = fixed[name]
+        elif draw_continuous is not None and value_count(distribution) is None:
+            point[name] = draw_continuous(name)
         else:
             point[name] = random_value(distribution, draw)
     return point

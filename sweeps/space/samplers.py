@@ -20,6 +20,9 @@ SAMPLER = "hydra.sweeper.sampler"
 LEARN_COMMON_PARAMETERS = re.compile(r"cmaes|gp|qmc|nsgaiii|nsgaii", re.IGNORECASE)
 """Samplers that draw a parameter at random unless every trial so far has it."""
 
+IGNORE_CONSTRAINTS = re.compile(r"\b(CmaEs|QMC|Random|BruteForce)Sampler$")
+"""Samplers of Optuna that do not read the constraints of trials."""
+
 MOVED_CLASSES = {
     "sweeps.halving.SuccessiveHalvingPruner": "sweeps.space.pruners.SuccessiveHalvingPruner",
 }
@@ -79,6 +82,8 @@ def make_sampler(
         key = "hydra.sweeper.sampler.constraints_func"
         functions["constraints_func"] = load_function(constraints, key)
         del arguments["constraints_func"]
+    # Said once for the study, by `constraints_note`; Optuna says it at the end of each trial.
+    warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler")
     with warnings.catch_warnings():
         # The argument `group` is experimental.
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -116,6 +121,21 @@ def conditions_note(settings: StudySettings, names: Iterable[str]) -> str | None
     return (
         f"{shown}: drawn at random, because {sampler[0].lower()} learns only what is searched in "
         "all trials; hydra/sweeper/sampler=tpe learns these too"
+    )
+
+
+def constraints_note(settings: StudySettings) -> str | None:
+    """Say that a sampler does not learn from the study's constraints; None: it does, or has none.
+
+    A grid tries every point, whatever it has learnt.
+    """
+    sampler = IGNORE_CONSTRAINTS.search(str(settings.sampler["_target_"]))
+    if not settings.constraints or sampler is None:
+        return None
+    name = sampler[1].lower()
+    return (
+        f"constraints: {name} does not learn from them, so it suggests points that violate them as "
+        "often as others; hydra/sweeper/sampler=tpe, gp or nsgaii learns from them"
     )
 
 

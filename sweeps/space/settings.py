@@ -54,8 +54,8 @@ class StudySettings(Section):
     start: list[dict[str, Any]]
     """Points for the next trials, such as `[{lora.r: 8, lora.alpha: 16}]`."""
     warm_start: list[str]
-    """Earlier studies, by name or folder. Their results inform the sampler where they differ from
-    this study in nothing that it does not search; otherwise their best points are trained again."""
+    """Earlier studies, by name or folder. Their trials inform the sampler where this study could
+    have trained them; of a study without such trials the best points are trained again."""
     timeout: float | None
     """Seconds for the whole session, its final evaluation included; null: no limit. When only the
     time for that is left, no trial begins, and running trials are pruned."""

@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import (
     BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
     distribution_to_json,
     json_to_distribution,
 )
 from optuna.trial import BaseTrial
 
-from finetune.config.convert import is_number
-from finetune.errors import ConfigError, refusal
+from finetune.errors import ConfigError
 from sweeps.space.conditions import (
     Conditions,
     in_order,
@@ -26,9 +21,9 @@ from sweeps.space.conditions import (
     require_conditions,
 )
 from sweeps.space.distributions import contains, describe, has_choice, suggest
-from sweeps.space.encoding import NULL, encode
+from sweeps.space.encoding import NULL
 from sweeps.space.overrides import parse_overrides, require_searchable
-from sweeps.space.parameters import Parameter, Variants, read_parameter
+from sweeps.space.parameters import Condition, Parameter, Variants, read_parameter
 
 Point = dict[str, Any]
 """One encoded value for each searched parameter."""
@@ -118,13 +113,13 @@ class Space:
         """
         origins: dict[str, str] = {}
         for name in self.distributions:
-            for key in self._keys_of(name):
+            for key in self.keys_of(name):
                 before = origins.setdefault(key.lstrip("+"), name)
                 if before != name:
                     raise ConfigError(f"{key}: is searched by both {before} and {name}")
-        return [key for name in self.distributions for key in self._keys_of(name)]
+        return [key for name in self.distributions for key in self.keys_of(name)]
 
-    def _keys_of(self, name: str) -> list[str]:
+    def keys_of(self, name: str) -> list[str]:
         """Return the config keys that a parameter sets."""
         if name not in self.variants:
             return [name]
@@ -154,31 +149,9 @@ class Space:
             outside: the trial's values that lie outside the space, which no sampler chooses.
         """
         for name, distribution in self.distributions.items():
-            is_open = outside.keys().isdisjoint([name, *self._keys_of(name)])
+            is_open = outside.keys().isdisjoint([name, *self.keys_of(name)])
             if is_open and self.is_searched(name, {**trial.params, **outside}):
                 suggest(trial, name, distribution)
-
-    def scaled(self, composed: DictConfig) -> "Space":
-        """Convert relative intervals to the units of their parameters.
-
-        Args:
-            composed: the config of a trial before anything is searched, with the learning rate
-                resolved.
-
-        Raises:
-            ConfigError: the config's own value of such a parameter is no number above 0.
-        """
-        distributions = dict(self.distributions)
-        for name in self.relative:
-            value = _positive_number(composed, name.lstrip("+"))
-            multiples = distributions[name]
-            assert isinstance(multiples, IntDistribution | FloatDistribution)
-            low = _rounded(multiples.low * value)
-            high = _rounded(multiples.high * value)
-            distributions[name] = FloatDistribution(low, high, log=multiples.log)
-        return dataclasses.replace(
-            self, distributions=distributions, relative=frozenset()
-        )
 
     def overrides(self, point: Point) -> list[str]:
         """Return the command-line overrides of a trial at a point."""
@@ -192,38 +165,12 @@ class Space:
         """The command-line overrides that all trials share."""
         return _assignments(self.fixed) + self.fixed_overrides
 
-    def point_of(self, composed: DictConfig) -> Point | None:
-        """Return the values that a composed config has for the searched parameters.
-
-        Args:
-            composed: the config, with the `hydra` node.
-
-        Returns:
-            The point, with the values of the keys where no variant has them all; None if the
-            config has no value for one of the parameters.
-        """
-        point: Point = {}
-        for name, distribution in self.distributions.items():
-            if not self.is_searched(name, point):
-                continue
-            if name in self.variants:
-                values = _variant_of(name, self.variants[name], composed)
-                if not values:
-                    return None
-                point |= values
-                continue
-            value = _value_of(name, composed)
-            if value == NULL and not _has_null(distribution):
-                return None
-            point[name] = value
-        return point
-
     def outside(self, point: Point) -> Point:
         """Return a point's values of searched parameters that lie outside the space.
 
         Values of the keys that a variant would set lie outside: no variant has them all.
         """
-        variant_keys = {key for name in self.variants for key in self._keys_of(name)}
+        variant_keys = {key for name in self.variants for key in self.keys_of(name)}
         outside: Point = {}
         for name, value in point.items():
             distribution = self.distributions.get(name)
@@ -231,6 +178,26 @@ class Space:
             if is_value_outside or (distribution is None and name in variant_keys):
                 outside[name] = value
         return outside
+
+    def unsearched(self, point: Point) -> Point:
+        """Return a point's values that no trial of this space trains with."""
+        variant_keys = {key for name in self.variants for key in self.keys_of(name)}
+        unsearched: Point = {}
+        for name, value in point.items():
+            is_named = name in self.distributions or name in variant_keys
+            if not is_named or self._unmet(name, point):
+                unsearched[name] = value
+        return unsearched
+
+    def _unmet(self, name: str, point: Point) -> Condition:
+        """Return what a parameter's condition asks for and a point has another value of."""
+        condition = self.conditions.get(name, {})
+        return {
+            other: allowed
+            for other, allowed in condition.items()
+            # Where the point leaves it open, the sampler may choose a value that fits.
+            if other in point and not has_choice(allowed, point[other])
+        }
 
     def require(self, key: str, point: Point) -> None:
         """Refuse a point that lies outside the space.
@@ -251,11 +218,9 @@ class Space:
             described = describe(self.distributions[name])
             raise ConfigError(f"{key}: {name}={value} lies outside {described}")
         for name in point:
-            for other, allowed in self.conditions.get(name, {}).items():
-                # Where the point leaves it open, the sampler may choose a value that fits.
-                if other in point and not has_choice(allowed, point[other]):
-                    needed = " or ".join(f"{other}={value}" for value in allowed)
-                    raise ConfigError(f"{key}: {name} is searched only with {needed}")
+            for other, allowed in self._unmet(name, point).items():
+                needed = " or ".join(f"{other}={value}" for value in allowed)
+                raise ConfigError(f"{key}: {name} is searched only with {needed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the distributions as plain values, for storage and comparison."""
@@ -269,41 +234,6 @@ class Space:
         return plain
 
 
-def _value_of(name: str, composed: DictConfig) -> Any:
-    """Return a config's own value of a key or a config group, encoded."""
-    key = name.lstrip("+")
-    group_choices = composed.hydra.runtime.choices
-    # A searched config group has the name of its choice as its value.
-    if key in group_choices:
-        return encode(group_choices[key])
-    return encode(OmegaConf.select(composed, key))
-
-
-def _variant_of(name: str, variants: Variants, composed: DictConfig) -> Point:
-    """Return the variant that a config has, or else the config's own values of all its keys."""
-    config_values: Point = {}
-    for variant, values in variants.items():
-        for key in values:
-            config_values[key] = _value_of(key, composed)
-        if all(config_values[key] == value for key, value in values.items()):
-            return {name: variant}
-    # A key that the config lacks needs no override.
-    return {key: value for key, value in config_values.items() if value != NULL}
-
-
-def _positive_number(composed: DictConfig, key: str) -> float:
-    """Return the config's own value of a key that is searched in multiples of it."""
-    value = OmegaConf.select(composed, key)
-    if not is_number(value) or value <= 0:
-        reason = (
-            "a relative interval is in multiples of the config's own value, "
-            "which must be a number above 0"
-        )
-        raise refusal(key, value, reason)
-    number: float = value
-    return number
-
-
 def _assignments(values: Mapping[str, Any]) -> list[str]:
     assignments = []
     for name, value in values.items():
@@ -311,14 +241,3 @@ def _assignments(values: Mapping[str, Any]) -> list[str]:
         text = NULL if value is None else value
         assignments.append(f"{name}={text}")
     return assignments
-
-
-def _rounded(bound: float) -> float:
-    """Round to 12 significant digits, so that 0.1 times 0.002 is shown as 0.0002."""
-    return float(f"{bound:.12g}")
-
-
-def _has_null(distribution: BaseDistribution) -> bool:
-    if not isinstance(distribution, CategoricalDistribution):
-        return False
-    return NULL in distribution.choices

@@ -15,12 +15,14 @@ from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, waiting_trial
 from sweeps.space.conditions import is_met
+from sweeps.space.distributions import describe
 from sweeps.space.encoding import encode
-from sweeps.space.points import point_count, random_point
+from sweeps.space.points import may_repeat, random_point
 from sweeps.space.space import Point, Space
 from sweeps.study.formatting import format_value, objective_cells
 from sweeps.study.inside import point_of
-from sweeps.study.study import ADDED, OUT_OF_TIME, Study
+from sweeps.study.roles import ADDED
+from sweeps.study.study import OUT_OF_TIME, Study
 from sweeps.study.terms import stored_space
 from sweeps.study.trial_text import find_trial
 from sweeps.study.untried import ATTEMPTS, is_among
@@ -91,12 +93,37 @@ def changed_point(study: Study, number: int, assignments: Sequence[str]) -> Poin
     space = study_space(study)
     changes = read_point(study, "clone", assignments)
     changed = {**point, **changes}
+    # The baseline has the config's own values of the keys of variants where no variant has them.
+    for name in changes.keys() & space.variants.keys():
+        for key in space.keys_of(name):
+            changed.pop(key, None)
     for name in point.keys() & space.distributions.keys() - changes.keys():
         # Searched at the trial's own point, but not with the changes.
         if not space.is_searched(name, changed):
             del changed[name]
+    _require_inside(space, number, changed)
     space.require("clone", changed)
     return changed
+
+
+def _require_inside(space: Space, number: int, point: Point) -> None:
+    """Refuse a clone that keeps values outside the space, as the baseline may have them.
+
+    Raises:
+        ConfigError: names the parameters to set.
+    """
+    outside = space.outside(point)
+    if not outside:
+        return
+    settings = []
+    for name, distribution in space.distributions.items():
+        if not outside.keys().isdisjoint([name, *space.keys_of(name)]):
+            key = name.lstrip("+")
+            settings.append(f"{key}=VALUE from {describe(distribution)}")
+    raise ConfigError(
+        f"clone: trial {number} lies outside the space ({_describe_point(outside)}); "
+        f"give {' and '.join(settings)}"
+    )
 
 
 def chosen_point(trial: FrozenTrial) -> Point:
@@ -143,11 +170,15 @@ def _require_new(study: Study, point: Point) -> None:
 
 def _has_untried(space: Space, point: Point, tried: Sequence[Point]) -> bool:
     """Whether a trial with a point's values can be one that is not tried."""
-    if point_count(space) is None:
+    if not may_repeat(space):
         return True
     draw = random.Random(0)
+
+    def continuous(_: str) -> float:
+        return draw.random()
+
     # As many as the sampler draws before it trains a point again.
-    drawn = (random_point(space, draw, point) for _ in range(ATTEMPTS))
+    drawn = (random_point(space, draw, point, continuous) for _ in range(ATTEMPTS))
     return any(not is_among(each, tried) for each in drawn)
 
 

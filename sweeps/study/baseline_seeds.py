@@ -19,8 +19,9 @@ from finetune.run.load import read_run_config
 from sweeps.study.pack import PackedRun
 from sweeps.study.pruning import POLL_SECONDS
 from sweeps.study.repeats import Repeat, repeat_run
+from sweeps.study.roles import role
 from sweeps.study.session import Session
-from sweeps.study.study import Study, role
+from sweeps.study.study import Study
 
 AUTO_SEEDS = 2
 """Further seeds with `hydra.sweeper.baseline_seeds=auto` where trials train together."""

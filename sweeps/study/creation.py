@@ -1,6 +1,7 @@
 """Begin a study, or resume it, on the terms that its trials share."""
 
 import json
+import logging
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,19 @@ from finetune.errors import refusal
 from finetune.files.atomic import read_json, write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
+from sweeps.compat import enqueue_point
 from sweeps.space.settings import StudySettings
+from sweeps.study.roles import role
 from sweeps.study.storage import open_storage
-from sweeps.study.study import EngineChoice, Study
-from sweeps.study.terms import has_new_config, require_changeable, require_same_terms
+from sweeps.study.study import Study
+from sweeps.study.terms import (
+    has_new_config,
+    require_changeable,
+    require_same_terms,
+    unsearched_values,
+)
+
+log = logging.getLogger(__name__)
 
 
 def create_or_resume(
@@ -104,6 +114,7 @@ def _update_terms(
             study.trials(),
             distributions,
         )
+        _drop_unsearched_points(study, stored, terms)
         if has_new_config(stored, terms):
             _clear_unfinished_runs(study)
         if stored != json.loads(json.dumps(terms)):
@@ -111,6 +122,28 @@ def _update_terms(
             _resume_ended(study)
     if stored != terms:
         study.optuna.set_user_attr("terms", terms)
+
+
+def _drop_unsearched_points(
+    study: Study, stored: Mapping[str, Any], terms: Mapping[str, Any]
+) -> None:
+    """Take their points from planned trials that would train without a value of them.
+
+    This command's own points are enqueued afterwards.
+    """
+    for trial in study.trials(TrialState.WAITING):
+        unsearched = unsearched_values(stored, terms, trial)
+        if not unsearched:
+            continue
+        trial_id = study.trial_id(trial.number)
+        enqueue_point(study.storage, trial_id, {})
+        study.storage.set_trial_user_attr(trial_id, "role", "")
+        log.info(
+            "trial %d: its point is dropped (%s), as it has %s, which is not searched any more",
+            trial.number,
+            role(trial),
+            ", ".join(unsearched),
+        )
 
 
 def _resume_ended(study: Study) -> None:
@@ -149,26 +182,3 @@ def _clear_unfinished_run(folder: RunFolder) -> None:
                 folder.clear()
     except FolderHeld:
         return
-
-
-def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
-    """Store how trials are trained, unless an earlier session did.
-
-    Args:
-        study: the study.
-        choice: this session's choice.
-
-    Returns:
-        The stored choice.
-    """
-    if "engine" not in study.optuna.user_attrs:
-        study.optuna.set_user_attr("slots", choice.slots)
-        study.optuna.set_user_attr("checkpointing", choice.checkpointing)
-        # Last, because its presence says that all three are stored.
-        study.optuna.set_user_attr("engine", choice.name)
-    stored = study.optuna.user_attrs
-    return EngineChoice(
-        name=str(stored["engine"]),
-        slots=int(stored["slots"]),
-        checkpointing=bool(stored.get("checkpointing", False)),
-    )

@@ -1,9 +1,8 @@
 """The session that a sweep command asks for, checked before torch and a base model are loaded."""
 
-import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,28 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.schema import RunConfig
-from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
-from finetune.errors import ConfigError, refusal
-from finetune.metrics.load import check_metrics, higher_is_better
-from finetune.metrics.metric import Metric
+from finetune.errors import ConfigError
+from finetune.metrics.load import check_metrics
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
 from sweeps.space.constraints import require_computed, require_names
-from sweeps.space.custom import extend_baseline, load_function
-from sweeps.space.distributions import describe
-from sweeps.space.params import plain_params
-from sweeps.space.points import grid_points, point_count
-from sweeps.space.settings import Direction, StudySettings
+from sweeps.space.custom import load_function
+from sweeps.space.own_values import scaled_space
+from sweeps.space.points import point_count
+from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
-from sweeps.space.user_class import without_choice_arguments
+from sweeps.study.command_settings import (
+    check_settings,
+    plain_values,
+    resolve_directions,
+    search_params,
+)
+from sweeps.study.engine_choice import EngineChoice
+from sweeps.study.first_points import first_points
 from sweeps.study.job import require_one_directory
 from sweeps.study.rungs import choose_rungs
 from sweeps.study.session import Session
 from sweeps.study.storage import check_address
-from sweeps.study.study import EngineChoice
 from sweeps.study.warm_start import require_studies
 
 log = logging.getLogger(__name__)
@@ -105,9 +107,9 @@ def draft_session(
     # time, with which workers in other processes and on other machines compare it.
     began = time.time()
     require_one_directory(config)
-    plain = _plain_values(values)
-    params = _search_params(config)
-    settings = _check_settings(config, plain, params)
+    plain = plain_values(values)
+    params = search_params(config)
+    settings = check_settings(config, plain, params)
     if settings.custom_search_space:
         load_function(settings.custom_search_space)
     space = _parse_space(settings, params, arguments)
@@ -120,14 +122,14 @@ def draft_session(
     scores = [name for metric in metrics for name in metric.names]
     require_names(settings.parsed_constraints, common.allowed_objectives(scores))
     require_computed(settings.parsed_constraints, common.objectives)
-    settings = _resolve_directions(settings, common, metrics)
+    settings = resolve_directions(settings, common, metrics)
     address = plain["storage"]
     # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
     # After the learning rate is resolved: relative intervals are multiples of it.
-    scaled_space = space.scaled(composed)
-    points = _first_points(settings, scaled_space, config, composed, common.seed)
+    space = scaled_space(space, composed)
+    points = first_points(settings, space, config, composed, common.seed)
     folder = _study_folder(config, values, settings.study_name)
     require_studies(settings, folder)
     deadline = None if settings.timeout is None else began + settings.timeout
@@ -135,7 +137,7 @@ def draft_session(
         folder=folder,
         address=address,
         settings=settings,
-        space=scaled_space,
+        space=space,
         config=config,
         hydra_context=context,
         common=common,
@@ -144,53 +146,6 @@ def draft_session(
         has_automatic_rungs=has_automatic_rungs,
     )
     return Draft(session, points)
-
-
-def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sweeper's arguments without OmegaConf's types."""
-    plain: dict[str, Any] = {}
-    for key, value in values.items():
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True, enum_to_str=True)
-        plain[key] = value
-    return plain
-
-
-def _search_params(config: DictConfig) -> dict[str, Any]:
-    """Return `hydra.sweeper.params`, or else those of the chosen search space."""
-    params = config.hydra.sweeper.get("params")
-    # The group `search` stands apart: a plain multirun, whose sweeper has no such parameters,
-    # would fail with a space in `hydra.sweeper.params`.
-    if params is None:
-        params = OmegaConf.select(config, "search.params")
-    if params is None:
-        return {}
-    return plain_params(params, config)
-
-
-def _check_settings(
-    config: DictConfig, plain: Mapping[str, Any], params: dict[str, Any]
-) -> StudySettings:
-    """Check the settings; they keep the storage's address unresolved, without secrets."""
-    written = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-    assert isinstance(written, dict)
-    written_address = written["storage"]
-    refuse_secrets_in(f"{STORAGE_KEY}={written_address}")
-    study_name = plain.get("study_name")
-    if study_name is None:
-        study_name = time.strftime("%Y-%m-%d_%H-%M-%S")
-    choices = config.hydra.runtime.choices
-    for group in ("sampler", "pruner"):
-        key = f"hydra.sweeper.{group}"
-        choice = str(choices.get(key.replace(".", "/")))
-        plain = {**plain, group: without_choice_arguments(key, choice, plain[group])}
-    values = {
-        **plain,
-        "study_name": study_name,
-        "storage": written_address,
-        "params": params,
-    }
-    return StudySettings.from_sweeper(values)
 
 
 def _parse_space(
@@ -233,31 +188,6 @@ def _check_run_config(composed: DictConfig) -> RunConfig:
     return config
 
 
-def _resolve_directions(
-    settings: StudySettings, config: RunConfig, metrics: Sequence[Metric]
-) -> StudySettings:
-    """Return the settings with a direction for each objective, which its metric allows."""
-    rising = [higher_is_better(name, metrics) for name in config.objectives]
-    if settings.direction == "auto":
-        directions: list[Direction] = [
-            "maximize" if is_rising else "minimize" for is_rising in rising
-        ]
-        return dataclasses.replace(settings, direction=directions)
-    # Not strict: a wrong number of directions is refused below, with the names.
-    for name, is_rising, direction in zip(
-        config.objectives, rising, settings.directions, strict=False
-    ):
-        if is_rising and direction == "minimize":
-            reason = f"{name} is better the larger it is: maximize"
-            raise refusal("hydra.sweeper.direction", direction, reason)
-    count = len(config.objectives)
-    if count != len(settings.directions):
-        names = ", ".join(config.objectives)
-        reason = f"must be one for each objective ({count}: {names})"
-        raise ConfigError(f"hydra.sweeper.direction={settings.direction}: {reason}")
-    return settings
-
-
 def _study_folder(
     config: DictConfig, values: Mapping[str, Any], study_name: str
 ) -> Path:
@@ -269,51 +199,3 @@ def _study_folder(
     if values.get("study_name") is None and folder.name == "None":
         return folder.with_name(study_name)
     return folder
-
-
-def _first_points(
-    settings: StudySettings,
-    space: Space,
-    config: DictConfig,
-    composed: DictConfig,
-    seed: int,
-) -> list[tuple[str, Point]]:
-    """Return the points of the first trials.
-
-    They are the config's own values (the baseline), the user's points, and a grid's points.
-    """
-    points: list[tuple[str, Point]] = []
-    if settings.baseline:
-        baseline = _baseline(settings, space, config, composed)
-        if baseline is not None:
-            points.append(("baseline", baseline))
-    for point in settings.start:
-        space.require("hydra.sweeper.start", point)
-        points.append(("start", point))
-    chosen = [point for _, point in points]
-    for point in grid_points(space, seed) if settings.is_grid else []:
-        if point not in chosen:
-            points.append(("grid", point))
-    return points
-
-
-def _baseline(
-    settings: StudySettings, space: Space, config: DictConfig, composed: DictConfig
-) -> Point | None:
-    """Return the point of the config's own values, which may lie outside the space."""
-    baseline = space.point_of(composed)
-    if baseline is None:
-        log.info("no baseline: the config has no value of its own for what is searched")
-        return None
-    if settings.custom_search_space:
-        baseline = extend_baseline(
-            settings.custom_search_space, config, space, baseline, composed
-        )
-    for name, value in space.outside(baseline or {}).items():
-        distribution = space.distributions.get(name)
-        described = describe(distribution) if distribution else "all variants"
-        message = (
-            "%s=%s: the config's own value lies outside %s; only the baseline has it"
-        )
-        log.info(message, name, value, described)
-    return baseline

@@ -11,7 +11,8 @@ from finetune.metrics.names import format_metric, metric_notes
 from sweeps.space.feasibility import is_feasible, violated
 from sweeps.space.pruners import rung_values
 from sweeps.study.inside import is_inside, point_of, values_outside
-from sweeps.study.study import Study, role
+from sweeps.study.roles import GRID, role
+from sweeps.study.study import Study
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -116,7 +117,8 @@ def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
 def trial_note(trial: FrozenTrial) -> str:
     """Describe a trial's role, its place, why it ended early, and whether its batch was reduced."""
     attributes = trial.user_attrs
-    notes = [role(trial)]
+    # Nearly all rows of a grid would say so.
+    notes = [role(trial) if role(trial) != GRID else ""]
     if not is_inside(trial):
         notes.append(f"outside the space ({', '.join(values_outside(trial))})")
     if not is_feasible(trial):

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.metrics.names import metric_notes
+from finetune.quantities import format_duration
 from sweeps.study.budget import describe_tokens
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_parameters, objective_cells
@@ -126,8 +127,8 @@ class LiveTable:
         if not finished_here or unfinished <= 0:
             return ""
         seconds_per_trial = (time.monotonic() - self._began) / finished_here
-        minutes = max(1, round(seconds_per_trial * unfinished / 60))
-        return f" · about {minutes} min left"
+        left = format_duration(seconds_per_trial * unfinished)
+        return f" · about {left} left"
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

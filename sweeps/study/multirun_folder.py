@@ -18,10 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json, write_text
-from finetune.files.run_folder import RunFolder
+from finetune.files.run_folder import RunFolder, refused_jobs
 from finetune.metrics.load import higher_is_better, load_metrics
 from finetune.run.load import read_run_config
 from sweeps.study.formatting import trials_table
+from sweeps.study.in_memory import study_in_memory
+from sweeps.study.roles import GRID
 from sweeps.study.study import Study
 
 TABLE = "jobs.txt"
@@ -77,12 +79,16 @@ def read_multirun(folder: Path) -> Study:
     Raises:
         ConfigError: no job has ended with a value of the objective, by which jobs are compared.
     """
+    refused = refused_jobs(folder)
     runs = {}
     for path in (folder / "trials").glob("*"):
-        if path.name.isdigit():
-            runs[int(path.name)] = RunFolder(path)
+        run = RunFolder(path)
+        # A refused job's folder stays where it is the working directory.
+        has_begun = path.name not in map(str, refused) or run.identity.exists()
+        if path.name.isdigit() and has_begun:
+            runs[int(path.name)] = run
     config = _common_config(folder, runs.values())
-    numbers = range(max(runs) + 1)
+    numbers = range(max([*runs, *refused]) + 1)
     varied = dict(
         zip(
             runs,
@@ -98,14 +104,14 @@ def read_multirun(folder: Path) -> Study:
                 _trial(number, runs[number], varied[number], choices, config.objectives)
             )
         else:
-            trials.append(_refused(number))
+            trials.append(_refused(number, refused.get(number)))
     metrics = load_metrics(config.evaluation)
     directions = []
     for objective in config.objectives:
         rises = higher_is_better(objective, metrics)
         directions.append(StudyDirection.MAXIMIZE if rises else StudyDirection.MINIMIZE)
     attributes = {"terms": {"objective": list(config.objectives)}, "total": len(trials)}
-    return Study.in_memory(folder, folder.name, directions, attributes, trials)
+    return study_in_memory(folder, folder.name, directions, attributes, trials)
 
 
 def is_multirun(study: Study) -> bool:
@@ -160,7 +166,7 @@ def _trial(
     state = _STATES.get(result.get("status", ""), TrialState.RUNNING)
     attributes = {key: result.get(key) for key in ("step", "error")}
     # As in a grid search, more trials are no question.
-    attributes["role"] = "grid"
+    attributes["role"] = GRID
     metrics = result.get("metrics", {})
     values = [metrics.get(name) for name in objectives]
     if state == TrialState.COMPLETE and None in values:
@@ -191,8 +197,8 @@ def _changed(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_mtime)
 
 
-def _refused(number: int) -> FrozenTrial:
-    """Return the trial of a job that has left no folder."""
+def _refused(number: int, reason: str | None) -> FrozenTrial:
+    """Return the trial of a job that has left no folder, with the reason if there is one."""
     now = datetime.fromtimestamp(0)
     return FrozenTrial(
         number=number,
@@ -203,7 +209,7 @@ def _refused(number: int) -> FrozenTrial:
         datetime_complete=now,
         params={},
         distributions={},
-        user_attrs={"error": "was refused before it began"},
+        user_attrs={"error": f"refused: {reason}" if reason else "left no run folder"},
         system_attrs={},
         intermediate_values={},
     )

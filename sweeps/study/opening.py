@@ -7,17 +7,22 @@ from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.run.resources import shared_resources
-from sweeps.space.samplers import compares_several, conditions_note
+from sweeps.space.samplers import (
+    compares_several,
+    conditions_note,
+    constraints_note,
+)
 from sweeps.space.settings import StudySettings
 from sweeps.study.base_choice import by_base, require_comparable_bases
-from sweeps.study.creation import create_or_resume, decide_engine
+from sweeps.study.creation import create_or_resume
+from sweeps.study.engine_choice import EngineChoice, decide_engine
 from sweeps.study.launching import worker_count
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
 from sweeps.study.space_check import check_space
 from sweeps.study.storage import check_address
-from sweeps.study.study import EngineChoice, Study
+from sweeps.study.study import Study
 from sweeps.study.terms import study_terms
 
 log = logging.getLogger(__name__)
@@ -49,8 +54,11 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
     check_address(draft.address, worker_count(settings))
     _log_why_no_pruning(settings, config)
-    note = conditions_note(settings, draft.space.conditions)
-    if note:
+    notes = [
+        conditions_note(settings, draft.space.conditions),
+        constraints_note(settings),
+    ]
+    for note in filter(None, notes):
         log.info("%s", note)
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions

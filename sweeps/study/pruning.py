@@ -19,8 +19,9 @@ from sweeps.space.pruners import RUNGS, WARMUP_RUNG, rung_values
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.errors import StorageLost
 from sweeps.study.final_time import estimate_final_seconds, record_final_seconds
+from sweeps.study.roles import role
 from sweeps.study.session import Session
-from sweeps.study.study import OUT_OF_TIME, Study, role
+from sweeps.study.study import OUT_OF_TIME, Study
 
 log = logging.getLogger(__name__)
 

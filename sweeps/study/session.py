@@ -22,8 +22,9 @@ from sweeps.space.overrides import SEED_REASON
 from sweeps.space.samplers import make_pruner, make_sampler
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
+from sweeps.study.engine_choice import EngineChoice
 from sweeps.study.final_time import reserved_seconds
-from sweeps.study.study import EngineChoice, Study
+from sweeps.study.study import Study
 
 PARENT_PID = os.getppid()
 """The parent of this process when it began; another one adopts it if that parent dies."""

@@ -7,27 +7,23 @@ The storage's study attributes hold what all workers and later sessions have to 
 and `ended` (why the study has ended itself).
 """
 
-import itertools
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
-from sweeps.study.inside import is_inside
+from sweeps.study.roles import ADDED, role
 from sweeps.study.storage import open_storage
 
 # Optuna's own lines on each trial would repeat those of the study.
@@ -39,22 +35,7 @@ OUT_OF_TIME = "out of time"
 CONFIRMATION = "confirm.json"
 """The results of training the best trials again with other seeds, in the study's folder."""
 
-ADDED = "added"
-"""The role of a trial that a user has added by hand, in addition to those of `n_trials`."""
-
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """How all trials of a study are trained, decided once, when the study begins."""
-
-    name: str
-    """`packed` or `trl`."""
-    slots: int
-    """Number of trials that train together on one worker."""
-    checkpointing: bool = False
-    """The value of `trainer.gradient_checkpointing` where the config leaves it to `auto`."""
 
 
 class Study:
@@ -156,19 +137,6 @@ class Study:
         return self.folder / ".lock"
 
     @property
-    def written_address(self) -> str | None:
-        """The database's address as the user wrote it, without secrets; None: the journal."""
-        address: str | None = read_json(self.folder / "study.json")["storage"]
-        if address is None:
-            return None
-        try:
-            refuse_secrets_in(f"{STORAGE_KEY}={address}")
-        # An earlier version accepted a password in the address.
-        except ConfigError:
-            return "${oc.env:STUDY_DATABASE}"
-        return address
-
-    @property
     def objectives(self) -> list[str]:
         """The names of the metrics that the study optimizes."""
         names = self.optuna.user_attrs["terms"]["objective"]
@@ -196,8 +164,9 @@ class Study:
     def end(self, reason: str) -> None:
         """End the study before it has all its trials: no further one begins, on any machine."""
         begun = len(self.trials()) - len(self.trials(TrialState.WAITING))
-        trials = str(begun) if self.total is None else f"{begun} of {self.total}"
-        note = f"the study ended itself after {trials} trials: {reason}"
+        of_total = "" if self.total is None else f" of {self.total}"
+        trials = f"{begun}{of_total} {'trial' if begun == 1 else 'trials'}"
+        note = f"the study ended itself after {trials}: {reason}"
         self.optuna.set_user_attr(
             "ended", f"{note}; hydra.sweeper.stop_when=null goes on"
         )
@@ -272,42 +241,6 @@ class Study:
         """Ask the worker of a running trial to end it at its next step, as pruned."""
         self.storage.set_trial_user_attr(self.trial_id(number), "stop", True)
 
-    def snapshot(self) -> "Study":
-        """Copy the study's present state into memory, so that several reads agree."""
-        return Study.in_memory(
-            self.folder,
-            self.name,
-            self.optuna.directions,
-            self.optuna.user_attrs,
-            self.trials(),
-        )
-
-    @classmethod
-    def in_memory(
-        cls,
-        folder: Path,
-        name: str,
-        directions: Sequence[StudyDirection],
-        attributes: Mapping[str, Any],
-        trials: Iterable[FrozenTrial],
-    ) -> "Study":
-        """Create a study that is in memory only.
-
-        Args:
-            folder: the folder of its trials.
-            name: its name.
-            directions: one for each objective.
-            attributes: its attributes, see the module.
-            trials: its trials, by number.
-        """
-        storage = InMemoryStorage()
-        study_id = storage.create_new_study(directions, name)
-        for key, value in attributes.items():
-            storage.set_study_user_attr(study_id, key, value)
-        for trial in trials:
-            storage.create_new_trial(study_id, trial)
-        return cls(folder, name, storage)
-
     def release_trials(self, error: StorageLost, interrupt: Interrupt) -> None:
         """End this worker's trials after their present step, with a checkpoint, and claim no more.
 
@@ -319,48 +252,3 @@ class Study:
         """
         self.storage_error = error
         interrupt.requested = True
-
-    def remove_adapters(self, keep: int) -> None:
-        """Remove adapters and checkpoints of finished trials that nobody needs any more.
-
-        Those of the baseline and of the winner that a confirmation has chosen stay.
-
-        Args:
-            keep: number of the best trials whose adapters and checkpoints stay.
-        """
-        # Read before the ranking: a trial that finishes in between may be one of the best.
-        finished = self.finished()
-        ranked = self.ranked()
-        inside = filter(is_inside, ranked)
-        # The winner may lie outside the space.
-        best = [*ranked[:1], *itertools.islice(inside, keep)]
-        needed = {trial.number for trial in best}
-        baseline = self.baseline()
-        if baseline is not None:
-            needed.add(baseline.number)
-        confirmation = read_json(self.folder / CONFIRMATION)
-        if confirmation:
-            needed.add(confirmation["winner"])
-        unneeded = [
-            self.folder_of(trial.number)
-            for trial in finished
-            if trial.number not in needed
-        ]
-        # Of the baseline's further seeds, only the evaluation is needed once they are done.
-        for seed_folder in self.baseline_seed_folders():
-            result = read_json(seed_folder.result) or {}
-            # An interrupted run goes on from its checkpoint.
-            if result.get("status") in ("completed", "failed"):
-                unneeded.append(seed_folder)
-        for folder in unneeded:
-            # Errors are ignored: the folders may be gone, or another worker removes them now.
-            shutil.rmtree(folder.adapter, ignore_errors=True)
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
-
-
-def role(trial: FrozenTrial | optuna.Trial) -> str:
-    """Return where a trial's point comes from; empty: the sampler.
-
-    It is one of baseline, start, warm_start, grid and added.
-    """
-    return str(trial.user_attrs.get("role", ""))

@@ -6,7 +6,7 @@ from optuna.samplers import BaseSampler
 from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, filtered_study
 from sweeps.space.custom import load_function
-from sweeps.space.points import point_count
+from sweeps.space.points import may_repeat
 from sweeps.space.space import Point
 from sweeps.study.earlier_results import WarmStartSampler
 from sweeps.study.inside import OUTSIDE, is_inside, point_of
@@ -63,6 +63,6 @@ def _sampler(session: Session, study: Study, number: int) -> BaseSampler:
     if earlier:
         sampler = WarmStartSampler(sampler, earlier)
     # What a user's function suggests besides makes other trials of the same point.
-    if point_count(session.space) is None or session.settings.custom_search_space:
+    if not may_repeat(session.space) or session.settings.custom_search_space:
         return sampler
     return UntriedPointSampler(sampler, session.space, seed=number)

@@ -11,10 +11,12 @@ from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
 from finetune.run.identity import KEYS_WITHOUT_EFFECT
+from sweeps.compat import enqueued_point
 from sweeps.space.constraints import KEY as CONSTRAINTS
 from sweeps.space.distributions import describe
 from sweeps.space.settings import StudySettings
-from sweeps.space.space import Space
+from sweeps.space.space import Point, Space
+from sweeps.study.roles import ADDED, role
 
 OTHER_NAME = "give another hydra.sweeper.study_name"
 
@@ -40,9 +42,8 @@ def study_terms(
     searched = {name.lstrip("+") for name in space.config_keys}
     # A searched config group (`lora/target`, `optimizer`) sets all keys below it.
     groups = []
-    for name in searched:
-        if "/" in name or "." not in name:
-            groups.append(name.replace("/", "."))
+    for name in filter(is_group, searched):
+        groups.append(name.replace("/", "."))
     excluded_prefixes = (*KEYS_WITHOUT_EFFECT, *groups)
     # Absolute paths, so that the same data has the same terms from any working directory.
     config_values = flatten(config.with_absolute_paths().to_dict())
@@ -62,6 +63,11 @@ def study_terms(
     for name, distribution in space.to_dict().items():
         terms[f"space.{name}"] = distribution
     return terms
+
+
+def is_group(name: str) -> bool:
+    """Whether a parameter is a config group, which sets all keys below it."""
+    return "/" in name or "." not in name
 
 
 def stored_space(terms: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +124,8 @@ def require_changeable(
 
     Raises:
         ConfigError: the objective has changed, or a parameter's choices, which Optuna can't
-            compare with those of the earlier trials.
+            compare with those of the earlier trials; or a trial that a user has added by hand
+            waits with a value that is not searched any more.
     """
     for key in ("objective", "hydra.sweeper.direction", CONSTRAINTS):
         if stored.get(key) != terms.get(key):
@@ -133,6 +140,8 @@ def require_changeable(
             reason = f"study {study} has trials of other variants; {OTHER_NAME}"
             raise ConfigError(f"{name}: {reason}")
     for trial in trials:
+        if role(trial) == ADDED:
+            _require_searched(study, stored, terms, trial)
         for name in trial.distributions.keys() & distributions.keys():
             before = trial.distributions[name]
             now = distributions[name]
@@ -143,6 +152,39 @@ def require_changeable(
             except ValueError:
                 reason = f"study {study} has trials of {describe(before)}, and choices can't change"
                 raise refusal(name, describe(now), f"{reason}; {OTHER_NAME}") from None
+
+
+def _require_searched(
+    study: str, stored: Mapping[str, Any], terms: Mapping[str, Any], trial: FrozenTrial
+) -> None:
+    """Refuse a space with which a trial would train without a value that its user gave it."""
+    for name, value in unsearched_values(stored, terms, trial).items():
+        reason = (
+            f"trial {trial.number} of study {study} was added with {name}={value} and waits, and "
+            f"the new space does not search it there; train it first, without the change, or "
+            f"{OTHER_NAME}"
+        )
+        raise ConfigError(f"{name}: {reason}")
+
+
+def unsearched_values(
+    stored: Mapping[str, Any], terms: Mapping[str, Any], trial: FrozenTrial
+) -> Point:
+    """Return the values that a trial waits with and that a changed space does not search there.
+
+    Args:
+        stored: the terms before the change.
+        terms: the terms with the change.
+        trial: a trial in any state.
+    """
+    if trial.state.is_finished():
+        return {}
+    point = enqueued_point(trial) or {}
+    unsearched = Space.from_dict(stored_space(terms)).unsearched(point)
+    before = Space.from_dict(stored_space(stored)).unsearched(point)
+    # What a user's function suggests is in no space, and a running trial has its values.
+    names = unsearched.keys() - before.keys() - trial.params.keys()
+    return {name: unsearched[name] for name in point if name in names}
 
 
 def has_new_config(stored: Mapping[str, Any], terms: Mapping[str, Any]) -> bool:

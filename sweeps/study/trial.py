@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 from omegaconf import DictConfig
-from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.schema import RunConfig
 from finetune.console import error_line
@@ -15,7 +14,6 @@ from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
-from finetune.files.run_folder import checkpoint_step
 from finetune.model.memory import (
     free_memory,
     is_out_of_memory_error,
@@ -27,9 +25,7 @@ from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
-from sweeps.space.constraints import violations
-from sweeps.space.feasibility import store_violations
-from sweeps.study.budget import TRAIN_TOKENS
+from sweeps.study.adapters import remove_adapters
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_value, trial_name
@@ -37,28 +33,15 @@ from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
+from sweeps.study.recording import record_outcome
+from sweeps.study.roles import role
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
-from sweeps.study.study import Study, role
+from sweeps.study.starts import LOST_WORKERS, record_start
+from sweeps.study.study import Study
 from sweeps.study.suggestion import open_trial, suggest_point
 
 log = logging.getLogger(__name__)
-
-MAX_STARTS = 3
-"""How often a trial may start at the same checkpoint; after as many lost workers it has failed."""
-
-
-def is_on_last_attempt(trial: FrozenTrial) -> bool:
-    """Whether a trial fails if it loses its worker once more without a new checkpoint.
-
-    Such a trial trains alone, so that no other trial on its worker can be the cause.
-    """
-    starts = trial.user_attrs.get("starts", [])
-    last_starts = starts[1 - MAX_STARTS :]
-    if len(last_starts) < MAX_STARTS - 1:
-        return False
-    # All at the same checkpoint, by its step.
-    return len(set(last_starts)) == 1
 
 
 @dataclass(frozen=True)
@@ -115,16 +98,15 @@ class TrialRunner:
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
             # Its worker was lost between the run's end and this call: it is not run again.
-            self._tell(Outcome.of_result(result, self._study.objectives))
-        elif self._has_lost_too_many_workers(result):
-            reason = f"lost its worker {MAX_STARTS} times without a new checkpoint"
-            failed_result = {**result, "status": "failed", "error": reason}
+            self._record(Outcome.of_result(result, self._study.objectives))
+        elif not record_start(self.trial, self._folder):
+            failed_result = {**result, "status": "failed", "error": LOST_WORKERS}
             write_json(self._folder.result, failed_result)
-            self._tell(Outcome.failed(reason))
+            self._record(Outcome.failed(LOST_WORKERS))
         else:
             outcome = yield from self._run_with_memory_retry()
-            self._tell(outcome)
-        self._study.remove_adapters(self._session.settings.keep_adapters)
+            self._record(outcome)
+        remove_adapters(self._study, self._session.settings.keep_adapters)
 
     def _is_finished(self, result: dict[str, Any]) -> bool:
         """Whether the run had ended before its worker was lost, and is not to be tried again."""
@@ -133,20 +115,6 @@ class TrialRunner:
         if status == "failed" and is_out_of_memory_message(str(result.get("error"))):
             return not self._reduce_batch()
         return status in ("completed", "pruned", "failed")
-
-    def _has_lost_too_many_workers(self, result: dict[str, Any]) -> bool:
-        """Record this start, by its checkpoint's step, unless the trial has used up its starts."""
-        checkpoint = self._folder.last_checkpoint()
-        step = checkpoint_step(checkpoint) if checkpoint else 0
-        starts = list(self.trial.user_attrs.get("starts", []))
-        if result.get("status") == "interrupted":
-            # The worker was not lost. The result is removed, or it would excuse later starts too.
-            starts = []
-            self._folder.result.unlink()
-        if starts[-MAX_STARTS:] == [step] * MAX_STARTS:
-            return True
-        self.trial.set_user_attr("starts", [*starts, step])
-        return False
 
     def _run_with_memory_retry(self) -> RunSteps[Outcome]:
         """Run the trial; after an out-of-memory error, once more with a smaller batch."""
@@ -178,6 +146,9 @@ class TrialRunner:
         # Outside the handler: within it, the exception's traceback holds the run's tensors.
         free_memory()
         return failure
+
+    def _record(self, outcome: Outcome) -> None:
+        record_outcome(self._session, self._study, self.trial, self._folder, outcome)
 
     def suggest_overrides(self) -> list[str]:
         """Let the sampler choose the trial's point; return the trial's command line."""
@@ -255,44 +226,6 @@ class TrialRunner:
         self.trial.set_user_attr("shrunk", overrides)
         self._folder.clear()
         return True
-
-    def _tell(self, outcome: Outcome) -> None:
-        """Store the trial's outcome in the study."""
-        attributes = dict(outcome.attributes)
-        result = read_json(self._folder.result) or {}
-        # A trial that failed before it trained has none.
-        if TRAIN_TOKENS in result:
-            attributes[TRAIN_TOKENS] = result[TRAIN_TOKENS]
-        for name, value in attributes.items():
-            self.trial.set_user_attr(name, value)
-        if outcome.state != TrialState.FAIL:
-            self._store_violations(result, outcome)
-        self.trial.study.tell(
-            self.trial,
-            outcome.values,
-            outcome.state,
-            skip_if_finished=True,
-        )
-        description = outcome.describe(self._study.objectives)
-        log.info("trial %d: %s", self.trial.number, description)
-        self._end_study_by_rule()
-
-    def _store_violations(self, result: dict[str, Any], outcome: Outcome) -> None:
-        """Store how far the trial is beyond the bounds of `hydra.sweeper.constraints`."""
-        constraints = self._session.settings.parsed_constraints
-        figures = {**result, **result.get("metrics", {})}
-        is_final = outcome.state == TrialState.COMPLETE
-        store_violations(self.trial, violations(constraints, figures, is_final))
-
-    def _end_study_by_rule(self) -> None:
-        """End the study if `hydra.sweeper.stop_when` says so, now that a trial has ended."""
-        rule = self._session.end_rule
-        if rule is None or self._study.ended:
-            return
-        reason = rule(self._study)
-        if reason is not None:
-            self._study.end(reason)
-            log.info("study %s: %s", self._study.name, self._study.ended)
 
 
 def _role_note(trial: optuna.Trial) -> str:

@@ -53,12 +53,14 @@ def _rounded(point: Point) -> Point:
 
 
 class UntriedPointSampler(WrappedSampler):
-    """Suggests what another sampler suggests, or a random untried point where that is tried.
+    """Suggests what another sampler suggests, or an untried point where that is tried.
+
+    The values of that point are random, but those of continuous parameters the other sampler's.
 
     Args:
         sampler: the other sampler.
-        space: a space with a finite number of points.
-        seed: seed of the random points.
+        space: a space whose trials may have the same point, see `may_repeat`.
+        seed: seed of the random values.
     """
 
     def __init__(self, sampler: BaseSampler, space: Space, seed: int) -> None:
@@ -93,16 +95,18 @@ class UntriedPointSampler(WrappedSampler):
     def _draw(self, study: optuna.Study, trial: FrozenTrial) -> Point:
         # A trial whose worker was lost while it drew its point has a part of it.
         fixed = {**(enqueued_point(trial) or {}), **trial.params}
+
+        def suggested(name: str) -> Any:
+            if name in self._relative:
+                return self._relative[name]
+            distribution = self._space.distributions[name]
+            return self._sampler.sample_independent(study, trial, name, distribution)
+
         point: Point = dict(fixed)
-        for name, distribution in self._space.distributions.items():
+        for name in self._space.distributions:
             if name in fixed or not self._space.is_searched(name, point):
                 continue
-            if name in self._relative:
-                point[name] = self._relative[name]
-            else:
-                point[name] = self._sampler.sample_independent(
-                    study, trial, name, distribution
-                )
+            point[name] = suggested(name)
         trials = study.get_trials(deepcopy=False)
         others = [other for other in trials if other.number != trial.number]
         tried = tried_points(others)
@@ -110,7 +114,7 @@ class UntriedPointSampler(WrappedSampler):
         if not is_among(point, tried):
             return point
         for _ in range(ATTEMPTS):
-            drawn = random_point(self._space, self._random, fixed)
+            drawn = random_point(self._space, self._random, fixed, suggested)
             if not is_among(drawn, tried):
                 return drawn
         # Every point that holds the user's values is tried: those values are trained again.

@@ -9,9 +9,11 @@ import logging
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetune.files.lock import file_lock
+from finetune.quantities import counted
 from sweeps.compat import enqueue_point, enqueued_point
 from sweeps.space.space import Point
-from sweeps.study.study import ADDED, OUT_OF_TIME, Study, role
+from sweeps.study.roles import ADDED, role
+from sweeps.study.study import OUT_OF_TIME, Study
 from sweeps.study.untried import is_among, tried_points
 
 log = logging.getLogger(__name__)
@@ -102,8 +104,14 @@ def _enqueue_points(study: Study, untried: list[tuple[str, Point]], total: int) 
         study.storage.set_trial_user_attr(trial_id, "role", point_role)
     excess = len(untried) - len(free)
     if excess > 0:
-        message = "%d points wait for a trial: hydra.sweeper.n_trials=%d takes them"
-        log.info(message, excess, total + excess)
+        verb, them = ("waits", "it") if excess == 1 else ("wait", "them")
+        log.info(
+            "%s %s for a trial: hydra.sweeper.n_trials=%d takes %s",
+            counted(excess, "point"),
+            verb,
+            total + excess,
+            them,
+        )
 
 
 def _untried_points(

@@ -24,8 +24,9 @@ from sweeps.study.errors import StorageLost
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.session import Session
+from sweeps.study.starts import is_on_last_attempt
 from sweeps.study.study import Study
-from sweeps.study.trial import TrialRunner, is_on_last_attempt
+from sweeps.study.trial import TrialRunner
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,18 @@ SETTINGS = [
         "hydra.sweeper.n_trials=many: must be a whole number or null",
     ),
     Case(
+        "several-numbers-of-trials",
+        "n_trials=1,2",
+        "hydra.sweeper.n_trials=1,2: must be one value for all runs of a sweep, as "
+        "hydra.sweeper.n_trials=1",
+    ),
+    Case(
+        "several-samplers",
+        "hydra/sweeper/sampler=choice(tpe,gp)",
+        "hydra/sweeper/sampler=choice(tpe,gp): must be one value for all runs of a sweep, as "
+        "hydra/sweeper/sampler=tpe",
+    ),
+    Case(
         "no-workers",
         "hydra.sweeper.n_jobs=0",
         "hydra.sweeper.n_jobs=0: must be at least 1, or null: …GPU",

@@ -127,7 +127,7 @@ def test_a_multirun_ends_with_a_table_of_its_jobs_the_best_first(
     }
     best, other = sorted(values, key=lambda number: values[number])
     expected = [["trial", "state", "eval/loss", "lora", "note"]] + [
-        [str(number), "complete", f"{values[number]:.4f}", f"r{4 + 4 * number}", "grid"]
+        [str(number), "complete", f"{values[number]:.4f}", f"r{4 + 4 * number}"]
         for number in (best, other)
     ]
     table = (folder / "jobs.txt").read_text()
@@ -247,8 +247,58 @@ def test_jobs_that_fail_end_no_other_and_are_told_of(
     states = [line.split()[1] for line in table[1:]]
     assert states == ["complete", "complete", "fail", "fail"]
     assert "training diverged" in table[3]
-    assert "was refused before it began" in table[4]
+    assert table[4].endswith("  refused: optimizer.learning_rate=-1.0: must be above 0")
     assert len(losses(trials / "0")) == len(losses(trials / "3")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=basic"],
+        ["hydra/launcher=basic", "hydra.job.chdir=true"],
+        ["hydra/launcher=slots"],
+        ["hydra/launcher=joblib"],
+    ],
+    ids=["basic", "other directory", "slots", "joblib"],
+)
+def test_the_table_says_why_a_job_was_refused(
+    launcher: list[str], station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Before its run began, or as its rows were read."""
+    command = multirun(
+        tiny_base,
+        *launcher,
+        "quantization=none",
+        "experiment=a,b,c",
+        "--config-dir",
+        ".",
+    )
+    (tmp_path / "experiment").mkdir()
+    for name, text in (
+        ("a", "lora: {r: 4}"),
+        ("b", "lora: {r: -4}"),
+        ("c", "dataset: {path: nowhere.jsonl}"),
+    ):
+        head = "# @package _global_\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"{head}{text}\n")
+    ended = station.run(*command, cwd=tmp_path)
+    assert ended.returncode == 1
+    jobs = tmp_path / "jobs"
+    table = (jobs / "jobs.txt").read_text().splitlines()
+    assert len(table) == 4
+    assert [line.split()[:2] for line in table[1:]] == [
+        ["0", "complete"],
+        ["1", "fail"],
+        ["2", "fail"],
+    ]
+    assert table[2].endswith(
+        "  refused: lora.r=-4: must be a whole number of at least 1"
+    )
+    assert "dataset.path=nowhere.jsonl: " in table[3]
+    # A folder that is the working directory can't be removed.
+    has_folder = "hydra.job.chdir=true" in launcher
+    assert (jobs / "trials" / "1").exists() == has_folder
 
 
 def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(

@@ -32,6 +32,7 @@ from sweeps.answer.conclusion import conclude
 from sweeps.answer.confirm import confirm
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines
+from sweeps.study.adapters import remove_adapters
 from sweeps.study.repeats import Repeat
 from sweeps.study.study import Study
 
@@ -333,7 +334,7 @@ def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     assert confirm(written, seeds=1)["winner"] == 1
 
     written.optuna.add_trial(create_trial(value=1.5))
-    written.remove_adapters(keep=2)
+    remove_adapters(written, keep=2)
 
     assert read_confirmation(written) is not None
     assert [

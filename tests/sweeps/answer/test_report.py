@@ -182,6 +182,22 @@ def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
     assert "Too few trials for advice." in page
 
 
+def test_the_report_says_what_was_taken_from_earlier_studies(tmp_path: Path) -> None:
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    assert "Earlier studies" not in text_of(write_report(study))
+    result = {"params": {}, "values": [1.0], "rungs": {}}
+    note = "1 result for the sampler, 1 point to train; 1 trial left out: 1 (failed)"
+    taken = {
+        "s0": {"results": [result], "points": [{}], "note": note},
+        # As it was stored before there were notes.
+        "s1": {"results": [result, result], "points": []},
+    }
+    study.optuna.set_user_attr("earlier", taken)
+    page = text_of(write_report(study))
+    assert f"s0: {note}" in page
+    assert "s1: 2 results for the sampler, 0 points to train" in page
+
+
 def test_several_objectives_have_no_one_winner(tmp_path: Path) -> None:
     draw = random.Random(0)
     study = made_study(

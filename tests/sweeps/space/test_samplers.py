@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import optuna
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.samplers import (
     CmaEsSampler,
     GPSampler,
@@ -17,18 +17,17 @@ from optuna.samplers import (
     QMCSampler,
     TPESampler,
 )
-from support.configs import compose
+from support.driving import drive_study, session_of
 from support.studies import settings_of
 
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from sweeps.space.points import grid_points, point_count
-from sweeps.space.samplers import conditions_note
+from sweeps.space.samplers import conditions_note, constraints_note
 from sweeps.space.space import Point, Space
 from sweeps.study.claims import claim_trial
 from sweeps.study.creation import create_or_resume
-from sweeps.study.session import Session
-from sweeps.study.study import EngineChoice, Study
+from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
 from sweeps.study.waiting import enqueue_trials
 
@@ -39,25 +38,6 @@ PARAMS = {
     "lora.r": "range(4, 65, 4)",
     "lora.alpha": "choice(8, 16, 32)",
 }
-
-
-def session_of(
-    *overrides: str, space: Space, seed: int = 0, folder: Path = Path("s")
-) -> Session:
-    nothing: Any = None  # it composes no trial
-    config, common = OmegaConf.create({"most": 0.3}), compose(f"seed={seed}")
-    engine = EngineChoice("packed", slots=1)
-    return Session(
-        folder,
-        None,
-        settings_of(*overrides),
-        space,
-        config,
-        nothing,
-        common,
-        None,
-        engine,
-    )
 
 
 def loss(point: Point) -> float:
@@ -79,41 +59,16 @@ def drive(tmp_path: Path) -> Drive:
     trials."""
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
-    def run(
-        sampler: str,
-        trials: int,
-        *overrides: str,
-        seed: int = 0,
-        study: str = "a",
-        params: dict[str, str] = PARAMS,
-        points: list[tuple[str, Point]] | None = None,
-        values: Callable[[Point], list[float]] = lambda point: [loss(point)],
-    ) -> list[Point]:
-        session = session_of(
-            f"hydra/sweeper/sampler={sampler}",
-            *overrides,
-            space=Space.parse(params, []),
-            seed=seed,
-            folder=tmp_path,
-        )
-        count = len(session.settings.directions)
-        objectives = ["eval/loss", "adapter/parameters"][:count]
-        opened = create_or_resume(
-            tmp_path / study,
-            session.settings,
-            None,
-            {"objective": objectives if len(objectives) > 1 else objectives[0]},
-            session.space.distributions,
-        )
-        enqueue_trials(opened, trials, points or [])
-        while True:
-            with claim_trial(opened) as claim:
-                if claim is None:
-                    break
-                runner = TrialRunner(session, opened, claim, Interrupt())
-                runner.suggest_overrides()
-                opened.optuna.tell(runner.trial, values(runner.trial.params))
-        return [trial.params for trial in opened.trials()]
+    def run(sampler: str, trials: int, *overrides: str, **more: Any) -> list[Point]:
+        defaults: dict[str, Any] = {
+            "study": "a",
+            "params": PARAMS,
+            "values": lambda point: [loss(point)],
+            "config": {"most": 0.3},
+        }
+        more = defaults | more
+        folder = tmp_path / more.pop("study")
+        return drive_study(folder, sampler, trials, *overrides, **more)
 
     return run
 
@@ -204,6 +159,60 @@ def test_no_point_with_a_condition_is_repeated(sampler: str, drive: Drive) -> No
     points = drive(sampler, 5, params=params)
     # r of 4, and r of 8 with four values of alpha.
     assert distinct(points) == 5
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+def test_a_point_is_not_repeated_where_no_continuous_parameter_is_searched(
+    sampler: str, drive: Drive
+) -> None:
+    params = {
+        "lora.r": "choice(4, 8)",
+        "optimizer.lr_scheduler_type": "choice(linear, constant)",
+        "optimizer.warmup_ratio": (
+            "tag('optimizer.lr_scheduler_type=linear', interval(0.0, 1.0))"
+        ),
+    }
+    # Best without the continuous parameter, where only two points are.
+    points = drive(
+        sampler, 14, params=params, values=lambda point: [len(point) + point["lora.r"]]
+    )
+    assert distinct(points) == 14
+    assert sum("optimizer.warmup_ratio" not in point for point in points) <= 2
+
+
+def test_samplers_that_ignore_constraints_say_so_where_there_are_any() -> None:
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 2e6']"
+    for sampler in [*SAMPLERS, "grid"]:
+        chosen = f"hydra/sweeper/sampler={sampler}"
+        assert constraints_note(settings_of(chosen)) is None
+        note = constraints_note(settings_of(chosen, bound))
+        assert (note is not None) == (sampler in ("cmaes", "qmc", "random"))
+        assert note is None or note.startswith(f"constraints: {sampler} does not learn")
+
+
+def test_a_sampler_that_ignores_constraints_says_so_once(tmp_path: Path) -> None:
+    """Optuna's CMA-ES would warn at the end of each trial; warnings are errors here."""
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 2e6']"
+    session = session_of(
+        "hydra/sweeper/sampler=cmaes",
+        bound,
+        space=Space.parse(PARAMS, []),
+        folder=tmp_path,
+    )
+    opened = create_or_resume(
+        tmp_path / "a",
+        session.settings,
+        None,
+        {"objective": "eval/loss"},
+        session.space.distributions,
+    )
+    enqueue_trials(opened, 1, [])
+    with claim_trial(opened) as claim:
+        assert claim is not None
+        runner = TrialRunner(session, opened, claim, Interrupt())
+        runner.suggest_overrides()
+        runner.trial.set_constraint("adapter/parameters <= 2e6", 1.0)
+        runner.trial.study.tell(runner.trial, 1.0)
 
 
 def test_samplers_that_draw_conditional_parameters_at_random_say_so() -> None:

@@ -19,6 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from sweeps.space.distributions import describe
 from sweeps.space.encoding import encode
+from sweeps.space.own_values import own_point, scaled_space
 from sweeps.space.points import extreme_points
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
@@ -28,7 +29,7 @@ SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
 
 def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
     """The point of a config in a space of one parameter."""
-    return Space.parse({}, [searched]).point_of(composed(*overrides))
+    return own_point(Space.parse({}, [searched]), composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,8 @@ def test_there_is_no_own_point_without_a_value_for_each_parameter(
     searched: str,
 ) -> None:
     assert own_values(searched) is None
-    assert (
-        Space.parse({}, ["lora.r=choice(1,2)", searched]).point_of(composed()) is None
-    )
+    space = Space.parse({}, ["lora.r=choice(1,2)", searched])
+    assert own_point(space, composed()) is None
 
 
 @pytest.mark.parametrize(
@@ -359,11 +359,10 @@ def test_a_search_space_holds_the_default_config_and_only_valid_values(
     config = composed(f"search={search}", "optimizer.learning_rate=1e-3")
     params = OmegaConf.to_container(config.search.params)
     assert isinstance(params, dict)
-    space = Space.parse({str(name): text for name, text in params.items()}, []).scaled(
-        config
-    )
+    texts = {str(name): text for name, text in params.items()}
+    space = scaled_space(Space.parse(texts, []), config)
 
-    own = space.point_of(config)
+    own = own_point(space, config)
     assert own is not None
     assert space.outside(own) == {}
     ends = [

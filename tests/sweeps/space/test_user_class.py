@@ -1,5 +1,6 @@
 """Samplers and pruners of the user's own, by `_target_`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.configs import study_overrides
 from support.study_folder import trials_of
 
 from finetune.errors import ConfigError
+from sweeps.space.custom import load_function
 from sweeps.space.user_class import make_instance, without_choice_arguments
 
 KEY = "hydra.sweeper.sampler"
@@ -162,3 +164,18 @@ def test_a_study_has_the_users_sampler_and_pruner(
     assert refused.stderr.splitlines()[-1] == (
         "error: hydra.sweeper.sampler: mine.raises: RuntimeError: no licence at all"
     )
+
+
+def test_a_function_is_found_in_the_working_directory(
+    own_module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script `finetune` does not look there by itself, unlike `python -m finetune`."""
+    elsewhere = [path for path in sys.path if path not in ("", str(Path.cwd()))]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    function = load_function(f"{own_module}.nothing")
+    assert function() is None
+    # As Hydra's own look-up does, also a method of a class.
+    method = load_function(f"{own_module}.MySampler.sample_independent")
+    assert method.__name__ == "sample_independent"
+    with pytest.raises(ConfigError, match=r"custom_search_space=.*: no such function"):
+        load_function(f"{own_module}_broken.nothing")

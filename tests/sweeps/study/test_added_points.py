@@ -10,12 +10,16 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.studies import settings_of
 from support.study_folder import folder_of, trials_of
 
+from finetune.errors import ConfigError
 from sweeps.__main__ import main
-from sweeps.compat import waiting_trial
+from sweeps.compat import enqueued_point, waiting_trial
 from sweeps.space.space import Space
 from sweeps.study.claims import claim_trial
+from sweeps.study.creation import create_or_resume
+from sweeps.study.roles import role
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
 from sweeps.study.waiting import enqueue_trials
@@ -267,6 +271,108 @@ def test_values_of_which_every_point_is_tried_are_refused(
     assert "r=2: every point with it is tried already" in capsys.readouterr().err
     sweeps(monkeypatch, tmp_path, "add", "s", "r=4")
     assert study.added_count == 1
+
+
+def test_a_clone_of_the_baseline_outside_says_what_to_set(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    baseline = trial_at(TrialState.COMPLETE, 8)
+    del baseline.params["lora.r"], baseline._distributions["lora.r"]
+    baseline.set_user_attr("outside", {"lora.r": 64})
+    study = searched(tmp_path, baseline)
+    change = "lora.target_modules=[q_proj]"
+    with pytest.raises(SystemExit):
+        sweeps(monkeypatch, tmp_path, "clone", "s", "0", change)
+    assert capsys.readouterr().err == (
+        "error: clone: trial 0 lies outside the space (lora.r=64); "
+        "give lora.r=VALUE from choice(4, 8, 16)\n"
+    )
+    sweeps(monkeypatch, tmp_path, "clone", "s", "0", change, "lora.r=4")
+    assert study.trials()[-1].system_attrs["fixed_params"]["lora.r"] == 4
+
+
+def test_a_clone_of_a_baseline_that_has_no_variant_takes_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = "tag(variants, choice({small: {r: 4, alpha: 4}, large: {r: 8, alpha: 8}}))"
+    space = Space.parse({"size": sizes, "depth": "choice(1,2)"}, [])
+    baseline = create_trial(
+        params={"depth": 1},
+        distributions={"depth": space.distributions["depth"]},
+        user_attrs={"outside": {"r": 64, "alpha": 16}},
+        value=1.0,
+    )
+    study = searched(tmp_path, baseline)
+    terms = {f"space.{name}": plain for name, plain in space.to_dict().items()}
+    study.optuna.set_user_attr("terms", {"objective": "eval/loss", **terms})
+    with pytest.raises(SystemExit):
+        sweeps(monkeypatch, tmp_path, "clone", "s", "0", "depth=2")
+    assert "give size=VALUE from choice(small, large)" in capsys.readouterr().err
+    sweeps(monkeypatch, tmp_path, "clone", "s", "0", "size=small")
+    point = study.trials()[-1].system_attrs["fixed_params"]
+    assert point == {"depth": 1, "size": "small"}
+
+
+def changed_space(study: Study, params: dict[str, str]) -> None:
+    """Resume a study with another space, by `hydra.sweeper.allow_change`."""
+    space = Space.parse(params, [])
+    settings = settings_of("hydra.sweeper.allow_change=true")
+    terms = {f"space.{name}": plain for name, plain in space.to_dict().items()}
+    terms["objective"] = "eval/loss"
+    create_or_resume(study.folder, settings, None, terms, space.distributions)
+
+
+RATE = {"optimizer.learning_rate": "tag(log, interval(1e-4, 1e-2))"}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        RATE,
+        {"lora.r": "tag('lora.alpha=8', choice(4,8,16))", "lora.alpha": "choice(8,16)"},
+    ],
+    ids=["removed", "under a condition"],
+)
+def test_a_space_without_an_added_value_is_refused(
+    params: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial would train without the value that its user gave it."""
+    study = searched(tmp_path)
+    study.add_trial(waiting_trial({"lora.r": 4, "lora.alpha": 16}, role="added"))
+    with_alpha = {"lora.r": "choice(4,8,16)", "lora.alpha": "choice(8,16)"}
+    changed_space(study, with_alpha)
+    message = "lora.r: trial 4 of study s was added with lora.r=4 and waits, and the new space"
+    with pytest.raises(ConfigError, match=message):
+        changed_space(study, params)
+    # Once it is trained, the space is free to change.
+    claimed(study)
+    changed_space(study, params)
+
+
+def test_a_planned_trial_loses_a_point_that_the_changed_space_has_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = searched(tmp_path)
+    points = [
+        ("start", {"lora.r": 4, "optimizer.learning_rate": 1e-3}),
+        ("start", {"optimizer.learning_rate": 1e-2}),
+    ]
+    enqueue_trials(study, 4, points)
+    with caplog.at_level("INFO"):
+        changed_space(study, RATE)
+    assert caplog.messages == [
+        "trial 0: its point is dropped (start), as it has lora.r, which is not searched any more"
+    ]
+    first, second = study.trials()[:2]
+    assert (role(first), enqueued_point(first)) == ("", None)
+    assert (role(second), enqueued_point(second)) == ("start", points[1][1])
+    # Its place is free for a point of this session.
+    enqueue_trials(study, 4, [("start", {"optimizer.learning_rate": 2e-3})])
+    assert enqueued_point(study.trials()[0]) == {"optimizer.learning_rate": 2e-3}
 
 
 def test_a_point_added_to_a_running_study_is_trained_in_it(

@@ -44,7 +44,7 @@ def test_points_that_find_no_trial_are_told_of(
     given = [trial.system_attrs["fixed_params"] for trial in study.trials()]
     assert given == [{"lora.r": 4}, {"lora.r": 8}]
     assert caplog.messages == [
-        "1 points wait for a trial: hydra.sweeper.n_trials=3 takes them"
+        "1 point waits for a trial: hydra.sweeper.n_trials=3 takes it"
     ]
 
 

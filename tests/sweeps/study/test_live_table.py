@@ -52,7 +52,7 @@ def test_shows_what_runs_and_the_time_left_only_where_something_is_left(
     study.optuna.tell(trial, 2.0)
     assert (
         shown().splitlines()[-1].rstrip()
-        == "1 of 2 done (0 pruned, 0 failed) · best 2.0000 (trial 0) · about 1 min left"
+        == "1 of 2 done (0 pruned, 0 failed) · best 2.0000 (trial 0) · about 60 s left"
     )
     study.optuna.tell(study.optuna.ask(distributions), state=TrialState.FAIL)
     assert (

@@ -21,6 +21,7 @@ from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_sum
 from finetune.engine.schedule import evaluation_rungs
 from finetune.errors import ConfigError
 from sweeps.space.feasibility import is_feasible, violated
+from sweeps.study.adapters import remove_adapters
 from sweeps.study.find_study import find_study
 from sweeps.study.formatting import trials_table
 from sweeps.study.study import FINISHED, Study
@@ -376,7 +377,7 @@ def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
         return found
 
     monkeypatch.setattr(study, "ranked", ends_meanwhile)
-    study.remove_adapters(1)
+    remove_adapters(study, 1)
     assert study.optuna.best_trial.number == last
     assert weights.exists()
 

@@ -15,11 +15,14 @@ from support.studies import settings_of
 from support.study_folder import folder_of
 
 from finetune.errors import ConfigError
+from finetune.quantities import counted
 from sweeps.space.distributions import suggest
 from sweeps.space.space import Point, Space
 from sweeps.study.earlier_results import WarmStartSampler
+from sweeps.study.result_values import ConfigValues
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
+from sweeps.study.terms import stored_space
 from sweeps.study.warm_start import (
     earlier_trials,
     require_studies,
@@ -83,11 +86,30 @@ EARLIER = (
 BEST: Point = {"lora.r": 8, "lora.dropout": 0.1}
 
 
+OWN = {
+    **{key: value for key, value in TERMS.items() if "." in key},
+    "lora.r": 8,
+    "lora.dropout": 0.1,
+}
+"""The config's own values, of what is searched too."""
+
+
+def config_values(space: Space, own: dict[str, Any] = OWN) -> ConfigValues:
+    sets = {}
+    for name, variants in space.variants.items():
+        keys = space.keys_of(name)
+        sets[name] = {
+            variant: {key: values.get(key, own[key]) for key in keys}
+            for variant, values in variants.items()
+        }
+    return ConfigValues(own, sets)
+
+
 def taken(
     study: Study, *overrides: str, space: Space = SPACE
 ) -> tuple[list[Point], list[FrozenTrial]]:
     settings = settings_of("hydra.sweeper.warm_start=s0", *overrides)
-    points = take_earlier_studies(study, settings, space)
+    points = take_earlier_studies(study, settings, space, lambda: config_values(space))
     assert all(role == "warm_start" for role, _ in points)
     return [point for _, point in points], earlier_trials(study, space)
 
@@ -106,7 +128,7 @@ def test_results_are_taken_where_only_the_search_differs(
     ]
     assert results[-1].intermediate_values == {1: 3.0}
     assert caplog.messages == [
-        "warm start: s0: 5 results for the sampler, and the best point to train"
+        "warm start: s0: 5 results for the sampler, 1 point to train"
     ]
     # A resumed study takes the same ones, and those only, though the earlier study has gone on.
     earlier.optuna.add_trial(trial_of(8, 0.15, 1.0))
@@ -164,14 +186,14 @@ def test_what_one_of_the_studies_searches_the_other_has_in_its_config(
 @pytest.mark.parametrize(
     ("change", "override", "reason"),
     [
-        ({"dataset_fingerprint": "b"}, "", "its rows are others"),
+        ({"dataset_fingerprint": "b"}, "", "other rows"),
         (
             {"model.name_or_path": "x"},
             "",
-            "it has model.name_or_path=x, and this study smollm2_135m",
+            "model.name_or_path=x instead of smollm2_135m",
         ),
-        ({"objective": "eval/accuracy"}, "", "it has objective=eval/accuracy, and"),
-        ({"trainer.max_steps": 9}, "", "it has trainer.max_steps=9, and this study 60"),
+        ({"objective": "eval/accuracy"}, "", "objective=eval/accuracy instead of"),
+        ({"trainer.max_steps": 9}, "", "trainer.max_steps=9 instead of 60"),
         ({}, "hydra/sweeper/sampler=cmaes", "this sampler does not learn from them"),
         ({}, "hydra/sweeper/sampler=random", "this sampler does not learn from them"),
     ],
@@ -192,9 +214,9 @@ def test_otherwise_the_best_points_are_trained_again(
     ranks = [(point["lora.r"], point["lora.dropout"]) for point in points]
     assert ranks == [(8, 0.1), (16, 0.2), (16, 0.05)]
     assert caplog.messages[0].startswith(
-        "warm start: s0: 3 best points to train; no results, as "
+        "warm start: s0: 0 results for the sampler, 3 points to train; "
+        f"5 trials left out: 5 ({reason}"
     )
-    assert reason in caplog.messages[0]
 
 
 def test_values_outside_the_space_are_left_to_the_sampler(
@@ -221,7 +243,7 @@ def test_a_missing_study_is_refused_before_the_study_begins(
     study = made(tmp_path, "s")
     settings = settings_of(f"hydra.sweeper.warm_start=[{name}]")
     with pytest.raises(ConfigError, match=message):
-        take_earlier_studies(study, settings, SPACE)
+        take_earlier_studies(study, settings, SPACE, lambda: config_values(SPACE))
     # A resumed study may have taken it already.
     require_studies(settings, study.folder)
     if name == "s9":
@@ -273,9 +295,7 @@ def test_a_study_begins_with_an_earlier_ones_results_and_resumes_with_them(
     best = first.ranked()[0]
     warm = "hydra.sweeper.warm_start=[s0]"
     said = run("s1", "n_trials=2", warm)
-    assert (
-        "warm start: s0: 4 results for the sampler, and the best point to train" in said
-    )
+    assert "warm start: s0: 4 results for the sampler, 1 point to train\n" in said
     said = run("s1", "n_trials=3", warm)
     assert "warm start: " not in said
     trials = Study.load(folder_of(tmp_path, "s1")).trials()
@@ -287,7 +307,7 @@ def test_a_study_begins_with_an_earlier_ones_results_and_resumes_with_them(
     (again,) = (trial for trial in trials if trial.params == best.params)
     assert again.value == pytest.approx(best.value, abs=1e-5)
     said = run("s2", "n_trials=1", warm, "trainer.max_steps=2")
-    assert "no results, as it has trainer.max_steps=3, and this study 2" in said
+    assert "4 trials left out: 4 (trainer.max_steps=3 instead of 2)" in said
 
 
 def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
@@ -307,5 +327,169 @@ def test_a_variant_gives_the_values_of_its_keys_to_a_study_that_searches_them(
     study = made(tmp_path, "s")
     with caplog.at_level("INFO"):
         points, results = taken(study)
+    # What a variant leaves out is known from its run.
     assert (points, results) == ([{"lora.r": 4}], [])
-    assert "warm start: s0: 1 best point to train; no results, as" in caplog.text
+    assert "0 results for the sampler, 1 point to train; 2 trials left" in caplog.text
+
+
+BOUND = "hydra.sweeper.constraints=['eval/accuracy >= 0.6']"
+
+
+def test_this_studys_constraints_are_computed_from_the_earlier_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {"hydra.sweeper.constraints": ["adapter/parameters <= 10"]}
+    study = made(tmp_path, "s0", *EARLIER, terms=TERMS | other)
+    # The best one violates the bound, the second one has no such figure.
+    for number, figures in enumerate(
+        ({"eval/accuracy": 0.5}, {}, {"eval/accuracy": 0.7})
+    ):
+        study.folder_of(number).path.mkdir(parents=True)
+        study.folder_of(number).result.write_text(json.dumps({"metrics": figures}))
+    with caplog.at_level("INFO"):
+        points, results = taken(made(tmp_path, "s"), BOUND)
+    assert [trial.params["lora.r"] for trial in results] == [8, 16, 4]
+    first, second, pruned = [list(trial.constraints.values()) for trial in results]
+    assert (first, second) == ([pytest.approx(0.1)], [pytest.approx(-0.1)])
+    # It has not been evaluated by the metric yet.
+    assert pruned == []
+    assert (
+        "3 results for the sampler, 1 point to train; 2 trials left out: "
+        in caplog.text
+    )
+    assert "2 (no eval/accuracy for a constraint)" in caplog.text
+    # The best feasible one that is known, not the best one.
+    assert points == [{"lora.r": 16, "lora.dropout": 0.2}]
+
+
+def test_a_bound_of_both_studies_is_known_without_the_earlier_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trial = trial_of(8, 0.1, 2.0)
+    trial.set_constraint("eval/accuracy >= 0.6", -0.2)
+    made(tmp_path, "s0", trial)
+    _, results = taken(made(tmp_path, "s"), BOUND)
+    assert [each.constraints for each in results] == [{"eval/accuracy >= 0.6": -0.2}]
+
+
+def test_every_trial_that_is_left_out_is_counted_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = create_trial(state=TrialState.FAIL)
+    waiting = create_trial(state=TrialState.WAITING)
+    running = create_trial(state=TrialState.RUNNING)
+    outside = trial_of(8, 0.1, 1.0)
+    made(tmp_path, "s0", *EARLIER, failed, waiting, running, outside)
+    narrow = Space.parse(
+        {"lora.r": "choice(8,16)", "lora.dropout": "interval(0, 0.1)"}, []
+    )
+    with caplog.at_level("INFO"):
+        taken(made(tmp_path, "s", space=narrow), space=narrow)
+    assert caplog.messages == [
+        "warm start: s0: 3 results for the sampler, 1 point to train; 5 trials left out: "
+        "2 (lora.r outside choice(8, 16)), 1 (lora.dropout outside interval(0.0, 0.1)), "
+        "1 (failed), 1 (not finished)"
+    ]
+
+
+FIRST = """
+params:
+  size: {variants: {default: {}, small: {lora.r: 4, lora.alpha: "${lora.r}"}}}
+  optimizer.lr_scheduler_type: choice(cosine,constant)
+  optimizer.warmup_ratio: {search: "interval(0.1, 0.5)", when: {optimizer.lr_scheduler_type: cosine}}
+"""
+SECOND = """
+params:
+  lora.r: choice(4,16)
+  lora.alpha: choice(4,16)
+  optimizer.lr_scheduler_type: choice(cosine,constant)
+  optimizer.warmup_ratio: {search: "interval(0, 0.5)", when: {optimizer.lr_scheduler_type: cosine}}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_conditions_and_variants_is_wholly_taken(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """By one that searches the keys of the variants, and has a constraint; and the other way."""
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "first.yaml").write_text(FIRST)
+    (tmp_path / "search" / "second.yaml").write_text(SECOND)
+
+    def run(name: str, *more: str) -> str:
+        common = ("--config-dir", ".", "hydra/sweeper/pruner=none")
+        ended = station.run(
+            *study_overrides(tiny_base, name), *common, *more, cwd=tmp_path
+        )
+        assert ended.returncode == 0, ended.stderr
+        return str(ended.stderr)
+
+    run("s0", "search=first", "n_trials=6")
+    bound = "hydra.sweeper.constraints=['adapter/parameters <= 1e9']"
+    said = run(
+        "s1", "search=second", "n_trials=4", "hydra.sweeper.warm_start=s0", bound
+    )
+    assert "warm start: s0: 6 results for the sampler, 1 point to train\n" in said
+    second = Study.load(folder_of(tmp_path, "s1"))
+    space = Space.from_dict(stored_space(second.optuna.user_attrs["terms"]))
+    results = earlier_trials(second, space)
+    assert {trial.params["lora.r"] for trial in results} == {4, 16}
+    assert all(
+        trial.params["lora.alpha"] == trial.params["lora.r"] for trial in results
+    )
+    assert all(
+        trial.constraints.keys() == {"adapter/parameters <= 1e9"} for trial in results
+    )
+    page = station.run("report", "s1", module="sweeps", cwd=tmp_path)
+    assert page.returncode == 0, page.stderr
+    text = (second.folder / "report.html").read_text()
+    assert "s0: 6 results for the sampler, 1 point to train" in text
+
+    said = run("s2", "search=first", "n_trials=3", "hydra.sweeper.warm_start=s1")
+    taken_results = [
+        trial.params
+        for trial in second.trials()
+        if trial.params["lora.alpha"] == trial.params["lora.r"]
+        and trial.params.get("optimizer.warmup_ratio", 0.1) >= 0.1
+    ]
+    assert f"warm start: s1: {counted(len(taken_results), 'result')} for" in said
+    assert "trials left out: " in said or len(taken_results) == 4
+
+
+@pytest.mark.slow
+def test_what_a_searched_group_sets_is_compared_key_by_key(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    def run(name: str, *more: str) -> str:
+        ended = station.run(
+            *study_overrides(tiny_base, name),
+            "~search",
+            "hydra/sweeper/pruner=none",
+            *more,
+            cwd=tmp_path,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return str(ended.stderr)
+
+    run("s0", "lora=choice(r4,r8)", "n_trials=3")
+    warm = "hydra.sweeper.warm_start=s0"
+    said = run(
+        "s1", "lora=r8", "optimizer.weight_decay=choice(0.0,0.1)", "n_trials=2", warm
+    )
+    # The baseline has r of 16.
+    assert (
+        "warm start: s0: 1 result for the sampler, 0 points to train; 2 trials left out: "
+        "2 (lora.r is not 8)\n"
+    ) in said
+    warm = "hydra.sweeper.warm_start=s1"
+    said = run("s2", "lora=choice(r8,r16)", "n_trials=1", warm)
+    assert (
+        "warm start: s1: 1 result for the sampler, 0 points to train; 1 trial left out: "
+        "1 (optimizer.weight_decay is not 0.0)\n"
+    ) in said
+    second = Study.load(folder_of(tmp_path, "s2"))
+    space = Space.from_dict(stored_space(second.optuna.user_attrs["terms"]))
+    assert [trial.params for trial in earlier_trials(second, space)] == [{"lora": "r8"}]

@@ -1,0 +1,47 @@
+"""Which adapters and checkpoints of a study stay on disk."""
+
+import itertools
+import shutil
+
+from finetune.files.atomic import read_json
+from sweeps.study.inside import is_inside
+from sweeps.study.study import CONFIRMATION, Study
+
+
+def remove_adapters(study: Study, keep: int) -> None:
+    """Remove adapters and checkpoints of finished trials that nobody needs any more.
+
+    Those of the baseline and of the winner that a confirmation has chosen stay.
+
+    Args:
+        study: the study.
+        keep: number of the best trials whose adapters and checkpoints stay.
+    """
+    # Read before the ranking: a trial that finishes in between may be one of the best.
+    finished = study.finished()
+    ranked = study.ranked()
+    inside = filter(is_inside, ranked)
+    # The winner may lie outside the space.
+    best = [*ranked[:1], *itertools.islice(inside, keep)]
+    needed = {trial.number for trial in best}
+    baseline = study.baseline()
+    if baseline is not None:
+        needed.add(baseline.number)
+    confirmation = read_json(study.folder / CONFIRMATION)
+    if confirmation:
+        needed.add(confirmation["winner"])
+    unneeded = [
+        study.folder_of(trial.number)
+        for trial in finished
+        if trial.number not in needed
+    ]
+    # Of the baseline's further seeds, only the evaluation is needed once they are done.
+    for seed_folder in study.baseline_seed_folders():
+        result = read_json(seed_folder.result) or {}
+        # An interrupted run goes on from its checkpoint.
+        if result.get("status") in ("completed", "failed"):
+            unneeded.append(seed_folder)
+    for folder in unneeded:
+        # Errors are ignored: the folders may be gone, or another worker removes them now.
+        shutil.rmtree(folder.adapter, ignore_errors=True)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
