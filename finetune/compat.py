@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.task import Task
     from peft import LoraConfig
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, Trainer
@@ -338,3 +339,12 @@ def silence_harness() -> None:
     from tqdm import tqdm
 
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+
+
+def harness_filters(task: "Task") -> list[str]:
+    """Return the names of the filters that a task of lm-evaluation-harness passes answers through.
+
+    `lm_eval.api.task` (0.4.13): a task has them as `_filters` alone; the config names no filter
+    where it leaves the default.
+    """
+    return [ensemble.name for ensemble in task._filters]

@@ -154,8 +154,9 @@ def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
     """
     config = read_run_config(folder)
     metrics = load_metrics(config.evaluation)
-    if answers_file is not None and not metrics:
-        reason = "the run has no evaluation.metrics, so that there are no answers"
+    answers_rows = any(metric.task_metric is None for metric in metrics)
+    if answers_file is not None and not answers_rows:
+        reason = "the run has no evaluation.metrics of its rows' answers"
         raise refusal("--answers", answers_file, reason)
     settings = dataclasses.replace(config.dataset, path=data, packing=False)
     rows = load_all_rows("--data", settings)

@@ -15,6 +15,7 @@ from finetune.console import command_parser, quiet_libraries, run_command
 from finetune.errors import ConfigError
 from finetune.model.memory import GIB
 from finetune.quantities import format_duration
+from finetune.run.evaluation_work import Work
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
@@ -64,6 +65,10 @@ def main() -> None:
     if not arguments.json:
         _print_memory(plan, method)
     plan.require_room(config)
+    tasks = {
+        "eval": resources.task_work("eval", config),
+        "test": resources.task_work("test", config),
+    }
     times = plan_time(
         config,
         splits,
@@ -71,13 +76,14 @@ def main() -> None:
         plan.weights,
         measure_speed(),
         on_gpu(),
+        tasks,
     )
     study = _plan_study(plan, times, sweeper)
     if arguments.json:
         content = {**_to_dict(plan, config, times, study), "quantization": method}
         print(json.dumps(content, indent=2))
     else:
-        _print_work(plan, config, times, splits)
+        _print_work(plan, config, times, splits, tasks)
         _print_study(study, times, sweeper)
 
 
@@ -188,7 +194,7 @@ def _to_dict(
         "learning_rate": config.optimizer.learning_rate,
         "train_tokens": plan.train_tokens,
         "train_seconds": times.training,
-        "evaluation_seconds": times.evaluation,
+        "evaluation_seconds": times.evaluation + times.answering,
         "evaluations": times.evaluations,
         "final_seconds": times.final,
         "run_seconds": times.run,
@@ -220,6 +226,7 @@ def _print_work(
     config: RunConfig,
     times: TimePlan,
     splits: Mapping[str, Sized],
+    tasks: Mapping[str, Work],
 ) -> None:
     size = _further_slot(plan) / GIB
     slots = f"room for {plan.largest}, {plan.slots} recommended"
@@ -228,13 +235,18 @@ def _print_work(
     training = format_duration(times.training)
     print(f"{'tokens':32}{plan.train_tokens:8d}: about {training} of training")
     # Answers may end before their limit.
-    measure = "up to" if config.evaluation.generates else "about"
+    steps = tasks["eval"].steps + tasks["test"].steps
+    measure = "up to" if config.evaluation.generates or steps else "about"
     if times.evaluations:
-        evaluations = format_duration(times.evaluations * times.evaluation)
+        evaluations = format_duration(times.all_evaluations)
         count = f"{measure} {evaluations} for {times.evaluations} evaluations"
         print(f"{'held-out rows':32}{len(splits['eval']):8d}: {count}")
     test = f"{measure} {format_duration(times.test)}"
     print(f"{'test rows':32}{len(splits['test']):8d}: {test}")
+    documents = tasks["eval"].documents + tasks["test"].documents
+    if documents:
+        counts = f"{tasks['eval'].documents} with the held-out rows, the others with the test rows"
+        print(f"{'documents of benchmarks':32}{documents:8d}: {counts}")
     if times.answers:
         measure = "up to"
         answers = format_duration(2 * times.answers)

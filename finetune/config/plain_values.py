@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.convert import is_number
+from finetune.config.sections.evaluation import is_task
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,6 +60,31 @@ def resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
+
+
+def expand_task_objectives(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace each objective `harness/TASK` by `eval/harness/TASK`, and add the task's metric.
+
+    `harness/TASK/NAME`, a further metric of a task, is accepted too.
+    """
+    objective = values.get("objective")
+    names = objective if isinstance(objective, list) else [objective]
+    short = [name for name in names if isinstance(name, str) and is_task(name)]
+    evaluation = values.get("evaluation", {})
+    metrics = evaluation.get("metrics", []) if isinstance(evaluation, Mapping) else None
+    # What is no list is refused by `build`.
+    if not short or not isinstance(metrics, list):
+        return values
+    expanded = [f"eval/{name}" if name in short else name for name in names]
+    metrics = [*metrics]
+    for name in short:
+        if not any(f"{name}/".startswith(f"{metric}/") for metric in metrics):
+            metrics.append("/".join(name.split("/")[:2]))
+    return {
+        **values,
+        "objective": expanded if isinstance(objective, list) else expanded[0],
+        "evaluation": {**evaluation, "metrics": metrics},
+    }
 
 
 def resolve_eval_steps(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import (
+    expand_task_objectives,
     pick_learning_rate,
     resolve_eval_steps,
     resolve_limit,
@@ -66,7 +67,8 @@ class RunConfig(Section):
     """The metric that a run returns to a sweeper, or a list of them: eval/loss, eval/accuracy (of
     answer tokens, given the right beginning), eval/bits_per_byte (the loss by the bytes of the
     answers, which compares bases), eval/NAME of `evaluation.metrics`, train/loss, train/seconds,
-    adapter/parameters. With several sources also eval/SOURCE/NAME."""
+    adapter/parameters. With several sources also eval/SOURCE/NAME. harness/TASK stands for
+    eval/harness/TASK, and adds the task to `evaluation.metrics`."""
 
     objective_at: Literal["last", "best"]
     """The evaluation whose metrics count; best: also keeps the adapter of the best checkpoint."""
@@ -201,7 +203,8 @@ class RunConfig(Section):
         """
         refuse_secrets(values)
         simplified = simplify_sources(values)
-        return build(cls, "", resolve_eval_steps(resolve_limit(simplified)))
+        expanded = expand_task_objectives(simplified)
+        return build(cls, "", resolve_eval_steps(resolve_limit(expanded)))
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the config with absolute paths of existing files and folders."""
@@ -214,7 +217,12 @@ class RunConfig(Section):
             eval_path=_absolute_path(self.dataset.eval_path),
             test_path=_absolute_path(self.dataset.test_path),
         )
-        return dataclasses.replace(self, model=model, dataset=dataset)
+        evaluation = dataclasses.replace(
+            self.evaluation, harness_path=_absolute_path(self.evaluation.harness_path)
+        )
+        return dataclasses.replace(
+            self, model=model, dataset=dataset, evaluation=evaluation
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested plain values, for trackers and files."""

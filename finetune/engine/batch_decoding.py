@@ -4,12 +4,14 @@ With an allocated cache it is called for some tokens at a time, and rows that ha
 batch in between.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteria
 
 from finetune.engine.allocated_cache import allocate_cache
-from finetune.engine.encoded_prompts import Answers
+from finetune.engine.encoded_prompts import Answers, StopTexts
 from finetune.engine.probes import (
     Comparison,
     computes_exactly,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 TOKENS_OF_A_CALL = 16
-"""Tokens after which rows that have ended leave the batch."""
+"""Tokens after which rows that have ended leave the batch, and stop texts are looked for."""
 
 SMALLER_SHARE = 0.75
 """Rows leave if at most this share of the batch remains: the cache is copied for it."""
@@ -38,6 +40,7 @@ def decode_batch(
     padding: int,
     use_cache: bool,
     sampler: RowSampler | None,
+    stops: Sequence[StopTexts | None] = (),
 ) -> Answers:
     """Continue prompts together.
 
@@ -50,6 +53,7 @@ def decode_batch(
         padding: Id of the padding token.
         use_cache: Whether the keys and values of earlier tokens are cached.
         sampler: Draws the tokens; None: each is the most likely one.
+        stops: Texts that end each prompt's answer, if any; empty: there are none.
 
     Returns:
         The answer of each prompt, in the order of the prompts.
@@ -60,6 +64,12 @@ def decode_batch(
     cache = allocate_cache(model, ids.shape[1] + remaining) if use_cache else None
     answers: Answers = [[] for _ in prompt_ids]
     rows = list(range(len(prompt_ids)))
+    stops = stops or [None] * len(rows)
+    finished = [False] * len(rows)
+    arguments: dict[str, Any] = {}
+    if cache is None and any(stops):
+        # One call generates all tokens.
+        arguments["stopping_criteria"] = [_StopCriterion(stops, ids.shape[1], ends)]
     while True:
         tokens = remaining if cache is None else min(remaining, TOKENS_OF_A_CALL)
         length = ids.shape[1]
@@ -73,11 +83,18 @@ def decode_batch(
             use_cache=use_cache,
             cache=cache,
             sampler=sampler,
+            **arguments,
         )
         for row, new_tokens in zip(rows, ids[:, length:].tolist(), strict=True):
-            answers[row] = _cut(answers[row] + new_tokens, limits[row], ends)
+            if finished[row]:
+                continue
+            answer = _cut(answers[row] + new_tokens, limits[row], ends)
+            answers[row] = answer
+            stop = stops[row]
+            is_stopped = stop is not None and stop.are_in(answer)
+            finished[row] = is_stopped or _is_finished(answer, limits[row], ends)
         remaining -= tokens
-        unfinished = [not _is_finished(answers[row], limits[row], ends) for row in rows]
+        unfinished = [not finished[row] for row in rows]
         if cache is None or not any(unfinished):
             return answers
         mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - length)], 1)
@@ -90,6 +107,38 @@ def decode_batch(
             if sampler is not None:
                 sampler.select(indices)
             rows = [rows[index] for index in selected]
+
+
+class _StopCriterion(StoppingCriteria):  # type: ignore[misc]
+    """Ends rows with a stop text, within a call of transformers' `generate`."""
+
+    def __init__(
+        self, stops: Sequence[StopTexts | None], prompt_length: int, ends: list[int]
+    ) -> None:
+        """Set what ends the rows.
+
+        Args:
+            stops: Of each row.
+            prompt_length: Tokens before the answers, with padding.
+            ends: Ids that end an answer.
+        """
+        self._stops = stops
+        self._prompt_length = prompt_length
+        self._ends = ends
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """Return whether each row ends here [rows]; looked at after some tokens."""
+        new_tokens = input_ids[:, self._prompt_length :]
+        are_ended = torch.zeros(len(new_tokens), dtype=torch.bool)
+        length = new_tokens.shape[1]
+        if length % TOKENS_OF_A_CALL == 0:
+            for row, tokens in enumerate(new_tokens.tolist()):
+                stop = self._stops[row]
+                answer = _cut(tokens, length, self._ends)
+                are_ended[row] = stop is not None and stop.are_in(answer)
+        return are_ended.to(input_ids.device)
 
 
 def _cut(tokens: list[int], limit: int, ends: list[int]) -> list[int]:

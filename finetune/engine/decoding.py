@@ -201,6 +201,7 @@ class _Decoding:
                 padding=first.padding,
                 use_cache=use_cache,
                 sampler=sampler,
+                stops=[self._prompts[run].stops for run, _ in members],
             )
         for (run, row), answer in zip(members, answers, strict=True):
             self._answers[run][row] = answer

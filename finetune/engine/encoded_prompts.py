@@ -39,6 +39,20 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class StopTexts:
+    """Texts that end an answer, whatever tokens they consist of."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    texts: tuple[str, ...]
+    """Not empty ones."""
+
+    def are_in(self, tokens: list[int]) -> bool:
+        """Whether the text of some tokens has one of them."""
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return any(stop in text for stop in self.texts)
+
+
+@dataclass(frozen=True)
 class EncodedPrompts:
     """The prompts of one run."""
 
@@ -52,6 +66,8 @@ class EncodedPrompts:
     """Id of the padding token."""
     sampling: Sampling | None = None
     """None: each token is the most likely one."""
+    stops: StopTexts | None = None
+    """Texts that end an answer too. Some tokens after them may stand in the answer."""
 
 
 def encode_prompts(
@@ -76,7 +92,7 @@ def encode_prompts(
         for tokens in ids
     ]
     padding: int = tokenizer.pad_token_id
-    ends = _end_tokens(model, encoder.ends)
+    ends = end_tokens(model, encoder.ends)
     return EncodedPrompts(ids, limits, ends, padding, sampling)
 
 
@@ -130,8 +146,8 @@ def _answer_limit(
     return max(0, limit)
 
 
-def _end_tokens(model: "PreTrainedModel", ends: list[int]) -> list[int]:
-    """Return the ids that end an answer: those of the rows and of the generation config."""
+def end_tokens(model: "PreTrainedModel", ends: Sequence[int]) -> list[int]:
+    """Return the ids that end an answer: the given ones and those of the generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     # It is a list, one id, or None.
     configured_ends = configured if isinstance(configured, list) else [configured]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Example
 from finetune.data.types import Prompt
-from finetune.engine.encoded_prompts import Sampling
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts, Sampling
 from finetune.engine.evaluation import Evaluation, evaluate, join_evaluations
 from finetune.engine.generation import generate_answers
 from finetune.engine.steps import RunSteps
@@ -77,3 +77,16 @@ class LoadedModel:
             variables=self._config.model.template_kwargs,
             sampling=sampling,
         )
+
+    def answer(self, prompts: EncodedPrompts) -> RunSteps[Answers]:
+        """Answer encoded prompts."""
+        from finetune.engine.decoding import generate_tokens
+
+        yield from ()
+        quantization = self._config.quantization
+        (answers,) = generate_tokens(self.model, [prompts], quantization)
+        return answers
+
+    def wait(self, will_ask: bool) -> RunSteps[None]:
+        """Wait a moment for a thread; no other run needs to know of it."""
+        yield None

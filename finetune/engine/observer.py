@@ -22,6 +22,8 @@ class Rung:
     """Tokens that the run has trained so far, without padding."""
     seconds: float = 0.0
     """Duration of the evaluation; in a pack, that of its waits for the other runs included."""
+    has_answers: bool = False
+    """Whether it had metrics of answers or of tasks."""
     constants: Metrics = field(default_factory=dict)
     """Final metrics that do not change while the run trains: `adapter/parameters`."""
 

@@ -178,7 +178,8 @@ class Reporter:
         if self._evaluate is None:
             return
         began = time.perf_counter()
-        metrics = yield from self._evaluate(step in self._answer_steps)
+        has_answers = step in self._answer_steps
+        metrics = yield from self._evaluate(has_answers)
         seconds = time.perf_counter() - began
         names = self._config.objectives
         # Of several objectives none alone says which run is better.
@@ -194,6 +195,7 @@ class Reporter:
             is_warmup=step < self._warmup_steps,
             train_tokens=self.progress.train_tokens,
             seconds=seconds,
+            has_answers=has_answers,
         )
         self.progress.rungs.append(asdict(rung))
         # Logged before it is checked, so that the files show the loss that ended the run.

@@ -17,7 +17,7 @@ from finetune.metrics import (
     rouge,
     tool_calls,
 )
-from finetune.metrics.harness import load_task_metrics
+from finetune.metrics.harness import Benchmark, load_benchmark, load_task_metrics
 from finetune.metrics.metric import Metric
 from finetune.metrics.user_function import load_function
 
@@ -55,6 +55,25 @@ def load_metrics(settings: EvaluationSettings) -> list[Metric]:
                 raise refusal("evaluation.metrics", metric.path, reason)
             names.append(name)
     return metrics
+
+
+def load_benchmarks(settings: EvaluationSettings) -> list[Benchmark]:
+    """Return the tasks of lm-evaluation-harness among `evaluation.metrics`.
+
+    Raises:
+        ConfigError: The package is missing, or a task can't be used.
+    """
+    return [
+        load_benchmark(path, settings.harness_path)
+        for path in settings.metrics
+        if is_task(path)
+    ]
+
+
+def generates_answers(settings: EvaluationSettings) -> bool:
+    """Whether a metric, or a task of lm-evaluation-harness, needs generated answers."""
+    benchmarks = load_benchmarks(settings)
+    return settings.generates or any(benchmark.generates for benchmark in benchmarks)
 
 
 def check_metrics(config: RunConfig) -> list[Metric]:

@@ -22,7 +22,8 @@ from finetune.metrics.metric import Answer, Metric, Score
 from finetune.metrics.scores import Result, score_answers, scores_by_source
 from finetune.run.background import POLL_SECONDS, start_thread
 from finetune.run.evaluated_model import EvaluatedModel
-from finetune.run.harness import Documents, evaluate_tasks
+from finetune.run.harness import evaluate_tasks
+from finetune.run.harness_prompts import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.data.token_file import Example
 from finetune.data.types import Prompt
-from finetune.engine.encoded_prompts import Sampling
+from finetune.engine.encoded_prompts import Answers, EncodedPrompts, Sampling
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.steps import RunSteps
 
@@ -34,3 +34,9 @@ class EvaluatedModel(Protocol):
         sampling: Sampling | None = None,
     ) -> RunSteps[list[str]]:
         """Generate an answer to each prompt."""
+
+    def answer(self, prompts: EncodedPrompts) -> RunSteps[Answers]:
+        """Answer encoded prompts."""
+
+    def wait(self, will_ask: bool) -> RunSteps[None]:
+        """Let other runs work while a thread does; `will_ask`: answers are asked for next."""

@@ -14,8 +14,10 @@ from finetune.metrics.answers import answers_of
 from finetune.metrics.labels import LabelledRows, Labels
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
+from finetune.model.base_config import read_base_config
 from finetune.model.lora_config import lora_config
 from finetune.run.context import RunContext
+from finetune.run.harness_prompts import check_tasks
 from finetune.run.memory_plan import resolve_checkpointing
 from finetune.run.sizes import check_sizes
 
@@ -70,7 +72,8 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         ConfigError: A target module does not exist, rows have tokens or positions that the base
             does not have, an argument of LoRA or of TRL is unknown, the engine that
             was asked for does not support the config, no row has an answer within `max_length`,
-            rows without answers are to be scored, or their answers are no labels.
+            rows without answers are to be scored, their answers are no labels, or a task of
+            lm-evaluation-harness does not suit the base.
     """
     resources = context.resources
     source = resources.source(config.model)
@@ -90,6 +93,8 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
         tokenizer,
         {"train": train, "eval": held_out, "test": test},
     )
+    if config.evaluation.has_tasks:
+        check_tasks(config, tokenizer, read_base_config(source, config.model))
     steps = total_steps(config, len(train))
     if engine == "trl":
         _check_trl_arguments(config, steps)

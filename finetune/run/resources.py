@@ -22,6 +22,8 @@ from finetune.files.run_folder import Metrics
 from finetune.metrics.labels import LabelledRows, Labels, find_labels
 from finetune.model.source import BaseSource, find_base
 from finetune.run.cached import Cached
+from finetune.run.evaluation_work import Work, task_work
+from finetune.run.harness_prompts import Documents
 from finetune.run.shared_computation import SharedComputation
 
 if TYPE_CHECKING:
@@ -59,6 +61,10 @@ class SharedResources:
             frees_memory=False
         )
         self._checked_targets: Cached[object, bool] = Cached(frees_memory=False)
+        self._task_work: dict[Documents, Cached[object, Work]] = {
+            "eval": Cached(frees_memory=False),
+            "test": Cached(frees_memory=False),
+        }
 
     def rows(self, settings: DatasetSettings) -> Rows:
         """Return the data set, read and split."""
@@ -148,6 +154,25 @@ class SharedResources:
 
         key = (config.model, config.dataset, config.evaluation)
         return self._labelled_rows[split].get(key, create)
+
+    def task_work(self, documents: Documents, config: RunConfig) -> Work:
+        """Return the work of the tasks of lm-evaluation-harness.
+
+        Args:
+            documents: eval or test.
+            config: Names the tasks and the tokenizer.
+
+        Raises:
+            ConfigError: A task can't be used.
+        """
+
+        def create() -> Work:
+            return task_work(config, self.tokenizer(config.model), documents)
+
+        if not config.evaluation.has_tasks:
+            return Work()
+        key = (config.model, config.evaluation, config.trainer)
+        return self._task_work[documents].get(key, create)
 
     def check_targets(self, config: RunConfig) -> None:
         """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""

@@ -1,12 +1,17 @@
 """The plan of a run's time, and of a study's, from the speed of this machine's matrix products."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
-from finetune.engine.schedule import evaluation_rungs, total_steps
+from finetune.engine.schedule import answer_steps, evaluation_rungs, total_steps
+from finetune.run.evaluation_work import (
+    Work,
+    answer_work,
+    loss_work,
+    prompt_work,
+)
 
 TRAINING_PASSES = 4.0
 """Passes through the base for each trained token, in forward passes: a backward pass takes about
@@ -14,10 +19,6 @@ twice as long, and the adapter and attention the rest."""
 
 EVALUATION_PASSES = 1.4
 """The same for each evaluated token (650 tokens/s where training has 230)."""
-
-GENERATED_STEP_TOKENS = 80
-"""A step of generation on a CPU takes as long as an evaluation of so many tokens (measured with
-SmolLM2-135M on two cores)."""
 
 GENERATED_STEP_SECONDS = 0.03
 """Duration of a step of generation on a GPU, which waits for its host."""
@@ -32,18 +33,34 @@ class TimePlan:
 
     training: float
     evaluation: float
-    """One evaluation of the held-out rows."""
+    """The losses of the held-out rows, once."""
     evaluations: int
     """Evaluations of the held-out rows, the one before the first step included."""
     test: float
-    """The test rows."""
+    """The test rows, with their answers and the tasks of lm-evaluation-harness."""
     answers: float
     """The sample prompts, answered once."""
+    answering: float = 0.0
+    """The answers to the held-out rows and the tasks of lm-evaluation-harness, once."""
+    answered: int = 0
+    """Evaluations that have them, the one before the first step included (`evaluation.every`)."""
+    base_is_answered: bool = False
+    """Whether the evaluation before the first step has them."""
 
     @property
     def run(self) -> float:
         """A whole run alone."""
-        return self.training + self.evaluations * self.evaluation + self.final
+        return self.training + self.all_evaluations + self.final
+
+    @property
+    def all_evaluations(self) -> float:
+        """All evaluations of the held-out rows."""
+        return self.evaluations * self.evaluation + self.answered * self.answering
+
+    @property
+    def _first_evaluation(self) -> float:
+        """The evaluation before the first step."""
+        return self.evaluation + self.base_is_answered * self.answering
 
     @property
     def final(self) -> float:
@@ -65,10 +82,10 @@ class TimePlan:
             nothing.
         """
         # The base's evaluation is computed once for all trials.
-        trial = self.training + (self.evaluations - 1) * self.evaluation
+        trial = self.training + self.all_evaluations - self._first_evaluation
         further = seeds * (trial + self.test)
         # Winner and baseline are compared on the test rows.
-        final = self.evaluation + self.final + self.test
+        final = self._first_evaluation + self.final + self.test
         shares = (1 - PRUNED_SHARE, 1.0)
         least, most = (
             (share * trials * trial + further) / workers + final for share in shares
@@ -83,6 +100,7 @@ def plan_time(
     weights: int,
     speed: float,
     is_gpu: bool,
+    tasks: Mapping[str, Work] | None = None,
 ) -> TimePlan:
     """Plan the time of a run.
 
@@ -93,40 +111,32 @@ def plan_time(
         weights: Weights that each token is multiplied by.
         speed: Floating point operations per second.
         is_gpu: Whether the base is on a GPU.
+        tasks: The work of the tasks of lm-evaluation-harness, of the documents eval and test; None:
+            there are none.
     """
     token_seconds = weights / speed
     evaluated_token_seconds = EVALUATION_PASSES * token_seconds
-    step_seconds = GENERATED_STEP_TOKENS * evaluated_token_seconds
-    if is_gpu:
-        step_seconds = GENERATED_STEP_SECONDS
+    step_seconds = GENERATED_STEP_SECONDS
 
-    def evaluation_seconds(tokens: Tokens) -> float:
-        rows_seconds = sum(tokens.lengths) * evaluated_token_seconds
-        return rows_seconds + _answer_steps(config, len(tokens)) * step_seconds
+    def seconds(work: Work) -> float:
+        if is_gpu:
+            return work.tokens * evaluated_token_seconds + work.steps * step_seconds
+        return work.duration(is_gpu) * evaluated_token_seconds
 
     total = total_steps(config, len(splits["train"]))
     rungs = evaluation_rungs(config.trainer.eval_steps, total)
-    has_held_out = len(splits["eval"]) > 0
+    held_out, test = splits["eval"], splits["test"]
+    answered = answer_steps(config.evaluation, rungs) if len(held_out) else []
+    tasks = tasks or {"eval": Work(), "test": Work()}
     return TimePlan(
         training=train_tokens * TRAINING_PASSES * token_seconds,
-        evaluation=evaluation_seconds(splits["eval"]),
-        evaluations=len(rungs) if has_held_out else 0,
-        test=evaluation_seconds(splits["test"]),
-        answers=prompt_steps(config) * step_seconds,
+        evaluation=seconds(loss_work(config, held_out)),
+        evaluations=len(rungs) if len(held_out) else 0,
+        test=seconds(
+            loss_work(config, test) + answer_work(config, test) + tasks["test"]
+        ),
+        answers=seconds(prompt_work(config)),
+        answering=seconds(answer_work(config, held_out) + tasks["eval"]),
+        answered=len(answered),
+        base_is_answered=0 in answered,
     )
-
-
-def _answer_steps(config: RunConfig, rows: int) -> int:
-    """The steps in which answers to rows are generated, if a metric needs them."""
-    if not config.evaluation.generates:
-        return 0
-    rows = min(rows, config.evaluation.limit or rows)
-    batches = math.ceil(rows / config.trainer.per_device_eval_batch_size)
-    return batches * config.evaluation.max_new_tokens
-
-
-def prompt_steps(config: RunConfig) -> int:
-    """The most steps in which the sample prompts are answered once."""
-    if config.sample_prompts == []:
-        return 0
-    return config.sample_max_new_tokens or config.sample_max_length or 0

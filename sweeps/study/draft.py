@@ -16,9 +16,9 @@ from finetune.errors import ConfigError
 from finetune.metrics.load import check_metrics
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
+from sweeps.space.config_point import scaled_space
 from sweeps.space.constraints import require_computed, require_names
 from sweeps.space.custom import load_function
-from sweeps.space.own_values import scaled_space
 from sweeps.space.points import point_count
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space

@@ -9,8 +9,8 @@ the other runs.
 import math
 
 from finetune.config.schema import RunConfig
+from finetune.run.evaluation_work import answer_work, loss_work, prompt_work
 from finetune.run.resources import SharedResources
-from finetune.run.time_plan import GENERATED_STEP_TOKENS, prompt_steps
 from sweeps.study.study import Study
 
 FINAL_SECONDS = "final_seconds"
@@ -21,7 +21,11 @@ CONCLUSION_SECONDS = 10.0
 
 
 def estimate_final_seconds(
-    config: RunConfig, resources: SharedResources, seconds: float, is_gpu: bool
+    config: RunConfig,
+    resources: SharedResources,
+    seconds: float,
+    is_gpu: bool,
+    has_answers: bool,
 ) -> float:
     """Estimate how long the final evaluation takes.
 
@@ -30,24 +34,20 @@ def estimate_final_seconds(
         resources: Hold the rows and their tokens.
         seconds: Duration of an evaluation of the held-out rows.
         is_gpu: Whether the base is on a GPU.
+        has_answers: Whether that evaluation had answers and tasks too (`evaluation.every`).
     """
     rows = resources.rows(config.dataset)
     held_out = resources.tokens("eval", rows.evaluation, config)
     test = resources.tokens("test", rows.test, config)
-    tokens = sum(held_out.lengths)
-    # The winner's and the baseline's.
-    evaluations = 2 * sum(test.lengths) / tokens
-    if config.evaluation.generates:
-        # An evaluation generates the answers to all rows together.
-        evaluation_steps = float(config.evaluation.max_new_tokens)
-    else:
-        batches = math.ceil(len(held_out) / config.trainer.per_device_eval_batch_size)
-        # On a GPU, which waits for its host, a step takes as long as a batch of rows.
-        step_tokens = tokens / batches if is_gpu else GENERATED_STEP_TOKENS
-        evaluation_steps = tokens / step_tokens
-    # The base's and the winner's.
-    answers = 2 * prompt_steps(config) / evaluation_steps
-    return seconds * (evaluations + answers) + CONCLUSION_SECONDS
+    evaluation_work = loss_work(config, held_out)
+    if has_answers:
+        evaluation_work += answer_work(config, held_out)
+        evaluation_work += resources.task_work("eval", config)
+    test_work = loss_work(config, test) + answer_work(config, test)
+    test_work += resources.task_work("test", config)
+    # The winner's and the baseline's test rows, the base's and the winner's answers to prompts.
+    final = 2 * test_work.duration(is_gpu) + 2 * prompt_work(config).duration(is_gpu)
+    return seconds * final / evaluation_work.duration(is_gpu) + CONCLUSION_SECONDS
 
 
 def record_final_seconds(study: Study, seconds: float) -> None:

@@ -4,9 +4,9 @@ import logging
 
 from omegaconf import DictConfig
 
+from sweeps.space.config_point import config_point
 from sweeps.space.custom import extend_baseline
 from sweeps.space.distributions import describe
-from sweeps.space.own_values import own_point
 from sweeps.space.points import grid_points
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
@@ -44,7 +44,7 @@ def _baseline(
     settings: StudySettings, space: Space, config: DictConfig, composed: DictConfig
 ) -> Point | None:
     """Return the point of the config's own values, which may lie outside the space."""
-    baseline = own_point(space, composed)
+    baseline = config_point(space, composed)
     if baseline is None:
         log.info("no baseline: the config has no value of its own for what is searched")
         return None

@@ -37,9 +37,13 @@ class Matching:
         self._sets = config.sets
         self._keys = {name: self._keys_of(name) for name in space.distributions}
         self._searched = set().union(*self._keys.values())
-        known = {**config.own, **shared}
-        self._fixed = {key: known[key] for key in known.keys() - self._searched}
-        self._own = {key: known[key] for key in known.keys() & self._searched}
+        config_values = {**config.defaults, **shared}
+        self._fixed = {
+            key: config_values[key] for key in config_values.keys() - self._searched
+        }
+        self._defaults = {
+            key: config_values[key] for key in config_values.keys() & self._searched
+        }
 
     def point(self, values: Values, searched: Iterable[str] = ()) -> Point:
         """Return the point at which a trial of the study has exactly these values.
@@ -101,7 +105,7 @@ class Matching:
     def _values_at(self, point: Point) -> dict[str, Any]:
         """Return all values of a trial of the study at a point."""
         # What is not searched at this point has the config's own value.
-        values = {**self._fixed, **self._own}
+        values = {**self._fixed, **self._defaults}
         if self._config.at is not None:
             composed = self._config.at(point)
             values |= {key: composed[key] for key in composed if key not in DECIDED}

@@ -111,7 +111,7 @@ class PruningObserver(Observer):
         self._trial.set_user_attr(TRAIN_TOKENS, rung.train_tokens)
         # The evaluation before the first step is the base's, and all trials share its result.
         if self._session.deadline is not None and rung.index > 0:
-            self._record_final_seconds(rung.seconds)
+            self._record_final_seconds(rung)
         if rung.index == 0:
             self._trial.set_user_attr("steps", rung.total)
         constraints = self._session.settings.parsed_constraints
@@ -153,14 +153,15 @@ class PruningObserver(Observer):
         figures = {**rung.metrics, **rung.constants}
         return [figures[name] for name in self._study.objectives]
 
-    def _record_final_seconds(self, seconds: float) -> None:
+    def _record_final_seconds(self, rung: Rung) -> None:
         from finetune.model.device import on_gpu
 
         estimate = estimate_final_seconds(
             self._session.common,
             shared_resources,
-            seconds,
+            rung.seconds,
             is_gpu=on_gpu(),
+            has_answers=rung.has_answers,
         )
         record_final_seconds(self._study, estimate)
 

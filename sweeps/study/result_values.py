@@ -48,7 +48,7 @@ DECIDED = (
 class ConfigValues:
     """The values of a study's config."""
 
-    own: Values
+    defaults: Values
     """The config's own values."""
     sets: Mapping[str, Mapping[Any, Values]]
     """What each choice of a parameter that stands for several keys sets: variants and groups."""
@@ -58,7 +58,7 @@ class ConfigValues:
 
 def read_config_values(session: Session) -> ConfigValues:
     """Read the values of a session's config, and those that its variants and groups set."""
-    own = _encoded(session.common)
+    defaults = _encoded(session.common)
     space = session.space
 
     def at(point: Point) -> Values:
@@ -81,7 +81,7 @@ def read_config_values(session: Session) -> ConfigValues:
             sets[name][choice] = {key: values[key] for key in keys if key in values}
     # A reference, as lora.alpha='${lora.r}', has another value at each point.
     has_reference = "${" in str([space.fixed, space.variants, space.distributions])
-    return ConfigValues(own, sets, at if has_reference else None)
+    return ConfigValues(defaults, sets, at if has_reference else None)
 
 
 def study_values(terms: Values) -> dict[str, Any]:

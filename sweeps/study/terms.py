@@ -51,6 +51,8 @@ def study_terms(
     for key, value in config_values.items():
         # A study from before the section existed has none of its keys.
         is_neutral = key.startswith("evaluation.") and not config.evaluation.metrics
+        is_of_tasks = key.startswith("evaluation.harness_")
+        is_neutral = is_neutral or (is_of_tasks and not config.evaluation.has_tasks)
         is_excluded = key in searched or key.startswith(excluded_prefixes)
         if not is_excluded and not is_neutral:
             terms[key] = value

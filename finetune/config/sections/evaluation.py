@@ -37,11 +37,18 @@ class EvaluationSettings(Section):
     metrics: list[str] = field(default_factory=list)
     """Metrics of generated answers: exact_match, rouge, json_valid, tool_calls, or the import path
     of a function, for example `my_module.score`; or classification, by the likelihood of each
-    label, without generation; or harness/TASK, a task of lm-evaluation-harness, by likelihoods.
-    Each is `eval/NAME` and `test/NAME`."""
+    label, without generation; or harness/TASK, a task or a group of tasks of
+    lm-evaluation-harness. Each is `eval/NAME` and `test/NAME`."""
 
     harness_path: str | None = None
     """A folder with tasks of your own for lm-evaluation-harness; null: its own tasks alone."""
+
+    harness_chat_template: bool | Literal["auto"] = "auto"
+    """Whether prompts of tasks are rendered by the base's chat template, the examples in them as
+    turns; auto: if the base has one, as the run's rows are."""
+
+    harness_system: str | None = None
+    """Text of a system turn before each prompt of a task; null: only the task's description."""
 
     max_new_tokens: int = 128
     """Limit of a generated answer, in tokens."""
@@ -75,7 +82,7 @@ class EvaluationSettings(Section):
 
     @property
     def generates(self) -> bool:
-        """Whether a metric needs generated answers."""
+        """Whether a metric needs generated answers to rows."""
         return any(
             name != "classification" and not is_task(name) for name in self.metrics
         )

@@ -32,6 +32,7 @@ from finetune.engine.packed.requests import (
     Generate,
     PackedRequest,
     Response,
+    Wait,
 )
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
@@ -189,6 +190,9 @@ class Bank:
     ) -> list[Response | Exception]:
         # By the requests' ids: they hold lists of rows and so have no hash.
         responses: dict[int, Response | Exception] = {}
+        for request in requests:
+            if isinstance(request, Wait):
+                responses[id(request)] = None
         # One after the other: a pass either trains all of its slots, with dropout and a trace for
         # the gradients, or evaluates all of them, or generates text for all of them.
         for request_type in (ForwardBackward, Evaluate, Generate):

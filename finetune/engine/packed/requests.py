@@ -82,7 +82,27 @@ class Generate:
         return 0
 
 
-PackedRequest = ForwardBackward | Evaluate | Generate
+@dataclass(frozen=True)
+class Wait:
+    """Request nothing, while a thread of the run prepares its request for answers.
+
+    Its response is None. Other runs' requests for answers wait for it.
+    """
+
+    slot: Slot
+
+    @property
+    def executor(self) -> Executor:
+        """The bank that the slot is on."""
+        return self.slot.bank
+
+    @property
+    def rounds_to_answers(self) -> int:
+        """See `Request.rounds_to_answers`."""
+        return 1
 
 
-Response = ForwardBackwardResult | Evaluation | Answers
+PackedRequest = ForwardBackward | Evaluate | Generate | Wait
+
+
+Response = ForwardBackwardResult | Evaluation | Answers | None

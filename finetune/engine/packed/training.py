@@ -16,6 +16,7 @@ from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
 from finetune.engine.encoded_prompts import (
     Answers,
+    EncodedPrompts,
     Sampling,
     decode_answers,
     encode_prompts,
@@ -28,6 +29,7 @@ from finetune.engine.packed.requests import (
     ForwardBackward,
     ForwardBackwardResult,
     Generate,
+    Wait,
 )
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
@@ -40,6 +42,7 @@ from finetune.engine.schedule import (
 )
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.load import generates_answers
 from finetune.model.device import record_event
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class PackedTraining:
         rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._answer_steps: list[int] = []
         """The steps after which answers are generated."""
-        if config.evaluation.generates:
+        if generates_answers(config.evaluation):
             self._answer_steps = answer_steps(config.evaluation, rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
@@ -189,8 +192,21 @@ class PackedTraining:
             variables=self._config.model.template_kwargs,
             sampling=sampling,
         )
-        answers: Answers = yield Generate(self._slot, encoded)
+        answers = yield from self.answer(encoded)
         return decode_answers(tokenizer, answers)
+
+    def answer(self, prompts: EncodedPrompts) -> RunSteps[Answers]:
+        """Answer encoded prompts, together with those of other runs."""
+        answers: Answers = yield Generate(self._slot, prompts)
+        return answers
+
+    def wait(self, will_ask: bool) -> RunSteps[None]:
+        """Let other runs work while a thread of this run does.
+
+        Args:
+            will_ask: Whether the run will then ask for answers, so that others wait for them.
+        """
+        yield Wait(self._slot) if will_ask else None
 
     def weights_on_cpu(self) -> AbstractContextManager[None]:
         """Point `model` at a copy of its weights in host memory while the context lasts.

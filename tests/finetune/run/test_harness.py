@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.benchmarks import (
+    DOCUMENTS,
+    by_the_harness_itself,
+    short_overrides,
+    write_tasks,
+)
 from support.commands import run_cli
-from support.rows import chat
-from support.runs import NONE, TRL, Tiny, final, train_in_slots, write_jsonl
+from support.runs import TRL, Tiny, final, train_in_slots
 
 from finetune.config.sections.evaluation import EvaluationSettings
 from finetune.errors import ConfigError
@@ -16,103 +21,28 @@ from finetune.files.run_folder import RunFolder
 from finetune.metrics import harness
 from finetune.metrics.load import check_metrics, higher_is_better, load_metrics
 from finetune.run.context import RunContext
-from finetune.run.load import load_run
 from finetune.run.run import run
 
 QUIET = RunContext(interactive=False)
 PACKED = "trainer.engine=packed"
-DOCUMENTS = 11
 NAME = "harness/parity"
-
-CHOICES = """
-task: parity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Is {{{{number}}}} even?"
-doc_to_choice: ["yes", "no"]
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-ROLLING = """
-task: text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "The number {{{{number}}}} is a whole number."
-metric_list:
-  - {{metric: bits_per_byte, higher_is_better: false}}
-"""
-GENERATED = """
-task: said
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{number}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - {{metric: exact_match}}
-"""
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with tasks, and their documents."""
+def short(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """Configs of short runs that are evaluated on tasks."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    file = tmp_path / "documents.jsonl"
-    write_jsonl(file, [{"number": 7 * n, "label": n % 3 % 2} for n in range(DOCUMENTS)])
-    for name, text in (
-        ("parity", CHOICES),
-        ("text", ROLLING),
-        ("said", GENERATED),
-    ):
-        (folder / f"{name}.yaml").write_text(text.format(file=file))
-    return folder
+    write_tasks(tmp_path)
+    overrides = short_overrides(tmp_path)
 
-
-@pytest.fixture
-def short(tiny: Tiny, tmp_path: Path, tasks: Path) -> Tiny:
-    """Configs of short runs that are evaluated on tasks."""
-    write_jsonl(tmp_path / "rows.jsonl", [chat(f"{n}?", "yes") for n in range(40)])
-
-    def make(*overrides: str) -> Any:
-        return tiny(
-            NONE, f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.limit=null",
-            "dataset.eval_fraction=0.1", "dataset.test_fraction=0.1", "trainer.max_steps=4",
-            "trainer.eval_steps=2", "optimizer.learning_rate=1e-2", "sample_prompts=[]",
-            f"evaluation.harness_path={tasks}", *overrides,
-        )  # fmt: skip
+    def make(*more: str) -> Any:
+        return tiny(*overrides, *more)
 
     return make
 
 
-def by_the_harness_itself(folder: Path, task: str, numbers: list[int]) -> Any:
-    """Evaluate a finished run by the harness's own class for transformers' models."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    loaded = load_run(folder)
-    model = loaded.with_adapter().eval()
-    return simple_evaluate(
-        HFLM(pretrained=model, tokenizer=loaded.tokenizer),
-        tasks=[task],
-        samples={task: numbers},
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_path=folder.parent / "tasks"),
-    )
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", [PACKED, TRL])
 def test_values_are_those_of_the_harness_on_documents_that_no_decision_has_used(
     short: Tiny, tmp_path: Path, engine: str
@@ -129,12 +59,12 @@ def test_values_are_those_of_the_harness_on_documents_that_no_decision_has_used(
     assert metrics[f"eval/{NAME}"] == objective
     even, odd = list(range(0, DOCUMENTS, 2)), list(range(1, DOCUMENTS, 2))
     for split, numbers in (("eval", even), ("test", odd)):
-        expected = by_the_harness_itself(tmp_path / "run", "parity", numbers)
-        values = expected["results"]["parity"]
+        folder = tmp_path / "run"
+        values = by_the_harness_itself(folder, "parity", {"parity": numbers})
         assert metrics[f"{split}/{NAME}"] == values["acc,none"]
         assert metrics[f"{split}/{NAME}/acc_norm"] == values["acc_norm,none"]
-        expected = by_the_harness_itself(tmp_path / "run", "text", numbers)
-        bits = expected["results"]["text"]["bits_per_byte,none"]
+        values = by_the_harness_itself(folder, "text", {"text": numbers})
+        bits = values["bits_per_byte,none"]
         assert metrics[f"{split}/harness/text"] == pytest.approx(bits, rel=1e-4)
     scores = json.loads((tmp_path / "run/test_rows.json").read_text())["scores"]
     assert scores[NAME]["row_counts"] == [1] * len(odd)
@@ -142,7 +72,6 @@ def test_values_are_those_of_the_harness_on_documents_that_no_decision_has_used(
     assert scores["harness/text"]["row_sums"] == [], "no mean of documents"
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_runs_in_slots_have_the_values_that_each_has_alone(
     short: Tiny, tmp_path: Path
 ) -> None:
@@ -157,7 +86,6 @@ def test_runs_in_slots_have_the_values_that_each_has_alone(
             assert packed[name] == pytest.approx(alone[name], abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_limit_takes_the_first_documents_of_each_part(
     short: Tiny, tmp_path: Path
 ) -> None:
@@ -170,7 +98,6 @@ def test_a_limit_takes_the_first_documents_of_each_part(
     assert scores[NAME]["row_counts"] == [1, 1]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_finished_run_is_evaluated_on_all_documents(
     short: Tiny, tmp_path: Path
 ) -> None:
@@ -186,11 +113,10 @@ def test_a_finished_run_is_evaluated_on_all_documents(
     assert ended.returncode == 0, ended.stderr
     values = json.loads(ended.stdout)["adapter"]
     every = list(range(DOCUMENTS))
-    expected = by_the_harness_itself(tmp_path / "run", "parity", every)
-    assert values[NAME] == expected["results"]["parity"]["acc,none"]
+    expected = by_the_harness_itself(tmp_path / "run", "parity", {"parity": every})
+    assert values[NAME] == expected["acc,none"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_direction_is_the_tasks_own(short: Tiny) -> None:
     config = short(f"evaluation.metrics=[{NAME},harness/text]")
     metrics = load_metrics(config.evaluation)
@@ -201,7 +127,6 @@ def test_a_direction_is_the_tasks_own(short: Tiny) -> None:
     assert not higher_is_better("eval/harness/text", metrics)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -211,12 +136,32 @@ def test_a_direction_is_the_tasks_own(short: Tiny) -> None:
             "did you mean parity",
         ),
         (
-            ["evaluation.metrics=[harness/said]"],
-            "evaluation.metrics=harness/said: is a task of generate_until; allowed: ",
+            ["evaluation.metrics=[harness/parity]", "evaluation.harness_path=nowhere"],
+            "evaluation.harness_path=nowhere: there is no such folder",
         ),
         (
-            ["evaluation.metrics=[harness/mmlu]"],
-            "evaluation.metrics=harness/mmlu: is a group of tasks: name one of them",
+            ["evaluation.metrics=[harness/beams]"],
+            "evaluation.metrics=harness/beams: its generation_kwargs have num_beams=4; allowed: "
+            "until, max_gen_toks, do_sample, temperature, top_p",
+        ),
+        (
+            ["evaluation.metrics=[harness/hot]"],
+            "evaluation.metrics=harness/hot: its generation_kwargs have do_sample=true; needs",
+        ),
+        (
+            ["evaluation.metrics=[harness/code]"],
+            "evaluation.metrics=harness/code: runs the code that a model has generated",
+        ),
+        (
+            ["evaluation.metrics=[harness/mixed]"],
+            "evaluation.metrics=harness/mixed: is a group of 2 tasks, for which "
+            "lm-evaluation-harness defines no value (aggregate_metric_list); name some of them: "
+            "harness/parity, harness/said (lm-eval ls subtasks",
+        ),
+        (
+            ["evaluation.metrics=[harness/numbers]"],
+            "evaluation.metrics=harness/numbers: is a tag of 1 tasks, which has no value; name "
+            "some of them: harness/few (lm-eval ls subtasks",
         ),
         (
             [f"evaluation.metrics=[{NAME}]", f"objective=eval/{NAME}/f1"],
@@ -233,7 +178,7 @@ def test_a_fault_is_one_line(short: Tiny, overrides: list[str], line: str) -> No
 
 
 def test_without_its_package_a_task_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.load_task.cache_clear()
+    harness.load_benchmark.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings = EvaluationSettings(metrics=["harness/arc_easy"])
     with pytest.raises(ConfigError, match=r'needs .*"qlora-sweeps\[harness\]"'):

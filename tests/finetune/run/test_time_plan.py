@@ -12,12 +12,12 @@ from support.commands import Station
 from finetune.app import compose_run, compose_sweep
 from finetune.engine.observer import Observer, Rung
 from finetune.run.context import RunContext
+from finetune.run.evaluation_work import STEP_TOKENS, Generation, Work
 from finetune.run.resources import SharedResources
 from finetune.run.run import run
 from finetune.run.time_plan import (
     EVALUATION_PASSES,
     GENERATED_STEP_SECONDS,
-    GENERATED_STEP_TOKENS,
     TRAINING_PASSES,
     TimePlan,
     plan_time,
@@ -45,10 +45,15 @@ FIXED = [
 ]
 
 
-def planned(*overrides: str, is_gpu: bool = False, **splits: Split) -> TimePlan:
+def planned(
+    *overrides: str,
+    is_gpu: bool = False,
+    tasks: dict[str, Work] | None = None,
+    **splits: Split,
+) -> TimePlan:
     """Plan with a speed of a token a second in one pass."""
     config = compose_run([*FIXED, *overrides])
-    return plan_time(config, {**SPLITS, **splits}, 1000, 10**6, 1e6, is_gpu)
+    return plan_time(config, {**SPLITS, **splits}, 1000, 10**6, 1e6, is_gpu, tasks)
 
 
 def test_tokens_rungs_and_prompts_are_counted() -> None:
@@ -57,7 +62,8 @@ def test_tokens_rungs_and_prompts_are_counted() -> None:
     assert plan.evaluations == 5
     assert plan.evaluation == pytest.approx(20 * 50 * EVALUATION_PASSES)
     assert plan.test == pytest.approx(30 * 10 * EVALUATION_PASSES)
-    step = GENERATED_STEP_TOKENS * EVALUATION_PASSES
+    # Two held-out prompts.
+    step = (STEP_TOKENS + 2) * EVALUATION_PASSES
     assert plan.answers == pytest.approx(5 * step)
     parts = plan.training + 5 * plan.evaluation + plan.test + 2 * plan.answers
     assert plan.run == pytest.approx(parts)
@@ -68,14 +74,50 @@ def test_a_step_of_generation_has_its_own_time_on_a_gpu() -> None:
     assert planned("sample_prompts=[]").answers == 0
 
 
-def test_metrics_of_answers_generate_for_each_batch() -> None:
+def test_answers_are_generated_together_after_their_prompts() -> None:
     plan, without = planned("evaluation=exact_match"), planned()
-    step = GENERATED_STEP_TOKENS * EVALUATION_PASSES
-    # 20 held-out rows are three batches, 30 test rows four.
-    assert plan.evaluation - without.evaluation == pytest.approx(3 * 7 * step)
-    assert plan.test - without.test == pytest.approx(4 * 7 * step)
-    limited = planned("evaluation=exact_match", "evaluation.limit=8")
-    assert limited.test - without.test == pytest.approx(7 * step)
+    step = (STEP_TOKENS + 20) * EVALUATION_PASSES
+    prompts = 20 * 50 * EVALUATION_PASSES
+    assert plan.evaluation == without.evaluation
+    assert plan.answering == pytest.approx(7 * step + prompts)
+    assert without.answering == 0
+    step = (STEP_TOKENS + 30) * EVALUATION_PASSES
+    prompts = 30 * 10 * EVALUATION_PASSES
+    assert plan.test - without.test == pytest.approx(7 * step + prompts)
+    limited = planned("evaluation=exact_match", "evaluation.limit=3")
+    step = (STEP_TOKENS + 3) * EVALUATION_PASSES
+    prompts = 3 * 10 * EVALUATION_PASSES
+    assert limited.test - without.test == pytest.approx(7 * step + prompts)
+    on_gpu = planned("evaluation=exact_match", is_gpu=True)
+    seconds = 7 * GENERATED_STEP_SECONDS + 20 * 50 * EVALUATION_PASSES
+    assert on_gpu.answering == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("every", "answered", "later"), [(1, 5, 4), (0, 1, 1), (2, 3, 2)]
+)
+def test_evaluations_without_answers_are_counted_as_such(
+    every: int, answered: int, later: int
+) -> None:
+    plan = planned("evaluation=exact_match", f"evaluation.every={every}")
+    assert plan.answered == answered
+    evaluations = 5 * plan.evaluation + answered * plan.answering
+    assert plan.run == pytest.approx(plan.training + evaluations + plan.final)
+    one, two = (plan.study(trials, seeds=0, workers=1)[1] for trials in (1, 2))
+    trial = plan.training + 4 * plan.evaluation + later * plan.answering
+    assert two - one == pytest.approx(trial)
+
+
+def test_tasks_are_counted_with_the_documents_of_their_split() -> None:
+    tasks = {
+        "eval": Work(tokens=300, generations=(Generation(4, 6),)),
+        "test": Work(tokens=500),
+    }
+    tasks_key = "evaluation.metrics=[harness/any]"
+    plan, without = planned(tasks_key, tasks=tasks), planned()
+    step = (STEP_TOKENS + 4) * EVALUATION_PASSES
+    assert plan.answering == pytest.approx(300 * EVALUATION_PASSES + 6 * step)
+    assert plan.test - without.test == pytest.approx(500 * EVALUATION_PASSES)
 
 
 def test_without_held_out_rows_there_is_no_evaluation() -> None:

@@ -17,9 +17,9 @@ from support.studies import PRUNERS, composed
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from sweeps.space.config_point import config_point, scaled_space
 from sweeps.space.distributions import describe
 from sweeps.space.encoding import encode
-from sweeps.space.own_values import own_point, scaled_space
 from sweeps.space.points import extreme_points
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
@@ -29,7 +29,7 @@ SEARCHES = sorted(file.stem for file in (CONF / "search").glob("*.yaml"))
 
 def own_values(searched: str, *overrides: str) -> dict[str, Any] | None:
     """The point of a config in a space of one parameter."""
-    return own_point(Space.parse({}, [searched]), composed(*overrides))
+    return config_point(Space.parse({}, [searched]), composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_there_is_no_own_point_without_a_value_for_each_parameter(
 ) -> None:
     assert own_values(searched) is None
     space = Space.parse({}, ["lora.r=choice(1,2)", searched])
-    assert own_point(space, composed()) is None
+    assert config_point(space, composed()) is None
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_search_space_holds_the_default_config_and_only_valid_values(
     texts = {str(name): text for name, text in params.items()}
     space = scaled_space(Space.parse(texts, []), config)
 
-    own = own_point(space, config)
+    own = config_point(space, config)
     assert own is not None
     assert space.outside(own) == {}
     ends = [

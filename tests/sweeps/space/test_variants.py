@@ -8,7 +8,7 @@ from omegaconf import open_dict
 from support.studies import composed, sweeper_config
 
 from finetune.errors import ConfigError
-from sweeps.space.own_values import own_point
+from sweeps.space.config_point import config_point
 from sweeps.space.params import plain_params
 from sweeps.space.points import (
     extreme_points,
@@ -111,7 +111,7 @@ def test_the_configs_own_values_are_a_variant_or_outside(
     overrides: list[str], point: dict[str, Any]
 ) -> None:
     space = Space.parse({}, [SIZE])
-    assert own_point(space, composed(*overrides)) == point
+    assert config_point(space, composed(*overrides)) == point
     assert space.outside(point) == ({} if "size" in point else point)
     written = [f"{key}={value}" for key, value in point.items()]
     assert "size" in point or space.overrides(point) == written
@@ -119,8 +119,8 @@ def test_the_configs_own_values_are_a_variant_or_outside(
 
 def test_groups_of_variants_are_compared_by_their_choices() -> None:
     space = yaml_space({"x": {"variants": {"a": {"lora": "r64"}, "b": {"lora": "r8"}}}})
-    assert own_point(space, composed("lora=r8")) == {"x": "b"}
-    assert own_point(space, composed()) == {"lora": "r16"}
+    assert config_point(space, composed("lora=r8")) == {"x": "b"}
+    assert config_point(space, composed()) == {"lora": "r16"}
 
 
 def test_a_start_point_names_a_variant() -> None:
@@ -207,7 +207,7 @@ def test_the_configs_own_point_has_what_is_searched_there(
     schedule: str, searched: bool
 ) -> None:
     space = Space.parse({}, [WARMUP, SCHEDULE])
-    point = own_point(space, composed(f"optimizer.lr_scheduler_type={schedule}"))
+    point = config_point(space, composed(f"optimizer.lr_scheduler_type={schedule}"))
     assert point is not None
     assert ("optimizer.warmup_ratio" in point) == searched
 

@@ -13,12 +13,15 @@ from support.studies import made_study
 from support.study_folder import trials_of
 
 from finetune.app import compose_run
+from finetune.run.evaluation_work import Work
 from sweeps.study.final_time import (
     CONCLUSION_SECONDS,
     estimate_final_seconds,
     record_final_seconds,
     reserved_seconds,
 )
+
+TASKS = {"eval": Work(), "test": Work()}
 
 
 class Split(list[int]):
@@ -34,19 +37,20 @@ def resources(**splits: list[int]) -> Any:
     return SimpleNamespace(
         rows=lambda dataset: SimpleNamespace(evaluation="eval", test="test"),
         tokens=lambda name, rows, config: Split(splits[name]),
+        task_work=lambda documents, config: TASKS[documents],
     )
 
 
 @pytest.mark.parametrize(
-    ("overrides", "is_gpu", "seconds"),
+    ("overrides", "is_gpu", "factor"),
     [
         # Twice three times as many tokens.
-        (["sample_prompts=[]"], False, 4 * 6),
-        # And twice 10 steps of a tenth of the held-out tokens each.
-        (["sample_max_new_tokens=10"], False, 4 * (6 + 2 * 10 / 10)),
+        (["sample_prompts=[]"], False, 6),
+        # And twice 10 steps, of two prompts each.
+        (["sample_max_new_tokens=10"], False, 6 + 2 * 10 * 82 / 800),
         # A step takes as long as one of two batches.
-        (["sample_max_new_tokens=10"], True, 4 * (6 + 2 * 10 / 2)),
-        # An evaluation generates 20 tokens of all answers together.
+        (["sample_max_new_tokens=10"], True, 6 + 2 * 10 / 2),
+        # An evaluation generates 20 tokens of all answers together, after their prompts.
         (
             [
                 "sample_max_new_tokens=10",
@@ -54,17 +58,38 @@ def resources(**splits: list[int]) -> Any:
                 "evaluation.max_new_tokens=20",
             ],
             False,
-            4 * (6 + 2 * 10 / 20),
+            2 * (4800 + 20 * 104 + 10 * 82) / (1600 + 20 * 88),
+        ),
+        (
+            [
+                "sample_max_new_tokens=10",
+                "evaluation=exact_match",
+                "evaluation.max_new_tokens=20",
+            ],
+            True,
+            2 * (6 + 1 + 20 + 10) / (2 + 1 + 20),
         ),
     ],
 )
 def test_the_estimate_counts_rows_and_generated_steps(
-    overrides: list[str], is_gpu: bool, seconds: float
+    overrides: list[str], is_gpu: bool, factor: float
 ) -> None:
     config = compose_run([*overrides, "trainer.per_device_eval_batch_size=4"])
     splits = resources(eval=[100] * 8, test=[100] * 24)
-    estimate = estimate_final_seconds(config, splits, 4.0, is_gpu)
-    assert estimate == pytest.approx(seconds + CONCLUSION_SECONDS)
+    estimate = estimate_final_seconds(config, splits, 4.0, is_gpu, has_answers=True)
+    assert estimate == pytest.approx(4 * factor + CONCLUSION_SECONDS)
+
+
+def test_the_estimate_counts_what_the_measured_evaluation_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TASKS, "eval", Work(tokens=200))
+    monkeypatch.setitem(TASKS, "test", Work(tokens=400))
+    config = compose_run(["sample_prompts=[]"])
+    splits = resources(eval=[100] * 8, test=[100] * 24)
+    for has_answers, factor in ((True, 2 * 2800 / 1000), (False, 2 * 2800 / 800)):
+        estimate = estimate_final_seconds(config, splits, 4.0, False, has_answers)
+        assert estimate == pytest.approx(4 * factor + CONCLUSION_SECONDS)
 
 
 def test_the_lowest_estimate_counts_and_takes_half_of_the_time_at_most(

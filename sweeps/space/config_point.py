@@ -40,7 +40,7 @@ def scaled_space(space: Space, composed: DictConfig) -> Space:
     return dataclasses.replace(space, distributions=distributions, relative=frozenset())
 
 
-def own_point(space: Space, composed: DictConfig) -> Point | None:
+def config_point(space: Space, composed: DictConfig) -> Point | None:
     """Return the values that a composed config has for what a space searches.
 
     Args:
