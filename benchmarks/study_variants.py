@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from finetune.config.paths import CONF
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.engine.schedule import evaluation_rungs
-from sweeps.space.own_values import own_point, scaled_space
+from sweeps.space.config_point import own_point, scaled_space
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
 
