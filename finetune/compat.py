@@ -290,6 +290,40 @@ def forget_quantized_format(model: "PreTrainedModel") -> None:
     model._weight_conversions = reversible
 
 
+def forget_renamed_weights(model: "PreTrainedModel") -> None:
+    """Make a text model savable that was loaded out of a published model with other modalities.
+
+    Reason: a model remembers how its weights were renamed when it was loaded, and saving renames
+    them back, to names that the text model's class does not have. transformers 5.23,
+    `core_model_loading.revert_weight_conversion` and the attribute `_weight_conversions`.
+    Upstream: none.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not isinstance(conversion, WeightRenaming)
+    ]
+
+
+def set_base_model_prefix(model: "PreTrainedModel") -> None:
+    """Let a text model's prefix name its decoder, where its class has the published model's prefix.
+
+    Reason: `get_decoder`, and so TRL's fused head, finds the decoder by the prefix, and of
+    `Llama4ForCausalLM` gets the whole model. transformers 5.23,
+    `Llama4ForCausalLM.base_model_prefix`. Upstream: none.
+    """
+    from transformers import PreTrainedModel
+
+    if hasattr(model, model.base_model_prefix):
+        return
+    for name, module in model.named_children():
+        if isinstance(module, PreTrainedModel):
+            model.base_model_prefix = name
+
+
 def bitsandbytes_has_native_library() -> bool:
     """Return whether bitsandbytes found its compiled library for this machine.
 

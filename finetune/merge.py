@@ -148,17 +148,15 @@ def merge(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         adapter: the folder of a PEFT adapter.
     """
     import torch
-    from peft import PeftModel
 
-    from finetune.model.adapter import without_peft_notes
+    from finetune.model.adapter import attach_adapter
     from finetune.model.quantized_layers import restore_transposed_layers
 
     if getattr(base, "is_quantized", False):
         base = base.dequantize(torch.float32)
         forget_quantized_format(base)
         restore_transposed_layers(base)
-    with without_peft_notes():
-        adapted = PeftModel.from_pretrained(base.float(), adapter)
+    adapted = attach_adapter(base.float(), adapter)
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged
 

@@ -192,6 +192,7 @@ def _to_dict(
         "largest_slots": plan.largest,
         "slots": plan.slots,
         "learning_rate": config.optimizer.learning_rate,
+        "answers_together": plan.answers_together,
         "train_tokens": plan.train_tokens,
         "train_seconds": times.training,
         "evaluation_seconds": times.evaluation + times.answering,
@@ -251,6 +252,8 @@ def _print_work(
         measure = "up to"
         answers = format_duration(2 * times.answers)
         print(f"{'sample prompts':32}{'':8}  up to {answers}, before and after")
+    if not plan.answers_together:
+        print(f"{'answers':32}{'':8}  one prompt after another, in slots too")
     run = format_duration(times.run)
     print(f"{'the run, after loading':32}{'':8}  {measure} {run}")
 

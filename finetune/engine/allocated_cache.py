@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.engine.probes import base_of
-from finetune.model.architectures import LLAMA_LIKE, text_config_of
+from finetune.model.architectures import text_config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers that cache keys and values alone."""
 
 
 class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
@@ -58,7 +61,10 @@ class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Go on with some rows only."""
+        # A layer that uses the keys and values of another one caches none.
         length = self.get_seq_length()
+        if not length:
+            return
         self._key_memory = self._key_memory[indices]
         self._value_memory = self._value_memory[indices]
         self.keys = self._key_memory[:, :, :length]
@@ -73,15 +79,18 @@ def allocate_cache(model: "PreTrainedModel", tokens: int) -> DynamicCache | None
         tokens: Tokens of the longest prompt and answer together.
 
     Returns:
-        The cache; None for architectures whose cache may be another one.
+        The cache; None for a base that may cache anything else than keys and values.
     """
     base = base_of(model)
-    config = text_config_of(base.config)
     # Remote code may use a cache in other ways.
-    is_transformers_model = type(base).__module__.startswith("transformers.")
-    if not is_transformers_model or config.model_type not in LLAMA_LIKE:
+    if not type(base).__module__.startswith("transformers."):
         return None
-    cache = DynamicCache(config=config)
+    # Other classes have a cache of their own, or take none.
+    if not getattr(base, "_supports_attention_backend", False):
+        return None
+    cache = DynamicCache(config=text_config_of(base.config))
+    if any(type(layer) not in ATTENTION_LAYERS for layer in cache.layers):
+        return None
     for number, layer in enumerate(cache.layers):
         # Layers with a sliding window hold the window only.
         if type(layer) is DynamicLayer:

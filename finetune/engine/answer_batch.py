@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.model.architectures import text_config_of
+from finetune.model.architectures import largest_value, text_config_of
 from finetune.model.memory import allocatable_memory
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def rows_in_memory(model: "PreTrainedModel", tokens: int) -> int:
     heads: int = getattr(config, "num_attention_heads", None) or 1
     hidden_size: int = getattr(config, "hidden_size", None) or 1024
     layers: int = getattr(config, "num_hidden_layers", None) or 1
-    cached_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    head_dim: int = getattr(config, "head_dim", None) or hidden_size // heads
+    cached_heads: int = largest_value(config, "num_key_value_heads") or heads
+    head_dim: int = largest_value(config, "head_dim") or hidden_size // heads
     keys_and_values = 2 * layers * cached_heads * head_dim
     # What a block computes for the tokens of the prompts: some ten times the hidden state, with
     # norms in float32.

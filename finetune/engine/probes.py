@@ -23,7 +23,12 @@ from finetune.console import summary_line
 from finetune.errors import Interrupted
 from finetune.files.atomic import write_json
 from finetune.files.cache import cache_folder
-from finetune.model.architectures import text_config_of
+from finetune.model.architectures import (
+    WINDOWS,
+    largest_value,
+    scaled_positions,
+    text_config_of,
+)
 from finetune.model.memory import is_out_of_memory_error
 
 log = logging.getLogger(__name__)
@@ -45,16 +50,8 @@ bfloat16 on an H200, right logits differ by 5.6 %. Deeper bases differ by more. 
 architectures are tested one by one; the probe is for a base that is not what its type says.
 """
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
-
-WINDOW_SETTINGS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "attention_window_size",
-    "window_size",
-)
-"""Names that architectures have for the number of tokens that a token sees."""
 
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 """A new version of any of them is probed anew."""
@@ -207,19 +204,16 @@ def _probe_length(base: Any, tokens: int) -> int:
     """
     length = 6
     config = text_config_of(base.config)
-    for name in WINDOW_SETTINGS:
-        limit = getattr(config, name, None)
+    for name in WINDOWS:
+        limit = largest_value(config, name)
         if isinstance(limit, int) and length < limit < tokens:
             # The last tokens don't see the first ones.
             length = limit + 4
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings")
-        limit = original or config.max_position_embeddings
-        if length < limit < tokens:
-            # The longer row beside it exceeds the limit: frequencies that follow the longest row
-            # of a batch would change this one.
-            length = limit - 1
+    limit = scaled_positions(base.config)
+    if limit is not None and length < limit < tokens:
+        # The longer row beside it exceeds the limit: frequencies that follow the longest row of a
+        # batch would change this one.
+        length = limit - 1
     return length
 
 

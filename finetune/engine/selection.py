@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import LoraSettings
-from finetune.config.sections.model import ModelSettings
+from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
-from finetune.model.architectures import LLAMA_LIKE, text_config_of
+from finetune.model.architectures import (
+    active_dropout,
+    scaled_positions,
+    text_config_of,
+)
 from finetune.model.base_config import read_base_config
 from finetune.model.device import on_gpu
 from finetune.model.quantization import compute_dtype
@@ -62,17 +66,54 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
         The setting as `key=value`, with a note where the value alone does not say why.
     """
     return (
-        _unsupported_base(config.model, base)
-        or _unsupported_model_setting(config)
-        or _unsupported_attention(base)
+        _unsupported_model_setting(config)
         or _unsupported_lora_setting(config.lora)
         or _unsupported_training_setting(config)
+        or _unsupported_base(config, base)
     )
 
 
-def _unsupported_base(model: ModelSettings, base: "PreTrainedConfig") -> str | None:
-    if base.model_type not in LLAMA_LIKE:
-        return f"model.name_or_path={model.name_or_path} (of type {base.model_type})"
+def _unsupported_base(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    reason = _refused_by_name(config, base)
+    if reason is None and text_config_of(base) is not base:
+        reason = "with other modalities"
+    if reason is None:
+        # Last: a base of a kind that was never met is tried out.
+        reason = packed_support(base).refusal
+    if reason is None:
+        return None
+    kind = f"of type {base.model_type}: {reason}"
+    return f"model.name_or_path={config.model.name_or_path} ({kind})"
+
+
+def answers_together(config: RunConfig, base: "PreTrainedConfig") -> bool:
+    """Return whether prompts of different lengths can be answered together, in slots too.
+
+    True where it is not known before the base is loaded; then a line of the log says it.
+
+    Args:
+        config: The run's config.
+        base: The base's own config.
+    """
+    if _refused_by_name(config, base) is not None or text_config_of(base) is not base:
+        return True
+    return packed_support(base).answers_together
+
+
+def _refused_by_name(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    """What the packed engine does not do with a base, as its config says."""
+    has_own_code = "AutoModelForCausalLM" in (getattr(base, "auto_map", None) or {})
+    is_transformers_config = type(base).__module__.startswith("transformers.")
+    if not is_transformers_config or (config.model.trust_remote_code and has_own_code):
+        return "remote code"
+    # Its values would be drawn for all slots together.
+    dropout = active_dropout(base)
+    if dropout is not None:
+        return f"with {dropout}"
+    limit = scaled_positions(base)
+    longest = config.dataset.max_length
+    if limit is not None and (longest is None or longest > limit):
+        return f"beyond {limit} tokens a row changes the positions of those beside it"
     return None
 
 
@@ -87,12 +128,6 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
     if model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS:
         return f"model.extra={model.extra}"
     return None
-
-
-def _unsupported_attention(base: "PreTrainedConfig") -> str | None:
-    # Neither of the packed engine's attention functions drops attention weights.
-    dropout = getattr(text_config_of(base), "attention_dropout", 0)
-    return f"the model's attention_dropout={dropout}" if dropout else None
 
 
 def _unsupported_lora_setting(lora: LoraSettings) -> str | None:

@@ -11,5 +11,6 @@ Where to look first:
 - `adapter.py`: the LoRA adapter: creation, saving, loading; `lora_config.py`: PEFT's config of it;
   `target_modules.py`: which layers get one.
 - `device.py`: the GPU, CUDA events and streams; `memory.py`: memory of the GPU and the host.
-- `architectures.py`: which bases the packed engine supports.
+- `architectures.py`: what is peculiar to architectures; `small_config.py`: small sizes of a base.
+- `published_names.py`: a text model that was published with other modalities.
 """

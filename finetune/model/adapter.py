@@ -5,6 +5,7 @@ the visible GPUs (see `device.select_gpu`).
 """
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,17 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
-from finetune.files.atomic import name_file_in_errors, replace_folder
+from finetune.files.atomic import (
+    name_file_in_errors,
+    read_json,
+    replace_folder,
+    write_json,
+)
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
     generation_config_with_ends,
     public_base_name,
+    published_names_of,
     write_generation_config,
 )
+from finetune.model.published_names import PublishedNames
 from finetune.model.target_modules import excluded_modules
 from finetune.model.tokenizer import save_tokenizer
 
@@ -31,9 +40,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_SEED_LOCK = threading.Lock()
+ADAPTER_CONFIG = "adapter_config.json"
+
+_SEED_LOCK = threading.RLock()
 """Held while an adapter is initialised: PEFT draws from PyTorch's global generator, which all
 threads share."""
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Put PyTorch's global generator back after the block; no adapter is initialised meanwhile."""
+    with _SEED_LOCK:
+        state = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
@@ -86,7 +108,8 @@ def save_adapter(
     """Save the adapter and the tokenizer as a PEFT folder, completely or not at all.
 
     `generation_config.json` holds the ends of answers that were learnt. The base is named without
-    a path of this machine.
+    a path of this machine. Of a base that was published with other modalities, the adapter has the
+    published model's names.
 
     Args:
         model: The model with the adapter.
@@ -99,8 +122,41 @@ def save_adapter(
     with replace_folder(folder) as draft:
         with name_file_in_errors(draft), public_base_name(model):
             model.save_pretrained(draft, save_embedding_layers=False)
+        names = published_names_of(model.get_base_model())
+        if names is not None:
+            _rename_for_published(draft, model, names)
         write_generation_config(generation_config, draft)
         save_tokenizer(tokenizer, draft)
+
+
+def _rename_for_published(
+    folder: Path, model: "PeftModel", names: PublishedNames
+) -> None:
+    """Give a saved adapter the names that its layers have in the published model."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    weights = names.of_published(load_file(file))
+    save_file(weights, file, metadata={"format": "pt"})
+    config_file = folder / ADAPTER_CONFIG
+    config = read_json(config_file)
+    # Each layer by its full name: the other modalities have layers of the same names.
+    config["target_modules"] = sorted(
+        names.to_published(name) for name in _adapted_layers(model)
+    )
+    write_json(config_file, config)
+
+
+def _adapted_layers(model: "PeftModel") -> list[str]:
+    """Return the full names of the layers with an adapter, as the base has them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:
@@ -109,4 +165,29 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
 
     # On the CPU first: PEFT copies them to where the adapter is.
     weights = load_peft_weights(str(folder), device="cpu")
+    names = published_names_of(model.get_base_model())
+    if names is not None:
+        weights = names.of_text_model(weights)
     set_peft_model_state_dict(model, weights)
+
+
+def attach_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put a saved adapter on its base. Some adapters change the base for good."""
+    from peft import PeftConfig, PeftModel
+
+    names = published_names_of(base)
+    with without_peft_notes():
+        if names is None:
+            return PeftModel.from_pretrained(base, folder)
+        config = PeftConfig.from_pretrained(folder)
+        if not isinstance(config.target_modules, str):
+            config.target_modules = {
+                names.from_published(name) for name in config.target_modules
+            }
+        return PeftModel.from_pretrained(
+            base,
+            folder,
+            config=config,
+            # PEFT takes away what it puts before the names first.
+            key_mapping={f"^{re.escape(names.published)}": names.decoder},
+        )

@@ -1,6 +1,11 @@
-"""A base's own config: its architecture and sizes. No torch is imported with this module."""
+"""A base's own config: its architecture and sizes. No torch is imported with this module.
+
+Of a base that is published with other modalities (images, sound), only the text model is loaded and
+trained: its config is that of the text model.
+"""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +20,18 @@ if TYPE_CHECKING:
 
 
 def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedConfig":
-    """Read the base's own config.
+    """Read the base's own config; of a base with other modalities, its text model's.
+
+    Raises:
+        ConfigError: It can't be read.
+    """
+    return text_model_config(read_published_config(source, model))
+
+
+def read_published_config(
+    source: BaseSource, model: ModelSettings
+) -> "PreTrainedConfig":
+    """Read a base's config as its files have it, with all its modalities.
 
     Raises:
         ConfigError: It can't be read.
@@ -29,6 +45,33 @@ def read_base_config(source: BaseSource, model: ModelSettings) -> "PreTrainedCon
             trust_remote_code=model.trust_remote_code,
         )
     return config
+
+
+def text_model_config(published: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return the config of a published model's text model; its own one if it has no other part."""
+    inner = published.get_text_config(decoder=True)
+    is_part = any(inner is value for value in vars(published).values())
+    # Remote code has no class for the text model alone.
+    if not is_part or not type(published).__module__.startswith("transformers."):
+        return published
+    text_config = copy.deepcopy(inner)
+    # Said of the whole model, but true of the text model's head and layers.
+    for name in ("tie_word_embeddings", "quantization_config"):
+        if hasattr(published, name):
+            setattr(text_config, name, getattr(published, name))
+    result: PreTrainedConfig = text_config
+    return result
+
+
+def other_parts(published: "PreTrainedConfig") -> list[str]:
+    """Return the names of a published model's parts beside its text model: vision, audio."""
+    text_type = text_model_config(published).model_type
+    parts = []
+    for name, value in vars(published).items():
+        is_config = hasattr(value, "model_type") and name.endswith("_config")
+        if is_config and value.model_type != text_type:
+            parts.append(name.removesuffix("_config"))
+    return parts
 
 
 @contextlib.contextmanager

@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.compat import keep_4bit_layers_trainable, record_loading_keys
+from finetune.compat import (
+    forget_renamed_weights,
+    keep_4bit_layers_trainable,
+    record_loading_keys,
+    set_base_model_prefix,
+)
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError
-from finetune.model.base_config import explain_loading_errors, read_base_config
+from finetune.model.base_config import (
+    explain_loading_errors,
+    other_parts,
+    read_published_config,
+    text_model_config,
+)
 from finetune.model.base_quantization import base_quantization, settings_of_base
 from finetune.model.device import on_gpu
 from finetune.model.origin import remember_origin
+from finetune.model.published_names import KEY_MAPPING, published_names
 from finetune.model.quantization import (
     compute_dtype,
     quantization_config,
@@ -60,7 +71,8 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             `from_pretrained` does not accept.
     """
     settings = config.model
-    base_config = read_base_config(source, settings)
+    published = read_published_config(source, settings)
+    base_config = text_model_config(published)
     # Refused before the weights are loaded, which may take minutes.
     present = base_quantization(base_config.to_dict())
     quantization = settings_of_base(present, config.quantization, settings)
@@ -74,6 +86,8 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
         arguments["quantization_config"] = quantization_config(quantization)
     elif present is not None:
         arguments |= arguments_for_quantized_base(present, settings)
+    if base_config is not published:
+        arguments |= _text_model_arguments(published, base_config)
     if not on_gpu():
         _log_cpu_training(config)
     weights_dtype = product_dtype
@@ -100,10 +114,27 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     keep_4bit_layers_trainable(model)
     set_4bit_compute_dtype(model, product_dtype)
     log_unquantized_weights(model, quantization)
-    remember_origin(model, source)
+    if base_config is not published:
+        # Or it would be saved under names that its class does not have.
+        forget_renamed_weights(model)
+        set_base_model_prefix(model)
+    remember_origin(model, source, published_names(published, model))
     if quantization.is_quantized and not on_gpu():
         _copy_mapped_weights(model)
     return model
+
+
+def _text_model_arguments(
+    published: "PreTrainedConfig", text_config: "PreTrainedConfig"
+) -> dict[str, Any]:
+    """Return the arguments that load a published model's text model alone, and log it."""
+    log.info(
+        "model: of a model of type %s its text model alone is loaded (%s), without: %s",
+        published.model_type,
+        text_config.model_type,
+        ", ".join(other_parts(published)),
+    )
+    return {"config": text_config, "key_mapping": KEY_MAPPING}
 
 
 def _copy_mapped_weights(model: "PreTrainedModel") -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel
 
+    from finetune.model.published_names import PublishedNames
+
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -30,16 +32,30 @@ class _Origin:
     revision: str | None
     """Commit on the hub."""
     generation_config: "GenerationConfig | None"
+    published_names: "PublishedNames | None"
+    """Of a text model that was published in a model with other modalities."""
 
 
 # Weak, so that the entry of a base ends with the base.
 _origins: "WeakKeyDictionary[PreTrainedModel, _Origin]" = WeakKeyDictionary()
 
 
-def remember_origin(base: "PreTrainedModel", source: BaseSource) -> None:
-    """Remember where a base was loaded from, and its generation config."""
+def remember_origin(
+    base: "PreTrainedModel",
+    source: BaseSource,
+    names: "PublishedNames | None" = None,
+) -> None:
+    """Remember where a base was loaded from, its generation config and its layers' names there."""
     generation_config = copy.deepcopy(base.generation_config)
-    _origins[base] = _Origin(source.public_name, source.revision, generation_config)
+    _origins[base] = _Origin(
+        source.public_name, source.revision, generation_config, names
+    )
+
+
+def published_names_of(base: "PreTrainedModel") -> "PublishedNames | None":
+    """Return the names of a text model's layers in the model that it was published in."""
+    origin = _origins.get(base)
+    return None if origin is None else origin.published_names
 
 
 def share_origin(base: "PreTrainedModel", skeleton: "PreTrainedModel") -> None:

@@ -139,9 +139,16 @@ def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set
     names = _linear_layers(model)
     refused = set()
     for name in names:
-        if peft_refuses_layer(config, model, _last_part(name)):
+        is_refused = peft_refuses_layer(config, model, _last_part(name))
+        if is_refused or _has_own_output(model.get_submodule(name)):
             refused.add(name)
     return refused
+
+
+def _has_own_output(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer computes more than its product (the routers of Llama 4)."""
+    is_of_a_model = type(layer).__module__.startswith("transformers.models.")
+    return isinstance(layer, torch.nn.Linear) and is_of_a_model
 
 
 def _linear_layers(model: "PreTrainedModel") -> set[str]:

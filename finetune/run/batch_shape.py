@@ -25,9 +25,16 @@ class BatchShape:
     """Tokens that are predicted."""
 
 
-def packed_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
-    """Return the shape of a batch without padding, but for attention's buckets."""
-    spans = packed_spans(rows)
+def packed_shape(
+    rows: Sequence[dict[str, Any]], shares_prefixes: bool = True
+) -> BatchShape:
+    """Return the shape of a batch without padding, but for attention's buckets.
+
+    Args:
+        rows: Those of the batch.
+        shares_prefixes: Whether a prefix that all rows share is computed once.
+    """
+    spans = packed_spans(rows, shares_prefixes)
     queries, keys, mask = padded_sizes(spans)
     tokens = sum(span.length for span in spans)
     return BatchShape(tokens, queries, keys, mask, _answers(rows))

@@ -14,7 +14,10 @@ from finetune.data.token_file import Example
 from finetune.engine.evaluation import rows_at_once
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.losses import chunk_size
+from finetune.engine.packed.padded_attention import stored_scores
+from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.prediction import SCORED_TOKENS
+from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import compute_dtype
 from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
 from finetune.run.memory_costs import Activations, Widths, read_widths
@@ -27,6 +30,12 @@ TRL_TILES = 8.25
 the targets in float32, one difference, and a mask of booleans."""
 
 
+LLAMA_LAYERS = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+}  # fmt: skip
+"""Linear layers of most architectures, of which some share an input."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What one decoder layer has for each token, in elements."""
@@ -37,6 +46,8 @@ class LayerShape:
     inner: int
     norms: int
     """Inputs of all norms of the layer."""
+    scores: int
+    """Attention scores for each query and key: of attention with soft-capping or sinks."""
     adapters: Mapping[str, tuple[int, int, int]]
     """Of adapted layers: input, output and rank, by the last part of their names."""
 
@@ -54,6 +65,8 @@ class BaseShape:
     layer: LayerShape
     element: int
     """Bytes of an element of its activations."""
+    caps_logits: bool
+    """Whether the head's outputs are bounded."""
 
 
 def cpu_activations(
@@ -74,11 +87,15 @@ def cpu_activations(
         evaluated: The longest rows that are evaluated, as many as the config asks for at once.
         is_trl: Whether TRL trains.
     """
+    decoder = adapted.get_base_model().get_decoder()
+    shares_prefixes = not recurrent_layers(decoder)
+    scores = shapes.num_attention_heads * stored_scores(decoder)
     base = BaseShape(
         layers=shapes.num_hidden_layers,
         vocabulary=shapes.vocab_size,
-        layer=_layer_shape(read_widths(shapes), adapted),
+        layer=_layer_shape(read_widths(shapes), adapted, scores),
         element=compute_dtype(config.quantization).itemsize,
+        caps_logits=logit_transform_of(shapes).cap is not None,
     )
     if is_trl:
         count = 0
@@ -88,15 +105,18 @@ def cpu_activations(
         counts = [trl_training(config, base, padded_shape(rows)) for rows in batches]
         evaluating = trl_evaluation(base, padded_shape(evaluated[:count]))
     else:
-        counts = [packed_training(config, base, packed_shape(rows)) for rows in batches]
-        evaluating = packed_evaluation(base, packed_shape(evaluated))
+        counts = [
+            packed_training(config, base, packed_shape(rows, shares_prefixes))
+            for rows in batches
+        ]
+        evaluating = packed_evaluation(base, packed_shape(evaluated, shares_prefixes))
     stored, passing, head = max(counts, key=lambda count: count[0] + max(count[1:]))
     logits = max(0, head - passing)
     training = stored + passing
     return Activations(training, training, logits, max(0, evaluating - logits))
 
 
-def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
+def _layer_shape(widths: Widths, adapted: Any, scores: int) -> LayerShape:
     """Read a layer's norms and adapters from the base, whose layers are taken to be alike."""
     adapters = {}
     norms = 0
@@ -112,10 +132,18 @@ def _layer_shape(widths: Widths, adapted: Any) -> LayerShape:
             weight = getattr(module, "weight", None)
             if weight is None or weight.numel() == widths.hidden:
                 norms += widths.hidden
+            elif last.isdigit():  # of one head
+                norms += weight.numel()
             else:  # of heads
                 norms += widths.keys if last.startswith("k") else widths.queries
     return LayerShape(
-        widths.hidden, widths.queries, widths.keys, widths.inner, norms, adapters
+        widths.hidden,
+        widths.queries,
+        widths.keys,
+        widths.inner,
+        norms,
+        scores,
+        adapters,
     )
 
 
@@ -139,6 +167,10 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         elements += layer.queries
     if all_inputs or layer.adapts("down_proj"):
         elements += layer.inner
+    # Layers by other names, which are taken to share no input.
+    for name, (width, _, _) in layer.adapters.items():
+        if name not in LLAMA_LAYERS:
+            elements += width
     elements += sum(rank for _, _, rank in layer.adapters.values())
     bytes_per_token = elements * base.element
     if config.lora.dropout:
@@ -146,6 +178,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         bytes_per_token += sum(width for width, _, _ in layer.adapters.values())
     # Attention keeps padded queries and outputs, and keys and values repeated for all heads.
     attention = 2 * layer.queries * (batch.queries + batch.keys) * base.element
+    attention += layer.scores * batch.mask * base.element
     stored = batch.tokens * bytes_per_token + attention
     # All layers share a mask.
     shared = batch.mask * base.element
@@ -187,7 +220,9 @@ def _packed_head(base: BaseShape, answers: int) -> int:
     """Hidden states and their gradients, and of one chunk logits and probabilities in float32."""
     chunk = chunk_size(answers, AutogradBackend.logits_chunk) if answers else 0
     rounded = base.element if base.element < 4 else 0
-    logits = chunk * base.vocabulary * (4 + 4 + rounded)
+    # Of capped logits a copy is kept for their gradient.
+    copied = 4 if base.caps_logits else 0
+    logits = chunk * base.vocabulary * (4 + 4 + rounded + copied)
     return 2 * answers * base.layer.hidden * base.element + logits
 
 
@@ -200,6 +235,8 @@ def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     projections = states + 2 * layer.queries + 4 * layer.keys
     attention = projections * batch.tokens
     attention += 2 * layer.queries * (batch.queries + batch.keys)
+    # The scores themselves, where PyTorch computes them one by one.
+    attention += layer.scores * batch.mask
     return max(feed_forward, attention) * base.element
 
 

@@ -31,12 +31,9 @@ class TrainedRun:
 
     def with_adapter(self) -> "PeftModel":
         """Put the adapter on the base. Some adapters change the base for good: use it before."""
-        from peft import PeftModel
+        from finetune.model.adapter import attach_adapter
 
-        from finetune.model.adapter import without_peft_notes
-
-        with without_peft_notes():
-            model: PeftModel = PeftModel.from_pretrained(self.base, self.folder.adapter)
+        model = attach_adapter(self.base, self.folder.adapter)
         model.eval()
         return model
 

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.model.architectures import largest_value
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
 from finetune.model.quantization import compute_dtype, should_dequantize
 from finetune.model.quantized_layers import expert_weights
@@ -266,9 +267,13 @@ def read_widths(shapes: Any) -> Widths:
     """Read the widths of a base's text config, with transformers' defaults."""
     hidden: int = shapes.hidden_size
     heads: int = shapes.num_attention_heads
-    key_heads: int = getattr(shapes, "num_key_value_heads", heads)
-    head_size: int = getattr(shapes, "head_dim", None) or hidden // heads
-    inner: int = getattr(shapes, "intermediate_size", None) or 4 * hidden
+    key_heads: int = largest_value(shapes, "num_key_value_heads") or heads
+    head_size: int = largest_value(shapes, "head_dim") or hidden // heads
+    # Keys that are expanded from a few columns (MLA), for each head.
+    expanded: int | None = largest_value(shapes, "qk_nope_head_dim")
+    if expanded:
+        head_size = expanded + (largest_value(shapes, "qk_rope_head_dim") or 0)
+    inner: int = largest_value(shapes, "intermediate_size") or 4 * hidden
     return Widths(
         hidden,
         heads * head_size,

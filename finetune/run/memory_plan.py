@@ -21,7 +21,7 @@ from finetune.data.token_file import Example
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
-from finetune.engine.selection import reason_unsupported
+from finetune.engine.selection import answers_together, reason_unsupported
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import text_config_of
@@ -172,6 +172,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         batches=work.batches,
         train_tokens=work.train_tokens,
         weights=weights,
+        answers_together=answers_together(config, base_config),
     )
 
 

@@ -52,6 +52,8 @@ class Plan:
     """Tokens of the whole run without padding."""
     weights: int
     """Weights that each token is multiplied by."""
+    answers_together: bool = True
+    """Whether prompts are answered together, as each alone; else one after another."""
     experts: int = 0
     """Of the base: fused experts, which stay in 16 bits in a quantised base."""
 

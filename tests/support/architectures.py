@@ -130,11 +130,111 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Name of the config's class without `Config`: its sizes."""
 
 
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+SHORT_WINDOW = {"head_dim": 16, "sliding_window": 8}
+PACKED: dict[str, dict[str, Any]] = {
+    "Llama": TINY,
+    "Mistral": {**TINY, "sliding_window": 8},
+    "Qwen2": {
+        **TINY,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "Qwen3": {**TINY, "head_dim": 32},
+    "SmolLM3": {**TINY, "no_rope_layers": [1, 0]},
+    "Gemma": {**TINY, "head_dim": 16},
+    "Gemma2": {
+        **TINY,
+        **SHORT_WINDOW,
+        **LAYERS,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 40,
+    },
+    "Gemma3Text": {**TINY, **SHORT_WINDOW, **LAYERS},
+    "Gemma4Text": {
+        **TINY,
+        **SHORT_WINDOW,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8,
+        "final_logit_softcapping": 3.0,
+    },
+    "Phi3": {**TINY, "sliding_window": 8},
+    "Granite": {
+        **TINY,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.4,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+    },
+    "Ministral3": {
+        **TINY,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "Olmo": TINY,
+    "Olmo2": TINY,
+    "Olmo3": {**TINY, **LAYERS, "sliding_window": 8},
+    "Glm": {**TINY, "head_dim": 16},
+    "Glm4": {**TINY, "head_dim": 16},
+    "Cohere": {**TINY, "use_qk_norm": True, "logit_scale": 2.0},
+    "Cohere2": {**TINY, **LAYERS, "sliding_window": 8, "logit_scale": 2.0},
+    "SeedOss": {
+        **TINY,
+        "head_dim": 16,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+    },
+    "Ernie4_5": {**TINY, "head_dim": 16, "use_bias": True},
+    "HunYuanDenseV1": {**TINY, "head_dim": 16},
+    "Exaone4": {**TINY, **LAYERS, "sliding_window": 8},
+    "Starcoder2": {**TINY, "sliding_window": 8},
+    "StableLm": {
+        **TINY,
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
+    "Nemotron": {**TINY, "head_dim": 16},
+    "GPTNeoX": TINY,
+    "Helium": {**TINY, "head_dim": 16},
+    "Qwen3_5Text": {**TINY, **LINEAR_ATTENTION, "head_dim": 16},
+    "Lfm2": {**TINY, "layer_types": ["conv", "full_attention"]},
+    "Arcee": TINY,
+    "Apertus": TINY,
+    "Phi": {**TINY, "qk_layernorm": True},
+    "GraniteSWA": {**TINY, **LAYERS, "sliding_window": 8, "logits_scaling": 0.4},
+    "MiniCPM3": {
+        **TINY,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "dim_model_base": 16,
+    },
+    "HyperCLOVAX": {**TINY, "logits_scaling": 2.0},
+}
+"""Architectures that the packed engine trains, with values that change what they compute: windows
+shorter than rows, caps, scalars, biases, layers of all kinds."""
+
+
 def tiny_model(architecture: str, vocabulary: int, end: int) -> Any:
     """Create a model of an architecture, with weights so large that all it computes shows.
 
     Args:
-        architecture: A key of `ARCHITECTURES`.
+        architecture: A key of `ARCHITECTURES` or `PACKED`.
         vocabulary: Number of tokens.
         end: Id of the end token.
     """
@@ -149,10 +249,42 @@ def tiny_model(architecture: str, vocabulary: int, end: int) -> Any:
         "pad_token_id": end,
     }
     config_class = getattr(transformers, f"{architecture}Config")
-    config = config_class(**{**tokens, **ARCHITECTURES[architecture]})
+    sizes = {**PACKED, **ARCHITECTURES}[architecture]
+    config = config_class(**{**tokens, **sizes})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(4)
+    return model.eval()
+
+
+def packed_model(architecture: str, vocabulary: int, end: int) -> Any:
+    """Create a model of an architecture of `PACKED`, its norms and biases random too."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    tokens = {
+        "vocab_size": vocabulary,
+        "vocab_size_per_layer_input": vocabulary,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    config_class = getattr(transformers, f"{architecture}Config")
+    sizes = PACKED[architecture]
+    known = config_class().to_dict()
+    settings = {
+        name: value
+        for name, value in {**tokens, **POSITIONS, **sizes}.items()
+        if name in known or name in sizes
+    }
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**settings))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight) / weight.shape[-1] ** 0.5)
+            else:
+                weight.add_(0.2 * torch.randn_like(weight))
     return model.eval()

@@ -5,6 +5,6 @@ Where to look first:
 - `training.py`: the training loop of one run, which yields requests.
 - `requests.py`: the requests; `sweeps/study/pack.py` decides which are executed together.
 - `bank.py`: executes them on the base; `slot.py`: one adapter; `batch.py`: rows as one sequence.
-- `backend_probe.py`: whether a backend computes what the base's own code computes.
+- `architecture_check.py`, `backend_probe.py`: whether a base is computed as by its own code.
 - `autograd_backend.py` computes with PyTorch, `gpu/` with Triton kernels.
 """

@@ -1,22 +1,23 @@
 """The backend on the base's own modules with autograd: used wherever the GPU kernels are not.
 
 The adapted linear layers are hooked: during a pass each one adds the contribution of every slot's
-adapter to that slot's tokens. Outside a pass the base works as if there were no hooks.
+adapter to that slot's tokens. Recurrent layers compute each row by itself (`row_by_row`). Outside a
+pass the base works as if there were no hooks.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.compat import attention_implementation
-from finetune.engine.packed.attention import ATTENTION, PackedAttention
+from finetune.engine.packed.attention import PackedAttention, use_packed_attention
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
 from finetune.engine.packed.row_adapters import RowAdapters
+from finetune.engine.packed.row_by_row import call_row_by_row, recurrent_layers
 from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class _SlotSpan:
     """One past the last token."""
     dropout_step: int | None
     """None: no dropout."""
+    row: int = 0
+    """Number of the row among the slot's, in a layer that computes each row by itself."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,25 @@ class _Pass:
 
     spans: list[_SlotSpan]
     training: bool
+    attention: PackedAttention
+    rows: list[tuple[int, int]]
+    """First token of each row, and one past its last, in the order of the slots."""
+
+    def of_row(self, number: int) -> "_Pass":
+        """The pass of one row alone, whose first token has the number 0."""
+        start, stop = self.rows[number]
+        (span,) = [span for span in self.spans if span.start <= start < span.stop]
+        first_row = next(
+            index for index, row in enumerate(self.rows) if row[0] == span.start
+        )
+        row_span = _SlotSpan(
+            slot=span.slot,
+            start=0,
+            stop=stop - start,
+            dropout_step=span.dropout_step,
+            row=span.row + number - first_row,
+        )
+        return _Pass([row_span], self.training, self.attention, [(0, stop - start)])
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,8 @@ class AutogradBackend:
         self._hooked: set[str] = set()
         """Names of the layers with a hook."""
         fuse_layers(base, self._is_active)
+        for layer in recurrent_layers(base.get_decoder()):
+            self._compute_row_by_row(layer)
 
     def _is_active(self) -> bool:
         """Whether the base works for slots now."""
@@ -111,14 +135,18 @@ class AutogradBackend:
                 dropout_step=step,
             )
             spans.append(span)
-        current_pass = _Pass(spans, training=dropout_steps is not None)
+        current_pass = _Pass(
+            spans,
+            training=dropout_steps is not None,
+            attention=PackedAttention(batch),
+            rows=[(span.start, span.stop) for span in batch.spans],
+        )
         decoder = self._base.get_decoder()
         with self._during(current_pass), trimmed_heap(decoder):
             states = decoder(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                packed_attention=PackedAttention(batch),
             )
         # No other positions have a loss, so the head computes no logits for them.
         hidden = states.last_hidden_state[0, batch.prediction_positions]
@@ -185,7 +213,8 @@ class AutogradBackend:
             # Registered before anything is changed, so that an error in between undoes it too.
             stack.callback(self._finish_pass, was_training)
             self._pass = current_pass
-            stack.enter_context(attention_implementation(self._base.config, ATTENTION))
+            config = self._base.get_decoder().config
+            stack.enter_context(use_packed_attention(config, current_pass.attention))
             if checkpointing:
                 stack.enter_context(_gradient_checkpointing(self._base))
             # Transformers checkpoints in training mode only.
@@ -196,7 +225,30 @@ class AutogradBackend:
         self._base.train(was_training)
         self._pass = None
 
+    def _compute_row_by_row(self, layer: torch.nn.Module) -> None:
+        """Let a layer compute each row of a pass by itself."""
+        original: Callable[..., Any] = layer.forward
+
+        def forward(*arguments: Any, **named_arguments: Any) -> Any:
+            current_pass = self._pass
+            if current_pass is None:
+                return original(*arguments, **named_arguments)
+
+            def compute_row(number: int, *row_arguments: Any, **named: Any) -> Any:
+                self._pass = current_pass.of_row(number)
+                return original(*row_arguments, **named)
+
+            try:
+                return call_row_by_row(
+                    compute_row, current_pass.rows, arguments, named_arguments
+                )
+            finally:
+                self._pass = current_pass
+
+        layer.forward = forward
+
     def _hook(self, name: str, layer: torch.nn.Module) -> None:
+        _require_linear(layer)
         original: Callable[[torch.Tensor], torch.Tensor] = layer.forward
         # LLM.int8() chooses outlier columns by all rows of a batch, so a slot's numbers would
         # depend on other slots: each slot's tokens go through the layer separately.
@@ -219,6 +271,12 @@ class AutogradBackend:
         layer.forward = forward
 
 
+def _require_linear(layer: torch.nn.Module) -> None:
+    """Refuse layers that keep their weight otherwise (GPT-2's are transposed)."""
+    if not isinstance(layer, torch.nn.Linear):
+        raise NotImplementedError(f"adapters on layers of {type(layer).__name__}")
+
+
 def _adapted_tokens(current_pass: _Pass, name: str) -> list[SlotTokens]:
     """The tokens of the slots that adapt a layer."""
     slot_tokens = []
@@ -233,6 +291,7 @@ def _adapted_tokens(current_pass: _Pass, name: str) -> list[SlotTokens]:
             start=span.start,
             stop=span.stop,
             dropout_step=span.dropout_step,
+            row=span.row,
         )
         slot_tokens.append(tokens)
     return slot_tokens

@@ -16,8 +16,10 @@ from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend
 from finetune.engine.packed.batch import PackedBatch, Row
+from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import autocast
 
 if TYPE_CHECKING:
@@ -56,20 +58,23 @@ def _compare_backend(
 ) -> Comparison:
     """Compare a row's logits in a packed batch with those of the base's own code.
 
-    The row follows another one, with which it shares a prefix that is computed once.
+    The row follows another one, with which it shares a prefix that is computed once, unless the
+    base has recurrent layers.
     """
     prefix = probe_ids(base, MIN_SHARED_TOKENS, 0)
     rows = []
     for first in (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS + length):
         answer = probe_ids(base, length // 2, first)
         rows.append(_probe_row(prefix, answer))
-    batch = PackedBatch([rows], slot.bank.device)
+    group_size = 1 if recurrent_layers(base) else None
+    batch = PackedBatch([rows], slot.bank.device, [group_size])
     slot.round()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):
         hidden, _ = backend.forward(batch, [slot], None)
         row_hidden = hidden[batch.target_rows == 1]
-        logits = base.get_output_embeddings()(row_hidden)
+        outputs = base.get_output_embeddings()(row_hidden)
+        logits = logit_transform_of(base.config).apply(outputs)
     with autograd.adapted_rows([slot]) as adapted_base:
         plain = plain_logits(adapted_base, rows[1]["input_ids"])
     return logits, plain[len(prefix) : -1]

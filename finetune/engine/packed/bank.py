@@ -23,7 +23,7 @@ from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import computes_as_base
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.losses import token_losses
+from finetune.engine.packed.losses import TokenLosses, token_losses
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.requests import (
     Evaluate,
@@ -34,10 +34,12 @@ from finetune.engine.packed.requests import (
     Response,
     Wait,
 )
+from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
+from finetune.model.architectures import logit_transform_of
 from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
@@ -73,6 +75,9 @@ class Bank:
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
+        self._logit_transform = logit_transform_of(base.config)
+        # The state of a recurrent layer runs through one sequence, so no two go on from a prefix.
+        self._shares_prefixes = not recurrent_layers(base)
         gradient_checkpointing = config.trainer.gradient_checkpointing is True
         # Made even beside the GPU decoder, because text generation needs the base's own modules:
         # the decoder has no cache of keys and values.
@@ -258,9 +263,7 @@ class Bank:
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
         hidden, trace = self.backend.forward(batch, slots, dropout_steps)
-        result = token_losses(
-            self.backend, self._head, hidden, batch.targets, loss_weights
-        )
+        result = self._token_losses(hidden, batch.targets, loss_weights)
         # Makes room for the backward pass.
         del hidden
         assert result.gradient is not None
@@ -279,6 +282,21 @@ class Bank:
         pairs = self._fetch(figures)
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
+
+    def _token_losses(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        loss_weights: torch.Tensor | None,
+    ) -> TokenLosses:
+        return token_losses(
+            self.backend,
+            self._head,
+            self._logit_transform,
+            hidden,
+            targets,
+            loss_weights,
+        )
 
     def _loss_weights(
         self, requests: Sequence[ForwardBackward], batch: PackedBatch
@@ -303,7 +321,7 @@ class Bank:
         slots = self._rounded_slots(requests)
         with torch.inference_mode():
             hidden, _ = self.backend.forward(batch, slots, None)
-            result = token_losses(self.backend, self._head, hidden, batch.targets, None)
+            result = self._token_losses(hidden, batch.targets, None)
         row_count = sum(len(request.rows) for request in requests)
         # In float64 the sum of a row hardly depends on the order of its terms.
         zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
@@ -352,10 +370,12 @@ class Bank:
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
         batches = [request.rows for request in requests]
-        group_sizes = [
+        group_sizes: list[int | None] = [
             request.group_size if isinstance(request, Evaluate) else None
             for request in requests
         ]
+        if not self._shares_prefixes:
+            group_sizes = [1] * len(requests)
         return PackedBatch(batches, self.device, group_sizes)
 
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:

@@ -130,10 +130,15 @@ class _Layout:
         self.row_count += 1
 
 
-def packed_spans(rows: Sequence[Row]) -> list[Span]:
-    """Return the spans of one run's batch, whose rows may all share a prefix."""
+def packed_spans(rows: Sequence[Row], shares_prefixes: bool = True) -> list[Span]:
+    """Return the spans of one run's batch.
+
+    Args:
+        rows: Those of the batch.
+        shares_prefixes: Whether a prefix that all rows share is computed once.
+    """
     layout = _Layout()
-    layout.add_batch(rows, max(1, len(rows)))
+    layout.add_batch(rows, max(1, len(rows)) if shares_prefixes else 1)
     return layout.spans
 
 

@@ -63,6 +63,9 @@ class SlotTokens:
     """One past the last token."""
     dropout_step: int | None
     """Number of the run's batch, part of the seed of its dropout masks; None: no dropout."""
+    row: int = 0
+    """Number of the row where the layer computes each of the batch's rows by itself, part of the
+    seed of its dropout masks."""
 
     def dropout_mask(self, x: torch.Tensor) -> torch.Tensor | None:
         """Draw which elements of the input are dropped.
@@ -82,8 +85,9 @@ class SlotTokens:
         # No two masks share a seed while a run has fewer batches and adapters than these factors.
         batch_seed = self.seed * 1_000_003 + self.dropout_step
         layer_seed = batch_seed * 4_093 + self.adapter.number
+        row_seed = layer_seed + self.row * 2**47
         # PyTorch takes seeds of at most 64 bits.
-        generator.manual_seed(layer_seed % 2**63)
+        generator.manual_seed(row_seed % 2**63)
         # One 64-bit draw serves four elements: drawing is the main cost of dropout on a CPU.
         word_count = math.ceil(x.numel() / 4)
         words = torch.empty(word_count, dtype=torch.int64, device=x.device)

@@ -1,9 +1,12 @@
 """Attention of a packed batch by PyTorch's scaled dot-product attention, on any device.
 
 Spans of about the same length are padded together into a bucket, and each bucket takes one call.
+Scores that are soft-capped or have sinks are computed by single operations, as PyTorch's attention
+has neither.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention
@@ -12,6 +15,20 @@ from finetune.engine.packed.batch import Span
 
 MAX_LENGTH_RATIO = 1.5
 """Spans in one bucket differ in length by at most this factor (plus 16 tokens)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How attention turns queries and keys into weights."""
+
+    scale: float | None = None
+    """Factor of the scores; None: 1 / √head_dim."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Scores are bounded by tanh to this number (Gemma 2); None: they are not."""
+    sinks: torch.Tensor | None = None
+    """A score of each head to which attention goes without a value (gpt-oss) [heads]."""
 
 
 @dataclass(frozen=True)
@@ -139,23 +156,22 @@ def attend_padded(
     key: torch.Tensor,
     value: torch.Tensor,
     buckets: Buckets,
-    scale: float | None,
-    window: int | None,
+    scores: Scores,
 ) -> torch.Tensor:
     """Compute the attention of every span. See `PackedAttention.attend`.
 
     Args:
         query: [tokens, heads, head_dim].
         key: [tokens, key/value heads, head_dim].
-        value: As the key.
+        value: [tokens, key/value heads, value_dim].
         buckets: From `make_buckets`.
-        scale: Factor of the scores; None: 1 / √head_dim.
-        window: Tokens that a query sees, itself included; None: all before it.
+        scores: What is peculiar to the layer.
 
     Returns:
-        [tokens, heads, head_dim].
+        [tokens, heads, value_dim].
     """
     tokens, heads, head_dim = query.shape
+    value_dim = value.shape[-1]
     flat_query = query.reshape(tokens, -1)
     flat_key = key.reshape(tokens, -1)
     flat_value = value.reshape(tokens, -1)
@@ -163,20 +179,71 @@ def attend_padded(
     for bucket in buckets.buckets:
         bucket_query = _gather(flat_query, bucket.queries, head_dim)
         bucket_key = _gather(flat_key, bucket.keys, head_dim)
-        bucket_value = _gather(flat_value, bucket.keys, head_dim)
-        output = scaled_dot_product_attention(
+        bucket_value = _gather(flat_value, bucket.keys, value_dim)
+        output = _attend(
             bucket_query,
             _repeat_heads(bucket_key, heads),
             _repeat_heads(bucket_value, heads),
-            attn_mask=bucket.mask(window, query.dtype),
-            scale=scale,
+            bucket.mask(scores.window, query.dtype),
+            scores,
         )
         outputs.append(_join_heads(output))
     # `torch.cat` would copy a single output.
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     # Leaves out the outputs of padding.
     output = embedding(buckets.output_indices, joined)
-    return output.view(query.shape)
+    return output.view(tokens, heads, value_dim)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scores: Scores,
+) -> torch.Tensor:
+    """Compute the attention of a bucket.
+
+    Args:
+        query: [spans, heads, queries, head_dim].
+        key: [spans, heads, keys, head_dim].
+        value: [spans, heads, keys, value_dim].
+        mask: Added to the scores [spans, 1, queries, keys].
+        scores: What is peculiar to the layer.
+
+    Returns:
+        [spans, heads, queries, value_dim].
+    """
+    if scores.softcap is None and scores.sinks is None:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scores.scale,
+        )
+    scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    logits = query @ key.transpose(-2, -1) * scale
+    if scores.softcap is not None:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
+    logits = logits + mask
+    if scores.sinks is not None:
+        sinks = scores.sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks.to(logits.dtype)], -1)
+    weights = torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype)
+    if scores.sinks is not None:
+        # What goes to the sink has no value.
+        weights = weights[..., :-1]
+    return weights @ value
+
+
+def stored_scores(decoder: Any) -> int:
+    """Return how many tensors of the scores' size `_attend` keeps for the backward pass."""
+    if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
+        # The tanh of the scores, and the weights.
+        return 2
+    has_sinks = any(name.endswith("sinks") for name, _ in decoder.named_parameters())
+    return 1 if has_sinks else 0
 
 
 def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -55,11 +55,12 @@ class Slot:
         self.seed = seed
         self.model = model
         layers = _lora_layers(model)
-        self._parameters = _trained_parameters(layers)
-        self._slices = _consecutive_slices(self._parameters)
+        self.parameters = _trained_parameters(layers)
+        """The model's weights of A and B of each layer, in turn; views of `vector`."""
+        self._slices = _consecutive_slices(self.parameters)
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
         # each, however many layers there are.
-        flat_parameters = [parameter.data.flatten() for parameter in self._parameters]
+        flat_parameters = [parameter.data.flatten() for parameter in self.parameters]
         weights = torch.cat(flat_parameters)
         self.vector = to_device(weights, bank.device)
         """All adapter weights [parameters], float32."""
@@ -95,13 +96,13 @@ class Slot:
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A view of the vector for each of the model's parameters, in its shape."""
         views = []
-        for parameter, section in zip(self._parameters, self._slices, strict=True):
+        for parameter, section in zip(self.parameters, self._slices, strict=True):
             views.append(vector[section].view(parameter.shape))
         return views
 
     def _bind_model(self, vector: torch.Tensor) -> None:
         """Make the model's weights views of a vector."""
-        for parameter, view in zip(self._parameters, self._views(vector), strict=True):
+        for parameter, view in zip(self.parameters, self._views(vector), strict=True):
             parameter.data = view
 
     @contextlib.contextmanager

@@ -13,6 +13,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from finetune.engine.packed.batch import Span
 
+MAX_HEAD_DIM = 256
+"""Widest heads that variable-length attention computes."""
+
 
 @dataclass(frozen=True)
 class VarlenBounds:

@@ -398,11 +398,11 @@ def test_a_base_whose_attention_ignores_the_packed_batch_is_refused_in_one_line(
     """As remote code of type llama does that calls an attention function by itself."""
     import contextlib
 
-    from finetune.engine.packed import autograd_backend
+    from finetune.engine.packed import attention
     from finetune.run.resources import SharedResources
 
     monkeypatch.setattr(
-        autograd_backend,
+        attention,
         "attention_implementation",
         lambda *_: contextlib.nullcontext(),
     )

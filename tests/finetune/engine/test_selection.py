@@ -94,10 +94,31 @@ def test_what_is_for_the_packed_engine_is_its_without_a_word(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gemma2"}, "(of type gemma2)"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_experts": 4,
+                "moe_intermediate_size": 32,
+            },
+            "(of type qwen3_moe: a mixture of experts)",
+        ),
+        (
+            {"attention_dropout": 0.1},
+            "(of type llama: with attention_dropout=0.1)",
+        ),
+        (
+            {
+                "max_position_embeddings": 16,
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "rope_theta": 10000.0,
+                    "factor": 2.0,
+                },
+            },
+            "(of type llama: beyond 16 tokens a row changes the positions of those beside it)",
+        ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_base_of_another_kind_is_trls(
     change: dict[str, Any], reason: str, tiny: Tiny, tiny_base: Path, tmp_path: Path
@@ -115,6 +136,34 @@ def test_a_base_of_another_kind_is_trls(
     with pytest.raises(ConfigError) as error:
         choose_engine(refused, find_base(refused.model))
     assert reason in str(error.value)
+
+
+def test_remote_code_is_trls(tiny: Tiny, tiny_base: Path, tmp_path: Path) -> None:
+    """A base of a known type whose files bring code of their own, which the config allows."""
+    from transformers import AutoConfig
+
+    from finetune.engine.selection import reason_unsupported
+
+    base = AutoConfig.from_pretrained(tiny_base)
+    base.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    assert reason_unsupported(tiny(), base) is None
+    reason = reason_unsupported(tiny("model.trust_remote_code=true"), base)
+    assert reason is not None
+    assert reason.endswith("(of type llama: remote code)")
+
+
+def test_a_base_of_no_known_type_is_packed_where_it_passes_the_check(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path
+) -> None:
+    from finetune.engine.selection import choose_engine
+    from finetune.model.source import find_base
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | {"model_type": "gemma2"}))
+    config = tiny(f"model.name_or_path={folder}", "trainer.engine=packed")
+    assert choose_engine(config, find_base(config.model)) == "packed"
 
 
 DORA = ("lora.use_dora=true", "trainer.max_steps=1", "sample_prompts=[]")

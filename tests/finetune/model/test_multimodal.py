@@ -1,5 +1,5 @@
-"""A model of text and images: its sizes stand in an inner config, and only its language model gets
-an adapter."""
+"""Models of text and images: the text model alone is loaded and trained, and its adapter has the
+names of the published model."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.commands import Station
 from support.configs import tiny_overrides
-from support.models import with_tokenizer_of
+from support.models import load, load_tokenizer, trainable, wake, with_tokenizer_of
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
@@ -19,37 +19,147 @@ Tiny = Callable[..., RunConfig]
 DEBUG = ("trainer=debug", "quantization=none")
 
 
-@pytest.fixture(scope="module")
-def gemma3(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 3 of random weights with its vision tower, whose layers have names that the language
-    model's have too."""
-    import torch
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 1,
+}
+WINDOWS = {"sliding_window": 16}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3",
+        {
+            "text_config": {**TEXT, **WINDOWS},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3": (
+        "Mistral3",
+        {
+            "text_config": {**TEXT, "model_type": "ministral3"},
+            "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 5,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "text_config": {**TEXT, **LINEAR},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "num_position_embeddings": 16,
+            },
+        },
+    ),
+    "gemma4": (
+        "Gemma4",
+        {
+            "text_config": {
+                **TEXT,
+                **WINDOWS,
+                "vocab_size_per_layer_input": 600,
+                "hidden_size_per_layer_input": 8,
+                "global_head_dim": 32,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            "audio_config": None,
+        },
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": {
+                **TEXT,
+                "intermediate_size_mlp": 128,
+                "num_local_experts": 2,
+                "attention_chunk_size": 16,
+            },
+            "vision_config": {
+                **VISION,
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+        },
+    ),
+}
+"""Types of models with images as they are published: the class, and its small config."""
 
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    text = {
-        "vocab_size": 600,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        **heads,
-    }
-    image = {"image_size": 28, "patch_size": 14}
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        **image,
-    }
+kinds = pytest.mark.parametrize("kind", list(PUBLISHED))
+
+
+def whole_model(kind: str) -> Any:
+    """The published model with random weights, towers and all."""
+    import torch
+    import transformers
+
+    name, sections = PUBLISHED[kind]
+    config = getattr(transformers, f"{name}Config")(**sections)
     torch.manual_seed(0)
-    config = Gemma3Config(
-        text_config={**text, "sliding_window": 16, "max_position_embeddings": 512},
-        vision_config=vision,
-        mm_tokens_per_image=4,
-    )
-    folder = tmp_path_factory.mktemp("gemma3") / "base"
-    return with_tokenizer_of(tiny_base, Gemma3ForConditionalGeneration(config), folder)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def published(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Saves a published model of a kind once, with the tiny base's tokenizer."""
+    folders: dict[str, Path] = {}
+
+    def save(kind: str) -> Path:
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp(kind) / "base"
+            folders[kind] = with_tokenizer_of(tiny_base, whole_model(kind), folder)
+        return folders[kind]
+
+    return save
+
+
+@pytest.fixture
+def gemma3(published: Callable[[str], Path]) -> Path:
+    """A Gemma 3 whose vision tower has layers with names that the language model's have too."""
+    return published("gemma3")
 
 
 def adapted_layers(folder: Path) -> set[str]:
@@ -69,7 +179,7 @@ GATE = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 @pytest.mark.parametrize(
     ("engine", "target", "ends"),
     [
-        ("auto", "all-linear", ATTENTION | GATE),
+        ("packed", "all-linear", ATTENTION | GATE),
         ("trl", "all-linear", ATTENTION | GATE),
         ("auto", "[q_proj,v_proj]", {"self_attn.q_proj", "self_attn.v_proj"}),
         ("auto", "[down_proj]", {"mlp.down_proj"}),
@@ -95,34 +205,97 @@ def test_a_run_trains_its_language_model_alone(
         run(config, tmp_path)
 
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["status"], result["engine"]) == ("completed", "trl")
+    used = "trl" if engine == "trl" else "packed"
+    assert (result["status"], result["engine"]) == ("completed", used)
     assert all(
         set(row) == {"prompt", "expected", "before", "after"}
         for row in json.loads((tmp_path / "samples.json").read_text())
     )
-    assert adapted_layers(tmp_path) == {
+    layers = {
         f"model.language_model.layers.{layer}.{end}" for layer in (0, 1) for end in ends
     }
-    said = f"engine: trl, as packed does not do model.name_or_path={gemma3} (of type gemma3)"
-    assert (said in caplog.messages) == (engine == "auto")
-    assert any(
-        line.startswith("lora: the language model gets the adapter; without: model.")
-        for line in caplog.messages
+    assert adapted_layers(tmp_path) == layers
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(layers)
+    said = (
+        "model: of a model of type gemma3 its text model alone is loaded (gemma3_text), "
+        "without: vision"
     )
+    assert caplog.messages.count(said) == 1
 
 
-def test_packed_is_refused_by_the_models_type(
-    tiny: Tiny, gemma3: Path, tmp_path: Path
+@kinds
+def test_an_adapter_has_the_same_logits_on_the_published_model_by_plain_peft(
+    kind: str, published: Callable[[str], Path], tiny: Tiny, tmp_path: Path
 ) -> None:
-    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", "trainer.engine=packed")
-    with pytest.raises(
-        ConfigError,
-        match=r"^trainer\.engine=packed: does not do .*\(of type gemma3\); allowed: auto, trl$",
-    ):
-        run(config, tmp_path)
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    from finetune.model.adapter import attach_adapter, save_adapter
+    from finetune.model.loading import load_base
+    from finetune.model.source import find_base
+
+    base = published(kind)
+    config = tiny(
+        *DEBUG, f"model.name_or_path={base}", "lora.target_modules=all-linear"
+    )
+    trained = load(config)
+    wake(trained)
+    save_adapter(trained, load_tokenizer(config), tmp_path / "adapter")
+
+    ids = torch.arange(20, 60)[None]
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        ours = trained.eval()(input_ids=ids).logits
+        before = whole.eval()(input_ids=ids).logits
+        model = PeftModel.from_pretrained(whole, tmp_path / "adapter")
+        theirs = model.eval()(input_ids=ids).logits
+        text_model = load_base(find_base(config.model), config)
+        again = attach_adapter(text_model, tmp_path / "adapter").eval()
+        assert torch.allclose(again(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(theirs, before, atol=1e-2)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    names = [name for name, _ in model.named_modules() if "lora_A" in name]
+    assert names
+    assert all("language_model" in name for name in names)
 
 
-def test_the_tower_is_trained_where_it_is_asked_for(
+@kinds
+def test_the_text_model_trains_packed_unless_it_has_experts(
+    kind: str, published: Callable[[str], Path], tiny: Tiny
+) -> None:
+    from finetune.engine.selection import choose_engine
+    from finetune.model.source import find_base
+
+    config = tiny(*DEBUG, f"model.name_or_path={published(kind)}")
+    expected = "trl" if kind == "llama4" else "packed"
+    assert choose_engine(config, find_base(config.model)) == expected
+
+
+@kinds
+def test_the_text_models_weights_are_those_of_the_files(
+    kind: str, published: Callable[[str], Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    """It has the logits of the whole model, and is saved as a model of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.model.loading import load_base
+    from finetune.model.source import find_base
+
+    config = tiny(*DEBUG, f"model.name_or_path={published(kind)}")
+    text = load_base(find_base(config.model), config).eval()
+    ids = torch.arange(20, 60)[None]
+    text.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        expected = whole_model(kind)(input_ids=ids).logits
+        for model in (text, again):
+            assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_the_tower_is_not_trained_even_where_nothing_is_excluded(
     tiny: Tiny, gemma3: Path, tmp_path: Path
 ) -> None:
     config = tiny(
@@ -132,7 +305,7 @@ def test_the_tower_is_trained_where_it_is_asked_for(
         "+lora.extra.exclude_modules=null",
     )
     run(config, tmp_path)
-    assert any("vision_tower" in name for name in adapted_layers(tmp_path))
+    assert all("language_model" in name for name in adapted_layers(tmp_path))
 
 
 @pytest.mark.parametrize("target", ["out_proj", "fc1"])
@@ -176,6 +349,48 @@ def test_the_adapter_loads_where_it_is_used(
     ]
 
 
+def test_a_merged_model_is_the_text_model(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.merge import merge
+    from finetune.run.load import load_run
+
+    rate = "optimizer.learning_rate=0.05"
+    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", rate, "sample_prompts=[]")
+    run(config, tmp_path / "run")
+    trained = load_run(tmp_path / "run")
+    merged = merge(trained.base, trained.folder.adapter)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        expected = load_run(tmp_path / "run").with_adapter()(input_ids=ids).logits
+        assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_a_saved_adapter_is_loaded_again_into_the_text_model(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from finetune.model.adapter import load_adapter, save_adapter
+
+    config = tiny(*DEBUG, f"model.name_or_path={gemma3}")
+    model = load(config)
+    wake(model)
+    expected = {name: weight.clone() for name, weight in trainable(model).items()}
+    save_adapter(model, load_tokenizer(config), tmp_path / "adapter")
+    with torch.no_grad():
+        for weight in trainable(model).values():
+            weight.zero_()
+    load_adapter(model, tmp_path / "adapter")
+    for name, weight in trainable(model).items():
+        assert torch.equal(weight, expected[name])
+
+
 def test_it_is_planned(
     station: Station, tiny_base: Path, gemma3: Path, tmp_path: Path
 ) -> None:
@@ -185,10 +400,9 @@ def test_it_is_planned(
     assert "peak of one run" in done.stdout
 
 
-def test_a_plan_reads_the_sizes_of_the_language_model(
+def test_a_plan_is_that_of_the_text_model(
     tiny: Tiny, gemma3: Path, tmp_path: Path
 ) -> None:
-    """Of the vision tower there is memory for the weights alone."""
     from transformers import AutoConfig, AutoTokenizer, Gemma3ForCausalLM
 
     from finetune.run.memory_plan import plan_memory
@@ -203,10 +417,8 @@ def test_a_plan_reads_the_sizes_of_the_language_model(
         plan_memory(tiny(*DEBUG, f"model.name_or_path={base}"), resources)
         for base in (gemma3, alone)
     )
-    assert wrapped.activations == plain.activations
-    assert wrapped.logits == plain.logits
-    assert wrapped.base > plain.base
-    assert wrapped.weights == pytest.approx(plain.weights, rel=0.01)
+    assert wrapped.peak() == plain.peak()
+    assert wrapped.weights == plain.weights
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_model_in_several_wheels_is_put_together_and_learns(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["base_model"]["sha256"] == GEMMA3.sha256
-    assert result["engine"] == "trl"
+    assert result["engine"] == "packed"
     losses = [
         json.loads(line).get("eval/loss")
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,58 @@ def test_is_what_autograd_allocates(
     evaluating = allocated(lambda: bank.evaluate([Evaluate(slot, rows)]))
     # Beyond what the plan adds for logits anyway.
     assert evaluating <= 1.1 * (planned.evaluating + planned.logits)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Gemma2": {"head_dim": 32, "attn_logit_softcapping": 50.0},
+    "Gemma3Text": {"head_dim": 32},
+    "Phi3": {"pad_token_id": 1},
+    "Olmo2": {},
+    "Cohere2": {"logit_scale": 0.5},
+    "StableLm": {"qk_layernorm": True},
+    "GraniteSWA": {"sliding_window": 64},
+    "Lfm2": {"layer_types": ["conv", "full_attention"] * 3},
+    "Nemotron": {"head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("architecture", list(SHAPES))
+def test_is_about_what_autograd_allocates_for_other_architectures(
+    architecture: str, tiny: Callable[..., RunConfig]
+) -> None:
+    """Their layers are not counted one by one: within 15 %."""
+    import torch
+    import transformers
+
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.requests import ForwardBackward
+    from finetune.run.cpu_activations import cpu_activations
+
+    shapes = {
+        "vocab_size": 300,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1),
+    }
+    config_class = getattr(transformers, f"{architecture}Config")
+    base = transformers.AutoModelForCausalLM.from_config(
+        config_class(**{**shapes, **SHAPES[architecture]})
+    )
+    config = tiny("quantization=none", "trainer.gradient_checkpointing=false")
+    bank = Bank(base, config)
+    slot = bank.create_slot(config.lora, 0)
+    ids = [torch.randint(8, 300, (length,)).tolist() for length in (180, 150, 90, 300)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    planned = cpu_activations(
+        config, base.config, slot.model, [rows], rows, is_trl=False
+    )
+    training = allocated(
+        lambda: bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
+    )
+    assert training == pytest.approx(planned.training + planned.logits, rel=0.15)
 
 
 def allocated(compute: Callable[[], object]) -> int:

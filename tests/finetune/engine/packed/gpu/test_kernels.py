@@ -371,7 +371,7 @@ def test_attention_is_the_cpus(
     or not."""
     import torch
 
-    from finetune.engine.packed.attention import PackedAttention
+    from finetune.engine.packed.attention import PackedAttention, Scores
     from finetune.engine.packed.batch import PackedBatch
     from finetune.engine.packed.gpu.attention import (
         SpanTables,
@@ -395,7 +395,7 @@ def test_attention_is_the_cpus(
     query, key, value = (
         draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups)
     )
-    out = PackedAttention(line).attend(query, key, value, 0.2, window)
+    out = PackedAttention(line).attend(query, key, value, Scores(0.2, window))
     slope = draw(tokens, heads, width)
     expected = torch.autograd.grad(out, (query, key, value), slope)
     rows = SpanTables(line.spans, line.position_ids[0])
