@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from finetune.config.paths import CONF
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.engine.schedule import evaluation_rungs
-from sweeps.space.own_values import own_point, scaled_space
+from sweeps.space.config_point import config_point, scaled_space
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Point, Space
 
@@ -89,7 +89,7 @@ def compose_study(overrides: Sequence[str], learning_rate: float) -> StudyConfig
     del sweeper["_target_"]
     replaced = {"study_name": "replay", "direction": "minimize", "params": params}
     space = scaled_space(Space.parse(params, []), config)
-    baseline = own_point(space, config)
+    baseline = config_point(space, config)
     assert baseline is not None, "the default space has the config's own values"
     return StudyConfig(
         StudySettings.from_sweeper({**sweeper, **replaced}),

@@ -12,16 +12,16 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    import wandb
     from lm_eval.api.task import Task
     from peft import LoraConfig
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, Trainer
+    from wandb.proto.wandb_internal_pb2 import Record
 
 
 def import_transformers_without_torch() -> None:
@@ -86,14 +86,35 @@ def datasets_offline() -> Iterator[None]:
             datasets.config.HF_HUB_OFFLINE = before
 
 
-def wandb_summary(run: "wandb.Run") -> dict[str, Any]:
-    """Return all values of the summary of a live W&B run.
+def wandb_record_class() -> "type[Record]":
+    """Return the class of the records in W&B's `.wandb` files.
 
-    Reason: `keys` and `get`, the public methods, ask W&B's process for the whole summary at each
-    call, so reading n values takes n + 1 requests. wandb 0.31, `Summary._as_dict`. Upstream: none.
+    Reason: no public function reads such a file, or writes one. wandb 0.31, `wandb.proto`, whose
+    module chooses the classes for the installed protobuf. Upstream: none.
     """
-    values: dict[str, Any] = run.summary._as_dict()
-    return values
+    from wandb.proto import wandb_internal_pb2
+
+    record_class: type[Record] = wandb_internal_pb2.Record
+    return record_class
+
+
+def on_wandb_upload_failure(callback: Callable[[], None]) -> None:
+    """Call a function whenever W&B gives up to upload a run's data; the run itself goes on.
+
+    Reason: W&B's process then sends a text, which is printed, and nothing else: `run.finish` ends
+    as if all were uploaded. wandb 0.31, `wandb.sdk.lib.run_messages`. Upstream: none.
+    """
+    from wandb.errors import term
+
+    print_warning = term.termwarn
+
+    def termwarn(text: str, *arguments: Any, **options: Any) -> None:
+        if "Fatal error while uploading data" in text:
+            callback()
+        else:
+            print_warning(text, *arguments, **options)
+
+    term.termwarn = termwarn
 
 
 @contextlib.contextmanager

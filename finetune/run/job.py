@@ -111,11 +111,16 @@ def job(
         raise
     label = Label()
     if hydra.mode == RunMode.MULTIRUN:
-        group = Path(hydra.sweep.dir).name
+        sweep_folder = Path(hydra.sweep.dir).absolute()
         name = f"{config.name}-{hydra.job.num}"
         if description:
             name = f"{config.name} {description}"
-        label = Label(name=name, group=group, job_type="trial")
+        label = Label(
+            name=name,
+            group=sweep_folder.name,
+            job_type="trial",
+            folder=sweep_folder,
+        )
     run_context = RunContext(resources=shared_resources, label=label, **context)
     steps = run_steps(config, folder, run_context)
     if hydra.mode == RunMode.RUN and is_new(folder):

@@ -31,6 +31,8 @@ class Label:
     """The study; None: the run belongs to none."""
     job_type: str | None = None
     """What the run is in its study; None: WANDB_JOB_TYPE, or `run`."""
+    folder: Path | None = None
+    """Where W&B keeps the files of all runs of the study; None: each run in its own folder."""
 
 
 class Tracker:

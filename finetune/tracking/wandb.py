@@ -2,33 +2,43 @@
 
 import logging
 import os
-import threading
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.compat import wandb_summary
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.files.atomic import write_json
-from finetune.files.run_folder import Metrics, RunFolder
-from finetune.metrics.load import load_metrics
+from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
 from finetune.tracking.tracker import Label, Sample, Tracker
 from finetune.tracking.wandb_arguments import (
+    FALLBACK,
     OFFLINE_MODES,
     TRACKER,
     init_arguments,
     quiet_settings,
-    resume_offline,
+    without_fallback,
 )
 from finetune.tracking.wandb_artifacts import log_artifact
+from finetune.tracking.wandb_finished import add_to_run
+from finetune.tracking.wandb_fragments import (
+    fragment_files,
+    join_finished,
+    join_fragments,
+    last_step,
+)
+from finetune.tracking.wandb_metrics import best_values, define_metrics
+from finetune.tracking.wandb_server import (
+    fail,
+    finish_run,
+    server_failure,
+    watch_uploads,
+)
 
 if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
-
-_server_failure = threading.Event()
-"""Set when W&B's server did not open a run: later runs of this process don't wait for it again."""
 
 
 class WandbTracker(Tracker):
@@ -43,23 +53,26 @@ class WandbTracker(Tracker):
         self._folder = folder
         self._shows_text = config.tracker.text
         self._arguments = init_arguments(config, folder, label)
+        self._place = Path(self._arguments["dir"])
+        # Those of earlier sessions, which were killed perhaps.
+        earlier_file = join_fragments(self._place, self._arguments["id"])
+        self._best = best_values(config)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
-        # The best evaluation need not be the last: the summary shows both.
-        self._run.define_metric("eval/loss", summary="min,last")
-        self._run.define_metric("eval/accuracy", summary="max,last")
-        for metric in load_metrics(config.evaluation):
-            best = "max" if metric.higher_is_better else "min"
-            for name in metric.names:
-                self._run.define_metric(f"eval/{name}", summary=f"{best},last")
+        self._adapter: Path | None = None
+        """What has been logged as the adapter."""
+        define_metrics(self._run, self._best)
+        if self._arguments["resume"] and earlier_file is not None:
+            self._log_missing(last_step(earlier_file))
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""
         import wandb
 
-        if self._arguments["mode"] == "online" and _server_failure.is_set():
-            resume = resume_offline(self._folder)
-            self._arguments |= {"mode": "offline", "resume": resume}
+        if self._is_online:
+            watch_uploads()
+            if server_failure.is_set():
+                self._arguments["mode"] = "offline"
         mode = self._arguments["mode"]
         settings = quiet_settings(mode, uploads, self._shows_text)
         # Before the run is opened: a process killed right after it goes on under the same id.
@@ -67,20 +80,39 @@ class WandbTracker(Tracker):
         try:
             return wandb.init(settings=settings, **self._arguments)
         except Exception as error:
-            runs = "this run is"
             if isinstance(error, wandb.errors.CommError):
-                _server_failure.set()
-                runs = "runs of this process are"
-            log.warning("W&B: %s; %s kept offline", summary_line(error), runs)
-        # For as long as this process lives, W&B holds the id of the failed attempt as in use.
-        offline_id = f"{self._arguments['id']}-offline"
-        resume = resume_offline(self._folder)
-        self._arguments |= {"mode": "offline", "resume": resume, "id": offline_id}
+                fail(summary_line(error))
+            else:
+                log.warning("W&B: %s; this run is kept offline", summary_line(error))
+        fallback_id = f"{self._arguments['id']}{FALLBACK}"
+        self._arguments |= {"mode": "offline", "id": fallback_id}
         self._record()
+        settings = quiet_settings("offline", uploads, self._shows_text)
         return wandb.init(settings=settings, **self._arguments)
 
-    def _record(self, **more: Any) -> None:
+    @property
+    def _is_online(self) -> bool:
+        return bool(self._arguments["mode"] == "online")
+
+    def _record(self) -> None:
+        place = os.path.relpath(self._place, self._folder.path)
+        more = {"place": place, "best": self._best}
         write_json(self._folder.path / TRACKER, {**self._arguments, **more})
+
+    def _log_missing(self, last_logged: int) -> None:
+        """Log what a kill has kept from W&B: the steps from its last one to the checkpoint.
+
+        Args:
+            last_logged: The last step in the files of the earlier sessions.
+        """
+        checkpoint = self._folder.last_checkpoint()
+        assert checkpoint is not None
+        # Online, the server may have more than the files.
+        first = max(last_logged + 1, self._run.step)
+        for row in self._folder.metrics():
+            step = row.pop("step")
+            if first <= step <= checkpoint_step(checkpoint):
+                self.log(step, row)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._last_logged_step = step
@@ -106,43 +138,66 @@ class WandbTracker(Tracker):
         self._record()
 
     def log_adapter(self, folder: Path) -> None:
-        name = self._arguments["group"] or self._arguments["name"]
         try:
-            log_artifact(
-                self._run,
-                f"{name}-adapter",
-                "model",
-                folder,
-            )
+            self._add_adapter(self._run, folder)
         # Caught here, so that the run itself is still shown to its end.
         except Exception as error:
             reason = summary_line(error)
             log.warning("W&B: %s; it lacks the adapter, which is in %s", reason, folder)
+        else:
+            self._adapter = folder
+
+    def _add_adapter(self, run: "wandb.Run", folder: Path) -> None:
+        name = self._arguments["group"] or self._arguments["name"]
+        log_artifact(
+            run,
+            f"{name}-adapter",
+            "model",
+            folder,
+        )
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        is_offline = self._arguments["mode"] in OFFLINE_MODES
         try:
-            if is_offline and self._last_logged_step is not None:
-                # W&B holds the last step back until the next one, and the summary lacks it.
+            if self._last_logged_step is not None:
+                # W&B holds the last step back until the next one. Its values would come after
+                # the final ones, and take their place.
                 self._run.log({}, step=self._last_logged_step, commit=True)
             self._run.summary.update({"status": status, **summary})
-            if is_offline:
-                self._record(summary=wandb_summary(self._run))
         finally:
             # By its exit code, W&B shows a run as finished or as failed.
             has_ended_well = status in ("completed", "pruned")
-            self._run.finish(exit_code=0 if has_ended_well else 1)
+            self._close(exit_code=0 if has_ended_well else 1)
+
+    def _close(self, exit_code: int) -> None:
+        """Finish the W&B run, and join its files if there are several."""
+        lacks_adapter = None
+        if self._is_online:
+            finish_run(self._run, exit_code)
+            if server_failure.is_set():
+                self._arguments["mode"] = "offline"
+                lacks_adapter = self._adapter
+        else:
+            self._run.finish(exit_code=exit_code)
+        run_id = without_fallback(self._arguments["id"])
+        is_offline = self._arguments["mode"] in OFFLINE_MODES
+        join_finished(self._place, run_id, is_offline)
+        self._arguments["id"] = run_id
+        self._record()
+        if lacks_adapter is not None:
+            # The file of an online run has no artifacts.
+            adapter = lacks_adapter
+            add_to_run(self._folder, lambda run: self._add_adapter(run, adapter))
 
     def locations(self) -> list[str]:
-        directory = Path(self._arguments["dir"])
-        files = os.path.relpath(directory / "wandb")
-        # WANDB_DIR holds the files of other runs too.
-        is_shared = directory != self._folder.path
-        suffix = f"-{self._arguments['id']}" if is_shared else ""
-        if self._arguments["mode"] == "online":
-            # Without the flag, `wandb sync` skips runs that were online.
-            command = f"wandb sync --no-skip-online {files}/run-*{suffix}"
-            return [f"W&B: {self._run.url} (if anything is missing there: {command})"]
-        if not os.path.isdir(files):
+        files = fragment_files(self._place, self._arguments["id"])
+        if not files:
             return []
-        return [f"W&B: offline; wandb sync {files}/offline-run-*{suffix}"]
+        # In a folder that other runs share, only the run's own.
+        is_shared = self._place != self._folder.path
+        folder = files[0].parent if is_shared else files[0].parent.parent
+        path = shlex.quote(os.path.relpath(folder))
+        if self._is_online:
+            # Without the flag, `wandb sync` skips runs that were online.
+            command = f"wandb sync --no-skip-online {path}"
+            return [f"W&B: {self._run.url} (if anything is missing there: {command})"]
+        return [f"W&B: offline; wandb sync {path}"]

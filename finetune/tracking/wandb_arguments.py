@@ -6,6 +6,7 @@ import netrc
 import os
 import urllib.parse
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
@@ -23,14 +24,24 @@ log = logging.getLogger(__name__)
 TRACKER = "tracker.json"
 """Holds the arguments of `wandb.init` with which a run's W&B run was opened, among them `config`.
 
-For an offline run it also holds the summary with which the run ended, as `summary`.
+Besides, `place` is the folder that holds W&B's files, as a path from the run's folder, so that both
+may be moved together, and `best` the directions of its metrics.
 """
 
 OFFLINE_MODES = ("offline", "dryrun")
 """Modes in which W&B writes files for `wandb sync`; `dryrun` is an old name."""
 
+FALLBACK = "-offline"
+"""Ends the id under which a run is opened offline after its server has not opened it.
+
+For as long as its process lives, W&B holds the id of the failed attempt as in use.
+"""
+
 INIT_TIMEOUT = 20
 """Seconds to wait for W&B's server when a run starts."""
+
+REQUEST_RETRIES = 2
+"""How often a request that the server has not answered in `INIT_TIMEOUT` is repeated."""
 
 FINISH_TIMEOUT = 60
 """Seconds to wait for the last upload when a run ends."""
@@ -60,21 +71,13 @@ def init_arguments(
         "group": label.group or os.environ.get("WANDB_RUN_GROUP"),
         "tags": _tags(settings) or None,
         "id": label.id or _run_id(folder, belongs_to_study=label.group is not None),
-        "resume": "allow" if mode == "online" else resume_offline(folder),
-        "dir": directory(folder),
+        "resume": _resume(folder),
+        "dir": str(directory(folder, label)),
         "job_type": label.job_type or os.environ.get("WANDB_JOB_TYPE") or "run",
         # Else W&B has one run for a process; here trials that train together have one each.
         "reinit": "create_new",
         "config": tracked_config(config),
     }
-
-
-def resume_offline(folder: RunFolder) -> str | None:
-    """Return the argument `resume` of an offline run.
-
-    A run that continues from a checkpoint adds to its history; one that begins anew replaces it.
-    """
-    return "allow" if folder.last_checkpoint() else None
 
 
 def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Settings":
@@ -94,14 +97,44 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
         silent=True,
         init_timeout=INIT_TIMEOUT,
         finish_timeout=UPLOAD_TIMEOUT if uploads else FINISH_TIMEOUT,
+        finish_timeout_raises=mode == "online",
+        # Otherwise a process can't end while its server takes an artifact and never answers.
+        x_graphql_timeout_seconds=INIT_TIMEOUT,
+        x_graphql_retry_max=REQUEST_RETRIES,
         x_disable_stats=mode != "online",
+        # Seconds that `wandb leet` is behind, and that a kill may take from the file.
+        x_transaction_log_flush_interval=1.0,
+        # Links to the latest run: all runs of a study stand in one folder.
+        symlink=False,
         **hiding,
     )
 
 
-def directory(folder: RunFolder) -> str:
-    """Return the folder in which W&B creates `wandb/`: WANDB_DIR, else the run's folder."""
-    return os.environ.get("WANDB_DIR") or str(folder.path)
+def directory(folder: RunFolder, label: Label) -> Path:
+    """Return the folder in which W&B creates `wandb/`: WANDB_DIR, the study's, or the run's."""
+    given = os.environ.get("WANDB_DIR") or label.folder or folder.path
+    return Path(given).expanduser().absolute()
+
+
+def recorded_directory(folder: RunFolder, arguments: dict[str, Any]) -> Path:
+    """Return the folder in which W&B has created `wandb/` for a run.
+
+    Args:
+        folder: The run's folder; it may have been moved since.
+        arguments: The content of its `tracker.json`.
+    """
+    # Before there was `place`, it was the run's folder.
+    return Path(os.path.normpath(folder.path / arguments.get("place", ".")))
+
+
+def without_fallback(run_id: str) -> str:
+    """Return the run's id, of that with which it was opened while its server was away."""
+    return run_id.removesuffix(FALLBACK)
+
+
+def _resume(folder: RunFolder) -> str | None:
+    """The argument `resume`: a run that has a checkpoint continues, another one begins anew."""
+    return "allow" if folder.last_checkpoint() else None
 
 
 def _mode(settings: TrackerSettings) -> str:
@@ -167,5 +200,4 @@ def _run_id(folder: RunFolder, belongs_to_study: bool) -> str:
         # Several runs can't have one id.
         given_id = None if belongs_to_study else os.environ.get("WANDB_RUN_ID")
         return given_id or uuid.uuid4().hex[:12]
-    # Added where an earlier start could not reach the server: see `WandbTracker`.
-    return str(arguments["id"]).removesuffix("-offline")
+    return without_fallback(str(arguments["id"]))

@@ -40,9 +40,9 @@ def commands(study: Study) -> list[tuple[str, str]]:
         ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
         ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
     ]
-    offline_runs = _offline_runs(study, folder)
-    if offline_runs:
-        pairs.append(("W&B", f"wandb sync {' '.join(offline_runs)}"))
+    sync_command = _sync_command(study)
+    if sync_command is not None:
+        pairs.append(("W&B", sync_command))
     return pairs
 
 
@@ -61,21 +61,29 @@ def _template_flag(study: Study) -> str:
     return f" --default-chat-template-kwargs {argument}"
 
 
-def _offline_runs(study: Study, folder: str) -> list[str]:
-    """Return shell patterns of the W&B runs that are stored on this machine only."""
-    patterns = []
+def _sync_command(study: Study) -> str | None:
+    """Return the command that sends to W&B what is on this machine only; None if there is none."""
     shared = os.environ.get("WANDB_DIR")
     if shared:
-        # It holds the files of other studies too.
+        # It holds the files of other studies too. Without quotes, because the shell expands it.
         pattern = f"wandb/offline-run-*-{study.uid}-*"
-        if any(Path(shared).glob(pattern)):
-            patterns.append(f"{shlex.quote(os.path.relpath(shared))}/{pattern}")
-    for runs in ("trials", "confirm", "baseline"):
-        pattern = f"{runs}/*/wandb/offline-run-*"
-        if any(study.folder.glob(pattern)):
-            # Without quotes, because the shell has to expand it.
-            patterns.append(f"{folder}/{pattern}")
-    return patterns
+        if _has_unsent(Path(shared), pattern):
+            return f"wandb sync {shlex.quote(os.path.relpath(shared))}/{pattern}"
+        return None
+    paths = []
+    if _has_unsent(study.folder, "wandb/offline-run-*"):
+        paths.append(shlex.quote(os.path.relpath(study.folder / "wandb")))
+    # Of a study that an earlier version began.
+    pattern = "*/*/wandb/offline-run-*"
+    if _has_unsent(study.folder, pattern):
+        paths.append(f"{shlex.quote(os.path.relpath(study.folder))}/{pattern}")
+    return f"wandb sync {' '.join(paths)}" if paths else None
+
+
+def _has_unsent(folder: Path, pattern: str) -> bool:
+    """Whether there is an offline run that `wandb sync` has not marked as sent."""
+    files = folder.glob(f"{pattern}/run-*.wandb")
+    return any(not Path(f"{file}.synced").exists() for file in files)
 
 
 def _shell_storage(study: Study) -> str:

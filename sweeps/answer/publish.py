@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.sections.tracker import TrackerSettings
 from finetune.console import summary_line
 from finetune.files.atomic import read_json, write_json
+from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.tracking.wandb_arguments import TRACKER
 from finetune.tracking.wandb_artifacts import files_of, log_artifact
-from finetune.tracking.wandb_finished import reopen_run
+from finetune.tracking.wandb_finished import add_to_run, is_online
 from sweeps.answer.workspace import build_workspace, save_workspace, searched_keys
 from sweeps.study.study import Study
 
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 """File in the study's folder with what W&B has already, so that nothing is uploaded twice."""
+
+
+BASELINE = "baseline's test/loss"
 
 
 def publish(
@@ -69,9 +73,12 @@ def publish(
             names = ", ".join(sorted(changed))
             log.warning("W&B: %s; not uploaded: %s", summary_line(error), names)
             return []
-        published |= contents
         if address is not None:
             published["url"] = address
+        elif "workspace" in changed:
+            # The server was away.
+            del contents["workspace"]
+        published |= contents
         # After the upload, because what this file names is never uploaded again.
         write_json(study.folder / PUBLISHED, published)
     if not tracker.workspace:
@@ -97,6 +104,18 @@ class _Publication:
     def _adapter(self) -> Path:
         return self.study.folder / "best" / "adapter"
 
+    @property
+    def _baseline(self) -> RunFolder | None:
+        """The baseline's run; None where it is the winner, or has no W&B run or no test rows."""
+        baseline = self.study.baseline()
+        if baseline is None or baseline.number == self.winner_number:
+            return None
+        folder = self.study.folder_of(baseline.number)
+        arguments = read_json(folder.path / TRACKER)
+        if arguments is None or arguments["mode"] == "disabled":
+            return None
+        return folder if _test_metrics(folder) else None
+
     def contents(self) -> dict[str, Any]:
         """Return the name of each item to publish, and a value that changes with its content."""
         # With the run's id, because another winner has another W&B run.
@@ -104,6 +123,8 @@ class _Publication:
         contents: dict[str, Any] = {}
         if self.test is not None:
             contents["test/loss"] = [run_id, self.test["winner"]]
+        if self._baseline is not None:
+            contents[BASELINE] = _test_metrics(self._baseline)
         # With adapters=all W&B has the files already, and the artifact only gets the alias `best`.
         if self.tracker.adapters != "none" and self._adapter.is_dir():
             contents["adapter"] = [run_id, _digest(self._adapter)]
@@ -122,14 +143,27 @@ class _Publication:
         Returns:
             The address of the saved view, if one was saved.
         """
+        baseline = self._baseline
+        if BASELINE in names and baseline is not None:
+            metrics = _test_metrics(baseline)
+            add_to_run(baseline, lambda run: run.summary.update(metrics))
+        if not names - {BASELINE}:
+            return None
         folder = self.study.folder_of(self.winner_number)
-        with reopen_run(folder, self.run_arguments, uploads=True) as run:
-            if "test/loss" in names and self.test is not None:
-                run.summary["test/loss"] = self.test["winner"]
-            self._log_artifacts(run, names)
-            if "workspace" in names:
-                workspace = build_workspace(self.study, run.entity, run.project)
-                return save_workspace(workspace)
+        return add_to_run(
+            folder, lambda run: self._add(run, folder, names), uploads=True
+        )
+
+    def _add(self, run: "wandb.Run", folder: RunFolder, names: set[str]) -> str | None:
+        """Add items to the winner's open W&B run; return the view's address, if one was saved."""
+        if "test/loss" in names and self.test is not None:
+            run.summary.update(_test_metrics(folder))
+            # Perhaps of another seed's adapter, which a confirmation has trained.
+            run.summary["test/loss"] = self.test["winner"]
+        self._log_artifacts(run, names)
+        if "workspace" in names and is_online(folder):
+            workspace = build_workspace(self.study, run.entity, run.project)
+            return save_workspace(workspace)
         return None
 
     def _log_artifacts(self, run: "wandb.Run", names: set[str]) -> None:
@@ -149,6 +183,13 @@ class _Publication:
                 "report",
                 self.report,
             )
+
+
+def _test_metrics(folder: RunFolder) -> dict[str, Any]:
+    """Return a run's metrics of the test rows, which are evaluated after its end."""
+    result = read_json(folder.result) or {}
+    metrics = result.get("metrics", {})
+    return {name: value for name, value in metrics.items() if name.startswith("test/")}
 
 
 def _digest(path: Path) -> str:

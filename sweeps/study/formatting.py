@@ -1,6 +1,8 @@
 """Trials as plain text, for log lines, tables on the terminal, and the report."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -138,6 +140,30 @@ def format_parameters(trial: FrozenTrial) -> str:
     for name, value in point_of(trial).items():
         assignments.append(f"{short_name(name)}={format_value(value)}")
     return " ".join(assignments)
+
+
+TRIAL_NAME_LENGTH = 100
+"""Characters of a trial's name in trackers; W&B takes 128."""
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """Return a trial's name in trackers: its number, and what others have other values of.
+
+    Args:
+        number: the trial's number.
+        values: the values by their config keys.
+
+    Returns:
+        As `t07 r=16 learning_rate=0.0002`. A key stands in full where its last segment is that of
+        another one too; what does not fit is left out.
+    """
+    counts = Counter(map(short_name, values))
+    words = [f"t{number:02d}"]
+    for key, value in values.items():
+        name = short_name(key) if counts[short_name(key)] == 1 else key
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        words.append(f"{name}={text}")
+    return shorten(" ".join(words), TRIAL_NAME_LENGTH, placeholder=" …")
 
 
 def short_name(name: str) -> str:

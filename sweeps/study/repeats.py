@@ -18,6 +18,7 @@ from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
+from sweeps.study.formatting import trial_name
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.study import Study
@@ -138,7 +139,8 @@ def _label(study: Study, repeat: Repeat) -> Label:
     """Return how trackers name the repeat."""
     return Label(
         id=f"{study.uid}-{repeat.name}",
-        name=f"{study.name}-{repeat.name}",
+        name=trial_name(repeat.trial, {"seed": repeat.seed}),
         group=study.name,
         job_type=repeat.purpose,
+        folder=study.folder,
     )

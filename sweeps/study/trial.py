@@ -28,7 +28,8 @@ from sweeps.compat import job_error
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.claims import Claim
 from sweeps.study.errors import StorageLost
-from sweeps.study.formatting import format_value
+from sweeps.study.formatting import format_value, trial_name
+from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
@@ -201,9 +202,10 @@ class TrialRunner:
         """Return how trackers name the trial."""
         return Label(
             id=f"{self._study.uid}-{self._claim.number}",
-            name=f"{self._study.name}-{self._claim.number}",
+            name=trial_name(self._claim.number, point_of(self.trial)),
             group=self._study.name,
             job_type="trial",
+            folder=self._study.folder,
         )
 
     def _reduce_batch(self) -> bool:

@@ -1,13 +1,13 @@
 """Each private name and patch in finetune/compat.py does what its callers rely on."""
 
 import contextlib
-import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from support.wandb_runs import connected
 
 from finetune.compat import (
     attention_implementation,
@@ -18,9 +18,11 @@ from finetune.compat import (
     hub_network_error,
     hydra_argument_parser,
     keep_4bit_layers_trainable,
+    on_wandb_upload_failure,
     set_train_sampler,
-    wandb_summary,
+    wandb_record_class,
 )
+from finetune.tracking.wandb_file import read_records
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -82,21 +84,44 @@ def test_datasets_reads_the_flag_when_it_loads(
         datasets.load_dataset("owner/name", split="train")
 
 
-def test_wandb_summary_is_that_of_the_run(tmp_path: Path) -> None:
+def test_a_wandb_file_holds_records_of_this_class(tmp_path: Path) -> None:
     import wandb
 
     run = wandb.init(mode="offline", dir=str(tmp_path), reinit="create_new")
-    try:
-        run.define_metric("eval/loss", summary="min,last")
-        for step, loss in enumerate((2.0, 1.0, 3.0)):
-            run.log({"eval/loss": loss}, step=step, commit=True)
-        run.summary.update({"status": "completed"})
-        values = wandb_summary(run)
-        assert values["status"] == "completed"
-        assert values["eval/loss"] == {"min": 1.0, "last": 3.0}
-        json.dumps(values)
-    finally:
+    run.log({"eval/loss": 1.0}, step=1, commit=True)
+    run.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    records = read_records(file)
+    assert {type(record) for record in records} == {wandb_record_class()}
+    kinds = [record.WhichOneof("record_type") for record in records]
+    assert {"header", "run", "history", "summary", "exit"} <= set(kinds)
+
+
+@pytest.mark.fault
+def test_an_upload_that_wandb_gives_up_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+    from wandb.errors import term
+
+    monkeypatch.setattr(term, "termwarn", term.termwarn)
+    told = threading.Event()
+    with connected(monkeypatch) as server:
+        on_wandb_upload_failure(told.set)
+        settings = wandb.Settings(silent=True, finish_timeout=5)
+        run = wandb.init(
+            mode="online",
+            project="p",
+            dir=str(tmp_path),
+            reinit="create_new",
+            settings=settings,
+        )
+        assert not told.is_set()
+        server.behaviour = "refuse"
+        run.log({"eval/loss": 1.0}, step=1, commit=True)
         run.finish()
+        assert told.is_set()
+    assert "Fatal" not in capfd.readouterr().err
 
 
 def test_layers_of_a_model_look_up_the_attention_implementation_at_each_call() -> None:

@@ -1,50 +1,27 @@
-"""Read the file of an offline W&B run."""
+"""Read the files of offline W&B runs."""
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def _wandb_file(file: Path) -> Iterator[Any]:
-    """The records of a W&B file: a 7-byte header, then 32 KiB blocks of LevelDB's log."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if (
-            32768 - position % 32768 < 7
-        ):  # no chunk's header fits in what is left of the block
-            position += 32768 - position % 32768
-            continue
-        length, kind = (
-            int.from_bytes(data[position + 4 : position + 6], "little"),
-            data[position + 6],
-        )
-        if position + 7 + length > len(data):
-            return  # W&B is still writing it
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last chunk of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
+from finetune.tracking.wandb_file import read_records
 
 
-def wandb_files(folder: Path) -> list[list[Any]]:
-    """The records of each offline W&B run below a run's folder, the oldest first.
+def wandb_files(folder: Path, run_id: str = "*") -> list[list[Any]]:
+    """The records of each offline W&B run whose files are in a folder, the oldest first.
 
     W&B writes the last of them from a process of its own, a moment after the run has finished.
+
+    Args:
+        folder: A study's folder, or that of a run that belongs to none.
+        run_id: The id of the W&B runs.
     """
-    files = sorted(
-        folder.glob("wandb/offline-run-*/run-*.wandb"),
-        key=lambda path: path.stat().st_ctime_ns,
-    )
+    pattern = f"wandb/offline-run-*/run-{run_id}.wandb"
     end = time.monotonic() + 120
     while True:
-        found = [list(_wandb_file(file)) for file in files]
+        files = sorted(folder.glob(pattern), key=lambda file: file.parent.name)
+        found = [read_records(file) for file in files]
         if (
             all(any(record.HasField("exit") for record in records) for records in found)
             or time.monotonic() > end

@@ -1,9 +1,11 @@
-"""A stub of W&B's server: it answers GraphQL and file_stream, and holds what W&B would show."""
+"""A stub of W&B's server: it answers GraphQL, file_stream and uploads, and holds what W&B would
+show of each run at the end."""
 
 import contextlib
 import gzip
 import json
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +25,23 @@ class ShownRun:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The rows by their position in the history."""
+    """The rows by their step. W&B's client sees to it that a step that is sent again, by another
+    `wandb sync`, has the same number; so the server must take it as the same row."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    artifacts: dict[str, "ShownArtifact"] = field(default_factory=dict)
+    """By their names, once they are committed."""
     exit_code: int | None = None
+
+
+@dataclass
+class ShownArtifact:
+    """What the server would show of one artifact."""
+
+    run: str
+    name: str
+    kind: str
+    aliases: list[str]
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class WandbServer:
@@ -35,6 +52,8 @@ class WandbServer:
         self.runs: dict[str, ShownRun] = {}
         self.requests: list[str] = []
         """The names of the GraphQL operations, and the paths of other requests."""
+        self._artifacts: dict[str, ShownArtifact] = {}
+        """By their ids."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         handler = type("Handler", (_Handler,), {"stub": self})
@@ -59,6 +78,10 @@ class WandbServer:
             self.requests.append(path)
             if path.endswith("/file_stream"):
                 self._stream(path.split("/")[-2], json.loads(body))
+            elif path.startswith("/upload/"):
+                _, _, kind, owner, name = path.split("/", 4)
+                owners = self.runs if kind == "run" else self._artifacts
+                owners[owner].files[urllib.parse.unquote(name)] = body
             return 200, {}
 
     def hang(self) -> None:
@@ -73,17 +96,65 @@ class WandbServer:
         if "createRunFiles" in query:
             files = []
             for name in variables["files"]:
-                files.append(
-                    {"name": name, "uploadUrl": f"{self.address}/upload/{name}"}
-                )
+                url = f"{self.address}/upload/run/{variables['run']}/{name}"
+                files.append({"name": name, "uploadUrl": url})
             answer = {"runID": variables["run"], "uploadHeaders": [], "files": files}
             return {"createRunFiles": answer}
+        if "rtifact" in operation:
+            return self._artifact_operation(operation, variables)
         if "bucket(" in query:
             return {"model": {"bucket": self._bucket(variables)}}
         if "viewer" in query:
             viewer = {"id": "1", "entity": "user", "username": "user", "flags": "{}"}
             return {"viewer": viewer}
         return {}
+
+    def _artifact_operation(
+        self, operation: str, variables: dict[str, Any]
+    ) -> dict[str, Any]:
+        given = variables.get("input", variables)
+        if operation == "CreateArtifact":
+            artifact_id = f"artifact{len(self._artifacts)}"
+            self._artifacts[artifact_id] = ShownArtifact(
+                given["runName"],
+                given["artifactCollectionName"],
+                given["artifactTypeName"],
+                sorted(alias["alias"] for alias in given["aliases"] or []),
+            )
+            artifact = {
+                "id": artifact_id,
+                "state": "PENDING",
+                "artifactSequence": {"id": "1", "latestArtifact": None},
+            }
+            return {"createArtifact": {"artifact": artifact}}
+        if operation == "CreateArtifactManifest":
+            manifest = {"id": "1", "file": self._artifact_file(given, "manifest")}
+            return {"createArtifactManifest": {"artifactManifest": manifest}}
+        if operation == "CreateArtifactFiles":
+            edges = []
+            for file in given["artifactFiles"]:
+                edges.append({"node": self._artifact_file(file, file["name"])})
+            return {"createArtifactFiles": {"files": {"edges": edges}}}
+        if operation == "CommitArtifact":
+            artifact_id = given["artifactID"]
+            committed = self._artifacts[artifact_id]
+            del committed.files["manifest"]
+            self.runs[committed.run].artifacts[committed.name] = committed
+            return {"commitArtifact": {"artifact": {"id": artifact_id, "digest": ""}}}
+        return {"project": None}
+
+    def _artifact_file(self, given: dict[str, Any], name: str) -> dict[str, Any]:
+        artifact_id = given["artifactID"]
+        return {
+            "id": "1",
+            "name": name,
+            "displayName": name,
+            "uploadUrl": f"{self.address}/upload/artifact/{artifact_id}/{name}",
+            "uploadHeaders": [],
+            "storagePath": name,
+            "uploadMultipartUrls": None,
+            "artifact": {"id": artifact_id},
+        }
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         run_id = variables["name"]
@@ -138,8 +209,9 @@ class WandbServer:
         files = body.get("files") or {}
         history = files.get("wandb-history.jsonl")
         if history:
-            for position, line in enumerate(history["content"], history["offset"]):
-                run.history[position] = json.loads(line)
+            for line in history["content"]:
+                row = json.loads(line)
+                run.history[row["_step"]] = row
         summary = files.get("wandb-summary.json")
         if summary:
             # The server holds one line: a later one takes the place of the earlier.

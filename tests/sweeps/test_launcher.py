@@ -16,6 +16,7 @@ from support.runs import final, losses
 from support.wandb_log import wandb_files, wandb_history
 
 from finetune.config.schema import RunConfig
+from finetune.files.atomic import read_json
 from finetune.files.run_folder import checkpoints_in
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.plan import USABLE
@@ -191,7 +192,8 @@ def test_each_job_is_a_wandb_run_of_one_group(two: tuple[Path, str]) -> None:
     shown = []
     for number in range(2):
         place = folder / "trials" / str(number)
-        (records,) = wandb_files(place)
+        run_id = read_json(place / "tracker.json")["id"]
+        (records,) = wandb_files(folder, run_id)
         (opened,) = [record.run for record in records if record.HasField("run")][:1]
         shown.append((opened.display_name, opened.run_group, opened.job_type))
         steps = wandb_history(records)

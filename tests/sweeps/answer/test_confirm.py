@@ -1,7 +1,6 @@
 """The best trials trained anew with other seeds: what is compared, how the answer changes, kills
 and interruptions."""
 
-import contextlib
 import json
 import logging
 import os
@@ -434,10 +433,9 @@ def test_a_baseline_whose_adapter_is_gone_is_not_measured(
 def test_wandb_calls_the_confirmed_winner_the_best(
     written: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "finetune.tracking.wandb_finished.reopen_run",
-        lambda *_: contextlib.nullcontext(),
-    )
+    for function in ("_only_file", "change_tags"):
+        name = f"finetune.tracking.wandb_finished.{function}"
+        monkeypatch.setattr(name, lambda *_: None)
     monkeypatch.setattr("sweeps.answer.conclusion.publish", lambda *_: [])
     for trial, tags in ((0, ["mine", "best"]), (1, ["mine"]), (2, None)):
         ended(written.folder_of(trial).path, loss=trial, test=trial)
@@ -465,25 +463,41 @@ def test_wandb_calls_the_confirmed_winner_the_best(
     assert tags_of == {0: ["mine"], 1: ["mine", "best"], 2: None}
 
 
-def test_runs_of_the_confirmation_are_synced_too(written: Study) -> None:
-    (written.folder / "confirm" / "0-seed1" / "wandb" / "offline-run-1").mkdir(
-        parents=True
-    )
-    place = os.path.relpath(written.folder)
+def offline_run(folder: Path, run_id: str) -> Path:
+    """The file of an offline W&B run."""
+    file = folder / "wandb" / f"offline-run-1-{run_id}" / f"run-{run_id}.wandb"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    return file
 
-    assert (
-        dict(commands(written))["W&B"]
-        == f"wandb sync {place}/confirm/*/wandb/offline-run-*"
-    )
+
+def test_the_command_for_wandb_is_shown_as_long_as_it_sends_something(
+    written: Study,
+) -> None:
+    place = os.path.relpath(written.folder)
+    assert "W&B" not in dict(commands(written))
+    first = offline_run(written.folder, f"{written.uid}-0-seed1")
+    assert dict(commands(written))["W&B"] == f"wandb sync {place}/wandb"
+    Path(f"{first}.synced").touch()
+    assert "W&B" not in dict(commands(written))
+    offline_run(written.folder, f"{written.uid}-1")
+    assert dict(commands(written))["W&B"] == f"wandb sync {place}/wandb"
+
+
+def test_runs_of_a_study_of_before_are_synced_too(written: Study) -> None:
+    offline_run(written.folder / "trials" / "0", f"{written.uid}-0")
+    place = os.path.relpath(written.folder)
+    pattern = f"{place}/*/*/wandb/offline-run-*"
+    assert dict(commands(written))["W&B"] == f"wandb sync {pattern}"
 
 
 def test_runs_in_a_folder_of_the_users_are_synced_without_those_of_other_studies(
     written: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    (tmp_path / "wandb" / "offline-run-1-other-0").mkdir(parents=True)
+    offline_run(tmp_path, "other-0")
     assert "W&B" not in dict(commands(written))
-    (tmp_path / "wandb" / f"offline-run-1-{written.uid}-0").mkdir()
+    offline_run(tmp_path, f"{written.uid}-0")
     pattern = f"wandb/offline-run-*-{written.uid}-*"
     assert (
         dict(commands(written))["W&B"]

@@ -1,12 +1,11 @@
 """What W&B gets when a study ends, read back from its offline files; a view's specification, as it
 would be sent."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from optuna.distributions import (
 from optuna.trial import create_trial
 from support.commands import Station
 from support.configs import compose, study_overrides, tiny_overrides
-from support.wandb_log import wandb_files, wandb_items, wandb_summary
+from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.config.sections.tracker import TrackerSettings
 from finetune.run.context import RunContext
@@ -67,7 +66,7 @@ def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset.max_length=64",
     ]
     overrides += ["trainer.max_steps=1", "dataset.test_fraction=0"]
-    label = Label("abc-0", "s-0", "s", "trial")
+    label = Label("abc-0", "s-0", "s", "trial", folder)
     place = study.folder_of(0).path
     loss = run(
         compose(*tiny_overrides(tiny_base), *overrides),
@@ -105,24 +104,22 @@ def asked(study: Study, **changes: Any) -> TrackerSettings:
     )
 
 
-def added(study: Study) -> list[list[Any]]:
-    """The records of each time that the winner's W&B run was opened anew."""
-    return wandb_files(study.folder_of(0).path)[1:]
+def winners_run(study: Study) -> list[Any]:
+    """The records of the winner's one W&B file."""
+    (records,) = wandb_files(study.folder, "abc-0")
+    return records
 
 
 def opened(records: list[Any]) -> Any:
-    """A file's run as it stands at the end of the file."""
-    return [record.run for record in records if record.HasField("run")][-1]
+    """A file's run."""
+    (run,) = [record.run for record in records if record.HasField("run")]
+    return run
 
 
 def initial_config(records: list[Any]) -> dict[str, Any]:
-    """The config that a file begins with, but for what W&B adds."""
-    run = next(record.run for record in records if record.HasField("run"))
-    return {
-        name: value
-        for name, value in wandb_items(run.config.update).items()
-        if name != "_wandb"
-    }
+    """The config of a file's run, but for what W&B adds."""
+    config = wandb_items(opened(records).config.update)
+    return {name: value for name, value in config.items() if name != "_wandb"}
 
 
 def lasting_summary(records: list[Any]) -> dict[str, Any]:
@@ -134,13 +131,11 @@ def lasting_summary(records: list[Any]) -> dict[str, Any]:
     }
 
 
-def assert_all_is_sent_again(
-    first: list[Any], later: list[Any], added: set[str]
-) -> None:
-    """`wandb sync` puts a later file's config and summary in the place of the first's."""
-    assert initial_config(later) == initial_config(first)
-    assert opened(later).resume, "else the history that was sent before is lost"
-    before, after = lasting_summary(first), lasting_summary(later)
+def assert_only_adds(before: list[Any], after: list[Any], added: set[str]) -> None:
+    """Check that a file has all that it had before, and besides only some summary values."""
+    assert initial_config(after) == initial_config(before)
+    assert wandb_history(after) == wandb_history(before)
+    summary_before, summary_after = lasting_summary(before), lasting_summary(after)
     assert {
         "status",
         "error",
@@ -148,9 +143,9 @@ def assert_all_is_sent_again(
         "eval/loss",
         "eval/accuracy",
         "train/loss",
-    } <= set(before)
-    assert {name: after.get(name) for name in before} == before
-    assert set(after) - set(before) == added
+    } <= set(summary_before)
+    assert {name: summary_after.get(name) for name in summary_before} == summary_before
+    assert set(summary_after) - set(summary_before) == added
 
 
 def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, bytes]]]:
@@ -167,23 +162,21 @@ def artifacts(records: list[Any]) -> dict[str, tuple[str, list[str], dict[str, b
         for one in (
             record.artifact for record in records if record.HasField("artifact")
         )
+        if one.type != "run_table"
     }
 
 
 def test_the_winners_run_gets_test_loss_adapter_and_report(
     study: Study, report: Path
 ) -> None:
+    before = winners_run(study)
     assert publish(study, 0, TEST, report, asked(study, adapters="best")) == []
 
-    (records,) = added(study)
-    (opened,) = [record.run for record in records if record.HasField("run")]
-    assert (opened.run_id, opened.run_group, opened.job_type) == ("abc-0", "s", "trial")
-    summary = [
-        (item.key or item.nested_key[0], item.value_json)
-        for r in records
-        for item in r.summary.update
-    ]
-    assert ("test/loss", "1.25") in summary
+    records = winners_run(study)
+    run = opened(records)
+    assert (run.run_id, run.run_group, run.job_type) == ("abc-0", "s", "trial")
+    assert_only_adds(before, records, {"test/loss"})
+    assert wandb_summary(records)["test/loss"] == 1.25
     adapter = {
         file.name: file.read_bytes() for file in study.folder_of(0).adapter.iterdir()
     }
@@ -197,7 +190,7 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(
 
 
 @pytest.mark.parametrize(
-    ("change", "tags", "added_to_summary"),
+    ("change", "tags", "added"),
     [
         (lambda study: publish(study, 0, TEST, None), ["mine"], {"test/loss"}),
         (lambda study: add_tag(study.folder_of(0), "best"), ["mine", "best"], set()),
@@ -205,26 +198,14 @@ def test_the_winners_run_gets_test_loss_adapter_and_report(
     ],
     ids=["publish", "add_tag", "remove_tag"],
 )
-@pytest.mark.parametrize("status", ["completed", "pruned"])
-def test_a_run_that_is_opened_again_offline_is_sent_whole(
-    change: Callable[[Study], None],
-    tags: list[str],
-    added_to_summary: set[str],
-    status: str,
-    study: Study,
+def test_a_run_that_is_changed_offline_stays_one_whole_file(
+    change: Callable[[Study], None], tags: list[str], added: set[str], study: Study
 ) -> None:
-    path = study.folder_of(0).result
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps({**result, "status": status}))
-
+    before = winners_run(study)
     change(study)
-
-    first, last = wandb_files(study.folder_of(0).path)
-    assert list(opened(last).tags) == tags
-    if status == "completed":
-        assert_all_is_sent_again(first, last, added_to_summary)
-    else:
-        assert lasting_summary(last)["pruned_at"] == result["step"]
+    after = winners_run(study)
+    assert list(opened(after).tags) == tags
+    assert_only_adds(before, after, added)
 
 
 def test_a_study_sends_its_winner_and_the_one_before_whole(
@@ -246,35 +227,46 @@ def test_a_study_sends_its_winner_and_the_one_before_whole(
     ended = station.run(*study_overrides(tiny_base, "s1"), *more, *space, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
-    trials = tmp_path / "outputs" / "sweeps" / "s1" / "trials"
-    baseline, winner = (wandb_files(trials / number) for number in ("0", "1"))
-    assert list(opened(baseline[0]).tags) == ["mine", "best"]
-    assert list(opened(baseline[-1]).tags) == ["mine"]
-    assert_all_is_sent_again(baseline[0], baseline[-1], set())
-    assert list(opened(winner[-1]).tags) == ["mine", "best"]
-    assert_all_is_sent_again(winner[0], winner[-1], {"test/loss", "test/accuracy"})
+    folder = tmp_path / "outputs" / "sweeps" / "s1"
+    uid = Study.load(folder).uid
+    baseline, winner = (wandb_files(folder, f"{uid}-{number}") for number in (0, 1))
+    assert len(baseline) == len(winner) == 1
+    assert list(opened(baseline[0]).tags) == ["mine"]
+    assert list(opened(winner[0]).tags) == ["mine", "best"]
+    assert {"test/loss", "test/accuracy"} <= lasting_summary(winner[0]).keys()
+    assert {"test/loss", "test/accuracy"} <= lasting_summary(baseline[0]).keys()
+    for records in (*baseline, *winner):
+        summary = lasting_summary(records)
+        assert summary["status"] == "completed"
+        assert isinstance(summary["eval/loss"], float)
+        assert wandb_history(records)
 
 
 def test_the_same_is_not_sent_twice_and_of_what_changes_only_that(
     study: Study, report: Path
 ) -> None:
+    sent = []
     for _ in range(2):
         publish(study, 0, TEST, report, asked(study, adapters="all"))
-    assert len(added(study)) == 1
+        sent.append(winners_run(study))
+    assert sent[0] == sent[1]
 
     report.write_text("<p>Another</p>")
     publish(study, 0, TEST, report, asked(study, adapters="all"))
-    assert [list(artifacts(records)) for records in added(study)] == [
-        ["s-adapter", "s-report"],
-        ["s-report"],
+    names = [
+        record.artifact.name
+        for record in winners_run(study)
+        if record.HasField("artifact") and record.artifact.type != "run_table"
     ]
+    assert names == ["s-adapter", "s-report", "s-report"]
 
 
 def test_the_winner_began_with_no_adapter_for_wandb_and_there_may_be_no_test_rows(
     study: Study, tmp_path: Path
 ) -> None:
+    before = winners_run(study)
     assert publish(study, 0, None, tmp_path / "no report.html") == []
-    assert not added(study)
+    assert winners_run(study) == before
     assert not (study.folder / PUBLISHED).exists()
 
 
@@ -283,17 +275,18 @@ def test_a_report_stays_on_this_machine_where_trackers_get_no_text(
 ) -> None:
     publish(study, 0, TEST, report, asked(study, adapters="all", text=False))
 
-    assert [list(artifacts(records)) for records in added(study)] == [["s-adapter"]]
+    assert list(artifacts(winners_run(study))) == ["s-adapter"]
     assert "report" not in json.loads((study.folder / PUBLISHED).read_text())
 
 
 def test_a_study_without_wandb_is_left_alone(study: Study, report: Path) -> None:
+    before = winners_run(study)
     (study.folder_of(0).path / "tracker.json").unlink()
     assert (
         publish(study, 0, TEST, report, asked(study, adapters="all", workspace=True))
         == []
     )
-    assert not added(study)
+    assert winners_run(study) == before
 
 
 def test_a_failure_is_one_warning_and_the_next_session_tries_again(
@@ -302,6 +295,7 @@ def test_a_failure_is_one_warning_and_the_next_session_tries_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    before = winners_run(study)
     with monkeypatch.context() as broken:
         broken.setenv("WANDB_DATA_DIR", f"{os.devnull}/nowhere")
         assert publish(study, 0, TEST, report) == []
@@ -310,19 +304,17 @@ def test_a_failure_is_one_warning_and_the_next_session_tries_again(
     ]
     assert line.startswith("W&B: ")
     assert line.endswith("; not uploaded: report, test/loss")
-    (records,) = added(study)
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [
-        0
-    ], "the run itself is sound"
+    assert winners_run(study) == before
 
     publish(study, 0, TEST, report)
-    assert list(artifacts(added(study)[-1])) == ["s-report"]
+    assert list(artifacts(winners_run(study))) == ["s-report"]
 
 
 def test_offline_no_view_is_saved_and_that_is_said(study: Study) -> None:
+    before = winners_run(study)
     (line,) = publish(study, 0, None, None, asked(study, workspace=True))
     assert "not saved" in line
-    assert not added(study)
+    assert winners_run(study) == before
 
 
 @pytest.fixture
@@ -334,15 +326,14 @@ def server(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     opened.write_text(json.dumps({**json.loads(opened.read_text()), "mode": "online"}))
     sent: list[Any] = []
 
-    @contextlib.contextmanager
-    def reopen_run(*_: Any, **__: Any) -> Iterator[Any]:
-        yield SimpleNamespace(entity="me", project="mine", summary={})
+    def add_to_run(_: Any, add: Callable[[Any], Any], **__: Any) -> Any:
+        return add(SimpleNamespace(entity="me", project="mine", summary={}))
 
     def upsert(view: Any) -> dict[str, Any]:
         sent.append(view)
         return {"upsertView": {"view": {"name": "nw-name-v", "id": "id"}}}
 
-    monkeypatch.setattr(module, "reopen_run", reopen_run)
+    monkeypatch.setattr(module, "add_to_run", add_to_run)
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
     monkeypatch.setattr(interface.wandb, "Api", lambda: None)
     monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.ai")

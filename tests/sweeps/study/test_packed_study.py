@@ -128,33 +128,22 @@ def test_each_slot_has_its_own_wandb_run_with_trls_names(
         tmp_path,
         RunContext(interactive=False),
     )
-    wanted = history_names(tmp_path)
+    wanted = history_names(*wandb_files(tmp_path))
     uid = Study.load(packed_study).uid
     for number in range(TRIALS):
         folder = packed_study / "trials" / str(number)
-        opened = [
-            record.run.run_id
-            for records in wandb_files(folder)
-            for record in records
-            if record.HasField("run")
-        ]
-        assert set(opened) == {f"{uid}-{number}"}
-        names = history_names(folder)
+        (records,) = wandb_files(packed_study, f"{uid}-{number}")
+        names = history_names(records)
         assert names <= wanted
         assert names == wanted or final(folder)["status"] == "pruned"
         for name in ("train/loss", "eval/loss"):
-            shown = [row[name] for row in history(folder) if name in row]
+            shown = [row[name] for row in wandb_history(records) if name in row]
             assert shown == [row[name] for row in logged(folder) if name in row]
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [row for records in wandb_files(folder) for row in wandb_history(records)]
-
-
-def history_names(folder: Path) -> set[str]:
-    return {
-        name for row in history(folder) for name in row if not name.startswith("test/")
-    }
+def history_names(records: list[Any]) -> set[str]:
+    rows = wandb_history(records)
+    return {name for row in rows for name in row if not name.startswith("test/")}
 
 
 def test_the_winner_of_a_pack_trained_again_alone_is_the_same_to_rounding(
