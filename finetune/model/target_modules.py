@@ -140,15 +140,14 @@ def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set
     refused = set()
     for name in names:
         is_refused = peft_refuses_layer(config, model, _last_part(name))
-        if is_refused or _has_own_output(model.get_submodule(name)):
+        if is_refused or _is_router(model.get_submodule(name)):
             refused.add(name)
     return refused
 
 
-def _has_own_output(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer computes more than its product (the routers of Llama 4)."""
-    is_of_a_model = type(layer).__module__.startswith("transformers.models.")
-    return isinstance(layer, torch.nn.Linear) and is_of_a_model
+def _is_router(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer chooses experts, and returns more than its product (Llama 4)."""
+    return isinstance(layer, torch.nn.Linear) and "Router" in type(layer).__name__
 
 
 def _linear_layers(model: "PreTrainedModel") -> set[str]:

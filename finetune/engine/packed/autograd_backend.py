@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.engine.packed.attention import PackedAttention, use_packed_attention
+from finetune.engine.packed.autograd_pass import Pass, SlotSpan
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
@@ -27,51 +28,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _SlotSpan:
-    """The tokens of one slot in a pass."""
-
-    slot: "Slot"
-    start: int
-    stop: int
-    """One past the last token."""
-    dropout_step: int | None
-    """None: no dropout."""
-    row: int = 0
-    """Number of the row among the slot's, in a layer that computes each row by itself."""
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A forward or backward pass in progress."""
-
-    spans: list[_SlotSpan]
-    training: bool
-    attention: PackedAttention
-    rows: list[tuple[int, int]]
-    """First token of each row, and one past its last, in the order of the slots."""
-
-    def of_row(self, number: int) -> "_Pass":
-        """The pass of one row alone, whose first token has the number 0."""
-        start, stop = self.rows[number]
-        (span,) = [span for span in self.spans if span.start <= start < span.stop]
-        first_row = next(
-            index for index, row in enumerate(self.rows) if row[0] == span.start
-        )
-        row_span = _SlotSpan(
-            slot=span.slot,
-            start=0,
-            stop=stop - start,
-            dropout_step=span.dropout_step,
-            row=span.row + number - first_row,
-        )
-        return _Pass([row_span], self.training, self.attention, [(0, stop - start)])
-
-
-@dataclass(frozen=True)
 class _Trace:
     """What a forward pass keeps for its backward pass."""
 
-    current_pass: _Pass
+    current_pass: Pass
     hidden: torch.Tensor
     """The hidden states with their autograd graph."""
 
@@ -90,7 +50,7 @@ class AutogradBackend:
         """
         self._base = base
         self._gradient_checkpointing = gradient_checkpointing
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         self._row_adapters: RowAdapters | None = None
         """Those of the slots for which text is generated now."""
         device = base.get_input_embeddings().weight.device
@@ -128,14 +88,14 @@ class AutogradBackend:
             strict=True,
         )
         for slot, (start, stop), step in slot_spans:
-            span = _SlotSpan(
+            span = SlotSpan(
                 slot=slot,
                 start=start,
                 stop=stop,
                 dropout_step=step,
             )
             spans.append(span)
-        current_pass = _Pass(
+        current_pass = Pass(
             spans,
             training=dropout_steps is not None,
             attention=PackedAttention(batch),
@@ -205,7 +165,7 @@ class AutogradBackend:
             self._row_adapters = None
 
     @contextlib.contextmanager
-    def _during(self, current_pass: _Pass) -> Iterator[None]:
+    def _during(self, current_pass: Pass) -> Iterator[None]:
         """Put the base into the state of a pass, and back afterwards."""
         checkpointing = self._gradient_checkpointing and current_pass.training
         was_training = self._base.training
@@ -277,7 +237,7 @@ def _require_linear(layer: torch.nn.Module) -> None:
         raise NotImplementedError(f"adapters on layers of {type(layer).__name__}")
 
 
-def _adapted_tokens(current_pass: _Pass, name: str) -> list[SlotTokens]:
+def _adapted_tokens(current_pass: Pass, name: str) -> list[SlotTokens]:
     """The tokens of the slots that adapt a layer."""
     slot_tokens = []
     for span in current_pass.spans:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import gelu, silu
 from transformers.activations import ACT2FN
+
+from finetune.engine.packed.fused_functions import geglu, rms_norm, swiglu
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -177,100 +178,3 @@ def _fused_joined_gate(module: Any) -> Forward:
         return output
 
     return forward
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in float32.
-
-    Keeps its input and one number a token.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        epsilon: float,
-        rounds_last: bool,
-    ) -> torch.Tensor:
-        x_float32 = x.float()
-        mean_square = (x_float32 * x_float32).mean(-1, keepdim=True)
-        inverse_rms = torch.rsqrt(mean_square + epsilon)
-        ctx.save_for_backward(x, weight, inverse_rms)
-        normalized = x_float32 * inverse_rms
-        if rounds_last:
-            return (weight * normalized).to(x.dtype)
-        return weight * normalized.to(x.dtype)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        grad_normalized = (grad_output * weight).float()
-        # Computed again instead of kept: it is as large as the input.
-        normalized = x.float() * inverse_rms
-        # A longer or shorter row has the same norm: the gradient has no component along the row.
-        projection = (grad_normalized * normalized).mean(-1, keepdim=True)
-        # (grad_normalized - normalized · projection) · inverse_rms, in place to save memory.
-        parallel = normalized.mul_(projection)
-        grad_x = grad_normalized.sub_(parallel).mul_(inverse_rms)
-        return grad_x.to(x.dtype), None, None, None
-
-
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    return gelu(x, approximate="tanh")
-
-
-def _gelu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
-    return result
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up (SwiGLU: Shazeer, 2020); keeps its two inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        # In place on silu's output, which nothing else refers to.
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)
-        grad_up = silu(gate).mul_(grad_output)
-        return grad_gate, grad_up
-
-
-class _GeGLU(torch.autograd.Function):
-    """The same with gelu (GeGLU: Shazeer, 2020), in its approximation by tanh (Gemma)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gelu(gate).mul_(up)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        grad_gate = _gelu_backward(grad_output * up, gate)
-        grad_up = _gelu(gate).mul_(grad_output)
-        return grad_gate, grad_up
-
-
-rms_norm: Callable[..., torch.Tensor] = _RMSNorm.apply
-
-
-swiglu: Callable[..., torch.Tensor] = _SwiGLU.apply
-
-
-geglu: Callable[..., torch.Tensor] = _GeGLU.apply
