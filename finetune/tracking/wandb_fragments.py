@@ -40,7 +40,7 @@ def join_finished(directory: Path, run_id: str, is_offline: bool) -> Path | None
     files = fragment_files(directory, run_id)
     if not files:
         return None
-    _wait_until_complete(files[-1])
+    wait_until_complete(files[-1])
     for file in files:
         # A sync while the run was open has not sent its end.
         _forget_sync(file)
@@ -91,7 +91,7 @@ def _is_offline(file: Path) -> bool:
     return file.parent.name.startswith("offline-")
 
 
-def _wait_until_complete(file: Path) -> None:
+def wait_until_complete(file: Path) -> None:
     """Wait for the last record of a finished run, which W&B writes from a process of its own."""
     end = time.monotonic() + _LAST_RECORD_SECONDS
     while not any(record.HasField("exit") for record in read_records(file)):
@@ -123,7 +123,7 @@ def change_tags(file: Path, tags: Sequence[str]) -> None:
 
 def add_session(file: Path, session_file: Path) -> None:
     """Add summary and artifacts to the run in a file, from the file of another, finished one."""
-    _wait_until_complete(session_file)
+    wait_until_complete(session_file)
     log, session = read_log(file), read_log(session_file)
     assert log is not None
     if session is None:

@@ -23,6 +23,7 @@ from finetune.compat import (
     wandb_record_class,
 )
 from finetune.tracking.wandb_file import read_records
+from finetune.tracking.wandb_fragments import wait_until_complete
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -91,6 +92,7 @@ def test_a_wandb_file_holds_records_of_this_class(tmp_path: Path) -> None:
     run.log({"eval/loss": 1.0}, step=1, commit=True)
     run.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    wait_until_complete(file)
     records = read_records(file)
     assert {type(record) for record in records} == {wandb_record_class()}
     kinds = [record.WhichOneof("record_type") for record in records]
