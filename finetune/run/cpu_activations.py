@@ -20,7 +20,7 @@ from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import compute_dtype
 from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
-from finetune.run.memory_costs import Activations, Widths, read_widths
+from finetune.run.memory_costs import Activations, read_widths, recurrent_elements
 
 TRL_TOKENS = 4096
 """Most tokens, and columns of the vocabulary, of a tile of TRL's fused head (TRL 1.16)."""
@@ -46,6 +46,8 @@ class LayerShape:
     inner: int
     norms: int
     """Inputs of all norms of the layer."""
+    recurrent: int
+    """What recurrent layers keep, on the average of all layers."""
     scores: int
     """Attention scores for each query and key: of attention with soft-capping or sinks."""
     adapters: Mapping[str, tuple[int, int, int]]
@@ -93,7 +95,7 @@ def cpu_activations(
     base = BaseShape(
         layers=shapes.num_hidden_layers,
         vocabulary=shapes.vocab_size,
-        layer=_layer_shape(read_widths(shapes), adapted, scores),
+        layer=_layer_shape(shapes, adapted, scores),
         element=compute_dtype(config.quantization).itemsize,
         caps_logits=logit_transform_of(shapes).cap is not None,
     )
@@ -116,8 +118,9 @@ def cpu_activations(
     return Activations(training, training, logits, max(0, evaluating - logits))
 
 
-def _layer_shape(widths: Widths, adapted: Any, scores: int) -> LayerShape:
+def _layer_shape(shapes: Any, adapted: Any, scores: int) -> LayerShape:
     """Read a layer's norms and adapters from the base, whose layers are taken to be alike."""
+    widths = read_widths(shapes)
     adapters = {}
     norms = 0
     # Not of a vision tower, which computes nothing for text.
@@ -142,6 +145,7 @@ def _layer_shape(widths: Widths, adapted: Any, scores: int) -> LayerShape:
         widths.keys,
         widths.inner,
         norms,
+        recurrent_elements(shapes),
         scores,
         adapters,
     )
@@ -156,7 +160,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
     """Count what a batch of the packed engine takes."""
     layer = base.layer
     # A norm keeps its input, a gate its two inputs, an adapted layer its input and that times A.
-    elements = layer.norms + 2 * layer.inner
+    elements = layer.norms + 2 * layer.inner + layer.recurrent
     # In 8 bits bitsandbytes keeps the input of each layer.
     all_inputs = config.quantization.load_in_8bit
     if all_inputs or layer.adapts("q_proj", "k_proj", "v_proj"):
@@ -244,7 +248,7 @@ def trl_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Count
     """Count what a batch of TRL's trainer takes."""
     layer = base.layer
     # Beside the packed engine's terms the gate keeps its activation, and each layer has a mask.
-    elements = layer.norms + 4 * layer.queries + 3 * layer.inner
+    elements = layer.norms + 4 * layer.queries + 3 * layer.inner + layer.recurrent
     if config.lora.dropout:
         # Each adapter has its input masked, and the mask in float32.
         elements += sum(2 * width for width, _, _ in layer.adapters.values())

@@ -73,6 +73,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "GraniteSWA": {"sliding_window": 64},
     "Lfm2": {"layer_types": ["conv", "full_attention"] * 3},
     "Nemotron": {"head_dim": 32},
+    "Qwen3_5Text": {
+        "head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2,
+    },
 }
 
 
