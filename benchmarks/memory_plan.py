@@ -106,7 +106,7 @@ CASES = {
         rows=44,
     ),
     "Qwen 3, 150,000 words, untied": Case(SHORT, base="qwen3"),
-    "Gemma 3, 262,144 words (trl)": Case(
+    "Gemma 3, 262,144 words": Case(
         (50, 150),
         ("trainer.per_device_eval_batch_size=4",),
         base="gemma3",
