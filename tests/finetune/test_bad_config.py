@@ -29,6 +29,11 @@ CONFIG = [
     ),
     Case("choice-that-is-a-number", "lora=8", "lora=8: …r8…"),
     Case(
+        "objective-twice",
+        "objective=[eval/loss,eval/loss]",
+        "objective=[…eval/loss…]: must be different metrics",
+    ),
+    Case(
         "choice-that-is-null",
         "tracker=null",
         "tracker=null: no such choice; …allowed: both, none, tensorboard, wandb",
