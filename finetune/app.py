@@ -146,7 +146,7 @@ def check_override(override: str) -> str:
 
     Raises:
         ConfigError: the override holds a credential, names a folder that is not plain, or has a
-            number where a choice of a group belongs.
+            number or null where a choice of a group belongs.
     """
     refuse_secrets_in(override)
     key, _, value = override.partition("=")
@@ -155,7 +155,7 @@ def check_override(override: str) -> str:
         for name in value.split(","):
             if not is_plain_name(name):
                 raise refusal(key, value, PLAIN_NAME)
-    if (CONF / key).is_dir() and value.isdigit():
+    if (CONF / key).is_dir() and (value.isdigit() or value == "null"):
         choices = [file.stem for file in (CONF / key).glob("*.yaml")]
         raise refusal(key, value, f"no such choice; {did_you_mean(value, choices)}")
     open_groups = (

@@ -113,7 +113,10 @@ class RunConfig(Section):
 
     def _check_objectives(self) -> None:
         allowed = self.allowed_objectives(self.evaluation.names)
-        for name in self._objective_names:
+        names = self._objective_names
+        if len(set(names)) < len(names):
+            raise refusal("objective", names, "must be different metrics")
+        for name in names:
             # A function's scores are known once it is imported: `finetune.metrics.load`.
             if self.evaluation.has_functions and name.startswith("eval/"):
                 continue

@@ -62,8 +62,9 @@ class WandbTracker(Tracker):
         self._adapter: Path | None = None
         """What has been logged as the adapter."""
         define_metrics(self._run, self._best)
-        if self._arguments["resume"] and earlier_file is not None:
-            self._log_missing(last_step(earlier_file))
+        if self._arguments["resume"]:
+            # Without a file, W&B had written nothing before the kill.
+            self._log_missing(-1 if earlier_file is None else last_step(earlier_file))
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""

@@ -9,7 +9,7 @@ from finetune.config.convert import build
 from finetune.config.flatten import flatten
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.sections.section import Section
-from finetune.errors import ConfigError
+from finetune.errors import refusal
 from sweeps.space.constraints import Constraint, parse_constraint
 from sweeps.space.encoding import encode
 
@@ -193,9 +193,9 @@ def _start_points(start: Any) -> list[dict[str, Any]]:
     points = [start] if isinstance(start, Mapping) else start
     allowed = "must be a list of points, as [{lora.r: 8}]"
     if not isinstance(points, list):
-        raise ConfigError(f"hydra.sweeper.start={start}: {allowed}")
+        raise refusal("hydra.sweeper.start", start, allowed)
     if not all(isinstance(point, Mapping) for point in points):
-        raise ConfigError(f"hydra.sweeper.start={start}: {allowed}")
+        raise refusal("hydra.sweeper.start", start, allowed)
     return [_encode_point(point) for point in points]
 
 

@@ -51,9 +51,13 @@ def check_settings(
     if study_name is None:
         study_name = time.strftime("%Y-%m-%d_%H-%M-%S")
     choices = config.hydra.runtime.choices
-    for group in ("sampler", "pruner"):
+    for group, example in (("sampler", "tpe"), ("pruner", "none")):
         key = f"hydra.sweeper.{group}"
-        choice = str(choices.get(key.replace(".", "/")))
+        choice_key = key.replace(".", "/")
+        if not isinstance(plain[group], Mapping):
+            allowed = f"is chosen by its group, as {choice_key}={example}"
+            raise refusal(key, plain[group], allowed)
+        choice = str(choices.get(choice_key))
         plain = {**plain, group: without_choice_arguments(key, choice, plain[group])}
     values = {
         **plain,

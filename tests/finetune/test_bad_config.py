@@ -29,6 +29,16 @@ CONFIG = [
     ),
     Case("choice-that-is-a-number", "lora=8", "lora=8: …r8…"),
     Case(
+        "objective-twice",
+        "objective=[eval/loss,eval/loss]",
+        "objective=[…eval/loss…]: must be different metrics",
+    ),
+    Case(
+        "choice-that-is-null",
+        "tracker=null",
+        "tracker=null: no such choice; …allowed: both, none, tensorboard, wandb",
+    ),
+    Case(
         "key",
         "lora.alhpa=8",
         "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…",

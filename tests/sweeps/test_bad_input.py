@@ -174,6 +174,21 @@ SETTINGS = [
         "hydra/sweeper/pruner=medan: …did you mean median? allowed: hyper…",
     ),
     Case(
+        "pruner-null",
+        "hydra.sweeper.pruner=null",
+        "hydra.sweeper.pruner=null: is chosen by its group, as hydra/sweeper/pruner=none",
+    ),
+    Case(
+        "sampler-name",
+        "hydra.sweeper.sampler=gp",
+        "hydra.sweeper.sampler=gp: is chosen by its group, as hydra/sweeper/sampler=tpe",
+    ),
+    Case(
+        "start-null",
+        "hydra.sweeper.start=null",
+        "hydra.sweeper.start=null: must be a list of points, as [{lora.r: 8}]",
+    ),
+    Case(
         "search",
         "search=nope",
         "search=nope: no such choice; …allowed: lora, lora_rate, lora_targets, schedule",

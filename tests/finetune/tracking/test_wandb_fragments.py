@@ -132,6 +132,30 @@ def test_a_resumed_run_is_one_file_with_its_whole_history(
     assert len(list((tmp_path / "wandb").glob("*run-*"))) == 1
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_steps_of_which_wandb_has_written_none_are_in_the_resumed_runs_file(
+    has_file: bool, tmp_path: Path
+) -> None:
+    """The first session was killed before W&B wrote anything, or its file is gone.
+
+    So it is where an earlier version has put the file into the trial's folder.
+    """
+    checkpoint(tmp_path, 3)
+    folder = RunFolder(tmp_path / "trials" / "0")
+    for step in range(1, 4):
+        folder.log(step, {"train/loss": 10.0 - step, "eval/loss": 10.0 - step})
+    if has_file:
+        place = tmp_path / "wandb" / "offline-run-20260101_000000-abc-0"
+        place.mkdir(parents=True)
+        (place / "run-abc-0.wandb").write_bytes(b":W&B\xa1\xbe\x00")
+
+    tracker = open_tracker(tmp_path)
+    log_steps(tracker, 4, 5)
+    finish(tracker)
+
+    assert steps_of(only_records(tmp_path)) == [1, 2, 3, 4, 5]
+
+
 def killed_session(study: Path, last_step: int) -> None:
     """A session in a process of its own, which is killed while the run is open."""
     script = (
