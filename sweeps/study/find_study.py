@@ -49,9 +49,7 @@ def find_search(name: str) -> "Study":
     """Load a study as `find_study` does, but refuse a plain multirun, which searched nothing."""
     folder = _find_folder(name)
     if not (folder / _STUDY).is_file():
-        reason = (
-            "is a plain multirun, which has no sampler: list, show and report know it"
-        )
+        reason = "is a plain multirun, which has no sampler: list, show and report work with it"
         raise ConfigError(f"{name}: {reason}")
     return load_study(folder)
 
