@@ -4,16 +4,14 @@ The check itself (`packed.architecture_check`) is imported only where there is n
 """
 
 import functools
-import hashlib
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import summary_line
+from finetune.engine.check_record import record_file
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
-from finetune.files.cache import cache_folder
 from finetune.model.memory import is_out_of_memory_error
 from finetune.model.small_config import small_config
 
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
 CHECK_VERSION = 1
 """Increased when the check or what it checks changes, so that earlier records are not used."""
-
-LIBRARIES = ("torch", "transformers", "peft")
-"""A base is checked anew with a new version of any of them."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +57,8 @@ def _recorded_support(
         content: The small base's config as JSON.
         config_class: The class of the config.
     """
-    versions = [version(library) for library in LIBRARIES]
-    identity = repr([CHECK_VERSION, config_class.__name__, content, versions])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    record = cache_folder() / "architectures" / f"{name}.json"
+    identity = [CHECK_VERSION, config_class.__name__, content]
+    record = record_file("architectures", identity)
     values = read_json(record)
     if values is not None:
         return PackedSupport(values["refusal"], values["answers_together"])

@@ -6,12 +6,10 @@ padding, positions or its cache. So each shortcut is compared once with the plai
 base, with a few tokens. `holds` is the one place that decides.
 """
 
-import hashlib
 import logging
 import traceback
 from collections.abc import Callable
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,9 +18,9 @@ import torch
 
 from finetune.compat import attention_implementation_of
 from finetune.console import summary_line
+from finetune.engine.check_record import record_file
 from finetune.errors import Interrupted
 from finetune.files.atomic import write_json
-from finetune.files.cache import cache_folder
 from finetune.model.architectures import (
     WINDOWS,
     largest_value,
@@ -52,9 +50,6 @@ architectures are tested one by one; the probe is for a base that is not what it
 
 PROBE_VERSION = 4
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
-
-LIBRARIES = ("torch", "transformers", "peft", "trl")
-"""A new version of any of them is probed anew."""
 
 
 class Shortcut(Enum):
@@ -240,11 +235,8 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
         torch.cuda.get_device_name(device) if on_gpu else "cpu",
         sorted({str(weight.dtype) for weight in base.parameters()}),
         weights_sum,
-        [version(library) for library in LIBRARIES],
     ]
-    digest = hashlib.sha256(repr(identity).encode())
-    name = digest.hexdigest()[:32]
-    return cache_folder() / "shortcuts" / f"{name}.json"
+    return record_file("shortcuts", identity)
 
 
 def _tolerance(shortcut: Shortcut, model: torch.nn.Module) -> float:

@@ -248,7 +248,7 @@ def test_a_base_with_a_fault_goes_the_plain_way_and_one_line_says_so(
 def test_that_a_shortcut_holds_is_recorded_for_the_next_process(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine import probes
+    from finetune.engine import check_record, probes
 
     config = tiny("quantization=none")
     rows = rows_with_prefix()
@@ -268,7 +268,7 @@ def test_that_a_shortcut_holds_is_recorded_for_the_next_process(
         "shortcut": "SHARED_PREFIX",
         "model_type": "llama",
     }
-    monkeypatch.setattr(probes, "version", lambda library: "another")
+    monkeypatch.setattr(check_record, "version", lambda library: "another")
     evaluated(load(config), rows, tiny)
     assert calls == [1, 1]
 

@@ -178,7 +178,7 @@ def test_an_argument_of_attention_that_is_not_known_is_refused_by_name(
 def test_a_record_is_read_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine import packed_support
+    from finetune.engine import check_record, packed_support
     from finetune.engine.packed import architecture_check
 
     calls = []
@@ -202,7 +202,7 @@ def test_a_record_is_read_by_the_next_process(
         "refusal": None,
         "answers_together": True,
     }
-    monkeypatch.setattr(packed_support, "version", lambda _: "another")
+    monkeypatch.setattr(check_record, "version", lambda _: "another")
     packed_support._recorded_support.cache_clear()
     support("Llama", head_dim=16)
     assert calls == [1, 1]
