@@ -90,9 +90,7 @@ def decode_batch(
                 continue
             answer = _cut(answers[row] + new_tokens, limits[row], ends)
             answers[row] = answer
-            stop = stops[row]
-            is_stopped = stop is not None and stop.are_in(answer)
-            finished[row] = is_stopped or _is_finished(answer, limits[row], ends)
+            finished[row] = _is_finished(answer, limits[row], ends, stops[row])
         remaining -= tokens
         unfinished = [not finished[row] for row in rows]
         if cache is None or not any(unfinished):
@@ -149,8 +147,12 @@ def _cut(tokens: list[int], limit: int, ends: list[int]) -> list[int]:
     return tokens[:limit]
 
 
-def _is_finished(answer: list[int], limit: int, ends: list[int]) -> bool:
-    return len(answer) >= limit or answer[-1] in ends
+def _is_finished(
+    answer: list[int], limit: int, ends: list[int], stops: StopTexts | None
+) -> bool:
+    if len(answer) >= limit or answer[-1] in ends:
+        return True
+    return stops is not None and stops.are_in(answer)
 
 
 def _select(unfinished: list[bool], runs: int) -> list[int]:

@@ -156,13 +156,13 @@ def _compare_training(base: "PreTrainedModel") -> None:
     batches = [_rows(3, MIN_SHARED_TOKENS + 2), _rows(1, 5)]
     losses, gradients = _packed_results(base, slots, batches)
     expected = [
-        _own_results(slot, rows) for slot, rows in zip(slots, batches, strict=True)
+        _results_alone(slot, rows) for slot, rows in zip(slots, batches, strict=True)
     ]
     _require_equal(
         losses, torch.cat([row_losses for row_losses, _ in expected]), "losses"
     )
-    for gradient, (_, own_gradient) in zip(gradients, expected, strict=True):
-        _require_equal(gradient, own_gradient, "gradients")
+    for gradient, (_, gradient_alone) in zip(gradients, expected, strict=True):
+        _require_equal(gradient, gradient_alone, "gradients")
 
 
 def _rows(count: int, prefix_length: int) -> list[Row]:
@@ -208,7 +208,7 @@ def _packed_results(
     return result.losses, [slot.gradient for slot in slots]
 
 
-def _own_results(slot: Slot, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def _results_alone(slot: Slot, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same of a slot's rows, one after another, by the base's own code and PEFT."""
     model = slot.model.eval()
     all_losses = []
@@ -230,12 +230,12 @@ def _own_results(slot: Slot, rows: list[Row]) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(all_losses), torch.cat([each.flatten() for each in gradients])
 
 
-def _require_equal(computed: torch.Tensor, own: torch.Tensor, what: str) -> None:
-    size = own.norm()
-    share = float((computed - own).norm() / size)
+def _require_equal(computed: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    size = expected.norm()
+    share = float((computed - expected).norm() / size)
     # Also where it is NaN.
     if not share <= TOLERANCE:
-        raise _Refused(f"its {what} differ by {share:.2%} from those of its own code")
+        raise _Refused(f"its {name} differ by {share:.2%} from those of its own code")
 
 
 def _answers_together(base: "PreTrainedModel") -> bool:

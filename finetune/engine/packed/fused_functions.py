@@ -50,58 +50,71 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), None, None, None
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    return gelu(x, approximate="tanh")
-
-
-def _gelu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
-    return result
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up (SwiGLU: Shazeer, 2020); keeps its two inputs."""
+class _SiLU:
+    """The activation of SwiGLU (Shazeer, 2020)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return silu(x)
+
+    @staticmethod
+    def backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.aten.silu_backward(gradient, x)
+        return result
+
+
+class _GELU:
+    """The activation of GeGLU (Shazeer, 2020), in its approximation by tanh (Gemma)."""
+
+    @staticmethod
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.aten.gelu_backward(
+            gradient, x, approximate="tanh"
+        )
+        return result
+
+
+class _GatedProduct(torch.autograd.Function):
+    """activation(gate) · up; keeps its two inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: type[_SiLU] | type[_GELU],
+    ) -> torch.Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        # In place on silu's output, which nothing else refers to.
-        return silu(gate).mul_(up)
+        # In place on the activation's output, which nothing else refers to.
+        return activation.value(gate).mul_(up)
 
     @staticmethod
     def backward(
         ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         (grad_output,) = grad_outputs
-        grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)
-        grad_up = silu(gate).mul_(grad_output)
-        return grad_gate, grad_up
-
-
-class _GeGLU(torch.autograd.Function):
-    """The same with gelu (GeGLU: Shazeer, 2020), in its approximation by tanh (Gemma)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gelu(gate).mul_(up)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        grad_gate = _gelu_backward(grad_output * up, gate)
-        grad_up = _gelu(gate).mul_(grad_output)
-        return grad_gate, grad_up
+        grad_gate = ctx.activation.backward(grad_output * up, gate)
+        grad_up = ctx.activation.value(gate).mul_(grad_output)
+        return grad_gate, grad_up, None
 
 
 rms_norm: Callable[..., torch.Tensor] = _RMSNorm.apply
 
 
-swiglu: Callable[..., torch.Tensor] = _SwiGLU.apply
+_gated_product: Callable[..., torch.Tensor] = _GatedProduct.apply
 
 
-geglu: Callable[..., torch.Tensor] = _GeGLU.apply
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Compute silu(gate) · up."""
+    return _gated_product(gate, up, _SiLU)
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Compute gelu(gate) · up."""
+    return _gated_product(gate, up, _GELU)

@@ -84,11 +84,11 @@ def _random_input(module: Any) -> torch.Tensor:
     return x.to(weight.device, dtype)
 
 
-def _is_equal(computed: torch.Tensor, own: torch.Tensor) -> bool:
+def _is_equal(computed: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two results are equal: in float32 but for the last bits, in 16 bits entirely."""
     if computed.dtype != torch.float32:
-        return torch.equal(computed, own)
-    return torch.allclose(computed, own, rtol=1e-5, atol=1e-6)
+        return torch.equal(computed, expected)
+    return torch.allclose(computed, expected, rtol=1e-5, atol=1e-6)
 
 
 def _replace_forward(
