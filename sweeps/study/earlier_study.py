@@ -12,11 +12,10 @@ from finetune.quantities import counted
 from sweeps.space.constraints import Constraint, violations
 from sweeps.space.samplers import learns_from_results
 from sweeps.space.settings import StudySettings
-from sweeps.space.space import Point, Space
+from sweeps.space.space import Point
 from sweeps.study.matching import Matching, Unmatched
-from sweeps.study.result_values import searched_keys, trial_values
+from sweeps.study.result_values import TrialValues
 from sweeps.study.study import Study
-from sweeps.study.terms import stored_space
 
 BEST_POINTS = 3
 """How many of the best points of a study without usable results are trained again."""
@@ -36,17 +35,20 @@ def take(earlier: Study, matching: Matching, settings: StudySettings) -> Taken:
     """Take an earlier study's results, and its best points."""
     results = []
     left_out: Counter[str] = Counter()
+    trial_values = TrialValues(earlier)
     for trial in earlier.trials():
         if trial.state == TrialState.WAITING:
             continue
         try:
             _require_measured(earlier, trial, settings)
-            results.append(_result(earlier, trial, matching, settings))
+            results.append(_result(earlier, trial, trial_values, matching, settings))
         except Unmatched as reason:
             left_out[str(reason)] += 1
     # The sampler has seen the others.
     count = 1 if results else BEST_POINTS
-    points = _best_points(earlier, matching, settings.parsed_constraints, count)
+    points = _best_points(
+        earlier, trial_values, matching, settings.parsed_constraints, count
+    )
     note = describe_counts(len(results), len(points))
     if left_out:
         note += f"; {counted(left_out.total(), 'trial')} left out: "
@@ -77,16 +79,19 @@ def _require_measured(
 
 
 def _result(
-    earlier: Study, trial: FrozenTrial, matching: Matching, settings: StudySettings
+    earlier: Study,
+    trial: FrozenTrial,
+    trial_values: TrialValues,
+    matching: Matching,
+    settings: StudySettings,
 ) -> dict[str, Any]:
     """Return a trial of an earlier study as a result of this one.
 
     Raises:
         Unmatched: a trial of this study can't have its values, or a constraint's figure is missing.
     """
-    values = trial_values(earlier, trial)
-    space = Space.from_dict(stored_space(earlier.optuna.user_attrs["terms"]))
-    searched = searched_keys(space, trial, values)
+    values = trial_values.of(trial)
+    searched = trial_values.searched_keys(trial, values)
     return {
         "params": matching.point(values, searched),
         "values": trial.values,
@@ -125,21 +130,25 @@ def _known_violations(
 
 
 def _best_points(
-    earlier: Study, matching: Matching, constraints: list[Constraint], count: int
+    earlier: Study,
+    trial_values: TrialValues,
+    matching: Matching,
+    constraints: list[Constraint],
+    count: int,
 ) -> list[Point]:
     """Return the points of the best trials, as far as they lie in this study's space.
 
     Trials that are known to violate a constraint are left out.
     """
-    space = Space.from_dict(stored_space(earlier.optuna.user_attrs["terms"]))
     points: list[Point] = []
     for trial in earlier.ranked():
         distances = _known_violations(earlier, trial, constraints)
         if any(distance > 0 for distance in distances.values()):
             continue
-        values = trial_values(earlier, trial)
+        values = trial_values.of(trial)
         # What the earlier study has not searched is left to this study's sampler.
-        point = matching.partial_point(values, searched_keys(space, trial, values))
+        searched = trial_values.searched_keys(trial, values)
+        point = matching.partial_point(values, searched)
         if point and point not in points:
             points.append(point)
         if len(points) == count:

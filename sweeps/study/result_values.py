@@ -94,28 +94,44 @@ def study_values(terms: Values) -> dict[str, Any]:
     return values
 
 
-def trial_values(study: Study, trial: FrozenTrial) -> dict[str, Any]:
-    """Return all values that have made a finished trial's result, as far as they are known."""
-    terms = study.optuna.user_attrs["terms"]
-    space = Space.from_dict(stored_space(terms))
-    values = study_values(terms)
-    for name, value in point_of(trial).items():
-        for key, each in space.variants.get(name, {}).get(value, {name: value}).items():
-            # The keys of a group are known from the run only.
-            if not is_group(key):
-                values[key.lstrip("+")] = each
-    for key, value in _recorded_values(study, trial).items():
-        if key not in values or key not in DECIDED:
-            values[key] = value
-    return values
+class TrialValues:
+    """The values of a study's trials. Its terms and its space are read once.
 
+    Args:
+        study: the study.
+    """
 
-def searched_keys(space: Space, trial: FrozenTrial, values: Values) -> set[str]:
-    """Return the keys of a trial's config that its parameters have set."""
-    keys: set[str] = set()
-    for name in point_of(trial):
-        keys |= _keys_of(space, name, values)
-    return keys
+    def __init__(self, study: Study) -> None:
+        terms = study.optuna.user_attrs["terms"]
+        self._study = study
+        self._space = Space.from_dict(stored_space(terms))
+        self._shared = study_values(terms)
+
+    def of(self, trial: FrozenTrial) -> dict[str, Any]:
+        """Return all values that have made a finished trial's result, as far as they are known."""
+        values = dict(self._shared)
+        for name, value in point_of(trial).items():
+            variants = self._space.variants.get(name, {})
+            for key, each in variants.get(value, {name: value}).items():
+                # The keys of a group are known from the run only.
+                if not is_group(key):
+                    values[key.lstrip("+")] = each
+        for key, value in _recorded_values(self._study, trial).items():
+            if key not in values or key not in DECIDED:
+                values[key] = value
+        return values
+
+    def searched_keys(self, trial: FrozenTrial, values: Values) -> set[str]:
+        """Return the keys of a trial's config that its parameters have set.
+
+        Args:
+            trial: the trial.
+            values: its values.
+        """
+        keys: set[str] = set()
+        for name in point_of(trial):
+            keys |= _keys_of(self._space, name, values)
+        return keys
 
 
 def _keys_of(space: Space, name: str, values: Values) -> set[str]:
