@@ -3,14 +3,11 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.benchmarks import (
     DOCUMENTS,
     by_the_harness_itself,
-    short_overrides,
-    write_tasks,
 )
 from support.commands import run_cli
 from support.runs import TRL, Tiny, final, train_in_slots
@@ -27,20 +24,6 @@ QUIET = RunContext(interactive=False)
 PACKED = "trainer.engine=packed"
 NAME = "harness/parity"
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def short(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """Configs of short runs that are evaluated on tasks."""
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_tasks(tmp_path)
-    overrides = short_overrides(tmp_path)
-
-    def make(*more: str) -> Any:
-        return tiny(*overrides, *more)
-
-    return make
 
 
 @pytest.mark.parametrize("engine", [PACKED, TRL])

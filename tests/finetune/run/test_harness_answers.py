@@ -9,8 +9,6 @@ import pytest
 from support.benchmarks import (
     DOCUMENTS,
     by_the_harness_itself,
-    short_overrides,
-    write_tasks,
 )
 from support.runs import TRL, Tiny, final, train_in_slots
 
@@ -30,20 +28,6 @@ PACKED = "trainer.engine=packed"
 EVEN, ODD = list(range(0, DOCUMENTS, 2)), list(range(1, DOCUMENTS, 2))
 SAID = "evaluation.metrics=[harness/said]"
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def short(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """Configs of short runs that are evaluated on tasks."""
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_tasks(tmp_path)
-    overrides = short_overrides(tmp_path)
-
-    def make(*more: str) -> Any:
-        return tiny(*overrides, *more)
-
-    return make
 
 
 def test_each_metric_and_filter_has_a_name_and_a_direction(short: Tiny) -> None:
