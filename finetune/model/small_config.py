@@ -83,7 +83,7 @@ def _representative_layers(values: Mapping[str, Any], layers_name: str) -> list[
 def _kind_of_layer(values: Mapping[str, Any], layers: int, number: int) -> list[Any]:
     """What tells a layer from others: its items in lists of all layers, and its own keys."""
     kind = [value[number] for value in _lists_of_layers(values, layers).values()]
-    kind.append(_own_keys(values, number))
+    kind.append(_keys_of_layer(values, number))
     kind.append(number >= layers - _shared_layers(values))
     return kind
 
@@ -97,10 +97,10 @@ def _lists_of_layers(values: Mapping[str, Any], layers: int) -> dict[str, list[A
     return lists
 
 
-def _own_keys(values: Mapping[str, Any], number: int) -> Any:
-    """The keys that one layer has of its own (`per_layer_config`); its numbers are text."""
-    own: Mapping[Any, Any] = values.get("per_layer_config") or {}
-    for key, keys in own.items():
+def _keys_of_layer(values: Mapping[str, Any], number: int) -> Any:
+    """The keys of one layer alone (`per_layer_config`, by the layer's number as text)."""
+    config_of_layers: Mapping[Any, Any] = values.get("per_layer_config") or {}
+    for key, keys in config_of_layers.items():
         if int(key) == number:
             return keys
     return None
@@ -117,9 +117,12 @@ def _keep_layers(values: dict[str, Any], layers_name: str, selected: list[int]) 
     for name, items in _lists_of_layers(values, layers).items():
         values[name] = [items[number] for number in selected]
     if values.get("per_layer_config"):
-        own = {new: _own_keys(values, old) for new, old in enumerate(selected)}
-        kept = {number: dict(keys) for number, keys in own.items() if keys}
-        values["per_layer_config"] = kept
+        config_of_layers = {}
+        for new_number, number in enumerate(selected):
+            keys = _keys_of_layer(values, number)
+            if keys:
+                config_of_layers[new_number] = dict(keys)
+        values["per_layer_config"] = config_of_layers
     if _shared_layers(values):
         first = layers - _shared_layers(values)
         values["num_kv_shared_layers"] = sum(number >= first for number in selected)

@@ -53,9 +53,9 @@ class WandbTracker(Tracker):
         self._folder = folder
         self._shows_text = config.tracker.text
         self._arguments = init_arguments(config, folder, label)
-        self._place = Path(self._arguments["dir"])
+        self._directory = Path(self._arguments["dir"])
         # Those of earlier sessions, which were killed perhaps.
-        earlier_file = join_fragments(self._place, self._arguments["id"])
+        earlier_file = join_fragments(self._directory, self._arguments["id"])
         self._best = best_values(config)
         self._run = self._init(uploads=config.tracker.adapters != "none")
         self._last_logged_step: int | None = None
@@ -96,8 +96,8 @@ class WandbTracker(Tracker):
         return bool(self._arguments["mode"] == "online")
 
     def _record(self) -> None:
-        place = os.path.relpath(self._place, self._folder.path)
-        more = {"place": place, "best": self._best}
+        directory = os.path.relpath(self._directory, self._folder.path)
+        more = {"place": directory, "best": self._best}
         write_json(self._folder.path / TRACKER, {**self._arguments, **more})
 
     def _log_missing(self, last_logged: int) -> None:
@@ -181,7 +181,7 @@ class WandbTracker(Tracker):
             self._run.finish(exit_code=exit_code)
         run_id = without_fallback(self._arguments["id"])
         is_offline = self._arguments["mode"] in OFFLINE_MODES
-        join_finished(self._place, run_id, is_offline)
+        join_finished(self._directory, run_id, is_offline)
         self._arguments["id"] = run_id
         self._record()
         if lacks_adapter is not None:
@@ -190,11 +190,11 @@ class WandbTracker(Tracker):
             add_to_run(self._folder, lambda run: self._add_adapter(run, adapter))
 
     def locations(self) -> list[str]:
-        files = fragment_files(self._place, self._arguments["id"])
+        files = fragment_files(self._directory, self._arguments["id"])
         if not files:
             return []
         # In a folder that other runs share, only the run's own.
-        is_shared = self._place != self._folder.path
+        is_shared = self._directory != self._folder.path
         folder = files[0].parent if is_shared else files[0].parent.parent
         path = shlex.quote(os.path.relpath(folder))
         if self._is_online:

@@ -152,12 +152,12 @@ def _open_online(
         )
         recorded = ("mode", "project", "entity", "name", "group", "tags", "id")
         given = {name: arguments[name] for name in (*recorded, "job_type", "reinit")}
-        place = recorded_directory(folder, arguments)
+        directory = recorded_directory(folder, arguments)
         try:
             # Without the config: the server has it.
             run = wandb.init(
                 settings=settings,
-                dir=str(place),
+                dir=str(directory),
                 resume="allow",
                 **given,
             )
@@ -176,8 +176,8 @@ def _close_online(
     finish_run(run, exit_code=0)
     if server_failure.is_set():
         arguments["mode"] = "offline"
-    place = recorded_directory(folder, arguments)
-    join_finished(place, arguments["id"], arguments["mode"] in OFFLINE_MODES)
+    directory = recorded_directory(folder, arguments)
+    join_finished(directory, arguments["id"], arguments["mode"] in OFFLINE_MODES)
     write_json(folder.path / TRACKER, arguments)
 
 
@@ -190,11 +190,11 @@ def _offline_session(
 
     file = _only_file(folder, arguments)
     may_show_text = shows_text(_config(folder, arguments))
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         run = wandb.init(
             mode="offline",
             project=arguments["project"],
-            dir=place,
+            dir=directory,
             reinit="create_new",
             settings=quiet_settings("offline", False, may_show_text),
         )
@@ -202,17 +202,17 @@ def _offline_session(
             yield run
         finally:
             run.finish(exit_code=0)
-        (session_file,) = Path(place).glob("*/*/*.wandb")
+        (session_file,) = Path(directory).glob("*/*/*.wandb")
         add_session(file, session_file)
     write_json(folder.path / TRACKER, arguments)
 
 
 def _only_file(folder: RunFolder, arguments: dict[str, Any]) -> Path:
     """Return the file of an offline run. Raises FileNotFoundError if it is gone."""
-    place = recorded_directory(folder, arguments)
-    file = join_fragments(place, arguments["id"], is_offline=True)
+    directory = recorded_directory(folder, arguments)
+    file = join_fragments(directory, arguments["id"], is_offline=True)
     if file is None:
-        path = os.path.relpath(place / "wandb")
+        path = os.path.relpath(directory / "wandb")
         reason = f"no file of run {arguments['id']}"
         raise FileNotFoundError(f"{reason} in {path}")
     return file
