@@ -11,6 +11,7 @@ from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.model.architectures import largest_value
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
+from finetune.model.decoder_blocks import DECODER_BLOCKS, DecoderBlock
 from finetune.model.quantization import compute_dtype, should_dequantize
 from finetune.model.quantized_layers import expert_weights
 
@@ -199,9 +200,8 @@ def activation_elements(
     if targets is None:
         recurrent = recurrent_elements(shapes)
         return _autograd_elements(layers, widths, recurrent, checkpointing)
-    layer = _decoder_layer_elements(widths, config.lora.r, targets)
-    if shapes.model_type == "qwen3":
-        layer += widths.queries + widths.keys  # the inputs of the heads' own norms
+    block = DECODER_BLOCKS[shapes.model_type]
+    layer = _decoder_layer_elements(widths, config.lora.r, targets, block)
     return _decoder_elements(layers, widths, layer, checkpointing, slots)
 
 
@@ -235,18 +235,25 @@ def _decoder_elements(
     return Elements(stored * layer + inputs + passing, evaluating)
 
 
-def _decoder_layer_elements(widths: Widths, rank: int, targets: set[str]) -> int:
+def _decoder_layer_elements(
+    widths: Widths, rank: int, targets: set[str], block: DecoderBlock
+) -> int:
     """Elements that one layer of the GPU's decoder keeps for each token."""
-    adapts_attention = bool(targets & {"q_proj", "k_proj", "v_proj"})
-    adapts_gate = bool(targets & {"gate_proj", "up_proj"})
-    norm_inputs = 2 * widths.hidden
+    adapts_attention = not targets.isdisjoint(block.qkv)
+    adapts_gate = not targets.isdisjoint(block.gate_up)
+    norms = 2 + sum(norm is not None for norm in block.output_norms)
+    norm_inputs = norms * widths.hidden
+    if block.head_norms:
+        norm_inputs += widths.queries + widths.keys
     adapter_inputs = (adapts_attention + adapts_gate) * widths.hidden
     attention = 2 * widths.queries + 2 * widths.keys
     gate_inputs = 2 * widths.inner
     # A group of projections with one input is computed together: all of them have a column of
     # ranks.
     projections = (
-        3 * adapts_attention + 2 * adapts_gate + len(targets & {"o_proj", "down_proj"})
+        len(block.qkv) * adapts_attention
+        + len(block.gate_up) * adapts_gate
+        + len(targets & {"o_proj", "down_proj"})
     )
     # The kernels compute with a power of two of at least 16.
     padded_rank = max(16, 1 << (rank - 1).bit_length())
@@ -263,7 +270,11 @@ def block_weights(shapes: Any, config: RunConfig) -> int:
     if not (checkpointing and config.quantization.load_in_4bit):
         return 0
     widths = read_widths(shapes)
-    return widths.hidden * 2 * (widths.queries + widths.keys + widths.inner)
+    attention = 2 * (widths.queries + widths.keys)
+    # The last product is computed again only where a norm follows it.
+    is_last_computed = DECODER_BLOCKS[shapes.model_type].feed_forward_output_norm
+    feed_forward = (3 if is_last_computed else 2) * widths.inner
+    return widths.hidden * (attention + feed_forward)
 
 
 def recurrent_elements(shapes: Any) -> int:

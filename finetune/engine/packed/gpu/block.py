@@ -1,4 +1,4 @@
-"""One block of the GPU decoder: attention and SwiGLU, each added to its input.
+"""One block of the GPU decoder: attention and feed-forward layer, each added to its input.
 
 Forward and backward are written out, without autograd. Tensors that are not needed any more are
 dropped at once, here and below, to make room for the next ones.
@@ -15,6 +15,7 @@ from finetune.engine.packed.gpu.self_attention import (
     AttentionActivations,
     SelfAttention,
 )
+from finetune.model.decoder_blocks import DecoderBlock
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Block:
         module: Any,
         name: str,
         table_rows: dict[str, int],
-        sliding_window: int | None,
+        config: Any,
+        block: DecoderBlock,
+        layer_type: str | None,
     ) -> None:
         """Read the block's layers and settings.
 
@@ -46,10 +49,14 @@ class Block:
             module: Transformers' decoder layer.
             name: Its full name in the base.
             table_rows: Each linear layer's row in the slots' tables, by full name.
-            sliding_window: For models whose attention modules do not hold it themselves.
+            config: The base's text config.
+            block: What the base's blocks are made of.
+            layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
-        self._attention = SelfAttention(module, name, table_rows, sliding_window)
-        self._feed_forward = FeedForward(module, name, table_rows)
+        self._attention = SelfAttention(
+            module, name, table_rows, config, block, layer_type
+        )
+        self._feed_forward = FeedForward(module, name, table_rows, config, block)
 
     def forward(
         self,

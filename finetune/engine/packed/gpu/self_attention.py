@@ -1,4 +1,4 @@
-"""The attention of one block of the GPU decoder, with its norm and its residual connection."""
+"""The attention of one block of the GPU decoder, with its norms and its residual connection."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,18 @@ from finetune.engine.packed.gpu.attention import (
     attention_backward,
 )
 from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.heads import HeadActivations, Heads
 from finetune.engine.packed.gpu.linear_group import linear_group
-from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
-from finetune.engine.packed.gpu.rotary import apply_rotary
-
-
-@dataclass(frozen=True)
-class _HeadNorm:
-    """Input and statistics of the norm of queries or keys (Qwen 3)."""
-
-    x: torch.Tensor
-    """[tokens · heads, head_dim]"""
-    inverse_rms: torch.Tensor
-    """[tokens · heads]"""
+from finetune.engine.packed.gpu.residual_sum import (
+    OutputNorm,
+    OutputNormActivations,
+)
+from finetune.engine.packed.gpu.rms_norm import (
+    read_norm,
+    rms_norm,
+    rms_norm_backward,
+)
+from finetune.model.decoder_blocks import DecoderBlock
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class AttentionActivations:
     """Input of the query, key and value layers; None: no adapter reads it."""
     inverse_rms: torch.Tensor
     """Of the norm before these layers [tokens]."""
-    head_norms: dict[str, _HeadNorm]
-    """By `q` and `k`; empty where the model has no such norms."""
+    heads: HeadActivations
     trace: AttentionTrace
     shrunk_qkv: torch.Tensor | None
     """See `LinearGroup`."""
     shrunk_output: torch.Tensor | None
     """See `LinearGroup`."""
+    output_norm: OutputNormActivations | None
 
 
 class SelfAttention:
@@ -53,7 +52,9 @@ class SelfAttention:
         module: Any,
         name: str,
         table_rows: dict[str, int],
-        sliding_window: int | None,
+        config: Any,
+        block: DecoderBlock,
+        layer_type: str | None,
     ) -> None:
         """Read the layers and settings.
 
@@ -61,28 +62,27 @@ class SelfAttention:
             module: Transformers' decoder layer.
             name: Its full name in the base.
             table_rows: Each linear layer's row in the slots' tables, by full name.
-            sliding_window: For models whose attention modules do not hold it themselves.
+            config: The base's text config.
+            block: What the base's blocks are made of.
+            layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
-        qkv = ("q_proj", "k_proj", "v_proj")
-        self._qkv = linear_group(attention_module, module_name, qkv, table_rows)
+        self._qkv = linear_group(attention_module, module_name, block.qkv, table_rows)
         self._output = linear_group(
             attention_module,
             module_name,
             ("o_proj",),
             table_rows,
         )
-        self._norm = module.input_layernorm
-        self._head_norms: dict[str, Any] = {}
-        """Qwen 3's norms of queries (`q`) and keys (`k`); None in other models."""
-        for head in ("q", "k"):
-            self._head_norms[head] = getattr(attention_module, f"{head}_norm", None)
-        # SmolLM3 has layers without the rotary embedding.
-        self._rotary = bool(getattr(attention_module, "use_rope", True))
-        self._head_dim = attention_module.head_dim
+        self._norm = read_norm(getattr(module, block.attention_norm), block)
+        self._output_norm = OutputNorm(module, block.attention_output_norm, block)
+        self._heads = Heads(attention_module, config, block, layer_type)
         self._scale = attention_module.scaling
-        self._window = getattr(attention_module, "sliding_window", sliding_window)
+        if block.config_window:
+            self._window = config.sliding_window
+        else:
+            self._window = getattr(attention_module, "sliding_window", None)
 
     def forward(
         self, x: torch.Tensor, context: PassContext
@@ -98,17 +98,13 @@ class SelfAttention:
         """
         normalized: torch.Tensor | None
         # x itself is an activation: the sum is built in a copy of it.
-        normalized, inverse_rms, residual = rms_norm(
-            x,
-            self._norm.weight,
-            self._norm.variance_epsilon,
-            copy_input=True,
-        )
+        normalized, inverse_rms, residual = rms_norm(x, self._norm, copy_input=True)
+        assert residual is not None
         outputs, shrunk_qkv = self._qkv.forward(normalized, context)
         # Only the gradient of an adapter's A reads it.
         if shrunk_qkv is None:
             normalized = None
-        heads, head_norms = self._heads(outputs, context)
+        heads, head_activations = self._heads.forward(outputs, context)
         trace = attention(
             query=heads["q"],
             key=heads["k"],
@@ -118,51 +114,20 @@ class SelfAttention:
             window=self._window,
         )
         joined_heads = trace.output.flatten(1)
-        (residual,), shrunk_output = self._output.forward(
-            joined_heads, context, residual=residual
+        total, shrunk_output, output_norm = self._output_norm.forward(
+            self._output, joined_heads, residual, context
         )
         activations = AttentionActivations(
             x=x,
             normalized=normalized,
             inverse_rms=inverse_rms,
-            head_norms=head_norms,
+            heads=head_activations,
             trace=trace,
             shrunk_qkv=shrunk_qkv,
             shrunk_output=shrunk_output,
+            output_norm=output_norm,
         )
-        return residual, activations
-
-    def _heads(
-        self, outputs: list[torch.Tensor], context: PassContext
-    ) -> tuple[dict[str, torch.Tensor], dict[str, _HeadNorm]]:
-        """Queries, keys and values [tokens, heads, head_dim], normalised and rotated.
-
-        Args:
-            outputs: Of the query, key and value layers; the list is emptied.
-            context: The pass.
-        """
-        views = [output.view(len(output), -1, self._head_dim) for output in outputs]
-        heads = dict(zip("qkv", views, strict=True))
-        # `heads` alone refers to them now, so each is freed once it has been rotated.
-        outputs.clear()
-        views.clear()
-        head_norms = {}
-        for name, norm in self._head_norms.items():
-            if norm is not None:
-                shape = heads[name].shape
-                x = heads[name].view(-1, self._head_dim)
-                y, inverse_rms, _ = rms_norm(x, norm.weight, norm.variance_epsilon)
-                heads[name] = y.view(shape)
-                head_norms[name] = _HeadNorm(x, inverse_rms)
-            # Its backward pass needs the angles alone, so neither input nor output is kept for it.
-            if self._rotary:
-                heads[name] = apply_rotary(
-                    heads[name],
-                    context.cos,
-                    context.sin,
-                    1.0,
-                )
-        return heads, head_norms
+        return total, activations
 
     def backward(
         self,
@@ -182,8 +147,7 @@ class SelfAttention:
         Returns:
             The gradient of x [tokens, hidden_size] if it is needed.
         """
-        grad_heads = self._backward_output(grad_output, activations, context)
-        grads = [grad.view(len(grad_output), -1) for grad in grad_heads]
+        grads = self._backward_output(grad_output, activations, context)
         # Without the products with the base's weights, which only the input's gradient needs.
         if not need_input_grad:
             grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
@@ -196,7 +160,7 @@ class SelfAttention:
         return rms_norm_backward(
             grad_normalized,
             x=activations.x,
-            weight=self._norm.weight,
+            norm=self._norm,
             inverse_rms=activations.inverse_rms,
             grad_residual=grad_output,
         )
@@ -209,25 +173,20 @@ class SelfAttention:
     ) -> list[torch.Tensor]:
         """Gradients of the outputs of the query, key and value layers."""
         trace = activations.trace
+        grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
         grad_attention, grad_shrunk = self._output.backward(
-            [grad_output], activations.shrunk_output, context
+            [grad_sum], activations.shrunk_output, context
         )
         self._output.backward_a(trace.output.flatten(1), grad_shrunk, context)
-        rotation = (context.cos, context.sin) if self._rotary else None
-        grads = attention_backward(
+        grads, grad_heads = self._heads.empty_gradients(
+            (trace.query, trace.key, trace.value)
+        )
+        attention_backward(
             grad_attention.view(trace.output.shape),
             trace,
             context.spans,
-            rotation,
+            grad_heads,
+            self._heads.rotation(context),
         )
-        # `grad_heads` alone refers to the gradients then: each is freed once a norm's replaces it.
-        del grad_attention
-        grad_heads = dict(zip("qkv", grads, strict=True))
-        del grads
-        for name, head_norm in activations.head_norms.items():
-            grad = grad_heads[name].view(-1, self._head_dim)
-            weight = self._head_norms[name].weight
-            grad_heads[name] = rms_norm_backward(
-                grad, head_norm.x, weight, head_norm.inverse_rms
-            )
-        return list(grad_heads.values())
+        self._heads.backward(grad_heads, activations.heads, context)
+        return grads
