@@ -96,12 +96,15 @@ def decoder_block_of(config: "PreTrainedConfig") -> DecoderBlock | None:
     block = DECODER_BLOCKS.get(shapes.model_type)
     if block is None:
         return None
-    head_dim = getattr(shapes, "head_dim", None)
-    if not head_dim:
-        head_dim = shapes.hidden_size // shapes.num_attention_heads
     is_supported = (
         getattr(shapes, block.activation_key) in ACTIVATIONS
-        and head_dim <= MOST_HEAD_COLUMNS
+        and head_dim_of(shapes) <= MOST_HEAD_COLUMNS
         and not getattr(shapes, "use_bidirectional_attention", False)
     )
     return block if is_supported else None
+
+
+def head_dim_of(shapes: "PreTrainedConfig") -> int:
+    """Return the columns of a head of attention, from a text config."""
+    head_dim: int | None = getattr(shapes, "head_dim", None)
+    return head_dim or shapes.hidden_size // shapes.num_attention_heads

@@ -22,9 +22,6 @@ from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.rotary import apply_rotary
 from finetune.model.device import to_device
 
-BLOCK = 64
-"""Tokens of one program."""
-
 LOG2_E = 1.4426950408889634
 """exp(x) = 2 ** (LOG2_E · x)."""
 
@@ -33,39 +30,52 @@ LOG2_E = 1.4426950408889634
 class Tiling:
     """How a kernel is cut, so that it fits into a card's shared memory."""
 
+    block: int
+    """Tokens of one program."""
     step: int
     """Tokens that a program goes over in one step of its loop."""
-    warps: int
     stages: int
     """Steps whose loads are under way at once."""
 
 
-NARROW = Tiling(step=32, warps=4, stages=3)
-"""Heads of at most 128 columns."""
+NARROW_COLUMNS = 128
 
-NARROW_KEYS = Tiling(step=32, warps=4, stages=2)
+NARROW = Tiling(block=64, step=32, stages=3)
+"""Heads of at most `NARROW_COLUMNS`."""
+
+NARROW_KEYS = Tiling(block=64, step=32, stages=2)
 """The same, of the keys' backward kernel, which keeps two results."""
 
-WIDE = Tiling(step=16, warps=8, stages=2)
-"""Wider heads: larger steps would need more shared memory than an RTX 4090 has (99 KiB)."""
+WIDE = Tiling(block=32, step=32, stages=2)
+"""Wider heads: the fastest on an H200 that an RTX 4090's 99 KiB of shared memory allow."""
+
+WARPS = 4
+"""Warps of one program."""
 
 
 class SpanTables:
     """The spans of a packed batch as the kernels read them."""
 
-    def __init__(self, spans: Sequence[Span], position_ids: torch.Tensor) -> None:
+    def __init__(
+        self, spans: Sequence[Span], position_ids: torch.Tensor, head_dim: int
+    ) -> None:
         """Copy the tables to the device.
 
         Args:
             spans: The spans of the packed batch, in order.
             position_ids: Position of each token in its row [tokens].
+            head_dim: Columns of the heads whose attention is computed.
         """
+        self.tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW
+        self.keys_tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW_KEYS
         device = position_ids.device
         span_rows = torch.tensor(_span_rows(spans), dtype=torch.int32)
         self.spans = to_device(span_rows, device)
         """For each span: start, stop, prefix start, prefix stop, and one past the last token that
         attends to the span [spans, 5]."""
-        block_rows = torch.tensor(_block_rows(spans), dtype=torch.int32)
+        block_rows = torch.tensor(
+            _block_rows(spans, self.tiling.block), dtype=torch.int32
+        )
         self.blocks = to_device(block_rows, device)
         """For each block of tokens: its span and its first token [blocks, 2]."""
         self.position_ids = position_ids.to(torch.int32)
@@ -88,11 +98,11 @@ def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
     return rows
 
 
-def _block_rows(spans: Sequence[Span]) -> list[tuple[int, int]]:
+def _block_rows(spans: Sequence[Span], block: int) -> list[tuple[int, int]]:
     """The rows of `SpanTables.blocks`."""
     rows = []
     for number, span in enumerate(spans):
-        for first in range(span.start, span.stop, BLOCK):
+        for first in range(span.start, span.stop, block):
             rows.append((number, first))
     return rows
 
@@ -145,9 +155,9 @@ def attention(
         window_tokens,
     )  # fmt: skip
     grid = (len(tables.blocks), heads, 1)
-    tiling = WIDE if head_dim > 128 else NARROW
+    tiling = tables.tiling
     constants = _constants(head_dim, window_tokens, tiling)
-    launch(attention_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
+    launch(attention_kernel, grid, arguments, constants, WARPS, tiling.stages)
     return AttentionTrace(
         query=query,
         key=key,
@@ -198,7 +208,7 @@ def attention_backward(
         heads // key_heads, head_dim, trace.window,
     )  # fmt: skip
     blocks = len(tables.blocks)
-    tiling = WIDE if head_dim > 128 else NARROW
+    tiling = tables.tiling
     constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     query_arguments = (grad_query, trace.output, *shared_arguments)
     launch(
@@ -206,10 +216,10 @@ def attention_backward(
         (blocks, heads, 1),
         query_arguments,
         constants,
-        tiling.warps,
+        WARPS,
         tiling.stages,
     )
-    tiling = WIDE if head_dim > 128 else NARROW_KEYS
+    tiling = tables.keys_tiling
     constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     key_arguments = (grad_key, grad_value, *shared_arguments)
     # A program for each key head: it sums over the query heads that share it.
@@ -218,7 +228,7 @@ def attention_backward(
         (blocks, key_heads, 1),
         key_arguments,
         constants,
-        tiling.warps,
+        WARPS,
         tiling.stages,
     )
     if rotation is not None and not rotate_in_kernel:
@@ -228,7 +238,7 @@ def attention_backward(
 
 def _constants(head_dim: int, window: int, tiling: Tiling) -> tuple[Any, ...]:
     """The kernels' constants WINDOW, HEAD_DIM, BLOCK and STEP."""
-    return window > 0, _padded_head_dim(head_dim), BLOCK, tiling.step
+    return window > 0, _padded_head_dim(head_dim), tiling.block, tiling.step
 
 
 def _padded_head_dim(head_dim: int) -> int:

@@ -35,7 +35,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm_backward,
 )
 from finetune.model.architectures import text_config_of
-from finetune.model.decoder_blocks import decoder_block_of
+from finetune.model.decoder_blocks import decoder_block_of, head_dim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +92,7 @@ class Decoder:
         config = text_config_of(base.config)
         model = base.get_decoder()
         prefix = base.base_model_prefix
+        self._head_dim = head_dim_of(config)
         self._embedding = model.embed_tokens
         self._rotary = model.rotary_emb
         self._norm = read_norm(model.norm, block)
@@ -178,7 +179,7 @@ class Decoder:
         adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
         return PassContext(
             batch=batch,
-            spans=SpanTables(batch.spans, batch.position_ids[0]),
+            spans=SpanTables(batch.spans, batch.position_ids[0], self._head_dim),
             adapters=AdapterTables(spans, tables, x.device),
             adapted_layers=adapted_layers,
             angles={
