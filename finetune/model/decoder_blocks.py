@@ -27,8 +27,10 @@ class DecoderBlock:
     """A second norm, after the attention and before it is added to the block's input."""
     feed_forward_norm: str = "post_attention_layernorm"
     feed_forward_output_norm: str | None = None
-    head_norms: bool = False
+    has_head_norms: bool = False
     """Whether queries and keys are normalised, each head by itself."""
+    has_output_gate: bool = False
+    """Whether the layer of the queries also computes a gate of attention's output."""
     norm_offset: float = 0.0
     """Added to the weights of norms."""
     norm_rounds_last: bool = False
@@ -46,11 +48,6 @@ class DecoderBlock:
     scales_queries: bool = False
     """Whether queries grow with their position (`llama_4_scaling_beta`)."""
 
-    @property
-    def output_norms(self) -> tuple[str | None, str | None]:
-        """The norms after the attention and after the feed-forward layer."""
-        return self.attention_output_norm, self.feed_forward_output_norm
-
 
 _LLAMA = DecoderBlock()
 _MISTRAL = DecoderBlock(config_window=True)
@@ -58,7 +55,7 @@ _GEMMA = DecoderBlock(
     attention_output_norm="post_attention_layernorm",
     feed_forward_norm="pre_feedforward_layernorm",
     feed_forward_output_norm="post_feedforward_layernorm",
-    head_norms=True,
+    has_head_norms=True,
     norm_offset=1.0,
     norm_rounds_last=True,
     activation_key="hidden_activation",
@@ -68,12 +65,19 @@ _GEMMA = DecoderBlock(
 DECODER_BLOCKS: dict[str, DecoderBlock] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, head_norms=True),
+    "qwen3": replace(_LLAMA, has_head_norms=True),
     "smollm3": _LLAMA,
     "mistral": _MISTRAL,
     "ministral3": replace(_MISTRAL, scales_queries=True),
     "phi3": replace(_MISTRAL, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
     "gemma3_text": _GEMMA,
+    "qwen3_5_text": replace(
+        _LLAMA,
+        has_head_norms=True,
+        has_output_gate=True,
+        norm_offset=1.0,
+        norm_rounds_last=True,
+    ),
 }
 """By `model_type` of the text config."""
 

@@ -20,7 +20,8 @@ from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import compute_dtype
 from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
-from finetune.run.memory_costs import Activations, read_widths, recurrent_elements
+from finetune.run.layer_widths import read_widths
+from finetune.run.memory_costs import Activations, recurrent_elements
 
 TRL_TOKENS = 4096
 """Most tokens, and columns of the vocabulary, of a tile of TRL's fused head (TRL 1.16)."""

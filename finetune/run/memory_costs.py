@@ -9,11 +9,11 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.model.architectures import largest_value
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
-from finetune.model.decoder_blocks import DECODER_BLOCKS, DecoderBlock
 from finetune.model.quantization import compute_dtype, should_dequantize
 from finetune.model.quantized_layers import expert_weights
+from finetune.run.decoder_memory import decoder_elements
+from finetune.run.layer_widths import Widths, read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,19 +161,6 @@ def gpu_activations(
     )
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Elements that one token has in the tensors of a layer."""
-
-    hidden: int
-    """Between layers, and in the norms."""
-    queries: int
-    keys: int
-    """Its keys; the values have as many."""
-    inner: int
-    """Inside a feed-forward layer."""
-
-
 def activation_elements(
     shapes: Any,
     config: RunConfig,
@@ -194,15 +181,14 @@ def activation_elements(
         targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
         slots: How many slots train together.
     """
-    layers: int = shapes.num_hidden_layers
-    widths = read_widths(shapes)
+    if targets is not None:
+        return Elements(*decoder_elements(shapes, config, targets, slots))
     checkpointing = config.trainer.gradient_checkpointing is True
-    if targets is None:
-        recurrent = recurrent_elements(shapes)
-        return _autograd_elements(layers, widths, recurrent, checkpointing)
-    block = DECODER_BLOCKS[shapes.model_type]
-    layer = _decoder_layer_elements(widths, config.lora.r, targets, block)
-    return _decoder_elements(layers, widths, layer, checkpointing, slots)
+    widths = read_widths(shapes)
+    recurrent = recurrent_elements(shapes)
+    return _autograd_elements(
+        shapes.num_hidden_layers, widths, recurrent, checkpointing
+    )
 
 
 def _autograd_elements(
@@ -216,65 +202,6 @@ def _autograd_elements(
     # The layer whose backward pass runs has computed all its activations again.
     passing += layer
     return Elements(layers * widths.hidden + passing, passing)
-
-
-def _decoder_elements(
-    layers: int,
-    widths: Widths,
-    layer: int,
-    checkpointing: bool,
-    slots: int,
-) -> Elements:
-    """Count the elements of the GPU's decoder, of which one layer keeps `layer`."""
-    from finetune.engine.packed.gpu.decoder import stored_blocks
-
-    stored = stored_blocks(layers, slots) if checkpointing else layers
-    inputs = (layers - stored) * widths.hidden
-    passing = 3 * widths.hidden + 2 * widths.inner
-    evaluating = layer + widths.hidden + widths.inner
-    return Elements(stored * layer + inputs + passing, evaluating)
-
-
-def _decoder_layer_elements(
-    widths: Widths, rank: int, targets: set[str], block: DecoderBlock
-) -> int:
-    """Elements that one layer of the GPU's decoder keeps for each token."""
-    adapts_attention = not targets.isdisjoint(block.qkv)
-    adapts_gate = not targets.isdisjoint(block.gate_up)
-    norms = 2 + sum(norm is not None for norm in block.output_norms)
-    norm_inputs = norms * widths.hidden
-    if block.head_norms:
-        norm_inputs += widths.queries + widths.keys
-    adapter_inputs = (adapts_attention + adapts_gate) * widths.hidden
-    attention = 2 * widths.queries + 2 * widths.keys
-    gate_inputs = 2 * widths.inner
-    # A group of projections with one input is computed together: all of them have a column of
-    # ranks.
-    projections = (
-        len(block.qkv) * adapts_attention
-        + len(block.gate_up) * adapts_gate
-        + len(targets & {"o_proj", "down_proj"})
-    )
-    # The kernels compute with a power of two of at least 16.
-    padded_rank = max(16, 1 << (rank - 1).bit_length())
-    rank_columns = projections * padded_rank
-    return norm_inputs + adapter_inputs + attention + gate_inputs + rank_columns
-
-
-def block_weights(shapes: Any, config: RunConfig) -> int:
-    """Return the dequantised weights of a block that several slots keep with checkpointing.
-
-    They are kept from the block's second forward pass to its backward pass.
-    """
-    checkpointing = config.trainer.gradient_checkpointing is True
-    if not (checkpointing and config.quantization.load_in_4bit):
-        return 0
-    widths = read_widths(shapes)
-    attention = 2 * (widths.queries + widths.keys)
-    # The last product is computed again only where a norm follows it.
-    is_last_computed = DECODER_BLOCKS[shapes.model_type].feed_forward_output_norm
-    feed_forward = (3 if is_last_computed else 2) * widths.inner
-    return widths.hidden * (attention + feed_forward)
 
 
 def recurrent_elements(shapes: Any) -> int:
@@ -294,22 +221,3 @@ def recurrent_elements(shapes: Any) -> int:
     chunk = 64
     elements = 6 * keys + 9 * (repeated_keys + values) + 8 * chunk * value_heads
     return elements * layer_types.count("linear_attention") // len(layer_types)
-
-
-def read_widths(shapes: Any) -> Widths:
-    """Read the widths of a base's text config, with transformers' defaults."""
-    hidden: int = shapes.hidden_size
-    heads: int = shapes.num_attention_heads
-    key_heads: int = largest_value(shapes, "num_key_value_heads") or heads
-    head_size: int = largest_value(shapes, "head_dim") or hidden // heads
-    # Keys that are expanded from a few columns (MLA), for each head.
-    expanded: int | None = largest_value(shapes, "qk_nope_head_dim")
-    if expanded:
-        head_size = expanded + (largest_value(shapes, "qk_rope_head_dim") or 0)
-    inner: int = largest_value(shapes, "intermediate_size") or 4 * hidden
-    return Widths(
-        hidden,
-        heads * head_size,
-        key_heads * head_size,
-        inner,
-    )

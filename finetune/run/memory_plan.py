@@ -33,10 +33,10 @@ from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.cpu_activations import cpu_activations
+from finetune.run.decoder_memory import block_weights
 from finetune.run.memory_costs import (
     adapted_layers,
     base_bytes,
-    block_weights,
     expert_bytes,
     gpu_activations,
 )

@@ -7,13 +7,19 @@ Nothing is computed. One line of JSON for each kernel and card: its name, the ca
 capability, and its shared memory in bytes.
 """
 
+import dataclasses
 import importlib
 import json
 import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3_5TextConfig,
+)
 
 from finetune.app import compose_run
 from finetune.config.schema import RunConfig
@@ -25,10 +31,12 @@ from finetune.engine.packed.requests import Evaluate, ForwardBackward
 MODULES = (
     "attention",
     "cross_entropy",
+    "delta_rule",
     "gated_product",
     "lowrank",
     "rms_norm",
     "rotary",
+    "short_convolution",
 )
 """Modules of the decoder that launch kernels."""
 
@@ -66,7 +74,7 @@ def main() -> None:
         module.launch = record  # type: ignore[attr-defined]
     # Nothing is computed, so nothing is compared.
     backend_probe.holds = lambda *_, **__: True
-    for architecture in ("llama", "gemma3"):
+    for architecture in ("llama", "gemma3", "qwen3_5"):
         _run(architecture, head_dim)
     for launch in launches.values():
         for capability in capabilities:
@@ -95,14 +103,20 @@ def _run(architecture: str, head_dim: int) -> None:
     if architecture == "gemma3":
         layer_types = ["sliding_attention", "full_attention"]
         shapes = Gemma3TextConfig(**sizes, layer_types=layer_types)
+    elif architecture == "qwen3_5":
+        # Its delta nets have heads of 128 columns.
+        layer_types = ["linear_attention", "full_attention"]
+        shapes = Qwen3_5TextConfig(**sizes, layer_types=layer_types)
     base = AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
     config: RunConfig = compose_run(
         ["quantization=none", "lora.r=8", "lora.dropout=0.1", "lora/target=all_linear"]
     )
     bank = Bank(base, config, Decoder(base, gradient_checkpointing=True))
-    slot = bank.create_slot(config.lora, 0)
     rows = [{"input_ids": list(range(40)), "labels": list(range(40))}]
-    bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
+    for rank in (8, 128):
+        lora = dataclasses.replace(config.lora, r=rank)
+        slot = bank.create_slot(lora, 0)
+        bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
     bank.evaluate([Evaluate(slot, rows)])
 
 

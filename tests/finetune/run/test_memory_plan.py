@@ -174,6 +174,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
         ("Gemma3Text", "all_linear"),
         ("Gemma3Text", "q_v"),
         ("Phi3", "all_linear"),
+        ("Qwen3_5Text", "all_linear"),
     ],
 )
 @pytest.mark.parametrize(
@@ -198,17 +199,22 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from finetune.engine.packed.gpu import (
         attention,
         cross_entropy,
+        delta_rule,
         gated_product,
         lowrank,
         rms_norm,
         rotary,
+        short_convolution,
     )
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
-    kernels = (attention, cross_entropy, gated_product, lowrank, rms_norm, rotary)
-    for module in kernels:
+    modules = (
+        *(attention, cross_entropy, delta_rule, gated_product, lowrank, rms_norm),
+        *(rotary, short_convolution),
+    )
+    for module in modules:
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr(
         "finetune.engine.packed.backend_probe.holds", lambda *_, **__: True
@@ -219,6 +225,9 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         "num_hidden_layers": 16 if slots > 1 else 4,
         "num_attention_heads": 8,
     }
+    if architecture == "Qwen3_5Text":
+        shapes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        shapes |= {"head_dim": 64, "num_key_value_heads": 8}
     if architecture == "Gemma3Text":
         shapes |= {"head_dim": 64, "num_key_value_heads": 8}
     make_config = getattr(transformers, f"{architecture}Config")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.delta_net import DeltaNet, DeltaNetActivations
 from finetune.engine.packed.gpu.feed_forward import FeedForward, FeedForwardActivations
 from finetune.engine.packed.gpu.self_attention import (
     AttentionActivations,
@@ -22,13 +23,13 @@ from finetune.model.decoder_blocks import DecoderBlock
 class BlockActivations:
     """What a block keeps for its backward pass."""
 
-    attention: AttentionActivations
+    attention: AttentionActivations | DeltaNetActivations
     feed_forward: FeedForwardActivations
 
     @property
     def block_input(self) -> torch.Tensor:
         """What the block can be recomputed from [tokens, hidden_size]."""
-        return self.attention.x
+        return self.attention.block_input
 
 
 class Block:
@@ -53,9 +54,14 @@ class Block:
             block: What the base's blocks are made of.
             layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
-        self._attention = SelfAttention(
-            module, name, table_rows, config, block, layer_type
-        )
+        # Some layers of Qwen 3.5 have a gated delta net instead.
+        self._attention: Any
+        if hasattr(module, "linear_attn"):
+            self._attention = DeltaNet(module, name, table_rows, block)
+        else:
+            self._attention = SelfAttention(
+                module, name, table_rows, config, block, layer_type
+            )
         self._feed_forward = FeedForward(module, name, table_rows, config, block)
 
     def forward(
@@ -101,6 +107,7 @@ class Block:
         grad = self._feed_forward.backward(
             grad_output, activations.feed_forward, context
         )
-        return self._attention.backward(
+        grad_x: torch.Tensor | None = self._attention.backward(
             grad, activations.attention, context, need_input_grad
         )
+        return grad_x

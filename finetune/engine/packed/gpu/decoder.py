@@ -28,6 +28,7 @@ from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.cross_entropy import cross_entropy
+from finetune.engine.packed.gpu.delta_rule import RowTables
 from finetune.engine.packed.gpu.query_scales import query_scales
 from finetune.engine.packed.gpu.rms_norm import (
     read_norm,
@@ -110,6 +111,9 @@ class Decoder:
         if block.rotary_by_layer_type:
             layer_types = list(config.layer_types)
         self._layer_types = sorted(set(layer_types), key=str)
+        self._has_delta_nets = any(
+            hasattr(module, "linear_attn") for module in model.layers
+        )
         self._blocks: list[Block] = []
         for number, module in enumerate(model.layers):
             name = f"{prefix}.layers.{number}"
@@ -186,6 +190,7 @@ class Decoder:
                 layer_type: self._angles(x, batch, layer_type)
                 for layer_type in self._layer_types
             },
+            rows=RowTables(batch.spans, x.device) if self._has_delta_nets else None,
             query_scales=query_scales(self._scaled_config, batch),
         )
 

@@ -11,15 +11,15 @@ from finetune.engine.packed.gpu.gated_product import (
     gated_product_backward,
 )
 from finetune.engine.packed.gpu.linear_group import linear_group
+from finetune.engine.packed.gpu.normalized_input import (
+    InputActivations,
+    NormalizedInput,
+)
 from finetune.engine.packed.gpu.residual_sum import (
     OutputNorm,
     OutputNormActivations,
 )
-from finetune.engine.packed.gpu.rms_norm import (
-    read_norm,
-    rms_norm,
-    rms_norm_backward,
-)
+from finetune.engine.packed.gpu.rms_norm import read_norm
 from finetune.model.decoder_blocks import DecoderBlock
 
 
@@ -27,17 +27,10 @@ from finetune.model.decoder_blocks import DecoderBlock
 class FeedForwardActivations:
     """What the feed-forward layer keeps for its backward pass."""
 
-    x: torch.Tensor
-    """Its input, the sum after attention [tokens, hidden_size]."""
-    normalized: torch.Tensor | None
-    """Input of the gate and up layers; None: no adapter reads it."""
-    inverse_rms: torch.Tensor
-    """Of the norm before these layers [tokens]."""
+    inputs: InputActivations
     gate_up: list[torch.Tensor]
     """Outputs of the gate and up layers [tokens, intermediate_size], or of the one that computes
     both [tokens, 2 · intermediate_size]; the backward pass overwrites them by their gradients."""
-    shrunk_gate_up: torch.Tensor | None
-    """See `LinearGroup`."""
     shrunk_down: torch.Tensor | None
     """See `LinearGroup`."""
     output_norm: OutputNormActivations | None
@@ -63,11 +56,13 @@ class FeedForward:
             config: The base's text config.
             block: What the base's blocks are made of.
         """
-        self._norm = read_norm(getattr(module, block.feed_forward_norm), block)
         self._output_norm = OutputNorm(module, block.feed_forward_output_norm, block)
         self._activation = getattr(config, block.activation_key)
         module_name = f"{name}.mlp"
-        self._gate_up = linear_group(module.mlp, module_name, block.gate_up, table_rows)
+        self._gate_up = NormalizedInput(
+            read_norm(getattr(module, block.feed_forward_norm), block),
+            linear_group(module.mlp, module_name, block.gate_up, table_rows),
+        )
         self._down = linear_group(
             module.mlp,
             module_name,
@@ -92,16 +87,11 @@ class FeedForward:
         Returns:
             The sum [tokens, hidden_size], None where it is left out; the activations.
         """
-        normalized: torch.Tensor | None
         skips_product = recompute and self._output_norm.norm is None
         # The copy of x is where the sum is built: a recomputed layer has none.
-        normalized, inverse_rms, residual = rms_norm(
-            x, self._norm, copy_input=not skips_product
+        gate_up, residual, inputs = self._gate_up.forward(
+            x, context, copy_input=not skips_product
         )
-        gate_up, shrunk_gate_up = self._gate_up.forward(normalized, context)
-        # Only the gradient of an adapter's A reads it.
-        if shrunk_gate_up is None:
-            normalized = None
         total = None
         shrunk_down = None
         output_norm = None
@@ -113,11 +103,8 @@ class FeedForward:
         elif self._down.is_adapted(context):
             shrunk_down = self._down.shrink(self._product(gate_up), context)
         activations = FeedForwardActivations(
-            x=x,
-            normalized=normalized,
-            inverse_rms=inverse_rms,
+            inputs=inputs,
             gate_up=gate_up,
-            shrunk_gate_up=shrunk_gate_up,
             shrunk_down=shrunk_down,
             output_norm=output_norm,
         )
@@ -163,17 +150,9 @@ class FeedForward:
         del grad_product, product
         # Overwritten by their gradients.
         grads = activations.gate_up
-        grad_normalized, grad_shrunk = self._gate_up.backward(
-            grads, activations.shrunk_gate_up, context
-        )
-        self._gate_up.backward_a(activations.normalized, grad_shrunk, context)
-        return rms_norm_backward(
-            grad_normalized,
-            x=activations.x,
-            norm=self._norm,
-            inverse_rms=activations.inverse_rms,
-            grad_residual=grad_output,
-        )
+        grad_x = self._gate_up.backward(grads, grad_output, activations.inputs, context)
+        assert grad_x is not None
+        return grad_x
 
 
 def _split(gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,9 +29,25 @@ class _NormActivations:
 
 @dataclass(frozen=True)
 class HeadActivations:
-    """What the heads keep for their backward pass, by `q` and `k`; empty without norms."""
+    """What the heads keep for their backward pass."""
 
     norms: dict[str, _NormActivations]
+    """By `q` and `k`; empty without norms."""
+    gate: torch.Tensor | None
+    """Of attention's output, before the sigmoid [tokens · heads, head_dim]; None: there is none."""
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """Room for the gradients of the query, key and value layers' outputs."""
+
+    outputs: list[torch.Tensor]
+    """[tokens, columns], as many as there are layers."""
+    heads: list[torch.Tensor]
+    """Of queries, keys and values [tokens, heads, head_dim]: views of the outputs, but for queries
+    beside a gate."""
+    gate: torch.Tensor | None
+    """Of the gate, a view of the queries' output [tokens · heads, head_dim]."""
 
 
 class Heads:
@@ -49,19 +65,18 @@ class Heads:
             layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
         self.head_dim: int = module.head_dim
-        query_columns = config.num_attention_heads * self.head_dim
-        key_columns = config.num_key_value_heads * self.head_dim
-        self._columns = [query_columns, key_columns, key_columns]
-        """Of queries, keys and values."""
+        self._query_columns = config.num_attention_heads * self.head_dim
+        self._key_columns = config.num_key_value_heads * self.head_dim
         self._is_joined = len(block.qkv) == 1
         """Whether one layer computes all three."""
+        self._has_gate = block.has_output_gate
         self._layer_type = layer_type
         # SmolLM3 has layers without the rotary embedding.
         self._rotary = bool(getattr(module, "use_rope", True))
         self._scales_queries = block.scales_queries
         self._norms: dict[str, RmsNorm] = {}
         """Of queries (`q`) and keys (`k`)."""
-        if block.head_norms:
+        if block.has_head_norms:
             for name in ("q", "k"):
                 norm = getattr(module, f"{name}_norm")
                 self._norms[name] = read_norm(norm, block)
@@ -80,46 +95,70 @@ class Heads:
             By `q`, `k` and `v` [tokens, heads, head_dim]; tokens may lie apart in memory. And the
             activations.
         """
-        heads = dict(zip("qkv", self._split(outputs), strict=True))
+        tokens = len(outputs[0])
+        gate = None
+        if self._has_gate:
+            # Beside each head's queries; they are normalised, so they get memory of their own.
+            queries, gate = self._beside_gate(outputs[0])
+            parts = [queries, *self._as_heads(outputs[1:])]
+        else:
+            parts = self._as_heads(self._split(outputs))
+        heads = dict(zip("qkv", parts, strict=True))
         # `heads` alone refers to them now, so each is freed once a norm's output replaces it.
         outputs.clear()
+        parts.clear()
         activations = {}
         for name, norm in self._norms.items():
-            shape = heads[name].shape
-            x = heads[name].view(-1, self.head_dim)
+            x = heads[name]
+            if x.dim() == 3:
+                x = x.view(-1, self.head_dim)
             y, inverse_rms, _ = rms_norm(x, norm)
-            heads[name] = y.view(shape)
+            (heads[name],) = self._as_heads([y.view(tokens, -1)])
             activations[name] = _NormActivations(x, inverse_rms)
+            del x, y
         if self._rotary:
             # In place: the backward pass needs the angles alone.
             for name in ("q", "k"):
                 apply_rotary(heads[name], *context.angles[self._layer_type], 1.0)
         if self._scales_queries and context.query_scales is not None:
             heads["q"].mul_(context.query_scales)
-        return heads, HeadActivations(activations)
+        return heads, HeadActivations(activations, gate)
 
-    def _split(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Views of the layers' outputs [tokens, heads, head_dim]."""
-        if self._is_joined:
-            outputs = torch.split(outputs[0], self._columns, 1)
-        return [output.view(len(output), -1, self.head_dim) for output in outputs]
+    def _split(self, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Queries, keys and values [tokens, columns]."""
+        if not self._is_joined:
+            return outputs
+        columns = [self._query_columns, self._key_columns, self._key_columns]
+        return torch.split(outputs[0], columns, 1)
 
-    def empty_gradients(
-        self, heads: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Make room for the gradients of queries, keys and values.
+    def _as_heads(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """[tokens, heads, head_dim] of [tokens, columns]."""
+        return [row.view(len(row), -1, self.head_dim) for row in rows]
+
+    def _beside_gate(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and gate [tokens · heads, head_dim] of the layer that computes both."""
+        rows = output.view(-1, 2 * self.head_dim)
+        return rows[:, : self.head_dim], rows[:, self.head_dim :]
+
+    def empty_gradients(self, query: torch.Tensor) -> HeadGradients:
+        """Make room for the gradients.
 
         Args:
-            heads: Queries, keys and values.
-
-        Returns:
-            The gradients of the layers' outputs [tokens, columns], as many as there are layers, and
-            views of them in the shapes of the heads.
+            query: Has the dtype and the number of tokens.
         """
-        tokens = len(heads[0])
-        sizes = [sum(self._columns)] if self._is_joined else self._columns
-        outputs = [heads[0].new_empty(tokens, size) for size in sizes]
-        return outputs, self._split(outputs)
+        tokens = len(query)
+        columns = [self._query_columns, self._key_columns, self._key_columns]
+        if self._is_joined:
+            columns = [sum(columns)]
+        if self._has_gate:
+            columns[0] *= 2
+        outputs = [query.new_empty(tokens, count) for count in columns]
+        if not self._has_gate:
+            return HeadGradients(outputs, self._as_heads(self._split(outputs)), None)
+        _, gate = self._beside_gate(outputs[0])
+        queries = query.new_empty(tokens, self._query_columns)
+        heads = self._as_heads([queries, *outputs[1:]])
+        return HeadGradients(outputs, heads, gate)
 
     def rotation(
         self, context: PassContext
@@ -129,26 +168,29 @@ class Heads:
 
     def backward(
         self,
-        gradients: Sequence[torch.Tensor],
+        gradients: HeadGradients,
         activations: HeadActivations,
         context: PassContext,
     ) -> None:
-        """Turn gradients before the rotation into those of the layers' outputs, in place.
+        """Turn gradients before the rotation into those of the layers' outputs, in their place.
 
         Args:
-            gradients: Of queries, keys and values, from `empty_gradients`.
+            gradients: From `empty_gradients`, with those of the heads set.
             activations: From `forward`.
             context: The pass.
         """
-        heads = dict(zip("qkv", gradients, strict=True))
+        heads = dict(zip("qkv", gradients.heads, strict=True))
         if self._scales_queries and context.query_scales is not None:
             heads["q"].mul_(context.query_scales)
         for name, norm_activations in activations.norms.items():
             gradient = heads[name].view(-1, self.head_dim)
+            result = gradient
+            if name == "q" and self._has_gate:
+                result, _ = self._beside_gate(gradients.outputs[0])
             rms_norm_backward(
                 gradient,
                 norm_activations.x,
                 self._norms[name],
                 norm_activations.inverse_rms,
-                grad_x=gradient,
+                grad_x=result,
             )

@@ -11,37 +11,42 @@ from finetune.engine.packed.gpu.attention import (
     attention_backward,
 )
 from finetune.engine.packed.gpu.context import PassContext
-from finetune.engine.packed.gpu.heads import HeadActivations, Heads
+from finetune.engine.packed.gpu.gated_product import (
+    gated_product,
+    gated_product_backward,
+)
+from finetune.engine.packed.gpu.heads import HeadActivations, HeadGradients, Heads
 from finetune.engine.packed.gpu.linear_group import linear_group
+from finetune.engine.packed.gpu.normalized_input import (
+    InputActivations,
+    NormalizedInput,
+)
 from finetune.engine.packed.gpu.residual_sum import (
     OutputNorm,
     OutputNormActivations,
 )
-from finetune.engine.packed.gpu.rms_norm import (
-    read_norm,
-    rms_norm,
-    rms_norm_backward,
-)
+from finetune.engine.packed.gpu.rms_norm import read_norm
 from finetune.model.decoder_blocks import DecoderBlock
+
+GATE = "sigmoid"
+"""The activation of the gate of attention's output."""
 
 
 @dataclass(frozen=True)
 class AttentionActivations:
     """What attention keeps for its backward pass."""
 
-    x: torch.Tensor
-    """The block's input [tokens, hidden_size]."""
-    normalized: torch.Tensor | None
-    """Input of the query, key and value layers; None: no adapter reads it."""
-    inverse_rms: torch.Tensor
-    """Of the norm before these layers [tokens]."""
+    qkv: InputActivations
     heads: HeadActivations
     trace: AttentionTrace
-    shrunk_qkv: torch.Tensor | None
-    """See `LinearGroup`."""
     shrunk_output: torch.Tensor | None
     """See `LinearGroup`."""
     output_norm: OutputNormActivations | None
+
+    @property
+    def block_input(self) -> torch.Tensor:
+        """The input of the block [tokens, hidden_size]."""
+        return self.qkv.x
 
 
 class SelfAttention:
@@ -68,14 +73,16 @@ class SelfAttention:
         """
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
-        self._qkv = linear_group(attention_module, module_name, block.qkv, table_rows)
+        self._qkv = NormalizedInput(
+            read_norm(getattr(module, block.attention_norm), block),
+            linear_group(attention_module, module_name, block.qkv, table_rows),
+        )
         self._output = linear_group(
             attention_module,
             module_name,
             ("o_proj",),
             table_rows,
         )
-        self._norm = read_norm(getattr(module, block.attention_norm), block)
         self._output_norm = OutputNorm(module, block.attention_output_norm, block)
         self._heads = Heads(attention_module, config, block, layer_type)
         self._scale = attention_module.scaling
@@ -96,14 +103,9 @@ class SelfAttention:
         Returns:
             The sum [tokens, hidden_size], in memory of its own, and the activations.
         """
-        normalized: torch.Tensor | None
         # x itself is an activation: the sum is built in a copy of it.
-        normalized, inverse_rms, residual = rms_norm(x, self._norm, copy_input=True)
+        outputs, residual, qkv = self._qkv.forward(x, context)
         assert residual is not None
-        outputs, shrunk_qkv = self._qkv.forward(normalized, context)
-        # Only the gradient of an adapter's A reads it.
-        if shrunk_qkv is None:
-            normalized = None
         heads, head_activations = self._heads.forward(outputs, context)
         trace = attention(
             query=heads["q"],
@@ -113,17 +115,16 @@ class SelfAttention:
             scale=self._scale,
             window=self._window,
         )
-        joined_heads = trace.output.flatten(1)
+        attended = trace.output.view(-1, self._heads.head_dim)
+        if head_activations.gate is not None:
+            attended = gated_product(head_activations.gate, attended, GATE)
         total, shrunk_output, output_norm = self._output_norm.forward(
-            self._output, joined_heads, residual, context
+            self._output, attended.view(len(x), -1), residual, context
         )
         activations = AttentionActivations(
-            x=x,
-            normalized=normalized,
-            inverse_rms=inverse_rms,
+            qkv=qkv,
             heads=head_activations,
             trace=trace,
-            shrunk_qkv=shrunk_qkv,
             shrunk_output=shrunk_output,
             output_norm=output_norm,
         )
@@ -147,46 +148,54 @@ class SelfAttention:
         Returns:
             The gradient of x [tokens, hidden_size] if it is needed.
         """
-        grads = self._backward_output(grad_output, activations, context)
-        # Without the products with the base's weights, which only the input's gradient needs.
-        if not need_input_grad:
-            grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
-            self._qkv.backward_a(activations.normalized, grad_shrunk, context)
-            return None
-        grad_normalized, grad_shrunk = self._qkv.backward(
-            grads, activations.shrunk_qkv, context
+        trace = activations.trace
+        gradients = self._heads.empty_gradients(trace.query)
+        grad_attended = self._backward_output(
+            grad_output, activations, gradients, context
         )
-        self._qkv.backward_a(activations.normalized, grad_shrunk, context)
-        return rms_norm_backward(
-            grad_normalized,
-            x=activations.x,
-            norm=self._norm,
-            inverse_rms=activations.inverse_rms,
-            grad_residual=grad_output,
+        attention_backward(
+            grad_attended.view(trace.output.shape),
+            trace,
+            context.spans,
+            gradients.heads,
+            self._heads.rotation(context),
+        )
+        # Makes room.
+        del grad_attended
+        self._heads.backward(gradients, activations.heads, context)
+        return self._qkv.backward(
+            gradients.outputs, grad_output, activations.qkv, context, need_input_grad
         )
 
     def _backward_output(
         self,
         grad_output: torch.Tensor,
         activations: AttentionActivations,
+        gradients: HeadGradients,
         context: PassContext,
-    ) -> list[torch.Tensor]:
-        """Gradients of the outputs of the query, key and value layers."""
-        trace = activations.trace
+    ) -> torch.Tensor:
+        """Gradient of the attention's output [tokens, columns]; sets that of the gate."""
+        output = activations.trace.output
         grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
-        grad_attention, grad_shrunk = self._output.backward(
+        grad_attended, grad_shrunk = self._output.backward(
             [grad_sum], activations.shrunk_output, context
         )
-        self._output.backward_a(trace.output.flatten(1), grad_shrunk, context)
-        grads, grad_heads = self._heads.empty_gradients(
-            (trace.query, trace.key, trace.value)
+        gate = activations.heads.gate
+        if gate is None:
+            self._output.backward_a(output.flatten(1), grad_shrunk, context)
+            return grad_attended
+        assert gradients.gate is not None
+        grad_gated = grad_attended.view(gate.shape)
+        grad_attended = torch.empty_like(grad_attended)
+        gated = gated_product_backward(
+            grad_gated,
+            gate,
+            output.view(gate.shape),
+            GATE,
+            recompute_output=grad_shrunk is not None,
+            grad_gate=gradients.gate,
+            grad_up=grad_attended.view(gate.shape),
         )
-        attention_backward(
-            grad_attention.view(trace.output.shape),
-            trace,
-            context.spans,
-            grad_heads,
-            self._heads.rotation(context),
-        )
-        self._heads.backward(grad_heads, activations.heads, context)
-        return grads
+        if gated is not None:
+            self._output.backward_a(gated.view(len(output), -1), grad_shrunk, context)
+        return grad_attended

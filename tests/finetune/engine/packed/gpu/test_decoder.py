@@ -35,6 +35,14 @@ ARCHITECTURES = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "qwen3_5_text": {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+    },
     "gemma3_text": {
         "sliding_window": 6,
         "head_dim": 32,
