@@ -144,11 +144,11 @@ class _DeltaNets:
         from finetune.engine.packed.gpu.delta_rule import CHUNK
 
         mixed = 2 * self.keys + self.values
-        states = self.values * self.key_columns // CHUNK
+        states = 2 * self.values * self.key_columns // CHUNK
         # Those of T are float32.
         inverses = 2 * self.heads * CHUNK
         head_gradients = 2 * self.heads * self.key_columns
-        return 2 * mixed + 2 * self.values + states + inverses + head_gradients
+        return 2 * mixed + 3 * self.values + states + inverses + head_gradients
 
 
 def block_weights(shapes: Any, config: RunConfig) -> int:

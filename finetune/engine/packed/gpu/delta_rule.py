@@ -5,6 +5,7 @@ The Triton kernels are in `delta_rule_kernels`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -13,6 +14,7 @@ from finetune.engine.packed.batch import Span
 from finetune.engine.packed.gpu.delta_rule_kernels import (
     delta_rule_backward_kernel,
     delta_rule_kernel,
+    grad_states_kernel,
     inverse_kernel,
 )
 from finetune.engine.packed.gpu.launch import launch
@@ -22,7 +24,10 @@ CHUNK = 32
 """Tokens that are computed at once."""
 
 WARPS = 8
-"""Warps of a program that holds a state."""
+"""Warps of a program of the larger kernels: with fewer, their registers do not suffice."""
+
+BLOCK = 64
+"""Most columns of the values that a program has at once."""
 
 DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -142,11 +147,24 @@ class DeltaRule:
             self.value_heads, self._group_size, self.key_width, 2 * self.key_width,
             self.key_columns**-0.5,
         )  # fmt: skip
-        constants = (
-            store_states, CHUNK, self.key_columns, self.value_columns, DTYPES[qkv.dtype],
-        )  # fmt: skip
-        grid = (len(tables.rows), self.value_heads, 1)
-        launch(delta_rule_kernel, grid, arguments, constants, WARPS, 1)
+        constants = (store_states, *self._constants(qkv))
+        launch(
+            delta_rule_kernel, self._row_grid(tables), arguments, constants, WARPS, 1
+        )
+
+    def _constants(self, qkv: torch.Tensor) -> tuple[Any, ...]:
+        """The kernels' constants CHUNK, KEYS, VALUES, BLOCK and DTYPE."""
+        shapes = (CHUNK, self.key_columns, self.value_columns, self._block)
+        return (*shapes, DTYPES[qkv.dtype])
+
+    @property
+    def _block(self) -> int:
+        return min(BLOCK, self.value_columns)
+
+    def _row_grid(self, tables: RowTables) -> tuple[int, int, int]:
+        """Programs of the kernels that go over the chunks of a row."""
+        blocks = self.value_columns // self._block
+        return len(tables.rows), self.value_heads, blocks
 
     def backward(
         self,
@@ -168,32 +186,39 @@ class DeltaRule:
         Returns:
             Gradients of qkv, log decays and rates.
         """
-        tokens = len(qkv)
         inverses = self._inverses(qkv, log_decays, rates, tables)
-        heads = (tokens, self.value_heads)
         states = qkv.new_empty(
             len(tables.chunks), self.value_heads, self.key_columns, self.value_columns
         )
-        corrections = qkv.new_empty(*heads, self.value_columns)
+        corrections = torch.empty_like(grad_output)
         results = (corrections, states, corrections)
         self._launch(qkv, log_decays, rates, inverses, results, tables, True)
+        grad_states = torch.empty_like(states)
+        grad_corrections = torch.empty_like(corrections)
+        arguments = (
+            qkv, log_decays, rates, inverses, grad_output, grad_states, grad_corrections,
+            tables.rows, qkv.stride(0), self.value_heads, self._group_size, self.key_width,
+            self.key_columns**-0.5,
+        )  # fmt: skip
+        constants = self._constants(qkv)
+        launch(
+            grad_states_kernel, self._row_grid(tables), arguments, constants, WARPS, 1
+        )
+        tokens = len(qkv)
         grad_qkv = qkv.new_empty(tokens, sum(self.widths))
         grad_queries, grad_keys, grad_values = torch.split(grad_qkv, self.widths, 1)
         # Of each value head; those that share a key head are summed below.
-        head_queries = qkv.new_empty(*heads, self.key_columns)
-        head_keys = qkv.new_empty(*heads, self.key_columns)
+        head_queries = qkv.new_empty(tokens, self.value_heads, self.key_columns)
+        head_keys = torch.empty_like(head_queries)
         grad_log_decays = torch.empty_like(log_decays)
         grad_rates = torch.empty_like(rates)
         arguments = (
-            qkv, log_decays, rates, inverses, states, corrections, grad_output, head_queries,
-            head_keys, grad_values, grad_log_decays, grad_rates, tables.rows, qkv.stride(0),
-            grad_values.stride(0), self.value_heads, self._group_size, self.key_width,
-            2 * self.key_width, self.key_columns**-0.5,
+            qkv, log_decays, rates, inverses, states, corrections, grad_output, grad_states,
+            grad_corrections, head_queries, head_keys, grad_values, grad_log_decays, grad_rates,
+            tables.chunks, qkv.stride(0), grad_values.stride(0), self.value_heads,
+            self._group_size, self.key_width, 2 * self.key_width, self.key_columns**-0.5,
         )  # fmt: skip
-        constants = (
-            CHUNK, self.key_columns, self.value_columns, DTYPES[qkv.dtype],
-        )  # fmt: skip
-        grid = (len(tables.rows), self.value_heads, 1)
+        grid = (len(tables.chunks), self.value_heads, 1)
         launch(delta_rule_backward_kernel, grid, arguments, constants, WARPS, 1)
         for gradient, of_heads in (
             (grad_queries, head_queries),
