@@ -45,6 +45,8 @@ class DecoderBlock:
     """Whether all layers have the window of the config; else the attention modules have theirs."""
     rotary_by_layer_type: bool = False
     """Whether the angles of the rotary embedding depend on the type of layer."""
+    position_kinds: int = 1
+    """Positions that the rotary embedding takes for each token: of text they are equal."""
     scales_queries: bool = False
     """Whether queries grow with their position (`llama_4_scaling_beta`)."""
 
@@ -75,6 +77,7 @@ DECODER_BLOCKS: dict[str, DecoderBlock] = {
         _LLAMA,
         has_head_norms=True,
         has_output_gate=True,
+        position_kinds=3,
         norm_offset=1.0,
         norm_rounds_last=True,
     ),

@@ -94,6 +94,7 @@ class Decoder:
         model = base.get_decoder()
         prefix = base.base_model_prefix
         self._head_dim = head_dim_of(config)
+        self._position_kinds = block.position_kinds
         self._embedding = model.embed_tokens
         self._rotary = model.rotary_emb
         self._norm = read_norm(model.norm, block)
@@ -198,11 +199,14 @@ class Decoder:
         self, x: torch.Tensor, batch: PackedBatch, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the rotary embedding [tokens, rotary_dim] of a type of layer."""
+        positions = batch.position_ids
+        if self._position_kinds > 1:
+            positions = positions.expand(self._position_kinds, -1, -1)
         # Transformers' module reads no more of x than its dtype and device.
         if layer_type is None:
-            cos, sin = self._rotary(x[None], batch.position_ids)
+            cos, sin = self._rotary(x[None], positions)
         else:
-            cos, sin = self._rotary(x[None], batch.position_ids, layer_type)
+            cos, sin = self._rotary(x[None], positions, layer_type)
         # Contiguous, because the kernels compute addresses from the sizes alone.
         return cos[0].contiguous(), sin[0].contiguous()
 
