@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.compat import gate_of_experts
 from finetune.config.schema import RunConfig
 from finetune.model.base_quantization import BaseQuantization, is_quantized_again
-from finetune.model.experts import DENSE_BYTES, expert_modules, weight_names
+from finetune.model.experts import (
+    DENSE_BYTES,
+    ExpertWeight,
+    expert_modules,
+    weight_names,
+)
 from finetune.model.quantization import compute_dtype
 from finetune.model.quantized_layers import expert_weights, quantizable_experts
 
@@ -120,11 +125,9 @@ def expert_shape(model: Any, layers: int) -> ExpertShape | None:
     if not modules:
         return None
     name, experts = next(iter(modules.items()))
-    first, last = (getattr(experts, each) for each in weight_names(experts))
-    up, hidden = first.shape[1:]
-    if experts.is_transposed:
-        up, hidden = hidden, up
-    inner = last.shape[1] if experts.is_transposed else last.shape[2]
+    first, last = (ExpertWeight(experts, each) for each in weight_names(experts))
+    count, hidden, up = first.shape
+    _, inner, _ = last.shape
     # Adapters on experts are wrapped around them.
     parent_name = name.replace(".base_layer", "").rpartition(".")[0]
     parent = model.get_submodule(parent_name)
@@ -134,8 +137,8 @@ def expert_shape(model: Any, layers: int) -> ExpertShape | None:
         hidden=hidden,
         up=up,
         inner=inner,
-        experts=len(first),
-        largest=max(first[0].numel(), last[0].numel()),
+        experts=count,
+        largest=hidden * max(up, inner),
         has_bias=bool(experts.has_bias),
         # One of its own kind clamps, scales and shifts (gpt-oss).
         activation=5 if gate_of_experts(experts).__name__ == "_apply_gate" else 2,
