@@ -305,11 +305,19 @@ def synchronize() -> None:
 
 
 def weights_of(model: torch.nn.Module) -> int:
-    """That a token is multiplied by."""
-    linear = [
-        module for module in model.modules() if isinstance(module, torch.nn.Linear)
-    ]
-    return sum(module.in_features * module.out_features for module in linear)
+    """That a token is multiplied by: of a mixture's experts those that it is sent to."""
+    from finetune.model.experts import expert_modules
+    from finetune.run.expert_costs import expert_shape
+
+    weights = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weights += module.in_features * module.out_features
+    experts = expert_shape(model, 1)
+    if experts is not None:
+        each = experts.hidden * (experts.up + experts.inner)
+        weights += len(expert_modules(model)) * experts.pairs * each
+    return weights
 
 
 class Counter:
@@ -386,9 +394,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
 
 def trl(base: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of one run by SFTTrainer."""
-    from peft import get_peft_model
-
-    from finetune.model.lora_config import lora_config
+    from finetune.model.adapter import add_adapter
 
     weights = weights_of(base)
     arguments: dict[str, Any] = {}
@@ -396,7 +402,7 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
         if GPU:
             base.config._attn_implementation = attention_within_bounds()
         arguments = {"use_liger_kernel": GPU, "padding_free": True}
-    model = get_peft_model(base, lora_config(case.config().lora))
+    model = add_adapter(base, case.config().lora, SEED)
     try:
         return train(model, case, arguments), weights
     finally:

@@ -32,6 +32,9 @@ class Sizes:
 
 SIZES = {
     "tiny": Sizes("Llama", 128, 344, 2, 2, 2, 64, 32000),
+    "tiny_experts": Sizes("Qwen3Moe", 128, 344, 2, 2, 2, 64, 32000, False, {
+        "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
+    }),
     "llama2_7b": Sizes("Llama", 4096, 11008, 32, 32, 32, 128, 32000),
     "smollm2_135m": Sizes("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
     "llama3_2_1b": Sizes("Llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
@@ -44,6 +47,13 @@ SIZES = {
     "qwen3_5_4b": Sizes("Qwen3_5Text", 2560, 9216, 32, 16, 4, 256, 248320, True, {
         "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    }),
+    "qwen3_30b_a3b": Sizes("Qwen3Moe", 2048, 6144, 48, 32, 4, 128, 151936, False, {
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }),
+    "gpt_oss_20b": Sizes("GptOss", 2880, 2880, 24, 64, 8, 64, 201088, False, {
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
     }),
 }  # fmt: skip
 """By the name of the choice in `conf/model`; windows and angles are transformers' defaults, where
@@ -67,11 +77,18 @@ def shapes(name: str) -> Any:
 def make_base(name: str, double: bool) -> Any:
     """Make a base with random weights in NF4, its scales quantised too where it is `double`.
 
-    Its weights in 16 bits are never in memory, but for one layer's.
+    Its weights in 16 bits are never in memory, but for one tensor's.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from finetune.model.expert_quantizer import prepare_experts
+    from finetune.model.routed_experts import use_routed_experts
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=DTYPE, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+    )  # fmt: skip
     torch.manual_seed(SEED)
     # Weights without memory; buffers, as the frequencies of the rotary embedding, are real.
     with init_empty_weights(include_buffers=False):
@@ -81,6 +98,7 @@ def make_base(name: str, double: bool) -> Any:
         for child_name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and child is not head:
                 setattr(parent, child_name, _random_layer(child, double))
+    prepare_experts(model, settings)
     for parent in list(model.modules()):
         for parameter_name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -89,9 +107,8 @@ def make_base(name: str, double: bool) -> Any:
     model.to(DEVICE)
     model.is_loaded_in_4bit = True
     model.quantization_method = "bitsandbytes"
-    model.config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=DTYPE
-    )
+    model.config.quantization_config = settings
+    use_routed_experts(model)
     return model
 
 
@@ -118,9 +135,15 @@ def _random_layer(child: torch.nn.Linear, double: bool) -> Any:
 
 
 def _random_weight(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
     weight = torch.ones(parameter.shape, device=DEVICE, dtype=DTYPE)
     if parameter.ndim > 1:
         weight.normal_(0, 0.02)
+    # Of experts; it quantises what it is moved with.
+    if isinstance(parameter, Params4bit):
+        quantized: torch.nn.Parameter = Params4bit(weight, **vars(parameter)).to(DEVICE)
+        return quantized
     return torch.nn.Parameter(weight, requires_grad=False)
 
 

@@ -10,9 +10,10 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
+from finetune.model.experts import router_layers
 from finetune.model.quantization import compute_dtype, should_dequantize
-from finetune.model.quantized_layers import expert_weights
 from finetune.run.decoder_memory import decoder_elements
+from finetune.run.expert_costs import expert_shape, quantized_expert_count
 from finetune.run.layer_widths import Widths, read_widths
 
 if TYPE_CHECKING:
@@ -31,44 +32,61 @@ def base_bytes(
         config: The run's config.
         quantization: The quantization of the base's files.
     """
-    linear = _linear_weights(skeleton)
+    quantized = quantized_weights(skeleton, config, quantization)
     total = sum(weight.numel() for weight in skeleton.parameters())
-    # Embeddings, norms, fused experts and the output layer are never quantised.
-    rest = total - linear
+    # Embeddings, norms, routers and the output layer are never quantised.
+    rest = total - quantized
     rest_bytes = rest * compute_dtype(config.quantization).itemsize
     return int(
-        linear * _bytes_per_linear_weight(linear, config, quantization) + rest_bytes
+        quantized * _bytes_per_weight(quantized, config, quantization) + rest_bytes
     )
 
 
-def expert_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
-    """Return the bytes of fused experts, which stay in 16 bits (on a CPU 32) in a quantised base.
+def expert_buffer_bytes(
+    skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
+) -> int:
+    """Return the bytes of the experts that are dequantised at once, 0 without 4-bit experts.
 
-    0 for a base that is not quantised.
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+        files: The quantization of the base's files.
     """
-    if not config.quantization.is_quantized:
+    layers = skeleton.config.get_text_config(decoder=True).num_hidden_layers
+    experts = expert_shape(skeleton, layers)
+    if experts is None or not quantized_expert_count(skeleton, config, files):
         return 0
-    weights = sum(weight.numel() for weight in expert_weights(skeleton).values())
-    return weights * compute_dtype(config.quantization).itemsize
+    quantized = quantized_weights(skeleton, config, files)
+    return experts.buffer_bytes(config, should_dequantize(quantized, config))
 
 
-def _linear_weights(skeleton: "PreTrainedModel") -> int:
-    """Weights of the layers that quantization applies to: all linear ones but the output layer."""
+def quantized_weights(
+    skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
+) -> int:
+    """Weights that quantization applies to: of linear layers but the output layer, and of experts.
+
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+        files: The quantization of the base's files.
+    """
     head = skeleton.get_output_embeddings()
-    weights = 0
-    for module in skeleton.modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+    routers = router_layers(skeleton)
+    weights = quantized_expert_count(skeleton, config, files)
+    for name, module in skeleton.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | Conv1D)
+        if is_linear and module is not head and name not in routers:
             weights += module.weight.numel()
     return weights
 
 
-def _bytes_per_linear_weight(
-    linear: int, config: RunConfig, base: BaseQuantization | None
+def _bytes_per_weight(
+    weights: int, config: RunConfig, base: BaseQuantization | None
 ) -> float:
     quantization = config.quantization
     if base is not None and base.method not in BITSANDBYTES | DEQUANTIZED:
         return base.bits / 8
-    if quantization.load_in_4bit and not should_dequantize(linear, config):
+    if quantization.load_in_4bit and not should_dequantize(weights, config):
         return 0.5 + _scale_bytes(quantization)
     if quantization.load_in_8bit:
         return 1.0
@@ -140,6 +158,7 @@ def gpu_activations(
     element_bytes: int,
     tokens: int,
     evaluated: int,
+    base: Any,
 ) -> Activations:
     """Count a GPU's activations in bytes.
 
@@ -150,9 +169,10 @@ def gpu_activations(
         element_bytes: Bytes of an element.
         tokens: Tokens of the largest training batch.
         evaluated: Tokens of the largest batch that is evaluated.
+        base: The base without weights.
     """
-    alone = activation_elements(shapes, config, targets, slots=1)
-    packed = activation_elements(shapes, config, targets, slots=2)
+    alone = activation_elements(shapes, config, targets, slots=1, base=base)
+    packed = activation_elements(shapes, config, targets, slots=2, base=base)
     return Activations(
         training=tokens * alone.training * element_bytes,
         beside=tokens * packed.training * element_bytes,
@@ -166,6 +186,7 @@ def activation_elements(
     config: RunConfig,
     targets: set[str] | None,
     slots: int,
+    base: Any = None,
 ) -> Elements:
     """Count the elements of activations that one token needs.
 
@@ -180,11 +201,12 @@ def activation_elements(
         config: The run's config.
         targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
         slots: How many slots train together.
+        base: The base without weights, for its experts; None: it has none.
     """
     if targets is not None:
         return Elements(*decoder_elements(shapes, config, targets, slots))
     checkpointing = config.trainer.gradient_checkpointing is True
-    widths = read_widths(shapes)
+    widths = read_widths(shapes, base)
     recurrent = recurrent_elements(shapes)
     return _autograd_elements(
         shapes.num_hidden_layers, widths, recurrent, checkpointing
@@ -197,6 +219,9 @@ def _autograd_elements(
     attention = 2 * widths.queries + 2 * widths.keys + recurrent
     layer = 4 * widths.hidden + attention + 3 * widths.inner
     passing = 4 * widths.hidden + 2 * widths.queries + 4 * widths.inner
+    if widths.experts is not None:
+        layer += int(widths.experts.stored)
+        passing += widths.experts.passing
     if not checkpointing:
         return Elements(layers * layer + passing, passing)
     # The layer whose backward pass runs has computed all its activations again.

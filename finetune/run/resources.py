@@ -182,7 +182,7 @@ class SharedResources:
             check_targets(self.source(config.model), config.model, config.lora)
             return True
 
-        self._checked_targets.get((config.model, config.lora.target_modules), check)
+        self._checked_targets.get((config.model, config.lora), check)
 
     def base_answers(
         self, config: RunConfig, prompts: Sequence[Prompt]
