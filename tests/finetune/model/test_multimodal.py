@@ -443,11 +443,15 @@ def test_a_plan_is_that_of_the_text_model(
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["Gemma3", "GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss", "Mistral3", "Llava"],
+    ("kind", "has_kernels"),
+    [
+        *((kind, False) for kind in ("GPT2", "Mamba", "OPT", "Qwen3Moe", "GptOss")),
+        # Of their text models.
+        *((kind, True) for kind in ("Gemma3", "Mistral3", "Llava")),
+    ],
 )
-def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_kernels(
-    kind: str, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+def test_whether_an_architecture_has_kernels_is_told_from_its_text_model(
+    kind: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
 ) -> None:
     import torch
     import transformers
@@ -463,7 +467,8 @@ def test_no_size_of_another_architecture_is_asked_for_to_tell_that_it_has_no_ker
     monkeypatch.setattr("finetune.engine.packed.backend._kernels_work", lambda: True)
     shapes = getattr(transformers, f"{kind}Config")()
     assert supports_gpu_decoder(transformers.LlamaConfig(), tiny().quantization)
-    assert not supports_gpu_decoder(shapes, tiny().quantization)
+    supported = supports_gpu_decoder(shapes, tiny().quantization)
+    assert supported is has_kernels
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")

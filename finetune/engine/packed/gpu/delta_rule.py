@@ -195,15 +195,14 @@ class DeltaRule:
         self._launch(qkv, log_decays, rates, inverses, results, tables, True)
         grad_states = torch.empty_like(states)
         grad_corrections = torch.empty_like(corrections)
-        arguments = (
+        scan_arguments = (
             qkv, log_decays, rates, inverses, grad_output, grad_states, grad_corrections,
             tables.rows, qkv.stride(0), self.value_heads, self._group_size, self.key_width,
             self.key_columns**-0.5,
         )  # fmt: skip
         constants = self._constants(qkv)
-        launch(
-            grad_states_kernel, self._row_grid(tables), arguments, constants, WARPS, 1
-        )
+        grid = self._row_grid(tables)
+        launch(grad_states_kernel, grid, scan_arguments, constants, WARPS, 1)
         tokens = len(qkv)
         grad_qkv = qkv.new_empty(tokens, sum(self.widths))
         grad_queries, grad_keys, grad_values = torch.split(grad_qkv, self.widths, 1)
