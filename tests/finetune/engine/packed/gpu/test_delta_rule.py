@@ -1,0 +1,143 @@
+"""The kernels of gated delta nets, by Triton's interpreter on the CPU, against transformers."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.engine.packed.batch import PackedBatch
+
+LENGTHS = (2, 38, 71)
+"""Of rows: shorter than a chunk, longer, and longer than two; the last token is not computed."""
+
+
+def packed_rows() -> "PackedBatch":
+    import torch
+
+    from finetune.engine.packed.batch import PackedBatch
+
+    rows = [
+        {"input_ids": list(range(length)), "labels": [-100] * (length - 1) + [3]}
+        for length in LENGTHS
+    ]
+    return PackedBatch([rows], torch.device("cpu"), [1])
+
+
+@pytest.mark.filterwarnings("ignore:.*chunk_gated_delta_rule.*")
+@pytest.mark.parametrize("alike", [False, True])
+def test_delta_rule_is_transformers(alike: bool) -> None:
+    """Where keys are alike too, and the system that is solved has large powers."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import (
+        torch_chunk_gated_delta_rule,
+    )
+
+    from finetune.engine.packed.gpu.delta_rule import DeltaRule, RowTables
+
+    torch.manual_seed(0)
+    batch = packed_rows()
+    tokens = batch.input_ids.shape[1]
+    rule = DeltaRule(key_heads=2, value_heads=4, key_columns=16, value_columns=32)
+    qkv = torch.randn(tokens, sum(rule.widths))
+    if alike:
+        qkv[:, rule.key_width : 2 * rule.key_width] = 1 + 0.01 * torch.randn(
+            tokens, rule.key_width
+        )
+    log_decays = -(0.01 if alike else 1.0) * torch.rand(tokens, 4)
+    rates = torch.rand(tokens, 4) if not alike else torch.full((tokens, 4), 0.99)
+    inputs = [tensor.requires_grad_() for tensor in (qkv, log_decays, rates)]
+    slope = torch.randn(tokens, 4, 32)
+    outputs = []
+    for span in batch.spans:
+        row = slice(span.start, span.stop)
+        query, key, value = qkv[None, row].split(rule.widths, 2)
+        output, _ = torch_chunk_gated_delta_rule(
+            query.unflatten(2, (2, 16)),
+            key.unflatten(2, (2, 16)),
+            value.unflatten(2, (4, 32)),
+            log_decays[None, row],
+            rates[None, row],
+            use_qk_l2norm_in_kernel=True,
+        )
+        outputs.append(output[0])
+    expected = torch.cat(outputs)
+    expected_gradients = torch.autograd.grad(expected, inputs, slope)
+
+    tables = RowTables(batch.spans, torch.device("cpu"))
+    detached = [tensor.detach() for tensor in inputs]
+    computed = rule.forward(*detached, tables)
+    gradients = rule.backward(slope, *detached, tables)
+
+    assert distance(computed, expected) < 1e-5
+    for gradient, its_expected in zip(gradients, expected_gradients, strict=True):
+        assert distance(gradient, its_expected) < 1e-4
+
+
+def test_a_row_never_reaches_its_neighbours() -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.delta_rule import DeltaRule, RowTables
+
+    torch.manual_seed(0)
+    batch = packed_rows()
+    tokens = batch.input_ids.shape[1]
+    rule = DeltaRule(key_heads=1, value_heads=2, key_columns=16, value_columns=16)
+    qkv = torch.randn(tokens, sum(rule.widths))
+    log_decays, rates = -torch.rand(tokens, 2), torch.rand(tokens, 2)
+    slope = torch.randn(tokens, 2, 16)
+    tables = RowTables(batch.spans, torch.device("cpu"))
+    changed = slice(batch.spans[1].start, batch.spans[1].stop)
+    results = []
+    for size in (1.0, 5.0):
+        qkv[changed] *= size
+        results.append(
+            (
+                rule.forward(qkv, log_decays, rates, tables),
+                *rule.backward(slope, qkv, log_decays, rates, tables),
+            )
+        )
+    others = torch.ones(tokens, dtype=torch.bool)
+    others[changed] = False
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[others], after[others])
+    assert not torch.equal(results[0][0][changed], results[1][0][changed])
+
+
+@pytest.mark.parametrize("channels", [40, 200])
+def test_short_convolution_is_transformers(channels: int) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.short_convolution import (
+        short_convolution,
+        short_convolution_backward,
+    )
+
+    torch.manual_seed(0)
+    batch = packed_rows()
+    layer = torch.nn.Conv1d(
+        channels, channels, 4, groups=channels, padding=3, bias=False
+    ).requires_grad_(False)
+    weight = layer.weight[:, 0].contiguous()
+    x = torch.randn(batch.input_ids.shape[1], channels).requires_grad_()
+    slope = torch.randn_like(x)
+    outputs = []
+    for span in batch.spans:
+        row = x[span.start : span.stop]
+        outputs.append(layer(row.T[None])[0, :, : len(row)].T)
+    expected = torch.nn.functional.silu(torch.cat(outputs))
+    (expected_gradient,) = torch.autograd.grad(expected, x, slope)
+
+    x = x.detach()
+    positions = batch.position_ids[0]
+    computed = short_convolution(x, weight, positions)
+    gradient = short_convolution_backward(slope, x, weight, positions)
+
+    assert distance(computed, expected) < 1e-6
+    assert distance(gradient, expected_gradient) < 1e-6
+
+
+def distance(computed: "torch.Tensor", expected: "torch.Tensor") -> float:
+    """How far results are from others, as a share of these."""
+    return float((computed - expected).detach().norm() / expected.detach().norm())
