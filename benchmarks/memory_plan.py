@@ -94,8 +94,12 @@ CASES = {
         ),
     ),
     "engine=trl": Case(SHORT, ("trainer.engine=trl",)),
-    "Adafactor (trl)": Case((20, 60), ("optimizer=adafactor", "lora=r128")),
-    "AdamW in 8 bits (trl)": Case((20, 60), ("optimizer=adamw_8bit", "lora=r128")),
+    "Adafactor (trl)": Case(
+        (20, 60), ("optimizer=adafactor", "lora=r128", "trainer.engine=trl")
+    ),
+    "AdamW in 8 bits (trl)": Case(
+        (20, 60), ("optimizer=adamw_8bit", "lora=r128", "trainer.engine=trl")
+    ),
     "evaluation batch 32, training batch 1": Case(
         SHORT,
         (

@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-ADAMW = {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"}
-"""Optimizers that compute the same update as `torch.optim.AdamW`."""
-
 SUPPORTED_MODEL_ARGUMENTS = {"device_map"}
 """Keys of `model.extra` that the packed engine supports."""
 
-SUPPORTED_TRAINER_ARGUMENTS = {"lr_scheduler_kwargs", "save_total_limit"}
+SUPPORTED_TRAINER_ARGUMENTS = {"lr_scheduler_kwargs", "optim_args", "save_total_limit"}
 """Keys of `trainer.extra` that the packed engine supports."""
 
 
@@ -156,8 +153,6 @@ def _targets_head(target_modules: str | list[str]) -> bool:
 
 
 def _unsupported_training_setting(config: RunConfig) -> str | None:
-    if config.optimizer.name not in ADAMW:
-        return f"optimizer.name={config.optimizer.name}"
     if config.trainer.extra.keys() - SUPPORTED_TRAINER_ARGUMENTS:
         return f"trainer.extra={config.trainer.extra}"
     if config.dataset.packing:

@@ -15,6 +15,7 @@ from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
 from finetune.engine.loaded_model import LoadedModel
+from finetune.engine.optimizers import create_optimizer
 from finetune.engine.probes import base_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps, drive
@@ -25,6 +26,7 @@ from finetune.model.adapter import load_adapter
 from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -87,6 +89,12 @@ class TrlTraining(LoadedModel):
         """Leave the weights where they are: no other run computes that a copy could wait for."""
         return nullcontext()
 
+    def _loraplus_optimizer(self) -> "torch.optim.Optimizer | None":
+        """The optimizer of LoRA+; None without it: the trainer creates its own."""
+        if self._config.optimizer.lora_plus_ratio is None:
+            return None
+        return create_optimizer(self.model, self._config)
+
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded
         # away: the float32 weights are put back afterwards, before the optimizer is created.
@@ -101,6 +109,7 @@ class TrlTraining(LoadedModel):
             train_dataset=self._rows.to_dataset(),
             processing_class=self._tokenizer,
             callbacks=[ReporterCallback(reporter, checkpoint_limit)],
+            optimizers=(self._loraplus_optimizer(), None),
         )
         for name, weight in self.model.named_parameters():
             if name in weights:

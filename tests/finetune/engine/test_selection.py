@@ -23,8 +23,6 @@ UNSUPPORTED = {
     "lora.target_modules=.*(head|q_proj) (with the head)": (
         "lora.target_modules='.*(head|q_proj)'",
     ),
-    "optimizer.name=adamw_8bit": ("optimizer=adamw_8bit",),
-    "optimizer.name=lion_32bit": ("optimizer.name=lion_32bit",),
     "dataset.packing=true": ("dataset.packing=true",),
     "trainer.extra={'neftune_noise_alpha': 5}": (
         "+trainer.extra.neftune_noise_alpha=5",
@@ -70,6 +68,10 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         (NONE,),
         ("quantization=int8",),
         ("optimizer=paged_adamw_32bit",),
+        ("optimizer=adamw_8bit",),
+        ("optimizer=lion",),
+        ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
+        ("optimizer.lora_plus_ratio=16",),
         ("lora.init_lora_weights=gaussian",),
         ("lora.target_modules=.*_proj",),
         ("+trainer.extra.save_total_limit=2",),
