@@ -4,7 +4,6 @@ The names, the classes behind them and their defaults are those of transformers'
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +145,7 @@ def _bytes_after_step(
     parameter.grad = torch.zeros(shape)
     try:
         optimizer = optimizer_class([parameter], **arguments)
-        step(optimizer)
+        optimizer.step()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         settings = config.optimizer
         reason = " ".join(str(error).split())
@@ -156,11 +155,3 @@ def _bytes_after_step(
         for value in optimizer.state[parameter].values()
         if isinstance(value, torch.Tensor)
     )
-
-
-def step(optimizer: torch.optim.Optimizer) -> None:
-    """Take a step; on a CPU a paged optimizer keeps its state in plain memory."""
-    with warnings.catch_warnings():
-        # The run's first line says so.
-        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
-        optimizer.step()

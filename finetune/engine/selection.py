@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections.lora import LoraSettings
+from finetune.config.sections.lora import CHOOSES_MATRICES, LoraSettings
 from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
 from finetune.model.architectures import (
@@ -136,7 +136,7 @@ def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
     # initialises adapters on a copy of the base that has no weights.
     if lora.init_lora_weights not in (True, False, "gaussian"):
         return f"lora.init_lora_weights={lora.init_lora_weights}"
-    if lora.extra:
+    if lora.extra.keys() - CHOOSES_MATRICES:
         return f"lora.extra={lora.extra}"
     # The bank computes logits from the head's weight directly, in chunks: an adapter on the head
     # would not be trained.

@@ -199,7 +199,7 @@ def activation_elements(
     if targets is None:
         recurrent = recurrent_elements(shapes)
         return _autograd_elements(layers, widths, recurrent, checkpointing)
-    layer = _decoder_layer_elements(widths, config.lora.r, targets)
+    layer = _decoder_layer_elements(widths, config.lora.largest_rank, targets)
     if shapes.model_type == "qwen3":
         layer += widths.queries + widths.keys  # the inputs of the heads' own norms
     return _decoder_elements(layers, widths, layer, checkpointing, slots)

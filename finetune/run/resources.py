@@ -175,14 +175,21 @@ class SharedResources:
         return self._task_work[documents].get(key, create)
 
     def check_targets(self, config: RunConfig) -> None:
-        """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""
+        """Raise ConfigError where the base lacks a module that `lora` names."""
+        from finetune.model.layer_patterns import check_layer_patterns
         from finetune.model.target_modules import check_targets
 
+        lora = config.lora
+
         def check() -> bool:
-            check_targets(self.source(config.model), config.model, config.lora)
+            source = self.source(config.model)
+            check_targets(source, config.model, lora)
+            check_layer_patterns(source, config.model, lora)
             return True
 
-        self._checked_targets.get((config.model, config.lora.target_modules), check)
+        self._checked_targets.get(
+            (config.model, lora.target_modules, lora.extra), check
+        )
 
     def base_answers(
         self, config: RunConfig, prompts: Sequence[Prompt]

@@ -1,9 +1,16 @@
 """The LoRA adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.config.sections.section import Section
+from finetune.errors import refusal
+
+CHOOSES_MATRICES = {
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules",
+}  # fmt: skip
+"""Arguments in `lora.extra` that say which layers have an adapter, and of which rank and alpha."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,20 @@ class LoraSettings(Section):
         self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         allowed = "must be all-linear or a list of module names"
         self.require("target_modules", bool(self.target_modules), allowed)
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        ranks = self.extra.get("rank_pattern") or {}
+        allowed = "must be ranks of at least 1, as {q_proj: 8}"
+        if not _are_numbers(ranks, int) or min(ranks.values(), default=1) < 1:
+            raise refusal("lora.extra.rank_pattern", ranks, allowed)
+        alphas = self.extra.get("alpha_pattern") or {}
+        allowed = "must be numbers above 0, as {q_proj: 8}"
+        if (
+            not _are_numbers(alphas, int | float)
+            or min(alphas.values(), default=1) <= 0
+        ):
+            raise refusal("lora.extra.alpha_pattern", alphas, allowed)
 
     @property
     def leaves_base_unchanged(self) -> bool:
@@ -55,7 +76,14 @@ class LoraSettings(Section):
         argument in `extra` might not.
         """
         adds_only = self.init_lora_weights in (True, False, "gaussian")
-        return self.bias == "none" and adds_only and not self.extra
+        chooses_only = self.extra.keys() <= CHOOSES_MATRICES
+        return self.bias == "none" and adds_only and chooses_only
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a layer, with `lora.extra.rank_pattern`."""
+        ranks: dict[str, int] = self.extra.get("rank_pattern") or {}
+        return max(self.r, *ranks.values(), 1)
 
     @property
     def starts_at_zero(self) -> bool:
@@ -67,3 +95,13 @@ class LoraSettings(Section):
         """Whether the adapter's initial weights are computed from the base's dense weights."""
         methods = ("pissa", "corda", "orthogonal", "loftq")
         return str(self.init_lora_weights).startswith(methods)
+
+
+def _are_numbers(pattern: Any, number: Any) -> bool:
+    """Whether a pattern is a mapping from texts to numbers of a type."""
+    return isinstance(pattern, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(value, number)
+        and not isinstance(value, bool)
+        for name, value in pattern.items()
+    )

@@ -8,7 +8,7 @@ from transformers import get_scheduler
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.optimizer import OptimizerSettings
-from finetune.engine.optimizers import create_optimizer, is_plain_adamw, step
+from finetune.engine.optimizers import create_optimizer, is_plain_adamw
 from finetune.engine.packed.optimizer_state import load_state, save_state
 from finetune.engine.packed.slot import Slot
 from finetune.engine.schedule import warmup_steps
@@ -104,7 +104,7 @@ class SlotOptimizer:
         ):
             group["lr"] = learning_rate * ratio
         self._bind_gradient(gradient)
-        step(self._optimizer)
+        self._optimizer.step()
         # Lets go of an accumulated gradient's memory.
         for parameter in self._parameters:
             parameter.grad = None

@@ -72,6 +72,7 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         ("optimizer=lion",),
         ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
         ("optimizer.lora_plus_ratio=16",),
+        ("+lora.extra.rank_pattern={q_proj:4}", "+lora.extra.exclude_modules=[o_proj]"),
         ("lora.init_lora_weights=gaussian",),
         ("lora.target_modules=.*_proj",),
         ("+trainer.extra.save_total_limit=2",),
