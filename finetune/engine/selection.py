@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.lora import CHOOSES_MATRICES, LoraSettings
+from finetune.config.sections.trainer import KEEPS_BASE
 from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
 from finetune.model.architectures import (
@@ -27,9 +28,6 @@ log = logging.getLogger(__name__)
 
 SUPPORTED_MODEL_ARGUMENTS = {"device_map"}
 """Keys of `model.extra` that the packed engine supports."""
-
-SUPPORTED_TRAINER_ARGUMENTS = {"lr_scheduler_kwargs", "optim_args", "save_total_limit"}
-"""Keys of `trainer.extra` that the packed engine supports."""
 
 
 def choose_engine(config: RunConfig, source: BaseSource) -> str:
@@ -153,7 +151,7 @@ def _targets_head(target_modules: str | list[str]) -> bool:
 
 
 def _unsupported_training_setting(config: RunConfig) -> str | None:
-    if config.trainer.extra.keys() - SUPPORTED_TRAINER_ARGUMENTS:
+    if config.trainer.extra.keys() - KEEPS_BASE:
         return f"trainer.extra={config.trainer.extra}"
     if config.dataset.packing:
         return "dataset.packing=true"

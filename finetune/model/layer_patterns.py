@@ -1,4 +1,4 @@
-"""Which layers have an adapter, and of which rank and alpha: `lora.extra` beside what the base has."""
+"""Which layers have an adapter, of which rank and alpha: `lora.extra` beside the base's layers."""
 
 import re
 from typing import TYPE_CHECKING

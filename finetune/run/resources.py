@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.config.sections.model import ModelSettings
+from finetune.config.sections.trainer import KEEPS_BASE
 from finetune.data.row_file import StoredRows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.token_file import Tokens
@@ -283,10 +284,16 @@ class SharedResources:
         base = self.bank(config).base
         forward = base.__dict__.get("forward")
         model = add_adapter(base, config.lora, config.seed)
+        is_unchanged = config.lora.leaves_base_unchanged
         try:
             yield model
+        except BaseException:
+            # transformers leaves the hook of NEFTune on the base.
+            has_noise = "neftune_noise_alpha" in config.trainer.extra
+            is_unchanged = is_unchanged and not has_noise
+            raise
         finally:
-            if config.lora.leaves_base_unchanged:
+            if is_unchanged:
                 model.unload()
                 base.__dict__.pop("forward", None)  # TRL wraps it anew for each run
                 if forward is not None:
@@ -312,4 +319,9 @@ def _log_loading(config: RunConfig) -> None:
 def base_key(config: RunConfig) -> object:
     """Return what a loaded base depends on; `trainer.extra` may make TRL patch it in place."""
     checkpointing = config.trainer.gradient_checkpointing is True
-    return (config.model, config.quantization, checkpointing, config.trainer.extra)
+    extra = {
+        name: value
+        for name, value in config.trainer.extra.items()
+        if name not in KEEPS_BASE
+    }
+    return (config.model, config.quantization, checkpointing, extra)

@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.config.sections.section import Section
+from finetune.errors import refusal
+
+KEEPS_BASE = {
+    "lr_scheduler_kwargs", "neftune_noise_alpha", "optim_args", "save_total_limit",
+}  # fmt: skip
+"""Arguments in `trainer.extra` that concern a run alone, not its base; both engines have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,11 @@ class TrainerSettings(Section):
         is_valid = patience is None or patience >= 1
         allowed = "must be at least 1, or null"
         self.require("early_stopping_patience", is_valid, allowed)
+        noise = self.extra.get("neftune_noise_alpha")
+        is_number = isinstance(noise, int | float) and not isinstance(noise, bool)
+        if noise is not None and not (is_number and noise > 0):
+            allowed = "must be a number above 0, or null"
+            raise refusal("trainer.extra.neftune_noise_alpha", noise, allowed)
 
     @property
     def effective_batch_size(self) -> int:

@@ -23,6 +23,7 @@ from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import computes_as_base
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.losses import TokenLosses, token_losses
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.requests import (
@@ -262,7 +263,8 @@ class Bank:
         loss_weights = self._loss_weights(requests, batch)
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
-        hidden, trace = self.backend.forward(batch, slots, dropout_steps)
+        with embedding_noise(self.base, requests, batch):
+            hidden, trace = self.backend.forward(batch, slots, dropout_steps)
         result = self._token_losses(hidden, batch.targets, loss_weights)
         # Makes room for the backward pass.
         del hidden
@@ -370,10 +372,7 @@ class Bank:
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
         batches = [request.rows for request in requests]
-        group_sizes: list[int | None] = [
-            request.group_size if isinstance(request, Evaluate) else None
-            for request in requests
-        ]
+        group_sizes = [request.group_size for request in requests]
         if not self._shares_prefixes:
             group_sizes = [1] * len(requests)
         return PackedBatch(batches, self.device, group_sizes)

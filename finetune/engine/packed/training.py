@@ -245,6 +245,7 @@ class PackedTraining:
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.
+        noise_alpha = self._config.trainer.extra.get("neftune_noise_alpha")
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
         seconds = 0.0
@@ -257,6 +258,7 @@ class PackedTraining:
                 loss_weight=token_weight * loss_scale,
                 dropout_step=first_batch + index,
                 rounds_to_answers=self._rounds_to_answers(len(batches) - index),
+                noise_alpha=noise_alpha,
             )
             loss += result.loss * token_weight
             seconds += result.seconds
