@@ -55,7 +55,7 @@ class Progress:
     rungs_without_better: int = 0
     """Evaluations since the best one."""
     stop: str | None = None
-    """Why training ended before its last step: `pruned`, `early` or `interrupted`."""
+    """Why training ended before its last step: `pruned`, `early`, `minutes` or `interrupted`."""
 
     def add_step(
         self,

@@ -218,7 +218,7 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
     test = resources.tokens("test", rows.test, config)
     lengths = train.lengths
     batches: list[list[int]] = []
-    for step in step_batches(lengths, config, total_steps(config, len(train))):
+    for step in step_batches(lengths, config, total_steps(config, lengths)):
         batches += step.batches
     sizes = [sum(lengths[index] for index in batch) for batch in batches]
     # The order of batches is random, so that the first of them stand for all; the largest of all

@@ -97,7 +97,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     )
     if config.evaluation.has_tasks:
         check_tasks(config, tokenizer, read_base_config(source, config.model))
-    steps = total_steps(config, len(train))
+    steps = total_steps(config, train.lengths)
     if engine == "trl":
         _check_trl_arguments(config, steps)
     metrics = load_metrics(config.evaluation)

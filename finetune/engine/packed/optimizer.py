@@ -68,10 +68,13 @@ class SlotOptimizer:
         """The factor of the loss, and so of gradients, in the next step."""
         return self._loss_scale.value if self._loss_scale else 1.0
 
-    def learning_rate(self, number: int) -> float:
-        """The learning rate of a step, counted from 1."""
-        # The schedule counts the steps before this one.
-        factor: float = self._schedule(number - 1)
+    def learning_rate(self, position: float) -> float:
+        """The learning rate of a step.
+
+        Args:
+            position: How far the run is before it, in steps: see `Budget.position`.
+        """
+        factor: float = self._schedule(position)
         return self._settings.resolved_learning_rate * factor
 
     def update(

@@ -14,6 +14,7 @@ from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
+from finetune.engine.budget import Budget
 from finetune.engine.encoded_prompts import (
     Answers,
     EncodedPrompts,
@@ -39,6 +40,7 @@ from finetune.engine.schedule import (
     evaluation_rungs,
     resolve_steps,
     step_batches,
+    unlimited_steps,
 )
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
@@ -77,10 +79,13 @@ class PackedTraining:
         rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._answer_steps: list[int] = []
         """The steps after which answers are generated."""
-        if generates_answers(config.evaluation):
+        # Nobody knows when a run that ends by the clock asks for answers.
+        is_timed = config.trainer.max_minutes is not None
+        if generates_answers(config.evaluation) and not is_timed:
             self._answer_steps = answer_steps(config.evaluation, rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
+        self._budget = Budget(config.trainer, total, unlimited_steps(config, len(rows)))
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -121,7 +126,7 @@ class PackedTraining:
                 if number <= progress.step:
                     continue
                 yield from self._step(number, step, reporter)
-                is_last = number == self._total
+                is_last = number == self._total or progress.stop == "minutes"
                 is_due = save_every and (number % save_every == 0 or is_last)
                 # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
@@ -271,7 +276,8 @@ class PackedTraining:
             norm = float(accumulated.norm())
         norm /= loss_scale
         gradient = slot.gradient if accumulated is None else accumulated
-        learning_rate = self._optimizer.learning_rate(number)
+        position = self._budget.position(reporter.progress)
+        learning_rate = self._optimizer.learning_rate(position)
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
         tokens = 0
