@@ -153,8 +153,6 @@ def _targets_head(target_modules: str | list[str]) -> bool:
 def _unsupported_training_setting(config: RunConfig) -> str | None:
     if config.trainer.extra.keys() - KEEPS_BASE:
         return f"trainer.extra={config.trainer.extra}"
-    if config.dataset.packing:
-        return "dataset.packing=true"
     dtype = config.quantization.bnb_4bit_compute_dtype
     if dtype == "float16" and not on_gpu():
         return f"quantization.bnb_4bit_compute_dtype={dtype}"

@@ -32,6 +32,7 @@ from finetune.engine.packed.requests import (
     Generate,
     Wait,
 )
+from finetune.engine.packed.sequences import evaluation_of_sequences, rows_of
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
 from finetune.engine.schedule import (
@@ -140,13 +141,16 @@ class PackedTraining:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
-            rows: Tokenised rows.
+            rows: Tokenised rows, or sequences of rows.
             group_size: The rows come in groups of so many, whose common beginning is computed once
                 for each group; None: once for each batch.
 
         Returns:
             The evaluation, with the rows in their order.
         """
+        if len(rows) and "seq_lengths" in rows[0]:
+            evaluation = yield from self.evaluate(rows_of(rows))
+            return evaluation_of_sequences(evaluation, rows)
         examples = rows
         batch_size = self._config.trainer.per_device_eval_batch_size
         size = group_size or 1
@@ -162,7 +166,7 @@ class PackedTraining:
             batch_indices = [index for group in batch_groups for index in group]
             batch = [examples[index] for index in batch_indices]
             rounds = math.ceil((len(groups) - start) / groups_at_once)
-            evaluation: Evaluation = yield Evaluate(
+            evaluation = yield Evaluate(
                 self._slot, batch, group_size, self._rounds_to_answers(rounds)
             )
             for position, index in enumerate(batch_indices):
@@ -243,7 +247,7 @@ class PackedTraining:
         self._step_number = number
         batches = []
         for indices in step.batches:
-            batches.append([self._rows[index] for index in indices])
+            batches.append(rows_of([self._rows[index] for index in indices]))
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
         answer_tokens = sum(map(count_answer_tokens, batches))

@@ -23,7 +23,6 @@ UNSUPPORTED = {
     "lora.target_modules=.*(head|q_proj) (with the head)": (
         "lora.target_modules='.*(head|q_proj)'",
     ),
-    "dataset.packing=true": ("dataset.packing=true",),
     "trainer.extra={'label_smoothing_factor': 0.1}": (
         "+trainer.extra.label_smoothing_factor=0.1",
     ),
@@ -72,6 +71,7 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         ("optimizer=lion",),
         ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
         ("optimizer.lora_plus_ratio=16",),
+        ("dataset.packing=true",),
         ("+trainer.extra.neftune_noise_alpha=5",),
         ("+lora.extra.rank_pattern={q_proj:4}", "+lora.extra.exclude_modules=[o_proj]"),
         ("lora.init_lora_weights=gaussian",),
