@@ -177,6 +177,7 @@ class SharedResources:
 
     def check_targets(self, config: RunConfig) -> None:
         """Raise ConfigError where the base lacks a module that `lora` names."""
+        from finetune.model.initial_adapter import check_initial_adapter
         from finetune.model.layer_patterns import check_layer_patterns
         from finetune.model.target_modules import check_targets
 
@@ -186,11 +187,12 @@ class SharedResources:
             source = self.source(config.model)
             check_targets(source, config.model, lora)
             check_layer_patterns(source, config.model, lora)
+            check_initial_adapter(source, config.model, lora)
             return True
 
-        self._checked_targets.get(
-            (config.model, lora.target_modules, lora.extra), check
-        )
+        # An adapter to go on from must have the rank and the scaling too.
+        shape = (lora.target_modules, lora.extra) if lora.adapter is None else lora
+        self._checked_targets.get((config.model, shape), check)
 
     def base_answers(
         self, config: RunConfig, prompts: Sequence[Prompt]
@@ -279,11 +281,13 @@ class SharedResources:
     def model(self, config: RunConfig) -> "Iterator[PeftModel]":
         """Lend the base to one run, with a fresh adapter; afterwards it is as it was."""
         from finetune.model.adapter import add_adapter
+        from finetune.model.initial_adapter import load_initial_adapter
         from finetune.model.memory import free_memory
 
         base = self.bank(config).base
         forward = base.__dict__.get("forward")
         model = add_adapter(base, config.lora, config.seed)
+        load_initial_adapter(model, config.lora)
         is_unchanged = config.lora.leaves_base_unchanged
         try:
             yield model

@@ -47,6 +47,11 @@ class LoraSettings(Section):
     extra: dict[str, Any]
     """Further arguments of `peft.LoraConfig`."""
 
+    adapter: str | None = None
+    """An adapter of the same base, rank, scaling and layers that training goes on from: a run
+    folder, or a folder of PEFT's; null: a new one."""
+    # The default is for run folders that were written before the key existed.
+
     def __post_init__(self) -> None:
         self.require("r", self.r >= 1, "must be a whole number of at least 1")
         self.require("alpha", self.alpha > 0, "must be above 0")
@@ -54,6 +59,10 @@ class LoraSettings(Section):
         allowed = "must be all-linear or a list of module names"
         self.require("target_modules", bool(self.target_modules), allowed)
         self._check_patterns()
+        self.require("adapter", self.adapter != "", "must be a folder, or null")
+        adds_only = self.init_lora_weights in (True, False, "gaussian")
+        allowed = "must be true: lora.adapter has the initial weights"
+        self.require("init_lora_weights", adds_only or self.adapter is None, allowed)
 
     def _check_patterns(self) -> None:
         ranks = self.extra.get("rank_pattern") or {}
@@ -88,7 +97,8 @@ class LoraSettings(Section):
     @property
     def starts_at_zero(self) -> bool:
         """Whether a new adapter changes nothing yet, because its matrix B is zero."""
-        return self.leaves_base_unchanged and self.init_lora_weights is not False
+        is_fresh = self.adapter is None and self.init_lora_weights is not False
+        return self.leaves_base_unchanged and is_fresh
 
     @property
     def is_computed_from_base(self) -> bool:

@@ -41,6 +41,7 @@ from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
+from finetune.model.initial_adapter import load_initial_adapter
 from finetune.model.memory import free_memory, is_out_of_memory_error
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
@@ -103,7 +104,9 @@ class Bank:
         Returns:
             The adapter on a copy of the base without weights.
         """
-        return add_adapter(self._skeleton(), lora, seed)
+        model = add_adapter(self._skeleton(), lora, seed)
+        load_initial_adapter(model, lora)
+        return model
 
     def create_slot(
         self,
