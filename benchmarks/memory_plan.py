@@ -60,7 +60,8 @@ CASES = {
     "nf4_double, r 128, dropout": Case(
         SHORT, ("quantization=nf4_double", "lora=r128", "lora.dropout=0.1")
     ),
-    "DoRA (trl)": Case(SHORT, ("lora.use_dora=true",)),
+    "DoRA": Case(SHORT, ("lora.use_dora=true",)),
+    "DoRA (trl)": Case(SHORT, ("lora.use_dora=true", "trainer.engine=trl")),
     "rows of 2,048, batch 1": Case(
         EQUAL_2048,
         (

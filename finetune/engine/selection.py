@@ -63,6 +63,7 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
     return (
         _unsupported_model_setting(config)
         or _unsupported_lora_setting(config.lora)
+        or _unsupported_dora(config, base)
         or _unsupported_training_setting(config)
         or _unsupported_base(config, base)
     )
@@ -126,8 +127,6 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
 
 
 def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
-    if lora.use_dora:
-        return "lora.use_dora=true"
     if lora.bias != "none":
         return f"lora.bias={lora.bias}"
     # Most other initialisations compute with the base's weights or activations. The bank
@@ -140,6 +139,20 @@ def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
     # would not be trained.
     if _targets_head(lora.target_modules):
         return f"lora.target_modules={lora.target_modules} (with the head)"
+    return None
+
+
+def _unsupported_dora(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    """DoRA needs a layer's dense weight, and has no kernels on a GPU."""
+    if not config.lora.use_dora:
+        return None
+    if config.quantization.load_in_8bit:
+        return "lora.use_dora=true (with quantization.load_in_8bit=true)"
+    # Late: it imports the engine.
+    from finetune.engine.packed.backend import supports_gpu_decoder
+
+    if on_gpu() and supports_gpu_decoder(base, config.quantization):
+        return "lora.use_dora=true (not with this base's kernels on a GPU)"
     return None
 
 

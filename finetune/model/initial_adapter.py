@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings
@@ -120,7 +121,6 @@ def _require_same_layers(
 ) -> None:
     """Compare names and shapes of the matrices with those of a fresh adapter."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
     skeleton = skeleton_of(read_base_config(source, model), model)
     names = published_names(read_published_config(source, model), skeleton)

@@ -23,6 +23,7 @@ from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import computes_as_base
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.losses import TokenLosses, token_losses
 from finetune.engine.packed.pass_timer import PassTimer
@@ -105,6 +106,8 @@ class Bank:
             The adapter on a copy of the base without weights.
         """
         model = add_adapter(self._skeleton(), lora, seed)
+        if lora.use_dora:
+            set_magnitudes(model, self.base)
         load_initial_adapter(model, lora)
         return model
 

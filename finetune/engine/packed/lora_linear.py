@@ -33,6 +33,10 @@ class Adapter:
     """[rank, in_features], float32 as the weights that the optimizer updates."""
     gradient_b: torch.Tensor
     """[out_features, rank], float32."""
+    magnitude: torch.Tensor | None = None
+    """Of DoRA, float32 [out_features]; None: plain LoRA."""
+    gradient_magnitude: torch.Tensor | None = None
+    """[out_features], float32."""
 
     def table_row(self) -> list[int]:
         """Describe the adapter to the GPU kernels.

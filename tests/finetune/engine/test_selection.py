@@ -13,7 +13,10 @@ from support.runs import NONE, Tiny, final
 from finetune.errors import ConfigError
 
 UNSUPPORTED = {
-    "lora.use_dora=true": ("lora.use_dora=true",),
+    "lora.use_dora=true (with quantization.load_in_8bit=true)": (
+        "lora.use_dora=true",
+        "quantization=int8",
+    ),
     "lora.bias=all": ("lora.bias=all",),
     "lora.init_lora_weights=pissa": ("lora.init_lora_weights=pissa", NONE),
     "lora.extra={'lora_bias': True}": ("+lora.extra.lora_bias=true",),
@@ -71,6 +74,7 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         ("optimizer=lion",),
         ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
         ("optimizer.lora_plus_ratio=16",),
+        ("lora.use_dora=true",),
         ("dataset.packing=true",),
         ("+trainer.extra.neftune_noise_alpha=5",),
         ("+lora.extra.rank_pattern={q_proj:4}", "+lora.extra.exclude_modules=[o_proj]"),
@@ -170,20 +174,20 @@ def test_a_base_of_no_known_type_is_packed_where_it_passes_the_check(
     assert choose_engine(config, find_base(config.model)) == "packed"
 
 
-DORA = ("lora.use_dora=true", "trainer.max_steps=1", "sample_prompts=[]")
+BIASES = ("lora.bias=all", "trainer.max_steps=1", "sample_prompts=[]")
 
 
 def test_a_command_refuses_the_engine_before_the_base_is_loaded(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     asked = station.run(
-        *tiny_overrides(tiny_base), *DORA, "trainer.engine=packed", cwd=tmp_path
+        *tiny_overrides(tiny_base), *BIASES, "trainer.engine=packed", cwd=tmp_path
     )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
         line
-        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        == "error: trainer.engine=packed: does not do lora.bias=all; allowed: auto, trl"
     )
     assert "no GPU" not in asked.stderr
 
@@ -192,13 +196,13 @@ def test_a_study_refuses_the_engine_before_it_begins(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     asked = station.run(
-        *study_overrides(tiny_base, "s"), *DORA, "trainer.engine=packed", cwd=tmp_path
+        *study_overrides(tiny_base, "s"), *BIASES, "trainer.engine=packed", cwd=tmp_path
     )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
         line
-        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        == "error: trainer.engine=packed: does not do lora.bias=all; allowed: auto, trl"
     )
     assert not list(tmp_path.rglob("study.journal"))
 
@@ -207,8 +211,8 @@ def test_a_study_refuses_the_engine_before_it_begins(
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ((*DORA, "hydra.sweeper.slots=3"), "lora.use_dora=true"),
-        (("lora.use_dora=choice(true,false)",), "lora.use_dora=true"),
+        ((*BIASES, "hydra.sweeper.slots=3"), "lora.bias=all"),
+        (("lora.bias=choice(all,none)",), "lora.bias=all"),
     ],
     ids=["all", "some"],
 )
