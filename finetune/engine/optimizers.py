@@ -21,9 +21,11 @@ ADAMW = {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"}
 """Optimizers that compute the same update as `torch.optim.AdamW`."""
 
 
-def is_plain_adamw(settings: OptimizerSettings) -> bool:
-    """Whether every matrix has AdamW with states in 32 bits and the same learning rate."""
-    return settings.name in ADAMW and settings.lora_plus_ratio is None
+def is_plain_adamw(config: RunConfig) -> bool:
+    """Whether all weights have AdamW with states in 32 bits, and the same rate and decay."""
+    settings = config.optimizer
+    is_uniform = settings.lora_plus_ratio is None and config.lora.bias == "none"
+    return settings.name in ADAMW and is_uniform
 
 
 def create_optimizer(model: "PeftModel", config: RunConfig) -> torch.optim.Optimizer:
@@ -116,7 +118,7 @@ def check_optimizer(config: RunConfig) -> None:
         ConfigError: The optimizer is missing, refuses its arguments, or can't compute on this
             machine.
     """
-    if not is_plain_adamw(config.optimizer):
+    if not is_plain_adamw(config):
         state_bytes([(64, 64)], config)
 
 

@@ -34,10 +34,12 @@ def choose_engine(config: RunConfig, source: BaseSource) -> str:
     """Return the engine of a run, `packed` or `trl`; log why if `auto` becomes `trl`.
 
     Raises:
-        ConfigError: The config asks for `packed`, which does not support something else in it.
+        ConfigError: The config asks for `packed`, which does not support something else in it; or
+            neither engine does.
     """
     setting = config.trainer.engine
     if setting == "trl":
+        _require_trl_support(config)
         return "trl"
     reason = reason_unsupported(config, read_base_config(source, config.model))
     if reason is None:
@@ -46,8 +48,20 @@ def choose_engine(config: RunConfig, source: BaseSource) -> str:
         raise refusal(
             "trainer.engine", setting, f"does not do {reason}; allowed: auto, trl"
         )
+    _require_trl_support(config)
     log.info("engine: trl, as packed does not do %s", reason)
     return "trl"
+
+
+def _require_trl_support(config: RunConfig) -> None:
+    """Refuse what neither engine does.
+
+    Raises:
+        ConfigError: DoRA on a base in 8 bits, whose scales bitsandbytes loses on a CPU.
+    """
+    if config.lora.use_dora and config.quantization.load_in_8bit and not on_gpu():
+        reason = "does not work with quantization.load_in_8bit=true on a CPU"
+        raise refusal("lora.use_dora", "true", reason)
 
 
 def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
@@ -63,7 +77,7 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
     return (
         _unsupported_model_setting(config)
         or _unsupported_lora_setting(config.lora)
-        or _unsupported_dora(config, base)
+        or _unsupported_by_kernels(config, base)
         or _unsupported_training_setting(config)
         or _unsupported_base(config, base)
     )
@@ -127,7 +141,8 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
 
 
 def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
-    if lora.bias != "none":
+    # Those of all layers belong to norms and others too, which have no slots.
+    if lora.bias == "all":
         return f"lora.bias={lora.bias}"
     # Most other initialisations compute with the base's weights or activations. The bank
     # initialises adapters on a copy of the base that has no weights.
@@ -142,18 +157,20 @@ def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
     return None
 
 
-def _unsupported_dora(config: RunConfig, base: "PreTrainedConfig") -> str | None:
-    """DoRA needs a layer's dense weight, and has no kernels on a GPU."""
-    if not config.lora.use_dora:
-        return None
-    if config.quantization.load_in_8bit:
+def _unsupported_by_kernels(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    """DoRA needs a layer's dense weight; neither it nor trained biases have kernels on a GPU."""
+    lora = config.lora
+    if lora.use_dora and config.quantization.load_in_8bit:
         return "lora.use_dora=true (with quantization.load_in_8bit=true)"
+    if not on_gpu() or not (lora.use_dora or lora.bias != "none"):
+        return None
     # Late: it imports the engine.
     from finetune.engine.packed.backend import supports_gpu_decoder
 
-    if on_gpu() and supports_gpu_decoder(base, config.quantization):
-        return "lora.use_dora=true (not with this base's kernels on a GPU)"
-    return None
+    if not supports_gpu_decoder(base, config.quantization):
+        return None
+    setting = "lora.use_dora=true" if lora.use_dora else f"lora.bias={lora.bias}"
+    return f"{setting} (not with this base's kernels on a GPU)"
 
 
 def _targets_head(target_modules: str | list[str]) -> bool:

@@ -181,7 +181,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
 
 def _optimizer_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:
     """Bytes of the optimizer's state for trained weights of these shapes."""
-    if is_plain_adamw(config.optimizer):
+    if is_plain_adamw(config):
         return sum(map(math.prod, shapes)) * ADAMW_BYTES
     return state_bytes(shapes, config)
 

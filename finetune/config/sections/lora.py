@@ -7,6 +7,9 @@ from typing import Any, Literal
 from finetune.config.sections.section import Section
 from finetune.errors import refusal
 
+NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Initializations from activations or gradients. PEFT itself trains `eva` as plain LoRA then."""
+
 CHOOSES_MATRICES = {
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules",
 }  # fmt: skip
@@ -60,6 +63,9 @@ class LoraSettings(Section):
         self.require("target_modules", bool(self.target_modules), allowed)
         self._check_patterns()
         self.require("adapter", self.adapter != "", "must be a folder, or null")
+        needs_data = str(self.init_lora_weights).startswith(NEEDS_DATA)
+        allowed = "is computed from data before training, which neither engine does"
+        self.require("init_lora_weights", not needs_data, allowed)
         adds_only = self.init_lora_weights in (True, False, "gaussian")
         allowed = "must be true: lora.adapter has the initial weights"
         self.require("init_lora_weights", adds_only or self.adapter is None, allowed)
@@ -103,7 +109,7 @@ class LoraSettings(Section):
     @property
     def is_computed_from_base(self) -> bool:
         """Whether the adapter's initial weights are computed from the base's dense weights."""
-        methods = ("pissa", "corda", "orthogonal", "loftq")
+        methods = ("pissa", "orthogonal", "loftq")
         return str(self.init_lora_weights).startswith(methods)
 
 

@@ -165,12 +165,17 @@ class Bank:
         config = copy.deepcopy(self._base_config)
         with torch.device("meta"):
             skeleton: PreTrainedModel = type(self.base)(config)
-        for module in skeleton.modules():
+        for name, module in skeleton.named_modules():
             if isinstance(module, torch.nn.Linear):
                 # PEFT initialises the adapter on the device of the layer's weight, which must not
                 # be meta. An expanded tensor has the shape, and memory for one element.
                 one_element = torch.zeros(1, 1).expand(module.weight.shape)
                 module.weight = torch.nn.Parameter(one_element, requires_grad=False)
+                if module.bias is not None:
+                    # A slot may train it.
+                    bias = self.base.get_submodule(name).bias
+                    copied = bias.detach().to("cpu", torch.float32, copy=True)
+                    module.bias = torch.nn.Parameter(copied, requires_grad=False)
         share_origin(self.base, skeleton)
         return skeleton
 

@@ -128,8 +128,10 @@ class _DoraLinear(torch.autograd.Function):
         if mask is not None:
             y += linear(x - masked_x, weight)
         bias = getattr(layer, "bias", None)
+        if adapter.bias is not None:
+            bias = adapter.bias
         if bias is not None:
-            y += bias
+            y += bias.to(y.dtype)
         ctx.layer, ctx.slot = layer, slot
         ctx.save_for_backward(x, mask, shrunk, product, scale, norms)
         return y
@@ -143,6 +145,8 @@ class _DoraLinear(torch.autograd.Function):
         slot: SlotTokens = ctx.slot
         adapter = slot.adapter
         assert adapter.gradient_magnitude is not None
+        if adapter.gradient_bias is not None:
+            adapter.gradient_bias.add_(grad_output.sum(0, dtype=torch.float32))
         grad_magnitude = (grad_output * product).sum(0, dtype=torch.float32)
         adapter.gradient_magnitude.add_(grad_magnitude / norms)
         scaled_grad = grad_output * scale

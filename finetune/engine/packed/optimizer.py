@@ -38,7 +38,7 @@ class SlotOptimizer:
         self._slot = slot
         self._parameters = slot.parameters
         """What the optimizer updates: the slot's matrices, or all of them as one vector."""
-        if is_plain_adamw(settings):
+        if is_plain_adamw(config):
             # The vector's memory, so that AdamW updates the slot. One vector for all layers does
             # as well as a parameter for each, because AdamW computes each element by itself.
             self._parameters = [torch.nn.Parameter(slot.vector)]

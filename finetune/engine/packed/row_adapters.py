@@ -72,6 +72,8 @@ class RowAdapters:
             adapter = slot.adapters.get(name)
             if adapter is not None and adapter.magnitude is not None:
                 self._scale(layer, slot_y[number], adapter)
+            if adapter is not None and adapter.bias is not None:
+                slot_y[number] += adapter.bias_change(layer).to(y.dtype)
         return y
 
     def _scale(self, layer: torch.nn.Module, y: torch.Tensor, adapter: Adapter) -> None:

@@ -100,6 +100,11 @@ class Slot:
                     magnitude=next(exact_weights),
                     gradient_magnitude=next(gradients),
                 )
+            if _trained_bias(layer) is not None:
+                next(weights)
+                adapter = dataclasses.replace(
+                    adapter, bias=next(exact_weights), gradient_bias=next(gradients)
+                )
             adapters[name] = adapter
         return adapters
 
@@ -151,14 +156,23 @@ def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
 
 
 def _trained_parameters(layers: dict[str, "LoraLayer"]) -> list[torch.nn.Parameter]:
-    """The weights of A and B of each layer, in turn, with DoRA the magnitudes after them."""
+    """The weights of A and B of each layer, in turn, then its magnitudes and its trained bias."""
     parameters = []
     for layer in layers.values():
         parameters.append(layer.lora_A["default"].weight)
         parameters.append(layer.lora_B["default"].weight)
         if layer.lora_magnitude_vector:
             parameters.append(layer.lora_magnitude_vector["default"].weight)
+        bias = _trained_bias(layer)
+        if bias is not None:
+            parameters.append(bias)
     return parameters
+
+
+def _trained_bias(layer: "LoraLayer") -> torch.nn.Parameter | None:
+    """The bias of an adapted layer, if it is trained (`lora.bias=lora_only`)."""
+    bias: torch.nn.Parameter | None = getattr(layer.get_base_layer(), "bias", None)
+    return bias if bias is not None and bias.requires_grad else None
 
 
 def _consecutive_slices(parameters: list[torch.nn.Parameter]) -> list[slice]:
