@@ -57,11 +57,16 @@ def _require_trl_support(config: RunConfig) -> None:
     """Refuse what neither engine does.
 
     Raises:
-        ConfigError: DoRA on a base in 8 bits, whose scales bitsandbytes loses on a CPU.
+        ConfigError: Without a GPU, DoRA on a base in 8 bits, whose scales bitsandbytes loses, or
+            LoftQ.
     """
-    if config.lora.use_dora and config.quantization.load_in_8bit and not on_gpu():
+    if on_gpu():
+        return
+    if config.lora.use_dora and config.quantization.load_in_8bit:
         reason = "does not work with quantization.load_in_8bit=true on a CPU"
         raise refusal("lora.use_dora", "true", reason)
+    if config.lora.init_lora_weights == "loftq":
+        raise refusal("lora.init_lora_weights", "loftq", "needs a GPU")
 
 
 def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:

@@ -13,10 +13,6 @@ from support.runs import NONE, Tiny, final
 from finetune.errors import ConfigError
 
 UNSUPPORTED = {
-    "lora.use_dora=true (with quantization.load_in_8bit=true)": (
-        "lora.use_dora=true",
-        "quantization=int8",
-    ),
     "lora.bias=all": ("lora.bias=all",),
     "lora.init_lora_weights=pissa": ("lora.init_lora_weights=pissa", NONE),
     "lora.extra={'lora_bias': True}": ("+lora.extra.lora_bias=true",),
@@ -63,6 +59,18 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
     assert str(refused.value).endswith("; allowed: auto, trl")
 
 
+@pytest.mark.parametrize("engine", ["auto", "packed", "trl"])
+def test_what_neither_engine_does_is_refused(engine: str, tiny: Tiny) -> None:
+    from finetune.engine.selection import choose_engine
+    from finetune.model.source import find_base
+
+    config = tiny("lora.use_dora=true", "quantization=int8", f"trainer.engine={engine}")
+    with pytest.raises(ConfigError) as refused:
+        choose_engine(config, find_base(config.model))
+    key = "trainer.engine=packed" if engine == "packed" else "lora.use_dora=true"
+    assert str(refused.value).startswith(f"{key}: does not ")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -74,6 +82,7 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         ("optimizer=lion",),
         ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
         ("optimizer.lora_plus_ratio=16",),
+        ("lora.bias=lora_only",),
         ("lora.use_dora=true",),
         ("dataset.packing=true",),
         ("+trainer.extra.neftune_noise_alpha=5",),
