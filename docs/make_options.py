@@ -183,7 +183,7 @@ def render() -> str:
             for kind in QUANTIZATIONS:
                 reason = cells[option, engine, kind]
                 row.append("yes" if reason is None else str(reasons.number(reason)))
-        lines.append(f"| `{option}` | {' | '.join(row)} |")
+        lines.append(f"| {option} | {' | '.join(row)} |")
     listed = [f"{number}. {text}" for text, number in reasons.numbers.items()]
     parts = [INTRODUCTION, "\n".join(lines), NOTES, "## Reasons", "\n".join(listed)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -30,10 +30,19 @@ def script() -> ModuleType:
     return module
 
 
+def table() -> dict[str, list[str]]:
+    """The cells of each option of the page's table."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    found = {}
+    for line in lines[1:]:
+        option, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+        found[option] = cells
+    return found
+
+
 def rows() -> list[str]:
     """The options of the page's table."""
-    lines = PAGE.read_text().splitlines()
-    return [line.split("`")[1] for line in lines if line.startswith("| `")]
+    return list(table())
 
 
 def test_the_page_has_all_options_of_the_script(script: ModuleType) -> None:
@@ -54,12 +63,9 @@ def test_the_page_has_every_optimizer_schedule_and_supported_argument() -> None:
 
 
 def test_every_reason_is_used_and_every_number_has_one() -> None:
+    cells = {cell for row in table().values() for cell in row}
+    used = cells - {"yes"}
     lines = PAGE.read_text().splitlines()
-    cells: set[str] = set()
-    for line in lines:
-        if line.startswith("| `"):
-            cells |= {cell.strip() for cell in line.rsplit("`", 1)[1].split("|")}
-    used = cells - {"yes", ""}
     reasons = {line.partition(". ")[0] for line in lines if line[:1].isdigit()}
     assert used == reasons
 

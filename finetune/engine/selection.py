@@ -137,24 +137,28 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
     dtype = compute_dtype(config.quantization)
     product_dtype = str(dtype).removeprefix("torch.")
     if model.dtype not in ("auto", product_dtype):
-        return f"model.dtype={model.dtype}"
+        return f"model.dtype={model.dtype} (only {product_dtype}, as its products)"
     if model.attn_implementation not in (None, "sdpa"):
-        return f"model.attn_implementation={model.attn_implementation}"
+        setting = f"model.attn_implementation={model.attn_implementation}"
+        return f"{setting} (it has its own attention)"
     if model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS:
-        return f"model.extra={model.extra}"
+        return f"model.extra={model.extra} ({_only(SUPPORTED_MODEL_ARGUMENTS)})"
     return None
 
 
 def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
-    # Those of all layers belong to norms and others too, which have no slots.
+    # Norms and other layers without an adapter are shared by all slots.
     if lora.bias == "all":
-        return f"lora.bias={lora.bias}"
+        return (
+            f"lora.bias={lora.bias} (only those of layers with an adapter: lora_only)"
+        )
     # Most other initialisations compute with the base's weights or activations. The bank
     # initialises adapters on a copy of the base that has no weights.
     if lora.init_lora_weights not in (True, False, "gaussian"):
-        return f"lora.init_lora_weights={lora.init_lora_weights}"
+        setting = f"lora.init_lora_weights={lora.init_lora_weights}"
+        return f"{setting} (computed from the base's weights, most change them)"
     if lora.extra.keys() - CHOOSES_MATRICES:
-        return f"lora.extra={lora.extra}"
+        return f"lora.extra={lora.extra} ({_only(CHOOSES_MATRICES)})"
     # The bank computes logits from the head's weight directly, in chunks: an adapter on the head
     # would not be trained.
     if _targets_head(lora.target_modules):
@@ -187,8 +191,13 @@ def _targets_head(target_modules: str | list[str]) -> bool:
 
 def _unsupported_training_setting(config: RunConfig) -> str | None:
     if config.trainer.extra.keys() - KEEPS_BASE:
-        return f"trainer.extra={config.trainer.extra}"
+        return f"trainer.extra={config.trainer.extra} ({_only(KEEPS_BASE)})"
     dtype = config.quantization.bnb_4bit_compute_dtype
     if dtype == "float16" and not on_gpu():
-        return f"quantization.bnb_4bit_compute_dtype={dtype}"
+        return f"quantization.bnb_4bit_compute_dtype={dtype} (not on a CPU)"
     return None
+
+
+def _only(arguments: set[str]) -> str:
+    """Return which arguments of an `extra` the packed engine has, for a reason."""
+    return f"only {', '.join(sorted(arguments))}"

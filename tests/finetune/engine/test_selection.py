@@ -183,6 +183,7 @@ def test_a_base_of_no_known_type_is_packed_where_it_passes_the_check(
     assert choose_engine(config, find_base(config.model)) == "packed"
 
 
+ALL = "lora.bias=all (only those of layers with an adapter: lora_only)"
 BIASES = ("lora.bias=all", "trainer.max_steps=1", "sample_prompts=[]")
 
 
@@ -195,8 +196,7 @@ def test_a_command_refuses_the_engine_before_the_base_is_loaded(
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line
-        == "error: trainer.engine=packed: does not do lora.bias=all; allowed: auto, trl"
+        line == f"error: trainer.engine=packed: does not do {ALL}; allowed: auto, trl"
     )
     assert "no GPU" not in asked.stderr
 
@@ -210,8 +210,7 @@ def test_a_study_refuses_the_engine_before_it_begins(
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line
-        == "error: trainer.engine=packed: does not do lora.bias=all; allowed: auto, trl"
+        line == f"error: trainer.engine=packed: does not do {ALL}; allowed: auto, trl"
     )
     assert not list(tmp_path.rglob("study.journal"))
 
@@ -220,8 +219,8 @@ def test_a_study_refuses_the_engine_before_it_begins(
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ((*BIASES, "hydra.sweeper.slots=3"), "lora.bias=all"),
-        (("lora.bias=choice(all,none)",), "lora.bias=all"),
+        ((*BIASES, "hydra.sweeper.slots=3"), ALL),
+        (("lora.bias=choice(all,none)",), ALL),
     ],
     ids=["all", "some"],
 )
