@@ -28,7 +28,9 @@ def is_plain_adamw(config: RunConfig) -> bool:
     return settings.name in ADAMW and is_uniform
 
 
-def create_optimizer(model: "PeftModel", config: RunConfig) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: "PeftModel", config: RunConfig, is_paged: bool = False
+) -> torch.optim.Optimizer:
     """Create the optimizer of an adapter, with the groups of parameters that the Trainer has.
 
     With `optimizer.lora_plus_ratio` the groups are those of PEFT's LoRA+, whose first group has
@@ -37,9 +39,13 @@ def create_optimizer(model: "PeftModel", config: RunConfig) -> torch.optim.Optim
     Args:
         model: The adapter; its trained parameters have their final shapes.
         config: The run's config.
+        is_paged: Whether a paged optimizer may move its state to host memory. bitsandbytes never
+            frees the memory that it has for that.
     """
     settings = config.optimizer
     optimizer_class, arguments = optimizer_class_of(config)
+    if not is_paged and "is_paged" in arguments:
+        arguments["is_paged"] = False
     arguments["lr"] = settings.resolved_learning_rate
     ratio = settings.lora_plus_ratio
     if ratio is None:
@@ -125,12 +131,14 @@ def check_optimizer(config: RunConfig) -> None:
 def state_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:
     """Return the bytes of an optimizer's state for parameters of these shapes.
 
-    They are counted on a CPU, in the state after one step on a parameter of each shape.
+    They are counted in the state after one step on a parameter of each shape.
 
     Raises:
         ConfigError: As `check_optimizer`.
     """
     optimizer_class, arguments = optimizer_class_of(config)
+    if "is_paged" in arguments:
+        arguments["is_paged"] = False  # the state has the same size
     sizes = functools.cache(
         lambda shape: _bytes_after_step(optimizer_class, arguments, shape, config)
     )
@@ -143,8 +151,9 @@ def _bytes_after_step(
     shape: tuple[int, ...],
     config: RunConfig,
 ) -> int:
-    parameter = torch.nn.Parameter(torch.zeros(shape))
-    parameter.grad = torch.zeros(shape)
+    device = "cuda" if on_gpu() else "cpu"
+    parameter = torch.nn.Parameter(torch.zeros(shape, device=device))
+    parameter.grad = torch.zeros(shape, device=device)
     try:
         optimizer = optimizer_class([parameter], **arguments)
         optimizer.step()

@@ -114,6 +114,11 @@ class SlotOptimizer:
 
     def _bind_gradient(self, gradient: torch.Tensor) -> None:
         """Give each parameter its piece of the gradient [parameters]."""
+        if len(self._parameters) == 1:
+            self._parameters[
+                0
+            ].grad = gradient  # views would take longer than small updates
+            return
         offset = 0
         for parameter in self._parameters:
             stop = offset + parameter.numel()

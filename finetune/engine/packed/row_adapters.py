@@ -32,6 +32,10 @@ class RowAdapters:
         self._stacks: dict[str, _Stack | None] = {}
         """By layer, from its first call on: A of all slots [slots, in_features, rank], and B with
         the scaling [slots, rank, out_features]; None where no slot adapts the layer."""
+        self._beyond_lora = [
+            (number, slot) for number, slot in enumerate(slots) if slot.is_beyond_lora
+        ]
+        """The slots that train more than A and B, with their numbers."""
         self._scales: dict[tuple[int, int], torch.Tensor] = {}
         """By layer and adapter with magnitudes, what the output is multiplied by [out_features]."""
 
@@ -68,7 +72,7 @@ class RowAdapters:
         slot_x = x.reshape(count, -1, x.shape[-1])
         slot_y = y.view(count, -1, y.shape[-1])
         slot_y.baddbmm_(torch.bmm(slot_x, a), b)
-        for number, slot in enumerate(self._slots):
+        for number, slot in self._beyond_lora:
             adapter = slot.adapters.get(name)
             if adapter is not None and adapter.magnitude is not None:
                 self._scale(layer, slot_y[number], adapter)

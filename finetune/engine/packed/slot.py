@@ -120,6 +120,14 @@ class Slot:
         for parameter, view in zip(self.parameters, self._views(vector), strict=True):
             parameter.data = view
 
+    @property
+    def is_beyond_lora(self) -> bool:
+        """Whether more than A and B is trained: magnitudes (DoRA) or biases."""
+        return any(
+            adapter.magnitude is not None or adapter.bias is not None
+            for adapter in self.adapters.values()
+        )
+
     @contextlib.contextmanager
     def weights_on_cpu(self, event: "torch.cuda.Event | None") -> Iterator[None]:
         """Point the model at a copy of its weights in host memory, for example to save it.

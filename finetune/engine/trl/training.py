@@ -103,7 +103,7 @@ class TrlTraining(LoadedModel):
         """The optimizer of LoRA+; None without it: the trainer creates its own."""
         if self._config.optimizer.lora_plus_ratio is None:
             return None
-        return create_optimizer(self.model, self._config)
+        return create_optimizer(self.model, self._config, is_paged=True)
 
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded
