@@ -41,7 +41,7 @@ CONFIG = [
     Case(
         "key",
         "lora.alhpa=8",
-        "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…",
+        "lora.alhpa: no such key; did you mean alpha? allowed: adapter, alpha, bias…",
     ),
     Case(
         "added-key",
