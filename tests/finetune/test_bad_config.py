@@ -46,7 +46,7 @@ CONFIG = [
     Case(
         "added-key",
         "+lora.rank=8",
-        "lora.rank: no such key;…allowed: alpha, bias, …use_rslora",
+        "lora.rank: no such key;…allowed: adapter, alpha, …use_rslora",
     ),
     Case(
         "added-group",
