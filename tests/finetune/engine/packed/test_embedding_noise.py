@@ -55,6 +55,29 @@ def test_noise_has_the_size_of_neftune(tiny: Tiny) -> None:
     assert not noise[start:].any()
 
 
+def test_each_seed_and_each_batch_has_noise_of_its_own(tiny: Tiny) -> None:
+    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.embedding_noise import embedding_noise
+    from finetune.engine.packed.requests import ForwardBackward
+
+    config = tiny("quantization=none")
+    bank = SharedResources().bank(config)
+    rows = [{"input_ids": [*range(2, 30)], "labels": [*range(2, 30)]}]
+    slots = [bank.create_slot(config.lora, seed) for seed in (0, 1)]
+    batch = PackedBatch([rows, rows], bank.device, [1, 1])
+    drawn: set[float] = set()
+    for batch_number in (1, 2, 1):
+        requests = [
+            ForwardBackward(slot, rows, 1.0, batch_number, noise_alpha=5.0)
+            for slot in slots
+        ]
+        with embedding_noise(bank.base, requests, batch):
+            noisy = bank.base.get_input_embeddings()(batch.input_ids)[0]
+        tokens = len(noisy) // 2
+        drawn |= {float(noisy[:tokens].sum()), float(noisy[tokens:].sum())}
+    assert len(drawn) == 4
+
+
 def test_a_slot_has_the_noise_that_it_has_alone(tiny: Tiny, tmp_path: Path) -> None:
     configs = [
         tiny(*SHORT, f"{NOISE}=50", "seed=1"),
