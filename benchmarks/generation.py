@@ -108,7 +108,7 @@ class Sides:
     def _questions(self, base: str, count: int) -> tuple[Any, list[str]]:
         """Return the tokenizer and the prompts."""
         if base == "llama":
-            from llama import tokenizer
+            from random_base import tokenizer
 
             draw = random.Random(0)
             texts = []
@@ -127,9 +127,9 @@ class Sides:
         from finetune.model.quantization import dequantize_base
 
         if arguments.base == "llama":
-            from llama import make_base
+            from random_base import make_base
 
-            base = make_base(arguments.tiny, double=False)
+            base = make_base("tiny" if arguments.tiny else "llama2_7b", double=False)
         else:
             from finetune.model.loading import load_base
             from finetune.run.resources import SharedResources

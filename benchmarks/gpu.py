@@ -1,14 +1,14 @@
 """Tokens a second and memory of QLoRA on a GPU: this project's slots against TRL and Unsloth, on
-Llama-2-7B's shapes.
+published models' shapes.
 
-    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto] [--length
-    short,long]
+    python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto]
+                             [--shapes llama2_7b,…] [--length short,long,turns]
                              [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4]
                              [--memory GIB] [--tiny]
 
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
-about 350), long ones 2,048. Batch 4, AdamW in 32 bits. Tokens are counted without padding; the
+about 350), long ones 2,048, turns 16 to 112 (mean about 64). Batch 4, AdamW in 32 bits. Tokens are counted without padding; the
 first steps are not. `q_v` is r 64 with dropout 0.1, `all_linear` r 16 without.
 
 `ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and
@@ -22,6 +22,7 @@ used. `--tiny` is a dry run with a small model, on a CPU too.
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -33,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import (
+from random_base import (
     DEVICE,
     DTYPE,
     GPU,
     SEED,
+    SIZES,
     attention_within_bounds,
     make_base,
     shapes,
@@ -64,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--sides", default="ours,trl,best")
     parser.add_argument("--slots", default="1,2,4,8,16,auto")
+    parser.add_argument("--shapes", default="llama2_7b", help=", ".join(SIZES))
     parser.add_argument("--length", default="short")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--lora", default="q_v,all_linear")
@@ -77,6 +80,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.shapes = "tiny"
     if "unsloth" in arguments.sides:
         if arguments.sides != "unsloth":
             parser.error("--sides unsloth: alone, as it changes the other libraries")
@@ -95,31 +100,40 @@ def main() -> None:
     )
     print(f"{device}, {arguments.quantization}, {rates}", flush=True)
     print(
-        "| side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
+        "| shapes | side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
     )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for side in arguments.sides.split(","):
-        for checkpointing in arguments.checkpointing.split(","):
-            base = None
-            for length in arguments.length.split(","):
-                for lora in arguments.lora.split(","):
-                    for slots in (
-                        arguments.slots.split(",") if side == "ours" else ["1"]
-                    ):
-                        kind = (
-                            side,
-                            lora,
-                            length,
-                            checkpointing == "on",
-                            slots,
-                            arguments.quantization,
-                        )
-                        case = Case(*kind, arguments.steps, arguments.tiny)
-                        if base is None:
-                            base = case.base()
-                        case.measure(base, peak)
-            del base
-            free()
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in arguments.shapes.split(","):
+        for side in arguments.sides.split(","):
+            for checkpointing in arguments.checkpointing.split(","):
+                measure_side(arguments, name, side, checkpointing == "on", peak)
+
+
+def measure_side(
+    arguments: argparse.Namespace, name: str, side: str, saving: bool, peak: float
+) -> None:
+    """Print the lines of a side, all on one base."""
+    base = None
+    all_slots = arguments.slots.split(",") if side == "ours" else ["1"]
+    kinds = itertools.product(
+        arguments.length.split(","), arguments.lora.split(","), all_slots
+    )
+    for length, lora, slots in kinds:
+        case = Case(
+            name,
+            side,
+            lora,
+            length,
+            saving,
+            slots,
+            arguments.quantization,
+            arguments.steps,
+        )
+        if base is None:
+            base = case.base()
+        case.measure(base, peak)
+    del base
+    free()
 
 
 def free() -> None:
@@ -135,6 +149,7 @@ class Case:
 
     def __init__(
         self,
+        name: str,
         side: str,
         lora: str,
         length: str,
@@ -142,8 +157,9 @@ class Case:
         slots: str,
         quantization: str,
         steps: int,
-        tiny: bool,
     ) -> None:
+        self.name = name
+        tiny = name == "tiny"
         self.side, self.lora, self.length, self.saving, self.quantization = (
             side,
             lora,
@@ -151,7 +167,7 @@ class Case:
             saving,
             quantization,
         )
-        self.warm, self.steps, self.tiny = WARM, steps, tiny
+        self.warm, self.steps = WARM, steps
         self.rows = make_rows(length, tiny)
         self.planned = ""
         self.slots = 1 if slots == "auto" else int(slots)
@@ -187,7 +203,7 @@ class Case:
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            shapes(self.tiny).save_pretrained(folder)
+            shapes(self.name).save_pretrained(folder)
             tokenizer().save_pretrained(folder)
             (folder / "model.safetensors").touch()
             texts = [
@@ -210,7 +226,7 @@ class Case:
         """A fresh base as the side has it."""
         if self.side == "unsloth":
             return None
-        base = make_base(self.tiny, self.quantization == "nf4_double")
+        base = make_base(self.name, self.quantization == "nf4_double")
         if self.side != "ours":
             return base
         from finetune.engine.packed.bank import Bank
@@ -224,7 +240,7 @@ class Case:
         from finetune.model.memory import is_out_of_memory_error
 
         free()
-        line = f"| {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
+        line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
         try:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
             rate, weights = run(base, self)
@@ -246,11 +262,11 @@ def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
     draw = random.Random(SEED)
     rows = []
     for _ in range(256):
-        tokens = (
-            2048
-            if length == "long"
-            else min(512, max(128, round(draw.gauss(350, 110))))
-        )
+        tokens = 2048
+        if length == "short":
+            tokens = min(512, max(128, round(draw.gauss(350, 110))))
+        elif length == "turns":
+            tokens = min(112, max(16, round(draw.gauss(64, 20))))
         ids = [
             draw.randrange(3, 32000) for _ in range(tokens // 16 if tiny else tokens)
         ]
@@ -289,11 +305,19 @@ def synchronize() -> None:
 
 
 def weights_of(model: torch.nn.Module) -> int:
-    """That a token is multiplied by."""
-    linear = [
-        module for module in model.modules() if isinstance(module, torch.nn.Linear)
-    ]
-    return sum(module.in_features * module.out_features for module in linear)
+    """That a token is multiplied by: of a mixture's experts those that it is sent to."""
+    from finetune.model.experts import expert_modules
+    from finetune.run.expert_costs import expert_shape
+
+    weights = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weights += module.in_features * module.out_features
+    experts = expert_shape(model, 1)
+    if experts is not None:
+        each = experts.hidden * (experts.up + experts.inner)
+        weights += len(expert_modules(model)) * experts.pairs * each
+    return weights
 
 
 class Counter:
@@ -371,9 +395,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
 
 def trl(base: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of one run by SFTTrainer."""
-    from peft import get_peft_model
-
-    from finetune.model.lora_config import lora_config
+    from finetune.model.adapter import add_adapter
 
     weights = weights_of(base)
     arguments: dict[str, Any] = {}
@@ -381,7 +403,7 @@ def trl(base: Any, case: Case) -> tuple[float, int]:
         if GPU:
             base.config._attn_implementation = attention_within_bounds()
         arguments = {"use_liger_kernel": GPU, "padding_free": True}
-    model = get_peft_model(base, lora_config(case.config().lora))
+    model = add_adapter(base, case.config().lora, SEED)
     try:
         return train(model, case, arguments), weights
     finally:
@@ -395,7 +417,7 @@ def unsloth(base: Any, case: Case) -> tuple[float, int]:
 
     lora = case.config().lora
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), case.tiny)
+        write_checkpoint(Path(folder), case.name)
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=4096, dtype=DTYPE, load_in_4bit=True
         )

@@ -41,8 +41,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from llama import GPU, write_checkpoint
 from optuna.trial import TrialState
+from random_base import GPU, write_checkpoint
 from study import read_lines, timed, write_lines
 
 from sweeps.study.study import Study
@@ -127,7 +127,11 @@ def main() -> None:
         with ProcessPoolExecutor(
             1, get_context("spawn")
         ) as elsewhere:  # this process keeps no GPU's memory
-            elsewhere.submit(write_checkpoint, folder / "base", arguments.tiny).result()
+            elsewhere.submit(
+                write_checkpoint,
+                folder / "base",
+                "tiny" if arguments.tiny else "llama2_7b",
+            ).result()
         for part, rows in texts(
             {"train": 256, "eval": 32}, 16 if arguments.tiny else 1
         ).items():

@@ -116,6 +116,10 @@ CASES = {
         ("trainer.per_device_eval_batch_size=4",),
         base="gemma3",
     ),
+    "Qwen 3 with 32 experts": Case(SHORT, base="qwen3_moe"),
+    "Qwen 3 with 32 experts (trl)": Case(
+        SHORT, ("trainer.engine=trl",), base="qwen3_moe"
+    ),
     "q_v alone, batch 1": Case(
         SHORT, ("lora/target=q_v", "trainer.per_device_train_batch_size=1")
     ),
@@ -203,6 +207,7 @@ def write_base(name: str, folder: Path) -> Path:
         AutoTokenizer,
         Gemma3TextConfig,
         Qwen3Config,
+        Qwen3MoeConfig,
     )
 
     from finetune.app import compose_run
@@ -218,7 +223,18 @@ def write_base(name: str, folder: Path) -> Path:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if name == "qwen3":
+    if name == "qwen3_moe":
+        config = Qwen3MoeConfig(
+            vocab_size=50_000,
+            hidden_size=320,
+            intermediate_size=1024,
+            moe_intermediate_size=256,
+            num_experts=32,
+            num_experts_per_tok=4,
+            num_hidden_layers=12,
+            **shared,
+        )
+    elif name == "qwen3":
         config = Qwen3Config(
             vocab_size=150_000,
             hidden_size=256,

@@ -89,7 +89,7 @@ def train(config: DictConfig) -> SFTTrainer:
     )
     attention = None
     if config.within_bounds:
-        from llama import attention_within_bounds
+        from random_base import attention_within_bounds
 
         attention = attention_within_bounds()
     model = AutoModelForCausalLM.from_pretrained(

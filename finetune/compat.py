@@ -217,6 +217,25 @@ def keep_4bit_layers_trainable(model: "torch.nn.Module") -> None:
 
 
 @contextlib.contextmanager
+def replaced_4bit_quantizer(quantizer: Callable[..., Any]) -> Iterator[None]:
+    """Let transformers quantise by another class than its own in 4 bits within the block.
+
+    Reason: `register_quantizer` takes new names only, and PEFT, TRL and transformers itself ask
+    for the name of bitsandbytes. transformers 5.23, `quantizers.auto.AUTO_QUANTIZER_MAPPING`.
+    Upstream: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849
+    """
+    from transformers.quantizers import auto
+
+    name = "bitsandbytes_4bit"
+    before = auto.AUTO_QUANTIZER_MAPPING[name]
+    auto.AUTO_QUANTIZER_MAPPING[name] = quantizer
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING[name] = before
+
+
+@contextlib.contextmanager
 def record_loading_keys() -> Iterator[dict[str, set[str]]]:
     """Record which names of weights differ while models are loaded within the block.
 
@@ -269,6 +288,47 @@ def peft_refuses_layer(
     except ValueError:
         return True
     return False
+
+
+def peft_names_of_experts(model: "torch.nn.Module") -> set[str]:
+    """Return the names of layers that PEFT takes for those of a base's experts and routers.
+
+    Reason: transformers 4 had linear layers by these names. PEFT turns them, and `all-linear`, into
+    targets on all experts and on the router, also where a layer outside of the experts has such a
+    name. peft 0.21, `utils.transformers_weight_conversion._convert_peft_config_moe`.
+    Upstream: none.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    model_type = getattr(model.config, "model_type", None)
+    kind = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    if conversion.get_checkpoint_conversion_mapping(model_type) is None:
+        return set()
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(kind, {}))
+
+
+def replace_parameter_adapter(wrapper: Any, activate: Callable[..., Any]) -> None:
+    """Let PEFT's adapter of a parameter be active by another context manager.
+
+    Reason: its own one adds the adapter to the whole parameter, which 4-bit experts do not allow.
+    peft 0.21, `tuners.lora.layer.ParamWrapper._activate_lora`, called in its `forward` with the
+    names of the active adapters. Upstream: none.
+    """
+    wrapper._activate_lora = activate
+
+
+def gate_of_experts(experts: Any) -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    """Return the gated activation of a layer's experts.
+
+    Reason: functions that are registered with transformers' `ExpertsInterface` call it, and it has
+    a private name. transformers 5.23, `integrations.moe.use_experts_implementation`.
+    Upstream: none.
+
+    Returns:
+        From the outputs of the first product [pairs, 2 · inner] to [pairs, inner].
+    """
+    gate: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate
+    return gate
 
 
 def forget_quantized_format(model: "PreTrainedModel") -> None:

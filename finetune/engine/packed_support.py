@@ -3,9 +3,9 @@
 The check itself (`packed.architecture_check`) is imported only where there is no record of it.
 """
 
+import copy
 import functools
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import summary_line
@@ -18,7 +18,7 @@ from finetune.model.small_config import small_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Increased when the check or what it checks changes, so that earlier records are not used."""
 
 
@@ -43,21 +43,24 @@ def packed_support(config: "PreTrainedConfig") -> PackedSupport:
     # Each config class has its own ways to refuse sizes.
     except Exception as error:
         return PackedSupport(f"no small base to try it on ({summary_line(error)})")
-    config_class: Any = type(small)
-    return _recorded_support(small.to_json_string(use_diff=False), config_class)
+    content = small.to_json_string(use_diff=False)
+    return _recorded_support(_SmallBase(type(small).__name__, content, small))
+
+
+@dataclass(frozen=True)
+class _SmallBase:
+    """A small base, told from others by its config."""
+
+    config_class: str
+    content: str
+    """The config as JSON, from which transformers can't read all values again (infinity)."""
+    config: Any = field(compare=False)
 
 
 @functools.cache
-def _recorded_support(
-    content: str, config_class: "type[PreTrainedConfig]"
-) -> PackedSupport:
-    """Return the record of the cache, or check and record it.
-
-    Args:
-        content: The small base's config as JSON.
-        config_class: The class of the config.
-    """
-    identity = [CHECK_VERSION, config_class.__name__, content]
+def _recorded_support(small: _SmallBase) -> PackedSupport:
+    """Return the record of the cache, or check and record it."""
+    identity = [CHECK_VERSION, small.config_class, small.content]
     record = record_file("architectures", identity)
     values = read_json(record)
     if values is not None:
@@ -65,9 +68,9 @@ def _recorded_support(
     # Late: it imports PEFT, which takes seconds.
     from finetune.engine.packed.architecture_check import check_architecture
 
-    small = config_class.from_dict(json.loads(content))
+    config = copy.deepcopy(small.config)
     try:
-        support = PackedSupport(*check_architecture(small))
+        support = PackedSupport(*check_architecture(config))
     except Exception as error:
         # Neither says anything about the base.
         if isinstance(error, Interrupted) or is_out_of_memory_error(error):
@@ -75,5 +78,5 @@ def _recorded_support(
         # Of any other error it is not known whether it comes again: it is not recorded.
         return PackedSupport(summary_line(error))
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"model_type": config_class.model_type, **asdict(support)})
+    write_json(record, {"model_type": config.model_type, **asdict(support)})
     return support

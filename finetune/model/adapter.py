@@ -24,6 +24,7 @@ from finetune.files.atomic import (
     replace_folder,
     write_json,
 )
+from finetune.model.expert_adapters import show_expert_shapes, use_expert_adapters
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
     generation_config_with_ends,
@@ -32,7 +33,7 @@ from finetune.model.origin import (
     write_generation_config,
 )
 from finetune.model.published_names import PublishedNames
-from finetune.model.target_modules import excluded_modules
+from finetune.model.target_modules import excluded_modules, linear_targets
 from finetune.model.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
@@ -75,17 +76,23 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     from peft import get_peft_model
 
     config = lora_config(lora)
+    targets = linear_targets(model, lora)
+    if targets != lora.target_modules:
+        config.target_modules = set(targets)
     if "exclude_modules" not in lora.extra:
         patterns = excluded_modules(model, lora)
         config.exclude_modules = "|".join(patterns) or None
+    show_expert_shapes(model)
     with _SEED_LOCK, without_peft_notes():
         # Directly before the weights are drawn: the same seed must give the same adapter.
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise refusal("lora.target_modules", lora.target_modules, reason) from error
+    use_expert_adapters(adapted)
+    return adapted
 
 
 @contextlib.contextmanager
@@ -172,21 +179,28 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
 
 def attach_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     """Put a saved adapter on its base. Some adapters change the base for good."""
+    show_expert_shapes(base)
+    with without_peft_notes():
+        model = _attached(base, folder)
+    use_expert_adapters(model)
+    return model
+
+
+def _attached(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     from peft import PeftConfig, PeftModel
 
     names = published_names_of(base)
-    with without_peft_notes():
-        if names is None:
-            return PeftModel.from_pretrained(base, folder)
-        config = PeftConfig.from_pretrained(folder)
-        if not isinstance(config.target_modules, str):
-            config.target_modules = {
-                names.from_published(name) for name in config.target_modules
-            }
-        return PeftModel.from_pretrained(
-            base,
-            folder,
-            config=config,
-            # PEFT takes away what it puts before the names first.
-            key_mapping={f"^{re.escape(names.published)}": names.decoder},
-        )
+    if names is None:
+        return PeftModel.from_pretrained(base, folder)
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {
+            names.from_published(name) for name in config.target_modules
+        }
+    return PeftModel.from_pretrained(
+        base,
+        folder,
+        config=config,
+        # PEFT takes away what it puts before the names first.
+        key_mapping={f"^{re.escape(names.published)}": names.decoder},
+    )

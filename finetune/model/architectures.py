@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
-"""Values of `model_type` that the GPU's decoder supports: one linear head maps the decoder's last
-hidden state to logits, and nothing scales or caps them."""
-
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 """Keys whose value the logits are multiplied by: Cohere, Falcon H1."""
 

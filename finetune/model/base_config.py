@@ -63,6 +63,13 @@ def text_model_config(published: "PreTrainedConfig") -> "PreTrainedConfig":
     return result
 
 
+def without_quantization(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return a copy of a config that does not say how the base's files are quantised."""
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    return plain
+
+
 def other_parts(published: "PreTrainedConfig") -> list[str]:
     """Return the names of a published model's parts beside its text model: vision, audio."""
     text_type = text_model_config(published).model_type

@@ -15,7 +15,8 @@ BITSANDBYTES = {"nf4", "fp4", "int8"}
 """Methods that `quantization` can name: bitsandbytes' own."""
 
 DEQUANTIZED = {"mxfp4"}
-"""Methods whose weights are dequantised when a base is loaded, as they can't be trained."""
+"""Methods whose weights are dequantised when a base is loaded, as they can't be trained: in 4 bits
+they are quantised again, each tensor as soon as it is loaded."""
 
 BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25, "awq": 4.0, "gptq": 4.0}
 """Bits of a weight by method, where the base's config does not say."""
@@ -129,17 +130,28 @@ def settings_of_base(
     """
     if base is None:
         return settings
+    if is_quantized_again(base, settings):
+        return settings
     if settings.is_quantized and settings.method != base.method:
         allowed = ["quantization=none, which uses it as it is"]
         # The config can name these methods only.
         if base.method in BITSANDBYTES:
             allowed.insert(0, f"quantization={base.method}")
+        if base.method in DEQUANTIZED:
+            allowed = ["quantization=nf4", "quantization=none, which dequantises it"]
         reason = f"model.name_or_path={model.name_or_path} is quantised already ({base.method})"
         key, value = _key_of_method(settings)
         raise refusal(key, value, f"{reason}; allowed: {', or '.join(allowed)}")
     if base.method in BITSANDBYTES:
         return base.applied_to(settings)
     return settings
+
+
+def is_quantized_again(
+    base: BaseQuantization | None, settings: QuantizationSettings
+) -> bool:
+    """Whether the weights of files in MXFP4 are quantised in 4 bits when they are loaded."""
+    return base is not None and base.method in DEQUANTIZED and settings.load_in_4bit
 
 
 def _key_of_method(settings: QuantizationSettings) -> tuple[str, object]:

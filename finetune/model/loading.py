@@ -22,9 +22,15 @@ from finetune.model.base_config import (
     other_parts,
     read_published_config,
     text_model_config,
+    without_quantization,
 )
-from finetune.model.base_quantization import base_quantization, settings_of_base
+from finetune.model.base_quantization import (
+    base_quantization,
+    is_quantized_again,
+    settings_of_base,
+)
 from finetune.model.device import on_gpu
+from finetune.model.expert_quantizer import quantize_experts
 from finetune.model.origin import remember_origin
 from finetune.model.published_names import KEY_MAPPING, published_names
 from finetune.model.quantization import (
@@ -37,6 +43,7 @@ from finetune.model.quantized_layers import (
     log_unquantized_weights,
     set_4bit_compute_dtype,
 )
+from finetune.model.routed_experts import use_routed_experts
 from finetune.model.source import BaseSource
 from finetune.model.weights import check_weights
 
@@ -82,12 +89,15 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     # line that names them.
     arguments: dict[str, Any] = {"ignore_mismatched_sizes": True}
     arguments |= _extra_arguments(settings)
-    if present is None and quantization.is_quantized:
+    requantized = is_quantized_again(present, quantization)
+    if base_config is not published:
+        arguments |= _text_model_arguments(published, base_config)
+    if requantized:
+        arguments["config"] = without_quantization(base_config)
+    if quantization.is_quantized and (present is None or requantized):
         arguments["quantization_config"] = quantization_config(quantization)
     elif present is not None:
         arguments |= arguments_for_quantized_base(present, settings)
-    if base_config is not published:
-        arguments |= _text_model_arguments(published, base_config)
     if not on_gpu():
         _log_cpu_training(config)
     weights_dtype = product_dtype
@@ -97,6 +107,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
         explain_loading_errors(settings),
         _explain_extra_errors(settings),
         record_loading_keys() as names,
+        quantize_experts(from_mxfp4=requantized),
     ):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -113,6 +124,7 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     # Or the first evaluation on a CPU would switch them to a path that has no gradients.
     keep_4bit_layers_trainable(model)
     set_4bit_compute_dtype(model, product_dtype)
+    use_routed_experts(model)
     log_unquantized_weights(model, quantization)
     if base_config is not published:
         # Or it would be saved under names that its class does not have.

@@ -4,6 +4,7 @@ bitsandbytes is imported only inside functions: importing it initialises CUDA, w
 visible GPUs (see `device.select_gpu`), and may fail, which `require_bitsandbytes` explains.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.errors import refusal
 from finetune.model.device import on_gpu
+from finetune.model.experts import dequantize_experts, quantized_expert_weights
 from finetune.model.memory import total_memory
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
     The results are the same, bit for bit: bitsandbytes multiplies by the dequantised weights too.
 
     Args:
-        model: The base; its 4-bit layers are replaced by plain linear layers.
+        model: The base; its 4-bit layers and experts are replaced by plain ones.
         config: The run's config.
     """
     if not config.quantization.load_in_4bit:
@@ -117,6 +119,8 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
                 layers.append((parent, name, child))
                 # Not the weight's own size: it holds two 4-bit weights in a byte.
                 weights += child.in_features * child.out_features
+    for experts, name in quantized_expert_weights(model):
+        weights += math.prod(getattr(experts, name).quant_state.shape)
     if not should_dequantize(weights, config):
         return
     for parent, name, layer in layers:
@@ -125,6 +129,7 @@ def dequantize_base(model: "PreTrainedModel", config: RunConfig) -> None:
         if weight.dtype != compute_dtype(config.quantization):
             return
         setattr(parent, name, _plain_linear(weight, layer.bias))
+    dequantize_experts(model, compute_dtype(config.quantization))
 
 
 def _plain_linear(

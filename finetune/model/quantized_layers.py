@@ -12,6 +12,7 @@ from transformers.quantizers import AutoHfQuantizer
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.errors import refusal
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
+from finetune.model.experts import expert_modules, is_quantizable, weight_names
 from finetune.model.memory import GIB
 
 if TYPE_CHECKING:
@@ -74,10 +75,25 @@ def set_4bit_compute_dtype(model: "PreTrainedModel", dtype: torch.dtype) -> None
             module.compute_dtype = dtype
 
 
-def expert_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
-    """Return the weights of fused experts by name; bitsandbytes quantises linear layers only.
+def quantizable_experts(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
+    """Return the weights of experts that `expert_quantizer` quantises in 4 bits, by name.
 
-    Newer versions of transformers keep the experts of a layer in one tensor [experts, out, in].
+    Args:
+        model: A base that is not quantised, with or without weights.
+    """
+    weights = {}
+    for module_name, experts in expert_modules(model).items():
+        for name in weight_names(experts):
+            weight = experts.get_parameter(name)
+            if is_quantizable(weight):
+                weights[f"{module_name}.{name}"] = weight
+    return weights
+
+
+def expert_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
+    """Return the weights of fused experts that are not quantised, by name.
+
+    transformers keeps the experts of a layer in one tensor [experts, out, in].
     """
     weights: dict[str, torch.nn.Parameter] = {}
     for module_name, module in model.named_modules():

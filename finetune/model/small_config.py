@@ -4,6 +4,7 @@ Kept are all kinds of layers, widths of heads, norms, activations, scalars and c
 same kind, hidden sizes, vocabulary and windows become small.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ OTHER_SIZES = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "hidden_size_per_layer_input": 16,
+    "num_experts": 32,
+    "num_local_experts": 32,
+    "n_routed_experts": 32,
 }
 """Largest values of sizes that depend on no other one."""
 
@@ -53,6 +57,7 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     _shrink_heads(values, names)
     for name, value in values.items():
         values[name] = _shrunk(name, value)
+    _fit_mamba_heads(values, names["hidden_size"])
     small: PreTrainedConfig = type(config).from_dict(values)
     return small
 
@@ -152,6 +157,16 @@ def _shrink_heads(values: dict[str, Any], names: Mapping[str, str]) -> None:
         if is_size and value == hidden and not _is_inner(name):
             values[name] = small_hidden
     values[names["hidden_size"]] = small_hidden
+
+
+def _fit_mamba_heads(values: dict[str, Any], hidden_name: str) -> None:
+    """Let the heads of Mamba layers be as wide together as the layers (Granite 4)."""
+    width = values.get("mamba_d_head")
+    if isinstance(width, int) and values.get("mamba_n_heads"):
+        inner: int = values.get("mamba_expand", 1) * values[hidden_name]
+        # A divisor of the layers' width stays one where the hidden size is a multiple of it.
+        values["mamba_d_head"] = math.gcd(width, inner)
+        values["mamba_n_heads"] = inner // values["mamba_d_head"]
 
 
 def _is_inner(name: str) -> bool:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from finetune.compat import peft_refuses_layer
+from finetune.compat import peft_names_of_experts, peft_refuses_layer
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
+from finetune.model.experts import expert_modules, router_layers, weight_names
 from finetune.model.loading import skeleton_of
 from finetune.model.lora_config import lora_config
 from finetune.model.source import BaseSource
@@ -27,14 +28,20 @@ log = logging.getLogger(__name__)
 def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) -> None:
     """Check `lora.target_modules` against the base's layers, before its weights are loaded.
 
+    Also checked is `lora.extra.target_parameters`, for adapters on experts.
+
     Raises:
         ConfigError: A target matches no linear layer of the base's language model, or one that PEFT
             or both engines can't train.
     """
     targets = lora.target_modules
-    if targets == "all-linear":
+    parameters = lora.extra.get("target_parameters") or []
+    if targets == "all-linear" and not parameters:
         return
     skeleton = skeleton_of(read_base_config(source, model), model)
+    _check_parameters(parameters, skeleton, lora)
+    if targets == "all-linear":
+        return
     refused = _untrainable_layers(skeleton, lora)
     names = _linear_layers(skeleton)
     trainable = {_last_part(name) for name in names - refused.keys()}
@@ -58,6 +65,28 @@ def check_targets(source: BaseSource, model: ModelSettings, lora: LoraSettings) 
             if name in refused:
                 reason = f"{refused[name]}; allowed: {allowed}"
                 raise refusal("lora.target_modules", target, reason)
+
+
+def _check_parameters(
+    targets: Sequence[str], skeleton: "PreTrainedModel", lora: LoraSettings
+) -> None:
+    """Refuse targets that are no weights of experts, and a dropout, which PEFT can't compute."""
+    key = "lora.extra.target_parameters"
+    weights = {
+        f"{module_name}.{name}"
+        for module_name, experts in expert_modules(skeleton).items()
+        for name in weight_names(experts)
+    }
+    # As PEFT matches them, but for the numbers of layers.
+    ends = {".".join(weight.rsplit(".", 3)[1:]) for weight in weights}
+    allowed = ", ".join(sorted(ends)) or "none, as the base has no experts"
+    for target in targets:
+        if not any(f".{weight}".endswith(f".{target}") for weight in weights):
+            reason = f"matches no weight of experts; allowed: {allowed}"
+            raise refusal(key, target, reason)
+    if targets and lora.dropout:
+        reason = f"must be 0 with adapters on experts ({key})"
+        raise refusal("lora.dropout", lora.dropout, reason)
 
 
 def excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
@@ -136,18 +165,36 @@ def _untrainable_layers(model: "PreTrainedModel", lora: LoraSettings) -> dict[st
 
 def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set[str]:
     config = lora_config(lora)
-    names = _linear_layers(model)
+    names_of_experts = peft_names_of_experts(model)
+    routers = router_layers(model)
     refused = set()
-    for name in names:
-        is_refused = peft_refuses_layer(config, model, _last_part(name))
-        if is_refused or _is_router(model.get_submodule(name)):
+    for name in _linear_layers(model):
+        last = _last_part(name)
+        is_refused = peft_refuses_layer(config, model, last)
+        if is_refused or last in names_of_experts or name in routers:
             refused.add(name)
     return refused
 
 
-def _is_router(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer chooses experts, and returns more than its product (Llama 4)."""
-    return isinstance(layer, torch.nn.Linear) and "Router" in type(layer).__name__
+def linear_targets(model: "PreTrainedModel", lora: LoraSettings) -> str | list[str]:
+    """Return `lora.target_modules` as PEFT must get it to adapt no experts and no routers.
+
+    It is the same, but for `all-linear` and patterns on a base whose experts PEFT would adapt too.
+    """
+    targets = lora.target_modules
+    if not isinstance(targets, str) or not peft_names_of_experts(model):
+        return targets
+    if targets != "all-linear":
+        names = _linear_layers(model)
+        return sorted(name for name in names if re.fullmatch(targets, name))
+    head = model.get_output_embeddings()
+    refused = _layers_refused_by_peft(model, lora)
+    layers = [
+        name
+        for name in _linear_layers(model) - refused
+        if model.get_submodule(name) is not head
+    ]
+    return sorted({_last_part(name) for name in layers})
 
 
 def _linear_layers(model: "PreTrainedModel") -> set[str]:

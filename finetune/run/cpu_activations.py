@@ -20,7 +20,9 @@ from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import compute_dtype
 from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
-from finetune.run.memory_costs import Activations, read_widths, recurrent_elements
+from finetune.run.expert_costs import ExpertShape
+from finetune.run.layer_widths import read_widths
+from finetune.run.memory_costs import Activations, recurrent_elements
 
 TRL_TOKENS = 4096
 """Most tokens, and columns of the vocabulary, of a tile of TRL's fused head (TRL 1.16)."""
@@ -50,8 +52,19 @@ class LayerShape:
     """What recurrent layers keep, on the average of all layers."""
     scores: int
     """Attention scores for each query and key: of attention with soft-capping or sinks."""
+    experts: ExpertShape | None
     adapters: Mapping[str, tuple[int, int, int]]
     """Of adapted layers: input, output and rank, by the last part of their names."""
+
+    @property
+    def experts_stored(self) -> int:
+        """What its experts keep for the backward pass, on the average of all layers."""
+        return 0 if self.experts is None else int(self.experts.stored)
+
+    @property
+    def experts_passing(self) -> int:
+        """What the backward pass of its experts needs."""
+        return 0 if self.experts is None else self.experts.passing
 
     def adapts(self, *names: str) -> bool:
         """Whether any of these layers has an adapter."""
@@ -120,11 +133,11 @@ def cpu_activations(
 
 def _layer_shape(shapes: Any, adapted: Any, scores: int) -> LayerShape:
     """Read a layer's norms and adapters from the base, whose layers are taken to be alike."""
-    widths = read_widths(shapes)
+    decoder = adapted.get_base_model().get_decoder()
+    # Not of a vision tower, which computes nothing for text.
+    widths = read_widths(shapes, decoder)
     adapters = {}
     norms = 0
-    # Not of a vision tower, which computes nothing for text.
-    decoder = adapted.get_base_model().get_decoder()
     for name, module in decoder.named_modules():
         last = name.rsplit(".", 1)[-1]
         if "default" in getattr(module, "lora_A", {}):
@@ -147,6 +160,7 @@ def _layer_shape(shapes: Any, adapted: Any, scores: int) -> LayerShape:
         norms,
         recurrent_elements(shapes),
         scores,
+        widths.experts,
         adapters,
     )
 
@@ -161,6 +175,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
     layer = base.layer
     # A norm keeps its input, a gate its two inputs, an adapted layer its input and that times A.
     elements = layer.norms + 2 * layer.inner + layer.recurrent
+    elements += layer.experts_stored
     # In 8 bits bitsandbytes keeps the input of each layer.
     all_inputs = config.quantization.load_in_8bit
     if all_inputs or layer.adapts("q_proj", "k_proj", "v_proj"):
@@ -194,7 +209,8 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
     gate = 3 - layer.adapts("down_proj")
     if config.lora.dropout and layer.adapts("down_proj"):
         gate = 3  # the product masked, and the gradient of it, before it is freed
-    passing = batch.tokens * (3 * layer.hidden + gate * layer.inner) * base.element
+    feed_forward = max(gate * layer.inner, layer.experts_passing)
+    passing = batch.tokens * (3 * layer.hidden + feed_forward) * base.element
     head = _packed_head(base, batch.answers)
     stored, passing, head = _count(config, base, batch.tokens, stored, passing, head)
     return stored + shared, passing, head
@@ -238,7 +254,10 @@ def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     layer = base.layer
     # Embeddings, the layer's input, what attention adds to, and a norm's output.
     states = 4 * layer.hidden
-    feed_forward = (states + 3 * layer.inner) * batch.tokens
+    inner = 3 * layer.inner
+    if layer.experts is not None:
+        inner = max(inner, layer.experts.evaluating)
+    feed_forward = (states + inner) * batch.tokens
     projections = states + 2 * layer.queries + 4 * layer.keys
     attention = projections * batch.tokens
     attention += 2 * layer.queries * (batch.queries + batch.keys)
@@ -252,6 +271,7 @@ def trl_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Count
     layer = base.layer
     # Beside the packed engine's terms the gate keeps its activation, and each layer has a mask.
     elements = layer.norms + 4 * layer.queries + 3 * layer.inner + layer.recurrent
+    elements += layer.experts_stored
     if config.lora.dropout:
         # Each adapter has its input masked, and the mask in float32.
         elements += sum(2 * width for width, _, _ in layer.adapters.values())
@@ -264,7 +284,8 @@ def trl_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Count
         # Both are multiplied by the magnitude: the base's output and the adapter's.
         elements += sum(2 * width for _, width, _ in layer.adapters.values())
     stored = (batch.tokens * elements + batch.mask) * base.element
-    passing = batch.tokens * (3 * layer.hidden + 3 * layer.inner) * base.element
+    feed_forward = max(3 * layer.inner, layer.experts_passing)
+    passing = batch.tokens * (3 * layer.hidden + feed_forward) * base.element
     tile = min(batch.tokens, TRL_TOKENS) * min(base.vocabulary, TRL_COLUMNS) * 4
     states = 2 * batch.tokens * layer.hidden * base.element
     head = int(TRL_TILES * tile) + states

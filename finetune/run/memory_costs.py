@@ -9,10 +9,12 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.model.architectures import largest_value
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
+from finetune.model.experts import router_layers
 from finetune.model.quantization import compute_dtype, should_dequantize
-from finetune.model.quantized_layers import expert_weights
+from finetune.run.decoder_memory import decoder_elements
+from finetune.run.expert_costs import expert_shape, quantized_expert_count
+from finetune.run.layer_widths import Widths, read_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,44 +32,61 @@ def base_bytes(
         config: The run's config.
         quantization: The quantization of the base's files.
     """
-    linear = _linear_weights(skeleton)
+    quantized = quantized_weights(skeleton, config, quantization)
     total = sum(weight.numel() for weight in skeleton.parameters())
-    # Embeddings, norms, fused experts and the output layer are never quantised.
-    rest = total - linear
+    # Embeddings, norms, routers and the output layer are never quantised.
+    rest = total - quantized
     rest_bytes = rest * compute_dtype(config.quantization).itemsize
     return int(
-        linear * _bytes_per_linear_weight(linear, config, quantization) + rest_bytes
+        quantized * _bytes_per_weight(quantized, config, quantization) + rest_bytes
     )
 
 
-def expert_bytes(skeleton: "PreTrainedModel", config: RunConfig) -> int:
-    """Return the bytes of fused experts, which stay in 16 bits (on a CPU 32) in a quantised base.
+def expert_buffer_bytes(
+    skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
+) -> int:
+    """Return the bytes of the experts that are dequantised at once, 0 without 4-bit experts.
 
-    0 for a base that is not quantised.
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+        files: The quantization of the base's files.
     """
-    if not config.quantization.is_quantized:
+    layers = skeleton.config.get_text_config(decoder=True).num_hidden_layers
+    experts = expert_shape(skeleton, layers)
+    if experts is None or not quantized_expert_count(skeleton, config, files):
         return 0
-    weights = sum(weight.numel() for weight in expert_weights(skeleton).values())
-    return weights * compute_dtype(config.quantization).itemsize
+    quantized = quantized_weights(skeleton, config, files)
+    return experts.buffer_bytes(config, should_dequantize(quantized, config))
 
 
-def _linear_weights(skeleton: "PreTrainedModel") -> int:
-    """Weights of the layers that quantization applies to: all linear ones but the output layer."""
+def quantized_weights(
+    skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
+) -> int:
+    """Weights that quantization applies to: of linear layers but the output layer, and of experts.
+
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+        files: The quantization of the base's files.
+    """
     head = skeleton.get_output_embeddings()
-    weights = 0
-    for module in skeleton.modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+    routers = router_layers(skeleton)
+    weights = quantized_expert_count(skeleton, config, files)
+    for name, module in skeleton.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | Conv1D)
+        if is_linear and module is not head and name not in routers:
             weights += module.weight.numel()
     return weights
 
 
-def _bytes_per_linear_weight(
-    linear: int, config: RunConfig, base: BaseQuantization | None
+def _bytes_per_weight(
+    weights: int, config: RunConfig, base: BaseQuantization | None
 ) -> float:
     quantization = config.quantization
     if base is not None and base.method not in BITSANDBYTES | DEQUANTIZED:
         return base.bits / 8
-    if quantization.load_in_4bit and not should_dequantize(linear, config):
+    if quantization.load_in_4bit and not should_dequantize(weights, config):
         return 0.5 + _scale_bytes(quantization)
     if quantization.load_in_8bit:
         return 1.0
@@ -139,6 +158,7 @@ def gpu_activations(
     element_bytes: int,
     tokens: int,
     evaluated: int,
+    base: Any,
 ) -> Activations:
     """Count a GPU's activations in bytes.
 
@@ -149,9 +169,10 @@ def gpu_activations(
         element_bytes: Bytes of an element.
         tokens: Tokens of the largest training batch.
         evaluated: Tokens of the largest batch that is evaluated.
+        base: The base without weights.
     """
-    alone = activation_elements(shapes, config, targets, slots=1)
-    packed = activation_elements(shapes, config, targets, slots=2)
+    alone = activation_elements(shapes, config, targets, slots=1, base=base)
+    packed = activation_elements(shapes, config, targets, slots=2, base=base)
     return Activations(
         training=tokens * alone.training * element_bytes,
         beside=tokens * packed.training * element_bytes,
@@ -160,24 +181,12 @@ def gpu_activations(
     )
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Elements that one token has in the tensors of a layer."""
-
-    hidden: int
-    """Between layers, and in the norms."""
-    queries: int
-    keys: int
-    """Its keys; the values have as many."""
-    inner: int
-    """Inside a feed-forward layer."""
-
-
 def activation_elements(
     shapes: Any,
     config: RunConfig,
     targets: set[str] | None,
     slots: int,
+    base: Any = None,
 ) -> Elements:
     """Count the elements of activations that one token needs.
 
@@ -192,17 +201,16 @@ def activation_elements(
         config: The run's config.
         targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
         slots: How many slots train together.
+        base: The base without weights, for its experts; None: it has none.
     """
-    layers: int = shapes.num_hidden_layers
-    widths = read_widths(shapes)
+    if targets is not None:
+        return Elements(*decoder_elements(shapes, config, targets, slots))
     checkpointing = config.trainer.gradient_checkpointing is True
-    if targets is None:
-        recurrent = recurrent_elements(shapes)
-        return _autograd_elements(layers, widths, recurrent, checkpointing)
-    layer = _decoder_layer_elements(widths, config.lora.largest_rank, targets)
-    if shapes.model_type == "qwen3":
-        layer += widths.queries + widths.keys  # the inputs of the heads' own norms
-    return _decoder_elements(layers, widths, layer, checkpointing, slots)
+    widths = read_widths(shapes, base)
+    recurrent = recurrent_elements(shapes)
+    return _autograd_elements(
+        shapes.num_hidden_layers, widths, recurrent, checkpointing
+    )
 
 
 def _autograd_elements(
@@ -211,59 +219,14 @@ def _autograd_elements(
     attention = 2 * widths.queries + 2 * widths.keys + recurrent
     layer = 4 * widths.hidden + attention + 3 * widths.inner
     passing = 4 * widths.hidden + 2 * widths.queries + 4 * widths.inner
+    if widths.experts is not None:
+        layer += int(widths.experts.stored)
+        passing += widths.experts.passing
     if not checkpointing:
         return Elements(layers * layer + passing, passing)
     # The layer whose backward pass runs has computed all its activations again.
     passing += layer
     return Elements(layers * widths.hidden + passing, passing)
-
-
-def _decoder_elements(
-    layers: int,
-    widths: Widths,
-    layer: int,
-    checkpointing: bool,
-    slots: int,
-) -> Elements:
-    """Count the elements of the GPU's decoder, of which one layer keeps `layer`."""
-    from finetune.engine.packed.gpu.decoder import stored_blocks
-
-    stored = stored_blocks(layers, slots) if checkpointing else layers
-    inputs = (layers - stored) * widths.hidden
-    passing = 3 * widths.hidden + 2 * widths.inner
-    evaluating = layer + widths.hidden + widths.inner
-    return Elements(stored * layer + inputs + passing, evaluating)
-
-
-def _decoder_layer_elements(widths: Widths, rank: int, targets: set[str]) -> int:
-    """Elements that one layer of the GPU's decoder keeps for each token."""
-    adapts_attention = bool(targets & {"q_proj", "k_proj", "v_proj"})
-    adapts_gate = bool(targets & {"gate_proj", "up_proj"})
-    norm_inputs = 2 * widths.hidden
-    adapter_inputs = (adapts_attention + adapts_gate) * widths.hidden
-    attention = 2 * widths.queries + 2 * widths.keys
-    gate_inputs = 2 * widths.inner
-    # A group of projections with one input is computed together: all of them have a column of
-    # ranks.
-    projections = (
-        3 * adapts_attention + 2 * adapts_gate + len(targets & {"o_proj", "down_proj"})
-    )
-    # The kernels compute with a power of two of at least 16.
-    padded_rank = max(16, 1 << (rank - 1).bit_length())
-    rank_columns = projections * padded_rank
-    return norm_inputs + adapter_inputs + attention + gate_inputs + rank_columns
-
-
-def block_weights(shapes: Any, config: RunConfig) -> int:
-    """Return the dequantised weights of a block that several slots keep with checkpointing.
-
-    They are kept from the block's second forward pass to its backward pass.
-    """
-    checkpointing = config.trainer.gradient_checkpointing is True
-    if not (checkpointing and config.quantization.load_in_4bit):
-        return 0
-    widths = read_widths(shapes)
-    return widths.hidden * 2 * (widths.queries + widths.keys + widths.inner)
 
 
 def recurrent_elements(shapes: Any) -> int:
@@ -283,22 +246,3 @@ def recurrent_elements(shapes: Any) -> int:
     chunk = 64
     elements = 6 * keys + 9 * (repeated_keys + values) + 8 * chunk * value_heads
     return elements * layer_types.count("linear_attention") // len(layer_types)
-
-
-def read_widths(shapes: Any) -> Widths:
-    """Read the widths of a base's text config, with transformers' defaults."""
-    hidden: int = shapes.hidden_size
-    heads: int = shapes.num_attention_heads
-    key_heads: int = largest_value(shapes, "num_key_value_heads") or heads
-    head_size: int = largest_value(shapes, "head_dim") or hidden // heads
-    # Keys that are expanded from a few columns (MLA), for each head.
-    expanded: int | None = largest_value(shapes, "qk_nope_head_dim")
-    if expanded:
-        head_size = expanded + (largest_value(shapes, "qk_rope_head_dim") or 0)
-    inner: int = largest_value(shapes, "intermediate_size") or 4 * hidden
-    return Widths(
-        hidden,
-        heads * head_size,
-        key_heads * head_size,
-        inner,
-    )

@@ -33,13 +33,15 @@ from finetune.model.device import on_gpu
 from finetune.model.loading import skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
+from finetune.model.quantized_layers import expert_weights
 from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.cpu_activations import cpu_activations
+from finetune.run.decoder_memory import block_weights
+from finetune.run.expert_costs import expert_bytes, expert_shape
 from finetune.run.memory_costs import (
     adapted_layers,
     base_bytes,
-    block_weights,
-    expert_bytes,
+    expert_buffer_bytes,
     gpu_activations,
 )
 from finetune.run.plan import Plan
@@ -132,9 +134,11 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         )
     skeleton = skeleton_of(base_config, config.model)
     weights = _multiplied_weights(skeleton)
-    experts = expert_bytes(skeleton, config)
+    files = base_quantization(read_config_json(source))
+    experts = expert_bytes(skeleton, config, files)
     # Before the adapter's weights stand in the skeleton.
-    base = base_bytes(skeleton, config, base_quantization(read_config_json(source)))
+    base = base_bytes(skeleton, config, files)
+    base += expert_buffer_bytes(skeleton, config, files)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     shapes_trained = [
@@ -153,6 +157,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
             element_bytes,
             max(work.batches),
             packed_length(work.evaluated_rows),
+            skeleton,
         )
     else:
         is_trl = reason_unsupported(config, base_config) is not None
@@ -251,13 +256,18 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
 
 
 def _multiplied_weights(skeleton: "PreTrainedModel") -> int:
-    """Weights of the language model without its embedding, which is only looked up."""
+    """Weights that a token is multiplied by: without the embedding, and most of the experts."""
     outside = tuple(f"{name}." for name in modules_outside_language_model(skeleton))
-    weights = 0
+    experts = expert_shape(skeleton, 1)
+    of_experts = expert_weights(skeleton)
+    weights = 0.0
     for name, weight in skeleton.named_parameters():
-        if "embed" not in name and not name.startswith(outside):
-            weights += weight.numel()
-    return weights
+        if "embed" in name or name.startswith(outside):
+            continue
+        is_routed = experts is not None and name in of_experts
+        share = experts.pairs / experts.experts if experts and is_routed else 1
+        weights += share * weight.numel()
+    return int(weights)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.model.base_quantization import (
     base_quantization,
+    is_quantized_again,
     read_config_json,
     settings_of_base,
 )
@@ -47,4 +48,6 @@ def quantization_method(config: RunConfig, resources: "SharedResources") -> str:
         resources: Share the base's source.
     """
     base = base_quantization(read_config_json(resources.source(config.model)))
-    return config.quantization.method if base is None else base.method
+    if base is None or is_quantized_again(base, config.quantization):
+        return config.quantization.method
+    return base.method

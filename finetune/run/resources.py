@@ -190,9 +190,7 @@ class SharedResources:
             check_initial_adapter(source, config.model, lora)
             return True
 
-        # An adapter to go on from must have the rank and the scaling too.
-        shape = (lora.target_modules, lora.extra) if lora.adapter is None else lora
-        self._checked_targets.get((config.model, shape), check)
+        self._checked_targets.get((config.model, lora), check)
 
     def base_answers(
         self, config: RunConfig, prompts: Sequence[Prompt]

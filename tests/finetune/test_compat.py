@@ -161,13 +161,13 @@ def test_a_launch_by_compat_runs_the_kernel() -> None:
     """By Triton's interpreter here; tests marked gpu launch compiled kernels a second time."""
     import torch
 
-    from finetune.engine.packed.gpu import swiglu
+    from finetune.engine.packed.gpu import gated_product
 
-    gate, up = torch.randn(2, 16)
-    output = torch.empty(16)
-    compile_and_launch(
-        swiglu._swiglu_kernel, (1, 1, 1), (gate, up, output, 16), (32,), 4, 3
-    )
+    gate, up = torch.randn(2, 1, 16)
+    output = torch.empty(1, 16)
+    arguments = (gate, up, output, 16, 16, 16)
+    kernel = gated_product._gated_product_kernel
+    compile_and_launch(kernel, (1, 1, 1), arguments, (0, 32), 4, 3)
     assert torch.allclose(
         output, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6
     )

@@ -12,6 +12,21 @@ TINY = {
 POSITIONS = {"max_position_embeddings": 256}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURE = {
+    **TINY,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -62,14 +77,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "Granite": TINY,
     "GPT2": GPT2,
-    "Qwen3Moe": {
-        **TINY,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "decoder_sparse_step": 1,
-    },
+    "Qwen3Moe": {**MIXTURE, "decoder_sparse_step": 1},
     "Mixtral": {**TINY, **EXPERTS, "sliding_window": 16},
     "GPTNeo": {
         "hidden_size": 64,
@@ -86,12 +94,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Cohere2": {**TINY, "sliding_window": 16},
     "Gemma": {**TINY, "head_dim": 16},
     "Qwen3Next": {
-        **TINY,
+        **MIXTURE,
         **LINEAR_ATTENTION,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
     },
     "Rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64},
@@ -113,18 +117,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "DeepseekV3": {
         **TINY,
-        "num_key_value_heads": 4,
+        **LATENT,
         "moe_intermediate_size": 32,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
     },
 }
 """Name of the config's class without `Config`: its sizes."""
@@ -216,15 +215,35 @@ PACKED: dict[str, dict[str, Any]] = {
     "GraniteSWA": {**TINY, **LAYERS, "sliding_window": 8, "logits_scaling": 0.4},
     "MiniCPM3": {
         **TINY,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
+        **LATENT,
         "dim_model_base": 16,
     },
     "HyperCLOVAX": {**TINY, "logits_scaling": 2.0},
+    "Qwen3Moe": {**MIXTURE, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "GptOss": {**TINY, **SHORT_WINDOW, **LAYERS, **EXPERTS, "intermediate_size": 32},
+    "GraniteMoe": {**TINY, **EXPERTS, "intermediate_size": 32, "logits_scaling": 0.4},
+    "GraniteMoeHybrid": {
+        **TINY,
+        **EXPERTS,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "Glm4MoeLite": {
+        **MIXTURE,
+        **LATENT,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "Mixtral": {**TINY, **EXPERTS, "intermediate_size": 32, "sliding_window": 8},
+    "Qwen2Moe": {**MIXTURE, "shared_expert_intermediate_size": 32},
+    "Olmoe": {**TINY, "num_experts": 4, "num_experts_per_tok": 2},
 }
 """Architectures that the packed engine trains, with values that change what they compute: windows
 shorter than rows, caps, scalars, biases, layers of all kinds."""

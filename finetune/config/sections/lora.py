@@ -32,8 +32,8 @@ class LoraSettings(Section):
     """Probability that an element of the adapter's input is dropped in training, in [0, 1)."""
 
     target_modules: str | list[str]
-    """Layers that get an adapter: `all-linear` (all but the output head), or a list of module
-    names."""
+    """Layers that get an adapter: `all-linear` (all but the output head, routers and experts), or a
+    list of module names."""
 
     bias: Literal["none", "all", "lora_only"]
     """Which biases are trained as well."""

@@ -58,10 +58,10 @@ class QuantizationSettings(Section):
     section = "quantization"
 
     load_in_4bit: bool
-    """Whether the base's linear layers are quantised to 4 bits (QLoRA)."""
+    """Whether the base's linear layers and experts are quantised to 4 bits (QLoRA)."""
 
     load_in_8bit: bool
-    """Whether the base's linear layers are quantised to 8 bits (LLM.int8())."""
+    """Whether the base's linear layers are quantised to 8 bits (LLM.int8()); experts are not."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
     """The 4-bit data type."""

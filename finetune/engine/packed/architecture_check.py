@@ -28,6 +28,7 @@ from finetune.engine.probes import EXACT_TOLERANCE
 from finetune.errors import Interrupted
 from finetune.model.adapter import add_adapter, keep_random_state
 from finetune.model.architectures import logit_transform_of
+from finetune.model.experts import expert_modules
 from finetune.model.memory import is_out_of_memory_error
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.small_config import VOCABULARY
@@ -101,10 +102,12 @@ def _random_base(config: "PreTrainedConfig") -> "PreTrainedModel":
     """Create a base with weights so large that all it computes shows."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    routed = {id(experts) for experts in expert_modules(skeleton).values()}
     for name in expert_weights(skeleton):
-        owner = type(skeleton.get_submodule(name.rpartition(".")[0])).__name__.lower()
-        if "expert" in owner or "moe" in owner:
-            raise _Refused("a mixture of experts")
+        owner = skeleton.get_submodule(name.rpartition(".")[0])
+        kind = type(owner).__name__.lower()
+        if id(owner) not in routed and ("expert" in kind or "moe" in kind):
+            raise _Refused("experts that its own code alone computes")
     weights = sum(weight.numel() for weight in skeleton.parameters())
     if weights > MOST_WEIGHTS:
         raise _Refused(f"no small base to try it on ({weights:,} weights)")
@@ -120,6 +123,9 @@ def _random_base(config: "PreTrainedConfig") -> "PreTrainedModel":
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
             else:
                 weight.add_(0.2 * noise)
+    if routed:
+        # The packed engine computes experts by another function, which is compared too.
+        base.set_experts_implementation("eager")
     return base.requires_grad_(False).eval()
 
 

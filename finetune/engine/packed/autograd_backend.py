@@ -21,6 +21,7 @@ from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
 from finetune.engine.packed.row_adapters import RowAdapters
 from finetune.engine.packed.row_by_row import call_row_by_row, recurrent_layers
 from finetune.model.heap import trimmed_heap
+from finetune.model.routed_experts import use_routed_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,8 @@ class AutogradBackend:
         """Prepare a base for passes.
 
         Args:
-            base: Its norms and feed-forward layers are fused in place.
+            base: Its norms and feed-forward layers are fused in place, and its experts are computed
+                by `finetune.model.experts`.
             gradient_checkpointing: Recompute activations in the backward pass.
         """
         self._base = base
@@ -60,6 +62,7 @@ class AutogradBackend:
         self._hooked: set[str] = set()
         """Names of the layers with a hook."""
         fuse_layers(base, self._is_active)
+        use_routed_experts(base)
         for layer in recurrent_layers(base.get_decoder()):
             self._compute_row_by_row(layer)
 

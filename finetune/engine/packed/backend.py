@@ -12,7 +12,7 @@ from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.slot import Slot
-from finetune.model.architectures import LLAMA_LIKE
+from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.device import is_ampere_or_later
 from finetune.model.quantization import compute_dtype
 
@@ -89,26 +89,18 @@ def supports_gpu_decoder(
 ) -> bool:
     """Whether the GPU kernels can compute a base's decoder.
 
-    They need a Llama-like base with SwiGLU and heads of at most 128 columns (their blocks must fit
-    into shared memory), products in 16 bits, and a GPU of compute capability 8 or more on which
-    Triton works.
+    They need a decoder of known blocks (`model.decoder_blocks`), products in 16 bits, and a GPU of
+    compute capability 8 or more on which Triton works.
 
     Args:
         shapes: The base's config.
         quantization: Settings of the base's quantization.
     """
-    # Other configs may lack the sizes that are read below.
-    if shapes.model_type not in LLAMA_LIKE:
-        return False
-    head_dim = getattr(shapes, "head_dim", None)
-    if not head_dim:
-        head_dim = shapes.hidden_size // shapes.num_attention_heads
     return (
-        is_ampere_or_later(torch.device("cuda"))
+        decoder_block_of(shapes) is not None
+        and is_ampere_or_later(torch.device("cuda"))
         and compute_dtype(quantization).itemsize == 2
         and not quantization.load_in_8bit
-        and shapes.hidden_act in ("silu", "swish")
-        and head_dim <= 128
         and _kernels_work()
     )
 
@@ -117,15 +109,10 @@ def supports_gpu_decoder(
 def _kernels_work() -> bool:
     """Try one kernel: Triton may be missing, or the C compiler that it needs to launch kernels."""
     try:
-        from finetune.engine.packed.gpu.swiglu import swiglu
+        from finetune.engine.packed.gpu.gated_product import gated_product
 
-        gate, up = torch.zeros(
-            2,
-            16,
-            device="cuda",
-            dtype=torch.bfloat16,
-        )
-        swiglu(gate, up)
+        gate, up = torch.zeros(2, 1, 16, device="cuda", dtype=torch.bfloat16)
+        gated_product(gate, up, "silu")
     except Exception as error:
         log.warning(
             "the GPU kernels cannot be compiled; training with PyTorch's slower operations (%s)",

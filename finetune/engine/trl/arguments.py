@@ -21,7 +21,7 @@ RESERVED_ARGUMENTS = {
 }  # fmt: skip
 """Arguments of SFTConfig that `trainer.extra` may not set, because the reporter relies on them."""
 
-OVERRIDABLE_ARGUMENTS = {"fp16", "bf16"}
+OVERRIDABLE_ARGUMENTS = {"fp16", "bf16", "router_aux_loss_coef"}
 """Arguments that a run sets and `trainer.extra` may set otherwise."""
 
 
@@ -48,6 +48,9 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         **_reporting_arguments(config, steps),
         **_precision_arguments(config),
         **_dataset_arguments(config),
+        # TRL would add a loss that balances the experts, by the base's config: the routers, which
+        # it is for, are frozen.
+        "router_aux_loss_coef": 0.0,
     }
     extra = config.trainer.extra
     _check_extra(extra, arguments.keys())

@@ -112,14 +112,6 @@ def test_what_is_for_the_packed_engine_is_its_without_a_word(
     ("change", "reason"),
     [
         (
-            {
-                "model_type": "qwen3_moe",
-                "num_experts": 4,
-                "moe_intermediate_size": 32,
-            },
-            "(of type qwen3_moe: a mixture of experts)",
-        ),
-        (
             {"attention_dropout": 0.1},
             "(of type llama: with attention_dropout=0.1)",
         ),

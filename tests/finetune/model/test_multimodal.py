@@ -79,6 +79,27 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "text_config": {
+                **TEXT,
+                **LINEAR,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "num_position_embeddings": 16,
+            },
+        },
+    ),
     "gemma4": (
         "Gemma4",
         {
@@ -262,7 +283,7 @@ def test_an_adapter_has_the_same_logits_on_the_published_model_by_plain_peft(
 
 
 @kinds
-def test_the_text_model_trains_packed_unless_it_has_experts(
+def test_the_text_model_trains_packed_unless_its_own_code_computes_experts(
     kind: str, published: Callable[[str], Path], tiny: Tiny
 ) -> None:
     from finetune.engine.selection import choose_engine

@@ -4,6 +4,7 @@ spaces around it."""
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,22 @@ def test_a_base_without_a_width_needs_a_rate(tmp_path: Path) -> None:
 
 
 # Whose rate it is
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_models_yaml_says_where_model_and_rate_are_from(model: str) -> None:
+    text = (CONF / "model" / f"{model}.yaml").read_text()
+    settings = yaml.safe_load(text)
+    name = settings["name_or_path"]
+    # Packaged models have no page.
+    if "/" in name:
+        assert f"# https://huggingface.co/{name}\n" in text
+    (rate,) = map(float, settings["learning_rate"].values())
+    width = re.search(r"[Bb]y its hidden size, (\d+)", text)
+    if width is None:
+        assert re.search("sft_sweep.md|arXiv|measured|notebooks", text)
+    else:
+        assert rate == pytest.approx(rate_of_width(int(width[1])), rel=0.15)
 
 
 @pytest.mark.parametrize("model", MODELS)

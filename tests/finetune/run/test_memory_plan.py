@@ -166,7 +166,17 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
 
-@pytest.mark.parametrize("target", ["q_v", "all_linear"])
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [
+        ("Llama", "q_v"),
+        ("Llama", "all_linear"),
+        ("Gemma3Text", "all_linear"),
+        ("Gemma3Text", "q_v"),
+        ("Phi3", "all_linear"),
+        ("Qwen3_5Text", "all_linear"),
+    ],
+)
 @pytest.mark.parametrize(
     ("saves", "slots"),
     [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)],
@@ -174,6 +184,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
 def test_a_gpus_plan_is_what_its_decoder_allocates(
     tiny: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
     target: str,
     saves: bool,
     slots: int,
@@ -181,23 +192,29 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing,
     are not run."""
     import torch
+    import transformers
     from torch.profiler import ProfilerActivity, profile
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu import (
         attention,
         cross_entropy,
+        delta_rule,
+        gated_product,
         lowrank,
         rms_norm,
         rotary,
-        swiglu,
+        short_convolution,
     )
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
-    for module in (attention, cross_entropy, lowrank, rms_norm, rotary, swiglu):
+    modules = (
+        *(attention, cross_entropy, delta_rule, gated_product, lowrank, rms_norm),
+        *(rotary, short_convolution),
+    )
+    for module in modules:
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr(
         "finetune.engine.packed.backend_probe.holds", lambda *_, **__: True
@@ -208,7 +225,14 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         "num_hidden_layers": 16 if slots > 1 else 4,
         "num_attention_heads": 8,
     }
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, **shapes))
+    if architecture == "Qwen3_5Text":
+        shapes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        shapes |= {"head_dim": 64, "num_key_value_heads": 8}
+    if architecture == "Gemma3Text":
+        shapes |= {"head_dim": 64, "num_key_value_heads": 8}
+    make_config = getattr(transformers, f"{architecture}Config")
+    base_config = make_config(vocab_size=300, pad_token_id=0, **shapes)
+    base = transformers.AutoModelForCausalLM.from_config(base_config)
     config = tiny(
         "quantization=none",
         f"lora/target={target}",

@@ -22,32 +22,60 @@ from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.rotary import apply_rotary
 from finetune.model.device import to_device
 
-BLOCK = 64
-"""Tokens of one program."""
-
-STEP = 32
-"""Tokens that a program goes over in one step of its loop."""
-
 LOG2_E = 1.4426950408889634
 """exp(x) = 2 ** (LOG2_E · x)."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut, so that it fits into a card's shared memory."""
+
+    block: int
+    """Tokens of one program."""
+    step: int
+    """Tokens that a program goes over in one step of its loop."""
+    stages: int
+    """Steps whose loads are under way at once."""
+
+
+NARROW_COLUMNS = 128
+
+NARROW = Tiling(block=64, step=32, stages=3)
+"""Heads of at most `NARROW_COLUMNS`."""
+
+NARROW_KEYS = Tiling(block=64, step=32, stages=2)
+"""The same, of the keys' backward kernel, which keeps two results."""
+
+WIDE = Tiling(block=32, step=32, stages=2)
+"""Wider heads: the fastest on an H200 that an RTX 4090's 99 KiB of shared memory allow."""
+
+WARPS = 4
+"""Warps of one program."""
 
 
 class SpanTables:
     """The spans of a packed batch as the kernels read them."""
 
-    def __init__(self, spans: Sequence[Span], position_ids: torch.Tensor) -> None:
+    def __init__(
+        self, spans: Sequence[Span], position_ids: torch.Tensor, head_dim: int
+    ) -> None:
         """Copy the tables to the device.
 
         Args:
             spans: The spans of the packed batch, in order.
             position_ids: Position of each token in its row [tokens].
+            head_dim: Columns of the heads whose attention is computed.
         """
+        self.tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW
+        self.keys_tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW_KEYS
         device = position_ids.device
         span_rows = torch.tensor(_span_rows(spans), dtype=torch.int32)
         self.spans = to_device(span_rows, device)
         """For each span: start, stop, prefix start, prefix stop, and one past the last token that
         attends to the span [spans, 5]."""
-        block_rows = torch.tensor(_block_rows(spans), dtype=torch.int32)
+        block_rows = torch.tensor(
+            _block_rows(spans, self.tiling.block), dtype=torch.int32
+        )
         self.blocks = to_device(block_rows, device)
         """For each block of tokens: its span and its first token [blocks, 2]."""
         self.position_ids = position_ids.to(torch.int32)
@@ -70,11 +98,11 @@ def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
     return rows
 
 
-def _block_rows(spans: Sequence[Span]) -> list[tuple[int, int]]:
+def _block_rows(spans: Sequence[Span], block: int) -> list[tuple[int, int]]:
     """The rows of `SpanTables.blocks`."""
     rows = []
     for number, span in enumerate(spans):
-        for first in range(span.start, span.stop, BLOCK):
+        for first in range(span.start, span.stop, block):
             rows.append((number, first))
     return rows
 
@@ -106,9 +134,9 @@ def attention(
     """Compute the attention of every span to itself and its shared prefix.
 
     Args:
-        query: [tokens, heads, head_dim], contiguous.
-        key: [tokens, key/value heads, head_dim], contiguous.
-        value: As the key.
+        query: [tokens, heads, head_dim]; tokens may lie apart in memory.
+        key: [tokens, key/value heads, head_dim]; as the query.
+        value: As the key, with the same strides.
         tables: The spans.
         scale: Factor of the scores.
         window: Tokens that a query sees, itself included; None: all before it.
@@ -117,17 +145,19 @@ def attention(
         The output, with what `attention_backward` needs.
     """
     tokens, heads, head_dim = query.shape
-    output = torch.empty_like(query)
+    output = query.new_empty(query.shape)
     log_sum_exp = torch.empty(heads, tokens, device=query.device)
     window_tokens = 0 if window is None else window
     group_size = heads // key.shape[1]
     arguments = (
         query, key, value, output, log_sum_exp, tables.position_ids, tables.blocks, tables.spans,
-        scale * LOG2_E, tokens, heads, group_size, head_dim, window_tokens,
+        scale * LOG2_E, tokens, query.stride(0), key.stride(0), heads, group_size, head_dim,
+        window_tokens,
     )  # fmt: skip
     grid = (len(tables.blocks), heads, 1)
-    constants = _constants(head_dim, window_tokens)
-    launch(attention_kernel, grid, arguments, constants, 4, 3)
+    tiling = tables.tiling
+    constants = _constants(head_dim, window_tokens, tiling)
+    launch(attention_kernel, grid, arguments, constants, WARPS, tiling.stages)
     return AttentionTrace(
         query=query,
         key=key,
@@ -143,71 +173,72 @@ def attention_backward(
     grad_output: torch.Tensor,
     trace: AttentionTrace,
     tables: SpanTables,
+    gradients: Sequence[torch.Tensor],
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> None:
     """Compute the gradients of queries, keys and values.
 
     Args:
-        grad_output: [tokens, heads, head_dim].
+        grad_output: [tokens, heads, head_dim], contiguous.
         trace: From `attention`.
         tables: The spans.
-        rotation: cos and sin [tokens, head_dim] by which queries and keys were rotated: their
+        gradients: Set to the gradients of query, key and value; in their shapes and strides.
+        rotation: cos and sin [tokens, rotary_dim] by which queries and keys were rotated: their
             gradients are then those before the rotation. None: they were not rotated.
-
-    Returns:
-        Gradients in the shapes of query, key and value.
     """
     query = trace.query
     tokens, heads, head_dim = query.shape
     key_heads = trace.key.shape[1]
-    grad_query = torch.empty_like(query)
-    grad_key = torch.empty_like(trace.key)
-    grad_value = torch.empty_like(trace.value)
+    grad_query, grad_key, grad_value = gradients
     # Sum of output · gradient of each query (D in the paper): the first kernel writes it, the
     # second one reads it. So the order of the two launches matters.
     output_grad_sum = torch.empty_like(trace.log_sum_exp)
     # The kernels rotate back themselves where the two halves of a head are halves of the block.
-    rotate_in_kernel = rotation is not None and _padded_head_dim(head_dim) == head_dim
+    rotate_in_kernel = (
+        rotation is not None
+        and rotation[0].shape[1] == head_dim
+        and _padded_head_dim(head_dim) == head_dim
+    )
     # Any tensors, where the kernels don't read them.
     cos, sin = rotation or (query, query)
     shared_arguments = (
         cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
         tables.position_ids, tables.blocks, tables.spans,
-        trace.scale * LOG2_E, trace.scale, tokens, heads, heads // key_heads, head_dim,
-        trace.window,
+        trace.scale * LOG2_E, trace.scale, tokens, query.stride(0), trace.key.stride(0), heads,
+        heads // key_heads, head_dim, trace.window,
     )  # fmt: skip
-    constants = (rotate_in_kernel, *_constants(head_dim, trace.window))
     blocks = len(tables.blocks)
+    tiling = tables.tiling
+    constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     query_arguments = (grad_query, trace.output, *shared_arguments)
-    query_grid = (blocks, heads, 1)
     launch(
-        attention_backward_query_kernel, query_grid, query_arguments, constants, 4, 3
+        attention_backward_query_kernel,
+        (blocks, heads, 1),
+        query_arguments,
+        constants,
+        WARPS,
+        tiling.stages,
     )
+    tiling = tables.keys_tiling
+    constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     key_arguments = (grad_key, grad_value, *shared_arguments)
     # A program for each key head: it sums over the query heads that share it.
-    key_grid = (blocks, key_heads, 1)
     launch(
-        attention_backward_key_value_kernel, key_grid, key_arguments, constants, 4, 2
+        attention_backward_key_value_kernel,
+        (blocks, key_heads, 1),
+        key_arguments,
+        constants,
+        WARPS,
+        tiling.stages,
     )
     if rotation is not None and not rotate_in_kernel:
-        grad_query = apply_rotary(
-            grad_query,
-            cos,
-            sin,
-            -1.0,
-        )
-        grad_key = apply_rotary(
-            grad_key,
-            cos,
-            sin,
-            -1.0,
-        )
-    return grad_query, grad_key, grad_value
+        apply_rotary(grad_query, cos, sin, -1.0)
+        apply_rotary(grad_key, cos, sin, -1.0)
 
 
-def _constants(head_dim: int, window: int) -> tuple[Any, ...]:
+def _constants(head_dim: int, window: int, tiling: Tiling) -> tuple[Any, ...]:
     """The kernels' constants WINDOW, HEAD_DIM, BLOCK and STEP."""
-    return window > 0, _padded_head_dim(head_dim), BLOCK, STEP
+    return window > 0, _padded_head_dim(head_dim), tiling.block, tiling.step
 
 
 def _padded_head_dim(head_dim: int) -> int:

@@ -39,15 +39,15 @@ def _load_span(span):
 def _load_head(
     base,
     tokens,
-    heads,
+    stride,
     head,
     head_dim,
     columns,
     token_mask,
 ):
-    """One head of some tokens [tokens, head_dim]."""
+    """One head of some tokens [tokens, head_dim]; the stride is from token to token."""
     # 64 bits: a long batch has more elements than 32 bits can count.
-    first_element = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim
+    first_element = tokens.to(tl.int64)[:, None] * stride + head * head_dim
     offsets = first_element + columns[None, :]
     mask = token_mask[:, None] & (columns < head_dim)[None, :]
     return tl.load(base + offsets, mask=mask, other=0.0)
@@ -55,14 +55,14 @@ def _load_head(
 
 @triton.jit
 def _store_head(
-    base, values, cos, sin, tokens, heads, head, head_dim, token_mask,
+    base, values, cos, sin, tokens, stride, head, head_dim, token_mask,
     ROTATE_BACK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Store one head of some tokens [tokens, head_dim].
 
     ROTATE_BACK: the values are the gradient of a rotated head; store that before the rotation.
     """
-    first_element = (tokens.to(tl.int64)[:, None] * heads + head) * head_dim
+    first_element = tokens.to(tl.int64)[:, None] * stride + head * head_dim
     if ROTATE_BACK:
         half: tl.constexpr = HEAD_DIM // 2
         columns = tl.arange(0, half)[None, :]
@@ -129,18 +129,17 @@ def _attention_mask(
 
 @triton.jit
 def _load_keys(
-    key, value, position_ids, first, end, query_positions, heads, group_size, head, head_dim,
+    key, value, position_ids, first, end, query_positions, key_stride, group_size, head, head_dim,
     columns, window,
     WINDOW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The keys and values from a token on, and which of them each query sees."""
     tokens = first + tl.arange(0, STEP)
     token_mask = tokens < end
-    key_heads = heads // group_size
     key_head = head // group_size
-    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    keys = _load_head(key, tokens, key_stride, key_head, head_dim, columns, token_mask)
     values = _load_head(
-        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+        value, tokens, key_stride, key_head, head_dim, columns, token_mask
     )
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
     visible = _attention_mask(
@@ -173,7 +172,7 @@ def _softmax_step(scores, maximum, denominator):
 @triton.jit(do_not_specialize=["token_count"])
 def attention_kernel(
     query, key, value, output, log_sum_exp, position_ids, blocks, spans, scale, token_count,
-    heads, group_size, head_dim, window,
+    query_stride, key_stride, heads, group_size, head_dim, window,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """output = softmax(scale · query keyᵀ) value, and the softmax's log-sum-exp."""
@@ -184,7 +183,9 @@ def attention_kernel(
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
+    queries = _load_head(
+        query, tokens, query_stride, head, head_dim, columns, token_mask
+    )
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
     denominator = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -198,8 +199,8 @@ def attention_kernel(
             end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
-                key, value, position_ids, key_token, end, query_positions, heads, group_size,
-                head, head_dim, columns, window, WINDOW, STEP
+                key, value, position_ids, key_token, end, query_positions, key_stride,
+                group_size, head, head_dim, columns, window, WINDOW, STEP
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(visible, scores, -float("inf"))
@@ -228,7 +229,7 @@ def attention_kernel(
         output,
         output,
         tokens,
-        heads,
+        heads * head_dim,
         head,
         head_dim,
         token_mask,
@@ -241,8 +242,8 @@ def attention_kernel(
 @triton.jit(do_not_specialize=["token_count"])
 def attention_backward_query_kernel(
     grad_query, output, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
-    position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
-    window,
+    position_ids, blocks, spans, scale, gradient_scale, token_count, query_stride, key_stride,
+    heads, group_size, head_dim, window,
     ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -254,14 +255,21 @@ def attention_backward_query_kernel(
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
     query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
-    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    queries = _load_head(
+        query, tokens, query_stride, head, head_dim, columns, token_mask
+    )
+    output_stride = heads * head_dim
+    grads = _load_head(
+        grad_output, tokens, output_stride, head, head_dim, columns, token_mask
+    )
     # Of this head, in tensors with one number for each query [heads, tokens].
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
     )
-    outputs = _load_head(output, tokens, heads, head, head_dim, columns, token_mask)
+    outputs = _load_head(
+        output, tokens, output_stride, head, head_dim, columns, token_mask
+    )
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -275,8 +283,8 @@ def attention_backward_query_kernel(
             end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
             keys, values, visible = _load_keys(
-                key, value, position_ids, key_token, end, query_positions, heads, group_size,
-                head, head_dim, columns, window, WINDOW, STEP
+                key, value, position_ids, key_token, end, query_positions, key_stride,
+                group_size, head, head_dim, columns, window, WINDOW, STEP
             )  # fmt: skip
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             log_weights = tl.where(
@@ -296,22 +304,27 @@ def attention_backward_query_kernel(
     # Without LOG2_E, which only belongs to the scores' powers of 2.
     result = result * gradient_scale
     _store_head(
-        grad_query, result, cos, sin, tokens, heads, head, head_dim, token_mask, ROTATE_BACK,
-        HEAD_DIM
+        grad_query, result, cos, sin, tokens, query_stride, head, head_dim, token_mask,
+        ROTATE_BACK, HEAD_DIM
     )  # fmt: skip
 
 
 @triton.jit
 def _load_queries(
     query, grad_output, log_sum_exp, output_grad_sum, position_ids, first, end, key_positions,
-    key_mask, token_count, heads, head, head_dim, columns, window,
+    key_mask, token_count, query_stride, heads, head, head_dim, columns, window,
     WINDOW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The queries from a token on, their outputs' gradients, and which of them see each key."""
     tokens = first + tl.arange(0, STEP)
     token_mask = tokens < end
-    queries = _load_head(query, tokens, heads, head, head_dim, columns, token_mask)
-    grads = _load_head(grad_output, tokens, heads, head, head_dim, columns, token_mask)
+    queries = _load_head(
+        query, tokens, query_stride, head, head_dim, columns, token_mask
+    )
+    output_stride = heads * head_dim
+    grads = _load_head(
+        grad_output, tokens, output_stride, head, head_dim, columns, token_mask
+    )
     first_query = head * token_count
     query_log_sum_exp = tl.load(
         log_sum_exp + first_query + tokens, mask=token_mask, other=0.0
@@ -335,8 +348,8 @@ def _load_queries(
 @triton.jit(do_not_specialize=["token_count"])
 def attention_backward_key_value_kernel(
     grad_key, grad_value, cos, sin, query, key, value, grad_output, log_sum_exp, output_grad_sum,
-    position_ids, blocks, spans, scale, gradient_scale, token_count, heads, group_size, head_dim,
-    window,
+    position_ids, blocks, spans, scale, gradient_scale, token_count, query_stride, key_stride,
+    heads, group_size, head_dim, window,
     ROTATE_BACK: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -344,14 +357,13 @@ def attention_backward_key_value_kernel(
     first, span = _load_block(blocks, spans)
     _, stop, _, _, last_reader = _load_span(span)
     key_head = tl.program_id(1)
-    key_heads = heads // group_size
     tokens = first + tl.arange(0, BLOCK)
     token_mask = tokens < stop
     columns = tl.arange(0, HEAD_DIM)
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    keys = _load_head(key, tokens, key_heads, key_head, head_dim, columns, token_mask)
+    keys = _load_head(key, tokens, key_stride, key_head, head_dim, columns, token_mask)
     values = _load_head(
-        value, tokens, key_heads, key_head, head_dim, columns, token_mask
+        value, tokens, key_stride, key_head, head_dim, columns, token_mask
     )
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -369,8 +381,8 @@ def attention_backward_key_value_kernel(
             for query_token in range(begin, end, STEP):
                 queries, grads, query_log_sum_exp, grad_sums, visible = _load_queries(
                     query, grad_output, log_sum_exp, output_grad_sum, position_ids, query_token,
-                    end, key_positions, token_mask, token_count, heads, head, head_dim, columns,
-                    window, WINDOW, STEP
+                    end, key_positions, token_mask, token_count, query_stride, heads, head,
+                    head_dim, columns, window, WINDOW, STEP
                 )  # fmt: skip
                 # Transposed, keys by queries, so that the sums over queries below are products.
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
@@ -394,10 +406,10 @@ def attention_backward_key_value_kernel(
                 )
     key_result = key_result * gradient_scale
     _store_head(
-        grad_key, key_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
+        grad_key, key_result, cos, sin, tokens, key_stride, key_head, head_dim, token_mask,
         ROTATE_BACK, HEAD_DIM
     )  # fmt: skip
     _store_head(
-        grad_value, value_result, cos, sin, tokens, key_heads, key_head, head_dim, token_mask,
+        grad_value, value_result, cos, sin, tokens, key_stride, key_head, head_dim, token_mask,
         False, HEAD_DIM
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One block of the GPU decoder: attention and SwiGLU, each added to its input.
+"""One block of the GPU decoder: attention and feed-forward layer, each added to its input.
 
 Forward and backward are written out, without autograd. Tensors that are not needed any more are
 dropped at once, here and below, to make room for the next ones.
@@ -10,24 +10,26 @@ from typing import Any
 import torch
 
 from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.delta_net import DeltaNet, DeltaNetActivations
 from finetune.engine.packed.gpu.feed_forward import FeedForward, FeedForwardActivations
 from finetune.engine.packed.gpu.self_attention import (
     AttentionActivations,
     SelfAttention,
 )
+from finetune.model.decoder_blocks import DecoderBlock
 
 
 @dataclass(frozen=True)
 class BlockActivations:
     """What a block keeps for its backward pass."""
 
-    attention: AttentionActivations
+    attention: AttentionActivations | DeltaNetActivations
     feed_forward: FeedForwardActivations
 
     @property
     def block_input(self) -> torch.Tensor:
         """What the block can be recomputed from [tokens, hidden_size]."""
-        return self.attention.x
+        return self.attention.block_input
 
 
 class Block:
@@ -38,7 +40,9 @@ class Block:
         module: Any,
         name: str,
         table_rows: dict[str, int],
-        sliding_window: int | None,
+        config: Any,
+        block: DecoderBlock,
+        layer_type: str | None,
     ) -> None:
         """Read the block's layers and settings.
 
@@ -46,10 +50,19 @@ class Block:
             module: Transformers' decoder layer.
             name: Its full name in the base.
             table_rows: Each linear layer's row in the slots' tables, by full name.
-            sliding_window: For models whose attention modules do not hold it themselves.
+            config: The base's text config.
+            block: What the base's blocks are made of.
+            layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
-        self._attention = SelfAttention(module, name, table_rows, sliding_window)
-        self._feed_forward = FeedForward(module, name, table_rows)
+        # Some layers of Qwen 3.5 have a gated delta net instead.
+        self._attention: Any
+        if hasattr(module, "linear_attn"):
+            self._attention = DeltaNet(module, name, table_rows, block)
+        else:
+            self._attention = SelfAttention(
+                module, name, table_rows, config, block, layer_type
+            )
+        self._feed_forward = FeedForward(module, name, table_rows, config, block)
 
     def forward(
         self,
@@ -94,6 +107,7 @@ class Block:
         grad = self._feed_forward.backward(
             grad_output, activations.feed_forward, context
         )
-        return self._attention.backward(
+        grad_x: torch.Tensor | None = self._attention.backward(
             grad, activations.attention, context, need_input_grad
         )
+        return grad_x

@@ -7,6 +7,7 @@ import torch
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.attention import SpanTables
+from finetune.engine.packed.gpu.delta_rule import RowTables
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,13 @@ class PassContext:
     adapters: AdapterTables
     adapted_layers: frozenset[str]
     """Names of the linear layers that have an adapter in some slot."""
-    cos: torch.Tensor
-    """[tokens, head_dim]"""
-    sin: torch.Tensor
-    """[tokens, head_dim]"""
+    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+    """Cosines and sines of the rotary embedding [tokens, rotary_dim], by the type of layer; of all
+    layers under None where they have the same."""
+    rows: RowTables | None = None
+    """Of bases with gated delta nets."""
+    query_scales: torch.Tensor | None = None
+    """Factors of the queries by their positions [tokens, 1, 1]; None: all are 1."""
     weight_cache: dict[str, torch.Tensor] | None = None
     """Dequantised weights of a block, by layer, from its recomputation to its backward pass; None:
     each of the two dequantises them."""

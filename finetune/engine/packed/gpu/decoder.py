@@ -1,9 +1,9 @@
-"""The backend on a GPU: the decoder of a Llama-like base with hand-written kernels.
+"""The backend on a GPU: a base's decoder with hand-written kernels.
 
-A run alone is limited by how fast operations can be launched, so there are few of them: norms,
-SwiGLU and the rotary embedding are one kernel each (`rms_norm`, `swiglu`, `rotary`), the adapters
-of all slots are computed at once (`lowrank`), and attention stays within each row without padding
-(`attention`).
+A run alone is limited by how fast operations can be launched, so there are few of them: norms, the
+gate's product and the rotary embedding are one kernel each (`rms_norm`, `gated_product`, `rotary`),
+the adapters of all slots are computed at once (`lowrank`), and attention stays within each row
+without padding (`attention`). What the blocks are made of says `model.decoder_blocks`.
 
 With gradient checkpointing (Chen et al., 2016) a block keeps only its input and is computed again
 for its backward pass, except for its last product, which no gradient needs. The last blocks keep
@@ -28,7 +28,15 @@ from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.cross_entropy import cross_entropy
-from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
+from finetune.engine.packed.gpu.delta_rule import RowTables
+from finetune.engine.packed.gpu.query_scales import query_scales
+from finetune.engine.packed.gpu.rms_norm import (
+    read_norm,
+    rms_norm,
+    rms_norm_backward,
+)
+from finetune.model.architectures import text_config_of
+from finetune.model.decoder_blocks import decoder_block_of, head_dim_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,12 +88,18 @@ class Decoder:
             base: A base that `supports_gpu_decoder`.
             gradient_checkpointing: Recompute activations in the backward pass.
         """
+        block = decoder_block_of(base.config)
+        assert block is not None
+        config = text_config_of(base.config)
         model = base.get_decoder()
         prefix = base.base_model_prefix
+        self._head_dim = head_dim_of(config)
+        self._position_kinds = block.position_kinds
         self._embedding = model.embed_tokens
         self._rotary = model.rotary_emb
-        self._norm = model.norm
+        self._norm = read_norm(model.norm, block)
         self._gradient_checkpointing = gradient_checkpointing
+        self._scaled_config = config if block.scales_queries else None
         # Quantised layers are linear layers too. In the order of the modules, so that layers with
         # the same input have consecutive rows, as `linear_group` needs them.
         linear_names = []
@@ -94,14 +108,20 @@ class Decoder:
                 linear_names.append(name)
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
-        # Mistral's attention modules read the window from the config at each call; the other
-        # models' modules hold it.
-        is_mistral = base.config.model_type == "mistral"
-        sliding_window = base.config.sliding_window if is_mistral else None
+        layer_types: list[str | None] = [None] * len(model.layers)
+        if block.rotary_by_layer_type:
+            layer_types = list(config.layer_types)
+        self._layer_types = sorted(set(layer_types), key=str)
+        self._has_delta_nets = any(
+            hasattr(module, "linear_attn") for module in model.layers
+        )
         self._blocks: list[Block] = []
         for number, module in enumerate(model.layers):
             name = f"{prefix}.layers.{number}"
-            self._blocks.append(Block(module, name, self._table_rows, sliding_window))
+            layer_type = layer_types[number]
+            self._blocks.append(
+                Block(module, name, self._table_rows, config, block, layer_type)
+            )
 
     score = staticmethod(cross_entropy)
 
@@ -142,9 +162,7 @@ class Decoder:
             del activations, output
         # The last norm and the head see no other positions: only these have a loss.
         hidden = x[batch.prediction_positions]
-        normalized, inverse_rms, _ = rms_norm(
-            hidden, self._norm.weight, self._norm.variance_epsilon
-        )
+        normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
         trace = Trace(
             context=context,
             blocks=stored,
@@ -160,21 +178,37 @@ class Decoder:
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
     ) -> PassContext:
-        # Transformers' module reads no more of x than its dtype and device.
-        cos, sin = self._rotary(x[None], batch.position_ids)
         spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
         layers_by_slot = [slot.adapters.keys() for slot in slots]
         adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
         return PassContext(
             batch=batch,
-            spans=SpanTables(batch.spans, batch.position_ids[0]),
+            spans=SpanTables(batch.spans, batch.position_ids[0], self._head_dim),
             adapters=AdapterTables(spans, tables, x.device),
             adapted_layers=adapted_layers,
-            # Contiguous, because the kernels compute addresses from the sizes alone.
-            cos=cos[0].contiguous(),
-            sin=sin[0].contiguous(),
+            angles={
+                layer_type: self._angles(x, batch, layer_type)
+                for layer_type in self._layer_types
+            },
+            rows=RowTables(batch.spans, x.device) if self._has_delta_nets else None,
+            query_scales=query_scales(self._scaled_config, batch),
         )
+
+    def _angles(
+        self, x: torch.Tensor, batch: PackedBatch, layer_type: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding [tokens, rotary_dim] of a type of layer."""
+        positions = batch.position_ids
+        if self._position_kinds > 1:
+            positions = positions.expand(self._position_kinds, -1, -1)
+        # Transformers' module reads no more of x than its dtype and device.
+        if layer_type is None:
+            cos, sin = self._rotary(x[None], positions)
+        else:
+            cos, sin = self._rotary(x[None], positions, layer_type)
+        # Contiguous, because the kernels compute addresses from the sizes alone.
+        return cos[0].contiguous(), sin[0].contiguous()
 
     @torch.no_grad()
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
@@ -189,7 +223,7 @@ class Decoder:
         grad[batch.prediction_positions] = rms_norm_backward(
             gradient.contiguous(),
             trace.hidden,
-            self._norm.weight,
+            self._norm,
             trace.inverse_rms,
         )
         # Makes room.

@@ -1,4 +1,4 @@
-"""The feed-forward layer of one block of the GPU decoder, with its norm and residual connection."""
+"""The feed-forward layer of a block of the GPU decoder, with norms and residual connection."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,39 +6,46 @@ from typing import Any
 import torch
 
 from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.gated_product import (
+    gated_product,
+    gated_product_backward,
+)
 from finetune.engine.packed.gpu.linear_group import linear_group
-from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
-from finetune.engine.packed.gpu.swiglu import swiglu, swiglu_backward
+from finetune.engine.packed.gpu.normalized_input import (
+    InputActivations,
+    NormalizedInput,
+)
+from finetune.engine.packed.gpu.residual_sum import (
+    OutputNorm,
+    OutputNormActivations,
+)
+from finetune.engine.packed.gpu.rms_norm import read_norm
+from finetune.model.decoder_blocks import DecoderBlock
 
 
 @dataclass(frozen=True)
 class FeedForwardActivations:
     """What the feed-forward layer keeps for its backward pass."""
 
-    x: torch.Tensor
-    """Its input, the sum after attention [tokens, hidden_size]."""
-    normalized: torch.Tensor | None
-    """Input of the gate and up layers; None: no adapter reads it."""
-    inverse_rms: torch.Tensor
-    """Of the norm before these layers [tokens]."""
-    gate: torch.Tensor
-    """[tokens, intermediate_size]; the backward pass overwrites it by its gradient."""
-    up: torch.Tensor
-    """[tokens, intermediate_size]; the backward pass overwrites it by its gradient."""
-    shrunk_gate_up: torch.Tensor | None
-    """See `LinearGroup`."""
+    inputs: InputActivations
+    gate_up: list[torch.Tensor]
+    """Outputs of the gate and up layers [tokens, intermediate_size], or of the one that computes
+    both [tokens, 2 · intermediate_size]; the backward pass overwrites them by their gradients."""
     shrunk_down: torch.Tensor | None
     """See `LinearGroup`."""
+    output_norm: OutputNormActivations | None
 
 
 class FeedForward:
-    """Norm, SwiGLU, and the residual connection around them."""
+    """Norm, SwiGLU or GeGLU, and the residual connection around them."""
 
     def __init__(
         self,
         module: Any,
         name: str,
         table_rows: dict[str, int],
+        config: Any,
+        block: DecoderBlock,
     ) -> None:
         """Read the layers.
 
@@ -46,11 +53,16 @@ class FeedForward:
             module: Transformers' decoder layer.
             name: Its full name in the base.
             table_rows: Each linear layer's row in the slots' tables, by full name.
+            config: The base's text config.
+            block: What the base's blocks are made of.
         """
-        self._norm = module.post_attention_layernorm
+        self._output_norm = OutputNorm(module, block.feed_forward_output_norm, block)
+        self._activation = getattr(config, block.activation_key)
         module_name = f"{name}.mlp"
-        gate_up = ("gate_proj", "up_proj")
-        self._gate_up = linear_group(module.mlp, module_name, gate_up, table_rows)
+        self._gate_up = NormalizedInput(
+            read_norm(getattr(module, block.feed_forward_norm), block),
+            linear_group(module.mlp, module_name, block.gate_up, table_rows),
+        )
         self._down = linear_group(
             module.mlp,
             module_name,
@@ -64,47 +76,42 @@ class FeedForward:
         context: PassContext,
         recompute: bool,
     ) -> tuple[torch.Tensor | None, FeedForwardActivations]:
-        """Compute x + down(swiglu(gate(norm(x)), up(norm(x)))).
+        """Compute x + down(activation(gate(norm(x))) · up(norm(x))).
 
         Args:
             x: [tokens, hidden_size].
             context: The pass.
-            recompute: Only the activations are needed: the last product is left out.
+            recompute: Only the activations are needed: the last product is left out, unless a norm
+                follows it, whose backward pass needs it.
 
         Returns:
             The sum [tokens, hidden_size], None where it is left out; the activations.
         """
-        normalized: torch.Tensor | None
+        skips_product = recompute and self._output_norm.norm is None
         # The copy of x is where the sum is built: a recomputed layer has none.
-        normalized, inverse_rms, residual = rms_norm(
-            x,
-            self._norm.weight,
-            self._norm.variance_epsilon,
-            copy_input=not recompute,
+        gate_up, residual, inputs = self._gate_up.forward(
+            x, context, copy_input=not skips_product
         )
-        (gate, up), shrunk_gate_up = self._gate_up.forward(normalized, context)
-        # Only the gradient of an adapter's A reads it.
-        if shrunk_gate_up is None:
-            normalized = None
-        output = None
+        total = None
         shrunk_down = None
+        output_norm = None
         # No name is bound to the product of gate and up: the backward pass computes it again.
-        if not recompute:
-            (output,), shrunk_down = self._down.forward(
-                swiglu(gate, up), context, residual=residual
+        if residual is not None:
+            total, shrunk_down, output_norm = self._output_norm.forward(
+                self._down, self._product(gate_up), residual, context
             )
         elif self._down.is_adapted(context):
-            shrunk_down = self._down.shrink(swiglu(gate, up), context)
+            shrunk_down = self._down.shrink(self._product(gate_up), context)
         activations = FeedForwardActivations(
-            x=x,
-            normalized=normalized,
-            inverse_rms=inverse_rms,
-            gate=gate,
-            up=up,
-            shrunk_gate_up=shrunk_gate_up,
+            inputs=inputs,
+            gate_up=gate_up,
             shrunk_down=shrunk_down,
+            output_norm=output_norm,
         )
-        return output, activations
+        return total, activations
+
+    def _product(self, gate_up: list[torch.Tensor]) -> torch.Tensor:
+        return gated_product(*_split(gate_up), self._activation)
 
     def backward(
         self,
@@ -116,36 +123,42 @@ class FeedForward:
 
         Args:
             grad_output: [tokens, hidden_size].
-            activations: From `forward`; `gate` and `up` are overwritten.
+            activations: From `forward`; `gate_up` is overwritten.
             context: The pass.
 
         Returns:
             The gradient of x [tokens, hidden_size].
         """
+        grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
         grad_product, grad_shrunk = self._down.backward(
-            [grad_output], activations.shrunk_down, context
+            [grad_sum], activations.shrunk_down, context
         )
         is_down_adapted = grad_shrunk is not None
+        gate, up = _split(activations.gate_up)
         # The down layer's A gets its gradient from the product; nothing else needs it again.
-        product = swiglu_backward(
+        product = gated_product_backward(
             grad_product,
-            activations.gate,
-            activations.up,
+            gate,
+            up,
+            self._activation,
             recompute_output=is_down_adapted,
+            grad_gate=gate,
+            grad_up=up,
         )
         self._down.backward_a(product, grad_shrunk, context)
         # The product of gate and up is as large as either of them.
         del grad_product, product
-        # `swiglu_backward` has overwritten both by their gradients.
-        grads = [activations.gate, activations.up]
-        grad_normalized, grad_shrunk = self._gate_up.backward(
-            grads, activations.shrunk_gate_up, context
-        )
-        self._gate_up.backward_a(activations.normalized, grad_shrunk, context)
-        return rms_norm_backward(
-            grad_normalized,
-            x=activations.x,
-            weight=self._norm.weight,
-            inverse_rms=activations.inverse_rms,
-            grad_residual=grad_output,
-        )
+        # Overwritten by their gradients.
+        grads = activations.gate_up
+        grad_x = self._gate_up.backward(grads, grad_output, activations.inputs, context)
+        assert grad_x is not None
+        return grad_x
+
+
+def _split(gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up [tokens, intermediate_size]."""
+    if len(gate_up) == 1:
+        gate, up = gate_up[0].chunk(2, dim=1)
+    else:
+        gate, up = gate_up
+    return gate, up

@@ -16,23 +16,22 @@ def apply_rotary(
     cos: torch.Tensor,
     sin: torch.Tensor,
     sign: float,
-) -> torch.Tensor:
-    """Rotate each pair of columns i and i + head_dim / 2 by an angle.
+) -> None:
+    """Rotate each pair of columns i and i + rotary_dim / 2 by an angle, in place.
+
+    Columns from rotary_dim on stay as they are (partial rotary embedding).
 
     Args:
-        x: [tokens, heads, head_dim].
-        cos: Of the angles [tokens, head_dim]; the second half of the columns repeats the first.
+        x: [tokens, heads, head_dim]; its tokens may lie apart in memory.
+        cos: Of the angles [tokens, rotary_dim]; the second half of the columns repeats the first.
         sin: As cos.
         sign: 1.0 rotates; -1.0 rotates back, which is also the gradient.
-
-    Returns:
-        [tokens, heads, head_dim].
     """
     tokens, heads, head_dim = x.shape
-    output = torch.empty_like(x)
+    rotary_dim = cos.shape[1]
     # Triton's blocks are powers of 2; the kernel masks what is too much.
-    block = triton.next_power_of_2(head_dim // 2)
-    arguments = (x, cos, sin, output, heads, head_dim, sign)
+    block = triton.next_power_of_2(rotary_dim // 2)
+    arguments = (x, cos, sin, x.stride(0), heads, head_dim, rotary_dim, sign)
     grid = (tokens, triton.cdiv(heads, HEADS), 1)
     launch(
         _rotary_kernel,
@@ -40,7 +39,6 @@ def apply_rotary(
         arguments,
         (HEADS, block),
     )
-    return output
 
 
 @triton.jit
@@ -48,9 +46,10 @@ def _rotary_kernel(
     x,
     cos,
     sin,
-    output,
+    x_stride,
     heads,
     head_dim,
+    rotary_dim,
     sign,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,25 +57,25 @@ def _rotary_kernel(
     # Offsets may be too large for 32 bits.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    half = head_dim // 2
+    half = rotary_dim // 2
     column = tl.arange(0, BLOCK)
     column_mask = column < half
     # Loaded once for all heads of the program: they have the token's angles in common.
-    first_angle = token * head_dim
+    first_angle = token * rotary_dim
     c = load_float32(cos + first_angle, column, column_mask)[None, :]
     s = load_float32(sin + first_angle, column, column_mask)[None, :] * sign
-    offsets = token * heads * head_dim + head[:, None] * head_dim + column[None, :]
+    offsets = token * x_stride + head[:, None] * head_dim + column[None, :]
     mask = (head < heads)[:, None] & column_mask[None, :]
     first = load_float32(x, offsets, mask)
     second = load_float32(x + half, offsets, mask)
     store_rounded(
-        output,
+        x,
         offsets,
         first * c - second * s,
         mask,
     )
     store_rounded(
-        output + half,
+        x + half,
         offsets,
         second * c + first * s,
         mask,

@@ -1,4 +1,4 @@
-"""The attention of one block of the GPU decoder, with its norm and its residual connection."""
+"""The attention of one block of the GPU decoder, with its norms and its residual connection."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,38 +11,42 @@ from finetune.engine.packed.gpu.attention import (
     attention_backward,
 )
 from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.gated_product import (
+    gated_product,
+    gated_product_backward,
+)
+from finetune.engine.packed.gpu.heads import HeadActivations, HeadGradients, Heads
 from finetune.engine.packed.gpu.linear_group import linear_group
-from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
-from finetune.engine.packed.gpu.rotary import apply_rotary
+from finetune.engine.packed.gpu.normalized_input import (
+    InputActivations,
+    NormalizedInput,
+)
+from finetune.engine.packed.gpu.residual_sum import (
+    OutputNorm,
+    OutputNormActivations,
+)
+from finetune.engine.packed.gpu.rms_norm import read_norm
+from finetune.model.decoder_blocks import DecoderBlock
 
-
-@dataclass(frozen=True)
-class _HeadNorm:
-    """Input and statistics of the norm of queries or keys (Qwen 3)."""
-
-    x: torch.Tensor
-    """[tokens · heads, head_dim]"""
-    inverse_rms: torch.Tensor
-    """[tokens · heads]"""
+GATE = "sigmoid"
+"""The activation of the gate of attention's output."""
 
 
 @dataclass(frozen=True)
 class AttentionActivations:
     """What attention keeps for its backward pass."""
 
-    x: torch.Tensor
-    """The block's input [tokens, hidden_size]."""
-    normalized: torch.Tensor | None
-    """Input of the query, key and value layers; None: no adapter reads it."""
-    inverse_rms: torch.Tensor
-    """Of the norm before these layers [tokens]."""
-    head_norms: dict[str, _HeadNorm]
-    """By `q` and `k`; empty where the model has no such norms."""
+    qkv: InputActivations
+    heads: HeadActivations
     trace: AttentionTrace
-    shrunk_qkv: torch.Tensor | None
-    """See `LinearGroup`."""
     shrunk_output: torch.Tensor | None
     """See `LinearGroup`."""
+    output_norm: OutputNormActivations | None
+
+    @property
+    def block_input(self) -> torch.Tensor:
+        """The input of the block [tokens, hidden_size]."""
+        return self.qkv.x
 
 
 class SelfAttention:
@@ -53,7 +57,9 @@ class SelfAttention:
         module: Any,
         name: str,
         table_rows: dict[str, int],
-        sliding_window: int | None,
+        config: Any,
+        block: DecoderBlock,
+        layer_type: str | None,
     ) -> None:
         """Read the layers and settings.
 
@@ -61,28 +67,29 @@ class SelfAttention:
             module: Transformers' decoder layer.
             name: Its full name in the base.
             table_rows: Each linear layer's row in the slots' tables, by full name.
-            sliding_window: For models whose attention modules do not hold it themselves.
+            config: The base's text config.
+            block: What the base's blocks are made of.
+            layer_type: Selects the angles of the rotary embedding (`PassContext.angles`).
         """
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
-        qkv = ("q_proj", "k_proj", "v_proj")
-        self._qkv = linear_group(attention_module, module_name, qkv, table_rows)
+        self._qkv = NormalizedInput(
+            read_norm(getattr(module, block.attention_norm), block),
+            linear_group(attention_module, module_name, block.qkv, table_rows),
+        )
         self._output = linear_group(
             attention_module,
             module_name,
             ("o_proj",),
             table_rows,
         )
-        self._norm = module.input_layernorm
-        self._head_norms: dict[str, Any] = {}
-        """Qwen 3's norms of queries (`q`) and keys (`k`); None in other models."""
-        for head in ("q", "k"):
-            self._head_norms[head] = getattr(attention_module, f"{head}_norm", None)
-        # SmolLM3 has layers without the rotary embedding.
-        self._rotary = bool(getattr(attention_module, "use_rope", True))
-        self._head_dim = attention_module.head_dim
+        self._output_norm = OutputNorm(module, block.attention_output_norm, block)
+        self._heads = Heads(attention_module, config, block, layer_type)
         self._scale = attention_module.scaling
-        self._window = getattr(attention_module, "sliding_window", sliding_window)
+        if block.config_window:
+            self._window = config.sliding_window
+        else:
+            self._window = getattr(attention_module, "sliding_window", None)
 
     def forward(
         self, x: torch.Tensor, context: PassContext
@@ -96,19 +103,10 @@ class SelfAttention:
         Returns:
             The sum [tokens, hidden_size], in memory of its own, and the activations.
         """
-        normalized: torch.Tensor | None
         # x itself is an activation: the sum is built in a copy of it.
-        normalized, inverse_rms, residual = rms_norm(
-            x,
-            self._norm.weight,
-            self._norm.variance_epsilon,
-            copy_input=True,
-        )
-        outputs, shrunk_qkv = self._qkv.forward(normalized, context)
-        # Only the gradient of an adapter's A reads it.
-        if shrunk_qkv is None:
-            normalized = None
-        heads, head_norms = self._heads(outputs, context)
+        outputs, residual, qkv = self._qkv.forward(x, context)
+        assert residual is not None
+        heads, head_activations = self._heads.forward(outputs, context)
         trace = attention(
             query=heads["q"],
             key=heads["k"],
@@ -117,52 +115,20 @@ class SelfAttention:
             scale=self._scale,
             window=self._window,
         )
-        joined_heads = trace.output.flatten(1)
-        (residual,), shrunk_output = self._output.forward(
-            joined_heads, context, residual=residual
+        attended = trace.output.view(-1, self._heads.head_dim)
+        if head_activations.gate is not None:
+            attended = gated_product(head_activations.gate, attended, GATE)
+        total, shrunk_output, output_norm = self._output_norm.forward(
+            self._output, attended.view(len(x), -1), residual, context
         )
         activations = AttentionActivations(
-            x=x,
-            normalized=normalized,
-            inverse_rms=inverse_rms,
-            head_norms=head_norms,
+            qkv=qkv,
+            heads=head_activations,
             trace=trace,
-            shrunk_qkv=shrunk_qkv,
             shrunk_output=shrunk_output,
+            output_norm=output_norm,
         )
-        return residual, activations
-
-    def _heads(
-        self, outputs: list[torch.Tensor], context: PassContext
-    ) -> tuple[dict[str, torch.Tensor], dict[str, _HeadNorm]]:
-        """Queries, keys and values [tokens, heads, head_dim], normalised and rotated.
-
-        Args:
-            outputs: Of the query, key and value layers; the list is emptied.
-            context: The pass.
-        """
-        views = [output.view(len(output), -1, self._head_dim) for output in outputs]
-        heads = dict(zip("qkv", views, strict=True))
-        # `heads` alone refers to them now, so each is freed once it has been rotated.
-        outputs.clear()
-        views.clear()
-        head_norms = {}
-        for name, norm in self._head_norms.items():
-            if norm is not None:
-                shape = heads[name].shape
-                x = heads[name].view(-1, self._head_dim)
-                y, inverse_rms, _ = rms_norm(x, norm.weight, norm.variance_epsilon)
-                heads[name] = y.view(shape)
-                head_norms[name] = _HeadNorm(x, inverse_rms)
-            # Its backward pass needs the angles alone, so neither input nor output is kept for it.
-            if self._rotary:
-                heads[name] = apply_rotary(
-                    heads[name],
-                    context.cos,
-                    context.sin,
-                    1.0,
-                )
-        return heads, head_norms
+        return total, activations
 
     def backward(
         self,
@@ -182,52 +148,54 @@ class SelfAttention:
         Returns:
             The gradient of x [tokens, hidden_size] if it is needed.
         """
-        grad_heads = self._backward_output(grad_output, activations, context)
-        grads = [grad.view(len(grad_output), -1) for grad in grad_heads]
-        # Without the products with the base's weights, which only the input's gradient needs.
-        if not need_input_grad:
-            grad_shrunk = self._qkv.backward_b(grads, activations.shrunk_qkv, context)
-            self._qkv.backward_a(activations.normalized, grad_shrunk, context)
-            return None
-        grad_normalized, grad_shrunk = self._qkv.backward(
-            grads, activations.shrunk_qkv, context
+        trace = activations.trace
+        gradients = self._heads.empty_gradients(trace.query)
+        grad_attended = self._backward_output(
+            grad_output, activations, gradients, context
         )
-        self._qkv.backward_a(activations.normalized, grad_shrunk, context)
-        return rms_norm_backward(
-            grad_normalized,
-            x=activations.x,
-            weight=self._norm.weight,
-            inverse_rms=activations.inverse_rms,
-            grad_residual=grad_output,
+        attention_backward(
+            grad_attended.view(trace.output.shape),
+            trace,
+            context.spans,
+            gradients.heads,
+            self._heads.rotation(context),
+        )
+        # Makes room.
+        del grad_attended
+        self._heads.backward(gradients, activations.heads, context)
+        return self._qkv.backward(
+            gradients.outputs, grad_output, activations.qkv, context, need_input_grad
         )
 
     def _backward_output(
         self,
         grad_output: torch.Tensor,
         activations: AttentionActivations,
+        gradients: HeadGradients,
         context: PassContext,
-    ) -> list[torch.Tensor]:
-        """Gradients of the outputs of the query, key and value layers."""
-        trace = activations.trace
-        grad_attention, grad_shrunk = self._output.backward(
-            [grad_output], activations.shrunk_output, context
+    ) -> torch.Tensor:
+        """Gradient of the attention's output [tokens, columns]; sets that of the gate."""
+        output = activations.trace.output
+        grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
+        grad_attended, grad_shrunk = self._output.backward(
+            [grad_sum], activations.shrunk_output, context
         )
-        self._output.backward_a(trace.output.flatten(1), grad_shrunk, context)
-        rotation = (context.cos, context.sin) if self._rotary else None
-        grads = attention_backward(
-            grad_attention.view(trace.output.shape),
-            trace,
-            context.spans,
-            rotation,
+        gate = activations.heads.gate
+        if gate is None:
+            self._output.backward_a(output.flatten(1), grad_shrunk, context)
+            return grad_attended
+        assert gradients.gate is not None
+        grad_gated = grad_attended.view(gate.shape)
+        grad_attended = torch.empty_like(grad_attended)
+        gated = gated_product_backward(
+            grad_gated,
+            gate,
+            output.view(gate.shape),
+            GATE,
+            recompute_output=grad_shrunk is not None,
+            grad_gate=gradients.gate,
+            grad_up=grad_attended.view(gate.shape),
         )
-        # `grad_heads` alone refers to the gradients then: each is freed once a norm's replaces it.
-        del grad_attention
-        grad_heads = dict(zip("qkv", grads, strict=True))
-        del grads
-        for name, head_norm in activations.head_norms.items():
-            grad = grad_heads[name].view(-1, self._head_dim)
-            weight = self._head_norms[name].weight
-            grad_heads[name] = rms_norm_backward(
-                grad, head_norm.x, weight, head_norm.inverse_rms
-            )
-        return list(grad_heads.values())
+        if gated is not None:
+            self._output.backward_a(gated.view(len(output), -1), grad_shrunk, context)
+        return grad_attended

@@ -65,6 +65,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Helium": {},
     "Qwen3_5Text": {},
     "Lfm2": {"layer_types": ["conv"] * 2 + ["full_attention"] + ["conv"] * 29},
+    "Qwen3Moe": {},
+    "GptOss": {},
+    "GraniteMoe": {},
+    "GraniteMoeHybrid": {
+        "hidden_size": 1536,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "mamba_n_heads": 48,
+        "num_hidden_layers": 40,
+        "layer_types": (["linear_attention"] * 9 + ["full_attention"]) * 4,
+    },
+    "Glm4MoeLite": {},
+    "Mixtral": {},
+    "Qwen2Moe": {},
+    "Qwen3Next": {},
+    "Olmoe": {},
+    "DeepseekV3": {},
 }
 
 
@@ -91,8 +108,7 @@ def test_bases_of_published_sizes_pass(architecture: str) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no attention": ("Mamba", {}, "no attention heads"),
-    "experts": ("Qwen3Moe", {}, "a mixture of experts"),
-    "gpt_oss": ("GptOss", EXPERTS, "a mixture of experts"),
+    "experts": ("Llama4Text", EXPERTS, "experts that its own code alone computes"),
     "alibi": ("Bloom", {}, ""),
     "transposed layers": ("GPT2", {"resid_pdrop": 0, "attn_pdrop": 0}, "Conv1D"),
     "both directions": ("Gemma3Text", {"use_bidirectional_attention": True}, ""),

@@ -2,29 +2,30 @@
 reference."""
 
 import copy
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.architectures import PACKED, packed_model
 from support.models import load_tokenizer, with_tokenizer_of
+from support.packs import (
+    BATCHES,
+    PREFIX,
+    Pack,
+    greedy,
+    own_loss,
+    rows_that_begin_alike,
+    share_of_difference,
+)
 from support.runs import NONE, Tiny, losses
-
-from finetune.data.encoding import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-VOCABULARY = 600
-PREFIX = 12
-Row = dict[str, list[int]]
-
 BY_DEFAULT = {
     "Llama", "Gemma2", "Gemma3Text", "Gemma4Text", "Phi3", "Granite", "Cohere2", "GPTNeoX",
-    "GraniteSWA", "Qwen3_5Text", "Lfm2", "MiniCPM3",
+    "GraniteSWA", "Qwen3_5Text", "Lfm2", "MiniCPM3", "Qwen3Moe", "GptOss",
 }  # fmt: skip
 """One of each kind: caps, scalars, shared keys, fused layers, sinks, recurrences, values of another
-width."""
+width, experts."""
 
 architectures = pytest.mark.parametrize(
     "architecture",
@@ -35,97 +36,15 @@ architectures = pytest.mark.parametrize(
 )
 
 
-def rows_that_begin_alike(seed: int, count: int = 3) -> list[Row]:
-    """Rows of different lengths, all longer than the windows."""
-    draw = random.Random(seed)
-    prefix = [draw.randrange(2, VOCABULARY) for _ in range(PREFIX)]
-    rows = []
-    for number in range(count):
-        ids = [draw.randrange(2, VOCABULARY) for _ in range(8 + 5 * number)]
-        labels = [IGNORED] * (PREFIX + 2) + ids[2:]
-        rows.append({"input_ids": prefix + ids, "labels": labels})
-    return rows
-
-
-def own_loss(model: Any, row: Row) -> Any:
-    """The summed loss of a row alone, by the model's own forward."""
-    import torch
-
-    logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits[0, :-1],
-        torch.tensor(row["labels"][1:]),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-
-
-class Pack:
-    """A bank with two slots whose adapters differ, and each slot's adapter on a base of its own."""
-
-    def __init__(
-        self, architecture: str, tiny: Tiny, tiny_base: Path, *overrides: str
-    ) -> None:
-        import torch
-
-        from finetune.engine.packed.bank import Bank
-        from finetune.model.adapter import add_adapter
-
-        self.config = tiny(NONE, "lora.dropout=0", "lora.r=4", *overrides)
-        tokenizer = load_tokenizer(self.config)
-        base = packed_model(architecture, len(tokenizer), tokenizer.eos_token_id)
-        reference = copy.deepcopy(base)
-        self.bank = Bank(base, self.config)
-        self.slots = []
-        self.models = []
-        for seed in (0, 1):
-            slot = self.bank.create_slot(self.config.lora, seed)
-            generator = torch.Generator().manual_seed(seed)
-            slot.vector.copy_(torch.randn(slot.vector.shape, generator=generator) * 0.1)
-            model = add_adapter(copy.deepcopy(reference), self.config.lora, seed)
-            values = dict(slot.model.named_parameters())
-            for name, weight in model.named_parameters():
-                if weight.requires_grad:
-                    weight.data.copy_(values[name].data)
-            self.slots.append(slot)
-            self.models.append(model.eval())
-
-    def train(self, batches: list[list[Row]], step: int = 0) -> list[float]:
-        """The losses of a batch of each slot; the gradients are in the slots."""
-        from finetune.engine.packed.requests import ForwardBackward
-
-        requests = [
-            ForwardBackward(slot, rows, 0.5, step)
-            for slot, rows in zip(self.slots, batches, strict=False)
-        ]
-        return [result.loss for result in self.bank.forward_backward(requests)]
-
-    def row_losses(self, batches: list[list[Row]]) -> list[tuple[float, ...]]:
-        from finetune.engine.packed.requests import Evaluate
-
-        requests = [
-            Evaluate(slot, rows)
-            for slot, rows in zip(self.slots, batches, strict=False)
-        ]
-        return [each.row_losses for each in self.bank.evaluate(requests)]
-
-
-BATCHES = [rows_that_begin_alike(0), rows_that_begin_alike(1, 2)]
-
-
-def share_of_difference(computed: Any, expected: Any) -> float:
-    return float((computed - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @architectures
 def test_a_packed_batch_is_each_row_alone_by_the_bases_own_code(
-    architecture: str, checkpointing: str, tiny: Tiny, tiny_base: Path
+    architecture: str, checkpointing: str, tiny: Tiny
 ) -> None:
     import torch
 
     setting = f"trainer.gradient_checkpointing={checkpointing}"
-    pack = Pack(architecture, tiny, tiny_base, setting)
+    pack = Pack(architecture, tiny, setting)
     computed = pack.train(BATCHES)
     for number, (model, rows) in enumerate(zip(pack.models, BATCHES, strict=True)):
         expected = [own_loss(model, row) for row in rows]
@@ -151,11 +70,9 @@ def test_a_packed_batch_is_each_row_alone_by_the_bases_own_code(
 
 
 @architectures
-def test_rows_and_slots_do_not_see_each_other(
-    architecture: str, tiny: Tiny, tiny_base: Path
-) -> None:
+def test_rows_and_slots_do_not_see_each_other(architecture: str, tiny: Tiny) -> None:
     """A row is changed in the middle of a batch: only its own loss changes."""
-    pack = Pack(architecture, tiny, tiny_base, "lora.dropout=0.3")
+    pack = Pack(architecture, tiny, "lora.dropout=0.3")
     before = pack.row_losses(BATCHES)
     changed = copy.deepcopy(BATCHES)
     changed[0][1]["input_ids"][PREFIX + 1] = 5
@@ -176,7 +93,7 @@ def test_rows_and_slots_do_not_see_each_other(
 
 @architectures
 def test_an_adapter_has_the_same_logits_in_plain_peft(
-    architecture: str, tiny: Tiny, tiny_base: Path, tmp_path: Path
+    architecture: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     import torch
     from peft import PeftModel
@@ -184,7 +101,7 @@ def test_an_adapter_has_the_same_logits_in_plain_peft(
 
     from finetune.model.adapter import save_adapter
 
-    pack = Pack(architecture, tiny, tiny_base)
+    pack = Pack(architecture, tiny)
     pack.bank.base.save_pretrained(tmp_path / "base")
     slot = pack.slots[1]
     save_adapter(slot.model, load_tokenizer(pack.config), tmp_path / "adapter")
@@ -202,13 +119,13 @@ def test_an_adapter_has_the_same_logits_in_plain_peft(
 
 @architectures
 def test_answers_and_label_likelihoods_in_slots_are_those_of_each_alone(
-    architecture: str, tiny: Tiny, tiny_base: Path
+    architecture: str, tiny: Tiny
 ) -> None:
     from finetune.data.types import Prompt
     from finetune.engine.encoded_prompts import encode_prompts
     from finetune.engine.packed.requests import Evaluate, Generate
 
-    pack = Pack(architecture, tiny, tiny_base)
+    pack = Pack(architecture, tiny)
     tokenizer = load_tokenizer(pack.config)
     texts = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
     requests = []
@@ -236,20 +153,6 @@ def test_answers_and_label_likelihoods_in_slots_are_those_of_each_alone(
     for model, evaluation in zip(pack.models, likelihoods, strict=True):
         expected = [float(own_loss(model, row)) for row in groups]
         assert evaluation.row_losses == pytest.approx(expected, rel=1e-5)
-
-
-def greedy(model: Any, ids: list[int], tokens: int, ends: list[int]) -> list[int]:
-    """The most likely answer, each token by a plain forward pass."""
-    import torch
-
-    answer: list[int] = []
-    while len(answer) < tokens and answer[-1:] not in [[end] for end in ends]:
-        with torch.no_grad():
-            logits = model(
-                input_ids=torch.tensor([ids + answer]), use_cache=False
-            ).logits
-        answer.append(int(logits[0, -1].argmax()))
-    return answer
 
 
 @pytest.fixture

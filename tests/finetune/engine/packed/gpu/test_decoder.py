@@ -16,6 +16,38 @@ ARCHITECTURES = {
     "qwen2": {},
     "mistral": {"sliding_window": 6},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "ministral3": {
+        "sliding_window": 6,
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "phi3": {
+        "sliding_window": 6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "qwen3_5_text": {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+    },
+    "gemma3_text": {
+        "sliding_window": 6,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 
@@ -25,8 +57,9 @@ ARCHITECTURES = {
         ("llama", True),
         pytest.param("llama", False, marks=pytest.mark.slow),
         *(
-            pytest.param(other, other == "qwen3", marks=pytest.mark.slow)
+            pytest.param(other, saves, marks=pytest.mark.slow)
             for other in list(ARCHITECTURES)[1:]
+            for saves in (False, True)
         ),
     ],
 )
@@ -70,9 +103,11 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     fresh.save_pretrained(folder)
     here = f"model.name_or_path={folder}"
     saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
+    joined = ("lora.r=16", "lora.target_modules=[qkv_proj]", "lora.use_rslora=true")
+    settings = SLOTS if architecture != "phi3" else (SLOTS[0], joined, SLOTS[2])
     configs = [
         tiny(here, saving, "lora.dropout=0", f"seed={seed}", *own)
-        for seed, own in enumerate(SLOTS)
+        for seed, own in enumerate(settings)
     ]
     found = []
     for by_hand in (False, True):

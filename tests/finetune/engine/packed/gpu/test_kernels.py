@@ -14,76 +14,125 @@ def draw(*shape: int) -> "torch.Tensor":
     return torch.randn(*shape)
 
 
-@pytest.mark.parametrize("width", [64, 96, 576])
-def test_norm_is_transformers(width: int) -> None:
+NORMS = {
+    "llama": (0.0, False),
+    "gemma3": (1.0, True),
+}
+"""What is added to a norm's weight, and whether it rounds last, by transformers' module."""
+
+
+@pytest.mark.parametrize("architecture", NORMS)
+@pytest.mark.parametrize("columns", [64, 96, 576])
+def test_norm_is_transformers(architecture: str, columns: int) -> None:
     import torch
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from finetune.engine.packed.gpu.rms_norm import rms_norm, rms_norm_backward
+    from finetune.engine.packed.gpu.rms_norm import (
+        add_rms_norm,
+        read_norm,
+        rms_norm,
+        rms_norm_backward,
+    )
+    from finetune.model.decoder_blocks import DecoderBlock
 
     torch.manual_seed(0)
-    plain = LlamaRMSNorm(width, 1e-5)
-    plain.weight.data = 1 + 0.1 * draw(width)
-    x, slope, residual = draw(3, 7, width)
-    weight = plain.weight.data
+    plain = (LlamaRMSNorm if architecture == "llama" else Gemma3RMSNorm)(columns, 1e-5)
+    offset, rounds_last = NORMS[architecture]
+    plain.weight.data.add_(0.1 * draw(columns))
+    norm = read_norm(
+        plain, DecoderBlock(norm_offset=offset, norm_rounds_last=rounds_last)
+    )
+    wide, slope, residual = draw(3, 21, 2 * columns)
+    # Rows that lie apart in memory, as the queries beside an output gate do.
+    x = wide[:, :columns]
+    slope, residual = (
+        slope[:, :columns].contiguous(),
+        residual[:, columns:].contiguous(),
+    )
     y = plain(x.requires_grad_())
     (expected,) = torch.autograd.grad(y, x, slope)
     x = x.detach()
     for copies in (False, True):
-        found, inverse, copy = rms_norm(x, weight, 1e-5, copies)
-        assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
+        computed, inverse_rms, copy = rms_norm(x, norm, copies)
+        assert torch.allclose(computed, y, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy, x) if copies else copy is None
-    into_x = rms_norm_backward(slope, x, weight, inverse)
-    assert torch.allclose(into_x, expected, rtol=1e-4, atol=1e-6)
-    into_x = rms_norm_backward(slope, x, weight, inverse, residual)
-    assert torch.allclose(into_x, expected + residual, rtol=1e-4, atol=1e-6)
+    total = residual.clone()
+    assert torch.equal(add_rms_norm(total, x, norm), inverse_rms)
+    assert torch.allclose(total, residual + y, rtol=1e-5, atol=1e-6)
+    gradient = rms_norm_backward(slope, x, norm, inverse_rms)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    gradient = rms_norm_backward(slope, x, norm, inverse_rms, residual)
+    assert torch.allclose(gradient, expected + residual, rtol=1e-4, atol=1e-6)
+    into = torch.zeros_like(wide)
+    rms_norm_backward(slope, x, norm, inverse_rms, grad_x=into[:, columns:])
+    assert torch.allclose(into[:, columns:], expected, rtol=1e-4, atol=1e-6)
+    assert not into[:, :columns].any()
 
 
-def test_gate_is_pytorchs() -> None:
+@pytest.mark.parametrize("rows_apart", [False, True])
+@pytest.mark.parametrize("columns", [300, 1500])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "sigmoid"])
+def test_gated_product_is_pytorchs(
+    activation: str, columns: int, rows_apart: bool
+) -> None:
     import torch
+    from transformers.activations import ACT2FN
 
-    from finetune.engine.packed.gpu.swiglu import swiglu, swiglu_backward
+    from finetune.engine.packed.gpu.gated_product import (
+        gated_product,
+        gated_product_backward,
+    )
 
     torch.manual_seed(0)
-    gated, up = (draw(1, 5, 300).requires_grad_() for _ in range(2))
-    slope = draw(1, 5, 300)
-    y = torch.nn.functional.silu(gated) * up
-    y.backward(slope)
-    assert torch.allclose(swiglu(gated.detach(), up.detach()), y, rtol=1e-5, atol=1e-6)
-    for again in (False, True):
-        into_gated, into_up = gated.detach().clone(), up.detach().clone()
-        product = swiglu_backward(slope.clone(), into_gated, into_up, again)
-        assert torch.allclose(into_gated, gated.grad, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(into_up, up.grad, rtol=1e-4, atol=1e-6)
-        assert (
-            product is None
-            if not again
-            else torch.allclose(product, y, rtol=1e-5, atol=1e-6)
-        )
+    joined = 2 * draw(5, 2 * columns)
+    gate, up = joined.chunk(2, 1)
+    if not rows_apart:
+        gate, up = gate.contiguous(), up.contiguous()
+    slope = draw(5, columns)
+    y = ACT2FN[activation](gate.requires_grad_()) * up.requires_grad_()
+    expected = torch.autograd.grad(y, (gate, up), slope)
+    gate, up = gate.detach(), up.detach()
+    computed = gated_product(gate, up, activation)
+    assert torch.allclose(computed, y, rtol=1e-5, atol=1e-6)
+    for recomputes in (False, True):
+        in_place = joined.clone().chunk(2, 1)
+        elsewhere = torch.zeros(5, columns), torch.zeros(5, columns)
+        for inputs, results in ((in_place, in_place), ((gate, up), elsewhere)):
+            product = gated_product_backward(
+                slope.clone(), *inputs, activation, recomputes, *results
+            )
+            for gradient, its_expected in zip(results, expected, strict=True):
+                assert torch.allclose(gradient, its_expected, rtol=1e-4, atol=1e-5)
+            assert (product is None) is not recomputes
+            if product is not None:
+                assert torch.allclose(product, y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "width"), [(3, 64), (20, 80)])
-def test_rotation_is_transformers(heads: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary_dim"), [(3, 64, 64), (20, 80, 80), (3, 64, 48)]
+)
+def test_rotation_is_transformers(heads: int, head_dim: int, rotary_dim: int) -> None:
     import torch
-    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
 
     from finetune.engine.packed.gpu.rotary import apply_rotary
 
     torch.manual_seed(0)
-    x = draw(1, 6, heads, width).transpose(1, 2).requires_grad_()
-    angles = draw(1, 6, width // 2).repeat(1, 1, 2)
+    x = draw(1, 6, heads, head_dim).transpose(1, 2).requires_grad_()
+    angles = draw(1, 6, rotary_dim // 2).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
-    y, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
-    slope = draw(1, heads, 6, width)
+    y, _ = modeling_phi3.apply_rotary_pos_emb(x, x, cos, sin)
+    slope = draw(1, heads, 6, head_dim)
     (expected,) = torch.autograd.grad(y, x, slope)
-    found, back = (
-        apply_rotary(
-            part[0].transpose(0, 1).contiguous(), cos[0], sin[0], sign
-        ).transpose(0, 1)[None]
-        for part, sign in ((x.detach(), 1.0), (slope, -1.0))
-    )
-    assert torch.allclose(found, y, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(back, expected, rtol=1e-5, atol=1e-6)
+    for tensor, rotated, sign in ((x.detach(), y, 1.0), (slope, expected, -1.0)):
+        # Beside other columns, as the queries of one layer for queries, keys and values are.
+        joined = torch.zeros(6, heads * head_dim + 7)
+        view = joined[:, : heads * head_dim].unflatten(1, (heads, head_dim))
+        view.copy_(tensor[0].transpose(0, 1))
+        apply_rotary(view, cos[0], sin[0], sign)
+        assert torch.allclose(view.transpose(0, 1)[None], rotated, rtol=1e-5, atol=1e-6)
+        assert not joined[:, heads * head_dim :].any()
 
 
 def test_score_is_cross_entropy() -> None:
@@ -348,11 +397,13 @@ def test_one_rows_attention_never_reaches_another() -> None:
     line = PackedBatch([[row] for row in rows], torch.device("cpu"))
     states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
     sick = line.spans[-1].start
-    table = SpanTables(line.spans, line.position_ids[0])
+    table = SpanTables(line.spans, line.position_ids[0], 32)
 
     def run() -> list[torch.Tensor]:
-        attended = attention(*states[:3], table, 0.2, None)
-        return [attended.output, *attention_backward(states[3], attended, table)]
+        trace = attention(*states[:3], table, 0.2, None)
+        gradients = [torch.empty_like(state) for state in states[:3]]
+        attention_backward(states[3], trace, table, gradients)
+        return [trace.output, *gradients]
 
     well = run()
     for state in states:
@@ -362,13 +413,25 @@ def test_one_rows_attention_never_reaches_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "width", "window"), [(2, 1, 32, 20), (1, 1, 24, None)]
+    ("heads", "groups", "head_dim", "rotary_dim", "window"),
+    [
+        (2, 1, 32, 32, 20),
+        (1, 1, 24, 24, None),
+        (2, 1, 32, 16, None),
+        pytest.param(2, 1, 256, 256, 20, marks=pytest.mark.slow),
+    ],
 )
+@pytest.mark.parametrize("is_joined", [False, True])
 def test_attention_is_the_cpus(
-    heads: int, groups: int, width: int, window: int | None
+    heads: int,
+    groups: int,
+    head_dim: int,
+    rotary_dim: int,
+    window: int | None,
+    is_joined: bool,
 ) -> None:
     """Rows of one token, of more than a block, and rows that share a beginning; rotated before it
-    or not."""
+    or not; queries, keys and values of one layer or of three."""
     import torch
 
     from finetune.engine.packed.attention import PackedAttention, Scores
@@ -382,38 +445,43 @@ def test_attention_is_the_cpus(
 
     torch.manual_seed(0)
     ids = torch.randint(0, 99, (6, 150)).tolist()
+    # The last token of a row is not computed.
     plain = [
         {"input_ids": ids[0][:size], "labels": ids[0][:size]} for size in (2, 71, 65)
-    ]  # the last is not computed
+    ]
     sharing = [
         {"input_ids": ids[1][:66] + own[:size], "labels": [-100] * 67 + own[1:size]}
         for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
     ]
-    line = PackedBatch([plain, sharing], torch.device("cpu"))
-    assert any(span.prefix_length for span in line.spans)
-    tokens = line.input_ids.shape[1]
-    query, key, value = (
-        draw(tokens, count, width).requires_grad_() for count in (heads, groups, groups)
-    )
-    out = PackedAttention(line).attend(query, key, value, Scores(0.2, window))
-    slope = draw(tokens, heads, width)
-    expected = torch.autograd.grad(out, (query, key, value), slope)
-    rows = SpanTables(line.spans, line.position_ids[0])
-    attended = attention(
-        query.detach(), key.detach(), value.detach(), rows, 0.2, window
-    )
-    assert torch.allclose(attended.output, out, rtol=1e-4, atol=1e-5)
-    for one, other in zip(
-        attention_backward(slope, attended, rows), expected, strict=True
-    ):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-    angles = draw(tokens, width // 2).repeat(1, 2)
-    turn = (angles.cos(), angles.sin())
-    turned = [*(apply_rotary(part, *turn, -1.0) for part in expected[:2]), expected[2]]
-    for one, other in zip(
-        attention_backward(slope, attended, rows, turn), turned, strict=True
-    ):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    batch = PackedBatch([plain, sharing], torch.device("cpu"))
+    assert any(span.prefix_length for span in batch.spans)
+    tokens = batch.input_ids.shape[1]
+    sizes = [count * head_dim for count in (heads, groups, groups)]
+
+    def empty() -> list[torch.Tensor]:
+        parts = list(torch.zeros(tokens, sum(sizes)).split(sizes, 1))
+        if not is_joined:
+            parts = [part.contiguous() for part in parts]
+        return [part.unflatten(1, (-1, head_dim)) for part in parts]
+
+    states = [part.copy_(draw(*part.shape)).requires_grad_() for part in empty()]
+    output = PackedAttention(batch).attend(*states, Scores(0.2, window))
+    slope = draw(tokens, heads, head_dim)
+    expected = torch.autograd.grad(output, states, slope)
+    tables = SpanTables(batch.spans, batch.position_ids[0], head_dim)
+    trace = attention(*(state.detach() for state in states), tables, 0.2, window)
+    assert torch.allclose(trace.output, output, rtol=1e-4, atol=1e-5)
+    gradients = empty()
+    attention_backward(slope, trace, tables, gradients)
+    for gradient, its_expected in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, its_expected, rtol=1e-4, atol=1e-4)
+    angles = draw(tokens, rotary_dim // 2).repeat(1, 2)
+    rotation = (angles.cos(), angles.sin())
+    for gradient in expected[:2]:
+        apply_rotary(gradient, *rotation, -1.0)
+    attention_backward(slope, trace, tables, gradients, rotation)
+    for gradient, its_expected in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, its_expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input() -> None:
@@ -436,7 +504,7 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input() -> None:
     x, onto = draw(tokens, width).to(half), (2 * draw(tokens, width)).to(half)
     group, sums = LinearGroup([layer], ["o"], 0), []
     for adapted in (frozenset({"o"}), frozenset()):
-        context = PassContext(None, None, tables, adapted, x, x)  # type: ignore[arg-type]
+        context = PassContext(None, None, tables, adapted, {})  # type: ignore[arg-type]
         (found,), _ = group.forward(x, context, residual=onto.clone())
         sums.append(found.float())
     added = x.float() @ a.float().t() @ b.float().t()

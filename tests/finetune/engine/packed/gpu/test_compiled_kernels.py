@@ -1,0 +1,38 @@
+"""Every kernel compiles for every card, and fits into its shared memory, though none is here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support
+
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+"""Most bytes of a program, by compute capability (CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability")."""
+
+SCRIPT = Path(support.__file__).with_name("compile_kernels.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_every_kernel_fits_every_card(head_dim: int, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    # The kernels are compiled, not interpreted.
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPT), str(head_dim), *map(str, SHARED_MEMORY)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    kernels = {line["kernel"] for line in lines}
+    assert len(kernels) >= 12
+    assert {line["capability"] for line in lines} == set(SHARED_MEMORY)
+    for line in lines:
+        assert line["shared"] <= SHARED_MEMORY[line["capability"]], line
