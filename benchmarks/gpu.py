@@ -339,6 +339,7 @@ class Counter:
     def report_step(self, *, tokens: int, **_: object) -> Iterator[Any]:
         """A step was taken."""
         self.tokens += tokens
+        self.progress.step += 1
         yield from ()
 
 

@@ -60,7 +60,8 @@ CASES = {
     "nf4_double, r 128, dropout": Case(
         SHORT, ("quantization=nf4_double", "lora=r128", "lora.dropout=0.1")
     ),
-    "DoRA (trl)": Case(SHORT, ("lora.use_dora=true",)),
+    "DoRA": Case(SHORT, ("lora.use_dora=true",)),
+    "DoRA (trl)": Case(SHORT, ("lora.use_dora=true", "trainer.engine=trl")),
     "rows of 2,048, batch 1": Case(
         EQUAL_2048,
         (
@@ -94,8 +95,12 @@ CASES = {
         ),
     ),
     "engine=trl": Case(SHORT, ("trainer.engine=trl",)),
-    "Adafactor (trl)": Case((20, 60), ("optimizer=adafactor", "lora=r128")),
-    "AdamW in 8 bits (trl)": Case((20, 60), ("optimizer=adamw_8bit", "lora=r128")),
+    "Adafactor (trl)": Case(
+        (20, 60), ("optimizer=adafactor", "lora=r128", "trainer.engine=trl")
+    ),
+    "AdamW in 8 bits (trl)": Case(
+        (20, 60), ("optimizer=adamw_8bit", "lora=r128", "trainer.engine=trl")
+    ),
     "evaluation batch 32, training batch 1": Case(
         SHORT,
         (

@@ -14,8 +14,8 @@ os.environ.pop("WANDB_API_KEY", None)
 from support.bad_input import Workplace
 from support.commands import LIGHT_IMPORTS, Station
 from support.configs import compose, tiny_overrides
-from support.models import CHATML
 from support.runs import losses
+from support.tiny_base import make_tiny_base
 
 from finetune.config.schema import RunConfig
 from finetune.console import quiet_libraries
@@ -72,47 +72,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with random weights, and a byte-level BPE tokenizer with a ChatML
     template, whose padding token is its end token.
     """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from finetune.data.python_docs import question_answer_pairs
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(
-        (text for row in question_answer_pairs() for text in row.values()), trainer
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = CHATML
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            tie_word_embeddings=True,
-        )
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ _OTHER_NAMES = {
     "trainer.early_stopping_patience": "patience early_stopping",
     "trainer.gradient_accumulation_steps": "grad_accum grad_accum_steps accumulation "
     "accumulate_grad_batches gradient_accumulation accumulation_steps",
+    "trainer.max_minutes": "time_limit max_time max_hours max_seconds",
     "trainer.max_steps": "steps num_steps total_steps max_iters iterations",
     "trainer.num_train_epochs": "epochs epoch num_epochs n_epochs max_epochs",
     "trainer.per_device_eval_batch_size": "eval_batch_size val_batch_size",

@@ -220,11 +220,12 @@ class RunConfig(Section):
             eval_path=_absolute_path(self.dataset.eval_path),
             test_path=_absolute_path(self.dataset.test_path),
         )
+        lora = dataclasses.replace(self.lora, adapter=_absolute_path(self.lora.adapter))
         evaluation = dataclasses.replace(
             self.evaluation, harness_path=_absolute_path(self.evaluation.harness_path)
         )
         return dataclasses.replace(
-            self, model=model, dataset=dataset, evaluation=evaluation
+            self, model=model, lora=lora, dataset=dataset, evaluation=evaluation
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Files of a checkpoint, by engine:
 
 - packed: `slot.safetensors` holds the adapter's weights as one float32 vector [parameters], the
-  state of AdamW (two more vectors and the step), and with float16 the loss scale.
+  state of the optimizer (of AdamW two more vectors and the step; of others the state of each
+  parameter), and with float16 the loss scale.
 - trl: what transformers' Trainer writes: `adapter_model.safetensors`, `optimizer.pt`,
   `scheduler.pt`, `rng_state.pth`, `trainer_state.json`.
 - both: `progress.json`, this module's `Progress`. It is written last: a checkpoint without it was
@@ -54,7 +55,7 @@ class Progress:
     rungs_without_better: int = 0
     """Evaluations since the best one."""
     stop: str | None = None
-    """Why training ended before its last step: `pruned`, `early` or `interrupted`."""
+    """Why training ended before its last step: `pruned`, `early`, `minutes` or `interrupted`."""
 
     def add_step(
         self,

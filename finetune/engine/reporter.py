@@ -12,12 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finetune.config.schema import RunConfig
+from finetune.engine.budget import Budget
 from finetune.engine.checkpoint import Progress
 from finetune.engine.early_stopping import EarlyStopping
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.output import RunOutput
-from finetune.engine.schedule import answer_steps, evaluation_rungs, warmup_steps
+from finetune.engine.schedule import (
+    answer_steps,
+    evaluation_rungs,
+    share_rungs,
+    warmup_steps,
+)
 from finetune.engine.steps import RunSteps
 from finetune.errors import Diverged
 from finetune.files.run_folder import Metrics, remove_old_checkpoints
@@ -70,7 +76,9 @@ class Reporter:
         self._interrupt = interrupt
         self._constants = constants or {}
         self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._share_rungs = share_rungs(config.trainer.eval_steps, total)
         self._answer_steps = answer_steps(config.evaluation, self._rungs)
+        self._budget = Budget(config.trainer, total)
         self._warmup_steps = warmup_steps(config.optimizer, total)
 
     @contextmanager
@@ -84,6 +92,18 @@ class Reporter:
         self._output.advance(self.progress.step)
         if self.progress.step == 0:
             yield from self._evaluate_rung(0)
+        elif self.is_complete:
+            self._stop_by_minutes()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has taken its last step."""
+        return self._budget.is_spent(self.progress)
+
+    def _stop_by_minutes(self) -> None:
+        """End a run that has no minute left; after the last step there is nothing to stop."""
+        if self.progress.step < self.total:
+            self.progress.stop = "minutes"
 
     def report_step(
         self,
@@ -113,18 +133,39 @@ class Reporter:
         self._check_loss(step, loss)
         self._check_gradient(step, grad_norm)
         self._output.advance()
-        is_last = step == self.total
+        is_last = self.is_complete
         is_due = step % self._config.trainer.logging_steps == 0
         if is_due or is_last:
             self._log_window(step, learning_rate, grad_norm)
-        if step in self._rungs:
-            yield from self._evaluate_rung(step)
+        rung = self._due_rung(step)
+        if rung is not None:
+            yield from self._evaluate_rung(rung)
         # After the last step there is nothing to stop: the run is complete.
-        if self.progress.stop is None and step < self.total:
+        if is_last:
+            self._stop_by_minutes()
+        elif self.progress.stop is None:
             if self._interrupt.requested:
                 self.progress.stop = "interrupted"
             elif self._observer.on_step(step):
                 self.progress.stop = "pruned"
+
+    def _due_rung(self, step: int) -> int | None:
+        """Return the rung that is due after a step, by the step that it has in the schedule.
+
+        A run that ends by the clock reaches rungs at a share of the run by its progress, those at a
+        number of steps by its steps, and the last one when it ends.
+        """
+        if not self._budget.is_timed:
+            return step if step in self._rungs else None
+        if self.is_complete:
+            return self.total
+        position = self._budget.position(self.progress)
+        shares = [rung for rung in self._share_rungs if rung <= position]
+        counted = [rung for rung in self._rungs if rung <= step]
+        counted = [rung for rung in counted if rung not in self._share_rungs]
+        rung = max([*shares, *counted], key=self._rungs.__getitem__)
+        last = self.progress.rungs[-1]["index"] if self.progress.rungs else 0
+        return rung if self._rungs[rung] > last else None
 
     def complete_checkpoint(self, checkpoint: Path, limit: int | None) -> None:
         """Complete a checkpoint that the engine has written, and remove outdated ones.
@@ -173,12 +214,17 @@ class Reporter:
         self._output.log(step, metrics)
         self._output.show_training(step, metrics)
 
-    def _evaluate_rung(self, step: int) -> RunSteps[None]:
-        """Evaluate, report to the observer, and stop the run if it or the patience says so."""
+    def _evaluate_rung(self, rung_step: int) -> RunSteps[None]:
+        """Evaluate, report to the observer, and stop the run if it or the patience says so.
+
+        Args:
+            rung_step: The step that the rung has in the schedule.
+        """
         if self._evaluate is None:
             return
+        step = self.progress.step
         began = time.perf_counter()
-        has_answers = step in self._answer_steps
+        has_answers = rung_step in self._answer_steps
         metrics = yield from self._evaluate(has_answers)
         seconds = time.perf_counter() - began
         names = self._config.objectives
@@ -187,12 +233,13 @@ class Reporter:
             metrics["objective"] = metrics[names[0]]
         loss = metrics["eval/loss"]
         rung = Rung(
-            index=self._rungs[step],
+            index=self._rungs[rung_step],
             step=step,
-            total=self.total,
+            # The clock may end it earlier.
+            total=step if step and self.is_complete else self.total,
             metrics=metrics,
             constants=self._constants,
-            is_warmup=step < self._warmup_steps,
+            is_warmup=self._budget.position(self.progress) < self._warmup_steps,
             train_tokens=self.progress.train_tokens,
             seconds=seconds,
             has_answers=has_answers,
@@ -208,5 +255,5 @@ class Reporter:
         yield None
         if self._observer.should_prune(rung):
             self.progress.stop = "pruned"
-        elif self._early_stopping.should_stop(step):
+        elif not self.is_complete and self._early_stopping.should_stop(step):
             self.progress.stop = "early"

@@ -117,6 +117,17 @@ def evaluation_rungs(setting: float | list[float], total: int) -> dict[int, int]
     return rungs
 
 
+def share_rungs(setting: float | list[float], total: int) -> set[int]:
+    """Return the steps of `evaluation_rungs` that are shares of the run, not numbers of steps."""
+    values = setting if isinstance(setting, list) else [setting]
+    steps: set[int] = set()
+    for value in values:
+        if 0 < value < 1:
+            single = [value] if isinstance(setting, list) else value
+            steps |= evaluation_rungs(single, total).keys() - {0, total}
+    return steps
+
+
 def answer_steps(settings: EvaluationSettings, rungs: dict[int, int]) -> list[int]:
     """Return the optimizer steps after which answers are evaluated (`evaluation.every`).
 
@@ -136,8 +147,27 @@ def _position(value: float, total: int) -> float:
     return value * total if value < 1 else value
 
 
-def total_steps(config: RunConfig, rows: int) -> int:
-    """Return the number of optimizer steps of a run.
+def total_steps(config: RunConfig, lengths: list[int]) -> int:
+    """Return the number of optimizer steps of a run, with `trainer.max_tokens`.
+
+    Args:
+        config: The run's config.
+        lengths: Tokens of each training row, or packed sequence.
+    """
+    steps = unlimited_steps(config, len(lengths))
+    limit = config.trainer.max_tokens
+    if limit is None:
+        return steps
+    tokens = 0
+    for number, step in enumerate(step_batches(lengths, config, steps), 1):
+        tokens += sum(lengths[index] for batch in step.batches for index in batch)
+        if tokens >= limit:
+            return number
+    return steps
+
+
+def unlimited_steps(config: RunConfig, rows: int) -> int:
+    """Return the number of optimizer steps by epochs or `trainer.max_steps` alone.
 
     Args:
         config: The run's config.

@@ -5,7 +5,8 @@ import re
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections.lora import LoraSettings
+from finetune.config.sections.lora import CHOOSES_MATRICES, LoraSettings
+from finetune.config.sections.trainer import KEEPS_BASE
 from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
 from finetune.model.architectures import (
@@ -25,24 +26,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-ADAMW = {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"}
-"""Optimizers that compute the same update as `torch.optim.AdamW`."""
-
 SUPPORTED_MODEL_ARGUMENTS = {"device_map"}
 """Keys of `model.extra` that the packed engine supports."""
-
-SUPPORTED_TRAINER_ARGUMENTS = {"lr_scheduler_kwargs", "save_total_limit"}
-"""Keys of `trainer.extra` that the packed engine supports."""
 
 
 def choose_engine(config: RunConfig, source: BaseSource) -> str:
     """Return the engine of a run, `packed` or `trl`; log why if `auto` becomes `trl`.
 
     Raises:
-        ConfigError: The config asks for `packed`, which does not support something else in it.
+        ConfigError: The config asks for `packed`, which does not support something else in it; or
+            neither engine does.
     """
     setting = config.trainer.engine
     if setting == "trl":
+        _require_trl_support(config)
         return "trl"
     reason = reason_unsupported(config, read_base_config(source, config.model))
     if reason is None:
@@ -51,8 +48,25 @@ def choose_engine(config: RunConfig, source: BaseSource) -> str:
         raise refusal(
             "trainer.engine", setting, f"does not do {reason}; allowed: auto, trl"
         )
+    _require_trl_support(config)
     log.info("engine: trl, as packed does not do %s", reason)
     return "trl"
+
+
+def _require_trl_support(config: RunConfig) -> None:
+    """Refuse what neither engine does.
+
+    Raises:
+        ConfigError: Without a GPU, DoRA on a base in 8 bits, whose scales bitsandbytes loses, or
+            LoftQ.
+    """
+    if on_gpu():
+        return
+    if config.lora.use_dora and config.quantization.load_in_8bit:
+        reason = "does not work with quantization.load_in_8bit=true on a CPU"
+        raise refusal("lora.use_dora", "true", reason)
+    if config.lora.init_lora_weights == "loftq":
+        raise refusal("lora.init_lora_weights", "loftq", "needs a GPU")
 
 
 def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | None:
@@ -68,6 +82,7 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
     return (
         _unsupported_model_setting(config)
         or _unsupported_lora_setting(config.lora)
+        or _unsupported_by_kernels(config, base)
         or _unsupported_training_setting(config)
         or _unsupported_base(config, base)
     )
@@ -122,30 +137,49 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
     dtype = compute_dtype(config.quantization)
     product_dtype = str(dtype).removeprefix("torch.")
     if model.dtype not in ("auto", product_dtype):
-        return f"model.dtype={model.dtype}"
+        return f"model.dtype={model.dtype} (only {product_dtype}, as its products)"
     if model.attn_implementation not in (None, "sdpa"):
-        return f"model.attn_implementation={model.attn_implementation}"
+        setting = f"model.attn_implementation={model.attn_implementation}"
+        return f"{setting} (it has its own attention)"
     if model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS:
-        return f"model.extra={model.extra}"
+        return f"model.extra={model.extra} ({_only(SUPPORTED_MODEL_ARGUMENTS)})"
     return None
 
 
 def _unsupported_lora_setting(lora: LoraSettings) -> str | None:
-    if lora.use_dora:
-        return "lora.use_dora=true"
-    if lora.bias != "none":
-        return f"lora.bias={lora.bias}"
+    # Norms and other layers without an adapter are shared by all slots.
+    if lora.bias == "all":
+        return (
+            f"lora.bias={lora.bias} (only those of layers with an adapter: lora_only)"
+        )
     # Most other initialisations compute with the base's weights or activations. The bank
     # initialises adapters on a copy of the base that has no weights.
     if lora.init_lora_weights not in (True, False, "gaussian"):
-        return f"lora.init_lora_weights={lora.init_lora_weights}"
-    if lora.extra:
-        return f"lora.extra={lora.extra}"
+        setting = f"lora.init_lora_weights={lora.init_lora_weights}"
+        return f"{setting} (computed from the base's weights, most change them)"
+    if lora.extra.keys() - CHOOSES_MATRICES:
+        return f"lora.extra={lora.extra} ({_only(CHOOSES_MATRICES)})"
     # The bank computes logits from the head's weight directly, in chunks: an adapter on the head
     # would not be trained.
     if _targets_head(lora.target_modules):
         return f"lora.target_modules={lora.target_modules} (with the head)"
     return None
+
+
+def _unsupported_by_kernels(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    """DoRA needs a layer's dense weight; neither it nor trained biases have kernels on a GPU."""
+    lora = config.lora
+    if lora.use_dora and config.quantization.load_in_8bit:
+        return "lora.use_dora=true (with quantization.load_in_8bit=true)"
+    if not on_gpu() or not (lora.use_dora or lora.bias != "none"):
+        return None
+    # Late: it imports the engine.
+    from finetune.engine.packed.backend import supports_gpu_decoder
+
+    if not supports_gpu_decoder(base, config.quantization):
+        return None
+    setting = "lora.use_dora=true" if lora.use_dora else f"lora.bias={lora.bias}"
+    return f"{setting} (not with this base's kernels on a GPU)"
 
 
 def _targets_head(target_modules: str | list[str]) -> bool:
@@ -156,13 +190,14 @@ def _targets_head(target_modules: str | list[str]) -> bool:
 
 
 def _unsupported_training_setting(config: RunConfig) -> str | None:
-    if config.optimizer.name not in ADAMW:
-        return f"optimizer.name={config.optimizer.name}"
-    if config.trainer.extra.keys() - SUPPORTED_TRAINER_ARGUMENTS:
-        return f"trainer.extra={config.trainer.extra}"
-    if config.dataset.packing:
-        return "dataset.packing=true"
+    if config.trainer.extra.keys() - KEEPS_BASE:
+        return f"trainer.extra={config.trainer.extra} ({_only(KEEPS_BASE)})"
     dtype = config.quantization.bnb_4bit_compute_dtype
     if dtype == "float16" and not on_gpu():
-        return f"quantization.bnb_4bit_compute_dtype={dtype}"
+        return f"quantization.bnb_4bit_compute_dtype={dtype} (not on a CPU)"
     return None
+
+
+def _only(arguments: set[str]) -> str:
+    """Return which arguments of an `extra` the packed engine has, for a reason."""
+    return f"only {', '.join(sorted(arguments))}"

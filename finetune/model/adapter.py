@@ -100,9 +100,8 @@ def without_peft_notes() -> Iterator[None]:
     """Hide PEFT's notes on settings that it makes itself, for fused experts and for GPT-2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        warnings.filterwarnings(
-            "ignore", r".*_pattern keys did not match any.*gate_up_proj"
-        )
+        # Patterns of the user that match nothing are refused by `check_layer_patterns`.
+        warnings.filterwarnings("ignore", r".*_pattern keys did not match any")
         yield
 
 
@@ -149,12 +148,12 @@ def _rename_for_published(
     config = read_json(config_file)
     # Each layer by its full name: the other modalities have layers of the same names.
     config["target_modules"] = sorted(
-        names.to_published(name) for name in _adapted_layers(model)
+        names.to_published(name) for name in adapted_layers(model)
     )
     write_json(config_file, config)
 
 
-def _adapted_layers(model: "PeftModel") -> list[str]:
+def adapted_layers(model: "PeftModel") -> list[str]:
     """Return the full names of the layers with an adapter, as the base has them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -19,7 +19,7 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
         ConfigError: `lora.extra` names an argument that has a key of its own, or that LoraConfig
             does not accept.
     """
-    from peft import LoraConfig
+    from peft import LoftQConfig, LoraConfig
 
     alpha = settings.alpha
     arguments: dict[str, Any] = {
@@ -36,7 +36,11 @@ def lora_config(settings: LoraSettings) -> "LoraConfig":
     for name, value in settings.extra.items():
         if name in arguments:
             raise refusal(f"lora.extra.{name}", value, "has a key of its own")
+    extra = dict(settings.extra)
     try:
-        return LoraConfig(**arguments | settings.extra)
+        if "loftq_config" in extra:
+            # PEFT fills in what is not given only here.
+            extra["loftq_config"] = LoftQConfig(**extra["loftq_config"])
+        return LoraConfig(**arguments | extra)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora.extra={settings.extra}: {error}") from None

@@ -191,6 +191,9 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         if name not in LLAMA_LAYERS:
             elements += width
     elements += sum(rank for _, _, rank in layer.adapters.values())
+    if config.lora.use_dora:
+        # The input of each adapted layer, and its product before it is scaled.
+        elements += sum(width for _, width, _ in layer.adapters.values())
     bytes_per_token = elements * base.element
     if config.lora.dropout:
         # A mask of booleans.

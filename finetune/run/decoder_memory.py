@@ -52,7 +52,7 @@ def decoder_elements(
     layers: int = shapes.num_hidden_layers
     widths = read_widths(shapes)
     block = DECODER_BLOCKS[shapes.model_type]
-    adapters = _Adapters(config.lora.r, targets)
+    adapters = _Adapters(config.lora.largest_rank, targets)
     # Within a layer, the forward and backward pass of the gate are the widest.
     passing = 3 * widths.hidden + 2 * widths.inner
     layer = _attention_elements(widths, adapters, block)

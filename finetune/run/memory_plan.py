@@ -9,6 +9,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch
 from finetune.config.schema import RunConfig
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example
+from finetune.engine.optimizers import is_plain_adamw, state_bytes
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.schedule import step_batches, total_steps
@@ -139,9 +141,10 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     base += expert_buffer_bytes(skeleton, config, files)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
-    trained = sum(
-        weight.numel() for weight in adapted.parameters() if weight.requires_grad
-    )
+    shapes_trained = [
+        tuple(weight.shape) for weight in adapted.parameters() if weight.requires_grad
+    ]
+    trained = sum(map(math.prod, shapes_trained))
     half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
@@ -167,7 +170,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         base=base,
         experts=experts,
         adapter=trained * _bytes_per_trained_weight(config, half_precision),
-        optimizer=int(trained * _optimizer_bytes(config.optimizer.name)),
+        optimizer=_optimizer_bytes(shapes_trained, config),
         activations=activations.training,
         activations_beside=activations.beside,
         held=block_weights(shapes, config) * element_bytes if uses_decoder else 0,
@@ -181,14 +184,11 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     )
 
 
-def _optimizer_bytes(name: str) -> float:
-    """Bytes of the optimizer's state for each trained weight."""
-    if on_gpu():
-        return ADAMW_BYTES
-    if name == "adafactor":
-        return 0  # a row and a column for each matrix
-    averages = 1 if "lion" in name else 2
-    return averages * (1 if "8bit" in name else 4)
+def _optimizer_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:
+    """Bytes of the optimizer's state for trained weights of these shapes."""
+    if is_plain_adamw(config):
+        return sum(map(math.prod, shapes)) * ADAMW_BYTES
+    return state_bytes(shapes, config)
 
 
 def _bytes_per_trained_weight(config: RunConfig, half_precision: bool) -> int:
@@ -223,7 +223,7 @@ def _count_work(config: RunConfig, resources: SharedResources) -> _Work:
     test = resources.tokens("test", rows.test, config)
     lengths = train.lengths
     batches: list[list[int]] = []
-    for step in step_batches(lengths, config, total_steps(config, len(train))):
+    for step in step_batches(lengths, config, total_steps(config, lengths)):
         batches += step.batches
     sizes = [sum(lengths[index] for index in batch) for batch in batches]
     # The order of batches is random, so that the first of them stand for all; the largest of all

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.data.rows import Rows
 from finetune.data.token_file import Tokens
+from finetune.engine.optimizers import check_optimizer
 from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
 from finetune.errors import refusal
@@ -80,6 +81,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     tokenizer = resources.tokenizer(config.model)
     resources.check_targets(config)
     lora_config(config.lora)  # raises for unknown arguments
+    check_optimizer(config)
     engine = choose_engine(config, source)
     config = resolve_checkpointing(
         config, engine, resources, context.checkpointed_bases
@@ -95,7 +97,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     )
     if config.evaluation.has_tasks:
         check_tasks(config, tokenizer, read_base_config(source, config.model))
-    steps = total_steps(config, len(train))
+    steps = total_steps(config, train.lengths)
     if engine == "trl":
         _check_trl_arguments(config, steps)
     metrics = load_metrics(config.evaluation)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.config.sections.dataset import DatasetSettings
 from finetune.config.sections.model import ModelSettings
+from finetune.config.sections.trainer import KEEPS_BASE
 from finetune.data.row_file import StoredRows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.token_file import Tokens
@@ -175,14 +176,21 @@ class SharedResources:
         return self._task_work[documents].get(key, create)
 
     def check_targets(self, config: RunConfig) -> None:
-        """Raise ConfigError where the base lacks a module that `lora.target_modules` names."""
+        """Raise ConfigError where the base lacks a module that `lora` names."""
+        from finetune.model.initial_adapter import check_initial_adapter
+        from finetune.model.layer_patterns import check_layer_patterns
         from finetune.model.target_modules import check_targets
 
+        lora = config.lora
+
         def check() -> bool:
-            check_targets(self.source(config.model), config.model, config.lora)
+            source = self.source(config.model)
+            check_targets(source, config.model, lora)
+            check_layer_patterns(source, config.model, lora)
+            check_initial_adapter(source, config.model, lora)
             return True
 
-        self._checked_targets.get((config.model, config.lora), check)
+        self._checked_targets.get((config.model, lora), check)
 
     def base_answers(
         self, config: RunConfig, prompts: Sequence[Prompt]
@@ -271,15 +279,23 @@ class SharedResources:
     def model(self, config: RunConfig) -> "Iterator[PeftModel]":
         """Lend the base to one run, with a fresh adapter; afterwards it is as it was."""
         from finetune.model.adapter import add_adapter
+        from finetune.model.initial_adapter import load_initial_adapter
         from finetune.model.memory import free_memory
 
         base = self.bank(config).base
         forward = base.__dict__.get("forward")
         model = add_adapter(base, config.lora, config.seed)
+        load_initial_adapter(model, config.lora)
+        is_unchanged = config.lora.leaves_base_unchanged
         try:
             yield model
+        except BaseException:
+            # transformers leaves the hook of NEFTune on the base.
+            has_noise = "neftune_noise_alpha" in config.trainer.extra
+            is_unchanged = is_unchanged and not has_noise
+            raise
         finally:
-            if config.lora.leaves_base_unchanged:
+            if is_unchanged:
                 model.unload()
                 base.__dict__.pop("forward", None)  # TRL wraps it anew for each run
                 if forward is not None:
@@ -305,4 +321,9 @@ def _log_loading(config: RunConfig) -> None:
 def base_key(config: RunConfig) -> object:
     """Return what a loaded base depends on; `trainer.extra` may make TRL patch it in place."""
     checkpointing = config.trainer.gradient_checkpointing is True
-    return (config.model, config.quantization, checkpointing, config.trainer.extra)
+    extra = {
+        name: value
+        for name, value in config.trainer.extra.items()
+        if name not in KEEPS_BASE
+    }
+    return (config.model, config.quantization, checkpointing, extra)

@@ -123,13 +123,16 @@ def plan_time(
             return work.tokens * evaluated_token_seconds + work.steps * step_seconds
         return work.duration(is_gpu) * evaluated_token_seconds
 
-    total = total_steps(config, len(splits["train"]))
+    total = total_steps(config, splits["train"].lengths)
     rungs = evaluation_rungs(config.trainer.eval_steps, total)
     held_out, test = splits["eval"], splits["test"]
     answered = answer_steps(config.evaluation, rungs) if len(held_out) else []
     tasks = tasks or {"eval": Work(), "test": Work()}
+    training = train_tokens * TRAINING_PASSES * token_seconds
+    if config.trainer.max_minutes is not None:
+        training = min(training, 60 * config.trainer.max_minutes)
     return TimePlan(
-        training=train_tokens * TRAINING_PASSES * token_seconds,
+        training=training,
         evaluation=seconds(loss_work(config, held_out)),
         evaluations=len(rungs) if len(held_out) else 0,
         test=seconds(

@@ -129,6 +129,8 @@ def train(
         steps,
         batch_size,
     )
+    if config.trainer.max_minutes is not None:
+        log.info("training for at most %g minutes", config.trainer.max_minutes)
     if checkpoint:
         log.info("resuming after step %d", progress.step)
     yield from training.train(reporter, folder, checkpoint)

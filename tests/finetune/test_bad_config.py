@@ -41,12 +41,12 @@ CONFIG = [
     Case(
         "key",
         "lora.alhpa=8",
-        "lora.alhpa: no such key; did you mean alpha? allowed: alpha, bias, dropout…",
+        "lora.alhpa: no such key; did you mean alpha? allowed: adapter, alpha, bias…",
     ),
     Case(
         "added-key",
         "+lora.rank=8",
-        "lora.rank: no such key;…allowed: alpha, bias, …use_rslora",
+        "lora.rank: no such key;…allowed: adapter, alpha, …use_rslora",
     ),
     Case(
         "added-group",

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
+from finetune.engine.interrupt import Interrupt
 from finetune.engine.observer import Observer
 from finetune.run.context import RunContext
 from finetune.run.resources import SharedResources
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -90,3 +94,33 @@ NONE, NF4, TRL, PACKED = (
     "trainer.engine=packed",
 )
 Tiny = Callable[..., RunConfig]
+
+
+def saved_adapter(folder: Path) -> "torch.Tensor":
+    """All adapter weights of a run in one vector."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def interrupt_and_resume(config: RunConfig, folder: Path, step: int) -> None:
+    """Interrupt a run after a step, as Ctrl-C does, and resume it."""
+    import pytest
+
+    from finetune.errors import Interrupted
+    from finetune.run.run import run
+
+    interrupt = Interrupt()
+
+    class Interrupting(Observer):
+        def on_step(self, number: int) -> bool:
+            # It is asked at the next step.
+            interrupt.requested = number == step - 1
+            return False
+
+    context = RunContext(Interrupting(), interactive=False, interrupt=interrupt)
+    with pytest.raises(Interrupted):
+        run(config, folder, context)
+    run(config, folder, RunContext(interactive=False))

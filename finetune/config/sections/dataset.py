@@ -64,7 +64,7 @@ class DatasetSettings(Section):
 
     packing: bool
     """Whether several rows are joined to one sequence of `max_length` tokens. Refused where
-    the base would let them see each other."""
+    TRL trains and the base would let them see each other."""
 
     limit: int | None
     """Train on at most this many rows; null: all; auto: 240 of `python_docs` alone, all of any

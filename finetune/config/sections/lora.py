@@ -1,9 +1,19 @@
 """The LoRA adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.config.sections.section import Section
+from finetune.errors import refusal
+
+NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Initializations from activations or gradients. PEFT itself trains `eva` as plain LoRA then."""
+
+CHOOSES_MATRICES = {
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules",
+}  # fmt: skip
+"""Arguments in `lora.extra` that say which layers have an adapter, and of which rank and alpha."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +50,38 @@ class LoraSettings(Section):
     extra: dict[str, Any]
     """Further arguments of `peft.LoraConfig`."""
 
+    adapter: str | None = None
+    """An adapter of the same base, rank, scaling and layers that training goes on from: a run
+    folder, or a folder of PEFT's; null: a new one."""
+    # The default is for run folders that were written before the key existed.
+
     def __post_init__(self) -> None:
         self.require("r", self.r >= 1, "must be a whole number of at least 1")
         self.require("alpha", self.alpha > 0, "must be above 0")
         self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
         allowed = "must be all-linear or a list of module names"
         self.require("target_modules", bool(self.target_modules), allowed)
+        self._check_patterns()
+        self.require("adapter", self.adapter != "", "must be a folder, or null")
+        needs_data = str(self.init_lora_weights).startswith(NEEDS_DATA)
+        allowed = "is computed from data before training, which neither engine does"
+        self.require("init_lora_weights", not needs_data, allowed)
+        adds_only = self.init_lora_weights in (True, False, "gaussian")
+        allowed = "must be true: lora.adapter has the initial weights"
+        self.require("init_lora_weights", adds_only or self.adapter is None, allowed)
+
+    def _check_patterns(self) -> None:
+        ranks = self.extra.get("rank_pattern") or {}
+        allowed = "must be ranks of at least 1, as {q_proj: 8}"
+        if not _are_numbers(ranks, int) or min(ranks.values(), default=1) < 1:
+            raise refusal("lora.extra.rank_pattern", ranks, allowed)
+        alphas = self.extra.get("alpha_pattern") or {}
+        allowed = "must be numbers above 0, as {q_proj: 8}"
+        if (
+            not _are_numbers(alphas, int | float)
+            or min(alphas.values(), default=1) <= 0
+        ):
+            raise refusal("lora.extra.alpha_pattern", alphas, allowed)
 
     @property
     def leaves_base_unchanged(self) -> bool:
@@ -55,15 +91,33 @@ class LoraSettings(Section):
         argument in `extra` might not.
         """
         adds_only = self.init_lora_weights in (True, False, "gaussian")
-        return self.bias == "none" and adds_only and not self.extra
+        chooses_only = self.extra.keys() <= CHOOSES_MATRICES
+        return self.bias == "none" and adds_only and chooses_only
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a layer, with `lora.extra.rank_pattern`."""
+        ranks: dict[str, int] = self.extra.get("rank_pattern") or {}
+        return max(self.r, *ranks.values(), 1)
 
     @property
     def starts_at_zero(self) -> bool:
         """Whether a new adapter changes nothing yet, because its matrix B is zero."""
-        return self.leaves_base_unchanged and self.init_lora_weights is not False
+        is_fresh = self.adapter is None and self.init_lora_weights is not False
+        return self.leaves_base_unchanged and is_fresh
 
     @property
     def is_computed_from_base(self) -> bool:
         """Whether the adapter's initial weights are computed from the base's dense weights."""
-        methods = ("pissa", "corda", "orthogonal", "loftq")
+        methods = ("pissa", "orthogonal", "loftq")
         return str(self.init_lora_weights).startswith(methods)
+
+
+def _are_numbers(pattern: Any, number: Any) -> bool:
+    """Whether a pattern is a mapping from texts to numbers of a type."""
+    return isinstance(pattern, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(value, number)
+        and not isinstance(value, bool)
+        for name, value in pattern.items()
+    )

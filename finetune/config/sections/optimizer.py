@@ -55,7 +55,15 @@ class OptimizerSettings(Section):
     adam_epsilon: float
     """Added to the denominator of the update."""
 
+    lora_plus_ratio: float | None = None
+    """LoRA+ (arXiv 2402.12354): the matrices B have this many times the learning rate; null: all
+    have the same."""
+    # The default is for run folders that were written before the key existed.
+
     def __post_init__(self) -> None:
+        ratio = self.lora_plus_ratio
+        allowed = "must be at least 1, or null"
+        self.require("lora_plus_ratio", ratio is None or ratio >= 1, allowed)
         rate = self.learning_rate
         self.require("learning_rate", rate is None or rate > 0, "must be above 0")
         self.require("weight_decay", self.weight_decay >= 0, "must be at least 0")

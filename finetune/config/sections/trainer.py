@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.config.sections.section import Section
+from finetune.errors import refusal
+
+KEEPS_BASE = {
+    "lr_scheduler_kwargs", "neftune_noise_alpha", "optim_args", "save_total_limit",
+}  # fmt: skip
+"""Arguments in `trainer.extra` that concern a run alone, not its base; both engines have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,16 @@ class TrainerSettings(Section):
     extra: dict[str, Any]
     """Further arguments of `trl.SFTConfig`."""
 
+    max_tokens: int | None = None
+    """Training ends after the optimizer step that reaches this many tokens, or earlier by
+    `num_train_epochs` or `max_steps`; null: no limit. Padding does not count."""
+    # These defaults are for run folders that were written before the keys existed.
+
+    max_minutes: float | None = None
+    """Training ends after the optimizer step in which this many minutes have passed, without those
+    of evaluations and checkpoints, or earlier; null: no limit. The learning rate's schedule follows
+    the largest of the shares of steps, tokens and minutes."""
+
     def __post_init__(self) -> None:
         self.require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
         has_limit = self.max_steps >= 1
@@ -83,6 +99,17 @@ class TrainerSettings(Section):
         is_valid = patience is None or patience >= 1
         allowed = "must be at least 1, or null"
         self.require("early_stopping_patience", is_valid, allowed)
+        tokens = self.max_tokens
+        allowed = "must be a whole number of at least 1, or null"
+        self.require("max_tokens", tokens is None or tokens >= 1, allowed)
+        minutes = self.max_minutes
+        allowed = "must be above 0, or null"
+        self.require("max_minutes", minutes is None or minutes > 0, allowed)
+        noise = self.extra.get("neftune_noise_alpha")
+        is_number = isinstance(noise, int | float) and not isinstance(noise, bool)
+        if noise is not None and not (is_number and noise > 0):
+            allowed = "must be a number above 0, or null"
+            raise refusal("trainer.extra.neftune_noise_alpha", noise, allowed)
 
     @property
     def effective_batch_size(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from finetune.engine.packed.attention import PackedAttention, use_packed_attention
 from finetune.engine.packed.autograd_pass import Pass, SlotSpan
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.dora import dora_linear
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
 from finetune.engine.packed.row_adapters import RowAdapters
@@ -224,6 +225,8 @@ class AutogradBackend:
             if self._pass is None:
                 return original(x)
             slot_tokens = _adapted_tokens(self._pass, name)
+            if any(tokens.adapter.magnitude is not None for tokens in slot_tokens):
+                return dora_linear(x, self._anchor, layer, slot_tokens)
             output = None
             if separate:
                 spans = self._pass.spans

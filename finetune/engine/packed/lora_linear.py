@@ -33,6 +33,20 @@ class Adapter:
     """[rank, in_features], float32 as the weights that the optimizer updates."""
     gradient_b: torch.Tensor
     """[out_features, rank], float32."""
+    magnitude: torch.Tensor | None = None
+    """Of DoRA, float32 [out_features]; None: plain LoRA."""
+    gradient_magnitude: torch.Tensor | None = None
+    """[out_features], float32."""
+    bias: torch.Tensor | None = None
+    """Stands for the layer's bias, float32 [out_features]; None: it is not trained."""
+    gradient_bias: torch.Tensor | None = None
+    """[out_features], float32."""
+
+    def bias_change(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Return what the trained bias adds to the frozen layer's [out_features]."""
+        assert self.bias is not None
+        assert isinstance(layer.bias, torch.Tensor)
+        return self.bias - layer.bias
 
     def table_row(self) -> list[int]:
         """Describe the adapter to the GPU kernels.
@@ -147,6 +161,8 @@ class _LoraLinear(torch.autograd.Function):
             # In place on a view of y: one output for all slots, without a copy.
             slot_y = flat_y[tokens]
             slot_y.addmm_(shrunk, slot.adapter.b.t(), alpha=slot.scaling)
+            if slot.adapter.bias is not None:
+                slot_y += slot.adapter.bias_change(layer).to(y.dtype)
             activations += [shrunk, mask]
         # Not as attributes: only tensors that are saved this way can gradient checkpointing drop.
         ctx.save_for_backward(x, *activations)
@@ -179,6 +195,8 @@ class _LoraLinear(torch.autograd.Function):
             tokens = slice(slot.start, slot.stop)
             adapter = slot.adapter
             slot_grad = flat_grad_output[tokens]
+            if adapter.gradient_bias is not None:
+                adapter.gradient_bias.add_(slot_grad.sum(0, dtype=torch.float32))
             # Scaled here, where it has only as many columns as the rank.
             grad_shrunk = (slot_grad @ adapter.b) * slot.scaling
             _add_product(

@@ -1,19 +1,20 @@
-"""The optimizer of one slot: AdamW, learning rate schedule, gradient clipping, loss scaling."""
+"""The optimizer of one slot: update, learning rate schedule, gradient clipping, loss scaling."""
 
 import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.optimizer import OptimizerSettings
+from finetune.engine.optimizers import create_optimizer, is_plain_adamw
+from finetune.engine.packed.optimizer_state import load_state, save_state
 from finetune.engine.packed.slot import Slot
 from finetune.engine.schedule import warmup_steps
-from finetune.files.atomic import name_file_in_errors
 
 STATE = "slot.safetensors"
-"""A checkpoint's weights and optimizer state, as flat vectors."""
+"""A checkpoint's weights, as one vector, and the optimizer's state."""
 
 
 class SlotOptimizer:
@@ -25,7 +26,7 @@ class SlotOptimizer:
         slot: Slot,
         total: int,
     ) -> None:
-        """Set up AdamW and the schedule.
+        """Set up the optimizer and the schedule.
 
         Args:
             config: The run's config.
@@ -35,21 +36,24 @@ class SlotOptimizer:
         settings = config.optimizer
         self._settings = settings
         self._slot = slot
-        # The vector's own memory, so that AdamW updates the slot. One vector for all layers does as
-        # well as a parameter for each, because AdamW computes each element by itself.
-        self._weights = torch.nn.Parameter(slot.vector)
-        self._adamw = torch.optim.AdamW(
-            [self._weights],
-            lr=settings.resolved_learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            # One kernel for the whole vector.
-            fused=True,
-        )
+        self._parameters = slot.parameters
+        """What the optimizer updates: the slot's matrices, or all of them as one vector."""
+        if is_plain_adamw(config):
+            # The vector's memory, so that AdamW updates the slot. One vector for all layers does
+            # as well as a parameter for each, because AdamW computes each element by itself.
+            self._parameters = [torch.nn.Parameter(slot.vector)]
+            self._optimizer: torch.optim.Optimizer = _vector_adamw(
+                self._parameters, settings
+            )
+        else:
+            self._optimizer = create_optimizer(slot.model, config)
+        rate = settings.resolved_learning_rate
+        groups = self._optimizer.param_groups
+        self._rate_ratios = [group["lr"] / rate for group in groups]
+        """The learning rate of each group of parameters, by that of the run."""
         scheduler = get_scheduler(
             settings.lr_scheduler_type,
-            self._adamw,
+            self._optimizer,
             num_warmup_steps=warmup_steps(settings, total),
             num_training_steps=total,
             scheduler_specific_kwargs=config.trainer.extra.get("lr_scheduler_kwargs"),
@@ -64,10 +68,13 @@ class SlotOptimizer:
         """The factor of the loss, and so of gradients, in the next step."""
         return self._loss_scale.value if self._loss_scale else 1.0
 
-    def learning_rate(self, number: int) -> float:
-        """The learning rate of a step, counted from 1."""
-        # The schedule counts the steps before this one.
-        factor: float = self._schedule(number - 1)
+    def learning_rate(self, position: float) -> float:
+        """The learning rate of a step.
+
+        Args:
+            position: How far the run is before it, in steps: see `Budget.position`.
+        """
+        factor: float = self._schedule(position)
         return self._settings.resolved_learning_rate * factor
 
     def update(
@@ -95,36 +102,62 @@ class SlotOptimizer:
             is_finite = math.isfinite(norm)
             if not self._loss_scale.update(is_finite):
                 return
-        self._adamw.param_groups[0]["lr"] = learning_rate
-        self._weights.grad = gradient
-        self._adamw.step()
+        for group, ratio in zip(
+            self._optimizer.param_groups, self._rate_ratios, strict=True
+        ):
+            group["lr"] = learning_rate * ratio
+        self._bind_gradient(gradient)
+        self._optimizer.step()
         # Lets go of an accumulated gradient's memory.
-        self._weights.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _bind_gradient(self, gradient: torch.Tensor) -> None:
+        """Give each parameter its piece of the gradient [parameters]."""
+        if len(self._parameters) == 1:
+            self._parameters[
+                0
+            ].grad = gradient  # views would take longer than small updates
+            return
+        offset = 0
+        for parameter in self._parameters:
+            stop = offset + parameter.numel()
+            parameter.grad = gradient[offset:stop].view(parameter.shape)
+            offset = stop
 
     def save(self, checkpoint: Path) -> None:
         """Write the weights and the state into a checkpoint folder."""
         checkpoint.mkdir(parents=True, exist_ok=True)
-        adamw_state = self._adamw.state[self._weights]
-        tensors = {"weights": self._slot.vector, **adamw_state}
+        tensors = {"weights": self._slot.vector}
         if self._loss_scale is not None:
             state = [self._loss_scale.value, self._loss_scale.good_steps]
             tensors["loss_scale"] = torch.tensor(state)
-        with name_file_in_errors(checkpoint / STATE):
-            save_file(tensors, checkpoint / STATE)
+        save_state(self._optimizer, tensors, checkpoint / STATE)
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights and the state from a checkpoint folder."""
-        device = str(self._slot.bank.device)
-        tensors = load_file(checkpoint / STATE, device=device)
-        # In place, because AdamW and the adapters refer to this memory.
-        self._slot.vector.copy_(tensors.pop("weights"))
-        state = tensors.pop("loss_scale", None)
+        names = {"weights", "loss_scale"}
+        tensors = load_state(self._optimizer, names, checkpoint / STATE)
+        # In place, because the optimizer and the adapters refer to this memory.
+        self._slot.vector.copy_(tensors["weights"])
+        state = tensors.get("loss_scale")
         if self._loss_scale is not None and state is not None:
             self._loss_scale.value = float(state[0])
             self._loss_scale.good_steps = int(state[1])
-        # Empty if all steps before the checkpoint were skipped: AdamW has no state by then.
-        if tensors:
-            self._adamw.state[self._weights] = tensors
+
+
+def _vector_adamw(
+    parameters: list[torch.nn.Parameter], settings: OptimizerSettings
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.resolved_learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        # One kernel for the whole vector.
+        fused=True,
+    )
 
 
 class LossScale:

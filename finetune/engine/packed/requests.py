@@ -28,6 +28,13 @@ class ForwardBackward:
     """Number of the batch within the run; seeds the batch's dropout masks."""
     rounds_to_answers: int | None = None
     """See `Request.rounds_to_answers`."""
+    noise_alpha: float | None = None
+    """Alpha of NEFTune's noise on the embeddings; None: no noise."""
+
+    @property
+    def group_size(self) -> int | None:
+        """See `Evaluate.group_size`. Each row has noise of its own, on its prefix too."""
+        return None if self.noise_alpha is None else 1
 
     @property
     def executor(self) -> Executor:

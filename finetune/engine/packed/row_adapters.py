@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear, pad
 
+from finetune.engine.packed.dora import row_norms
+from finetune.engine.packed.lora_linear import Adapter
 from finetune.model.quantization import dense_weight
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ class RowAdapters:
         self._stacks: dict[str, _Stack | None] = {}
         """By layer, from its first call on: A of all slots [slots, in_features, rank], and B with
         the scaling [slots, rank, out_features]; None where no slot adapts the layer."""
+        self._beyond_lora = [
+            (number, slot) for number, slot in enumerate(slots) if slot.is_beyond_lora
+        ]
+        """The slots that train more than A and B, with their numbers."""
+        self._scales: dict[tuple[int, int], torch.Tensor] = {}
+        """By layer and adapter with magnitudes, what the output is multiplied by [out_features]."""
 
     def forward(
         self,
@@ -64,7 +72,34 @@ class RowAdapters:
         slot_x = x.reshape(count, -1, x.shape[-1])
         slot_y = y.view(count, -1, y.shape[-1])
         slot_y.baddbmm_(torch.bmm(slot_x, a), b)
+        for number, slot in self._beyond_lora:
+            adapter = slot.adapters.get(name)
+            if adapter is not None and adapter.magnitude is not None:
+                self._scale(layer, slot_y[number], adapter)
+            if adapter is not None and adapter.bias is not None:
+                slot_y[number] += adapter.bias_change(layer).to(y.dtype)
         return y
+
+    def _scale(self, layer: torch.nn.Module, y: torch.Tensor, adapter: Adapter) -> None:
+        """Scale the rows of a layer's weight to the lengths of DoRA, in its output.
+
+        Args:
+            layer: The frozen layer.
+            y: A slot's output with its adapter [tokens, out_features]; overwritten.
+            adapter: The slot's adapter of the layer.
+        """
+        key = (id(layer), id(adapter))
+        if key not in self._scales:
+            assert adapter.magnitude is not None
+            weight = dense_weight(layer)
+            norms = row_norms(weight, adapter.a, adapter.b, adapter.scaling)
+            self._scales[key] = (adapter.magnitude / norms.float()).to(y.dtype)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            y -= bias
+        y *= self._scales[key]
+        if bias is not None:
+            y += bias
 
     def _stack(self, name: str) -> _Stack | None:
         adapters = [slot.adapters.get(name) for slot in self._slots]

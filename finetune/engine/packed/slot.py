@@ -1,6 +1,7 @@
 """A slot: one place on the bank where one run trains, with its adapter stored as flat vectors."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,7 +57,7 @@ class Slot:
         self.model = model
         layers = _lora_layers(model)
         self.parameters = _trained_parameters(layers)
-        """The model's weights of A and B of each layer, in turn; views of `vector`."""
+        """The model's trained weights, layer by layer; views of `vector`."""
         self._slices = _consecutive_slices(self.parameters)
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
         # each, however many layers there are.
@@ -76,21 +77,35 @@ class Slot:
         self._bind_model(self.vector)
 
     def _adapter_views(self, layers: dict[str, "LoraLayer"]) -> dict[str, Adapter]:
-        weights = self._views(self._product_weights)
-        gradients = self._views(self.gradient)
+        # In the order of `_trained_parameters`.
+        weights = iter(self._views(self._product_weights))
+        exact_weights = iter(self._views(self.vector))
+        gradients = iter(self._views(self.gradient))
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
-            # A and B of each layer in turn, as in `_trained_parameters`.
-            index = 2 * number
-            adapters[name] = Adapter(
+            adapter = Adapter(
                 number=number,
                 # PEFT's own figure, which follows `use_rslora`.
                 scaling=float(layer.scaling["default"]),
-                a=weights[index],
-                b=weights[index + 1],
-                gradient_a=gradients[index],
-                gradient_b=gradients[index + 1],
+                a=next(weights),
+                b=next(weights),
+                gradient_a=next(gradients),
+                gradient_b=next(gradients),
             )
+            next(exact_weights), next(exact_weights)
+            if layer.lora_magnitude_vector:
+                next(weights)
+                adapter = dataclasses.replace(
+                    adapter,
+                    magnitude=next(exact_weights),
+                    gradient_magnitude=next(gradients),
+                )
+            if _trained_bias(layer) is not None:
+                next(weights)
+                adapter = dataclasses.replace(
+                    adapter, bias=next(exact_weights), gradient_bias=next(gradients)
+                )
+            adapters[name] = adapter
         return adapters
 
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
@@ -104,6 +119,14 @@ class Slot:
         """Make the model's weights views of a vector."""
         for parameter, view in zip(self.parameters, self._views(vector), strict=True):
             parameter.data = view
+
+    @property
+    def is_beyond_lora(self) -> bool:
+        """Whether more than A and B is trained: magnitudes (DoRA) or biases."""
+        return any(
+            adapter.magnitude is not None or adapter.bias is not None
+            for adapter in self.adapters.values()
+        )
 
     @contextlib.contextmanager
     def weights_on_cpu(self, event: "torch.cuda.Event | None") -> Iterator[None]:
@@ -141,12 +164,23 @@ def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
 
 
 def _trained_parameters(layers: dict[str, "LoraLayer"]) -> list[torch.nn.Parameter]:
-    """The weights of A and B of each layer, in turn."""
+    """The weights of A and B of each layer, in turn, then its magnitudes and its trained bias."""
     parameters = []
     for layer in layers.values():
         parameters.append(layer.lora_A["default"].weight)
         parameters.append(layer.lora_B["default"].weight)
+        if layer.lora_magnitude_vector:
+            parameters.append(layer.lora_magnitude_vector["default"].weight)
+        bias = _trained_bias(layer)
+        if bias is not None:
+            parameters.append(bias)
     return parameters
+
+
+def _trained_bias(layer: "LoraLayer") -> torch.nn.Parameter | None:
+    """The bias of an adapted layer, if it is trained (`lora.bias=lora_only`)."""
+    bias: torch.nn.Parameter | None = getattr(layer.get_base_layer(), "bias", None)
+    return bias if bias is not None and bias.requires_grad else None
 
 
 def _consecutive_slices(parameters: list[torch.nn.Parameter]) -> list[slice]:

@@ -14,6 +14,7 @@ from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
+from finetune.engine.budget import Budget
 from finetune.engine.encoded_prompts import (
     Answers,
     EncodedPrompts,
@@ -31,6 +32,7 @@ from finetune.engine.packed.requests import (
     Generate,
     Wait,
 )
+from finetune.engine.packed.sequences import evaluation_of_sequences, rows_of
 from finetune.engine.packed.slot import Slot
 from finetune.engine.reporter import Reporter
 from finetune.engine.schedule import (
@@ -39,6 +41,7 @@ from finetune.engine.schedule import (
     evaluation_rungs,
     resolve_steps,
     step_batches,
+    unlimited_steps,
 )
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
@@ -77,10 +80,13 @@ class PackedTraining:
         rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._answer_steps: list[int] = []
         """The steps after which answers are generated."""
-        if generates_answers(config.evaluation):
+        # Nobody knows when a run that ends by the clock asks for answers.
+        is_timed = config.trainer.max_minutes is not None
+        if generates_answers(config.evaluation) and not is_timed:
             self._answer_steps = answer_steps(config.evaluation, rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
+        self._budget = Budget(config.trainer, total, unlimited_steps(config, len(rows)))
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
         """Recorded after the last update of the weights; None on a CPU."""
@@ -121,7 +127,7 @@ class PackedTraining:
                 if number <= progress.step:
                     continue
                 yield from self._step(number, step, reporter)
-                is_last = number == self._total
+                is_last = number == self._total or progress.stop == "minutes"
                 is_due = save_every and (number % save_every == 0 or is_last)
                 # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
@@ -135,13 +141,16 @@ class PackedTraining:
         """Compute the adapter's losses on rows, in batches of rows of similar length.
 
         Args:
-            rows: Tokenised rows.
+            rows: Tokenised rows, or sequences of rows.
             group_size: The rows come in groups of so many, whose common beginning is computed once
                 for each group; None: once for each batch.
 
         Returns:
             The evaluation, with the rows in their order.
         """
+        if len(rows) and "seq_lengths" in rows[0]:
+            evaluation = yield from self.evaluate(rows_of(rows))
+            return evaluation_of_sequences(evaluation, rows)
         examples = rows
         batch_size = self._config.trainer.per_device_eval_batch_size
         size = group_size or 1
@@ -157,7 +166,7 @@ class PackedTraining:
             batch_indices = [index for group in batch_groups for index in group]
             batch = [examples[index] for index in batch_indices]
             rounds = math.ceil((len(groups) - start) / groups_at_once)
-            evaluation: Evaluation = yield Evaluate(
+            evaluation = yield Evaluate(
                 self._slot, batch, group_size, self._rounds_to_answers(rounds)
             )
             for position, index in enumerate(batch_indices):
@@ -238,13 +247,14 @@ class PackedTraining:
         self._step_number = number
         batches = []
         for indices in step.batches:
-            batches.append([self._rows[index] for index in indices])
+            batches.append(rows_of([self._rows[index] for index in indices]))
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
         answer_tokens = sum(map(count_answer_tokens, batches))
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.
+        noise_alpha = self._config.trainer.extra.get("neftune_noise_alpha")
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
         seconds = 0.0
@@ -257,6 +267,7 @@ class PackedTraining:
                 loss_weight=token_weight * loss_scale,
                 dropout_step=first_batch + index,
                 rounds_to_answers=self._rounds_to_answers(len(batches) - index),
+                noise_alpha=noise_alpha,
             )
             loss += result.loss * token_weight
             seconds += result.seconds
@@ -269,7 +280,8 @@ class PackedTraining:
             norm = float(accumulated.norm())
         norm /= loss_scale
         gradient = slot.gradient if accumulated is None else accumulated
-        learning_rate = self._optimizer.learning_rate(number)
+        position = self._budget.position(reporter.progress)
+        learning_rate = self._optimizer.learning_rate(position)
         self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.bank.device)
         tokens = 0

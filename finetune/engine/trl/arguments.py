@@ -43,7 +43,7 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
     arguments = {
         "output_dir": str(checkpoints),
         "seed": config.seed,
-        **_batch_arguments(config),
+        **_batch_arguments(config, steps),
         **_optimizer_arguments(config.optimizer),
         **_reporting_arguments(config, steps),
         **_precision_arguments(config),
@@ -73,12 +73,13 @@ def _check_extra(extra: dict[str, Any], arguments: Iterable[str]) -> None:
             raise refusal(f"trainer.extra.{name}", value, allowed)
 
 
-def _batch_arguments(config: RunConfig) -> dict[str, Any]:
+def _batch_arguments(config: RunConfig, steps: int) -> dict[str, Any]:
     trainer = config.trainer
+    has_limit = trainer.max_tokens is not None
     strategy = "group_by_length" if trainer.group_by_length else "random"
     return {
         "num_train_epochs": trainer.num_train_epochs,
-        "max_steps": trainer.max_steps,
+        "max_steps": steps if has_limit else trainer.max_steps,
         "per_device_train_batch_size": trainer.per_device_train_batch_size,
         "per_device_eval_batch_size": trainer.per_device_eval_batch_size,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from finetune.engine.budget import Budget
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import drive
 
@@ -13,15 +14,24 @@ from finetune.engine.steps import drive
 class ReporterCallback(TrainerCallback):  # type: ignore[misc]
     """Passes each step's figures to the reporter, and lets it complete each checkpoint."""
 
-    def __init__(self, reporter: Reporter, checkpoint_limit: int | None) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        checkpoint_limit: int | None,
+        budget: Budget | None = None,
+    ) -> None:
         """Report a run's steps.
 
         Args:
             reporter: The run's reporter.
             checkpoint_limit: Number of checkpoints that stay; None: all.
+            budget: What the learning rate follows; None: the steps alone.
         """
         self._reporter = reporter
         self._checkpoint_limit = checkpoint_limit
+        self._budget = budget
+        self._learning_rate: float | None = None
+        """Of the current step, where it follows the budget."""
         self._total_tokens = 0.0
         self._training_since = time.perf_counter()
         """Evaluations and checkpoints move it forward, so that they don't count as training."""
@@ -35,6 +45,24 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Start the clock."""
         self._training_since = time.perf_counter()
+
+    def on_step_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """Set the learning rate of a step by the budget; the trainer has set it by the steps."""
+        if self._budget is None:
+            return
+        position = self._budget.position(self._reporter.progress)
+        factor = lr_scheduler.lr_lambdas[0](position)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self._learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_log(
         self,
@@ -53,11 +81,14 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
         total_tokens = logs["num_tokens"]
         tokens = total_tokens - self._total_tokens
         self._total_tokens = total_tokens
+        rate = self._learning_rate
+        if rate is None:
+            rate = logs["learning_rate"]
         steps = self._reporter.report_step(
             step=state.global_step,
             loss=logs["loss"],
             grad_norm=logs.get("grad_norm"),
-            learning_rate=logs["learning_rate"],
+            learning_rate=rate,
             tokens=int(tokens),
             seconds=seconds,
         )

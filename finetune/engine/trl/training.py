@@ -14,9 +14,12 @@ from trl import SFTConfig, SFTTrainer
 from finetune.compat import set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
+from finetune.engine.budget import Budget
 from finetune.engine.loaded_model import LoadedModel
+from finetune.engine.optimizers import create_optimizer
 from finetune.engine.probes import base_of
 from finetune.engine.reporter import Reporter
+from finetune.engine.schedule import unlimited_steps
 from finetune.engine.steps import RunSteps, drive
 from finetune.engine.trl.callback import ReporterCallback
 from finetune.engine.trl.sampler import EpochSampler
@@ -25,6 +28,7 @@ from finetune.model.adapter import load_adapter
 from finetune.model.heap import trimmed_heap
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -73,7 +77,7 @@ class TrlTraining(LoadedModel):
         # A generator without requests: the base can't be shared with other runs.
         yield from ()
         # The Trainer would train one more step.
-        if checkpoint is not None and reporter.progress.step >= reporter.total:
+        if checkpoint is not None and reporter.is_complete:
             load_adapter(self.model, checkpoint)
             return
         trainer = self._create_trainer(reporter)
@@ -86,6 +90,20 @@ class TrlTraining(LoadedModel):
     def weights_on_cpu(self) -> "AbstractContextManager[None]":
         """Leave the weights where they are: no other run computes that a copy could wait for."""
         return nullcontext()
+
+    def _budget(self, reporter: Reporter) -> Budget | None:
+        """What the learning rate follows; None: the steps alone, as transformers has it."""
+        trainer = self._config.trainer
+        if trainer.max_tokens is None and trainer.max_minutes is None:
+            return None
+        steps = unlimited_steps(self._config, len(self._rows))
+        return Budget(trainer, reporter.total, steps)
+
+    def _loraplus_optimizer(self) -> "torch.optim.Optimizer | None":
+        """The optimizer of LoRA+; None without it: the trainer creates its own."""
+        if self._config.optimizer.lora_plus_ratio is None:
+            return None
+        return create_optimizer(self.model, self._config, is_paged=True)
 
     def _create_trainer(self, reporter: Reporter) -> SFTTrainer:
         # TRL casts a quantised base's adapter to bfloat16, in which an update of 2e-4 is rounded
@@ -100,7 +118,10 @@ class TrlTraining(LoadedModel):
             args=self._arguments,
             train_dataset=self._rows.to_dataset(),
             processing_class=self._tokenizer,
-            callbacks=[ReporterCallback(reporter, checkpoint_limit)],
+            callbacks=[
+                ReporterCallback(reporter, checkpoint_limit, self._budget(reporter))
+            ],
+            optimizers=(self._loraplus_optimizer(), None),
         )
         for name, weight in self.model.named_parameters():
             if name in weights:

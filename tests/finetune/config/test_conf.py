@@ -153,7 +153,7 @@ def test_the_default_run_trains_on_240_rows_in_60_steps() -> None:
     rows = load_rows(config.dataset)
     assert config.dataset == explicit
     assert len(rows.train) == 240
-    assert total_steps(config, len(rows.train)) == 60
+    assert total_steps(config, [1] * len(rows.train)) == 60
 
 
 @pytest.mark.parametrize("limit", [240, None])

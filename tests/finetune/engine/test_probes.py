@@ -505,7 +505,12 @@ def test_packing_is_refused_before_the_first_step_where_rows_would_see_each_othe
     from finetune.run.run import run
 
     base = saved(architecture, tiny_base, tmp_path, tiny())
-    packing = ("dataset.packing=true", "dataset.max_length=128", "sample_prompts=[]")
+    packing = (
+        "dataset.packing=true",
+        "dataset.max_length=128",
+        "sample_prompts=[]",
+        "trainer.engine=trl",
+    )
     config = tiny(*run_overrides(architecture, base, same_system(tmp_path)), *packing)
     if architecture in SEPARATES_ROWS:
         run(config, tmp_path / "run")

@@ -13,7 +13,6 @@ from support.runs import NONE, Tiny, final
 from finetune.errors import ConfigError
 
 UNSUPPORTED = {
-    "lora.use_dora=true": ("lora.use_dora=true",),
     "lora.bias=all": ("lora.bias=all",),
     "lora.init_lora_weights=pissa": ("lora.init_lora_weights=pissa", NONE),
     "lora.extra={'lora_bias': True}": ("+lora.extra.lora_bias=true",),
@@ -23,11 +22,8 @@ UNSUPPORTED = {
     "lora.target_modules=.*(head|q_proj) (with the head)": (
         "lora.target_modules='.*(head|q_proj)'",
     ),
-    "optimizer.name=adamw_8bit": ("optimizer=adamw_8bit",),
-    "optimizer.name=lion_32bit": ("optimizer.name=lion_32bit",),
-    "dataset.packing=true": ("dataset.packing=true",),
-    "trainer.extra={'neftune_noise_alpha': 5}": (
-        "+trainer.extra.neftune_noise_alpha=5",
+    "trainer.extra={'label_smoothing_factor': 0.1}": (
+        "+trainer.extra.label_smoothing_factor=0.1",
     ),
     "model.attn_implementation=eager": ("model.attn_implementation=eager",),
     "model.extra={'num_hidden_layers': 1}": ("+model.extra.num_hidden_layers=1",),
@@ -63,6 +59,18 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
     assert str(refused.value).endswith("; allowed: auto, trl")
 
 
+@pytest.mark.parametrize("engine", ["auto", "packed", "trl"])
+def test_what_neither_engine_does_is_refused(engine: str, tiny: Tiny) -> None:
+    from finetune.engine.selection import choose_engine
+    from finetune.model.source import find_base
+
+    config = tiny("lora.use_dora=true", "quantization=int8", f"trainer.engine={engine}")
+    with pytest.raises(ConfigError) as refused:
+        choose_engine(config, find_base(config.model))
+    key = "trainer.engine=packed" if engine == "packed" else "lora.use_dora=true"
+    assert str(refused.value).startswith(f"{key}: does not ")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -70,6 +78,15 @@ def test_what_is_not_for_the_packed_engine_is_trls_and_said(
         (NONE,),
         ("quantization=int8",),
         ("optimizer=paged_adamw_32bit",),
+        ("optimizer=adamw_8bit",),
+        ("optimizer=lion",),
+        ("optimizer.name=sgd", "+trainer.extra.optim_args='momentum=0.9'"),
+        ("optimizer.lora_plus_ratio=16",),
+        ("lora.bias=lora_only",),
+        ("lora.use_dora=true",),
+        ("dataset.packing=true",),
+        ("+trainer.extra.neftune_noise_alpha=5",),
+        ("+lora.extra.rank_pattern={q_proj:4}", "+lora.extra.exclude_modules=[o_proj]"),
         ("lora.init_lora_weights=gaussian",),
         ("lora.target_modules=.*_proj",),
         ("+trainer.extra.save_total_limit=2",),
@@ -158,20 +175,20 @@ def test_a_base_of_no_known_type_is_packed_where_it_passes_the_check(
     assert choose_engine(config, find_base(config.model)) == "packed"
 
 
-DORA = ("lora.use_dora=true", "trainer.max_steps=1", "sample_prompts=[]")
+ALL = "lora.bias=all (only those of layers with an adapter: lora_only)"
+BIASES = ("lora.bias=all", "trainer.max_steps=1", "sample_prompts=[]")
 
 
 def test_a_command_refuses_the_engine_before_the_base_is_loaded(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     asked = station.run(
-        *tiny_overrides(tiny_base), *DORA, "trainer.engine=packed", cwd=tmp_path
+        *tiny_overrides(tiny_base), *BIASES, "trainer.engine=packed", cwd=tmp_path
     )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line
-        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        line == f"error: trainer.engine=packed: does not do {ALL}; allowed: auto, trl"
     )
     assert "no GPU" not in asked.stderr
 
@@ -180,13 +197,12 @@ def test_a_study_refuses_the_engine_before_it_begins(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     asked = station.run(
-        *study_overrides(tiny_base, "s"), *DORA, "trainer.engine=packed", cwd=tmp_path
+        *study_overrides(tiny_base, "s"), *BIASES, "trainer.engine=packed", cwd=tmp_path
     )
     assert asked.returncode == 1
     (line,) = [line for line in asked.stderr.splitlines() if line.startswith("error: ")]
     assert (
-        line
-        == "error: trainer.engine=packed: does not do lora.use_dora=true; allowed: auto, trl"
+        line == f"error: trainer.engine=packed: does not do {ALL}; allowed: auto, trl"
     )
     assert not list(tmp_path.rglob("study.journal"))
 
@@ -195,8 +211,8 @@ def test_a_study_refuses_the_engine_before_it_begins(
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ((*DORA, "hydra.sweeper.slots=3"), "lora.use_dora=true"),
-        (("lora.use_dora=choice(true,false)",), "lora.use_dora=true"),
+        ((*BIASES, "hydra.sweeper.slots=3"), ALL),
+        (("lora.bias=choice(all,none)",), ALL),
     ],
     ids=["all", "some"],
 )

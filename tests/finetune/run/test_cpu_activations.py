@@ -162,6 +162,7 @@ ODD = [
     "no quantization",
     "int8",
     "nf4_double, r 128, dropout",
+    "DoRA",
     "DoRA (trl)",
     "engine=trl",
     "short rows, batch 8, accumulation 2",

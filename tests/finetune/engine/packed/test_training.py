@@ -227,6 +227,7 @@ class Recorder:
         yield from ()
 
     def report_step(self, step: int, loss: float, **_: Any) -> Any:
+        self.progress.step = step
         self.losses.append(loss)
         yield from ()
 

@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-
-from finetune.config.schema import RunConfig
+from support.banks import load_bank
 
 SLOTS = (
     ("lora.r=4", "lora/target=all_linear", "lora.alpha=8"),
@@ -50,22 +49,6 @@ ARCHITECTURES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
-
-
-def load_bank(config: RunConfig, saves: bool | None) -> Any:
-    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with
-    autograd."""
-    from finetune.engine.packed.bank import Bank
-    from finetune.engine.packed.gpu.decoder import Decoder
-    from finetune.model.loading import load_base
-    from finetune.model.quantization import dequantize_base
-    from finetune.model.source import find_base
-
-    base = load_base(find_base(config.model), config)
-    dequantize_base(base, config)
-    bank = Bank(base, config, None if saves is None else Decoder(base, saves))
-    assert isinstance(bank.backend, Decoder) is (saves is not None)
-    return bank
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,21 @@
+"""Banks with either backend."""
+
+from typing import Any
+
+from finetune.config.schema import RunConfig
+
+
+def load_bank(config: RunConfig, saves: bool | None) -> Any:
+    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with
+    autograd."""
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.model.loading import load_base
+    from finetune.model.quantization import dequantize_base
+    from finetune.model.source import find_base
+
+    base = load_base(find_base(config.model), config)
+    dequantize_base(base, config)
+    bank = Bank(base, config, None if saves is None else Decoder(base, saves))
+    assert isinstance(bank.backend, Decoder) is (saves is not None)
+    return bank

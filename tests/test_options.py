@@ -1,0 +1,79 @@
+"""docs/options.md: each option with both engines and each quantization, as it is."""
+
+import importlib.util
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune.config.sections.lora import CHOOSES_MATRICES
+from finetune.config.sections.optimizer import OptimizerName, ScheduleName
+from finetune.config.sections.trainer import KEEPS_BASE
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "options.md"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "make_options", DOCS / "make_options.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def table() -> dict[str, list[str]]:
+    """The cells of each option of the page's table."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    found = {}
+    for line in lines[1:]:
+        option, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+        found[option] = cells
+    return found
+
+
+def rows() -> list[str]:
+    """The options of the page's table."""
+    return list(table())
+
+
+def test_the_page_has_all_options_of_the_script(script: ModuleType) -> None:
+    assert rows() == list(script.options(Path("FOLDER")))
+
+
+def test_the_page_has_every_optimizer_schedule_and_supported_argument() -> None:
+    page = " ".join(rows())
+    for optimizer in typing.get_args(OptimizerName):
+        assert f"optimizer.name={optimizer}" in rows()
+    for schedule in typing.get_args(ScheduleName):
+        assert f"optimizer.lr_scheduler_type={schedule}" in rows()
+    for argument in CHOOSES_MATRICES:
+        assert f"lora.extra.{argument}" in page
+    # lr_scheduler_kwargs are those of two schedules; the number of checkpoints changes no run.
+    for argument in KEEPS_BASE - {"lr_scheduler_kwargs", "save_total_limit"}:
+        assert f"trainer.extra.{argument}" in page
+
+
+def test_every_reason_is_used_and_every_number_has_one() -> None:
+    cells = {cell for row in table().values() for cell in row}
+    used = cells - {"yes"}
+    lines = PAGE.read_text().splitlines()
+    reasons = {line.partition(". ")[0] for line in lines if line[:1].isdigit()}
+    assert used == reasons
+
+
+@pytest.mark.slow
+def test_each_cell_is_what_a_run_shows(tmp_path: Path) -> None:
+    made = tmp_path / "options.md"
+    command = [sys.executable, DOCS / "make_options.py", "--to", made]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert made.read_text() == PAGE.read_text(), "run: python docs/make_options.py"
