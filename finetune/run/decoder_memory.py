@@ -56,14 +56,16 @@ def decoder_elements(
     # Within a layer, the forward and backward pass of the gate are the widest.
     passing = 3 * widths.hidden + 2 * widths.inner
     layer = _attention_elements(widths, adapters, block)
+    feed_forward = _feed_forward_elements(widths, adapters, block)
     largest = layer
     delta_nets = _DeltaNets.read(shapes)
     if delta_nets is not None:
         other = delta_nets.elements(widths, adapters)
         largest = max(layer, other)
         layer = int(delta_nets.share * other + (1 - delta_nets.share) * layer)
-        passing = max(passing, 2 * widths.hidden + delta_nets.passing())
-    feed_forward = _feed_forward_elements(widths, adapters, block)
+        # What the feed-forward layer kept has been freed before.
+        delta_passing = 2 * widths.hidden + delta_nets.passing() - feed_forward
+        passing = max(passing, delta_passing)
     layer += feed_forward
     # One layer at a time.
     evaluating = largest + feed_forward + widths.hidden + widths.inner
