@@ -58,19 +58,25 @@ def decoder_elements(
     layer = _attention_elements(widths, adapters, block)
     feed_forward = _feed_forward_elements(widths, adapters, block)
     largest = layer
+    checkpointing = config.trainer.gradient_checkpointing is True
     delta_nets = _DeltaNets.read(shapes)
     if delta_nets is not None:
         other = delta_nets.elements(widths, adapters)
+        delta_passing = 2 * widths.hidden + delta_nets.passing()
+        if not checkpointing:
+            # The layers above the last delta net have been freed before.
+            delta_passing -= delta_nets.layers_above * (layer + feed_forward)
+        passing = max(passing, delta_passing)
         largest = max(layer, other)
         layer = int(delta_nets.share * other + (1 - delta_nets.share) * layer)
-        # What the feed-forward layer kept has been freed before.
-        delta_passing = 2 * widths.hidden + delta_nets.passing() - feed_forward
-        passing = max(passing, delta_passing)
     layer += feed_forward
     # One layer at a time.
     evaluating = largest + feed_forward + widths.hidden + widths.inner
-    checkpointing = config.trainer.gradient_checkpointing is True
-    stored = stored_blocks(layers, slots) if checkpointing else layers
+    stored = layers
+    if checkpointing:
+        stored = stored_blocks(layers, slots)
+        # Any layer may be the one that is computed again.
+        layer = largest + feed_forward
     inputs = (layers - stored) * widths.hidden
     return stored * layer + inputs + passing, evaluating
 
@@ -106,6 +112,8 @@ class _DeltaNets:
 
     share: float
     """Of all layers."""
+    layers_above: int
+    """Layers with attention above the last delta net."""
     keys: int
     """Columns of all keys, as of all queries."""
     values: int
@@ -125,6 +133,7 @@ class _DeltaNets:
         heads: int = shapes.linear_num_value_heads
         return cls(
             share=count / len(layer_types),
+            layers_above=layer_types[::-1].index("linear_attention"),
             keys=shapes.linear_num_key_heads * shapes.linear_key_head_dim,
             values=heads * shapes.linear_value_head_dim,
             heads=heads,
