@@ -53,32 +53,32 @@ def decoder_elements(
     widths = read_widths(shapes)
     block = DECODER_BLOCKS[shapes.model_type]
     adapters = _Adapters(config.lora.largest_rank, targets)
-    # Within a layer, the forward and backward pass of the gate are the widest.
-    passing = 3 * widths.hidden + 2 * widths.inner
     layer = _attention_elements(widths, adapters, block)
-    feed_forward = _feed_forward_elements(widths, adapters, block)
     largest = layer
-    checkpointing = config.trainer.gradient_checkpointing is True
+    feed_forward = _feed_forward_elements(widths, adapters, block)
     delta_nets = _DeltaNets.read(shapes)
     if delta_nets is not None:
         other = delta_nets.elements(widths, adapters)
-        delta_passing = 2 * widths.hidden + delta_nets.passing()
-        if not checkpointing:
-            # The layers above the last delta net have been freed before.
-            delta_passing -= delta_nets.layers_above * (layer + feed_forward)
-        passing = max(passing, delta_passing)
         largest = max(layer, other)
         layer = int(delta_nets.share * other + (1 - delta_nets.share) * layer)
+    largest += feed_forward
     layer += feed_forward
     # One layer at a time.
-    evaluating = largest + feed_forward + widths.hidden + widths.inner
+    evaluating = largest + widths.hidden + widths.inner
     stored = layers
-    if checkpointing:
+    if config.trainer.gradient_checkpointing is True:
         stored = stored_blocks(layers, slots)
         # Any layer may be the one that is computed again.
-        layer = largest + feed_forward
+        layer = largest
+    # Within most layers, the forward and backward pass of the gate are the widest.
+    training = stored * layer + 3 * widths.hidden + 2 * widths.inner
+    if delta_nets is not None:
+        # The layers above the last delta net have been freed before its backward pass.
+        remaining = max(1, stored - delta_nets.layers_above)
+        passing = 2 * widths.hidden + delta_nets.passing()
+        training = max(training, remaining * layer + passing)
     inputs = (layers - stored) * widths.hidden
-    return stored * layer + inputs + passing, evaluating
+    return inputs + training, evaluating
 
 
 def _attention_elements(

@@ -15,7 +15,7 @@ CONFIG = [
     Case(
         "choice",
         "model=llama2",
-        "model=llama2: …did you mean llama2_7b…allowed: gemma3_270m, …smollm2_135m…",
+        "model=llama2: …did you mean llama2_7b…allowed: gemma3_12b, …smollm2_135m…",
     ),
     Case(
         "nested-choice",
@@ -474,7 +474,7 @@ WORDS = {
     "evalute RUN": "…did you mean python -m finetune.evaluate?",
     "multirun lora=r8,r16": "…did you mean python -m finetune -m?",
     "sweeps": "…did you mean python -m sweeps --help?",
-    "model llama2_7b": "model: must be GROUP=CHOICE; allowed: gemma3_270m, gemma3_4b, …",
+    "model llama2_7b": "model: must be GROUP=CHOICE; allowed: gemma3_12b, gemma3_1b, …",
     "rows.jsonl": "…did you mean dataset.path=rows.jsonl?",
     "--hlep": "unrecognized arguments: --hlep; did you mean --help? see --help",
     "--multirn": "…did you mean --multirun? see --help",
