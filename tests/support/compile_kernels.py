@@ -1,6 +1,8 @@
 """Compile the GPU decoder's kernels for cards that need not be there; prints what each one needs.
 
-    python compile_kernels.py HEAD_DIM CAPABILITY …
+    python compile_kernels.py KERNELS HEAD_DIM CAPABILITY …
+
+KERNELS is in the names of those that are compiled ("kernel": all).
 
 A forward and a backward pass of a small base say which kernels are launched, with what arguments.
 Nothing is computed. One line of JSON for each kernel and card: its name, the card's compute
@@ -54,7 +56,8 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 def main() -> None:
     """Print the lines."""
-    head_dim, *capabilities = map(int, sys.argv[1:])
+    part_of_name = sys.argv[1]
+    head_dim, *capabilities = map(int, sys.argv[2:])
     launches: dict[str, tuple[Any, ...]] = {}
 
     def record(
@@ -65,6 +68,8 @@ def main() -> None:
         warps: int = 4,
         stages: int = 3,
     ) -> None:
+        if part_of_name not in kernel.fn.__name__:
+            return
         values = (*map(_kind, arguments), *constants)
         key = repr((kernel.fn.__name__, values, warps, stages))
         launches[key] = (kernel, arguments, constants, warps, stages)
@@ -113,7 +118,9 @@ def _run(architecture: str, head_dim: int) -> None:
     )
     bank = Bank(base, config, Decoder(base, gradient_checkpointing=True))
     rows = [{"input_ids": list(range(40)), "labels": list(range(40))}]
-    for rank in (8, 128):
+    # The adapters' kernels are the same in all architectures.
+    ranks = (8, 128) if architecture == "llama" else (8,)
+    for rank in ranks:
         lora = dataclasses.replace(config.lora, r=rank)
         slot = bank.create_slot(lora, 0)
         bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
