@@ -1,7 +1,9 @@
 """The terminal: errors as one line with exit code 1, argument parsers, quiet libraries."""
 
 import argparse
+import contextlib
 import difflib
+import json
 import logging
 import os
 import re
@@ -9,8 +11,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from finetune import __version__
 from finetune.config.keys import unknown_key
@@ -110,6 +112,25 @@ def error_line(error: BaseException) -> str:
 def summary_line(error: BaseException) -> str:
     """Return the beginning of another library's error message, on one line."""
     return join_lines(str(error))[:SUMMARY_LENGTH]
+
+
+@contextlib.contextmanager
+def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Keep stdout for the JSON of a command: whatever else prints there goes to stderr.
+
+    transformers prints a line when it is imported under WANDB_MODE=offline, for example, and a
+    program that reads the JSON can't.
+
+    Args:
+        wanted: Whether `--json` was given. Otherwise nothing is redirected.
+
+    Yields:
+        A function that prints an object as JSON on stdout.
+    """
+    stdout = sys.stdout
+    target = sys.stderr if wanted else stdout
+    with contextlib.redirect_stdout(target):
+        yield lambda content: print(json.dumps(content, indent=2), file=stdout)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.data_folder import ANY_FILE
-from finetune.console import command_parser, log_to_stderr, run_command
+from finetune.console import (
+    command_parser,
+    json_output,
+    log_to_stderr,
+    run_command,
+)
 from finetune.data.rows import load_all_rows
 from finetune.data.tokens import tokenize
 from finetune.engine.steps import drive
@@ -105,15 +110,15 @@ def main() -> None:
     # Files of a folder that are read, and rows that are left out, too.
     log_to_stderr(__name__, "finetune.data", "finetune.run.load")
     folder = find_run("RUN", arguments.run)
-    comparison = _compare(folder, arguments.data, arguments.answers)
-    if arguments.answers is not None:
-        lines = map(json.dumps, comparison.answer_lines())
-        write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
-    if arguments.json:
-        content = {"data": arguments.data, **comparison.to_dict()}
-        print(json.dumps(content, indent=2))
-    else:
-        _print_table(arguments.data, comparison)
+    with json_output(arguments.json) as print_json:
+        comparison = _compare(folder, arguments.data, arguments.answers)
+        if arguments.answers is not None:
+            lines = map(json.dumps, comparison.answer_lines())
+            write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
+        if arguments.json:
+            print_json({"data": arguments.data, **comparison.to_dict()})
+        else:
+            _print_table(arguments.data, comparison)
 
 
 def _parse_arguments() -> argparse.Namespace:

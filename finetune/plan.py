@@ -4,14 +4,18 @@ Loads no weights.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from finetune.app import compose_sweep
 from finetune.config.schema import RunConfig
-from finetune.console import command_parser, quiet_libraries, run_command
+from finetune.console import (
+    command_parser,
+    json_output,
+    quiet_libraries,
+    run_command,
+)
 from finetune.errors import ConfigError
 from finetune.model.memory import GIB
 from finetune.quantities import format_duration
@@ -37,6 +41,16 @@ def main() -> None:
         raise ConfigError(
             "-m: plans a study; add hydra/sweeper=optuna, or leave out -m"
         )
+    with json_output(arguments.json) as print_json:
+        content = _plan(config, sweeper, arguments.json)
+        if arguments.json:
+            print_json(content)
+
+
+def _plan(
+    config: RunConfig, sweeper: Mapping[str, Any], as_json: bool
+) -> dict[str, Any]:
+    """Plan the run, print it as text unless as JSON, return what the JSON holds."""
     quiet_libraries()
     resources = SharedResources()
     # Mistakes in the rows are reported before torch is imported.
@@ -62,7 +76,7 @@ def main() -> None:
     )
     plan = plan_memory(config, resources)
     method = quantization_method(config, resources)
-    if not arguments.json:
+    if not as_json:
         _print_memory(plan, method)
     plan.require_room(config)
     tasks = {
@@ -79,12 +93,10 @@ def main() -> None:
         tasks,
     )
     study = _plan_study(plan, times, sweeper)
-    if arguments.json:
-        content = {**_to_dict(plan, config, times, study), "quantization": method}
-        print(json.dumps(content, indent=2))
-    else:
+    if not as_json:
         _print_work(plan, config, times, splits, tasks)
         _print_study(study, times, sweeper)
+    return {**_to_dict(plan, config, times, study), "quantization": method}
 
 
 def _plan_study(

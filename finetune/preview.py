@@ -4,12 +4,16 @@ The first rows of a split as the model sees them, what becomes of all rows, and 
 """
 
 import argparse
-import json
 
 from finetune.app import compose_run
 from finetune.compat import import_transformers_without_torch
 from finetune.config.schema import RunConfig
-from finetune.console import command_parser, quiet_libraries, run_command
+from finetune.console import (
+    command_parser,
+    json_output,
+    quiet_libraries,
+    run_command,
+)
 from finetune.data.rows import SPLITS
 from finetune.errors import ConfigError, refusal
 from finetune.run.preview import Preview, collect_notes, preview_rows
@@ -20,10 +24,11 @@ def main() -> None:
     """Read the command line, encode the rows, print them."""
     arguments = _parse_arguments()
     config = compose_run(arguments.overrides)
-    preview = _preview(config, arguments.part, arguments.rows)
-    if arguments.json:
-        print(json.dumps(preview.to_dict()))
-        return
+    with json_output(arguments.json) as print_json:
+        preview = _preview(config, arguments.part, arguments.rows)
+        if arguments.json:
+            print_json(preview.to_dict())
+            return
     from finetune.run.preview_text import print_preview
 
     print_preview(preview, arguments.part, config.dataset)

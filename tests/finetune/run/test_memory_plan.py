@@ -55,6 +55,22 @@ def test_is_said_before_any_weights_load(
     assert 0.2 < planned(done.stdout) < 3
 
 
+def test_json_is_all_that_stdout_holds(tiny_base: Path, tmp_path: Path) -> None:
+    """transformers prints on stdout when its Trainer is imported under WANDB_MODE=offline."""
+    overrides = [*tiny_overrides(tiny_base), "optimizer=adafactor"]
+    planned = run_cli(
+        *overrides,
+        "trainer.engine=trl",
+        "--json",
+        cwd=tmp_path,
+        module="finetune.plan",
+        WANDB_MODE="offline",
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["peak"] > 0
+    assert "WANDB" in planned.stderr
+
+
 def test_json_has_the_figures_of_the_table(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
