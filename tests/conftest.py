@@ -59,6 +59,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["WANDB_DATA_DIR"] = str(
         tmp_path_factory.mktemp("wandb")
     )  # copies of artifacts
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
 
 
 @pytest.fixture
