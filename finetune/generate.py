@@ -1,24 +1,49 @@
-"""Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`."""
+"""Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`.
+
+`--prompts FILE` answers those of a file, `--chat` questions on the terminal, each with what was
+said before.
+"""
 
 import argparse
 import logging
+from typing import TYPE_CHECKING, Any
 
-from finetune.console import command_parser, log_to_stderr, run_command
+from finetune.console import command_parser, json_output, log_to_stderr, run_command
+from finetune.data.prompt_file import STANDARD_INPUT, read_prompts
 from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.generation import generate_answers
-from finetune.errors import refusal
+from finetune.errors import ConfigError, refusal
 from finetune.files.find_run import RUN_HELP, find_run
-from finetune.run.load import load_run
+from finetune.run.chat import Chat, chat_on_terminal
+from finetune.run.load import TrainedRun, load_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
+CHAT_TOKENS = 512
+"""Limit of an answer in a chat, in tokens; the run's limits are those of short samples."""
+
 
 def main() -> None:
-    """Read the command line, load the run, print an answer to each prompt."""
+    """Read the command line, load the run, answer the prompts or chat."""
     arguments = _parse_arguments()
     log_to_stderr(__name__, "finetune.run.load")
-    for answer in _generate(arguments):
-        print(answer)
+    with json_output(arguments.json) as print_json:
+        # Before the base is loaded.
+        prompts = [] if arguments.chat else _prompts(arguments)
+        run = load_run(find_run("RUN", arguments.run))
+        if arguments.chat:
+            _chat(run, arguments)
+            return
+        answers = _generate(run, prompts, arguments)
+        if arguments.json:
+            print_json({"answers": _rows(prompts, answers)})
+        else:
+            for answer in answers:
+                print(answer)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -26,14 +51,25 @@ def _parse_arguments() -> argparse.Namespace:
         "finetune.generate",
         "Generate text with the adapter of a run.",
         'latest --prompt "What does math.gcd do in Python?"',
+        "latest --chat --temperature 0.7",
+        "latest --prompts questions.jsonl --json",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument(
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
         "--prompt",
         metavar="TEXT",
-        required=True,
         action="append",
         help="a prompt; repeat the flag for several",
+    )
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file with one prompt a line, or JSON lines with prompt or messages "
+        f"(FILE.jsonl); {STANDARD_INPUT}: standard input",
+    )
+    prompts.add_argument(
+        "--chat", action="store_true", help="chat on the terminal; Ctrl-D ends it"
     )
     parser.add_argument(
         "--system",
@@ -44,7 +80,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--max-new-tokens",
         metavar="TOKENS",
         type=int,
-        help="limit of each answer (default: the limits of the run's samples)",
+        help="limit of each answer (default: the limits of the run's samples; "
+        f"in a chat {CHAT_TOKENS})",
     )
     parser.add_argument(
         "--max-length",
@@ -52,13 +89,53 @@ def _parse_arguments() -> argparse.Namespace:
         type=int,
         help="limit of a prompt and its answer together",
     )
+    _add_sampling(parser)
     parser.add_argument(
         "--base", action="store_true", help="answer without the adapter"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print prompts and answers as JSON"
     )
     arguments = parser.parse_args()
     _require_positive("--max-new-tokens", arguments.max_new_tokens)
     _require_positive("--max-length", arguments.max_length)
+    _check_sampling(arguments)
+    if arguments.chat and arguments.json:
+        raise ConfigError("argument --json: not allowed with argument --chat")
     return arguments
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="tokens are drawn, with logits divided by T "
+        "(default: 0, each token is the most likely one)",
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="SHARE",
+        type=float,
+        help="draw from the likeliest tokens that have this share together (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of drawn tokens (default: the run's)"
+    )
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    temperature, share, seed = arguments.temperature, arguments.top_p, arguments.seed
+    if not 0 <= temperature < float("inf"):
+        raise refusal("--temperature", temperature, "must be a number, at least 0")
+    if share is not None and not 0 < share <= 1:
+        raise refusal("--top-p", share, "must be above 0 and at most 1")
+    if seed is not None and seed < 0:
+        raise refusal("--seed", seed, "must be at least 0")
+    for flag, value in (("--top-p", share), ("--seed", seed)):
+        if value is not None and temperature == 0:
+            raise refusal(flag, value, "needs --temperature above 0")
 
 
 def _require_positive(flag: str, limit: int | None) -> None:
@@ -66,16 +143,34 @@ def _require_positive(flag: str, limit: int | None) -> None:
         raise refusal(flag, limit, "must be at least 1")
 
 
-def _generate(arguments: argparse.Namespace) -> list[str]:
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.prompts is not None:
+        return read_prompts("--prompts", arguments.prompts, arguments.system)
+    return [Prompt(text, arguments.system) for text in arguments.prompt]
+
+
+def _sampling(run: TrainedRun, arguments: argparse.Namespace) -> Sampling | None:
+    if arguments.temperature == 0:
+        return None
+    seed = run.config.seed if arguments.seed is None else arguments.seed
+    share = 1.0 if arguments.top_p is None else arguments.top_p
+    return Sampling(arguments.temperature, share, seed)
+
+
+def _model(run: TrainedRun, arguments: argparse.Namespace) -> "PreTrainedModel":
+    return run.base if arguments.base else run.with_adapter()
+
+
+def _generate(
+    run: TrainedRun, prompts: list[Prompt], arguments: argparse.Namespace
+) -> list[str]:
     """Return the answers in the order of the prompts."""
-    run = load_run(find_run("RUN", arguments.run))
     max_new_tokens = arguments.max_new_tokens
     max_length = arguments.max_length
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens
         max_length = run.config.sample_max_length
-    model = run.base if arguments.base else run.with_adapter()
-    prompts = [Prompt(text, arguments.system) for text in arguments.prompt]
+    model = _model(run, arguments)
     count = len(prompts)
     log.info("answering %s", "the prompt" if count == 1 else f"{count} prompts")
     return generate_answers(
@@ -86,7 +181,36 @@ def _generate(arguments: argparse.Namespace) -> list[str]:
         max_new_tokens=max_new_tokens,
         max_length=max_length,
         variables=run.config.model.template_kwargs,
+        sampling=_sampling(run, arguments),
     )
+
+
+def _rows(prompts: list[Prompt], answers: list[str]) -> list[dict[str, Any]]:
+    """Return prompts and answers as `--json` prints them."""
+    rows: list[dict[str, Any]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        question = prompt.messages or prompt.text
+        rows.append({"prompt": question, "system": prompt.system, "answer": answer})
+    return rows
+
+
+def _chat(run: TrainedRun, arguments: argparse.Namespace) -> None:
+    if run.tokenizer.chat_template is None:
+        base = run.config.model.name_or_path
+        reason = f"{base} has no chat template; --prompt TEXT continues a text"
+        raise ConfigError(f"--chat: {reason}")
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None and arguments.max_length is None:
+        max_new_tokens = CHAT_TOKENS
+    chat = Chat(
+        run,
+        _model(run, arguments),
+        arguments.system,
+        _sampling(run, arguments),
+        max_new_tokens,
+        arguments.max_length,
+    )
+    chat_on_terminal(chat)
 
 
 if __name__ == "__main__":

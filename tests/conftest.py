@@ -1,6 +1,8 @@
 """Fixtures of all tests: a tiny random base with a real tokenizer, configs, commands."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("WANDB_API_KEY", None)
+
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported
 
 
 from support.bad_input import Workplace
@@ -52,6 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep caches out of the user's folders; FINETUNE_CACHE may name one with the packaged model."""
@@ -59,7 +67,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["WANDB_DATA_DIR"] = str(
         tmp_path_factory.mktemp("wandb")
     )  # copies of artifacts
-    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
 
 
 @pytest.fixture

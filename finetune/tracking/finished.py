@@ -2,9 +2,9 @@
 
 import logging
 
-from finetune.console import summary_line
 from finetune.files.run_folder import RunFolder
 from finetune.tracking import mlflow, wandb_finished
+from finetune.tracking.tracker import reason
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def _change_mlflow_tag(folder: RunFolder, tag: str, is_set: bool) -> None:
     try:
         mlflow.change_tag(folder, tag, is_set)
     except Exception as error:
-        reason = summary_line(error)
+        cause = reason(error)
         log.warning(
-            "MLflow: %s; the tag %s of %s is unchanged", reason, tag, folder.path
+            "MLflow: %s; the tag %s of %s is unchanged", cause, tag, folder.path
         )

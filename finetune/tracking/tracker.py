@@ -130,7 +130,7 @@ class SeveralTrackers(Tracker):
 
 
 def reason(error: Exception) -> str:
-    """Return the beginning of a tracker's error, without user and password of a server's address."""
+    """Return the beginning of a tracker's error, without the user and password of an address."""
     return re.sub(r"//[^/\s]*@", "//", summary_line(error))
 
 

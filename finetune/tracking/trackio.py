@@ -134,9 +134,11 @@ def _delete(record: dict[str, str]) -> None:
     """Delete the Trackio run of a session without a checkpoint, because the run begins anew."""
     import trackio
 
-    for run in trackio.Api().runs(record["project"]):
-        if run.id == record["id"]:
-            run.delete()
+    # Killed before its first values were written, a run has left nothing.
+    with contextlib.suppress(ValueError):
+        for run in trackio.Api().runs(record["project"]):
+            if run.id == record["id"]:
+                run.delete()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,18 @@ QUICK = (
 )
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database: MLflow takes seconds to create one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    open_store(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def store(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The client of an empty database in the working directory."""
+    shutil.copy(database, tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     monkeypatch.chdir(tmp_path)
