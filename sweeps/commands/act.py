@@ -4,10 +4,11 @@ import argparse
 import logging
 import os
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
+from finetune.files.atomic import json_safe, read_json
 from sweeps.study.find_study import find_search, find_study
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def best(arguments: argparse.Namespace) -> None:
         reason = why_no_winner(study.trials())
         raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
     _conclude(study)
+    if arguments.json:
+        arguments.print_json(json_safe(_answer(study)))
 
 
 def _conclude(study: "Study") -> None:
@@ -42,16 +45,30 @@ def _conclude(study: "Study") -> None:
     conclude(study)
 
 
+def _answer(study: "Study") -> dict[str, Any]:
+    """Return a study's answer for `--json`."""
+    from sweeps.answer.report_data import ANSWER
+
+    answer = read_json(study.folder / ANSWER)
+    folder = os.path.relpath(study.folder)
+    return {"study": study.name, "folder": folder, "answer": answer}
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the report."""
+    if arguments.watch and arguments.json:
+        raise ConfigError("argument --json: not allowed with argument --watch")
     from sweeps.answer.report import watch, write_report
 
     study = find_study(arguments.study)
     if arguments.watch:
         watch(study, lambda line: print(line, flush=True))
         return
-    path = write_report(study)
-    print(os.path.relpath(path))
+    path = os.path.relpath(write_report(study))
+    if arguments.json:
+        arguments.print_json({"study": study.name, "report": path})
+    else:
+        print(path)
 
 
 def confirm(arguments: argparse.Namespace) -> None:
@@ -60,8 +77,11 @@ def confirm(arguments: argparse.Namespace) -> None:
     # Loads torch: after a wrong name is refused, and after the libraries are quiet.
     from sweeps.answer.confirm import confirm
 
-    confirm(study, arguments.seeds, arguments.top)
+    confirmation = confirm(study, arguments.seeds, arguments.top)
     _conclude(study)
+    if arguments.json:
+        content = {**_answer(study), "confirmation": confirmation}
+        arguments.print_json(json_safe(content))
 
 
 def stop(arguments: argparse.Namespace) -> None:
@@ -76,5 +96,8 @@ def stop(arguments: argparse.Namespace) -> None:
             f"trial {arguments.trial}: is not running; running: {numbers}"
         )
     study.request_stop(arguments.trial)
+    if arguments.json:
+        arguments.print_json({"study": study.name, "trial": arguments.trial})
+        return
     command = f"python -m sweeps show {shlex.quote(arguments.study)}"
     print(f"trial {arguments.trial} stops at its next step; check with: {command}")
