@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    import trackio
     from lm_eval.api.task import Task
     from peft import LoraConfig
     from torch.utils.data import Sampler
@@ -443,17 +442,3 @@ def harness_filters(task: "Task") -> list[str]:
     where it leaves the default.
     """
     return [ensemble.name for ensemble in task._filters]
-
-
-def write_trackio_config(run: "trackio.Run", values: dict[str, str]) -> None:
-    """Add values to the config of an open Trackio run; the next log writes the whole config.
-
-    Reason: Trackio has no summary, and writes a run's config with its first log alone
-    (trackio 0.43, `trackio/run.py`, `Run.log`). Upstream: none.
-
-    Args:
-        run: The run.
-        values: By keys of the config's top level.
-    """
-    run.config |= values
-    run._config_logged = False

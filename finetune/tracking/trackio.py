@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.compat import write_trackio_config
 from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
@@ -35,18 +34,20 @@ class TrackioTracker(Tracker):
         self._config = tracked_config(config)
         self._logged = LoggedMetrics()
         self._last_step = 0
-        project = config.tracker.project or "finetune"
-        record = read_json(folder.path / RECORD)
-        resumes = record is not None and folder.last_checkpoint() is not None
-        if not resumes:
-            if record is not None:
-                _delete(record)
-            name = label.name or config.name
-            record = {"id": uuid.uuid4().hex, "name": name, "project": project}
-            write_json(folder.path / RECORD, record)
-        self._project = record["project"]
-        self._name = record["name"]
-        self._run = _open(record, label.group, {**self._config, "status": "running"})
+        self._group = label.group
+        earlier: dict[str, str] | None = read_json(folder.path / RECORD)
+        resumes = folder.last_checkpoint() is not None
+        if earlier is not None and not resumes:
+            _delete(earlier)
+            earlier = None
+        self._record = earlier or {
+            "id": uuid.uuid4().hex,
+            "name": label.name or config.name,
+            "project": config.tracker.project or "finetune",
+        }
+        write_json(folder.path / RECORD, self._record)
+        config_shown = {**self._config, "status": "running"}
+        self._run = _open(self._record, self._group, config_shown)
         if resumes:
             self._continue(folder)
 
@@ -55,7 +56,7 @@ class TrackioTracker(Tracker):
         from trackio.sqlite_storage import SQLiteStorage
 
         # Of a Space or a server, which has no local rows, all is logged again.
-        for row in SQLiteStorage.get_logs(self._project, run_id=self._run.id):
+        for row in SQLiteStorage.get_logs(self._record["project"], run_id=self._run.id):
             for name in row:
                 self._logged.add(name, [row["step"]])
         for step, metrics in rows_until_checkpoint(folder):
@@ -77,7 +78,7 @@ class TrackioTracker(Tracker):
     def log_adapter(self, folder: Path) -> None:
         import trackio
 
-        name = re.sub(r"(?a)[^\w.-]", "-", f"{self._name}-adapter")
+        name = re.sub(r"(?a)[^\w.-]", "-", f"{self._record['name']}-adapter")
         artifact = trackio.Artifact(name, type="model")
         artifact.add_dir(folder)
         with _quiet():
@@ -91,15 +92,20 @@ class TrackioTracker(Tracker):
                 values[f"{FINAL}{name}"] = value
             elif value is not None:
                 texts[name] = str(value)
-        # Trackio has no summary: the final state stands in the config, and in the last step.
-        write_trackio_config(self._run, texts)
-        self._run.log(values, step=self._last_step)
         with _quiet():
             self._run.finish()
+        # Trackio has no summary: the final state stands in the config, and in the last step. The
+        # config is written with the first values of a session, so this is another one.
+        last = _open(self._record, self._group, {**self._config, **texts})
+        last.log(values, step=self._last_step)
+        with _quiet():
+            last.finish()
 
     def locations(self) -> list[str]:
-        project = shlex.quote(self._project)
-        return [f"Trackio: trackio show --project {project} (run {self._name})"]
+        project = shlex.quote(self._record["project"])
+        return [
+            f"Trackio: trackio show --project {project} (run {self._record['name']})"
+        ]
 
 
 def _open(

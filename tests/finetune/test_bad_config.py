@@ -36,7 +36,7 @@ CONFIG = [
     Case(
         "choice-that-is-null",
         "tracker=null",
-        "tracker=null: no such choice; …allowed: both, none, tensorboard, wandb",
+        "tracker=null: no such choice; allowed: both, mlflow, none, tensorboard, trackio, wandb",
     ),
     Case(
         "key",
