@@ -331,6 +331,21 @@ def gate_of_experts(experts: Any) -> Callable[["torch.Tensor"], "torch.Tensor"]:
     return gate
 
 
+def norm_of_experts(experts: Any) -> Callable[["torch.Tensor"], "torch.Tensor"] | None:
+    """Return the norm of each expert's output; None where there is none.
+
+    Reason: transformers before 5.18 has no such norm, and no attribute that says so. transformers
+    5.23, `integrations.moe.use_experts_implementation`. Upstream: none.
+
+    Returns:
+        From the outputs of the last product [pairs, hidden] to the same shape.
+    """
+    if not getattr(experts, "has_post_expert_norm", False):
+        return None
+    norm: Callable[[torch.Tensor], torch.Tensor] = experts.post_expert_norm
+    return norm
+
+
 def forget_quantized_format(model: "PreTrainedModel") -> None:
     """Make a dequantised model savable whose files were quantised by bitsandbytes.
 
