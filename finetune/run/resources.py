@@ -227,6 +227,12 @@ class SharedResources:
         entry = self._bank.peek()
         return None if entry is None else entry[1]
 
+    def release(self) -> None:
+        """Forget everything, and return the memory of the base to the GPU and the system."""
+        for value in vars(self).values():
+            for cached in value.values() if isinstance(value, dict) else [value]:
+                cached.drop()
+
     def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
         from finetune.model.loading import load_base
