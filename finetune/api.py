@@ -64,7 +64,7 @@ def load(run: str | Path = LATEST) -> "Run":
     """Return a run that has begun.
 
     Args:
-        run: its folder, its name under `outputs/runs` (NAME: the newest, or NAME/TIME), or `latest`.
+        run: its folder, its name under `outputs/runs` (NAME: its newest, NAME/TIME), or `latest`.
 
     Raises:
         ConfigError: there is no such run.

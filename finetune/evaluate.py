@@ -96,7 +96,7 @@ class Comparison:
         }
         classification = self.adapter.evaluation.classification
         if classification is not None:
-            content["labels"] = classification.labels
+            content["labels"] = list(classification.labels)
             content["confusion"] = classification.confusion()
         return content
 

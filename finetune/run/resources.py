@@ -228,10 +228,10 @@ class SharedResources:
         return None if entry is None else entry[1]
 
     def release(self) -> None:
-        """Forget everything, and return the memory of the base to the GPU and the system."""
+        """Forget everything. The caller frees the memory, once for all."""
         for value in vars(self).values():
             for cached in value.values() if isinstance(value, dict) else [value]:
-                cached.drop()
+                cached.forget()
 
     def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
