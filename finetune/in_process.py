@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -31,14 +32,26 @@ PACKAGES = ("finetune", "hydra", "hydra_plugins", "sweeps")
 """Packages whose log levels commands set."""
 
 
+_CALLS = threading.Lock()
+"""Held by the call that runs: Hydra, logging and the loaded base are one for the process."""
+
+
 @contextlib.contextmanager
 def in_process() -> Iterator[None]:
     """Leave the process as it was when the block ends, with or without an error.
 
     Raises:
-        ConfigError: what Hydra or OmegaConf refuse, with the line that the command prints.
+        ConfigError: what Hydra or OmegaConf refuse, with the line that the command prints; or
+            another call runs, in another thread or around this one.
     """
-    with _restored_hydra(), _restored_logging(), _restored_environment():
+    if not _CALLS.acquire(blocking=False):
+        raise ConfigError(
+            "another run or study trains in this process: wait for its end"
+        )
+    with contextlib.ExitStack() as stack:
+        stack.callback(_CALLS.release)
+        for restored in (_restored_hydra, _restored_logging, _restored_environment):
+            stack.enter_context(restored())
         try:
             yield
         except BaseException as error:

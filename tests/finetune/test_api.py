@@ -20,6 +20,7 @@ from support.configs import tiny_overrides
 from support.runs import write_jsonl
 
 import finetune
+from finetune.in_process import in_process
 
 SHORT = [
     "trainer.max_steps=20",
@@ -153,6 +154,15 @@ def test_hydra_and_logging_of_the_user_are_as_they_were(
         handler.close()
     assert (tmp_path / "mine.log").read_text() == "a line of mine\n"
     assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_second_call_at_the_same_time_is_refused(run: finetune.Run) -> None:
+    with (
+        in_process(),
+        pytest.raises(finetune.ConfigError, match="another run or study"),
+    ):
+        run.generate(["a"])
+    assert len(run.generate(["a"], max_new_tokens=1)) == 1
 
 
 def test_answers_are_the_commands(run: finetune.Run, station: Station) -> None:
