@@ -222,7 +222,7 @@ MISTAKES = [
     ["hydra.sweeper.n_trials=3"],
     ["search=lora"],
     ["hydra.run.dir=/dev/null/run"],
-    ["tracker.project=hf_abcdefSECRETghijkl"],
+    ["+model.token=hf_abcdefSECRETghijkl"],
 ]
 
 
