@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 
 import hydra.version
@@ -48,6 +49,8 @@ def in_process() -> Iterator[None]:
         raise ConfigError(
             "another run or study trains in this process: wait for its end"
         )
+    # tqdm's remark in a notebook without ipywidgets; bars are shown on terminals only.
+    warnings.filterwarnings("ignore", "IProgress not found")
     with contextlib.ExitStack() as stack:
         stack.callback(_CALLS.release)
         for restored in (_restored_hydra, _restored_logging, _restored_environment):

@@ -21,6 +21,7 @@ from support.runs import write_jsonl
 
 import finetune
 from finetune.in_process import in_process
+from finetune.run.resources import shared_resources
 
 SHORT = [
     "trainer.max_steps=20",
@@ -67,9 +68,10 @@ def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def models() -> int:
-    """How many language models this process holds."""
+    """How many language models this process holds; none of them for later runs."""
     from transformers import PreTrainedModel
 
+    assert shared_resources.loaded_bank() is None
     gc.collect()
     return sum(
         issubclass(type(thing), PreTrainedModel) and hasattr(thing, "lm_head")

@@ -20,6 +20,7 @@ from support.studies import PRUNED, made_study, trial
 
 import finetune
 import sweeps
+from finetune.run.resources import shared_resources
 
 SPACE = [
     "search=lora_rate",
@@ -52,9 +53,10 @@ def study(place: Path, overrides: list[str]) -> sweeps.Study:
 
 
 def models() -> int:
-    """How many language models this process holds."""
+    """How many language models this process holds; none of them for later runs."""
     from transformers import PreTrainedModel
 
+    assert shared_resources.loaded_bank() is None
     gc.collect()
     return sum(
         issubclass(type(thing), PreTrainedModel) and hasattr(thing, "lm_head")
