@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -43,6 +44,24 @@ def import_transformers_without_torch() -> None:
         importlib.import_module("transformers")
     finally:
         del sys.modules["torch"]
+
+
+@contextlib.contextmanager
+def hidden_log_handlers() -> Iterator[None]:
+    """Keep the process's log handlers open although the block calls `logging.config.dictConfig`.
+
+    Reason: the function closes all handlers of the process, not only those that it replaces, and
+    Hydra calls it for each run. A closed `FileHandler` of mode "w" writes no further line (CPython
+    3.11, `logging.config._clearExistingHandlers`). Upstream: none.
+    """
+    handlers = list(logging._handlerList)  # type: ignore[attr-defined]
+    named = dict(logging._handlers)  # type: ignore[attr-defined]
+    logging._handlerList.clear()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        logging._handlerList[:0] = handlers  # type: ignore[attr-defined]
+        logging._handlers.update(named)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

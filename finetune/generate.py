@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from finetune.console import command_parser, log_to_stderr, run_command
 from finetune.data.types import Prompt
@@ -12,12 +14,22 @@ from finetune.run.load import load_run
 
 log = logging.getLogger(__name__)
 
+LOGGERS = (__name__, "finetune.run.load")
+"""Loggers whose lines the command prints."""
+
 
 def main() -> None:
     """Read the command line, load the run, print an answer to each prompt."""
     arguments = _parse_arguments()
-    log_to_stderr(__name__, "finetune.run.load")
-    for answer in _generate(arguments):
+    log_to_stderr(*LOGGERS)
+    answers = answer_prompts(
+        find_run("RUN", arguments.run),
+        [Prompt(text, arguments.system) for text in arguments.prompt],
+        base=arguments.base,
+        max_new_tokens=arguments.max_new_tokens,
+        max_length=arguments.max_length,
+    )
+    for answer in answers:
         print(answer)
 
 
@@ -56,26 +68,48 @@ def _parse_arguments() -> argparse.Namespace:
         "--base", action="store_true", help="answer without the adapter"
     )
     arguments = parser.parse_args()
-    _require_positive("--max-new-tokens", arguments.max_new_tokens)
-    _require_positive("--max-length", arguments.max_length)
+    require_positive("--max-new-tokens", arguments.max_new_tokens)
+    require_positive("--max-length", arguments.max_length)
     return arguments
 
 
-def _require_positive(flag: str, limit: int | None) -> None:
+def require_positive(key: str, limit: int | None) -> None:
+    """Refuse a limit below 1.
+
+    Args:
+        key: the name of the limit, for the error.
+        limit: the limit; None: there is none.
+    """
     if limit is not None and limit < 1:
-        raise refusal(flag, limit, "must be at least 1")
+        raise refusal(key, limit, "must be at least 1")
 
 
-def _generate(arguments: argparse.Namespace) -> list[str]:
-    """Return the answers in the order of the prompts."""
-    run = load_run(find_run("RUN", arguments.run))
-    max_new_tokens = arguments.max_new_tokens
-    max_length = arguments.max_length
+def answer_prompts(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    base: bool = False,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+) -> list[str]:
+    """Load a run, and return its answers in the order of the prompts.
+
+    Args:
+        folder: the run folder.
+        prompts: the prompts.
+        base: whether the base answers, without the adapter.
+        max_new_tokens: limit of each answer.
+        max_length: limit of a prompt and its answer together. Without either limit, those of the
+            run's samples hold.
+
+    Raises:
+        ConfigError: the run has no adapter.
+    """
+    run = load_run(folder)
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens
         max_length = run.config.sample_max_length
-    model = run.base if arguments.base else run.with_adapter()
-    prompts = [Prompt(text, arguments.system) for text in arguments.prompt]
+    model = run.base if base else run.with_adapter()
     count = len(prompts)
     log.info("answering %s", "the prompt" if count == 1 else f"{count} prompts")
     return generate_answers(
