@@ -1,3 +1,37 @@
-"""One QLoRA fine-tuning run, from its config to an adapter with its evaluation."""
+"""QLoRA fine-tuning runs, from a config to an adapter with its evaluation.
 
-__version__ = "0.1.0"
+From Python:
+
+    run = finetune.train("model=llama2_7b", "lora=r64")
+    run = finetune.load("latest")
+
+Both return a `Run`. A mistake in the input raises `ConfigError`, Ctrl-C raises `Interrupted`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from finetune.errors import ConfigError, Interrupted
+from finetune.version import __version__
+
+if TYPE_CHECKING:
+    from finetune.api import EvaluationResult, MergedModel, Run, load, train
+
+__all__ = [
+    "ConfigError",
+    "EvaluationResult",
+    "Interrupted",
+    "MergedModel",
+    "Run",
+    "__version__",
+    "load",
+    "train",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what loads Hydra when it is first used: importing the package stays fast."""
+        if name not in __all__:
+            raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+        return getattr(importlib.import_module("finetune.api"), name)

@@ -2,21 +2,18 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import OmegaConf, flag_override
 
 from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
@@ -25,15 +22,10 @@ from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import VERSION, CommandParser, error_line, run_command
-from finetune.errors import ConfigError, Interrupted, did_you_mean, refusal
+from finetune.console import VERSION, CommandParser, run_command
+from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.find_run import find_run
-from finetune.files.run_folder import discard_multirun
-
-log = logging.getLogger(__name__)
-
-
-Task = Callable[[DictConfig], object]
+from finetune.job_failures import JobFailures, Task
 
 
 def hydra_app(task: Task, resume: Callable[[Path], object]) -> None:
@@ -50,26 +42,78 @@ def hydra_app(task: Task, resume: Callable[[Path], object]) -> None:
 def _run_app(task: Task, resume: Callable[[Path], object]) -> None:
     # Before Hydra parses them, which prints several lines for a wrong flag and exits with 2.
     arguments = parse_hydra_arguments(sys.argv[1:])
-    folder = _folder_to_resume(arguments)
+    overrides: list[str] = arguments.overrides
+    only_shows = arguments.cfg or arguments.help or arguments.info
+    folder = None if only_shows else folder_to_resume(overrides)
     if folder is not None:
         resume(folder)
         return
-    overrides: list[str] = arguments.overrides
     # In place, because `hydra.main` reads the command line itself.
     for position, word in enumerate(sys.argv[1:], start=1):
         if word in overrides:
             sys.argv[position] = check_override(word)
+    with _collected_failures(overrides) as failures:
+        # By an absolute path: for a console script, Hydra takes a relative one for a package.
+        decorate = hydra.main(config_path=str(CONF), config_name="config")
+        application = decorate(failures.collect(task))
+        application()
+
+
+def run_overrides(overrides: Sequence[str], task: Task, multirun: bool = False) -> Any:
+    """Do what `hydra_app` does with overrides, in a process that goes on afterwards.
+
+    Hydra must not be initialised: `finetune.in_process` sees to that.
+
+    Args:
+        overrides: the overrides, as on a command line.
+        task: trains the run of a composed config; called once for each job.
+        multirun: whether a sweeper runs, as with the flag -m.
+
+    Returns:
+        Hydra's `JobReturn`; of a multirun what its sweeper returns.
+
+    Raises:
+        ConfigError: a word is no override, or the config is not allowed.
+    """
+    checked = [check_override(word) for word in _override_words(overrides)]
+    with (
+        _collected_failures(checked) as failures,
+        hydra.initialize_config_dir(str(CONF)),
+    ):
+        application = GlobalHydra.instance().hydra
+        assert application is not None
+        job = failures.collect(task)
+        if multirun:
+            return application.multirun(
+                "config", job, [*checked, "hydra.mode=MULTIRUN"]
+            )
+        return application.run("config", job, checked)
+
+
+def _override_words(words: Sequence[str]) -> list[str]:
+    """Return the words if all are overrides. Raises ConfigError for flags and other words."""
+    for word in words:
+        if not isinstance(word, str):
+            raise ConfigError(f"{word!r}: must be a text KEY=VALUE, as 'lora.r=8'")
+        if word.startswith("-"):
+            raise ConfigError(
+                f"{word}: is a flag of the command line; from Python KEY=VALUE only"
+            )
+    parsed: list[str] = parse_hydra_arguments(list(words)).overrides
+    return parsed
+
+
+@contextlib.contextmanager
+def _collected_failures(overrides: list[str]) -> Iterator[JobFailures]:
+    """Collect the errors of the jobs that run in the block, and raise the first one at its end."""
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures = _JobFailures()
-    # By an absolute path: for a console script, Hydra takes a relative one for a package.
-    decorate = hydra.main(config_path=str(CONF), config_name="config")
-    application = decorate(failures.collect(task))
     # Hydra 1.4 gives no way to allow a callback without allowing every class in a config.
     own_callback = r"hydra\.utils\.instantiate\(\) resolved _target_='sweeps\.callback"
     warnings.filterwarnings("ignore", own_callback)
+    failures = JobFailures()
     with _explain_unusable_folder(overrides):
-        application()
+        yield failures
     failures.discard_empty_sweeps()
     failures.raise_first()
 
@@ -166,14 +210,14 @@ def check_override(override: str) -> str:
     return f"++{override}" if adds_key else expand_short_form(override)
 
 
-def _folder_to_resume(arguments: argparse.Namespace) -> Path | None:
-    """Return the folder of `resume=RUN`, or None where the command line starts a new run.
+def folder_to_resume(overrides: Sequence[str]) -> Path | None:
+    """Return the folder of `resume=RUN`, or None where the overrides start a new run.
 
     A resumed run keeps the config that it started with, so no other override is allowed.
+
+    Raises:
+        ConfigError: there is another override, or no such run.
     """
-    if arguments.cfg or arguments.help or arguments.info:
-        return None
-    overrides: list[str] = arguments.overrides
     resumes = []
     for override in overrides:
         if override.lstrip("+").startswith("resume="):
@@ -211,73 +255,3 @@ def _explain_unusable_folder(overrides: list[str]) -> Iterator[None]:
         folder = values.get("hydra.run.dir", error.filename)
         reason = f"can't be created ({error.strerror}: {error.filename})"
         raise refusal("hydra.run.dir", folder, reason) from error
-
-
-@dataclass(frozen=True)
-class _JobFailures:
-    """Errors of the jobs that ran in this process.
-
-    They are collected, because Hydra prints several lines for an error, and ends a sweep at its
-    first one.
-    """
-
-    errors: list[tuple[int | None, BaseException]] = field(default_factory=list)
-    """The number of the job in its sweep (None: a single run), and its error."""
-
-    sweep_folders: set[Path] = field(default_factory=set)
-    """Folders of the sweeps in which a job failed."""
-
-    def collect(self, task: Task) -> Task:
-        """Return a task that does the same, and adds its error here instead of raising it."""
-
-        def run_job(composed: DictConfig) -> object:
-            # The job may run in another process: its error comes back through Hydra.
-            if _launcher_reports_errors():
-                return task(composed)
-            try:
-                return task(composed)
-            except (Exception, KeyboardInterrupt) as error:
-                is_interrupt = isinstance(error, KeyboardInterrupt | Interrupted)
-                # It ends the whole sweep; any other error only its job.
-                if is_interrupt and _is_multirun():
-                    raise
-                self._add(error)
-                return None
-
-        return run_job
-
-    def discard_empty_sweeps(self) -> None:
-        """Remove the folders of sweeps in which no job began."""
-        for folder in self.sweep_folders:
-            discard_multirun(folder)
-
-    def raise_first(self) -> None:
-        """Raise the first error, for a sweep with the number of its job and of all that failed."""
-        if not self.errors:
-            return
-        job, error = self.errors[0]
-        if job is None:
-            raise error
-        raise ConfigError(f"{len(self.errors)} failed; job {job}: {error_line(error)}")
-
-    def _add(self, error: BaseException) -> None:
-        if not _is_multirun():
-            self.errors.append((None, error))
-            return
-        number = HydraConfig.get().job.num
-        log.error("job %s failed: %s", number, error_line(error))
-        self.errors.append((number, error))
-        self.sweep_folders.add(Path(HydraConfig.get().sweep.dir))
-
-
-def _is_multirun() -> bool:
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
-
-
-def _launcher_reports_errors() -> bool:
-    """Whether the current job belongs to a sweep whose launcher reports its jobs' errors itself.
-
-    Hydra's basic launcher does not.
-    """
-    launcher = str(HydraConfig.get().launcher.get("_target_"))
-    return _is_multirun() and "BasicLauncher" not in launcher

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -43,6 +44,24 @@ def import_transformers_without_torch() -> None:
         importlib.import_module("transformers")
     finally:
         del sys.modules["torch"]
+
+
+@contextlib.contextmanager
+def hidden_log_handlers() -> Iterator[None]:
+    """Keep the process's log handlers open although the block calls `logging.config.dictConfig`.
+
+    Reason: the function closes all handlers of the process, not only those that it replaces, and
+    Hydra calls it for each run. A closed `FileHandler` of mode "w" writes no further line (CPython
+    3.11, `logging.config._clearExistingHandlers`). Upstream: none.
+    """
+    handlers = list(logging._handlerList)  # type: ignore[attr-defined]
+    named = dict(logging._handlers)  # type: ignore[attr-defined]
+    logging._handlerList.clear()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        logging._handlerList[:0] = handlers  # type: ignore[attr-defined]
+        logging._handlers.update(named)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -329,6 +348,21 @@ def gate_of_experts(experts: Any) -> Callable[["torch.Tensor"], "torch.Tensor"]:
     """
     gate: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate
     return gate
+
+
+def norm_of_experts(experts: Any) -> Callable[["torch.Tensor"], "torch.Tensor"] | None:
+    """Return the norm of each expert's output; None where there is none.
+
+    Reason: transformers before 5.18 has no such norm, and no attribute that says so. transformers
+    5.23, `integrations.moe.use_experts_implementation`. Upstream: none.
+
+    Returns:
+        From the outputs of the last product [pairs, hidden] to the same shape.
+    """
+    if not getattr(experts, "has_post_expert_norm", False):
+        return None
+    norm: Callable[[torch.Tensor], torch.Tensor] = experts.post_expert_norm
+    return norm
 
 
 def forget_quantized_format(model: "PreTrainedModel") -> None:

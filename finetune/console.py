@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from finetune import __version__
 from finetune.config.keys import unknown_key
 from finetune.errors import (
     ConfigError,
@@ -24,6 +23,7 @@ from finetune.errors import (
     refusal,
 )
 from finetune.hydra_errors import hydra_error_line
+from finetune.version import __version__
 
 log = logging.getLogger(__name__)
 

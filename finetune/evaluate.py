@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from finetune.config.data_folder import ANY_FILE
 from finetune.console import (
@@ -41,14 +41,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOGGERS = (__name__, "finetune.data", "finetune.run.load")
+"""Loggers whose lines the command prints: files of a folder that are read, and rows that are left
+out, too."""
+
 METRICS = ("loss", "perplexity", "accuracy")
 """Attributes of an `Evaluation`, in the order of the table."""
+
+
+class EvaluationResult(TypedDict):
+    """Metrics of a base alone and with its adapter, as `--json` prints them."""
+
+    data: str
+    """The path or hub id of the rows."""
+    rows: int
+    tokens: int
+    """Tokens of the rows' answers."""
+    base: dict[str, float]
+    """Metrics of the base by name: loss and perplexity in nats per token, accuracy, scores."""
+    adapter: dict[str, float]
+    """The same with the adapter."""
+    labels: NotRequired[list[str]]
+    """Of a run with classification."""
+    confusion: NotRequired[list[list[int]]]
+    """Rows by their label and by the adapter's most likely one, in the order of `labels`."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Metrics of a base alone and with its adapter, on the same rows."""
 
+    data: str
     rows: int
     base: "EvaluatedRows"
     adapter: "EvaluatedRows"
@@ -62,9 +85,10 @@ class Comparison:
         ]
         return [*METRICS, *scores]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EvaluationResult:
         """Return the metrics as `--json` prints them."""
-        content: dict[str, Any] = {
+        content: EvaluationResult = {
+            "data": self.data,
             "rows": self.rows,
             "tokens": self.adapter.evaluation.tokens,
             "base": {name: _value(self.base, name) for name in self.names},
@@ -72,7 +96,7 @@ class Comparison:
         }
         classification = self.adapter.evaluation.classification
         if classification is not None:
-            content["labels"] = classification.labels
+            content["labels"] = list(classification.labels)
             content["confusion"] = classification.confusion()
         return content
 
@@ -107,18 +131,14 @@ def _value(evaluated: "EvaluatedRows", name: str) -> float:
 def main() -> None:
     """Read the command line, evaluate base and adapter on the rows, print both."""
     arguments = _parse_arguments()
-    # Files of a folder that are read, and rows that are left out, too.
-    log_to_stderr(__name__, "finetune.data", "finetune.run.load")
+    log_to_stderr(*LOGGERS)
     folder = find_run("RUN", arguments.run)
     with json_output(arguments.json) as print_json:
-        comparison = _compare(folder, arguments.data, arguments.answers)
-        if arguments.answers is not None:
-            lines = map(json.dumps, comparison.answer_lines())
-            write_text(Path(arguments.answers), "".join(f"{line}\n" for line in lines))
+        comparison = compare(folder, arguments.data, arguments.answers)
         if arguments.json:
-            print_json({"data": arguments.data, **comparison.to_dict()})
+            print_json(comparison.to_dict())
         else:
-            _print_table(arguments.data, comparison)
+            _print_table(comparison)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -146,7 +166,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
+def compare(folder: Path, data: str, answers_file: str | None = None) -> Comparison:
     """Evaluate a run's base without and with the adapter.
 
     Args:
@@ -205,12 +225,16 @@ def _compare(folder: Path, data: str, answers_file: str | None) -> Comparison:
     base = evaluate(run.base)
     log.info("evaluating the adapter")
     adapter = evaluate(run.with_adapter())
-    return Comparison(len(tokens), base, adapter)
+    comparison = Comparison(data, len(tokens), base, adapter)
+    if answers_file is not None:
+        lines = map(json.dumps, comparison.answer_lines())
+        write_text(Path(answers_file), "".join(f"{line}\n" for line in lines))
+    return comparison
 
 
-def _print_table(data: str, comparison: Comparison) -> None:
+def _print_table(comparison: Comparison) -> None:
     tokens = comparison.adapter.evaluation.tokens
-    print(f"{comparison.rows} rows, {tokens} answer tokens of {data}")
+    print(f"{comparison.rows} rows, {tokens} answer tokens of {comparison.data}")
     rows = [("", "base", "adapter", "change")]
     for name in comparison.names:
         base = _value(comparison.base, name)

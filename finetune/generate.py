@@ -6,7 +6,9 @@ said before.
 
 import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from finetune.console import command_parser, json_output, log_to_stderr, run_command
 from finetune.data.prompt_file import STANDARD_INPUT, read_prompts
@@ -18,10 +20,10 @@ from finetune.files.find_run import RUN_HELP, find_run
 from finetune.run.chat import Chat, chat_on_terminal
 from finetune.run.load import TrainedRun, load_run
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 log = logging.getLogger(__name__)
+
+LOGGERS = (__name__, "finetune.run.load")
+"""Loggers whose lines the command prints."""
 
 CHAT_TOKENS = 512
 """Limit of an answer in a chat, in tokens; the run's limits are those of short samples."""
@@ -30,15 +32,23 @@ CHAT_TOKENS = 512
 def main() -> None:
     """Read the command line, load the run, answer the prompts or chat."""
     arguments = _parse_arguments()
-    log_to_stderr(__name__, "finetune.run.load")
+    log_to_stderr(*LOGGERS)
     with json_output(arguments.json) as print_json:
-        # Before the base is loaded.
-        prompts = [] if arguments.chat else _prompts(arguments)
-        run = load_run(find_run("RUN", arguments.run))
         if arguments.chat:
-            _chat(run, arguments)
+            _chat(load_run(find_run("RUN", arguments.run)), arguments)
             return
-        answers = _generate(run, prompts, arguments)
+        # Before the base is loaded.
+        prompts = _prompts(arguments)
+        answers = answer_prompts(
+            find_run("RUN", arguments.run),
+            prompts,
+            base=arguments.base,
+            max_new_tokens=arguments.max_new_tokens,
+            max_length=arguments.max_length,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
         if arguments.json:
             print_json({"answers": _rows(prompts, answers)})
         else:
@@ -97,8 +107,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--json", action="store_true", help="print prompts and answers as JSON"
     )
     arguments = parser.parse_args()
-    _require_positive("--max-new-tokens", arguments.max_new_tokens)
-    _require_positive("--max-length", arguments.max_length)
+    require_positive("--max-new-tokens", arguments.max_new_tokens)
+    require_positive("--max-length", arguments.max_length)
     _check_sampling(arguments)
     if arguments.chat and arguments.json:
         raise ConfigError("argument --json: not allowed with argument --chat")
@@ -138,9 +148,15 @@ def _check_sampling(arguments: argparse.Namespace) -> None:
             raise refusal(flag, value, "needs --temperature above 0")
 
 
-def _require_positive(flag: str, limit: int | None) -> None:
+def require_positive(key: str, limit: int | None) -> None:
+    """Refuse a limit below 1.
+
+    Args:
+        key: the name of the limit, for the error.
+        limit: the limit; None: there is none.
+    """
     if limit is not None and limit < 1:
-        raise refusal(flag, limit, "must be at least 1")
+        raise refusal(key, limit, "must be at least 1")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -149,28 +165,38 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return [Prompt(text, arguments.system) for text in arguments.prompt]
 
 
-def _sampling(run: TrainedRun, arguments: argparse.Namespace) -> Sampling | None:
-    if arguments.temperature == 0:
-        return None
-    seed = run.config.seed if arguments.seed is None else arguments.seed
-    share = 1.0 if arguments.top_p is None else arguments.top_p
-    return Sampling(arguments.temperature, share, seed)
-
-
-def _model(run: TrainedRun, arguments: argparse.Namespace) -> "PreTrainedModel":
-    return run.base if arguments.base else run.with_adapter()
-
-
-def _generate(
-    run: TrainedRun, prompts: list[Prompt], arguments: argparse.Namespace
+def answer_prompts(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    base: bool = False,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> list[str]:
-    """Return the answers in the order of the prompts."""
-    max_new_tokens = arguments.max_new_tokens
-    max_length = arguments.max_length
+    """Load a run, and return its answers in the order of the prompts.
+
+    Args:
+        folder: the run folder.
+        prompts: the prompts.
+        base: whether the base answers, without the adapter.
+        max_new_tokens: limit of each answer.
+        max_length: limit of a prompt and its answer together. Without either limit, those of the
+            run's samples hold.
+        temperature: see `_sampling`.
+        top_p: see `_sampling`.
+        seed: see `_sampling`.
+
+    Raises:
+        ConfigError: the run has no adapter.
+    """
+    run = load_run(folder)
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens
         max_length = run.config.sample_max_length
-    model = _model(run, arguments)
+    model = run.base if base else run.with_adapter()
     count = len(prompts)
     log.info("answering %s", "the prompt" if count == 1 else f"{count} prompts")
     return generate_answers(
@@ -181,8 +207,25 @@ def _generate(
         max_new_tokens=max_new_tokens,
         max_length=max_length,
         variables=run.config.model.template_kwargs,
-        sampling=_sampling(run, arguments),
+        sampling=_sampling(run, temperature, top_p, seed),
     )
+
+
+def _sampling(
+    run: TrainedRun, temperature: float, top_p: float | None, seed: int | None
+) -> Sampling | None:
+    """Return how tokens are drawn; None: each token is the most likely one.
+
+    Args:
+        run: the run.
+        temperature: 0: the most likely tokens.
+        top_p: the share of the likeliest tokens; None: all.
+        seed: the seed; None: the run's.
+    """
+    if temperature == 0:
+        return None
+    share = 1.0 if top_p is None else top_p
+    return Sampling(temperature, share, run.config.seed if seed is None else seed)
 
 
 def _rows(prompts: list[Prompt], answers: list[str]) -> list[dict[str, Any]]:
@@ -204,9 +247,9 @@ def _chat(run: TrainedRun, arguments: argparse.Namespace) -> None:
         max_new_tokens = CHAT_TOKENS
     chat = Chat(
         run,
-        _model(run, arguments),
+        run.base if arguments.base else run.with_adapter(),
         arguments.system,
-        _sampling(run, arguments),
+        _sampling(run, arguments.temperature, arguments.top_p, arguments.seed),
         max_new_tokens,
         arguments.max_length,
     )

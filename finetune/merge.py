@@ -6,6 +6,7 @@ and nothing is quantised again. The merged model differs only by rounding to 16 
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+LOGGERS = (__name__, "finetune.run.load")
+"""Loggers whose lines the command prints."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""What merged weights may be rounded to."""
+
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 """The text on which the merged model is compared with the adapter on its base."""
 
@@ -45,17 +52,65 @@ The largest difference alone says little: most often it is that of a very unlike
 """
 
 
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged model that was saved, and how it differs from the adapter on its quantised base."""
+
+    path: Path
+    """The folder of the merged model."""
+    difference: float
+    """Largest difference of a log-probability on a fixed text, before rounding, in nats."""
+    difference_rounded: float
+    """The same after rounding to 16 bits, or to the chosen dtype."""
+    verdict: str
+    """Whether that is little beside what the adapter changes, as the command says it."""
+
+
 def main() -> None:
     """Read the command line, merge, save, print the differences that merging and rounding leave."""
     arguments = _parse_arguments()
-    folder = Path(arguments.to)
-    is_file = folder.exists() and not folder.is_dir()
-    if is_file or (folder.is_dir() and any(folder.iterdir())):
-        reason = "exists already; must be a new or an empty folder"
-        raise refusal("--to", arguments.to, reason)
+    require_new_folder("--to", arguments.to)
     run_folder = find_run("RUN", arguments.run)
+    log_to_stderr(*LOGGERS)
+    merged = merge_run(run_folder, Path(arguments.to), arguments.dtype)
+    start = f"python -m finetune model.name_or_path={merged.path}"
+    print(f"merged model in {merged.path}: {start} starts from it")
+    print(
+        "largest difference of a log-probability on a fixed text, against the adapter on its "
+        "quantised base:"
+    )
+    print(
+        f"{merged.difference:.1e} before rounding and {merged.difference_rounded:.1e} "
+        f"after rounding to {arguments.dtype}"
+    )
+    print(merged.verdict)
+
+
+def require_new_folder(key: str, folder: str | Path) -> None:
+    """Refuse a folder that holds something.
+
+    Args:
+        key: the argument that names the folder, for the error.
+        folder: the folder.
+    """
+    path = Path(folder)
+    is_file = path.exists() and not path.is_dir()
+    if is_file or (path.is_dir() and any(path.iterdir())):
+        raise refusal(key, folder, "exists already; must be a new or an empty folder")
+
+
+def merge_run(run_folder: Path, folder: Path, dtype: str) -> MergedModel:
+    """Merge the adapter of a run into its base, and save the model.
+
+    Args:
+        run_folder: the run folder.
+        folder: the folder of the merged model.
+        dtype: what its weights are rounded to: one of `DTYPES`.
+
+    Raises:
+        ConfigError: the run has no adapter, or a base that can't be merged into.
+    """
     _require_mergeable(run_folder)
-    log_to_stderr(__name__, "finetune.run.load")
     run = load_run(run_folder)
     # First, because attaching an adapter may change its base (PiSSA).
     base = probe(run, run.base)
@@ -65,29 +120,21 @@ def main() -> None:
     merged = merge(load_run(run_folder).base, run.folder.adapter)
     # Measured twice, to tell a wrong merge from the loss by rounding.
     exact = probe(run, merged)
-    merged = _round(merged, arguments.dtype)
+    merged = _round(merged, dtype)
     rounded = probe(run, merged)
     log.info("saving the merged model")
     _save(merged, run, folder)
-    start = f"python -m finetune model.name_or_path={folder}"
-    print(f"merged model in {folder}: {start} starts from it")
-    difference = _largest_difference(expected, exact)
-    difference_rounded = _largest_difference(expected, rounded)
-    print(
-        "largest difference of a log-probability on a fixed text, against the adapter on its "
-        "quantised base:"
+    divergences = {
+        "exact": _divergence(expected, exact),
+        "rounded": _divergence(expected, rounded),
+        "effect": _divergence(expected, base),
+    }
+    return MergedModel(
+        path=folder,
+        difference=_largest_difference(expected, exact),
+        difference_rounded=_largest_difference(expected, rounded),
+        verdict=judge_divergences(**divergences, dtype=dtype),
     )
-    print(
-        f"{difference:.1e} before rounding and {difference_rounded:.1e} "
-        f"after rounding to {arguments.dtype}"
-    )
-    verdict = judge_divergences(
-        exact=_divergence(expected, exact),
-        rounded=_divergence(expected, rounded),
-        effect=_divergence(expected, base),
-        dtype=arguments.dtype,
-    )
-    print(verdict)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -106,7 +153,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=["bfloat16", "float16", "float32"],
+        choices=DTYPES,
         help="dtype of the merged weights (default: bfloat16)",
     )
     return parser.parse_args()

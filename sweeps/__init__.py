@@ -1,1 +1,26 @@
-"""Many runs: studies that search, prune, resume and survive."""
+"""Studies: many runs that search, prune, resume and survive.
+
+From Python:
+
+    study = sweeps.search("study=s1", "n_trials=20")
+    study = sweeps.load_study("s1")
+
+Both return a `Study`. A mistake in the input raises `finetune.ConfigError`, Ctrl-C raises
+`finetune.Interrupted`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sweeps.api import Study, Winner, load_study, search
+
+__all__ = ["Study", "Winner", "load_study", "search"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what loads Hydra when it is first used: importing the package stays fast."""
+        if name not in __all__:
+            raise AttributeError(f"module 'sweeps' has no attribute {name!r}")
+        return getattr(importlib.import_module("sweeps.api"), name)

@@ -151,10 +151,10 @@ def _add_confirm(commands: _Commands) -> None:
     text = "retrain the best trials with other seeds"
     example = "s1 --top 3 --seeds 5"
     parser = commands.add_for_study("confirm", act.confirm, text, example)
-    top = "number of best trials (default 3)"
-    parser.add_argument("--top", type=_positive, default=3, help=top)
-    seeds = "number of seeds (default 5)"
-    parser.add_argument("--seeds", type=_positive, default=5, help=seeds)
+    top = f"number of best trials (default {act.TOP})"
+    parser.add_argument("--top", type=_positive, default=act.TOP, help=top)
+    seeds = f"number of seeds (default {act.SEEDS})"
+    parser.add_argument("--seeds", type=_positive, default=act.SEEDS, help=seeds)
 
 
 def _positive(text: str) -> int:

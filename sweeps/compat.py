@@ -227,3 +227,17 @@ def job_error(job: JobReturn) -> Any | None:
     `hydra/core/utils.py`.
     """
     return job._return_value if job.status == JobStatus.FAILED else None
+
+
+def end_joblib_workers() -> None:
+    """End the idle processes of joblib, which would keep their bases in memory for minutes.
+
+    joblib keeps its processes for the next call, has no public name for the executor that is there,
+    and `get_reusable_executor` would start one. Read in joblib 1.6.0,
+    `joblib/externals/loky/reusable_executor.py`.
+    """
+    from joblib.externals.loky import reusable_executor
+
+    executor = reusable_executor._executor
+    if executor is not None:
+        executor.shutdown(wait=True)

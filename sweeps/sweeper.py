@@ -17,6 +17,8 @@ from finetune.errors import ConfigError, Interrupted
 from finetune.quantities import counted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
@@ -44,8 +46,12 @@ class StudySweeper(Sweeper):
         self._hydra_context = hydra_context
         self._config = config
 
-    def sweep(self, arguments: list[str]) -> None:
-        """Run one session: until the study has its trials, is out of time, or is interrupted."""
+    def sweep(self, arguments: list[str]) -> "Path":
+        """Run one session: until the study has its trials, is out of time, or is interrupted.
+
+        Returns:
+            The study's folder.
+        """
         from sweeps.study.draft import draft_session
 
         # Hydra's lines on each launch and job would stand between those of the study.
@@ -69,6 +75,7 @@ class StudySweeper(Sweeper):
             run_workers(study, session)
             _explain_end(study, session)
         _conclude(study, session)
+        return study.folder
 
 
 def _enqueue(study: "Study", draft: "Draft") -> None:

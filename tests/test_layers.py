@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("__main__", "evaluate", "generate", "merge", "plan", "preview")
 
 LAYERS = (
+    ("sweeps.api",),
     (
         "sweeps.sweeper",
         "sweeps.launcher",
@@ -31,11 +32,14 @@ LAYERS = (
     ("sweeps.study",),
     ("sweeps.space",),
     ("sweeps.compat",),
+    ("finetune.api",),
+    ("finetune.in_process",),
     tuple(f"finetune.{name}" for name in COMMANDS),
     ("finetune.run",),
     ("finetune.engine",),
     ("finetune.model",),
     ("finetune.app",),
+    ("finetune.job_failures",),
     ("finetune.tracking",),
     ("finetune.metrics",),
     ("finetune.data",),
@@ -47,6 +51,7 @@ LAYERS = (
     ("finetune.compat",),
     ("finetune.quantities",),
     ("finetune.errors",),
+    ("finetune.version",),
 )
 
 LIGHT = (
@@ -55,13 +60,14 @@ LIGHT = (
     "finetune.compat", "finetune.quantities", "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
-    "sweeps.answer.report", *LAYERS[5],
+    "sweeps.answer.report", "sweeps.api", "finetune.api", "finetune.in_process",
+    *(f"finetune.{name}" for name in COMMANDS),
 )  # fmt: skip
 """Modules, and packages with all their modules, that load no torch when they are imported."""
 
 HEAVY = {
     "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
-    "jinja2", "lm_eval", "mlflow", "numpy", "omegaconf", "optuna", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
+    "jinja2", "joblib", "lm_eval", "mlflow", "numpy", "omegaconf", "optuna", "pandas", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
     "safetensors", "scipy", "sklearn", "sqlalchemy", "tensorboard", "torch", "tqdm", "trackio", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip
@@ -247,6 +253,11 @@ def test_light_modules_load_no_torch() -> None:
         command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["finetune", "sweeps"])
+def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
+    assert not loads(package) & HEAVY
 
 
 @pytest.mark.parametrize("package", ["finetune", "sweeps"])

@@ -9,7 +9,7 @@ PyTorch's operations compute such a base then.
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from finetune.model.architectures import text_config_of
+from finetune.model.architectures import largest_value, text_config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,8 @@ class DecoderBlock:
     feed_forward_output_norm: str | None = None
     has_head_norms: bool = False
     """Whether queries and keys are normalised, each head by itself."""
+    has_value_norm: bool = False
+    """Whether values are normalised too, by a norm without weights."""
     has_output_gate: bool = False
     """Whether the layer of the queries also computes a gate of attention's output."""
     norm_offset: float = 0.0
@@ -36,7 +38,9 @@ class DecoderBlock:
     norm_rounds_last: bool = False
     """Whether norms round to 16 bits after they multiply by the weight, instead of before."""
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """The layers of queries, keys and values, or the one that computes all three."""
+    """The layers of queries, keys and values, or the one that computes all three. Modules may lack
+    the last ones: then values are what the keys are computed from, or keys and values are those of
+    an earlier layer (Gemma 4)."""
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     """The layers of gate and up, or the one that computes both."""
     activation_key: str = "hidden_act"
@@ -49,6 +53,11 @@ class DecoderBlock:
     """Positions that the rotary embedding takes for each token: of text they are equal."""
     scales_queries: bool = False
     """Whether queries grow with their position (`llama_4_scaling_beta`)."""
+    per_layer_input_norm: str | None = None
+    """The norm of what a block adds from its per-layer input, where the config gives these a
+    size."""
+    output_scalar: str | None = None
+    """A buffer that a block's output is multiplied by."""
 
 
 _LLAMA = DecoderBlock()
@@ -73,6 +82,13 @@ DECODER_BLOCKS: dict[str, DecoderBlock] = {
     "ministral3": replace(_MISTRAL, scales_queries=True),
     "phi3": replace(_MISTRAL, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
     "gemma3_text": _GEMMA,
+    "gemma4_text": replace(
+        _GEMMA,
+        norm_offset=0.0,
+        has_value_norm=True,
+        per_layer_input_norm="post_per_layer_input_norm",
+        output_scalar="layer_scalar",
+    ),
     "qwen3_5_text": replace(
         _LLAMA,
         has_head_norms=True,
@@ -87,9 +103,12 @@ DECODER_BLOCKS: dict[str, DecoderBlock] = {
 ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 """Activations of feed-forward layers that the GPU's kernels compute."""
 
-MOST_HEAD_COLUMNS = 256
+MOST_HEAD_COLUMNS = 512
 """The widest heads whose attention the GPU's kernels compute: their blocks must fit into shared
 memory."""
+
+CAUSAL = (None, False, "vision")
+"""Values of `use_bidirectional_attention` with which no text token sees a later one."""
 
 
 def decoder_block_of(config: "PreTrainedConfig") -> DecoderBlock | None:
@@ -106,12 +125,19 @@ def decoder_block_of(config: "PreTrainedConfig") -> DecoderBlock | None:
     is_supported = (
         getattr(shapes, block.activation_key) in ACTIVATIONS
         and head_dim_of(shapes) <= MOST_HEAD_COLUMNS
-        and not getattr(shapes, "use_bidirectional_attention", False)
+        and getattr(shapes, "use_bidirectional_attention", None) in CAUSAL
+        and not getattr(shapes, "enable_moe_block", False)
     )
     return block if is_supported else None
 
 
+def has_per_layer_inputs(shapes: "PreTrainedConfig", block: DecoderBlock) -> bool:
+    """Return whether a base's blocks have per-layer inputs, from its text config."""
+    size: int | None = getattr(shapes, "hidden_size_per_layer_input", None)
+    return block.per_layer_input_norm is not None and bool(size)
+
+
 def head_dim_of(shapes: "PreTrainedConfig") -> int:
-    """Return the columns of a head of attention, from a text config."""
-    head_dim: int | None = getattr(shapes, "head_dim", None)
+    """Return the columns of the widest head of attention, from a text config."""
+    head_dim: int | None = largest_value(shapes, "head_dim")
     return head_dim or shapes.hidden_size // shapes.num_attention_heads

@@ -61,6 +61,12 @@ def freeze_libraries() -> None:
     atexit.register(gc.unfreeze)
 
 
+def unfreeze_libraries() -> None:
+    """Undo `freeze_libraries`, which has frozen the objects of the user's program as well."""
+    gc.unfreeze()
+    freeze_libraries.cache_clear()
+
+
 def free_memory() -> None:
     """Collect unreachable objects; return host and GPU memory to the system."""
     import torch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from finetune.compat import gate_of_experts
+from finetune.compat import gate_of_experts, norm_of_experts
 from finetune.model.experts import ExpertWeight, expert_modules, weight_names
 
 if TYPE_CHECKING:
@@ -89,11 +89,12 @@ def routed_experts(
     routing = Routing.create(top_k_index, experts.num_experts)
     pair_weights = _permute(top_k_weights.reshape(-1), routing.order, routing.inverse)
     up = _expert_linear(experts, first, _dispatch(hidden_states, k, routing), routing)
-    if experts.has_post_expert_norm or _adapter(experts, last) is not None:
+    norm = norm_of_experts(experts)
+    if norm is not None or _adapter(experts, last) is not None:
         inner = _activated(experts, up)
         output = _expert_linear(experts, last, inner, routing)
-        if experts.has_post_expert_norm:
-            output = experts.post_expert_norm(output)
+        if norm is not None:
+            output = norm(output)
         output = output * pair_weights[:, None]
     else:
         output = _weighted_output(up, pair_weights, experts, routing)

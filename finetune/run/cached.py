@@ -35,9 +35,13 @@ class Cached(Generic[Key, Value]):
         """Forget the value, and free its memory."""
         if self._entry is None:
             return
-        self._entry = None
+        self.forget()
         # A process that has not imported torch holds no memory of it, and need not import it.
         if self._frees_memory and "torch" in sys.modules:
             from finetune.model.memory import free_memory
 
             free_memory()
+
+    def forget(self) -> None:
+        """Forget the value without freeing its memory at once, where several are forgotten."""
+        self._entry = None

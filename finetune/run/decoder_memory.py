@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.model.decoder_blocks import DECODER_BLOCKS, DecoderBlock
-from finetune.run.layer_widths import Widths, read_widths
+from finetune.model.decoder_blocks import (
+    DECODER_BLOCKS,
+    DecoderBlock,
+    has_per_layer_inputs,
+)
+from finetune.run.layer_widths import Widths, widths_by_layer
 
 
 @dataclass(frozen=True)
@@ -49,36 +53,41 @@ def decoder_elements(
     """
     from finetune.engine.packed.gpu.decoder import stored_blocks
 
-    layers: int = shapes.num_hidden_layers
-    widths = read_widths(shapes)
+    widths = widths_by_layer(shapes)
     block = DECODER_BLOCKS[shapes.model_type]
     adapters = _Adapters(config.lora.largest_rank, targets)
-    layer = _attention_elements(widths, adapters, block)
-    largest = layer
-    feed_forward = _feed_forward_elements(widths, adapters, block)
     delta_nets = _DeltaNets.read(shapes)
-    if delta_nets is not None:
-        other = delta_nets.elements(widths, adapters)
-        largest = max(layer, other)
-        layer = int(delta_nets.share * other + (1 - delta_nets.share) * layer)
-    largest += feed_forward
-    layer += feed_forward
+    inputs = _PerLayerInputs.read(shapes, block)
+    layers = []
+    for number, layer in enumerate(widths):
+        if delta_nets is not None and delta_nets.replaces_attention[number]:
+            attention = delta_nets.elements(layer, adapters)
+        else:
+            attention = _attention_elements(layer, adapters, block)
+        feed_forward = _feed_forward_elements(layer, adapters, block)
+        layers.append(attention + feed_forward + inputs.of_layer(layer, adapters))
+    largest = max(layers)
+    hidden = widths[0].hidden
+    inner = max(layer.inner for layer in widths)
+    throughout = inputs.throughout(adapters) + _shared_heads(shapes, widths)
     # One layer at a time.
-    evaluating = largest + widths.hidden + widths.inner
-    stored = layers
+    evaluating = largest + hidden + inner + throughout
+    stored = len(layers)
     if config.trainer.gradient_checkpointing is True:
-        stored = stored_blocks(layers, slots)
-        # Any layer may be the one that is computed again.
-        layer = largest
-    # Within most layers, the forward and backward pass of the gate are the widest.
-    training = stored * layer + 3 * widths.hidden + 2 * widths.inner
+        stored = stored_blocks(len(layers), slots)
+    # Any layer may be the one that is computed again.
+    kept = max(sum(layers[-stored:]), largest)
+    # Within most layers, the forward and backward pass of the gate are the widest; of layers that
+    # are wider than the first (Gemma 4), the gradient of the gate's product is.
+    training = kept + max(3 * hidden + 2 * widths[0].inner, 4 * hidden + inner)
     if delta_nets is not None:
         # The layers above the last delta net have been freed before its backward pass.
         remaining = max(1, stored - delta_nets.layers_above)
-        passing = 2 * widths.hidden + delta_nets.passing()
-        training = max(training, remaining * layer + passing)
-    inputs = (layers - stored) * widths.hidden
-    return inputs + training, evaluating
+        below = layers[: len(layers) - delta_nets.layers_above]
+        passing = 2 * hidden + delta_nets.passing()
+        training = max(training, sum(below[-remaining:]) + passing)
+    layer_inputs = (len(layers) - stored) * hidden
+    return layer_inputs + training + throughout, evaluating
 
 
 def _attention_elements(
@@ -89,9 +98,12 @@ def _attention_elements(
         norm_inputs += widths.hidden
     if block.has_head_norms:
         norm_inputs += widths.queries + widths.keys
+    if block.has_value_norm:
+        norm_inputs += widths.keys
     gate = widths.queries if block.has_output_gate else 0
     heads = 2 * widths.queries + 2 * widths.keys
-    inputs = adapters.elements(block.qkv, widths.hidden)
+    projections = block.qkv[:1] if widths.shares_keys else block.qkv
+    inputs = adapters.elements(projections, widths.hidden)
     return norm_inputs + gate + heads + inputs + adapters.rank_columns(("o_proj",))
 
 
@@ -106,12 +118,58 @@ def _feed_forward_elements(
     return norm_inputs + gate_inputs + inputs + adapters.rank_columns(("down_proj",))
 
 
+def _shared_heads(shapes: Any, widths: list[Widths]) -> int:
+    """Keys and values that later layers use, and the float32 sums of their gradients."""
+    if not any(layer.shares_keys for layer in widths):
+        return 0
+    keys: dict[str, int] = {}
+    for layer_type, layer in zip(shapes.layer_types, widths, strict=True):
+        if not layer.shares_keys:
+            keys[layer_type] = layer.keys
+    # Of keys and of values; a float32 is two elements of 16 bits.
+    return 2 * (1 + 2) * sum(keys.values())
+
+
+@dataclass(frozen=True)
+class _PerLayerInputs:
+    """The per-layer inputs of Gemma 4; other bases have none."""
+
+    layers: int
+    columns: int
+    """Of one layer; 0: there are none."""
+
+    @classmethod
+    def read(cls, shapes: Any, block: DecoderBlock) -> "_PerLayerInputs":
+        """Read them from a text config."""
+        columns = 0
+        if has_per_layer_inputs(shapes, block):
+            columns = shapes.hidden_size_per_layer_input
+        return cls(shapes.num_hidden_layers, columns)
+
+    def of_layer(self, widths: Widths, adapters: _Adapters) -> int:
+        """What a layer keeps of its part."""
+        if not self.columns:
+            return 0
+        gate_inputs = adapters.elements(("per_layer_input_gate",), widths.hidden)
+        products = adapters.rank_columns(("per_layer_projection",))
+        # The output of the projection is a norm's input.
+        return gate_inputs + self.columns + products + widths.hidden
+
+    def throughout(self, adapters: _Adapters) -> int:
+        """What is kept from the first layer's forward pass to its backward pass."""
+        if not self.columns:
+            return 0
+        inputs = self.layers * self.columns
+        projected = adapters.elements(("per_layer_model_projection",), inputs)
+        return inputs + projected
+
+
 @dataclass(frozen=True)
 class _DeltaNets:
     """Layers with a gated delta net in place of attention (Qwen 3.5)."""
 
-    share: float
-    """Of all layers."""
+    replaces_attention: list[bool]
+    """Of each layer."""
     layers_above: int
     """Layers with attention above the last delta net."""
     keys: int
@@ -127,13 +185,13 @@ class _DeltaNets:
     def read(cls, shapes: Any) -> "_DeltaNets | None":
         """Read them from a text config; None: there are none."""
         layer_types: list[str] = getattr(shapes, "layer_types", None) or []
-        count = layer_types.count("linear_attention")
-        if not count:
+        replaces_attention = [kind == "linear_attention" for kind in layer_types]
+        if not any(replaces_attention):
             return None
         heads: int = shapes.linear_num_value_heads
         return cls(
-            share=count / len(layer_types),
-            layers_above=layer_types[::-1].index("linear_attention"),
+            replaces_attention=replaces_attention,
+            layers_above=replaces_attention[::-1].index(True),
             keys=shapes.linear_num_key_heads * shapes.linear_key_head_dim,
             values=heads * shapes.linear_value_head_dim,
             heads=heads,
@@ -170,9 +228,15 @@ def block_weights(shapes: Any, config: RunConfig) -> int:
     checkpointing = config.trainer.gradient_checkpointing is True
     if not (checkpointing and config.quantization.load_in_4bit):
         return 0
-    widths = read_widths(shapes)
+    block = DECODER_BLOCKS[shapes.model_type]
+    weights = [_layer_weights(layer, block) for layer in widths_by_layer(shapes)]
+    inputs = _PerLayerInputs.read(shapes, block)
+    hidden: int = shapes.hidden_size
+    return max(weights) + 2 * hidden * inputs.columns
+
+
+def _layer_weights(widths: Widths, block: DecoderBlock) -> int:
     attention = 2 * (widths.queries + widths.keys)
     # The last product is computed again only where a norm follows it.
-    is_last_computed = DECODER_BLOCKS[shapes.model_type].feed_forward_output_norm
-    feed_forward = (3 if is_last_computed else 2) * widths.inner
+    feed_forward = (3 if block.feed_forward_output_norm else 2) * widths.inner
     return widths.hidden * (attention + feed_forward)

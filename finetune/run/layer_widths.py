@@ -1,6 +1,6 @@
 """The widths of a base's layers, which memory is counted by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.model.architectures import largest_value
@@ -19,6 +19,8 @@ class Widths:
     inner: int
     """Inside a feed-forward layer; of a mixture outside of its experts, the layers' mean."""
     experts: ExpertShape | None = None
+    shares_keys: bool = False
+    """Whether it has no keys and values of its own, but those of an earlier layer (Gemma 4)."""
 
 
 def read_widths(shapes: Any, base: Any = None) -> Widths:
@@ -49,3 +51,25 @@ def read_widths(shapes: Any, base: Any = None) -> Widths:
         inner,
         experts,
     )
+
+
+def widths_by_layer(shapes: Any) -> list[Widths]:
+    """Read the widths of each layer of a base that the GPU's decoder computes.
+
+    Args:
+        shapes: The base's text config.
+    """
+    layers: int = shapes.num_hidden_layers
+    if not getattr(shapes, "is_heterogeneous", False):
+        widths = [read_widths(shapes)] * layers
+    else:
+        widths = [read_widths(layer) for layer in shapes.per_layer_config]
+    # The last layers of Gemma 4.
+    first_sharing = layers - (getattr(shapes, "num_kv_shared_layers", None) or 0)
+    growth = 2 if getattr(shapes, "use_double_wide_mlp", False) else 1
+    for number in range(first_sharing, layers):
+        layer = widths[number]
+        widths[number] = replace(
+            layer, keys=0, inner=growth * layer.inner, shares_keys=True
+        )
+    return widths

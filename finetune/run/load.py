@@ -1,6 +1,7 @@
 """A run that has ended, loaded from its folder: its config, its base, its adapter."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,8 @@ def load_run(folder: str | Path) -> TrainedRun:
     config = read_trained_config(folder)
     run = RunFolder(folder)
     quiet_libraries()
-    log.info("loading %s, the base of %s", config.model.name_or_path, folder)
+    name = config.model.name_or_path
+    log.info("loading %s, the base of %s", name, os.path.relpath(folder))
     from finetune.model.loading import load_base
     from finetune.model.tokenizer import load_tokenizer
 

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.model.architectures import logit_transform_of
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
 from finetune.model.experts import router_layers
 from finetune.model.quantization import compute_dtype, should_dequantize
@@ -101,23 +102,26 @@ def _scale_bytes(quantization: QuantizationSettings) -> float:
     return 1 / 64 + 4 / (64 * 256)
 
 
-def logits_bytes(vocabulary: int, uses_decoder: bool, half_precision: bool) -> int:
+def logits_bytes(shapes: Any, uses_decoder: bool, half_precision: bool) -> int:
     """Return the bytes of one chunk of logits.
 
     Args:
-        vocabulary: The number of tokens that the base knows.
+        shapes: The base's text config.
         uses_decoder: Whether the GPU's decoder computes; else autograd does, which also has the
             chunk and its softmax in float32.
         half_precision: Whether the base computes in 16 bits.
     """
+    vocabulary: int = shapes.vocab_size
+    logit_bytes = 2 if half_precision else 4
+    # Of capped logits a copy is kept for their gradient.
+    copied = logit_bytes if logit_transform_of(shapes).cap is not None else 0
     if uses_decoder:
         from finetune.engine.packed.gpu.decoder import Decoder
 
-        logit_bytes = 2 if half_precision else 4
-        return int(Decoder.logits_chunk * vocabulary * logit_bytes)
+        return int(Decoder.logits_chunk * vocabulary * (logit_bytes + copied))
     float32_bytes = 4 + 4
     logit_bytes = float32_bytes + 2 if half_precision else float32_bytes
-    return int(AutogradBackend.logits_chunk * vocabulary * logit_bytes)
+    return int(AutogradBackend.logits_chunk * vocabulary * (logit_bytes + copied))
 
 
 def adapted_layers(model: Any) -> set[str]:
@@ -176,7 +180,7 @@ def gpu_activations(
     return Activations(
         training=tokens * alone.training * element_bytes,
         beside=tokens * packed.training * element_bytes,
-        logits=logits_bytes(shapes.vocab_size, targets is not None, element_bytes == 2),
+        logits=logits_bytes(shapes, targets is not None, element_bytes == 2),
         evaluating=evaluated * alone.evaluating * element_bytes,
     )
 

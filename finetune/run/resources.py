@@ -227,6 +227,12 @@ class SharedResources:
         entry = self._bank.peek()
         return None if entry is None else entry[1]
 
+    def release(self) -> None:
+        """Forget everything. The caller frees the memory, once for all."""
+        for value in vars(self).values():
+            for cached in value.values() if isinstance(value, dict) else [value]:
+                cached.forget()
+
     def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
         from finetune.model.loading import load_base

@@ -19,12 +19,12 @@ from finetune.tracking.finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.commands import written_address
-from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.final_comparison import compare_on_test_rows
 from sweeps.answer.publish import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
+from sweeps.answer.winner import find_winner, run_with_adapter
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.inside import first_inside, is_inside, point_of
 from sweeps.study.logs import run_lines_to_files
@@ -58,13 +58,13 @@ def conclude(
 def _conclude(
     study: Study, resources: SharedResources, tracker: TrackerSettings | None
 ) -> None:
-    winner = _winner(study)
+    winner = find_winner(study)
     if winner is None:
         reason = why_no_winner(study.trials())
         log.info("study %s: %s, so there is no winner", study.name, reason)
         _report(study)
         return
-    run = _run_with_adapter(study, winner)
+    run = run_with_adapter(study, winner)
     if not run.adapter.is_dir():
         _report(study)
         _explain_missing_adapter(study, winner, run)
@@ -86,30 +86,6 @@ def _conclude(
         tracker,
     ):
         log.info("  %s", line)
-
-
-def _winner(study: Study) -> FrozenTrial | None:
-    """Return the confirmed winner, or else the best trial."""
-    ranked = study.ranked()
-    confirmation = read_confirmation(study)
-    if confirmation is not None:
-        number = confirmation["winner"]
-        return next(trial for trial in ranked if trial.number == number)
-    return ranked[0] if ranked else None
-
-
-def _run_with_adapter(study: Study, winner: FrozenTrial) -> RunFolder:
-    """Return the winner's run, or one that a confirmation has trained if its adapter is gone.
-
-    If no adapter is left, the winner's own run is returned.
-    """
-    own_run = study.folder_of(winner.number)
-    confirm_folder = study.folder / "confirm"
-    repeats = sorted(confirm_folder.glob(f"{winner.number}-seed*"))
-    for run in [own_run, *map(RunFolder, repeats)]:
-        if run.adapter.is_dir():
-            return run
-    return own_run
 
 
 def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) -> None:

@@ -14,6 +14,12 @@ from sweeps.study.find_study import find_search, find_study
 if TYPE_CHECKING:
     from sweeps.study.study import Study
 
+TOP = 3
+"""Default number of best trials that are confirmed."""
+
+SEEDS = 5
+"""Default number of seeds with which each of them is trained again."""
+
 # Studies and their answers are imported inside the functions: they load Optuna, which `--help` and
 # a mistake on the command line do not need.
 
@@ -73,15 +79,34 @@ def report(arguments: argparse.Namespace) -> None:
 
 def confirm(arguments: argparse.Namespace) -> None:
     """Train the best trials again with other seeds."""
-    study = _find_study_for_work(arguments.study)
+    confirmation = confirm_study(arguments.study, arguments.top, arguments.seeds)
+    if arguments.json:
+        answer = _answer(find_search(arguments.study))
+        content = {**answer, "confirmation": confirmation}
+        arguments.print_json(json_safe(content))
+
+
+def confirm_study(name: str, top: int, seeds: int) -> dict[str, Any]:
+    """Train the best trials again with other seeds, and write the answer again.
+
+    Args:
+        name: the study: its folder, its name, or `latest`.
+        top: number of best trials.
+        seeds: number of seeds for each trial.
+
+    Returns:
+        The content of `confirm.json`.
+
+    Raises:
+        ConfigError: there is no such study, or nothing to confirm.
+    """
+    study = _find_study_for_work(name)
     # Loads torch: after a wrong name is refused, and after the libraries are quiet.
     from sweeps.answer.confirm import confirm
 
-    confirmation = confirm(study, arguments.seeds, arguments.top)
+    confirmation = confirm(study, seeds, top)
     _conclude(study)
-    if arguments.json:
-        content = {**_answer(study), "confirmation": confirmation}
-        arguments.print_json(json_safe(content))
+    return confirmation
 
 
 def stop(arguments: argparse.Namespace) -> None:

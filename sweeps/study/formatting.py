@@ -105,13 +105,17 @@ def objective_cells(trial: FrozenTrial, count: int) -> list[str]:
     Returns:
         `count` cells.
     """
-    values: Sequence[float] = trial.values or []
-    reported = rung_values(trial)
-    if not values and reported:
-        values = reported[max(reported)]
-    cells = [format_metric(value) for value in values[:count]]
+    cells = [format_metric(value) for value in objective_values(trial)[:count]]
     padding = [""] * (count - len(cells))
     return cells + padding
+
+
+def objective_values(trial: FrozenTrial) -> Sequence[float]:
+    """Return a trial's objectives; of one that has not ended or was pruned, the last reported."""
+    reported = rung_values(trial)
+    if trial.values or not reported:
+        return trial.values or []
+    return reported[max(reported)]
 
 
 def trial_note(trial: FrozenTrial) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from finetune.console import error_line
 from finetune.errors import ConfigError, Interrupted
-from sweeps.compat import job_error
+from sweeps.compat import end_joblib_workers, job_error
 from sweeps.space.encoding import encode
 from sweeps.space.settings import StudySettings
 from sweeps.study.claims import orphaned_trials
@@ -63,6 +63,8 @@ def run_workers(study: Study, session: Session) -> None:
                 _ends_workers_on_signals(session.stop_file, workers),
             ):
                 returns = launcher.launch(jobs, initial_job_idx=0)
+                if type(launcher).__name__ == "JoblibLauncher":
+                    end_joblib_workers()
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {resume}") from None
         except Exception as error:

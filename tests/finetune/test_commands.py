@@ -259,8 +259,8 @@ def test_evaluates_columns_stand_apart_whatever_their_digits(
 
     before = evaluated(10.7423, 46274.3422, 0.0)
     after = evaluated(10.0923, 24232.7889, 0.25)
-    comparison = evaluate.Comparison(3, before, after)  # type: ignore[arg-type]
-    evaluate._print_table("d.jsonl", comparison)
+    comparison = evaluate.Comparison("d.jsonl", 3, before, after)  # type: ignore[arg-type]
+    evaluate._print_table(comparison)
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:5]] == [
         ["base", "adapter", "change"],
         ["loss", "10.7423", "10.0923", "-6.1%"],

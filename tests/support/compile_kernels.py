@@ -19,6 +19,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     Qwen3_5TextConfig,
 )
@@ -79,7 +80,7 @@ def main() -> None:
         module.launch = record  # type: ignore[attr-defined]
     # Nothing is computed, so nothing is compared.
     backend_probe.holds = lambda *_, **__: True
-    for architecture in ("llama", "gemma3", "qwen3_5"):
+    for architecture in ("llama", "gemma3", "gemma4", "qwen3_5"):
         _run(architecture, head_dim)
     for launch in launches.values():
         for capability in capabilities:
@@ -108,6 +109,14 @@ def _run(architecture: str, head_dim: int) -> None:
     if architecture == "gemma3":
         layer_types = ["sliding_attention", "full_attention"]
         shapes = Gemma3TextConfig(**sizes, layer_types=layer_types)
+    elif architecture == "gemma4":
+        layer_types = ["sliding_attention", "full_attention"]
+        shapes = Gemma4TextConfig(
+            **sizes,
+            layer_types=layer_types,
+            global_head_dim=head_dim,
+            vocab_size_per_layer_input=512,
+        )
     elif architecture == "qwen3_5":
         # Its delta nets have heads of 128 columns.
         layer_types = ["linear_attention", "full_attention"]

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.commands import Station, run_cli
@@ -182,6 +183,16 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
 
+def peak_bytes(profiled: Any) -> int:
+    """The most memory of tensors on the CPU at once."""
+    memory = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            memory += event.nbytes()
+            peak = max(peak, memory)
+    return peak
+
+
 @pytest.mark.parametrize(
     ("architecture", "target"),
     [
@@ -191,6 +202,10 @@ def test_activations_that_would_not_fit_are_computed_twice(
         ("Gemma3Text", "q_v"),
         ("Phi3", "all_linear"),
         ("Qwen3_5Text", "all_linear"),
+        ("Gemma4Text", "all_linear"),
+        ("Gemma4Text", "q_v"),
+        # Without shared keys and values, and without per-layer inputs.
+        ("Gemma4Text 31B", "all_linear"),
     ],
 )
 @pytest.mark.parametrize(
@@ -235,7 +250,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     monkeypatch.setattr(
         "finetune.engine.packed.backend_probe.holds", lambda *_, **__: True
     )  # it computes
-    shapes = {
+    shapes: dict[str, Any] = {
         "hidden_size": 512,
         "intermediate_size": 1376,
         "num_hidden_layers": 16 if slots > 1 else 4,
@@ -246,7 +261,17 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         shapes |= {"head_dim": 64, "num_key_value_heads": 8}
     if architecture == "Gemma3Text":
         shapes |= {"head_dim": 64, "num_key_value_heads": 8}
-    make_config = getattr(transformers, f"{architecture}Config")
+    if architecture.startswith("Gemma4Text"):
+        layer_types = ["sliding_attention", "full_attention"]
+        shapes |= {"layer_types": layer_types * (shapes["num_hidden_layers"] // 2)}
+        shapes |= {"head_dim": 64, "global_head_dim": 128, "num_key_value_heads": 4}
+    if architecture == "Gemma4Text":
+        shapes |= {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+        shapes |= {"hidden_size_per_layer_input": 64, "num_key_value_heads": 1}
+        shapes |= {"vocab_size_per_layer_input": 300}
+    elif architecture == "Gemma4Text 31B":
+        shapes |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+    make_config = getattr(transformers, f"{architecture.split()[0]}Config")
     base_config = make_config(vocab_size=300, pad_token_id=0, **shapes)
     base = transformers.AutoModelForCausalLM.from_config(base_config)
     config = tiny(
@@ -271,12 +296,35 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     for planned, run_it in work.items():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             run_it()
-        memory = peak = 0
-        for event in found.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                memory += event.nbytes()
-                peak = max(peak, memory)
-        assert peak / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
+        assert peak_bytes(found) / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_gpus_logits_are_those_of_a_chunk(
+    monkeypatch: pytest.MonkeyPatch, cap: float | None
+) -> None:
+    """As `test_a_gpus_plan_is_what_its_decoder_allocates`."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import Gemma4TextConfig
+
+    from finetune.engine.packed.gpu import cross_entropy
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.losses import token_losses
+    from finetune.model.architectures import logit_transform_of
+    from finetune.run.memory_costs import logits_bytes
+
+    monkeypatch.setattr(cross_entropy, "launch", lambda *_: None)
+    shapes = Gemma4TextConfig(vocab_size=5000, final_logit_softcapping=cap)
+    head = torch.nn.Linear(8, 5000, bias=False).requires_grad_(False)
+    tokens = 2 * Decoder.logits_chunk
+    hidden, weights = torch.randn(tokens, 8), torch.ones(tokens)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    transform = logit_transform_of(shapes)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        token_losses(Decoder, head, transform, hidden, targets, weights)  # type: ignore[arg-type]
+    planned = logits_bytes(shapes, uses_decoder=True, half_precision=False)
+    assert peak_bytes(found) == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ tokens, and a shared prefix is read where it is instead of copied. The Triton ke
 `attention_kernels`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,48 +36,56 @@ class Tiling:
     """Tokens that a program goes over in one step of its loop."""
     stages: int
     """Steps whose loads are under way at once."""
+    key_stages: int
+    """The same, of the keys' backward kernel, which keeps two results."""
+    warps: int = 4
+    """Warps of one program."""
 
 
-NARROW_COLUMNS = 128
+TILINGS = {
+    128: Tiling(block=64, step=32, stages=3, key_stages=2),
+    # The fastest on an H200 that an RTX 4090's 99 KiB of shared memory allow.
+    256: Tiling(block=32, step=32, stages=2, key_stages=2),
+    # With 4 warps, results would not fit into the registers.
+    512: Tiling(block=16, step=16, stages=1, key_stages=1, warps=8),
+}
+"""By the most columns of a head."""
 
-NARROW = Tiling(block=64, step=32, stages=3)
-"""Heads of at most `NARROW_COLUMNS`."""
 
-NARROW_KEYS = Tiling(block=64, step=32, stages=2)
-"""The same, of the keys' backward kernel, which keeps two results."""
-
-WIDE = Tiling(block=32, step=32, stages=2)
-"""Wider heads: the fastest on an H200 that an RTX 4090's 99 KiB of shared memory allow."""
-
-WARPS = 4
-"""Warps of one program."""
+def tiling_of(head_dim: int) -> Tiling:
+    """Return how the kernels are cut for heads of some columns."""
+    for most_columns, tiling in TILINGS.items():
+        if head_dim <= most_columns:
+            return tiling
+    raise AssertionError(f"heads of {head_dim} columns")
 
 
 class SpanTables:
     """The spans of a packed batch as the kernels read them."""
 
     def __init__(
-        self, spans: Sequence[Span], position_ids: torch.Tensor, head_dim: int
+        self,
+        spans: Sequence[Span],
+        position_ids: torch.Tensor,
+        head_dims: Collection[int],
     ) -> None:
         """Copy the tables to the device.
 
         Args:
             spans: The spans of the packed batch, in order.
             position_ids: Position of each token in its row [tokens].
-            head_dim: Columns of the heads whose attention is computed.
+            head_dims: Columns of the heads whose attention is computed.
         """
-        self.tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW
-        self.keys_tiling = WIDE if head_dim > NARROW_COLUMNS else NARROW_KEYS
         device = position_ids.device
         span_rows = torch.tensor(_span_rows(spans), dtype=torch.int32)
         self.spans = to_device(span_rows, device)
         """For each span: start, stop, prefix start, prefix stop, and one past the last token that
         attends to the span [spans, 5]."""
-        block_rows = torch.tensor(
-            _block_rows(spans, self.tiling.block), dtype=torch.int32
-        )
-        self.blocks = to_device(block_rows, device)
-        """For each block of tokens: its span and its first token [blocks, 2]."""
+        self.blocks: dict[int, torch.Tensor] = {}
+        """By the tokens of a block, for each block: its span and its first token [blocks, 2]."""
+        for block in {tiling_of(head_dim).block for head_dim in head_dims}:
+            block_rows = torch.tensor(_block_rows(spans, block), dtype=torch.int32)
+            self.blocks[block] = to_device(block_rows, device)
         self.position_ids = position_ids.to(torch.int32)
 
 
@@ -149,15 +157,16 @@ def attention(
     log_sum_exp = torch.empty(heads, tokens, device=query.device)
     window_tokens = 0 if window is None else window
     group_size = heads // key.shape[1]
+    tiling = tiling_of(head_dim)
+    blocks = tables.blocks[tiling.block]
     arguments = (
-        query, key, value, output, log_sum_exp, tables.position_ids, tables.blocks, tables.spans,
+        query, key, value, output, log_sum_exp, tables.position_ids, blocks, tables.spans,
         scale * LOG2_E, tokens, query.stride(0), key.stride(0), heads, group_size, head_dim,
         window_tokens,
     )  # fmt: skip
-    grid = (len(tables.blocks), heads, 1)
-    tiling = tables.tiling
+    grid = (len(blocks), heads, 1)
     constants = _constants(head_dim, window_tokens, tiling)
-    launch(attention_kernel, grid, arguments, constants, WARPS, tiling.stages)
+    launch(attention_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
     return AttentionTrace(
         query=query,
         key=key,
@@ -201,35 +210,33 @@ def attention_backward(
     )
     # Any tensors, where the kernels don't read them.
     cos, sin = rotation or (query, query)
+    tiling = tiling_of(head_dim)
+    blocks = tables.blocks[tiling.block]
     shared_arguments = (
         cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
-        tables.position_ids, tables.blocks, tables.spans,
+        tables.position_ids, blocks, tables.spans,
         trace.scale * LOG2_E, trace.scale, tokens, query.stride(0), trace.key.stride(0), heads,
         heads // key_heads, head_dim, trace.window,
     )  # fmt: skip
-    blocks = len(tables.blocks)
-    tiling = tables.tiling
     constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     query_arguments = (grad_query, trace.output, *shared_arguments)
     launch(
         attention_backward_query_kernel,
-        (blocks, heads, 1),
+        (len(blocks), heads, 1),
         query_arguments,
         constants,
-        WARPS,
+        tiling.warps,
         tiling.stages,
     )
-    tiling = tables.keys_tiling
-    constants = (rotate_in_kernel, *_constants(head_dim, trace.window, tiling))
     key_arguments = (grad_key, grad_value, *shared_arguments)
     # A program for each key head: it sums over the query heads that share it.
     launch(
         attention_backward_key_value_kernel,
-        (blocks, key_heads, 1),
+        (len(blocks), key_heads, 1),
         key_arguments,
         constants,
-        WARPS,
-        tiling.stages,
+        tiling.warps,
+        tiling.key_stages,
     )
     if rotation is not None and not rotate_in_kernel:
         apply_rotary(grad_query, cos, sin, -1.0)

@@ -1,5 +1,7 @@
 """One block of the GPU decoder: attention and feed-forward layer, each added to its input.
 
+Blocks of Gemma 4 also have a per-layer input, and a factor of their output.
+
 Forward and backward are written out, without autograd. Tensors that are not needed any more are
 dropped at once, here and below, to make room for the next ones.
 """
@@ -12,11 +14,15 @@ import torch
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.delta_net import DeltaNet, DeltaNetActivations
 from finetune.engine.packed.gpu.feed_forward import FeedForward, FeedForwardActivations
+from finetune.engine.packed.gpu.per_layer_input import (
+    PerLayerInput,
+    PerLayerInputActivations,
+)
 from finetune.engine.packed.gpu.self_attention import (
     AttentionActivations,
     SelfAttention,
 )
-from finetune.model.decoder_blocks import DecoderBlock
+from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class BlockActivations:
 
     attention: AttentionActivations | DeltaNetActivations
     feed_forward: FeedForwardActivations
+    per_layer_input: PerLayerInputActivations | None
 
     @property
     def block_input(self) -> torch.Tensor:
@@ -63,6 +70,14 @@ class Block:
                 module, name, table_rows, config, block, layer_type
             )
         self._feed_forward = FeedForward(module, name, table_rows, config, block)
+        self._per_layer_input: PerLayerInput | None = None
+        if has_per_layer_inputs(config, block):
+            self._per_layer_input = PerLayerInput(
+                module, name, table_rows, config, block
+            )
+        self._scalar = 1.0
+        if block.output_scalar is not None:
+            self._scalar = float(getattr(module, block.output_scalar))
 
     def forward(
         self,
@@ -75,16 +90,27 @@ class Block:
         Args:
             x: [tokens, hidden_size].
             context: The pass.
-            recompute: Only the activations are needed: the last product is left out.
+            recompute: Only the activations are needed: the last product is left out, unless a norm
+                follows it.
 
         Returns:
             The output [tokens, hidden_size], None where it is left out; the activations.
         """
         x, attention_activations = self._attention.forward(x, context)
+        has_input = self._per_layer_input is not None
         output, feed_forward_activations = self._feed_forward.forward(
-            x, context, recompute
+            x, context, recompute and not has_input
         )
-        return output, BlockActivations(attention_activations, feed_forward_activations)
+        input_activations = None
+        if self._per_layer_input is not None:
+            assert output is not None
+            output, input_activations = self._per_layer_input.forward(output, context)
+        if output is not None and self._scalar != 1.0:
+            output.mul_(self._scalar)
+        activations = BlockActivations(
+            attention_activations, feed_forward_activations, input_activations
+        )
+        return output, activations
 
     def backward(
         self,
@@ -96,7 +122,7 @@ class Block:
         """Compute the gradients of the adapters, which go into the slots, and of the input.
 
         Args:
-            grad_output: [tokens, hidden_size].
+            grad_output: [tokens, hidden_size]; may be overwritten.
             activations: From `forward`; overwritten.
             context: The pass.
             need_input_grad: False for the first block.
@@ -104,9 +130,15 @@ class Block:
         Returns:
             The gradient of the input [tokens, hidden_size] if it is needed.
         """
-        grad = self._feed_forward.backward(
-            grad_output, activations.feed_forward, context
-        )
+        grad = grad_output
+        if self._scalar != 1.0:
+            grad.mul_(self._scalar)
+        if self._per_layer_input is not None:
+            assert activations.per_layer_input is not None
+            grad = self._per_layer_input.backward(
+                grad, activations.per_layer_input, context
+            )
+        grad = self._feed_forward.backward(grad, activations.feed_forward, context)
         grad_x: torch.Tensor | None = self._attention.backward(
             grad, activations.attention, context, need_input_grad
         )

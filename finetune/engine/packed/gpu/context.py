@@ -1,6 +1,6 @@
 """What the layers of the GPU decoder share during one pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -8,6 +8,7 @@ from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.delta_rule import RowTables
+from finetune.engine.packed.gpu.shared_heads import SharedHeads
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class PassContext:
     """Of bases with gated delta nets."""
     query_scales: torch.Tensor | None = None
     """Factors of the queries by their positions [tokens, 1, 1]; None: all are 1."""
+    shared_heads: dict[str | None, SharedHeads] = field(default_factory=dict)
+    """Keys and values that later layers use too, by the type of layer."""
+    per_layer_inputs: torch.Tensor | None = None
+    """Of bases that have some [tokens, layers, columns]; the backward pass of a block overwrites
+    its input by its gradient."""
     weight_cache: dict[str, torch.Tensor] | None = None
     """Dequantised weights of a block, by layer, from its recomputation to its backward pass; None:
     each of the two dequantises them."""

@@ -29,6 +29,10 @@ from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.cross_entropy import cross_entropy
 from finetune.engine.packed.gpu.delta_rule import RowTables
+from finetune.engine.packed.gpu.per_layer_input import (
+    PerLayerEmbedding,
+    ProjectionActivations,
+)
 from finetune.engine.packed.gpu.query_scales import query_scales
 from finetune.engine.packed.gpu.rms_norm import (
     read_norm,
@@ -36,7 +40,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm_backward,
 )
 from finetune.model.architectures import text_config_of
-from finetune.model.decoder_blocks import decoder_block_of, head_dim_of
+from finetune.model.decoder_blocks import decoder_block_of, has_per_layer_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +77,8 @@ class Trace:
     """Input of the last norm [answer tokens, hidden_size]."""
     inverse_rms: torch.Tensor
     """Of the last norm [answer tokens]."""
+    per_layer: ProjectionActivations | None
+    """Of what computes per-layer inputs; None: no adapter stands there."""
 
 
 class Decoder:
@@ -93,7 +99,6 @@ class Decoder:
         config = text_config_of(base.config)
         model = base.get_decoder()
         prefix = base.base_model_prefix
-        self._head_dim = head_dim_of(config)
         self._position_kinds = block.position_kinds
         self._embedding = model.embed_tokens
         self._rotary = model.rotary_emb
@@ -108,10 +113,18 @@ class Decoder:
                 linear_names.append(name)
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
+        self._per_layer: PerLayerEmbedding | None = None
+        if has_per_layer_inputs(config, block):
+            self._per_layer = PerLayerEmbedding(model, prefix, self._table_rows, block)
         layer_types: list[str | None] = [None] * len(model.layers)
         if block.rotary_by_layer_type:
             layer_types = list(config.layer_types)
         self._layer_types = sorted(set(layer_types), key=str)
+        self._head_dims = {
+            module.self_attn.head_dim
+            for module in model.layers
+            if hasattr(module, "self_attn")
+        }
         self._has_delta_nets = any(
             hasattr(module, "linear_attn") for module in model.layers
         )
@@ -144,6 +157,10 @@ class Decoder:
         """See `Backend.forward`."""
         x: torch.Tensor = self._embedding(batch.input_ids)[0]
         context = self._context(x, batch, slots, dropout_steps)
+        per_layer = None
+        if self._per_layer is not None:
+            inputs, per_layer = self._per_layer.forward(x, context)
+            context = dataclasses.replace(context, per_layer_inputs=inputs)
         layers = len(self._blocks)
         recomputed = 0
         if self._gradient_checkpointing:
@@ -168,6 +185,7 @@ class Decoder:
             blocks=stored,
             hidden=hidden,
             inverse_rms=inverse_rms,
+            per_layer=per_layer,
         )
         return normalized, trace
 
@@ -184,7 +202,7 @@ class Decoder:
         adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
         return PassContext(
             batch=batch,
-            spans=SpanTables(batch.spans, batch.position_ids[0], self._head_dim),
+            spans=SpanTables(batch.spans, batch.position_ids[0], self._head_dims),
             adapters=AdapterTables(spans, tables, x.device),
             adapted_layers=adapted_layers,
             angles={
@@ -248,6 +266,10 @@ class Decoder:
             )
             if grad_x is not None:
                 grad = grad_x
+        if self._per_layer is not None and trace.per_layer is not None:
+            gradients = trace.context.per_layer_inputs
+            assert gradients is not None
+            self._per_layer.backward(gradients, trace.per_layer, trace.context)
 
 
 def _adapter_spans(

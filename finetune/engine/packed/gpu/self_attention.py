@@ -73,9 +73,14 @@ class SelfAttention:
         """
         attention_module = module.self_attn
         module_name = f"{name}.self_attn"
+        projections = tuple(
+            projection
+            for projection in block.qkv
+            if getattr(attention_module, projection, None) is not None
+        )
         self._qkv = NormalizedInput(
             read_norm(getattr(module, block.attention_norm), block),
-            linear_group(attention_module, module_name, block.qkv, table_rows),
+            linear_group(attention_module, module_name, projections, table_rows),
         )
         self._output = linear_group(
             attention_module,
@@ -84,7 +89,7 @@ class SelfAttention:
             table_rows,
         )
         self._output_norm = OutputNorm(module, block.attention_output_norm, block)
-        self._heads = Heads(attention_module, config, block, layer_type)
+        self._heads = Heads(attention_module, projections, config, block, layer_type)
         self._scale = attention_module.scaling
         if block.config_window:
             self._window = config.sliding_window

@@ -22,7 +22,7 @@ SCRIPT = Path(support.__file__).with_name("compile_kernels.py")
     [
         ("kernel", 256, 18),
         # The others do not depend on the heads.
-        *(("attention", head_dim, 3) for head_dim in (64, 96, 128)),
+        *(("attention", head_dim, 3) for head_dim in (64, 96, 128, 512)),
     ],
 )
 def test_every_kernel_fits_every_card(

@@ -1,5 +1,6 @@
 """The decoder written by hand equals each architecture with autograd."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ SLOTS = (
     ("lora.r=16", "lora/target=q_v", "lora.use_rslora=true"),
     ("lora.r=2", "lora.target_modules=[down_proj,o_proj]"),
 )
-ARCHITECTURES = {
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA4: dict[str, Any] = {
+    "sliding_window": 6,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "final_logit_softcapping": 5.0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"head_dim": 32},
     "qwen2": {},
@@ -48,7 +56,63 @@ ARCHITECTURES = {
         "query_pre_attn_scalar": 20,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    # Like E2B: two layers use the keys and values of the second, one those of the first.
+    "gemma4_text": {
+        **GEMMA4,
+        "num_hidden_layers": 5,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL, FULL],
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 512,
+    },
+    # Like 31B.
+    "gemma4_text (keys are values)": {
+        **GEMMA4,
+        "layer_types": [SLIDING, FULL, FULL],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+    },
 }
+
+
+def random_base(architecture: str, tiny_base: Path, folder: Path) -> Path:
+    """A base of a few layers with random weights, beside the tokenizer of another."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny_base, folder)
+    shapes = AutoConfig.from_pretrained(folder).to_dict()
+    wanted = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    shapes = {
+        name: shapes[name]
+        for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")
+    }
+    shapes["num_hidden_layers"] = (
+        3  # with checkpointing the last is not computed again, and the first is the first
+    )
+    torch.manual_seed(0)
+    model_type = architecture.partition(" ")[0]
+    shapes |= ARCHITECTURES[architecture]
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shapes))
+    for weight in fresh.parameters():
+        if weight.ndim == 1:  # norms are all ones, biases all zero
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)
+    for name, scalar in fresh.named_buffers():
+        if name.endswith("layer_scalar"):  # they are one
+            scalar.copy_(0.5 + torch.rand(1))
+    fresh.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -70,37 +134,11 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     architecture: str,
     saves: bool,
 ) -> None:
-    import shutil
-
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
 
-    folder = shutil.copytree(tiny_base, tmp_path / "base")
-    shapes = AutoConfig.from_pretrained(folder).to_dict()
-    wanted = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    shapes = {
-        name: shapes[name]
-        for name in (*wanted, "num_key_value_heads", "eos_token_id", "pad_token_id")
-    }
-    shapes["num_hidden_layers"] = (
-        3  # with checkpointing the last is not computed again, and the first is the first
-    )
-    torch.manual_seed(0)
-    fresh = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(architecture, **shapes, **ARCHITECTURES[architecture])
-    )
-    for weight in fresh.parameters():
-        if weight.ndim == 1:  # norms are all ones, biases all zero
-            weight.data.add_(torch.randn_like(weight), alpha=0.1)
-    fresh.save_pretrained(folder)
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
     here = f"model.name_or_path={folder}"
     saving = f"trainer.gradient_checkpointing={str(saves).lower()}"
     joined = ("lora.r=16", "lora.target_modules=[qkv_proj]", "lora.use_rslora=true")
@@ -150,12 +188,21 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
 
 @pytest.mark.slow
-def test_dropout_is_the_same_when_activations_are_computed_again(tiny: Any) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gemma4_text"])
+def test_dropout_is_the_same_when_activations_are_computed_again(
+    tiny: Any, tiny_base: Any, tmp_path: Any, architecture: str
+) -> None:
     import torch
 
     from finetune.engine.packed.requests import ForwardBackward
 
-    config = tiny("lora.dropout=0.5", "lora.r=4")
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    config = tiny(
+        f"model.name_or_path={folder}",
+        "lora.dropout=0.5",
+        "lora.r=4",
+        "lora/target=all_linear",
+    )
     found = []
     for saves in (False, True):
         slot = load_bank(config, saves).create_slot(config.lora, 0)

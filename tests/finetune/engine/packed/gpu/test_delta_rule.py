@@ -54,8 +54,9 @@ def test_delta_rule_is_transformers(alike: bool) -> None:
         row = slice(span.start, span.stop)
         query, key, value = qkv[None, row].split(rule.widths, 2)
         output, _ = torch_chunk_gated_delta_rule(
-            query.unflatten(2, (2, 16)),
-            key.unflatten(2, (2, 16)),
+            # Repeated, because transformers before 5.18 wants as many heads as values have.
+            query.unflatten(2, (2, 16)).repeat_interleave(2, 2),
+            key.unflatten(2, (2, 16)).repeat_interleave(2, 2),
             value.unflatten(2, (4, 32)),
             log_decays[None, row],
             rates[None, row],

@@ -397,7 +397,7 @@ def test_one_rows_attention_never_reaches_another() -> None:
     line = PackedBatch([[row] for row in rows], torch.device("cpu"))
     states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
     sick = line.spans[-1].start
-    table = SpanTables(line.spans, line.position_ids[0], 32)
+    table = SpanTables(line.spans, line.position_ids[0], {32})
 
     def run() -> list[torch.Tensor]:
         trace = attention(*states[:3], table, 0.2, None)
@@ -419,6 +419,7 @@ def test_one_rows_attention_never_reaches_another() -> None:
         (1, 1, 24, 24, None),
         (2, 1, 32, 16, None),
         pytest.param(2, 1, 256, 256, 20, marks=pytest.mark.slow),
+        pytest.param(2, 1, 512, 512, None, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("is_joined", [False, True])
@@ -468,7 +469,7 @@ def test_attention_is_the_cpus(
     output = PackedAttention(batch).attend(*states, Scores(0.2, window))
     slope = draw(tokens, heads, head_dim)
     expected = torch.autograd.grad(output, states, slope)
-    tables = SpanTables(batch.spans, batch.position_ids[0], head_dim)
+    tables = SpanTables(batch.spans, batch.position_ids[0], {head_dim})
     trace = attention(*(state.detach() for state in states), tables, 0.2, window)
     assert torch.allclose(trace.output, output, rtol=1e-4, atol=1e-5)
     gradients = empty()
