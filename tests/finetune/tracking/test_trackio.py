@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trackio
 from support.killed_runs import run_until_killed
 from support.runs import train_in_slots, write_jsonl
 from trackio.sqlite_storage import SQLiteStorage
@@ -100,6 +101,18 @@ def test_runs_of_a_pack_are_one_trackio_run_each(
     assert sorted(shown) == [0, 1, 2]
     for number, place in enumerate(places):
         assert logged(project, shown[number]["id"]) == written(place)
+
+
+def test_a_run_that_is_open_in_the_process_stays_open(
+    tiny: Tiny, tmp_path: Path, project: str
+) -> None:
+    """One of a notebook, for example; and so those of a pack."""
+    opened = trackio.init(project=f"{project}other", auto_log_cpu=False)
+    try:
+        run(tiny(*QUICK, f"tracker.project={project}"), tmp_path / "run")
+        assert trackio.context_vars.current_run.get() is opened
+    finally:
+        trackio.finish()
 
 
 def test_a_trial_stands_in_the_group_of_its_study(
