@@ -1,36 +1,59 @@
-"""Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`."""
+"""Generate text with the adapter of a run: `python -m finetune.generate RUN --prompt "…"`.
+
+`--prompts FILE` answers those of a file, `--chat` questions on the terminal, each with what was
+said before.
+"""
 
 import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from finetune.console import command_parser, log_to_stderr, run_command
+from finetune.console import command_parser, json_output, log_to_stderr, run_command
+from finetune.data.prompt_file import STANDARD_INPUT, read_prompts
 from finetune.data.types import Prompt
+from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.generation import generate_answers
-from finetune.errors import refusal
+from finetune.errors import ConfigError, refusal
 from finetune.files.find_run import RUN_HELP, find_run
-from finetune.run.load import load_run
+from finetune.run.chat import Chat, chat_on_terminal
+from finetune.run.load import TrainedRun, load_run
 
 log = logging.getLogger(__name__)
 
 LOGGERS = (__name__, "finetune.run.load")
 """Loggers whose lines the command prints."""
 
+CHAT_TOKENS = 512
+"""Limit of an answer in a chat, in tokens; the run's limits are those of short samples."""
+
 
 def main() -> None:
-    """Read the command line, load the run, print an answer to each prompt."""
+    """Read the command line, load the run, answer the prompts or chat."""
     arguments = _parse_arguments()
     log_to_stderr(*LOGGERS)
-    answers = answer_prompts(
-        find_run("RUN", arguments.run),
-        [Prompt(text, arguments.system) for text in arguments.prompt],
-        base=arguments.base,
-        max_new_tokens=arguments.max_new_tokens,
-        max_length=arguments.max_length,
-    )
-    for answer in answers:
-        print(answer)
+    with json_output(arguments.json) as print_json:
+        if arguments.chat:
+            _chat(load_run(find_run("RUN", arguments.run)), arguments)
+            return
+        # Before the base is loaded.
+        prompts = _prompts(arguments)
+        answers = answer_prompts(
+            find_run("RUN", arguments.run),
+            prompts,
+            base=arguments.base,
+            max_new_tokens=arguments.max_new_tokens,
+            max_length=arguments.max_length,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        if arguments.json:
+            print_json({"answers": _rows(prompts, answers)})
+        else:
+            for answer in answers:
+                print(answer)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -38,14 +61,25 @@ def _parse_arguments() -> argparse.Namespace:
         "finetune.generate",
         "Generate text with the adapter of a run.",
         'latest --prompt "What does math.gcd do in Python?"',
+        "latest --chat --temperature 0.7",
+        "latest --prompts questions.jsonl --json",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument(
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
         "--prompt",
         metavar="TEXT",
-        required=True,
         action="append",
         help="a prompt; repeat the flag for several",
+    )
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file with one prompt a line, or JSON lines with prompt or messages "
+        f"(FILE.jsonl); {STANDARD_INPUT}: standard input",
+    )
+    prompts.add_argument(
+        "--chat", action="store_true", help="chat on the terminal; Ctrl-D ends it"
     )
     parser.add_argument(
         "--system",
@@ -56,7 +90,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--max-new-tokens",
         metavar="TOKENS",
         type=int,
-        help="limit of each answer (default: the limits of the run's samples)",
+        help="limit of each answer (default: the limits of the run's samples; "
+        f"in a chat {CHAT_TOKENS})",
     )
     parser.add_argument(
         "--max-length",
@@ -64,13 +99,53 @@ def _parse_arguments() -> argparse.Namespace:
         type=int,
         help="limit of a prompt and its answer together",
     )
+    _add_sampling(parser)
     parser.add_argument(
         "--base", action="store_true", help="answer without the adapter"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print prompts and answers as JSON"
     )
     arguments = parser.parse_args()
     require_positive("--max-new-tokens", arguments.max_new_tokens)
     require_positive("--max-length", arguments.max_length)
+    _check_sampling(arguments)
+    if arguments.chat and arguments.json:
+        raise ConfigError("argument --json: not allowed with argument --chat")
     return arguments
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="tokens are drawn, with logits divided by T "
+        "(default: 0, each token is the most likely one)",
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="SHARE",
+        type=float,
+        help="draw from the likeliest tokens that have this share together (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of drawn tokens (default: the run's)"
+    )
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    temperature, share, seed = arguments.temperature, arguments.top_p, arguments.seed
+    if not 0 <= temperature < float("inf"):
+        raise refusal("--temperature", temperature, "must be a number, at least 0")
+    if share is not None and not 0 < share <= 1:
+        raise refusal("--top-p", share, "must be above 0 and at most 1")
+    if seed is not None and seed < 0:
+        raise refusal("--seed", seed, "must be at least 0")
+    for flag, value in (("--top-p", share), ("--seed", seed)):
+        if value is not None and temperature == 0:
+            raise refusal(flag, value, "needs --temperature above 0")
 
 
 def require_positive(key: str, limit: int | None) -> None:
@@ -84,6 +159,12 @@ def require_positive(key: str, limit: int | None) -> None:
         raise refusal(key, limit, "must be at least 1")
 
 
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.prompts is not None:
+        return read_prompts("--prompts", arguments.prompts, arguments.system)
+    return [Prompt(text, arguments.system) for text in arguments.prompt]
+
+
 def answer_prompts(
     folder: Path,
     prompts: Sequence[Prompt],
@@ -91,6 +172,9 @@ def answer_prompts(
     base: bool = False,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> list[str]:
     """Load a run, and return its answers in the order of the prompts.
 
@@ -101,6 +185,9 @@ def answer_prompts(
         max_new_tokens: limit of each answer.
         max_length: limit of a prompt and its answer together. Without either limit, those of the
             run's samples hold.
+        temperature: see `_sampling`.
+        top_p: see `_sampling`.
+        seed: see `_sampling`.
 
     Raises:
         ConfigError: the run has no adapter.
@@ -120,7 +207,53 @@ def answer_prompts(
         max_new_tokens=max_new_tokens,
         max_length=max_length,
         variables=run.config.model.template_kwargs,
+        sampling=_sampling(run, temperature, top_p, seed),
     )
+
+
+def _sampling(
+    run: TrainedRun, temperature: float, top_p: float | None, seed: int | None
+) -> Sampling | None:
+    """Return how tokens are drawn; None: each token is the most likely one.
+
+    Args:
+        run: the run.
+        temperature: 0: the most likely tokens.
+        top_p: the share of the likeliest tokens; None: all.
+        seed: the seed; None: the run's.
+    """
+    if temperature == 0:
+        return None
+    share = 1.0 if top_p is None else top_p
+    return Sampling(temperature, share, run.config.seed if seed is None else seed)
+
+
+def _rows(prompts: list[Prompt], answers: list[str]) -> list[dict[str, Any]]:
+    """Return prompts and answers as `--json` prints them."""
+    rows: list[dict[str, Any]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        question = prompt.messages or prompt.text
+        rows.append({"prompt": question, "system": prompt.system, "answer": answer})
+    return rows
+
+
+def _chat(run: TrainedRun, arguments: argparse.Namespace) -> None:
+    if run.tokenizer.chat_template is None:
+        base = run.config.model.name_or_path
+        reason = f"{base} has no chat template; --prompt TEXT continues a text"
+        raise ConfigError(f"--chat: {reason}")
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None and arguments.max_length is None:
+        max_new_tokens = CHAT_TOKENS
+    chat = Chat(
+        run,
+        run.base if arguments.base else run.with_adapter(),
+        arguments.system,
+        _sampling(run, arguments.temperature, arguments.top_p, arguments.seed),
+        max_new_tokens,
+        arguments.max_length,
+    )
+    chat_on_terminal(chat)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A study is given by its name under `outputs/sweeps`, by its folder, or as `lates
 import argparse
 from collections.abc import Callable
 
-from finetune.console import command_parser, run_command
+from finetune.console import command_parser, json_output, run_command
 from sweeps.commands import act, inspect, points
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
@@ -21,7 +21,8 @@ def main() -> None:
 
     def execute() -> None:
         arguments = parser.parse_args()
-        arguments.action(arguments)
+        with json_output(arguments.json) as arguments.print_json:
+            arguments.action(arguments)
 
     run_command(execute)
 
@@ -74,6 +75,8 @@ class _Commands:
             name, help=text, description=sentence, epilog=f"example: {example}"
         )
         parser.set_defaults(action=action)
+        text = "print JSON for programs (docs/json.md)"
+        parser.add_argument("--json", action="store_true", help=text)
         return parser
 
     def add_for_study(

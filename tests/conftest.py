@@ -1,6 +1,8 @@
 """Fixtures of all tests: a tiny random base with a real tokenizer, configs, commands."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("WANDB_API_KEY", None)
+
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported
 
 
 from support.bad_input import Workplace
@@ -50,6 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # the GPU kernels run on the CPU
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

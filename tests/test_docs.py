@@ -25,6 +25,7 @@ from sweeps.space.space import Space
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [
     ROOT / "README.md",
+    ROOT / "AGENTS.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]

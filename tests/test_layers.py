@@ -67,8 +67,8 @@ LIGHT = (
 
 HEAVY = {
     "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
-    "jinja2", "joblib", "lm_eval", "numpy", "omegaconf", "optuna", "pandas", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
-    "safetensors", "scipy", "sklearn", "sqlalchemy", "torch", "tqdm", "transformers", "triton",
+    "jinja2", "joblib", "lm_eval", "mlflow", "numpy", "omegaconf", "optuna", "pandas", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
+    "safetensors", "scipy", "sklearn", "sqlalchemy", "tensorboard", "torch", "tqdm", "trackio", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip
 """Packages that take long to import, or that not every command needs."""

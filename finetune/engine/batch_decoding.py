@@ -4,11 +4,12 @@ With an allocated cache it is called for some tokens at a time, and rows that ha
 batch in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from finetune.engine.allocated_cache import allocate_cache
 from finetune.engine.encoded_prompts import Answers, StopTexts
@@ -22,6 +23,9 @@ from finetune.engine.sampling import RowSampler
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+ShowTokens = Callable[[list[int]], None]
+"""Receives new tokens of an answer."""
 
 TOKENS_OF_A_CALL = 16
 """Tokens after which rows that have ended leave the batch, and stop texts are looked for."""
@@ -41,6 +45,7 @@ def decode_batch(
     use_cache: bool,
     sampler: RowSampler | None,
     stops: Sequence[StopTexts | None] = (),
+    show_tokens: ShowTokens | None = None,
 ) -> Answers:
     """Continue prompts together.
 
@@ -54,6 +59,7 @@ def decode_batch(
         use_cache: Whether the keys and values of earlier tokens are cached.
         sampler: Draws the tokens; None: each is the most likely one.
         stops: Texts that end each prompt's answer, if any; empty: there are none.
+        show_tokens: Receives the tokens of the only prompt's answer as they are generated.
 
     Returns:
         The answer of each prompt, in the order of the prompts.
@@ -67,6 +73,8 @@ def decode_batch(
     stops = stops or [None] * len(rows)
     finished = [False] * len(rows)
     arguments: dict[str, Any] = {}
+    if show_tokens is not None:
+        arguments["streamer"] = _TokenStreamer(show_tokens)
     if cache is None and any(stops):
         # One call generates all tokens.
         arguments["stopping_criteria"] = [_StopCriterion(stops, ids.shape[1], ends)]
@@ -105,6 +113,21 @@ def decode_batch(
             if sampler is not None:
                 sampler.select(indices)
             rows = [rows[index] for index in selected]
+
+
+class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
+    """Hands on new tokens, within a call of transformers' `generate`."""
+
+    def __init__(self, show_tokens: ShowTokens) -> None:
+        self._show_tokens = show_tokens
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive the tokens before the call [1, tokens], and then each new one [1]."""
+        if value.dim() == 1:
+            self._show_tokens(value.tolist())
+
+    def end(self) -> None:
+        """Receive the end of the call."""
 
 
 class _StopCriterion(StoppingCriteria):  # type: ignore[misc]

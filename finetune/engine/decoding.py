@@ -17,7 +17,7 @@ from finetune.engine.answer_batch import (
     remove_answered,
     rows_in_memory,
 )
-from finetune.engine.batch_decoding import compare_steps, decode_batch
+from finetune.engine.batch_decoding import ShowTokens, compare_steps, decode_batch
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_of
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.probes import Shortcut, holds
@@ -39,6 +39,7 @@ def generate_tokens(
     prompts: Sequence[EncodedPrompts],
     quantization: QuantizationSettings,
     adapt: Adapt = lambda runs: nullcontext(),
+    show_tokens: ShowTokens | None = None,
 ) -> list[Answers]:
     """Answer the prompts of runs, together as far as the base and the memory allow it.
 
@@ -47,10 +48,12 @@ def generate_tokens(
         prompts: Those of each run.
         quantization: As the base was loaded.
         adapt: Applies the runs' adapters; by default the model has its adapter already.
+        show_tokens: Receives the tokens of the only prompt's answer as they are generated.
 
     Returns:
         The answers of each run; empty where a prompt's limit is 0.
     """
+    assert show_tokens is None or sum(len(run.ids) for run in prompts) == 1
     answers: list[Answers] = [[[] for _ in run.ids] for run in prompts]
     groups: dict[tuple[int, ...], list[int]] = {}
     # Chat templates with other variables may end answers otherwise.
@@ -58,7 +61,7 @@ def generate_tokens(
         groups.setdefault(tuple(run.ends), []).append(number)
     with evaluation_mode(model), autocast(quantization):
         for runs in groups.values():
-            _Decoding(model, prompts, adapt, answers).answer(runs)
+            _Decoding(model, prompts, adapt, answers, show_tokens).answer(runs)
     return answers
 
 
@@ -71,11 +74,13 @@ class _Decoding:
         prompts: Sequence[EncodedPrompts],
         adapt: Adapt,
         answers: list[Answers],
+        show_tokens: ShowTokens | None,
     ) -> None:
         self._model = model
         self._prompts = prompts
         self._adapt = adapt
         self._answers = answers
+        self._show_tokens = show_tokens
         self._room: int | None = None
         """Prompts that fit into memory at once; None: no limit has been met."""
 
@@ -202,6 +207,7 @@ class _Decoding:
                 use_cache=use_cache,
                 sampler=sampler,
                 stops=[self._prompts[run].stops for run, _ in members],
+                show_tokens=self._show_tokens,
             )
         for (run, row), answer in zip(members, answers, strict=True):
             self._answers[run][row] = answer

@@ -3,7 +3,7 @@
 Loads no torch when it is imported, because a command and `finetune.run.run` import it at their top.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.sections.model import QuantizationSettings
@@ -24,6 +24,7 @@ def generate_answers(
     max_length: int | None,
     variables: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None,
+    show_tokens: Callable[[list[int]], None] | None = None,
 ) -> list[str]:
     """Generate an answer to each prompt.
 
@@ -41,6 +42,7 @@ def generate_answers(
             `max_new_tokens` alone is the limit.
         variables: Variables of the chat template (`model.template_kwargs`).
         sampling: How tokens are drawn; None: each token is the most likely one.
+        show_tokens: Receives the tokens of the only prompt's answer as they are generated.
 
     Returns:
         The answers, in the order of the prompts; empty where a limit leaves no token for one, which
@@ -57,5 +59,7 @@ def generate_answers(
         variables=variables,
         sampling=sampling,
     )
-    (answers,) = generate_tokens(model, [encoded], quantization)
+    (answers,) = generate_tokens(
+        model, [encoded], quantization, show_tokens=show_tokens
+    )
     return decode_answers(tokenizer, answers)

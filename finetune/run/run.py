@@ -26,7 +26,7 @@ from finetune.run.load import read_run_config
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.result import Objective, Result, objective_of
 from finetune.run.summary import print_summary
-from finetune.tracking.open import open_tracker
+from finetune.tracking.open import check_trackers, open_tracker
 from finetune.tracking.tracker import Tracker, final_summary
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def _read_inputs(result: Result, folder: RunFolder) -> dict[str, Any]:
     resources = result.context.resources
     # First, because it takes no time: a function that is missing need not wait for the rows.
     check_metrics(result.config)
+    check_trackers(result.config.tracker)
     rows = result.rows = resources.rows(result.config.dataset)
     source = resources.source(result.config.model)
     result.config = resolve_learning_rate(result.config, resources)

@@ -1,1 +1,1 @@
-"""Trackers: Weights & Biases, TensorBoard."""
+"""Trackers: Weights & Biases, TensorBoard, MLflow, Trackio."""

@@ -1,20 +1,42 @@
 """Open the trackers that the config names."""
 
+import importlib.util
 from collections.abc import Callable
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.tracker import TrackerSettings
+from finetune.errors import refusal
 from finetune.files.run_folder import RunFolder
+from finetune.tracking.mlflow import MlflowTracker
 from finetune.tracking.tensorboard import TensorboardTracker
 from finetune.tracking.tracker import Label, SeveralTrackers, Tracker
+from finetune.tracking.trackio import TrackioTracker
 from finetune.tracking.wandb import WandbTracker
+
+PACKAGES = {"mlflow": "mlflow-skinny", "trackio": "trackio"}
+"""Packages of trackers that are extras; modules and extras have the trackers' names."""
+
+
+def check_trackers(settings: TrackerSettings) -> None:
+    """Raise ConfigError where the package of a tracker is not installed."""
+    for name in settings.names:
+        if name in PACKAGES and importlib.util.find_spec(name) is None:
+            command = f'pip install "qlora-sweeps[{name}]"'
+            reason = f"needs the package {PACKAGES[name]}: {command}"
+            raise refusal("tracker.name", name, reason)
 
 
 def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:
     """Open the trackers of `tracker.name`; one that can't be opened is left out with a warning."""
     settings = config.tracker
     openers: list[Callable[[], Tracker]] = []
-    if settings.name in ("wandb", "both") and settings.mode != "disabled":
-        openers.append(lambda: WandbTracker(config, folder, label))
-    if settings.name in ("tensorboard", "both"):
-        openers.append(lambda: TensorboardTracker(config, folder))
+    for name in settings.names:
+        if name == "wandb" and settings.mode != "disabled":
+            openers.append(lambda: WandbTracker(config, folder, label))
+        elif name == "tensorboard":
+            openers.append(lambda: TensorboardTracker(config, folder))
+        elif name == "mlflow":
+            openers.append(lambda: MlflowTracker(config, folder, label))
+        elif name == "trackio":
+            openers.append(lambda: TrackioTracker(config, folder, label))
     return SeveralTrackers(openers, shows_text=settings.text)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from typing import Any
 
+from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
 from finetune.tracking.text_privacy import tracked_config
@@ -21,8 +23,24 @@ class TensorboardTracker(Tracker):
         # A resumed run logs the steps after its checkpoint again: hide the earlier ones.
         purge_step = checkpoint_step(checkpoint) + 1 if checkpoint else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-        text = json.dumps(tracked_config(config), indent=2)
+        shown = tracked_config(config)
+        text = json.dumps(shown, indent=2)
         self._writer.add_text("config", f"```\n{text}\n```")
+        self._begin_session(shown)
+
+    def _begin_session(self, config: dict[str, Any]) -> None:
+        """Write the config as HParams.
+
+        Without an experiment's summary, TensorBoard collects keys and metrics from all runs that it
+        shows, so trials of a study with different keys stand in one table.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {key: _hparam(value) for key, value in flatten(config).items()}
+        _, start, self._end = hparams(values, {})  # type: ignore[no-untyped-call]
+        writer: Any = self._writer
+        self._file = writer.file_writer
+        self._file.add_summary(start)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -39,7 +57,27 @@ class TensorboardTracker(Tracker):
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._writer.add_text("status", status)
+        self._file.add_summary(self._end_of_session(status))
         self._writer.close()
+
+    def _end_of_session(self, status: str) -> Any:
+        """Return the summary that ends the HParams of a run, with TensorBoard's status of it."""
+        from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+        (value,) = self._end.value
+        content = plugin_data_pb2.HParamsPluginData.FromString(
+            value.metadata.plugin_data.content
+        )
+        if status not in ("completed", "pruned"):
+            content.session_end_info.status = api_pb2.STATUS_FAILURE
+        content.session_end_info.end_time_secs = time.time()
+        value.metadata.plugin_data.content = content.SerializeToString()
+        return self._end
 
     def locations(self) -> list[str]:
         return [f"TensorBoard: tensorboard --logdir {os.path.relpath(self._folder)}"]
+
+
+def _hparam(value: Any) -> bool | int | float | str:
+    """Return a value of the config as TensorBoard takes it."""
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -1,6 +1,7 @@
 """Trackers show a run's metrics, samples and result outside its folder. They never end a run."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,7 @@ class SeveralTrackers(Tracker):
             try:
                 self._trackers.append(opener())
             except Exception as error:
-                reason = summary_line(error)
-                log.warning("tracker: %s; the run goes on without it", reason)
+                log.warning("tracker: %s; the run goes on without it", reason(error))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
@@ -102,8 +102,7 @@ class SeveralTrackers(Tracker):
                 call(tracker)
             except Exception as error:
                 name = type(tracker).__name__
-                reason = summary_line(error)
-                log.warning("%s: %s; the run goes on without it", name, reason)
+                log.warning("%s: %s; the run goes on without it", name, reason(error))
                 self._failed.append(tracker)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -128,6 +127,11 @@ class SeveralTrackers(Tracker):
         for tracker in self._trackers:
             lines += tracker.locations()
         return lines
+
+
+def reason(error: Exception) -> str:
+    """Return the beginning of a tracker's error, without the user and password of an address."""
+    return re.sub(r"//[^/\s]*@", "//", summary_line(error))
 
 
 def final_summary(result: dict[str, Any], shows_text: bool) -> dict[str, Any]:

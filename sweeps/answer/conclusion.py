@@ -15,7 +15,7 @@ from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.resources import SharedResources, shared_resources
-from finetune.tracking.wandb_finished import add_tag, remove_tag
+from finetune.tracking.finished import add_tag, remove_tag
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.commands import written_address

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
+from finetune.files.atomic import json_safe, read_json
 from sweeps.study.find_study import find_search, find_study
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def best(arguments: argparse.Namespace) -> None:
         reason = why_no_winner(study.trials())
         raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
     _conclude(study)
+    if arguments.json:
+        arguments.print_json(json_safe(_answer(study)))
 
 
 def _conclude(study: "Study") -> None:
@@ -48,21 +51,39 @@ def _conclude(study: "Study") -> None:
     conclude(study)
 
 
+def _answer(study: "Study") -> dict[str, Any]:
+    """Return a study's answer for `--json`."""
+    from sweeps.answer.report_data import ANSWER
+
+    answer = read_json(study.folder / ANSWER)
+    folder = os.path.relpath(study.folder)
+    return {"study": study.name, "folder": folder, "answer": answer}
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the report."""
+    if arguments.watch and arguments.json:
+        raise ConfigError("argument --json: not allowed with argument --watch")
     from sweeps.answer.report import watch, write_report
 
     study = find_study(arguments.study)
     if arguments.watch:
         watch(study, lambda line: print(line, flush=True))
         return
-    path = write_report(study)
-    print(os.path.relpath(path))
+    path = os.path.relpath(write_report(study))
+    if arguments.json:
+        arguments.print_json({"study": study.name, "report": path})
+    else:
+        print(path)
 
 
 def confirm(arguments: argparse.Namespace) -> None:
     """Train the best trials again with other seeds."""
-    confirm_study(arguments.study, arguments.top, arguments.seeds)
+    confirmation = confirm_study(arguments.study, arguments.top, arguments.seeds)
+    if arguments.json:
+        answer = _answer(find_search(arguments.study))
+        content = {**answer, "confirmation": confirmation}
+        arguments.print_json(json_safe(content))
 
 
 def confirm_study(name: str, top: int, seeds: int) -> dict[str, Any]:
@@ -100,5 +121,8 @@ def stop(arguments: argparse.Namespace) -> None:
             f"trial {arguments.trial}: is not running; running: {numbers}"
         )
     study.request_stop(arguments.trial)
+    if arguments.json:
+        arguments.print_json({"study": study.name, "trial": arguments.trial})
+        return
     command = f"python -m sweeps show {shlex.quote(arguments.study)}"
     print(f"trial {arguments.trial} stops at its next step; check with: {command}")

@@ -3,8 +3,10 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from finetune.console import error_line
+from finetune.files.atomic import json_safe
 from sweeps.study.find_study import (
     STUDIES,
     begun,
@@ -22,11 +24,27 @@ def list_studies(arguments: argparse.Namespace) -> None:
     from sweeps.study.formatting import format_table
 
     folders = study_folders()
+    if arguments.json:
+        studies = [_list_value(folder) for folder in folders]
+        arguments.print_json(json_safe({"studies": studies}))
+        return
     if not folders:
         print(f"no studies under {STUDIES}")
         return
     rows = [_list_row(folder) for folder in folders]
     print(format_table(["study", "begun", "trials", "objective", "best"], rows))
+
+
+def _list_value(folder: Path) -> dict[str, Any]:
+    """Return the study in a folder for `--json`, or the error where it can't be read."""
+    from sweeps.study.json_values import study_value
+
+    try:
+        # Without retries, as in the table.
+        return study_value(load_study(folder, retry_seconds=0))
+    except Exception as error:
+        line = error_line(error)
+        return {"study": folder.name, "folder": str(folder), "error": line}
 
 
 def _list_row(folder: Path) -> list[str]:
@@ -57,12 +75,19 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the trials of a study, or one of them in full."""
     from sweeps.study.budget import describe_tokens
     from sweeps.study.formatting import trials_table
+    from sweeps.study.json_values import full_trial_value, trials_value
     from sweeps.study.multirun_folder import is_multirun
     from sweeps.study.trial_text import trial_text
 
     study = find_study(arguments.study)
-    if arguments.trial is not None:
-        print(trial_text(study, arguments.trial))
+    number = arguments.trial
+    if arguments.json:
+        is_one = number is not None
+        value = full_trial_value(study, number) if is_one else trials_value(study)
+        arguments.print_json(json_safe(value))
+        return
+    if number is not None:
+        print(trial_text(study, number))
         return
     print(trials_table(study, is_ranked=is_multirun(study)))
     tokens = describe_tokens(study)
@@ -72,6 +97,11 @@ def show(arguments: argparse.Namespace) -> None:
 
 def diff(arguments: argparse.Namespace) -> None:
     """Print what two trials differ in."""
+    from sweeps.study.json_values import difference_value
     from sweeps.study.trial_text import difference_text
 
-    print(difference_text(find_study(arguments.study), arguments.trials))
+    study = find_study(arguments.study)
+    if arguments.json:
+        arguments.print_json(json_safe(difference_value(study, arguments.trials)))
+    else:
+        print(difference_text(study, arguments.trials))

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from finetune.files.atomic import json_safe
 from sweeps.study.find_study import find_search
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def add(arguments: argparse.Namespace) -> None:
     from sweeps.study.added_points import read_point
 
     study = find_search(arguments.study)
-    _add(study, read_point(study, "add", arguments.values))
+    _add(study, read_point(study, "add", arguments.values), arguments)
 
 
 def clone(arguments: argparse.Namespace) -> None:
@@ -26,11 +27,16 @@ def clone(arguments: argparse.Namespace) -> None:
     from sweeps.study.added_points import changed_point
 
     study = find_search(arguments.study)
-    _add(study, changed_point(study, arguments.trial, arguments.values))
+    point = changed_point(study, arguments.trial, arguments.values)
+    _add(study, point, arguments)
 
 
-def _add(study: "Study", point: "Point") -> None:
+def _add(study: "Study", point: "Point", arguments: argparse.Namespace) -> None:
     from sweeps.study.added_points import add_point, describe_added
 
     number = add_point(study, point)
-    print(describe_added(study, number, point))
+    if arguments.json:
+        content = {"study": study.name, "trial": number, "params": point}
+        arguments.print_json(json_safe(content))
+    else:
+        print(describe_added(study, number, point))

@@ -16,6 +16,7 @@ from finetune.errors import ConfigError
 from finetune.metrics.load import check_metrics
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
+from finetune.tracking.open import check_trackers
 from sweeps.space.config_point import scaled_space
 from sweeps.space.constraints import require_computed, require_names
 from sweeps.space.custom import load_function
@@ -119,6 +120,7 @@ def draft_session(
     has_automatic_rungs = choose_rungs(composed, space)
     common = _check_run_config(composed)
     metrics = check_metrics(common)
+    check_trackers(common.tracker)
     scores = [name for metric in metrics for name in metric.names]
     require_names(settings.parsed_constraints, common.allowed_objectives(scores))
     require_computed(settings.parsed_constraints, common.objectives)

@@ -12,7 +12,7 @@ from finetune.engine.observer import Observer, Rung
 from finetune.files.run_folder import Metrics
 from finetune.metrics.names import describe_metric, format_metric
 from finetune.run.resources import shared_resources
-from finetune.tracking.wandb_finished import remove_tag
+from finetune.tracking.finished import remove_tag
 from sweeps.space.constraints import violations
 from sweeps.space.feasibility import store_violations
 from sweeps.space.pruners import RUNGS, WARMUP_RUNG, rung_values

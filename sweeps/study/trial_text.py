@@ -49,6 +49,28 @@ def difference_text(study: Study, numbers: Sequence[int]) -> str:
     """Format what trials differ in: keys of their configs, then their results.
 
     Raises:
+        ConfigError: see `differences`.
+    """
+    rows = []
+    for name, values in differences(study, numbers).items():
+        rows.append([name, *map(format_value, values)])
+    return format_table(["trial", *map(str, numbers)], rows)
+
+
+def differences(
+    study: Study, numbers: Sequence[int], formatted: bool = True
+) -> dict[str, list[Any]]:
+    """Return what trials differ in: keys of their configs, then their results.
+
+    Args:
+        study: the study.
+        numbers: the trials.
+        formatted: whether metrics are rounded texts; otherwise they are numbers.
+
+    Returns:
+        The value of each trial, by the key; `""` where a trial has none.
+
+    Raises:
         ConfigError: the study has no such trial, or one has not begun.
     """
     sides = []
@@ -61,15 +83,16 @@ def difference_text(study: Study, numbers: Sequence[int]) -> str:
                 f"trial {number}: has no run.json: it has not begun a run here"
             )
         config = flatten(identity["config"])
-        sides.append({**config, "state": trial.state.name.lower(), **_results(folder)})
+        results = _results(folder, formatted)
+        sides.append({**config, "state": trial.state.name.lower(), **results})
     # A dict in place of a set, to keep the order.
     names = dict.fromkeys(name for side in sides for name in side)
-    rows = []
+    differing = {}
     for name in names:
         values = [side.get(name, "") for side in sides]
         if any(value != values[0] for value in values):
-            rows.append([name, *map(format_value, values)])
-    return format_table(["trial", *map(str, numbers)], rows)
+            differing[name] = values
+    return differing
 
 
 def find_trial(study: Study, number: int) -> FrozenTrial:
@@ -81,12 +104,19 @@ def find_trial(study: Study, number: int) -> FrozenTrial:
     return trials[number]
 
 
-def _results(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's final metrics and what it took."""
+def _results(folder: RunFolder, formatted: bool = True) -> dict[str, Any]:
+    """Return a run's final metrics and what it took.
+
+    Args:
+        folder: the run's folder.
+        formatted: whether metrics are rounded texts.
+    """
     result = read_json(folder.result) or {}
     facts: dict[str, Any] = {}
     for name, value in (result.get("metrics") or {}).items():
-        facts[name] = "" if value is None else f"{value:.4f}"
+        if formatted and value is not None:
+            value = f"{value:.4f}"
+        facts[name] = "" if value is None else value
     for name in _RESULTS:
         if result.get(name) is not None:
             facts[name] = result[name]

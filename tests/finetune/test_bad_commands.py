@@ -51,10 +51,14 @@ COMMANDS = [
         "merge run --to new --frobnicate",
         "unrecognized arguments: --frobnicate; see --help",
     ),
-    Case("generate-no-prompt", "generate run", "…required: --prompt; see --help"),
+    Case(
+        "generate-no-prompt",
+        "generate run",
+        "one of the arguments --prompt --prompts --chat is required; see --help",
+    ),
     Case("evaluate-no-data-flag", "evaluate run", "…required: --data; see --help"),
     Case("merge-no-target", "merge run", "…required: --to; see --help"),
-    Case("generate-nothing", "generate", "…required: RUN, --prompt; see --help"),
+    Case("generate-nothing", "generate", "…required: RUN; see --help"),
     Case(
         "generate-length-text",
         "generate run --prompt Hi --max-length long",

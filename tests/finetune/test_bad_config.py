@@ -36,7 +36,7 @@ CONFIG = [
     Case(
         "choice-that-is-null",
         "tracker=null",
-        "tracker=null: no such choice; …allowed: both, none, tensorboard, wandb",
+        "tracker=null: no such choice; allowed: both, mlflow, none, tensorboard, trackio, wandb",
     ),
     Case(
         "key",
@@ -212,8 +212,13 @@ CONFIG = [
     Case("engine", "trainer.engine=trk", "trainer.engine=trk: …allowed: …trl"),
     Case(
         "tracker",
-        "tracker.name=mlflow",
-        "tracker.name=mlflow: allowed: both, none, tensorboard, wandb",
+        "tracker.name=mlfow",
+        "tracker.name=mlfow: did you mean mlflow? allowed: both, mlflow, none, …",
+    ),
+    Case(
+        "tracker-in-a-list",
+        "tracker.name=[wandb,mlfow]",
+        "tracker.name=…mlfow…: must be one of wandb, tensorboard, mlflow, …",
     ),
     Case(
         "tag-too-long",

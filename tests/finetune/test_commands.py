@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +115,71 @@ def test_generate_counts_new_tokens_or_says_that_the_prompt_leaves_none(
         answered,
         int(not answered),
     )
+
+
+def test_generate_answers_the_prompts_of_a_file(
+    trained: Path, tmp_path: Path, station: Station
+) -> None:
+    samples = json.loads((trained / "samples.json").read_text())
+    texts = [sample["prompt"] for sample in samples]
+    data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in texts])
+    done = station.run(
+        str(trained),
+        "--prompts",
+        str(data),
+        "--json",
+        cwd=trained,
+        module="finetune.generate",
+    )
+
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["answers"]
+    assert [row["prompt"] for row in rows] == texts
+    assert [row["answer"] for row in rows] == [sample["after"] for sample in samples]
+
+
+def test_a_chat_answers_the_questions_of_standard_input(trained: Path) -> None:
+    sample = json.loads((trained / "samples.json").read_text())[0]
+    command = [sys.executable, "-m", "finetune.generate", str(trained), "--chat"]
+    question = " ".join(sample["prompt"].split())
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "64"],
+        input=f"{question}\n\n/new\n{question}\n",
+        capture_output=True,
+        text=True,
+        cwd=trained,
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout
+    # Twice the same, because /new forgets the first question.
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert "Ctrl-D ends the chat" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "one of the arguments --prompt --prompts --chat is required"),
+        (["--prompt", "a", "--chat"], "--chat: not allowed with argument --prompt"),
+        (["--chat", "--json"], "--json: not allowed with argument --chat"),
+        (["--prompt", "a", "--top-p", "0.9"], "--top-p=0.9: needs --temperature"),
+        (["--prompt", "a", "--seed", "1"], "--seed=1: needs --temperature"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature=-1.0: must be"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature=nan: must be"),
+        (["--chat", "--temperature", "1", "--top-p", "0"], "--top-p=0.0: must be"),
+        (["--chat", "--temperature", "1", "--seed", "-1"], "--seed=-1: must be"),
+        (["--prompts", "none.txt"], "--prompts=none.txt: there is no such file"),
+    ],
+)
+def test_generate_refuses_flags_before_a_base_is_loaded(
+    flags: list[str], line: str, tmp_path: Path, station: Station
+) -> None:
+    done = station.run("none", *flags, cwd=tmp_path, module="finetune.generate")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_evaluate_measures_adapter_and_base_on_other_rows(

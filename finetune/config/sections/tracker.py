@@ -6,6 +6,8 @@ from typing import Literal
 from finetune.config.sections.section import Section
 from finetune.errors import refusal
 
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio", "both", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerSettings(Section):
@@ -13,11 +15,13 @@ class TrackerSettings(Section):
 
     section = "tracker"
 
-    name: Literal["wandb", "tensorboard", "both", "none"]
-    """The tracker. Metrics are written to the run folder in any case."""
+    name: TrackerName | list[TrackerName]
+    """The tracker, or a list of several; both: wandb and tensorboard. Metrics are written to the
+    run folder in any case."""
 
     project: str | None
-    """W&B project; null: WANDB_PROJECT in the environment, or finetune."""
+    """Project of W&B and Trackio, experiment of MLflow; null: WANDB_PROJECT (W&B) or
+    MLFLOW_EXPERIMENT_NAME (MLflow) in the environment, or finetune."""
 
     entity: str | None
     """W&B user or team; null: the account's default."""
@@ -26,10 +30,11 @@ class TrackerSettings(Section):
     """W&B mode; auto: online with a key, else offline."""
 
     tags: list[str]
-    """Tags of the W&B run."""
+    """Tags of the run in W&B and MLflow."""
 
     adapters: Literal["none", "best", "all"] = "none"
-    """Which adapters are uploaded to W&B; best: that of a single run, or of a study's winner."""
+    """Which adapters W&B, MLflow and Trackio store; best: that of a single run, or, in W&B, of a
+    study's winner."""
 
     workspace: bool = False
     """Whether a W&B view of a study is saved when the study ends; only online."""
@@ -38,6 +43,15 @@ class TrackerSettings(Section):
     """Whether trackers get prompts, answers and rows: samples, prompts and templates in the config,
     messages of errors, the command line, a study's report. false: they stay in local files."""
     # These defaults are for run folders that were written before the keys existed.
+
+    @property
+    def names(self) -> list[str]:
+        """Return each tracker once, without `both` and `none`."""
+        given = self.name if isinstance(self.name, list) else [self.name]
+        names: list[str] = []
+        for name in given:
+            names += ["wandb", "tensorboard"] if name == "both" else [name]
+        return [name for name in dict.fromkeys(names) if name != "none"]
 
     def __post_init__(self) -> None:
         allowed = "each tag must have 1 to 64 characters, the limit of W&B"

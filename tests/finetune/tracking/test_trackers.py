@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,98 @@ def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
         "step"
     }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+def test_tensorboard_shows_the_config_as_hparams(tiny: Tiny, tmp_path: Path) -> None:
+    """By what TensorBoard itself collects for its HParams page."""
+    from tensorboard.backend.event_processing.data_provider import (
+        MultiplexerDataProvider,
+    )
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import (
+        EventMultiplexer,
+    )
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import (
+        api_pb2,
+        backend_context,
+        list_session_groups,
+    )
+
+    for rate in ("1e-3", "1e-4"):
+        overrides = ("tracker=tensorboard", f"optimizer.learning_rate={rate}", *QUICK)
+        run(tiny(*overrides), tmp_path / rate)
+
+    events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    events.Reload()
+    provider = MultiplexerDataProvider(events, str(tmp_path))
+    context = backend_context.Context(TBContext(data_provider=provider))
+    experiment = context.experiment_from_metadata(
+        RequestContext(),
+        "",
+        True,
+        context.hparams_metadata(RequestContext(), ""),
+        [],
+    )
+    keys = {info.name for info in experiment.hparam_infos}
+    assert {"optimizer.learning_rate", "lora.r", "lora.target_modules"} <= keys
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert {"eval/loss", "objective"} <= metrics
+    succeeded = [api_pb2.STATUS_SUCCESS]
+    request = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=succeeded, start_index=0, slice_size=9
+    )
+    sessions = list_session_groups.Handler(RequestContext(), context, "", request).run()
+    rates = [
+        group.hparams["optimizer.learning_rate"].number_value
+        for group in sessions.session_groups
+    ]
+    assert sorted(rates) == [1e-4, 1e-3]
+
+
+def test_several_trackers_show_one_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tiny("tracker.name=[wandb,tensorboard,mlflow]", *QUICK), tmp_path / "run")
+
+    folder = tmp_path / "run"
+    assert wandb_history(wandb_records(folder))
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "mlflow.json").exists()
+    assert (tmp_path / "mlflow.db").exists()
+    assert "trackio" not in os.listdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("wandb", ["wandb"]),
+        ("both", ["wandb", "tensorboard"]),
+        ("none", []),
+        ("[]", []),
+        ("[mlflow,both,wandb]", ["mlflow", "wandb", "tensorboard"]),
+    ],
+)
+def test_trackers_are_named_alone_or_in_a_list(
+    name: str, names: list[str], tiny: Tiny
+) -> None:
+    assert tiny(f"tracker.name={name}").tracker.names == names
+
+
+def test_a_choice_that_is_not_taken_imports_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    order = tmp_path / "config.json"
+    order.write_text(json.dumps(tiny("tracker=tensorboard", *QUICK).to_dict()))
+    code = (
+        "import json, sys\n"
+        "from finetune.config.schema import RunConfig\n"
+        "from finetune.run.run import run\n"
+        "run(RunConfig.from_dict(json.load(open(sys.argv[1]))), sys.argv[2])\n"
+        "sys.exit(str({'wandb', 'mlflow', 'trackio'} & sys.modules.keys()))\n"
+    )
+    command = [sys.executable, "-c", code, str(order), str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1] == "set()"
 
 
 @pytest.fixture

@@ -624,6 +624,75 @@ def test_two_trials_differ_in_their_parameters_and_results(
     assert "seed" not in shown
 
 
+def test_json_has_what_the_tables_show(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = done.folder.parents[2]
+
+    def printed(*arguments: str) -> Any:
+        command(monkeypatch, place, *arguments, "--json")
+        return json.loads(capsys.readouterr().out)
+
+    (listed,) = printed("list")["studies"]
+    shown = printed("show", "s1")
+    one = printed("show", "s1", "0")
+    differing = printed("diff", "s1", "1", "0")
+
+    ranked = Study.load(done.folder).ranked()
+    assert listed["study"] == "s1"
+    assert (listed["finished"], listed["trials"]) == (TRIALS, TRIALS)
+    assert listed["best"]["trial"] == ranked[0].number
+    assert listed["best"]["objectives"] == {"eval/loss": ranked[0].value}
+    trials = shown.pop("trials")
+    assert shown == {name: listed[name] for name in shown}
+    for trial, value in zip(done.trials, trials, strict=True):
+        assert value["trial"] == trial.number
+        assert value["state"] == trial.state.name.lower()
+        assert value["params"].keys() == trial.params.keys()
+    assert one == {**trials[0], "study": "s1", "result": done.result(0)}
+    assert (place / one["folder"] / "result.json").exists()
+    losses = [done.result(number)["metrics"]["eval/loss"] for number in (1, 0)]
+    assert differing["trials"] == [1, 0]
+    assert differing["differences"]["eval/loss"] == losses
+    page = Path(__file__).resolve().parents[3] / "docs" / "json.md"
+    text = page.read_text()
+    for value in (listed, one, differing):
+        assert [name for name in value if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (("best", "s1"), {"study", "folder", "answer"}),
+        (("report", "s1"), {"study", "report"}),
+        (("clone", "s1", "0", "lora.r=8"), {"study", "trial", "params"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_commands_that_act_print_json_alone(
+    arguments: tuple[str, ...],
+    keys: set[str],
+    copied: Path,
+    station: Station,
+    tmp_path: Path,
+) -> None:
+    ended = station.run(*arguments, "--json", cwd=tmp_path, module="sweeps")
+    assert ended.returncode == 0, ended.stderr
+    content = json.loads(ended.stdout)
+    assert content.keys() == keys
+    if "answer" in keys:
+        assert content["answer"] == json.loads((copied / "answer.json").read_text())
+
+
+def test_a_report_that_is_watched_has_no_json(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        command(
+            monkeypatch, done.folder.parents[2], "report", "s1", "--watch", "--json"
+        )
+
+
 def test_help_names_the_command_that_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,251 @@
+"""What MLflow is shown, read back from a local database."""
+
+import importlib.util
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.killed_runs import run_until_killed
+from support.runs import train_in_slots, write_jsonl
+
+from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
+from finetune.files.run_folder import RunFolder
+from finetune.run.context import RunContext
+from finetune.run.run import run
+from finetune.tracking.finished import add_tag, remove_tag
+from finetune.tracking.mlflow_store import open_store, show_store
+from finetune.tracking.tracker import Label
+
+Tiny = Callable[..., RunConfig]
+
+QUICK = (
+    "tracker.name=mlflow",
+    "trainer.max_steps=4",
+    "trainer.eval_steps=1",
+    "trainer.logging_steps=1",
+    "sample_prompts=[]",
+    "quantization=none",
+    "dataset.max_length=64",
+)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database: MLflow takes seconds to create one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    open_store(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The client of an empty database in the working directory."""
+    shutil.copy(database, tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def runs(store: Any, experiment: str) -> list[Any]:
+    found = store.get_experiment_by_name(experiment)
+    return list(store.search_runs([found.experiment_id])) if found else []
+
+
+def history(store: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """The steps and values of each metric, without the final values."""
+    values = {}
+    for name in store.get_run(run_id).data.metrics:
+        if not name.startswith("final/"):
+            rows = store.get_metric_history(run_id, name)
+            values[name] = sorted((row.step, row.value) for row in rows)
+    return values
+
+
+def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of `metrics.jsonl`."""
+    values: dict[str, list[tuple[int, float]]] = {}
+    for row in RunFolder(folder).metrics():
+        step = row.pop("step")
+        for name, value in row.items():
+            values.setdefault(name, []).append((step, value))
+    return values
+
+
+def test_mlflow_holds_config_history_and_final_state(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    config = tiny(*QUICK, "name=shown", "tracker.tags=[first]", "objective_at=best")
+    run(config, tmp_path / "run")
+
+    (shown,) = runs(store, "finetune")
+    assert shown.info.run_name == "shown"
+    assert shown.info.status == "FINISHED"
+    assert shown.data.params["lora.r"] == "16"
+    assert shown.data.params["optimizer.name"] == "adamw_torch"
+    assert shown.data.tags["status"] == "completed"
+    assert shown.data.tags["first"] == "true"
+    assert history(store, shown.info.run_id) == written(tmp_path / "run")
+    rows = written(tmp_path / "run")
+    best = min(value for _, value in rows["eval/loss"])
+    assert shown.data.metrics["final/eval/loss"] == best
+    assert shown.data.metrics["final/test/loss"] == rows["test/loss"][-1][1]
+
+
+def test_samples_and_adapter_are_artifacts(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    prompt = "sample_prompts=[What is a list?]"
+    run(tiny(*QUICK, prompt, "tracker.adapters=all"), tmp_path / "run")
+
+    (shown,) = runs(store, "finetune")
+    run_id = shown.info.run_id
+    names = {file.path for file in store.list_artifacts(run_id)}
+    assert names == {"samples.json", "adapter"}
+    path = store.download_artifacts(run_id, "samples.json", str(tmp_path))
+    assert "What is a list?" in Path(path).read_text()
+    adapter = {file.path for file in store.list_artifacts(run_id, "adapter")}
+    assert "adapter/adapter_model.safetensors" in adapter
+
+
+def test_runs_of_a_pack_are_one_mlflow_run_each(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    configs = [tiny(*QUICK, f"seed={seed}", f"name=seed{seed}") for seed in range(3)]
+    places = train_in_slots(configs, tmp_path / "pack", slots=2)
+
+    shown = {each.info.run_name: each for each in runs(store, "finetune")}
+    assert sorted(shown) == ["seed0", "seed1", "seed2"]
+    for number, place in enumerate(places):
+        run_id = shown[f"seed{number}"].info.run_id
+        assert history(store, run_id) == written(place)
+
+
+def test_a_trial_stands_in_the_experiment_of_its_study(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    label = Label(name="3 lora.r=8", group="s1", job_type="trial")
+    context = RunContext(label=label, interactive=False)
+    run(tiny(*QUICK, "tracker.project=mine"), tmp_path / "run", context)
+
+    (shown,) = runs(store, "mine/s1")
+    assert shown.info.run_name == "3 lora.r=8"
+    assert shown.data.tags["group"] == "s1"
+    assert shown.data.tags["job_type"] == "trial"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("save_steps", [2, 0], ids=["from a checkpoint", "anew"])
+def test_a_killed_run_continues_as_one_run(
+    save_steps: int, tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    config = tiny(*QUICK, f"trainer.save_steps={save_steps}")
+    run_until_killed(config, tmp_path / "run")
+    (killed,) = runs(store, "finetune")
+    assert killed.info.status == "RUNNING"
+    # Written to MLflow, but not to be repeated there after the checkpoint at step 2.
+    assert history(store, killed.info.run_id)["eval/loss"][-1][0] == 3
+    run(config, tmp_path / "run")
+
+    (shown,) = runs(store, "finetune")
+    assert (shown.info.run_id == killed.info.run_id) == (save_steps > 0)
+    assert shown.info.status == "FINISHED"
+    steps = {
+        name: [step for step, _ in values]
+        for name, values in history(store, shown.info.run_id).items()
+    }
+    assert steps == {
+        name: [step for step, _ in values]
+        for name, values in written(tmp_path / "run").items()
+    }
+
+
+def test_a_failed_run_is_shown_with_its_error(
+    tiny: Tiny, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no base")
+
+    monkeypatch.setattr("finetune.run.train.start_training", fails)
+    with pytest.raises(RuntimeError, match="no base"):
+        run(tiny(*QUICK), tmp_path / "run")
+
+    (shown,) = runs(store, "finetune")
+    assert shown.info.status == "FAILED"
+    assert "no base" in shown.data.tags["error"]
+
+
+def test_texts_stay_out_of_mlflow(tiny: Tiny, tmp_path: Path, store: Any) -> None:
+    rows = [{"title": f"{number}", "reply": "yes"} for number in range(30)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = tiny(
+        *QUICK,
+        f"dataset.path={data}",
+        "dataset.template='quetzal {{title}}'",
+        "+dataset.columns.completion=reply",
+        "sample_prompts=[quetzal]",
+        "tracker.text=false",
+    )
+    run(config, tmp_path / "run")
+
+    assert b"quetzal" not in (tmp_path / "mlflow.db").read_bytes()
+    (shown,) = runs(store, "finetune")
+    assert store.list_artifacts(shown.info.run_id) == []
+
+
+def test_a_winner_has_the_tag_best_and_loses_it(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    run(tiny(*QUICK), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+
+    add_tag(folder, "best")
+    assert runs(store, "finetune")[0].data.tags["best"] == "true"
+    remove_tag(folder, "best")
+    assert "best" not in runs(store, "finetune")[0].data.tags
+
+
+def test_a_store_out_of_reach_does_not_end_the_run(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING):
+        run(tiny(*QUICK), tmp_path / "run")
+
+    assert "the run goes on without it" in caplog.text
+    assert "secret" not in caplog.text
+    assert not (tmp_path / "run" / "mlflow.json").exists()
+
+
+def test_a_missing_package_is_refused_in_one_line(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "mlflow" else find_spec(name),
+    )
+    with pytest.raises(ConfigError, match=r'pip install "qlora-sweeps\[mlflow\]"'):
+        run(tiny(*QUICK), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:secret@host:5000/ml", "https://host:5000/ml"),
+        ("postgresql://me:secret@host/db", "a store of postgresql"),
+        ("databricks", "a store of MLflow"),
+    ],
+)
+def test_a_shown_address_has_no_password(address: str, shown: str) -> None:
+    assert show_store(address) == shown
