@@ -84,10 +84,10 @@ class Shortcut(Enum):
 
 
 # Weak, so that the answers of a base end with the base.
-_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], bool]] = (
+_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], str | None]] = (
     WeakKeyDictionary()
 )
-"""The answers for each loaded base, by the shortcut and the tokens of the probe."""
+"""Of each loaded base, by shortcut and length of its probe: why it fails; None: it holds."""
 
 
 def holds(
@@ -96,7 +96,17 @@ def holds(
     tokens: int,
     compare: Callable[[int], Comparison],
 ) -> bool:
-    """Return whether a shortcut computes what the plain way computes, probed once for each base.
+    """Return whether `failure` finds none."""
+    return failure(shortcut, model, tokens, compare) is None
+
+
+def failure(
+    shortcut: Shortcut,
+    model: torch.nn.Module,
+    tokens: int,
+    compare: Callable[[int], Comparison],
+) -> str | None:
+    """Return why a shortcut does not compute what the plain way computes, probed once for a base.
 
     The answer is kept with the loaded base. That a shortcut holds is recorded in the cache folder
     too; that it does not is logged once in each process.
@@ -107,23 +117,25 @@ def holds(
         tokens: Tokens of the longest row that the shortcut will compute.
         compare: Computes the logits of a row in both ways. Its argument is the length of the
             probe. Any error but a lack of memory means that the shortcut does not hold.
+
+    Returns:
+        The difference of the logits or the error; None: the shortcut holds.
     """
     base = base_of(model)
     length = _probe_length(base, tokens)
     answers = _answers.setdefault(base, {})
-    answer = answers.get((shortcut, length))
-    if answer is not None:
-        return answer
+    if (shortcut, length) in answers:
+        return answers[shortcut, length]
     # A probe of an earlier process holds here too: the record's name covers all that it depends on.
     record = _record(shortcut, base, length)
     if record is not None and record.exists():
-        answers[shortcut, length] = True
-        return True
+        answers[shortcut, length] = None
+        return None
     try:
         computed, plain = compare(length)
         # A diverged adapter shows nothing about the base, so this answer is not kept.
         if not plain.isfinite().all():
-            return False
+            return "its logits are not finite"
         tolerance = _tolerance(shortcut, model)
         reason = _difference(computed.float(), plain.float(), tolerance)
     except Exception as error:
@@ -133,7 +145,7 @@ def holds(
         # The frames hold the tensors of the pass.
         traceback.clear_frames(error.__traceback__)
         reason = f"{type(error).__name__}: {summary_line(error)}"
-    answers[shortcut, length] = reason is None
+    answers[shortcut, length] = reason
     if reason is not None:
         log.info(
             "%s (%s: %s)",
@@ -145,7 +157,7 @@ def holds(
         record.parent.mkdir(parents=True, exist_ok=True)
         content = {"shortcut": shortcut.name, "model_type": model_type_of(base)}
         write_json(record, content)
-    return reason is None
+    return reason
 
 
 def base_of(model: Any) -> Any:

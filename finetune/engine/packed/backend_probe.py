@@ -18,7 +18,13 @@ from finetune.engine.packed.backend import Backend
 from finetune.engine.packed.batch import PackedBatch, Row
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.probes import Comparison, Shortcut, holds, plain_logits, probe_ids
+from finetune.engine.probes import (
+    Comparison,
+    Shortcut,
+    failure,
+    plain_logits,
+    probe_ids,
+)
 from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import autocast
 
@@ -26,15 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def computes_as_base(
+def backend_failure(
     shortcut: Shortcut,
     backend: Backend,
     autograd: AutogradBackend,
     base: "PreTrainedModel",
     slot: Slot,
     quantization: QuantizationSettings,
-) -> bool:
-    """Return whether a backend computes the logits that the base's own code computes.
+) -> str | None:
+    """Return why a backend does not compute the logits that the base's own code computes.
 
     Args:
         shortcut: `GPU_DECODER` or `PACKED_BATCH`.
@@ -43,10 +49,13 @@ def computes_as_base(
         base: The base.
         slot: Any slot that is attached to both backends.
         quantization: As the base was loaded.
+
+    Returns:
+        See `finetune.engine.probes.failure`; None: it computes them.
     """
     compare = functools.partial(_compare_backend, backend, autograd, base, slot)
     with evaluation_mode(base), torch.no_grad(), autocast(quantization):
-        return holds(shortcut, base, 0, compare)
+        return failure(shortcut, base, 0, compare)
 
 
 def _compare_backend(

@@ -21,7 +21,7 @@ from finetune.engine.encoded_prompts import Answers
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
-from finetune.engine.packed.backend_probe import computes_as_base
+from finetune.engine.packed.backend_probe import backend_failure
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
@@ -150,15 +150,17 @@ class Bank:
             ConfigError: Autograd is wrong too.
         """
         if self.backend is not self._autograd:
-            if self._computes_as_base(Shortcut.GPU_DECODER, slot):
+            if self._failure(Shortcut.GPU_DECODER, slot) is None:
                 return
             self.backend = self._autograd
-        if not self._computes_as_base(Shortcut.PACKED_BATCH, slot):
-            reason = f"{Shortcut.PACKED_BATCH.value} ({model_type_of(self.base)}); allowed: trl"
+        failure = self._failure(Shortcut.PACKED_BATCH, slot)
+        if failure is not None:
+            details = f"({model_type_of(self.base)}: {failure}); allowed: trl"
+            reason = f"{Shortcut.PACKED_BATCH.value} {details}"
             raise refusal("trainer.engine", "packed", reason)
 
-    def _computes_as_base(self, shortcut: Shortcut, slot: Slot) -> bool:
-        return computes_as_base(
+    def _failure(self, shortcut: Shortcut, slot: Slot) -> str | None:
+        return backend_failure(
             shortcut,
             backend=self.backend,
             autograd=self._autograd,

@@ -248,7 +248,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     for module in modules:
         monkeypatch.setattr(module, "launch", lambda *_: None)
     monkeypatch.setattr(
-        "finetune.engine.packed.backend_probe.holds", lambda *_, **__: True
+        "finetune.engine.packed.backend_probe.failure", lambda *_, **__: None
     )  # it computes
     shapes: dict[str, Any] = {
         "hidden_size": 512,
