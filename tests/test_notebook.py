@@ -1,7 +1,6 @@
-"""docs/python.md and docs/python.ipynb run as they stand, and name no path of a machine."""
+"""docs/python.ipynb runs as it stands, and names no path of a machine."""
 
 import importlib.util
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,20 +52,3 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     assert outputs(notebook) == shown
     assert (tmp_path / "outputs" / "sweeps" / "notebook" / "best" / "adapter").is_dir()
-
-
-@pytest.mark.slow
-def test_the_blocks_of_the_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (DOCS / "python.md").read_text()
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(block, names)
-
-    assert len(names["frame"]) > 2
-    assert len(names["trials"]) == 2
-    assert names["again"].status == "completed"
-    assert names["again"].config.lora == names["best"].config.lora
-    assert len(names["answers"]) == 1

@@ -1,0 +1,26 @@
+"""docs/python.md runs as it stands. Apart from the notebook, for tests run file by file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "python.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+
+    assert len(names["frame"]) > 2
+    assert len(names["trials"]) == 2
+    assert names["again"].status == "completed"
+    assert names["again"].config.lora == names["best"].config.lora
+    assert len(names["answers"]) == 1
