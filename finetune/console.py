@@ -23,6 +23,7 @@ from finetune.errors import (
     refusal,
 )
 from finetune.hydra_errors import hydra_error_line
+from finetune.json_safe import json_safe
 from finetune.version import __version__
 
 log = logging.getLogger(__name__)
@@ -125,12 +126,16 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
         wanted: Whether `--json` was given. Otherwise nothing is redirected.
 
     Yields:
-        A function that prints an object as JSON on stdout.
+        A function that prints an object as JSON on stdout, NaN and infinities as null.
     """
     stdout = sys.stdout
+
+    def print_json(content: Any) -> None:
+        print(json.dumps(json_safe(content), indent=2), file=stdout)
+
     target = sys.stderr if wanted else stdout
     with contextlib.redirect_stdout(target):
-        yield lambda content: print(json.dumps(content, indent=2), file=stdout)
+        yield print_json
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -6,13 +6,14 @@ dot or ends with the writer's machine and process, so that no reader takes it fo
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from finetune.json_safe import json_safe
 
 
 def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
@@ -58,20 +59,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-
-
-def json_safe(content: Any) -> Any:
-    """Convert nested plain values to what JSON can hold.
-
-    Keys become text, tuples become lists, NaN and infinities become None.
-    """
-    if isinstance(content, dict):
-        return {str(key): json_safe(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [json_safe(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
 
 
 @contextlib.contextmanager

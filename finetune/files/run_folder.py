@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.files.atomic import json_safe, name_file_in_errors, write_text
+from finetune.files.atomic import name_file_in_errors, write_text
 from finetune.files.lock import file_lock
+from finetune.json_safe import json_safe
 
 Metrics = dict[str, float]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
-from finetune.files.atomic import json_safe, read_json
+from finetune.files.atomic import read_json
 from sweeps.study.find_study import find_search, find_study
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def best(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
     _conclude(study)
     if arguments.json:
-        arguments.print_json(json_safe(_answer(study)))
+        arguments.print_json(_answer(study))
 
 
 def _conclude(study: "Study") -> None:
@@ -83,7 +83,7 @@ def confirm(arguments: argparse.Namespace) -> None:
     if arguments.json:
         answer = _answer(find_search(arguments.study))
         content = {**answer, "confirmation": confirmation}
-        arguments.print_json(json_safe(content))
+        arguments.print_json(content)
 
 
 def confirm_study(name: str, top: int, seeds: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import error_line
-from finetune.files.atomic import json_safe
 from sweeps.study.find_study import (
     STUDIES,
     begun,
@@ -26,7 +25,7 @@ def list_studies(arguments: argparse.Namespace) -> None:
     folders = study_folders()
     if arguments.json:
         studies = [_list_value(folder) for folder in folders]
-        arguments.print_json(json_safe({"studies": studies}))
+        arguments.print_json({"studies": studies})
         return
     if not folders:
         print(f"no studies under {STUDIES}")
@@ -84,7 +83,7 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         is_one = number is not None
         value = full_trial_value(study, number) if is_one else trials_value(study)
-        arguments.print_json(json_safe(value))
+        arguments.print_json(value)
         return
     if number is not None:
         print(trial_text(study, number))
@@ -102,6 +101,6 @@ def diff(arguments: argparse.Namespace) -> None:
 
     study = find_study(arguments.study)
     if arguments.json:
-        arguments.print_json(json_safe(difference_value(study, arguments.trials)))
+        arguments.print_json(difference_value(study, arguments.trials))
     else:
         print(difference_text(study, arguments.trials))

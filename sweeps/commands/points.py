@@ -3,7 +3,6 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from finetune.files.atomic import json_safe
 from sweeps.study.find_study import find_search
 
 if TYPE_CHECKING:
@@ -37,6 +36,6 @@ def _add(study: "Study", point: "Point", arguments: argparse.Namespace) -> None:
     number = add_point(study, point)
     if arguments.json:
         content = {"study": study.name, "trial": number, "params": point}
-        arguments.print_json(json_safe(content))
+        arguments.print_json(content)
     else:
         print(describe_added(study, number, point))

@@ -1,5 +1,6 @@
 """The command line itself: fast, and helpful."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from support.commands import run_cli
 
 from finetune import __version__
 from finetune.commands import COMMANDS
+from finetune.console import json_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +119,16 @@ def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> N
     examples = text.partition("examples:")[2].splitlines()[1:]
     assert examples
     assert all(line.startswith(f"  python -m {module} ") for line in examples)
+
+
+def test_json_stands_alone_on_stdout_and_holds_no_nan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with json_output(True) as print_json:
+        print("a library's remark")
+        print_json({"loss": float("nan"), "perplexity": float("inf")})
+
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"loss": None, "perplexity": None}
+    assert "NaN" not in printed.out
+    assert printed.err == "a library's remark\n"
