@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.data.messages import is_instruction, normalize_messages
 from finetune.data.readers.json_text import JsonContentError, parse_json
-from finetune.data.types import Message, Prompt
+from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError, refusal
 
 STANDARD_INPUT = "-"
@@ -71,19 +72,19 @@ def _prompt(row: Any, system: str | None) -> Prompt:
     messages = _messages(content)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not messages or messages[-1]["role"] == "system":
+    if not messages or is_instruction(messages[-1]):
         raise ConfigError("has no message to answer")
-    if system is not None and messages[0]["role"] != "system":
+    if system is not None and not is_instruction(messages[0]):
         messages = [{"role": "system", "content": system}, *messages]
-    text = str(messages[-1]["content"])
-    return Prompt(text, tools=tools, messages=messages)
+    return Prompt(messages[-1]["content"], tools=tools, messages=messages)
 
 
-def _messages(content: Any) -> list[Message]:
+def _messages(content: Any) -> Messages:
+    """Return messages in the common form, as those of rows."""
     if not isinstance(content, list) or not content:
         raise ConfigError("prompt must be a text or a list of messages, not empty")
     for message in content:
         is_message = isinstance(message, dict) and {"role", "content"} <= message.keys()
         if not is_message:
             raise ConfigError("each message must be an object with role and content")
-    return content
+    return normalize_messages(content, "message")

@@ -39,6 +39,14 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
         ({"prompt": [SYSTEM, USER]}, Prompt("Hi", messages=[SYSTEM, USER])),
         ({"messages": [USER, ANSWER]}, Prompt("Hi", messages=[USER])),
         (
+            {
+                "messages": [
+                    {"role": "human", "content": [{"type": "text", "text": "Hi"}]}
+                ]
+            },
+            Prompt("Hi", messages=[USER]),
+        ),
+        (
             {"messages": [USER], "tools": [{"name": "f"}]},
             Prompt("Hi", tools=[{"name": "f"}], messages=[USER]),
         ),
@@ -82,6 +90,8 @@ def test_standard_input_is_recognised_by_its_first_line(
         ("p.jsonl", '{"prompt": ""}', "line 1: prompt must be a text or a list"),
         ("p.jsonl", '{"prompt": 7}', "line 1: prompt must be a text or a list"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}', "line 1: each message must"),
+        ("p.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "role=robot"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": 7}]}', "message 1"),
         ("p.jsonl", json.dumps({"messages": [ANSWER]}), "has no message to answer"),
         ("p.jsonl", json.dumps({"messages": [SYSTEM]}), "has no message to answer"),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "has the key 'prompt' twice"),
