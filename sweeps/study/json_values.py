@@ -9,10 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.atomic import read_json
 from sweeps.space.feasibility import is_feasible
-from sweeps.space.pruners import rung_values
 from sweeps.study.budget import trained_tokens
 from sweeps.study.find_study import begun
-from sweeps.study.formatting import trial_note
+from sweeps.study.formatting import objective_values, trial_note
 from sweeps.study.inside import is_inside, point_of
 from sweeps.study.roles import role
 from sweeps.study.study import Study
@@ -42,12 +41,10 @@ def study_value(study: Study) -> dict[str, Any]:
 
 def trial_value(study: Study, trial: FrozenTrial) -> dict[str, Any]:
     """Return a trial: its state, its objectives, and its point."""
-    values: Sequence[float] = trial.values or []
-    reported = rung_values(trial)
-    if not values and reported:
-        values = reported[max(reported)]
+    # A trial without a value has none for each objective.
+    values = zip(study.objectives, objective_values(trial), strict=False)
     objectives: dict[str, float | None] = dict.fromkeys(study.objectives)
-    objectives |= dict(zip(study.objectives, values, strict=False))
+    objectives |= dict(values)
     return {
         "trial": trial.number,
         "state": trial.state.name.lower(),
