@@ -18,7 +18,7 @@ from finetune.tracking.mlflow_store import (
     show_store,
 )
 from finetune.tracking.text_privacy import tracked_config
-from finetune.tracking.tracker import Label, Sample, Tracker
+from finetune.tracking.tracker import FINAL, Label, Sample, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,9 +34,6 @@ PARAMS_OF_A_CALL = 100
 
 STATUSES = {"completed": "FINISHED", "pruned": "FINISHED", "interrupted": "KILLED"}
 """MLflow's statuses of ended runs; any other run is FAILED."""
-
-FINAL = "final/"
-"""Begins the names of a run's final values, which may be those of an earlier evaluation."""
 
 
 class MlflowTracker(Tracker):

@@ -19,6 +19,10 @@ Sample = dict[str, str]
 A prompt of the config has no expected answer. An answer is missing if its generation failed.
 """
 
+FINAL = "final/"
+"""Begins the names of final values in trackers without a summary, as these may be those of an
+earlier evaluation."""
+
 
 @dataclass(frozen=True)
 class Label:

@@ -15,16 +15,13 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.tracking.logged import LoggedMetrics, rows_until_checkpoint
 from finetune.tracking.text_privacy import tracked_config
-from finetune.tracking.tracker import Label, Sample, Tracker
+from finetune.tracking.tracker import FINAL, Label, Sample, Tracker
 
 if TYPE_CHECKING:
     import trackio
 
 RECORD = "trackio.json"
 """File in a run's folder: the id of its Trackio run, its name and project."""
-
-FINAL = "final/"
-"""Begins the names of a run's final values, which may be those of an earlier evaluation."""
 
 
 class TrackioTracker(Tracker):
