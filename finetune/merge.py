@@ -124,16 +124,17 @@ def merge_run(run_folder: Path, folder: Path, dtype: str) -> MergedModel:
     rounded = probe(run, merged)
     log.info("saving the merged model")
     _save(merged, run, folder)
-    divergences = {
-        "exact": _divergence(expected, exact),
-        "rounded": _divergence(expected, rounded),
-        "effect": _divergence(expected, base),
-    }
+    verdict = judge_divergences(
+        exact=_divergence(expected, exact),
+        rounded=_divergence(expected, rounded),
+        effect=_divergence(expected, base),
+        dtype=dtype,
+    )
     return MergedModel(
         path=folder,
         difference=_largest_difference(expected, exact),
         difference_rounded=_largest_difference(expected, rounded),
-        verdict=judge_divergences(**divergences, dtype=dtype),
+        verdict=verdict,
     )
 
 

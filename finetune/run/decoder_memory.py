@@ -76,10 +76,11 @@ def decoder_elements(
     if config.trainer.gradient_checkpointing is True:
         stored = stored_blocks(len(layers), slots)
     # Any layer may be the one that is computed again.
-    kept = max(sum(layers[-stored:]), largest)
+    stored_elements = max(sum(layers[-stored:]), largest)
     # Within most layers, the forward and backward pass of the gate are the widest; of layers that
     # are wider than the first (Gemma 4), the gradient of the gate's product is.
-    training = kept + max(3 * hidden + 2 * widths[0].inner, 4 * hidden + inner)
+    passing = max(3 * hidden + 2 * widths[0].inner, 4 * hidden + inner)
+    training = stored_elements + passing
     if delta_nets is not None:
         # The layers above the last delta net have been freed before its backward pass.
         remaining = max(1, stored - delta_nets.layers_above)
