@@ -1,11 +1,11 @@
 """docs/configuration.md is current, and has every key and every choice."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 from omegaconf import OmegaConf
 from support.configs import compose
+from support.scripts import load_script
 
 from finetune.config.flatten import flatten
 from finetune.config.paths import CONF
@@ -15,14 +15,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 def generator() -> ModuleType:
     """The script that writes the page."""
-    spec = importlib.util.spec_from_file_location(
-        "make_configuration", DOCS / "make_configuration.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "make_configuration.py")
 
 
 def test_the_page_is_what_the_generator_writes() -> None:

@@ -1,25 +1,18 @@
 """docs/python.ipynb runs as it stands, and names no path of a machine."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.scripts import load_script
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def maker() -> ModuleType:
     """The script that executes the notebook."""
-    spec = importlib.util.spec_from_file_location(
-        "make_notebook", DOCS / "make_notebook.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "make_notebook.py")
 
 
 def outputs(notebook: Any) -> list[list[str]]:

@@ -1,6 +1,5 @@
 """docs/options.md: each option with both engines and each quantization, as it is."""
 
-import importlib.util
 import subprocess
 import sys
 import typing
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.scripts import load_script
 
 from finetune.config.sections.lora import CHOOSES_MATRICES
 from finetune.config.sections.optimizer import OptimizerName, ScheduleName
@@ -19,15 +19,7 @@ PAGE = DOCS / "options.md"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "make_options", DOCS / "make_options.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "make_options.py")
 
 
 def table() -> dict[str, list[str]]:

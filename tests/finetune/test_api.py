@@ -1,5 +1,6 @@
 """Runs from Python: what the commands give, in a process that is as it was afterwards."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -17,11 +18,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from support.commands import Station
 from support.configs import tiny_overrides
+from support.loaded_models import loaded_models
 from support.runs import write_jsonl
 
 import finetune
 from finetune.in_process import in_process
-from finetune.run.resources import shared_resources
 
 SHORT = [
     "trainer.max_steps=20",
@@ -42,10 +43,8 @@ def overrides(tiny_base: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of the runs."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("api"))
-    yield Path.cwd()
-    os.chdir(before)
+    with contextlib.chdir(tmp_path_factory.mktemp("api")):
+        yield Path.cwd()
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +64,6 @@ def by_command(
 
 def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if "second" not in name}
-
-
-def models() -> int:
-    """How many language models this process holds; none of them for later runs."""
-    from transformers import PreTrainedModel
-
-    assert shared_resources.loaded_bank() is None
-    gc.collect()
-    return sum(
-        issubclass(type(thing), PreTrainedModel) and hasattr(thing, "lm_head")
-        for thing in gc.get_objects()
-    )
 
 
 def test_a_run_from_python_is_the_commands(
@@ -116,14 +103,14 @@ def test_a_second_run_is_equal_and_neither_keeps_its_base(
     run: finetune.Run, overrides: list[str], place: Path
 ) -> None:
     """The second one in a thread, where no signal handler can be installed."""
-    before = models()
+    before = loaded_models()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(finetune.train, *overrides).result()
 
     assert second.path != run.path
     assert without_seconds(second.metrics) == without_seconds(run.metrics)
-    assert models() == before
+    assert loaded_models() == before
     assert gc.get_freeze_count() == 0
     assert handlers == [
         signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
@@ -296,7 +283,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     whole = finetune.train(*overrides, "trainer.max_steps=100", "hydra.run.dir=whole")
-    before = models()
+    before = loaded_models()
     watcher = interrupt_after_the_first_step(tmp_path / "run")
     try:
         with pytest.raises(finetune.Interrupted, match=r"resume=run") as interrupted:
@@ -306,7 +293,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
         watcher.join()
     # The error lives, as in a notebook, whose last error holds its frames.
     assert interrupted.value.__traceback__ is not None
-    assert models() == before
+    assert loaded_models() == before
     run = finetune.load("run")
     assert run.status == "interrupted"
 

@@ -1,6 +1,6 @@
 """Studies from Python: what the commands give, in a process that is as it was afterwards."""
 
-import gc
+import contextlib
 import json
 import logging
 import os
@@ -16,11 +16,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from support.commands import Station
 from support.configs import study_overrides
+from support.loaded_models import loaded_models
 from support.studies import PRUNED, made_study, trial
 
 import finetune
 import sweeps
-from finetune.run.resources import shared_resources
 
 SPACE = [
     "search=lora_rate",
@@ -41,27 +41,13 @@ def overrides(tiny_base: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of the studies."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("api"))
-    yield Path.cwd()
-    os.chdir(before)
+    with contextlib.chdir(tmp_path_factory.mktemp("api")):
+        yield Path.cwd()
 
 
 @pytest.fixture(scope="module")
 def study(place: Path, overrides: list[str]) -> sweeps.Study:
     return sweeps.search(*overrides, "study=s1")
-
-
-def models() -> int:
-    """How many language models this process holds; none of them for later runs."""
-    from transformers import PreTrainedModel
-
-    assert shared_resources.loaded_bank() is None
-    gc.collect()
-    return sum(
-        issubclass(type(thing), PreTrainedModel) and hasattr(thing, "lm_head")
-        for thing in gc.get_objects()
-    )
 
 
 def test_a_study_from_python_is_the_commands(
@@ -103,7 +89,7 @@ def test_the_best_is_a_run(study: sweeps.Study) -> None:
 def test_the_same_call_resumes_and_no_base_stays(
     place: Path, overrides: list[str]
 ) -> None:
-    before = models(), logging.getLogger("hydra").level
+    before = loaded_models(), logging.getLogger("hydra").level
     # Another test of this process may have set it.
     hydra_config = HydraConfig.instance().cfg
     first = sweeps.search(*overrides, "study=s3", "n_trials=1")
@@ -111,7 +97,7 @@ def test_the_same_call_resumes_and_no_base_stays(
 
     assert first == second == sweeps.load_study("s3")
     assert list(second.trials_dataframe()["number"]) == [0, 1]
-    assert (models(), logging.getLogger("hydra").level) == before
+    assert (loaded_models(), logging.getLogger("hydra").level) == before
     assert not GlobalHydra.instance().is_initialized()
     assert HydraConfig.instance().cfg is hydra_config
 

@@ -1,13 +1,13 @@
 """The plan on a CPU: its terms against what autograd allocates, and against whole processes."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.allocations import allocated
+from support.scripts import load_script
 
 from finetune.config.paths import CONF
 from finetune.config.schema import RunConfig
@@ -144,20 +144,6 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
         assert evaluating <= 1.25 * (planned.evaluating + planned.logits)
 
 
-def allocated(compute: Callable[[], object]) -> int:
-    """Return the peak of the tensors that a call allocates, in bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        compute()
-    memory = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            memory += event.nbytes()
-            peak = max(peak, memory)
-    return peak
-
-
 ODD = [
     "no quantization",
     "int8",
@@ -178,14 +164,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory_plan_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.slow

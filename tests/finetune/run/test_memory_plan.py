@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.allocations import allocated
 from support.commands import Station, run_cli
 from support.configs import tiny_overrides
 from support.models import wide_base
@@ -183,16 +184,6 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
 
-def peak_bytes(profiled: Any) -> int:
-    """The most memory of tensors on the CPU at once."""
-    memory = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            memory += event.nbytes()
-            peak = max(peak, memory)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("architecture", "target"),
     [
@@ -224,7 +215,6 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     are not run."""
     import torch
     import transformers
-    from torch.profiler import ProfilerActivity, profile
 
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu import (
@@ -294,9 +284,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         elements.evaluating: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
     }
     for planned, run_it in work.items():
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            run_it()
-        assert peak_bytes(found) / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
+        assert allocated(run_it) / 4 / (8 * 300) == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -305,7 +293,6 @@ def test_a_gpus_logits_are_those_of_a_chunk(
 ) -> None:
     """As `test_a_gpus_plan_is_what_its_decoder_allocates`."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
     from transformers import Gemma4TextConfig
 
     from finetune.engine.packed.gpu import cross_entropy
@@ -321,10 +308,11 @@ def test_a_gpus_logits_are_those_of_a_chunk(
     hidden, weights = torch.randn(tokens, 8), torch.ones(tokens)
     targets = torch.zeros(tokens, dtype=torch.int64)
     transform = logit_transform_of(shapes)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        token_losses(Decoder, head, transform, hidden, targets, weights)  # type: ignore[arg-type]
+    peak = allocated(
+        lambda: token_losses(Decoder, head, transform, hidden, targets, weights)  # type: ignore[arg-type]
+    )
     planned = logits_bytes(shapes, uses_decoder=True, half_precision=False)
-    assert peak_bytes(found) == pytest.approx(planned, rel=0.05)
+    assert peak == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from support.killed_runs import run_until_killed
-from support.runs import train_in_slots, write_jsonl
+from support.private_texts import texts_of_user
+from support.runs import train_in_slots
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
@@ -52,8 +53,8 @@ def store(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 def runs(store: Any, experiment: str) -> list[Any]:
-    found = store.get_experiment_by_name(experiment)
-    return list(store.search_runs([found.experiment_id])) if found else []
+    shown = store.get_experiment_by_name(experiment)
+    return list(store.search_runs([shown.experiment_id])) if shown else []
 
 
 def history(store: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -180,19 +181,12 @@ def test_a_failed_run_is_shown_with_its_error(
 
 
 def test_texts_stay_out_of_mlflow(tiny: Tiny, tmp_path: Path, store: Any) -> None:
-    rows = [{"title": f"{number}", "reply": "yes"} for number in range(30)]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    config = tiny(
-        *QUICK,
-        f"dataset.path={data}",
-        "dataset.template='quetzal {{title}}'",
-        "+dataset.columns.completion=reply",
-        "sample_prompts=[quetzal]",
-        "tracker.text=false",
-    )
+    overrides, secret = texts_of_user(tmp_path)
+    prompts = f"sample_prompts=[{secret}]"
+    config = tiny(*QUICK, *overrides, prompts, "tracker.text=false")
     run(config, tmp_path / "run")
 
-    assert b"quetzal" not in (tmp_path / "mlflow.db").read_bytes()
+    assert secret.encode() not in (tmp_path / "mlflow.db").read_bytes()
     (shown,) = runs(store, "finetune")
     assert store.list_artifacts(shown.info.run_id) == []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import write_jsonl
+from support.private_texts import texts_of_user
 from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_summary
 
 from finetune.config.schema import RunConfig
@@ -328,22 +328,6 @@ def test_a_run_that_was_written_down_before_there_was_a_key_is_read(tiny: Tiny) 
     values = config.to_dict()
     del values["tracker"]["adapters"], values["tracker"]["workspace"]
     assert RunConfig.from_dict(values) == config
-
-
-def texts_of_user(folder: Path) -> tuple[list[str], str]:
-    """Write rows; return the overrides of a run with texts, and what all of these texts hold."""
-    secret = "quetzal"
-    rows = [
-        {"title": f"{secret} {number}", "reply": f"{secret}!"} for number in range(30)
-    ]
-    data = write_jsonl(folder / "rows.jsonl", rows)
-    overrides = [
-        f"dataset.path={data}",
-        f"dataset.template='Is {{{{title}}}} a {secret}?'",
-        "+dataset.columns.completion=reply",
-        f"model.chat_template='{{{{messages[0].content}}}} {secret}: {{{{messages[-1].content}}}}'",
-    ]
-    return overrides, secret
 
 
 def files_with(text: str, folder: Path) -> set[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import trackio
 from support.killed_runs import run_until_killed
-from support.runs import train_in_slots, write_jsonl
+from support.private_texts import texts_of_user
+from support.runs import train_in_slots
 from trackio.sqlite_storage import SQLiteStorage
 
 from finetune.config.schema import RunConfig
@@ -154,15 +155,12 @@ def test_nothing_is_printed(
 
 
 def test_texts_stay_out_of_trackio(tiny: Tiny, tmp_path: Path, project: str) -> None:
-    rows = [{"title": f"{number}", "reply": "yes"} for number in range(30)]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    overrides, secret = texts_of_user(tmp_path)
     config = tiny(
         *QUICK,
+        *overrides,
         f"tracker.project={project}",
-        f"dataset.path={data}",
-        "dataset.template='quetzal {{title}}'",
-        "+dataset.columns.completion=reply",
-        "sample_prompts=[quetzal]",
+        f"sample_prompts=[{secret}]",
         "tracker.text=false",
     )
     run(config, tmp_path / "run")
@@ -170,4 +168,4 @@ def test_texts_stay_out_of_trackio(tiny: Tiny, tmp_path: Path, project: str) -> 
     path = SQLiteStorage.get_project_db_path(project)
     contents = [file.read_bytes() for file in path.parent.glob(f"{path.name}*")]
     assert contents
-    assert not any(b"quetzal" in content for content in contents)
+    assert not any(secret.encode() in content for content in contents)
