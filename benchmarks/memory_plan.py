@@ -8,14 +8,14 @@ ends. Takes one to three minutes for each case.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from peak_memory import run_and_measure
 
 GIB = 2**30
 WORDS = (
@@ -266,17 +266,12 @@ def run_process(words: Sequence[str], folder: Path) -> tuple[str, int]:
     log = folder / "log.txt"
     output = folder / "output.txt"
     with output.open("w") as stdout, log.open("w") as stderr:
-        process = subprocess.Popen(
+        code, peak = run_and_measure(
             [sys.executable, "-m", *words], cwd=folder, stdout=stdout, stderr=stderr
         )
-        # Of this child alone: `getrusage` has the peak of all children.
-        _, status, usage = os.wait4(process.pid, 0)
-        # Else `Popen` takes the process to run still.
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if code:
         sys.exit(f"{words}:\n{log.read_text()[-2000:]}")
-    # In KiB.
-    return output.read_text(), usage.ru_maxrss * 1024
+    return output.read_text(), peak
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peak_memory import run_and_measure
+
 LENGTH, BATCH = 128, 4
 WITHOUT_TEMPLATE = {"gemma3_270m"}
 """Models without a chat template."""
@@ -335,15 +337,11 @@ def taking(model_name: str, turns: Turns) -> Iterator[None]:
 def peak_memory(side: str, model: str, rows: str) -> int:
     """The most memory in bytes that a process had which trained one side."""
     options = ["--alone", side, "--model", model, "--rows", rows]
-    process = subprocess.Popen(
-        [sys.executable, __file__, *options],
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    command = [sys.executable, __file__, *options]
+    code, peak = run_and_measure(command, stderr=subprocess.DEVNULL)
+    if code:
         raise SystemExit(f"failed alone: {side}")
-    return usage.ru_maxrss * 1024
+    return peak
 
 
 def print_table(turns: Turns, memory: dict[str, int]) -> None:
