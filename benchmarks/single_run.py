@@ -19,7 +19,6 @@ and how fast it computes them. Peak memory is a whole process's that trains thre
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys

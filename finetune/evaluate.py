@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from finetune.compat import import_model_libraries
 from finetune.config.data_folder import ANY_FILE
 from finetune.console import (
     command_parser,
@@ -187,6 +188,7 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     rows = load_all_rows("--data", settings)
 
     # Imports torch, so only after all that is refused without it.
+    import_model_libraries()
     from finetune.engine.loaded_model import LoadedModel
     from finetune.run.evaluate_rows import evaluate_rows
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from finetune.app import compose_sweep
+from finetune.compat import import_model_libraries
 from finetune.config.schema import RunConfig
 from finetune.console import (
     command_parser,
@@ -56,6 +57,7 @@ def _plan(
     # Mistakes in the rows are reported before torch is imported.
     rows = resources.rows(config.dataset)
     config = resolve_learning_rate(config, resources)
+    import_model_libraries()
     from finetune.model.device import on_gpu
     from finetune.run.memory_plan import plan_memory, resolve_checkpointing
     from finetune.run.sizes import check_sizes

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 
+from finetune.compat import paused_collection
 from finetune.errors import ConfigError, Interrupted
 from finetune.quantities import counted
 
@@ -62,8 +63,9 @@ class StudySweeper(Sweeper):
         )
 
         # After the checks, because these modules load torch.
-        from sweeps.study.launching import run_workers
-        from sweeps.study.opening import open_study
+        with paused_collection():
+            from sweeps.study.launching import run_workers
+            from sweeps.study.opening import open_study
 
         study, session = open_study(draft.session)
         if session.settings.stop_when == "no_gain":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.compat import import_model_libraries
 from finetune.config.schema import RunConfig
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
@@ -82,6 +83,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     quiet_libraries()
     name = config.model.name_or_path
     log.info("loading %s, the base of %s", name, os.path.relpath(folder))
+    import_model_libraries()
     from finetune.model.loading import load_base
     from finetune.model.tokenizer import load_tokenizer
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.compat import import_model_libraries, paused_collection
 from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
@@ -167,11 +168,13 @@ def _prepare(result: Result) -> "Prepared":
     """Prepare the run. Torch is imported here, once the rows are sound."""
     context = result.context
     assert result.rows is not None
-    quiet_libraries(bars=context.interactive)
-    from finetune.model.device import select_gpu
+    with paused_collection():
+        quiet_libraries(bars=context.interactive)
+        from finetune.model.device import select_gpu
 
     # Before bitsandbytes is imported, which looks for GPUs.
     select_gpu(0)
+    import_model_libraries()
     from finetune.run.prepare import prepare
 
     prepared = prepare(result.config, result.rows, context)

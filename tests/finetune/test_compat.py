@@ -1,6 +1,8 @@
 """Each private name and patch in finetune/compat.py does what its callers rely on."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -253,3 +255,26 @@ def test_hub_network_errors_are_of_one_class() -> None:
     assert issubclass(HfHubHTTPError, hub_network_error())
     with pytest.raises(hub_network_error()):
         get_session().get("http://127.0.0.1:9")  # nothing listens there
+
+
+def test_the_model_libraries_are_imported_without_torchs_compiler() -> None:
+    code = """
+import gc, sys
+from finetune.compat import import_model_libraries
+
+import_model_libraries()
+assert {"torch", "transformers.modeling_utils", "peft", "bitsandbytes"} <= set(sys.modules)
+assert "torch._inductor.compile_fx" not in sys.modules
+assert gc.isenabled()
+
+import torch
+from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+assert torch.compile.__module__ == "torch"
+row = torch.linspace(-1, 1, 512)
+packed, state = quantize_blockwise(row)
+assert (dequantize_blockwise(packed, state) - row).abs().max() < 0.05
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -144,22 +144,25 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
         assert evaluating <= 1.25 * (planned.evaluating + planned.logits)
 
 
-ODD = [
-    "no quantization",
+DIFFERENT = [
     "int8",
     "nf4_double, r 128, dropout",
-    "DoRA",
     "DoRA (trl)",
     "engine=trl",
-    "short rows, batch 8, accumulation 2",
     "Adafactor (trl)",
-    "q_v alone, batch 1",
-    "batch 16 of short rows",
     "r 64 with rsLoRA, dropout",
     "Qwen 3, 150,000 words, untied",
-    "Qwen 3 with 32 experts",
     "Qwen 3 with 32 experts (trl)",
 ]
+FURTHER = [
+    "no quantization",
+    "DoRA",
+    "short rows, batch 8, accumulation 2",
+    "q_v alone, batch 1",
+    "batch 16 of short rows",
+    "Qwen 3 with 32 experts",
+]
+"""Each is much like one of the others."""
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,10 @@ def script() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name",
+    [*DIFFERENT, *(pytest.param(name, marks=pytest.mark.matrix) for name in FURTHER)],
+)
 def test_is_what_a_process_takes(script: ModuleType, tmp_path: Path, name: str) -> None:
     """Within 10 %: the resident memory of a whole run, in a process of its own."""
     planned, measured = script.compare(script.CASES[name], tmp_path)
