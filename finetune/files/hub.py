@@ -38,6 +38,9 @@ def ask_hub(
     """
     from huggingface_hub import is_offline_mode
 
+    # The hub's library logs each request by one of these.
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     reason = "HF_HUB_OFFLINE is set"
     try:
         if not is_offline_mode():

@@ -1,5 +1,6 @@
 """Where a base model is loaded from, and the hash that identifies it."""
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
+from finetune.files.atomic import read_json
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
 from finetune.model.packaged import PACKAGED_MODELS
 
@@ -19,6 +21,12 @@ HASH_THREADS = 4
 
 HASH_CHUNK_BYTES = 2**24
 """Read at once. With small chunks the threads would mostly wait for Python's global lock."""
+
+BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+"""Files of a base on the hub that transformers reads."""
+
+OTHER_FORMATS = ["*/*", "consolidated*"]
+"""Files that hold the same weights for other programs."""
 
 LOGGED_HASH_BYTES = 10**9
 """To hash more than this takes seconds, which a log line explains."""
@@ -141,7 +149,54 @@ def find_base(settings: ModelSettings) -> BaseSource:
         packaged_names = ", ".join(PACKAGED_MODELS)
         allowed = f"{packaged_names}, a hub id (owner/name), a folder"
         raise refusal("model.name_or_path", name, f"no such folder; allowed: {allowed}")
-    return _find_on_hub(name, settings.revision)
+    return _find_on_hub(settings)
+
+
+def fetch_weights(source: BaseSource, settings: ModelSettings) -> tuple[Path, int]:
+    """Bring a base from the hub into the hub's cache: what transformers reads of it.
+
+    Returns:
+        The folder with the base's files, and the bytes of its weights.
+
+    Raises:
+        ConfigError: The hub can't be reached and the cache does not hold the whole base.
+    """
+    folder = Path(source.location)
+    if source.revision is not None:
+        folder = _fetch_from_hub(source, settings)
+    _require_base(folder, source.name)
+    return folder, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _fetch_from_hub(source: BaseSource, settings: ModelSettings) -> Path:
+    def fetch() -> Path:
+        return _snapshot(settings, source.revision, local_files_only=False)
+
+    def in_cache() -> Path:
+        return _snapshot(settings, source.revision, local_files_only=True)
+
+    instead = "try again where the hub can be reached"
+    return ask_hub("model.name_or_path", source.name, fetch, in_cache, instead)
+
+
+def _snapshot(
+    settings: ModelSettings, revision: str | None, local_files_only: bool
+) -> Path:
+    """Return the folder of a base in the hub's cache; download what is not there.
+
+    A base in the cache counts as whole with the files that transformers reads.
+    """
+    from huggingface_hub import snapshot_download
+
+    files = [*BASE_FILES, "*.py"] if settings.trust_remote_code else BASE_FILES
+    folder = snapshot_download(
+        settings.name_or_path,
+        revision=revision,
+        allow_patterns=files,
+        ignore_patterns=OTHER_FORMATS,
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
 
 
 def _require_base(folder: Path, name: str) -> None:
@@ -163,20 +218,40 @@ def _require_base(folder: Path, name: str) -> None:
         except OSError as error:
             reason = f"{file.name} can't be read ({error.strerror})"
             raise refusal(key, name, reason) from None
+    _require_all_weights(folder, name)
 
 
-def _find_on_hub(name: str, revision: str | None) -> BaseSource:
+def _require_all_weights(folder: Path, name: str) -> None:
+    """Refuse a base of which a weight file that its index names is not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    for file in sorted(set(read_json(index)["weight_map"].values())):
+        if not (folder / file).exists():
+            reason = f"{file} is missing, which its index names"
+            raise refusal("model.name_or_path", name, reason)
+
+
+def _find_on_hub(settings: ModelSettings) -> BaseSource:
     """Locate a base on the hub, or in the hub's local cache if the hub can't be reached."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    name, revision = settings.name_or_path, settings.revision
 
     def ask() -> BaseSource:
         commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
+        # The base is loaded by its commit. This notes in the cache which one the branch has, so
+        # that a run without a network finds it.
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(name, "config.json", revision=revision)
         return BaseSource(location=name, name=name, revision=commit)
 
     def in_cache() -> BaseSource:
-        snapshot = snapshot_download(name, revision=revision, local_files_only=True)
+        snapshot = _snapshot(settings, revision, local_files_only=True)
+        _require_base(snapshot, name)
         # The cache names the folder of a snapshot by its commit.
-        return BaseSource(location=name, name=name, revision=Path(snapshot).name)
+        return BaseSource(location=name, name=name, revision=snapshot.name)
 
     instead = "model.name_or_path=FOLDER takes a model folder from this machine"
     return ask_hub("model.name_or_path", name, ask, in_cache, instead)
