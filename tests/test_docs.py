@@ -83,11 +83,11 @@ def require_taken(
             require_composed(
                 parsed.overrides, parsed.multirun, folder if parsed.config_dir else None
             )
-    elif module in ("finetune.plan", "finetune.preview"):
+    elif module in ("finetune.fetch", "finetune.plan", "finetune.preview"):
         monkeypatch.setattr("sys.argv", [module, *arguments])
-        require_composed(
-            importlib.import_module(module)._parse_arguments().overrides, False, None
-        )
+        parsed = importlib.import_module(module)._parse_arguments()
+        multirun = getattr(parsed, "multirun", False)
+        require_composed(parsed.overrides, multirun, None)
     elif arguments != ["--help"]:
         parse_args = argparse.ArgumentParser.parse_args
 
