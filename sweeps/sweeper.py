@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.errors import ConfigError, Interrupted
+from finetune.files.lock import file_lock
 from finetune.quantities import counted
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class StudySweeper(Sweeper):
         if _has_work(study, draft):
             run_workers(study, session)
             _explain_end(study, session)
-        _conclude(study, session)
+        # Commands that share the folder end together, when the last trial has ended.
+        with file_lock(study.folder / ".conclusion.lock"):
+            _conclude(study, session)
         return study.folder
 
 
