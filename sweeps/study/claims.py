@@ -107,12 +107,16 @@ def _adoptable_trials(study: Study) -> list[FrozenTrial]:
     """
     running = study.trials(TrialState.RUNNING)
     if study.leases is not None:
-        return study.leases.free(
-            {study.trial_id(trial.number): trial for trial in running}
-        )
+        trials = _by_id(study, running)
+        return [trials[trial_id] for trial_id in study.leases.free(trials)]
     if not study.is_shared:
         return running
     return [trial for trial in running if study.folder_of(trial.number).path.exists()]
+
+
+def _by_id(study: Study, trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """Return trials by the storage's ids."""
+    return {study.trial_id(trial.number): trial for trial in trials}
 
 
 def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
@@ -146,6 +150,13 @@ def _remove_unused_folder(folder: RunFolder) -> None:
     if {entry.name for entry in folder.path.iterdir()} == {".lock"}:
         (folder.path / ".lock").unlink()
         folder.path.rmdir()
+
+
+def release_lost_trials(study: Study) -> None:
+    """Let any worker take the trials of lost machines, where trials have leases."""
+    if study.leases is not None:
+        running = study.trials(TrialState.RUNNING)
+        study.leases.release_lost(_by_id(study, running))
 
 
 def orphaned_trials(study: Study) -> list[FrozenTrial]:

@@ -7,7 +7,11 @@ from finetune.console import error_line
 from finetune.errors import ConfigError, Interrupted
 from sweeps.space.settings import StudySettings
 from sweeps.study.budget import has_spent_tokens
-from sweeps.study.claims import orphaned_trials, trials_elsewhere
+from sweeps.study.claims import (
+    orphaned_trials,
+    release_lost_trials,
+    trials_elsewhere,
+)
 from sweeps.study.isolation import train_isolated_trials
 from sweeps.study.launchers import launch, raise_worker_error, resume_hint
 from sweeps.study.session import Session
@@ -47,7 +51,8 @@ def run_workers(study: Study, session: Session) -> None:
     """
     count = worker_count(session.settings)
     worker = Worker(session)
-    for _ in range(RELAUNCHES):
+    losses = 0
+    while losses < RELAUNCHES:
         train_isolated_trials(study, session)
         try:
             # A single worker runs in this process.
@@ -62,8 +67,12 @@ def run_workers(study: Study, session: Session) -> None:
             log.warning(
                 "a worker was lost (%s); its trial is taken on", error_line(error)
             )
+            losses += 1
             continue
         raise_worker_error(study, returns)
+        # Each has returned how many trials have ended. None: they would not do better again.
+        if not any(job.return_value for job in returns):
+            losses += 1
         if not _is_work_left(study, session):
             return
     raise ConfigError(
@@ -82,6 +91,7 @@ def _is_work_left(study: Study, session: Session) -> bool:
     announced: list[int] = []
     # In a session that is over, trials without a worker wait for the next session.
     while not session.is_over(study):
+        release_lost_trials(study)
         if orphaned_trials(study):
             return True
         numbers = [trial.number for trial in trials_elsewhere(study)]

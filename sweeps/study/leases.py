@@ -105,8 +105,8 @@ class Leases:
         is_held = self._database.claim_trial(trial_id, claim)
         return self._hold(trial_id, claim, is_held)
 
-    def free(self, trials: Mapping[int, FrozenTrial]) -> list[FrozenTrial]:
-        """Return the running trials that this process may take, if their folders are unlocked.
+    def free(self, trials: Mapping[int, FrozenTrial]) -> list[int]:
+        """Return the ids of trials that this process may take, if their folders are unlocked.
 
         Args:
             trials: running trials by the storage's ids.
@@ -116,11 +116,29 @@ class Leases:
         silences = self._database.heartbeat_silences(elsewhere) if elsewhere else {}
         watched = self._database.connected_seconds * HEARTBEATS / WATCHED
         free = []
-        for key, trial in trials.items():
-            limit = limits[key]
+        for key, limit in limits.items():
             if limit is None or min(silences.get(key, math.inf), watched) > limit:
-                free.append(trial)
+                free.append(key)
         return free
+
+    def release_lost(self, trials: Mapping[int, FrozenTrial]) -> None:
+        """Release the trials of lost machines, so that any worker may take them at once.
+
+        A new worker would have to watch the database first.
+
+        Args:
+            trials: running trials by the storage's ids.
+        """
+        for trial_id in self.free(trials):
+            trial = trials[trial_id]
+            limit = self._silence_limit(trial)
+            if limit is not None:
+                self._database.exchange_claim(
+                    trial_id,
+                    expected=trial.system_attrs.get(CLAIM),
+                    claim=RELEASED,
+                    silent_seconds=limit,
+                )
 
     def take(self, trial_id: int, trial: FrozenTrial) -> bool:
         """Take a running trial that is free; return whether this process has it."""
