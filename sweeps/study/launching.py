@@ -37,12 +37,13 @@ def worker_count(settings: StudySettings) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_workers(study: Study, session: Session) -> None:
+def run_workers(study: Study, session: Session, waits: bool = True) -> None:
     """Run a session's workers until no trial is left for them.
 
     Args:
         study: the study.
         session: the session.
+        waits: whether to wait for trials that other workers train, in case they are lost.
 
     Raises:
         Interrupted: the user interrupted the workers; StorageLost: the database is out of reach.
@@ -73,14 +74,14 @@ def run_workers(study: Study, session: Session) -> None:
         # Each has returned how many trials have ended. None: they would not do better again.
         if not any(job.return_value for job in returns):
             losses += 1
-        if not _is_work_left(study, session):
+        if not _is_work_left(study, session, waits):
             return
     raise ConfigError(
         f"study {study.name}: workers were lost {RELAUNCHES} times; {resume_hint(study)}"
     )
 
 
-def _is_work_left(study: Study, session: Session) -> bool:
+def _is_work_left(study: Study, session: Session, waits: bool) -> bool:
     """Wait while others train the last trials; return whether there is work for new workers.
 
     Others may be lost, or give their trials back.
@@ -95,7 +96,7 @@ def _is_work_left(study: Study, session: Session) -> bool:
         if orphaned_trials(study):
             return True
         numbers = [trial.number for trial in trials_elsewhere(study)]
-        if not numbers:
+        if not numbers or not waits:
             return False
         if claimable_waiting_trials(study) and not has_spent_tokens(study):
             return True

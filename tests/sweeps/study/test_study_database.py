@@ -157,23 +157,13 @@ def as_machine(name: str) -> str:
     return f"\nimport sweeps.study.leases; sweeps.study.leases.MACHINE = {name!r}\n"
 
 
-@pytest.mark.parametrize("source", ["PGPASSWORD", ".pgpass"])
 def test_the_password_of_the_environment_reaches_no_file_log_or_title(
-    source: str,
     server: Server,
     station: Station,
     tiny_base: Path,
     tmp_path: Path,
 ) -> None:
     address = server.add_password_user()
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = {"HOME": str(home)}
-    if source == "PGPASSWORD":
-        environment["PGPASSWORD"] = PASSWORD
-    else:
-        (home / ".pgpass").write_text(f"127.0.0.1:*:*:*:{PASSWORD}\n")
-        (home / ".pgpass").chmod(0o600)
     more = (
         f"hydra.sweeper.storage={address}",
         "hydra.sweeper.n_trials=2",
@@ -181,9 +171,9 @@ def test_the_password_of_the_environment_reaches_no_file_log_or_title(
         "tracker=wandb",
         "tracker.mode=offline",
     )
-    arguments = [*study_overrides(tiny_base, f"secret{source[-4:]}"), *more]
+    arguments = [*study_overrides(tiny_base, "secret"), *more]
     work = tmp_path / "work"
-    running = station.start(*arguments, cwd=work, environment=environment)
+    running = station.start(*arguments, cwd=work, environment={"PGPASSWORD": PASSWORD})
     titles = set()
     while running.poll() is None:
         titles |= set(map(title_of, Path("/proc").glob("[0-9]*")))
@@ -197,6 +187,17 @@ def test_the_password_of_the_environment_reaches_no_file_log_or_title(
     assert not any(secret in text for text in {said, *titles})
     holders = [path for path in work.rglob("*") if path.is_file()]
     assert not [path for path in holders if secret in path.read_bytes()]
+
+
+def test_the_password_is_read_from_the_users_file(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.add_password_user()
+    (tmp_path / ".pgpass").write_text(f"127.0.0.1:*:*:*:{PASSWORD}\n")
+    (tmp_path / ".pgpass").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert open_storage(address, tmp_path).get_all_studies() is not None
 
 
 def title_of(process: Path) -> bytes:
