@@ -148,7 +148,13 @@ def _add_work(commands: _Commands) -> None:
     text = "address of its database, where its folder is not here; a password in the environment"
     parser.add_argument("--storage", metavar="ADDRESS", help=text)
     text = "this machine's launcher, number of workers or time limit, as hydra.sweeper.n_jobs=2"
-    parser.add_argument("values", nargs="*", metavar="KEY=VALUE", help=text)
+    parser.add_argument(
+        "--override",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help=text,
+    )
 
 
 def _add_report(commands: _Commands) -> None:

@@ -25,7 +25,7 @@ def work(arguments: argparse.Namespace) -> None:
     from sweeps.study.stored_command import read_command
 
     command = read_command(study)
-    words = _words(study, command, address, arguments.values)
+    words = _words(study, command, address, arguments.override)
     # Where the command ran on this machine, its relative paths are found from there.
     is_here = arguments.storage is None and Path(command.working_directory).is_dir()
     if is_here:
