@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 ENQUEUED_POINT = "fixed_params"
 """The system attribute in which `optuna.Study.enqueue_trial` stores a waiting trial's point."""
 
+CLAIM = "claim"
+"""The system attribute of a trial that holds the claim of the worker which trains it."""
+
 RDB_CALLS = (
     "create_new_study",
     "delete_study",
@@ -121,7 +124,6 @@ def filtered_study(
 def claim_waiting_trial(
     storage: RDBStorage,
     trial_id: int,
-    attribute: str,
     claim: Any,
 ) -> bool:
     """Set a waiting trial running and store who did, in one transaction.
@@ -133,7 +135,6 @@ def claim_waiting_trial(
     Args:
         storage: the database.
         trial_id: the storage's id of the trial.
-        attribute: the system attribute that holds the claim.
         claim: names the call, as JSON; the same claim again finds the trial claimed by itself.
 
     Returns:
@@ -150,18 +151,17 @@ def claim_waiting_trial(
         # Raises for a finished trial, as Optuna's method does.
         storage.check_trial_is_updatable(trial_id, row.state)
         if row.state != TrialState.WAITING:
-            holder = _holders(session, attribute, [trial_id]).get(trial_id)
+            holder = _holders(session, [trial_id]).get(trial_id)
             return bool(holder == claim)
         row.state = TrialState.RUNNING
         row.datetime_start = datetime.now()
-        _store_claim(storage, session, attribute, trial_id, claim)
+        _store_claim(storage, session, trial_id, claim)
     return True
 
 
 def exchange_claim(
     storage: RDBStorage,
     trial_id: int,
-    attribute: str,
     expected: Any,
     claim: Any,
     silent_seconds: float | None = None,
@@ -175,7 +175,6 @@ def exchange_claim(
     Args:
         storage: the database.
         trial_id: the storage's id of the trial.
-        attribute: the system attribute that holds the claim.
         expected: the claim that the trial must have.
         claim: the claim that it gets.
         silent_seconds: seconds for which the trial must have had no heartbeat; None: any.
@@ -192,7 +191,7 @@ def exchange_claim(
         )
         if row.state != TrialState.RUNNING:
             return False
-        holder = _holders(session, attribute, [trial_id]).get(trial_id)
+        holder = _holders(session, [trial_id]).get(trial_id)
         if holder == claim:
             # An attempt before this one was committed, and its confirmation was lost.
             return True
@@ -200,20 +199,17 @@ def exchange_claim(
         is_alive = silent_seconds is not None and silence <= silent_seconds
         if holder != expected or is_alive:
             return False
-        _store_claim(storage, session, attribute, trial_id, claim)
+        _store_claim(storage, session, trial_id, claim)
     return True
 
 
-def record_heartbeats(
-    storage: RDBStorage, attribute: str, claims: Mapping[int, Any]
-) -> set[int]:
+def record_heartbeats(storage: RDBStorage, claims: Mapping[int, Any]) -> set[int]:
     """Record that the holders of claims are alive, in one transaction.
 
     `RDBStorage.record_heartbeat` takes one trial and does not ask whose it is.
 
     Args:
         storage: the database.
-        attribute: the system attribute that holds a trial's claim.
         claims: the claims by the storage's ids of their trials.
 
     Returns:
@@ -223,7 +219,7 @@ def record_heartbeats(
 
     heartbeat = models.TrialHeartbeatModel
     with _transaction(storage) as session:
-        holders = _holders(session, attribute, list(claims))
+        holders = _holders(session, list(claims))
         held = {
             trial_id
             for trial_id, claim in claims.items()
@@ -249,22 +245,19 @@ def _transaction(storage: RDBStorage) -> AbstractContextManager[Session]:
     return _create_scoped_session(storage.scoped_session)
 
 
-def _holders(
-    session: Session, attribute: str, trial_ids: Sequence[int]
-) -> dict[int, Any]:
+def _holders(session: Session, trial_ids: Sequence[int]) -> dict[int, Any]:
     """Return the claims of trials, by their ids; a trial without one is left out."""
     from optuna.storages._rdb import models
 
     model = models.TrialSystemAttributeModel
     rows = session.query(model.trial_id, model.value_json)
-    rows = rows.filter(model.trial_id.in_(trial_ids), model.key == attribute)
+    rows = rows.filter(model.trial_id.in_(trial_ids), model.key == CLAIM)
     return {trial_id: json.loads(value) for trial_id, value in rows}
 
 
 def _store_claim(
     storage: RDBStorage,
     session: Session,
-    attribute: str,
     trial_id: int,
     claim: Any,
 ) -> None:
@@ -272,9 +265,7 @@ def _store_claim(
     from optuna.storages._rdb import models
 
     attributes = models.TrialSystemAttributeModel
-    storage._set_trial_attr_without_commit(
-        session, attributes, trial_id, attribute, claim
-    )
+    storage._set_trial_attr_without_commit(session, attributes, trial_id, CLAIM, claim)
     heartbeat = models.TrialHeartbeatModel.where_trial_id(trial_id, session)
     if heartbeat is None:
         heartbeat = models.TrialHeartbeatModel(trial_id=trial_id)

@@ -27,7 +27,6 @@ from sweeps.compat import (
     trial_row,
 )
 from sweeps.study.drivers import choose_driver
-from sweeps.study.leases import CLAIM
 from sweeps.study.retry import Retry, is_connection_error, retried, server_message
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class Database(RDBStorage):
     @retried
     def claim_trial(self, trial_id: int, claim: Any) -> bool:
         """Begin a waiting trial, unless another claim than this one already has."""
-        return claim_waiting_trial(self, trial_id, CLAIM, claim)
+        return claim_waiting_trial(self, trial_id, claim)
 
     @retried
     def exchange_claim(
@@ -175,7 +174,6 @@ class Database(RDBStorage):
         return exchange_claim(
             self,
             trial_id,
-            CLAIM,
             expected,
             claim,
             silent_seconds,
@@ -186,7 +184,7 @@ class Database(RDBStorage):
 
         Tried once: the next heartbeat is the retry.
         """
-        held = record_heartbeats(self, CLAIM, claims)
+        held = record_heartbeats(self, claims)
         self.note_call()
         return held
 

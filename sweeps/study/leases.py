@@ -21,16 +21,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from finetune.config.secrets import STORAGE_KEY
-from sweeps.compat import database_of
+from sweeps.compat import CLAIM, database_of
 from sweeps.study.errors import LeaseLost, StorageLost
 
 if TYPE_CHECKING:
     from sweeps.study.database import Database
 
 log = logging.getLogger(__name__)
-
-CLAIM = "claim"
-"""The system attribute of a trial that holds the claim of the worker which trains it."""
 
 LOST_AFTER = 300.0
 """Default of `hydra.sweeper.lost_after`, in seconds."""

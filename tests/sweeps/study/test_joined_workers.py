@@ -189,5 +189,5 @@ def test_what_a_launcher_writes_of_a_session_holds_no_password(
     assert b"hunter2horse" not in written
     assert pickle.loads(written).address == session.address
     monkeypatch.delenv("STUDY_DATABASE")
-    with pytest.raises(ConfigError, match="must be set on .*STUDY_DATABASE"):
+    with pytest.raises(ConfigError, match="STUDY_DATABASE"):
         _ = pickle.loads(written).address
