@@ -36,10 +36,14 @@ def hydra_app(task: Task, resume: Callable[[Path], object]) -> None:
         resume: continues the run in a folder; called instead of the task where the command line
             has `resume=RUN`.
     """
-    run_command(lambda: _run_app(task, resume))
+    run_command(lambda: run_app(task, resume))
 
 
-def _run_app(task: Task, resume: Callable[[Path], object]) -> None:
+def run_app(task: Task, resume: Callable[[Path], object]) -> None:
+    """Do what `hydra_app` does, for a command that has the arguments in `sys.argv` already.
+
+    Its errors are raised.
+    """
     # Before Hydra parses them, which prints several lines for a wrong flag and exits with 2.
     arguments = parse_hydra_arguments(sys.argv[1:])
     overrides: list[str] = arguments.overrides

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 
 from finetune.console import command_parser, json_output, run_command
-from sweeps.commands import act, inspect, points
+from sweeps.commands import act, inspect, points, work
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stop,
         _add_add,
         _add_clone,
+        _add_work,
         _add_report,
         _add_confirm,
     ):
@@ -138,6 +139,22 @@ def _add_clone(commands: _Commands) -> None:
     parser = commands.add_for_study("clone", points.clone, text, "s1 7 lora.r=8")
     parser.add_argument("trial", type=int, help="number of the trial")
     parser.add_argument("values", nargs="+", metavar="KEY=VALUE", help=VALUES_HELP)
+
+
+def _add_work(commands: _Commands) -> None:
+    text = "train trials of a study on this machine too; Ctrl-C gives them back"
+    example = "s1 --storage postgresql://user@host/db"
+    parser = commands.add_for_study("work", work.work, text, example)
+    text = "address of its database, where its folder is not here; a password in the environment"
+    parser.add_argument("--storage", metavar="ADDRESS", help=text)
+    text = "this machine's launcher, number of workers or time limit, as hydra.sweeper.n_jobs=2"
+    parser.add_argument(
+        "--override",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help=text,
+    )
 
 
 def _add_report(commands: _Commands) -> None:

@@ -8,8 +8,10 @@ libraries are imported inside the functions, so that a module which imports this
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container
-from datetime import datetime
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 ENQUEUED_POINT = "fixed_params"
 """The system attribute in which `optuna.Study.enqueue_trial` stores a waiting trial's point."""
+
+CLAIM = "claim"
+"""The system attribute of a trial that holds the claim of the worker which trains it."""
 
 RDB_CALLS = (
     "create_new_study",
@@ -119,45 +124,186 @@ def filtered_study(
 def claim_waiting_trial(
     storage: RDBStorage,
     trial_id: int,
-    attribute: str,
-    token: str,
+    claim: Any,
 ) -> bool:
     """Set a waiting trial running and store who did, in one transaction.
 
     `RDBStorage.set_trial_state_values` returns False both for a trial that another worker began
-    and for one that this worker began in a transaction whose confirmation was lost. The token
+    and for one that this worker began in a transaction whose confirmation was lost. The claim
     tells these apart. Read in Optuna 5.0.0, `optuna/storages/_rdb/storage.py` and `models.py`.
 
     Args:
         storage: the database.
         trial_id: the storage's id of the trial.
-        attribute: the system attribute that holds the token.
-        token: names the call; the same token again finds the trial claimed by itself.
+        claim: names the call, as JSON; the same claim again finds the trial claimed by itself.
 
     Returns:
-        Whether the trial runs under this token.
+        Whether the trial runs under this claim.
     """
     from optuna.storages._rdb import models
-    from optuna.storages._rdb.storage import _create_scoped_session
     from optuna.trial import TrialState
 
-    with _create_scoped_session(storage.scoped_session) as session:
+    with _transaction(storage) as session:
         # The row is locked: another worker's claim waits until this transaction ends.
         row: Any = models.TrialModel.find_or_raise_by_id(
             trial_id, session, for_update=True
         )
         # Raises for a finished trial, as Optuna's method does.
         storage.check_trial_is_updatable(trial_id, row.state)
-        attributes = models.TrialSystemAttributeModel
         if row.state != TrialState.WAITING:
-            claim: Any = attributes.find_by_trial_and_key(row, attribute, session)
-            return claim is not None and json.loads(claim.value_json) == token
+            holder = _holders(session, [trial_id]).get(trial_id)
+            return bool(holder == claim)
         row.state = TrialState.RUNNING
         row.datetime_start = datetime.now()
-        storage._set_trial_attr_without_commit(
-            session, attributes, trial_id, attribute, token
-        )
+        _store_claim(storage, session, trial_id, claim)
     return True
+
+
+def exchange_claim(
+    storage: RDBStorage,
+    trial_id: int,
+    expected: Any,
+    claim: Any,
+    silent_seconds: float | None = None,
+) -> bool:
+    """Replace the claim of a running trial, in one transaction.
+
+    Optuna's `fail_stale_trials` would fail the trial, whose number then could not go on, and
+    `RetryHeartbeatStaleTrialCallback` would add another trial. Read in Optuna 5.0.0,
+    `optuna/storages/_heartbeat.py` and `_callbacks.py`.
+
+    Args:
+        storage: the database.
+        trial_id: the storage's id of the trial.
+        expected: the claim that the trial must have.
+        claim: the claim that it gets.
+        silent_seconds: seconds for which the trial must have had no heartbeat; None: any.
+
+    Returns:
+        Whether the trial has the new claim.
+    """
+    from optuna.storages._rdb import models
+    from optuna.trial import TrialState
+
+    with _transaction(storage) as session:
+        row: Any = models.TrialModel.find_or_raise_by_id(
+            trial_id, session, for_update=True
+        )
+        if row.state != TrialState.RUNNING:
+            return False
+        holder = _holders(session, [trial_id]).get(trial_id)
+        if holder == claim:
+            # An attempt before this one was committed, and its confirmation was lost.
+            return True
+        silence = _silences(session, [trial_id]).get(trial_id, math.inf)
+        is_alive = silent_seconds is not None and silence <= silent_seconds
+        if holder != expected or is_alive:
+            return False
+        _store_claim(storage, session, trial_id, claim)
+    return True
+
+
+def record_heartbeats(storage: RDBStorage, claims: Mapping[int, Any]) -> set[int]:
+    """Record that the holders of claims are alive, in one transaction.
+
+    `RDBStorage.record_heartbeat` takes one trial and does not ask whose it is.
+
+    Args:
+        storage: the database.
+        claims: the claims by the storage's ids of their trials.
+
+    Returns:
+        The ids of the trials that still have these claims.
+    """
+    from optuna.storages._rdb import models
+
+    heartbeat = models.TrialHeartbeatModel
+    with _transaction(storage) as session:
+        holders = _holders(session, list(claims))
+        held = {
+            trial_id
+            for trial_id, claim in claims.items()
+            if holders.get(trial_id) == claim
+        }
+        rows = session.query(heartbeat).filter(heartbeat.trial_id.in_(held))
+        values: dict[Any, Any] = {"heartbeat": _server_time(session)}
+        rows.update(values, synchronize_session=False)
+    return held
+
+
+def heartbeat_silences(
+    storage: RDBStorage, trial_ids: Sequence[int]
+) -> dict[int, float]:
+    """Return for how many seconds trials have had no heartbeat, by the server's clock."""
+    with _transaction(storage) as session:
+        return _silences(session, trial_ids)
+
+
+def _transaction(storage: RDBStorage) -> AbstractContextManager[Session]:
+    from optuna.storages._rdb.storage import _create_scoped_session
+
+    return _create_scoped_session(storage.scoped_session)
+
+
+def _holders(session: Session, trial_ids: Sequence[int]) -> dict[int, Any]:
+    """Return the claims of trials, by their ids; a trial without one is left out."""
+    from optuna.storages._rdb import models
+
+    model = models.TrialSystemAttributeModel
+    rows = session.query(model.trial_id, model.value_json)
+    rows = rows.filter(model.trial_id.in_(trial_ids), model.key == CLAIM)
+    return {trial_id: json.loads(value) for trial_id, value in rows}
+
+
+def _store_claim(
+    storage: RDBStorage,
+    session: Session,
+    trial_id: int,
+    claim: Any,
+) -> None:
+    """Store a trial's claim, and its first heartbeat with it."""
+    from optuna.storages._rdb import models
+
+    attributes = models.TrialSystemAttributeModel
+    storage._set_trial_attr_without_commit(session, attributes, trial_id, CLAIM, claim)
+    heartbeat = models.TrialHeartbeatModel.where_trial_id(trial_id, session)
+    if heartbeat is None:
+        heartbeat = models.TrialHeartbeatModel(trial_id=trial_id)
+        session.add(heartbeat)
+    heartbeat.heartbeat = _server_time(session)
+
+
+def _silences(session: Session, trial_ids: Sequence[int]) -> dict[int, float]:
+    from optuna.storages._rdb import models
+
+    model = models.TrialHeartbeatModel
+    rows = session.query(model.trial_id, model.heartbeat)
+    rows = rows.filter(model.trial_id.in_(trial_ids))
+    now = _server_time(session)
+    return {trial_id: (now - last).total_seconds() for trial_id, last in rows}
+
+
+def _server_time(session: Session) -> datetime:
+    """Return the server's time without a zone: in UTC where it says its zone.
+
+    The column has no zone, and sessions may differ in theirs.
+    """
+    from sqlalchemy import func
+
+    now: datetime = session.execute(func.now()).scalar_one()
+    return now if now.tzinfo is None else now.astimezone(UTC).replace(tzinfo=None)
+
+
+def database_of(storage: BaseStorage) -> RDBStorage | None:
+    """Return the database behind Optuna's cache, or None for another storage.
+
+    `optuna.storages.get_storage` wraps a database in a cache, which has no public name for it.
+    Read in Optuna 5.0.0, `optuna/storages/_cached_storage.py`.
+    """
+    from optuna.storages import RDBStorage
+
+    backend = getattr(storage, "_backend", None)
+    return backend if isinstance(backend, RDBStorage) else None
 
 
 def trial_row(session: Session, study_id: int, number: int) -> Any | None:

@@ -15,7 +15,9 @@ from hydra.plugins.sweeper import Sweeper
 
 from finetune.compat import paused_collection
 from finetune.errors import ConfigError, Interrupted
+from finetune.files.lock import file_lock
 from finetune.quantities import counted
+from sweeps.study.errors import StorageLost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +55,23 @@ class StudySweeper(Sweeper):
         Returns:
             The study's folder.
         """
+        draft, study, session = self._open(arguments)
+        # After the checks, because these modules load torch.
+        from sweeps.study.launching import run_workers
+        from sweeps.study.stored_command import store_command
+
+        store_command(study, self._config, arguments)
+        _enqueue(study, draft)
+        if _has_work(study, draft):
+            run_workers(study, session)
+            _explain_end(study, session)
+        # Commands that share the folder end together, when the last trial has ended.
+        with file_lock(study.folder / ".conclusion.lock"):
+            _conclude(study, session)
+        return study.folder
+
+    def _open(self, arguments: list[str]) -> "tuple[Draft, Study, Session]":
+        """Check the command, and begin or resume its study."""
         from sweeps.study.draft import draft_session
 
         # Hydra's lines on each launch and job would stand between those of the study.
@@ -61,10 +80,8 @@ class StudySweeper(Sweeper):
         draft = draft_session(
             self._config, self._hydra_context, self._values, arguments
         )
-
-        # After the checks, because these modules load torch.
+        # After the checks, because it loads torch.
         with paused_collection():
-            from sweeps.study.launching import run_workers
             from sweeps.study.opening import open_study
 
         study, session = open_study(draft.session)
@@ -72,12 +89,47 @@ class StudySweeper(Sweeper):
             from sweeps.answer.more_trials import no_gain
 
             session = dataclasses.replace(session, end_rule=no_gain)
-        _enqueue(study, draft)
+        return draft, study, session
+
+
+class JoiningSweeper(StudySweeper):
+    """Adds workers to a study that another command began: `python -m sweeps work`.
+
+    It adds no trials and writes no answer: both are the other command's.
+    """
+
+    def sweep(self, arguments: list[str]) -> "Path":
+        """Train trials until none is left to begin.
+
+        Returns:
+            The study's folder.
+        """
+        draft, study, session = self._open(arguments)
+        from sweeps.study.launching import run_workers
+
         if _has_work(study, draft):
-            run_workers(study, session)
+            try:
+                run_workers(study, session, waits=False)
+            except StorageLost:
+                raise
+            except Interrupted:
+                reason = "its trials are given back, and go on elsewhere"
+                raise Interrupted(f"interrupted; {reason}") from None
             _explain_end(study, session)
-        _conclude(study, session)
+        log.info("study %s: %s", study.name, _describe_rest(study))
         return study.folder
+
+
+def _describe_rest(study: "Study") -> str:
+    """Say what a study still has to do when a machine leaves it."""
+    from optuna.trial import TrialState
+
+    total = study.total
+    finished = counted(len(study.finished()), "trial")
+    of_total = "" if total is None else f" of {total}"
+    running = [str(trial.number) for trial in study.trials(TrialState.RUNNING)]
+    rest = f"; {', '.join(running)} running elsewhere" if running else ""
+    return f"{finished}{of_total} finished, none left to begin here{rest}"
 
 
 def _enqueue(study: "Study", draft: "Draft") -> None:

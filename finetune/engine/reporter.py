@@ -80,10 +80,12 @@ class Reporter:
         self._answer_steps = answer_steps(config.evaluation, self._rungs)
         self._budget = Budget(config.trainer, total)
         self._warmup_steps = warmup_steps(config.optimizer, total)
+        self._last_checkpoint = time.monotonic()
 
     @contextmanager
     def live(self) -> Iterator[None]:
         """Within the block signals end training after the current step, and the bar is shown."""
+        self._last_checkpoint = time.monotonic()
         with self._interrupt.handle_signals(), self._output.progress_bar():
             yield
 
@@ -167,6 +169,14 @@ class Reporter:
         last = self.progress.rungs[-1]["index"] if self.progress.rungs else 0
         return rung if self._rungs[rung] > last else None
 
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether `trainer.save_minutes` have passed since the last checkpoint."""
+        minutes = self._config.trainer.save_minutes
+        if minutes is None:
+            return False
+        return time.monotonic() - self._last_checkpoint >= 60 * minutes
+
     def complete_checkpoint(self, checkpoint: Path, limit: int | None) -> None:
         """Complete a checkpoint that the engine has written, and remove outdated ones.
 
@@ -176,6 +186,7 @@ class Reporter:
         """
         self.progress.save(checkpoint)
         remove_old_checkpoints(checkpoint.parent, limit, self.progress.best_step)
+        self._last_checkpoint = time.monotonic()
 
     def _check_loss(self, step: int, loss: float, name: str = "loss") -> None:
         # Only the loss: float16's loss scaling skips a step whose gradient overflows.

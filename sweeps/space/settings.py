@@ -26,6 +26,9 @@ class StudySettings(Section):
     storage: str | None
     """Address of a database, `postgresql+psycopg2://user@host/name` (a secret in it only as
     `${oc.env:NAME}`); null: a journal file in the study's folder."""
+    lost_after: float
+    """Seconds without a sign of life after which a machine is lost, with a database: another one
+    takes its trials. A machine that can't reach the database gives them up before that."""
     n_trials: int | None
     """Number of trials that the study holds when it is done, over all sessions; null: as many as
     `timeout` or `max_tokens` allow."""
@@ -89,6 +92,7 @@ class StudySettings(Section):
             "max_failure_rate", is_rate, "must be a share of the trials, from 0 to 1"
         )
         self._check_stop_when()
+        self._check_lost_after()
         for text in self.constraints:
             parse_constraint(text)
         self._check_budget()
@@ -120,6 +124,11 @@ class StudySettings(Section):
         )
         has_slots = self.slots == "auto" or int(self.slots) >= 1
         self.require("slots", has_slots, "must be at least 1, or auto: by memory")
+
+    def _check_lost_after(self) -> None:
+        # A heartbeat may take as long as a connection is tried for.
+        allowed = "must be at least 10 seconds"
+        self.require("lost_after", self.lost_after >= 10, allowed)
 
     def _check_budget(self) -> None:
         has_time = self.timeout is None or self.timeout > 0

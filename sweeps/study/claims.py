@@ -3,7 +3,8 @@
 The trials wait, see `sweeps.study.waiting`, and a worker claims one at a time. Where a budget
 instead of a number ends the study, each claim adds the trial that it needs. A claim
 holds the lock of the trial's folder as long as the worker's process lives. A running trial whose
-folder is not locked has lost its worker; the next claim adopts it under its own number.
+folder is not locked has lost its worker; the next claim adopts it under its own number. Trials of
+other machines have leases, see `sweeps.study.leases`.
 """
 
 import contextlib
@@ -85,6 +86,7 @@ def _claim_existing(
             continue
         trial_id = study.trial_id(trial.number)
         if _set_running(study, trial, trial_id):
+            folder_lock.callback(_release, study, trial_id)
             return Claim(trial.number, trial_id, folder)
         # Another machine was first.
         folder_lock.close()
@@ -93,26 +95,51 @@ def _claim_existing(
 
 
 def _claimable_trials(study: Study) -> list[FrozenTrial]:
-    """Return the running trials whose folders are on this machine, then those that wait."""
-    adoptable = []
-    for trial in study.trials(TrialState.RUNNING):
-        # A running trial without a folder here belongs to another machine.
-        folder = study.folder_of(trial.number)
-        if not study.is_shared or folder.path.exists():
-            adoptable.append(trial)
-    return [*adoptable, *claimable_waiting_trials(study)]
+    """Return the running trials that this machine may adopt, then those that wait."""
+    return [*_adoptable_trials(study), *claimable_waiting_trials(study)]
+
+
+def _adoptable_trials(study: Study) -> list[FrozenTrial]:
+    """Return the running trials that a worker of this machine may adopt if their folders are free.
+
+    Without leases, a running trial of a database whose folder is not here belongs to another
+    machine.
+    """
+    running = study.trials(TrialState.RUNNING)
+    if study.leases is not None:
+        trials = _by_id(study, running)
+        return [trials[trial_id] for trial_id in study.leases.free(trials)]
+    if not study.is_shared:
+        return running
+    return [trial for trial in running if study.folder_of(trial.number).path.exists()]
+
+
+def _by_id(study: Study, trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """Return trials by the storage's ids."""
+    return {study.trial_id(trial.number): trial for trial in trials}
 
 
 def _set_running(study: Study, trial: FrozenTrial, trial_id: int) -> bool:
     """Set a waiting trial running; return whether the trial is this worker's now."""
+    leases = study.leases
     if trial.state == TrialState.RUNNING:
+        if leases is not None:
+            return leases.take(trial_id, trial)
         # Asked again, because it may have finished since it was read.
         return study.storage.get_trial(trial_id).state == TrialState.RUNNING
     try:
+        if leases is not None:
+            return leases.claim(trial_id)
         return study.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
     except UpdateFinishedTrialError:
         # Another machine has claimed and finished it meanwhile.
         return False
+
+
+def _release(study: Study, trial_id: int) -> None:
+    """Give a trial back that still runs when its claim ends, as after Ctrl-C."""
+    if study.leases is not None:
+        study.leases.release(trial_id)
 
 
 def _remove_unused_folder(folder: RunFolder) -> None:
@@ -125,15 +152,36 @@ def _remove_unused_folder(folder: RunFolder) -> None:
         folder.path.rmdir()
 
 
-def orphaned_trials(study: Study) -> list[int]:
-    """Return the numbers of this machine's running trials that have lost their worker."""
-    numbers = []
+def release_lost_trials(study: Study) -> None:
+    """Let any worker take the trials of lost machines, where trials have leases."""
+    if study.leases is not None:
+        running = study.trials(TrialState.RUNNING)
+        study.leases.release_lost(_by_id(study, running))
+
+
+def orphaned_trials(study: Study) -> list[FrozenTrial]:
+    """Return the running trials that have lost their workers, and that this machine may adopt."""
+    orphaned = []
     with file_lock(study.lock_path):
-        for trial in study.trials(TrialState.RUNNING):
+        for trial in _adoptable_trials(study):
             folder = study.folder_of(trial.number)
+            # Another machine's, which this one would begin anew.
             if not folder.path.exists():
+                orphaned.append(trial)
                 continue
             # A lock that can be taken shows that no worker holds it.
             with contextlib.suppress(FolderHeld), folder.locked():
-                numbers.append(trial.number)
-    return numbers
+                orphaned.append(trial)
+    return orphaned
+
+
+def trials_elsewhere(study: Study) -> list[FrozenTrial]:
+    """Return the running trials that other workers train, in folders here or by leases."""
+    orphaned = {trial.number for trial in orphaned_trials(study)}
+    elsewhere = []
+    for trial in study.trials(TrialState.RUNNING):
+        is_here = study.folder_of(trial.number).path.exists()
+        is_leased = study.leases is not None and study.leases.covers(trial)
+        if trial.number not in orphaned and (is_here or is_leased):
+            elsewhere.append(trial)
+    return elsewhere

@@ -64,7 +64,12 @@ def create_or_resume(
             directions=settings.directions,
             load_if_exists=True,
         )
-        study = Study(folder, settings.study_name, address)
+        study = Study(
+            folder,
+            settings.study_name,
+            address,
+            lost_after=settings.lost_after,
+        )
         _ensure_uid(study)
         stored = study.optuna.user_attrs.get("terms", {})
         initial = {key: stored[key] for key in automatic_keys if key in stored}

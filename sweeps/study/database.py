@@ -5,9 +5,11 @@ where the server stays out of reach. The commit of a call may have happened befo
 was lost, so each write must be safe to repeat.
 """
 
+import math
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -16,7 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.addresses import parse_address, show_address
 from finetune.config.secrets import STORAGE_KEY
-from sweeps.compat import RDB_CALLS, claim_waiting_trial, trial_row
+from sweeps.compat import (
+    RDB_CALLS,
+    claim_waiting_trial,
+    exchange_claim,
+    heartbeat_silences,
+    record_heartbeats,
+    trial_row,
+)
 from sweeps.study.drivers import choose_driver
 from sweeps.study.retry import Retry, is_connection_error, retried, server_message
 
@@ -34,9 +43,6 @@ OPENING_RETRY_SECONDS = 30.0
 
 CONNECTION = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
 """Arguments of libpq (s, s, ms), by which a server that was switched off is noticed in a minute."""
-
-CLAIM = "claim"
-"""The system attribute of a trial that holds the token of the call which began it."""
 
 _REFUSED = re.compile(
     r"(?i)authentication failed|no password supplied|access denied|does not exist|unknown database"
@@ -100,6 +106,9 @@ class Database(RDBStorage):
         self.shown_address = show_address(STORAGE_KEY, address)
         self.retry_seconds = retry_seconds
         self.is_lost = False
+        self.longest_gap = math.inf
+        """Seconds between two calls, after which the connection counts as interrupted."""
+        self._connected_since = self._last_call = time.monotonic()
         engine_arguments = {
             # A pooled connection is tried before each use, as the server may have closed it.
             "pool_pre_ping": True,
@@ -109,6 +118,23 @@ class Database(RDBStorage):
         full_address = url.render_as_string(hide_password=False)
         super().__init__(full_address, engine_kwargs=engine_arguments)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the database is a file of this machine."""
+        return self.engine.url.get_backend_name() == "sqlite"
+
+    def note_call(self) -> None:
+        """Note that a call has succeeded."""
+        now = time.monotonic()
+        if now - self._last_call > self.longest_gap:
+            self._connected_since = now
+        self._last_call = now
+
+    @property
+    def connected_seconds(self) -> float:
+        """Seconds for which calls have succeeded one after the other, up to the last one."""
+        return self._last_call - self._connected_since
+
     def set_trial_state_values(
         self,
         trial_id: int,
@@ -117,8 +143,8 @@ class Database(RDBStorage):
     ) -> bool:
         """Begin or finish a trial, once, even if the call is repeated after a lost connection."""
         if state == TrialState.RUNNING:
-            # The token is drawn outside of the retried call: each attempt has the same one.
-            return self._claim(trial_id, uuid.uuid4().hex)
+            # Drawn outside of the retried call: each attempt has the same one.
+            return self.claim_trial(trial_id, uuid.uuid4().hex)
         try:
             return self._finish(trial_id, state, values)
         except UpdateFinishedTrialError:
@@ -132,9 +158,43 @@ class Database(RDBStorage):
     _finish = retried(RDBStorage.set_trial_state_values)
 
     @retried
-    def _claim(self, trial_id: int, token: str) -> bool:
-        """Begin a waiting trial, unless another call than this one already has."""
-        return claim_waiting_trial(self, trial_id, CLAIM, token)
+    def claim_trial(self, trial_id: int, claim: Any) -> bool:
+        """Begin a waiting trial, unless another claim than this one already has."""
+        return claim_waiting_trial(self, trial_id, claim)
+
+    @retried
+    def exchange_claim(
+        self,
+        trial_id: int,
+        expected: Any,
+        claim: Any,
+        silent_seconds: float | None = None,
+    ) -> bool:
+        """Replace the claim of a running trial; arguments are those of `compat.exchange_claim`."""
+        return exchange_claim(
+            self,
+            trial_id,
+            expected,
+            claim,
+            silent_seconds,
+        )
+
+    def record_heartbeats(self, claims: Mapping[int, Any]) -> set[int]:
+        """Record that the holders of claims are alive; return the ids that they still hold.
+
+        Tried once: the next heartbeat is the retry.
+        """
+        held = record_heartbeats(self, claims)
+        self.note_call()
+        return held
+
+    held_claims = retried(record_heartbeats)
+    """The same, retried after a lost connection."""
+
+    @retried
+    def heartbeat_silences(self, trial_ids: Sequence[int]) -> dict[int, float]:
+        """Return for how many seconds trials have had no heartbeat."""
+        return heartbeat_silences(self, trial_ids)
 
     def _get_prepared_new_trial(
         self,

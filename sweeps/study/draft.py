@@ -34,7 +34,7 @@ from sweeps.study.first_points import first_points
 from sweeps.study.job import require_one_directory
 from sweeps.study.rungs import choose_rungs
 from sweeps.study.session import Session
-from sweeps.study.storage import check_address
+from sweeps.study.storage import check_address, resolve_address
 from sweeps.study.warm_start import require_studies
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def draft_session(
     require_names(settings.parsed_constraints, common.allowed_objectives(scores))
     require_computed(settings.parsed_constraints, common.objectives)
     settings = resolve_directions(settings, common, metrics)
-    address = plain["storage"]
+    address = resolve_address(settings.storage)
     # Checked again once torch has counted the GPUs: see `open_study`.
     check_address(address, settings.n_jobs or 1)
     common = _resolve_automatic_values(common, composed)
@@ -137,7 +137,6 @@ def draft_session(
     deadline = None if settings.timeout is None else began + settings.timeout
     session = Session(
         folder=folder,
-        address=address,
         settings=settings,
         space=space,
         config=config,

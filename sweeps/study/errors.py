@@ -8,3 +8,7 @@ class StorageLost(Interrupted):
 
     Running trials stay running in the storage, and a later worker adopts them.
     """
+
+
+class LeaseLost(Interrupted):
+    """Another worker has taken a trial, because this one was silent for too long."""

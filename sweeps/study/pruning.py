@@ -17,7 +17,7 @@ from sweeps.space.constraints import violations
 from sweeps.space.feasibility import store_violations
 from sweeps.space.pruners import RUNGS, WARMUP_RUNG, rung_values
 from sweeps.study.budget import TRAIN_TOKENS
-from sweeps.study.errors import StorageLost
+from sweeps.study.errors import LeaseLost, StorageLost
 from sweeps.study.final_time import estimate_final_seconds, record_final_seconds
 from sweeps.study.roles import role
 from sweeps.study.session import Session
@@ -94,6 +94,9 @@ class PruningObserver(Observer):
         if self._session.is_stopping:
             self._interrupt.requested = True
             return False
+        leases = self._study.leases
+        if leases is not None and not leases.holds(self._trial_id):
+            raise LeaseLost("another worker has taken it")
         if self._stored_trial().user_attrs.get("stop"):
             return self._stop("told to stop")
         is_out_of_time = self._session.is_out_of_time(self._study)

@@ -32,7 +32,12 @@ def record_outcome(
         trial: the trial, which runs.
         folder: its run folder.
         outcome: how it ended.
+
+    Raises:
+        LeaseLost: another worker has taken the trial.
     """
+    if study.leases is not None:
+        study.leases.require(study.trial_id(trial.number))
     attributes = dict(outcome.attributes)
     result = read_json(folder.result) or {}
     # A trial that failed before it trained has none.

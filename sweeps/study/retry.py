@@ -114,6 +114,7 @@ def retried(
                     raise StorageLost(message) from None
             else:
                 self.is_lost = False
+                self.note_call()
                 retry.succeed()
                 return result
             retry.pause()

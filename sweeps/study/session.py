@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
 from sweeps.study.engine_choice import EngineChoice
 from sweeps.study.final_time import reserved_seconds
+from sweeps.study.storage import resolve_address
 from sweeps.study.study import Study
 
 PARENT_PID = os.getppid()
@@ -39,8 +41,6 @@ class Session:
 
     folder: Path
     """The study's folder."""
-    address: str | None
-    """The database's address with its secrets; None: the journal."""
     settings: StudySettings
     space: Space
     config: DictConfig
@@ -57,6 +57,14 @@ class Session:
     """Says after each trial why the study ends before it has all; None: it does not."""
     sweeper_pid: int = field(default_factory=os.getpid)
     """The process of the sweep command."""
+
+    @property
+    def address(self) -> str | None:
+        """The database's address; None: the journal.
+
+        Not a field: launchers that pickle a session to a file would write its secrets there.
+        """
+        return resolve_address(self.settings.storage)
 
     def compose(self, number: int, overrides: list[str]) -> DictConfig:
         """Compose a trial's config, as Hydra composes a job's.
@@ -140,7 +148,7 @@ class Session:
     @property
     def stop_file(self) -> Path:
         """The file by which the sweep command asks workers in other processes to end."""
-        return self.folder / f".stop-{self.sweeper_pid}"
+        return self.folder / f".stop-{socket.gethostname()}-{self.sweeper_pid}"
 
     @property
     def is_orphaned(self) -> bool:

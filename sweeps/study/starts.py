@@ -1,4 +1,10 @@
-"""How often a trial may start at the same checkpoint, and what became of its workers."""
+"""How often a trial has started at the same checkpoint, and what became of its workers.
+
+A trial that kills its worker (out of the host's memory, a fault of a driver) must not do so again
+and again; one whose worker was killed with its session (a preemption, a reboot) is innocent. So
+after two lost workers without a new checkpoint a trial trains alone in a process of its own, see
+`sweeps.study.isolation`, and fails only where the sweep command outlives that process.
+"""
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -6,45 +12,38 @@ from optuna.trial import FrozenTrial
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder, checkpoint_step
 
-MAX_STARTS = 3
-"""How often a trial may start at the same checkpoint; after as many lost workers it has failed."""
+MAX_LOSSES = 3
+"""How many workers a trial may lose without a new checkpoint; then it has failed."""
 
-LOST_WORKERS = f"lost its worker {MAX_STARTS} times without a new checkpoint"
-"""The error of a trial that has used up its starts."""
+LOST_WORKERS = f"lost its worker {MAX_LOSSES} times without a new checkpoint"
+"""The error of such a trial."""
 
 
-def is_on_last_attempt(trial: FrozenTrial) -> bool:
-    """Whether a trial fails if it loses its worker once more without a new checkpoint.
-
-    Such a trial trains alone, so that no other trial on its worker can be the cause.
-    """
+def needs_isolation(trial: FrozenTrial) -> bool:
+    """Whether a trial has lost so many workers that it may fail with the next one."""
     starts = trial.user_attrs.get("starts", [])
-    last_starts = starts[1 - MAX_STARTS :]
-    if len(last_starts) < MAX_STARTS - 1:
-        return False
+    last_starts = starts[1 - MAX_LOSSES :]
     # All at the same checkpoint, by its step.
-    return len(set(last_starts)) == 1
+    return len(last_starts) == MAX_LOSSES - 1 and len(set(last_starts)) == 1
 
 
-def record_start(trial: optuna.Trial, folder: RunFolder) -> bool:
+def record_start(trial: optuna.Trial, folder: RunFolder) -> None:
     """Record a start of a trial, by its checkpoint's step.
 
     Args:
         trial: the trial.
         folder: its run folder.
-
-    Returns:
-        Whether the trial may start: it has not used up its starts.
     """
-    checkpoint = folder.last_checkpoint()
-    step = checkpoint_step(checkpoint) if checkpoint else 0
     starts = list(trial.user_attrs.get("starts", []))
     result = read_json(folder.result) or {}
     if result.get("status") == "interrupted":
         # The worker was not lost. The result is removed, or it would excuse later starts too.
         starts = []
         folder.result.unlink()
-    if starts[-MAX_STARTS:] == [step] * MAX_STARTS:
-        return False
-    trial.set_user_attr("starts", [*starts, step])
-    return True
+    trial.set_user_attr("starts", [*starts, start_step(folder)])
+
+
+def start_step(folder: RunFolder) -> int:
+    """Return the step at which a trial would start."""
+    checkpoint = folder.last_checkpoint()
+    return checkpoint_step(checkpoint) if checkpoint else 0

@@ -4,11 +4,14 @@ import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from optuna.storages import JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
@@ -70,6 +73,25 @@ def open_storage(
         # Another machine is creating the same tables. At random, or both would collide again.
         time.sleep(random.uniform(0.2, 1.0))
     raise AssertionError
+
+
+def resolve_address(written: str | None) -> str | None:
+    """Return a database's address with its environment variables.
+
+    Args:
+        written: the address as the user wrote it, which may refer to environment variables; None:
+            the journal.
+
+    Raises:
+        ConfigError: a variable is not set on this machine.
+    """
+    try:
+        address: str | None = OmegaConf.create({"storage": written}).storage
+    except OmegaConfBaseException as error:
+        allowed = f"must be set on {socket.gethostname()} too"
+        reason = f"{allowed} ({summary_line(error)})"
+        raise refusal(STORAGE_KEY, written, reason) from None
+    return address
 
 
 def check_address(address: str | None, workers: int) -> None:

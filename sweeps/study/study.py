@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from omegaconf import OmegaConf
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -23,8 +22,9 @@ from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
+from sweeps.study.leases import open_leases
 from sweeps.study.roles import ADDED, role
-from sweeps.study.storage import open_storage
+from sweeps.study.storage import open_storage, resolve_address
 
 # Optuna's own lines on each trial would repeat those of the study.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -46,6 +46,8 @@ class Study:
         name: the study's name in the storage.
         address: the database's address, or the storage itself; None: the journal in the folder.
         retry_seconds: seconds for which a lost connection is retried; None: the default.
+        lost_after: seconds without a heartbeat after which the trials of this process may be
+            taken by others; None: the default.
     """
 
     def __init__(
@@ -54,17 +56,20 @@ class Study:
         name: str,
         address: str | BaseStorage | None,
         retry_seconds: float | None = None,
+        lost_after: float | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
         self.is_shared = isinstance(address, str)
-        """Whether workers on other machines, with folders of their own, may take part."""
+        """Whether the trials are in a database, beside which there may be several folders."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
         if isinstance(address, BaseStorage):
             self.storage = address
         else:
             self.storage = open_storage(address, folder, retry_seconds)
+        self.leases = open_leases(self.storage, folder, lost_after)
+        """The leases of its trials; None: no other machine can take part."""
         self.optuna = optuna.load_study(study_name=name, storage=self.storage)
         self._study_id = self.storage.get_study_id_from_name(name)
 
@@ -82,15 +87,9 @@ class Study:
         entry = read_json(folder / "study.json")
         if entry is None:
             raise ConfigError(f"{folder}: is no study folder: it has no study.json")
-        # Resolves references to secrets in environment variables.
-        resolved = OmegaConf.create({"storage": entry["storage"]})
+        address = resolve_address(entry["storage"])
         try:
-            return cls(
-                folder,
-                entry["name"],
-                resolved.storage,
-                retry_seconds,
-            )
+            return cls(folder, entry["name"], address, retry_seconds)
         except KeyError:
             raise ConfigError(
                 f"{folder}: its storage knows no study {entry['name']}"

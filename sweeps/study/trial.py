@@ -27,7 +27,7 @@ from finetune.tracking.tracker import Label
 from sweeps.compat import job_error
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.claims import Claim
-from sweeps.study.errors import StorageLost
+from sweeps.study.errors import LeaseLost, StorageLost
 from sweeps.study.formatting import format_value, trial_name
 from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
@@ -37,7 +37,7 @@ from sweeps.study.recording import record_outcome
 from sweeps.study.roles import role
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
-from sweeps.study.starts import LOST_WORKERS, record_start
+from sweeps.study.starts import record_start
 from sweeps.study.study import Study
 from sweeps.study.suggestion import open_trial, suggest_point
 
@@ -93,17 +93,16 @@ class TrialRunner:
             except StorageLost as error:
                 self._study.release_trials(error, self._interrupt)
                 raise
+            except LeaseLost as error:
+                log.warning("trial %d: %s", self._claim.number, error)
 
     def _run_unless_finished(self) -> RunSteps[None]:
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
             # Its worker was lost between the run's end and this call: it is not run again.
             self._record(Outcome.of_result(result, self._study.objectives))
-        elif not record_start(self.trial, self._folder):
-            failed_result = {**result, "status": "failed", "error": LOST_WORKERS}
-            write_json(self._folder.result, failed_result)
-            self._record(Outcome.failed(LOST_WORKERS))
         else:
+            record_start(self.trial, self._folder)
             outcome = yield from self._run_with_memory_retry()
             self._record(outcome)
         remove_adapters(self._study, self._session.settings.keep_adapters)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +25,7 @@ from sweeps.study.errors import StorageLost
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.session import Session
-from sweeps.study.starts import is_on_last_attempt
+from sweeps.study.starts import needs_isolation
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
 
@@ -34,6 +35,8 @@ class Worker:
     """The task that a launcher runs in each process."""
 
     session: Session
+    only: int | None = None
+    """The number of the running trial that it adopts, and no other; None: any."""
 
     def __call__(self, composed: DictConfig) -> float:
         """Train trials until none is left; return the number of trials that ended."""
@@ -55,12 +58,17 @@ class Worker:
         # The launcher numbers its jobs from 0: each worker takes another GPU.
         select_gpu(HydraConfig.get().job.num)
         session = self.session
-        study = Study(session.folder, session.settings.study_name, session.address)
+        study = Study(
+            session.folder,
+            session.settings.study_name,
+            session.address,
+            lost_after=session.settings.lost_after,
+        )
         trials = _TrialSource(session, study)
         baseline_seeds = BaselineSeeds(session, study, trials.interrupt)
 
         def next_trial() -> PackedRun | None:
-            return trials.next_run(lambda trial: not is_on_last_attempt(trial))
+            return trials.next_run(self._accepts)
 
         def next_seed() -> PackedRun | None:
             return trials.unless_over(baseline_seeds.next_run)
@@ -73,9 +81,11 @@ class Worker:
 
         ended = 0
         try:
-            # Trials that have lost their workers train one by one, without others at risk.
-            ended += train_together(lambda: trials.next_run(is_on_last_attempt), 1)
-            ended += train_together(next_run, session.engine.slots)
+            with _kept_alive(study, trials.interrupt):
+                if self.only is not None:
+                    ended = train_together(next_trial, 1)
+                else:
+                    ended = train_together(next_run, session.engine.slots)
         except Interrupted:
             if study.storage_error is None:
                 raise
@@ -83,6 +93,23 @@ class Worker:
         if study.storage_error is not None:
             raise study.storage_error
         return ended
+
+    def _accepts(self, trial: FrozenTrial) -> bool:
+        """Whether this worker may train a trial: one that needs isolation trains alone."""
+        if self.only is not None:
+            return trial.number == self.only
+        return not needs_isolation(trial)
+
+
+def _kept_alive(study: Study, interrupt: Interrupt) -> AbstractContextManager[None]:
+    """Write heartbeats within the block, where the study's trials have leases."""
+    if study.leases is None:
+        return contextlib.nullcontext()
+
+    def give_up(error: StorageLost) -> None:
+        study.release_trials(error, interrupt)
+
+    return study.leases.kept_alive(give_up)
 
 
 class _TrialSource:

@@ -30,15 +30,14 @@ def session_of(
     sweep, common = OmegaConf.create(config or {}), compose(f"seed={seed}")
     engine = EngineChoice("packed", slots=1)
     return Session(
-        folder,
-        None,
-        settings_of(*overrides),
-        space,
-        sweep,
-        nothing,
-        common,
-        None,
-        engine,
+        folder=folder,
+        settings=settings_of(*overrides),
+        space=space,
+        config=sweep,
+        hydra_context=nothing,
+        common=common,
+        deadline=None,
+        engine=engine,
     )
 
 

@@ -69,7 +69,7 @@ def test_a_waiting_trial_is_claimed_by_one_token(tmp_path: Path) -> None:
     _, trial_id = waiting_trial(storage)
 
     claims = [
-        compat.claim_waiting_trial(storage, trial_id, "claim", token)
+        compat.claim_waiting_trial(storage, trial_id, token)
         for token in ("a", "a", "b")
     ]
 

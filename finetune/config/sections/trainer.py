@@ -72,6 +72,10 @@ class TrainerSettings(Section):
     of evaluations and checkpoints, or earlier; null: no limit. The learning rate's schedule follows
     the largest of the shares of steps, tokens and minutes."""
 
+    save_minutes: float | None = None
+    """Write a checkpoint, too, whenever this many minutes have passed since the last one, so that
+    killed work goes on from there; null: by `save_steps` alone."""
+
     def __post_init__(self) -> None:
         self.require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
         has_limit = self.max_steps >= 1
@@ -105,6 +109,8 @@ class TrainerSettings(Section):
         minutes = self.max_minutes
         allowed = "must be above 0, or null"
         self.require("max_minutes", minutes is None or minutes > 0, allowed)
+        minutes = self.save_minutes
+        self.require("save_minutes", minutes is None or minutes > 0, allowed)
         noise = self.extra.get("neftune_noise_alpha")
         is_number = isinstance(noise, int | float) and not isinstance(noise, bool)
         if noise is not None and not (is_number and noise > 0):

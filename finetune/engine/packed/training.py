@@ -129,6 +129,7 @@ class PackedTraining:
                 yield from self._step(number, step, reporter)
                 is_last = number == self._total or progress.stop == "minutes"
                 is_due = save_every and (number % save_every == 0 or is_last)
+                is_due = is_due or reporter.is_checkpoint_due
                 # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"

@@ -100,6 +100,8 @@ class ReporterCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             # An interrupted run is resumed; a pruned or finished one is not.
             control.should_save = stop == "interrupted"
+        elif self._reporter.is_checkpoint_due:
+            control.should_save = True
 
     def on_save(
         self,

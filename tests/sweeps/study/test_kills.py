@@ -54,7 +54,6 @@ def kill_a_study(
         *study_overrides(tiny_base, "s"),
         f"hydra.sweeper.slots={slots}",
         "hydra.sweeper.n_trials=12",
-        "hydra.sweeper.max_failure_rate=1",  # a slow machine may lose all that it begins
         "trainer.max_steps=8",
         "trainer.save_steps=1",
     ]
@@ -90,28 +89,22 @@ def kill_a_study(
         trial.number: (told(trial), result_lines(place, trial)) for trial in trials
     }.items() >= finished.items()
     for trial in trials:
-        if trial.state == TrialState.FAIL:
-            assert (
-                trial.user_attrs["error"]
-                == "lost its worker 3 times without a new checkpoint"
-            )
-            assert len(trial.user_attrs["starts"]) >= 3
-            assert len(set(trial.user_attrs["starts"][-3:])) == 1
-        else:
-            result = result_of(place, trial.number)
-            assert (
-                result["status"]
-                == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
-            )
-            assert (result["engine"], result["slots"]) == ("packed", slots)
-            steps = [
-                row["step"]
-                for row in metrics_of(folder / "trials" / str(trial.number))
-                if "train/loss" in row
-            ]
-            assert steps == list(range(1, result["step"] + 1)), (
-                "steps were lost, or trained twice"
-            )
+        # Its losses are the whole sessions'.
+        assert trial.state != TrialState.FAIL, trial.user_attrs
+        result = result_of(place, trial.number)
+        assert (
+            result["status"]
+            == {"COMPLETE": "completed", "PRUNED": "pruned"}[trial.state.name]
+        )
+        assert (result["engine"], result["slots"]) == ("packed", slots)
+        steps = [
+            row["step"]
+            for row in metrics_of(folder / "trials" / str(trial.number))
+            if "train/loss" in row
+        ]
+        assert steps == list(range(1, result["step"] + 1)), (
+            "steps were lost, or trained twice"
+        )
     assert any(trial.state == TrialState.COMPLETE for trial in trials)
     require_params_agree(place)
     return killed

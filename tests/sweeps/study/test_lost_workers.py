@@ -1,16 +1,21 @@
 """Trials whose worker was killed: adopted again, and failed after three losses without progress."""
 
 import json
+import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
-from support.commands import Station, wait_until
+from optuna.trial import TrialState, create_trial
+from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
-from support.study_folder import DIES, LOST, NO_END, folder_of, read, trials_of
+from support.studies import made_study
+from support.study_folder import DIES, LOST, folder_of, read, result_of, trials_of
 
+from finetune.files.atomic import write_json
+from sweeps.study.starts import needs_isolation, record_start
 from sweeps.study.study import FINISHED
 
 
@@ -32,26 +37,6 @@ def test_a_trial_that_lost_its_worker_waits_for_the_next_session_where_time_is_o
     assert len(trials_of(tmp_path, TrialState.COMPLETE)) == 2
 
 
-@pytest.mark.fault
-def test_a_trial_that_kills_its_worker_thrice_is_failed(
-    station: Station, tiny_base: Path, tmp_path: Path
-) -> None:
-    more = ("hydra.sweeper.n_trials=2",)
-    study = study_overrides(tiny_base, "s")
-    for _ in range(3):
-        assert (
-            station.run(*study, *more, cwd=tmp_path, before=DIES).returncode
-            == -signal.SIGKILL
-        )
-        assert trials_of(tmp_path)[0].state == TrialState.RUNNING
-    ended = station.run(*study, *more, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-
-    first, second = trials_of(tmp_path)
-    assert (first.state, first.user_attrs["error"]) == (TrialState.FAIL, LOST)
-    assert second.state == TrialState.COMPLETE
-
-
 KILLS = """
 import os
 from finetune.engine.packed.bank import Bank
@@ -65,47 +50,83 @@ Bank.forward_backward = kills
 """A batch of a trial with this dropout kills the process."""
 
 
+def in_all_processes(code: str, cwd: Path) -> dict[str, Any]:
+    """Arguments with which a command runs code first, and each Python process that it starts."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    (cwd / "sitecustomize.py").write_text(code)
+    paths = os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])
+    return {"before": code, "environment": {"PYTHONPATH": paths}, "cwd": cwd}
+
+
 @pytest.mark.fault
-def test_a_trial_that_kills_its_worker_does_not_fail_those_beside_it(
+def test_a_trial_that_kills_its_third_worker_fails_and_the_one_beside_it_does_not(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     more = (
-        "hydra.sweeper.n_trials=4",
-        "hydra.sweeper.slots=3",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.slots=2",
         "hydra.sweeper.start=[{lora.dropout: 0.03}]",
     )
     study = [*study_overrides(tiny_base, "s"), *more]
-    for _ in range(3):
-        assert (
-            station.run(*study, cwd=tmp_path, before=KILLS).returncode
-            == -signal.SIGKILL
-        )
-    ended = station.run(*study, cwd=tmp_path, before=KILLS)
+    everywhere = in_all_processes(KILLS, tmp_path)
+    for _ in range(2):
+        assert station.run(*study, **everywhere).returncode == -signal.SIGKILL
+    assert [trial.state for trial in trials_of(tmp_path)] == [
+        TrialState.RUNNING,
+        TrialState.RUNNING,
+        TrialState.WAITING,
+    ]
+    ended = station.run(*study, **everywhere)
     assert ended.returncode == 0, ended.stderr
 
     (failed,) = trials_of(tmp_path, TrialState.FAIL)
     assert (failed.number, failed.user_attrs["error"]) == (1, LOST)
-    assert len(trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)) == 3
+    assert failed.user_attrs["starts"] == [0, 0, 0]
+    assert result_of(tmp_path, 1)["error"] == LOST
+    beside, after = trials_of(tmp_path, TrialState.COMPLETE, TrialState.PRUNED)
+    assert (beside.user_attrs["starts"], after.user_attrs["starts"]) == ([0] * 3, [0])
 
 
 @pytest.mark.fault
-def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
+def test_a_trial_whose_sessions_are_killed_is_never_failed(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1", *NO_END]
-    process = station.start(*study, cwd=tmp_path)
-    wait_until(
-        lambda: "train/loss" in read(folder_of(tmp_path) / "trials/0/metrics.jsonl"),
-        process,
-    )
-    process.send_signal(signal.SIGINT)
-    assert process.wait().returncode == 1
-    for _ in range(3):
-        assert (
-            station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
-        )
-    station.run(*study, cwd=tmp_path, before=DIES)
-    assert trials_of(tmp_path)[0].user_attrs.get("error") == LOST
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    for _ in range(2):
+        ended = station.run(*study, cwd=tmp_path, before=DIES)
+        assert ended.returncode == -signal.SIGKILL
+    metrics = folder_of(tmp_path) / "trials/0/metrics.jsonl"
+    slowly = in_all_processes(SLOW_STEPS, tmp_path)
+    more = ("hydra.sweeper.allow_change=true", "trainer.max_steps=1000")
+    process = station.start(*study, *more, "trainer.save_steps=0", **slowly)
+    wait_until(lambda: "train/loss" in read(metrics), process)
+    assert "alone" in process.said()
+    process.kill()  # with the process in which the trial trains
+
+    assert trials_of(tmp_path)[0].user_attrs["starts"] == [0, 0, 0]
+    ended = station.run(*study, more[0], cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path, TrialState.COMPLETE)
+    assert trial.user_attrs["starts"] == [0, 0, 0, 0]
+
+
+def test_an_interruption_excuses_the_losses_before_it_and_none_after_it(
+    tmp_path: Path,
+) -> None:
+    study = made_study(tmp_path / "s", [create_trial(state=TrialState.WAITING)])
+    trial = study.optuna.ask()
+    folder = study.folder_of(0)
+    folder.path.mkdir(parents=True)
+    isolated = []
+    for status in (None, None, "interrupted", None):
+        if status:
+            write_json(folder.result, {"status": status})
+        isolated.append(needs_isolation(study.trials()[0]))
+        record_start(trial, folder)
+
+    assert isolated == [False, False, True, False]
+    assert trial.user_attrs["starts"] == [0, 0]
+    assert needs_isolation(study.trials()[0])
 
 
 @pytest.mark.fault

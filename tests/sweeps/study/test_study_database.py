@@ -1,13 +1,7 @@
 """Studies on a real PostgreSQL server, which several machines share: here two folders, each with
 its own trials."""
 
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,104 +10,22 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import event
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides
+from support.postgres import PASSWORD, Server, with_address
 
 from finetune.errors import ConfigError
 from sweeps.study.errors import StorageLost
 from sweeps.study.storage import open_storage
-from sweeps.study.study import FINISHED, Study
+from sweeps.study.study import Study
 
 pytestmark = pytest.mark.fault
-
-
-def postgres_command(name: str) -> str:
-    """One of PostgreSQL's programs."""
-    found = [
-        shutil.which(name),
-        *map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))),
-    ]
-    paths = [path for path in found if path]
-    if not paths:
-        pytest.fail("these tests need PostgreSQL's server: apt-get install postgresql")
-    return paths[-1]
-
-
-class Server:
-    """A PostgreSQL server of the tests' own; it refuses to run as root, so then it runs as its own
-    user."""
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        if self._as_user:
-            shutil.chown(place, "postgres")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"postgresql+psycopg2://tester@127.0.0.1:{self.port}/postgres"
-        self._data = str(place / "data")
-        self._run("initdb", "-D", self._data, "-U", "tester", "-A", "trust")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        command = [*self._as_user, postgres_command(program), *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=self._place)
-
-    def start(self) -> None:
-        """Start it, and wait till it answers."""
-        at = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._place)]
-        serve = [*self._as_user, postgres_command("postgres"), "-D", self._data, *at]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(serve, cwd=self._place, **quiet)
-        end = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OperationalError):
-                create_engine(self.address).connect().close()
-                return
-            assert time.monotonic() < end, "PostgreSQL does not start"
-            time.sleep(0.1)
-
-    def stop(self) -> None:
-        """Stop it as a crash does."""
-        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "stop")
-        self._process.wait(30)
-
-    def cut_connections(self) -> int:
-        """End all connections but this one; returns their number."""
-        cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity"
-        others = "backend_type = 'client backend' and pid <> pg_backend_pid()"
-        with create_engine(self.address, poolclass=NullPool).connect() as connection:
-            return int(connection.execute(text(f"{cut} where {others}")).scalar_one())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
-    server = Server(place)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(place)
-
-
-@pytest.fixture
-def database(server: Server) -> str:
-    return server.address
 
 
 def command(tiny_base: Path, name: str, *more: str) -> list[str]:
     storage = "hydra.sweeper.storage=${oc.env:STUDY_DATABASE}"
     return [*study_overrides(tiny_base, name), storage, *more]
-
-
-def with_address(database: str) -> str:
-    """What a command's process runs first: the address comes from its environment."""
-    return f"import os; os.environ['STUDY_DATABASE'] = {database!r}"
 
 
 def numbers_in(machine: Path, name: str) -> set[int]:
@@ -190,41 +102,126 @@ def test_two_machines_share_a_study(
         assert "127.0.0.1" not in text
 
 
-def test_a_machine_that_was_lost_takes_its_trial_on_when_it_is_back(
-    database: str,
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_trial_of_a_lost_machine_goes_on_elsewhere(
+    shared: bool,
+    server: Server,
     station: Station,
     tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lost, other = tmp_path / "lost", tmp_path / "other"
+    """From its last checkpoint if the folder is shared, else from the start."""
+    name = f"lost{shared}"
+    lost, other = tmp_path / "lost", tmp_path / ("lost" if shared else "other")
     more = (
-        "hydra.sweeper.n_trials=4",
-        "trainer.max_steps=60",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.lost_after=30",
+        "trainer.max_steps=20",
         "trainer.save_steps=1",
         "hydra/sweeper/pruner=none",
     )
-    arguments = command(tiny_base, "lost", *more)
+    arguments = command(tiny_base, name, *more)
+    before = with_address(server.address)
     running = station.start(
-        *arguments, cwd=lost, before=with_address(database) + SLOW_STEPS
+        *arguments, cwd=lost, before=before + SLOW_STEPS + as_machine("lost")
     )
-    kill_in_its_first_trial(lost, "lost", running)
+    kill_in_its_first_trial(lost, name, running)
+    folder = lost / "outputs/sweeps" / name / "trials/0"
+    log = (folder / "train.log").read_text()
+    server.silence()
 
-    ended = station.run(*arguments, cwd=other, before=with_address(database))
-    assert ended.returncode == 0, ended.stderr
-    study = study_of(other, "lost", monkeypatch, database)
-    assert [trial.number for trial in study.trials(TrialState.RUNNING)] == [0], (
-        "another machine's trial was taken"
-    )
-    assert numbers_in(other, "lost") == {1, 2, 3}
+    ended = station.run(*arguments, cwd=other, before=before + as_machine("other"))
 
-    ended = station.run(*arguments, cwd=lost, before=with_address(database))
     assert ended.returncode == 0, ended.stderr
-    assert (
-        "resuming after step"
-        in (lost / "outputs/sweeps/lost/trials/0/train.log").read_text()
+    study = study_of(other, name, monkeypatch, server.address)
+    states = [(trial.number, trial.state) for trial in study.trials()]
+    assert states == [(0, TrialState.COMPLETE), (1, TrialState.COMPLETE)]
+    assert numbers_in(other, name) == {0, 1}
+    assert [len(trial.user_attrs["starts"]) for trial in study.trials()] == [2, 1]
+    goes_on = study.trials()[0].user_attrs["starts"][1] > 0
+    assert goes_on == shared
+    if shared:
+        new_log = (folder / "train.log").read_text().removeprefix(log)
+        assert "resuming after step" in new_log
+    steps = [
+        json.loads(line)["step"]
+        for line in (study.folder_of(0).path / "metrics.jsonl").read_text().splitlines()
+        if "train/loss" in line
+    ]
+    assert steps == list(range(1, 21)), "steps were lost, or trained twice"
+
+
+def as_machine(name: str) -> str:
+    """What a command's process runs first, so that it counts as one on another machine."""
+    return f"\nimport sweeps.study.leases; sweeps.study.leases.MACHINE = {name!r}\n"
+
+
+def test_the_password_of_the_environment_reaches_no_file_log_or_title(
+    server: Server,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    address = server.add_password_user()
+    more = (
+        f"hydra.sweeper.storage={address}",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_jobs=2",
+        "tracker=wandb",
+        "tracker.mode=offline",
     )
-    assert len(study_of(lost, "lost", monkeypatch, database).trials(*FINISHED)) == 4
+    arguments = [*study_overrides(tiny_base, "secret"), *more]
+    work = tmp_path / "work"
+    running = station.start(*arguments, cwd=work, environment={"PGPASSWORD": PASSWORD})
+    titles = set()
+    while running.poll() is None:
+        titles |= set(map(title_of, Path("/proc").glob("[0-9]*")))
+        time.sleep(0.2)
+    ended = running.wait()
+
+    assert ended.returncode == 0, ended.stderr
+    assert any("wandb" in path.name for path in work.rglob("*.wandb"))
+    secret = PASSWORD.encode()
+    said = (ended.stdout + ended.stderr).encode()
+    assert not any(secret in text for text in {said, *titles})
+    holders = [path for path in work.rglob("*") if path.is_file()]
+    assert not [path for path in holders if secret in path.read_bytes()]
+
+
+def test_the_password_is_read_from_the_users_file(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.add_password_user()
+    (tmp_path / ".pgpass").write_text(f"127.0.0.1:*:*:*:{PASSWORD}\n")
+    (tmp_path / ".pgpass").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert open_storage(address, tmp_path).get_all_studies() is not None
+
+
+def title_of(process: Path) -> bytes:
+    """The command line of a process; none of one that has just ended."""
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_wrong_password_is_said_in_one_line_without_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = server.add_password_user()
+    monkeypatch.setenv("PGPASSWORD", "wrong-horse")
+
+    with pytest.raises(ConfigError) as refused:
+        open_storage(address, tmp_path)
+
+    message = str(refused.value)
+    assert message.startswith(f"hydra.sweeper.storage: {address} can't be opened")
+    assert "password authentication failed" in message
+    assert "wrong-horse" not in message
+    assert len(message.splitlines()) == 1
 
 
 def test_a_killed_study_on_sqlite_goes_on(
