@@ -24,7 +24,8 @@ from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
 from finetune.console import VERSION, CommandParser, run_command
 from finetune.errors import ConfigError, did_you_mean, refusal
-from finetune.files.find_run import find_run
+from finetune.files.find_run import fetch_run, find_run
+from finetune.files.mirror import Mirror
 from finetune.job_failures import JobFailures, Task
 
 
@@ -217,25 +218,30 @@ def check_override(override: str) -> str:
 def folder_to_resume(overrides: Sequence[str]) -> Path | None:
     """Return the folder of `resume=RUN`, or None where the overrides start a new run.
 
-    A resumed run keeps the config that it started with, so no other override is allowed.
+    A resumed run keeps the config that it started with, so no other override is allowed than
+    `mirror`, from which the run is fetched if it is not here.
 
     Raises:
         ConfigError: there is another override, or no such run.
     """
-    resumes = []
+    values = {}
     for override in overrides:
-        if override.lstrip("+").startswith("resume="):
-            resumes.append(override)
-    if not resumes:
+        key, _, value = override.lstrip("+").partition("=")
+        values[key] = value.strip("'\"")
+    if "resume" not in values:
         return None
-    name = resumes[0].partition("=")[2].strip("'\"")
+    name = values.pop("resume")
     if not name:
         raise refusal("resume", name, "must be a run folder, a run's name, or latest")
-    for override in overrides:
-        if override not in resumes:
-            raise ConfigError(
-                f"{override}: resume takes no other override; a run continues with its own config"
-            )
+    mirror = values.pop("mirror", None)
+    for key, value in values.items():
+        raise ConfigError(
+            f"{key}={value}: resume takes no other override than mirror; a run continues with its "
+            "own config"
+        )
+    if mirror:
+        refuse_secrets_in(f"mirror={mirror}")
+        return fetch_run(Mirror(mirror), name)
     return find_run("resume", name)
 
 

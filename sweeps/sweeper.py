@@ -16,6 +16,7 @@ from hydra.plugins.sweeper import Sweeper
 from finetune.compat import paused_collection
 from finetune.errors import ConfigError, Interrupted
 from finetune.files.lock import file_lock
+from finetune.files.mirror import Mirror
 from finetune.quantities import counted
 from sweeps.study.errors import StorageLost
 
@@ -233,6 +234,8 @@ def _conclude(study: "Study", session: "Session") -> None:
         if session.settings.confirm:
             _confirm(study, session)
         conclude(study, session.common.tracker)
+        Mirror(session.common.mirror).copy(study.folder)
+        Mirror.finish()
     except KeyboardInterrupt:
         command = f"python -m sweeps best {shlex.quote(folder)}"
         raise Interrupted(f"interrupted; {command} takes the winner") from None

@@ -92,6 +92,10 @@ class RunConfig(Section):
     """Limit of an answer to a sample prompt, in tokens; null: only `sample_max_length`."""
     # These defaults are for run folders that were written before the keys existed.
 
+    mirror: str | None = None
+    """A folder, or an address of fsspec (s3://, gs://, …), to which finished files of runs and
+    studies are copied; a resumed one fetches from it what is missing here. null: none."""
+
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:

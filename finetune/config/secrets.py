@@ -51,6 +51,9 @@ def refuse_secrets_in(override: str) -> None:
     secret = _SECRET_IN_OVERRIDE.search(override)
     if secret:
         raise ConfigError(_secret_refusal(secret[1]))
+    key, _, value = override.lstrip("+").partition("=")
+    if key == "mirror":
+        refuse_secrets_in_address(key, value.strip("'\""))
     for address in _addresses_in(override):
         refuse_secrets_in_address(STORAGE_KEY, address)
 

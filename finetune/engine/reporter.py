@@ -51,6 +51,7 @@ class Reporter:
         observer: Observer,
         interrupt: Interrupt,
         constants: Metrics | None = None,
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         """Report on a run.
 
@@ -65,6 +66,7 @@ class Reporter:
             observer: Receives each step and each evaluation, and may stop the run.
             interrupt: Ctrl-C and SIGTERM.
             constants: Final metrics that are known already.
+            on_checkpoint: Called when a checkpoint is complete.
         """
         self.progress = progress
         self.total = total
@@ -75,6 +77,7 @@ class Reporter:
         self._observer = observer
         self._interrupt = interrupt
         self._constants = constants or {}
+        self._on_checkpoint = on_checkpoint
         self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._share_rungs = share_rungs(config.trainer.eval_steps, total)
         self._answer_steps = answer_steps(config.evaluation, self._rungs)
@@ -187,6 +190,7 @@ class Reporter:
         self.progress.save(checkpoint)
         remove_old_checkpoints(checkpoint.parent, limit, self.progress.best_step)
         self._last_checkpoint = time.monotonic()
+        self._on_checkpoint()
 
     def _check_loss(self, step: int, loss: float, name: str = "loss") -> None:
         # Only the loss: float16's loss scaling skips a step whose gradient overflows.

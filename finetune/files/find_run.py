@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 
 from finetune.errors import ConfigError, refusal
+from finetune.files.mirror import Mirror
 from finetune.files.run_folder import RunFolder
 
 RUNS = Path("outputs/runs")
@@ -41,6 +42,25 @@ def find_run(key: str, name: str) -> Path:
     if not matching:
         raise _no_such_run(key, name, runs)
     return matching[-1]
+
+
+def fetch_run(mirror: Mirror, name: str) -> Path:
+    """Return the folder of a run; fetch what it lacks from a mirror.
+
+    Args:
+        mirror: Has copies of run folders.
+        name: A run folder, NAME/TIME or NAME (its newest run) under `outputs/runs`.
+
+    Raises:
+        ConfigError: There is no such run, here or in the mirror.
+    """
+    mirror.check()
+    for folder in (Path(name), RUNS / name):
+        newest = mirror.newest_run(folder)
+        if newest is not None:
+            mirror.fetch(newest)
+            return newest
+    return find_run("resume", name)
 
 
 def _runs() -> list[Path]:

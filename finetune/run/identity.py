@@ -15,6 +15,7 @@ KEYS_WITHOUT_EFFECT = (
     "resume",
     "tracker.",
     "hub.",
+    "mirror",
     "sample_",
     "model.learning_rate",
     "evaluation.concurrency",

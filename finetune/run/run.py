@@ -17,6 +17,7 @@ from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps, drive
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json, write_json
+from finetune.files.mirror import Mirror
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import check_metrics
 from finetune.run.context import RunContext
@@ -61,7 +62,10 @@ def run_steps(
     config: RunConfig, folder: RunFolder, context: RunContext
 ) -> RunSteps[Objective]:
     """Do what `run` does, as a generator, so that many runs can train together in one process."""
+    mirror = Mirror(config.mirror)
+    mirror.check()
     with folder.locked():
+        mirror.fetch(folder.path)
         # Compare the config before rows and base are read. The recorded one has its rate resolved.
         if folder.identity.exists():
             config = resolve_learning_rate(config, context.resources)
@@ -70,9 +74,16 @@ def run_steps(
         metrics = _completed_metrics(folder)
         if metrics is not None:
             log.info("%s: this run is completed already", folder.path)
+            mirror.copy(folder.path)
+            Mirror.finish()
             return objective_of(config, metrics)
         result = Result(config, context)
-        yield from _run_and_record(result, folder)
+        try:
+            yield from _run_and_record(result, folder)
+        finally:
+            mirror.copy(folder.path)
+            if context.interactive:
+                Mirror.finish()
         return objective_of(config, result.metrics)
 
 

@@ -18,6 +18,7 @@ from finetune.engine.probes import Shortcut, base_of, model_type_of
 from finetune.engine.reporter import Reporter
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted, refusal
+from finetune.files.mirror import Mirror
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import higher_is_better
 from finetune.model.adapter import load_adapter, save_adapter
@@ -182,6 +183,7 @@ def _create_reporter(
         observer=context.observer,
         interrupt=context.interrupt,
         constants=constant_metrics(training),
+        on_checkpoint=lambda: Mirror(config.mirror).copy(folder.path),
     )
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from finetune.files.mirror import Mirror
 from finetune.metrics.load import check_metrics
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.resources import shared_resources
@@ -121,6 +122,7 @@ def draft_session(
     common = _check_run_config(composed)
     metrics = check_metrics(common)
     check_trackers(common.tracker)
+    Mirror(common.mirror).check()
     scores = [name for metric in metrics for name in metric.names]
     require_names(settings.parsed_constraints, common.allowed_objectives(scores))
     require_computed(settings.parsed_constraints, common.objectives)

@@ -6,6 +6,7 @@ import logging
 from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
+from finetune.files.mirror import Mirror
 from finetune.run.resources import shared_resources
 from sweeps.space.samplers import (
     compares_several,
@@ -63,6 +64,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
     automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
+    Mirror(config.mirror).fetch(draft.folder)
     study = create_or_resume(
         draft.folder,
         settings,

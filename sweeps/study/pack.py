@@ -10,6 +10,7 @@ from typing import Any
 from finetune.console import LOG_FORMAT
 from finetune.engine.steps import Executor, Request, RunSteps
 from finetune.errors import Interrupted
+from finetune.files.mirror import Mirror
 from sweeps.study.answer_wait import answers_wait
 from sweeps.study.logs import RunNameFormatter
 
@@ -87,7 +88,10 @@ def train_together(next_run: Callable[[], PackedRun | None], slots: int) -> int:
     Raises:
         Interrupted: the user interrupted a run. All others are brought to an end first.
     """
-    return _Pack(next_run, slots).train()
+    try:
+        return _Pack(next_run, slots).train()
+    finally:
+        Mirror.finish()
 
 
 class _Pack:

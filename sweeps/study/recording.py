@@ -6,6 +6,7 @@ import optuna
 from optuna.trial import TrialState
 
 from finetune.files.atomic import read_json
+from finetune.files.mirror import Mirror
 from finetune.files.run_folder import RunFolder
 from sweeps.space.constraints import violations
 from sweeps.space.feasibility import store_violations
@@ -58,6 +59,8 @@ def record_outcome(
         skip_if_finished=True,
     )
     log.info("trial %d: %s", trial.number, outcome.describe(study.objectives))
+    # Its run has copied its folder before.
+    Mirror(session.common.mirror).copy(study.folder, without="trials")
     _end_study_by_rule(session, study)
 
 
