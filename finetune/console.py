@@ -201,6 +201,24 @@ def command_parser(module: str, description: str, *examples: str) -> CommandPars
     return parser
 
 
+def overrides_parser(module: str, description: str, *examples: str) -> CommandParser:
+    """Return the parser of a command that takes the overrides of a run. Arguments: see above.
+
+    Parse with `parse_intermixed_args`, so that flags may stand between overrides.
+    """
+    parser = command_parser(module, description, *examples)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="as python -m finetune accepts them",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of text"
+    )
+    return parser
+
+
 def quiet_libraries(bars: bool = True) -> None:
     """Hide messages that libraries address to developers, and progress bars without a terminal.
 

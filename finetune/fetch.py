@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from finetune.app import compose_sweep
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import EvaluationSettings
-from finetune.console import command_parser, json_output, quiet_libraries, run_command
+from finetune.console import json_output, overrides_parser, quiet_libraries, run_command
 from finetune.metrics.load import load_benchmarks
 from finetune.model.source import fetch_weights
 from finetune.quantities import counted
@@ -63,23 +63,13 @@ def _parse_arguments() -> argparse.Namespace:
         "Bring the bases and the data of a run, or of a study with -m, into the caches, for "
         "machines without a network."
     )
-    parser = command_parser("finetune.fetch", description, "model=qwen3_4b")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="as python -m finetune accepts them",
-    )
+    parser = overrides_parser("finetune.fetch", description, "model=qwen3_4b")
     parser.add_argument(
         "-m",
         "--multirun",
         action="store_true",
         help="fetch for a study or a sweep: every base and data set among its values",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of text"
-    )
-    # Intermixed, so that flags may stand between overrides.
     return parser.parse_intermixed_args()
 
 

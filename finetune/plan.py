@@ -12,8 +12,8 @@ from finetune.app import compose_sweep
 from finetune.compat import import_model_libraries
 from finetune.config.schema import RunConfig
 from finetune.console import (
-    command_parser,
     json_output,
+    overrides_parser,
     quiet_libraries,
     run_command,
 )
@@ -122,23 +122,13 @@ def _parse_arguments() -> argparse.Namespace:
         "Plan memory, tokens and time of a run, or of a study with hydra/sweeper=optuna, "
         "before any weights load."
     )
-    parser = command_parser("finetune.plan", description, "model=llama2_7b lora=r64")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="as python -m finetune accepts them",
-    )
+    parser = overrides_parser("finetune.plan", description, "model=llama2_7b lora=r64")
     parser.add_argument(
         "-m",
         "--multirun",
         action="store_true",
         help="as for a study: values that are searched are then allowed",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of a table"
-    )
-    # Intermixed, so that flags may stand between overrides.
     return parser.parse_intermixed_args()
 
 

@@ -9,8 +9,8 @@ from finetune.app import compose_run
 from finetune.compat import import_transformers_without_torch
 from finetune.config.schema import RunConfig
 from finetune.console import (
-    command_parser,
     json_output,
+    overrides_parser,
     quiet_libraries,
     run_command,
 )
@@ -36,14 +36,8 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Show rows as the model sees them, and what becomes of all rows."
-    parser = command_parser(
+    parser = overrides_parser(
         "finetune.preview", description, "dataset.path=./mine.jsonl --rows 5"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="as python -m finetune accepts them",
     )
     parser.add_argument(
         "--rows",
@@ -58,10 +52,6 @@ def _parse_arguments() -> argparse.Namespace:
         default=SPLITS[0],
         help="the part of the data to show, its first rows by file and number (default: train)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of text"
-    )
-    # Intermixed, so that flags may stand between overrides.
     arguments = parser.parse_intermixed_args()
     if arguments.rows < 1:
         raise refusal("--rows", arguments.rows, "must be at least 1")
