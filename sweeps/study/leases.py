@@ -235,6 +235,8 @@ class Leases:
                 if silence > GIVES_UP * self._seconds:
                     shown = self._database.shown_address
                     reason = f"took no heartbeat for {silence:.0f} s"
+                    # From here on each call is tried once: others would only delay the end.
+                    self._database.is_lost = True
                     give_up(StorageLost(f"{STORAGE_KEY}: {shown} {reason}"))
                 continue
             last_success = began

@@ -666,6 +666,7 @@ def test_json_has_what_the_tables_show(
         (("best", "s1"), {"study", "folder", "answer"}),
         (("report", "s1"), {"study", "report"}),
         (("clone", "s1", "0", "lora.r=8"), {"study", "trial", "params"}),
+        (("work", "s1"), {"study", "folder", "finished"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

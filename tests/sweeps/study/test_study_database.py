@@ -57,8 +57,8 @@ def test_two_machines_share_a_study(
 ) -> None:
     machines = [tmp_path / "one", tmp_path / "two"]
     more = (
-        "hydra.sweeper.n_trials=9",
-        "trainer.max_steps=12",
+        "hydra.sweeper.n_trials=6",
+        "trainer.max_steps=9",
         "hydra/sweeper/pruner=median",
     )
     started = [
@@ -75,10 +75,10 @@ def test_two_machines_share_a_study(
         done.stderr for done in ended
     )
     study = study_of(machines[0], "shared", monkeypatch, database)
-    assert [trial.number for trial in study.finished()] == list(range(9))
+    assert [trial.number for trial in study.finished()] == list(range(6))
     assert not study.trials(TrialState.FAIL)
     one, two = (numbers_in(machine, "shared") for machine in machines)
-    assert one | two == set(range(9))
+    assert one | two == set(range(6))
     assert not one & two
     assert one
     assert two
