@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from finetune.console import error_line
-from finetune.errors import ConfigError, Interrupted
+from finetune.errors import Interrupted
 from sweeps.compat import end_joblib_workers, job_error
 from sweeps.space.encoding import encode
 from sweeps.space.settings import StudySettings
@@ -48,8 +48,8 @@ def run_workers(study: Study, session: Session) -> None:
         session: the session.
 
     Raises:
-        Interrupted: the user interrupted the workers; StorageLost: the database is out of reach.
-        ConfigError: workers were killed too often.
+        Interrupted: the user interrupted the workers, or they were killed too often.
+        StorageLost: the database is out of reach.
         Exception: what a worker or the launcher raised.
     """
     workers = worker_count(session.settings)
@@ -80,7 +80,7 @@ def run_workers(study: Study, session: Session) -> None:
         # In a session that is over, trials without a worker wait for the next session.
         if not orphaned_trials(study) or session.is_over(study):
             return
-    raise ConfigError(
+    raise Interrupted(
         f"study {study.name}: workers were lost {RELAUNCHES} times; {resume}"
     )
 

@@ -12,13 +12,13 @@ from finetune.config.schema import RunConfig
 from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
-from finetune.errors import Interrupted
-from finetune.files.atomic import read_json, write_json
-from finetune.model.memory import (
-    free_memory,
+from finetune.errors import (
+    Interrupted,
     is_out_of_memory_error,
     is_out_of_memory_message,
 )
+from finetune.files.atomic import read_json, write_json
+from finetune.model.memory import free_memory
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.result import Objective

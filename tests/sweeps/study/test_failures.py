@@ -10,6 +10,7 @@ from support.commands import Station
 from support.configs import study_overrides
 from support.study_folder import folder_of, result_of, trials_of
 
+from finetune.exit_codes import NO_ANSWER
 from sweeps.study.study import FINISHED
 
 DIVERGES = (
@@ -59,7 +60,7 @@ def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
     )
     study = [*study_overrides(tiny_base, "s"), *space, "hydra.sweeper.n_trials=1"]
     ended = station.run(*study, cwd=tmp_path, before=TOO_MUCH)
-    assert ended.returncode == 1
+    assert ended.returncode == NO_ANSWER
 
     (trial,) = trials_of(tmp_path, TrialState.FAIL)
     assert (

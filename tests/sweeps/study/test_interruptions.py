@@ -29,7 +29,7 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
@@ -67,7 +67,7 @@ def test_an_interrupted_end_says_how_to_repeat_it(
     process.send_signal(signal.SIGINT)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     assert (
         ended.stderr.splitlines()[-1]
         == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
@@ -98,7 +98,7 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"

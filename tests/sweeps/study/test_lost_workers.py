@@ -11,6 +11,7 @@ from support.commands import Station, wait_until
 from support.configs import study_overrides
 from support.study_folder import DIES, LOST, NO_END, folder_of, read, trials_of
 
+from finetune.exit_codes import INTERRUPTED
 from sweeps.study.study import FINISHED
 
 
@@ -99,7 +100,7 @@ def test_an_interruption_long_ago_does_not_hide_that_a_trial_kills_its_worker(
         process,
     )
     process.send_signal(signal.SIGINT)
-    assert process.wait().returncode == 1
+    assert process.wait().returncode == INTERRUPTED
     for _ in range(3):
         assert (
             station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
