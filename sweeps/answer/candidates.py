@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from finetune.errors import NoAnswer
 from finetune.files.atomic import read_json
 from finetune.run.recorded_evaluation import read_test_evaluation
+from finetune.version import SCHEMA_VERSION
 from sweeps.answer.compare import compare_seeds, metric_of
 from sweeps.study.repeats import Repeat
 from sweeps.study.roles import role
@@ -64,6 +65,7 @@ def evaluate_candidates(
     winner = _choose(study, eligible)
     seeds = {repeat.seed for repeat in repeats}
     return {
+        "schema_version": SCHEMA_VERSION,
         "before": trials[0].number,
         "winner": winner.trial.number,
         "objective": study.objectives[0],

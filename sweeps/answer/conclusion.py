@@ -16,6 +16,7 @@ from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.resources import SharedResources, shared_resources
 from finetune.tracking.finished import add_tag, remove_tag
+from finetune.version import SCHEMA_VERSION
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.commands import written_address
@@ -109,6 +110,7 @@ def _answer(
     baseline = study.baseline()
     rival = baseline if baseline != winner else None
     return {
+        "schema_version": SCHEMA_VERSION,
         "run": os.path.relpath(run.path, study.folder),
         **_entry(study, winner),
         "inside": _best_inside(study, winner),

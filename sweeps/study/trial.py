@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
 from finetune.run.run import run_steps
 from finetune.tracking.tracker import Label
+from finetune.version import SCHEMA_VERSION
 from sweeps.compat import job_error
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.claims import Claim
@@ -100,8 +102,7 @@ class TrialRunner:
             # Its worker was lost between the run's end and this call: it is not run again.
             self._record(Outcome.of_result(result, self._study.objectives))
         elif not record_start(self.trial, self._folder):
-            failed_result = {**result, "status": "failed", "error": LOST_WORKERS}
-            write_json(self._folder.result, failed_result)
+            self._write_failed(result, LOST_WORKERS)
             self._record(Outcome.failed(LOST_WORKERS))
         else:
             outcome = yield from self._run_with_memory_retry()
@@ -126,8 +127,7 @@ class TrialRunner:
             return Outcome.of_result(result, self._study.objectives)
         # Without a result, the config was refused before a run began.
         if not self._folder.result.exists():
-            failed_result = {"status": "failed", "error": failure.reason}
-            write_json(self._folder.result, failed_result)
+            self._write_failed({}, failure.reason)
         return Outcome.failed(failure.reason)
 
     def _attempt(self) -> RunSteps[_Failure | None]:
@@ -146,6 +146,11 @@ class TrialRunner:
         # Outside the handler: within it, the exception's traceback holds the run's tensors.
         free_memory()
         return failure
+
+    def _write_failed(self, result: Mapping[str, Any], reason: str) -> None:
+        """Write the `result.json` of a failed trial, with what an interrupted run has recorded."""
+        failed = {"schema_version": SCHEMA_VERSION, **result}
+        write_json(self._folder.result, failed | {"status": "failed", "error": reason})
 
     def _record(self, outcome: Outcome) -> None:
         record_outcome(self._session, self._study, self.trial, self._folder, outcome)

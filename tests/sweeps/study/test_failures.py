@@ -11,6 +11,7 @@ from support.configs import study_overrides
 from support.study_folder import folder_of, result_of, trials_of
 
 from finetune.exit_codes import NO_ANSWER
+from finetune.version import SCHEMA_VERSION
 from sweeps.study.study import FINISHED
 
 DIVERGES = (
@@ -67,6 +68,7 @@ def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
         trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
     )
     assert result_of(tmp_path, 0) == {
+        "schema_version": SCHEMA_VERSION,
         "status": "failed",
         "error": trial.user_attrs["error"],
     }
@@ -83,7 +85,7 @@ def test_no_failure_allowed_ends_at_the_first(
         "trainer.max_steps=12",
     )
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == NO_ANSWER
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(
         "error: hydra.sweeper.max_failure_rate=0.0: 1 of 2 trials failed; trial 1: optimizer.learning"

@@ -10,6 +10,7 @@ from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
 from support.study_folder import NO_END, folder_of, read, result_of, trials_of
 
+from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from finetune.files.run_folder import checkpoints_in
 from sweeps.study.study import FINISHED
 
@@ -149,7 +150,7 @@ def test_time_that_is_over_ends_the_study(
     ended = station.run(
         *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=AN_HOUR_PASSES
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == NO_ANSWER, ended.stderr
 
     (trial,) = trials_of(tmp_path, *FINISHED)
     assert trial.state == TrialState.PRUNED
@@ -175,7 +176,7 @@ def test_a_running_trial_can_be_stopped(
         == "trial 0 stops at its next step; check with: python -m sweeps show s"
     )
     ended = process.wait()
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == NO_ANSWER, ended.stderr
 
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.PRUNED
