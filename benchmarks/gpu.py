@@ -237,7 +237,7 @@ class Case:
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
-        from finetune.model.memory import is_out_of_memory_error
+        from finetune.errors import is_out_of_memory_error
 
         free()
         line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"

@@ -1,4 +1,4 @@
-"""The terminal: errors as one line with exit code 1, argument parsers, quiet libraries."""
+"""The terminal: errors as one line with an exit code, argument parsers, quiet libraries."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -18,10 +19,13 @@ from finetune.config.keys import unknown_key
 from finetune.errors import (
     ConfigError,
     Interrupted,
+    NoAnswer,
     did_you_mean,
+    is_out_of_memory_error,
     join_lines,
     refusal,
 )
+from finetune.exit_codes import INTERRUPTED, MISTAKE, NO_ANSWER
 from finetune.hydra_errors import hydra_error_line
 from finetune.json_safe import json_safe
 from finetune.version import __version__
@@ -55,10 +59,11 @@ LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command. An error becomes one line on stderr and exit code 1.
+    """Run a command. An error becomes one line on stderr, and an exit code: see `exit_code`.
 
-    With HYDRA_FULL_ERROR=1 in the environment the error is raised, with its traceback. SIGTERM
-    interrupts the command as Ctrl-C does.
+    With HYDRA_FULL_ERROR=1 in the environment the error is shown with its traceback. SIGTERM
+    interrupts the command as Ctrl-C does. Where the reader of stdout has gone (`| head`), the
+    command ends without an error.
     """
     shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     signal.signal(signal.SIGTERM, _interrupt)
@@ -66,11 +71,37 @@ def run_command(command: Callable[[], object]) -> None:
         _hide_download_bars()
     try:
         command()
+        # Here, where a reader that has gone can be noticed, and not when the process ends.
+        print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            return
         if shows_traceback:
-            raise
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        sys.exit(1)
+            traceback.print_exc()
+        else:
+            print(f"error: {error_line(error)}", file=sys.stderr)
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a command that ends by an error."""
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        return INTERRUPTED
+    if isinstance(error, NoAnswer) or is_out_of_memory_error(error):
+        return NO_ANSWER
+    return MISTAKE
+
+
+def _has_lost_reader() -> bool:
+    """Return whether nobody reads stdout any more; what is left for it is discarded then."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    # A pipe without a reader is reported though no event was asked for.
+    if not poll.poll(0):
+        return False
+    # Python writes what is left once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _interrupt(signal_number: int, frame: object) -> NoReturn:
@@ -131,7 +162,7 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
     stdout = sys.stdout
 
     def print_json(content: Any) -> None:
-        print(json.dumps(json_safe(content), indent=2), file=stdout)
+        print(json.dumps(json_safe(content), indent=2), file=stdout, flush=True)
 
     target = sys.stderr if wanted else stdout
     with contextlib.redirect_stdout(target):

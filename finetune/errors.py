@@ -8,7 +8,11 @@ class ConfigError(ValueError):
     """Input that the user can correct. The message says what is wrong and what is allowed."""
 
 
-class Diverged(ConfigError):
+class NoAnswer(ConfigError):
+    """The input was accepted, and what came of it is no answer: nothing completed, for example."""
+
+
+class Diverged(NoAnswer):
     """The loss or the gradient is NaN or infinite."""
 
 
@@ -49,3 +53,25 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 def join_lines(text: str) -> str:
     """Return a text on one line."""
     return " ".join(text.split())
+
+
+OUT_OF_MEMORY_PHRASES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "MemoryError",
+)
+"""In messages of CUDA, PyTorch's CPU allocator and Python."""
+
+
+def is_out_of_memory_error(error: BaseException) -> bool:
+    """Return whether an error means that the GPU's or the host's memory was too small."""
+    # PyTorch's own class, by its name: torch is not loaded here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and is_out_of_memory_message(str(error))
+
+
+def is_out_of_memory_message(message: str) -> bool:
+    """Return whether an error message means that memory was too small."""
+    return any(phrase in message for phrase in OUT_OF_MEMORY_PHRASES)

@@ -1,7 +1,7 @@
 """Errors of the jobs of a Hydra application: collected, and raised when all jobs have ended."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from finetune.console import error_line
-from finetune.errors import ConfigError, Interrupted
+from finetune.console import error_line, exit_code
+from finetune.errors import ConfigError, Interrupted, NoAnswer
+from finetune.exit_codes import NO_ANSWER
 from finetune.files.run_folder import discard_multirun
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class JobFailures:
         job, error = self.errors[0]
         if job is None:
             raise error
-        raise ConfigError(f"{len(self.errors)} failed; job {job}: {error_line(error)}")
+        by_job = {job: error for job, error in self.errors if job is not None}
+        raise sweep_error(by_job)
 
     def _add(self, error: BaseException) -> None:
         if not _is_multirun():
@@ -75,6 +77,19 @@ class JobFailures:
         log.error("job %s failed: %s", number, error_line(error))
         self.errors.append((number, error))
         self.sweep_folders.add(Path(HydraConfig.get().sweep.dir))
+
+
+def sweep_error(errors: Mapping[int, BaseException]) -> ConfigError:
+    """Return the error of a sweep with failed jobs, with the line of the first of them.
+
+    Args:
+        errors: the failed jobs' errors by their numbers.
+    """
+    first = min(errors)
+    line = f"{len(errors)} failed; job {first}: {error_line(errors[first])}"
+    codes = {exit_code(error) for error in errors.values()}
+    # A single mistake in the input is one of the command.
+    return NoAnswer(line) if codes == {NO_ANSWER} else ConfigError(line)
 
 
 def _is_multirun() -> bool:

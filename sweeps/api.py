@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.api import Run
 from finetune.app import run_overrides
-from finetune.errors import ConfigError, refusal
+from finetune.errors import NoAnswer, refusal
 from finetune.files.atomic import read_json
 from finetune.files.find_run import LATEST
 from finetune.in_process import in_process
@@ -45,8 +45,8 @@ def search(*overrides: str) -> "Study":
         The study, with its answer.
 
     Raises:
-        ConfigError: a value is not allowed, or too many trials have failed; the message is the
-            command's line.
+        ConfigError: a value is not allowed; the message is the command's line.
+        NoAnswer: no trial can win, or too many have failed; a ConfigError too.
         Interrupted: Ctrl-C; the message says how the study is resumed.
     """
     with in_process():
@@ -122,13 +122,13 @@ class Study:
         folder. Of several objectives it is the first trial on the Pareto front.
 
         Raises:
-            ConfigError: there is no winner; the message says why.
+            NoAnswer: there is no winner; the message says why. It is a ConfigError too.
         """
         study = self._stored()
         trial = find_winner(study)
         if trial is None:
             reason = why_no_winner(study.trials())
-            raise ConfigError(f"{study.name}: {reason}, so there is no best")
+            raise NoAnswer(f"{study.name}: {reason}, so there is no best")
         values = tuple(trial.values)
         best = self.path / "best"
         has_best = (self.answer or {}).get("trial") == trial.number and best.is_dir()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.compat import paused_collection
-from finetune.errors import ConfigError, Interrupted
+from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.lock import file_lock
 from finetune.files.mirror import Mirror
 from finetune.quantities import counted
@@ -68,7 +68,11 @@ class StudySweeper(Sweeper):
             _explain_end(study, session)
         # Commands that share the folder end together, when the last trial has ended.
         with file_lock(study.folder / ".conclusion.lock"):
-            _conclude(study, session)
+            try:
+                _conclude(study, session)
+            finally:
+                Mirror(session.common.mirror).copy(study.folder)
+                Mirror.finish()
         return study.folder
 
     def _open(self, arguments: list[str]) -> "tuple[Draft, Study, Session]":
@@ -220,7 +224,7 @@ def _conclude(study: "Study", session: "Session") -> None:
 
     Raises:
         Interrupted: the user interrupted the conclusion.
-        ConfigError: too many trials have failed.
+        NoAnswer: there is no winner, or too many trials have failed.
     """
     from optuna.trial import TrialState
 
@@ -229,16 +233,17 @@ def _conclude(study: "Study", session: "Session") -> None:
     from sweeps.study.session import has_failed_too_often
 
     folder = os.path.relpath(study.folder)
+    no_answer: NoAnswer | None = None
     try:
         remove_adapters(study, session.settings.keep_adapters)
         if session.settings.confirm:
             _confirm(study, session)
         conclude(study, session.common.tracker)
-        Mirror(session.common.mirror).copy(study.folder)
-        Mirror.finish()
     except KeyboardInterrupt:
         command = f"python -m sweeps best {shlex.quote(folder)}"
         raise Interrupted(f"interrupted; {command} takes the winner") from None
+    except NoAnswer as error:
+        no_answer = error
     # After the answer is written: the complete trials count, though too many others failed.
     failed = study.trials(TrialState.FAIL)
     has_no_answer = bool(failed) and not study.trials(TrialState.COMPLETE)
@@ -246,8 +251,10 @@ def _conclude(study: "Study", session: "Session") -> None:
         rate = f"hydra.sweeper.max_failure_rate={session.settings.max_failure_rate}"
         count = f"{len(failed)} of {len(study.finished())} trials failed"
         last = failed[-1]
-        error = last.user_attrs.get("error")
-        raise ConfigError(f"{rate}: {count}; trial {last.number}: {error}")
+        reason = last.user_attrs.get("error")
+        raise NoAnswer(f"{rate}: {count}; trial {last.number}: {reason}")
+    if no_answer is not None:
+        raise no_answer
 
 
 def _confirm(study: "Study", session: "Session") -> None:

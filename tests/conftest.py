@@ -19,6 +19,7 @@ from support.bad_input import Workplace
 from support.commands import LIGHT_IMPORTS, Station
 from support.configs import compose, tiny_overrides
 from support.runs import losses
+from support.schemas import check_written
 from support.tiny_base import make_tiny_base
 
 from finetune.config.schema import RunConfig
@@ -67,6 +68,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["WANDB_DATA_DIR"] = str(
         tmp_path_factory.mktemp("wandb")
     )  # copies of artifacts
+
+
+@pytest.fixture(autouse=True)
+def _written_as_described(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold what a test has written in its folder against the JSON Schemas."""
+    if "tmp_path" not in request.fixturenames:
+        yield
+        return
+    folder: Path = request.getfixturevalue("tmp_path")
+    yield
+    check_written(folder)
 
 
 @pytest.fixture

@@ -51,13 +51,13 @@ LAYERS = (
     ("finetune.compat",),
     ("finetune.json_safe", "finetune.quantities"),
     ("finetune.errors",),
-    ("finetune.version",),
+    ("finetune.exit_codes", "finetune.version"),
 )
 
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
-    "finetune.compat", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.compat", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.exit_codes", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
     "sweeps.answer.report", "sweeps.api", "finetune.api", "finetune.in_process",

@@ -22,7 +22,8 @@ from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_o
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.probes import Shortcut, holds
 from finetune.engine.sampling import RowSampler
-from finetune.model.memory import free_memory, is_out_of_memory_error
+from finetune.errors import is_out_of_memory_error
+from finetune.model.memory import free_memory
 from finetune.model.quantization import autocast
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.console import summary_line
 from finetune.engine.check_record import record_file
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, is_out_of_memory_error
 from finetune.files.atomic import read_json, write_json
-from finetune.model.memory import is_out_of_memory_error
 from finetune.model.small_config import small_config
 
 if TYPE_CHECKING:

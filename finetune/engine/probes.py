@@ -19,7 +19,7 @@ import torch
 from finetune.compat import attention_implementation_of
 from finetune.console import summary_line
 from finetune.engine.check_record import record_file
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, is_out_of_memory_error
 from finetune.files.atomic import write_json
 from finetune.model.architectures import (
     WINDOWS,
@@ -27,7 +27,6 @@ from finetune.model.architectures import (
     scaled_positions,
     text_config_of,
 )
-from finetune.model.memory import is_out_of_memory_error
 
 log = logging.getLogger(__name__)
 

@@ -19,28 +19,6 @@ from finetune.model.host_memory import free_host_memory
 GIB = 2**30
 """Bytes of a gibibyte."""
 
-OUT_OF_MEMORY_PHRASES = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "MemoryError",
-)
-"""In messages of CUDA, PyTorch's CPU allocator and Python."""
-
-
-def is_out_of_memory_error(error: BaseException) -> bool:
-    """Return whether an error means that the GPU's or the host's memory was too small."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and is_out_of_memory_message(str(error))
-
-
-def is_out_of_memory_message(message: str) -> bool:
-    """Return whether an error message means that memory was too small."""
-    return any(phrase in message for phrase in OUT_OF_MEMORY_PHRASES)
-
 
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""

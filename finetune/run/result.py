@@ -13,6 +13,7 @@ from finetune.files.run_folder import Metrics
 from finetune.model.memory import peak_memory_bytes
 from finetune.model.source import BaseSource
 from finetune.run.context import RunContext
+from finetune.version import SCHEMA_VERSION
 
 Objective = float | tuple[float, ...] | None
 """What a run returns: its objective, one value for each of several objectives, or None without
@@ -62,6 +63,7 @@ class Result:
         if self.rows:
             counts = {**self.rows.counts, "left_out": self.left_out}
         return {
+            "schema_version": SCHEMA_VERSION,
             "status": self.status,
             "objective": self._objectives(),
             "metrics": self.metrics,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
-from finetune.errors import ConfigError
+from finetune.errors import NoAnswer
 from finetune.files.atomic import read_json
 from finetune.run.recorded_evaluation import read_test_evaluation
+from finetune.version import SCHEMA_VERSION
 from sweeps.answer.compare import compare_seeds, metric_of
 from sweeps.study.repeats import Repeat
 from sweeps.study.roles import role
@@ -49,7 +50,7 @@ def evaluate_candidates(
         errors: the error of each run that failed, by its folder.
 
     Raises:
-        ConfigError: if every run failed.
+        NoAnswer: if every run failed.
     """
     candidates = []
     for trial in trials:
@@ -58,12 +59,13 @@ def evaluate_candidates(
     eligible = _eligible(candidates)
     if not eligible:
         error = next(iter(errors.values()))
-        raise ConfigError(
+        raise NoAnswer(
             f"study {study.name}: every run of the confirmation failed: {error}"
         )
     winner = _choose(study, eligible)
     seeds = {repeat.seed for repeat in repeats}
     return {
+        "schema_version": SCHEMA_VERSION,
         "before": trials[0].number,
         "winner": winner.trial.number,
         "objective": study.objectives[0],

@@ -10,12 +10,13 @@ from optuna.trial import FrozenTrial
 
 from finetune.config.sections.tracker import TrackerSettings
 from finetune.console import summary_line
-from finetune.errors import ConfigError
+from finetune.errors import NoAnswer
 from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.run.resources import SharedResources, shared_resources
 from finetune.tracking.finished import add_tag, remove_tag
+from finetune.version import SCHEMA_VERSION
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.commands import written_address
@@ -49,7 +50,7 @@ def conclude(
         tracker: what to publish to W&B; None: what the winner's config says.
 
     Raises:
-        ConfigError: if the winner's adapter is gone.
+        NoAnswer: there is no winner, or its adapter is gone.
     """
     with file_lock(study.folder / ".answer.lock"), run_lines_to_files():
         _conclude(study, resources, tracker)
@@ -60,10 +61,9 @@ def _conclude(
 ) -> None:
     winner = find_winner(study)
     if winner is None:
-        reason = why_no_winner(study.trials())
-        log.info("study %s: %s, so there is no winner", study.name, reason)
         _report(study)
-        return
+        reason = why_no_winner(study.trials())
+        raise NoAnswer(f"study {study.name}: {reason}, so there is no winner")
     run = run_with_adapter(study, winner)
     if not run.adapter.is_dir():
         _report(study)
@@ -89,12 +89,12 @@ def _conclude(
 
 
 def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) -> None:
-    """Log that another machine has the adapter. Raises ConfigError if none does."""
+    """Log that another machine has the adapter. Raises NoAnswer if none does."""
     if written_address(study) is not None and not run.path.exists():
         action = "run `python -m sweeps best` on the machine that has its folder"
         log.info("study %s: trial %d wins; %s", study.name, winner.number, action)
         return
-    raise ConfigError(
+    raise NoAnswer(
         f"study {study.name}: the adapter of its winner, trial {winner.number}, "
         f"is not in {study.folder_of(winner.number).path}; best/ stays unchanged"
     )
@@ -110,6 +110,7 @@ def _answer(
     baseline = study.baseline()
     rival = baseline if baseline != winner else None
     return {
+        "schema_version": SCHEMA_VERSION,
         "run": os.path.relpath(run.path, study.folder),
         **_entry(study, winner),
         "inside": _best_inside(study, winner),

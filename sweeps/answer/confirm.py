@@ -15,7 +15,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from finetune.errors import ConfigError, Interrupted
+from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
@@ -99,7 +99,7 @@ def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:
         )
     ranked = study.ranked()
     if not ranked:
-        raise ConfigError(
+        raise NoAnswer(
             f"study {study.name}: {why_no_winner(study.trials())}; nothing to confirm"
         )
     best = list(itertools.islice(filter(is_inside, ranked), top))

@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import quiet_libraries
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, NoAnswer
 from finetune.files.atomic import read_json
 from sweeps.study.find_study import find_search, find_study
 
@@ -39,7 +39,7 @@ def best(arguments: argparse.Namespace) -> None:
         from sweeps.space.feasibility import why_no_winner
 
         reason = why_no_winner(study.trials())
-        raise ConfigError(f"{arguments.study}: {reason}, so there is no best")
+        raise NoAnswer(f"{arguments.study}: {reason}, so there is no best")
     _conclude(study)
     if arguments.json:
         arguments.print_json(_answer(study))

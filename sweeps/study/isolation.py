@@ -10,14 +10,14 @@ from optuna.trial import FrozenTrial
 
 from finetune.console import error_line
 from finetune.errors import Interrupted
-from finetune.files.atomic import read_json, write_json
+from finetune.files.atomic import read_json
 from finetune.model.memory import free_memory
 from finetune.run.resources import shared_resources
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.claims import claim_trial, orphaned_trials
 from sweeps.study.launchers import launch, raise_worker_error
 from sweeps.study.outcome import Outcome
-from sweeps.study.recording import record_outcome
+from sweeps.study.recording import record_outcome, write_failed
 from sweeps.study.session import Session
 from sweeps.study.starts import LOST_WORKERS, needs_isolation, start_step
 from sweeps.study.study import Study
@@ -86,8 +86,7 @@ def _fail_without_progress(study: Study, session: Session, number: int) -> None:
         has_progress = start_step(claim.folder) != trial.user_attrs["starts"][-1]
         if was_interrupted or has_progress:
             return
-        failed_result = {**result, "status": "failed", "error": LOST_WORKERS}
-        write_json(claim.folder.result, failed_result)
+        write_failed(claim.folder, LOST_WORKERS)
         outcome = Outcome.failed(LOST_WORKERS)
         record_outcome(session, study, trial, claim.folder, outcome)
     remove_adapters(study, session.settings.keep_adapters)

@@ -4,7 +4,7 @@ import logging
 import time
 
 from finetune.console import error_line
-from finetune.errors import ConfigError, Interrupted
+from finetune.errors import Interrupted
 from sweeps.space.settings import StudySettings
 from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import (
@@ -46,8 +46,8 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
         waits: whether to wait for trials that other workers train, in case they are lost.
 
     Raises:
-        Interrupted: the user interrupted the workers; StorageLost: the database is out of reach.
-        ConfigError: workers were killed too often.
+        Interrupted: the user interrupted the workers, or they were killed too often.
+        StorageLost: the database is out of reach.
         Exception: what a worker or the launcher raised.
     """
     count = worker_count(session.settings)
@@ -76,7 +76,7 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
             losses += 1
         if not _is_work_left(study, session, waits):
             return
-    raise ConfigError(
+    raise Interrupted(
         f"study {study.name}: workers were lost {RELAUNCHES} times; {resume_hint(study)}"
     )
 

@@ -18,8 +18,9 @@ from finetune.config.schema import RunConfig
 from finetune.console import error_line, quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
-from finetune.errors import ConfigError, Interrupted, refusal
+from finetune.errors import Interrupted, refusal
 from finetune.files.run_folder import discard_multirun
+from finetune.job_failures import sweep_error
 from finetune.run.job import check_job, job
 from finetune.run.result import Objective
 from sweeps.compat import job_error
@@ -167,17 +168,16 @@ class Multirun:
 
     def _raise_failures(self) -> None:
         """Log each failed job, and raise the first one's error."""
-        failures: dict[int, str] = {}
+        errors: dict[int, BaseException] = {}
         for number, job_return in self._returns.items():
             error = job_error(job_return)
             if error is not None:
-                failures[number] = error_line(error)
-        for number, line in failures.items():
-            log.error("job %d failed: %s", number, line)
-        if failures:
+                errors[number] = error
+        for number, error in errors.items():
+            log.error("job %d failed: %s", number, error_line(error))
+        if errors:
             discard_multirun(Path(self._config.hydra.sweep.dir))
-            first = min(failures)
-            raise ConfigError(f"{len(failures)} failed; job {first}: {failures[first]}")
+            raise sweep_error(errors)
 
 
 def _check(composed: DictConfig) -> RunConfig | None:

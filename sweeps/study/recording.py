@@ -5,9 +5,10 @@ import logging
 import optuna
 from optuna.trial import TrialState
 
-from finetune.files.atomic import read_json
+from finetune.files.atomic import read_json, write_json
 from finetune.files.mirror import Mirror
 from finetune.files.run_folder import RunFolder
+from finetune.version import SCHEMA_VERSION
 from sweeps.space.constraints import violations
 from sweeps.space.feasibility import store_violations
 from sweeps.study.budget import TRAIN_TOKENS
@@ -62,6 +63,13 @@ def record_outcome(
     # Its run has copied its folder before.
     Mirror(session.common.mirror).copy(study.folder, without="trials")
     _end_study_by_rule(session, study)
+
+
+def write_failed(folder: RunFolder, reason: str) -> None:
+    """Write the `result.json` of a failed trial, with what an interrupted run has recorded."""
+    result = read_json(folder.result) or {}
+    failed = {"status": "failed", "error": reason}
+    write_json(folder.result, {"schema_version": SCHEMA_VERSION, **result, **failed})
 
 
 def _end_study_by_rule(session: Session, study: Study) -> None:

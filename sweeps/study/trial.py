@@ -12,13 +12,13 @@ from finetune.config.schema import RunConfig
 from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
-from finetune.errors import Interrupted
-from finetune.files.atomic import read_json, write_json
-from finetune.model.memory import (
-    free_memory,
+from finetune.errors import (
+    Interrupted,
     is_out_of_memory_error,
     is_out_of_memory_message,
 )
+from finetune.files.atomic import read_json
+from finetune.model.memory import free_memory
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
@@ -33,7 +33,7 @@ from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
-from sweeps.study.recording import record_outcome
+from sweeps.study.recording import record_outcome, write_failed
 from sweeps.study.roles import role
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
@@ -125,8 +125,7 @@ class TrialRunner:
             return Outcome.of_result(result, self._study.objectives)
         # Without a result, the config was refused before a run began.
         if not self._folder.result.exists():
-            failed_result = {"status": "failed", "error": failure.reason}
-            write_json(self._folder.result, failed_result)
+            write_failed(self._folder, failure.reason)
         return Outcome.failed(failure.reason)
 
     def _attempt(self) -> RunSteps[_Failure | None]:

@@ -16,6 +16,7 @@ from support.runs import final, losses
 from support.wandb_log import wandb_files, wandb_history
 
 from finetune.config.schema import RunConfig
+from finetune.exit_codes import INTERRUPTED
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import checkpoints_in
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
@@ -411,7 +412,7 @@ def test_an_interrupted_multirun_ends_each_job_with_a_checkpoint(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     assert error_of(ended.stderr).startswith("error: interrupted after step ")
     assert " failed" not in ended.stderr, "an interruption is no failure"
     for trial in trials:

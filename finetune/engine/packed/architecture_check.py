@@ -25,11 +25,10 @@ from finetune.engine.packed.losses import token_losses
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import EXACT_TOLERANCE
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, is_out_of_memory_error
 from finetune.model.adapter import add_adapter, keep_random_state
 from finetune.model.architectures import logit_transform_of
 from finetune.model.experts import expert_modules
-from finetune.model.memory import is_out_of_memory_error
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.small_config import VOCABULARY
 

@@ -39,11 +39,11 @@ from finetune.engine.packed.requests import (
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
-from finetune.errors import refusal
+from finetune.errors import is_out_of_memory_error, refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
 from finetune.model.initial_adapter import load_initial_adapter
-from finetune.model.memory import free_memory, is_out_of_memory_error
+from finetune.model.memory import free_memory
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
 

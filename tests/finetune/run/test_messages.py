@@ -16,6 +16,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import Interrupted
+from finetune.exit_codes import INTERRUPTED
 from finetune.run.context import RunContext
 from finetune.run.run import run
 
@@ -172,7 +173,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_trained(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     assert ended.stderr.splitlines()[-1] == f"error: {NOTHING_TRAINED}"
     again = station.run(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

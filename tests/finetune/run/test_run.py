@@ -18,6 +18,7 @@ from support.runs import write_jsonl
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.schedule import evaluation_rungs
+from finetune.exit_codes import INTERRUPTED
 from finetune.run.context import RunContext
 from finetune.run.run import run
 
@@ -611,7 +612,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("error: interrupted after step")
     assert f"resume={os.path.relpath(folder, tmp_path)}" in last

@@ -23,6 +23,7 @@ from support.studies import made_study
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
+from finetune.exit_codes import INTERRUPTED
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
@@ -541,6 +542,7 @@ def test_goes_on_after_it_was_ended(
             said = running.wait()
             ended += said.returncode != 0
             if number == signal.SIGINT and said.returncode:
+                assert said.returncode == INTERRUPTED
                 assert (
                     "resume with: python -m sweeps confirm outputs/sweeps/s1 --top 1 --seeds 3\n"
                     in said.stderr

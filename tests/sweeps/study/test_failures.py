@@ -10,6 +10,8 @@ from support.commands import Station
 from support.configs import study_overrides
 from support.study_folder import folder_of, result_of, trials_of
 
+from finetune.exit_codes import NO_ANSWER
+from finetune.version import SCHEMA_VERSION
 from sweeps.study.study import FINISHED
 
 DIVERGES = (
@@ -59,13 +61,14 @@ def test_a_trial_whose_config_is_refused_says_so_in_its_folder(
     )
     study = [*study_overrides(tiny_base, "s"), *space, "hydra.sweeper.n_trials=1"]
     ended = station.run(*study, cwd=tmp_path, before=TOO_MUCH)
-    assert ended.returncode == 1
+    assert ended.returncode == NO_ANSWER
 
     (trial,) = trials_of(tmp_path, TrialState.FAIL)
     assert (
         trial.user_attrs["error"] == "lora.dropout=2.0: must be at least 0 and below 1"
     )
     assert result_of(tmp_path, 0) == {
+        "schema_version": SCHEMA_VERSION,
         "status": "failed",
         "error": trial.user_attrs["error"],
     }
@@ -82,7 +85,7 @@ def test_no_failure_allowed_ends_at_the_first(
         "trainer.max_steps=12",
     )
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == NO_ANSWER
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(
         "error: hydra.sweeper.max_failure_rate=0.0: 1 of 2 trials failed; trial 1: optimizer.learning"

@@ -10,6 +10,7 @@ from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
 from support.study_folder import NO_END, folder_of, read, result_of, trials_of
 
+from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from finetune.files.run_folder import checkpoints_in
 from sweeps.study.study import FINISHED
 
@@ -29,7 +30,7 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
@@ -67,7 +68,7 @@ def test_an_interrupted_end_says_how_to_repeat_it(
     process.send_signal(signal.SIGINT)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     assert (
         ended.stderr.splitlines()[-1]
         == "error: interrupted; python -m sweeps best 'my studies/x' takes the winner"
@@ -98,7 +99,7 @@ def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     process.send_signal(number)
     ended = process.wait()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
@@ -149,7 +150,7 @@ def test_time_that_is_over_ends_the_study(
     ended = station.run(
         *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, before=AN_HOUR_PASSES
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == NO_ANSWER, ended.stderr
 
     (trial,) = trials_of(tmp_path, *FINISHED)
     assert trial.state == TrialState.PRUNED
@@ -175,7 +176,7 @@ def test_a_running_trial_can_be_stopped(
         == "trial 0 stops at its next step; check with: python -m sweeps show s"
     )
     ended = process.wait()
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == NO_ANSWER, ended.stderr
 
     (trial,) = trials_of(tmp_path)
     assert trial.state == TrialState.PRUNED

@@ -20,6 +20,7 @@ from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_sum
 
 from finetune.engine.schedule import evaluation_rungs
 from finetune.errors import ConfigError
+from finetune.exit_codes import NO_ANSWER
 from sweeps.space.feasibility import is_feasible, violated
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.find_study import find_study
@@ -542,7 +543,7 @@ def test_several_objectives_have_a_front_and_constraints(
         "hydra/sweeper/pruner=none",
         cwd=tmp_path,
     )
-    assert none.returncode == 0, none.stderr
+    assert none.returncode == NO_ANSWER, none.stderr
     says = "no trial is both complete and feasible: train_tokens <= 1 (violated by 2)"
     assert f"study none: {says}, so there is no winner" in none.stderr
     assert not (tmp_path / "outputs" / "sweeps" / "none" / "best").exists()
@@ -793,7 +794,7 @@ def test_best_of_a_study_without_a_complete_trial_is_refused(
     folder.mkdir()
     optuna.create_study(study_name="empty", storage=open_storage(None, folder))
     (folder / "study.json").write_text(json.dumps({"name": "empty", "storage": None}))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=str(NO_ANSWER)):
         command(monkeypatch, tmp_path, "best", "empty")
     assert (
         capsys.readouterr().err

@@ -16,6 +16,7 @@ from support.configs import study_overrides
 from support.postgres import PASSWORD, Server, with_address
 
 from finetune.errors import ConfigError
+from finetune.exit_codes import INTERRUPTED
 from sweeps.study.errors import StorageLost
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
@@ -344,7 +345,7 @@ def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
     finally:
         server.start()
 
-    assert ended.returncode == 1
+    assert ended.returncode == INTERRUPTED
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith(
         "error: hydra.sweeper.storage: postgresql+psycopg2://tester@127.0.0.1"

@@ -20,6 +20,7 @@ from support.study_folder import (
     trials_of,
 )
 
+from finetune.exit_codes import INTERRUPTED
 from finetune.files.run_folder import checkpoints_in
 from sweeps.study.study import FINISHED
 
@@ -163,7 +164,7 @@ def test_workers_end_cleanly_when_the_study_is_interrupted(
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
 
-    assert process.returncode == 1
+    assert process.returncode == INTERRUPTED
     assert (
         "error: interrupted; the same command with hydra.sweeper.study_name=s goes on"
         in said.splitlines()
