@@ -74,15 +74,23 @@ def watch(
         pause(REFRESH)
 
 
-def render_page(data: ReportData, live: bool = False) -> str:
+def render_page(
+    data: ReportData,
+    live: bool = False,
+    news: tuple[str, int] | None = None,
+    with_plotly: bool = True,
+) -> str:
     """Render the page as HTML.
 
     Args:
         data: the data of the report.
         live: whether the page of an unfinished study reloads itself.
+        news: the version of the page's content, and the seconds after which the page asks its
+            server for another version; None: the page is a file.
+        with_plotly: whether plotly is inside.
 
     Returns:
-        The HTML, with plotly inside.
+        The HTML.
     """
     study = data.study
     waiting = len(study.trials(TrialState.WAITING))
@@ -103,7 +111,9 @@ def render_page(data: ReportData, live: bool = False) -> str:
         updated=_last_change(data),
         verdict=_verdict(data),
         sections=sections(data),
-        plotly=get_plotlyjs(),
+        plotly=get_plotlyjs() if with_plotly else "",
+        version=news[0] if news else None,
+        poll_seconds=news[1] if news else None,
     )
     return html
 
