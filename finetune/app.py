@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import VERSION, CommandParser, run_command
+from finetune.console import VERSION, CommandParser, ignore_warnings, run_command
 from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.find_run import find_run
 from finetune.job_failures import JobFailures, Task
@@ -110,7 +109,7 @@ def _collected_failures(overrides: list[str]) -> Iterator[JobFailures]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra 1.4 gives no way to allow a callback without allowing every class in a config.
     own_callback = r"hydra\.utils\.instantiate\(\) resolved _target_='sweeps\.callback"
-    warnings.filterwarnings("ignore", own_callback)
+    ignore_warnings(own_callback)
     failures = JobFailures()
     with _explain_unusable_folder(overrides):
         yield failures
