@@ -131,6 +131,8 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
     stdout = sys.stdout
 
     def print_json(content: Any) -> None:
+        if stdout is None:  # closed; print would take that of errors
+            return
         print(json.dumps(json_safe(content), indent=2), file=stdout)
 
     target = sys.stderr if wanted else stdout
