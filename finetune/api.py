@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.app import folder_to_resume, run_overrides
+from finetune.app import folder_to_resume, require_overrides, run_overrides
 from finetune.config.schema import RunConfig
 from finetune.console import log_to_stderr
 from finetune.data.types import Prompt
@@ -55,6 +55,7 @@ def train(*overrides: str) -> "Run":
         ConfigError: a value is not allowed; the message is the command's line.
         Interrupted: Ctrl-C during training; the message says how the run is resumed.
     """
+    require_overrides(overrides)
     with in_process():
         folder = folder_to_resume(overrides)
         if folder is None:

@@ -74,7 +74,9 @@ def run_overrides(overrides: Sequence[str], task: Task, multirun: bool = False) 
     Raises:
         ConfigError: a word is no override, or the config is not allowed.
     """
-    checked = [check_override(word) for word in _override_words(overrides)]
+    require_overrides(overrides)
+    parsed: list[str] = parse_hydra_arguments(list(overrides)).overrides
+    checked = [check_override(word) for word in parsed]
     with (
         _collected_failures(checked) as failures,
         hydra.initialize_config_dir(str(CONF)),
@@ -89,8 +91,8 @@ def run_overrides(overrides: Sequence[str], task: Task, multirun: bool = False) 
         return application.run("config", job, checked)
 
 
-def _override_words(words: Sequence[str]) -> list[str]:
-    """Return the words if all are overrides. Raises ConfigError for flags and other words."""
+def require_overrides(words: Sequence[str]) -> None:
+    """Raise ConfigError for what is no text, and for flags of the command line."""
     for word in words:
         if not isinstance(word, str):
             raise ConfigError(f"{word!r}: must be a text KEY=VALUE, as 'lora.r=8'")
@@ -98,8 +100,6 @@ def _override_words(words: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"{word}: is a flag of the command line; from Python KEY=VALUE only"
             )
-    parsed: list[str] = parse_hydra_arguments(list(words)).overrides
-    return parsed
 
 
 @contextlib.contextmanager

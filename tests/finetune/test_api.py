@@ -270,6 +270,14 @@ def test_a_mistake_raises_the_commands_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("word", [None, 7, ["lora.r=8"], Path("a")], ids=repr)
+def test_what_is_no_text_is_refused(word: Any) -> None:
+    with pytest.raises(finetune.ConfigError, match="must be a text KEY=VALUE"):
+        finetune.train(word)
+    with pytest.raises(finetune.ConfigError, match=r"^: must be KEY=VALUE; see"):
+        finetune.train("")
+
+
 @pytest.mark.parametrize("word", ["-m", "--cfg=job", "--help", "--version"])
 def test_flags_of_the_command_line_are_refused(word: str) -> None:
     with pytest.raises(finetune.ConfigError, match=rf"^{word}: is a flag"):
