@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.app import folder_to_resume, run_overrides
+from finetune.app import folder_to_resume, require_overrides, run_overrides
 from finetune.config.schema import RunConfig
 from finetune.console import log_to_stderr
 from finetune.data.types import Prompt
@@ -22,7 +22,12 @@ from finetune.files.atomic import read_json
 from finetune.files.find_run import LATEST, find_run
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.generate import LOGGERS as GENERATE_LOGGERS
-from finetune.generate import answer_prompts, require_positive
+from finetune.generate import answer_prompts
+from finetune.generation_arguments import (
+    check_sampling,
+    require_positive,
+    require_text,
+)
 from finetune.in_process import in_process
 from finetune.merge import DTYPES, MergedModel, merge_run, require_new_folder
 from finetune.merge import LOGGERS as MERGE_LOGGERS
@@ -50,6 +55,7 @@ def train(*overrides: str) -> "Run":
         ConfigError: a value is not allowed; the message is the command's line.
         Interrupted: Ctrl-C during training; the message says how the run is resumed.
     """
+    require_overrides(overrides)
     with in_process():
         folder = folder_to_resume(overrides)
         if folder is None:
@@ -133,6 +139,9 @@ class Run:
         system: str | None = None,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
         base: bool = False,
     ) -> list[str]:
         """Answer prompts with the run's adapter, as `python -m finetune.generate` does.
@@ -145,16 +154,24 @@ class Run:
             max_new_tokens: limit of each answer, in tokens.
             max_length: limit of a prompt and its answer together, in tokens. Without either limit,
                 those of the run's samples hold.
+            temperature: tokens are drawn, with logits divided by it; 0: each is the likeliest.
+            top_p: tokens are drawn from the likeliest that have this share together; None: all.
+            seed: seed of drawn tokens; None: the run's.
             base: whether the base answers, without the adapter.
 
         Returns:
             The answers, in the order of the prompts.
 
         Raises:
-            ConfigError: a limit is below 1, or the run has no adapter.
+            ConfigError: a value is not allowed, or the run has no adapter.
         """
-        if isinstance(prompts, str):
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str):
             raise refusal("prompts", prompts, "must be a list of texts")
+        for index, prompt in enumerate(prompts):
+            require_text(f"prompts[{index}]", prompt)
+        if system is not None:
+            require_text("system", system)
+        check_sampling(temperature, top_p, seed)
         require_positive("max_new_tokens", max_new_tokens)
         require_positive("max_length", max_length)
         with in_process():
@@ -165,6 +182,9 @@ class Run:
                 base=base,
                 max_new_tokens=max_new_tokens,
                 max_length=max_length,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
             )
 
     def evaluate(

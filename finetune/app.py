@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import VERSION, CommandParser, run_command
+from finetune.console import VERSION, CommandParser, ignore_warnings, run_command
 from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.find_run import fetch_run, find_run
 from finetune.files.mirror import Mirror
@@ -80,7 +79,9 @@ def run_overrides(overrides: Sequence[str], task: Task, multirun: bool = False) 
     Raises:
         ConfigError: a word is no override, or the config is not allowed.
     """
-    checked = [check_override(word) for word in _override_words(overrides)]
+    require_overrides(overrides)
+    parsed: list[str] = parse_hydra_arguments(list(overrides)).overrides
+    checked = [check_override(word) for word in parsed]
     with (
         _collected_failures(checked) as failures,
         hydra.initialize_config_dir(str(CONF)),
@@ -95,8 +96,8 @@ def run_overrides(overrides: Sequence[str], task: Task, multirun: bool = False) 
         return application.run("config", job, checked)
 
 
-def _override_words(words: Sequence[str]) -> list[str]:
-    """Return the words if all are overrides. Raises ConfigError for flags and other words."""
+def require_overrides(words: Sequence[str]) -> None:
+    """Raise ConfigError for what is no text, and for flags of the command line."""
     for word in words:
         if not isinstance(word, str):
             raise ConfigError(f"{word!r}: must be a text KEY=VALUE, as 'lora.r=8'")
@@ -104,8 +105,6 @@ def _override_words(words: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"{word}: is a flag of the command line; from Python KEY=VALUE only"
             )
-    parsed: list[str] = parse_hydra_arguments(list(words)).overrides
-    return parsed
 
 
 @contextlib.contextmanager
@@ -115,7 +114,7 @@ def _collected_failures(overrides: list[str]) -> Iterator[JobFailures]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra 1.4 gives no way to allow a callback without allowing every class in a config.
     own_callback = r"hydra\.utils\.instantiate\(\) resolved _target_='sweeps\.callback"
-    warnings.filterwarnings("ignore", own_callback)
+    ignore_warnings(own_callback)
     failures = JobFailures()
     with _explain_unusable_folder(overrides):
         yield failures

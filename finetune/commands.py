@@ -44,10 +44,10 @@ def explain_word(word: str) -> str:
     guess = _guess(name)
     if guess:
         return f"{word}: must be KEY=VALUE; did you mean {guess}?"
-    if (CONF / name).is_dir():
+    if name and (CONF / name).is_dir():
         choices = [file.stem for file in (CONF / name).glob("*.yaml")]
         return f"{word}: must be GROUP=CHOICE; allowed: {', '.join(sorted(choices))}"
-    if Path(word).exists():
+    if word and Path(word).exists():
         return f"{word}: must be KEY=VALUE; did you mean dataset.path={word}?"
     return f"{word}: must be KEY=VALUE; see --help"
 

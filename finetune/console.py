@@ -162,6 +162,8 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
     stdout = sys.stdout
 
     def print_json(content: Any) -> None:
+        if stdout is None:  # closed; print would take that of errors
+            return
         print(json.dumps(json_safe(content), indent=2), file=stdout, flush=True)
 
     target = sys.stderr if wanted else stdout
@@ -250,6 +252,41 @@ def overrides_parser(module: str, description: str, *examples: str) -> CommandPa
     return parser
 
 
+_ignored: list[tuple[Any, ...]] = []
+"""The filters that `ignore_warnings` has added."""
+
+
+def ignore_warnings(
+    message: str = "", category: type[Warning] = Warning, module: str = ""
+) -> None:
+    """Ignore some warnings from now on; within `restored_warnings`, until its end.
+
+    Args:
+        message: regular expression of a message's beginning.
+        category: class of the warnings.
+        module: regular expression of the beginning of the name of the module that warns.
+    """
+    warnings.filterwarnings("ignore", message, category, module)
+    # It has been inserted at the front.
+    _ignored.append(warnings.filters[0])
+
+
+@contextlib.contextmanager
+def restored_warnings() -> Iterator[None]:
+    """Remove the filters that `ignore_warnings` adds in the block when it ends.
+
+    `warnings.catch_warnings` would also remove those of libraries that the block imports.
+    """
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    before = filters[:]
+    try:
+        yield
+    finally:
+        others = [f for f in filters if f not in before and f not in _ignored]
+        filters[:] = [*others, *before]
+        _ignored.clear()
+
+
 def quiet_libraries(bars: bool = True) -> None:
     """Hide messages that libraries address to developers, and progress bars without a terminal.
 
@@ -264,10 +301,9 @@ def quiet_libraries(bars: bool = True) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "trl", "accelerate", "bitsandbytes"):
         module = rf"{library}\."
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        ignore_warnings(category=FutureWarning, module=module)
     # The run logs this itself.
-    paged_on_cpu = "Paged optimizers are not supported on CPU"
-    warnings.filterwarnings("ignore", message=paged_on_cpu)
+    ignore_warnings("Paged optimizers are not supported on CPU")
     if not (bars and sys.stderr.isatty()):
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar

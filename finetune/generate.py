@@ -6,19 +6,31 @@ said before.
 
 import argparse
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from finetune.config.schema import RunConfig
 from finetune.console import command_parser, json_output, log_to_stderr, run_command
+from finetune.data.encoding import Encoder
 from finetune.data.prompt_file import STANDARD_INPUT, read_prompts
 from finetune.data.types import Prompt
 from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.generation import generate_answers
-from finetune.errors import ConfigError, refusal
+from finetune.engine.text_stream import TextStream
+from finetune.errors import ConfigError
 from finetune.files.find_run import RUN_HELP, find_run
+from finetune.generation_arguments import (
+    check_sampling,
+    require_positive,
+    require_text,
+)
 from finetune.run.chat import Chat, chat_on_terminal
 from finetune.run.load import TrainedRun, load_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +47,11 @@ def main() -> None:
     log_to_stderr(*LOGGERS)
     with json_output(arguments.json) as print_json:
         if arguments.chat:
-            _chat(load_run(find_run("RUN", arguments.run)), arguments)
+            _chat(arguments)
             return
         # Before the base is loaded.
         prompts = _prompts(arguments)
+        is_streamed = len(prompts) == 1 and not arguments.json
         answers = answer_prompts(
             find_run("RUN", arguments.run),
             prompts,
@@ -48,12 +61,19 @@ def main() -> None:
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,
+            show=_print_piece if is_streamed else None,
         )
         if arguments.json:
             print_json({"answers": _rows(prompts, answers)})
+        elif is_streamed:
+            print()
         else:
             for answer in answers:
                 print(answer)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -109,9 +129,18 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     require_positive("--max-new-tokens", arguments.max_new_tokens)
     require_positive("--max-length", arguments.max_length)
-    _check_sampling(arguments)
+    check_sampling(
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        key=lambda name: f"--{name.replace('_', '-')}",
+    )
+    for text in arguments.prompt or ():
+        require_text("--prompt", text)
     if arguments.chat and arguments.json:
         raise ConfigError("argument --json: not allowed with argument --chat")
+    if arguments.chat and sys.stdin is None:
+        raise ConfigError("--chat: standard input is closed")
     return arguments
 
 
@@ -135,30 +164,6 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_sampling(arguments: argparse.Namespace) -> None:
-    temperature, share, seed = arguments.temperature, arguments.top_p, arguments.seed
-    if not 0 <= temperature < float("inf"):
-        raise refusal("--temperature", temperature, "must be a number, at least 0")
-    if share is not None and not 0 < share <= 1:
-        raise refusal("--top-p", share, "must be above 0 and at most 1")
-    if seed is not None and seed < 0:
-        raise refusal("--seed", seed, "must be at least 0")
-    for flag, value in (("--top-p", share), ("--seed", seed)):
-        if value is not None and temperature == 0:
-            raise refusal(flag, value, "needs --temperature above 0")
-
-
-def require_positive(key: str, limit: int | None) -> None:
-    """Refuse a limit below 1.
-
-    Args:
-        key: the name of the limit, for the error.
-        limit: the limit; None: there is none.
-    """
-    if limit is not None and limit < 1:
-        raise refusal(key, limit, "must be at least 1")
-
-
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompts is not None:
         return read_prompts("--prompts", arguments.prompts, arguments.system)
@@ -175,6 +180,7 @@ def answer_prompts(
     temperature: float = 0.0,
     top_p: float | None = None,
     seed: int | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Load a run, and return its answers in the order of the prompts.
 
@@ -188,18 +194,26 @@ def answer_prompts(
         temperature: see `_sampling`.
         top_p: see `_sampling`.
         seed: see `_sampling`.
+        show: receives the only prompt's answer piece by piece, as it is generated.
 
     Raises:
-        ConfigError: the run has no adapter.
+        ConfigError: the run has no adapter, or the chat template refuses a prompt.
     """
-    run = load_run(folder)
+
+    def check(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+        encoder = Encoder(tokenizer, config.model.template_kwargs)
+        for prompt in prompts:
+            encoder.encode_prompt(prompt)
+
+    run = load_run(folder, check)
     if max_new_tokens is None and max_length is None:
         max_new_tokens = run.config.sample_max_new_tokens
         max_length = run.config.sample_max_length
     model = run.base if base else run.with_adapter()
     count = len(prompts)
     log.info("answering %s", "the prompt" if count == 1 else f"{count} prompts")
-    return generate_answers(
+    stream = None if show is None else TextStream(run.tokenizer, show)
+    answers = generate_answers(
         model,
         run.tokenizer,
         prompts,
@@ -208,7 +222,12 @@ def answer_prompts(
         max_length=max_length,
         variables=run.config.model.template_kwargs,
         sampling=_sampling(run, temperature, top_p, seed),
+        show_tokens=None if stream is None else stream.add,
     )
+    if stream is not None:
+        (answer,) = answers
+        stream.finish(answer)
+    return answers
 
 
 def _sampling(
@@ -237,11 +256,17 @@ def _rows(prompts: list[Prompt], answers: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _chat(run: TrainedRun, arguments: argparse.Namespace) -> None:
-    if run.tokenizer.chat_template is None:
-        base = run.config.model.name_or_path
-        reason = f"{base} has no chat template; --prompt TEXT continues a text"
-        raise ConfigError(f"--chat: {reason}")
+def _chat(arguments: argparse.Namespace) -> None:
+    def check(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if tokenizer.chat_template is None:
+            base = config.model.name_or_path
+            reason = f"{base} has no chat template; --prompt TEXT continues a text"
+            raise ConfigError(f"--chat: {reason}")
+        # Some templates refuse system turns.
+        question = Prompt("Hi", arguments.system)
+        Encoder(tokenizer, config.model.template_kwargs).encode_prompt(question)
+
+    run = load_run(find_run("RUN", arguments.run), check)
     max_new_tokens = arguments.max_new_tokens
     if max_new_tokens is None and arguments.max_length is None:
         max_new_tokens = CHAT_TOKENS

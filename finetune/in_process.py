@@ -1,19 +1,21 @@
 """Runs and studies inside a process of the user: a notebook, a script, another Hydra application.
 
 A command may change its process for good. Here everything that Hydra and a run change is as it was
-when the call ends: Hydra's state, log handlers and levels, environment variables, memory.
+when the call ends: Hydra's state, log handlers and levels, filters of warnings, environment
+variables, the state of random numbers, memory.
 """
 
 import contextlib
 import logging
 import os
+import random
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator
 
 import hydra.version
+import numpy as np
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime
@@ -21,16 +23,16 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.compat import hidden_log_handlers
-from finetune.console import error_line
+from finetune.console import error_line, ignore_warnings, restored_warnings
 from finetune.errors import ConfigError
 from finetune.model.memory import free_memory, unfreeze_libraries
 from finetune.run.resources import shared_resources
 
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")
-"""Environment variables that commands set."""
-
 PACKAGES = ("finetune", "hydra", "hydra_plugins", "sweeps")
 """Packages whose log levels commands set."""
+
+READ_ONCE = "PYTORCH_ALLOC_CONF"
+"""A variable that stays: PyTorch reads it when the process first uses a GPU, perhaps later."""
 
 
 _CALLS = threading.Lock()
@@ -49,12 +51,18 @@ def in_process() -> Iterator[None]:
         raise ConfigError(
             "another run or study trains in this process: wait for its end"
         )
-    # tqdm's remark in a notebook without ipywidgets; bars are shown on terminals only.
-    warnings.filterwarnings("ignore", "IProgress not found")
     with contextlib.ExitStack() as stack:
         stack.callback(_CALLS.release)
-        for restored in (_restored_hydra, _restored_logging, _restored_environment):
+        for restored in (
+            _restored_hydra,
+            _restored_logging,
+            restored_warnings,
+            _restored_environment,
+            _restored_random_numbers,
+        ):
             stack.enter_context(restored())
+        # tqdm's remark in a notebook without ipywidgets; bars are shown on terminals only.
+        ignore_warnings("IProgress not found")
         try:
             yield
         except BaseException as error:
@@ -88,7 +96,7 @@ def _restored_logging() -> Iterator[None]:
     """Let the block set up its logging; afterwards the user's handlers and levels are back."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    levels = {logger.name: logger.level for logger in _package_loggers()}
+    levels = {logger.name: logger.level for logger in _loggers()}
     # `logging.basicConfig`, by which some commands set it up, does nothing beside other handlers.
     root.handlers.clear()
     try:
@@ -99,27 +107,53 @@ def _restored_logging() -> Iterator[None]:
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
-        for logger in _package_loggers():
-            logger.setLevel(levels.get(logger.name, logging.NOTSET))
+        for logger in _loggers():
+            # The level of another package's new logger is that package's choice.
+            is_ours = logger.name.partition(".")[0] in PACKAGES
+            new = logging.NOTSET if is_ours else logger.level
+            logger.setLevel(levels.get(logger.name, new))
 
 
-def _package_loggers() -> list[logging.Logger]:
-    """Return the loggers of this project and of Hydra that exist by now."""
-    names = list(logging.root.manager.loggerDict)
-    return [logging.getLogger(n) for n in names if n.partition(".")[0] in PACKAGES]
+def _loggers() -> list[logging.Logger]:
+    """Return the loggers that exist by now, without the root."""
+    return [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
 
 
 @contextlib.contextmanager
 def _restored_environment() -> Iterator[None]:
-    previous = {name: os.environ.get(name) for name in VARIABLES}
+    """Restore the variables, also those that libraries set, as Accelerate does."""
+    previous = dict(os.environ)
     try:
         yield
     finally:
-        for name, value in previous.items():
+        for name in os.environ.keys() | previous.keys():
+            value = previous.get(name)
+            if name == READ_ONCE or os.environ.get(name) == value:
+                continue
             if value is None:
-                os.environ.pop(name, None)
+                del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _restored_random_numbers() -> Iterator[None]:
+    """Restore the state of global random numbers: a run seeds them, and the user's would repeat."""
+    torch = sys.modules.get("torch")
+    python, numpy = random.getstate(), np.random.get_state()
+    cpu = torch.get_rng_state() if torch else None
+    # A GPU that this process has not used yet would be used by asking.
+    uses_gpu = torch is not None and torch.cuda.is_initialized()
+    devices = torch.cuda.get_rng_state_all() if torch and uses_gpu else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if torch and cpu is not None:
+            torch.set_rng_state(cpu)
+        if torch and devices is not None:
+            torch.cuda.set_rng_state_all(devices)
 
 
 def _clear_frames(error: BaseException) -> None:

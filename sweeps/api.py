@@ -58,7 +58,10 @@ def _with_sweeper(overrides: tuple[str, ...]) -> list[str]:
     """Return the overrides with the sweeper of studies. Raises ConfigError for another one."""
     group = "hydra/sweeper"
     for override in overrides:
-        key, _, value = str(override).partition("=")
+        key, _, value = str(override).lstrip("+").partition("=")
+        if key == "resume":
+            reason = "finetune.train resumes a run; sweeps.search a study, by its name"
+            raise refusal(key, value, reason)
         if key == group and value != "optuna":
             reason = "sweeps.search searches with hydra/sweeper=optuna"
             raise refusal(group, value, reason)

@@ -49,7 +49,7 @@ LAYERS = (
     ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
-    ("finetune.json_safe", "finetune.quantities"),
+    ("finetune.generation_arguments", "finetune.json_safe", "finetune.quantities"),
     ("finetune.errors",),
     ("finetune.exit_codes", "finetune.version"),
 )

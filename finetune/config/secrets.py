@@ -23,6 +23,14 @@ _SECRET_IN_OVERRIDE = re.compile(
 """A secret key with a value other than null, an interpolation, or an empty text."""
 
 
+_TOKEN = re.compile(
+    r"(?<![a-zA-Z0-9])("
+    r"hf_[a-zA-Z0-9]{30,}|sk-(?=[\w-]*\d)[\w-]{32,}|wandb_v1_\w{20,}"
+    r"|gh[opsru]_[a-zA-Z0-9]{36,}|github_pat_\w{22,})"
+)
+"""Tokens of services that have a prefix, as any value. W&B's older keys look like a git commit."""
+
+
 def refuse_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse nested values that hold a credential.
 
@@ -31,7 +39,8 @@ def refuse_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
         prefix: the dotted key of the section, with a dot at its end.
 
     Raises:
-        ConfigError: a key that names a credential has a text as its value.
+        ConfigError: a key that names a credential has a text as its value, or another key has a
+            token with a well-known prefix.
     """
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -39,6 +48,8 @@ def refuse_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
             continue
         names_secret = re.fullmatch(rf"(?i){_SECRET_KEY}", str(key))
         if names_secret and isinstance(value, str) and value:
+            raise ConfigError(_secret_refusal(f"{prefix}{key}"))
+        if _TOKEN.search(str(value)):
             raise ConfigError(_secret_refusal(f"{prefix}{key}"))
 
 
@@ -54,6 +65,8 @@ def refuse_secrets_in(override: str) -> None:
     key, _, value = override.lstrip("+").partition("=")
     if key == "mirror":
         refuse_secrets_in_address(key, value.strip("'\""))
+    if _TOKEN.search(override):
+        raise ConfigError(_secret_refusal(_TOKEN.split(override)[0].partition("=")[0]))
     for address in _addresses_in(override):
         refuse_secrets_in_address(STORAGE_KEY, address)
 

@@ -5,13 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.config.data_folder import COMPRESSIONS, SUFFIXES
 from finetune.data.messages import is_instruction, normalize_messages
 from finetune.data.readers.json_text import JsonContentError, parse_json
+from finetune.data.tool_calls import normalize_tools
 from finetune.data.types import Messages, Prompt
 from finetune.errors import ConfigError, refusal
 
 STANDARD_INPUT = "-"
 """Names standard input in place of a file."""
+
+
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of JSON lines, in any case."""
+
+OTHER_SUFFIXES = (*set(SUFFIXES) - {".txt", *JSON_LINES}, *COMPRESSIONS)
+"""Suffixes of rows that are not read, rather than each of their lines taken for a prompt."""
 
 
 def read_prompts(flag: str, name: str, system: str | None) -> list[Prompt]:
@@ -20,21 +29,23 @@ def read_prompts(flag: str, name: str, system: str | None) -> list[Prompt]:
     Args:
         flag: The flag that names the file, for error messages.
         name: A file, or `-` for standard input. It is read as JSON lines where it ends with
-            `.jsonl`, or, of standard input, where its first line begins with `{`.
+            `.jsonl`, or, where the name has no suffix, where its first line begins with `{`.
         system: The system turn of prompts that have none; None: there is none.
 
     Raises:
         ConfigError: There is no such file, no prompt in it, or a line that holds none.
         OSError: The file can't be read.
     """
+    suffix = Path(name).suffix.lower()
+    if suffix in OTHER_SUFFIXES:
+        allowed = "a prompt a line, or .jsonl with prompt or messages"
+        raise refusal(flag, name, f"{suffix} is not read; must be text with {allowed}")
     text = _read(flag, name)
     numbered = enumerate(text.split("\n"), start=1)
     lines = [(number, line.strip()) for number, line in numbered if line.strip()]
     if not lines:
         raise refusal(flag, name, "has no prompt")
-    is_json = name.endswith(".jsonl")
-    if name == STANDARD_INPUT:
-        is_json = lines[0][1].startswith("{")
+    is_json = suffix in JSON_LINES or (not suffix and lines[0][1].startswith("{"))
     if not is_json:
         return [Prompt(line, system) for _, line in lines]
     prompts = []
@@ -47,13 +58,19 @@ def read_prompts(flag: str, name: str, system: str | None) -> list[Prompt]:
 
 
 def _read(flag: str, name: str) -> str:
-    if name == STANDARD_INPUT:
-        return sys.stdin.read()
     path = Path(name).expanduser()
-    if not path.is_file():
+    if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise refusal(flag, name, "standard input is closed")
+        content = sys.stdin.buffer.read()
+    elif path.is_dir():
+        raise refusal(flag, name, "is a folder")
+    elif not path.exists():
         raise refusal(flag, name, "there is no such file")
+    else:
+        content = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise refusal(flag, name, "must be UTF-8 text") from None
 
@@ -63,12 +80,24 @@ def _prompt(row: Any, system: str | None) -> Prompt:
 
     An assistant's message at the end, the answer of a training row, is left out.
     """
-    if not isinstance(row, dict) or not {"prompt", "messages"} & row.keys():
-        raise ConfigError("must be an object with prompt or messages")
-    content = row.get("messages", row.get("prompt"))
+    keys = ("prompt", "messages")
+    contents = (
+        [row[key] for key in keys if row.get(key) is not None]
+        if isinstance(row, dict)
+        else []
+    )
+    if len(contents) != 1:
+        raise ConfigError("must be an object with prompt or messages, one of them")
+    (content,) = contents
     tools = row.get("tools")
-    if isinstance(content, str) and content:
-        return Prompt(content, row.get("system", system), tools)
+    if tools is not None:
+        tools = normalize_tools(tools, "tools")
+    turn = row.get("system")
+    if turn is not None and not isinstance(turn, str):
+        raise ConfigError(f"system must be a text, but is {type(turn).__name__}")
+    system = system if turn is None else turn
+    if isinstance(content, str) and content.strip():
+        return Prompt(content, system, tools)
     messages = _messages(content)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]

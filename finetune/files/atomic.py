@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import ConfigError
 from finetune.json_safe import json_safe
 
 
@@ -54,11 +55,19 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, None if there is no such file."""
+    """Return the content of a JSON file, None if there is no such file.
+
+    Raises:
+        ConfigError: The file is no JSON: something else has written it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: the file is damaged, it is no JSON: {error}"
+        ) from None
 
 
 @contextlib.contextmanager

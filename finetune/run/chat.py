@@ -1,6 +1,7 @@
 """A chat with a run's model on the terminal: each answer appears as it is generated."""
 
 import dataclasses
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ class Chat:
 def chat_on_terminal(chat: Chat) -> None:
     """Ask for questions and answer them until the input ends."""
     chat.begin()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text must not end the chat.
+        sys.stdin.reconfigure(errors="replace")
     print(HELP, file=sys.stderr)
     while True:
         try:

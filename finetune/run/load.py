@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+Check = Callable[[RunConfig, "PreTrainedTokenizerBase"], object]
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ def read_trained_config(folder: str | Path) -> RunConfig:
     return config
 
 
-def load_run(folder: str | Path) -> TrainedRun:
+def load_run(folder: str | Path, check: Check | None = None) -> TrainedRun:
     """Load the base and the tokenizer of a run.
+
+    Args:
+        folder: The run folder.
+        check: Raises ConfigError for input that the tokenizer refuses, before the base is loaded.
 
     Raises:
         ConfigError: The folder holds no run, or one without an adapter yet.
@@ -89,6 +96,8 @@ def load_run(folder: str | Path) -> TrainedRun:
 
     source = find_base(config.model)
     tokenizer = load_tokenizer(source, config.model)
+    if check is not None:
+        check(config, tokenizer)
     return TrainedRun(
         config,
         run,

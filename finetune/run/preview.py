@@ -106,6 +106,8 @@ class Preview:
             "examples": self.examples["train"],
             "left_out": dict(self.left_out + self.examples_left_out),
             "cut": self.cut,
+            "shortened": self.shortened,
+            "unlearnt": dict(self.unlearnt),
             "notes": self.notes,
             "rows": [shown.to_dict() for shown in self.shown],
         }

@@ -41,15 +41,20 @@ def local_address() -> str:
     return f"{LOCAL}{Path(DATABASE).absolute()}"
 
 
-@functools.cache
 def open_store(address: str) -> "MlflowClient":
     """Open a store, once in a process; a local database is created if it is missing.
 
     Raises:
         Exception: Whatever MLflow raises.
     """
+    # Each time, because MLflow reads them at each request and a call from Python restores them.
     for name, value in SERVER_SETTINGS.items():
         os.environ.setdefault(name, value)
+    return _open(address)
+
+
+@functools.cache
+def _open(address: str) -> "MlflowClient":
     # It reports each table that it creates.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 
+from finetune.console import ignore_warnings
 from finetune.errors import refusal
 from sweeps.space.custom import load_function
 from sweeps.space.settings import StudySettings
@@ -83,7 +84,7 @@ def make_sampler(
         functions["constraints_func"] = load_function(constraints, key)
         del arguments["constraints_func"]
     # Said once for the study, by `constraints_note`; Optuna says it at the end of each trial.
-    warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler")
+    ignore_warnings("Constraints have been set, but CmaEsSampler")
     with warnings.catch_warnings():
         # The argument `group` is experimental.
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -6,14 +6,18 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from support.commands import Station
@@ -22,6 +26,9 @@ from support.loaded_models import loaded_models
 from support.runs import write_jsonl
 
 import finetune
+from finetune.console import ignore_warnings, quiet_libraries
+from finetune.data.types import Prompt
+from finetune.generate import answer_prompts
 from finetune.in_process import in_process
 
 SHORT = [
@@ -145,6 +152,38 @@ def test_hydra_and_logging_of_the_user_are_as_they_were(
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
+def random_numbers() -> list[float]:
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    return drawn
+
+
+def test_what_libraries_change_for_the_process_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TRL's trainer seeds all random numbers, so a loop's would be the same in each round."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    client = logging.getLogger("httpx")
+    before = dict(os.environ), warnings.filters[:], client.level, random_numbers()
+    with in_process():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        os.environ["WANDB_SERVICE"] = "socket"
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(7)
+        client.setLevel(logging.ERROR)
+        quiet_libraries()
+        ignore_warnings("what a call ignores")
+        warnings.filterwarnings("ignore", "what a library ignores")
+    ignored = warnings.filters[0]
+    warnings.filters.remove(ignored)  # type: ignore[attr-defined]
+    after = dict(os.environ), warnings.filters[:], client.level, random_numbers()
+    assert after == before
+    assert "what a library" in str(ignored[1])
+
+
 def test_a_second_call_at_the_same_time_is_refused(run: finetune.Run) -> None:
     with (
         in_process(),
@@ -231,6 +270,14 @@ def test_a_mistake_raises_the_commands_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("word", [None, 7, ["lora.r=8"], Path("a")], ids=repr)
+def test_what_is_no_text_is_refused(word: Any) -> None:
+    with pytest.raises(finetune.ConfigError, match="must be a text KEY=VALUE"):
+        finetune.train(word)
+    with pytest.raises(finetune.ConfigError, match=r"^: must be KEY=VALUE; see"):
+        finetune.train("")
+
+
 @pytest.mark.parametrize("word", ["-m", "--cfg=job", "--help", "--version"])
 def test_flags_of_the_command_line_are_refused(word: str) -> None:
     with pytest.raises(finetune.ConfigError, match=rf"^{word}: is a flag"):
@@ -243,7 +290,18 @@ def test_flags_of_the_command_line_are_refused(word: str) -> None:
         (lambda run: run.generate("text"), "prompts=text: must be a list of texts"),
         (
             lambda run: run.generate([], max_length=0),
-            "max_length=0: must be at least 1",
+            "max_length=0: must be a whole number, at least 1",
+        ),
+        (lambda run: run.generate(["a"], max_new_tokens="8"), "max_new_tokens=8: must"),
+        (lambda run: run.generate(["a", " "]), "prompts[1]= : must be a text that"),
+        (lambda run: run.generate([7]), "prompts[0]=7: must be a text that"),
+        (lambda run: run.generate(7), "prompts=7: must be a list of texts"),
+        (lambda run: run.generate(["a"], system=7), "system=7: must be a text"),
+        (lambda run: run.generate(["a"], temperature="hot"), "temperature=hot: must"),
+        (lambda run: run.generate(["a"], top_p=0.5), "top_p=0.5: needs temperature"),
+        (
+            lambda run: run.generate(["a"], temperature=1, seed=True),
+            "seed=true: must be a whole number, at least 0",
         ),
         (lambda run: run.merge(run.path), "exists already"),
         (lambda run: run.merge("new", dtype="int8"), "dtype=int8: "),
@@ -257,6 +315,22 @@ def test_a_wrong_argument_is_refused(
     with pytest.raises(finetune.ConfigError) as refused:
         call(run)
     assert line in str(refused.value)
+
+
+def test_a_prompt_that_the_template_refuses_is_refused_before_the_base_loads(
+    run: finetune.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.model.loading.load_base", pytest.fail)
+    with pytest.raises(finetune.ConfigError, match="can't render a chat of user"):
+        answer_prompts(run.path, [Prompt("", messages=[{"role": "user"}])])
+
+
+def test_drawn_answers_are_those_of_their_seed(run: finetune.Run) -> None:
+    first, again, other = (
+        run.generate(["Hi"], max_new_tokens=8, temperature=2.0, top_p=0.9, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
 
 
 def interrupt_after_the_first_step(folder: Path) -> threading.Thread:

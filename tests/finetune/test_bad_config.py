@@ -9,6 +9,8 @@ import pytest
 from support.bad_input import Case, Workplace, each, matches
 
 from finetune.config.keys import _OTHER_NAMES, _all_keys, group_names
+from finetune.config.secrets import refuse_secrets, refuse_secrets_in
+from finetune.errors import ConfigError
 
 SECRET = "hf_abcdefSECRETghijkl"
 CONFIG = [
@@ -576,6 +578,38 @@ def test_a_secret_on_the_command_line_reaches_no_file_and_no_output(
         outcome.error,
     )
     assert not outcome.torch_imported
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "hf_" + "aB3" * 12,
+        "sk-proj-" + "aB3_" * 10,
+        "wandb_v1_" + "aB3" * 10,
+        "ghp_" + "aB3" * 12,
+    ],
+)
+def test_a_token_is_refused_as_any_keys_value(token: str) -> None:
+    """Its key alone would not tell."""
+    prefix = r"tracker\.project: a credential in a config"
+    with pytest.raises(ConfigError, match=prefix) as refused:
+        refuse_secrets_in(f"tracker.project=[a,{token}]")
+    assert token not in str(refused.value)
+    with pytest.raises(ConfigError, match=prefix):
+        refuse_secrets({"tracker": {"project": ["a", token]}})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "3f5c1e" * 6 + "abcd",
+        "task-of-the-1st-kind-of-all-the-kinds",
+        "hf_model",
+        "./sk-1",
+    ],
+)
+def test_what_only_resembles_a_token_is_taken(value: str) -> None:
+    refuse_secrets_in(f"model.revision={value}")
 
 
 @pytest.mark.parametrize("folder", ["/proc/nope/x", "file/x"])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from support.commands import Station
 from support.configs import tiny_overrides
+from support.documents import described_keys
 from support.runs import write_jsonl
 
 from finetune import evaluate
@@ -231,6 +232,7 @@ def test_evaluate_prints_the_same_figures_as_json(
     ).stdout
 
     figures = json.loads(printed)
+    assert described_keys("EVALUATION") == figures.keys() | {"labels", "confusion"}
     assert figures["data"] == str(data)
     assert (
         table[0]

@@ -121,6 +121,15 @@ def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> N
     assert all(line.startswith(f"  python -m {module} ") for line in examples)
 
 
+def test_json_does_not_go_to_errors_where_stdout_is_closed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with json_output(True) as print_json:
+        print_json({"loss": 1})
+    assert capsys.readouterr().err == ""
+
+
 def test_json_stands_alone_on_stdout_and_holds_no_nan(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

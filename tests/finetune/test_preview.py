@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.bad_input import ROWS, Case, Workplace, each, lines, matches
 from support.commands import Station
+from support.documents import described_keys
 from support.models import CHATML
 from support.rows import chat
 from support.runs import write_jsonl
@@ -93,6 +94,7 @@ def test_json_has_what_the_model_sees(shown: Preview, tmp_path: Path) -> None:
     data = chats(tmp_path)
     content = shown.json(data, *NOTHING_HELD_OUT, "--rows", "2")
 
+    assert content.keys() == described_keys("PREVIEW")
     first, second = content.pop("rows")
     assert content == {
         "format": "chat",
@@ -100,6 +102,8 @@ def test_json_has_what_the_model_sees(shown: Preview, tmp_path: Path) -> None:
         "examples": 5,
         "left_out": {},
         "cut": 0,
+        "shortened": 0,
+        "unlearnt": {},
         "notes": [f"dataset.path={data}: format chat (messages)"],
     }
     assert list(first) == ["part", "source", "number", "tokens", "ids", "trained"]

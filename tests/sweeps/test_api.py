@@ -172,6 +172,7 @@ def test_a_mistake_raises_the_commands_line(
     [
         ("-m", "-m: is a flag of the command line"),
         ("hydra/sweeper=basic", "hydra/sweeper=basic: sweeps.search searches with"),
+        ("resume=latest", "resume=latest: finetune.train resumes a run; sweeps.search"),
         ("hydra.sweeper._target_=a.B", "hydra.sweeper._target_=a.B: must be left out"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from finetune.errors import ConfigError
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {"type": "function", "function": {"name": "f"}}
 ANSWER = {"role": "assistant", "content": "Hello"}
 
 
@@ -35,6 +38,7 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     [
         ({"prompt": "Hi"}, Prompt("Hi")),
         ({"prompt": "Hi", "system": "Be brief."}, Prompt("Hi", "Be brief.")),
+        ({"prompt": "Hi", "id": 7, "messages": None, "tools": None}, Prompt("Hi")),
         ({"messages": [USER]}, Prompt("Hi", messages=[USER])),
         ({"prompt": [SYSTEM, USER]}, Prompt("Hi", messages=[SYSTEM, USER])),
         ({"messages": [USER, ANSWER]}, Prompt("Hi", messages=[USER])),
@@ -48,7 +52,7 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
         ),
         (
             {"messages": [USER], "tools": [{"name": "f"}]},
-            Prompt("Hi", tools=[{"name": "f"}], messages=[USER]),
+            Prompt("Hi", tools=[TOOL], messages=[USER]),
         ),
     ],
 )
@@ -62,22 +66,53 @@ def test_the_system_turn_of_the_command_is_that_of_rows_without_one(
     tmp_path: Path,
 ) -> None:
     other = {"role": "system", "content": "Rhyme."}
-    rows = [{"messages": [USER]}, {"messages": [other, USER]}]
+    rows = [
+        {"messages": [USER]},
+        {"messages": [other, USER]},
+        {"prompt": "Hi", "system": None},
+    ]
     text = "\n".join(map(json.dumps, rows))
-    first, second = prompts(tmp_path / "p.jsonl", text, "Be brief.")
+    first, second, third = prompts(tmp_path / "p.JSONL", text, "Be brief.")
     assert first.messages == [SYSTEM, USER]
     assert second.messages == [other, USER]
+    assert third.system == "Be brief."
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("a\nb\n", ["a", "b"]), ('{"prompt": "a"}\n', ["a"])]
+    ("text", "expected"),
+    [("a\nb\n", ["a", "b"]), ('\ufeff{"prompt": "a"}\r\n', ["a"])],
 )
 def test_standard_input_is_recognised_by_its_first_line(
     text: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
     read = read_prompts("--prompts", "-", None)
     assert [prompt.text for prompt in read] == expected
+
+
+def test_pipe_of_the_shell_is_read_as_standard_input(tmp_path: Path) -> None:
+    """As in `--prompts <(command)`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, '{"prompt": "a"}')
+        assert read_prompts("--prompts", str(pipe), None) == [Prompt("a")]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "reason"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00")), "must be UTF-8 text"),
+        (None, "standard input is closed"),
+    ],
+)
+def test_standard_input_without_text_is_refused(
+    stdin: io.TextIOWrapper | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(ConfigError, match=f"--prompts=-: {reason}"):
+        read_prompts("--prompts", "-", None)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +130,16 @@ def test_standard_input_is_recognised_by_its_first_line(
         ("p.jsonl", json.dumps({"messages": [ANSWER]}), "has no message to answer"),
         ("p.jsonl", json.dumps({"messages": [SYSTEM]}), "has no message to answer"),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "has the key 'prompt' twice"),
+        ("p.jsonl", json.dumps({"prompt": "a", "messages": [USER]}), "one of them"),
+        ("p.jsonl", '{"prompt": "a", "system": 7}', "line 1: system must be a text"),
+        ("p.jsonl", '{"prompt": "a", "tools": "x"}', "line 1: tools"),
+        (
+            "p.json",
+            '[{"prompt": "a"}]',
+            ".json is not read; must be text with a prompt",
+        ),
+        ("p.CSV", "a,b\n", ".csv is not read"),
+        ("p.jsonl.gz", "a", ".gz is not read"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(
@@ -109,6 +154,8 @@ def test_what_is_no_prompt_is_refused_with_its_line(
 def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         read_prompts("--prompts", str(tmp_path / "none.txt"), None)
+    with pytest.raises(ConfigError, match="is a folder"):
+        read_prompts("--prompts", str(tmp_path), None)
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="must be UTF-8 text"):
         read_prompts("--prompts", str(tmp_path / "p.txt"), None)

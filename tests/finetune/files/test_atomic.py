@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.errors import ConfigError
 from finetune.files.atomic import read_json, replace_folder, write_json, write_text
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
@@ -51,6 +52,13 @@ def test_json_that_is_not_finite_is_null(tmp_path: Path) -> None:
         "3": "ä",
     }
     assert read_json(tmp_path / "missing.json") is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"half', b"\xff\xfe"])
+def test_a_file_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json: the file is damaged"):
+        read_json(tmp_path / "a.json")
 
 
 def test_an_error_names_the_file(tmp_path: Path) -> None:

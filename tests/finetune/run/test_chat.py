@@ -1,7 +1,7 @@
 """A chat with a run's model: what is asked, what is shown, and in which order."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from support.models import load_tokenizer
@@ -115,3 +115,27 @@ def test_text_of_any_alphabet_is_shown_whole(text: str, trained: TrainedRun) -> 
         assert text.startswith("".join(pieces))
     stream.finish(text)
     assert "".join(pieces) == text
+
+
+def test_the_time_of_a_token_does_not_grow_with_the_text(trained: TrainedRun) -> None:
+    class Counting:
+        """The tokenizer, and the lengths that it decodes."""
+
+        lengths: ClassVar[list[int]] = []
+
+        def decode(self, tokens: list[int], **options: Any) -> Any:
+            self.lengths.append(len(tokens))
+            return trained.tokenizer.decode(tokens, **options)
+
+    stream: Any = TextStream(Counting(), lambda text: None)  # type: ignore[arg-type]
+    for token in trained.tokenizer("What is a list? " * 50)["input_ids"]:
+        stream.add([token])
+    assert max(Counting.lengths) < 5
+
+
+def test_an_answer_that_differs_as_a_whole_is_shown_again(trained: TrainedRun) -> None:
+    pieces: list[str] = []
+    stream = TextStream(trained.tokenizer, pieces.append)
+    stream.add(trained.tokenizer("What")["input_ids"])
+    stream.finish("Where is it?")
+    assert "".join(pieces) == "What\nWhere is it?"

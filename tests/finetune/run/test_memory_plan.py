@@ -10,6 +10,7 @@ import pytest
 from support.allocations import allocated
 from support.commands import Station, run_cli
 from support.configs import tiny_overrides
+from support.documents import PAGE, described_keys
 from support.models import wide_base
 
 from finetune.config.schema import RunConfig
@@ -80,6 +81,10 @@ def test_json_has_the_figures_of_the_table(
     printed = station.run(*overrides, "--json", module="finetune.plan", cwd=tmp_path)
     assert printed.returncode == 0, printed.stderr
     figures = json.loads(printed.stdout)
+    assert figures.keys() == described_keys("PLAN")
+    assert [
+        name for name in figures["memory"] if f"`{name}`" not in PAGE.read_text()
+    ] == []
     table = station.run(*overrides, module="finetune.plan", cwd=tmp_path).stdout
     gib = {name: f"{size / 2**30:.2f} GiB" for name, size in figures["memory"].items()}
     for name, key in (
