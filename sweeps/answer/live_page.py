@@ -5,17 +5,16 @@
 The server answers this machine alone, and only reads: neither the study nor its folder changes.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 from sweeps.answer.report import render_page
-from sweeps.answer.report_data import ANSWER, ReportData
+from sweeps.answer.report_data import ReportData
 from sweeps.study.in_memory import snapshot
-from sweeps.study.study import CONFIRMATION, Study
+from sweeps.study.study import Study
+from sweeps.study.version import study_version
 
 HOST = "127.0.0.1"
 
@@ -61,27 +60,6 @@ class LivePage:
                 self._content = render_page(data, news=news, with_plotly=False)
                 self._version = version
             return self._content
-
-
-def study_version(study: Study) -> str:
-    """Return a text that changes whenever the report of a study may change."""
-    digest = hashlib.sha256(repr(study.optuna.user_attrs).encode())
-    for trial in study.trials():
-        state = (trial.number, trial.state, trial.values, trial.intermediate_values)
-        digest.update(repr((state, trial.user_attrs)).encode())
-        folder = study.folder_of(trial.number).path
-        digest.update(_file_state(folder / "metrics.jsonl"))
-    for name in (ANSWER, CONFIRMATION):
-        digest.update(_file_state(study.folder / name))
-    return digest.hexdigest()[:16]
-
-
-def _file_state(path: Path) -> bytes:
-    try:
-        status = path.stat()
-    except OSError:
-        return b"-"
-    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def create_server(page: LivePage, port: int) -> ThreadingHTTPServer:

@@ -19,6 +19,7 @@ from support.studies import COMPLETE, made_study, trial
 from sweeps.answer import live_page
 from sweeps.answer.live_page import LivePage, create_server
 from sweeps.study.study import Study
+from sweeps.study.version import study_version
 
 
 @pytest.fixture
@@ -72,12 +73,12 @@ def test_content_comes_again_only_when_the_study_has_changed(
 
 
 def test_rungs_of_a_running_trial_change_the_version(study: Study) -> None:
-    before = live_page.study_version(study)
+    before = study_version(study)
     folder = study.folder_of(0).path
     folder.mkdir(parents=True, exist_ok=True)
-    assert live_page.study_version(study) == before
+    assert study_version(study) == before
     (folder / "metrics.jsonl").write_text('{"step": 1, "eval/loss": 1.0}\n')
-    assert live_page.study_version(study) != before
+    assert study_version(study) != before
 
 
 @pytest.mark.parametrize("path", ["/report.html", "/../study.journal", "/content/"])
