@@ -89,7 +89,9 @@ def _has_type(section: Any, name: str) -> bool:
     """Whether a section of `tokenizer.json`, or one inside it, has a type."""
     if isinstance(section, Mapping):
         return section.get("type") == name or _has_type(list(section.values()), name)
-    return isinstance(section, list) and any(_has_type(value, name) for value in section)
+    return isinstance(section, list) and any(
+        _has_type(value, name) for value in section
+    )
 
 
 def _byte_level(

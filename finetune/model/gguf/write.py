@@ -190,5 +190,3 @@ class _Weights:
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         factors = 1.0 / rotary["rope_theta"] ** exponents / scaled
         return "rope_freqs.weight", factors.numpy()
-
-
