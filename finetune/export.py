@@ -1,8 +1,8 @@
-"""Export a run for llama.cpp and Ollama: `python -m finetune.export RUN --to FOLDER --format gguf`.
+"""Export a run for llama.cpp and Ollama: `python -m finetune.export RUN --to FOLDER`.
 
-The adapter is merged into its base as `finetune.merge` does it. The file is written with the package
-gguf, or by llama.cpp's own converter (`--llama-cpp`), and counts when transformers has loaded it
-again and its predictions are those of the merged model.
+The adapter is merged into its base as `finetune.merge` does it. The file is written with the
+package gguf, or by llama.cpp's own converter (`--llama-cpp`). It counts when transformers has
+loaded it again and its predictions are those of the merged model.
 """
 
 import argparse
@@ -151,9 +151,10 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
+        default="float16",
         choices=DTYPES,
-        help="dtype of weights that are not quantised (default: bfloat16)",
+        help="dtype of weights that are not quantised (default: float16, which rounds less than "
+        "bfloat16)",
     )
     parser.add_argument(
         "--quantize",

@@ -164,7 +164,7 @@ def _compare(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> Compar
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what transformers says of a file's weights: the comparison tells whether they are right."""
+    """Hide what transformers says of a file's weights: the comparison judges them."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
