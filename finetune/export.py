@@ -88,7 +88,11 @@ class ExportedModel:
             "checked": comparison is not None,
             "divergence": comparison and comparison.divergence,
             "largest_difference": comparison and comparison.largest_difference,
-            "merge": self.merged.to_dict(),
+            "merge": {
+                "dtype": self.merged.dtype,
+                "effect": self.merged.effect,
+                "verdict": self.merged.verdict,
+            },
         }
 
 

@@ -32,7 +32,7 @@ LIMITS = {
     "float16": 1e-5,
     "bfloat16": 1e-5,
     "q8_0": 0.05,
-    "q4_k_m": 1.0,
+    "q4_k_m": 0.5,
 }
 """Largest accepted divergence from the model folder in nats per token, by the type of the file.
 
