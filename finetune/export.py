@@ -309,7 +309,7 @@ def _result_lines(exported: ExportedModel) -> list[str]:
     lines.append(
         f"merging and rounding to {exported.merged.dtype}: {exported.merged.verdict}"
     )
-    name = ollama_name(exported.path)
+    name = ollama_name(exported.path.absolute().name)
     modelfile_path = shlex.quote(os.path.relpath(exported.path / MODELFILE))
     lines.append(
         f"Ollama: ollama create {name} -f {modelfile_path} && ollama run {name}"
@@ -318,9 +318,9 @@ def _result_lines(exported: ExportedModel) -> list[str]:
     return lines
 
 
-def ollama_name(folder: Path) -> str:
-    """Return a name that Ollama accepts for the model of a folder."""
-    name = folder.absolute().name.lower()
+def ollama_name(name: str) -> str:
+    """Return a name that Ollama accepts, like the one given."""
+    name = name.lower()
     allowed = [
         letter if letter.isascii() and letter.isalnum() else "-" for letter in name
     ]
