@@ -102,8 +102,12 @@ def convert(folder: Path, model: Path, file: Path, file_type: str, name: str) ->
     problem = _run(command, environment)
     if problem is None and file.is_file():
         return
-    advice = f"pip install -r {folder / 'requirements.txt'} installs what it needs"
-    raise refusal(FLAG, folder, f"{CONVERTER} failed: {problem}; {advice}")
+    advice = ""
+    if problem is not None and "ModuleNotFoundError" in problem:
+        advice = (
+            f"; pip install -r {folder / 'requirements.txt'} installs what it needs"
+        )
+    raise refusal(FLAG, folder, f"{CONVERTER} failed: {problem}{advice}")
 
 
 def _python(folder: Path) -> str:
