@@ -41,7 +41,10 @@ from finetune.model.gguf.llama_cpp import (
     quantize,
     require_converter,
 )
+from finetune.model.gguf.modelfile import modelfile
+from finetune.model.gguf.vocabulary import read_vocabulary
 from finetune.model.source import BaseSource, find_base
+from finetune.model.tokenizer import load_tokenizer
 from finetune.run.load import read_trained_config
 
 if TYPE_CHECKING:
@@ -203,7 +206,7 @@ def export_run(run_folder: Path, folder: Path, settings: _Settings) -> ExportedM
     config = read_trained_config(run_folder)
     source = find_base(config.model)
     if settings.llama_cpp is None:
-        _require_writable(source, config)
+        _require_writable(run_folder, source, config)
 
     from finetune.model.gguf.check import check_gguf
 
@@ -222,22 +225,19 @@ def export_run(run_folder: Path, folder: Path, settings: _Settings) -> ExportedM
     )
 
 
-def _require_writable(source: BaseSource, config: "RunConfig") -> None:
+def _require_writable(
+    run_folder: Path, source: BaseSource, config: "RunConfig"
+) -> None:
     """Refuse a base whose architecture or tokenizer only llama.cpp's converter may export."""
-    reason = unsupported(text_settings(read_config_json(source)))
-    if reason is not None:
-        name = config.model.name_or_path
-        raise refusal(
-            "RUN",
-            name,
-            f"{reason}; --llama-cpp FOLDER exports it with llama.cpp's converter",
-        )
-    from finetune.model.gguf.vocabulary import read_vocabulary
-    from finetune.model.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(source, config.model)
     values = text_settings(read_config_json(source))
-    read_vocabulary(tokenizer, values["vocab_size"])
+    reason = unsupported(values)
+    if reason is not None:
+        problem = f"of its base {source.public_name}, {reason} can't be written here"
+        advice = "--llama-cpp FOLDER exports it with llama.cpp's converter, if that can"
+        raise refusal("RUN", run_folder, f"{problem}; {advice}")
+    tokenizer = load_tokenizer(source, config.model)
+    # A published config may leave out what its class has as a default.
+    read_vocabulary(tokenizer, values.get("vocab_size", len(tokenizer)))
 
 
 def _write_file(
@@ -283,7 +283,6 @@ def _write_modelfile(model: Path, folder: Path, variables: Mapping[str, Any]) ->
     """Write Ollama's Modelfile beside the GGUF file."""
     from transformers import AutoTokenizer
 
-    from finetune.model.gguf.modelfile import modelfile
     from finetune.model.gguf.write import read_ends
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -126,10 +126,8 @@ def test_an_architecture_of_the_converter_alone_is_refused_before_the_base_loads
     (run / "run.json").write_text(json.dumps(identity))
     monkeypatch.setattr(export, "merge_run", None)
 
-    problem = (
-        "the architecture olmo2 is none of llama, .*; --llama-cpp FOLDER exports it"
-    )
-    with pytest.raises(ConfigError, match=f"^RUN={base}: {problem}"):
+    problem = "of its base base, the architecture olmo2 .*; --llama-cpp FOLDER exports"
+    with pytest.raises(ConfigError, match=f"^RUN={run}: {problem}"):
         call(monkeypatch, str(run), "--to", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 

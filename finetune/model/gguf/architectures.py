@@ -53,7 +53,7 @@ def text_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def unsupported(values: Mapping[str, Any]) -> str | None:
-    """Return why a model is not written without llama.cpp's converter; None: it is.
+    """Return what of a model is not written without llama.cpp's converter; None: all is.
 
     Args:
         values: The settings of its text model, from `config.json`.
@@ -61,7 +61,8 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     model_type = values.get("model_type")
     architecture = ARCHITECTURES.get(str(model_type))
     if architecture is None:
-        return f"the architecture {model_type} is none of {', '.join(ARCHITECTURES)}"
+        names = ", ".join(ARCHITECTURES)
+        return f"the architecture {model_type} (not one of {names})"
     activation = values.get("hidden_activation") or values.get("hidden_act")
     if activation not in (None, architecture.activation):
         return f"{model_type} with the activation {activation}"
@@ -80,11 +81,13 @@ def _unsupported_gemma3(values: Mapping[str, Any]) -> str | None:
     head_dim = values.get("head_dim", 256)
     if values.get("query_pre_attn_scalar", 256) != head_dim:
         return "gemma3_text with a scale of queries that is not the heads' size"
+    layers = values.get("layer_types") or []
     expected = [
         "sliding_attention" if (layer + 1) % GLOBAL_EVERY else "full_attention"
-        for layer in range(values["num_hidden_layers"])
+        for layer in range(len(layers))
     ]
-    if values.get("layer_types", expected) != expected:
+    every = values.get("sliding_window_pattern", GLOBAL_EVERY)
+    if layers != expected or every != GLOBAL_EVERY:
         return f"gemma3_text whose global layers are not every {GLOBAL_EVERY}th"
     return None
 

@@ -186,7 +186,7 @@ GEMMA = {"model_type": "gemma3_text", "num_hidden_layers": 7}
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"model_type": "smollm3"}, "architecture smollm3 is none of llama, mistral, "),
+        ({"model_type": "smollm3"}, "the architecture smollm3 (not one of llama, "),
         (QWEN | {"use_sliding_window": True}, "qwen2 with a sliding window"),
         (QWEN | {"hidden_act": "gelu"}, "qwen2 with the activation gelu"),
         (
@@ -195,6 +195,7 @@ GEMMA = {"model_type": "gemma3_text", "num_hidden_layers": 7}
         ),
         (GEMMA | {"query_pre_attn_scalar": 168}, "a scale of queries"),
         (GEMMA | {"layer_types": ["full_attention"] * 7}, "global layers are not"),
+        (GEMMA | {"sliding_window_pattern": 2}, "global layers are not every 6th"),
     ],
 )
 def test_what_llama_cpp_computes_in_another_way_is_refused(
