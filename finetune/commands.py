@@ -5,7 +5,15 @@ from pathlib import Path
 
 from finetune.config.paths import CONF
 
-COMMANDS = ("evaluate", "fetch", "generate", "merge", "plan", "preview")
+COMMANDS = (
+    "evaluate",
+    "export",
+    "fetch",
+    "generate",
+    "merge",
+    "plan",
+    "preview",
+)
 """Modules of `finetune` that are commands."""
 
 _STUDY_COMMANDS = (

@@ -17,7 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = ("__main__", "evaluate", "fetch", "generate", "merge", "plan", "preview")
+COMMANDS = (
+    "__main__",
+    "evaluate",
+    "export",
+    "fetch",
+    "generate",
+    "merge",
+    "plan",
+    "preview",
+)
 
 LAYERS = (
     ("sweeps.api",),
