@@ -24,3 +24,7 @@ if not TYPE_CHECKING:
         if name not in __all__:
             raise AttributeError(f"module 'sweeps' has no attribute {name!r}")
         return getattr(importlib.import_module("sweeps.api"), name)
+
+    def __dir__() -> list[str]:
+        """List the names that are imported at their first use too, for Tab."""
+        return sorted({*globals(), *__all__})

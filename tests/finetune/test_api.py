@@ -26,6 +26,7 @@ from support.loaded_models import loaded_models
 from support.runs import write_jsonl
 
 import finetune
+import sweeps
 from finetune.console import ignore_warnings, quiet_libraries
 from finetune.data.types import Prompt
 from finetune.generate import answer_prompts
@@ -268,6 +269,11 @@ def test_a_mistake_raises_the_commands_line(
 
     assert done.stderr.splitlines()[-1] == f"error: {refused.value}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tab_completes_the_names_that_are_imported_late() -> None:
+    for package in (finetune, sweeps):
+        assert set(package.__all__) <= set(dir(package))
 
 
 @pytest.mark.parametrize("word", [None, 7, ["lora.r=8"], Path("a")], ids=repr)
