@@ -14,6 +14,7 @@ from finetune.app import run_overrides
 from finetune.errors import NoAnswer, refusal
 from finetune.files.atomic import read_json
 from finetune.files.find_run import LATEST
+from finetune.generation_arguments import require_positive
 from finetune.in_process import in_process
 from finetune.run.job import run_job
 from sweeps.answer.report import write_report
@@ -172,9 +173,8 @@ class Study:
             ConfigError: there is nothing to confirm, or a number is below 1.
             Interrupted: Ctrl-C; the same call resumes.
         """
-        for key, number in (("top", top), ("seeds", seeds)):
-            if number < 1:
-                raise refusal(key, number, "must be a whole number, at least 1")
+        require_positive("top", top)
+        require_positive("seeds", seeds)
         with in_process():
             return confirm_study(str(self.path), top, seeds)
 

@@ -187,11 +187,15 @@ def test_a_study_that_is_not_there_is_refused() -> None:
         sweeps.load_study("nothing")
 
 
-@pytest.mark.parametrize("arguments", [{"top": 0}, {"seeds": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"top": 0}, {"seeds": 0}, {"top": "3"}, {"seeds": 1.5}]
+)
 def test_a_confirmation_takes_positive_numbers(
     study: sweeps.Study, arguments: dict[str, Any]
 ) -> None:
-    with pytest.raises(finetune.ConfigError, match=r"=0: must be a whole number"):
+    with pytest.raises(
+        finetune.ConfigError, match=r"=.+: must be a whole number, at least 1"
+    ):
         study.confirm(**arguments)
 
 
