@@ -78,8 +78,10 @@ def test_a_run_becomes_a_file_and_a_modelfile(
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
     ids = torch.tensor([tokenizer("What does math.gcd do in Python?")["input_ids"]])
     with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
-        actual = model.float()(input_ids=ids).logits
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", dtype=torch.float32
+        )
+        actual = model(input_ids=ids).logits
         expected = load_run(trained).with_adapter()(input_ids=ids).logits
     assert (actual - expected).abs().max() < 0.01
 
