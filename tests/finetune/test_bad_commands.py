@@ -85,6 +85,31 @@ COMMANDS = [
         "--to=run: exists already; must be a new or an empty folder",
     ),
     Case(
+        "export-no-run",
+        "export nowhere --to new",
+        "RUN=nowhere: no such run; allowed: the folder of a run that has begun, as …",
+    ),
+    Case(
+        "export-format",
+        "export run --to new --format onnx",
+        "--format=onnx: allowed: gguf",
+    ),
+    Case(
+        "export-quantize",
+        "export run --to new --quantize q5_0",
+        "--quantize=q5_0: did you mean q8_0? allowed: q4_k_m, q8_0",
+    ),
+    Case(
+        "export-no-llama-cpp",
+        "export run --to new --llama-cpp nowhere",
+        "--llama-cpp=nowhere: must be llama.cpp's folder; it has no convert_hf_to_gguf.py",
+    ),
+    Case(
+        "export-no-quantiser",
+        "export run --to new --quantize q4_k_m",
+        "--quantize=q4_k_m: needs llama.cpp's program llama-quantize, which is not in PATH; …",
+    ),
+    Case(
         "merge-to-a-file",
         "merge run --to d.jsonl",
         "--to=d.jsonl: exists already; must be a new or an empty folder",

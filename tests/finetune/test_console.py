@@ -105,6 +105,7 @@ def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
     [
         "finetune.generate",
         "finetune.evaluate",
+        "finetune.export",
         "finetune.merge",
         "finetune.plan",
         "finetune.preview",
