@@ -1,6 +1,5 @@
 """Shell commands that use a study's winner or show its trials."""
 
-import json
 import os
 import re
 import shlex
@@ -9,8 +8,7 @@ from pathlib import Path
 from finetune.config.secrets import STORAGE_KEY, refuse_secrets_in
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
-from finetune.files.run_folder import RunFolder
-from finetune.run.load import read_run_config
+from sweeps.answer.serving import serving_commands
 from sweeps.study.storage import JOURNAL
 from sweeps.study.study import Study
 
@@ -25,7 +23,6 @@ def commands(study: Study) -> list[tuple[str, str]]:
         Pairs of a short purpose and a command, for the current working directory.
     """
     folder = shlex.quote(os.path.relpath(study.folder))
-    merged = shlex.quote(os.path.relpath(study.folder / "merged"))
     pairs = [
         ("generate", f'python -m finetune.generate {folder}/best --prompt "…"'),
         ("train again", f"python -m finetune --config-dir {folder} experiment=best"),
@@ -34,9 +31,8 @@ def commands(study: Study) -> list[tuple[str, str]]:
         pairs.append(
             ("confirm", f"python -m sweeps confirm {folder} --top 3 --seeds 5")
         )
+    pairs += serving_commands(study)
     pairs += [
-        ("merge", f"python -m finetune.merge {folder}/best --to {merged}"),
-        ("serve", f"vllm serve {merged}{_template_flag(study)}"),
         ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
         ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
     ]
@@ -44,21 +40,6 @@ def commands(study: Study) -> list[tuple[str, str]]:
     if sync_command is not None:
         pairs.append(("W&B", sync_command))
     return pairs
-
-
-def _template_flag(study: Study) -> str:
-    """Return vLLM's flag for the variables that the winner's chat template was rendered with.
-
-    Empty where there are none, and for several objectives, which have no one winner.
-    """
-    best = RunFolder(study.folder / "best")
-    if not best.identity.exists():
-        return ""
-    variables = read_run_config(best.path).model.template_kwargs
-    if not variables:
-        return ""
-    argument = shlex.quote(json.dumps(variables))
-    return f" --default-chat-template-kwargs {argument}"
 
 
 def _sync_command(study: Study) -> str | None:

@@ -11,7 +11,7 @@ from finetune.files.atomic import write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.identity import run_identity
 from sweeps.answer.best import write_best
-from sweeps.answer.commands import _template_flag
+from sweeps.answer.serving import _template_flag
 
 
 def finished_run(
@@ -58,11 +58,7 @@ def test_best_yaml_has_the_commit_of_a_base_from_the_hub(
     ],
 )
 def test_the_serve_command_has_the_templates_variables(
-    tiny: Tiny, tmp_path: Path, variables: str, flag: str
+    tiny: Tiny, variables: str, flag: str
 ) -> None:
-    finished_run(tmp_path / "best", tiny(f"+model.template_kwargs={variables}"), None)
-    study: Any = SimpleNamespace(folder=tmp_path)
-    finished_run(tmp_path / "plain" / "best", tiny(), None)
-    plain: Any = SimpleNamespace(folder=tmp_path / "plain")
-    assert _template_flag(plain) == ""
-    assert _template_flag(study) == flag
+    assert _template_flag(None) == _template_flag(tiny()) == ""
+    assert _template_flag(tiny(f"+model.template_kwargs={variables}")) == flag
