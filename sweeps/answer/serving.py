@@ -147,7 +147,9 @@ def _served_adapters(study: Study, best: RunFolder) -> list[tuple[str, Path, int
         if rank is None or _identity(run) != model:
             continue
         served.append((f"trial{trial.number}", run.adapter, rank))
-    return served[:SERVED_ADAPTERS]
+        if len(served) == SERVED_ADAPTERS:
+            break
+    return served
 
 
 def _identity(run: RunFolder) -> tuple[Any, Any]:
