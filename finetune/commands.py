@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.config.paths import CONF
 
-COMMANDS = ("evaluate", "fetch", "generate", "merge", "plan", "preview")
+COMMANDS = ("evaluate", "fetch", "generate", "merge", "plan", "preview", "publish")
 """Modules of `finetune` that are commands."""
 
 _STUDY_COMMANDS = (
@@ -15,6 +15,7 @@ _STUDY_COMMANDS = (
     "confirm",
     "diff",
     "list",
+    "promote",
     "report",
     "show",
     "stop",

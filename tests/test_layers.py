@@ -17,7 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = ("__main__", "evaluate", "fetch", "generate", "merge", "plan", "preview")
+COMMANDS = (
+    "__main__",
+    "evaluate",
+    "fetch",
+    "generate",
+    "merge",
+    "plan",
+    "preview",
+    "publish",
+)
 
 LAYERS = (
     ("sweeps.api",),
@@ -35,7 +44,7 @@ LAYERS = (
     ("finetune.api",),
     ("finetune.in_process",),
     tuple(f"finetune.{name}" for name in COMMANDS),
-    ("finetune.run",),
+    ("finetune.run", "finetune.sharing"),
     ("finetune.engine",),
     ("finetune.model",),
     ("finetune.app",),
@@ -49,7 +58,7 @@ LAYERS = (
     ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
-    ("finetune.json_safe", "finetune.quantities"),
+    ("finetune.json_safe", "finetune.quantities", "finetune.exit_codes"),
     ("finetune.errors",),
     ("finetune.version",),
 )
@@ -57,7 +66,7 @@ LAYERS = (
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
-    "finetune.compat", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.run.run", "finetune.run.job",
+    "finetune.compat", "finetune.sharing", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
     "sweeps.answer.report", "sweeps.api", "finetune.api", "finetune.in_process",

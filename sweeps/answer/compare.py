@@ -13,13 +13,15 @@ import numpy as np
 from scipy import stats
 
 from finetune.metrics.metric import Score
-from sweeps.answer.intervals import (
+from finetune.metrics.row_interval import (
     MAX_RESAMPLES,
     UPPER_QUANTILE,
-    combined_error,
-    combined_half_width,
     row_interval,
     row_mean,
+)
+from sweeps.answer.intervals import (
+    combined_error,
+    combined_half_width,
     seed_mean,
     selected_quantile,
 )
