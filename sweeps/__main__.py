@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Callable
 
 from finetune.console import command_parser, json_output, run_command
-from sweeps.commands import act, inspect, points
+from finetune.sharing.arguments import add_publish_arguments
+from sweeps.commands import act, inspect, points, share
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_clone,
         _add_report,
         _add_confirm,
+        _add_publish,
     ):
         add_command(commands)
     return parser
@@ -155,6 +157,15 @@ def _add_confirm(commands: _Commands) -> None:
     parser.add_argument("--top", type=_positive, default=act.TOP, help=top)
     seeds = f"number of seeds (default {act.SEEDS})"
     parser.add_argument("--seeds", type=_positive, default=act.SEEDS, help=seeds)
+
+
+def _add_publish(commands: _Commands) -> None:
+    text = (
+        "publish the winner's adapter on the Hugging Face hub, with a card of the study"
+    )
+    example = "s1 --to me/my-adapter"
+    parser = commands.add_for_study("publish", share.publish, text, example)
+    add_publish_arguments(parser)
 
 
 def _positive(text: str) -> int:

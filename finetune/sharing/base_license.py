@@ -72,8 +72,7 @@ def _of_hub(name: str, revision: str) -> CardBase:
     except Exception as error:
         log.warning("%s: its licence is not known (%s)", name, summary_line(error))
         return base
-    card = info.card_data.to_dict() if info.card_data else {}
-    return _with_license(base, card, files)
+    return _with_license(base, info.card_data or {}, files)
 
 
 def _of_folder(folder: Path) -> CardBase:
@@ -101,9 +100,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     return fields or {}
 
 
-def _with_license(
-    base: CardBase, card: dict[str, Any], files: dict[str, Path]
-) -> CardBase:
+def _with_license(base: CardBase, card: Any, files: dict[str, Path]) -> CardBase:
+    """Return a base with the licence that its card names; `card` has `get`, as a mapping."""
     return CardBase(
         base.name,
         base.is_on_hub,

@@ -23,8 +23,19 @@ from finetune.sharing.public_values import public_parameter
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-RECIPE = ("lora.", "quantization.", "optimizer.", "trainer.", "dataset.max_length")
+RECIPE = (
+    "lora.",
+    "quantization.",
+    "optimizer.",
+    "trainer.",
+    "dataset.max_length",
+    "dataset.packing",
+    "dataset.loss_on",
+)
 """Beginnings of the config keys that a card shows."""
+
+NO_RECIPE = ("trainer.logging_steps", "trainer.save_steps")
+"""Keys that change no number."""
 
 TASK = "text-generation"
 
@@ -110,10 +121,18 @@ def fenced(text: str) -> str:
 
 
 def _recipe(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the keys of the recipe with their values; those that are null or empty are left out."""
+    """Yield the keys of the recipe with their values.
+
+    Those that are null, false or empty are left out.
+    """
     yield "seed", str(config.seed)
+    is_4bit = config.quantization.load_in_4bit
     for key, value in flatten(config.to_dict()).items():
-        if key.startswith(RECIPE) and value not in (None, [], {}, ""):
+        if not key.startswith(RECIPE) or key in NO_RECIPE:
+            continue
+        is_unset = value is None or value is False or value in ([], {}, "")
+        is_idle = key.startswith("quantization.bnb_4bit") and not is_4bit
+        if not is_unset and not is_idle:
             yield key, public_parameter(key, value)
 
 
@@ -150,7 +169,7 @@ def _eval_results(
     from huggingface_hub import EvalResult
 
     datasets = hub_datasets(config.dataset)
-    dataset = datasets[0] if datasets else "rows"
+    kind, dataset = (datasets[0], datasets[0]) if datasets else ("local", "test rows")
     results = []
     for metric in metrics:
         if not metric.name.startswith("test/"):
@@ -161,7 +180,7 @@ def _eval_results(
         results.append(
             EvalResult(
                 task_type=TASK,
-                dataset_type=dataset,
+                dataset_type=kind,
                 dataset_name=dataset,
                 dataset_split="test",
                 metric_type=metric.name.removeprefix("test/"),

@@ -1,7 +1,7 @@
 """Publish a run on the hub: its adapter, its tokenizer, a model card, and the base's licence."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,20 +124,23 @@ def describe_published(uploaded: Uploaded) -> str:
 
 
 def push_if_wanted(
-    folder: Path, extra: Extra = NOTHING, name: str | None = None
+    folder: Path,
+    make_extra: Callable[[], Extra] = Extra,
+    default_name: str | None = None,
 ) -> None:
     """Publish a run if its config says so (`hub.push`); a failure is one warning.
 
     Args:
         folder: The run folder.
-        extra: What is published beside it.
-        name: The repository where `hub.model_id` is null; None: the run's name.
+        make_extra: Returns what is published beside it.
+        default_name: The repository where `hub.model_id` is null; None: the run's name.
     """
     if not read_run_config(folder).hub.push:
         return
     try:
-        target = find_target(folder, default_name=name)
-        log.info("%s", describe_published(publish_run(folder, target, extra)))
+        target = find_target(folder, default_name=default_name)
+        uploaded = publish_run(folder, target, make_extra())
+        log.info("%s", describe_published(uploaded))
     # Training took hours: whatever the hub does must not fail the run.
     except Exception as error:
         log.warning("hub.push=true: not published (%s)", error_line(error))

@@ -59,7 +59,8 @@ def require_uploads(key: str, name: str) -> None:
         ConfigError: The reason.
     """
     from huggingface_hub import get_token, is_offline_mode
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -146,7 +147,10 @@ def _commit(
             parent_commit=before.sha,
         )
     for warning in caught:
-        log.warning("%s: %s", repository, " ".join(str(warning.message).split()))
+        line = " ".join(str(warning.message).split())
+        # Of the hub; others are notes to developers.
+        if "README.md" in line:
+            log.warning("%s: %s", repository, line)
     return Uploaded(
         repository=repository,
         url=f"{api.endpoint}/{repository}",
@@ -165,7 +169,7 @@ def ask_to_write(key: str, name: str, ask: Callable[[], T]) -> T:
     from huggingface_hub.utils import logging as hub_logging
 
     # It says that nothing has changed, and when it tries again.
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:

@@ -37,7 +37,7 @@ def commands(study: Study) -> list[tuple[str, str]]:
     pairs += [
         ("merge", f"python -m finetune.merge {folder}/best --to {merged}"),
         ("serve", f"vllm serve {merged}{_template_flag(study)}"),
-        ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
+        ("publish", f"python -m sweeps publish {folder} --to YOU/{study.name}"),
         ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
     ]
     sync_command = _sync_command(study)

@@ -134,7 +134,9 @@ class HubServer:
             siblings = [{"rfilename": file} for file in files]
             return 200, {"id": name, "sha": sha, "siblings": siblings}
         if action == "preupload":
-            return 200, {"files": [_mode(each, files) for each in json.loads(body)["files"]]}
+            return 200, {
+                "files": [_mode(each, files) for each in json.loads(body)["files"]]
+            }
         if action == "paths-info":
             wanted = urllib.parse.parse_qs(body.decode())["paths"]
             return 200, [_info(path, files[path]) for path in wanted if path in files]
@@ -206,7 +208,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(*self.stub.answer(self.command, self.path, body))
 
-    do_GET = do_PUT = do_HEAD = do_POST
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_HEAD(self) -> None:
+        self.do_POST()
 
     def _send(self, status: int, content: Any) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
