@@ -37,6 +37,16 @@ RECIPE = (
 NO_RECIPE = ("trainer.logging_steps", "trainer.save_steps")
 """Keys that change no number."""
 
+RESULT = (
+    "step",
+    "effective_batch_size",
+    "train_tokens",
+    "train_seconds",
+    "engine",
+    "versions",
+)
+"""Entries of `result.json` that a card shows; a run of an earlier version may lack some."""
+
 TASK = "text-generation"
 
 
@@ -82,7 +92,7 @@ def make_model_card(
         recipe=list(_recipe(config)),
         hides_template=config.dataset.template is not None
         or config.model.chat_template is not None,
-        result=result,
+        result={name: result.get(name) for name in RESULT},
         quantization=config.quantization,
         lora=config.lora,
         samples=(read_json(run.samples) or []) if samples else [],
