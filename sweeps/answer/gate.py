@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.evaluation import BUILT_IN, LOSS_METRICS
+from finetune.data.row_file import StoredRows
 from finetune.data.rows import load_all_rows
 from finetune.data.types import ListDigest, canonical_text
 from finetune.errors import ConfigError, did_you_mean, refusal
@@ -23,8 +24,9 @@ from finetune.files.find_run import find_run
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
+from finetune.model.memory import free_memory
 from finetune.model.weights_digest import WEIGHTS, weights_digest
-from finetune.run.load import read_labels
+from finetune.run.load import load_run, read_labels
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
@@ -162,10 +164,20 @@ def _require_labels(gate: Gate, metrics: Sequence[Metric], folder: Path) -> None
         raise refusal("--metric", gate.metric, reason)
 
 
+def read_rows(gate: Gate, config: RunConfig) -> StoredRows:
+    """Read the gate's rows as the winner's run reads its rows.
+
+    Raises:
+        ConfigError: They can't be read.
+    """
+    return load_all_rows("--data", config.dataset.of_other(gate.data))
+
+
 def pass_gate(
     gate: Gate,
     winner: Path,
     config: RunConfig,
+    rows: StoredRows,
     metrics: Sequence[Metric],
     deployed: Deployed,
 ) -> Verdict:
@@ -175,14 +187,14 @@ def pass_gate(
         gate: The gate.
         winner: The winner's run folder.
         config: The winner's config.
+        rows: As `read_rows` returns them.
         metrics: As `find_metric` returns them.
         deployed: The adapter to compare with.
 
     Raises:
-        ConfigError: The rows can't be read, or are too few, or the metric is no mean over rows.
+        ConfigError: The rows are too few, or the metric is no mean over rows.
     """
     settings = config.dataset.of_other(gate.data)
-    rows = load_all_rows("--data", settings)
     digest = ListDigest()
     digest.begin_list()
     for row in rows:
@@ -190,8 +202,6 @@ def pass_gate(
 
     # Imports torch, so only after all that is refused without it.
     from finetune.model.adapter import attach_adapter
-    from finetune.model.memory import free_memory
-    from finetune.run.load import load_run
     from finetune.run.other_rows import evaluator
     from sweeps.answer.compare import compare_adapters
 

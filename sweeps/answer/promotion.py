@@ -18,7 +18,7 @@ from finetune.sharing.card_data import data_lines
 from finetune.sharing.hub_registry import HubRegistry
 from finetune.sharing.model_card import environment
 from finetune.sharing.public_values import file_name, is_hub_id
-from finetune.sharing.publication import Extra, Target
+from finetune.sharing.publication import Target
 from finetune.sharing.upload import require_uploads
 from finetune.tracking.mlflow_registry import MlflowRegistry
 from finetune.tracking.open import require_package
@@ -32,6 +32,7 @@ from sweeps.answer.gate import (
     find_deployed,
     find_metric,
     pass_gate,
+    read_rows,
     require_same_base,
 )
 from sweeps.answer.publish_hub import best_folder, study_extra
@@ -70,7 +71,7 @@ class Promotion:
     version: Version | None
     """The registered version; None: the gate was not met."""
     is_new: bool
-    """Whether this command has registered it."""
+    """Whether this command has given it the alias."""
     reason: str
     """What has happened, in one line."""
 
@@ -136,7 +137,9 @@ def promote(study: Study, request: Request) -> Promotion:
     config = read_trained_config(folder)
     trial = int(read_json(study.folder / ANSWER)["trial"])
     digest = weights_digest(RunFolder(folder).adapter)
+    # In the first week too, when nothing is compared, so that no mistake waits for the second.
     metrics = find_metric(request.gate, config, folder)
+    rows = read_rows(request.gate, config)
     deployed = None
     if request.against != NONE:
         deployed = find_deployed(request.against)
@@ -166,7 +169,8 @@ def promote(study: Study, request: Request) -> Promotion:
         return ended(f"{request.against} is the winner itself, so there is no gain")
     verdict = None
     if deployed is not None:
-        verdict = pass_gate(request.gate, folder, config, metrics, deployed)
+        gate = request.gate
+        verdict = pass_gate(gate, folder, config, rows, metrics, deployed)
         if not verdict.is_met:
             return ended(gate_line(request.gate, verdict), verdict)
     lineage = _lineage(study, request, config, digest, deployed, verdict)

@@ -17,6 +17,8 @@ from finetune.sharing.upload import Uploaded
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
 from sweeps.answer.report_data import ANSWER
+from sweeps.answer.winner import find_winner
+from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import (
     format_counts,
     objective_cells,
@@ -42,9 +44,6 @@ def best_folder(study: Study) -> Path:
 
 def why_no_answer(study: Study) -> str | None:
     """Return why a study has no answer that could be published; None: it has one."""
-    from sweeps.answer.winner import find_winner
-    from sweeps.space.feasibility import why_no_winner
-
     winner = find_winner(study)
     if winner is None:
         return f"{why_no_winner(study.trials())}, so there is no winner"
