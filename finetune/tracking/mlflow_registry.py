@@ -72,7 +72,7 @@ class MlflowRegistry(Registry):
                 run_id=run_id,
                 tags=_tags(lineage),
             )
-        store.set_registered_model_alias(self._name, alias, version.version)
+        store.set_registered_model_alias(self._name, alias, str(version.version))
         return self._version(version)
 
     def _create_model(self) -> None:

@@ -51,6 +51,8 @@ class WandbRegistry(Registry):
         if not has_key():
             allowed = "registering needs a key (WANDB_API_KEY, or wandb login)"
             raise refusal("--to", "wandb", allowed)
+        # Else its library says on the terminal where it has found the key.
+        os.environ.setdefault("WANDB_SILENT", "true")
         self._name = artifact_name(name)
         self._project = project or os.environ.get("WANDB_PROJECT") or "finetune"
         self._entity = entity

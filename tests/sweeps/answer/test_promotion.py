@@ -179,7 +179,7 @@ def test_weeks_of_a_cron_job_with_mlflow(
     # The same weights: the first week's version, no third one.
     assert printed["registered"]["version"] == "1"
     assert len(store.search_model_versions("name = 'units'")) == 2
-    assert store.get_model_version_by_alias("units", "champion").version == "1"
+    assert store.get_model_version_by_alias("units", "champion").version == 1
 
 
 def test_mlflow_holds_the_adapter_and_where_it_comes_from(
@@ -266,13 +266,15 @@ def test_the_hub_has_the_winner_on_the_branch_of_the_alias(
 
 
 def test_a_branch_stays_where_its_commit_fails(study: Study, hub: HubServer) -> None:
+    assert not promote(study, asked(study, name="me/units")).is_refused
+    repository = hub.repositories["me/units"]
+    theirs = {**repository.files(), "adapter_model.safetensors": b"theirs"}
+    repository.commit("champion", theirs, "another")
+    baseline = str(study.folder / "trials" / "0")
     hub.fails = {"POST /api/models/me/units/commit/champion": 403}
     with pytest.raises(ConfigError, match="may not write there"):
-        promote(study, asked(study, name="me/units"))
-    hub.fails = {}
-    assert hub.repositories["me/units"].files("champion") != {}
-    promotion = promote(study, asked(study, name="me/units"))
-    assert promotion.version is not None
+        promote(study, asked(study, baseline, name="me/units"))
+    assert repository.files("champion") == theirs
 
 
 def test_wandb_has_the_winner_as_a_version_with_the_alias(
