@@ -38,6 +38,7 @@ NO_RECIPE = ("trainer.logging_steps", "trainer.save_steps")
 """Keys that change no number."""
 
 RESULT = (
+    "status",
     "step",
     "effective_batch_size",
     "train_tokens",

@@ -24,6 +24,7 @@ from finetune.files.find_run import find_run
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
+from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
 from finetune.model.memory import free_memory
 from finetune.model.weights_digest import WEIGHTS, weights_digest
 from finetune.run.load import load_run, read_labels
@@ -168,9 +169,17 @@ def read_rows(gate: Gate, config: RunConfig) -> StoredRows:
     """Read the gate's rows as the winner's run reads its rows.
 
     Raises:
-        ConfigError: They can't be read.
+        ConfigError: They can't be read, or are too few.
     """
-    return load_all_rows("--data", config.dataset.of_other(gate.data))
+    rows = load_all_rows("--data", config.dataset.of_other(gate.data))
+    if len(rows) < MIN_EFFECTIVE_ROWS:
+        raise _too_few_rows(gate)
+    return rows
+
+
+def _too_few_rows(gate: Gate) -> ConfigError:
+    reason = f"too few rows: an interval needs {MIN_EFFECTIVE_ROWS} of similar length"
+    return refusal("--data", gate.data, reason)
 
 
 def pass_gate(
@@ -246,10 +255,7 @@ def _gain(
     low, high = comparison.low, comparison.high
     if low is None or high is None:
         if comparison.verdict == "too few rows to say":
-            raise ConfigError(
-                f"--data={gate.data}: {comparison.verdict}; a gate needs an interval, and that at "
-                "least 30 rows of similar length"
-            )
+            raise _too_few_rows(gate)
         reason = "is one number for all rows, without the interval that a gate needs"
         raise refusal("--metric", gate.metric, reason)
     if higher_is_better:

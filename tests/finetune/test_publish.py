@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from support.commands import Station
 from support.configs import compose, tiny_overrides
-from support.hub_server import TOKEN, HubServer, hub_server
+from support.hub_server import TOKEN, HubServer, Repository, hub_server
 from support.runs import write_jsonl
 
 from finetune.metrics.metric import Score
@@ -137,6 +137,40 @@ def test_rows_prompts_templates_errors_paths_and_token_stay_at_home(
     assert "/" not in re.sub(r"https?://\S+|me/tiny|(test|eval)/\w+|`\w+/`", "", card)
     assert TOKEN not in card + ended.stdout + ended.stderr
     assert hub.repositories["me/tiny"].messages == ["initial commit", "Adapter of tiny"]
+
+
+def test_the_licence_of_a_base_from_the_hub_comes_with_the_adapter(
+    folder: Path, hub: HubServer, publish: Publish
+) -> None:
+    base = Repository(private=False)
+    fields = "license: other\nlicense_name: llama3\nlicense_link: LICENSE\n"
+    files = {"README.md": f"---\n{fields}---\n".encode(), "LICENSE": b"Terms."}
+    commit = base.commit("main", files, "base")
+    hub.repositories["org/base"] = base
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["model"]["name_or_path"] = "org/base"
+    (folder / "run.json").write_text(json.dumps(record))
+    result = json.loads((folder / "result.json").read_text())
+    result["base_model"] = {"name": "org/base", "revision": commit, "sha256": None}
+    (folder / "result.json").write_text(json.dumps(result))
+
+    assert publish(str(folder), "--to", "me/tiny").returncode == 0
+    arrived = hub.repositories["me/tiny"].files()
+    assert arrived["LICENSE"] == b"Terms."
+    card = ModelCard(arrived["README.md"].decode())
+    assert card.data.base_model == "org/base"
+    assert (card.data.license, card.data.license_name) == ("other", "llama3")
+    assert f'revision="{commit}"' in card.text
+    assert "vllm serve org/base --enable-lora" in card.text
+
+    # Out of reach meanwhile: the card says so, and the adapter is published.
+    del hub.repositories["org/base"]
+    ended = publish(str(folder), "--to", "me/again")
+    assert ended.returncode == 0
+    assert "org/base: its licence is not known" in ended.stderr
+    card = ModelCard(hub.repositories["me/again"].files()["README.md"].decode())
+    assert card.data.license is None
+    assert "licence is not known" in card.text
 
 
 def test_samples_stand_in_the_card_where_they_are_wanted(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 TOKEN = "hf_secretsecretsecret"
 
 
@@ -132,7 +134,9 @@ class HubServer:
         files = repository.commits[sha]
         if action == "revision":
             siblings = [{"rfilename": file} for file in files]
-            return 200, {"id": name, "sha": sha, "siblings": siblings}
+            card = _card_fields(files.get("README.md", b"").decode())
+            answer = {"id": name, "sha": sha, "siblings": siblings, "cardData": card}
+            return 200, answer
         if action == "preupload":
             return 200, {
                 "files": [_mode(each, files) for each in json.loads(body)["files"]]
@@ -160,6 +164,11 @@ class HubServer:
             "commitUrl": f"{self.address}/{name}/commit/{new}",
             "commitOid": new,
         }
+
+
+def _card_fields(card: str) -> dict[str, Any] | None:
+    """The fields of a model card, as the hub reads them."""
+    return yaml.safe_load(card.split("---")[1]) if card.startswith("---") else None
 
 
 def _is_large(path: str) -> bool:
