@@ -13,6 +13,7 @@ COMMANDS = (
     "merge",
     "plan",
     "preview",
+    "publish",
 )
 """Modules of `finetune` that are commands."""
 
@@ -23,6 +24,7 @@ _STUDY_COMMANDS = (
     "confirm",
     "diff",
     "list",
+    "promote",
     "report",
     "show",
     "stop",

@@ -4,7 +4,6 @@ The base is evaluated on the same rows, without the adapter.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import math
@@ -22,21 +21,15 @@ from finetune.console import (
     run_command,
 )
 from finetune.data.rows import load_all_rows
-from finetune.data.tokens import tokenize
-from finetune.engine.steps import drive
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
 from finetune.files.find_run import RUN_HELP, find_run
 from finetune.metrics.classification import confusion_lines
-from finetune.metrics.labels import LabelledRows
 from finetune.metrics.load import load_metrics
 from finetune.metrics.names import metric_notes
-from finetune.run.load import load_run, read_labels, read_run_config
+from finetune.run.load import load_run, read_run_config
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
     from finetune.run.evaluate_rows import EvaluatedRows
 
 
@@ -184,50 +177,21 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     if answers_file is not None and not answers_rows:
         reason = "the run has no evaluation.metrics of its rows' answers"
         raise refusal("--answers", answers_file, reason)
-    settings = dataclasses.replace(config.dataset, path=data, packing=False)
+    settings = config.dataset.of_other(data)
     rows = load_all_rows("--data", settings)
 
     # Imports torch, so only after all that is refused without it.
     import_model_libraries()
-    from finetune.engine.loaded_model import LoadedModel
-    from finetune.run.evaluate_rows import evaluate_rows
+    from finetune.run.other_rows import evaluator
 
     run = load_run(folder)
-    variables = run.config.model.template_kwargs
-    tokens = tokenize("test", rows, run.tokenizer, settings, variables)
-    labels = read_labels(run.folder)
-    labelled = None
-    if labels is not None:
-        labelled = LabelledRows.create(
-            rows,
-            labels,
-            config.evaluation,
-            run.tokenizer,
-            variables,
-            settings.max_length,
-        )
-    config = dataclasses.replace(run.config, dataset=settings)
-
-    def evaluate(model: "PreTrainedModel | PeftModel") -> "EvaluatedRows":
-        loaded = LoadedModel(config, model)
-        steps = evaluate_rows(
-            loaded,
-            tokens,
-            rows,
-            config,
-            run.tokenizer,
-            metrics,
-            labelled,
-            documents="all",
-        )
-        return drive(steps)
-
+    evaluate = evaluator(run, rows, settings, metrics)
     # The base first: attaching the adapter may change it.
     log.info("evaluating the base")
     base = evaluate(run.base)
     log.info("evaluating the adapter")
     adapter = evaluate(run.with_adapter())
-    comparison = Comparison(data, len(tokens), base, adapter)
+    comparison = Comparison(data, len(base.evaluation.row_tokens), base, adapter)
     if answers_file is not None:
         lines = map(json.dumps, comparison.answer_lines())
         write_text(Path(answers_file), "".join(f"{line}\n" for line in lines))

@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Callable
 
 from finetune.console import command_parser, json_output, run_command
-from sweeps.commands import act, inspect, points, work
+from finetune.sharing.arguments import add_publish_arguments
+from sweeps.commands import act, inspect, points, share, work
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_report,
         _add_watch,
         _add_confirm,
+        _add_publish,
+        _add_promote,
     ):
         add_command(commands)
     return parser
@@ -188,6 +191,42 @@ def _add_confirm(commands: _Commands) -> None:
     parser.add_argument("--top", type=_positive, default=act.TOP, help=top)
     seeds = f"number of seeds (default {act.SEEDS})"
     parser.add_argument("--seeds", type=_positive, default=act.SEEDS, help=seeds)
+
+
+def _add_publish(commands: _Commands) -> None:
+    text = (
+        "publish the winner's adapter on the Hugging Face hub, with a card of the study"
+    )
+    example = "s1 --to me/my-adapter"
+    parser = commands.add_for_study("publish", share.publish, text, example)
+    add_publish_arguments(parser)
+
+
+def _add_promote(commands: _Commands) -> None:
+    text = "register the winner if it is better than the deployed adapter (else exit code 5)"
+    example = (
+        "s1 --against deployed --data test.jsonl --metric test/exact_match --to mlflow"
+    )
+    parser = commands.add_for_study("promote", share.promote, text, example)
+    against = (
+        "the deployed adapter: a run folder, an adapter's folder, or none where the alias is still "
+        "free: then nothing is compared"
+    )
+    parser.add_argument("--against", metavar="RUN", required=True, help=against)
+    data = "rows that both answer: a file, its URL, a folder, or a hub id"
+    parser.add_argument("--data", required=True, help=data)
+    metric = "test/loss, test/exact_match or another metric of rows"
+    parser.add_argument("--metric", required=True, help=metric)
+    gain = "the lower end of the gain's 95 %% interval must be above it (default 0)"
+    parser.add_argument("--min-gain", type=float, default=0.0, help=gain)
+    parser.add_argument("--to", required=True, choices=share.REGISTRIES)
+    alias = "what marks the deployed version (default champion); on the hub a branch"
+    parser.add_argument("--alias", default="champion", help=alias)
+    name = (
+        "registered model, artifact or OWNER/NAME (default: tracker.project or finetune; on the "
+        "hub hub.model_id)"
+    )
+    parser.add_argument("--name", help=name)
 
 
 def _positive(text: str) -> int:

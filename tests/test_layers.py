@@ -26,6 +26,7 @@ COMMANDS = (
     "merge",
     "plan",
     "preview",
+    "publish",
 )
 
 LAYERS = (
@@ -44,7 +45,7 @@ LAYERS = (
     ("finetune.api",),
     ("finetune.in_process",),
     tuple(f"finetune.{name}" for name in COMMANDS),
-    ("finetune.run",),
+    ("finetune.run", "finetune.sharing"),
     ("finetune.engine",),
     ("finetune.model",),
     ("finetune.app",),
@@ -66,7 +67,7 @@ LAYERS = (
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
-    "finetune.compat", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.exit_codes", "finetune.run.run", "finetune.run.job",
+    "finetune.compat", "finetune.sharing", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.exit_codes", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
     "sweeps.answer.report", "sweeps.api", "finetune.api", "finetune.in_process",

@@ -52,7 +52,11 @@ def build(cls: type[T], path: str, values: Any) -> T:
         if key not in fields:
             raise ConfigError(unknown_key(f"{prefix}{key}", fields))
     for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+        is_required = (
+            field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        )
+        if name not in values and is_required:
             raise ConfigError(f"{prefix}{name}: must be given")
     hints = typing.get_type_hints(cls)
     converted: dict[str, Any] = {}

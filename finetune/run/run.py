@@ -119,6 +119,16 @@ def _run_and_record(result: Result, folder: RunFolder) -> RunSteps[None]:
         _remove_checkpoints(result.config, folder)
     if result.context.interactive:
         print_summary(folder, result, recorded, tracker)
+        if result.status == "completed" and result.config.hub.push:
+            _publish(folder)
+
+
+def _publish(folder: RunFolder) -> None:
+    """Publish the adapter on the hub, with a card of the result that is written by now."""
+    # Loads Jinja and scipy, which other runs do not need.
+    from finetune.sharing.publication import push_if_wanted
+
+    push_if_wanted(folder.path)
 
 
 def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:

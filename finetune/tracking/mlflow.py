@@ -68,7 +68,7 @@ class MlflowTracker(Tracker):
         if label.group is not None:
             tags |= {"group": label.group, "job_type": label.job_type or "run"}
         run = self._store.create_run(
-            _experiment_id(self._store, settings.project, label.group),
+            experiment_id(self._store, settings.project, label.group),
             run_name=label.name or os.environ.get("MLFLOW_RUN_NAME") or config.name,
             tags=tags,
         )
@@ -145,9 +145,7 @@ class MlflowTracker(Tracker):
         return [f"MLflow: {show_store(self._address)} (run {self._id})"]
 
 
-def _experiment_id(
-    store: "MlflowClient", project: str | None, group: str | None
-) -> str:
+def experiment_id(store: "MlflowClient", project: str | None, group: str | None) -> str:
     """Return the id of the experiment PROJECT, or of a study's, PROJECT/STUDY."""
     from mlflow.exceptions import MlflowException
 

@@ -20,10 +20,19 @@ PACKAGES = {"mlflow": "mlflow-skinny", "trackio": "trackio"}
 def check_trackers(settings: TrackerSettings) -> None:
     """Raise ConfigError where the package of a tracker is not installed."""
     for name in settings.names:
-        if name in PACKAGES and importlib.util.find_spec(name) is None:
-            command = f'pip install "qlora-sweeps[{name}]"'
-            reason = f"needs the package {PACKAGES[name]}: {command}"
-            raise refusal("tracker.name", name, reason)
+        require_package("tracker.name", name)
+
+
+def require_package(key: str, name: str) -> None:
+    """Raise ConfigError where the package of a tracker is not installed.
+
+    Args:
+        key: The config key or the flag that names the tracker, for the error.
+        name: The tracker.
+    """
+    if name in PACKAGES and importlib.util.find_spec(name) is None:
+        command = f'pip install "qlora-sweeps[{name}]"'
+        raise refusal(key, name, f"needs the package {PACKAGES[name]}: {command}")
 
 
 def open_tracker(config: RunConfig, folder: RunFolder, label: Label) -> Tracker:

@@ -140,7 +140,7 @@ def _resume(folder: RunFolder) -> str | None:
 def _mode(settings: TrackerSettings) -> str:
     """The mode of `wandb.init`: online only with a key, so that W&B never asks for it."""
     mode = _wanted_mode(settings)
-    if mode != "online" or _has_key():
+    if mode != "online" or has_key():
         return mode
     _warn_without_key()
     return "offline"
@@ -158,14 +158,14 @@ def _wanted_mode(settings: TrackerSettings) -> str:
     """The mode of the config or of the environment; `auto` is online with a key."""
     if settings.mode != "auto":
         return settings.mode
-    if _is_disabled():
+    if is_disabled():
         return "disabled"
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    return "online" if _has_key() else "offline"
+    return "online" if has_key() else "offline"
 
 
-def _is_disabled() -> bool:
+def is_disabled() -> bool:
     """Whether WANDB_DISABLED is set, which W&B itself no longer reads."""
     value = os.environ.get("WANDB_DISABLED", "").lower()
     return value not in ("", "0", "false", "no", "off")
@@ -179,7 +179,7 @@ def _tags(settings: TrackerSettings) -> list[str]:
     return list(distinct_tags)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether a key is in the environment, or in the netrc file, where `wandb login` writes it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

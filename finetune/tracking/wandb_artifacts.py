@@ -1,9 +1,9 @@
 """Files and folders as artifacts of a W&B run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import wandb
@@ -15,7 +15,8 @@ def log_artifact(
     kind: str,
     path: Path,
     aliases: Sequence[str] = (),
-) -> None:
+    metadata: Mapping[str, Any] | None = None,
+) -> "wandb.Artifact":
     """Add a file, or all files of a folder, to a W&B run as an artifact.
 
     W&B copies the files before this returns: a study removes most adapters, perhaps before
@@ -27,17 +28,26 @@ def log_artifact(
         kind: The artifact's type, as `model`.
         path: A file or a folder.
         aliases: Further aliases, next to `latest`.
+        metadata: What W&B shows of the artifact.
+
+    Returns:
+        The artifact; its `wait` ends when the server has it.
     """
     import wandb
 
-    # `(?a)`: W&B allows letters of ASCII only.
-    allowed_name = re.sub(r"(?a)[^\w.-]", "-", name)
-    artifact = wandb.Artifact(allowed_name, type=kind)
+    given = dict(metadata) if metadata else None
+    artifact = wandb.Artifact(artifact_name(name), type=kind, metadata=given)
     root = path.parent if path.is_file() else path
     for file in files_of(path):
         relative_path = file.relative_to(root)
         artifact.add_file(str(file), name=str(relative_path))
-    run.log_artifact(artifact, aliases=["latest", *aliases])
+    logged: wandb.Artifact = run.log_artifact(artifact, aliases=["latest", *aliases])
+    return logged
+
+
+def artifact_name(name: str) -> str:
+    """Return a name as W&B allows it: letters of ASCII, digits, `-`, `_` and `.`."""
+    return re.sub(r"(?a)[^\w.-]", "-", name)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -33,7 +33,7 @@ def commands(study: Study) -> list[tuple[str, str]]:
         )
     pairs += serving_commands(study)
     pairs += [
-        ("upload", f"hf upload YOU/{study.name} {folder}/best/adapter"),
+        ("publish", f"python -m sweeps publish {folder} --to YOU/{study.name}"),
         ("dashboard", f"optuna-dashboard {_shell_storage(study)}"),
     ]
     sync_command = _sync_command(study)

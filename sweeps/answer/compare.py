@@ -13,13 +13,15 @@ import numpy as np
 from scipy import stats
 
 from finetune.metrics.metric import Score
-from sweeps.answer.intervals import (
+from finetune.metrics.row_interval import (
     MAX_RESAMPLES,
     UPPER_QUANTILE,
-    combined_error,
-    combined_half_width,
     row_interval,
     row_mean,
+)
+from sweeps.answer.intervals import (
+    combined_error,
+    combined_half_width,
     seed_mean,
     selected_quantile,
 )
@@ -78,6 +80,11 @@ def compare_adapters(
     if not mean.is_measurable:
         return _without_rows(mean.value, "too few rows to say")
     low, high = row_interval(differences, tokens, max_resamples)
+    is_loss = metric.rpartition("/")[2] == "loss"
+    # Losses that are all equal are of one model; right and wrong answers need not be.
+    if not is_loss and rows.are_shares and not differences.any():
+        high = _largest_unseen_difference(mean.effective_rows)
+        low = -high
     freedom = mean.effective_rows - 1
     rising = rows.higher_is_better
     confidence = _confidence(mean.value, mean.standard_error, freedom, rising)
@@ -173,6 +180,21 @@ class _Rows:
     """Summed over each row's tokens or answers `[evaluations, rows]`."""
     tokens: np.ndarray | None
     """Tokens or answers of each row `[rows]`; None for one number of all rows."""
+
+    @property
+    def are_shares(self) -> bool:
+        """Whether each row's mean is a share, in [0, 1]."""
+        is_share = (self.sums >= 0) & (self.sums <= self.tokens)
+        return bool(is_share.all())
+
+
+def _largest_unseen_difference(rows: float) -> float:
+    """Return the difference that rows of another sample may have where no row of this one differs.
+
+    If a larger share of all rows differed, some of these would, but in 2.5 of 100 samples. Their
+    differences are at most 1.
+    """
+    return float(1 - (1 - UPPER_QUANTILE) ** (1 / rows))
 
 
 def _rows_of(evaluations: Sequence["Evaluation"], metric: str) -> _Rows:

@@ -21,7 +21,8 @@ from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.best import write_best
 from sweeps.answer.commands import written_address
 from sweeps.answer.final_comparison import compare_on_test_rows
-from sweeps.answer.publish import publish
+from sweeps.answer.publish_hub import push_winner
+from sweeps.answer.publish_wandb import publish
 from sweeps.answer.report import write_report
 from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
@@ -41,8 +42,9 @@ def conclude(
 ) -> None:
     """Evaluate the winner and the baseline on the test rows, and write and print the answer.
 
-    Writes `answer.json`, `best/`, `experiment/best.yaml` and `report.html`, and publishes them to
-    the winner's W&B run. A second session that concludes at the same time waits for the first.
+    Writes `answer.json`, `best/`, `experiment/best.yaml` and `report.html`, publishes them to the
+    winner's W&B run, and with `hub.push` the winner on the hub. A second session that concludes at
+    the same time waits for the first.
 
     Args:
         study: the study.
@@ -86,6 +88,7 @@ def _conclude(
         tracker,
     ):
         log.info("  %s", line)
+    push_winner(study)
 
 
 def _explain_missing_adapter(study: Study, winner: FrozenTrial, run: RunFolder) -> None:

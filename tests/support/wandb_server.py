@@ -41,6 +41,7 @@ class ShownArtifact:
     name: str
     kind: str
     aliases: list[str]
+    metadata: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -120,6 +121,7 @@ class WandbServer:
                 given["artifactCollectionName"],
                 given["artifactTypeName"],
                 sorted(alias["alias"] for alias in given["aliases"] or []),
+                json.loads(given.get("metadata") or "{}"),
             )
             artifact = {
                 "id": artifact_id,
@@ -141,7 +143,63 @@ class WandbServer:
             del committed.files["manifest"]
             self.runs[committed.run].artifacts[committed.name] = committed
             return {"commitArtifact": {"artifact": {"id": artifact_id, "digest": ""}}}
+        if operation == "ArtifactByID":
+            return {"artifact": self._artifact_value(given["id"])}
+        if operation == "ArtifactMembershipByName":
+            return {"project": {"artifactCollectionMembership": self._member(given)}}
         return {"project": None}
+
+    def _member(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest version of an artifact that has an alias, as `name:alias`."""
+        name, _, alias = given["name"].partition(":")
+        for artifact_id, artifact in reversed(self._artifacts.items()):
+            if artifact.name == name and alias in artifact.aliases:
+                value = self._artifact_value(artifact_id)
+                return {
+                    "__typename": "ArtifactCollectionMembership",
+                    "id": artifact_id,
+                    "versionIndex": value["versionIndex"],
+                    "createdAt": value["createdAt"],
+                    "aliases": [
+                        {"__typename": "ArtifactAlias", "id": each, "alias": each}
+                        for each in artifact.aliases
+                    ],
+                    "artifactCollection": value["artifactSequence"],
+                    "artifact": value,
+                }
+        return None
+
+    def _artifact_value(self, artifact_id: str) -> dict[str, Any]:
+        artifact = self._artifacts[artifact_id]
+        versions = [
+            key for key, each in self._artifacts.items() if each.name == artifact.name
+        ]
+        project = {"id": "1", "internalId": "1", "name": "finetune"}
+        return {
+            "__typename": "Artifact",
+            "id": artifact_id,
+            "artifactSequence": {
+                "__typename": "ArtifactSequence",
+                "name": artifact.name,
+                "project": {**project, "entity": {"name": "user"}},
+            },
+            "versionIndex": versions.index(artifact_id),
+            "artifactType": {"name": artifact.kind},
+            "description": None,
+            "metadata": json.dumps(artifact.metadata),
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 1,
+            "digest": artifact_id,
+            "commitHash": None,
+            "fileCount": len(artifact.files),
+            "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": None,
+            "aliases": [],
+        }
 
     def _artifact_file(self, given: dict[str, Any], name: str) -> dict[str, Any]:
         artifact_id = given["artifactID"]

@@ -1,5 +1,6 @@
 """The rows that a run reads."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
@@ -193,6 +194,10 @@ class DatasetSettings(Section):
             source = SourceSettings(path=item) if isinstance(item, str) else item
             sources.append(source)
         return sources
+
+    def of_other(self, path: str) -> "DatasetSettings":
+        """Return the settings for all rows of other data, each row by itself."""
+        return dataclasses.replace(self, path=path, packing=False)
 
     @property
     def path_text(self) -> str:

@@ -62,15 +62,20 @@ class TrackerSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings(Section):
-    """Upload of the adapter to the Hugging Face hub."""
+    """Upload of the adapter to the Hugging Face hub, with a model card."""
 
     section = "hub"
 
     push: bool
-    """Whether the adapter is uploaded when the run has completed."""
+    """Whether the adapter is uploaded when the run has completed; of a study, that of its
+    winner."""
 
     model_id: str | None
-    """Repository on the hub; null: the run's name."""
+    """Repository on the hub, as `owner/name`; null: the run's name, of a study the study's."""
 
     private: bool
     """Whether a new repository is private."""
+
+    samples: bool = False
+    """Whether the model card shows sample prompts, answers and rows."""
+    # The default is for run folders that were written before the key existed.

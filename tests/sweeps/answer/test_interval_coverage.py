@@ -8,9 +8,9 @@ import pytest
 from optuna.trial import create_trial
 from support.evaluations import evaluation, evaluations
 
+from finetune.metrics.row_interval import row_interval
 from sweeps.answer.candidates import _Candidate, _compare_with_others
 from sweeps.answer.compare import compare_configs, compare_seeds
-from sweeps.answer.intervals import row_interval
 
 pytestmark = pytest.mark.slow
 

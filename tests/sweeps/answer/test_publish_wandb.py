@@ -28,8 +28,8 @@ from finetune.run.load import read_run_config
 from finetune.run.run import run
 from finetune.tracking.tracker import Label
 from finetune.tracking.wandb_finished import add_tag, remove_tag
-from sweeps.answer import publish as module
-from sweeps.answer.publish import PUBLISHED, publish
+from sweeps.answer import publish_wandb as module
+from sweeps.answer.publish_wandb import PUBLISHED, publish
 from sweeps.answer.workspace import build_workspace
 from sweeps.study.storage import open_storage
 from sweeps.study.study import Study
