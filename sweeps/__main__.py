@@ -49,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
         _add_clone,
         _add_work,
         _add_report,
-        _add_watch,
         _add_confirm,
         _add_publish,
         _add_promote,
@@ -166,21 +165,6 @@ def _add_report(commands: _Commands) -> None:
     parser = commands.add_for_study("report", act.report, text, "latest --watch")
     text = "update it until no trial is running"
     parser.add_argument("--watch", action="store_true", help=text)
-
-
-def _add_watch(commands: _Commands) -> None:
-    text = "serve the report to a browser of this machine, as the study grows"
-    parser = commands.add_for_study("watch", act.watch, text, "latest --port 8000")
-    text = "port of 127.0.0.1 (default: any free one)"
-    parser.add_argument("--port", type=_port, default=0, help=text)
-
-
-def _port(text: str) -> int:
-    """Parse the number of a port for argparse."""
-    number = int(text) if text.isdecimal() else -1
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text}: must be a port from 0 to 65535")
-    return number
 
 
 def _add_confirm(commands: _Commands) -> None:

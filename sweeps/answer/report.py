@@ -74,23 +74,15 @@ def watch(
         pause(REFRESH)
 
 
-def render_page(
-    data: ReportData,
-    live: bool = False,
-    news: tuple[str, int] | None = None,
-    with_plotly: bool = True,
-) -> str:
+def render_page(data: ReportData, live: bool = False) -> str:
     """Render the page as HTML.
 
     Args:
         data: the data of the report.
         live: whether the page of an unfinished study reloads itself.
-        news: the version of the page's content, and the seconds after which the page asks its
-            server for another version; None: the page is a file.
-        with_plotly: whether plotly is inside.
 
     Returns:
-        The HTML.
+        The HTML, with plotly inside.
     """
     study = data.study
     waiting = len(study.trials(TrialState.WAITING))
@@ -111,9 +103,7 @@ def render_page(
         updated=_last_change(data),
         verdict=_verdict(data),
         sections=sections(data),
-        plotly=get_plotlyjs() if with_plotly else "",
-        version=news[0] if news else None,
-        poll_seconds=news[1] if news else None,
+        plotly=get_plotlyjs(),
     )
     return html
 

@@ -1,16 +1,15 @@
-"""Commands that act on a study: best, report, watch, confirm, stop."""
+"""Commands that act on a study: best, report, confirm, stop."""
 
 import argparse
-import contextlib
 import logging
 import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import quiet_libraries
-from finetune.errors import ConfigError, NoAnswer, refusal
+from finetune.errors import ConfigError, NoAnswer
 from finetune.files.atomic import read_json
-from sweeps.study.find_study import find_search, find_study, is_plain_multirun
+from sweeps.study.find_study import find_search, find_study
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -76,32 +75,6 @@ def report(arguments: argparse.Namespace) -> None:
         arguments.print_json({"study": study.name, "report": path})
     else:
         print(path)
-
-
-def watch(arguments: argparse.Namespace) -> None:
-    """Serve the report as the study grows, until Ctrl-C."""
-    # A wrong name is refused before the charts' library is loaded.
-    study = find_study(arguments.study)
-    from sweeps.answer.live_page import HOST, LivePage, create_server
-
-    def load() -> "Study":
-        # A plain multirun is read from its folder anew, a study from its storage.
-        return find_study(arguments.study) if is_plain_multirun(study.folder) else study
-
-    try:
-        server = create_server(LivePage(load), arguments.port)
-    except OSError as error:
-        allowed = "must be a free port; 0 takes any"
-        raise refusal(
-            "--port", arguments.port, f"{error.strerror}; {allowed}"
-        ) from None
-    address = f"http://{HOST}:{server.server_port}"
-    if arguments.json:
-        arguments.print_json({"study": study.name, "address": address})
-    else:
-        print(f"{study.name}: {address} (Ctrl-C ends it)", flush=True)
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
 
 
 def confirm(arguments: argparse.Namespace) -> None:
