@@ -63,6 +63,7 @@ class StudySweeper(Sweeper):
 
         # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
+        from sweeps.study.notification import told_at_its_end
         from sweeps.study.opening import open_study
 
         study, session = open_study(draft.session)
@@ -70,11 +71,12 @@ class StudySweeper(Sweeper):
             from sweeps.answer.more_trials import no_gain
 
             session = dataclasses.replace(session, end_rule=no_gain)
-        _enqueue(study, draft)
-        if _has_work(study, draft):
-            run_workers(study, session)
-            _explain_end(study, session)
-        _conclude(study, session)
+        with told_at_its_end(study, session.common.notify):
+            _enqueue(study, draft)
+            if _has_work(study, draft):
+                run_workers(study, session)
+                _explain_end(study, session)
+            _conclude(study, session)
         return study.folder
 
 

@@ -15,6 +15,7 @@ KEYS_WITHOUT_EFFECT = (
     "resume",
     "tracker.",
     "hub.",
+    "notify.",
     "sample_",
     "model.learning_rate",
     "evaluation.concurrency",

@@ -21,6 +21,7 @@ from sweeps.space.settings import StudySettings
 from sweeps.study.claims import orphaned_trials
 from sweeps.study.errors import StorageLost
 from sweeps.study.live_table import live_table
+from sweeps.study.notification import stall_watch
 from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.worker import Worker
@@ -60,6 +61,7 @@ def run_workers(study: Study, session: Session) -> None:
         try:
             with (
                 live_table(study),
+                stall_watch(study, session.common.notify),
                 _ends_workers_on_signals(session.stop_file, workers),
             ):
                 returns = launcher.launch(jobs, initial_job_idx=0)
