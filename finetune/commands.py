@@ -19,6 +19,7 @@ _STUDY_COMMANDS = (
     "show",
     "stop",
     "sweeps",
+    "watch",
 )
 
 _TRAINING_WORDS = ("finetune", "fit", "run", "start", "train")

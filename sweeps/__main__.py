@@ -7,10 +7,13 @@ import argparse
 from collections.abc import Callable
 
 from finetune.console import command_parser, json_output, run_command
-from sweeps.commands import act, inspect, points
+from sweeps.commands import act, inspect, points, watch
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
+
+DEFAULT_PORT = 8321
+"""The port of `watch`: a fixed one, so that a bookmark and a tunnel to it stay valid."""
 
 VALUES_HELP = "searched keys and their values"
 
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_add,
         _add_clone,
         _add_report,
+        _add_watch,
         _add_confirm,
     ):
         add_command(commands)
@@ -147,6 +151,13 @@ def _add_report(commands: _Commands) -> None:
     parser.add_argument("--watch", action="store_true", help=text)
 
 
+def _add_watch(commands: _Commands) -> None:
+    text = "show the report in a browser while the study runs, until Ctrl-C"
+    parser = commands.add_for_study("watch", watch.watch, text)
+    port = f"port on 127.0.0.1 (default {DEFAULT_PORT}; 0: a free one)"
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help=port)
+
+
 def _add_confirm(commands: _Commands) -> None:
     text = "retrain the best trials with other seeds"
     example = "s1 --top 3 --seeds 5"
@@ -155,6 +166,14 @@ def _add_confirm(commands: _Commands) -> None:
     parser.add_argument("--top", type=_positive, default=act.TOP, help=top)
     seeds = f"number of seeds (default {act.SEEDS})"
     parser.add_argument("--seeds", type=_positive, default=act.SEEDS, help=seeds)
+
+
+def _port(text: str) -> int:
+    """Parse a port for argparse."""
+    if not text.isdigit() or int(text) > 65535:
+        allowed = "must be a whole number from 0 to 65535"
+        raise argparse.ArgumentTypeError(f"{text}: {allowed}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

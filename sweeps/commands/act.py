@@ -12,7 +12,7 @@ from finetune.files.atomic import read_json
 from sweeps.study.find_study import find_search, find_study
 
 if TYPE_CHECKING:
-    from sweeps.study.study import ANSWER, Study
+    from sweeps.study.study import Study
 
 TOP = 3
 """Default number of best trials that are confirmed."""
@@ -53,6 +53,8 @@ def _conclude(study: "Study") -> None:
 
 def _answer(study: "Study") -> dict[str, Any]:
     """Return a study's answer for `--json`."""
+    from sweeps.study.study import ANSWER
+
     answer = read_json(study.folder / ANSWER)
     folder = os.path.relpath(study.folder)
     return {"study": study.name, "folder": folder, "answer": answer}
