@@ -4,6 +4,7 @@ The config is written to files, `${oc.env:NAME}` with the variable's value. The 
 environment of the run: a script or `sh -c` reads a credential from there.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -36,7 +37,7 @@ def command_words(notify: object) -> list[str]:
 
 def refuse_secrets_in_command(words: Sequence[str]) -> None:
     """Refuse a command that holds a credential. Raises ConfigError, which does not show it."""
-    for word, next_word in zip(words, [*words[1:], ""], strict=True):
+    for word, next_word in itertools.pairwise([*words, ""]):
         is_flag = bool(re.fullmatch(_SECRET_FLAG, word, re.IGNORECASE))
         has_argument = is_flag and bool(next_word) and not next_word.startswith("$")
         matches = (re.search(pattern, word, re.IGNORECASE) for pattern in _SECRETS)

@@ -99,7 +99,7 @@ def test_a_run_tells_of_its_end_once_it_has_begun(
 
     # Another command makes it no other run.
     same = [word for word in run if word != COMMAND]
-    again = station.run(*same, "notify.command=[false]", cwd=tmp_path)
+    again = station.run(*same, "notify.command=[./other]", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "completed already" in again.stderr
 
