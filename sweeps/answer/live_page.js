@@ -12,15 +12,13 @@
   Plotly.newPlot = drawChart;
 
   const remember = section => ({
-    opened: [...section.querySelectorAll("details[open] > summary")].map(summary => summary.textContent),
+    opened: [...section.querySelectorAll("details")].map(details => details.open),
     scrolled: [...section.querySelectorAll(".scroll, .chart")].map(box => [box.scrollLeft, box.scrollTop]),
     sorted: [...section.querySelectorAll("table.sortable")].map(table => table.querySelector("th[aria-sort]")),
   });
 
   const restore = (section, state) => {
-    for (const summary of section.querySelectorAll("details > summary")) {
-      if (state.opened.includes(summary.textContent)) summary.parentElement.open = true;
-    }
+    section.querySelectorAll("details").forEach((details, index) => { details.open = state.opened[index] || false; });
     section.querySelectorAll("table.sortable").forEach((table, index) => {
       const head = state.sorted[index];
       const column = head ? [...table.querySelectorAll("th")].findIndex(other => other.textContent === head.textContent) : -1;

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from optuna.trial import TrialState
+
+from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.report import render_page
 from sweeps.answer.report_data import ReportData
 from sweeps.study.find_study import is_plain_multirun, load_study
@@ -16,6 +19,9 @@ from sweeps.study.study import ANSWER, CONFIRMATION, Study
 REST = 4.0
 """Between two builds at least so many times the duration of the last one: the study trains on the
 same machine."""
+
+NEW_TRIALS = 0.1
+"""Share of new trials from which on a study that runs is analysed again."""
 
 STUDY_FILES = (JOURNAL, ANSWER, CONFIRMATION, "best/samples.json")
 """Files of a study that the page shows; with a database, its trials are read besides."""
@@ -52,6 +58,8 @@ class LivePage:
         self._study = load_study(folder)
         self._is_multirun = is_plain_multirun(folder)
         self._lock = threading.Lock()
+        self._analysis: Analysis | None = None
+        self._analysed = 0
         self._start = secrets.token_hex(4)
         self._rests_until = 0.0
         self._page = self._build(self._state())
@@ -99,11 +107,25 @@ class LivePage:
         began = time.monotonic()
         self.builds += 1
         version = f"{self._start}-{self.builds}"
-        data = ReportData.read(self._snapshot(), analysis=None)
+        study = self._snapshot()
+        data = ReportData.read(study, self._analyze(study))
         page = Page(render_page(data, version=version), version, state)
         now = time.monotonic()
         self._rests_until = now + REST * (now - began)
         return page
+
+    def _analyze(self, study: Study) -> Analysis:
+        """Return the importance of parameters and the advice, perhaps those of before.
+
+        They take most of the time of a page: seconds from 20 trials on.
+        """
+        finished = len(study.finished())
+        is_running = bool(study.trials(TrialState.RUNNING, TrialState.WAITING))
+        has_grown = finished > self._analysed * (1 + NEW_TRIALS)
+        if self._analysis is None or has_grown or not is_running:
+            self._analysis = analyze(study)
+            self._analysed = max(finished, 1)
+        return self._analysis
 
     def _snapshot(self) -> Study:
         # The jobs of a multirun are read from their folders; a study's storage gives what is new.

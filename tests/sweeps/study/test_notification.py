@@ -17,7 +17,7 @@ from support.study_folder import folder_of
 from finetune.config.sections.notify import NotifySettings
 from finetune.errors import Interrupted, NoAnswer
 from finetune.exit_codes import INTERRUPTED, NO_ANSWER
-from sweeps.study.notification import stall_watch, told_at_its_end
+from sweeps.study.notification import LAST_STEP, stall_watch, told_at_its_end
 
 TELLS = (
     'echo "$FINETUNE_EVENT|$FINETUNE_NAME|$FINETUNE_MESSAGE|$FINETUNE_ANSWER" >> told'
@@ -99,6 +99,7 @@ def test_stopped_workers_are_told_of_once_and_go_on(
         return path.exists() and "grad_norm" in path.read_text()
 
     wait_until(lambda: trains(0) and trains(1), process)
+    wait_until((folder_of(tmp_path) / LAST_STEP).exists, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     # Before their first steps, while they import and load, it may have been told of already.
     (tmp_path / "told").unlink(missing_ok=True)
@@ -107,13 +108,17 @@ def test_stopped_workers_are_told_of_once_and_go_on(
     try:
         wait_until(lambda: len(told(tmp_path)) == 1, process, seconds=60)
         time.sleep(7)
+        assert [line[0] for line in told(tmp_path)] == ["stalled"]
     finally:
         for worker in workers:
             worker.send_signal(signal.SIGCONT)
     ended = process.wait()
 
     assert ended.returncode == 0, ended.stderr
-    assert [line[0] for line in told(tmp_path)] == ["stalled", "completed"]
+    events = [line[0] for line in told(tmp_path)]
+    # A busy machine may need long to end the workers.
+    assert events[-1] == "completed"
+    assert set(events[:-1]) == {"stalled"}
     stalled = "study s stalled: no trial has made a step for 0.1 minutes"
     assert told(tmp_path)[0][2] == stalled
 
