@@ -30,6 +30,7 @@ _STUDY_COMMANDS = (
     "stop",
     "sweeps",
     "work",
+    "watch",
 )
 
 _TRAINING_WORDS = ("finetune", "fit", "run", "start", "train")

@@ -8,10 +8,13 @@ from collections.abc import Callable
 
 from finetune.console import command_parser, json_output, run_command
 from finetune.sharing.arguments import add_publish_arguments
-from sweeps.commands import act, inspect, points, share, work
+from sweeps.commands import act, inspect, points, share, watch, work
 from sweeps.study.find_study import STUDIES, STUDY_HELP
 
 PROGRAM = "python -m sweeps"
+
+DEFAULT_PORT = 8321
+"""The port of `watch`: a fixed one, so that a bookmark and a tunnel to it stay valid."""
 
 VALUES_HELP = "searched keys and their values"
 
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_clone,
         _add_work,
         _add_report,
+        _add_watch,
         _add_confirm,
         _add_publish,
         _add_promote,
@@ -167,6 +171,13 @@ def _add_report(commands: _Commands) -> None:
     parser.add_argument("--watch", action="store_true", help=text)
 
 
+def _add_watch(commands: _Commands) -> None:
+    text = "show the report in a browser while the study runs, until Ctrl-C"
+    parser = commands.add_for_study("watch", watch.watch, text)
+    port = f"port on 127.0.0.1 (default {DEFAULT_PORT}; 0: a free one)"
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help=port)
+
+
 def _add_confirm(commands: _Commands) -> None:
     text = "retrain the best trials with other seeds"
     example = "s1 --top 3 --seeds 5"
@@ -211,6 +222,14 @@ def _add_promote(commands: _Commands) -> None:
         "hub hub.model_id)"
     )
     parser.add_argument("--name", help=name)
+
+
+def _port(text: str) -> int:
+    """Parse a port for argparse."""
+    if not text.isdigit() or int(text) > 65535:
+        allowed = "must be a whole number from 0 to 65535"
+        raise argparse.ArgumentTypeError(f"{text}: {allowed}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -18,7 +18,6 @@ from finetune.generation_arguments import require_positive
 from finetune.in_process import in_process
 from finetune.run.job import run_job
 from sweeps.answer.report import write_report
-from sweeps.answer.report_data import ANSWER
 from sweeps.answer.winner import find_winner, run_with_adapter
 from sweeps.commands.act import SEEDS, TOP, confirm_study
 from sweeps.space.feasibility import why_no_winner
@@ -115,7 +114,7 @@ class Study:
     @property
     def answer(self) -> dict[str, Any] | None:
         """The content of `answer.json`; None until the study has concluded with a winner."""
-        answer: dict[str, Any] | None = read_json(self.path / ANSWER)
+        answer: dict[str, Any] | None = read_json(self.path / stored.ANSWER)
         return answer
 
     @property

@@ -59,20 +59,22 @@ class StudySweeper(Sweeper):
         draft, study, session = self._open(arguments)
         # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
+        from sweeps.study.notification import told_at_its_end
         from sweeps.study.stored_command import store_command
 
         store_command(study, self._config, arguments)
-        _enqueue(study, draft)
-        if _has_work(study, draft):
-            run_workers(study, session)
-            _explain_end(study, session)
-        # Commands that share the folder end together, when the last trial has ended.
-        with file_lock(study.folder / ".conclusion.lock"):
-            try:
-                _conclude(study, session)
-            finally:
-                Mirror(session.common.mirror).copy(study.folder)
-                Mirror.finish()
+        with told_at_its_end(study, session.common.notify):
+            _enqueue(study, draft)
+            if _has_work(study, draft):
+                run_workers(study, session)
+                _explain_end(study, session)
+            # Commands that share the folder end together, when the last trial has ended.
+            with file_lock(study.folder / ".conclusion.lock"):
+                try:
+                    _conclude(study, session)
+                finally:
+                    Mirror(session.common.mirror).copy(study.folder)
+                    Mirror.finish()
         return study.folder
 
     def _open(self, arguments: list[str]) -> "tuple[Draft, Study, Session]":

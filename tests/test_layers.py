@@ -51,6 +51,7 @@ LAYERS = (
     ("finetune.app",),
     ("finetune.job_failures",),
     ("finetune.tracking",),
+    ("finetune.notification",),
     ("finetune.metrics",),
     ("finetune.data",),
     ("finetune.files",),
@@ -66,7 +67,7 @@ LAYERS = (
 
 LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
-    "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
+    "finetune.notification", "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
     "finetune.compat", "finetune.sharing", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.exit_codes", "finetune.run.run", "finetune.run.job",
     "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",

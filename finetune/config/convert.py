@@ -51,12 +51,10 @@ def build(cls: type[T], path: str, values: Any) -> T:
     for key in values:
         if key not in fields:
             raise ConfigError(unknown_key(f"{prefix}{key}", fields))
+    no_default = dataclasses.MISSING
     for name, field in fields.items():
-        is_required = (
-            field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        )
-        if name not in values and is_required:
+        has_default = not (field.default is field.default_factory is no_default)
+        if name not in values and not has_default:
             raise ConfigError(f"{prefix}{name}: must be given")
     hints = typing.get_type_hints(cls)
     converted: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from finetune.config.command_secrets import command_words, refuse_secrets_in_command
 from finetune.config.convert import build
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import (
@@ -30,6 +31,7 @@ from finetune.config.sections.evaluation import (
 )
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
+from finetune.config.sections.notify import NotifySettings
 from finetune.config.sections.optimizer import OptimizerSettings
 from finetune.config.sections.section import Section
 from finetune.config.sections.tracker import HubSettings, TrackerSettings
@@ -97,6 +99,7 @@ class RunConfig(Section):
     studies are copied; a resumed one fetches from it what is missing here. null: none."""
 
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
 
     def __post_init__(self) -> None:
         self.require("name", is_plain_name(self.name), PLAIN_NAME)
@@ -193,6 +196,10 @@ class RunConfig(Section):
         # Hydra's own keys and the search space are not part of a run: they are not resolved here.
         keys = [str(key) for key in composed if key not in ("hydra", "search")]
         composed = OmegaConf.masked_copy(composed, keys)
+        # Before a reference to the environment is resolved.
+        written = OmegaConf.to_container(composed, resolve=False)
+        assert isinstance(written, dict)
+        refuse_secrets_in_command(command_words(written.get("notify")))
         for key in sorted(OmegaConf.missing_keys(composed)):
             raise ConfigError(f"{key}: must be given, as {key}=…")
         values = OmegaConf.to_container(composed, resolve=True)

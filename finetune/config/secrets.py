@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune.config.addresses import refuse_secrets_in_address
+from finetune.config.command_secrets import COMMAND_KEY, refuse_secrets_in_command
 from finetune.errors import ConfigError
 
 STORAGE_KEY = "hydra.sweeper.storage"
@@ -62,13 +63,17 @@ def refuse_secrets_in(override: str) -> None:
     secret = _SECRET_IN_OVERRIDE.search(override)
     if secret:
         raise ConfigError(_secret_refusal(secret[1]))
-    key, _, value = override.lstrip("+").partition("=")
-    if key == "mirror":
-        refuse_secrets_in_address(key, value.strip("'\""))
     if _TOKEN.search(override):
         raise ConfigError(_secret_refusal(_TOKEN.split(override)[0].partition("=")[0]))
     for address in _addresses_in(override):
         refuse_secrets_in_address(STORAGE_KEY, address)
+    key, _, text = override.lstrip("+").partition("=")
+    if key == "mirror":
+        refuse_secrets_in_address(key, text.strip("'\""))
+    if key == COMMAND_KEY:
+        value = _parsed_value(override)
+        words = value if isinstance(value, list) else text.strip("[]").split(",")
+        refuse_secrets_in_command([str(word) for word in words])
 
 
 def _secret_refusal(key: str) -> str:
@@ -98,15 +103,20 @@ def _addresses_in(override: str) -> list[str]:
 
 
 def _parsed_addresses(override: str, is_storage: bool) -> list[str]:
+    value = _parsed_value(override)
+    values = [value] if is_storage else list(_values_of("storage", value))
+    return [str(value) for value in values if value is not None]
+
+
+def _parsed_value(override: str) -> object:
+    """Return the value of an override; None where it has none, or several."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
-        value = OverridesParser.create().parse_override(override).value()
+        return OverridesParser.create().parse_override(override).value()
     except Exception:
         # Hydra reports it itself, or the override is a sweep.
-        return []
-    values = [value] if is_storage else list(_values_of("storage", value))
-    return [str(value) for value in values if value is not None]
+        return None
 
 
 def _values_of(key: str, tree: object) -> Iterator[object]:

@@ -27,6 +27,8 @@ class RunContext:
     evaluate_test_rows: bool = True
     """Whether the run ends with the test rows. False where the result could influence a
     decision."""
+    notifies: bool = False
+    """Whether the run tells `notify.command` of its end; a trial does not, as its study does."""
     interrupt: Interrupt = field(default_factory=Interrupt)
     """Ctrl-C and SIGTERM, shared by the runs of one process."""
     slots: int = 1

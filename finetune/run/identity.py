@@ -16,6 +16,7 @@ KEYS_WITHOUT_EFFECT = (
     "tracker.",
     "hub.",
     "mirror",
+    "notify.",
     "sample_",
     "model.learning_rate",
     "evaluation.concurrency",

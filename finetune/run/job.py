@@ -121,7 +121,9 @@ def job(
             job_type="trial",
             folder=sweep_folder,
         )
-    run_context = RunContext(resources=shared_resources, label=label, **context)
+    run_context = RunContext(
+        resources=shared_resources, label=label, notifies=True, **context
+    )
     steps = run_steps(config, folder, run_context)
     if hydra.mode == RunMode.RUN and is_new(folder):
         return _in_new_folder(steps, folder)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.compat import import_model_libraries, paused_collection
 from finetune.config.schema import RunConfig
@@ -20,6 +20,8 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.mirror import Mirror
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.load import check_metrics
+from finetune.metrics.names import format_metric
+from finetune.notification import Event, notify
 from finetune.run.context import RunContext
 from finetune.run.identity import require_same_run, run_identity
 from finetune.run.interruption import explain_interruption
@@ -81,6 +83,7 @@ def run_steps(
         try:
             yield from _run_and_record(result, folder)
         finally:
+            _notify(result, folder)
             mirror.copy(folder.path)
             if context.interactive:
                 Mirror.finish()
@@ -131,6 +134,26 @@ def _publish(folder: RunFolder) -> None:
     push_if_wanted(folder.path)
 
 
+def _notify(result: Result, folder: RunFolder) -> None:
+    """Tell of the end of a run that had begun: of a refused one, the error line tells."""
+    if not result.context.notifies or not folder.identity.exists():
+        return
+    name = result.config.name
+    message = f"run {name} {result.status}: {result.error or _describe(result)}"
+    event = cast(Event, result.status)
+    notify(result.config.notify, event, name, folder.result, message)
+
+
+def _describe(result: Result) -> str:
+    """Return the objectives of a completed run in a line."""
+    values = [
+        f"{name} {format_metric(result.metrics[name])}"
+        for name in result.config.objectives
+        if name in result.metrics
+    ]
+    return ", ".join(values) or "no held-out rows"
+
+
 def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:
     """Remove the checkpoints of a completed run, unless the user has chosen how many stay.
 
@@ -154,7 +177,7 @@ def resume(path: str | Path) -> Objective:
     file = logging.FileHandler(Path(path) / "train.log")
     file.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
-    return run(config, path)
+    return run(config, path, RunContext(notifies=True))
 
 
 def _completed_metrics(folder: RunFolder) -> Metrics | None:

@@ -17,8 +17,13 @@ TEXT_KEYS = (
 
 
 def tracked_config(config: RunConfig) -> dict[str, Any]:
-    """Return a run's config as trackers show it: nested plain values."""
-    return hide_text(config.to_dict())
+    """Return a run's config as trackers show it: nested plain values.
+
+    The command of `notify` is for this machine, and none of a tracker's concern.
+    """
+    shown = hide_text(config.to_dict())
+    del shown["notify"]
+    return shown
 
 
 def hide_text(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,12 @@ from sweeps.answer.final_comparison import compare_on_test_rows
 from sweeps.answer.publish_hub import push_winner
 from sweeps.answer.publish_wandb import publish
 from sweeps.answer.report import write_report
-from sweeps.answer.report_data import ANSWER
 from sweeps.answer.summary import summary_lines
 from sweeps.answer.winner import find_winner, run_with_adapter
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.inside import first_inside, is_inside, point_of
 from sweeps.study.logs import run_lines_to_files
-from sweeps.study.study import Study
+from sweeps.study.study import ANSWER, Study
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from sweeps.answer.compare import (
     metric_of,
 )
 from sweeps.answer.confirmation import read_confirmation
-from sweeps.answer.report_data import ANSWER
-from sweeps.study.study import Study
+from sweeps.study.study import ANSWER, Study
 
 log = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ from sweeps.answer.gate import (
     require_same_base,
 )
 from sweeps.answer.publish_hub import best_folder, study_extra
-from sweeps.answer.report_data import ANSWER
-from sweeps.study.study import Study
+from sweeps.study.study import ANSWER, Study
 
 NONE = "none"
 """Stands for the deployed adapter where none is deployed yet."""

@@ -16,7 +16,6 @@ from finetune.sharing.publication import Extra, Target, publish_run, push_if_wan
 from finetune.sharing.upload import Uploaded
 from sweeps.answer.confirmation import read_confirmation
 from sweeps.answer.descriptions import confirmation_lines, final_comparison_lines
-from sweeps.answer.report_data import ANSWER
 from sweeps.answer.winner import find_winner
 from sweeps.space.feasibility import why_no_winner
 from sweeps.study.formatting import (
@@ -27,7 +26,7 @@ from sweeps.study.formatting import (
 )
 from sweeps.study.inside import point_of
 from sweeps.study.roles import role
-from sweeps.study.study import Study
+from sweeps.study.study import ANSWER, Study
 
 log = logging.getLogger(__name__)
 

@@ -74,15 +74,17 @@ def watch(
         pause(REFRESH)
 
 
-def render_page(data: ReportData, live: bool = False) -> str:
+def render_page(data: ReportData, live: bool = False, version: str = "") -> str:
     """Render the page as HTML.
 
     Args:
         data: the data of the report.
         live: whether the page of an unfinished study reloads itself.
+        version: identifies the page where `sweeps.answer.page_server` serves it. The page then asks
+            for newer ones; empty: it is a file.
 
     Returns:
-        The HTML, with plotly inside.
+        The HTML, with plotly inside unless it is served.
     """
     study = data.study
     waiting = len(study.trials(TrialState.WAITING))
@@ -103,7 +105,8 @@ def render_page(data: ReportData, live: bool = False) -> str:
         updated=_last_change(data),
         verdict=_verdict(data),
         sections=sections(data),
-        plotly=get_plotlyjs(),
+        version=version,
+        plotly="" if version else get_plotlyjs(),
     )
     return html
 

@@ -9,10 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.files.atomic import read_json
 from sweeps.answer.advice import Analysis, analyze
 from sweeps.answer.confirmation import read_confirmation
-from sweeps.study.study import Study
-
-ANSWER = "answer.json"
-"""File in the study's folder: the winner, the baseline, and their losses on the test rows."""
+from sweeps.study.study import ANSWER, Study
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,11 @@ def _config(data: ReportData) -> Section:
     identity = read_json(folder.identity) or {}
     result = data.results[trial.number]
     environment = {key: result.get(key) for key in ENVIRONMENT_KEYS}
+    # The command of `notify` is for this machine; a report is mailed.
+    config = {**identity.get("config", {})}
+    config.pop("notify", None)
     folded = [
-        (f"config of trial {trial.number}", _yaml(identity.get("config", {}))),
+        (f"config of trial {trial.number}", _yaml(config)),
         ("environment", _yaml(environment)),
     ]
     return Section("config", title, folded=folded)

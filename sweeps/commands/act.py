@@ -53,7 +53,7 @@ def _conclude(study: "Study") -> None:
 
 def _answer(study: "Study") -> dict[str, Any]:
     """Return a study's answer for `--json`."""
-    from sweeps.answer.report_data import ANSWER
+    from sweeps.study.study import ANSWER
 
     answer = read_json(study.folder / ANSWER)
     folder = os.path.relpath(study.folder)

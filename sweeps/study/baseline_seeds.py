@@ -16,6 +16,7 @@ from finetune.engine.observer import Observer
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import FolderHeld, RunFolder
 from finetune.run.load import read_run_config
+from sweeps.study.notification import record_step
 from sweeps.study.pack import PackedRun
 from sweeps.study.pruning import POLL_SECONDS
 from sweeps.study.repeats import Repeat, repeat_run
@@ -136,6 +137,7 @@ class _Deadline(Observer):
         if time.monotonic() - self._last_poll < POLL_SECONDS:
             return False
         self._last_poll = time.monotonic()
+        record_step(self._study, self._session.common.notify)
         # The run ends itself at an interrupt, with a checkpoint; to stop it here would prune it.
         if self._session.is_stopping:
             self._interrupt.requested = True

@@ -19,6 +19,7 @@ from sweeps.compat import end_joblib_workers, job_error
 from sweeps.space.encoding import encode
 from sweeps.study.errors import StorageLost
 from sweeps.study.live_table import live_table
+from sweeps.study.notification import stall_watch
 from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.worker import Worker
@@ -55,7 +56,8 @@ def launch(
     if in_processes:
         signals = _ends_workers_on_signals(session.stop_file)
     try:
-        with live_table(study), signals:
+        watched = stall_watch(study, session.common.notify)
+        with live_table(study), watched, signals:
             returns: Sequence[JobReturn] = launcher.launch(jobs, initial_job_idx=0)
             return returns
     except KeyboardInterrupt:

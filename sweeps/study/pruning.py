@@ -19,6 +19,7 @@ from sweeps.space.pruners import RUNGS, WARMUP_RUNG, rung_values
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.errors import LeaseLost, StorageLost
 from sweeps.study.final_time import estimate_final_seconds, record_final_seconds
+from sweeps.study.notification import record_step
 from sweeps.study.roles import role
 from sweeps.study.session import Session
 from sweeps.study.study import OUT_OF_TIME, Study
@@ -90,6 +91,7 @@ class PruningObserver(Observer):
         if not polls:
             return False
         self._last_poll = time.monotonic()
+        record_step(self._study, self._session.common.notify)
         # The run ends itself at an interrupt, with a checkpoint; to stop it here would prune it.
         if self._session.is_stopping:
             self._interrupt.requested = True

@@ -32,6 +32,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 OUT_OF_TIME = "out of time"
 """The `reason` attribute of a trial that was pruned when the session's time was over."""
 
+ANSWER = "answer.json"
+"""The winner, the baseline, and their losses on the test rows, in the study's folder."""
+
 CONFIRMATION = "confirm.json"
 """The results of training the best trials again with other seeds, in the study's folder."""
 

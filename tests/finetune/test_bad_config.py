@@ -554,6 +554,8 @@ SECRETS = {
     "hydras-environment": f"+hydra.job.env_set.HF_TOKEN={SECRET}",
     "hydras-environment-as-dictionary": f"+hydra.job.env_set={{WANDB_API_KEY:{SECRET}}}",
     "multirun": f"-m +model.extra={{token:{SECRET}}}",
+    "command": f"notify.command=[curl,--token,{SECRET}]",
+    "command-unreadable": f"notify.command=[curl,token={SECRET}",
     "folder-in-use": f"hydra.run.dir=run +model.extra={{token:{SECRET}}}",
 }
 
@@ -574,7 +576,7 @@ def test_a_secret_on_the_command_line_reaches_no_file_and_no_output(
     assert holders == []
     assert SECRET not in outcome.stdout + outcome.stderr
     assert matches(
-        "…: a credential in a config would be written to files; set HF_TOKEN or …",
+        "…: a credential in a config would be written to files; …",
         outcome.error,
     )
     assert not outcome.torch_imported

@@ -137,8 +137,13 @@ class Forked:
                 os.killpg(self.pid, signal.SIGKILL)
                 pytest.fail(f"not ended after {seconds} s: {self.said()}")
             time.sleep(0.02)
-        out = Path(f"{self._log}.out").read_text()
-        return subprocess.CompletedProcess([], self.poll() or 0, out, self.said())
+        code = self.poll() or 0
+        return subprocess.CompletedProcess([], code, self.printed(), self.said())
+
+    def printed(self) -> str:
+        """Return what the command has written to stdout so far."""
+        path = Path(f"{self._log}.out")
+        return path.read_text() if path.exists() else ""
 
     def said(self) -> str:
         """Return what the command has written to stderr so far."""

@@ -2,20 +2,19 @@
 
 import html
 import json
-import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
 from playwright import sync_api as playwright
+from support.browser import screenshot
 from support.commands import Station
 from support.configs import study_overrides
 from support.studies import COMPLETE, FAIL, PRUNED, kinds, made_study, text_of, trial
@@ -234,43 +233,6 @@ def test_a_page_that_nobody_writes_anew_stays(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' not in text_of(
         write_report(made_study(tmp_path / "s", [runs]))
     )
-
-
-CHROMIUM = (
-    shutil.which("chromium")
-    or shutil.which("chromium-browser")
-    or shutil.which("google-chrome")
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of the system's."""
-    if CHROMIUM is None:
-        pytest.fail("these tests need Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    quiet = [
-        "--no-sandbox",
-        *(
-            f"--disable-{what}"
-            for what in ("gpu", "background-networking", "component-update")
-        ),
-    ]
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=quiet, timeout=120_000
-        )
-        yield opened
-        opened.close()
-
-
-def screenshot(page: Any, name: str) -> None:
-    """Keep what a person would see, where CI wants it."""
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 @pytest.mark.slow

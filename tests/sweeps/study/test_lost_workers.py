@@ -14,6 +14,7 @@ from support.configs import study_overrides
 from support.studies import made_study
 from support.study_folder import DIES, LOST, folder_of, read, result_of, trials_of
 
+from finetune.exit_codes import NO_ANSWER
 from finetune.files.atomic import write_json
 from sweeps.study.starts import needs_isolation, record_start
 from sweeps.study.study import FINISHED
@@ -26,7 +27,7 @@ def test_a_trial_that_lost_its_worker_waits_for_the_next_session_where_time_is_o
     study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=2"]
     assert station.run(*study, cwd=tmp_path, before=DIES).returncode == -signal.SIGKILL
     ended = station.run(*study, "hydra.sweeper.timeout=0.1", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == NO_ANSWER, ended.stderr
 
     assert [trial.state for trial in trials_of(tmp_path)] == [
         TrialState.RUNNING,
