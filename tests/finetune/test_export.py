@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.configs import compose, tiny_overrides
 
-from finetune import export
+from finetune import export, merge
 from finetune.errors import ConfigError
 
 
@@ -155,3 +155,19 @@ def test_a_file_that_is_not_the_model_leaves_nothing(
 )
 def test_a_name_is_one_that_ollama_takes(name: str, expected: str) -> None:
     assert export.ollama_name(name) == expected
+
+
+def test_merge_prints_json_too(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(tmp_path / "merged")
+    monkeypatch.setattr(sys, "argv", ["merge", str(trained), "--to", folder, "--json"])
+    merge.main()
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["folder"], shown["dtype"]) == (folder, "bfloat16")
+    assert 0 <= shown["difference"] < shown["difference_rounded"]
+    assert shown["effect"] > 0
+    assert shown["verdict"].startswith(("fine: ", "not fine: "))
