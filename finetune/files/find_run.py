@@ -2,10 +2,13 @@
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError, refusal
-from finetune.files.mirror import Mirror
 from finetune.files.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from finetune.files.mirror import Mirror
 
 RUNS = Path("outputs/runs")
 """Folder of all runs, relative to the working directory: the beginning of `hydra.run.dir`."""
@@ -44,7 +47,7 @@ def find_run(key: str, name: str) -> Path:
     return matching[-1]
 
 
-def fetch_run(mirror: Mirror, name: str) -> Path:
+def fetch_run(mirror: "Mirror", name: str) -> Path:
     """Return the folder of a run; fetch what it lacks from a mirror.
 
     Args:
