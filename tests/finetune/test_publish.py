@@ -328,7 +328,10 @@ def test_a_run_with_hub_push_is_published_with_its_final_metrics(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    push_if_wanted(folder)
+    assert push_if_wanted(trained) is None
+    said = push_if_wanted(folder)
+    assert said is not None
+    assert said.startswith(f"published: {hub.address}/me/pushed")
     assert (
         "test/exact_match"
         in hub.repositories["me/pushed"].files()["README.md"].decode()
