@@ -131,7 +131,9 @@ def _publish(folder: RunFolder) -> None:
     # Loads Jinja and scipy, which other runs do not need.
     from finetune.sharing.publication import push_if_wanted
 
-    push_if_wanted(folder.path)
+    line = push_if_wanted(folder.path)
+    if line is not None:
+        log.info("%s", line)
 
 
 def _notify(result: Result, folder: RunFolder) -> None:

@@ -127,20 +127,24 @@ def push_if_wanted(
     folder: Path,
     make_extra: Callable[[], Extra] = Extra,
     default_name: str | None = None,
-) -> None:
+) -> str | None:
     """Publish a run if its config says so (`hub.push`); a failure is one warning.
 
     Args:
         folder: The run folder.
         make_extra: Returns what is published beside it.
         default_name: The repository where `hub.model_id` is null; None: the run's name.
+
+    Returns:
+        The line that says where; None: it was not published.
     """
     if not read_run_config(folder).hub.push:
-        return
+        return None
     try:
         target = find_target(folder, default_name=default_name)
-        uploaded = publish_run(folder, target, make_extra())
-        log.info("%s", describe_published(uploaded))
+        return describe_published(publish_run(folder, target, make_extra()))
     # Training took hours: whatever the hub does must not fail the run.
     except Exception as error:
-        log.warning("hub.push=true: not published (%s)", error_line(error))
+        reason = error_line(error)
+        log.warning("hub.push=true: not published (%s)", reason)
+        return None

@@ -28,10 +28,10 @@ from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
 from finetune.model.memory import free_memory
 from finetune.model.weights_digest import WEIGHTS, weights_digest
 from finetune.run.load import load_run, read_labels
+from sweeps.answer.compare import Comparison, compare_adapters
 
 if TYPE_CHECKING:
     from finetune.engine.evaluation import Evaluation
-    from sweeps.answer.compare import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,6 @@ def pass_gate(
     # Imports torch, so only after all that is refused without it.
     from finetune.model.adapter import attach_adapter
     from finetune.run.other_rows import evaluator
-    from sweeps.answer.compare import compare_adapters
 
     evaluations: list[Evaluation] = []
     for name, adapter in (
@@ -249,7 +248,7 @@ def pass_gate(
 
 
 def _gain(
-    gate: Gate, comparison: "Comparison", higher_is_better: bool
+    gate: Gate, comparison: Comparison, higher_is_better: bool
 ) -> tuple[float, tuple[float, float]]:
     """Return a comparison's difference and interval so that more is better."""
     low, high = comparison.low, comparison.high

@@ -67,9 +67,11 @@ def publish_winner(study: Study, target: Target) -> Uploaded:
 
 def push_winner(study: Study) -> None:
     """Publish the winner if its config says so (`hub.push`); a failure is one warning."""
-    push_if_wanted(
+    line = push_if_wanted(
         best_folder(study), lambda: study_extra(study), default_name=study.name
     )
+    if line is not None:
+        log.info("  %s", line)
 
 
 def study_extra(study: Study, sections: Sequence[str] = ()) -> Extra:

@@ -130,10 +130,15 @@ def test_rows_prompts_templates_errors_paths_and_token_stay_at_home(
     result = json.loads((folder / "result.json").read_text())
     result["error"] = f"row 3: {SECRET}"
     (folder / "result.json").write_text(json.dumps(result))
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["trainer"]["extra"] = {"run_name": f"of a {SECRET}"}
+    record["config"]["lora"]["adapter"] = f"/home/{SECRET}/earlier"
+    (folder / "run.json").write_text(json.dumps(record))
     ended = publish(str(folder), "--to", "me/tiny")
     assert ended.returncode == 0, ended.stderr
     card = hub.repositories["me/tiny"].files()["README.md"].decode()
     assert SECRET not in card
+    assert "| `lora.adapter` | earlier |" in card
     assert "/" not in re.sub(r"https?://\S+|me/tiny|(test|eval)/\w+|`\w+/`", "", card)
     assert TOKEN not in card + ended.stdout + ended.stderr
     assert hub.repositories["me/tiny"].messages == ["initial commit", "Adapter of tiny"]
@@ -323,7 +328,10 @@ def test_a_run_with_hub_push_is_published_with_its_final_metrics(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    push_if_wanted(folder)
+    assert push_if_wanted(trained) is None
+    said = push_if_wanted(folder)
+    assert said is not None
+    assert said.startswith(f"published: {hub.address}/me/pushed")
     assert (
         "test/exact_match"
         in hub.repositories["me/pushed"].files()["README.md"].decode()

@@ -115,6 +115,22 @@ def asked(study: Study, against: str = "none", to: str = "hub", **more: Any) -> 
 def test_the_winners_card_has_the_studys_trials_and_its_conclusion(
     study: Study, hub: HubServer
 ) -> None:
+    confirmed = {
+        "trial": 1,
+        "role": "",
+        "values": [5.0],
+        "mean": 5.0,
+        "spread": None,
+        "failed": [f"row 3: {SECRET}"],
+    }
+    confirmation = {
+        "before": 1,
+        "winner": 1,
+        "objective": "eval/loss",
+        "candidates": [confirmed],
+        "comparisons": [],
+    }
+    (study.folder / "confirm.json").write_text(json.dumps(confirmation))
     target = find_target(best_folder(study), default_name=study.name)
     assert publish_winner(study, target).repository == "me/s1"
     files = hub.repositories["me/s1"].files()
@@ -129,6 +145,10 @@ def test_the_winners_card_has_the_studys_trials_and_its_conclusion(
         assert f"{trial.params['optimizer.learning_rate']:g}" in line
     assert "this adapter is better than the baseline's" in card.text
     assert "95 % interval" in card.text
+    assert (
+        "trial 1: eval/loss 5.0000 with 1 other seed  1 failed: (not shown)"
+        in card.text
+    )
     assert SECRET not in files["README.md"].decode()
     weights = best_folder(study) / "adapter" / "adapter_model.safetensors"
     assert files["adapter_model.safetensors"] == weights.read_bytes()
