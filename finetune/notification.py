@@ -48,7 +48,7 @@ def notify(
         problem = _run(settings, variables)
     # The program is missing, or is none; or an argument is one that the system does not take.
     except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else str(error)
+        problem = getattr(error, "strerror", None) or str(error)
     if problem:
         command = shlex.join(settings.command)
         log.warning("notify.command=%s: %s (event %s)", command, problem, event)

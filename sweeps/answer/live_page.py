@@ -64,11 +64,6 @@ class LivePage:
         self._rests_until = 0.0
         self._page = self._build(self._state())
 
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self._study.name
-
     def current(self) -> Page:
         """Return the page, built again if the study has changed.
 

@@ -29,7 +29,7 @@ point here (DNS rebinding), to read what is served."""
 
 
 def serve(page: LivePage, port: int, announce: Callable[[str], None]) -> None:
-    """Serve a page until Ctrl-C or SIGTERM, which is the normal end.
+    """Serve a page until Ctrl-C or SIGTERM, of which KeyboardInterrupt is raised.
 
     Args:
         page: the page.
@@ -45,11 +45,8 @@ def serve(page: LivePage, port: int, announce: Callable[[str], None]) -> None:
         reason = f"can't be used ({error.strerror}); --port 0 takes a free one"
         raise refusal("--port", port, reason) from None
     with server:
-        try:
-            announce(f"http://{HOST}:{server.server_address[1]}/")
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return
+        announce(f"http://{HOST}:{server.server_address[1]}/")
+        server.serve_forever()
 
 
 class _Server(ThreadingHTTPServer):
@@ -79,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "sweeps"
     sys_version = ""
     timeout = 30
+    """Seconds in which a request has to arrive."""
 
     def do_GET(self) -> None:
         """Answer with the headers and the content."""
@@ -128,9 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
-        is_constant = kind == "text/javascript"
-        cache = "max-age=86400" if is_constant else "no-store"
-        self.send_header("Cache-Control", cache)
+        self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("X-Frame-Options", "DENY")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")

@@ -1,6 +1,7 @@
 """The command that serves the report of a study while it runs: watch."""
 
 import argparse
+import contextlib
 import os
 
 from finetune.console import quiet_libraries
@@ -17,13 +18,13 @@ def watch(arguments: argparse.Namespace) -> None:
     from sweeps.answer.live_page import LivePage
     from sweeps.answer.page_server import serve
 
-    page = LivePage(study.folder)
-
     def announce(address: str) -> None:
         if arguments.json:
-            arguments.print_json({"study": page.name, "address": address})
+            arguments.print_json({"study": study.name, "address": address})
             return
-        folder = os.path.relpath(page.folder)
+        folder = os.path.relpath(study.folder)
         print(f"{folder} is shown at {address} (Ctrl-C ends this)", flush=True)
 
-    serve(page, arguments.port, announce)
+    # Ctrl-C is the normal end.
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(LivePage(study.folder), arguments.port, announce)

@@ -251,9 +251,10 @@ def test_a_page_keeps_what_its_reader_has_done_while_the_study_grows(
     hidden = """document.getElementById('chart-curves').data
         .filter(line => line.visible === 'legendonly').map(line => line.name)"""
     # Plotly waits whether a second click follows.
-    page.wait_for_function(f"({hidden}).length")
+    page.wait_for_timeout(1000)
     changed = page.evaluate(zoom), sorted({*page.evaluate(hidden)})
     assert changed[0][0] > 5, "the mouse has zoomed"
+    assert changed[1], "the mouse has hidden a line"
     page.evaluate("document.getElementById('slices').scrollIntoView()")
     top = "document.getElementById('slices').getBoundingClientRect().top"
     before = page.evaluate(top)
