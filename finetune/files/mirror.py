@@ -10,15 +10,13 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from finetune.errors import refusal
 from finetune.files.atomic import draft_folder
 from finetune.files.run_folder import PROGRESS
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +30,8 @@ _copied: dict[tuple[str, Path], tuple[int, int]] = {}
 
 
 @functools.cache
-def _thread() -> "ThreadPoolExecutor":
+def _thread() -> ThreadPoolExecutor:
     """The thread that copies while training goes on."""
-    from concurrent.futures import ThreadPoolExecutor
-
     return ThreadPoolExecutor(1, thread_name_prefix="mirror")
 
 
