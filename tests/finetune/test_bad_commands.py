@@ -72,7 +72,7 @@ COMMANDS = [
     Case(
         "generate-new-tokens-zero",
         "generate run --prompt Hi --max-new-tokens 0",
-        "--max-new-tokens=0: must be at least 1",
+        "--max-new-tokens=0: must be a whole number, at least 1",
     ),
     Case(
         "merge-dtype",

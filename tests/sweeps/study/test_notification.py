@@ -86,7 +86,7 @@ def test_stopped_workers_are_told_of_once_and_go_on(
         "notify.stalled_minutes=0.1",
         "n_trials=2",
         "hydra.sweeper.n_jobs=2",
-        "trainer.max_steps=30",
+        "trainer.max_steps=16",
         "hydra/sweeper/pruner=none",
     )
     process = station.start(

@@ -15,6 +15,7 @@ from support.configs import compose, study_overrides
 from support.studies import PRUNERS, made_study, settings_of
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.notify import NotifySettings
 from finetune.config.sections.optimizer import ScheduleName
 from finetune.engine.checkpoint import Progress
 from finetune.engine.early_stopping import EarlyStopping
@@ -63,6 +64,7 @@ class Judged:
                 parsed_constraints=[parse_constraint(text) for text in constraints],
                 can_prune=True,
             ),
+            common=SimpleNamespace(notify=NotifySettings()),
             is_stopping=False,
             is_out_of_time=lambda study: False,
             deadline=None,

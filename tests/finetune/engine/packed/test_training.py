@@ -213,6 +213,8 @@ def together_step_by_step(
 class Recorder:
     """As much of a reporter as the engine asks for; it never stops a run."""
 
+    is_checkpoint_due = False
+
     def __init__(self) -> None:
         from finetune.engine.checkpoint import Progress
 
