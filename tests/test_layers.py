@@ -15,19 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune import commands
+
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMANDS = (
-    "__main__",
-    "evaluate",
-    "export",
-    "fetch",
-    "generate",
-    "merge",
-    "plan",
-    "preview",
-    "publish",
-)
+COMMANDS = ("__main__", *commands.COMMANDS)
 
 LAYERS = (
     ("sweeps.api",),

@@ -94,13 +94,8 @@ class Mirror:
         """
         if self._url is None:
             return
-        try:
+        with self._reading():
             self._fetch(folder)
-        # Each file system has its own errors.
-        except Exception as error:
-            raise refusal(
-                KEY, self._url, f"can't be read ({_reason(error)})"
-            ) from error
 
     def newest_run(self, folder: Path) -> Path | None:
         """Return the newest run folder that the mirror has at or below a folder.
@@ -110,17 +105,22 @@ class Mirror:
         """
         if self._url is None:
             return None
-        try:
+        with self._reading():
             system, root = self._open(folder)
-            names = _relative_names(system, root)
-        except Exception as error:
-            raise refusal(
-                KEY, self._url, f"can't be read ({_reason(error)})"
-            ) from error
-        runs = [PurePosixPath(name) for name in names if name.endswith("run.json")]
+            paths = [PurePosixPath(name) for name in _relative_names(system, root)]
         # A run's folder is named by the time when it began.
-        parents = sorted(run.parent for run in runs if run.name == "run.json")
-        return folder / parents[-1] if parents else None
+        runs = sorted(path.parent for path in paths if path.name == "run.json")
+        return folder / runs[-1] if runs else None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise ConfigError for whatever error the file system has in the block."""
+        try:
+            yield
+        # Each file system has its own errors.
+        except Exception as error:
+            reason = f"can't be read ({_reason(error)})"
+            raise refusal(KEY, self._url, reason) from error
 
     def _open(self, folder: Path) -> tuple[Any, str]:
         """Return the file system, and where it has the copy of a folder."""
@@ -133,9 +133,8 @@ class Mirror:
         try:
             system, root = self._open(folder)
             new = dict(self._new_files(folder, without))
-            last = [name for name in new if name.endswith(LAST_FILES)]
-            self._put(system, root, new, [name for name in new if name not in last])
-            self._put(system, root, new, last)
+            for name in sorted(new, key=_vouches):
+                self._put(system, f"{root}/{name}", new[name])
             _remove_old_checkpoints(system, root, folder)
         except Exception as error:
             log.warning(
@@ -155,16 +154,12 @@ class Mirror:
             if _copied.get((str(self._url), path)) != _state(path):
                 yield name, path
 
-    def _put(
-        self, system: Any, root: str, paths: dict[str, Path], names: list[str]
-    ) -> None:
-        for name in names:
-            path = paths[name]
+    def _put(self, system: Any, target: str, path: Path) -> None:
+        """Copy a file. It may be gone: a checkpoint is removed when the next one is complete."""
+        with contextlib.suppress(FileNotFoundError):
             state = _state(path)
-            # It may be gone: a checkpoint is removed when the next one is complete.
-            with contextlib.suppress(FileNotFoundError):
-                _put_file(system, path, f"{root}/{name}")
-                _copied[str(self._url), path] = state
+            _put_file(system, path, target)
+            _copied[str(self._url), path] = state
 
     def _fetch(self, folder: Path) -> None:
         system, root = self._open(folder)
@@ -181,8 +176,7 @@ class Mirror:
                 target = draft / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(f"{root}/{name}", str(target))
-            # Those that vouch for others last.
-            for name in sorted(missing, key=lambda name: name.endswith(LAST_FILES)):
+            for name in sorted(missing, key=_vouches):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(draft / name, folder / name)
         log.info("%s: %d files fetched from the mirror", _name(folder), len(missing))
@@ -194,6 +188,11 @@ def _name(folder: Path) -> str:
     with contextlib.suppress(ValueError):
         return path.relative_to(Path.cwd()).as_posix()
     return path.name
+
+
+def _vouches(name: str) -> bool:
+    """Return whether a file says that others are there; as a sorting key, such files come last."""
+    return name.endswith(LAST_FILES)
 
 
 def _finished_files(folder: Path) -> Iterator[Path]:
