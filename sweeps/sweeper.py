@@ -59,11 +59,11 @@ class StudySweeper(Sweeper):
         draft, study, session = self._open(arguments)
         # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
-        from sweeps.study.notification import told_at_its_end
+        from sweeps.study.notification import notified_at_end
         from sweeps.study.stored_command import store_command
 
         store_command(study, self._config, arguments)
-        with told_at_its_end(study, session.common.notify):
+        with notified_at_end(study, session.common.notify):
             _enqueue(study, draft)
             if _has_work(study, draft):
                 run_workers(study, session)

@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from optuna.trial import TrialState
-
 from finetune.config.sections.notify import NotifySettings
 from finetune.console import error_line
 from finetune.errors import Interrupted
 from finetune.files.lock import file_lock
 from finetune.notification import Event, notify
-from sweeps.study.claims import orphaned_trials
+from sweeps.study.claims import trials_elsewhere
+from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_counts
 from sweeps.study.study import ANSWER, Study
 
@@ -33,7 +32,7 @@ NOTIFIED = "notified"
 
 
 @contextlib.contextmanager
-def told_at_its_end(study: Study, settings: NotifySettings) -> Iterator[None]:
+def notified_at_end(study: Study, settings: NotifySettings) -> Iterator[None]:
     """Tell how the block ends, a session of a study."""
     began = time.time()
     event: Event = "completed"
@@ -59,8 +58,8 @@ def _tell(
             if _is_for_another_session(study, event, began):
                 return
             counts = format_counts(study)
-    # The storage may be out of reach, as the line then says.
-    except Exception:
+    # As the line then says.
+    except StorageLost:
         counts = ""
     text = "; ".join(part for part in (counts, line) if part)
     message = f"study {study.name} {event}: {text}"
@@ -69,17 +68,16 @@ def _tell(
 
 def _is_for_another_session(study: Study, event: Event, began: float) -> bool:
     """Return whether another session has told of the same event, or will; else note this one."""
-    running = {trial.number for trial in study.trials(TrialState.RUNNING)}
-    # Those without a worker wait for a later session, which is not there yet.
-    if event == "completed" and running - set(orphaned_trials(study)):
+    # Running trials without a worker wait for a later session, which is not there yet.
+    if event == "completed" and trials_elsewhere(study):
         return True
-    told = study.optuna.user_attrs.get(NOTIFIED, {})
+    earlier = study.optuna.user_attrs.get(NOTIFIED, {})
     finished = len(study.finished())
-    if event in told:
-        at, trials = told[event]
+    if event in earlier:
+        at, trials = earlier[event]
         if at >= began and trials == finished:
             return True
-    study.optuna.set_user_attr(NOTIFIED, {**told, event: [time.time(), finished]})
+    study.optuna.set_user_attr(NOTIFIED, {**earlier, event: [time.time(), finished]})
     return False
 
 

@@ -17,7 +17,7 @@ from support.study_folder import folder_of
 from finetune.config.sections.notify import NotifySettings
 from finetune.errors import Interrupted, NoAnswer
 from finetune.exit_codes import INTERRUPTED, NO_ANSWER
-from sweeps.study.notification import LAST_STEP, stall_watch, told_at_its_end
+from sweeps.study.notification import LAST_STEP, notified_at_end, stall_watch
 
 TELLS = (
     'echo "$FINETUNE_EVENT|$FINETUNE_NAME|$FINETUNE_MESSAGE|$FINETUNE_ANSWER" >> told'
@@ -131,16 +131,16 @@ def settings(place: Path, **more: float) -> NotifySettings:
 def test_sessions_that_end_together_tell_once(tmp_path: Path) -> None:
     study = made_study(tmp_path / "s", [create_trial(value=1.0)])
     notices = settings(tmp_path)
-    with told_at_its_end(study, notices), told_at_its_end(study, notices):
+    with notified_at_end(study, notices), notified_at_end(study, notices):
         pass
     assert len(told(tmp_path)) == 1
-    with told_at_its_end(study, notices):
+    with notified_at_end(study, notices):
         pass
     assert len(told(tmp_path)) == 2, "a later session is another event"
-    with told_at_its_end(study, notices):
-        with pytest.raises(NoAnswer), told_at_its_end(study, notices):
+    with notified_at_end(study, notices):
+        with pytest.raises(NoAnswer), notified_at_end(study, notices):
             raise NoAnswer("none")
-        with pytest.raises(Interrupted), told_at_its_end(study, notices):
+        with pytest.raises(Interrupted), notified_at_end(study, notices):
             raise Interrupted("resume")
     events = [line[0] for line in told(tmp_path)]
     assert events[2:] == ["failed", "interrupted", "completed"]
@@ -155,13 +155,15 @@ def test_a_session_that_leaves_others_at_work_does_not_call_the_study_completed(
     study = made_study(tmp_path / "s", [create_trial(value=1.0), running])
     folder = study.folder_of(1)
     folder.path.mkdir(parents=True)
-    with folder.locked(), told_at_its_end(study, settings(tmp_path)):
+    with folder.locked(), notified_at_end(study, settings(tmp_path)):
         pass
     assert told(tmp_path) == []
     # Its worker is dead: nobody else will tell.
-    with told_at_its_end(Study.load(study.folder), settings(tmp_path)):
+    with notified_at_end(Study.load(study.folder), settings(tmp_path)):
         pass
-    assert [line[0] for line in told(tmp_path)] == ["completed"]
+    (line,) = told(tmp_path)
+    assert line[0] == "completed"
+    assert line[2] == "study s completed: 1 complete, 0 pruned, 0 failed"
 
 
 def test_a_stall_is_told_of_again_after_a_step(tmp_path: Path) -> None:
