@@ -152,7 +152,7 @@ def test_processes_end_with_the_command_and_the_next_one_begins_anew(
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
     if name != "SIGKILL":
-        assert (process.returncode, errors) == (1, "error: interrupted\n")
+        assert (process.returncode, errors) == (3, "error: interrupted\n")
         cache = tmp_path / "cache"
         assert not [path for path in cache.glob("*/[!.]*") if "." in path.name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
