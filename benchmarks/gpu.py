@@ -323,6 +323,8 @@ def weights_of(model: torch.nn.Module) -> int:
 class Counter:
     """Stands where a run's reporter does, and counts the trained tokens."""
 
+    is_checkpoint_due = False
+
     def __init__(self) -> None:
         from finetune.engine.checkpoint import Progress
 
