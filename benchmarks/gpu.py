@@ -4,7 +4,7 @@ published models' shapes.
     python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto]
                              [--shapes llama2_7b,…] [--length short,long,turns]
                              [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4]
-                             [--memory GIB] [--tiny]
+                             [--memory GIB] [--busy] [--tiny]
 
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
@@ -17,7 +17,8 @@ that can be made of it: Liger's kernels, and no padding, with PyTorch's attentio
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
 4 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be
-used. `--tiny` is a dry run with a small model, on a CPU too.
+used. `--busy` profiles some more steps of `ours`: how long a step takes, how long the GPU computes
+of that, in ms, and how often the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -52,6 +53,9 @@ WARM = 4
 kernel is loaded when its
 shape is first met."""
 
+PROFILED = 3
+"""Steps that `--busy` profiles."""
+
 UNCUT = ("eval_fraction=0", "test_fraction=0", "max_length=null")
 LORA = {
     "q_v": ["lora=r64", "lora/target=q_v", "lora.dropout=0.1"],
@@ -78,6 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
+    parser.add_argument("--busy", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if arguments.tiny:
@@ -99,10 +104,11 @@ def main() -> None:
         f"matrix product {peak / 1e12:.1f} TFLOP/s, for a while {sustained / 1e12:.1f}"
     )
     print(f"{device}, {arguments.quantization}, {rates}", flush=True)
-    print(
-        "| shapes | side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    columns = "| shapes | side | rows | LoRA | checkpointing | slots | tokens/s | of the roofline | peak memory, GiB | planned |"
+    if arguments.busy:
+        columns += " ms a step | GPU computes, ms | launches |"
+    print(columns)
+    print("|---" * (columns.count("|") - 1) + "|", flush=True)
     for name in arguments.shapes.split(","):
         for side in arguments.sides.split(","):
             for checkpointing in arguments.checkpointing.split(","):
@@ -128,6 +134,7 @@ def measure_side(
             slots,
             arguments.quantization,
             arguments.steps,
+            arguments.busy,
         )
         if base is None:
             base = case.base()
@@ -157,8 +164,10 @@ class Case:
         slots: str,
         quantization: str,
         steps: int,
+        busy: bool,
     ) -> None:
         self.name = name
+        self.busy = busy and side == "ours"
         tiny = name == "tiny"
         self.side, self.lora, self.length, self.saving, self.quantization = (
             side,
@@ -170,6 +179,8 @@ class Case:
         self.warm, self.steps = WARM, steps
         self.rows = make_rows(length, tiny)
         self.planned = ""
+        self.profiled = ""
+        """What `--busy` adds to the line."""
         self.slots = 1 if slots == "auto" else int(slots)
         if not tiny and slots != "auto" and self.slots < 4:
             self.warm, self.steps = (
@@ -190,7 +201,7 @@ class Case:
             f"trainer.gradient_checkpointing={str(self.saving).lower()}",
         )
         steps = (
-            f"trainer.max_steps={self.steps + self.warm}",
+            f"trainer.max_steps={self.warm + self.steps + PROFILED}",
             "trainer.save_steps=0",
             "optimizer.learning_rate=1e-3",
         )
@@ -252,7 +263,7 @@ class Case:
         memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
         share = rate * (6 if self.saving else 4) * weights / peak
         print(
-            f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |",
+            f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |{self.profiled}",
             flush=True,
         )
 
@@ -321,7 +332,7 @@ def weights_of(model: torch.nn.Module) -> int:
 
 
 class Counter:
-    """Stands where a run's reporter does, and counts the trained tokens."""
+    """Stands where one run's reporter does, and counts the trained tokens."""
 
     is_checkpoint_due = False
 
@@ -345,6 +356,11 @@ class Counter:
         yield from ()
 
 
+def trained_tokens(counters: list[Counter]) -> int:
+    """Of all slots."""
+    return sum(counter.tokens for counter in counters)
+
+
 def stored_tokens(rows: list[dict[str, list[int]]]) -> Any:
     """Rows as a run has them: in a file on disk."""
     import numpy
@@ -365,34 +381,65 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     """Tokens a second of so many runs in slots of one bank, optimizer included."""
     from finetune.engine.packed.training import PackedTraining
 
-    data, counter = stored_tokens(case.rows), Counter()
+    data = stored_tokens(case.rows)
+    counters = [Counter() for _ in range(case.slots)]
     bank.capacity = None  # an earlier case may not have fitted
     works = []
-    for seed in range(case.slots):
+    for seed, counter in enumerate(counters):
         config = case.config(seed)
         training = PackedTraining(
             config,
             bank.create_slot(config.lora, seed),
             data,
-            case.steps + case.warm + 1,
+            case.steps + case.warm + PROFILED + 1,
         )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]
-    for step in range(case.steps + case.warm):
-        if step == case.warm:
-            synchronize()
-            began, counter.tokens = time.perf_counter(), 0
+
+    def step() -> None:
         response = bank.execute(requests)
         for answer in response:
             if isinstance(answer, Exception):
                 raise answer
         if bank.capacity is not None:
             raise torch.OutOfMemoryError("out of memory for so many at once")
-        requests = [
+        requests[:] = [
             work.send(answer) for work, answer in zip(works, response, strict=True)
         ]
+
+    for _ in range(case.warm):
+        step()
     synchronize()
-    return counter.tokens / (time.perf_counter() - began), weights_of(bank.base)
+    began, before = time.perf_counter(), trained_tokens(counters)
+    for _ in range(case.steps):
+        step()
+    synchronize()
+    seconds = time.perf_counter() - began
+    tokens = trained_tokens(counters) - before
+    if case.busy and GPU:
+        busy, launches = profile_steps(step)
+        wall = 1000 * seconds / case.steps
+        case.profiled = f" {wall:.1f} | {busy:.1f} | {launches} |"
+    return tokens / seconds, weights_of(bank.base)
+
+
+def profile_steps(step: Callable[[], None]) -> tuple[float, int]:
+    """Milliseconds that the GPU computes in a step, and launches of a step, on average."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED):
+            step()
+        synchronize()
+    nanoseconds = launches = 0
+    assert profiler.profiler is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == DeviceType.CUDA:
+            nanoseconds += event.duration_ns()
+        else:
+            launches += "Launch" in event.name()
+    return nanoseconds / 1e6 / PROFILED, launches // PROFILED
 
 
 def trl(base: Any, case: Case) -> tuple[float, int]:

@@ -127,6 +127,10 @@ class AutogradBackend:
         with self._during(trace.current_pass), trimmed_heap(decoder):
             torch.autograd.backward(trace.hidden, gradient)
 
+    def release_memory(self) -> bool:
+        """See `Backend.release_memory`: there is none."""
+        return False
+
     @staticmethod
     def score(
         logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool

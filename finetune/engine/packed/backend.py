@@ -64,6 +64,9 @@ class Backend(Protocol):
             gradient: Gradient of the hidden states [answer tokens, hidden_size].
         """
 
+    def release_memory(self) -> bool:
+        """Let go of memory that only makes passes faster; return whether there was any."""
+
     def score(
         self,
         logits: torch.Tensor,

@@ -236,15 +236,34 @@ class Bank:
         self._run_host_work()
         return [responses[id(request)] for request in requests]
 
+    def _execute_once(self, requests: Sequence[Any]) -> list[Response | Exception]:
+        """Execute requests of one type together."""
+        try:
+            return self._execute_together(requests)
+        except Exception as error:
+            can_release = (
+                is_out_of_memory_error(error) and self.backend.release_memory()
+            )
+            if not can_release:
+                raise
+        log.warning(
+            "memory is short: passes are not recorded any more, which is slower"
+        )
+        free_memory()
+        return self._execute_together(requests)
+
+    def _execute_together(self, requests: Sequence[Any]) -> list[Response | Exception]:
+        if isinstance(requests[0], ForwardBackward):
+            return list(self.forward_backward(requests))
+        if isinstance(requests[0], Evaluate):
+            return list(self.evaluate(requests))
+        return list(self.generate(requests))
+
     def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
         """Execute requests of one type together; on an error, again in halves."""
         half = len(requests) // 2
         try:
-            if isinstance(requests[0], ForwardBackward):
-                return list(self.forward_backward(requests))
-            if isinstance(requests[0], Evaluate):
-                return list(self.evaluate(requests))
-            return list(self.generate(requests))
+            return self._execute_once(requests)
         except Exception as error:
             if len(requests) == 1:
                 # The response outlives this call, and its frames hold the tensors of the pass.

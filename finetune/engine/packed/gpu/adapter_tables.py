@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
 from finetune.model.device import to_device
 
 COLUMNS = 8
@@ -42,6 +43,7 @@ class AdapterTables:
         spans: list[AdapterSpan],
         slot_tables: list[torch.Tensor],
         device: torch.device | str,
+        size: PassSize | None = None,
     ) -> None:
         """Copy the tables to the device.
 
@@ -49,8 +51,9 @@ class AdapterTables:
             spans: One for each slot, in the order of their tokens.
             slot_tables: One for each slot [layers, COLUMNS], int64 on the CPU.
             device: Of the pass.
+            size: What the tables are padded to; None: they are not.
         """
-        tokens = max(span.stop for span in spans)
+        tokens = size.tokens if size else max(span.stop for span in spans)
         # Few tokens make few tiles: with small ones there are enough to keep a large GPU busy.
         self.tile_tokens = 64 if tokens >= 4096 else 16
         """Tokens of one program."""
@@ -69,15 +72,30 @@ class AdapterTables:
         """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
-        self.spans = to_device(span_rows, device)
-        """[slots, 4], as `AdapterSpan.row`."""
         tile_rows = _tile_rows(spans, self.tile_tokens)
         tiles = torch.tensor(tile_rows, dtype=torch.int32)
+        if size:
+            tables = padded_rows(tables, size.slots)
+            span_rows = padded_rows(span_rows, size.slots)
+            no_tile = [size.slots - 1, size.tokens]
+            tiles = padded_rows(tiles, size.tiles(self.tile_tokens), no_tile)
+        self.spans = to_device(span_rows, device)
+        """[slots, 4], as `AdapterSpan.row`."""
         self.tiles = to_device(tiles, device)
         """For each tile of tokens: its slot and its first token [tiles, 2]."""
         # One copy for all layers, then a view for each.
-        self.layers = to_device(tables, device).unbind(1)
+        self._tables = to_device(tables, device)
+        self.layers = self._tables.unbind(1)
         """For each layer, its row in each slot's table [slots, COLUMNS]."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What differs between two passes of the same size."""
+        return [self.spans, self.tiles, self._tables]
+
+    @property
+    def constants(self) -> tuple[int, bool, bool]:
+        """What kernels are compiled for."""
+        return self.rank, self.aligned, self.has_dropout
 
 
 def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from finetune.engine.packed.gpu.attention_kernels import (
     attention_kernel,
 )
 from finetune.engine.packed.gpu.launch import launch
+from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
 from finetune.engine.packed.gpu.rotary import apply_rotary
 from finetune.model.device import to_device
 
@@ -68,6 +69,7 @@ class SpanTables:
         spans: Sequence[Span],
         position_ids: torch.Tensor,
         head_dims: Collection[int],
+        size: PassSize | None = None,
     ) -> None:
         """Copy the tables to the device.
 
@@ -75,9 +77,12 @@ class SpanTables:
             spans: The spans of the packed batch, in order.
             position_ids: Position of each token in its row [tokens].
             head_dims: Columns of the heads whose attention is computed.
+            size: What the tables are padded to, by empty spans; None: they are not.
         """
         device = position_ids.device
         span_rows = torch.tensor(_span_rows(spans), dtype=torch.int32)
+        if size:
+            span_rows = padded_rows(span_rows, size.spans)
         self.spans = to_device(span_rows, device)
         """For each span: start, stop, prefix start, prefix stop, and one past the last token that
         attends to the span [spans, 5]."""
@@ -85,8 +90,15 @@ class SpanTables:
         """By the tokens of a block, for each block: its span and its first token [blocks, 2]."""
         for block in {tiling_of(head_dim).block for head_dim in head_dims}:
             block_rows = torch.tensor(_block_rows(spans, block), dtype=torch.int32)
+            if size:
+                no_block = [size.spans - 1, 0]
+                block_rows = padded_rows(block_rows, size.blocks(block), no_block)
             self.blocks[block] = to_device(block_rows, device)
         self.position_ids = position_ids.to(torch.int32)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What differs between two passes of the same size."""
+        return [self.spans, *self.blocks.values(), self.position_ids]
 
 
 def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.delta_rule import RowTables
@@ -15,12 +14,19 @@ from finetune.engine.packed.gpu.shared_heads import SharedHeads
 class PassContext:
     """One forward and backward pass: its tokens, the slots' adapters, the rotary embedding."""
 
-    batch: PackedBatch
+    input_ids: torch.Tensor
+    """[tokens]."""
+    position_ids: torch.Tensor
+    """Position of each token in its row [tokens]."""
+    slots: int
+    """That train or are evaluated."""
     spans: SpanTables
     adapters: AdapterTables
     adapted_layers: frozenset[str]
     """Names of the linear layers that have an adapter in some slot."""
-    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
     """Cosines and sines of the rotary embedding [tokens, rotary_dim], by the type of layer; of all
     layers under None where they have the same."""
     rows: RowTables | None = None
@@ -35,3 +41,13 @@ class PassContext:
     weight_cache: dict[str, torch.Tensor] | None = None
     """Dequantised weights of a block, by layer, from its recomputation to its backward pass; None:
     each of the two dequantises them."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What differs between two passes of the same size."""
+        tensors = [self.input_ids, self.position_ids]
+        tensors += self.spans.tensors() + self.adapters.tensors()
+        if self.rows is not None:
+            tensors += self.rows.tensors()
+        if self.query_scales is not None:
+            tensors.append(self.query_scales)
+        return tensors

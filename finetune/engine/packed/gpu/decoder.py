@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.adapter_tables import (
@@ -29,11 +30,13 @@ from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.cross_entropy import cross_entropy
 from finetune.engine.packed.gpu.delta_rule import RowTables
+from finetune.engine.packed.gpu.pass_size import PassSize, padding_span, pass_size
 from finetune.engine.packed.gpu.per_layer_input import (
     PerLayerEmbedding,
     ProjectionActivations,
 )
 from finetune.engine.packed.gpu.query_scales import query_scales
+from finetune.engine.packed.gpu.recorded_pass import PassRecorder, RecordedPass
 from finetune.engine.packed.gpu.rms_norm import (
     read_norm,
     rms_norm,
@@ -67,18 +70,28 @@ def stored_blocks(layers: int, slots: int) -> int:
 
 
 @dataclass
-class Trace:
-    """What a forward pass keeps for its backward pass, which consumes it."""
+class BlocksTrace:
+    """What the blocks' forward pass keeps for their backward pass, which consumes it."""
 
     context: PassContext
     blocks: list[BlockActivations | torch.Tensor]
     """The activations of each block, or its input to recompute them from."""
+    per_layer: ProjectionActivations | None
+    """Of what computes per-layer inputs; None: no adapter stands there."""
+
+
+@dataclass
+class Trace:
+    """What a forward pass keeps for its backward pass, which consumes it."""
+
+    prediction_positions: torch.Tensor
+    """See `PackedBatch`."""
+    blocks: BlocksTrace | RecordedPass
     hidden: torch.Tensor
     """Input of the last norm [answer tokens, hidden_size]."""
     inverse_rms: torch.Tensor
     """Of the last norm [answer tokens]."""
-    per_layer: ProjectionActivations | None
-    """Of what computes per-layer inputs; None: no adapter stands there."""
+    tokens: int
 
 
 class Decoder:
@@ -135,8 +148,18 @@ class Decoder:
             self._blocks.append(
                 Block(module, name, self._table_rows, config, block, layer_type)
             )
+        block_weights = sum(
+            module.in_features * module.out_features
+            for module in model.layers[0].modules()
+            if isinstance(module, torch.nn.Linear)
+        )
+        self._recorder = PassRecorder(self, block_weights)
 
     score = staticmethod(cross_entropy)
+
+    def release_memory(self) -> bool:
+        """See `Backend.release_memory`."""
+        return self._recorder.stop()
 
     def attach(self, slot: "Slot") -> None:
         """Set `slot.kernel_table` [layers, columns]; see `adapter_tables.COLUMNS`."""
@@ -155,8 +178,51 @@ class Decoder:
         dropout_steps: Sequence[int] | None,
     ) -> tuple[torch.Tensor, Trace]:
         """See `Backend.forward`."""
-        x: torch.Tensor = self._embedding(batch.input_ids)[0]
-        context = self._context(x, batch, slots, dropout_steps)
+        # Steps are given in training only.
+        trains = bool(dropout_steps)
+        size = None
+        if trains and self._recorder.is_worthwhile(batch):
+            size = pass_size(batch)
+        context = self._context(batch, slots, dropout_steps, size)
+        # Not recorded: noise may be added to it (`embedding_noise`).
+        x: torch.Tensor = self._embedding(context.input_ids[None])[0]
+        recorded = None
+        if size is not None:
+            recorded = self._recorder.find(size, x, context)
+        trace: BlocksTrace | RecordedPass
+        if recorded is None:
+            x, trace = self.forward_blocks(x, context, trains)
+        else:
+            x = recorded.forward(x, context)
+            trace = recorded
+        # The last norm and the head see no other positions: only these have a loss.
+        hidden = x[batch.prediction_positions]
+        normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
+        return normalized, Trace(
+            prediction_positions=batch.prediction_positions,
+            blocks=trace,
+            hidden=hidden,
+            inverse_rms=inverse_rms,
+            tokens=len(x),
+        )
+
+    def forward_blocks(
+        self, x: torch.Tensor, context: PassContext, trains: bool
+    ) -> tuple[torch.Tensor, BlocksTrace]:
+        """Compute all blocks.
+
+        Only operations on the GPU, none of which the host waits for: it can be recorded.
+
+        Args:
+            x: The embeddings [tokens, hidden_size].
+            context: The pass, without what is computed here.
+            trains: Whether a backward pass follows.
+
+        Returns:
+            The last block's output [tokens, hidden_size], and the trace for `backward_blocks`.
+        """
+        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
+        context = dataclasses.replace(context, angles=angles, shared_heads={})
         per_layer = None
         if self._per_layer is not None:
             inputs, per_layer = self._per_layer.forward(x, context)
@@ -164,60 +230,63 @@ class Decoder:
         layers = len(self._blocks)
         recomputed = 0
         if self._gradient_checkpointing:
-            recomputed = layers - stored_blocks(layers, len(slots))
+            recomputed = layers - stored_blocks(layers, context.slots)
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
             output, activations = block.forward(x, context)
             assert output is not None
             x = output
-            # Steps are given in training only.
-            if dropout_steps and number < recomputed:
+            if trains and number < recomputed:
                 stored.append(activations.block_input)
-            elif dropout_steps:
+            elif trains:
                 stored.append(activations)
             # Or they would outlive the next block's forward pass.
             del activations, output
-        # The last norm and the head see no other positions: only these have a loss.
-        hidden = x[batch.prediction_positions]
-        normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
-        trace = Trace(
-            context=context,
-            blocks=stored,
-            hidden=hidden,
-            inverse_rms=inverse_rms,
-            per_layer=per_layer,
-        )
-        return normalized, trace
+        return x, BlocksTrace(context, stored, per_layer)
 
     def _context(
         self,
-        x: torch.Tensor,
         batch: PackedBatch,
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
+        size: PassSize | None,
     ) -> PassContext:
-        spans = _adapter_spans(batch, slots, dropout_steps)
+        input_ids = batch.input_ids[0]
+        position_ids = batch.position_ids[0]
+        spans = batch.spans
+        adapter_spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+        if size is not None:
+            padding = padding_span(batch, size)
+            input_ids = pad(input_ids, (0, padding.length))
+            position_ids = pad(position_ids, (0, padding.length))
+            spans = [*spans, padding]
+            # Rank 0 everywhere.
+            tables.append(torch.zeros_like(tables[0]))
+            adapter_spans.append(
+                AdapterSpan(padding.start, padding.stop, dropout_key=0, dropout=0.0)
+            )
         layers_by_slot = [slot.adapters.keys() for slot in slots]
         adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
+        rows = None
+        if self._has_delta_nets:
+            rows = RowTables(spans, input_ids.device, size)
         return PassContext(
-            batch=batch,
-            spans=SpanTables(batch.spans, batch.position_ids[0], self._head_dims),
-            adapters=AdapterTables(spans, tables, x.device),
+            input_ids=input_ids,
+            position_ids=position_ids,
+            slots=len(slots),
+            spans=SpanTables(spans, position_ids, self._head_dims, size),
+            adapters=AdapterTables(adapter_spans, tables, input_ids.device, size),
             adapted_layers=adapted_layers,
-            angles={
-                layer_type: self._angles(x, batch, layer_type)
-                for layer_type in self._layer_types
-            },
-            rows=RowTables(batch.spans, x.device) if self._has_delta_nets else None,
-            query_scales=query_scales(self._scaled_config, batch),
+            rows=rows,
+            query_scales=query_scales(self._scaled_config, spans, position_ids),
         )
 
     def _angles(
-        self, x: torch.Tensor, batch: PackedBatch, layer_type: str | None
+        self, x: torch.Tensor, context: PassContext, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the rotary embedding [tokens, rotary_dim] of a type of layer."""
-        positions = batch.position_ids
+        positions = context.position_ids[None]
         if self._position_kinds > 1:
             positions = positions.expand(self._position_kinds, -1, -1)
         # Transformers' module reads no more of x than its dtype and device.
@@ -231,14 +300,11 @@ class Decoder:
     @torch.no_grad()
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
-        batch = trace.context.batch
-        tokens = batch.input_ids.shape[1]
-        hidden_size = gradient.shape[1]
         # Positions that predict no answer token have no gradient of their own, but the blocks
         # below give them one: answers attend to them.
-        grad = gradient.new_zeros(tokens, hidden_size)
+        grad = gradient.new_zeros(trace.tokens, gradient.shape[1])
         # An answer token is predicted at one position only, so nothing has to be summed.
-        grad[batch.prediction_positions] = rms_norm_backward(
+        grad[trace.prediction_positions] = rms_norm_backward(
             gradient.contiguous(),
             trace.hidden,
             self._norm,
@@ -246,8 +312,20 @@ class Decoder:
         )
         # Makes room.
         del trace.hidden, gradient
+        if isinstance(trace.blocks, RecordedPass):
+            trace.blocks.backward(grad)
+        else:
+            self.backward_blocks(trace.blocks, grad)
+
+    def backward_blocks(self, trace: BlocksTrace, grad: torch.Tensor) -> None:
+        """Compute the gradients of the adapters, which go into the slots; as `forward_blocks`.
+
+        Args:
+            trace: From `forward_blocks`.
+            grad: Gradient of its output [tokens, hidden_size]; overwritten.
+        """
         # As in `stored_blocks`: several slots need room for as many batches anyway.
-        cache_weights = len(batch.batch_spans) > 1
+        cache_weights = trace.context.slots > 1
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()

@@ -112,7 +112,7 @@ class DeltaNet:
         (mixed, gate, rates, decays), residual, inputs = self._inputs.forward(
             x, context
         )
-        qkv = short_convolution(mixed, self._convolution, context.batch.position_ids[0])
+        qkv = short_convolution(mixed, self._convolution, context.position_ids)
         assert context.rows is not None
         output = self._rule.forward(
             qkv, self._log_decays(decays), _sigmoid(rates), context.rows
@@ -163,7 +163,7 @@ class DeltaNet:
         """
         assert context.rows is not None
         grad_rule = self._backward_output(grad_output, activations, context)
-        position_ids = context.batch.position_ids[0]
+        position_ids = context.position_ids
         qkv = short_convolution(activations.mixed, self._convolution, position_ids)
         rates = _sigmoid(activations.rates)
         grad_qkv, grad_log_decays, grad_rates = self._rule.backward(

@@ -18,6 +18,7 @@ from finetune.engine.packed.gpu.delta_rule_kernels import (
     inverse_kernel,
 )
 from finetune.engine.packed.gpu.launch import launch
+from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
 from finetune.model.device import to_device
 
 CHUNK = 32
@@ -39,12 +40,18 @@ DTYPES = {
 class RowTables:
     """The rows of a packed batch, and their chunks, as the kernels read them."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        size: PassSize | None = None,
+    ) -> None:
         """Copy the tables to the device.
 
         Args:
             spans: The rows of the packed batch, in order; none shares a prefix.
             device: Where the tables go.
+            size: What the tables are padded to, by empty rows and chunks; None: they are not.
         """
         rows: list[tuple[int, int, int]] = []
         chunks: list[tuple[int, int]] = []
@@ -52,10 +59,19 @@ class RowTables:
             rows.append((span.start, span.stop, len(chunks)))
             for first in range(span.start, span.stop, CHUNK):
                 chunks.append((first, span.stop))
-        self.rows = to_device(torch.tensor(rows, dtype=torch.int32), device)
+        row_table = torch.tensor(rows, dtype=torch.int32)
+        chunk_table = torch.tensor(chunks, dtype=torch.int32)
+        if size:
+            row_table = padded_rows(row_table, size.spans)
+            chunk_table = padded_rows(chunk_table, size.blocks(CHUNK))
+        self.rows = to_device(row_table, device)
         """For each row: start, stop, and the number of its first chunk [rows, 3]."""
-        self.chunks = to_device(torch.tensor(chunks, dtype=torch.int32), device)
+        self.chunks = to_device(chunk_table, device)
         """For each chunk: its first token, and one past its row's last [chunks, 2]."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What differs between two passes of the same size."""
+        return [self.rows, self.chunks]
 
 
 @dataclass(frozen=True)

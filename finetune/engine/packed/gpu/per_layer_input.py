@@ -76,7 +76,7 @@ class PerLayerEmbedding:
         Returns:
             The inputs [tokens, layers, columns]; the activations, None without an adapter.
         """
-        inputs: torch.Tensor = self._embedding(context.batch.input_ids)
+        inputs: torch.Tensor = self._embedding(context.input_ids)
         inputs = inputs.view(-1, self._columns)
         (output,), shrunk = self._projection.forward(x, context)
         projected = output.mul_(self._projection_scale).view(inputs.shape)

@@ -1,0 +1,216 @@
+"""Padded and recorded passes compute what passes of their exact size compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.banks import load_bank
+from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
+
+RECORDER = "finetune.engine.packed.gpu.recorded_pass.PassRecorder"
+Figures = tuple[list[float], list[Any]]
+
+
+def make_slots(tiny: Any, folder: Path, dropout: float, saves: bool) -> list[Any]:
+    """Three slots of different ranks and layers on one bank, none at its start."""
+    import torch
+
+    here = f"model.name_or_path={folder}"
+    drops = f"lora.dropout={dropout}"
+    configs = [
+        tiny(here, drops, f"seed={seed}", *settings)
+        for seed, settings in enumerate(SLOTS)
+    ]
+    bank = load_bank(configs[0], saves)
+    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+    torch.manual_seed(1)
+    for slot in slots:
+        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+    return slots
+
+
+def make_rows(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
+    """Rows of random tokens, all with the same beginning."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 500, (9,), generator=generator).tolist()
+    rows = []
+    for length in lengths:
+        ids = start + torch.randint(0, 500, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 9 + ids[9:]})
+    return rows
+
+
+def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
+    """Losses and gradients of one pass, in which each slot has rows of so many tokens."""
+    from finetune.engine.packed.requests import ForwardBackward
+
+    requests = [
+        ForwardBackward(slot, make_rows(own, seed + number), 0.1, seed)
+        for number, (slot, own) in enumerate(zip(slots, lengths, strict=True))
+    ]
+    results = slots[0].bank.forward_backward(requests)
+    losses = [result.loss for result in results]
+    return losses, [slot.gradient.clone() for slot in slots]
+
+
+LENGTHS = [[3, 14], [8], [5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+            if name not in ("llama", "phi3")
+        ),
+    ],
+)
+def test_padding_changes_no_loss_and_no_gradient(
+    architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=True)
+    losses, gradients = train(slots, LENGTHS)
+    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
+    monkeypatch.setattr(f"{RECORDER}.find", lambda *_: None)
+
+    padded_losses, padded_gradients = train(slots, LENGTHS)
+
+    assert padded_losses == pytest.approx(losses, rel=1e-6)
+    for padded, gradient in zip(padded_gradients, gradients, strict=True):
+        assert float(gradient.norm()) > 0
+        assert float((padded - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1023, 1025, 30_000])
+@pytest.mark.parametrize("rows", [1, 7, 8, 64])
+def test_a_size_has_room_for_the_batch_and_little_more(tokens: int, rows: int) -> None:
+    import torch
+
+    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.gpu.pass_size import pass_size
+
+    row = {"input_ids": [1] * (tokens + 1), "labels": [-100] * tokens + [1]}
+    batches = [[row] for _ in range(rows)]
+    batch = PackedBatch(batches, torch.device("cpu"))
+
+    size = pass_size(batch)
+
+    total = tokens * rows
+    assert total <= size.tokens <= max(total * (1 + 1 / 16) + 1, total + 63)
+    assert size.slots > rows
+    assert size.spans > rows
+    tiles = rows * -(-tokens // 16)
+    assert size.tiles(16) >= tiles
+    assert size.blocks(16) >= tiles
+
+
+@pytest.fixture
+def count_recorded(monkeypatch: Any) -> Callable[[], int]:
+    """How many passes were recorded so far."""
+    from finetune.engine.packed.gpu.recorded_pass import PassRecorder, RecordedPass
+
+    recorded = []
+    record = PassRecorder._record
+
+    def counting(self: PassRecorder, *arguments: Any) -> RecordedPass | None:
+        result = record(self, *arguments)
+        recorded.append(result)
+        return result
+
+    monkeypatch.setattr(f"{RECORDER}._record", counting)
+    return lambda: sum(result is not None for result in recorded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name != "phi3"]
+)
+def test_a_recorded_pass_is_the_pass_that_is_launched(
+    architecture: str,
+    saves: bool,
+    tiny: Any,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    count_recorded: Callable[[], int],
+) -> None:
+    """Also with other rows, with other slots, and in another order."""
+    import torch
+
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=saves)
+    cases = [
+        (slots, LENGTHS),
+        (slots[::-1], LENGTHS),
+        (slots, [[9, 2], [3], [7, 7, 7]]),
+        (slots[:2], [[30, 10], [20]]),
+        (slots[1:], [[4], [12, 1]]),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{RECORDER}.find", lambda *_: None)
+        launched = [train(own, lengths, 5) for own, lengths in cases]
+    assert count_recorded() == 0
+    for _ in range(3):
+        for (own, lengths), (losses, gradients) in zip(cases, launched, strict=True):
+            replayed_losses, replayed = train(own, lengths, 5)
+            assert replayed_losses == losses
+            for one, other in zip(replayed, gradients, strict=True):
+                assert torch.equal(one, other)
+    assert count_recorded() > 0
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_launched_and_said_once(
+    tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.decoder import Decoder
+
+    folder = random_base("llama", tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.0, saves=False)
+    expected = train(slots, LENGTHS)
+    forward = Decoder.forward_blocks
+
+    def waiting(self: Decoder, x: Any, *arguments: Any) -> Any:
+        x.sum().item()  # the host waits for the GPU: cannot be recorded
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(Decoder, "forward_blocks", waiting)
+    for _ in range(3):
+        losses, gradients = train(slots, LENGTHS)
+        assert losses == expected[0]
+        assert all(map(torch.equal, gradients, expected[1]))
+    said = [record for record in caplog.records if "recorded" in record.message]
+    assert len(said) == 1
+
+
+@pytest.mark.gpu
+def test_memory_of_recorded_passes_is_given_back_where_it_is_short(
+    tiny: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    from finetune.model.memory import free_memory
+
+    folder = random_base("llama", tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.0, saves=False)
+    expected = train(slots, LENGTHS)
+    train(slots, LENGTHS)
+    backend = slots[0].bank.backend
+    import torch
+
+    free_memory()
+    before = torch.cuda.memory_reserved()
+
+    assert backend.release_memory()
+    assert not backend.release_memory()
+
+    free_memory()
+    assert torch.cuda.memory_reserved() < before
+    assert train(slots, LENGTHS)[0] == expected[0]
