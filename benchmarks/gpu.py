@@ -48,10 +48,9 @@ from random_base import (
     write_checkpoint,
 )
 
-WARM = 4
+WARM = 12
 """Steps before the clock starts, with fewer than four slots more of them: a matrix product's
-kernel is loaded when its
-shape is first met."""
+kernel is loaded when its shape is first met, and a pass recorded when its size is met again."""
 
 PROFILED = 3
 """Steps that `--busy` profiles."""
@@ -425,7 +424,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
 
 def profile_steps(step: Callable[[], None]) -> tuple[float, int]:
     """Milliseconds that the GPU computes in a step, and launches of a step, on average."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -20,7 +20,7 @@ from finetune.data.lengths import MIN_SHARED_TOKENS
 from finetune.engine.batch_decoding import compare_steps
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.engine.packed.batch import PackedBatch, Row
+from finetune.engine.packed.batch import Row, pack_rows
 from finetune.engine.packed.losses import token_losses
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
@@ -135,6 +135,7 @@ class _CheckBank:
     answer_tokens = 0
     device = torch.device("cpu")
     dtype = torch.float32
+    shares_prefixes = False
 
     def __init__(self, base: "PreTrainedModel") -> None:
         self.base = base
@@ -198,7 +199,7 @@ def _packed_results(
     for slot in slots:
         backend.attach(slot)
     group_size = 1 if recurrent_layers(base) else None
-    batch = PackedBatch(batches, torch.device("cpu"), [group_size] * len(batches))
+    batch = pack_rows(batches, torch.device("cpu"), [group_size] * len(batches))
     hidden, trace = backend.forward(batch, slots, [0] * len(slots))
     result = token_losses(
         backend,

@@ -15,7 +15,7 @@ from finetune.data.lengths import MIN_SHARED_TOKENS
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend
-from finetune.engine.packed.batch import PackedBatch, Row
+from finetune.engine.packed.batch import Row, pack_rows
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import (
@@ -76,7 +76,7 @@ def _compare_backend(
         answer = probe_ids(base, length // 2, first)
         rows.append(_probe_row(prefix, answer))
     group_size = 1 if recurrent_layers(base) else None
-    batch = PackedBatch([rows], slot.bank.device, [group_size])
+    batch = pack_rows([rows], slot.bank.device, [group_size])
     slot.round()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):

@@ -22,7 +22,7 @@ from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import backend_failure
-from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.batch import BatchLayout, PackedBatch, lay_out
 from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.losses import TokenLosses, token_losses
@@ -42,6 +42,7 @@ from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import is_out_of_memory_error, refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
+from finetune.model.device import to_device
 from finetune.model.initial_adapter import load_initial_adapter
 from finetune.model.memory import free_memory
 from finetune.model.origin import share_origin
@@ -79,8 +80,9 @@ class Bank:
         self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
         self._logit_transform = logit_transform_of(base.config)
-        # The state of a recurrent layer runs through one sequence, so no two go on from a prefix.
-        self._shares_prefixes = not recurrent_layers(base)
+        self.shares_prefixes = not recurrent_layers(base)
+        """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
+        layer runs through one sequence, so no two rows go on from a prefix."""
         gradient_checkpointing = config.trainer.gradient_checkpointing is True
         # Made even beside the GPU decoder, because text generation needs the base's own modules:
         # the decoder has no cache of keys and values.
@@ -299,11 +301,12 @@ class Bank:
         """
         timer = PassTimer(self.device)
         batch = self._packed_batch(requests)
-        loss_weights = self._loss_weights(requests, batch)
         slots = self._rounded_slots(requests)
         dropout_steps = [request.dropout_step for request in requests]
         with embedding_noise(self.base, requests, batch):
             hidden, trace = self.backend.forward(batch, slots, dropout_steps)
+        # While a GPU computes the forward pass.
+        loss_weights = self._loss_weights(requests, batch)
         result = self._token_losses(hidden, batch.targets, loss_weights)
         # Makes room for the backward pass.
         del hidden
@@ -320,7 +323,8 @@ class Bank:
         columns = [torch.stack(losses), torch.stack(norms).double()]
         figures = torch.stack(columns, 1)
         timer.stop()
-        pairs = self._fetch(figures)
+        prepare = [request.prepare_next for request in requests]
+        pairs = self._fetch(figures, [call for call in prepare if call is not None])
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
 
@@ -343,11 +347,10 @@ class Bank:
         self, requests: Sequence[ForwardBackward], batch: PackedBatch
     ) -> torch.Tensor:
         """The weight of each answer token's loss [answer tokens]."""
-        weights = []
-        for request, (start, stop) in zip(requests, batch.target_spans, strict=True):
-            shape = (stop - start,)
-            weights.append(torch.full(shape, request.loss_weight, device=self.device))
-        return torch.cat(weights)
+        counts = [stop - start for start, stop in batch.target_spans]
+        weights = torch.tensor([request.loss_weight for request in requests])
+        repeated = weights.repeat_interleave(torch.tensor(counts))
+        return to_device(repeated, self.device)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:
         """Compute the losses of several slots' rows in one pass, without dropout.
@@ -410,11 +413,13 @@ class Bank:
     def _packed_batch(
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
-        batches = [request.rows for request in requests]
-        group_sizes = [request.group_size for request in requests]
-        if not self._shares_prefixes:
-            group_sizes = [1] * len(requests)
-        return PackedBatch(batches, self.device, group_sizes)
+        return PackedBatch([self._layout(request) for request in requests], self.device)
+
+    def _layout(self, request: ForwardBackward | Evaluate) -> BatchLayout:
+        if isinstance(request, ForwardBackward) and request.layout is not None:
+            return request.layout
+        group_size = request.group_size if self.shares_prefixes else 1
+        return lay_out(request.rows, group_size)
 
     def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
         """Refresh the rounded weights of the requests' slots; return the slots."""
@@ -422,10 +427,17 @@ class Bank:
             request.slot.round()
         return [request.slot for request in requests]
 
-    def _fetch(self, figures: torch.Tensor) -> list[Any]:
-        """Copy a pass's figures to the host. On a GPU, `host_work` runs while they are computed."""
+    def _fetch(
+        self, figures: torch.Tensor, prepare: Sequence[Callable[[], None]] = ()
+    ) -> list[Any]:
+        """Copy a pass's figures to the host.
+
+        On a GPU, `host_work` runs while they are computed, and what prepares the next pass.
+        """
         # The kernels are queued by now; `tolist` waits until the GPU has computed them.
         if self.device.type == "cuda":
+            for prepare_next in prepare:
+                prepare_next()
             self._run_host_work()
         values: list[Any] = figures.tolist()
         return values

@@ -52,6 +52,15 @@ class Span:
         """One past the prefix's last token."""
         return self.prefix_start + self.prefix_length
 
+    def moved(self, tokens: int) -> "Span":
+        """The span so many tokens further on."""
+        return Span(
+            self.start + tokens,
+            self.length,
+            self.prefix_start + tokens,
+            self.prefix_length,
+        )
+
     def key_indices(self) -> torch.Tensor:
         """The tokens that the last query attends to: the prefix and the span itself [keys]."""
         prefix = torch.arange(self.prefix_start, self.prefix_stop)
@@ -60,11 +69,9 @@ class Span:
 
 
 @dataclass
-class _Layout:
-    """Lists that grow by one batch after another; `PackedBatch` makes tensors of them."""
+class BatchLayout:
+    """One run's batch without padding. Tokens and rows are counted from the batch's first ones."""
 
-    batch_spans: list[tuple[int, int]] = field(default_factory=list)
-    target_spans: list[tuple[int, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[numpy.ndarray] = field(default_factory=list)
@@ -74,16 +81,8 @@ class _Layout:
     row_count: int = 0
     target_count: int = 0
 
-    def add_batch(self, rows: Sequence[Row], group_size: int) -> None:
-        """Append the rows of one run's batch, of which each group has a shared prefix."""
-        start = len(self.input_ids)
-        first_target = self.target_count
-        for first in range(0, len(rows), group_size):
-            self._add_group(rows[first : first + group_size])
-        self.batch_spans.append((start, len(self.input_ids)))
-        self.target_spans.append((first_target, self.target_count))
-
-    def _add_group(self, rows: Sequence[Row]) -> None:
+    def add_group(self, rows: Sequence[Row]) -> None:
+        """Append rows; their common prefix is computed once."""
         start = len(self.input_ids)
         prefix_length = common_prefix_length(rows)
         if prefix_length:
@@ -130,6 +129,20 @@ class _Layout:
         self.row_count += 1
 
 
+def lay_out(rows: Sequence[Row], group_size: int | None = None) -> BatchLayout:
+    """Lay out one run's batch.
+
+    Args:
+        rows: Those of the batch.
+        group_size: How many rows after each other may share a prefix; None: all of the batch.
+    """
+    layout = BatchLayout()
+    size = group_size or max(1, len(rows))
+    for first in range(0, len(rows), size):
+        layout.add_group(rows[first : first + size])
+    return layout
+
+
 def packed_spans(rows: Sequence[Row], shares_prefixes: bool = True) -> list[Span]:
     """Return the spans of one run's batch.
 
@@ -137,57 +150,69 @@ def packed_spans(rows: Sequence[Row], shares_prefixes: bool = True) -> list[Span
         rows: Those of the batch.
         shares_prefixes: Whether a prefix that all rows share is computed once.
     """
-    layout = _Layout()
-    layout.add_batch(rows, max(1, len(rows)) if shares_prefixes else 1)
-    return layout.spans
+    return lay_out(rows, None if shares_prefixes else 1).spans
 
 
 class PackedBatch:
     """The tokens of several runs' batches, one batch after another, and where everything is."""
 
-    def __init__(
-        self,
-        batches: Sequence[Sequence[Row]],
-        device: torch.device,
-        group_sizes: Sequence[int | None] | None = None,
-    ) -> None:
-        """Lay out the rows.
+    def __init__(self, layouts: Sequence[BatchLayout], device: torch.device) -> None:
+        """Join the batches.
 
         Args:
-            batches: The rows of each run's batch.
+            layouts: The batch of each run.
             device: Where the tensors go.
-            group_sizes: For each batch how many rows after each other may share a prefix; None: all
-                of the batch.
         """
-        layout = _Layout()
-        for rows, size in zip(
-            batches, group_sizes or [None] * len(batches), strict=True
-        ):
-            layout.add_batch(rows, size or len(rows))
-        self.batch_spans = layout.batch_spans
+        self.batch_spans: list[tuple[int, int]] = []
         """The tokens of each run's batch: first, one past the last."""
-        self.target_spans = layout.target_spans
+        self.target_spans: list[tuple[int, int]] = []
         """The answer tokens of each run's batch in `targets`: first, one past the last."""
-        self.spans = layout.spans
-        arrays = [
-            numpy.concatenate(layout.targets),
-            numpy.concatenate(layout.target_rows),
-            numpy.concatenate(layout.prediction_positions),
-            numpy.concatenate(layout.position_ids),
-            numpy.array(layout.input_ids),
-        ]
+        self.spans: list[Span] = []
+        targets, target_rows, positions, position_ids, input_ids = [], [], [], [], []
+        token = row = target = 0
+        for layout in layouts:
+            self.spans += [span.moved(token) for span in layout.spans]
+            targets += layout.targets
+            target_rows += [rows + row for rows in layout.target_rows]
+            positions += [tokens + token for tokens in layout.prediction_positions]
+            position_ids += layout.position_ids
+            input_ids.append(numpy.array(layout.input_ids))
+            next_token = token + len(layout.input_ids)
+            next_target = target + layout.target_count
+            self.batch_spans.append((token, next_token))
+            self.target_spans.append((target, next_target))
+            token, target, row = next_token, next_target, row + layout.row_count
+        columns = (targets, target_rows, positions, position_ids, input_ids)
+        arrays = [numpy.concatenate(column) for column in columns]
         # One copy to the device for all of them: each copy is a launch.
         joined = torch.from_numpy(numpy.concatenate(arrays))
         sizes = [len(array) for array in arrays]
         tensors = torch.split(to_device(joined, device), sizes)
-        targets, target_rows, positions, position_ids, input_ids = tensors
-        self.targets = targets
+        self.targets = tensors[0]
         """The answer tokens [answer tokens]."""
-        self.target_rows = target_rows
+        self.target_rows = tensors[1]
         """The row of each answer token, counted over all batches [answer tokens]."""
-        self.prediction_positions = positions
+        self.prediction_positions = tensors[2]
         """The token whose hidden state predicts each answer token [answer tokens]."""
-        self.position_ids = position_ids[None]
+        self.position_ids = tensors[3][None]
         """Position of each token in its own row [1, tokens]."""
-        self.input_ids = input_ids[None]
+        self.input_ids = tensors[4][None]
         """[1, tokens]."""
+
+
+def pack_rows(
+    batches: Sequence[Sequence[Row]],
+    device: torch.device,
+    group_sizes: Sequence[int | None] | None = None,
+) -> PackedBatch:
+    """Make a packed batch of rows.
+
+    Args:
+        batches: The rows of each run's batch.
+        device: Where the tensors go.
+        group_sizes: For each batch how many rows after each other may share a prefix; None: all
+            of the batch.
+    """
+    sizes = group_sizes or [None] * len(batches)
+    layouts = [lay_out(rows, size) for rows, size in zip(batches, sizes, strict=True)]
+    return PackedBatch(layouts, device)

@@ -3,12 +3,12 @@
 `sweeps.study.pack` decides which are executed together; `Bank.execute` executes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.packed.batch import Row
+from finetune.engine.packed.batch import BatchLayout, Row
 from finetune.engine.packed.slot import Slot
 from finetune.engine.steps import Executor
 
@@ -30,6 +30,10 @@ class ForwardBackward:
     """See `Request.rounds_to_answers`."""
     noise_alpha: float | None = None
     """Alpha of NEFTune's noise on the embeddings; None: no noise."""
+    layout: BatchLayout | None = None
+    """The rows' layout, with groups of `group_size`; None: the bank lays them out."""
+    prepare_next: Callable[[], None] | None = None
+    """Called while a GPU computes: prepares the run's next batch."""
 
     @property
     def group_size(self) -> int | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
+    from finetune.engine.packed.gpu.adapter_tables import SlotTable
+
 
 class SlotBank(Executor, Protocol):
     """What a slot needs of its bank."""
@@ -25,6 +27,8 @@ class SlotBank(Executor, Protocol):
     dtype: torch.dtype
     """Of matrix products."""
     base: "PreTrainedModel"
+    shares_prefixes: bool
+    """Whether a common prefix of a batch's rows is computed once."""
 
 
 class Slot:
@@ -72,7 +76,7 @@ class Slot:
             self._product_weights = torch.empty_like(self.vector, dtype=bank.dtype)
         self.adapters = self._adapter_views(layers)
         """The adapters by the name of their layer."""
-        self.kernel_table: torch.Tensor | None = None
+        self.kernel_table: SlotTable | None = None
         """The adapters' addresses for the GPU kernels; set by `Decoder.attach`."""
         self._bind_model(self.vector)
 

@@ -1,16 +1,18 @@
 """The packed engine's training loop: one run as a generator of requests to the bank."""
 
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetune.config.schema import RunConfig
-from finetune.data.encoding import IGNORED
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
@@ -23,7 +25,7 @@ from finetune.engine.encoded_prompts import (
     encode_prompts,
 )
 from finetune.engine.evaluation import Evaluation
-from finetune.engine.packed.batch import Row
+from finetune.engine.packed.batch import BatchLayout, Row, lay_out
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
     Evaluate,
@@ -53,6 +55,20 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _PreparedBatch:
+    rows: list[Row]
+    layout: BatchLayout
+
+
+def with_next(steps: Iterable[Step]) -> Iterator[tuple[Step, Step | None]]:
+    """Yield each step with the one that follows it; None after the last one."""
+    following: Iterator[Step | None] = itertools.chain(steps, [None])
+    for step, next_step in itertools.pairwise(following):
+        assert step is not None
+        yield step, next_step
 
 
 class PackedTraining:
@@ -86,6 +102,9 @@ class PackedTraining:
             self._answer_steps = answer_steps(config.evaluation, rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
+        self._noise_alpha = config.trainer.extra.get("neftune_noise_alpha")
+        self._prepared: tuple[Step, list[_PreparedBatch]] | None = None
+        """The batches of the next step, if they have been prepared."""
         self._budget = Budget(config.trainer, total, unlimited_steps(config, len(rows)))
         self._optimizer = SlotOptimizer(config, slot, total)
         self._weights_event = record_event(slot.bank.device)
@@ -120,13 +139,13 @@ class PackedTraining:
         progress = reporter.progress
         with reporter.live():
             yield from reporter.begin()
-            for number, step in enumerate(steps, 1):
+            for number, (step, following) in enumerate(with_next(steps), 1):
                 if progress.stop is not None:
                     break
                 # Before the checkpoint that the run resumes from.
                 if number <= progress.step:
                     continue
-                yield from self._step(number, step, reporter)
+                yield from self._step(number, step, following, reporter)
                 is_last = number == self._total or progress.stop == "minutes"
                 is_due = save_every and (number % save_every == 0 or is_last)
                 is_due = is_due or reporter.is_checkpoint_due
@@ -237,25 +256,48 @@ class PackedTraining:
                 return (step - self._step_number) * accumulation + rounds
         return None
 
+    def _prepare(self, step: Step) -> list[_PreparedBatch]:
+        """Read and lay out the batches of a step."""
+        noise_alpha = self._noise_alpha
+        shares_prefixes = noise_alpha is None and self._slot.bank.shares_prefixes
+        batches = []
+        for indices in step.batches:
+            rows = rows_of([self._rows[index] for index in indices])
+            layout = lay_out(rows, None if shares_prefixes else 1)
+            batches.append(_PreparedBatch(rows, layout))
+        return batches
+
+    def _prepare_next(self, step: Step) -> None:
+        self._prepared = (step, self._prepare(step))
+
+    def _take_prepared(self, step: Step) -> list[_PreparedBatch]:
+        """The batches of a step, prepared by now or not."""
+        prepared = self._prepared
+        self._prepared = None
+        if prepared is not None and prepared[0] is step:
+            return prepared[1]
+        return self._prepare(step)
+
     def _step(
         self,
         number: int,
         step: Step,
+        following: Step | None,
         reporter: Reporter,
     ) -> RunSteps[None]:
         """Run the batches of one optimizer step, update the weights and report."""
         slot = self._slot
         self._step_number = number
-        batches = []
-        for indices in step.batches:
-            batches.append(rows_of([self._rows[index] for index in indices]))
+        batches = self._take_prepared(step)
+        prepare_next = None
+        if following is not None:
+            prepare_next = functools.partial(self._prepare_next, following)
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
-        answer_tokens = sum(map(count_answer_tokens, batches))
+        answer_tokens = sum(batch.layout.target_count for batch in batches)
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.
-        noise_alpha = self._config.trainer.extra.get("neftune_noise_alpha")
         first_batch = number * self._config.trainer.gradient_accumulation_steps
         loss = 0.0
         seconds = 0.0
@@ -264,11 +306,13 @@ class PackedTraining:
         for index, batch in enumerate(batches):
             result: ForwardBackwardResult = yield ForwardBackward(
                 slot=slot,
-                rows=batch,
+                rows=batch.rows,
                 loss_weight=token_weight * loss_scale,
                 dropout_step=first_batch + index,
                 rounds_to_answers=self._rounds_to_answers(len(batches) - index),
-                noise_alpha=noise_alpha,
+                noise_alpha=self._noise_alpha,
+                layout=batch.layout,
+                prepare_next=prepare_next if index == len(batches) - 1 else None,
             )
             loss += result.loss * token_weight
             seconds += result.seconds
@@ -287,7 +331,7 @@ class PackedTraining:
         self._weights_event = record_event(slot.bank.device)
         tokens = 0
         for batch in batches:
-            tokens += sum(len(row["input_ids"]) for row in batch)
+            tokens += sum(len(row["input_ids"]) for row in batch.rows)
         yield from reporter.report_step(
             step=number,
             loss=loss,
@@ -304,13 +348,3 @@ def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Ten
         # The next batch overwrites the gradient.
         return gradient.clone()
     return total.add_(gradient)
-
-
-def count_answer_tokens(rows: list[Row]) -> int:
-    """Count the tokens that the loss counts."""
-    count = 0
-    for row in rows:
-        # No token predicts the first one.
-        predicted = row["labels"][1:]
-        count += sum(label != IGNORED for label in predicted)
-    return count

@@ -210,7 +210,7 @@ def test_packed_likelihoods_equal_those_of_the_plain_model(
 def test_the_prompt_is_computed_once_for_all_labels() -> None:
     import torch
 
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
 
     rows = []
     for prompt in (range(20), range(100, 130)):
@@ -218,7 +218,7 @@ def test_the_prompt_is_computed_once_for_all_labels() -> None:
             ids = [*prompt, *answer]
             rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + answer})
 
-    batch = PackedBatch([rows], torch.device("cpu"), [3])
+    batch = pack_rows([rows], torch.device("cpu"), [3])
 
     # Of each row the prompt's last token, and the answer but for its last token.
     assert batch.input_ids.shape[1] == 20 + 30 - 2 + 2 * (3 + 0 + 1 + 2)

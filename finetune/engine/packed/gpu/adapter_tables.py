@@ -35,13 +35,38 @@ class AdapterSpan:
         return self.start, self.stop, self.dropout_key, threshold
 
 
+@dataclass(frozen=True)
+class SlotTable:
+    """A slot's adapters as the kernels find them."""
+
+    layers: torch.Tensor
+    """On the device, with a row for each linear layer of the base [layers, COLUMNS], int64."""
+    rank: int
+    """The largest one."""
+    aligned: bool
+    """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
+
+    @classmethod
+    def of(cls, layers: torch.Tensor, device: torch.device | str) -> "SlotTable":
+        """Make the table of a slot.
+
+        Args:
+            layers: [layers, COLUMNS], int64 on the CPU.
+            device: Of the passes.
+        """
+        ranks = layers[:, 4]
+        # A slot's matrices are consecutive in one vector: an odd size misaligns the ones behind it.
+        misaligned = (ranks % 8).any() | (layers[:, :4] % 16).any()
+        return cls(to_device(layers, device), int(ranks.max()), not bool(misaligned))
+
+
 class AdapterTables:
     """The tables by which the kernels find each slot's tokens and adapters in a pass."""
 
     def __init__(
         self,
         spans: list[AdapterSpan],
-        slot_tables: list[torch.Tensor],
+        slot_tables: list[SlotTable],
         device: torch.device | str,
         size: PassSize | None = None,
     ) -> None:
@@ -49,7 +74,7 @@ class AdapterTables:
 
         Args:
             spans: One for each slot, in the order of their tokens.
-            slot_tables: One for each slot [layers, COLUMNS], int64 on the CPU.
+            slot_tables: One for each slot.
             device: Of the pass.
             size: What the tables are padded to; None: they are not.
         """
@@ -57,25 +82,19 @@ class AdapterTables:
         # Few tokens make few tiles: with small ones there are enough to keep a large GPU busy.
         self.tile_tokens = 64 if tokens >= 4096 else 16
         """Tokens of one program."""
-        # Still on the CPU: the figures below are constants of the kernels, and reading them from
-        # the GPU would wait for its pending work.
-        tables = torch.stack(slot_tables)
-        ranks = tables[:, :, 4]
-        addresses = tables[:, :, :4]
         # `tl.dot` needs at least 16 columns, and Triton's blocks are powers of 2.
-        largest_rank = int(ranks.max())
+        largest_rank = max(table.rank for table in slot_tables)
         self.rank = max(16, triton.next_power_of_2(largest_rank))
         """Columns of the activations between A and B: the largest rank, rounded up."""
-        # A slot's matrices are consecutive in one vector: an odd size misaligns the ones behind it.
-        misaligned = (ranks % 8).any() | (addresses % 16).any()
-        self.aligned = not bool(misaligned)
-        """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
+        self.aligned = all(table.aligned for table in slot_tables)
+        """See `SlotTable.aligned`."""
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
         tile_rows = _tile_rows(spans, self.tile_tokens)
         tiles = torch.tensor(tile_rows, dtype=torch.int32)
+        layers = torch.stack([table.layers for table in slot_tables])
         if size:
-            tables = padded_rows(tables, size.slots)
+            layers = padded_rows(layers, size.slots)
             span_rows = padded_rows(span_rows, size.slots)
             no_tile = [size.slots - 1, size.tokens]
             tiles = padded_rows(tiles, size.tiles(self.tile_tokens), no_tile)
@@ -83,9 +102,8 @@ class AdapterTables:
         """[slots, 4], as `AdapterSpan.row`."""
         self.tiles = to_device(tiles, device)
         """For each tile of tokens: its slot and its first token [tiles, 2]."""
-        # One copy for all layers, then a view for each.
-        self._tables = to_device(tables, device)
-        self.layers = self._tables.unbind(1)
+        self._tables = layers
+        self.layers = layers.unbind(1)
         """For each layer, its row in each slot's table [slots, COLUMNS]."""
 
     def tensors(self) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ from finetune.engine.packed.gpu.adapter_tables import (
     COLUMNS,
     AdapterSpan,
     AdapterTables,
+    SlotTable,
 )
 from finetune.engine.packed.gpu.attention import SpanTables
 from finetune.engine.packed.gpu.block import Block, BlockActivations
@@ -162,13 +163,13 @@ class Decoder:
         return self._recorder.stop()
 
     def attach(self, slot: "Slot") -> None:
-        """Set `slot.kernel_table` [layers, columns]; see `adapter_tables.COLUMNS`."""
+        """Set `slot.kernel_table`."""
         # All zero in the row of a layer without an adapter: rank 0 stands for none.
         table = torch.zeros(len(self._table_rows), COLUMNS, dtype=torch.int64)
         for name, adapter in slot.adapters.items():
             row = self._table_rows[name]
             table[row] = torch.tensor(adapter.table_row())
-        slot.kernel_table = table
+        slot.kernel_table = SlotTable.of(table, slot.vector.device)
 
     @torch.no_grad()
     def forward(
@@ -261,8 +262,7 @@ class Decoder:
             input_ids = pad(input_ids, (0, padding.length))
             position_ids = pad(position_ids, (0, padding.length))
             spans = [*spans, padding]
-            # Rank 0 everywhere.
-            tables.append(torch.zeros_like(tables[0]))
+            # Its slot's table is empty.
             adapter_spans.append(
                 AdapterSpan(padding.start, padding.stop, dropout_key=0, dropout=0.0)
             )

@@ -14,7 +14,7 @@ from finetune.engine.packed.batch import PackedBatch, Span
 STEPS = 16
 """Sizes between a power of two and the next one: at most 1/16 is padding."""
 
-MIN_STEP = 64
+MIN_STEP = 128
 """Least number of tokens between two sizes."""
 
 MIN_SPANS = 8

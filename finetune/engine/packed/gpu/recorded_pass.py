@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,6 @@ from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.pass_size import PassSize
-
-if TYPE_CHECKING:
-    from finetune.engine.packed.gpu.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +26,18 @@ of so many takes about 2.5 times as long as its launches."""
 
 MAX_RECORDED = 24
 """Recorded passes at once: the least recently used one makes room."""
+
+
+class Blocks(Protocol):
+    """The blocks of a decoder, which launches their kernels."""
+
+    def forward_blocks(
+        self, x: torch.Tensor, context: PassContext, trains: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Compute the last block's output [tokens, hidden_size], and a trace."""
+
+    def backward_blocks(self, trace: Any, grad: torch.Tensor) -> None:
+        """Compute the gradients of the slots' adapters from that of the output."""
 
 
 class RecordingPlace:
@@ -59,7 +68,7 @@ class RecordedPass:
 
     def __init__(
         self,
-        decoder: "Decoder",
+        decoder: Blocks,
         x: torch.Tensor,
         context: PassContext,
         place: "RecordingPlace",
@@ -84,7 +93,7 @@ class RecordedPass:
             decoder.backward_blocks(trace, self._gradient)
 
     def forward(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
-        """Compute `Decoder.forward_blocks` of a batch.
+        """Compute `Blocks.forward_blocks` of a batch.
 
         Args:
             x: [tokens, hidden_size].
@@ -103,7 +112,7 @@ class RecordedPass:
         return self._output
 
     def backward(self, gradient: torch.Tensor) -> None:
-        """Compute `Decoder.backward_blocks` of the last forward pass."""
+        """Compute `Blocks.backward_blocks` of the last forward pass."""
         self._gradient.copy_(gradient)
         self._backward.replay()
 
@@ -111,7 +120,7 @@ class RecordedPass:
 class PassRecorder:
     """Records passes of sizes that are met again."""
 
-    def __init__(self, decoder: "Decoder", block_weights: int) -> None:
+    def __init__(self, decoder: Blocks, block_weights: int) -> None:
         """Nothing is recorded yet.
 
         Args:
@@ -176,6 +185,7 @@ class PassRecorder:
             return RecordedPass(self._decoder, x, context, self._place)
         except RuntimeError as error:
             self.stop()
+            _end_recording()
             log.warning(
                 "passes cannot be recorded; each kernel is launched by itself (%s)",
                 summary_line(error),
@@ -193,3 +203,13 @@ class PassRecorder:
         self._recorded.clear()
         self._place = None
         return has_recorded
+
+
+def _end_recording() -> None:
+    """Record something after a recording that failed.
+
+    Until a recording succeeds, PyTorch's generator of random numbers takes it that one is under
+    way, and refuses to draw.
+    """
+    with RecordingPlace().recording(torch.cuda.CUDAGraph()):
+        torch.empty(1, device="cuda").zero_()

@@ -22,7 +22,7 @@ NOISE = "+trainer.extra.neftune_noise_alpha"
 
 def test_noise_has_the_size_of_neftune(tiny: Tiny) -> None:
     """As transformers draws it: uniform, at most alpha / sqrt(tokens x hidden size)."""
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
     from finetune.engine.packed.embedding_noise import embedding_noise
     from finetune.engine.packed.requests import ForwardBackward
 
@@ -37,7 +37,7 @@ def test_noise_has_the_size_of_neftune(tiny: Tiny) -> None:
         ForwardBackward(slot, rows, 1.0, dropout_step=3, noise_alpha=alpha)
         for slot, alpha in zip(slots, (5.0, None), strict=True)
     ]
-    batch = PackedBatch([rows, rows], bank.device, [1, 1])
+    batch = pack_rows([rows, rows], bank.device, [1, 1])
     embedding = bank.base.get_input_embeddings()
     plain = embedding(batch.input_ids)
     with embedding_noise(bank.base, requests, batch):
@@ -56,7 +56,7 @@ def test_noise_has_the_size_of_neftune(tiny: Tiny) -> None:
 
 
 def test_each_seed_and_each_batch_has_noise_of_its_own(tiny: Tiny) -> None:
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
     from finetune.engine.packed.embedding_noise import embedding_noise
     from finetune.engine.packed.requests import ForwardBackward
 
@@ -64,7 +64,7 @@ def test_each_seed_and_each_batch_has_noise_of_its_own(tiny: Tiny) -> None:
     bank = SharedResources().bank(config)
     rows = [{"input_ids": [*range(2, 30)], "labels": [*range(2, 30)]}]
     slots = [bank.create_slot(config.lora, seed) for seed in (0, 1)]
-    batch = PackedBatch([rows, rows], bank.device, [1, 1])
+    batch = pack_rows([rows, rows], bank.device, [1, 1])
     drawn: set[float] = set()
     for batch_number in (1, 2, 1):
         requests = [

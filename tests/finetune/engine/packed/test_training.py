@@ -366,11 +366,11 @@ def test_gradients_are_autograds(tiny: Tiny) -> None:
 def test_what_follows_the_last_answer_is_not_computed() -> None:
     import torch
 
-    from finetune.engine.packed.batch import PackedBatch, packed_length
+    from finetune.engine.packed.batch import pack_rows, packed_length
 
     asked = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, -100, -100]}
     learnt = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
-    line = PackedBatch([[asked], [learnt]], torch.device("cpu"))
+    line = pack_rows([[asked], [learnt]], torch.device("cpu"))
     assert line.input_ids.tolist() == [[5, 6, 1, 2]]
     assert line.position_ids.tolist() == [[0, 1, 0, 1]]
     assert line.prediction_positions.tolist() == [1, 2, 3]

@@ -16,13 +16,13 @@ LENGTHS = (2, 38, 71)
 def packed_rows() -> "PackedBatch":
     import torch
 
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
 
     rows = [
         {"input_ids": list(range(length)), "labels": [-100] * (length - 1) + [3]}
         for length in LENGTHS
     ]
-    return PackedBatch([rows], torch.device("cpu"), [1])
+    return pack_rows([rows], torch.device("cpu"), [1])
 
 
 @pytest.mark.filterwarnings("ignore:.*chunk_gated_delta_rule.*")

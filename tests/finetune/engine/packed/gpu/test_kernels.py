@@ -180,6 +180,7 @@ class Case:
             COLUMNS,
             AdapterSpan,
             AdapterTables,
+            SlotTable,
         )
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
@@ -208,7 +209,9 @@ class Case:
                     self.stretches[layer].append(stretch)
             tables.append(table)
             rows.append(AdapterSpan(start, stop, 2**62 + number, dropout))
-        self.tables = AdapterTables(rows, tables, "cpu")
+        self.tables = AdapterTables(
+            rows, [SlotTable.of(table, "cpu") for table in tables], "cpu"
+        )
 
     def gradients(self) -> list["torch.Tensor"]:
         """The adapters' own."""
@@ -309,7 +312,11 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
     import torch
 
     from finetune.engine.packed.gpu import lowrank
-    from finetune.engine.packed.gpu.adapter_tables import AdapterSpan, AdapterTables
+    from finetune.engine.packed.gpu.adapter_tables import (
+        AdapterSpan,
+        AdapterTables,
+        SlotTable,
+    )
     from finetune.engine.packed.lora_linear import Adapter
 
     tokens, width = 40, 500
@@ -318,7 +325,9 @@ def test_dropout_of_the_kernels_drops_its_share_anew_for_each_key_layer_and_toke
         a, b = torch.ones(1, width), torch.ones(8, 1)
         adapter = Adapter(number, 1.0, a, b, torch.zeros_like(a), torch.zeros_like(b))
         span = AdapterSpan(0, tokens, key, 0.3)
-        tables = AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
+        tables = AdapterTables(
+            [span], [SlotTable.of(torch.tensor([adapter.table_row()]), "cpu")], "cpu"
+        )
         into_h = torch.zeros(1, tokens, tables.rank)
         into_h[0, :, 0] = 1
         into_x = lowrank.shrink_backward(into_h, tables, 0, width)
@@ -382,7 +391,7 @@ def test_one_slots_numbers_never_reach_another() -> None:
 def test_one_rows_attention_never_reaches_another() -> None:
     import torch
 
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
     from finetune.engine.packed.gpu.attention import (
         SpanTables,
         attention,
@@ -394,7 +403,7 @@ def test_one_rows_attention_never_reaches_another() -> None:
         {"input_ids": list(range(size)), "labels": [-100] * 3 + list(range(3, size))}
         for size in (20, 70, 9)
     ]
-    line = PackedBatch([[row] for row in rows], torch.device("cpu"))
+    line = pack_rows([[row] for row in rows], torch.device("cpu"))
     states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
     sick = line.spans[-1].start
     table = SpanTables(line.spans, line.position_ids[0], {32})
@@ -436,7 +445,7 @@ def test_attention_is_the_cpus(
     import torch
 
     from finetune.engine.packed.attention import PackedAttention, Scores
-    from finetune.engine.packed.batch import PackedBatch
+    from finetune.engine.packed.batch import pack_rows
     from finetune.engine.packed.gpu.attention import (
         SpanTables,
         attention,
@@ -454,7 +463,7 @@ def test_attention_is_the_cpus(
         {"input_ids": ids[1][:66] + own[:size], "labels": [-100] * 67 + own[1:size]}
         for own, size in zip(ids[2:], (3, 60, 130, 5), strict=True)
     ]
-    batch = PackedBatch([plain, sharing], torch.device("cpu"))
+    batch = pack_rows([plain, sharing], torch.device("cpu"))
     assert any(span.prefix_length for span in batch.spans)
     tokens = batch.input_ids.shape[1]
     sizes = [count * head_dim for count in (heads, groups, groups)]
@@ -489,7 +498,11 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input() -> None:
     """In 16 bits it may be far smaller than the steps of the sum that it becomes part of."""
     import torch
 
-    from finetune.engine.packed.gpu.adapter_tables import AdapterSpan, AdapterTables
+    from finetune.engine.packed.gpu.adapter_tables import (
+        AdapterSpan,
+        AdapterTables,
+        SlotTable,
+    )
     from finetune.engine.packed.gpu.context import PassContext
     from finetune.engine.packed.gpu.linear_group import LinearGroup
     from finetune.engine.packed.lora_linear import Adapter
@@ -501,11 +514,13 @@ def test_what_an_adapter_adds_is_not_lost_in_the_blocks_input() -> None:
     a, b = (0.02 * draw(16, width)).to(half), (0.0005 * draw(width, 16)).to(half)
     adapter = Adapter(0, 1.0, a, b, a.float(), b.float())
     span = AdapterSpan(0, tokens, 1, 0.0)
-    tables = AdapterTables([span], [torch.tensor([adapter.table_row()])], "cpu")
+    tables = AdapterTables(
+        [span], [SlotTable.of(torch.tensor([adapter.table_row()]), "cpu")], "cpu"
+    )
     x, onto = draw(tokens, width).to(half), (2 * draw(tokens, width)).to(half)
     group, sums = LinearGroup([layer], ["o"], 0), []
     for adapted in (frozenset({"o"}), frozenset()):
-        context = PassContext(None, None, tables, adapted, {})  # type: ignore[arg-type]
+        context = PassContext(None, None, 1, None, tables, adapted)  # type: ignore[arg-type]
         (found,), _ = group.forward(x, context, residual=onto.clone())
         sums.append(found.float())
     added = x.float() @ a.float().t() @ b.float().t()
