@@ -154,7 +154,7 @@ class Decoder:
             for module in model.layers[0].modules()
             if isinstance(module, torch.nn.Linear)
         )
-        self._recorder = PassRecorder(self, block_weights)
+        self._recorder = PassRecorder(block_weights)
 
     score = staticmethod(cross_entropy)
 
@@ -187,15 +187,7 @@ class Decoder:
         context = self._context(batch, slots, dropout_steps, size)
         # Not recorded: noise may be added to it (`embedding_noise`).
         x: torch.Tensor = self._embedding(context.input_ids[None])[0]
-        recorded = None
-        if size is not None:
-            recorded = self._recorder.find(size, x, context)
-        trace: BlocksTrace | RecordedPass
-        if recorded is None:
-            x, trace = self.forward_blocks(x, context, trains)
-        else:
-            x = recorded.forward(x, context)
-            trace = recorded
+        x, trace = self._compute_blocks(x, context, size, trains)
         # The last norm and the head see no other positions: only these have a loss.
         hidden = x[batch.prediction_positions]
         normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
@@ -206,6 +198,25 @@ class Decoder:
             inverse_rms=inverse_rms,
             tokens=len(x),
         )
+
+    def _compute_blocks(
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        size: PassSize | None,
+        trains: bool,
+    ) -> tuple[torch.Tensor, BlocksTrace | RecordedPass]:
+        """Replay the blocks' forward pass if it is recorded for this size, else launch it."""
+        if size is None:
+            return self.forward_blocks(x, context, trains)
+        recorded = self._recorder.find(self, size, x, context)
+        if recorded is not None:
+            return recorded.forward(x, context), recorded
+        before = torch.cuda.memory_allocated()
+        output, trace = self.forward_blocks(x, context, trains)
+        memory = torch.cuda.memory_allocated() - before
+        self._recorder.remember(size, x, context, memory)
+        return output, trace
 
     def forward_blocks(
         self, x: torch.Tensor, context: PassContext, trains: bool
@@ -300,6 +311,14 @@ class Decoder:
     @torch.no_grad()
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
         """See `Backend.backward`."""
+        # No name is bound to it here, so that `backward_blocks` can free it.
+        if isinstance(trace.blocks, RecordedPass):
+            trace.blocks.backward(self._output_gradient(trace, gradient))
+        else:
+            self.backward_blocks(trace.blocks, self._output_gradient(trace, gradient))
+
+    def _output_gradient(self, trace: Trace, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the blocks' output [tokens, hidden_size]."""
         # Positions that predict no answer token have no gradient of their own, but the blocks
         # below give them one: answers attend to them.
         grad = gradient.new_zeros(trace.tokens, gradient.shape[1])
@@ -311,11 +330,8 @@ class Decoder:
             trace.inverse_rms,
         )
         # Makes room.
-        del trace.hidden, gradient
-        if isinstance(trace.blocks, RecordedPass):
-            trace.blocks.backward(grad)
-        else:
-            self.backward_blocks(trace.blocks, grad)
+        del trace.hidden
+        return grad
 
     def backward_blocks(self, trace: BlocksTrace, grad: torch.Tensor) -> None:
         """Compute the gradients of the adapters, which go into the slots; as `forward_blocks`.

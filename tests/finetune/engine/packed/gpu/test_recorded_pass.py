@@ -8,7 +8,19 @@ import pytest
 from support.banks import load_bank
 from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
 
-RECORDER = "finetune.engine.packed.gpu.recorded_pass.PassRecorder"
+RECORDED = "finetune.engine.packed.gpu.recorded_pass"
+RECORDER = f"{RECORDED}.PassRecorder"
+BASES = pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+            if name not in ("llama", "phi3")
+        ),
+    ],
+)
 Figures = tuple[list[float], list[Any]]
 
 
@@ -59,17 +71,7 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "llama",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ARCHITECTURES
-            if name not in ("llama", "phi3")
-        ),
-    ],
-)
+@BASES
 def test_padding_changes_no_loss_and_no_gradient(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -85,6 +87,50 @@ def test_padding_changes_no_loss_and_no_gradient(
     for padded, gradient in zip(padded_gradients, gradients, strict=True):
         assert float(gradient.norm()) > 0
         assert float((padded - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def repeating_place() -> Any:
+    """Where there is no GPU: what is recorded is launched again."""
+    from finetune.engine.packed.gpu.recorded_pass import RecordingPlace
+
+    class RepeatingPlace(RecordingPlace):
+        def __init__(self) -> None:
+            self._buffers = []
+
+        def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+            launch()
+            return launch
+
+    return RepeatingPlace()
+
+
+@BASES
+def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
+    architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=False)
+    cases = [
+        (slots, LENGTHS),
+        (slots[::-1], [[9, 2], [3], [7, 7, 7]]),
+        (slots[:2], [[30, 10], [20]]),
+    ]
+    expected = [train(some, lengths, 5) for some, lengths in cases]
+    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
+    monkeypatch.setattr(f"{RECORDED}._is_free", lambda memory: True)
+    monkeypatch.setattr(f"{RECORDED}.RecordingPlace", repeating_place)
+    recorder = slots[0].bank.backend._recorder
+
+    train(slots, LENGTHS, 5)
+    results = [train(some, lengths, 5) for some, lengths in cases]
+
+    assert len(recorder._recorded) == 1
+    for (losses, gradients), (known_losses, known) in zip(
+        results, expected, strict=True
+    ):
+        assert losses == pytest.approx(known_losses, rel=1e-6)
+        for one, other in zip(gradients, known, strict=True):
+            assert float((one - other).norm() / other.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 2047, 2049, 30_000])
