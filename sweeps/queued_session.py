@@ -95,6 +95,7 @@ def _await_kill() -> None:
     A job that ends by itself would count as done. Slurm kills this one, and begins it again where
     it was preempted, or ends it where a user has cancelled it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         signal.pause()
 

@@ -194,7 +194,12 @@ def _ends_workers_on_signals(stop_file: Path) -> Iterator[None]:
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, request_stop) for number in signals}
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            # The signal may have ended a worker too, which is not lost then.
+            if not stop_file.exists():
+                raise
         if stop_file.exists():
             raise KeyboardInterrupt
     finally:

@@ -8,9 +8,11 @@ the jobs loads no base, and may leave.
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +46,8 @@ _NAMES = {
 }
 """submitit's names of the queues, by launcher."""
 
-_OF_THE_EXECUTOR = ("max_num_timeout", "python")
-"""Keys that submitit wants before the others."""
+MAX_RETURNS = 1000
+"""How often a job that is out of time goes back into the queue, unless the launcher says it."""
 
 _GENERIC = (
     "timeout_min",
@@ -138,10 +140,12 @@ def submit(
         raise ConfigError(f"hydra/launcher=slurm: {reason}")
     keys = _launcher_keys(config, folder)
     logs = keys.pop("submitit_folder")
-    first = {f"{queue}_{key}": keys.pop(key, None) for key in _OF_THE_EXECUTOR}
-    set_first = {key: value for key, value in first.items() if value is not None}
+    python = keys.pop("python", None) or shlex.quote(sys.executable)
+    first = {f"{queue}_max_num_timeout": keys.pop("max_num_timeout", MAX_RETURNS)}
+    if queue == "slurm":
+        first["slurm_python"] = f"exec {python}"
     try:
-        executor = submitit.AutoExecutor(folder=logs, cluster=queue, **set_first)
+        executor = submitit.AutoExecutor(folder=logs, cluster=queue, **first)
         executor.update_parameters(**_parameters(keys, settings, queue))
         with _survives_its_terminal(), executor.batch():
             queued = [executor.submit(session) for _ in range(jobs)]
@@ -174,15 +178,15 @@ def _parameters(
         asks = any(keys.get(key) for key in ("gres", "gpus_per_task"))
         keys["gpus_per_node"] = None if asks else workers * settings.gpus_per_worker
     if queue == "slurm":
-        # Slurm begins a preempted job again, and one whose node has failed.
+        # Python is the batch script's only process, which gets Slurm's signals itself: srun ends
+        # its tasks at once when a job is preempted, before they have written checkpoints.
+        keys["use_srun"] = False
         keys["additional_parameters"] = {
+            "signal": f"B:USR2@{keys['signal_delay_s']}",
+            # Slurm begins a preempted job again, and one whose node has failed.
             "requeue": True,
             **(keys.get("additional_parameters") or {}),
         }
-        # Since Slurm 22.05 srun does not take the number over from sbatch.
-        if keys.get("cpus_per_task"):
-            flag = f"--cpus-per-task={keys['cpus_per_task']}"
-            keys["srun_args"] = [flag, *(keys.get("srun_args") or [])]
     parameters = {}
     for key, value in keys.items():
         if value is None or (key == "gpus_per_node" and not value):

@@ -79,9 +79,14 @@ class Worker:
                 return next_seed() or next_trial()
             return next_trial() or next_seed()
 
+        signals: AbstractContextManager[None] = contextlib.nullcontext()
+        if os.getpid() != session.sweeper_pid:
+            # A scheduler ends a job by a signal to all its processes. The sweep command would take
+            # one that dies of it, while it loads its base, for a worker that was lost.
+            signals = trials.interrupt.handle_signals()
         ended = 0
         try:
-            with _kept_alive(study, trials.interrupt):
+            with _kept_alive(study, trials.interrupt), signals:
                 if self.only is not None:
                     ended = train_together(next_trial, 1)
                 else:
@@ -144,7 +149,7 @@ class _TrialSource:
 
     def unless_over(self, begin: Callable[[], PackedRun | None]) -> PackedRun | None:
         """Begin a run, unless the session is over or the storage is lost."""
-        if self._study.storage_error is not None:
+        if self._study.storage_error is not None or self.interrupt.requested:
             return None
         try:
             if self._session.is_over(self._study):
