@@ -19,8 +19,14 @@ shift
 listen=${LISTEN:-127.0.0.1}
 user=studies
 
-programs=$(dirname "$(command -v initdb || ls -d /usr/lib/postgresql/*/bin/initdb /usr/pgsql-*/bin/initdb 2>/dev/null | sort -V | tail -n 1)")
-[ -x "$programs/initdb" ] || { echo "error: no initdb: install PostgreSQL's server, or load its module" >&2; exit 1; }
+# Debian and the packages of postgresql.org leave the server's programs out of PATH.
+program() {
+    command -v "$1" || ls -d /usr/lib/postgresql/*/bin/"$1" /usr/pgsql-*/bin/"$1" 2>/dev/null | sort -V | tail -n 1 | grep . ||
+        { echo "error: no $1: install PostgreSQL's server, or load its module" >&2; exit 1; }
+}
+initdb=$(program initdb)
+postgres=$(program postgres)
+psql=$(program psql)
 [ "$(id -u)" != 0 ] || { echo "error: PostgreSQL refuses to run as root" >&2; exit 1; }
 
 mkdir -p "$(dirname "$data")"
@@ -29,7 +35,7 @@ flock -n 9 || { echo "error: $data is in use by another server" >&2; exit 1; }
 
 if [ ! -e "$data/PG_VERSION" ]; then
     umask 077
-    "$programs/initdb" -D "$data" -U "$user" -A scram-sha-256 -E UTF8 \
+    "$initdb" -D "$data" -U "$user" -A scram-sha-256 -E UTF8 \
         --pwfile=<(printf '%s\n' "$PGPASSWORD") > /dev/null
 fi
 # Only this host, or also the networks that it belongs to.
@@ -39,14 +45,19 @@ host all $user samenet scram-sha-256"
 printf '%s\n' "$rules" > "$data/pg_hba.conf"
 
 port=${PGPORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-"$programs/postgres" -D "$data" -p "$port" -c listen_addresses="$listen" \
+# Linux stops the server even where this script is killed.
+tied=
+setpriv --pdeathsig INT true 2>/dev/null && tied="setpriv --pdeathsig INT"
+$tied "$postgres" -D "$data" -p "$port" -c listen_addresses="$listen" \
     -c unix_socket_directories= -c max_connections="${MAX_CONNECTIONS:-300}" \
     9>&- > "$data.log" 2>&1 &
 server=$!
 command=
 stop() {
     trap - EXIT
-    [ -z "$command" ] || kill -TERM "$command" 2>/dev/null && wait "$command" || true
+    if [ -n "$command" ]; then
+        kill -TERM "$command" 2>/dev/null && wait "$command" || true
+    fi
     rm -f "$data.address"
     # Ends connections, writes everything to the disk, and stops.
     kill -INT "$server" 2>/dev/null && wait "$server" || true
@@ -55,7 +66,7 @@ trap stop EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-ask() { "$programs/psql" -h "$listen" -p "$port" -U "$user" -d postgres -w -tAc "$1" 2>&1; }
+ask() { "$psql" -h "$listen" -p "$port" -U "$user" -d postgres -w -tAc "$1" 2>&1; }
 for _ in $(seq 300); do
     answer=$(ask "select 1") && break
     kill -0 "$server" 2>/dev/null || { tail -n 5 "$data.log" >&2; echo "error: PostgreSQL has not started: $data.log" >&2; exit 1; }
@@ -65,7 +76,8 @@ done
 [ "$(ask "select 1 from pg_database where datname = 'studies'")" = 1 ] || ask "create database studies" > /dev/null
 
 export STUDY_DATABASE="postgresql://$user@$listen:$port/studies"
-printf '%s\n' "$STUDY_DATABASE" > "$data.address"
+printf '%s\n' "$STUDY_DATABASE" > "$data.address.new"
+mv "$data.address.new" "$data.address"
 if [ $# = 0 ]; then
     echo "$STUDY_DATABASE"
     wait "$server"

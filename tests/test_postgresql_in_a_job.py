@@ -51,16 +51,15 @@ def start(place: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
     yield start
     for process in started:
-        for one in [*psutil.Process(process.pid).children(recursive=True)] if (
-            process.poll() is None
-        ) else []:
-            one.kill()
-        process.kill()
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
         process.communicate()
 
 
 def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=60)
     return process.returncode, out, error
 
 
@@ -70,7 +69,7 @@ def servers(place: Path) -> list[str]:
 
 
 def wait_for_address(place: Path) -> str:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 30
     while not (place / "db.address").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -139,6 +138,19 @@ def _script_of(process: "subprocess.Popen[str]") -> psutil.Process:
     """The script's process: `runuser` stands before it as root."""
     children = psutil.Process(process.pid).children() if os.getuid() == 0 else []
     return children[0] if children else psutil.Process(process.pid)
+
+
+@pytest.mark.fault
+def test_the_server_ends_where_the_script_is_killed(
+    start: Callable[..., "subprocess.Popen[str]"], place: Path
+) -> None:
+    process = start()
+    wait_for_address(place)
+    os.kill(_script_of(process).pid, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while servers(place):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
