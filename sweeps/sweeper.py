@@ -88,9 +88,7 @@ class StudySweeper(Sweeper):
         # Hydra's lines on each launch and job would stand between those of the study.
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        return draft_session(
-            self._config, self._hydra_context, self._values, arguments
-        )
+        return draft_session(self._config, self._hydra_context, self._values, arguments)
 
     def _sweep_in_queue(
         self, session: "Session", queue: str, arguments: list[str]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from support.commands import Station
 from support.configs import study_overrides
 from support.postgres import as_server_user, postgres_command, server_folder
@@ -64,7 +63,10 @@ def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 
 def servers(place: Path) -> list[str]:
-    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    lines = [
+        " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline"])
+    ]
     return [line for line in lines if f"-D {place}/db" in line]
 
 

@@ -76,9 +76,7 @@ def _words(
             allowed = ", ".join(OF_THE_MACHINE)
             reason = f"the study's config is its own; allowed: {allowed}"
             raise ConfigError(f"{value}: {reason}")
-    words = command.words(
-        study.name, study.folder, "sweeps.sweeper.JoiningSweeper"
-    )
+    words = command.words(study.name, study.folder, "sweeps.sweeper.JoiningSweeper")
     words += values
     if address is not None:
         words.append(f"{STORAGE_KEY}={encode(address)}")

@@ -245,7 +245,13 @@ def _numbers_in_queue(jobs: Sequence[Any]) -> set[str]:
     """Return the jobs that Slurm still has in its queue: all while it can't be asked."""
     numbers = {job.job_id for job in jobs}
     # Not sacct, which clusters without an accounting database have not.
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    command = [
+        "squeue",
+        "--noheader",
+        "--array",
+        "--format=%i",
+        f"--user={os.getuid()}",
+    ]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         log.debug("squeue: %s", asked.stderr.strip())

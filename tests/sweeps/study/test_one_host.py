@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.studies import made_study
 
 from finetune.errors import ConfigError
-from support.studies import made_study
 from sweeps.study import one_host
 from sweeps.study.one_host import Hold, file_system_type
 from sweeps.study.storage import hold_database_file
