@@ -1,4 +1,4 @@
-"""Sessions of a study as jobs of a queue: Slurm's, or processes of this machine that submitit starts.
+"""Sessions of a study as jobs of a queue: Slurm's, or local processes that submitit starts.
 
 Each job is one allocation: it runs the study's command with the workers of that allocation, chooses
 the engine where the GPUs are, and the last one to end writes the answer. The command that queued
@@ -37,7 +37,7 @@ POLL_SECONDS = 2.0
 ABSENCES = 3
 """How often in a row a job must be missing in Slurm's queue to be lost: it may just begin again."""
 
-MISSING_EXTRA = "needs submitit: pip install 'qlora-sweeps[submitit]'"
+MISSING_EXTRA = 'needs submitit: pip install "qlora-sweeps[submitit]"'
 
 _NAMES = {
     "sweeps.launcher.SlurmLauncher": "slurm",

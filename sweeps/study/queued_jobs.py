@@ -1,4 +1,7 @@
-"""The jobs of a study's last queued session, in a file of its folder: the study may not have begun."""
+"""The jobs of a study's last queued session, in a file of its folder.
+
+They may wait in the queue for long, before the study has begun.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -129,7 +129,7 @@ def test_without_slurm_or_submitit_one_line_says_it(
     ended = station.run(*study, cwd=tmp_path, before=no_submitit)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        "error: hydra.launcher: needs submitit: pip install 'qlora-sweeps[submitit]'"
+        'error: hydra.launcher: needs submitit: pip install "qlora-sweeps[submitit]"'
     )
 
 
