@@ -207,7 +207,7 @@ def test_a_job_that_fails_leaves_its_error(
     assert f"error: {outcome['error']}" in job_log(tmp_path)
 
 
-LONG = ("trainer.max_steps=1500", "trainer.save_steps=0", "trainer.save_minutes=60")
+LONG = ("trainer.max_steps=700", "trainer.save_steps=0", "trainer.save_minutes=60")
 
 
 @pytest.mark.fault
@@ -235,7 +235,7 @@ def test_a_job_that_is_called_back_writes_checkpoints_and_goes_on(
     study = study_of(tmp_path)
     assert [trial.state for trial in study.trials()] == [TrialState.COMPLETE]
     # Every step once: nothing was trained again.
-    assert steps_of(tmp_path, 0) == list(range(1, 1501))
+    assert steps_of(tmp_path, 0) == list(range(1, 701))
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(
         TrialState.COMPLETE
     ] * 2
     for trial in (0, 1):
-        assert steps_of(tmp_path, trial) == list(range(1, 1501))
+        assert steps_of(tmp_path, trial) == list(range(1, 701))
 
 
 @pytest.mark.fault
