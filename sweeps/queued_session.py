@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hydra.core.plugins import Plugins
+
+from finetune.__main__ import resume, task
+from finetune.app import run_app
 from finetune.console import error_line, exit_code, quiet_libraries
 from finetune.errors import Interrupted
 from finetune.files.atomic import write_json
 from sweeps.study.queue import OUTCOME
 
 if TYPE_CHECKING:
+    from hydra.plugins.sweeper import Sweeper
     from submitit.helpers import DelayedSubmission
 
 
@@ -27,6 +32,8 @@ class QueuedSession:
 
     words: list[str]
     """The command line."""
+    sweeper: "type[Sweeper]"
+    """The class that the words name as `hydra.sweeper._target_`."""
     working_directory: str
     gpus: str | None
     """CUDA_VISIBLE_DEVICES of the command that queued it, for a job on the same machine."""
@@ -54,7 +61,7 @@ class QueuedSession:
             is_interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
             if is_interrupted and is_called_back:
                 requeue(signal.SIGUSR2, None)
-            if is_interrupted and "SLURM_JOB_ID" in os.environ:
+            if is_interrupted and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
                 _await_kill()
             _record(error)
             raise
@@ -67,12 +74,6 @@ class QueuedSession:
         return DelayedSubmission(self)
 
     def _run(self) -> None:
-        from hydra.core.plugins import Plugins
-
-        from finetune.__main__ import resume, task
-        from finetune.app import run_app
-        from sweeps.sweeper import QueuedSweeper
-
         # submitit shows its local jobs the first GPUs by number, or none.
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -80,7 +81,7 @@ class QueuedSession:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         os.chdir(self.working_directory)
         quiet_libraries(bars=False)
-        Plugins.instance().register(QueuedSweeper)
+        Plugins.instance().register(self.sweeper)
         sys.argv[:] = ["finetune", *self.words]
         run_app(task, resume)
 

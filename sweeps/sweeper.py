@@ -20,6 +20,8 @@ from finetune.files.lock import file_lock
 from finetune.files.mirror import Mirror
 from finetune.quantities import counted
 from sweeps.study.errors import StorageLost
+from sweeps.study.find_study import load_study
+from sweeps.study.queued_jobs import describe_jobs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,7 +98,6 @@ class StudySweeper(Sweeper):
         """Queue the session's jobs; unless it is detached, wait for them and print the answer."""
         from sweeps.queued_session import QueuedSession
         from sweeps.study.queue import await_jobs, job_workers, submit
-        from sweeps.study.queued_jobs import describe_jobs
         from sweeps.study.stored_command import OF_THE_JOBS, command_of
 
         settings = session.settings
@@ -109,7 +110,9 @@ class StudySweeper(Sweeper):
             "hydra.sweeper.detach=false",
         ]
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        queued_session = QueuedSession(words, command.working_directory, gpus)
+        queued_session = QueuedSession(
+            words, QueuedSweeper, command.working_directory, gpus
+        )
         session.folder.mkdir(parents=True, exist_ok=True)
         jobs = submit(
             self._config,
@@ -149,7 +152,6 @@ def _print_answer(folder: "Path") -> None:
 
     from sweeps.answer.advice import analyze
     from sweeps.answer.summary import summary_lines
-    from sweeps.study.find_study import load_study
     from sweeps.study.study import ANSWER
 
     study = load_study(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from finetune.compat import import_model_libraries, paused_collection
 from finetune.config.schema import RunConfig
@@ -236,9 +236,11 @@ def _prepare(result: Result) -> "Prepared":
 
 def _job_number() -> int:
     """Return the number of the run among the jobs of a multirun, which may have a process each."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not HydraConfig.initialized():
         return 0
-    return int(HydraConfig.get().job.num)
+    job = HydraConfig.get().job
+    # A single run has no number, and neither have jobs that train together in one process.
+    return 0 if OmegaConf.is_missing(job, "num") else int(job.num)
 
 
 def _train_and_conclude(

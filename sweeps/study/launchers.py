@@ -148,7 +148,7 @@ def _give_gpus(config: DictConfig, session: Session) -> None:
     """Ask Ray for each worker's GPUs, unless the user has: it hides all GPUs from a task else."""
     remote = config.hydra.launcher.ray.remote
     if session.gpus and remote.get("num_gpus") is None:
-        with read_write(config), open_dict(config):
+        with read_write(config), read_write(config.hydra), open_dict(remote):
             remote.num_gpus = session.settings.gpus_per_worker
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from finetune.errors import ConfigError
 from support.commands import run_cli
 from support.configs import study_overrides
 from support.studies import settings_of, sweeper_config
+
+from finetune.errors import ConfigError
 from sweeps.study.launchers import _with_worker_launcher
 from sweeps.study.launching import worker_count
 
