@@ -68,7 +68,9 @@ def test_two_workers_with_two_gpus_each_see_different_ones(
     logs += [path.read_text() for path in tmp_path.rglob("*log.err")]
     logs += [path.read_text() for path in tmp_path.rglob("*.log")]
     shown = set(re.findall(r"worker (\d): GPU ([\d,]+)", "\n".join(logs)))
-    assert {gpus for _, gpus in shown} == {"2,3", "4,5"}
+    # Ray names a worker's GPUs in any order.
+    groups = {tuple(sorted(gpus.split(","))) for _, gpus in shown}
+    assert groups == {("2", "3"), ("4", "5")}
     assert {worker for worker, _ in shown} == {"0", "1"}
 
 
