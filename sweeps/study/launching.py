@@ -4,7 +4,8 @@ import logging
 import time
 
 from finetune.console import error_line
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, refusal
+from finetune.quantities import counted
 from sweeps.space.settings import StudySettings
 from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import (
@@ -29,12 +30,19 @@ POLL_SECONDS = 2.0
 
 
 def worker_count(settings: StudySettings) -> int:
-    """Return the number of workers: `n_jobs`, or one for each visible GPU, or one on a CPU."""
-    if settings.n_jobs is not None:
-        return settings.n_jobs
-    import torch
+    """Return the number of workers: `n_jobs`, or as many as have GPUs of their own; one on a CPU.
 
-    return max(1, torch.cuda.device_count())
+    Raises:
+        ConfigError: no worker can have `gpus_per_worker` of this machine's GPUs.
+    """
+    from finetune.model.device import gpu_group_count, visible_gpus
+
+    size = settings.gpus_per_worker
+    gpus = len(visible_gpus())
+    if 0 < gpus < size:
+        reason = f"{counted(gpus, 'GPU')} {'is' if gpus == 1 else 'are'} visible here"
+        raise refusal("hydra.sweeper.gpus_per_worker", size, reason)
+    return settings.n_jobs or gpu_group_count(size)
 
 
 def run_workers(study: Study, session: Session, waits: bool = True) -> None:

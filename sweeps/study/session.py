@@ -55,6 +55,8 @@ class Session:
     """Whether `trainer.eval_steps=auto` leaves the rungs to the study."""
     end_rule: Callable[[Study], str | None] | None = None
     """Says after each trial why the study ends before it has all; None: it does not."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs that the sweep command sees, as CUDA_VISIBLE_DEVICES names them."""
     sweeper_pid: int = field(default_factory=os.getpid)
     """The process of the sweep command."""
 

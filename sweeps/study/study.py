@@ -23,6 +23,7 @@ from finetune.files.run_folder import RunFolder
 from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
 from sweeps.study.leases import open_leases
+from sweeps.study.one_host import Hold
 from sweeps.study.roles import ADDED, role
 from sweeps.study.storage import open_storage, resolve_address
 
@@ -67,6 +68,8 @@ class Study:
         """Whether the trials are in a database, beside which there may be several folders."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
+        self.hold: Hold | None = None
+        """This host's right to write to an SQLite file, while a session lives."""
         if isinstance(address, BaseStorage):
             self.storage = address
         else:

@@ -5,6 +5,7 @@ carries everything that it needs.
 """
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from sweeps.study.session import Session
 from sweeps.study.starts import needs_isolation
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,8 @@ class Worker:
 
     def _work(self) -> int:
         quiet_libraries(bars=False)
-        from finetune.model.device import select_gpu
-
-        # The launcher numbers its jobs from 0: each worker takes another GPU.
-        select_gpu(HydraConfig.get().job.num)
         session = self.session
+        _select_gpus(session)
         study = Study(
             session.folder,
             session.settings.study_name,
@@ -79,9 +79,14 @@ class Worker:
                 return next_seed() or next_trial()
             return next_trial() or next_seed()
 
+        signals: AbstractContextManager[None] = contextlib.nullcontext()
+        if os.getpid() != session.sweeper_pid:
+            # A scheduler ends a job by a signal to all its processes. The sweep command would take
+            # one that dies of it, while it loads its base, for a worker that was lost.
+            signals = trials.interrupt.handle_signals()
         ended = 0
         try:
-            with _kept_alive(study, trials.interrupt):
+            with _kept_alive(study, trials.interrupt), signals:
                 if self.only is not None:
                     ended = train_together(next_trial, 1)
                 else:
@@ -99,6 +104,23 @@ class Worker:
         if self.only is not None:
             return trial.number == self.only
         return not needs_isolation(trial)
+
+
+def _select_gpus(session: Session) -> None:
+    """Make a worker's GPUs visible to it, and no others."""
+    from finetune.model.device import select_gpus
+
+    # submitit's local jobs see the first GPUs by number, or none, whatever the command sees.
+    is_local_job = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+    # The launcher numbers its jobs from 0.
+    select_gpus(
+        HydraConfig.get().job.num,
+        session.settings.gpus_per_worker,
+        session.gpus if is_local_job else None,
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        log.info("worker %d: GPU %s", HydraConfig.get().job.num, visible)
 
 
 def _kept_alive(study: Study, interrupt: Interrupt) -> AbstractContextManager[None]:
@@ -127,7 +149,7 @@ class _TrialSource:
 
     def unless_over(self, begin: Callable[[], PackedRun | None]) -> PackedRun | None:
         """Begin a run, unless the session is over or the storage is lost."""
-        if self._study.storage_error is not None:
+        if self._study.storage_error is not None or self.interrupt.requested:
             return None
         try:
             if self._session.is_over(self._study):

@@ -33,15 +33,26 @@ def postgres_command(name: str) -> str:
     return paths[-1]
 
 
+def as_server_user() -> list[str]:
+    """What stands before a command of PostgreSQL's: it refuses to run as root."""
+    return ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+
+
+def server_folder() -> Path:
+    """Make a folder that belongs to the server's user."""
+    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
+    if os.getuid() == 0:
+        shutil.chown(place, "postgres")
+    return place
+
+
 class Server:
     """A PostgreSQL server of the tests' own; it refuses to run as root, so then it runs as its own
     user."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
-        self._as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        if self._as_user:
-            shutil.chown(place, "postgres")
+        self._as_user = as_server_user()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -105,7 +116,7 @@ class Server:
 @contextlib.contextmanager
 def running_server() -> Iterator[Server]:
     """Start a server, and stop it when the block ends."""
-    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
+    place = server_folder()
     server = Server(place)
     server.start()
     try:
