@@ -10,17 +10,18 @@ from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
 
 RECORDED = "finetune.engine.packed.gpu.recorded_pass"
 RECORDER = f"{RECORDED}.PassRecorder"
-BASES = pytest.mark.parametrize(
-    "architecture",
-    [
-        "llama",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ARCHITECTURES
-            if name not in ("llama", "phi3")
-        ),
-    ],
-)
+
+
+def bases(*slow: str) -> Any:
+    """One base in the fast tests, some in the slow ones, all others with the large tables."""
+    cases = ["llama"]
+    for name in ARCHITECTURES:
+        if name not in ("llama", "phi3"):
+            mark = pytest.mark.slow if name in slow else pytest.mark.matrix
+            cases.append(pytest.param(name, marks=[pytest.mark.slow, mark]))
+    return pytest.mark.parametrize("architecture", cases)
+
+
 Figures = tuple[list[float], list[Any]]
 
 
@@ -71,7 +72,7 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
-@BASES
+@bases("qwen3_5_text", "gemma4_text")
 def test_padding_changes_no_loss_and_no_gradient(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -104,7 +105,7 @@ def repeating_place() -> Any:
     return RepeatingPlace()
 
 
-@BASES
+@bases("qwen3_5_text")
 def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
