@@ -81,7 +81,7 @@ def decoder_elements(
         targets: Names of the adapted layers.
         slots: How many slots train together.
     """
-    from finetune.engine.packed.gpu.decoder import stored_blocks
+    from finetune.engine.packed.gpu.blocks import stored_blocks
 
     widths = widths_by_layer(shapes)
     block = DECODER_BLOCKS[shapes.model_type]

@@ -9,12 +9,13 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.blocks import DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.pass_size import PassSize
 
@@ -29,18 +30,6 @@ MAX_RECORDED = 24
 
 SPARE_MEMORY = 512 * 2**20
 """Bytes that are left free beside what a recorded pass takes."""
-
-
-class Blocks(Protocol):
-    """The blocks of a decoder, which launches their kernels."""
-
-    def forward_blocks(
-        self, x: torch.Tensor, context: PassContext, trains: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """Compute the last block's output [tokens, hidden_size], and a trace."""
-
-    def backward_blocks(self, trace: Any, grad: torch.Tensor) -> None:
-        """Compute the gradients of the slots' adapters from that of the output."""
 
 
 class RecordingPlace:
@@ -92,7 +81,7 @@ class RecordedPass:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: DecoderBlocks,
         x: torch.Tensor,
         context: PassContext,
         place: RecordingPlace,
@@ -101,7 +90,7 @@ class RecordedPass:
 
         Args:
             blocks: Their kernels have all been launched before, with tensors of these sizes.
-            x: As `forward_blocks` takes it.
+            x: As `DecoderBlocks.forward` takes it.
             context: The pass.
             place: Where it is recorded.
         """
@@ -111,19 +100,19 @@ class RecordedPass:
         traces = []
 
         def launch_forward() -> None:
-            output, trace = blocks.forward_blocks(self._x, context, True)
+            output, trace = blocks.forward(self._x, context, True)
             self._output.copy_(output)
             traces.append(trace)
 
         def launch_backward() -> None:
             # Whoever wants the output has read it by then.
-            blocks.backward_blocks(traces.pop(), self._output)
+            blocks.backward(traces.pop(), self._output)
 
         self._replay_forward = place.record(launch_forward)
         self._replay_backward = place.record(launch_backward)
 
     def forward(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
-        """Compute `Blocks.forward_blocks` of a batch.
+        """Compute `DecoderBlocks.forward` of a batch.
 
         Args:
             x: [tokens, hidden_size].
@@ -141,7 +130,7 @@ class RecordedPass:
         return self._output
 
     def backward(self, gradient: torch.Tensor) -> None:
-        """Compute `Blocks.backward_blocks` of the last forward pass."""
+        """Compute `DecoderBlocks.backward` of the last forward pass."""
         self._output.copy_(gradient)
         self._replay_backward()
 
@@ -149,12 +138,14 @@ class RecordedPass:
 class PassRecorder:
     """Records passes of sizes that are met again."""
 
-    def __init__(self, block_weights: int) -> None:
+    def __init__(self, blocks: DecoderBlocks, block_weights: int) -> None:
         """Nothing is recorded yet.
 
         Args:
+            blocks: Compute the passes.
             block_weights: Weights of the linear layers of a block.
         """
+        self._blocks = blocks
         self._block_weights = block_weights
         self._is_on = True
         self._met: dict[Any, int] = {}
@@ -173,12 +164,11 @@ class PassRecorder:
         )
 
     def find(
-        self, blocks: Blocks, size: PassSize, x: torch.Tensor, context: PassContext
+        self, size: PassSize, x: torch.Tensor, context: PassContext
     ) -> RecordedPass | None:
         """Return the recorded pass of a size; None: its kernels are to be launched.
 
         Args:
-            blocks: Compute the pass.
             size: To which the batch is padded.
             x: The embeddings.
             context: The pass.
@@ -195,7 +185,7 @@ class PassRecorder:
             self.stop()
             log.info("memory is too small for recorded passes, which would be faster")
             return None
-        recorded = self._record(blocks, x, context)
+        recorded = self._record(x, context)
         if recorded is None:
             return None
         del self._met[key]
@@ -217,13 +207,11 @@ class PassRecorder:
         """
         self._met[_key(size, x, context)] = memory
 
-    def _record(
-        self, blocks: Blocks, x: torch.Tensor, context: PassContext
-    ) -> RecordedPass | None:
+    def _record(self, x: torch.Tensor, context: PassContext) -> RecordedPass | None:
         if self._place is None:
             self._place = RecordingPlace()
         try:
-            return RecordedPass(blocks, x, context, self._place)
+            return RecordedPass(self._blocks, x, context, self._place)
         except RuntimeError as error:
             self.stop()
             _end_recording()

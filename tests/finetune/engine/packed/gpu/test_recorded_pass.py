@@ -219,18 +219,18 @@ def test_what_cannot_be_recorded_is_launched_and_said_once(
 ) -> None:
     import torch
 
-    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.gpu.blocks import DecoderBlocks
 
     folder = random_base("llama", tiny_base, tmp_path / "base")
     slots = make_slots(tiny, folder, dropout=0.0, saves=False)
     expected = train(slots, LENGTHS)
-    forward = Decoder.forward_blocks
+    forward = DecoderBlocks.forward
 
-    def waiting(self: Decoder, x: Any, *arguments: Any) -> Any:
+    def waiting(self: DecoderBlocks, x: Any, *arguments: Any) -> Any:
         x.sum().item()  # the host waits for the GPU: cannot be recorded
         return forward(self, x, *arguments)
 
-    monkeypatch.setattr(Decoder, "forward_blocks", waiting)
+    monkeypatch.setattr(DecoderBlocks, "forward", waiting)
     for _ in range(3):
         losses, gradients = train(slots, LENGTHS)
         assert losses == expected[0]
