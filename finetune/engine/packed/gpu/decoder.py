@@ -118,9 +118,7 @@ class Decoder:
         if trains and self._recorder.is_worthwhile(batch):
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
-        # Not recorded: noise may be added to it (`embedding_noise`).
-        x: torch.Tensor = self._embedding(context.input_ids[None])[0]
-        x, trace = self._compute_blocks(x, context, size, trains)
+        x, trace = self._compute_blocks(context, size, trains)
         # The last norm and the head see no other positions: only these have a loss.
         hidden = x[batch.prediction_positions]
         normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
@@ -133,15 +131,13 @@ class Decoder:
         )
 
     def _compute_blocks(
-        self,
-        x: torch.Tensor,
-        context: PassContext,
-        size: PassSize | None,
-        trains: bool,
+        self, context: PassContext, size: PassSize | None, trains: bool
     ) -> tuple[torch.Tensor, BlocksTrace | RecordedPass]:
         """Replay the blocks' forward pass if it is recorded for this size, else launch it."""
         if size is None:
-            return self._blocks.forward(x, context, trains)
+            # No name is bound to the embeddings, so that the blocks can free them.
+            return self._blocks.forward(self._embed(context), context, trains)
+        x = self._embed(context)
         recorded = self._recorder.find(size, x, context)
         if recorded is not None:
             return recorded.forward(x, context), recorded
@@ -150,6 +146,11 @@ class Decoder:
         memory = torch.cuda.memory_allocated() - before
         self._recorder.remember(size, x, context, memory)
         return output, trace
+
+    def _embed(self, context: PassContext) -> torch.Tensor:
+        """The embeddings [tokens, hidden_size]. Noise may be added to them (`embedding_noise`)."""
+        x: torch.Tensor = self._embedding(context.input_ids[None])[0]
+        return x
 
     @torch.no_grad()
     def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
