@@ -18,6 +18,7 @@ from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.waiting import claimable_waiting_trials
 from sweeps.study.worker import Worker
+from sweeps.study.worker_place import remove_free_places
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
         StorageLost: the database is out of reach.
         Exception: what a worker or the launcher raised.
     """
+    try:
+        _run_workers(study, session, waits)
+    finally:
+        remove_free_places(session)
+
+
+def _run_workers(study: Study, session: Session, waits: bool) -> None:
     count = worker_count(session.settings)
     worker = Worker(session)
     losses = 0

@@ -28,6 +28,7 @@ from sweeps.study.session import Session
 from sweeps.study.starts import needs_isolation
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
+from sweeps.study.worker_place import worker_place
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,27 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Train trials until none is left; return the number of trials that ended."""
-        is_other_process = os.getpid() != self.session.sweeper_pid
-        below_live_table = is_other_process and sys.stderr.isatty()
+        below_live_table = not self.session.sweeper.is_this and sys.stderr.isatty()
+        # The launcher numbers its jobs from 0.
+        index = HydraConfig.get().job.num
         try:
-            with run_lines_to_files(warnings_only=below_live_table):
+            with (
+                worker_place(self.session, index),
+                run_lines_to_files(warnings_only=below_live_table),
+            ):
                 # A float, because launchers pickle what a job returns.
-                return float(self._work())
+                return float(self._work(index))
         finally:
             if self.session.is_orphaned:
-                # The launcher's parent is dead. To wait for its orders would only hold memory.
+                # Nobody is left who would give this process another job or read its result.
                 os._exit(1)
 
-    def _work(self) -> int:
+    def _work(self, index: int) -> int:
         quiet_libraries(bars=False)
         from finetune.model.device import select_gpu
 
-        # The launcher numbers its jobs from 0: each worker takes another GPU.
-        select_gpu(HydraConfig.get().job.num)
+        # Each worker takes another GPU.
+        select_gpu(index)
         session = self.session
         study = Study(
             session.folder,

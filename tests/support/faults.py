@@ -1,0 +1,242 @@
+"""Studies of several processes, and what kills them."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from support.commands import Forked, Station
+from support.postgres import Server
+from support.study_folder import folder_of, metrics_of, result_of, told
+
+from finetune.files.run_folder import RunFolder
+from sweeps.study.starts import needs_isolation, start_step
+from sweeps.study.study import FINISHED, Study
+
+WORKERS = 4
+TRIALS = 12
+STEPS = 5
+
+MARK = "FAULTS_STUDY"
+"""A variable that all processes of a study have, however deep they are."""
+
+SLOW_PRUNER = """
+import time
+from optuna.pruners import BasePruner
+class SlowPruner(BasePruner):
+    def prune(self, study, trial):
+        time.sleep(0.2)
+        return False
+"""
+"""A user's pruner, asked after each step: it gives the faults time to hit a trial."""
+
+SIZES = (
+    f"hydra.sweeper.n_trials={TRIALS}",
+    f"hydra.sweeper.n_jobs={WORKERS}",
+    "hydra.sweeper.baseline_seeds=0",
+    "hydra/sweeper/pruner=none",
+    "hydra.sweeper.pruner._target_=slow_pruner.SlowPruner",
+    f"trainer.max_steps={STEPS}",
+    "trainer.save_steps=1",
+    "trainer.eval_steps=1",
+)
+
+
+class FaultyStudy:
+    """A study whose processes are killed, and which is started again each time.
+
+    Args:
+        station: starts the command.
+        overrides: the study's overrides, without its sizes.
+        place: the command's directory, made by this.
+        chance: the source of what is killed when.
+        server: its database; None: the journal.
+        environment: variables of its processes.
+    """
+
+    def __init__(
+        self,
+        station: Station,
+        overrides: list[str],
+        place: Path,
+        chance: random.Random,
+        server: Server | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "slow_pruner.py").write_text(SLOW_PRUNER)
+        self._station, self.place, self._chance = station, place, chance
+        self._server = server
+        self.mark = uuid.uuid4().hex
+        paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+        self.temporary = place / "tmp"
+        self.temporary.mkdir()
+        self._environment = {
+            "PYTHONPATH": paths,
+            MARK: self.mark,
+            "TMPDIR": str(self.temporary),
+            **(environment or {}),
+        }
+        self._words = [*overrides, *SIZES]
+        if server is not None:
+            self._environment["STUDY_DATABASE"] = server.address
+            self._words.append("hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
+        self._process = self._start()
+        self._ended: dict[int, tuple[Any, ...]] = {}
+        self.said: list[str] = []
+
+    def _start(self) -> Forked:
+        return self._station.start(
+            *self._words, cwd=self.place, environment=self._environment
+        )
+
+    @property
+    def folder(self) -> Path:
+        return folder_of(self.place)
+
+    def study(self) -> Study:
+        with variables(self._environment):
+            return Study.load(self.folder)
+
+    def inflict(self, kind: str) -> bool:
+        """Kill something at a random moment while trials run; return whether it was hit."""
+        if not self._wait_for_running_trials():
+            return False
+        self._await(self._chance.uniform(0, 1.5))
+        if self._process.poll() is not None:
+            return False
+        hit = bool({"worker": self._kill_worker, "launcher": self._kill_launcher, "database": self._kill_database}[kind]())
+        return hit
+
+    def _await(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._process.poll() is None:
+            time.sleep(0.05)
+
+    def _wait_for_running_trials(self) -> bool:
+        """Wait until trials run and none could fail with another loss; False: the study ended."""
+        end = time.monotonic() + 240
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                return False
+            if self.workers() and not self._any_at_risk():
+                return True
+            time.sleep(0.1)
+        raise AssertionError(f"no trial runs: {self._process.said()}")
+
+    def _any_at_risk(self) -> bool:
+        """Whether a trial has lost two workers without a new checkpoint."""
+        study = self.study()
+        for trial in study.trials(TrialState.RUNNING):
+            starts = trial.user_attrs.get("starts", [])
+            if needs_isolation(trial) and start_step(study.folder_of(trial.number)) == starts[-1]:
+                return True
+        return False
+
+    def workers(self) -> list[int]:
+        """The processes that hold a trial's folder."""
+        return [pid for pid in processes_that_hold(self.folder / "trials") if pid != self._process.pid]
+
+    def _kill_worker(self) -> bool:
+        workers = self.workers()
+        if not workers:
+            return False
+        os.kill(self._chance.choice(workers), signal.SIGKILL)
+        return True
+
+    def _kill_launcher(self) -> bool:
+        """Kill the sweep's main process, and start the command again."""
+        os.kill(self._process.pid, signal.SIGKILL)
+        self.said.append(self._process.wait().stderr)
+        self.check_nothing_is_lost()
+        self._process = self._start()
+        return True
+
+    def _kill_database(self) -> bool:
+        assert self._server is not None
+        self._server.kill()
+        time.sleep(self._chance.uniform(0, 1))
+        self._server.start()
+        return True
+
+    def check_nothing_is_lost(self) -> None:
+        """Check that there are exactly the trials, and that what has ended stays as it was."""
+        trials = self.study().trials()
+        assert [trial.number for trial in trials] == list(range(TRIALS))
+        ended = {
+            trial.number: (told(trial), self._lines(trial))
+            for trial in trials
+            if trial.state in FINISHED
+        }
+        assert {number: ended.get(number) for number in self._ended} == self._ended
+        self._ended = ended
+
+    def _lines(self, trial: FrozenTrial) -> list[dict[str, Any]]:
+        """What its training wrote; test rows come last, for the winner and the baseline."""
+        rows = metrics_of(self.folder / "trials" / str(trial.number))
+        return [row for row in rows if "test/loss" not in row]
+
+    def end(self) -> None:
+        """Let the study end, and check that each trial was trained exactly once."""
+        ended = self._process.wait()
+        self.said.append(ended.stderr)
+        assert ended.returncode == 0, ended.stderr
+        self.check_nothing_is_lost()
+        for trial in self.study().trials():
+            assert trial.state == TrialState.COMPLETE, trial.user_attrs
+            assert result_of(self.place, trial.number)["status"] == "completed"
+            steps = [row["step"] for row in self._lines(trial) if "train/loss" in row]
+            assert steps == list(range(1, STEPS + 1)), (trial.number, steps)
+            assert sorted(trial.intermediate_values) == list(range(1, STEPS + 1))
+
+    def leftovers(self) -> list[str]:
+        """What the study has left behind: processes, temporary files."""
+        end = time.monotonic() + 20
+        while (found := marked_processes(self.mark)) and time.monotonic() < end:
+            time.sleep(0.2)
+        files = [str(path.relative_to(self.temporary)) for path in self.temporary.iterdir()]
+        return [*map(str, found), *files]
+
+
+def processes_that_hold(trials: Path) -> list[int]:
+    """The processes that have the lock of a trial's folder open."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            opened = [os.readlink(link) for link in (folder / "fd").iterdir()]
+            if any(path.startswith(f"{trials}/") and path.endswith(".lock") for path in opened):
+                found.append(int(folder.name))
+    return found
+
+
+def marked_processes(mark: str) -> list[str]:
+    """The processes that live and have the mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found.append(f"{folder.name} {title}")
+    return found
+
+
+@contextlib.contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process within the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
