@@ -1,22 +1,22 @@
 """Studies of several processes, and what kills them."""
 
 import contextlib
-import json
 import os
 import random
+import re
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
+
+from finetune.files.atomic import read_json
 from support.commands import Forked, Station
 from support.postgres import Server
-from support.study_folder import folder_of, metrics_of, result_of, told
-
-from finetune.files.run_folder import RunFolder
+from support.study_folder import folder_of, metrics_of, told
 from sweeps.study.starts import needs_isolation, start_step
 from sweeps.study.study import FINISHED, Study
 
@@ -55,68 +55,76 @@ class FaultyStudy:
     Args:
         station: starts the command.
         overrides: the study's overrides, without its sizes.
+        name: the study's name.
         place: the command's directory, made by this.
         chance: the source of what is killed when.
         server: its database; None: the journal.
-        environment: variables of its processes.
     """
 
     def __init__(
         self,
         station: Station,
         overrides: list[str],
+        name: str,
         place: Path,
         chance: random.Random,
-        server: Server | None = None,
-        environment: dict[str, str] | None = None,
+        server: Server | None,
     ) -> None:
         place.mkdir(parents=True, exist_ok=True)
         (place / "slow_pruner.py").write_text(SLOW_PRUNER)
         self._station, self.place, self._chance = station, place, chance
         self._server = server
+        self.folder = folder_of(place, name)
         self.mark = uuid.uuid4().hex
-        paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
         self.temporary = place / "tmp"
         self.temporary.mkdir()
         self._environment = {
-            "PYTHONPATH": paths,
+            **variables_of(place, server),
             MARK: self.mark,
             "TMPDIR": str(self.temporary),
-            **(environment or {}),
         }
         self._words = [*overrides, *SIZES]
         if server is not None:
-            self._environment["STUDY_DATABASE"] = server.address
             self._words.append("hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
+        self._launchers: list[int] = []
         self._process = self._start()
         self._ended: dict[int, tuple[Any, ...]] = {}
-        self.said: list[str] = []
 
     def _start(self) -> Forked:
-        return self._station.start(
+        process = self._station.start(
             *self._words, cwd=self.place, environment=self._environment
         )
-
-    @property
-    def folder(self) -> Path:
-        return folder_of(self.place)
+        self._launchers.append(process.pid)
+        return process
 
     def study(self) -> Study:
         with variables(self._environment):
             return Study.load(self.folder)
 
     def inflict(self, kind: str) -> bool:
-        """Kill something at a random moment while trials run; return whether it was hit."""
+        """Kill something at a random moment while trials run.
+
+        Args:
+            kind: worker, launcher (the sweep's main process) or database.
+
+        Returns:
+            Whether it was hit; False: the study has ended.
+        """
         if not self._wait_for_running_trials():
             return False
-        self._await(self._chance.uniform(0, 1.5))
+        self._pause(1.5)
         if self._process.poll() is not None:
             return False
-        hit = bool({"worker": self._kill_worker, "launcher": self._kill_launcher, "database": self._kill_database}[kind]())
-        return hit
+        kill = {
+            "worker": self._kill_worker,
+            "launcher": self._kill_launcher,
+            "database": self._kill_database,
+        }[kind]
+        return kill()
 
-    def _await(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def _pause(self, longest: float) -> None:
+        """Wait for a random time, or until the study ends."""
+        end = time.monotonic() + self._chance.uniform(0, longest)
         while time.monotonic() < end and self._process.poll() is None:
             time.sleep(0.05)
 
@@ -136,25 +144,34 @@ class FaultyStudy:
         study = self.study()
         for trial in study.trials(TrialState.RUNNING):
             starts = trial.user_attrs.get("starts", [])
-            if needs_isolation(trial) and start_step(study.folder_of(trial.number)) == starts[-1]:
+            if (
+                needs_isolation(trial)
+                and start_step(study.folder_of(trial.number)) == starts[-1]
+            ):
                 return True
         return False
 
     def workers(self) -> list[int]:
         """The processes that hold a trial's folder."""
-        return [pid for pid in processes_that_hold(self.folder / "trials") if pid != self._process.pid]
+        return [
+            pid
+            for pid in processes_that_hold(self.folder / "trials")
+            if pid != self._process.pid
+        ]
 
     def _kill_worker(self) -> bool:
         workers = self.workers()
         if not workers:
             return False
         os.kill(self._chance.choice(workers), signal.SIGKILL)
+        # Some of the next faults come before the launcher has told of this one, some after.
+        self._pause(6)
         return True
 
     def _kill_launcher(self) -> bool:
         """Kill the sweep's main process, and start the command again."""
         os.kill(self._process.pid, signal.SIGKILL)
-        self.said.append(self._process.wait().stderr)
+        self._process.wait()
         self.check_nothing_is_lost()
         self._process = self._start()
         return True
@@ -186,23 +203,43 @@ class FaultyStudy:
     def end(self) -> None:
         """Let the study end, and check that each trial was trained exactly once."""
         ended = self._process.wait()
-        self.said.append(ended.stderr)
         assert ended.returncode == 0, ended.stderr
         self.check_nothing_is_lost()
         for trial in self.study().trials():
             assert trial.state == TrialState.COMPLETE, trial.user_attrs
-            assert result_of(self.place, trial.number)["status"] == "completed"
+            assert (
+                read_json(self.folder / "trials" / str(trial.number) / "result.json")[
+                    "status"
+                ]
+                == "completed"
+            )
             steps = [row["step"] for row in self._lines(trial) if "train/loss" in row]
             assert steps == list(range(1, STEPS + 1)), (trial.number, steps)
             assert sorted(trial.intermediate_values) == list(range(1, STEPS + 1))
 
     def leftovers(self) -> list[str]:
-        """What the study has left behind: processes, temporary files."""
-        end = time.monotonic() + 20
-        while (found := marked_processes(self.mark)) and time.monotonic() < end:
+        """What it has left behind a while after its end: processes, and temporary files."""
+        end = time.monotonic() + 30
+        while (found := self._leftovers()) and time.monotonic() < end:
             time.sleep(0.2)
-        files = [str(path.relative_to(self.temporary)) for path in self.temporary.iterdir()]
-        return [*map(str, found), *files]
+        return found
+
+    def _leftovers(self) -> list[str]:
+        memory = [
+            str(path)
+            for path in Path("/dev/shm").iterdir()
+            if any(re.search(rf"[-_]{pid}[-_]", path.name) for pid in self._launchers)
+        ]
+        files = [str(path) for path in self.temporary.iterdir()]
+        hidden = [str(path) for path in self.folder.glob(".*-*")]
+        return [*marked_processes(self.mark), *memory, *files, *hidden]
+
+
+def variables_of(place: Path, server: Server | None) -> dict[str, str]:
+    """Variables that the workers of a study need, however they are started."""
+    paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    address = {} if server is None else {"STUDY_DATABASE": server.address}
+    return {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **address}
 
 
 def processes_that_hold(trials: Path) -> list[int]:
@@ -211,7 +248,10 @@ def processes_that_hold(trials: Path) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             opened = [os.readlink(link) for link in (folder / "fd").iterdir()]
-            if any(path.startswith(f"{trials}/") and path.endswith(".lock") for path in opened):
+            if any(
+                path.startswith(f"{trials}/") and path.endswith(".lock")
+                for path in opened
+            ):
                 found.append(int(folder.name))
     return found
 

@@ -34,7 +34,12 @@ def ray_cluster(environment: dict[str, str]) -> Iterator[str]:
     # Not in a test's folder: the path of a socket may have 107 characters.
     place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     (place / "ray").mkdir()
-    variables = {**os.environ, **environment, "RAY_TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
+    variables = {
+        **os.environ,
+        **environment,
+        "RAY_TMPDIR": str(place),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, str(place / "ray")],
         env=variables,

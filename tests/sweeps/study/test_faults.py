@@ -1,45 +1,87 @@
-"""Workers, launchers and databases that are killed: each trial is trained once, and none is lost."""
+"""Workers, launchers and databases that are killed: each trial is trained once, and none is lost.
 
+The table of all launchers and storages, a hundred faults, takes half an hour: `make test-faults`.
+"""
+
+import contextlib
+import importlib.util
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.commands import Station
 from support.configs import study_overrides
-from support.faults import FaultyStudy
+from support.faults import FaultyStudy, variables_of
 from support.postgres import Server
+from support.ray_cluster import ray_cluster
 
 pytestmark = pytest.mark.fault
 
+FAULTS = 17
+"""In each case of the table: 102 in all."""
 
-@pytest.mark.parametrize("storage", ["journal", "database"])
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
-def test_faults(storage, launcher, station: Station, server: Server, tiny_base: Path, tmp_path: Path) -> None:
-    import os
-    faults = int(os.environ.get("FAULTS", "6"))
-    chance = random.Random(int(os.environ.get("SEED", "1")))
-    kinds = ["worker", "launcher"] + (["database"] if storage == "database" else [])
-    done = 0
-    round_ = 0
-    while done < faults:
+PACKAGES = {"ray": "hydra_ray_launcher", "submitit_local": "hydra_submitit_launcher"}
+"""Plugins that are no dependencies, by their launchers."""
+
+KINDS = {
+    "journal": ("worker", "launcher"),
+    "database": ("worker", "database", "launcher"),
+}
+
+TABLE = [
+    pytest.param(launcher, storage, FAULTS, marks=pytest.mark.matrix)
+    for launcher in ("joblib", "submitit_local", "ray")
+    for storage in ("journal", "database")
+]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "storage", "faults"), [("joblib", "database", 3), *TABLE]
+)
+def test_faults_lose_no_trial_and_train_none_twice(
+    launcher: str,
+    storage: str,
+    faults: int,
+    request: pytest.FixtureRequest,
+    station: Station,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    package = PACKAGES.get(launcher)
+    if package and not importlib.util.find_spec(f"hydra_plugins.{package}"):
+        pytest.skip(f"{package} is not installed")
+    server: Server | None = None
+    if storage == "database":
+        server = request.getfixturevalue("server")
+    chance = random.Random(f"{launcher} {storage}")
+    kinds = itertools.cycle(KINDS[storage])
+    inflicted = 0
+    for round_ in itertools.count():
         place = tmp_path / str(round_)
-        place.mkdir()
-        import contextlib
-        stack = contextlib.ExitStack()
-        extra = []
-        if launcher == "ray":
-            from support.ray_cluster import ray_cluster
-            env = {"PYTHONPATH": f"{place}:" + os.environ["PYTHONPATH"], "STUDY_DATABASE": server.address}
-            extra = ["+hydra.launcher.ray.init.address=" + stack.enter_context(ray_cluster(env))]
-            print(extra)
-        study = FaultyStudy(station, [*study_overrides(tiny_base, "s"), f"hydra/launcher={launcher}", *extra], place, chance, server if storage == "database" else None)
-        if storage == "database":
-            server.execute("drop schema public cascade"); server.execute("create schema public")
-        while done < faults and study.inflict(kind := kinds[done % len(kinds)]):
-            done += 1
-            import time; print(time.strftime("%H:%M:%S"), kind, flush=True)
-        study.end()
-        print(time.strftime("%H:%M:%S"), "ended", study.leftovers(), flush=True)
-        stack.close()
-        print("\n".join(study.said)[-6000:])
-        round_ += 1
+        with options_of(launcher, place, server) as options:
+            name = f"{launcher}{faults}_{round_}"
+            overrides = [*study_overrides(tiny_base, name), *options]
+            study = FaultyStudy(station, overrides, name, place, chance, server)
+            kind = next(kinds)
+            while inflicted < faults and study.inflict(kind):
+                inflicted += 1
+                kind = next(kinds)
+            study.end()
+            assert study.leftovers() == []
+        if inflicted == faults:
+            return
+
+
+@contextlib.contextmanager
+def options_of(
+    launcher: str, place: Path, server: Server | None
+) -> Iterator[list[str]]:
+    """The overrides that choose a launcher, and what it needs."""
+    options = [f"hydra/launcher={launcher}"]
+    if launcher != "ray":
+        yield options
+        return
+    with ray_cluster(variables_of(place, server)) as address:
+        yield [*options, f"+hydra.launcher.ray.init.address={address}"]
