@@ -426,6 +426,36 @@ def study_with_more_trials(
     )
 
 
+def study_with_fewer_trials(
+    study: optuna.Study,
+    select: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]],
+) -> optuna.Study:
+    """Return a study whose readers see what a function selects of all its trials.
+
+    The counterpart of `study_with_more_trials`, read in the same place.
+    """
+    import optuna
+
+    class ShortenedStudy(optuna.Study):
+        def _get_trials(
+            self,
+            deepcopy: bool = True,
+            states: Container[TrialState] | None = None,
+            use_cache: bool = False,
+        ) -> list[FrozenTrial]:
+            selected = select(study._get_trials(deepcopy, None, use_cache))
+            return [
+                trial for trial in selected if states is None or trial.state in states
+            ]
+
+    return ShortenedStudy(
+        study.study_name,
+        study._storage,
+        sampler=study.sampler,
+        pruner=study.pruner,
+    )
+
+
 def sweep_distribution(override: Override) -> Any:
     """Return the Optuna distribution of a Hydra sweep override; the text of any other override.
 

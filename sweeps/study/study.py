@@ -68,6 +68,8 @@ class Study:
         self.name = name
         self.is_shared = isinstance(address, str)
         """Whether the trials are in a database, beside which there may be several folders."""
+        self.without_adapter: set[int] = set()
+        """The finished trials whose adapters this process has removed."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
         if isinstance(address, BaseStorage):
