@@ -64,8 +64,8 @@ def main() -> None:
         return
     columns = ("ask", "sampler", "report", "tell")
     heads = " | ".join(f"{name} p50, p99 (ms)" for name in columns)
-    print(f"| trials | trials/s | {heads} | CPU of server, workers (cores) |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| trials | trials/s | {heads} | first read (ms) | CPU of server, workers (cores) |")
+    print("|---|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
         print(f"| {size} | {measure(arguments, size, columns)} |", flush=True)
 
@@ -78,27 +78,29 @@ def measure(arguments: argparse.Namespace, size: int, columns: tuple[str, ...]) 
         session = make_study(arguments, place / "0", size)
         # Forked: the workers share their imports, and none has a connection yet.
         context = multiprocessing.get_context("fork")
-        end = time.time() + arguments.seconds + 5
+        begin = context.Barrier(arguments.workers + 1)
         workers = [
-            context.Process(target=work, args=(session, place, index, end, arguments))
+            context.Process(target=work, args=(session, place, index, begin, arguments))
             for index in range(arguments.workers)
         ]
         for worker in workers:
             worker.start()
-        time.sleep(5)  # connections, and the first read of all trials
+        begin.wait()  # all have connections, and have read all trials
+        end = time.time() + arguments.seconds
         before = server_cpu(), children_cpu(workers)
         time.sleep(arguments.seconds)
         after = server_cpu(), children_cpu(workers)
         for worker in workers:
             worker.join()
         times = read_times(place, end - arguments.seconds)
+    first = quantile(read_times(place, 0)["first read"], 0.5)
     cores = [(b - a) / arguments.seconds for a, b in zip(before, after, strict=True)]
     cells = [f"{len(times['tell']) / arguments.seconds:.1f}"]
     for name in columns:
         cells.append(
             f"{quantile(times[name], 0.5):.0f}, {quantile(times[name], 0.99):.0f}"
         )
-    return " | ".join([*cells, f"{cores[0]:.2f}, {cores[1]:.2f}"])
+    return " | ".join([*cells, f"{first:.0f}", f"{cores[0]:.2f}, {cores[1]:.2f}"])
 
 
 def quantile(seconds: list[float], share: float) -> float:
@@ -243,7 +245,7 @@ def empty_schema(address: str) -> None:
 
 
 def work(
-    session: Any, place: Path, index: int, end: float, arguments: argparse.Namespace
+    session: Any, place: Path, index: int, begin: Any, arguments: argparse.Namespace
 ) -> None:
     """One worker: trials until the time is over."""
     import dataclasses
@@ -288,6 +290,10 @@ def work(
     trial.suggest_point = timed_suggest
     worker.TrialRunner = SimulatedTrial  # type: ignore[misc]
     study = Study(folder, session.settings.study_name, session.address)
+    with clock.measured("first read"):
+        study.trials()
+    begin.wait()
+    end = time.time() + arguments.seconds
     source = worker._TrialSource(session, study)
     with worker._kept_alive(study, source.interrupt):
         while time.time() < end:
@@ -362,6 +368,33 @@ def read_times(place: Path, since: float) -> dict[str, list[float]]:
             if moment >= since:
                 times[name].append(seconds)
     return times
+
+
+def print_memory() -> None:
+    """Memory of a worker as a user has it: a study of two workers in processes of their own."""
+    import psutil
+
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "search=lora"]
+        command += ["trainer=debug", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=40"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        study = subprocess.Popen([*command, "tracker=none"], cwd=place, **quiet)
+        peaks: dict[int, int] = defaultdict(int)
+        names: dict[int, str] = {}
+        end = time.monotonic() + 240
+        while time.monotonic() < end and study.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(study.pid)
+                for process in (root, *root.children(recursive=True)):
+                    used = process.memory_full_info().uss
+                    peaks[process.pid] = max(peaks[process.pid], used)
+                    names[process.pid] = " ".join(process.cmdline()[1:4])
+            time.sleep(0.5)
+        study.terminate()
+        study.wait()
+    print("| process | memory of its own (MiB, peak) |\n|---|---|")
+    for pid, peak in peaks.items():
+        print(f"| {names[pid][:60]} | {peak / 2**20:.0f} |")
 
 
 def server_cpu() -> float:

@@ -112,11 +112,15 @@ class Database(RDBStorage):
         """Seconds between two calls, after which the connection counts as interrupted."""
         self._connected_since = self._last_call = time.monotonic()
         self._reads: dict[int, TrialReads] = {}
-        engine_arguments = {
+        engine_arguments: dict[str, Any] = {
             # A pooled connection is tried before each use, as the server may have closed it.
             "pool_pre_ping": True,
             "connect_args": _connection_arguments(url),
         }
+        if url.get_backend_name() != "sqlite":
+            # A server has a hundred connections unless it is told otherwise, and each worker keeps
+            # the pool's: one. A second one, for a heartbeat during a call, is closed after it.
+            engine_arguments["pool_size"] = 1
         # SQLAlchemy writes a password as *** unless it is told otherwise.
         full_address = url.render_as_string(hide_password=False)
         super().__init__(full_address, engine_kwargs=engine_arguments)

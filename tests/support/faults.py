@@ -17,7 +17,8 @@ from finetune.files.atomic import read_json
 from support.commands import Forked, Station
 from support.postgres import Server
 from support.study_folder import folder_of, metrics_of, told
-from sweeps.study.starts import needs_isolation, start_step
+from finetune.files.run_folder import checkpoint_step, checkpoints_in
+from sweeps.study.starts import needs_isolation
 from sweeps.study.study import FINISHED, Study
 
 WORKERS = 4
@@ -87,6 +88,7 @@ class FaultyStudy:
         if server is not None:
             self._words.append("hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
         self._launchers: list[int] = []
+        self._memory_before = set(Path("/dev/shm").iterdir())
         self._process = self._start()
         self._ended: dict[int, tuple[Any, ...]] = {}
 
@@ -142,12 +144,11 @@ class FaultyStudy:
     def _any_at_risk(self) -> bool:
         """Whether a trial has lost two workers without a new checkpoint."""
         study = self.study()
-        for trial in study.trials(TrialState.RUNNING):
-            starts = trial.user_attrs.get("starts", [])
-            if (
-                needs_isolation(trial)
-                and start_step(study.folder_of(trial.number)) == starts[-1]
-            ):
+        for trial in filter(needs_isolation, study.trials(TrialState.RUNNING)):
+            # Only read: `last_checkpoint` would remove the one that is being written.
+            checkpoints = checkpoints_in(study.folder_of(trial.number).checkpoints)
+            steps = [checkpoint_step(path) for path in checkpoints]
+            if max(steps, default=0) == trial.user_attrs["starts"][-1]:
                 return True
         return False
 
@@ -225,10 +226,12 @@ class FaultyStudy:
         return found
 
     def _leftovers(self) -> list[str]:
+        pids = "|".join(map(str, self._launchers))
         memory = [
             str(path)
             for path in Path("/dev/shm").iterdir()
-            if any(re.search(rf"[-_]{pid}[-_]", path.name) for pid in self._launchers)
+            if re.search(rf"[-_]({pids})[-_]", path.name)
+            and path not in self._memory_before
         ]
         files = [str(path) for path in self.temporary.iterdir()]
         hidden = [str(path) for path in self.folder.glob(".*-*")]
