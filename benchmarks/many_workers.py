@@ -24,6 +24,8 @@ import math
 import multiprocessing
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -64,7 +66,9 @@ def main() -> None:
         return
     columns = ("ask", "sampler", "report", "tell")
     heads = " | ".join(f"{name} p50, p99 (ms)" for name in columns)
-    print(f"| trials | trials/s | {heads} | first read (ms) | CPU of server, workers (cores) |")
+    print(
+        f"| trials | trials/s | {heads} | first read (ms) | CPU of server, worker (ms a trial) |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
         print(f"| {size} | {measure(arguments, size, columns)} |", flush=True)
@@ -93,14 +97,15 @@ def measure(arguments: argparse.Namespace, size: int, columns: tuple[str, ...]) 
         for worker in workers:
             worker.join()
         times = read_times(place, end - arguments.seconds)
-    first = quantile(read_times(place, 0)["first read"], 0.5)
-    cores = [(b - a) / arguments.seconds for a, b in zip(before, after, strict=True)]
-    cells = [f"{len(times['tell']) / arguments.seconds:.1f}"]
+        first = quantile(read_times(place, 0)["first read"], 0.5)
+    trials = len(times["tell"])
+    cpu = [1000 * (b - a) / max(trials, 1) for a, b in zip(before, after, strict=True)]
+    cells = [f"{trials / arguments.seconds:.1f}"]
     for name in columns:
         cells.append(
             f"{quantile(times[name], 0.5):.0f}, {quantile(times[name], 0.99):.0f}"
         )
-    return " | ".join([*cells, f"{first:.0f}", f"{cores[0]:.2f}, {cores[1]:.2f}"])
+    return " | ".join([*cells, f"{first:.0f}", f"{cpu[0]:.0f}, {cpu[1]:.0f}"])
 
 
 def quantile(seconds: list[float], share: float) -> float:
@@ -259,8 +264,7 @@ def work(
     folder = place / str(index % arguments.machines)
     folder.mkdir(exist_ok=True)
     session = dataclasses.replace(session, folder=folder)
-    times = open(place / f"{index}.jsonl", "w", buffering=1)
-    clock = Clock(times)
+    clock = Clock(place / f"{index}.jsonl")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     class SimulatedTrial(TrialRunner):
@@ -287,8 +291,9 @@ def work(
 
     from sweeps.study import trial
 
-    trial.suggest_point = timed_suggest
-    worker.TrialRunner = SimulatedTrial  # type: ignore[misc]
+    # Their names in the modules that call them.
+    vars(trial)["suggest_point"] = timed_suggest
+    vars(worker)["TrialRunner"] = SimulatedTrial
     study = Study(folder, session.settings.study_name, session.address)
     with clock.measured("first read"):
         study.trials()
@@ -309,8 +314,8 @@ def work(
 class Clock:
     """Writes how long a worker's calls take."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._began = 0.0
 
     def start(self) -> None:
@@ -327,7 +332,8 @@ class Clock:
         self._write(name, time.monotonic() - began)
 
     def _write(self, name: str, seconds: float) -> None:
-        self._file.write(json.dumps([time.time(), name, seconds]) + "\n")
+        with open(self._path, "a") as file:
+            file.write(json.dumps([time.time(), name, seconds]) + "\n")
 
 
 def simulate(runner: Any, clock: Clock, rest: float) -> None:
@@ -375,9 +381,23 @@ def print_memory() -> None:
     import psutil
 
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "finetune", "-m", "hydra/sweeper=optuna", "search=lora"]
-        command += ["trainer=debug", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=40"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [
+            sys.executable,
+            "-m",
+            "finetune",
+            "-m",
+            "hydra/sweeper=optuna",
+            "search=lora",
+        ]
+        command += [
+            "trainer=debug",
+            "hydra.sweeper.n_jobs=2",
+            "hydra.sweeper.n_trials=40",
+        ]
+        quiet: dict[str, Any] = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         study = subprocess.Popen([*command, "tracker=none"], cwd=place, **quiet)
         peaks: dict[int, int] = defaultdict(int)
         names: dict[int, str] = {}

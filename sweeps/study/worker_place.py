@@ -39,7 +39,7 @@ def worker_place(session: Session, index: int) -> Iterator[None]:
 
 
 def remove_free_places(session: Session) -> None:
-    """Remove the lock files of this machine's workers that have ended, those of killed sessions too."""
+    """Remove the lock files of this machine's workers that have ended, of killed sessions too."""
     for path in session.folder.glob(f".worker-{socket.gethostname()}-*.lock"):
         # Under the lock, as a file that another worker has just opened is not the same later.
         with contextlib.suppress(BlockingIOError), file_lock(path, wait=False):

@@ -14,10 +14,10 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.atomic import read_json
+from finetune.files.run_folder import checkpoint_step, checkpoints_in
 from support.commands import Forked, Station
 from support.postgres import Server
 from support.study_folder import folder_of, metrics_of, told
-from finetune.files.run_folder import checkpoint_step, checkpoints_in
 from sweeps.study.starts import needs_isolation
 from sweeps.study.study import FINISHED, Study
 

@@ -94,4 +94,3 @@ def test_only_samplers_that_get_slower_read_fewer(
     overrides: list[str], bounded: bool
 ) -> None:
     assert reads_bounded_trials(settings_of(*overrides)) == bounded
-
