@@ -89,7 +89,7 @@ class FaultyStudy:
             self._words.append("hydra.sweeper.storage=${oc.env:STUDY_DATABASE}")
         self._launchers: list[int] = []
         self._memory_before = set(Path("/dev/shm").iterdir())
-        self._process = self._start()
+        self.process = self._start()
         self._ended: dict[int, tuple[Any, ...]] = {}
 
     def _start(self) -> Forked:
@@ -115,7 +115,7 @@ class FaultyStudy:
         if not self._wait_for_running_trials():
             return False
         self._pause(1.5)
-        if self._process.poll() is not None:
+        if self.process.poll() is not None:
             return False
         kill = {
             "worker": self._kill_worker,
@@ -127,19 +127,19 @@ class FaultyStudy:
     def _pause(self, longest: float) -> None:
         """Wait for a random time, or until the study ends."""
         end = time.monotonic() + self._chance.uniform(0, longest)
-        while time.monotonic() < end and self._process.poll() is None:
+        while time.monotonic() < end and self.process.poll() is None:
             time.sleep(0.05)
 
     def _wait_for_running_trials(self) -> bool:
         """Wait until trials run and none could fail with another loss; False: the study ended."""
         end = time.monotonic() + 240
         while time.monotonic() < end:
-            if self._process.poll() is not None:
+            if self.process.poll() is not None:
                 return False
             if self.workers() and not self._any_at_risk():
                 return True
             time.sleep(0.1)
-        raise AssertionError(f"no trial runs: {self._process.said()}")
+        raise AssertionError(f"no trial runs: {self.process.said()}")
 
     def _any_at_risk(self) -> bool:
         """Whether a trial has lost two workers without a new checkpoint."""
@@ -157,7 +157,7 @@ class FaultyStudy:
         return [
             pid
             for pid in processes_that_hold(self.folder / "trials")
-            if pid != self._process.pid
+            if pid != self.process.pid
         ]
 
     def _kill_worker(self) -> bool:
@@ -171,10 +171,10 @@ class FaultyStudy:
 
     def _kill_launcher(self) -> bool:
         """Kill the sweep's main process, and start the command again."""
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.check_nothing_is_lost()
-        self._process = self._start()
+        self.process = self._start()
         return True
 
     def _kill_database(self) -> bool:
@@ -203,7 +203,7 @@ class FaultyStudy:
 
     def end(self) -> None:
         """Let the study end, and check that each trial was trained exactly once."""
-        ended = self._process.wait()
+        ended = self.process.wait()
         assert ended.returncode == 0, ended.stderr
         self.check_nothing_is_lost()
         for trial in self.study().trials():

@@ -6,14 +6,17 @@ The table of all launchers and storages, a hundred faults, takes half an hour: `
 import contextlib
 import importlib.util
 import itertools
+import os
 import random
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import Station
+from support.commands import Station, wait_until
 from support.configs import study_overrides
-from support.faults import FaultyStudy, variables_of
+from support.faults import WORKERS, FaultyStudy, variables_of
 from support.postgres import Server
 from support.ray_cluster import ray_cluster
 
@@ -49,9 +52,7 @@ def test_faults_lose_no_trial_and_train_none_twice(
     tiny_base: Path,
     tmp_path: Path,
 ) -> None:
-    package = PACKAGES.get(launcher)
-    if package and not importlib.util.find_spec(f"hydra_plugins.{package}"):
-        pytest.skip(f"{package} is not installed")
+    require_package(launcher)
     server: Server | None = None
     if storage == "database":
         server = request.getfixturevalue("server")
@@ -72,6 +73,35 @@ def test_faults_lose_no_trial_and_train_none_twice(
             assert study.leftovers() == []
         if inflicted == faults:
             return
+
+
+def test_a_killed_worker_is_replaced_alone(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """submitit tells of it while the others live; two workers never have one GPU."""
+    require_package("submitit_local")
+    overrides = [
+        *study_overrides(tiny_base, "alone"),
+        "hydra/launcher=submitit_local",
+    ]
+    study = FaultyStudy(
+        station, overrides, "alone", tmp_path / "study", random.Random(0), None
+    )
+    wait_until(lambda: len(study.workers()) == WORKERS, study.process)
+    os.kill(study.workers()[0], signal.SIGKILL)
+    most = 0
+    while study.process.poll() is None:
+        most = max(most, len(study.workers()))
+        time.sleep(0.05)
+    study.end()
+    assert most <= WORKERS
+    assert study.leftovers() == []
+
+
+def require_package(launcher: str) -> None:
+    package = PACKAGES.get(launcher)
+    if package and not importlib.util.find_spec(f"hydra_plugins.{package}"):
+        pytest.skip(f"{package} is not installed")
 
 
 @contextlib.contextmanager
