@@ -38,6 +38,11 @@ def worker_place(session: Session, index: int) -> Iterator[None]:
         yield
 
 
+def has_begun(session: Session) -> bool:
+    """Whether a worker of the session has begun, on a machine that shares its folder."""
+    return any(session.folder.glob(f"{session.file_prefix('worker')}-*.lock"))
+
+
 def remove_free_places(session: Session) -> None:
     """Remove the lock files of this machine's workers that have ended, of killed sessions too."""
     for path in session.folder.glob(f".worker-{socket.gethostname()}-*.lock"):

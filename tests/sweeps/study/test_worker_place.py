@@ -11,7 +11,7 @@ import pytest
 from sweeps.study import worker_place as module
 from sweeps.study.session import Session
 from sweeps.study.sweeper_process import SweeperProcess
-from sweeps.study.worker_place import remove_free_places, worker_place
+from sweeps.study.worker_place import has_begun, remove_free_places, worker_place
 
 
 def session_of(folder: Path, pid: int = 1) -> Any:
@@ -45,11 +45,13 @@ def test_a_worker_waits_for_its_own_place_alone(
 
 def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
     session, killed = session_of(tmp_path), session_of(tmp_path, 2)
+    assert not has_begun(session)
     for ended in (session, killed):
         with worker_place(ended, 1):
             pass
     with contextlib.ExitStack() as stack:
         stack.enter_context(worker_place(session, 0))
+        assert has_begun(session)
         remove_free_places(session)
         (left,) = tmp_path.iterdir()
         assert left.name.endswith("-1-0.lock")
