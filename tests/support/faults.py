@@ -237,6 +237,16 @@ class FaultyStudy:
         hidden = [str(path) for path in self.folder.glob(".*-*")]
         return [*marked_processes(self.mark), *memory, *files, *hidden]
 
+    def __enter__(self) -> "FaultyStudy":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing of a test that has failed."""
+        for line in marked_processes(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        self.process.poll()
+
 
 def variables_of(place: Path, server: Server | None) -> dict[str, str]:
     """Variables that the workers of a study need, however they are started."""

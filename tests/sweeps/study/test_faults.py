@@ -64,13 +64,13 @@ def test_faults_lose_no_trial_and_train_none_twice(
         with options_of(launcher, place, server) as options:
             name = f"{launcher}{faults}_{round_}"
             overrides = [*study_overrides(tiny_base, name), *options]
-            study = FaultyStudy(station, overrides, name, place, chance, server)
-            kind = next(kinds)
-            while inflicted < faults and study.inflict(kind):
-                inflicted += 1
+            with FaultyStudy(station, overrides, name, place, chance, server) as study:
                 kind = next(kinds)
-            study.end()
-            assert study.leftovers() == []
+                while inflicted < faults and study.inflict(kind):
+                    inflicted += 1
+                    kind = next(kinds)
+                study.end()
+                assert study.leftovers() == []
         if inflicted == faults:
             return
 
@@ -84,18 +84,19 @@ def test_a_killed_worker_is_replaced_alone(
         *study_overrides(tiny_base, "alone"),
         "hydra/launcher=submitit_local",
     ]
-    study = FaultyStudy(
-        station, overrides, "alone", tmp_path / "study", random.Random(0), None
-    )
-    wait_until(lambda: len(study.workers()) == WORKERS, study.process)
-    os.kill(study.workers()[0], signal.SIGKILL)
-    most = 0
-    while study.process.poll() is None:
-        most = max(most, len(study.workers()))
-        time.sleep(0.05)
-    study.end()
-    assert most <= WORKERS
-    assert study.leftovers() == []
+    chance = random.Random(0)
+    with FaultyStudy(
+        station, overrides, "alone", tmp_path / "study", chance, None
+    ) as study:
+        wait_until(lambda: len(study.workers()) == WORKERS, study.process)
+        os.kill(study.workers()[0], signal.SIGKILL)
+        most = 0
+        while study.process.poll() is None:
+            most = max(most, len(study.workers()))
+            time.sleep(0.05)
+        study.end()
+        assert most <= WORKERS
+        assert study.leftovers() == []
 
 
 def require_package(launcher: str) -> None:
