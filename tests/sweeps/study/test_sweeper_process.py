@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import time
 
 from sweeps.study.sweeper_process import SweeperProcess
 
@@ -17,8 +18,10 @@ def test_a_process_of_this_machine_is_dead_once_it_has_ended() -> None:
         assert not sweeper.is_this
         process.kill()
         # Until its parent asks for its exit code, it is in the table of processes.
+        end = time.monotonic() + 30
         while not sweeper.is_dead:
-            pass
+            assert time.monotonic() < end
+            time.sleep(0.01)
         process.wait()
     assert sweeper.is_dead
 
