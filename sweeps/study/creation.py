@@ -151,6 +151,7 @@ def _drop_unsearched_points(
             role(trial),
             ", ".join(unsearched),
         )
+        study.announce_points()
 
 
 def _resume_ended(study: Study) -> None:

@@ -26,6 +26,9 @@ from sweeps.study.worker import Worker
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 10
+"""Seconds after which a process of joblib that has no job ends."""
+
 
 def launch(
     study: Study,
@@ -141,6 +144,10 @@ def _with_worker_launcher(
             # With one process, joblib runs its jobs in the process that calls it.
             processes = max(workers, 2) if in_processes else workers
             OmegaConf.update(config, "hydra.launcher.n_jobs", processes)
+            # Processes without a job outlive a sweep command that was killed, by five minutes
+            # unless they are told otherwise.
+            key = "hydra.launcher.idle_worker_timeout"
+            OmegaConf.update(config, key, IDLE_SECONDS, force_add=True)
     return config
 
 

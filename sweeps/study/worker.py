@@ -29,6 +29,7 @@ from sweeps.study.session import Session
 from sweeps.study.starts import needs_isolation
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
+from sweeps.study.worker_place import worker_place
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +44,25 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Train trials until none is left; return the number of trials that ended."""
-        is_other_process = os.getpid() != self.session.sweeper_pid
-        below_live_table = is_other_process and sys.stderr.isatty()
+        below_live_table = not self.session.sweeper.is_this and sys.stderr.isatty()
+        # The launcher numbers its jobs from 0.
+        index = HydraConfig.get().job.num
         try:
-            with run_lines_to_files(warnings_only=below_live_table):
+            with (
+                worker_place(self.session, index),
+                run_lines_to_files(warnings_only=below_live_table),
+            ):
                 # A float, because launchers pickle what a job returns.
-                return float(self._work())
+                return float(self._work(index))
         finally:
             if self.session.is_orphaned:
-                # The launcher's parent is dead. To wait for its orders would only hold memory.
+                # Nobody is left who would give this process another job or read its result.
                 os._exit(1)
 
-    def _work(self) -> int:
+    def _work(self, index: int) -> int:
         quiet_libraries(bars=False)
         session = self.session
-        _select_gpus(session)
+        _select_gpus(session, index)
         study = Study(
             session.folder,
             session.settings.study_name,
@@ -80,7 +85,7 @@ class Worker:
             return next_trial() or next_seed()
 
         signals: AbstractContextManager[None] = contextlib.nullcontext()
-        if os.getpid() != session.sweeper_pid:
+        if not session.sweeper.is_this:
             # A scheduler ends a job by a signal to all its processes. The sweep command would take
             # one that dies of it, while it loads its base, for a worker that was lost.
             signals = trials.interrupt.handle_signals()
@@ -106,21 +111,20 @@ class Worker:
         return not needs_isolation(trial)
 
 
-def _select_gpus(session: Session) -> None:
-    """Make a worker's GPUs visible to it, and no others."""
+def _select_gpus(session: Session, index: int) -> None:
+    """Make the GPUs of the worker with this number visible to it, and no others."""
     from finetune.model.device import select_gpus
 
     # submitit's local jobs see the first GPUs by number, or none, whatever the command sees.
     is_local_job = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    # The launcher numbers its jobs from 0.
     select_gpus(
-        HydraConfig.get().job.num,
+        index,
         session.settings.gpus_per_worker,
         session.gpus if is_local_job else None,
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
-        log.info("worker %d: GPU %s", HydraConfig.get().job.num, visible)
+        log.info("worker %d: GPU %s", index, visible)
 
 
 def _kept_alive(study: Study, interrupt: Interrupt) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -76,14 +77,23 @@ class Server:
         end = time.monotonic() + 120
         while True:
             with contextlib.suppress(OperationalError):
-                create_engine(self.address).connect().close()
+                create_engine(self.address, poolclass=NullPool).connect().close()
                 return
             assert time.monotonic() < end, "PostgreSQL does not start"
+            # After a kill it refuses to start until the last of its old processes has ended.
+            if self._process.poll() is not None:
+                self._process = subprocess.Popen(serve, cwd=self._place, **quiet)
             time.sleep(0.1)
 
     def stop(self) -> None:
         """Stop it as a crash does."""
         self._run("pg_ctl", "-D", self._data, "-m", "immediate", "stop")
+        self._process.wait(30)
+
+    def kill(self) -> None:
+        """Kill its main process; the others notice that, and end by themselves."""
+        main, *_ = (Path(self._data) / "postmaster.pid").read_text().split()
+        os.kill(int(main), signal.SIGKILL)
         self._process.wait(30)
 
     def execute(self, statement: str) -> None:
