@@ -53,7 +53,8 @@ def train(*overrides: str) -> "Run":
 
     Raises:
         ConfigError: a value is not allowed; the message is the command's line.
-        Interrupted: Ctrl-C during training; the message says how the run is resumed.
+        KeyboardInterrupt: Ctrl-C; in training after the present step, and the message says how
+            the run is resumed.
     """
     require_overrides(overrides)
     with in_process():

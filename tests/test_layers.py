@@ -54,7 +54,7 @@ LAYERS = (
     ("finetune.compat",),
     ("finetune.generation_arguments", "finetune.json_safe", "finetune.quantities"),
     ("finetune.errors",),
-    ("finetune.exit_codes", "finetune.version"),
+    ("finetune.exit_codes", "finetune.safe_imports", "finetune.version"),
 )
 
 LIGHT = (

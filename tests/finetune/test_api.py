@@ -366,7 +366,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
     before = loaded_models()
     watcher = interrupt_after_the_first_step(tmp_path / "run")
     try:
-        with pytest.raises(finetune.Interrupted, match=r"resume=run") as interrupted:
+        with pytest.raises(KeyboardInterrupt, match=r"resume=run") as interrupted:
             finetune.train(*overrides, "trainer.max_steps=100", "hydra.run.dir=run")
     finally:
         watcher.done.set()  # type: ignore[attr-defined]
