@@ -40,7 +40,7 @@ LAYERS = (
     ("finetune.run", "finetune.sharing"),
     ("finetune.engine",),
     ("finetune.model",),
-    ("finetune.app",),
+    ("finetune.app", "finetune.run_arguments"),
     ("finetune.job_failures",),
     ("finetune.tracking",),
     ("finetune.notification",),

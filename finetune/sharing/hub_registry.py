@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.errors import refusal
 from finetune.json_safe import json_safe
-from finetune.model.weights_digest import WEIGHTS
+from finetune.model.adapter_files import WEIGHTS
 from finetune.sharing.publication import Extra, Target, publish_run
 from finetune.sharing.upload import ask_to_write
 from finetune.tracking.registry import Lineage, Registry, Version

@@ -25,8 +25,8 @@ from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
 from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
+from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS, weights_digest
 from finetune.model.memory import free_memory
-from finetune.model.weights_digest import WEIGHTS, weights_digest
 from finetune.run.load import load_run, read_labels
 from sweeps.answer.compare import Comparison, compare_adapters
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEST = "test/"
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.names import describe_metric
-from finetune.model.weights_digest import weights_digest
+from finetune.model.adapter_files import weights_digest
 from finetune.run.load import read_trained_config
 from finetune.sharing.card_data import data_lines
 from finetune.sharing.hub_registry import HubRegistry

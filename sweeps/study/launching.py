@@ -12,8 +12,8 @@ from sweeps.study.claims import (
     release_lost_trials,
     trials_elsewhere,
 )
-from sweeps.study.isolation import train_isolated_trials
 from sweeps.study.errors import WorkersLost
+from sweeps.study.isolation import train_isolated_trials
 from sweeps.study.launchers import launch, raise_worker_error, resume_hint
 from sweeps.study.session import Session
 from sweeps.study.study import Study

@@ -19,7 +19,7 @@ from support.runs import write_jsonl
 from support.wandb_runs import connected
 
 from finetune.errors import ConfigError
-from finetune.model.weights_digest import weights_digest
+from finetune.model.adapter_files import weights_digest
 from finetune.sharing.publication import find_target
 from finetune.tracking.mlflow_registry import MlflowRegistry
 from finetune.tracking.mlflow_store import open_store
