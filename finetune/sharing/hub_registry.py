@@ -62,7 +62,8 @@ class HubRegistry(Registry):
             return None
         large_file = getattr(files[0], "lfs", None) if files else None
         digest = None if large_file is None else large_file.sha256
-        return Version(name, str(commit), digest, f"{api.endpoint}/{name}/tree/{alias}")
+        url = f"{api.endpoint}/{name}/tree/{alias}"
+        return Version(name, str(commit), digest, url)
 
     def register(self, adapter: Path, lineage: Lineage, alias: str) -> Version:
         extra = self._make_extra(lineage)
@@ -74,5 +75,5 @@ class HubRegistry(Registry):
         folder = adapter.parent
         publish_run(folder, self._target, extra)
         uploaded = publish_run(folder, self._target, extra, branch=alias)
-        place = f"{uploaded.url}/tree/{alias}"
-        return Version(uploaded.repository, uploaded.commit, None, place)
+        url = f"{uploaded.url}/tree/{alias}"
+        return Version(uploaded.repository, uploaded.commit, None, url)

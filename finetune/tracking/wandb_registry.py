@@ -74,7 +74,7 @@ class WandbRegistry(Registry):
             if "not found" in str(error):
                 return None
             raise
-        return self._version(artifact, f"{entity}/{self._project}")
+        return self._version(artifact)
 
     def register(self, adapter: Path, lineage: Lineage, alias: str) -> Version:
         return _ask(lambda: self._register(adapter, lineage, alias))
@@ -104,14 +104,14 @@ class WandbRegistry(Registry):
                 exit_code = 0
             finally:
                 run.finish(exit_code=exit_code)
-            return self._version(artifact, f"{run.entity}/{run.project}")
+            return self._version(artifact)
 
-    def _version(self, artifact: "wandb.Artifact", project: str) -> Version:
+    def _version(self, artifact: "wandb.Artifact") -> Version:
         return Version(
             name=self._name,
             version=str(artifact.version),
             digest=artifact.metadata.get(DIGEST),
-            place=f"{project}/{self._name}:{artifact.version}",
+            url=artifact.url or None,
         )
 
 

@@ -89,7 +89,8 @@ class Promotion:
                 "name": version.name,
                 "version": version.version,
                 "alias": request.alias,
-                "place": version.place,
+                "url": version.url,
+                "command": version.command,
                 "new": self.is_new,
             }
         return {
