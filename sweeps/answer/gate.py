@@ -99,7 +99,9 @@ def find_deployed(name: str) -> Deployed:
         raise refusal("--against", name, f"has no adapter: {ADAPTER_CONFIG}, {WEIGHTS}")
     config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise refusal("--against", name, f"its {ADAPTER_CONFIG} is not that of a LoRA adapter")
+        raise refusal(
+            "--against", name, f"its {ADAPTER_CONFIG} is not that of a LoRA adapter"
+        )
     return Deployed(name, folder, weights_digest(folder))
 
 

@@ -410,7 +410,9 @@ print(finetune.train(*words).status)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["omegaconf.errors", "numpy.ma", "hydra.core.plugins"])
+@pytest.mark.parametrize(
+    "module", ["omegaconf.errors", "numpy.ma", "hydra.core.plugins"]
+)
 def test_ctrl_c_in_an_import_leaves_a_process_in_which_the_next_call_works(
     module: str, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -348,10 +348,22 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
     config = json.loads((other / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "another"
     (other / "adapter_config.json").write_text(json.dumps(config))
+    for name, content in (("nameless", '{"peft_type": "LORA"}'), ("list", "[]")):
+        copy = Path(shutil.copytree(baseline / "adapter", place / name))
+        (copy / "adapter_config.json").write_text(content)
     write_jsonl(place / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"against": "nowhere"}, "--against=nowhere: no such run"),
         ({"against": "other"}, "--against=other: its base is another, the winner's"),
+        (
+            {"against": "nameless"},
+            "--against=nameless: its adapter_config.json names no",
+        ),
+        ({"against": "list"}, "is not that of a LoRA adapter"),
+        (
+            {"against": "s1"},
+            "--against=s1: is a study; the run of its winner is outputs",
+        ),
         (
             {"metric": "exact_match"},
             "--metric=exact_match: did you mean test/exact_match",

@@ -1,0 +1,45 @@
+"""Folders of commands are refused before the work, if they can't be created after it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.files.new_folder import new_folder
+
+
+def test_new_and_empty_folders_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "several/new/ones", "wé ws/ü"):
+        assert new_folder("--to", tmp_path / name) == tmp_path / name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("--to", "~/new") == tmp_path / "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "exists already; must be a new or an empty folder"),
+        ("full", "exists already; must be a new or an empty folder"),
+        ("file/new", "can't be created: .*file is a file"),
+        ("file/new/one", "can't be created: .*file is a file"),
+        ("closed/new", "can't be created: .*closed can't be written to"),
+        ("", "must be a new or an empty folder"),
+        (".", "must be a new or an empty folder"),
+    ],
+)
+def test_a_folder_that_can_not_be_created_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "full" / "inside").mkdir(parents=True)
+    (tmp_path / "closed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
+    with pytest.raises(ConfigError, match=f"^--to={name}: {reason}"):
+        new_folder("--to", name)
