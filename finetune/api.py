@@ -20,7 +20,7 @@ from finetune.evaluate import LOGGERS as EVALUATE_LOGGERS
 from finetune.evaluate import EvaluationResult, compare
 from finetune.files.atomic import read_json
 from finetune.files.find_run import LATEST, find_run
-from finetune.files.new_folder import new_folder
+from finetune.files.output_paths import new_folder
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.generate import LOGGERS as GENERATE_LOGGERS
 from finetune.generate import answer_prompts

@@ -19,6 +19,7 @@ from finetune.data.rows import load_all_rows
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
 from finetune.files.find_run import find_run
+from finetune.files.output_paths import output_file
 from finetune.metrics.classification import confusion_lines
 from finetune.metrics.load import load_metrics
 from finetune.metrics.names import metric_notes
@@ -167,6 +168,9 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     if answers_file is not None and not answers_rows:
         reason = "the run has no evaluation.metrics of its rows' answers"
         raise refusal("--answers", answers_file, reason)
+    answers_path = None
+    if answers_file is not None:
+        answers_path = output_file("--answers", answers_file)
     settings = config.dataset.of_other(data)
     rows = load_all_rows("--data", settings)
 
@@ -182,9 +186,9 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     log.info("evaluating the adapter")
     adapter = evaluate(run.with_adapter())
     comparison = Comparison(data, len(base.evaluation.row_tokens), base, adapter)
-    if answers_file is not None:
+    if answers_path is not None:
         lines = map(json.dumps, comparison.answer_lines())
-        write_text(Path(answers_file), "".join(f"{line}\n" for line in lines))
+        write_text(answers_path, "".join(f"{line}\n" for line in lines))
     return comparison
 
 

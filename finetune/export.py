@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.console import json_output, log_to_stderr, run_command
 from finetune.files.find_run import find_run
-from finetune.files.new_folder import new_folder
+from finetune.files.output_paths import new_folder
 from finetune.model.gguf.llama_cpp import find_quantizer, require_converter
 from finetune.model.gguf.modelfile import ollama_name
 from finetune.run.exporting import (

@@ -4,7 +4,7 @@ import argparse
 
 from finetune.console import json_output, log_to_stderr, run_command
 from finetune.files.find_run import find_run
-from finetune.files.new_folder import new_folder
+from finetune.files.output_paths import new_folder
 from finetune.run.merging import LOGGERS, MergedModel, merge_run
 from finetune.run_arguments import add_merged_arguments, run_parser
 

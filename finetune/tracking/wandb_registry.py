@@ -74,7 +74,7 @@ class WandbRegistry(Registry):
             if "not found" in str(error):
                 return None
             raise
-        return self._version(artifact)
+        return self._version(artifact, f"{entity}/{self._project}")
 
     def register(self, adapter: Path, lineage: Lineage, alias: str) -> Version:
         return _ask(lambda: self._register(adapter, lineage, alias))
@@ -104,14 +104,19 @@ class WandbRegistry(Registry):
                 exit_code = 0
             finally:
                 run.finish(exit_code=exit_code)
-            return self._version(artifact)
+            return self._version(artifact, f"{run.entity}/{run.project}")
 
-    def _version(self, artifact: "wandb.Artifact") -> Version:
+    def _version(self, artifact: "wandb.Artifact", project: str) -> Version:
+        import wandb
+
+        # `artifact.url` would ask the server for more.
+        server = wandb.util.app_url(wandb.Api().settings["base_url"])
+        folder = f"{server}/{project}/artifacts/{KIND}"
         return Version(
             name=self._name,
             version=str(artifact.version),
             digest=artifact.metadata.get(DIGEST),
-            url=artifact.url or None,
+            url=f"{folder}/{self._name}/{artifact.version}",
         )
 
 

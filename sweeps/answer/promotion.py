@@ -118,6 +118,9 @@ def check_request(request: Request) -> None:
         ConfigError: The alias, the gain, or a package that is missing.
     """
     require_alias(request.alias)
+    # A variable of a script that was not set must not stand for the default.
+    if request.name is not None and not request.name.strip():
+        raise refusal("--name", request.name, "must be a name, or left out")
     if not math.isfinite(request.gate.min_gain):
         raise refusal("--min-gain", request.gate.min_gain, "must be a number")
     require_package("--to", request.to)

@@ -1,4 +1,4 @@
-"""Folders of commands are refused before the work, if they can't be created after it."""
+"""What a command writes is refused before its work, if it can't be written after it."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.files.new_folder import new_folder
+from finetune.files.output_paths import new_folder, output_file
 
 
 def test_new_and_empty_folders_are_accepted(
@@ -43,3 +43,27 @@ def test_a_folder_that_can_not_be_created_is_refused(
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
     with pytest.raises(ConfigError, match=f"^--to={name}: {reason}"):
         new_folder("--to", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "must be a file"),
+        ("", "must be a file"),
+        ("missing/answers.jsonl", "can't be created: there is no folder .*missing"),
+        ("file/answers.jsonl", "can't be created: .*file is a file"),
+        ("closed/answers.jsonl", "can't be created: .*closed can't be written to"),
+    ],
+)
+def test_a_file_that_can_not_be_written_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "closed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
+    with pytest.raises(ConfigError, match=f"^--answers={name}: {reason}"):
+        output_file("--answers", name)
+    assert output_file("--answers", "file") == Path("file")
