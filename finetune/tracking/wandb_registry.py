@@ -110,7 +110,7 @@ class WandbRegistry(Registry):
         import wandb
 
         # `artifact.url` would ask the server for more.
-        server = wandb.util.app_url(wandb.Api().settings["base_url"])
+        server = wandb.setup().settings.app_url
         folder = f"{server}/{project}/artifacts/{KIND}"
         return Version(
             name=self._name,

@@ -401,7 +401,7 @@ def test_aliases_that_some_registry_can_not_have_are_refused(alias: str) -> None
 
 def test_an_empty_name_does_not_stand_for_the_default(place: Path) -> None:
     gate = Gate("test.jsonl", "test/loss", 0)
-    with pytest.raises(ConfigError, match="^--name=: must be a name, or left out$"):
+    with pytest.raises(ConfigError, match=r"^--name=: must be a name, or left out$"):
         check_request(Request("none", gate, "mlflow", "champion", ""))
 
 
