@@ -12,9 +12,10 @@ from finetune.console import (
     json_output,
     run_command,
 )
+from finetune.files.find_run import STUDIES
 from finetune.sharing.arguments import add_publish_arguments
 from sweeps.commands import act, inspect, points, share, watch, work
-from sweeps.study.find_study import STUDIES, STUDY_HELP
+from sweeps.study.find_study import STUDY_HELP
 
 PROGRAM = "python -m sweeps"
 
