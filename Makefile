@@ -1,4 +1,4 @@
-.PHONY: measure-gpu check test test-all test-matrix format
+.PHONY: measure-gpu check test test-all test-matrix test-faults format
 
 check:            ## lint and types
 	ruff check .
@@ -12,7 +12,10 @@ test-all:         ## slow and fault tests too, as CI runs them
 	pytest -n 2 --dist loadfile -m "not gpu and not matrix"
 
 test-matrix:      ## the fast tests with all cases of the large tables, of which CI runs a part
-	pytest -n 2 --dist loadfile -m "matrix or not (slow or fault or gpu)"
+	pytest -n 2 --dist loadfile -m "(matrix and not fault) or not (slow or fault or gpu)"
+
+test-faults:      ## a hundred kills of workers, launchers and databases, over each launcher (half an hour)
+	pytest -m "fault and matrix"
 
 format:
 	ruff check --fix .

@@ -45,6 +45,15 @@ _PATH_KEYS = {"dataset": "dataset.path", "model": "model.name_or_path"}
 """Groups whose key takes any path or hub id."""
 
 
+_EXTRAS = {
+    "ray": "ray",
+    "ray_aws": "ray",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+}
+"""The extras that bring launchers."""
+
+
 def hydra_error_line(error: Exception) -> str:
     """Return an error of Hydra or OmegaConf as one line, with the nearest names."""
     from hydra.errors import MissingConfigException
@@ -93,6 +102,9 @@ def _choice_refusal(missing: str, choices: Sequence[str]) -> str:
     group = max(groups, key=len, default=missing.rpartition("/")[0])
     choice = missing.removeprefix(f"{group}/")
     refused = f"{group}={choice}"
+    if group == "hydra/launcher" and choice in _EXTRAS:
+        extra = f'pip install "qlora-sweeps[{_EXTRAS[choice]}]"'
+        return f"{refused}: its package is not installed: {extra}"
     key = _PATH_KEYS.get(group)
     if key and re.search(r"[./~]", choice):
         return f"{refused}: no such choice; did you mean {key}={choice}?"

@@ -107,13 +107,13 @@ def _plan_study(
     """Return the least and the most seconds of a study; None where `n_trials` is not given."""
     if not sweeper.get("n_trials"):
         return None
-    import torch
+    from finetune.model.device import gpu_group_count
 
     slots = plan.slots if sweeper["slots"] == "auto" else sweeper["slots"]
     seeds = sweeper["baseline_seeds"]
     if seeds == "auto":
         seeds = 2 if slots > 1 else 0
-    workers = sweeper["n_jobs"] or max(1, torch.cuda.device_count())
+    workers = sweeper["n_jobs"] or gpu_group_count(sweeper["gpus_per_worker"])
     return times.study(sweeper["n_trials"], seeds, workers)
 
 

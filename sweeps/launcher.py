@@ -1,16 +1,16 @@
-"""The Hydra launcher `slots`, the default: jobs of a plain multirun train together on one base.
+"""The Hydra launchers `slots`, the default (jobs of a plain multirun train together), and `slurm`.
 
 Registered as a plugin by the package's entry point, so Hydra imports it at every start: everything
 heavy is imported when jobs begin.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
-from finetune.errors import refusal
+from finetune.errors import ConfigError, refusal
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -66,3 +66,61 @@ class SlotsLauncher(Launcher):
             raise refusal("hydra.launcher.slots", self._slots, allowed)
         multirun = Multirun(self._hydra_context, self._config, self._slots)
         return multirun.run(job_overrides, initial_job_idx)
+
+
+class SlurmLauncher(Launcher):
+    """Runs the jobs of a plain multirun as Slurm jobs, by hydra-submitit-launcher.
+
+    The jobs of a study are queued by its sweeper, which reads the keys; see `sweeps.study.queue`.
+
+    Args:
+        workers_per_job: number of workers in each job of a study.
+        gpus_per_node: number of GPUs of a job; auto: one.
+        keys: those of `hydra/launcher=submitit_slurm`.
+    """
+
+    def __init__(
+        self, workers_per_job: int = 1, gpus_per_node: int | str = "auto", **keys: Any
+    ) -> None:
+        self._workers_per_job = workers_per_job
+        gpus = 1 if gpus_per_node == "auto" else gpus_per_node
+        self._keys = {**keys, "gpus_per_node": gpus or None}
+
+    def setup(
+        self,
+        *,
+        hydra_context: "HydraContext",
+        task_function: "TaskFunction",
+        config: "DictConfig",
+    ) -> None:
+        """Store Hydra's context and config, and the task."""
+        self._arguments: dict[str, Any] = {
+            "hydra_context": hydra_context,
+            "task_function": task_function,
+            "config": config,
+        }
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run one Slurm job for each list of overrides. The arguments are those of Hydra.
+
+        Raises:
+            ConfigError: submitit is not installed.
+        """
+        if self._workers_per_job != 1:
+            allowed = "must be 1 without hydra/sweeper=optuna: each job is one run"
+            key = "hydra.launcher.workers_per_job"
+            raise refusal(key, self._workers_per_job, allowed)
+        try:
+            from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (
+                SlurmLauncher as SubmititLauncher,
+            )
+        except ModuleNotFoundError:
+            from sweeps.study.queue import MISSING_EXTRA
+
+            raise ConfigError(f"hydra/launcher=slurm: {MISSING_EXTRA}") from None
+        launcher = SubmititLauncher(**self._keys)
+        launcher.setup(**self._arguments)
+        returns: Sequence[JobReturn] = launcher.launch(job_overrides, initial_job_idx)
+        return returns

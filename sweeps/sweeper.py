@@ -15,10 +15,13 @@ from hydra.plugins.sweeper import Sweeper
 
 from finetune.compat import paused_collection
 from finetune.errors import ConfigError, Interrupted, NoAnswer
+from finetune.files.atomic import read_json
 from finetune.files.lock import file_lock
 from finetune.files.mirror import Mirror
 from finetune.quantities import counted
 from sweeps.study.errors import StorageLost
+from sweeps.study.find_study import load_study
+from sweeps.study.queued_jobs import describe_jobs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from sweeps.study.study import Study
 
 log = logging.getLogger(__name__)
+
+QUEUED_SWEEPER = "sweeps.sweeper.QueuedSweeper"
+"""The sweeper of a queue's jobs; nobody chooses it in a config."""
 
 
 class StudySweeper(Sweeper):
@@ -56,7 +62,13 @@ class StudySweeper(Sweeper):
         Returns:
             The study's folder.
         """
-        draft, study, session = self._open(arguments)
+        draft = self._draft(arguments)
+        from sweeps.study.queue import queue_name
+
+        queue = queue_name(self._config, draft.session.settings)
+        if queue is not None:
+            return self._sweep_in_queue(draft.session, queue, arguments)
+        study, session = _open(draft)
         # After the checks, because these modules load torch.
         from sweeps.study.launching import run_workers
         from sweeps.study.notification import notified_at_end
@@ -68,35 +80,89 @@ class StudySweeper(Sweeper):
             if _has_work(study, draft):
                 run_workers(study, session)
                 _explain_end(study, session)
-            # Commands that share the folder end together, when the last trial has ended.
-            with file_lock(study.folder / ".conclusion.lock"):
-                try:
-                    _conclude(study, session)
-                finally:
-                    Mirror(session.common.mirror).copy(study.folder)
-                    Mirror.finish()
+            _conclude_alone(study, session)
         return study.folder
 
-    def _open(self, arguments: list[str]) -> "tuple[Draft, Study, Session]":
-        """Check the command, and begin or resume its study."""
+    def _draft(self, arguments: list[str]) -> "Draft":
+        """Check the command."""
         from sweeps.study.draft import draft_session
 
         # Hydra's lines on each launch and job would stand between those of the study.
         for library in ("hydra", "hydra_plugins"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        draft = draft_session(
-            self._config, self._hydra_context, self._values, arguments
+        return draft_session(self._config, self._hydra_context, self._values, arguments)
+
+    def _sweep_in_queue(
+        self, session: "Session", queue: str, arguments: list[str]
+    ) -> "Path":
+        """Queue the session's jobs; unless it is detached, wait for them and print the answer."""
+        from sweeps.queued_session import QueuedSession
+        from sweeps.study.queue import await_jobs, job_workers, submit
+        from sweeps.study.stored_command import OF_THE_JOBS, command_of
+
+        settings = session.settings
+        count, workers = job_workers(self._config, settings, queue)
+        command = command_of(self._config, arguments, OF_THE_JOBS)
+        words = [
+            *command.words(settings.study_name, session.folder, QUEUED_SWEEPER),
+            "hydra/launcher=slots",
+            f"hydra.sweeper.n_jobs={'null' if workers is None else workers}",
+            "hydra.sweeper.detach=false",
+        ]
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        queued_session = QueuedSession(
+            words, QueuedSweeper, command.working_directory, gpus
         )
-        # After the checks, because it loads torch.
-        with paused_collection():
-            from sweeps.study.opening import open_study
+        session.folder.mkdir(parents=True, exist_ok=True)
+        jobs = submit(
+            self._config,
+            settings,
+            session.folder,
+            queue,
+            queued_session,
+            count,
+        )
+        name = settings.study_name
+        queued = describe_jobs(queue, [job.job_id for job in jobs])
+        follow = f"python -m sweeps show {shlex.quote(os.path.relpath(session.folder))}"
+        log.info("study %s: queued as %s; %s follows it", name, queued, follow)
+        if not settings.detach:
+            await_jobs(jobs)
+            _print_answer(session.folder)
+        return session.folder
 
-        study, session = open_study(draft.session)
-        if session.settings.stop_when == "no_gain":
-            from sweeps.answer.more_trials import no_gain
 
-            session = dataclasses.replace(session, end_rule=no_gain)
-        return draft, study, session
+def _open(draft: "Draft") -> "tuple[Study, Session]":
+    """Begin or resume the study of a checked command."""
+    # After the checks, because it loads torch.
+    with paused_collection():
+        from sweeps.study.opening import open_study
+
+    study, session = open_study(draft.session)
+    if session.settings.stop_when == "no_gain":
+        from sweeps.answer.more_trials import no_gain
+
+        session = dataclasses.replace(session, end_rule=no_gain)
+    return study, session
+
+
+def _print_answer(folder: "Path") -> None:
+    """Print the answer that the last of a session's jobs has written."""
+    from optuna.trial import TrialState
+
+    from sweeps.answer.advice import analyze
+    from sweeps.answer.summary import summary_lines
+    from sweeps.study.study import ANSWER
+
+    study = load_study(folder)
+    answer = read_json(folder / ANSWER)
+    if answer is None or study.trials(TrialState.RUNNING):
+        log.info("study %s: %s", study.name, _describe_rest(study))
+        return
+    report = folder / "report.html"
+    shown_report = report if report.exists() else None
+    lines = summary_lines(study, answer, analyze(study), shown_report)
+    log.info("%s", "\n".join(lines))
 
 
 class JoiningSweeper(StudySweeper):
@@ -111,7 +177,8 @@ class JoiningSweeper(StudySweeper):
         Returns:
             The study's folder.
         """
-        draft, study, session = self._open(arguments)
+        draft = self._draft(arguments)
+        study, session = _open(draft)
         from sweeps.study.launching import run_workers
 
         if _has_work(study, draft):
@@ -125,6 +192,46 @@ class JoiningSweeper(StudySweeper):
             _explain_end(study, session)
         log.info("study %s: %s", study.name, _describe_rest(study))
         return study.folder
+
+
+class QueuedSweeper(StudySweeper):
+    """A session in a job of a queue, beside other jobs: the last one to end writes the answer."""
+
+    def sweep(self, arguments: list[str]) -> "Path":
+        """Begin or resume the study, and train trials until none is left to begin.
+
+        Returns:
+            The study's folder.
+        """
+        from optuna.trial import TrialState
+
+        draft = self._draft(arguments)
+        study, session = _open(draft)
+        from sweeps.study.launching import run_workers
+        from sweeps.study.notification import notified_at_end
+        from sweeps.study.stored_command import store_command
+
+        store_command(study, self._config, arguments)
+        _enqueue(study, draft)
+        if _has_work(study, draft):
+            run_workers(study, session, waits=False)
+            _explain_end(study, session)
+        if study.trials(TrialState.RUNNING):
+            log.info("study %s: %s", study.name, _describe_rest(study))
+            return study.folder
+        with notified_at_end(study, session.common.notify):
+            _conclude_alone(study, session)
+        return study.folder
+
+
+def _conclude_alone(study: "Study", session: "Session") -> None:
+    """Conclude; commands that share the folder end together, when the last trial has ended."""
+    with file_lock(study.folder / ".conclusion.lock"):
+        try:
+            _conclude(study, session)
+        finally:
+            Mirror(session.common.mirror).copy(study.folder)
+            Mirror.finish()
 
 
 def _describe_rest(study: "Study") -> str:

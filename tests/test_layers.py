@@ -24,6 +24,7 @@ COMMANDS = ("__main__", *commands.COMMANDS)
 LAYERS = (
     ("sweeps.api",),
     (
+        "sweeps.queued_session",
         "sweeps.sweeper",
         "sweeps.launcher",
         "sweeps.callback",
@@ -61,7 +62,7 @@ LIGHT = (
     "finetune.app", "finetune.tracking", "finetune.metrics", "finetune.data", "finetune.files",
     "finetune.notification", "finetune.console", "finetune.hydra_errors", "finetune.commands", "finetune.config",
     "finetune.compat", "finetune.sharing", "finetune.json_safe", "finetune.quantities", "finetune.errors", "finetune.exit_codes", "finetune.run.run", "finetune.run.job",
-    "sweeps.sweeper", "sweeps.launcher", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
+    "sweeps.sweeper", "sweeps.launcher", "sweeps.queued_session", "sweeps.callback", "sweeps.__main__", "sweeps.commands",
     "sweeps.space",
     "sweeps.answer.report", "sweeps.api", "finetune.api", "finetune.in_process",
     *(f"finetune.{name}" for name in COMMANDS),
@@ -70,8 +71,8 @@ LIGHT = (
 
 HEAVY = {
     "accelerate", "bitsandbytes", "charset_normalizer", "datasets", "filelock", "fsspec", "gguf", "huggingface_hub", "hydra", "hydra_plugins",
-    "jinja2", "joblib", "lm_eval", "mlflow", "numpy", "omegaconf", "optuna", "pandas", "peft", "plotly", "psutil", "pyarrow", "rich", "rouge_score",
-    "safetensors", "scipy", "sklearn", "sqlalchemy", "tensorboard", "torch", "tqdm", "trackio", "transformers", "triton",
+    "jinja2", "joblib", "lm_eval", "mlflow", "numpy", "omegaconf", "optuna", "pandas", "peft", "plotly", "psutil", "pyarrow", "ray", "rich", "rouge_score",
+    "safetensors", "scipy", "sklearn", "sqlalchemy", "submitit", "tensorboard", "torch", "tqdm", "trackio", "transformers", "triton",
     "trl", "wandb", "wandb_workspaces",
 }  # fmt: skip
 """Packages that take long to import, or that not every command needs."""

@@ -1,7 +1,7 @@
 """The LoRA adapter: creation, saving and loading with PEFT.
 
 PEFT is imported only inside functions: it imports bitsandbytes, which initialises CUDA and so fixes
-the visible GPUs (see `device.select_gpu`).
+the visible GPUs (see `device.select_gpus`).
 """
 
 import contextlib

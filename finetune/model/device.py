@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -29,23 +29,46 @@ def is_ampere_or_later(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def select_gpu(number: int) -> None:
-    """Make one GPU visible to this process: the Trainer would spread a run over all visible ones.
-
-    Call it before any GPU is used, and before bitsandbytes is imported.
-
-    Args:
-        number: The process's number; GPUs are assigned in turn.
-    """
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
-    if count <= 1:
-        return
     # A scheduler may have made some GPUs visible only, by number or by UUID.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(index) for index in range(count)]
-    if visible:
-        names = visible.split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    # Of a list with an unknown name, CUDA sees what stands before it.
+    return [name.strip() for name in names[:count]]
+
+
+def gpu_group_count(size: int) -> int:
+    """Return how many processes with `size` GPUs each have GPUs of their own; 1 on a CPU."""
+    return max(1, torch.cuda.device_count() // size)
+
+
+def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -> None:
+    """Make some GPUs visible to this process: the Trainer would spread a run over all visible ones.
+
+    Call it before any GPU is used, and before bitsandbytes is imported. Only the first call in a
+    process counts: the runs of a worker keep the worker's GPUs.
+
+    Args:
+        number: the process's number; groups of GPUs are assigned in turn.
+        size: how many GPUs the process gets.
+        gpus: the GPUs to choose from, as CUDA_VISIBLE_DEVICES names them; None: those that the
+            process sees. A scheduler may have left just `size` of them.
+    """
+    global _has_selected
+    if _has_selected:
+        return
+    _has_selected = True
+    names = visible_gpus() if gpus is None else list(gpus)
+    if gpus is None and len(names) <= size:
+        return
+    first = number % max(1, len(names) // size) * size
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + size])
+
+
+_has_selected = False
+"""Whether this process has its GPUs."""
 
 
 def record_event(device: torch.device) -> "torch.cuda.Event | None":

@@ -1,7 +1,7 @@
 """Quantization of the base by bitsandbytes: its arguments, compute dtype, dequantised weights.
 
 bitsandbytes is imported only inside functions: importing it initialises CUDA, which fixes the
-visible GPUs (see `device.select_gpu`), and may fail, which `require_bitsandbytes` explains.
+visible GPUs (see `device.select_gpus`), and may fail, which `require_bitsandbytes` explains.
 """
 
 import math

@@ -40,6 +40,36 @@ class _Adapters:
         return len(layers) * padded_rank
 
 
+WORKSPACES = 2 * 32 * 2**20
+"""Bytes that matrix products have for themselves on the stream of recorded passes."""
+
+
+@dataclass(frozen=True)
+class RecordedMemory:
+    """What recorded passes take beside their activations (`engine.packed.gpu.recorded_pass`)."""
+
+    hidden_bytes: int
+    """Of one token's hidden state."""
+    block_weights: int
+    """Weights of the linear layers of a block."""
+
+    @classmethod
+    def read(cls, shapes: Any, element_bytes: int) -> "RecordedMemory":
+        """Read the sizes from a base's text config."""
+        first = widths_by_layer(shapes)[0]
+        columns = 2 * (first.queries + first.keys) + 3 * first.inner
+        return cls(first.hidden * element_bytes, first.hidden * columns)
+
+    def size(self, tokens: float) -> int:
+        """The bytes of passes of so many tokens, 0 where they are not recorded."""
+        from finetune.engine.packed.gpu.recorded_pass import MAX_PRODUCTS
+
+        if tokens * self.block_weights >= MAX_PRODUCTS:
+            return 0
+        # The input of the blocks, and their output.
+        return int(2 * tokens * self.hidden_bytes) + WORKSPACES
+
+
 def decoder_elements(
     shapes: Any, config: RunConfig, targets: set[str], slots: int
 ) -> tuple[int, int]:
@@ -51,7 +81,7 @@ def decoder_elements(
         targets: Names of the adapted layers.
         slots: How many slots train together.
     """
-    from finetune.engine.packed.gpu.decoder import stored_blocks
+    from finetune.engine.packed.gpu.blocks import stored_blocks
 
     widths = widths_by_layer(shapes)
     block = DECODER_BLOCKS[shapes.model_type]

@@ -36,7 +36,7 @@ from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.cpu_activations import cpu_activations
-from finetune.run.decoder_memory import block_weights
+from finetune.run.decoder_memory import RecordedMemory, block_weights
 from finetune.run.expert_costs import expert_bytes, expert_shape
 from finetune.run.memory_costs import (
     adapted_layers,
@@ -148,8 +148,11 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
+    recorded = None
     if on_gpu():
         targets = adapted_layers(adapted) if uses_decoder else None
+        if uses_decoder:
+            recorded = RecordedMemory.read(shapes, element_bytes)
         activations = gpu_activations(
             shapes,
             config,
@@ -174,6 +177,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         activations=activations.training,
         activations_beside=activations.beside,
         held=block_weights(shapes, config) * element_bytes if uses_decoder else 0,
+        recorded=recorded,
         logits=activations.logits,
         evaluation=activations.evaluating,
         available=available_memory(),

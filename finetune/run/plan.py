@@ -8,6 +8,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.model.device import on_gpu
 from finetune.model.memory import GIB
+from finetune.run.decoder_memory import RecordedMemory
 
 USABLE = 0.9
 """Fraction of the memory that the plan may use."""
@@ -54,6 +55,8 @@ class Plan:
     """Weights that each token is multiplied by."""
     answers_together: bool = True
     """Whether prompts are answered together, as each alone; else one after another."""
+    recorded: RecordedMemory | None = None
+    """Of recorded passes; None: there are none."""
     experts: int = 0
     """Of the base: fused experts, which stay in 16 bits in a quantised base."""
 
@@ -77,7 +80,10 @@ class Plan:
         else:
             activations = self.activations_beside
             dequantized = self.held
-        training = activations * self.tokens(slots) / max(self.batches) + dequantized
+        tokens = self.tokens(slots)
+        training = activations * tokens / max(self.batches) + dequantized
+        if self.recorded is not None:
+            training += self.recorded.size(tokens)
         rows = max(training, slots * self.evaluation)
         adapters = slots * (self.adapter + self.optimizer)
         return int(self.process + self.base + self.logits + adapters + rows)

@@ -10,6 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
 from finetune.compat import import_model_libraries, paused_collection
 from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
@@ -216,10 +219,10 @@ def _prepare(result: Result) -> "Prepared":
     assert result.rows is not None
     with paused_collection():
         quiet_libraries(bars=context.interactive)
-        from finetune.model.device import select_gpu
+        from finetune.model.device import select_gpus
 
     # Before bitsandbytes is imported, which looks for GPUs.
-    select_gpu(0)
+    select_gpus(_job_number())
     import_model_libraries()
     from finetune.run.prepare import prepare
 
@@ -229,6 +232,15 @@ def _prepare(result: Result) -> "Prepared":
     result.left_out = prepared.left_out
     result.labels = prepared.labels
     return prepared
+
+
+def _job_number() -> int:
+    """Return the number of the run among the jobs of a multirun, which may have a process each."""
+    if not HydraConfig.initialized():
+        return 0
+    job = HydraConfig.get().job
+    # A single run has no number, and neither have jobs that train together in one process.
+    return 0 if OmegaConf.is_missing(job, "num") else int(job.num)
 
 
 def _train_and_conclude(

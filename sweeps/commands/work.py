@@ -77,18 +77,10 @@ def _words(
             allowed = ", ".join(OF_THE_MACHINE)
             reason = f"the study's config is its own; allowed: {allowed}"
             raise ConfigError(f"{value}: {reason}")
-    words = ["-m", *command.overrides, *values]
+    words = command.words(study.name, study.folder, "sweeps.sweeper.JoiningSweeper")
+    words += values
     if address is not None:
         words.append(f"{STORAGE_KEY}={encode(address)}")
-    words += [
-        f"hydra.sweeper.study_name={encode(study.name)}",
-        f"hydra.sweep.dir={encode(str(study.folder))}",
-        "hydra.sweeper._target_=sweeps.sweeper.JoiningSweeper",
-    ]
-    if command.config_name != "config":
-        words.append(f"--config-name={command.config_name}")
-    for folder in command.config_folders:
-        words.append(f"--config-dir={folder}")
     return words
 
 

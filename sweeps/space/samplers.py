@@ -104,6 +104,17 @@ def learns_from_results(settings: StudySettings) -> bool:
     )
 
 
+def reads_bounded_trials(settings: StudySettings) -> bool:
+    """Whether the sampler reads the best and the latest trials only, once there are many.
+
+    Those of Optuna whose time grows with the trials, but for several objectives: their best trials
+    have no bound.
+    """
+    target = str(settings.sampler.get("_target_"))
+    is_slower = re.fullmatch(r"optuna\.samplers\.(TPE|GP)Sampler", target)
+    return is_slower is not None and len(settings.directions) == 1
+
+
 def conditions_note(settings: StudySettings, names: Iterable[str]) -> str | None:
     """Say which parameters a sampler draws at random, as some trials do without them.
 

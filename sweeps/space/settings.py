@@ -33,7 +33,13 @@ class StudySettings(Section):
     """Number of trials that the study holds when it is done, over all sessions; null: as many as
     `timeout` or `max_tokens` allow."""
     n_jobs: int | None
-    """Number of workers; null: one for each visible GPU, or one on a CPU."""
+    """Number of workers; null: as many as have GPUs of their own, or one on a CPU. With
+    `hydra/launcher=slurm`: of all jobs together; null: one job."""
+    gpus_per_worker: int
+    """Number of GPUs that each worker sees."""
+    detach: bool
+    """With `hydra/launcher=slurm` or `submitit_local`: whether the command returns once its jobs
+    are queued. The last job writes the answer."""
     slots: int | Literal["auto"]
     """Number of trials that train together on one worker; auto: by memory, 1 on a CPU."""
     direction: Literal["auto"] | Direction | list[Direction]
@@ -122,6 +128,8 @@ class StudySettings(Section):
         self.require(
             "n_jobs", has_workers, "must be at least 1, or null: one for each GPU"
         )
+        has_gpus = self.gpus_per_worker >= 1
+        self.require("gpus_per_worker", has_gpus, "must be at least 1")
         has_slots = self.slots == "auto" or int(self.slots) >= 1
         self.require("slots", has_slots, "must be at least 1, or auto: by memory")
 

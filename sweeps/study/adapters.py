@@ -30,11 +30,13 @@ def remove_adapters(study: Study, keep: int) -> None:
     confirmation = read_json(study.folder / CONFIRMATION)
     if confirmation:
         needed.add(confirmation["winner"])
-    unneeded = [
-        study.folder_of(trial.number)
-        for trial in finished
-        if trial.number not in needed
-    ]
+    unneeded = []
+    for trial in finished:
+        # Each once: a study may have thousands, and this happens at the end of each of them.
+        if trial.number in needed or trial.number in study.without_adapter:
+            continue
+        unneeded.append(study.folder_of(trial.number))
+        study.without_adapter.add(trial.number)
     # Of the baseline's further seeds, only the evaluation is needed once they are done.
     for seed_folder in study.baseline_seed_folders():
         result = read_json(seed_folder.result) or {}

@@ -19,7 +19,7 @@ from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.compat import enqueue_point
 from sweeps.space.settings import StudySettings
 from sweeps.study.roles import role
-from sweeps.study.storage import open_storage
+from sweeps.study.storage import hold_database_file, open_storage
 from sweeps.study.study import Study
 from sweeps.study.terms import (
     has_new_config,
@@ -58,6 +58,7 @@ def create_or_resume(
     folder.mkdir(parents=True, exist_ok=True)
     # Two commands with the same new name must not both give it a uid and terms.
     with file_lock(folder / ".lock"):
+        hold = hold_database_file(address)
         optuna.create_study(
             study_name=settings.study_name,
             storage=open_storage(address, folder),
@@ -70,6 +71,7 @@ def create_or_resume(
             address,
             lost_after=settings.lost_after,
         )
+        study.hold = hold
         _ensure_uid(study)
         stored = study.optuna.user_attrs.get("terms", {})
         initial = {key: stored[key] for key in automatic_keys if key in stored}
@@ -149,6 +151,7 @@ def _drop_unsearched_points(
             role(trial),
             ", ".join(unsearched),
         )
+        study.announce_points()
 
 
 def _resume_ended(study: Study) -> None:

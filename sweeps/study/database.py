@@ -9,7 +9,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -20,6 +20,7 @@ from finetune.config.addresses import parse_address, show_address
 from finetune.config.secrets import STORAGE_KEY
 from sweeps.compat import (
     RDB_CALLS,
+    add_waiting_trials,
     claim_waiting_trial,
     exchange_claim,
     heartbeat_silences,
@@ -28,6 +29,7 @@ from sweeps.compat import (
 )
 from sweeps.study.drivers import choose_driver
 from sweeps.study.retry import Retry, is_connection_error, retried, server_message
+from sweeps.study.trial_reads import TrialReads
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -80,7 +82,7 @@ def open_database(address: str, retry_seconds: float | None) -> "Database":
 def _retry_transactions(cls: Storage) -> Storage:
     """Wrap all methods of Optuna's storage that run one transaction each."""
     for name in RDB_CALLS:
-        setattr(cls, name, retried(getattr(RDBStorage, name)))
+        setattr(cls, name, retried(getattr(cls, name)))
     return cls
 
 
@@ -109,11 +111,16 @@ class Database(RDBStorage):
         self.longest_gap = math.inf
         """Seconds between two calls, after which the connection counts as interrupted."""
         self._connected_since = self._last_call = time.monotonic()
-        engine_arguments = {
+        self._reads: dict[int, TrialReads] = {}
+        engine_arguments: dict[str, Any] = {
             # A pooled connection is tried before each use, as the server may have closed it.
             "pool_pre_ping": True,
             "connect_args": _connection_arguments(url),
         }
+        if url.get_backend_name() != "sqlite":
+            # A server has a hundred connections unless it is told otherwise, and each worker keeps
+            # the pool's: one. A second one, for a heartbeat during a call, is closed after it.
+            engine_arguments["pool_size"] = 1
         # SQLAlchemy writes a password as *** unless it is told otherwise.
         full_address = url.render_as_string(hide_password=False)
         super().__init__(full_address, engine_kwargs=engine_arguments)
@@ -179,6 +186,9 @@ class Database(RDBStorage):
             silent_seconds,
         )
 
+    add_waiting_trials = retried(add_waiting_trials)
+    """Add waiting trials in one transaction, safe to repeat."""
+
     def record_heartbeats(self, claims: Mapping[int, Any]) -> set[int]:
         """Record that the holders of claims are alive; return the ids that they still hold.
 
@@ -195,6 +205,37 @@ class Database(RDBStorage):
     def heartbeat_silences(self, trial_ids: Sequence[int]) -> dict[int, float]:
         """Return for how many seconds trials have had no heartbeat."""
         return heartbeat_silences(self, trial_ids)
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """Read what has changed of a study's trials, for Optuna's cache.
+
+        Args:
+            study_id: the storage's id of the study.
+            states: the states to read; None: all.
+            included_trial_ids: the trials that the cache has, and that have not ended.
+            trial_id_greater_than: the last trial of the cache that has ended; -1: none.
+        """
+        reads = self._reads.setdefault(study_id, TrialReads(self, study_id))
+        changed = reads.changed_ids(included_trial_ids)
+        if changed is None or states is not None:
+            trials = super()._get_trials(
+                study_id, states, included_trial_ids, trial_id_greater_than
+            )
+        elif changed:
+            # Optuna also reads all after an id: the waiting ones after the last changed one are
+            # many, so it is the last id of all.
+            last = max(reads.last_id, changed[-1])
+            trials = super()._get_trials(study_id, None, set(changed), last)
+        else:
+            return []
+        reads.note(trials)
+        return trials
 
     def _get_prepared_new_trial(
         self,

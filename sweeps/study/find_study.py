@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError
 from finetune.files.find_run import LATEST, STUDIES
+from sweeps.study.queued_jobs import QUEUED, describe_queued
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
@@ -75,6 +76,8 @@ def _find_folder(name: str) -> Path:
     for folder in (Path(name).expanduser(), STUDIES / name):
         if _is_study(folder):
             return folder
+        if (folder / QUEUED).is_file():
+            raise ConfigError(f"{name}: {describe_queued(folder)}")
     folders = study_folders()
     if name == LATEST and folders:
         return folders[-1]

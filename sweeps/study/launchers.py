@@ -26,6 +26,9 @@ from sweeps.study.worker import Worker
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 10
+"""Seconds after which a process of joblib that has no job ends."""
+
 
 def launch(
     study: Study,
@@ -63,8 +66,11 @@ def launch(
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {resume_hint(study)}") from None
     finally:
+        # Idle processes would keep their bases in memory.
         if type(launcher).__name__ == "JoblibLauncher":
             end_joblib_workers()
+        if type(launcher).__name__ == "RayLauncher":
+            _leave_ray()
 
 
 def raise_worker_error(study: Study, returns: Sequence[JobReturn]) -> None:
@@ -105,10 +111,13 @@ def _make_launcher(
     # Where the user gave no name, the config's own `hydra.sweep.dir` lacks the study's name.
     with read_write(chosen), read_write(chosen.hydra):
         chosen.hydra.sweep.dir = str(session.folder)
+    config = _with_worker_launcher(chosen, count, in_processes)
+    if str(config.hydra.launcher._target_).endswith("RayLauncher"):
+        _give_gpus(config, session)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=session.hydra_context,
         task_function=worker,
-        config=_with_worker_launcher(chosen, count, in_processes),
+        config=config,
     )
     # Jobs are composed again from this config, and must name the launcher that the user chose.
     launcher.setup(
@@ -135,7 +144,26 @@ def _with_worker_launcher(
             # With one process, joblib runs its jobs in the process that calls it.
             processes = max(workers, 2) if in_processes else workers
             OmegaConf.update(config, "hydra.launcher.n_jobs", processes)
+            # Processes without a job outlive a sweep command that was killed, by five minutes
+            # unless they are told otherwise.
+            key = "hydra.launcher.idle_worker_timeout"
+            OmegaConf.update(config, key, IDLE_SECONDS, force_add=True)
     return config
+
+
+def _give_gpus(config: DictConfig, session: Session) -> None:
+    """Ask Ray for each worker's GPUs, unless the user has: it hides all GPUs from a task else."""
+    remote = config.hydra.launcher.ray.remote
+    if session.gpus and remote.get("num_gpus") is None:
+        with read_write(config), read_write(config.hydra), open_dict(remote):
+            remote.num_gpus = session.settings.gpus_per_worker
+
+
+def _leave_ray() -> None:
+    """End the local cluster of the launcher, or the connection to another one."""
+    import ray
+
+    ray.shutdown()
 
 
 def _log_other_processes(n_jobs: int | None, workers: int) -> None:
@@ -173,7 +201,12 @@ def _ends_workers_on_signals(stop_file: Path) -> Iterator[None]:
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, request_stop) for number in signals}
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            # The signal may have ended a worker too, which is not lost then.
+            if not stop_file.exists():
+                raise
         if stop_file.exists():
             raise KeyboardInterrupt
     finally:

@@ -4,7 +4,8 @@ import logging
 import time
 
 from finetune.console import error_line
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, refusal
+from finetune.quantities import counted
 from sweeps.space.settings import StudySettings
 from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import (
@@ -19,6 +20,7 @@ from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.waiting import claimable_waiting_trials
 from sweeps.study.worker import Worker
+from sweeps.study.worker_place import has_begun, remove_free_places
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,19 @@ POLL_SECONDS = 2.0
 
 
 def worker_count(settings: StudySettings) -> int:
-    """Return the number of workers: `n_jobs`, or one for each visible GPU, or one on a CPU."""
-    if settings.n_jobs is not None:
-        return settings.n_jobs
-    import torch
+    """Return the number of workers: `n_jobs`, or as many as have GPUs of their own; one on a CPU.
 
-    return max(1, torch.cuda.device_count())
+    Raises:
+        ConfigError: no worker can have `gpus_per_worker` of this machine's GPUs.
+    """
+    from finetune.model.device import gpu_group_count, visible_gpus
+
+    size = settings.gpus_per_worker
+    gpus = len(visible_gpus())
+    if 0 < gpus < size:
+        reason = f"{counted(gpus, 'GPU')} {'is' if gpus == 1 else 'are'} visible here"
+        raise refusal("hydra.sweeper.gpus_per_worker", size, reason)
+    return settings.n_jobs or gpu_group_count(size)
 
 
 def run_workers(study: Study, session: Session, waits: bool = True) -> None:
@@ -52,6 +61,13 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
         StorageLost: the database is out of reach.
         Exception: what a worker or the launcher raised.
     """
+    try:
+        _run_workers(study, session, waits)
+    finally:
+        remove_free_places(session)
+
+
+def _run_workers(study: Study, session: Session, waits: bool) -> None:
     count = worker_count(session.settings)
     worker = Worker(session)
     losses = 0
@@ -63,15 +79,18 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
         except Interrupted:
             raise
         except Exception as error:
-            # A launcher reports a killed process by an error of its own kind. A running trial
-            # whose folder is not locked shows that it was that.
-            if not orphaned_trials(study):
+            # A worker's error is returned. What is raised is the launcher's own: it could start
+            # none, or a process was killed, which each launcher reports in another way.
+            if not has_begun(session):
                 raise
             log.warning(
                 "a worker was lost (%s); its trial is taken on", error_line(error)
             )
             losses += 1
-            continue
+            # Others that live may have taken its trial, and all that wait.
+            if _has_waiting(study) or _is_work_left(study, session, waits):
+                continue
+            return
         raise_worker_error(study, returns)
         # Each has returned how many trials have ended. None: they would not do better again.
         if not any(job.return_value for job in returns):
@@ -81,6 +100,11 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
     raise WorkersLost(
         f"study {study.name}: workers were lost {RELAUNCHES} times; {resume_hint(study)}"
     )
+
+
+def _has_waiting(study: Study) -> bool:
+    """Whether a trial may begin."""
+    return bool(claimable_waiting_trials(study)) and not has_spent_tokens(study)
 
 
 def _is_work_left(study: Study, session: Session, waits: bool) -> bool:
@@ -100,7 +124,7 @@ def _is_work_left(study: Study, session: Session, waits: bool) -> bool:
         numbers = [trial.number for trial in trials_elsewhere(study)]
         if not numbers or not waits:
             return False
-        if claimable_waiting_trials(study) and not has_spent_tokens(study):
+        if _has_waiting(study):
             return True
         if numbers != announced:
             shown = ", ".join(map(str, numbers))

@@ -7,6 +7,7 @@ from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.files.mirror import Mirror
+from finetune.model.device import select_gpus, visible_gpus
 from finetune.run.resources import shared_resources
 from sweeps.space.samplers import (
     compares_several,
@@ -53,7 +54,12 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     fingerprint = shared_resources.rows(config.dataset).fingerprint
     terms = study_terms(config, draft.space, settings, fingerprint)
     # Again after the draft: `n_jobs=null` is the number of GPUs, which only torch knows.
-    check_address(draft.address, worker_count(settings))
+    workers = worker_count(settings)
+    check_address(draft.address, workers)
+    gpus = tuple(visible_gpus())
+    if workers == 1:
+        # It trains in this process, where the plan of its memory uses a GPU already.
+        select_gpus(0, settings.gpus_per_worker)
     _log_why_no_pruning(settings, config)
     notes = [
         conditions_note(settings, draft.space.conditions),
@@ -77,7 +83,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):
         _log_why_other_slots(settings, engine)
-    return study, dataclasses.replace(draft, engine=engine)
+    return study, dataclasses.replace(draft, engine=engine, gpus=gpus)
 
 
 def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineChoice:

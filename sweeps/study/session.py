@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -27,9 +26,7 @@ from sweeps.study.engine_choice import EngineChoice
 from sweeps.study.final_time import reserved_seconds
 from sweeps.study.storage import resolve_address
 from sweeps.study.study import Study
-
-PARENT_PID = os.getppid()
-"""The parent of this process when it began; another one adopts it if that parent dies."""
+from sweeps.study.sweeper_process import SweeperProcess
 
 MIN_FINISHED = 5
 """Fewer finished trials than this do not make a failure rate."""
@@ -55,7 +52,9 @@ class Session:
     """Whether `trainer.eval_steps=auto` leaves the rungs to the study."""
     end_rule: Callable[[Study], str | None] | None = None
     """Says after each trial why the study ends before it has all; None: it does not."""
-    sweeper_pid: int = field(default_factory=os.getpid)
+    gpus: tuple[str, ...] = ()
+    """The GPUs that the sweep command sees, as CUDA_VISIBLE_DEVICES names them."""
+    sweeper: SweeperProcess = field(default_factory=SweeperProcess)
     """The process of the sweep command."""
 
     @property
@@ -148,13 +147,16 @@ class Session:
     @property
     def stop_file(self) -> Path:
         """The file by which the sweep command asks workers in other processes to end."""
-        return self.folder / f".stop-{socket.gethostname()}-{self.sweeper_pid}"
+        return self.folder / self.file_prefix("stop")
+
+    def file_prefix(self, purpose: str) -> str:
+        """Return the name of a file that belongs to this session, in the study's folder."""
+        return f".{purpose}-{socket.gethostname()}-{self.sweeper.pid}"
 
     @property
     def is_orphaned(self) -> bool:
-        """Whether this process is a child of the sweep command, and that was killed."""
-        # The operating system gives a process whose parent has died another one.
-        return self.sweeper_pid == PARENT_PID and os.getppid() != PARENT_PID
+        """Whether the sweep command was killed, as far as this machine shows it."""
+        return self.sweeper.is_dead
 
     @property
     def is_stopping(self) -> bool:

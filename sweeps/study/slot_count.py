@@ -7,7 +7,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.engine.selection import reason_unsupported
 from finetune.model.base_config import read_base_config
-from finetune.model.device import on_gpu, select_gpu
+from finetune.model.device import on_gpu, select_gpus
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.resources import base_key, shared_resources
 
@@ -60,7 +60,7 @@ def choose_job_slots(
     if not packed:
         return fixed_count, []
     # Before a plan asks for the GPU's memory.
-    select_gpu(0)
+    select_gpus(0)
     # Kinds of jobs whose neediest one has been planned.
     planned: set[str] = set()
     counts = []

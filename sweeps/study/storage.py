@@ -20,6 +20,7 @@ from finetune.config.secrets import STORAGE_KEY
 from finetune.console import summary_line
 from finetune.errors import ConfigError, refusal
 from finetune.files.lock import file_lock
+from sweeps.study.one_host import Hold
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -126,6 +127,19 @@ def check_address(address: str | None, workers: int) -> None:
     choose_driver(url)
 
 
+def hold_database_file(address: str | None) -> Hold | None:
+    """Hold an SQLite file for this host; None: the database is none.
+
+    Raises:
+        ConfigError: another host writes to it, on a network file system.
+    """
+    if address is None:
+        return None
+    url = parse_address(STORAGE_KEY, address)
+    is_file = url.drivername.startswith("sqlite") and url.database not in (None, "")
+    return Hold(Path(str(url.database))) if is_file else None
+
+
 class _Journal(JournalFileBackend):
     """Optuna's journal file, repaired before each append, with a lock freed by its holder's death.
 
@@ -137,9 +151,18 @@ class _Journal(JournalFileBackend):
         super().__init__(str(path))
         self._path = path
         self._thread_lock = threading.Lock()
+        self._hold: Hold | None = None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries as whole lines, and wait until they are on the disk."""
+        """Append entries as whole lines, and wait until they are on the disk.
+
+        Raises:
+            ConfigError: another host appends to it, on a network file system.
+        """
+        # Readers need none.
+        if self._hold is None:
+            self._hold = Hold(self._path)
+        self._hold.require()
         lines = []
         for log in logs:
             text = json.dumps(log, separators=(",", ":"))

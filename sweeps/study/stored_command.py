@@ -3,6 +3,7 @@
 Stored is what was typed, not what it was composed to: a searched group is composed for each trial.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from finetune.errors import ConfigError
+from sweeps.space.encoding import encode
 from sweeps.study.study import Study
 
 COMMAND = "command"
@@ -19,6 +21,7 @@ COMMAND = "command"
 OF_THE_MACHINE = (
     "hydra/launcher",
     "hydra.launcher",
+    "hydra.sweeper.gpus_per_worker",
     "hydra.sweeper.n_jobs",
     "hydra.sweeper.timeout",
 )
@@ -30,11 +33,25 @@ _OF_THE_SESSION = (
     "hydra.sweep.dir",
     "hydra.sweeper.allow_change",
     "hydra.sweeper.confirm",
+    "hydra.sweeper.detach",
     "hydra.sweeper.storage",
     "hydra.sweeper.study_name",
     "hydra.sweeper.warm_start",
 )
 """Beginnings of the keys that only the command itself needs."""
+
+
+OF_THE_JOBS = (
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra.mode",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweeper.detach",
+    "hydra.sweeper.n_jobs",
+    "hydra.sweeper.study_name",
+)
+"""Beginnings of the keys that the jobs of a queue have for themselves."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +66,50 @@ class StoredCommand:
     working_directory: str
     """Where relative paths begin."""
 
+    def words(self, study_name: str, folder: Path, sweeper: str) -> list[str]:
+        """Return the words of a command line for the same study, in a folder, by a sweeper."""
+        words = [
+            "-m",
+            *self.overrides,
+            f"hydra.sweeper.study_name={encode(study_name)}",
+            f"hydra.sweep.dir={encode(str(folder))}",
+            f"hydra.sweeper._target_={sweeper}",
+        ]
+        if self.config_name != "config":
+            words.append(f"--config-name={self.config_name}")
+        for place in self.config_folders:
+            words.append(f"--config-dir={place}")
+        return words
 
-def store_command(study: Study, config: DictConfig, arguments: Sequence[str]) -> None:
-    """Store the command of a session.
+
+def command_of(
+    config: DictConfig, arguments: Sequence[str], excluded: Sequence[str]
+) -> StoredCommand:
+    """Return the command of a session.
 
     Args:
-        study: the study.
         config: the sweep's config, with the node `hydra`.
         arguments: the overrides that are not of Hydra.
+        excluded: beginnings of keys that are left out.
     """
     hydra = config.hydra
-    excluded = (*OF_THE_MACHINE, *_OF_THE_SESSION)
     overrides = []
     for override in (*arguments, *hydra.overrides.hydra):
-        if not override.lstrip("+~").startswith(excluded):
+        if not override.lstrip("+~").startswith(tuple(excluded)):
             overrides.append(override)
     folders = []
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             folders.append(source.path)
-    command = {
-        "overrides": overrides,
-        "config_name": hydra.job.config_name,
-        "config_folders": folders,
-        "working_directory": hydra.runtime.cwd,
-    }
+    return StoredCommand(
+        overrides, hydra.job.config_name, folders, working_directory=hydra.runtime.cwd
+    )
+
+
+def store_command(study: Study, config: DictConfig, arguments: Sequence[str]) -> None:
+    """Store the command of a session. The arguments are those of `command_of`."""
+    excluded = (*OF_THE_MACHINE, *_OF_THE_SESSION)
+    command = dataclasses.asdict(command_of(config, arguments, excluded))
     if study.optuna.user_attrs.get(COMMAND) != command:
         study.optuna.set_user_attr(COMMAND, command)
 

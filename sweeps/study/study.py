@@ -4,9 +4,10 @@ The storage's study attributes hold what all workers and later sessions have to 
 `uid` (W&B run ids begin with it), `terms` (the config that makes trials comparable), `total`
 (the number of trials, without those that a user adds by hand), `max_tokens` (their budget),
 `engine`, `slots` and `checkpointing` (see `EngineChoice`), `sampler` (that of the last session),
-and `ended` (why the study has ended itself).
+`ended` (why the study has ended itself), and `points_mark` (see `sweeps.study.trial_reads`).
 """
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from sweeps.compat import database_of
 from sweeps.space.feasibility import is_feasible
 from sweeps.study.errors import StorageLost
 from sweeps.study.leases import open_leases
+from sweeps.study.one_host import Hold
 from sweeps.study.roles import ADDED, role
 from sweeps.study.storage import open_storage, resolve_address
+from sweeps.study.trial_reads import POINTS_MARK
 
 # Optuna's own lines on each trial would repeat those of the study.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -65,8 +69,12 @@ class Study:
         self.name = name
         self.is_shared = isinstance(address, str)
         """Whether the trials are in a database, beside which there may be several folders."""
+        self.without_adapter: set[int] = set()
+        """The finished trials whose adapters this process has removed."""
         self.storage_error: StorageLost | None = None
         """Set once the database stays out of reach: this worker claims no further trial."""
+        self.hold: Hold | None = None
+        """This host's right to write to an SQLite file, while a session lives."""
         if isinstance(address, BaseStorage):
             self.storage = address
         else:
@@ -219,6 +227,21 @@ class Study:
         """Add a trial, and return the number that the storage has given it."""
         trial_id = self.storage.create_new_trial(self._study_id, trial)
         return self.storage.get_trial_number_from_id(trial_id)
+
+    def add_waiting_trials(self, numbers: range) -> None:
+        """Add waiting trials without points; `numbers` follow those of the study's trials."""
+        database = database_of(self.storage)
+        if database is not None:
+            database.add_waiting_trials(self._study_id, numbers)  # type: ignore[attr-defined]
+            return
+        for number in numbers:
+            trial = create_trial(state=TrialState.WAITING)
+            trial.number = number
+            self.optuna.add_trial(trial)
+
+    def announce_points(self) -> None:
+        """Let all workers read the waiting trials again, whose points have just been changed."""
+        self.optuna.set_user_attr(POINTS_MARK, uuid.uuid4().hex)
 
     def trial_id(self, number: int) -> int:
         """Return the id under which the storage knows a trial; it may differ from its number."""

@@ -7,9 +7,11 @@ from finetune.files.lock import file_lock
 from sweeps.compat import enqueued_point, filtered_study
 from sweeps.space.custom import load_function
 from sweeps.space.points import may_repeat
+from sweeps.space.samplers import reads_bounded_trials
 from sweeps.space.space import Point
 from sweeps.study.earlier_results import WarmStartSampler
 from sweeps.study.inside import OUTSIDE, is_inside, point_of
+from sweeps.study.recent_trials import RecentTrialsSampler
 from sweeps.study.session import Session
 from sweeps.study.study import Study
 from sweeps.study.untried import UntriedPointSampler
@@ -59,6 +61,8 @@ def suggest_point(session: Session, study: Study, trial: optuna.Trial) -> Point:
 def _sampler(session: Session, study: Study, number: int) -> BaseSampler:
     """Return a trial's sampler: it has seen earlier studies, and repeats no point if it can."""
     sampler = session.sampler(number)
+    if reads_bounded_trials(session.settings):
+        sampler = RecentTrialsSampler(sampler)
     earlier = earlier_trials(study, session.space)
     if earlier:
         sampler = WarmStartSampler(sampler, earlier)

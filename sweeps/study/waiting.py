@@ -6,7 +6,7 @@ see `sweeps.study.added_points`.
 
 import logging
 
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from finetune.files.lock import file_lock
 from finetune.quantities import counted
@@ -65,12 +65,9 @@ def add_waiting_trials(study: Study, total: int) -> None:
             return
         # All at once: workers that count the trials and then ask for one end up with too many.
         first = len(study.trials())
-        for number in range(first, first + lacking):
-            trial = create_trial(state=TrialState.WAITING)
-            # Another machine may add the same trial now: a database refuses a number that it
-            # holds, and the trials are counted again.
-            trial.number = number
-            study.optuna.add_trial(trial)
+        # Another machine may add the same trials now: a database refuses numbers that it holds,
+        # and the trials are counted again.
+        study.add_waiting_trials(range(first, first + lacking))
 
 
 def planned_trials(study: Study) -> list[FrozenTrial]:
@@ -102,6 +99,8 @@ def _enqueue_points(study: Study, untried: list[tuple[str, Point]], total: int) 
         trial_id = study.trial_id(trial.number)
         enqueue_point(study.storage, trial_id, point)
         study.storage.set_trial_user_attr(trial_id, "role", point_role)
+    if free and untried:
+        study.announce_points()
     excess = len(untried) - len(free)
     if excess > 0:
         verb, them = ("waits", "it") if excess == 1 else ("wait", "them")

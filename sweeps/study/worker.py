@@ -5,6 +5,7 @@ carries everything that it needs.
 """
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from sweeps.study.session import Session
 from sweeps.study.starts import needs_isolation
 from sweeps.study.study import Study
 from sweeps.study.trial import TrialRunner
+from sweeps.study.worker_place import worker_place
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,25 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Train trials until none is left; return the number of trials that ended."""
-        is_other_process = os.getpid() != self.session.sweeper_pid
-        below_live_table = is_other_process and sys.stderr.isatty()
+        below_live_table = not self.session.sweeper.is_this and sys.stderr.isatty()
+        # The launcher numbers its jobs from 0.
+        index = HydraConfig.get().job.num
         try:
-            with run_lines_to_files(warnings_only=below_live_table):
+            with (
+                worker_place(self.session, index),
+                run_lines_to_files(warnings_only=below_live_table),
+            ):
                 # A float, because launchers pickle what a job returns.
-                return float(self._work())
+                return float(self._work(index))
         finally:
             if self.session.is_orphaned:
-                # The launcher's parent is dead. To wait for its orders would only hold memory.
+                # Nobody is left who would give this process another job or read its result.
                 os._exit(1)
 
-    def _work(self) -> int:
+    def _work(self, index: int) -> int:
         quiet_libraries(bars=False)
-        from finetune.model.device import select_gpu
-
-        # The launcher numbers its jobs from 0: each worker takes another GPU.
-        select_gpu(HydraConfig.get().job.num)
         session = self.session
+        _select_gpus(session, index)
         study = Study(
             session.folder,
             session.settings.study_name,
@@ -79,9 +84,14 @@ class Worker:
                 return next_seed() or next_trial()
             return next_trial() or next_seed()
 
+        signals: AbstractContextManager[None] = contextlib.nullcontext()
+        if not session.sweeper.is_this:
+            # A scheduler ends a job by a signal to all its processes. The sweep command would take
+            # one that dies of it, while it loads its base, for a worker that was lost.
+            signals = trials.interrupt.handle_signals()
         ended = 0
         try:
-            with _kept_alive(study, trials.interrupt):
+            with _kept_alive(study, trials.interrupt), signals:
                 if self.only is not None:
                     ended = train_together(next_trial, 1)
                 else:
@@ -99,6 +109,22 @@ class Worker:
         if self.only is not None:
             return trial.number == self.only
         return not needs_isolation(trial)
+
+
+def _select_gpus(session: Session, index: int) -> None:
+    """Make the GPUs of the worker with this number visible to it, and no others."""
+    from finetune.model.device import select_gpus
+
+    # submitit's local jobs see the first GPUs by number, or none, whatever the command sees.
+    is_local_job = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+    select_gpus(
+        index,
+        session.settings.gpus_per_worker,
+        session.gpus if is_local_job else None,
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        log.info("worker %d: GPU %s", index, visible)
 
 
 def _kept_alive(study: Study, interrupt: Interrupt) -> AbstractContextManager[None]:
@@ -127,7 +153,7 @@ class _TrialSource:
 
     def unless_over(self, begin: Callable[[], PackedRun | None]) -> PackedRun | None:
         """Begin a run, unless the session is over or the storage is lost."""
-        if self._study.storage_error is not None:
+        if self._study.storage_error is not None or self.interrupt.requested:
             return None
         try:
             if self._session.is_over(self._study):

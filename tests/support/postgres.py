@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -33,15 +34,26 @@ def postgres_command(name: str) -> str:
     return paths[-1]
 
 
+def as_server_user() -> list[str]:
+    """What stands before a command of PostgreSQL's: it refuses to run as root."""
+    return ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+
+
+def server_folder() -> Path:
+    """Make a folder that belongs to the server's user."""
+    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
+    if os.getuid() == 0:
+        shutil.chown(place, "postgres")
+    return place
+
+
 class Server:
     """A PostgreSQL server of the tests' own; it refuses to run as root, so then it runs as its own
     user."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
-        self._as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        if self._as_user:
-            shutil.chown(place, "postgres")
+        self._as_user = as_server_user()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -65,14 +77,23 @@ class Server:
         end = time.monotonic() + 120
         while True:
             with contextlib.suppress(OperationalError):
-                create_engine(self.address).connect().close()
+                create_engine(self.address, poolclass=NullPool).connect().close()
                 return
             assert time.monotonic() < end, "PostgreSQL does not start"
+            # After a kill it refuses to start until the last of its old processes has ended.
+            if self._process.poll() is not None:
+                self._process = subprocess.Popen(serve, cwd=self._place, **quiet)
             time.sleep(0.1)
 
     def stop(self) -> None:
         """Stop it as a crash does."""
         self._run("pg_ctl", "-D", self._data, "-m", "immediate", "stop")
+        self._process.wait(30)
+
+    def kill(self) -> None:
+        """Kill its main process; the others notice that, and end by themselves."""
+        main, *_ = (Path(self._data) / "postmaster.pid").read_text().split()
+        os.kill(int(main), signal.SIGKILL)
         self._process.wait(30)
 
     def execute(self, statement: str) -> None:
@@ -105,7 +126,7 @@ class Server:
 @contextlib.contextmanager
 def running_server() -> Iterator[Server]:
     """Start a server, and stop it when the block ends."""
-    place = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
+    place = server_folder()
     server = Server(place)
     server.start()
     try:

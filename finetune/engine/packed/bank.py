@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from finetune.config.schema import RunConfig
@@ -348,8 +349,8 @@ class Bank:
     ) -> torch.Tensor:
         """The weight of each answer token's loss [answer tokens]."""
         counts = [stop - start for start, stop in batch.target_spans]
-        weights = torch.tensor([request.loss_weight for request in requests])
-        repeated = weights.repeat_interleave(torch.tensor(counts))
+        weights = numpy.array([request.loss_weight for request in requests], "float32")
+        repeated = torch.from_numpy(weights.repeat(counts))
         return to_device(repeated, self.device)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:

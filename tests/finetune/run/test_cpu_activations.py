@@ -148,13 +148,13 @@ DIFFERENT = [
     "int8",
     "nf4_double, r 128, dropout",
     "DoRA (trl)",
-    "engine=trl",
     "Adafactor (trl)",
-    "r 64 with rsLoRA, dropout",
     "Qwen 3, 150,000 words, untied",
     "Qwen 3 with 32 experts (trl)",
 ]
 FURTHER = [
+    "engine=trl",
+    "r 64 with rsLoRA, dropout",
     "no quantization",
     "DoRA",
     "short rows, batch 8, accumulation 2",

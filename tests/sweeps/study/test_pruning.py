@@ -1,7 +1,9 @@
 """Pruning: a trial is judged at its rungs, and again between them; not within its warm-up."""
 
+import itertools
 import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from typing import Any, get_args
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from support.commands import Station
 from support.configs import compose, study_overrides
 from support.studies import PRUNERS, made_study, settings_of
@@ -31,7 +33,7 @@ from sweeps.space.constraints import parse_constraint
 from sweeps.space.pruners import SuccessiveHalvingPruner
 from sweeps.space.samplers import make_pruner
 from sweeps.study.formatting import trials_table
-from sweeps.study.pruning import PruningObserver
+from sweeps.study.pruning import PAUSE_FACTOR, PruningObserver
 from sweeps.study.study import Study
 
 
@@ -259,6 +261,30 @@ def test_the_first_rung_that_judges_is_the_first_one_after_the_warmup(
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_slow_looks_at_the_storage_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a thousand running trials to read: they take a bounded share of a trial's time."""
+    study = made_study(tmp_path / "s", [])
+    looks: list[float] = []
+
+    def look(trial: Judged) -> FrozenTrial:
+        looks.append(time.monotonic())
+        time.sleep(0.02)
+        return stored()
+
+    trial = Judged(study, halving())
+    stored = trial.judge._stored_trial
+    monkeypatch.setattr(trial.judge, "_stored_trial", lambda: look(trial))
+    trial.judge.poll_seconds = 0
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5:
+        trial.ends_after(1)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    assert gaps
+    assert min(gaps) > PAUSE_FACTOR * 0.02
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_the_worst_trial_survives_its_warmup_under_each_pruner(
     name: str, tmp_path: Path

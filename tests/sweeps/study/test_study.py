@@ -384,6 +384,21 @@ def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
     assert weights.exists()
 
 
+def test_adapters_are_removed_once_however_often_others_end(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study.load(copied)
+    removed: list[str] = []
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda path, ignore_errors: removed.append(str(path))
+    )
+    remove_adapters(study, 1)
+    assert removed
+    removed.clear()
+    remove_adapters(study, 1)
+    assert removed == []
+
+
 def untell(folder: Path, number: int) -> None:
     """Take back that the last trial was told: its worker died just before."""
     journal = folder / "study.journal"

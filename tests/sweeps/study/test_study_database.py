@@ -2,6 +2,7 @@
 its own trials."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.pool import NullPool
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides
 from support.postgres import PASSWORD, Server, with_address
@@ -453,6 +455,27 @@ def test_after_a_loss_calls_are_tried_once_until_one_succeeds(
     storage.get_all_studies()
     server.cut_connections()
     storage.get_all_studies()
+
+
+def test_a_process_keeps_one_connection(server: Server, tmp_path: Path) -> None:
+    """A server has a hundred, unless it is told otherwise."""
+    ours = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
+
+    def count() -> int:
+        # The server ends a closed connection's process a moment later.
+        time.sleep(0.5)
+        with create_engine(server.address, poolclass=NullPool).connect() as connection:
+            return int(connection.execute(text(ours)).scalar_one())
+
+    before = count()
+    storage: Any = open_storage(server.address, tmp_path)
+    calls = [threading.Thread(target=storage.get_all_studies) for _ in range(4)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert count() == before + 1
+    storage._backend.engine.dispose()
 
 
 def test_an_address_without_a_driver_is_opened_by_the_one_that_is_installed(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Station, run_cli, wait_until
@@ -102,7 +103,8 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(
 def start_slowly(study: list[str], cwd: Path) -> subprocess.Popen[str]:
     """A study in processes of its own, whose workers' steps are slow too."""
     (cwd / "sitecustomize.py").write_text(SLOW_STEPS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    path = os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "finetune", *study]
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
@@ -171,6 +173,28 @@ def test_workers_end_cleanly_when_the_study_is_interrupted(
     )
     assert "Traceback" not in said
     require_clean_end(tmp_path, study, station)
+
+
+@pytest.mark.fault
+def test_workers_that_still_load_are_not_started_again_after_a_signal_to_all(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """As a scheduler ends a job. A worker has no handler yet, and dies."""
+    more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2")
+    process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
+
+    def loading() -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "popen_loky" in str(child.cmdline())]
+
+    wait_until(lambda: len(loading()) == 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+
+    assert process.returncode == INTERRUPTED, said
+    assert "goes on" in said.splitlines()[-1]
+    assert "was lost" not in said
+    assert not list(folder_of(tmp_path).glob(".stop-*"))
 
 
 def lives(pid: int) -> bool:

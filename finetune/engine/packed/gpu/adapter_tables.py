@@ -1,11 +1,12 @@
 """The tables by which the Triton kernels of `lowrank` find each slot's tokens and adapters."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
+from finetune.engine.packed.gpu.pass_size import PassSize, block_rows, padded_rows
 from finetune.model.device import to_device
 
 COLUMNS = 8
@@ -90,8 +91,7 @@ class AdapterTables:
         """See `SlotTable.aligned`."""
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
-        tile_rows = _tile_rows(spans, self.tile_tokens)
-        tiles = torch.tensor(tile_rows, dtype=torch.int32)
+        tiles = _tile_rows(spans, self.tile_tokens)
         layers = torch.stack([table.layers for table in slot_tables])
         if size:
             layers = padded_rows(layers, size.slots)
@@ -103,8 +103,12 @@ class AdapterTables:
         self.tiles = to_device(tiles, device)
         """For each tile of tokens: its slot and its first token [tiles, 2]."""
         self._tables = layers
-        self.layers = layers.unbind(1)
+
+    @functools.cached_property
+    def layers(self) -> tuple[torch.Tensor, ...]:
         """For each layer, its row in each slot's table [slots, COLUMNS]."""
+        # Only where kernels are launched: a recorded pass has views of its own.
+        return self._tables.unbind(1)
 
     def tensors(self) -> list[torch.Tensor]:
         """What differs between two passes of the same size."""
@@ -116,10 +120,6 @@ class AdapterTables:
         return self.rank, self.aligned, self.has_dropout
 
 
-def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> list[tuple[int, int]]:
+def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> torch.Tensor:
     """The rows of `AdapterTables.tiles`. A tile has the tokens of one slot only."""
-    rows = []
-    for number, span in enumerate(spans):
-        for first in range(span.start, span.stop, tile_tokens):
-            rows.append((number, first))
-    return rows
+    return block_rows([(span.start, span.stop) for span in spans], tile_tokens)

@@ -19,7 +19,7 @@ from finetune.engine.packed.gpu.attention_kernels import (
     attention_kernel,
 )
 from finetune.engine.packed.gpu.launch import launch
-from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
+from finetune.engine.packed.gpu.pass_size import PassSize, block_rows, padded_rows
 from finetune.engine.packed.gpu.rotary import apply_rotary
 from finetune.model.device import to_device
 
@@ -88,12 +88,13 @@ class SpanTables:
         attends to the span [spans, 5]."""
         self.blocks: dict[int, torch.Tensor] = {}
         """By the tokens of a block, for each block: its span and its first token [blocks, 2]."""
+        ranges = [(span.start, span.stop) for span in spans]
         for block in {tiling_of(head_dim).block for head_dim in head_dims}:
-            block_rows = torch.tensor(_block_rows(spans, block), dtype=torch.int32)
+            rows = block_rows(ranges, block)
             if size:
                 no_block = [size.spans - 1, 0]
-                block_rows = padded_rows(block_rows, size.blocks(block), no_block)
-            self.blocks[block] = to_device(block_rows, device)
+                rows = padded_rows(rows, size.blocks(block), no_block)
+            self.blocks[block] = to_device(rows, device)
         self.position_ids = position_ids.to(torch.int32)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -115,15 +116,6 @@ def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
         last_reader = last_readers[span.start]
         row = (span.start, span.stop, span.prefix_start, span.prefix_stop, last_reader)
         rows.append(row)
-    return rows
-
-
-def _block_rows(spans: Sequence[Span], block: int) -> list[tuple[int, int]]:
-    """The rows of `SpanTables.blocks`."""
-    rows = []
-    for number, span in enumerate(spans):
-        for first in range(span.start, span.stop, block):
-            rows.append((number, first))
     return rows
 
 

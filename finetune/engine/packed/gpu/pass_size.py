@@ -7,6 +7,7 @@ added are tokens, as a row of a slot without adapters, and empty rows of the ker
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from finetune.engine.packed.batch import PackedBatch, Span
@@ -60,6 +61,26 @@ def padding_span(batch: PackedBatch, size: PassSize) -> Span:
         prefix_start=tokens,
         prefix_length=0,
     )
+
+
+def block_rows(ranges: Sequence[tuple[int, int]], block: int) -> torch.Tensor:
+    """Cut ranges of tokens into blocks.
+
+    Args:
+        ranges: First token, and one past the last.
+        block: The most tokens of a block.
+
+    Returns:
+        For each block the number of its range, and its first token [blocks, 2], int32.
+    """
+    bounds = numpy.array(ranges)
+    counts = -(-(bounds[:, 1] - bounds[:, 0]) // block)
+    numbers = numpy.repeat(numpy.arange(len(bounds)), counts)
+    # The number of each block in its range.
+    earlier = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    places = numpy.arange(len(numbers)) - earlier
+    firsts = bounds[numbers, 0] + places * block
+    return torch.from_numpy(numpy.stack([numbers, firsts], 1).astype(numpy.int32))
 
 
 def padded_rows(

@@ -8,13 +8,14 @@ each batch that fits into it: its tables are copied to where the recorded kernel
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.blocks import DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.pass_size import PassSize
 
@@ -27,17 +28,8 @@ of so many takes about 2.5 times as long as its launches."""
 MAX_RECORDED = 24
 """Recorded passes at once: the least recently used one makes room."""
 
-
-class Blocks(Protocol):
-    """The blocks of a decoder, which launches their kernels."""
-
-    def forward_blocks(
-        self, x: torch.Tensor, context: PassContext, trains: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """Compute the last block's output [tokens, hidden_size], and a trace."""
-
-    def backward_blocks(self, trace: Any, grad: torch.Tensor) -> None:
-        """Compute the gradients of the slots' adapters from that of the output."""
+SPARE_MEMORY = 512 * 2**20
+"""Bytes that are left free beside what a recorded pass takes."""
 
 
 class RecordingPlace:
@@ -47,20 +39,41 @@ class RecordingPlace:
         """Take a stream."""
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._buffers: list[torch.Tensor] = []
 
-    @contextlib.contextmanager
-    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Record what the context launches instead of computing it."""
+    def buffers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the input of the blocks and for their output, of the shape of x.
+
+        Recorded passes of other sizes have the same memory.
+        """
+        if not self._buffers or self._buffers[0].numel() < x.numel():
+            self._buffers = [torch.empty(x.numel(), dtype=x.dtype, device=x.device)]
+            self._buffers.append(torch.empty_like(self._buffers[0]))
+        first, second = (buffer[: x.numel()].view(x.shape) for buffer in self._buffers)
+        return first, second
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record what a function launches, instead of computing it.
+
+        Returns:
+            Computes it.
+        """
+        graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which gives all unused memory back first.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            # Other threads may use the GPU meanwhile: they save adapters.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                yield
-            finally:
-                graph.capture_end()
+        with torch.cuda.stream(self._stream), self._capturing(graph):
+            launch()
         torch.cuda.current_stream().wait_stream(self._stream)
+        return graph.replay
+
+    @contextlib.contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        # Other threads may use the GPU meanwhile: they save adapters.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 class RecordedPass:
@@ -68,70 +81,76 @@ class RecordedPass:
 
     def __init__(
         self,
-        decoder: Blocks,
+        blocks: DecoderBlocks,
         x: torch.Tensor,
         context: PassContext,
-        place: "RecordingPlace",
+        place: RecordingPlace,
     ) -> None:
         """Record both; nothing is computed.
 
         Args:
-            decoder: Whose kernels have all been launched before, with tensors of these sizes.
-            x: As `forward_blocks` takes it.
+            blocks: Their kernels have all been launched before, with tensors of these sizes.
+            x: As `DecoderBlocks.forward` takes it.
             context: The pass.
             place: Where it is recorded.
         """
-        self._x = x.clone()
+        self._x, self._output = place.buffers(x)
         # What the kernels read, whichever batch comes; the tables of `context` live as long.
         self._context = context
-        self._gradient = torch.empty_like(x)
-        self._forward = torch.cuda.CUDAGraph()
-        self._backward = torch.cuda.CUDAGraph()
-        with place.recording(self._forward):
-            self._output, trace = decoder.forward_blocks(self._x, context, True)
-        with place.recording(self._backward):
-            decoder.backward_blocks(trace, self._gradient)
+        traces = []
+
+        def launch_forward() -> None:
+            output, trace = blocks.forward(self._x, context, True)
+            self._output.copy_(output)
+            traces.append(trace)
+
+        def launch_backward() -> None:
+            # Whoever wants the output has read it by then.
+            blocks.backward(traces.pop(), self._output)
+
+        self._replay_forward = place.record(launch_forward)
+        self._replay_backward = place.record(launch_backward)
 
     def forward(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
-        """Compute `Blocks.forward_blocks` of a batch.
+        """Compute `DecoderBlocks.forward` of a batch.
 
         Args:
             x: [tokens, hidden_size].
             context: Of the recorded size.
 
         Returns:
-            The output [tokens, hidden_size], until the next forward pass.
+            The output [tokens, hidden_size], until the backward pass.
         """
         self._x.copy_(x)
         if context is not self._context:
-            for recorded, tensor in zip(
-                self._context.tensors(), context.tensors(), strict=True
-            ):
+            tables = zip(self._context.tensors(), context.tensors(), strict=True)
+            for recorded, tensor in tables:
                 recorded.copy_(tensor)
-        self._forward.replay()
+        self._replay_forward()
         return self._output
 
     def backward(self, gradient: torch.Tensor) -> None:
-        """Compute `Blocks.backward_blocks` of the last forward pass."""
-        self._gradient.copy_(gradient)
-        self._backward.replay()
+        """Compute `DecoderBlocks.backward` of the last forward pass."""
+        self._output.copy_(gradient)
+        self._replay_backward()
 
 
 class PassRecorder:
     """Records passes of sizes that are met again."""
 
-    def __init__(self, decoder: Blocks, block_weights: int) -> None:
+    def __init__(self, blocks: DecoderBlocks, block_weights: int) -> None:
         """Nothing is recorded yet.
 
         Args:
-            decoder: Computes the passes.
+            blocks: Compute the passes.
             block_weights: Weights of the linear layers of a block.
         """
-        self._decoder = decoder
+        self._blocks = blocks
         self._block_weights = block_weights
         self._is_on = True
-        self._met: set[Any] = set()
-        """What distinguishes passes that were computed once, and not recorded yet."""
+        self._met: dict[Any, int] = {}
+        """What distinguishes passes that were computed once, and not recorded yet; with the bytes
+        that their activations took."""
         self._recorded: OrderedDict[Any, RecordedPass] = OrderedDict()
         self._place: RecordingPlace | None = None
 
@@ -147,42 +166,52 @@ class PassRecorder:
     def find(
         self, size: PassSize, x: torch.Tensor, context: PassContext
     ) -> RecordedPass | None:
-        """Return the recorded pass of a size; None: it is met for the first time.
+        """Return the recorded pass of a size; None: its kernels are to be launched.
 
         Args:
             size: To which the batch is padded.
             x: The embeddings.
             context: The pass.
         """
-        key = (
-            size,
-            x.dtype,
-            context.adapters.constants,
-            context.adapted_layers,
-            context.query_scales is None,
-            # More than one store more blocks.
-            context.slots > 1,
-        )
+        key = _key(size, x, context)
         recorded = self._recorded.get(key)
         if recorded is not None:
             self._recorded.move_to_end(key)
             return recorded
-        if key not in self._met:
-            self._met.add(key)
+        memory = self._met.get(key)
+        if memory is None:
+            return None
+        if not _is_free(memory):
+            self.stop()
+            log.info("memory is too small for recorded passes, which would be faster")
             return None
         recorded = self._record(x, context)
         if recorded is None:
             return None
+        del self._met[key]
         self._recorded[key] = recorded
         if len(self._recorded) > MAX_RECORDED:
             self._recorded.popitem(last=False)
         return recorded
 
+    def remember(
+        self, size: PassSize, x: torch.Tensor, context: PassContext, memory: int
+    ) -> None:
+        """Note that a pass of a size was launched.
+
+        Args:
+            size: As in `find`.
+            x: As in `find`.
+            context: As in `find`.
+            memory: Bytes that the forward pass has left for the backward pass.
+        """
+        self._met[_key(size, x, context)] = memory
+
     def _record(self, x: torch.Tensor, context: PassContext) -> RecordedPass | None:
         if self._place is None:
             self._place = RecordingPlace()
         try:
-            return RecordedPass(self._decoder, x, context, self._place)
+            return RecordedPass(self._blocks, x, context, self._place)
         except RuntimeError as error:
             self.stop()
             _end_recording()
@@ -201,8 +230,36 @@ class PassRecorder:
         has_recorded = bool(self._recorded)
         self._is_on = False
         self._recorded.clear()
+        self._met.clear()
         self._place = None
         return has_recorded
+
+
+def _key(size: PassSize, x: torch.Tensor, context: PassContext) -> Any:
+    """What distinguishes recorded passes."""
+    return (
+        size,
+        x.dtype,
+        context.adapters.constants,
+        context.adapted_layers,
+        context.query_scales is None,
+        # More than one store more blocks.
+        context.slots > 1,
+    )
+
+
+def _is_free(memory: int) -> bool:
+    """Whether a pass whose activations take so many bytes can be recorded.
+
+    Memory cannot be returned to the GPU while a pass is recorded, so it has to be free before.
+    """
+    # The backward pass takes more than what the forward pass has left.
+    needed = 2 * memory + SPARE_MEMORY
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+    return free >= needed
 
 
 def _end_recording() -> None:
@@ -211,5 +268,5 @@ def _end_recording() -> None:
     Until a recording succeeds, PyTorch's generator of random numbers takes it that one is under
     way, and refuses to draw.
     """
-    with RecordingPlace().recording(torch.cuda.CUDAGraph()):
-        torch.empty(1, device="cuda").zero_()
+    number = torch.zeros(1, device="cuda")
+    RecordingPlace().record(number.zero_)  # type: ignore[arg-type]

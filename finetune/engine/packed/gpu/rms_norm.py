@@ -16,6 +16,9 @@ from finetune.engine.packed.gpu.element_access import load_float32, store_rounde
 from finetune.engine.packed.gpu.launch import launch
 from finetune.model.decoder_blocks import DecoderBlock
 
+ELEMENTS = 2048
+"""Elements of the rows that a program takes at once, where rows are shorter."""
+
 
 @dataclass(frozen=True)
 class RmsNorm:
@@ -98,11 +101,11 @@ def _launch_forward(
     rows, columns = x.shape
     inverse_rms = torch.empty(rows, device=x.device)
     arguments = (
-        x, norm.weight, y, inverse_rms, residual, x.stride(0), columns, norm.epsilon,
+        x, norm.weight, y, inverse_rms, residual, x.stride(0), rows, columns, norm.epsilon,
     )  # fmt: skip
-    block, warps = _row_block(columns)
-    constants = (copy_input, add_residual, norm.rounds_last, block)
-    launch(_rms_norm_kernel, (rows, 1, 1), arguments, constants, warps)
+    programs, rows_at_once, block, warps = _row_blocks(rows, columns)
+    constants = (copy_input, add_residual, norm.rounds_last, rows_at_once, block)
+    launch(_rms_norm_kernel, (programs, 1, 1), arguments, constants, warps)
     return inverse_rms
 
 
@@ -134,78 +137,86 @@ def rms_norm_backward(
     residual_argument = x if grad_residual is None else grad_residual
     arguments = (
         grad_output, x, norm.weight, inverse_rms, residual_argument, grad_x,
-        x.stride(0), grad_x.stride(0), columns,
+        x.stride(0), grad_x.stride(0), rows, columns,
     )  # fmt: skip
-    block, warps = _row_block(columns)
-    constants = (grad_residual is not None, block)
-    launch(_rms_norm_backward_kernel, (rows, 1, 1), arguments, constants, warps)
+    programs, rows_at_once, block, warps = _row_blocks(rows, columns)
+    constants = (grad_residual is not None, rows_at_once, block)
+    launch(_rms_norm_backward_kernel, (programs, 1, 1), arguments, constants, warps)
     return grad_x
 
 
-def _row_block(columns: int) -> tuple[int, int]:
-    """Elements and warps of a program that takes a whole row."""
-    # Whole, because a row's mean square is needed before any of its elements can be written.
+def _row_blocks(rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Programs, rows of a program, elements of a row, and warps of a program."""
+    # Whole rows, because a row's mean square is needed before its elements can be written.
     block = triton.next_power_of_2(columns)
-    warps = min(max(block // 512, 1), 16)
-    return block, warps
+    # Heads are short: a program for each would be more launch than work.
+    rows_at_once = max(ELEMENTS // block, 1)
+    warps = min(max(rows_at_once * block // 512, 1), 16)
+    return triton.cdiv(rows, rows_at_once), rows_at_once, block, warps
 
 
-@triton.jit
+# Not specialised: numbers of rows that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["row_count"])
 def _rms_norm_kernel(
-    x, weight, y, inverse_rms, residual, x_stride, columns, epsilon,
+    x, weight, y, inverse_rms, residual, x_stride, row_count, columns, epsilon,
     COPY_INPUT: tl.constexpr, ADD_RESIDUAL: tl.constexpr, ROUNDS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Offsets may be too large for 32 bits.
-    row = tl.program_id(0).to(tl.int64)
-    first = row * columns
-    column = tl.arange(0, BLOCK)
-    mask = column < columns
-    values = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    rows, column, mask = _load_rows(row_count, columns, ROWS, BLOCK)
+    offsets = rows[:, None] * columns + column
+    values = tl.load(x + rows[:, None] * x_stride + column, mask=mask, other=0.0)
     if COPY_INPUT:
-        tl.store(residual + first + column, values, mask=mask)
+        tl.store(residual + offsets, values, mask=mask)
     x_float32 = values.to(tl.float32)
-    mean_square = tl.sum(x_float32 * x_float32, 0) / columns
+    mean_square = tl.sum(x_float32 * x_float32, 1) / columns
     scale = 1 / tl.sqrt(mean_square + epsilon)
-    normalized = x_float32 * scale
+    normalized = x_float32 * scale[:, None]
     # As the base's own code in transformers does.
     if not ROUNDS_LAST:
         normalized = normalized.to(y.dtype.element_ty).to(tl.float32)
-    result = normalized * load_float32(weight, column, mask)
+    result = normalized * load_float32(weight, column, column < columns)
     if ADD_RESIDUAL:
         # Rounded first, as in transformers, where the sum is an operation of its own.
         result = result.to(y.dtype.element_ty).to(tl.float32)
-        result += load_float32(residual + first, column, mask)
+        result += load_float32(residual, offsets, mask)
     store_rounded(
-        y + first,
-        column,
+        y,
+        offsets,
         result,
         mask,
     )
-    tl.store(inverse_rms + row, scale)
+    tl.store(inverse_rms + rows, scale, mask=rows < row_count)
 
 
 @triton.jit
+def _load_rows(row_count, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows [ROWS] and columns [1, BLOCK], and which of their elements exist."""
+    # Offsets may be too large for 32 bits.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    return rows, column, (rows < row_count)[:, None] & (column < columns)
+
+
+@triton.jit(do_not_specialize=["row_count"])
 def _rms_norm_backward_kernel(
-    grad_output, x, weight, inverse_rms, grad_residual, grad_x, x_stride, grad_x_stride, columns,
-    ADD_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    grad_output, x, weight, inverse_rms, grad_residual, grad_x, x_stride, grad_x_stride, row_count,
+    columns,
+    ADD_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    first = row * columns
-    column = tl.arange(0, BLOCK)
-    mask = column < columns
-    scale = tl.load(inverse_rms + row)
-    normalized = load_float32(x + row * x_stride, column, mask) * scale
-    grad_normalized = load_float32(grad_output + first, column, mask)
-    grad_normalized *= load_float32(weight, column, mask)
+    rows, column, mask = _load_rows(row_count, columns, ROWS, BLOCK)
+    offsets = rows[:, None] * columns + column
+    scale = load_float32(inverse_rms, rows, rows < row_count)[:, None]
+    normalized = load_float32(x, rows[:, None] * x_stride + column, mask) * scale
+    grad_normalized = load_float32(grad_output, offsets, mask)
+    grad_normalized *= load_float32(weight, column, column < columns)
     # A longer or shorter row has the same norm: the gradient has no component along the row.
-    projection = tl.sum(grad_normalized * normalized, 0) / columns
+    projection = tl.sum(grad_normalized * normalized, 1)[:, None] / columns
     result = (grad_normalized - normalized * projection) * scale
     if ADD_RESIDUAL:
-        result += load_float32(grad_residual + first, column, mask)
+        result += load_float32(grad_residual, offsets, mask)
     store_rounded(
-        grad_x + row * grad_x_stride,
-        column,
+        grad_x,
+        rows[:, None] * grad_x_stride + column,
         result,
         mask,
     )

@@ -13,9 +13,12 @@ from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
         ("llama", True),
         pytest.param("llama", False, marks=pytest.mark.slow),
         *(
-            pytest.param(other, saves, marks=pytest.mark.slow)
+            pytest.param(other, True, marks=pytest.mark.slow)
             for other in list(ARCHITECTURES)[1:]
-            for saves in (False, True)
+        ),
+        *(
+            pytest.param(other, False, marks=[pytest.mark.slow, pytest.mark.matrix])
+            for other in list(ARCHITECTURES)[1:]
         ),
     ],
 )

@@ -8,7 +8,20 @@ import pytest
 from support.banks import load_bank
 from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
 
-RECORDER = "finetune.engine.packed.gpu.recorded_pass.PassRecorder"
+RECORDED = "finetune.engine.packed.gpu.recorded_pass"
+RECORDER = f"{RECORDED}.PassRecorder"
+
+
+def bases(*slow: str) -> Any:
+    """One base in the fast tests, some in the slow ones, all others with the large tables."""
+    cases = ["llama"]
+    for name in ARCHITECTURES:
+        if name not in ("llama", "phi3"):
+            mark = pytest.mark.slow if name in slow else pytest.mark.matrix
+            cases.append(pytest.param(name, marks=[pytest.mark.slow, mark]))
+    return pytest.mark.parametrize("architecture", cases)
+
+
 Figures = tuple[list[float], list[Any]]
 
 
@@ -59,17 +72,7 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "llama",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ARCHITECTURES
-            if name not in ("llama", "phi3")
-        ),
-    ],
-)
+@bases("qwen3_5_text", "gemma4_text")
 def test_padding_changes_no_loss_and_no_gradient(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -85,6 +88,50 @@ def test_padding_changes_no_loss_and_no_gradient(
     for padded, gradient in zip(padded_gradients, gradients, strict=True):
         assert float(gradient.norm()) > 0
         assert float((padded - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def repeating_place() -> Any:
+    """Where there is no GPU: what is recorded is launched again."""
+    from finetune.engine.packed.gpu.recorded_pass import RecordingPlace
+
+    class RepeatingPlace(RecordingPlace):
+        def __init__(self) -> None:
+            self._buffers = []
+
+        def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+            launch()
+            return launch
+
+    return RepeatingPlace()
+
+
+@bases("qwen3_5_text")
+def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
+    architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=False)
+    cases = [
+        (slots, LENGTHS),
+        (slots[::-1], [[9, 2], [3], [7, 7, 7]]),
+        (slots[:2], [[30, 10], [20]]),
+    ]
+    expected = [train(some, lengths, 5) for some, lengths in cases]
+    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
+    monkeypatch.setattr(f"{RECORDED}._is_free", lambda memory: True)
+    monkeypatch.setattr(f"{RECORDED}.RecordingPlace", repeating_place)
+    recorder = slots[0].bank.backend._recorder
+
+    train(slots, LENGTHS, 5)
+    results = [train(some, lengths, 5) for some, lengths in cases]
+
+    assert len(recorder._recorded) == 1
+    for (losses, gradients), (known_losses, known) in zip(
+        results, expected, strict=True
+    ):
+        assert losses == pytest.approx(known_losses, rel=1e-6)
+        for one, other in zip(gradients, known, strict=True):
+            assert float((one - other).norm() / other.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 2047, 2049, 30_000])
@@ -172,18 +219,18 @@ def test_what_cannot_be_recorded_is_launched_and_said_once(
 ) -> None:
     import torch
 
-    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.gpu.blocks import DecoderBlocks
 
     folder = random_base("llama", tiny_base, tmp_path / "base")
     slots = make_slots(tiny, folder, dropout=0.0, saves=False)
     expected = train(slots, LENGTHS)
-    forward = Decoder.forward_blocks
+    forward = DecoderBlocks.forward
 
-    def waiting(self: Decoder, x: Any, *arguments: Any) -> Any:
+    def waiting(self: DecoderBlocks, x: Any, *arguments: Any) -> Any:
         x.sum().item()  # the host waits for the GPU: cannot be recorded
         return forward(self, x, *arguments)
 
-    monkeypatch.setattr(Decoder, "forward_blocks", waiting)
+    monkeypatch.setattr(DecoderBlocks, "forward", waiting)
     for _ in range(3):
         losses, gradients = train(slots, LENGTHS)
         assert losses == expected[0]

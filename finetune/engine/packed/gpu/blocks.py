@@ -1,0 +1,176 @@
+"""The blocks of a GPU's decoder, one after another, forward and backward.
+
+With gradient checkpointing (Chen et al., 2016) a block keeps only its input and is computed again
+for its backward pass, except for its last product, which no gradient needs. The last blocks keep
+all activations (`stored_blocks`).
+
+Only operations on the GPU, none of which the host waits for: they can be recorded
+(`recorded_pass`).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune.engine.packed.gpu.block import Block, BlockActivations
+from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.per_layer_input import (
+    PerLayerEmbedding,
+    ProjectionActivations,
+)
+from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
+
+
+def stored_blocks(layers: int, slots: int) -> int:
+    """How many of the last blocks keep all activations under gradient checkpointing.
+
+    The very last one does, because its backward pass comes at once. With several slots, which
+    need room for as many batches anyway, an eighth of the blocks do.
+
+    Args:
+        layers: Blocks of the decoder.
+        slots: Slots that train together.
+
+    Returns:
+        A number of blocks, at least 1.
+    """
+    if slots == 1:
+        return 1
+    return max(1, layers // 8)
+
+
+@dataclass
+class BlocksTrace:
+    """What the blocks' forward pass keeps for their backward pass, which consumes it."""
+
+    context: PassContext
+    blocks: list[BlockActivations | torch.Tensor]
+    """The activations of each block, or its input to recompute them from."""
+    per_layer: ProjectionActivations | None
+    """Of what computes per-layer inputs; None: no adapter stands there."""
+
+
+class DecoderBlocks:
+    """All blocks of a decoder, on the base's own weights."""
+
+    def __init__(
+        self,
+        model: Any,
+        prefix: str,
+        table_rows: dict[str, int],
+        config: Any,
+        block: DecoderBlock,
+        gradient_checkpointing: bool,
+    ) -> None:
+        """Read the blocks.
+
+        Args:
+            model: Transformers' decoder.
+            prefix: Its name in the base.
+            table_rows: Each linear layer's row in the slots' tables, by full name.
+            config: The base's text config.
+            block: What the blocks are made of.
+            gradient_checkpointing: Recompute activations in the backward pass.
+        """
+        self._gradient_checkpointing = gradient_checkpointing
+        self._position_kinds = block.position_kinds
+        self._rotary = model.rotary_emb
+        self._per_layer: PerLayerEmbedding | None = None
+        if has_per_layer_inputs(config, block):
+            self._per_layer = PerLayerEmbedding(model, prefix, table_rows, block)
+        layer_types: list[str | None] = [None] * len(model.layers)
+        if block.rotary_by_layer_type:
+            layer_types = list(config.layer_types)
+        self._layer_types = sorted(set(layer_types), key=str)
+        self._blocks: list[Block] = []
+        for number, module in enumerate(model.layers):
+            name = f"{prefix}.layers.{number}"
+            layer_type = layer_types[number]
+            self._blocks.append(
+                Block(module, name, table_rows, config, block, layer_type)
+            )
+
+    def forward(
+        self, x: torch.Tensor, context: PassContext, trains: bool
+    ) -> tuple[torch.Tensor, BlocksTrace]:
+        """Compute all blocks.
+
+        Args:
+            x: The embeddings [tokens, hidden_size].
+            context: The pass, without what is computed here.
+            trains: Whether a backward pass follows.
+
+        Returns:
+            The last block's output [tokens, hidden_size], and the trace for `backward`.
+        """
+        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
+        context = dataclasses.replace(context, angles=angles, shared_heads={})
+        per_layer = None
+        if self._per_layer is not None:
+            inputs, per_layer = self._per_layer.forward(x, context)
+            context = dataclasses.replace(context, per_layer_inputs=inputs)
+        layers = len(self._blocks)
+        recomputed = 0
+        if self._gradient_checkpointing:
+            recomputed = layers - stored_blocks(layers, context.slots)
+        stored: list[BlockActivations | torch.Tensor] = []
+        for number, block in enumerate(self._blocks):
+            output, activations = block.forward(x, context)
+            assert output is not None
+            x = output
+            if trains and number < recomputed:
+                stored.append(activations.block_input)
+            elif trains:
+                stored.append(activations)
+            # Or they would outlive the next block's forward pass.
+            del activations, output
+        return x, BlocksTrace(context, stored, per_layer)
+
+    def _angles(
+        self, x: torch.Tensor, context: PassContext, layer_type: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding [tokens, rotary_dim] of a type of layer."""
+        positions = context.position_ids[None]
+        if self._position_kinds > 1:
+            positions = positions.expand(self._position_kinds, -1, -1)
+        # Transformers' module reads no more of x than its dtype and device.
+        if layer_type is None:
+            cos, sin = self._rotary(x[None], positions)
+        else:
+            cos, sin = self._rotary(x[None], positions, layer_type)
+        # Contiguous, because the kernels compute addresses from the sizes alone.
+        return cos[0].contiguous(), sin[0].contiguous()
+
+    def backward(self, trace: BlocksTrace, grad: torch.Tensor) -> None:
+        """Compute the gradients of the adapters, which go into the slots.
+
+        Args:
+            trace: From `forward`.
+            grad: Gradient of its output [tokens, hidden_size]; overwritten.
+        """
+        # As in `stored_blocks`: several slots need room for as many batches anyway.
+        cache_weights = trace.context.slots > 1
+        for block in reversed(self._blocks):
+            # Taken out of the trace, so that the activations are freed block by block.
+            stored = trace.blocks.pop()
+            weight_cache: dict[str, torch.Tensor] | None = None
+            if cache_weights:
+                weight_cache = {}
+            context = dataclasses.replace(trace.context, weight_cache=weight_cache)
+            if isinstance(stored, torch.Tensor):
+                _, stored = block.forward(stored, context, recompute=True)
+            is_first = not trace.blocks
+            grad_x = block.backward(
+                grad,
+                stored,
+                context,
+                need_input_grad=not is_first,
+            )
+            if grad_x is not None:
+                grad = grad_x
+        if self._per_layer is not None and trace.per_layer is not None:
+            gradients = trace.context.per_layer_inputs
+            assert gradients is not None
+            self._per_layer.backward(gradients, trace.per_layer, trace.context)

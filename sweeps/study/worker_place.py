@@ -1,0 +1,56 @@
+"""The places of a session's workers: at most one worker holds each, with its GPU.
+
+When one worker is killed, launchers report that at once, while the other workers may live on: those
+of submitit and Ray do. The session then starts all its workers again. A new worker waits until its
+place is free: that of the killed worker is, those of the others are not before they have ended. So
+each worker that lives keeps its base, and no two load one into the same GPU.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.files.lock import file_lock
+from sweeps.study.session import Session
+
+POLL_SECONDS = 1.0
+"""Seconds between two attempts to take a place."""
+
+
+@contextlib.contextmanager
+def worker_place(session: Session, index: int) -> Iterator[None]:
+    """Hold the place of a worker; wait while a worker of an earlier start holds it.
+
+    Args:
+        session: the session.
+        index: the worker's number in the session, from 0.
+    """
+    path = _lock_path(session, index)
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(file_lock(path, wait=False))
+                break
+            except BlockingIOError:
+                time.sleep(POLL_SECONDS)
+        yield
+
+
+def has_begun(session: Session) -> bool:
+    """Whether a worker of the session has begun, on a machine that shares its folder."""
+    return any(session.folder.glob(f"{session.file_prefix('worker')}-*.lock"))
+
+
+def remove_free_places(session: Session) -> None:
+    """Remove the lock files of this machine's workers that have ended, of killed sessions too."""
+    for path in session.folder.glob(f".worker-{socket.gethostname()}-*.lock"):
+        # Under the lock, as a file that another worker has just opened is not the same later.
+        with contextlib.suppress(BlockingIOError), file_lock(path, wait=False):
+            path.unlink(missing_ok=True)
+
+
+def _lock_path(session: Session, index: int) -> Path:
+    """Return the lock file of a place: of this session, as others may use other GPUs."""
+    return session.folder / f"{session.file_prefix('worker')}-{index}.lock"

@@ -1,0 +1,137 @@
+"""Who may write to a journal on a network file system."""
+
+import gc
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.studies import made_study
+
+from finetune.errors import ConfigError
+from sweeps.study import one_host
+from sweeps.study.one_host import Hold, file_system_type
+from sweeps.study.storage import hold_database_file
+
+OTHER_HOST = {"host": "node7", "kernel": "another"}
+
+
+@pytest.fixture
+def network_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything lies on NFS, whose records are renewed ten times a second."""
+    monkeypatch.setattr(one_host, "file_system_type", lambda path: "nfs4")
+    monkeypatch.setattr(one_host, "RENEW_SECONDS", 0.1)
+
+
+class OtherHost:
+    """Renews its record as a session there does."""
+
+    def __init__(self, file: Path) -> None:
+        self._record = file.with_name(file.name + ".host")
+        one_host.write_json(self._record, OTHER_HOST)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._renew)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._is_over.wait(0.05):
+            self._record.touch()
+
+    def end(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(
+    tmp_path: Path,
+) -> None:
+    shown = subprocess.run(
+        ["stat", "-f", "-c", "%T", "/proc"], capture_output=True, text=True
+    )
+    assert file_system_type(Path("/proc/self/status")) == shown.stdout.strip() == "proc"
+    assert file_system_type(tmp_path / "not there yet") not in ("", "proc")
+
+
+def test_a_second_host_is_refused_while_the_first_one_writes(
+    network_file_system: None, tmp_path: Path
+) -> None:
+    study = made_study(tmp_path / "s", [])
+    journal = tmp_path / "s/study.journal"
+    other = OtherHost(journal)
+    try:
+        with pytest.raises(ConfigError) as refused:
+            _write(tmp_path / "s")
+    finally:
+        other.end()
+    line = str(refused.value)
+    assert line.startswith(f"hydra.sweeper.storage=null: {journal} is on a network")
+    assert "(nfs4), and node7 writes to it" in line
+    assert "postgresql://" in line
+    assert "\n" not in line
+    # It may still be read, as by `python -m sweeps show`.
+    assert study.trials() == []
+
+
+def _write(folder: Path) -> None:
+    from sweeps.study.study import Study
+
+    Study(folder, folder.name, None).optuna.set_user_attr("x", 1)
+
+
+def test_a_host_that_has_ended_is_followed_by_another(
+    network_file_system: None, tmp_path: Path
+) -> None:
+    made_study(tmp_path / "s", [])
+    other = OtherHost(tmp_path / "s/study.journal")
+    other.end()
+
+    _write(tmp_path / "s")
+
+    record = one_host.read_json(tmp_path / "s/study.journal.host")
+    assert record == one_host.this_host()
+
+
+def test_a_host_that_slept_while_another_took_over_writes_no_more(
+    network_file_system: None, tmp_path: Path
+) -> None:
+    hold = Hold(tmp_path / "study.journal")
+    hold.require()
+    one_host.write_json(tmp_path / "study.journal.host", OTHER_HOST)
+    time.sleep(0.4)
+    with pytest.raises(ConfigError, match="another host writes to it"):
+        hold.require()
+
+
+def test_processes_of_one_host_write_together_and_leave_no_thread(
+    network_file_system: None, tmp_path: Path
+) -> None:
+    before = threading.active_count()
+    holds = [Hold(tmp_path / "study.journal") for _ in range(2)]
+    assert threading.active_count() == before + 2
+    for hold in holds:
+        hold.require()
+    del hold, holds
+    gc.collect()
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_a_local_file_has_no_record(tmp_path: Path) -> None:
+    made_study(tmp_path / "s", [])
+    assert not (tmp_path / "s/study.journal.host").exists()
+
+
+def test_an_sqlite_file_is_held_too(network_file_system: None, tmp_path: Path) -> None:
+    assert hold_database_file("postgresql://me@host/db") is None
+    assert hold_database_file(None) is None
+    address = f"sqlite:///{tmp_path}/studies.db"
+    other = OtherHost(tmp_path / "studies.db")
+    try:
+        with pytest.raises(ConfigError, match=f"hydra.sweeper.storage={address}: "):
+            hold_database_file(address)
+    finally:
+        other.end()
+    assert hold_database_file(address) is not None

@@ -1,0 +1,108 @@
+"""Each worker sees GPUs of its own, through every launcher."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import run_cli
+from support.configs import study_overrides
+from support.studies import settings_of, sweeper_config
+
+from finetune.errors import ConfigError
+from sweeps.study.launchers import _with_worker_launcher
+from sweeps.study.launching import worker_count
+
+FOUR_GPUS = """
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+class Counted(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch.cuda":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            import os
+            module.device_count = lambda: len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")) if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else 0
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Counted())
+"""
+"""A `sitecustomize` that lets PyTorch count GPUs by the environment; it still trains on the CPU."""
+
+
+@pytest.fixture
+def with_four_gpus(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with four GPUs, of which this process is to use two to five."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(FOUR_GPUS)
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "2,3,4,5"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slots", "joblib", "submitit_local", "ray"])
+def test_two_workers_with_two_gpus_each_see_different_ones(
+    launcher: str, with_four_gpus: dict[str, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    more = [
+        f"hydra/launcher={launcher}",
+        "hydra.sweeper.gpus_per_worker=2",
+        "hydra.sweeper.n_trials=4",
+    ]
+    if launcher == "ray":
+        # There are no such GPUs, which Ray looks for by itself.
+        more += [
+            "+hydra.launcher.ray.init.num_gpus=4",
+            "+hydra.launcher.ray.init.include_dashboard=false",
+        ]
+    ended = run_cli(
+        *study_overrides(tiny_base, "s"), *more, cwd=tmp_path, **with_four_gpus
+    )
+    assert ended.returncode == 0, ended.stderr
+    logs = [ended.stderr, ended.stdout]
+    logs += [path.read_text() for path in tmp_path.rglob("*log.err")]
+    logs += [path.read_text() for path in tmp_path.rglob("*.log")]
+    shown = set(re.findall(r"worker (\d): GPU ([\d,]+)", "\n".join(logs)))
+    # Ray names a worker's GPUs in any order.
+    groups = {tuple(sorted(gpus.split(","))) for _, gpus in shown}
+    assert groups == {("2", "3"), ("4", "5")}
+    assert {worker for worker, _ in shown} == {"0", "1"}
+
+
+def test_as_many_workers_as_have_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert worker_count(settings_of()) == 5
+    two = "hydra.sweeper.gpus_per_worker=2"
+    assert worker_count(settings_of(two)) == 2
+    assert worker_count(settings_of(two, "hydra.sweeper.n_jobs=3")) == 3
+    with pytest.raises(ConfigError) as refused:
+        worker_count(settings_of("hydra.sweeper.gpus_per_worker=8"))
+    line = "hydra.sweeper.gpus_per_worker=8: 5 GPUs are visible here"
+    assert str(refused.value) == line
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert worker_count(settings_of(two)) == 1
+    with pytest.raises(ConfigError, match="gpus_per_worker=0: must be at least 1"):
+        settings_of("hydra.sweeper.gpus_per_worker=0")
+
+
+def test_the_launcher_of_a_cluster_asks_for_each_workers_gpus() -> None:
+    config = sweeper_config(
+        "hydra/launcher=ray_cluster", "hydra.sweeper.gpus_per_worker=4"
+    )
+    ray = config.hydra.launcher.ray
+    assert ray.remote == {"num_cpus": 1, "num_gpus": 4}
+    assert ray.init.address == os.environ.get("RAY_ADDRESS", "auto")
+    plain = sweeper_config("hydra/launcher=ray_cluster", "hydra/sweeper=basic")
+    assert plain.hydra.launcher.ray.remote.num_gpus == 1
+    # The launcher stays what the user chose.
+    assert (
+        _with_worker_launcher(config, 2, True).hydra.launcher == config.hydra.launcher
+    )

@@ -1,0 +1,59 @@
+"""The places of a session's workers, one for each GPU: a new worker waits for the one before."""
+
+import contextlib
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sweeps.study import worker_place as module
+from sweeps.study.session import Session
+from sweeps.study.sweeper_process import SweeperProcess
+from sweeps.study.worker_place import has_begun, remove_free_places, worker_place
+
+
+def session_of(folder: Path, pid: int = 1) -> Any:
+    session = SimpleNamespace(folder=folder, sweeper=SweeperProcess(pid=pid))
+    session.file_prefix = lambda purpose: Session.file_prefix(session, purpose)  # type: ignore[arg-type]
+    return session
+
+
+def test_a_worker_waits_for_its_own_place_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    session = session_of(tmp_path)
+    began, went_on = threading.Event(), threading.Event()
+
+    def replace() -> None:
+        began.set()
+        with worker_place(session, 0):
+            went_on.set()
+
+    thread = threading.Thread(target=replace)
+    with worker_place(session, 0):
+        with worker_place(session, 1), worker_place(session_of(tmp_path, 2), 0):
+            pass  # another worker's, and another session's
+        thread.start()
+        assert began.wait(10)
+        assert not went_on.wait(0.2)
+    assert went_on.wait(10)
+    thread.join()
+
+
+def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
+    session, killed = session_of(tmp_path), session_of(tmp_path, 2)
+    assert not has_begun(session)
+    for ended in (session, killed):
+        with worker_place(ended, 1):
+            pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(worker_place(session, 0))
+        assert has_begun(session)
+        remove_free_places(session)
+        (left,) = tmp_path.iterdir()
+        assert left.name.endswith("-1-0.lock")
+    remove_free_places(session)
+    assert not list(tmp_path.iterdir())
