@@ -402,10 +402,10 @@ sys.meta_path.insert(0, InterruptingFinder())
 import finetune
 words = sys.argv[2:]
 try:
-    finetune.train(*words)
+    finetune.train(*words, "hydra.run.dir=interrupted", "trainer.max_steps=1000")
 except KeyboardInterrupt:
     print("interrupted")
-print(finetune.train(*words).status)
+print(finetune.train(*words, "hydra.run.dir=next", "trainer.max_steps=1").status)
 """
 
 
@@ -416,9 +416,8 @@ print(finetune.train(*words).status)
 def test_ctrl_c_in_an_import_leaves_a_process_in_which_the_next_call_works(
     module: str, overrides: list[str], tmp_path: Path
 ) -> None:
-    words = [*overrides, "trainer.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
     ended = subprocess.run(
-        [sys.executable, "-c", CTRL_C_IN_AN_IMPORT, module, *words],
+        [sys.executable, "-c", CTRL_C_IN_AN_IMPORT, module, *overrides],
         capture_output=True,
         text=True,
         cwd=tmp_path,
