@@ -5,13 +5,14 @@ From Python:
     run = finetune.train("model=llama2_7b", "lora=r64")
     run = finetune.load("latest")
 
-Both return a `Run`. A mistake in the input raises `ConfigError`, Ctrl-C raises `Interrupted`.
+Both return a `Run`. A mistake in the input raises `ConfigError`, Ctrl-C `KeyboardInterrupt`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError, Interrupted
+from finetune.safe_imports import interrupts_wait_for_imports
 from finetune.version import __version__
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if not TYPE_CHECKING:
         """Import what loads Hydra when it is first used: importing the package stays fast."""
         if name not in __all__:
             raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-        return getattr(importlib.import_module("finetune.api"), name)
+        with interrupts_wait_for_imports():
+            return getattr(importlib.import_module("finetune.api"), name)
 
     def __dir__() -> list[str]:
         """List the names that are imported at their first use too, for Tab."""

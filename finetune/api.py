@@ -20,6 +20,7 @@ from finetune.evaluate import LOGGERS as EVALUATE_LOGGERS
 from finetune.evaluate import EvaluationResult, compare
 from finetune.files.atomic import read_json
 from finetune.files.find_run import LATEST, find_run
+from finetune.files.output_paths import new_folder
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.generate import LOGGERS as GENERATE_LOGGERS
 from finetune.generate import answer_prompts
@@ -29,12 +30,13 @@ from finetune.generation_arguments import (
     require_text,
 )
 from finetune.in_process import in_process
-from finetune.merge import DTYPES, MergedModel, merge_run, require_new_folder
-from finetune.merge import LOGGERS as MERGE_LOGGERS
 from finetune.run.job import run_job
 from finetune.run.load import read_run_config
+from finetune.run.merging import LOGGERS as MERGE_LOGGERS
+from finetune.run.merging import MergedModel, merge_run
 from finetune.run.result import Objective
 from finetune.run.run import resume
+from finetune.run_arguments import DTYPES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +55,8 @@ def train(*overrides: str) -> "Run":
 
     Raises:
         ConfigError: a value is not allowed; the message is the command's line.
-        Interrupted: Ctrl-C during training; the message says how the run is resumed.
+        KeyboardInterrupt: Ctrl-C; in training after the present step, and the message says how
+            the run is resumed.
     """
     require_overrides(overrides)
     with in_process():
@@ -221,12 +224,12 @@ class Run:
         Raises:
             ConfigError: the folder holds something, or the run can't be merged.
         """
-        require_new_folder("path", path)
+        folder = new_folder("path", path)
         if dtype not in DTYPES:
             raise refusal("dtype", dtype, did_you_mean(dtype, DTYPES))
         with in_process():
             log_to_stderr(*MERGE_LOGGERS)
-            return merge_run(self.path, Path(path), dtype)
+            return merge_run(self.path, folder, dtype)
 
     @property
     def _folder(self) -> RunFolder:

@@ -11,6 +11,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -45,6 +46,16 @@ def import_transformers_without_torch() -> None:
         importlib.import_module("transformers")
     finally:
         del sys.modules["torch"]
+
+
+def accept_negative_numbers(parser: argparse.ArgumentParser) -> None:
+    """Let all negative numbers be values of flags: `--min-gain -1e-3` and `-inf` too.
+
+    Reason: argparse takes those with an exponent for flags (CPython 3.11, `argparse.py`).
+    Upstream: none.
+    """
+    numbers = r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|-inf|-nan"
+    parser._negative_number_matcher = re.compile(rf"(?i)^({numbers})$")
 
 
 @contextlib.contextmanager

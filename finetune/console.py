@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from finetune.compat import accept_negative_numbers
 from finetune.config.keys import unknown_key
 from finetune.errors import (
     ConfigError,
@@ -174,6 +175,10 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
 class CommandParser(argparse.ArgumentParser):
     """A parser that leaves the printing of errors and the exit code to `run_command`."""
 
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        accept_negative_numbers(self)
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print the usage and exit with code 2."""
         choice = _INVALID_CHOICE.fullmatch(message)
@@ -181,7 +186,11 @@ class CommandParser(argparse.ArgumentParser):
             raise _choice_refusal(choice["name"], choice["value"], choice["choices"])
         number = _INVALID_NUMBER.fullmatch(message)
         if number:
-            raise refusal(number["name"], number["value"], "must be a whole number")
+            kind = "whole number" if number["type"] == "int" else "number"
+            raise refusal(number["name"], number["value"], f"must be a {kind}")
+        refused = _REFUSED_VALUE.fullmatch(message)
+        if refused:
+            raise refusal(refused["name"], refused["value"], refused["allowed"])
         flag = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         flags = re.findall(r"--[a-z][a-z-]*", self.format_usage())
         nearest = difflib.get_close_matches(flag[1], [*flags, "--help"]) if flag else []
@@ -195,8 +204,13 @@ _INVALID_CHOICE = re.compile(
 """argparse's message about a word that is not among the allowed ones."""
 
 _INVALID_NUMBER = re.compile(
-    r"argument (?P<name>\S+): invalid int value: '(?P<value>.*)'"
+    r"argument (?P<name>\S+): invalid (?P<type>int|float) value: '(?P<value>.*)'"
 )
+
+_REFUSED_VALUE = re.compile(
+    r"argument (?P<name>\S+): (?P<value>.*): (?P<allowed>must be .*)"
+)
+"""The message where a function that reads a value raises ArgumentTypeError."""
 
 
 def _choice_refusal(name: str, value: str, choices: str) -> ConfigError:
@@ -246,10 +260,14 @@ def overrides_parser(module: str, description: str, *examples: str) -> CommandPa
         metavar="OVERRIDE",
         help="as python -m finetune accepts them",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of text"
-    )
+    add_json_argument(parser)
     return parser
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--json`."""
+    text = "print JSON for programs (docs/json.md)"
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 _ignored: list[tuple[Any, ...]] = []

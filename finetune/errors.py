@@ -17,7 +17,10 @@ class Diverged(NoAnswer):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has stopped cleanly."""
+    """A run or a study has stopped cleanly before its end; the same command goes on."""
+
+    by_user = True
+    """Whether it was asked to (Ctrl-C, SIGTERM). Calls from Python then raise KeyboardInterrupt."""
 
 
 def refusal(key: str, value: object, allowed: str) -> ConfigError:

@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from finetune.compat import import_model_libraries
 from finetune.config.data_folder import ANY_FILE
-from finetune.console import (
-    command_parser,
-    json_output,
-    log_to_stderr,
-    run_command,
-)
+from finetune.console import json_output, log_to_stderr, run_command
 from finetune.data.rows import load_all_rows
 from finetune.errors import refusal
 from finetune.files.atomic import write_text
-from finetune.files.find_run import RUN_HELP, find_run
+from finetune.files.find_run import find_run
+from finetune.files.output_paths import output_file
 from finetune.metrics.classification import confusion_lines
 from finetune.metrics.load import load_metrics
 from finetune.metrics.names import metric_notes
 from finetune.run.load import load_run, read_run_config
+from finetune.run_arguments import run_parser
 
 if TYPE_CHECKING:
     from finetune.run.evaluate_rows import EvaluatedRows
@@ -137,19 +134,13 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = "Evaluate the adapter of a run and its base on other data."
-    parser = command_parser(
-        "finetune.evaluate", description, "latest --data test.jsonl"
-    )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser = run_parser("finetune.evaluate", description, "latest --data test.jsonl")
     parser.add_argument(
         "--data",
         metavar="DATA",
         required=True,
         help=f"a {ANY_FILE}, its URL, a hub id, or a folder: its test files, or all its files if "
         "none is named test",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of a table"
     )
     parser.add_argument(
         "--answers",
@@ -177,6 +168,9 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     if answers_file is not None and not answers_rows:
         reason = "the run has no evaluation.metrics of its rows' answers"
         raise refusal("--answers", answers_file, reason)
+    answers_path = None
+    if answers_file is not None:
+        answers_path = output_file("--answers", answers_file)
     settings = config.dataset.of_other(data)
     rows = load_all_rows("--data", settings)
 
@@ -192,9 +186,9 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     log.info("evaluating the adapter")
     adapter = evaluate(run.with_adapter())
     comparison = Comparison(data, len(base.evaluation.row_tokens), base, adapter)
-    if answers_file is not None:
+    if answers_path is not None:
         lines = map(json.dumps, comparison.answer_lines())
-        write_text(Path(answers_file), "".join(f"{line}\n" for line in lines))
+        write_text(answers_path, "".join(f"{line}\n" for line in lines))
     return comparison
 
 

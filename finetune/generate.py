@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
-from finetune.console import command_parser, json_output, log_to_stderr, run_command
+from finetune.console import json_output, log_to_stderr, run_command
 from finetune.data.encoding import Encoder
 from finetune.data.prompt_file import STANDARD_INPUT, read_prompts
 from finetune.data.types import Prompt
@@ -20,7 +20,7 @@ from finetune.engine.encoded_prompts import Sampling
 from finetune.engine.generation import generate_answers
 from finetune.engine.text_stream import TextStream
 from finetune.errors import ConfigError
-from finetune.files.find_run import RUN_HELP, find_run
+from finetune.files.find_run import find_run
 from finetune.generation_arguments import (
     check_sampling,
     require_positive,
@@ -28,6 +28,7 @@ from finetune.generation_arguments import (
 )
 from finetune.run.chat import Chat, chat_on_terminal
 from finetune.run.load import TrainedRun, load_run
+from finetune.run_arguments import run_parser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,14 +78,13 @@ def _print_piece(text: str) -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(
+    parser = run_parser(
         "finetune.generate",
         "Generate text with the adapter of a run.",
         'latest --prompt "What does math.gcd do in Python?"',
         "latest --chat --temperature 0.7",
         "latest --prompts questions.jsonl --json",
     )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt",
@@ -122,9 +122,6 @@ def _parse_arguments() -> argparse.Namespace:
     _add_sampling(parser)
     parser.add_argument(
         "--base", action="store_true", help="answer without the adapter"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print prompts and answers as JSON"
     )
     arguments = parser.parse_args()
     require_positive("--max-new-tokens", arguments.max_new_tokens)

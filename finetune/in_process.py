@@ -24,9 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.compat import hidden_log_handlers
 from finetune.console import error_line, ignore_warnings, restored_warnings
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, Interrupted
 from finetune.model.memory import free_memory, unfreeze_libraries
 from finetune.run.resources import shared_resources
+from finetune.safe_imports import interrupts_wait_for_imports
 
 PACKAGES = ("finetune", "hydra", "hydra_plugins", "sweeps")
 """Packages whose log levels commands set."""
@@ -46,6 +47,7 @@ def in_process() -> Iterator[None]:
     Raises:
         ConfigError: what Hydra or OmegaConf refuse, with the line that the command prints; or
             another call runs, in another thread or around this one.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, also where the block stops cleanly after it.
     """
     if not _CALLS.acquire(blocking=False):
         raise ConfigError(
@@ -59,6 +61,7 @@ def in_process() -> Iterator[None]:
             restored_warnings,
             _restored_environment,
             _restored_random_numbers,
+            interrupts_wait_for_imports,
         ):
             stack.enter_context(restored())
         # tqdm's remark in a notebook without ipywidgets; bars are shown on terminals only.
@@ -69,6 +72,9 @@ def in_process() -> Iterator[None]:
             _clear_frames(error)
             if isinstance(error, HydraException | OmegaConfBaseException):
                 raise ConfigError(error_line(error)) from error
+            # Python's: `except Exception` around a call must not swallow the user's Ctrl-C.
+            if isinstance(error, Interrupted) and error.by_user:
+                raise KeyboardInterrupt(error_line(error)) from None
             raise
         finally:
             _release_memory()

@@ -70,8 +70,10 @@ def _run(settings: NotifySettings, variables: dict[str, str]) -> str | None:
         problem = None
         try:
             code = process.wait(settings.timeout)
-            if code:
+            if code > 0:
                 problem = f"ended with exit code {code}"
+            elif code < 0:
+                problem = f"killed by {signal.Signals(-code).name}"
         except subprocess.TimeoutExpired:
             problem = f"not ended after {settings.timeout:g} s (notify.timeout)"
         finally:

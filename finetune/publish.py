@@ -6,13 +6,9 @@ and the base's licence.
 
 import argparse
 
-from finetune.console import (
-    command_parser,
-    json_output,
-    log_to_stderr,
-    run_command,
-)
-from finetune.files.find_run import RUN_HELP, find_run
+from finetune.console import json_output, log_to_stderr, run_command
+from finetune.files.find_run import find_run
+from finetune.run_arguments import run_parser
 from finetune.sharing.arguments import add_publish_arguments
 
 LOGGERS = ("finetune.sharing",)
@@ -42,16 +38,12 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(
+    parser = run_parser(
         "finetune.publish",
         "Publish the adapter of a run on the Hugging Face hub, with a model card.",
         "latest --to me/my-adapter",
     )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     add_publish_arguments(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON for programs (docs/json.md)"
-    )
     return parser.parse_args()
 
 

@@ -5,12 +5,14 @@ From Python:
     study = sweeps.search("study=s1", "n_trials=20")
     study = sweeps.load_study("s1")
 
-Both return a `Study`. A mistake in the input raises `finetune.ConfigError`, Ctrl-C raises
-`finetune.Interrupted`.
+Both return a `Study`. A mistake in the input raises `finetune.ConfigError`, Ctrl-C
+`KeyboardInterrupt`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
+
+from finetune.safe_imports import interrupts_wait_for_imports
 
 if TYPE_CHECKING:
     from sweeps.api import Study, Winner, load_study, search
@@ -23,7 +25,8 @@ if not TYPE_CHECKING:
         """Import what loads Hydra when it is first used: importing the package stays fast."""
         if name not in __all__:
             raise AttributeError(f"module 'sweeps' has no attribute {name!r}")
-        return getattr(importlib.import_module("sweeps.api"), name)
+        with interrupts_wait_for_imports():
+            return getattr(importlib.import_module("sweeps.api"), name)
 
     def __dir__() -> list[str]:
         """List the names that are imported at their first use too, for Tab."""

@@ -6,10 +6,16 @@ A study is given by its name under `outputs/sweeps`, by its folder, or as `lates
 import argparse
 from collections.abc import Callable
 
-from finetune.console import command_parser, json_output, run_command
+from finetune.console import (
+    add_json_argument,
+    command_parser,
+    json_output,
+    run_command,
+)
+from finetune.files.find_run import STUDIES
 from finetune.sharing.arguments import add_publish_arguments
 from sweeps.commands import act, inspect, points, share, watch, work
-from sweeps.study.find_study import STUDIES, STUDY_HELP
+from sweeps.study.find_study import STUDY_HELP
 
 PROGRAM = "python -m sweeps"
 
@@ -83,8 +89,7 @@ class _Commands:
             name, help=text, description=sentence, epilog=f"example: {example}"
         )
         parser.set_defaults(action=action)
-        text = "print JSON for programs (docs/json.md)"
-        parser.add_argument("--json", action="store_true", help=text)
+        add_json_argument(parser)
         return parser
 
     def add_for_study(

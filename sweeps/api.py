@@ -47,7 +47,8 @@ def search(*overrides: str) -> "Study":
     Raises:
         ConfigError: a value is not allowed; the message is the command's line.
         NoAnswer: no trial can win, or too many have failed; a ConfigError too.
-        Interrupted: Ctrl-C; the message says how the study is resumed.
+        KeyboardInterrupt: Ctrl-C; the message says how the study is resumed.
+        Interrupted: a database stays out of reach, or workers were killed again and again.
     """
     with in_process():
         folder = run_overrides(_with_sweeper(overrides), run_job, multirun=True)
@@ -170,7 +171,7 @@ class Study:
 
         Raises:
             ConfigError: there is nothing to confirm, or a number is below 1.
-            Interrupted: Ctrl-C; the same call resumes.
+            KeyboardInterrupt: Ctrl-C; the same call resumes.
         """
         require_positive("top", top)
         require_positive("seeds", seeds)

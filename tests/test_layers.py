@@ -41,7 +41,7 @@ LAYERS = (
     ("finetune.run", "finetune.sharing"),
     ("finetune.engine",),
     ("finetune.model",),
-    ("finetune.app",),
+    ("finetune.app", "finetune.run_arguments"),
     ("finetune.job_failures",),
     ("finetune.tracking",),
     ("finetune.notification",),
@@ -55,7 +55,7 @@ LAYERS = (
     ("finetune.compat",),
     ("finetune.generation_arguments", "finetune.json_safe", "finetune.quantities"),
     ("finetune.errors",),
-    ("finetune.exit_codes", "finetune.version"),
+    ("finetune.exit_codes", "finetune.safe_imports", "finetune.version"),
 )
 
 LIGHT = (

@@ -4,7 +4,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
+
+from finetune.safe_imports import send_after_import
 
 
 class Interrupt:
@@ -45,8 +48,8 @@ class Interrupt:
             signal.signal(number, handler)
         self._previous_handlers = {}
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         # Whoever asks twice does not want to wait for the current step.
-        if self.requested:
+        if self.requested and not send_after_import(number, frame):
             raise KeyboardInterrupt
         self.requested = True

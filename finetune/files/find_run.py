@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 RUNS = Path("outputs/runs")
 """Folder of all runs, relative to the working directory: the beginning of `hydra.run.dir`."""
 
+STUDIES = Path("outputs/sweeps")
+"""Folder of all studies, relative to the working directory."""
+
 LATEST = "latest"
 """Stands for the newest run, or the newest study."""
 
@@ -31,7 +34,7 @@ def find_run(key: str, name: str) -> Path:
     Raises:
         ConfigError: there is no such run.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if RunFolder(folder).identity.exists():
         return folder
     runs = _runs()
@@ -79,7 +82,11 @@ def _no_such_run(key: str, name: str, runs: list[Path]) -> ConfigError:
     addresses = [run.relative_to(RUNS).as_posix() for run in runs]
     nearest = difflib.get_close_matches(name, [*names, LATEST, *addresses], n=1)
     guess = f"did you mean {nearest[0]}? " if nearest and runs else ""
-    problem = "it has no run.json" if Path(name).is_dir() else "no such run"
+    folder = Path(name).expanduser()
+    for winner in (folder / "best", STUDIES / name / "best"):
+        if RunFolder(winner).identity.exists():
+            return refusal(key, name, f"is a study; the run of its winner is {winner}")
+    problem = "it has no run.json" if folder.is_dir() else "no such run"
     allowed = "the folder of a run that has begun, as outputs/runs/NAME/TIME"
     if runs:
         allowed = f"{allowed}, {LATEST}, {', '.join(names)}"

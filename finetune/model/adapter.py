@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.config.sections.lora import LoraSettings
+from finetune.console import summary_line
 from finetune.data.encoding import Encoder
-from finetune.errors import refusal
+from finetune.errors import ConfigError, is_out_of_memory_error, refusal
 from finetune.files.atomic import (
     name_file_in_errors,
     read_json,
     replace_folder,
     write_json,
 )
+from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from finetune.model.expert_adapters import show_expert_shapes, use_expert_adapters
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
@@ -40,8 +43,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 _SEED_LOCK = threading.RLock()
 """Held while an adapter is initialised: PEFT draws from PyTorch's global generator, which all
@@ -100,6 +101,8 @@ def without_peft_notes() -> Iterator[None]:
     """Hide PEFT's notes on settings that it makes itself, for fused experts and for GPT-2."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        # `attach_adapter` refuses such an adapter.
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         # Patterns of the user that match nothing are refused by `check_layer_patterns`.
         warnings.filterwarnings("ignore", r".*_pattern keys did not match any")
         yield
@@ -178,12 +181,53 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
 
 
 def attach_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """Put a saved adapter on its base. Some adapters change the base for good."""
+    """Put a saved adapter on its base. Some adapters change the base for good.
+
+    Raises:
+        ConfigError: The adapter is damaged, or belongs to another base: PEFT refuses it, or its
+            file has not the very weights that its settings need.
+    """
     show_expert_shapes(base)
     with without_peft_notes():
-        model = _attached(base, folder)
+        try:
+            model = _attached(base, folder)
+        # PEFT's, those of safetensors, PyTorch and Python: none has a class of its own.
+        except Exception as error:
+            if isinstance(error, ConfigError) or is_out_of_memory_error(error):
+                raise
+            reason = summary_line(error)
+            raise ConfigError(
+                f"{folder}: can't be loaded as an adapter: {reason}"
+            ) from error
+    _require_all_weights(model, folder)
     use_expert_adapters(model)
     return model
+
+
+def _require_all_weights(model: "PeftModel", folder: Path) -> None:
+    """Compare the names of an adapter's weights with those that it should have.
+
+    PEFT leaves weights that are missing at their initial values, and ignores those of layers that
+    the base does not have.
+    """
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        saved = dict.fromkeys(file.keys())
+    names = published_names_of(model.get_base_model())
+    if names is not None:
+        saved = names.of_text_model(saved)
+    state = model.state_dict()
+    needed = get_peft_model_state_dict(model, state, save_embedding_layers=False).keys()
+    missing = needed - saved.keys()
+    # PEFT also saves embeddings, under the base's names.
+    unused = saved.keys() - needed - state.keys()
+    for problem, weights in (("lacks", missing), ("has no layer for", unused)):
+        if weights:
+            shown = f"{len(weights)} weights, as {min(weights)}"
+            raise ConfigError(
+                f"{folder}: is no complete adapter of its base: {problem} {shown}"
+            )
 
 
 def _attached(base: "PreTrainedModel", folder: Path) -> "PeftModel":

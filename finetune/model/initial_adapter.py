@@ -11,7 +11,8 @@ from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
-from finetune.model.adapter import ADAPTER_CONFIG, add_adapter, load_adapter
+from finetune.model.adapter import add_adapter, load_adapter
+from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from finetune.model.base_config import read_base_config, read_published_config
 from finetune.model.loading import skeleton_of
 from finetune.model.lora_config import lora_config
@@ -20,8 +21,6 @@ from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-WEIGHTS = "adapter_model.safetensors"
 
 COMPARED = {
     "r": "lora.r",

@@ -13,6 +13,7 @@ from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.hub import HUB_TIMEOUT, ask_hub
+from finetune.model.adapter_files import ADAPTER_CONFIG
 from finetune.model.packaged import PACKAGED_MODELS
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def _snapshot(
 def _require_base(folder: Path, name: str) -> None:
     """Refuse a folder that is not a base with readable safetensors weights."""
     key = "model.name_or_path"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         remedy = "python -m finetune.merge makes a base of it"
         raise refusal(key, name, f"is a LoRA adapter, not a base; {remedy}")
     if not (folder / "config.json").is_file():

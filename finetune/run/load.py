@@ -14,6 +14,7 @@ from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.labels import Labels
+from finetune.model.adapter_files import ADAPTER_CONFIG
 from finetune.model.source import find_base
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def read_trained_config(folder: str | Path) -> RunConfig:
         ConfigError: The folder holds no run, or one without an adapter yet.
     """
     config = read_run_config(folder)
-    if not (RunFolder(folder).adapter / "adapter_config.json").is_file():
+    if not (RunFolder(folder).adapter / ADAPTER_CONFIG).is_file():
         command = f"python -m finetune resume={folder}"
         raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
     return config

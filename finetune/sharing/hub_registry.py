@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.errors import refusal
 from finetune.json_safe import json_safe
-from finetune.model.weights_digest import WEIGHTS
+from finetune.model.adapter_files import WEIGHTS
 from finetune.sharing.publication import Extra, Target, publish_run
 from finetune.sharing.upload import ask_to_write
 from finetune.tracking.registry import Lineage, Registry, Version
@@ -62,7 +62,8 @@ class HubRegistry(Registry):
             return None
         large_file = getattr(files[0], "lfs", None) if files else None
         digest = None if large_file is None else large_file.sha256
-        return Version(name, str(commit), digest, f"{api.endpoint}/{name}/tree/{alias}")
+        url = f"{api.endpoint}/{name}/tree/{alias}"
+        return Version(name, str(commit), digest, url)
 
     def register(self, adapter: Path, lineage: Lineage, alias: str) -> Version:
         extra = self._make_extra(lineage)
@@ -74,5 +75,5 @@ class HubRegistry(Registry):
         folder = adapter.parent
         publish_run(folder, self._target, extra)
         uploaded = publish_run(folder, self._target, extra, branch=alias)
-        place = f"{uploaded.url}/tree/{alias}"
-        return Version(uploaded.repository, uploaded.commit, None, place)
+        url = f"{uploaded.url}/tree/{alias}"
+        return Version(uploaded.repository, uploaded.commit, None, url)

@@ -72,10 +72,13 @@ def find_target(
     """
     config = read_run_config(folder)
     hub = config.hub
+    # An empty name is refused, and stands for no other: it may be a variable that was not set.
     key = "hub.model_id" if name is None else "--to"
+    if name is None:
+        name = hub.model_id or default_name or config.name
     target = Target(
         key=key,
-        name=name or hub.model_id or default_name or config.name,
+        name=name,
         private=hub.private if private is None else private,
         samples=hub.samples if samples is None else samples,
     )

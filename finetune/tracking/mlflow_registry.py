@@ -12,7 +12,8 @@ from finetune.tracking.mlflow_store import (
     environment_address,
     local_address,
     open_store,
-    show_store,
+    show_command,
+    show_url,
 )
 from finetune.tracking.registry import DIGEST, Lineage, Registry, Version
 from finetune.tracking.tracker import reason
@@ -115,7 +116,8 @@ class MlflowRegistry(Registry):
             name=self._name,
             version=str(version.version),
             digest=version.tags.get(DIGEST),
-            place=show_store(self._address),
+            url=show_url(self._address),
+            command=show_command(self._address),
         )
 
     @property

@@ -75,11 +75,22 @@ def show_store(address: str) -> str:
 
     Passwords are left out.
     """
-    if address.startswith(LOCAL):
-        path = os.path.relpath(address.removeprefix(LOCAL))
-        return f"mlflow ui --backend-store-uri {shlex.quote(f'{LOCAL}{path}')}"
+    scheme = urlsplit(address).scheme or "MLflow"
+    return show_command(address) or show_url(address) or f"a store of {scheme}"
+
+
+def show_command(address: str) -> str | None:
+    """Return the command that shows a database on this machine; None: a server has the store."""
+    if not address.startswith(LOCAL):
+        return None
+    path = os.path.relpath(address.removeprefix(LOCAL))
+    return f"mlflow ui --backend-store-uri {shlex.quote(f'{LOCAL}{path}')}"
+
+
+def show_url(address: str) -> str | None:
+    """Return a server's address without a password; None: the store has no page."""
     parts = urlsplit(address)
     if not parts.scheme.startswith("http"):
-        return f"a store of {parts.scheme or 'MLflow'}"
+        return None
     host = re.sub(r".*@", "", parts.netloc)
     return f"{parts.scheme}://{host}{parts.path}"

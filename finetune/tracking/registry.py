@@ -30,8 +30,10 @@ class Version:
     version: str
     digest: str | None
     """The SHA-256 of the adapter's weights; None: whoever registered it has not said."""
-    place: str
-    """Where to look at it: an address, or a command."""
+    url: str | None = None
+    """Its page on a server; None: it has none."""
+    command: str | None = None
+    """The command that shows a registry on this machine; None: a server has it."""
 
 
 class Registry(ABC):

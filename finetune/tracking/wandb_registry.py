@@ -107,11 +107,16 @@ class WandbRegistry(Registry):
             return self._version(artifact, f"{run.entity}/{run.project}")
 
     def _version(self, artifact: "wandb.Artifact", project: str) -> Version:
+        import wandb
+
+        # `artifact.url` would ask the server for more.
+        server = wandb.setup().settings.app_url
+        folder = f"{server}/{project}/artifacts/{KIND}"
         return Version(
             name=self._name,
             version=str(artifact.version),
             digest=artifact.metadata.get(DIGEST),
-            place=f"{project}/{self._name}:{artifact.version}",
+            url=f"{folder}/{self._name}/{artifact.version}",
         )
 
 

@@ -25,8 +25,8 @@ from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.metrics.metric import Metric
 from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
+from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS, weights_digest
 from finetune.model.memory import free_memory
-from finetune.model.weights_digest import WEIGHTS, weights_digest
 from finetune.run.load import load_run, read_labels
 from sweeps.answer.compare import Comparison, compare_adapters
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEST = "test/"
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,18 @@ def find_deployed(name: str) -> Deployed:
     """Find the deployed adapter: a run folder, or a folder of PEFT's.
 
     Raises:
-        ConfigError: It is neither, or has no weights in safetensors.
+        ConfigError: It is neither, or no LoRA adapter, or has no weights in safetensors.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         folder = RunFolder(find_run("--against", name)).adapter
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise refusal("--against", name, f"has no adapter: {ADAPTER_CONFIG}, {WEIGHTS}")
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise refusal(
+            "--against", name, f"its {ADAPTER_CONFIG} is not that of a LoRA adapter"
+        )
     return Deployed(name, folder, weights_digest(folder))
 
 
@@ -114,11 +117,13 @@ def require_same_base(winner: Path, deployed: Deployed) -> None:
         config = read_json(adapter / ADAPTER_CONFIG)
         run = read_json(RunFolder(adapter.parent).identity) or {}
         hashes = (run.get("base_model") or {}).get("sha256")
-        name, revision = config["base_model_name_or_path"], config.get("revision")
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
         bases.append((name, revision, hashes))
     (name, revision, sha256), (other, other_revision, other_sha256) = bases
     reason = None
-    if name != other:
+    if other is None:
+        reason = f"its {ADAPTER_CONFIG} names no base (base_model_name_or_path)"
+    elif name != other:
         reason = f"its base is {other}, the winner's {name}"
     elif None not in (revision, other_revision) and revision != other_revision:
         reason = f"its base {name} is at {other_revision}, the winner's at {revision}"

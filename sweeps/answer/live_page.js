@@ -2,6 +2,7 @@
   // positions, sorted tables, opened details, and zoom and filters of charts stay as they are.
   const POLL_MILLISECONDS = 2000;
   const received = new Map();  // each section's HTML as it came, by its id
+  const lost = document.getElementById("lost");
   let isAsking = false;
 
   // Plotly keeps what the reader has changed in a chart as long as `uirevision` is the same.
@@ -80,18 +81,25 @@
     if (same && !isAtTop) scrollBy({top: same.getBoundingClientRect().top - before, behavior: "instant"});
   };
 
+  const read = async address => {
+    const answer = await fetch(address), text = await answer.text();
+    if (!answer.ok) throw new Error(text);  // the study's folder or database is out of reach
+    return text;
+  };
+
   const ask = async () => {
     if (isAsking || document.hidden) return;
     isAsking = true;
     try {
-      const version = await (await fetch("version")).text();
+      const version = await read("version");
       if (version !== document.body.dataset.version) {
-        const answer = await fetch("./");
-        if (answer.ok) replacePage(new DOMParser().parseFromString(await answer.text(), "text/html"));
+        replacePage(new DOMParser().parseFromString(await read("./"), "text/html"));
       }
-      document.getElementById("lost").hidden = true;
-    } catch {
-      document.getElementById("lost").hidden = false;
+      lost.hidden = true;
+    } catch (error) {
+      // Without a connection it is a TypeError.
+      lost.textContent = error instanceof TypeError ? "not connected: python -m sweeps watch has ended" : `not read: ${error.message}`;
+      lost.hidden = false;
     }
     isAsking = false;
   };

@@ -76,6 +76,11 @@ class LivePage:
                 self._lock.release()
         return self._page
 
+    def answer(self) -> bytes | None:
+        """Return the content of `answer.json`; None: there is none yet."""
+        file = self.folder / ANSWER
+        return file.read_bytes() if file.is_file() else None
+
     def _refresh(self) -> None:
         if time.monotonic() < self._rests_until:
             return

@@ -17,7 +17,6 @@ from plotly.offline import get_plotlyjs
 from finetune.console import error_line
 from finetune.errors import refusal
 from sweeps.answer.live_page import LivePage
-from sweeps.study.study import ANSWER
 
 log = logging.getLogger(__name__)
 
@@ -103,23 +102,21 @@ class _Handler(BaseHTTPRequestHandler):
         kind, read = content
         try:
             body = read(self.server.page)
-        except FileNotFoundError:
-            self._send(HTTPStatus.NOT_FOUND, "text/plain", b"there is none yet\n")
         # The study's folder or its database is out of reach, perhaps for a moment.
         except Exception as error:
             line = f"{error_line(error)}\n".encode()
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", line)
-        else:
-            self._send(HTTPStatus.OK, kind, body)
+            return
+        if body is None:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", b"there is none yet\n")
+            return
+        self._send(HTTPStatus.OK, kind, body)
 
-    _CONTENTS: ClassVar[dict[str, tuple[str, Callable[[LivePage], bytes]]]] = {
+    _CONTENTS: ClassVar[dict[str, tuple[str, Callable[[LivePage], bytes | None]]]] = {
         "/": ("text/html", lambda page: page.current().html.encode()),
         "/version": ("text/plain", lambda page: page.current().version.encode()),
         "/plotly.js": ("text/javascript", lambda _: get_plotlyjs().encode()),
-        "/answer.json": (
-            "application/json",
-            lambda page: (page.folder / ANSWER).read_bytes(),
-        ),
+        "/answer.json": ("application/json", lambda page: page.answer()),
     }
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:

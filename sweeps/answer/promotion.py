@@ -12,7 +12,7 @@ from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.names import describe_metric
-from finetune.model.weights_digest import weights_digest
+from finetune.model.adapter_files import weights_digest
 from finetune.run.load import read_trained_config
 from finetune.sharing.card_data import data_lines
 from finetune.sharing.hub_registry import HubRegistry
@@ -89,7 +89,8 @@ class Promotion:
                 "name": version.name,
                 "version": version.version,
                 "alias": request.alias,
-                "place": version.place,
+                "url": version.url,
+                "command": version.command,
                 "new": self.is_new,
             }
         return {
@@ -117,6 +118,9 @@ def check_request(request: Request) -> None:
         ConfigError: The alias, the gain, or a package that is missing.
     """
     require_alias(request.alias)
+    # A variable of a script that was not set must not stand for the default.
+    if request.name is not None and not request.name.strip():
+        raise refusal("--name", request.name, "must be a name, or left out")
     if not math.isfinite(request.gate.min_gain):
         raise refusal("--min-gain", request.gate.min_gain, "must be a number")
     require_package("--to", request.to)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.export import ollama_name
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.model.adapter_files import ADAPTER_CONFIG
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
     base_quantization,
 )
+from finetune.model.gguf.modelfile import ollama_name
 from finetune.model.packaged import PACKAGED_MODELS
 from finetune.run.load import read_run_config
 from sweeps.answer.winner import find_winner
@@ -30,8 +31,6 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 SERVED_ADAPTERS = 3
 """The most adapters of one study that a command serves beside each other."""
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` after which the adapter is one of the unchanged base."""
@@ -121,13 +120,20 @@ def _adapters_command(study: Study, best: RunFolder, config: RunConfig) -> str |
     words = ["vllm", "serve", *_base_words(best, config), "--enable-lora"]
     words += ["--max-lora-rank", str(vllm_rank(max(ranks)))]
     words += ["--max-loras", str(len(served)), "--lora-modules"]
-    words += [f"{name}={os.path.relpath(path)}" for name, path, _ in served]
+    words += [_lora_module(name, os.path.relpath(path)) for name, path, _ in served]
     adapter = os.path.relpath(best.adapter)
     # The ends of answers that were learnt; the base's own file may have others.
     words += ["--generation-config", adapter]
     if config.model.chat_template is not None:
         words += ["--chat-template", f"{adapter}/chat_template.jinja"]
     return shlex.join(words) + _template_flag(config)
+
+
+def _lora_module(name: str, path: str) -> str:
+    """Return a value of `--lora-modules`; vLLM reads one with more signs as JSON only."""
+    if "=" in path or "," in path:
+        return json.dumps({"name": name, "path": path}, ensure_ascii=False)
+    return f"{name}={path}"
 
 
 def _served_adapters(study: Study, best: RunFolder) -> list[tuple[str, Path, int]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import error_line
+from finetune.files.find_run import STUDIES
 from sweeps.study.find_study import (
-    STUDIES,
     begun,
     find_study,
     load_study,

@@ -11,7 +11,8 @@ from finetune.config.secrets import STORAGE_KEY
 from finetune.console import quiet_libraries
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json
-from sweeps.study.find_study import STUDIES, find_search
+from finetune.files.find_run import STUDIES
+from sweeps.study.find_study import find_search
 
 if TYPE_CHECKING:
     from sweeps.study.stored_command import StoredCommand

@@ -9,6 +9,16 @@ class StorageLost(Interrupted):
     Running trials stay running in the storage, and a later worker adopts them.
     """
 
+    by_user = False
+
+
+class WorkersLost(Interrupted):
+    """Workers were killed again and again."""
+
+    by_user = False
+
 
 class LeaseLost(Interrupted):
     """Another worker has taken a trial, because this one was silent for too long."""
+
+    by_user = False

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError
-from finetune.files.find_run import LATEST
+from finetune.files.find_run import LATEST, STUDIES
 from sweeps.study.queued_jobs import QUEUED, describe_queued
 
 if TYPE_CHECKING:
     from sweeps.study.study import Study
-
-STUDIES = Path("outputs/sweeps")
-"""Folder of all studies, relative to the working directory."""
 
 STUDY_HELP = f"name or folder of the study, or {LATEST}"
 
@@ -76,7 +73,7 @@ def _is_study(folder: Path) -> bool:
 
 
 def _find_folder(name: str) -> Path:
-    for folder in (Path(name), STUDIES / name):
+    for folder in (Path(name).expanduser(), STUDIES / name):
         if _is_study(folder):
             return folder
         if (folder / QUEUED).is_file():

@@ -13,6 +13,7 @@ from sweeps.study.claims import (
     release_lost_trials,
     trials_elsewhere,
 )
+from sweeps.study.errors import WorkersLost
 from sweeps.study.isolation import train_isolated_trials
 from sweeps.study.launchers import launch, raise_worker_error, resume_hint
 from sweeps.study.session import Session
@@ -55,7 +56,8 @@ def run_workers(study: Study, session: Session, waits: bool = True) -> None:
         waits: whether to wait for trials that other workers train, in case they are lost.
 
     Raises:
-        Interrupted: the user interrupted the workers, or they were killed too often.
+        Interrupted: the user interrupted the workers.
+        WorkersLost: they were killed too often.
         StorageLost: the database is out of reach.
         Exception: what a worker or the launcher raised.
     """
@@ -95,7 +97,7 @@ def _run_workers(study: Study, session: Session, waits: bool) -> None:
             losses += 1
         if not _is_work_left(study, session, waits):
             return
-    raise Interrupted(
+    raise WorkersLost(
         f"study {study.name}: workers were lost {RELAUNCHES} times; {resume_hint(study)}"
     )
 

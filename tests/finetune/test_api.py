@@ -8,6 +8,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -366,7 +368,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
     before = loaded_models()
     watcher = interrupt_after_the_first_step(tmp_path / "run")
     try:
-        with pytest.raises(finetune.Interrupted, match=r"resume=run") as interrupted:
+        with pytest.raises(KeyboardInterrupt, match=r"resume=run") as interrupted:
             finetune.train(*overrides, "trainer.max_steps=100", "hydra.run.dir=run")
     finally:
         watcher.done.set()  # type: ignore[attr-defined]
@@ -383,6 +385,46 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
     assert resumed.status == "completed"
     assert without_seconds(resumed.metrics) == without_seconds(whole.metrics)
     assert "completed: default" in (run.path / "train.log").read_text()
+
+
+CTRL_C_IN_AN_IMPORT = """
+import os, signal, sys, time
+
+class InterruptingFinder:
+    # Asked for each module; the user presses Ctrl-C while one is imported.
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+sys.meta_path.insert(0, InterruptingFinder())
+import finetune
+words = sys.argv[2:]
+try:
+    finetune.train(*words, "hydra.run.dir=interrupted", "trainer.max_steps=1000")
+except KeyboardInterrupt:
+    print("interrupted")
+print(finetune.train(*words, "hydra.run.dir=next", "trainer.max_steps=1").status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["omegaconf.errors", "numpy.ma", "hydra.core.plugins"]
+)
+def test_ctrl_c_in_an_import_leaves_a_process_in_which_the_next_call_works(
+    module: str, overrides: list[str], tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", CTRL_C_IN_AN_IMPORT, module, *overrides],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "completed"
+    assert "interrupted" in ended.stdout
 
 
 def test_a_run_without_a_result_says_so(tmp_path: Path, run: finetune.Run) -> None:

@@ -15,7 +15,7 @@ from support.documents import described_keys
 from support.runs import write_jsonl
 
 from finetune import evaluate
-from finetune.merge import judge_divergences
+from finetune.run.merging import judge_divergences
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The command line itself: fast, and helpful."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from support.commands import run_cli
 
 from finetune import __version__
 from finetune.commands import COMMANDS
-from finetune.console import json_output
+from finetune.console import command_parser, json_output
+from finetune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,6 +122,40 @@ def test_a_commands_help_says_how_it_is_called(module: str, tmp_path: Path) -> N
     examples = text.partition("examples:")[2].splitlines()[1:]
     assert examples
     assert all(line.startswith(f"  python -m {module} ") for line in examples)
+
+
+def read_port(text: str) -> int:
+    raise argparse.ArgumentTypeError(f"{text}: must be a port")
+
+
+def read_numbers(*words: str) -> argparse.Namespace:
+    parser = command_parser("finetune.some", "A command with numbers.")
+    parser.add_argument("--gain", type=float)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--port", type=read_port)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "-0.5", "-.5", "-1e-3", "-2E+4", "-inf", "1e-3", "nan"]
+)
+def test_flags_take_all_numbers(text: str) -> None:
+    assert repr(read_numbers("--gain", text).gain) == repr(float(text))
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "allowed"),
+    [
+        ("--gain", "1%", "must be a number"),
+        ("--count", "1.5", "must be a whole number"),
+        ("--port", "-1", "must be a port"),
+    ],
+)
+def test_a_wrong_number_names_flag_value_and_what_is_allowed(
+    flag: str, text: str, allowed: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{flag}={text}: {allowed}$"):
+        read_numbers(flag, text)
 
 
 def test_json_does_not_go_to_errors_where_stdout_is_closed(

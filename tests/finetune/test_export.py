@@ -12,6 +12,8 @@ from support.configs import compose, tiny_overrides
 
 from finetune import export, merge
 from finetune.errors import ConfigError
+from finetune.model.gguf.modelfile import ollama_name
+from finetune.run import exporting
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_json_says_what_was_written(
 def test_a_tokenizer_without_a_name_is_refused_before_the_base_loads(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "merge_run", None)
+    monkeypatch.setattr(exporting, "merge_run", None)
     with pytest.raises(ConfigError, match="cuts texts by a rule that has no name"):
         call(monkeypatch, str(trained), "--to", str(tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +128,7 @@ def test_an_architecture_of_the_converter_alone_is_refused_before_the_base_loads
     identity = json.loads((run / "run.json").read_text())
     identity["config"]["model"]["name_or_path"] = str(base)
     (run / "run.json").write_text(json.dumps(identity))
-    monkeypatch.setattr(export, "merge_run", None)
+    monkeypatch.setattr(exporting, "merge_run", None)
 
     problem = "of its base base, the architecture olmo2 .*; --llama-cpp FOLDER exports"
     with pytest.raises(ConfigError, match=f"^RUN={run}: {problem}"):
@@ -154,7 +156,7 @@ def test_a_file_that_is_not_the_model_leaves_nothing(
     [("My Model", "my-model"), ("s1", "s1"), ("Ä/b_", "b"), ("…", "model")],
 )
 def test_a_name_is_one_that_ollama_takes(name: str, expected: str) -> None:
-    assert export.ollama_name(name) == expected
+    assert ollama_name(name) == expected
 
 
 def test_merge_prints_json_too(

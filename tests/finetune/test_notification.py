@@ -39,9 +39,10 @@ def told(place: Path) -> list[list[str]]:
         (["./none"], "notify.command=./none: No such file or directory"),
         (["/"], "notify.command=/: Permission denied"),
         (["a\0b"], "embedded null byte"),
+        (["sh", "-c", "kill -9 $$"], "killed by SIGKILL"),
         (["sh", "-c", "sleep 60 & sleep 61"], "not ended after 0.5 s (notify.timeout)"),
     ],
-    ids=["fails", "missing", "a folder", "no name", "hangs"],
+    ids=["fails", "missing", "a folder", "no name", "killed", "hangs"],
 )
 def test_a_command_that_fails_is_one_warning(
     command: list[str], line: str, caplog: pytest.LogCaptureFixture, tmp_path: Path

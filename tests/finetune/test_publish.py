@@ -289,7 +289,7 @@ def test_a_failure_is_one_line_and_changes_no_file(
         assert repository.files() == {}
 
 
-@pytest.mark.parametrize("name", ["me/a/b", "me/no spaces", "-x", "others/tiny"])
+@pytest.mark.parametrize("name", ["me/a/b", "me/no spaces", "-x", "others/tiny", ""])
 def test_names_that_can_not_be_are_refused(
     name: str, trained: Path, publish: Publish
 ) -> None:

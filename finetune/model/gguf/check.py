@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.compat import gguf_bar_on_terminal_only
-from finetune.errors import ConfigError
 from finetune.model.gguf.architectures import rotary_of
+from finetune.model.gguf.errors import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -77,7 +77,7 @@ def check_gguf(folder: Path, file: Path, file_type: str) -> Comparison | None:
         The differences; None: transformers does not read files of this architecture.
 
     Raises:
-        ConfigError: The tokens or the predictions differ, by more than the type explains.
+        ExportError: The tokens or the predictions differ, by more than the type explains.
     """
     from transformers import AutoConfig
 
@@ -106,12 +106,12 @@ def check_gguf(folder: Path, file: Path, file_type: str) -> Comparison | None:
     return comparison
 
 
-def _failed(reason: str) -> ConfigError:
+def _failed(reason: str) -> ExportError:
     advice = (
         "python -m finetune.merge and llama.cpp's converter write it without this check"
     )
-    return ConfigError(
-        f"RUN: the file, loaded again by transformers, is not the model: {reason}; {advice}"
+    return ExportError(
+        f"the file, loaded again by transformers, is not the model: {reason}; {advice}"
     )
 
 

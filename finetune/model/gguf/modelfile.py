@@ -72,3 +72,12 @@ def _without_template(variables: Mapping[str, Any]) -> list[str]:
             f"# Its variables in training: {json.dumps(dict(variables), ensure_ascii=False)}"
         )
     return lines
+
+
+def ollama_name(name: str) -> str:
+    """Return a name that Ollama accepts, like the one given."""
+    name = name.lower()
+    allowed = [
+        letter if letter.isascii() and letter.isalnum() else "-" for letter in name
+    ]
+    return "".join(allowed).strip("-") or "model"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ConfigError
+from finetune.model.gguf.errors import ExportError
 from finetune.model.gguf.pre_tokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
         size: Rows of the model's embeddings; ids beyond the tokenizer's get unused tokens.
 
     Raises:
-        ConfigError: It is neither of the two kinds, or llama.cpp has no name for how it cuts texts.
+        ExportError: It is neither of the two kinds, or llama.cpp has no name for how it cuts texts.
     """
     if not tokenizer.is_fast:
         raise _refused("is not one of the library tokenizers")
@@ -81,8 +81,8 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabula
     raise _refused("is neither byte-level nor has bytes as a fallback")
 
 
-def _refused(reason: str) -> ConfigError:
-    return ConfigError(f"RUN: the tokenizer {reason}; --llama-cpp FOLDER may export it")
+def _refused(reason: str) -> ExportError:
+    return ExportError(f"the tokenizer {reason}; --llama-cpp FOLDER may export it")
 
 
 def _has_type(section: Any, name: str) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from finetune.errors import ConfigError
 from finetune.files.atomic import name_file_in_errors, read_json
 from finetune.model.gguf.architectures import (
     ARCHITECTURES,
@@ -17,6 +16,7 @@ from finetune.model.gguf.architectures import (
     add_settings,
     rotary_of,
 )
+from finetune.model.gguf.errors import ExportError
 from finetune.model.gguf.vocabulary import add_special_tokens, read_vocabulary
 from finetune.model.origin import GENERATION_CONFIG
 
@@ -42,7 +42,7 @@ def write_gguf(folder: Path, file: Path, file_type: str, name: str) -> None:
         name: What the file calls the model.
 
     Raises:
-        ConfigError: A weight has no name in llama.cpp, or the tokenizer is refused.
+        ExportError: A weight has no name in llama.cpp, or the tokenizer is refused.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -163,7 +163,7 @@ class _Weights:
         name: str | None = self._names.get_name(published, (".weight", ".bias"))
         if name is None:
             reason = f"its weight {published} has no name in llama.cpp"
-            raise ConfigError(f"RUN: {reason}; --llama-cpp FOLDER may export it")
+            raise ExportError(f"{reason}; --llama-cpp FOLDER may export it")
         return name
 
     def _interleave(self, tensor: torch.Tensor, published: str) -> torch.Tensor:

@@ -485,8 +485,8 @@ def test_adapters_on_experts_are_pefts(
     import torch
     from peft import PeftModel
 
-    from finetune.merge import merge
     from finetune.run.load import load_run
+    from finetune.run.merging import merge
 
     assert json.loads((trained / "result.json").read_text())["engine"] == "trl"
     ids = torch.arange(8, 88).view(4, 20)

@@ -376,8 +376,8 @@ def test_a_merged_model_is_the_text_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.merge import merge
     from finetune.run.load import load_run
+    from finetune.run.merging import merge
 
     rate = "optimizer.learning_rate=0.05"
     config = tiny(*DEBUG, f"model.name_or_path={gemma3}", rate, "sample_prompts=[]")

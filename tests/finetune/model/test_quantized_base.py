@@ -200,8 +200,8 @@ def test_gpt2s_transposed_weights_are_merged_as_its_class_reads_them(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.merge import merge as merge_adapter
     from finetune.run.load import load_run
+    from finetune.run.merging import merge as merge_adapter
 
     base = make_base(tiny_base, tmp_path / "base", "gpt2", n_positions=64)
     config = tiny(f"model.name_or_path={base}", "quantization=nf4", *SHORT)

@@ -19,7 +19,7 @@ from support.runs import write_jsonl
 from support.wandb_runs import connected
 
 from finetune.errors import ConfigError
-from finetune.model.weights_digest import weights_digest
+from finetune.model.adapter_files import weights_digest
 from finetune.sharing.publication import find_target
 from finetune.tracking.mlflow_registry import MlflowRegistry
 from finetune.tracking.mlflow_store import open_store
@@ -27,7 +27,7 @@ from finetune.tracking.registry import DIGEST, require_alias
 from finetune.tracking.wandb_registry import WandbRegistry
 from sweeps.answer.compare import compare_adapters
 from sweeps.answer.gate import Gate
-from sweeps.answer.promotion import Request, promote
+from sweeps.answer.promotion import Request, check_request, promote
 from sweeps.answer.publish_hub import best_folder, publish_winner, why_no_answer
 from sweeps.study.study import Study
 
@@ -198,6 +198,10 @@ def test_weeks_of_a_cron_job_with_mlflow(
     assert (printed["rows"], printed["promoted"]) == (60, True)
     # The same weights: the first week's version, no third one.
     assert printed["registered"]["version"] == "1"
+    assert printed["registered"]["url"] is None
+    assert printed["registered"]["command"] == (
+        "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    )
     assert len(store.search_model_versions("name = 'units'")) == 2
     assert store.get_model_version_by_alias("units", "champion").version == 1
 
@@ -304,6 +308,10 @@ def test_wandb_has_the_winner_as_a_version_with_the_alias(
         promotion = promote(study, asked(study, baseline, "wandb", name="units"))
         assert promotion.version is not None
         assert promotion.version.version == "v0"
+        url, command = promotion.version.url, promotion.version.command
+        assert url is not None
+        assert url.endswith("/finetune/artifacts/model/units/v0")
+        assert command is None
         (run,) = server.runs.values()
         artifact = run.artifacts["units"]
         assert artifact.aliases == ["champion", "latest"]
@@ -348,10 +356,22 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
     config = json.loads((other / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "another"
     (other / "adapter_config.json").write_text(json.dumps(config))
+    for name, content in (("nameless", '{"peft_type": "LORA"}'), ("list", "[]")):
+        copy = Path(shutil.copytree(baseline / "adapter", place / name))
+        (copy / "adapter_config.json").write_text(content)
     write_jsonl(place / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"against": "nowhere"}, "--against=nowhere: no such run"),
         ({"against": "other"}, "--against=other: its base is another, the winner's"),
+        (
+            {"against": "nameless"},
+            "--against=nameless: its adapter_config.json names no",
+        ),
+        ({"against": "list"}, "is not that of a LoRA adapter"),
+        (
+            {"against": "s1"},
+            "--against=s1: is a study; the run of its winner is outputs",
+        ),
         (
             {"metric": "exact_match"},
             "--metric=exact_match: did you mean test/exact_match",
@@ -377,6 +397,12 @@ def test_aliases_that_some_registry_can_not_have_are_refused(alias: str) -> None
     with pytest.raises(ConfigError, match="--alias="):
         require_alias(alias)
     require_alias("champion")
+
+
+def test_an_empty_name_does_not_stand_for_the_default(place: Path) -> None:
+    gate = Gate("test.jsonl", "test/loss", 0)
+    with pytest.raises(ConfigError, match=r"^--name=: must be a name, or left out$"):
+        check_request(Request("none", gate, "mlflow", "champion", ""))
 
 
 def test_rows_that_both_answer_alike_leave_room_for_others() -> None:

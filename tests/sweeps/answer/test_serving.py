@@ -26,6 +26,7 @@ from finetune.files.run_folder import RunFolder
 from finetune.run.identity import run_identity
 from sweeps.answer.commands import commands
 from sweeps.answer.serving import VLLM_RANKS, vllm_rank, vllm_refusal
+from sweeps.study.study import Study
 
 VLLM_SOURCE = os.environ.get("VLLM_SOURCE")
 
@@ -150,6 +151,26 @@ def test_the_best_adapters_of_one_base_are_served_together(
         shown["Ollama"]
         == "ollama create a-study -f 'a study/exported/Modelfile' && ollama run a-study"
     )
+
+
+def test_a_folder_with_signs_of_vllms_is_given_as_json(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "lr=1e-4,r=8"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    words = shlex.split(make(place, tiny)["adapters"])
+    modules = words[
+        words.index("--lora-modules") + 1 : words.index("--generation-config")
+    ]
+    assert modules[0] == "best=a study/best/adapter"
+
+    monkeypatch.chdir(tmp_path)
+    study = Study.load(place / "a study")
+    words = shlex.split(dict(commands(study))["adapters"])
+    first = words[words.index("--lora-modules") + 1]
+    path = "lr=1e-4,r=8/a study/best/adapter"
+    assert json.loads(first) == {"name": "best", "path": path}
 
 
 def test_a_template_of_the_users_is_served_with_its_variables(

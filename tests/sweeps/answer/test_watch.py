@@ -300,6 +300,23 @@ def test_a_page_keeps_what_its_reader_has_done_while_the_study_grows(
 
 
 @pytest.mark.slow
+def test_a_page_says_that_its_study_can_not_be_read(
+    browser: Any, station: Station, tmp_path: Path
+) -> None:
+    study = made_study(folder_of(tmp_path), [trial(random.Random(0))])
+    process, port = watched(station, tmp_path)
+    watcher = Watcher(browser, port)
+    shutil.rmtree(study.folder)
+    lost = watcher.page.locator("#lost", has_text="not read: ")
+    lost.wait_for(state="visible", timeout=60_000)
+    assert "No such file" in lost.inner_text()
+    assert ask(port, "/version")[0] == 503
+    assert ask(port, "/answer.json")[0] == 404
+    process.send_signal(signal.SIGINT)
+    assert process.wait(seconds=30).returncode == ANSWER
+
+
+@pytest.mark.slow
 def test_a_page_follows_a_study_from_before_its_first_trial_to_its_answer(
     browser: Any, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:

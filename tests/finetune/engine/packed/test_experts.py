@@ -140,10 +140,10 @@ def test_a_run_in_4_bits_is_trls_and_its_adapter_plain_pefts(
     import torch
     from peft import PeftModel
 
-    from finetune.merge import merge
     from finetune.model.experts import dequantize_experts
     from finetune.run.context import RunContext
     from finetune.run.load import load_run
+    from finetune.run.merging import merge
     from finetune.run.run import run
 
     model = packed_model(kind, 600, 1)

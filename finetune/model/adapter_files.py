@@ -1,10 +1,11 @@
-"""What tells two saved adapters apart: the hash of their weights."""
+"""The files of a saved adapter, as PEFT names them, and the hash that tells two adapters apart."""
 
 import hashlib
 from pathlib import Path
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 WEIGHTS = "adapter_model.safetensors"
-"""PEFT's file of an adapter's weights."""
 
 
 def weights_digest(adapter: Path) -> str:

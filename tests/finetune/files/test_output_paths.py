@@ -1,0 +1,69 @@
+"""What a command writes is refused before its work, if it can't be written after it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.files.output_paths import new_folder, output_file
+
+
+def test_new_and_empty_folders_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "several/new/ones", "wé ws/ü"):
+        assert new_folder("--to", tmp_path / name) == tmp_path / name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("--to", "~/new") == tmp_path / "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "exists already; must be a new or an empty folder"),
+        ("full", "exists already; must be a new or an empty folder"),
+        ("file/new", "can't be created: .*file is a file"),
+        ("file/new/one", "can't be created: .*file is a file"),
+        ("closed/new", "can't be created: .*closed can't be written to"),
+        ("", "must be a new or an empty folder"),
+        (".", "must be a new or an empty folder"),
+    ],
+)
+def test_a_folder_that_can_not_be_created_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "full" / "inside").mkdir(parents=True)
+    (tmp_path / "closed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
+    with pytest.raises(ConfigError, match=f"^--to={name}: {reason}"):
+        new_folder("--to", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "must be a file"),
+        ("", "must be a file"),
+        ("missing/answers.jsonl", "can't be created: there is no folder .*missing"),
+        ("file/answers.jsonl", "can't be created: .*file is a file"),
+        ("closed/answers.jsonl", "can't be created: .*closed can't be written to"),
+    ],
+)
+def test_a_file_that_can_not_be_written_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "closed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
+    with pytest.raises(ConfigError, match=f"^--answers={name}: {reason}"):
+        output_file("--answers", name)
+    assert output_file("--answers", "file") == Path("file")
