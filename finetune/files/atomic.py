@@ -55,19 +55,36 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, None if there is no such file.
+    """Return the object in a JSON file, None if there is no such file.
 
     Raises:
-        ConfigError: The file is no JSON: something else has written it.
+        ConfigError: The file holds no JSON object: something else has written it.
     """
+    return _read(path, dict, "object")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Return the list in a JSON file, empty if there is no such file.
+
+    Raises:
+        ConfigError: The file holds no JSON list: something else has written it.
+    """
+    values: list[Any] | None = _read(path, list, "list")
+    return values or []
+
+
+def _read(path: Path, kind: type, name: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ConfigError(
             f"{path}: the file is damaged, it is no JSON: {error}"
         ) from None
+    if not isinstance(content, kind):
+        raise ConfigError(f"{path}: the file is damaged, it holds no JSON {name}")
+    return content
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from finetune.engine.evaluation import Evaluation
 from finetune.engine.loaded_model import LoadedModel
 from finetune.engine.packed.training import PackedTraining
 from finetune.engine.steps import drive
-from finetune.files.atomic import read_json, write_json
+from finetune.files.atomic import read_json, read_json_list, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
 from finetune.model.adapter import load_adapter
@@ -94,7 +94,7 @@ def _lacks_answers(config: RunConfig, folder: RunFolder) -> bool:
     """Whether sample prompts are left to be answered."""
     if config.sample_prompts == []:
         return False
-    samples = read_json(folder.samples)
+    samples = read_json_list(folder.samples)
     return not samples or any("after" not in sample for sample in samples)
 
 

@@ -14,7 +14,7 @@ from finetune.data.rows import Rows
 from finetune.data.types import Prompt, Row
 from finetune.engine.steps import RunSteps
 from finetune.errors import Interrupted
-from finetune.files.atomic import read_json, write_json
+from finetune.files.atomic import read_json_list, write_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.memory import free_memory
 from finetune.run.evaluated_model import EvaluatedModel
@@ -65,7 +65,7 @@ class Samples:
     @property
     def asked(self) -> int:
         """How many prompts `after` will answer."""
-        return len(read_json(self._file) or [])
+        return len(read_json_list(self._file))
 
     def before(self) -> RunSteps[None]:
         """Ask the fresh adapter. A resumed run has asked already."""
@@ -80,7 +80,7 @@ class Samples:
 
     def after(self, tracker: Tracker, step: int) -> RunSteps[None]:
         """Ask the trained adapter, and show both answers on the tracker."""
-        samples: list[Sample] = read_json(self._file) or []
+        samples: list[Sample] = read_json_list(self._file)
         if not samples:
             return
         with survive_samples("after training"):

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from finetune.config.sections.evaluation import LOSS_METRICS
-from finetune.files.atomic import read_json
+from finetune.files.atomic import read_json, read_json_list
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.metrics.classification import Classification, confusion_lines
 from finetune.metrics.names import describe_metric
@@ -118,7 +118,7 @@ def _cost(recorded: dict[str, Any]) -> list[Fact]:
 def _answers(folder: RunFolder) -> list[Fact]:
     """The sample prompts with their answers before and after training."""
     facts: list[Fact] = []
-    for sample in read_json(folder.samples) or []:
+    for sample in read_json_list(folder.samples):
         facts.append(("prompt", sample["prompt"]))
         for when in ("before", "after"):
             facts.append((f"  {when}", sample.get(when, "").strip()))

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
-from finetune.files.atomic import read_json
+from finetune.files.atomic import read_json, read_json_list
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.sharing.base_license import CardBase, find_base_card
@@ -96,7 +96,7 @@ def make_model_card(
         result={name: result.get(name) for name in RESULT},
         quantization=config.quantization,
         lora=config.lora,
-        samples=(read_json(run.samples) or []) if samples else [],
+        samples=read_json_list(run.samples) if samples else [],
         has_chat_template=(run.adapter / "chat_template.jinja").is_file(),
     )
     return ModelCard(f"---\n{_yaml(config, base, metrics, tags)}\n---\n\n{body}", base)

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from finetune.files.atomic import read_json
+from finetune.files.atomic import read_json, read_json_list
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.names import (
     describe_metric,
@@ -166,11 +166,11 @@ def _importance(data: ReportData) -> Section:
 
 def _samples(data: ReportData) -> Section:
     """Show what the base and the winner generate from the sample prompts, and the rows' answers."""
-    rows = None
+    rows: list[Any] = []
     if data.answer is not None:
-        rows = read_json(RunFolder(data.study.folder / "best").samples)
+        rows = read_json_list(RunFolder(data.study.folder / "best").samples)
     samples = []
-    for row in rows or []:
+    for row in rows:
         texts = {key: str(row.get(key, "")) for key in ("prompt", "before", "after")}
         # Prompts of the config have no expected answer.
         if "expected" in row:

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.files.atomic import read_json, replace_folder, write_json, write_text
+from finetune.files.atomic import (
+    read_json,
+    read_json_list,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from finetune.files.lock import file_lock
 from finetune.files.run_folder import FolderHeld, RunFolder
 
@@ -59,6 +65,16 @@ def test_a_file_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.json: the file is damaged"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [[], 3, "text", None])
+def test_a_file_of_another_shape_is_named(content: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", content)
+    with pytest.raises(ConfigError, match=r"a\.json: .* no JSON object"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "b.json", {})
+    with pytest.raises(ConfigError, match=r"b\.json: .* no JSON list"):
+        read_json_list(tmp_path / "b.json")
 
 
 def test_an_error_names_the_file(tmp_path: Path) -> None:
