@@ -35,7 +35,12 @@ def make_pruner(settings: StudySettings) -> BasePruner:
     arguments = _with_current_path(settings.pruner)
     if len(settings.directions) > 1 and not compares_several(settings):
         return NopPruner()
-    pruner: BasePruner = make_instance("hydra.sweeper.pruner", arguments, BasePruner)
+    with warnings.catch_warnings():
+        # Hyperband and patience are experimental.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        pruner: BasePruner = make_instance(
+            "hydra.sweeper.pruner", arguments, BasePruner
+        )
     return pruner
 
 

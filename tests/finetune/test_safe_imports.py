@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,14 @@ time.sleep(0.01)
 complete = True
 """
 """A module during whose import the user presses Ctrl-C."""
+
+
+@pytest.fixture(autouse=True)
+def raises_on_interrupt() -> Iterator[None]:
+    """Pytest in the background of a shell ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture

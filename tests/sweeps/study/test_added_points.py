@@ -186,15 +186,15 @@ def test_a_point_that_takes_the_number_of_a_planned_trial_costs_no_trial(
     """A database refuses a number that another machine has taken meanwhile."""
     study = searched(tmp_path, total=1, is_database=True)
     other_machine = Study.load(study.folder)
-    add_trial = study.optuna.add_trial
+    add_waiting_trials = study.add_waiting_trials
     points = iter([POINT])
 
-    def add_later(trial: FrozenTrial) -> None:
+    def add_later(numbers: range) -> None:
         for point in points:
             other_machine.add_trial(waiting_trial(point, role="added"))
-        add_trial(trial)
+        add_waiting_trials(numbers)
 
-    monkeypatch.setattr(study.optuna, "add_trial", add_later)
+    monkeypatch.setattr(study, "add_waiting_trials", add_later)
     enqueue_trials(study, 4, [])
     roles = [trial.user_attrs.get("role") for trial in study.trials()]
     assert roles == [None, "added", None, None, None]

@@ -119,7 +119,8 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     expected = [train(some, lengths, 5) for some, lengths in cases]
     monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
     monkeypatch.setattr(f"{RECORDED}._is_free", lambda memory: True)
-    monkeypatch.setattr(f"{RECORDED}.RecordingPlace", repeating_place)
+    place = repeating_place()
+    monkeypatch.setattr(f"{RECORDED}.RecordingPlace", lambda: place)
     recorder = slots[0].bank.backend._recorder
 
     train(slots, LENGTHS, 5)
