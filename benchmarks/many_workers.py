@@ -78,13 +78,15 @@ def measure(arguments: argparse.Namespace, size: int, columns: tuple[str, ...]) 
     """The cells of one size."""
     empty_schema(arguments.storage)
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        session = make_study(arguments, place / "0", size)
+        directory = Path(temporary)
+        session = make_study(arguments, directory / "0", size)
         # Forked: the workers share their imports, and none has a connection yet.
         context = multiprocessing.get_context("fork")
         begin = context.Barrier(arguments.workers + 1)
         workers = [
-            context.Process(target=work, args=(session, place, index, begin, arguments))
+            context.Process(
+                target=work, args=(session, directory, index, begin, arguments)
+            )
             for index in range(arguments.workers)
         ]
         for worker in workers:
@@ -96,8 +98,8 @@ def measure(arguments: argparse.Namespace, size: int, columns: tuple[str, ...]) 
         after = server_cpu(), children_cpu(workers)
         for worker in workers:
             worker.join()
-        times = read_times(place, end - arguments.seconds)
-        first = quantile(read_times(place, 0)["first read"], 0.5)
+        times = read_times(directory, end - arguments.seconds)
+        first = quantile(read_times(directory, 0)["first read"], 0.5)
     trials = len(times["tell"])
     cpu = [1000 * (b - a) / max(trials, 1) for a, b in zip(before, after, strict=True)]
     cells = [f"{trials / arguments.seconds:.1f}"]
@@ -250,7 +252,7 @@ def empty_schema(address: str) -> None:
 
 
 def work(
-    session: Any, place: Path, index: int, begin: Any, arguments: argparse.Namespace
+    session: Any, directory: Path, index: int, begin: Any, arguments: argparse.Namespace
 ) -> None:
     """One worker: trials until the time is over."""
     import dataclasses
@@ -261,10 +263,10 @@ def work(
     from sweeps.study.study import Study
     from sweeps.study.trial import TrialRunner
 
-    folder = place / str(index % arguments.machines)
+    folder = directory / str(index % arguments.machines)
     folder.mkdir(exist_ok=True)
     session = dataclasses.replace(session, folder=folder)
-    clock = Clock(place / f"{index}.jsonl")
+    clock = Clock(directory / f"{index}.jsonl")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     class SimulatedTrial(TrialRunner):
@@ -365,10 +367,10 @@ def simulate(runner: Any, clock: Clock, rest: float) -> None:
     write_json(runner._folder.result, result)
 
 
-def read_times(place: Path, since: float) -> dict[str, list[float]]:
+def read_times(directory: Path, since: float) -> dict[str, list[float]]:
     """The measured times of all workers after a moment, by what took them."""
     times: dict[str, list[float]] = defaultdict(list)
-    for file in place.glob("*.jsonl"):
+    for file in directory.glob("*.jsonl"):
         for line in file.read_text().splitlines():
             moment, name, seconds = json.loads(line)
             if moment >= since:
@@ -380,7 +382,7 @@ def print_memory() -> None:
     """Memory of a worker as a user has it: a study of two workers in processes of their own."""
     import psutil
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         command = [
             sys.executable,
             "-m",
@@ -398,7 +400,7 @@ def print_memory() -> None:
             "stdout": subprocess.DEVNULL,
             "stderr": subprocess.DEVNULL,
         }
-        study = subprocess.Popen([*command, "tracker=none"], cwd=place, **quiet)
+        study = subprocess.Popen([*command, "tracker=none"], cwd=directory, **quiet)
         peaks: dict[int, int] = defaultdict(int)
         names: dict[int, str] = {}
         end = time.monotonic() + 240

@@ -394,49 +394,23 @@ def trial_row(session: Session, study_id: int, number: int) -> Any | None:
     )
 
 
-def study_with_more_trials(
-    study: optuna.Study, trials: list[FrozenTrial]
-) -> optuna.Study:
-    """Return a study whose readers see further trials; its storage does not have them.
-
-    Optuna's samplers read a study's trials by the private `_get_trials`, and it has no public way
-    to give them trials that are not in the storage. Read in Optuna 5.0.0, `optuna/study/study.py`;
-    the filtered study of `optuna/pruners/_hyperband.py` has the method too.
-    """
-    import optuna
-
-    class ExtendedStudy(optuna.Study):
-        def _get_trials(
-            self,
-            deepcopy: bool = True,
-            states: Container[TrialState] | None = None,
-            use_cache: bool = False,
-        ) -> list[FrozenTrial]:
-            stored = study._get_trials(deepcopy, states, use_cache)
-            more = [
-                trial for trial in trials if states is None or trial.state in states
-            ]
-            return [*more, *stored]
-
-    return ExtendedStudy(
-        study.study_name,
-        study._storage,
-        sampler=study.sampler,
-        pruner=study.pruner,
-    )
-
-
-def study_with_fewer_trials(
+def study_with_trials(
     study: optuna.Study,
     select: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]],
 ) -> optuna.Study:
-    """Return a study whose readers see what a function selects of all its trials.
+    """Return a study whose readers see other trials than those of its storage.
 
-    The counterpart of `study_with_more_trials`, read in the same place.
+    Optuna's samplers read a study's trials by the private `_get_trials`, and it has no public way
+    to give them others. Read in Optuna 5.0.0, `optuna/study/study.py`; the filtered study of
+    `optuna/pruners/_hyperband.py` has the method too.
+
+    Args:
+        study: the study.
+        select: returns the trials that are seen, from all trials of the storage.
     """
     import optuna
 
-    class ShortenedStudy(optuna.Study):
+    class ChangedStudy(optuna.Study):
         def _get_trials(
             self,
             deepcopy: bool = True,
@@ -448,7 +422,7 @@ def study_with_fewer_trials(
                 trial for trial in selected if states is None or trial.state in states
             ]
 
-    return ShortenedStudy(
+    return ChangedStudy(
         study.study_name,
         study._storage,
         sampler=study.sampler,

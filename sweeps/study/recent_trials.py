@@ -7,16 +7,13 @@ are left out.
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.compat import study_with_fewer_trials
 from sweeps.space.feasibility import is_feasible
-from sweeps.study.wrapped_sampler import WrappedSampler
+from sweeps.study.wrapped_sampler import ChangedStudySampler
 
 MOST_TRIALS = 1000
 """The latest complete and pruned trials that the sampler reads."""
@@ -25,46 +22,19 @@ BEST_TRIALS = 25
 """The best of the older ones, which it reads too: as many as TPE takes for its good trials."""
 
 
-class RecentTrialsSampler(WrappedSampler):
+class RecentTrialsSampler(ChangedStudySampler):
     """Suggests what another sampler suggests for a study with fewer trials, of one objective."""
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Return the parameters that the other sampler draws together."""
-        return self._sampler.infer_relative_search_space(_shortened(study), trial)
+    def seen_trials(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial]
+    ) -> list[FrozenTrial]:
+        """Leave out the waiting trials, and old ones beyond the bounds."""
+        sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
 
-    def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        """Draw those parameters."""
-        return self._sampler.sample_relative(_shortened(study), trial, search_space)
+        def cost(trial: FrozenTrial) -> float:
+            assert trial.value is not None
+            return sign * trial.value
 
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Draw one parameter by itself."""
-        return self._sampler.sample_independent(
-            _shortened(study), trial, param_name, param_distribution
-        )
-
-
-def _shortened(study: optuna.Study) -> optuna.Study:
-    """Return a study without the waiting trials, and without old ones beyond the bounds."""
-    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-
-    def cost(trial: FrozenTrial) -> float:
-        assert trial.value is not None
-        return sign * trial.value
-
-    def select(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         begun = [trial for trial in trials if trial.state != TrialState.WAITING]
         learnt = [trial for trial in begun if trial.state in _LEARNT]
         older = learnt[:-MOST_TRIALS]
@@ -76,8 +46,6 @@ def _shortened(study: optuna.Study) -> optuna.Study:
         best = {id(trial) for trial in heapq.nsmallest(BEST_TRIALS, rivals, key=cost)}
         left_out = {id(trial) for trial in older} - best
         return [trial for trial in begun if id(trial) not in left_out]
-
-    return study_with_fewer_trials(study, select)
 
 
 _LEARNT = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -57,7 +57,7 @@ class FaultyStudy:
         station: starts the command.
         overrides: the study's overrides, without its sizes.
         name: the study's name.
-        place: the command's directory, made by this.
+        directory: the command's directory, made by this.
         chance: the source of what is killed when.
         server: its database; None: the journal.
     """
@@ -67,20 +67,20 @@ class FaultyStudy:
         station: Station,
         overrides: list[str],
         name: str,
-        place: Path,
+        directory: Path,
         chance: random.Random,
         server: Server | None,
     ) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "slow_pruner.py").write_text(SLOW_PRUNER)
-        self._station, self.place, self._chance = station, place, chance
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "slow_pruner.py").write_text(SLOW_PRUNER)
+        self._station, self.directory, self._chance = station, directory, chance
         self._server = server
-        self.folder = folder_of(place, name)
+        self.folder = folder_of(directory, name)
         self.mark = uuid.uuid4().hex
-        self.temporary = place / "tmp"
+        self.temporary = directory / "tmp"
         self.temporary.mkdir()
         self._environment = {
-            **variables_of(place, server),
+            **variables_of(directory, server),
             MARK: self.mark,
             "TMPDIR": str(self.temporary),
         }
@@ -94,7 +94,7 @@ class FaultyStudy:
 
     def _start(self) -> Forked:
         process = self._station.start(
-            *self._words, cwd=self.place, environment=self._environment
+            *self._words, cwd=self.directory, environment=self._environment
         )
         self._launchers.append(process.pid)
         return process
@@ -221,9 +221,9 @@ class FaultyStudy:
     def leftovers(self) -> list[str]:
         """What it has left behind a while after its end: processes, and temporary files."""
         end = time.monotonic() + 30
-        while (found := self._leftovers()) and time.monotonic() < end:
+        while (leftovers := self._leftovers()) and time.monotonic() < end:
             time.sleep(0.2)
-        return found
+        return leftovers
 
     def _leftovers(self) -> list[str]:
         pids = "|".join(map(str, self._launchers))
@@ -248,16 +248,16 @@ class FaultyStudy:
         self.process.poll()
 
 
-def variables_of(place: Path, server: Server | None) -> dict[str, str]:
+def variables_of(directory: Path, server: Server | None) -> dict[str, str]:
     """Variables that the workers of a study need, however they are started."""
-    paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
     address = {} if server is None else {"STUDY_DATABASE": server.address}
     return {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **address}
 
 
 def processes_that_hold(trials: Path) -> list[int]:
     """The processes that have the lock of a trial's folder open."""
-    found = []
+    numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             opened = [os.readlink(link) for link in (folder / "fd").iterdir()]
@@ -265,19 +265,19 @@ def processes_that_hold(trials: Path) -> list[int]:
                 path.startswith(f"{trials}/") and path.endswith(".lock")
                 for path in opened
             ):
-                found.append(int(folder.name))
-    return found
+                numbers.append(int(folder.name))
+    return numbers
 
 
 def marked_processes(mark: str) -> list[str]:
     """The processes that live and have the mark in their environment."""
-    found = []
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
                 title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                found.append(f"{folder.name} {title}")
-    return found
+                processes.append(f"{folder.name} {title}")
+    return processes
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def test_a_study_with_more_trials_shows_them_to_readers_only() -> None:
     study = optuna.create_study()
     study.ask()
     more = [create_trial(value=1.0), create_trial(state=TrialState.PRUNED)]
-    extended = compat.study_with_more_trials(study, more)
+    extended = compat.study_with_trials(study, lambda trials: [*more, *trials])
     assert len(extended.get_trials()) == 3
     assert extended.get_trials(states=(TrialState.COMPLETE,)) == more[:1]
     assert len(study.get_trials()) == 1

@@ -48,6 +48,7 @@ class Trace:
     inverse_rms: torch.Tensor
     """Of the last norm [answer tokens]."""
     tokens: int
+    """Of the pass, with those that were added."""
 
 
 class Decoder:

@@ -32,7 +32,7 @@ SPARE_MEMORY = 512 * 2**20
 """Bytes that are left free beside what a recorded pass takes."""
 
 
-class RecordingPlace:
+class GraphPool:
     """The stream and the memory that recorded passes share: one is under way at a time."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class RecordedPass:
         blocks: DecoderBlocks,
         x: torch.Tensor,
         context: PassContext,
-        place: RecordingPlace,
+        pool: GraphPool,
     ) -> None:
         """Record both; nothing is computed.
 
@@ -92,9 +92,9 @@ class RecordedPass:
             blocks: Their kernels have all been launched before, with tensors of these sizes.
             x: As `DecoderBlocks.forward` takes it.
             context: The pass.
-            place: Where it is recorded.
+            pool: Where it is recorded.
         """
-        self._x, self._output = place.buffers(x)
+        self._x, self._output = pool.buffers(x)
         # What the kernels read, whichever batch comes; the tables of `context` live as long.
         self._context = context
         traces = []
@@ -108,8 +108,8 @@ class RecordedPass:
             # Whoever wants the output has read it by then.
             blocks.backward(traces.pop(), self._output)
 
-        self._replay_forward = place.record(launch_forward)
-        self._replay_backward = place.record(launch_backward)
+        self._replay_forward = pool.record(launch_forward)
+        self._replay_backward = pool.record(launch_backward)
 
     def forward(self, x: torch.Tensor, context: PassContext) -> torch.Tensor:
         """Compute `DecoderBlocks.forward` of a batch.
@@ -152,7 +152,7 @@ class PassRecorder:
         """What distinguishes passes that were computed once, and not recorded yet; with the bytes
         that their activations took."""
         self._recorded: OrderedDict[Any, RecordedPass] = OrderedDict()
-        self._place: RecordingPlace | None = None
+        self._pool: GraphPool | None = None
 
     def is_worthwhile(self, batch: PackedBatch) -> bool:
         """Whether launching a batch's kernels may take longer than computing them."""
@@ -208,10 +208,10 @@ class PassRecorder:
         self._met[_key(size, x, context)] = memory
 
     def _record(self, x: torch.Tensor, context: PassContext) -> RecordedPass | None:
-        if self._place is None:
-            self._place = RecordingPlace()
+        if self._pool is None:
+            self._pool = GraphPool()
         try:
-            return RecordedPass(self._blocks, x, context, self._place)
+            return RecordedPass(self._blocks, x, context, self._pool)
         except RuntimeError as error:
             self.stop()
             _end_recording()
@@ -231,7 +231,7 @@ class PassRecorder:
         self._is_on = False
         self._recorded.clear()
         self._met.clear()
-        self._place = None
+        self._pool = None
         return has_recorded
 
 
@@ -269,4 +269,4 @@ def _end_recording() -> None:
     way, and refuses to draw.
     """
     number = torch.zeros(1, device="cuda")
-    RecordingPlace().record(number.zero_)  # type: ignore[arg-type]
+    GraphPool().record(number.zero_)  # type: ignore[arg-type]

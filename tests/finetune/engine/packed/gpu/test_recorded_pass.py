@@ -61,8 +61,8 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
     from finetune.engine.packed.requests import ForwardBackward
 
     requests = [
-        ForwardBackward(slot, make_rows(own, seed + number), 0.1, seed)
-        for number, (slot, own) in enumerate(zip(slots, lengths, strict=True))
+        ForwardBackward(slot, make_rows(some, seed + number), 0.1, seed)
+        for number, (slot, some) in enumerate(zip(slots, lengths, strict=True))
     ]
     results = slots[0].bank.forward_backward(requests)
     losses = [result.loss for result in results]
@@ -90,11 +90,11 @@ def test_padding_changes_no_loss_and_no_gradient(
         assert float((padded - gradient).norm() / gradient.norm()) < 1e-5
 
 
-def repeating_place() -> Any:
+def repeating_pool() -> Any:
     """Where there is no GPU: what is recorded is launched again."""
-    from finetune.engine.packed.gpu.recorded_pass import RecordingPlace
+    from finetune.engine.packed.gpu.recorded_pass import GraphPool
 
-    class RepeatingPlace(RecordingPlace):
+    class RepeatingPool(GraphPool):
         def __init__(self) -> None:
             self._buffers = []
 
@@ -102,7 +102,7 @@ def repeating_place() -> Any:
             launch()
             return launch
 
-    return RepeatingPlace()
+    return RepeatingPool()
 
 
 @bases("qwen3_5_text")
@@ -119,8 +119,8 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     expected = [train(some, lengths, 5) for some, lengths in cases]
     monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
     monkeypatch.setattr(f"{RECORDED}._is_free", lambda memory: True)
-    place = repeating_place()
-    monkeypatch.setattr(f"{RECORDED}.RecordingPlace", lambda: place)
+    pool = repeating_pool()
+    monkeypatch.setattr(f"{RECORDED}.GraphPool", lambda: pool)
     recorder = slots[0].bank.backend._recorder
 
     train(slots, LENGTHS, 5)
@@ -203,11 +203,11 @@ def test_a_recorded_pass_is_the_pass_that_is_launched(
     ]
     with monkeypatch.context() as patched:
         patched.setattr(f"{RECORDER}.find", lambda *_: None)
-        launched = [train(own, lengths, 5) for own, lengths in cases]
+        launched = [train(some, lengths, 5) for some, lengths in cases]
     assert count_recorded() == 0
     for _ in range(3):
-        for (own, lengths), (losses, gradients) in zip(cases, launched, strict=True):
-            replayed_losses, replayed = train(own, lengths, 5)
+        for (some, lengths), (losses, gradients) in zip(cases, launched, strict=True):
+            replayed_losses, replayed = train(some, lengths, 5)
             assert replayed_losses == losses
             for one, other in zip(replayed, gradients, strict=True):
                 assert torch.equal(one, other)
