@@ -98,7 +98,7 @@ def find_deployed(name: str) -> Deployed:
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise refusal("--against", name, f"has no adapter: {ADAPTER_CONFIG}, {WEIGHTS}")
     config = read_json(folder / ADAPTER_CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if config.get("peft_type") != "LORA":
         raise refusal(
             "--against", name, f"its {ADAPTER_CONFIG} is not that of a LoRA adapter"
         )

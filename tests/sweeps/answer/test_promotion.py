@@ -356,7 +356,13 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
     config = json.loads((other / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "another"
     (other / "adapter_config.json").write_text(json.dumps(config))
-    for name, content in (("nameless", '{"peft_type": "LORA"}'), ("list", "[]")):
+    files = [
+        ("nameless", '{"peft_type": "LORA"}'),
+        ("ia3", '{"peft_type": "IA3"}'),
+        ("list", "[]"),
+        ("text", "no JSON"),
+    ]
+    for name, content in files:
         copy = Path(shutil.copytree(baseline / "adapter", place / name))
         (copy / "adapter_config.json").write_text(content)
     write_jsonl(place / "few.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
@@ -367,7 +373,9 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
             {"against": "nameless"},
             "--against=nameless: its adapter_config.json names no",
         ),
-        ({"against": "list"}, "is not that of a LoRA adapter"),
+        ({"against": "ia3"}, "is not that of a LoRA adapter"),
+        ({"against": "list"}, "the file is damaged, it holds no JSON object"),
+        ({"against": "text"}, "the file is damaged, it is no JSON"),
         (
             {"against": "s1"},
             "--against=s1: is a study; the run of its winner is outputs",
