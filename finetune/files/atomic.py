@@ -1,7 +1,7 @@
 """Files and folders that appear at their path complete or not at all.
 
 Each is written under a draft name in the same folder and then renamed. A draft's name begins with a
-dot or ends with the writer's machine and process, so that no reader takes it for the file itself.
+dot, so that no reader takes it for the file itself.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ from typing import Any
 
 from finetune.errors import ConfigError
 from finetune.json_safe import json_safe
+
+DRAFT = ".draft."
+"""The names of draft folders that several processes may write at once begin with it."""
 
 
 def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
@@ -127,6 +130,28 @@ def create_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def create_new_folder(path: Path) -> Iterator[Path]:
+    """Write a folder that nobody else has created when the block ends.
+
+    Yields:
+        The draft's path, an empty folder.
+
+    Raises:
+        ConfigError: Another process has created the folder meanwhile; it is left as it is.
+    """
+    with draft_folder(path.parent, path.name) as draft:
+        yield draft
+        try:
+            # An empty folder is replaced.
+            draft.rename(path)
+        except OSError as error:
+            if path.exists():
+                reason = "another process has written this folder meanwhile"
+                raise ConfigError(f"{path}: {reason}") from error
+            raise
+
+
+@contextlib.contextmanager
 def draft_folder(parent: Path, name: str) -> Iterator[Path]:
     """Create a folder to write a draft in; it is removed if it is still there at the end.
 
@@ -136,7 +161,7 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
 
     Args:
         parent: Where the draft is created.
-        name: The draft's name begins with it.
+        name: What the draft will become, for its name.
 
     Yields:
         The draft's path.
@@ -145,8 +170,8 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
         OSError: The block's, with the parent folder if it names no file (disk full).
     """
     machine = platform.node().partition(".")[0]
-    draft = parent / f"{name}.{machine}.{os.getpid()}"
-    for existing_draft in parent.glob(f"*.{machine}.*"):
+    draft = parent / f"{DRAFT}{name}.{machine}.{os.getpid()}"
+    for existing_draft in parent.glob(f"{DRAFT}*.{machine}.*"):
         writer = int(existing_draft.suffix[1:])
         # A draft of this process's own number is that of a dead process, whose number it got.
         if existing_draft == draft or not _is_alive(writer):

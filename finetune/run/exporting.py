@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import refusal
-from finetune.files.atomic import replace_folder, write_text
+from finetune.files.atomic import create_new_folder, write_text
 from finetune.model.base_quantization import read_config_json
 from finetune.model.gguf.architectures import text_settings, unsupported
 from finetune.model.gguf.errors import ExportError
@@ -117,8 +117,7 @@ def export_run(
 
     from finetune.model.gguf.check import check_gguf
 
-    with _naming(run_folder), replace_folder(folder) as draft:
-        draft.mkdir(parents=True)
+    with _naming(run_folder), create_new_folder(folder) as draft:
         model, file = draft / MERGED, draft / FILE
         merged = merge_run(run_folder, model, settings.dtype)
         log.info("writing %s", folder / FILE)

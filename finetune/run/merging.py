@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.compat import forget_quantized_format
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
-from finetune.files.atomic import replace_folder
+from finetune.files.atomic import create_new_folder
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
@@ -138,7 +138,7 @@ def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:
     generation_config = generation_config_with_ends(run.base, ends)
     # Saving checks the model's own one, and refuses those of many bases.
     merged.generation_config = GenerationConfig()
-    with replace_folder(folder) as draft:
+    with create_new_folder(folder) as draft:
         merged.save_pretrained(draft)
         write_generation_config(generation_config, draft)
         save_tokenizer(run.tokenizer, draft)

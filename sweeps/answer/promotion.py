@@ -1,6 +1,7 @@
 """Promote a study's winner: through the gate, then into a registry with its lineage."""
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.errors import refusal
 from finetune.files.atomic import read_json
+from finetune.files.lock import file_lock
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.names import describe_metric
 from finetune.model.adapter_files import weights_digest
@@ -37,6 +39,8 @@ from sweeps.answer.gate import (
 )
 from sweeps.answer.publish_hub import best_folder, study_extra
 from sweeps.study.study import ANSWER, Study
+
+log = logging.getLogger(__name__)
 
 NONE = "none"
 """Stands for the deployed adapter where none is deployed yet."""
@@ -134,8 +138,15 @@ def promote(study: Study, request: Request) -> Promotion:
         request: What is asked for.
 
     Raises:
-        ConfigError: The adapters or rows can't be compared, or the registry can't be reached.
+        ConfigError: The adapters or rows can't be compared, the registry can't be reached, or the
+            alias has moved during the comparison.
     """
+    # Two promotions at once would register the same adapter twice.
+    with file_lock(study.folder / ".promote.lock"):
+        return _promote(study, request)
+
+
+def _promote(study: Study, request: Request) -> Promotion:
     folder = best_folder(study)
     config = read_trained_config(folder)
     trial = int(read_json(study.folder / ANSWER)["trial"])
@@ -172,15 +183,44 @@ def promote(study: Study, request: Request) -> Promotion:
         return ended(f"{request.against} is the winner itself, so there is no gain")
     verdict = None
     if deployed is not None:
+        _warn_of_another(request, deployed, current)
         gate = request.gate
         verdict = pass_gate(gate, folder, config, rows, metrics, deployed)
         if not verdict.is_met:
             return ended(gate_line(request.gate, verdict), verdict)
+        _require_same(request, current, registry.current(request.alias))
     lineage = _lineage(study, request, config, digest, deployed, verdict)
     adapter = RunFolder(folder).adapter
     version = registry.register(adapter, lineage, request.alias)
     reason = f"registered in {registry.title}: {_shown(version)} is {request.alias}"
     return ended(reason, verdict, version, is_new=True)
+
+
+def _warn_of_another(
+    request: Request, deployed: Deployed, current: Version | None
+) -> None:
+    """Say that the alias marks another adapter than the one that is compared."""
+    if current is None or current.digest in (None, deployed.digest):
+        return
+    log.warning(
+        "--against=%s is not %s (%s), which the winner is not compared with",
+        request.against,
+        request.alias,
+        _shown(current),
+    )
+
+
+def _require_same(
+    request: Request, before: Version | None, now: Version | None
+) -> None:
+    """Refuse an alias that another promotion has moved during the comparison."""
+    if now is None or (before is not None and now.version == before.version):
+        return
+    reason = (
+        f"marks another adapter since the comparison began ({_shown(now)}); compare the winner "
+        "with that one"
+    )
+    raise refusal("--alias", request.alias, reason)
 
 
 def gate_line(gate: Gate, verdict: Verdict) -> str:

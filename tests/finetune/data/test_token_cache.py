@@ -144,7 +144,7 @@ def test_two_processes_that_tokenise_the_same_rows_at_once_both_succeed(
         folder.name for folder in (tmp_path / "cache" / "tokens").glob("[!.]*")
     )
     assert len(left) == 8, left
-    assert not any("." in name for name in left)  # no draft is left over
+    assert not list((tmp_path / "cache" / "tokens").glob(".draft.*"))
 
 
 KILLED = """
@@ -166,7 +166,7 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_living_ones_are_not
     [killed] = tokens.iterdir()
     living, elsewhere = (
         killed.with_suffix(f".{os.getppid()}"),
-        killed.with_name(f"rows.elsewhere{killed.suffix}"),
+        killed.with_name(f".draft.rows.elsewhere{killed.suffix}"),
     )
     living.mkdir()
     elsewhere.mkdir()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.files.atomic import (
+    create_new_folder,
     read_json,
     read_json_list,
     replace_folder,
@@ -97,6 +99,25 @@ def test_a_folder_is_replaced_only_at_the_end_of_the_block(tmp_path: Path) -> No
             )
         assert os.listdir(folder) == [content]
     assert os.listdir(tmp_path) == ["best"]
+
+
+def write_late(folder: Path) -> None:
+    """Write a new folder while another process does."""
+    with create_new_folder(folder) as late:
+        (late / "late").touch()
+        folder.mkdir()
+        (folder / "first").touch()
+
+
+def test_a_new_folder_is_written_by_the_first_to_finish(tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    machine = platform.node().partition(".")[0]
+    other = tmp_path / f"backup.{machine}.99999999"  # no draft, whatever its name says
+    other.mkdir()
+    with pytest.raises(ConfigError, match="merged: another process has written"):
+        write_late(folder)
+    assert os.listdir(folder) == ["first"]
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "merged"])
 
 
 HOLDER = """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,7 +27,7 @@ from finetune.tracking.mlflow_store import open_store
 from finetune.tracking.registry import DIGEST, require_alias
 from finetune.tracking.wandb_registry import WandbRegistry
 from sweeps.answer.compare import compare_adapters
-from sweeps.answer.gate import Gate
+from sweeps.answer.gate import Gate, pass_gate
 from sweeps.answer.promotion import Request, check_request, promote
 from sweeps.answer.publish_hub import best_folder, publish_winner, why_no_answer
 from sweeps.study.study import Study
@@ -204,6 +205,80 @@ def test_weeks_of_a_cron_job_with_mlflow(
     )
     assert len(store.search_model_versions("name = 'units'")) == 2
     assert store.get_model_version_by_alias("units", "champion").version == 1
+
+
+KILLED_AFTER = """
+import os, signal
+import mlflow
+from finetune.tracking import mlflow_registry
+owner = {"_create_run": mlflow_registry.MlflowRegistry}.get("NAME", mlflow.MlflowClient)
+plain = getattr(owner, "NAME")
+def killed(*arguments, **more):
+    plain(*arguments, **more)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, "NAME", killed)
+"""
+
+
+@pytest.mark.parametrize(
+    "step", ["_create_run", "create_model_version", "set_registered_model_alias"]
+)
+def test_a_killed_promotion_is_completed_by_the_next(
+    step: str, study: Study, place: Path, station: Station
+) -> None:
+    words = ["promote", "s1", "--against", "none", "--data", "test.jsonl"]
+    words += ["--metric", "test/loss", "--to", "mlflow"]
+    before = KILLED_AFTER.replace("NAME", step)
+    killed = station.start(*words, cwd=place, module="sweeps", before=before).wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = station.run(*words, cwd=place, module="sweeps")
+    assert again.returncode == 0, again.stderr
+    store = open_store(f"sqlite:///{place / 'mlflow.db'}")
+    [version] = store.search_model_versions("name = 'finetune'")
+    marked = store.get_model_version_by_alias("finetune", "champion")
+    assert marked.version == version.version
+
+
+def test_two_promotions_at_once_register_one_version(
+    study: Study, place: Path, station: Station
+) -> None:
+    words = ["promote", "s1", "--data", "test.jsonl", "--metric", "test/loss"]
+    words += ["--against", str(study.folder / "trials" / "0"), "--to", "mlflow"]
+    both = [station.start(*words, cwd=place, module="sweeps") for _ in range(2)]
+    ended = [command.wait() for command in both]
+    assert [command.returncode for command in ended] == [0, 0], ended
+    printed = sorted(command.stdout for command in ended)
+    assert "champion is this adapter already" in printed[0] + printed[1]
+    store = open_store(f"sqlite:///{place / 'mlflow.db'}")
+    assert len(store.search_model_versions("name = 'finetune'")) == 1
+
+
+def test_an_alias_that_moves_during_the_comparison_stays(
+    study: Study,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    baseline = study.folder / "trials" / "0"
+    registry = MlflowRegistry("finetune", None)
+
+    def others_register(digest: str) -> None:
+        lineage = {"study": "another", "config": {}, DIGEST: digest}
+        registry.register(baseline / "adapter", lineage, "champion")
+
+    def pass_gate_meanwhile(*arguments: Any) -> Any:
+        verdict = pass_gate(*arguments)
+        others_register("1")
+        return verdict
+
+    others_register("0")
+    monkeypatch.setattr("sweeps.answer.promotion.pass_gate", pass_gate_meanwhile)
+    with pytest.raises(ConfigError, match=r"since the comparison began .*version 2"):
+        promote(study, asked(study, str(baseline), "mlflow"))
+    assert "is not champion (finetune, version 1)" in caplog.text
+    current = registry.current("champion")
+    assert current is not None
+    assert current.digest == "1"
 
 
 def test_mlflow_holds_the_adapter_and_where_it_comes_from(
