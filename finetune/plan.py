@@ -59,10 +59,15 @@ def _plan(
     config = resolve_learning_rate(config, resources)
     import_model_libraries()
     from finetune.model.device import on_gpu
-    from finetune.run.memory_plan import plan_memory, resolve_checkpointing
+    from finetune.run.memory_plan import (
+        plan_memory,
+        resolve_checkpointing,
+        spread_over,
+    )
     from finetune.run.sizes import check_sizes
 
     config = resolve_quantization(config, resources)
+    config = spread_over(config, sweeper.get("gpus_per_worker", 1))
     config = resolve_checkpointing(config, "packed", resources)
     splits = {
         "train": resources.tokens("train", rows.train, config),
