@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from finetune.data.types import Row, canonical_text
-from finetune.files.arrow_file import ArrowFile
+from finetune.files.arrow_file import ArrowFile, integers
 from finetune.files.atomic import write_json
 
 if TYPE_CHECKING:
@@ -254,6 +254,6 @@ class _Table:
         ]
         # Integer columns as NumPy arrays: indexing an Arrow array makes an object for each value.
         self.batches = [
-            (batch["content"], batch["source"].to_numpy(), batch["number"].to_numpy())
+            (batch["content"], integers(batch["source"]), integers(batch["number"]))
             for batch in self.file.table.to_batches()
         ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from finetune.data.token_report import TokenReport
-from finetune.files.arrow_file import ArrowFile
+from finetune.files.arrow_file import ArrowFile, integers
 from finetune.files.atomic import read_json, write_json
 
 if TYPE_CHECKING:
@@ -146,7 +146,10 @@ class Tokens(Sequence[Example]):
     def _select_column(self, name: str) -> list[int]:
         if self._file is None:
             return []
-        selected: list[int] = self._file.table[name].to_numpy()[self._order].tolist()
+        import numpy
+
+        chunks = [integers(chunk) for chunk in self._file.table[name].chunks]
+        selected: list[int] = numpy.concatenate(chunks)[self._order].tolist()
         return selected
 
 
@@ -189,8 +192,8 @@ class _Lists:
     """A column of lists of a record batch, as NumPy arrays that share its memory."""
 
     def __init__(self, column: "pyarrow.ListArray") -> None:
-        self._values = column.values.to_numpy()
-        self._offsets = column.offsets.to_numpy()
+        self._values = integers(column.values)
+        self._offsets = integers(column.offsets)
 
     @property
     def lengths(self) -> "Numbers":
