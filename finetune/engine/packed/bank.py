@@ -6,9 +6,7 @@ it would have alone, up to the rounding of matrix products.
 """
 
 import copy
-import logging
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from finetune.engine.packed.backend_probe import backend_failure
 from finetune.engine.packed.batch import BatchLayout, PackedBatch, lay_out
 from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
+from finetune.engine.packed.execution import Execution
 from finetune.engine.packed.losses import TokenLosses, token_losses
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.requests import (
@@ -42,7 +41,7 @@ from finetune.engine.packed.requests import (
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
-from finetune.errors import is_out_of_memory_error, refusal
+from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
 from finetune.model.device import to_device
@@ -56,8 +55,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-
-log = logging.getLogger(__name__)
 
 GROUPS_PER_STAGE = 2
 """Groups of slots for each GPU of a base on several. With more, a GPU waits for less of a step, but
@@ -120,8 +117,9 @@ class Bank:
         self._quantization = config.quantization
         self.slots_in_use = 0
         """Slots in which runs train now, counted by `SharedResources.slot`."""
-        self.capacity: int | None = None
-        """How many requests fit into memory at once; None: no limit has been met."""
+        self._execution = Execution(
+            self._compute, lambda: self.backend.release_memory()
+        )
         self.answer_tokens = config.evaluation.max_new_tokens
         """Tokens of the longest answer of the last generation; at first its limit."""
         self._host_work: Callable[[], None] | None = None
@@ -225,15 +223,21 @@ class Bank:
         share_origin(self.base, skeleton)
         return skeleton
 
+    @property
+    def capacity(self) -> int | None:
+        """How many requests fit into memory at once; None: no limit has been met."""
+        return self._execution.capacity
+
+    @capacity.setter
+    def capacity(self, capacity: int | None) -> None:
+        self._execution.capacity = capacity
+
     def execute(
         self,
         requests: Sequence[PackedRequest],
         host_work: Callable[[], None] | None = None,
     ) -> list[Response | Exception]:
         """Execute the requests of several slots, as many at once as memory allows.
-
-        A group of requests that fails is executed again in halves, so that an error is returned
-        only for the request that causes it.
 
         Args:
             requests: At most one for each slot.
@@ -244,11 +248,11 @@ class Bank:
         """
         self._host_work = host_work
         try:
-            return self._execute_all(requests)
+            return self._execute_by_type(requests)
         finally:
             self._host_work = None
 
-    def _execute_all(
+    def _execute_by_type(
         self, requests: Sequence[PackedRequest]
     ) -> list[Response | Exception]:
         # By the requests' ids: they hold lists of rows and so have no hash.
@@ -262,66 +266,20 @@ class Bank:
             group = [
                 request for request in requests if isinstance(request, request_type)
             ]
-            # At least 1 where no request has the type: the step of a range can't be 0.
-            size = max(self.capacity or len(group), 1)
-            for start in range(0, len(group), size):
-                chunk = group[start : start + size]
-                chunk_responses = self._execute_chunk(chunk)
-                for request, response in zip(chunk, chunk_responses, strict=True):
-                    responses[id(request)] = response
+            group_responses = self._execution.execute(group)
+            for request, response in zip(group, group_responses, strict=True):
+                responses[id(request)] = response
         # On a CPU, or if no pass got far enough to call it.
         self._run_host_work()
         return [responses[id(request)] for request in requests]
 
-    def _execute_once(self, requests: Sequence[Any]) -> list[Response | Exception]:
-        """Execute requests of one type together."""
-        try:
-            return self._execute_together(requests)
-        except Exception as error:
-            can_release = (
-                is_out_of_memory_error(error) and self.backend.release_memory()
-            )
-            if not can_release:
-                raise
-        log.warning(
-            "memory is short: passes are not recorded any more, which is slower"
-        )
-        free_memory()
-        return self._execute_together(requests)
-
-    def _execute_together(self, requests: Sequence[Any]) -> list[Response | Exception]:
+    def _compute(self, requests: Sequence[Any]) -> list[Response]:
+        """Return the responses to requests of one type."""
         if isinstance(requests[0], ForwardBackward):
             return list(self.forward_backward(requests))
         if isinstance(requests[0], Evaluate):
             return list(self.evaluate(requests))
         return list(self.generate(requests))
-
-    def _execute_chunk(self, requests: Sequence[Any]) -> list[Response | Exception]:
-        """Execute requests of one type together; on an error, again in halves."""
-        half = len(requests) // 2
-        try:
-            return self._execute_once(requests)
-        except Exception as error:
-            if len(requests) == 1:
-                # The response outlives this call, and its frames hold the tensors of the pass.
-                traceback.clear_frames(error.__traceback__)
-                return [error]
-            # Text is generated in batches that fit, so this is a single prompt that does not.
-            is_generation = isinstance(requests[0], Generate)
-            if is_out_of_memory_error(error) and not is_generation:
-                self.capacity = half
-                log.warning(
-                    "memory is too small for %d slots at once; %d from now on",
-                    len(requests),
-                    half,
-                )
-        # Outside of the except block, where the exception and the tensors that its frames hold
-        # are gone.
-        free_memory()
-        responses = []
-        for start in range(0, len(requests), half):
-            responses += self._execute_chunk(requests[start : start + half])
-        return responses
 
     def forward_backward(
         self, requests: Sequence[ForwardBackward]
