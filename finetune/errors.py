@@ -40,8 +40,16 @@ def refusal(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"{key}={shown}: {allowed}")
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Return the names nearest to a mistyped word, followed by all allowed names."""
+def did_you_mean(
+    word: str, allowed: Iterable[str], description: str | None = None
+) -> str:
+    """Return the names nearest to a mistyped word, followed by what is allowed.
+
+    Args:
+        word: The mistyped word.
+        allowed: All allowed names.
+        description: What is allowed, where that is more than the names.
+    """
     names = sorted(allowed)
     nearest = difflib.get_close_matches(
         word,
@@ -50,6 +58,8 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
         cutoff=0.5,
     )
     suggestion = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    if description is not None:
+        return f"{suggestion}must be {description}"
     return f"{suggestion}allowed: {', '.join(names)}"
 
 

@@ -197,6 +197,7 @@ def _to_dict(
         },
         "peak": plan.peak(),
         "available": plan.available,
+        "gpus": plan.gpus,
         "further_slot": _further_slot(plan),
         "largest_slots": plan.largest,
         "slots": plan.slots,
@@ -228,7 +229,8 @@ def _print_memory(plan: "Plan", method: str) -> None:
             print(f"{name:32}{size / GIB:8.2f} GiB")
     peak = plan.peak() / GIB
     available = plan.available / GIB
-    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}")
+    where = f" on the fullest of {plan.gpus} GPUs" if plan.gpus > 1 else ""
+    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}{where}")
 
 
 def _print_work(

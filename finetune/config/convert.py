@@ -90,7 +90,12 @@ def _convert(hint: Any, path: str, value: Any) -> Any:
     for alternative in alternatives:
         choices += _choices(alternative)
     if choices and isinstance(value, str):
-        raise refusal(path, value, did_you_mean(value, choices))
+        has_others = any(
+            not _choices(alternative) and alternative is not types.NoneType
+            for alternative in alternatives
+        )
+        description = describe_type(hint) if has_others else None
+        raise refusal(path, value, did_you_mean(value, choices, description))
     raise refusal(path, value, f"must be {describe_type(hint)}")
 
 

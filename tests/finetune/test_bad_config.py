@@ -187,6 +187,16 @@ CONFIG = [
         "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32",
     ),
     Case(
+        "gpus",
+        "trainer.gpus=two",
+        "trainer.gpus=two: did you mean auto? must be a whole number or auto",
+    ),
+    Case(
+        "checkpointing",
+        "trainer.gradient_checkpointing=maybe",
+        "trainer.gradient_checkpointing=maybe: must be true or false or auto",
+    ),
+    Case(
         "optimizer",
         "optimizer.name=adamw_tork",
         "optimizer.name=adamw_tork: did you mean adamw_torch…allowed: adafactor, …",
@@ -215,7 +225,7 @@ CONFIG = [
     Case(
         "tracker",
         "tracker.name=mlfow",
-        "tracker.name=mlfow: did you mean mlflow? allowed: both, mlflow, none, …",
+        "tracker.name=mlfow: did you mean mlflow? must be one of wandb, …or a list, …",
     ),
     Case(
         "tracker-in-a-list",
