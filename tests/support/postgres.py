@@ -36,7 +36,11 @@ def postgres_command(name: str) -> str:
 
 def as_server_user() -> list[str]:
     """What stands before a command of PostgreSQL's: it refuses to run as root."""
-    return ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    if os.getuid() != 0:
+        return []
+    # Not every shell of root has its folder in PATH.
+    runuser = shutil.which("runuser") or "/usr/sbin/runuser"
+    return [runuser, "-u", "postgres", "--"]
 
 
 def server_folder() -> Path:

@@ -105,7 +105,7 @@ def repeating_pool() -> Any:
     return RepeatingPool()
 
 
-@bases("qwen3_5_text")
+@bases()
 def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
