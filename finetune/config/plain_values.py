@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.convert import is_number
 from finetune.config.sections.evaluation import is_task
+from finetune.errors import refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -56,7 +57,9 @@ def resolve_limit(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace `dataset.limit=auto`: 240 for `python_docs`, null for any other path."""
     dataset = values.get("dataset")
     # What is no mapping is refused by `build`.
-    if not isinstance(dataset, Mapping) or dataset.get("limit") != "auto":
+    if not isinstance(dataset, Mapping):
+        return values
+    if not _is_auto("dataset.limit", dataset.get("limit"), "a whole number, null"):
         return values
     limit = PYTHON_DOCS_LIMIT if dataset.get("path") == "python_docs" else None
     return {**values, "dataset": {**dataset, "limit": limit}}
@@ -91,9 +94,20 @@ def resolve_eval_steps(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace `trainer.eval_steps=auto` by its value in a run of its own."""
     trainer = values.get("trainer")
     # What is no mapping is refused by `build`.
-    if not isinstance(trainer, Mapping) or trainer.get("eval_steps") != AUTO:
+    if not isinstance(trainer, Mapping):
+        return values
+    if not _is_auto(
+        "trainer.eval_steps", trainer.get("eval_steps"), "a number, a list"
+    ):
         return values
     return {**values, "trainer": {**trainer, "eval_steps": RUN_EVAL_STEPS}}
+
+
+def _is_auto(key: str, value: Any, others: str) -> bool:
+    """Return whether a value is `auto`; refuse any other text, whose error would not name it."""
+    if isinstance(value, str) and value != AUTO:
+        raise refusal(key, value, f"must be {others} or auto")
+    return bool(value == AUTO)
 
 
 def resolve_study_eval_steps(

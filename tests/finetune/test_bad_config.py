@@ -187,6 +187,16 @@ CONFIG = [
         "model.dtype=bf16: …allowed: auto, bfloat16, float16, float32",
     ),
     Case(
+        "limit-word",
+        "dataset.limit=all",
+        "dataset.limit=all: must be a whole number, null or auto",
+    ),
+    Case(
+        "rungs-word",
+        "trainer.eval_steps=aut",
+        "trainer.eval_steps=aut: must be a number, a list or auto",
+    ),
+    Case(
         "gpus",
         "trainer.gpus=two",
         "trainer.gpus=two: did you mean auto? must be a whole number or auto",
