@@ -332,10 +332,4 @@ def base_key(config: RunConfig) -> object:
         for name, value in config.trainer.extra.items()
         if name not in KEEPS_BASE
     }
-    return (
-        config.model,
-        config.quantization,
-        config.trainer.gpus,
-        checkpointing,
-        extra,
-    )
+    return (config.model, config.quantization, checkpointing, extra)
