@@ -5,6 +5,7 @@ dot, so that no reader takes it for the file itself.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from finetune.errors import ConfigError
 from finetune.json_safe import json_safe
 
 DRAFT = ".draft."
-"""The names of draft folders that several processes may write at once begin with it."""
+"""Beginning of the names of draft folders that several processes may write at the same time."""
 
 
 def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
@@ -131,13 +132,14 @@ def create_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def create_new_folder(path: Path) -> Iterator[Path]:
-    """Write a folder that nobody else has created when the block ends.
+    """Write a folder that does not exist yet, or is empty.
 
     Yields:
         The draft's path, an empty folder.
 
     Raises:
-        ConfigError: Another process has created the folder meanwhile; it is left as it is.
+        ConfigError: When the block ends, another process has written the folder; it is left as it
+            is.
     """
     with draft_folder(path.parent, path.name) as draft:
         yield draft
@@ -145,10 +147,10 @@ def create_new_folder(path: Path) -> Iterator[Path]:
             # An empty folder is replaced.
             draft.rename(path)
         except OSError as error:
-            if path.exists():
-                reason = "another process has written this folder meanwhile"
-                raise ConfigError(f"{path}: {reason}") from error
-            raise
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            reason = "another process has written this folder meanwhile"
+            raise ConfigError(f"{path}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -161,7 +163,7 @@ def draft_folder(parent: Path, name: str) -> Iterator[Path]:
 
     Args:
         parent: Where the draft is created.
-        name: What the draft will become, for its name.
+        name: Part of the draft's name.
 
     Yields:
         The draft's path.

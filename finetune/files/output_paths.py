@@ -25,6 +25,13 @@ def new_folder(key: str, folder: str | Path) -> Path:
     is_file = path.exists() and not path.is_dir()
     if is_file or (path.is_dir() and any(path.iterdir())):
         raise refusal(key, folder, "exists already; must be a new or an empty folder")
+    # A complete folder is renamed to the path: it can replace neither a link nor a mount point.
+    if path.is_symlink():
+        path = path.resolve()
+    if path.is_mount():
+        raise refusal(
+            key, folder, "is a mount point; must be a new folder, as one in it"
+        )
     # A draft is written beside it, and renamed.
     parent = path.absolute().parent
     while not parent.exists():

@@ -1,5 +1,6 @@
 """Promote a study's winner: through the gate, then into a registry with its lineage."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -142,7 +143,13 @@ def promote(study: Study, request: Request) -> Promotion:
             alias has moved during the comparison.
     """
     # Two promotions at once would register the same adapter twice.
-    with file_lock(study.folder / ".promote.lock"):
+    lock = study.folder / ".promote.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(lock, wait=False))
+        except BlockingIOError:
+            log.info("waiting for another promotion of %s to end", study.name)
+            stack.enter_context(file_lock(lock))
         return _promote(study, request)
 
 
@@ -203,10 +210,10 @@ def _warn_of_another(
     if current is None or current.digest in (None, deployed.digest):
         return
     log.warning(
-        "--against=%s is not %s (%s), which the winner is not compared with",
-        request.against,
+        "%s marks another adapter (%s); the winner is compared with --against=%s",
         request.alias,
         _shown(current),
+        request.against,
     )
 
 
@@ -214,13 +221,20 @@ def _require_same(
     request: Request, before: Version | None, now: Version | None
 ) -> None:
     """Refuse an alias that another promotion has moved during the comparison."""
-    if now is None or (before is not None and now.version == before.version):
+    if now is None or (before is not None and _are_same(before, now)):
         return
     reason = (
         f"marks another adapter since the comparison began ({_shown(now)}); compare the winner "
         "with that one"
     )
     raise refusal("--alias", request.alias, reason)
+
+
+def _are_same(before: Version, now: Version) -> bool:
+    """Whether two versions are one adapter. On the hub another text is another version."""
+    if before.digest is not None and now.digest is not None:
+        return before.digest == now.digest
+    return before.version == now.version
 
 
 def gate_line(gate: Gate, verdict: Verdict) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
+from finetune.files.atomic import create_new_folder
 from finetune.files.output_paths import new_folder, output_file
 
 
@@ -18,6 +19,34 @@ def test_new_and_empty_folders_are_accepted(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert new_folder("--to", "~/new") == tmp_path / "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_a_link_stands_for_the_folder_it_names(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        link = tmp_path / f"to {name}"
+        link.symlink_to(tmp_path / name)
+        folder = new_folder("--to", link)
+        with create_new_folder(folder) as draft:
+            (draft / "file").touch()
+        assert [path.name for path in link.iterdir()] == ["file"]
+
+
+def is_empty_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() and not any(path.iterdir())
+    except OSError:
+        return False
+
+
+def test_an_empty_volume_is_refused() -> None:
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    places = [Path(line.split()[1]) for line in mounts]
+    empty = [place for place in places if is_empty_folder(place)]
+    if not empty:
+        pytest.skip("no empty volume is mounted here")
+    with pytest.raises(ConfigError, match="is a mount point"):
+        new_folder("--to", empty[0])
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_an_alias_that_moves_during_the_comparison_stays(
     monkeypatch.setattr("sweeps.answer.promotion.pass_gate", pass_gate_meanwhile)
     with pytest.raises(ConfigError, match=r"since the comparison began .*version 2"):
         promote(study, asked(study, str(baseline), "mlflow"))
-    assert "is not champion (finetune, version 1)" in caplog.text
+    assert "champion marks another adapter (finetune, version 1)" in caplog.text
     current = registry.current("champion")
     assert current is not None
     assert current.digest == "1"
