@@ -58,7 +58,7 @@ SETTINGS = [
     Case(
         "direction",
         "hydra.sweeper.direction=up",
-        "hydra.sweeper.direction=up: …allowed: auto, maximize, minimize",
+        "hydra.sweeper.direction=up: must be auto or one of minimize, maximize or a list…",
     ),
     Case(
         "directions-none",
