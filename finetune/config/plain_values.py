@@ -104,7 +104,10 @@ def resolve_eval_steps(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_auto(key: str, value: Any, others: str) -> bool:
-    """Return whether a value is `auto`; refuse any other text, whose error would not name it."""
+    """Return whether a value is `auto`.
+
+    Any other text is refused here: `build` would name what else is allowed, but not `auto`.
+    """
     if isinstance(value, str) and value != AUTO:
         raise refusal(key, value, f"must be {others} or auto")
     return bool(value == AUTO)
