@@ -271,6 +271,9 @@ def delta_rule_backward_kernel(
     head = tl.program_id(1)
     first = tl.load(chunks + 2 * chunk)
     stop = tl.load(chunks + 2 * chunk + 1)
+    # Nothing has written the states of the empty chunks of a padded table.
+    if first >= stop:
+        return
     place = chunk.to(tl.int64) * heads + head
     query_column = head // group_size * KEYS
     row = tl.arange(0, CHUNK)

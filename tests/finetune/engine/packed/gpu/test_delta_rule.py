@@ -106,6 +106,35 @@ def test_a_row_never_reaches_its_neighbours() -> None:
     assert not torch.equal(results[0][0][changed], results[1][0][changed])
 
 
+def test_padded_tables_change_nothing() -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.delta_rule import DeltaRule, RowTables
+    from finetune.engine.packed.gpu.pass_size import pass_size
+
+    torch.manual_seed(0)
+    batch = packed_rows()
+    tokens = batch.input_ids.shape[1]
+    size = pass_size(batch)
+    rule = DeltaRule(key_heads=1, value_heads=2, key_columns=16, value_columns=16)
+    qkv = torch.randn(size.tokens, sum(rule.widths))
+    log_decays, rates = -torch.rand(size.tokens, 2), torch.rand(size.tokens, 2)
+    slope = torch.randn(size.tokens, 2, 16)
+    results = []
+    for tables in (
+        RowTables(batch.spans, torch.device("cpu")),
+        RowTables(batch.spans, torch.device("cpu"), size),
+    ):
+        results.append(
+            (
+                rule.forward(qkv, log_decays, rates, tables)[:tokens],
+                *rule.backward(slope, qkv, log_decays, rates, tables),
+            )
+        )
+    for exact, padded in zip(*results, strict=True):
+        assert torch.equal(exact[:tokens], padded[:tokens])
+
+
 @pytest.mark.parametrize("channels", [40, 200])
 def test_short_convolution_is_transformers(channels: int) -> None:
     import torch

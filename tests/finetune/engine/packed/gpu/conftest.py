@@ -1,0 +1,28 @@
+"""Memory that a kernel has not written holds whatever is worst."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new tensors of floats with their largest value, so that who reads them overflows."""
+    import torch
+
+    def filled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            tensor = function(*args, **kwargs)
+            if tensor.dtype.is_floating_point and tensor.device.type == "cpu":
+                tensor.fill_(torch.finfo(tensor.dtype).max)
+            return tensor
+
+        return make
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
