@@ -19,6 +19,7 @@ from finetune.sharing.base_license import CardBase, find_base_card
 from finetune.sharing.card_data import data_lines, hub_datasets
 from finetune.sharing.card_metrics import SPLITS, CardMetric, card_metrics
 from finetune.sharing.public_values import public_parameter
+from finetune.sharing.usage import card_usage
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -95,7 +96,8 @@ def make_model_card(
         or config.model.chat_template is not None,
         result={name: result.get(name) for name in RESULT},
         quantization=config.quantization,
-        lora=config.lora,
+        usage=card_usage(run, config, base, repository),
+        own_chat_template=config.model.chat_template is not None,
         samples=read_json_list(run.samples) if samples else [],
         has_chat_template=(run.adapter / "chat_template.jinja").is_file(),
     )
@@ -116,6 +118,7 @@ def environment(package: str) -> Environment:
     )
     made.filters["cell"] = cell
     made.filters["fenced"] = fenced
+    made.filters["python"] = repr
     return made
 
 

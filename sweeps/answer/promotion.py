@@ -20,7 +20,7 @@ from finetune.run.load import read_trained_config
 from finetune.sharing.card_data import data_lines
 from finetune.sharing.hub_registry import HubRegistry
 from finetune.sharing.model_card import environment
-from finetune.sharing.public_values import file_name, is_hub_id
+from finetune.sharing.public_values import file_name, is_hub_id, public_parameter
 from finetune.sharing.publication import Target
 from finetune.sharing.upload import require_uploads
 from finetune.tracking.mlflow_registry import MlflowRegistry
@@ -289,7 +289,7 @@ def _lineage(
     lineage: dict[str, Any] = {
         "study": study.name,
         "trial": answer["trial"],
-        "params": answer["params"],
+        "params": _public_params(answer["params"]),
         "objective": answer["objective"],
         DIGEST: digest,
         "base_model": _public_base(result.get("base_model")),
@@ -311,6 +311,15 @@ def _lineage(
         }
         del lineage["gate"]["is_met"]
     return lineage
+
+
+def _public_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the winner's values: numbers as they are, of all else what may be published."""
+    shown = {}
+    for name, value in params.items():
+        is_plain = value is None or isinstance(value, bool | int | float)
+        shown[name] = value if is_plain else public_parameter(name, value)
+    return shown
 
 
 def _public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -15,9 +15,14 @@ from support.configs import compose, tiny_overrides
 from support.hub_server import TOKEN, HubServer, Repository, hub_server
 from support.runs import write_jsonl
 
+from finetune.files.run_folder import RunFolder
 from finetune.metrics.metric import Score
+from finetune.run.load import read_run_config
 from finetune.run.run import run
+from finetune.sharing.base_license import CardBase
 from finetune.sharing.card_metrics import score_interval
+from finetune.sharing.model_card import make_model_card
+from finetune.sharing.usage import Usage, card_usage
 
 SECRET = "quetzal"
 """In every row, prompt, answer, template and folder."""
@@ -166,7 +171,7 @@ def test_the_licence_of_a_base_from_the_hub_comes_with_the_adapter(
     assert card.data.base_model == "org/base"
     assert (card.data.license, card.data.license_name) == ("other", "llama3")
     assert f'revision="{commit}"' in card.text
-    assert "vllm serve org/base --enable-lora" in card.text
+    assert f"vllm serve org/base --revision {commit} --enable-lora" in card.text
 
     # Out of reach meanwhile: the card says so, and the adapter is published.
     del hub.repositories["org/base"]
@@ -352,3 +357,93 @@ def test_intervals_of_shares_hold_the_truth(share: float, rows: int) -> None:
         assert interval is not None
         held += interval[0] <= share <= interval[1]
     assert held >= 0.94 * 400
+
+
+def change(file: Path, *keys: str, value: Any) -> None:
+    """Change a value in a JSON file."""
+    content = json.loads(file.read_text())
+    level = content
+    for key in keys[:-1]:
+        level = level[key]
+    level[keys[-1]] = value
+    file.write_text(json.dumps(content))
+
+
+def usage(folder: Path) -> Usage:
+    run = RunFolder(folder)
+    base = CardBase("org/base", is_on_hub=True, revision="c0ffee")
+    return card_usage(run, read_run_config(folder), base, "me/ad")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "flags"),
+    [
+        ("lora.r", 12, "--max-lora-rank 16"),
+        ("model.trust_remote_code", True, "--trust-remote-code"),
+        ("model.chat_template", "{{ 1 }}", "--chat-template chat_template.jinja"),
+        (
+            "model.template_kwargs",
+            {"enable_thinking": False, "greeting": f"Dear {SECRET} of ACME"},
+            "--default-chat-template-kwargs '{\"enable_thinking\": false}'",
+        ),
+    ],
+)
+def test_the_cards_command_serves_the_adapter_as_it_was_trained(
+    folder: Path, key: str, value: Any, flags: str
+) -> None:
+    change(folder / "run.json", "config", *key.split("."), value=value)
+    command = usage(folder).vllm
+    assert command is not None
+    assert command.startswith("vllm serve org/base --revision c0ffee ")
+    assert " --enable-lora --lora-modules ad=me/ad --max-lora-rank " in command
+    assert flags in command
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("use_dora", True, "DoRA"),
+        ("init_lora_weights", "pissa", "init_lora_weights=pissa"),
+        ("rank_pattern", {"q_proj": 4}, "ranks of single layers"),
+        ("bias", "all", "biases"),
+    ],
+)
+def test_the_card_says_what_vllm_does_not_serve(
+    folder: Path, key: str, value: Any, reason: str
+) -> None:
+    change(folder / "adapter" / "adapter_config.json", key, value=value)
+    text = make_model_card(RunFolder(folder), "me/ad", samples=False).text
+    assert "vllm serve" not in text
+    assert f"vLLM does not serve it without merging, because it has {reason}." in text
+
+
+def test_the_cards_python_asks_and_computes_as_the_run_did(folder: Path) -> None:
+    kwargs = {"enable_thinking": False, "greeting": f"Dear {SECRET} of ACME"}
+    record = folder / "run.json"
+    change(record, "config", "model", "template_kwargs", value=kwargs)
+    change(record, "config", "model", "trust_remote_code", value=True)
+    change(record, "config", "quantization", "load_in_4bit", value=True)
+    change(record, "config", "quantization", "bnb_4bit_compute_dtype", value="float16")
+    text = make_model_card(RunFolder(folder), "me/ad", samples=False).text
+    assert "    enable_thinking=False,\n" in text
+    assert "rendered with greeting as well" in text
+    assert SECRET not in text
+    assert "    trust_remote_code=True,\n" in text
+    assert "bnb_4bit_compute_dtype=torch.float16" in text
+
+
+def test_an_adapter_with_published_names_is_loaded_into_the_published_model(
+    folder: Path,
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter" / "adapter_model.safetensors"
+    assert usage(folder).auto_class == "AutoModelForCausalLM"
+    weights = {
+        name.replace("model.layers", "model.language_model.layers"): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file)
+    text = make_model_card(RunFolder(folder), "me/ad", samples=False).text
+    assert "import AutoModelForImageTextToText, AutoTokenizer" in text
+    assert "base = AutoModelForImageTextToText.from_pretrained(" in text

@@ -333,6 +333,12 @@ def test_the_hub_has_the_winner_on_the_branch_of_the_alias(
     study: Study, hub: HubServer
 ) -> None:
     baseline = str(study.folder / "trials" / "0" / "adapter")
+    answer = json.loads((study.folder / "answer.json").read_text())
+    answer["params"] |= {
+        "dataset.template": f"You are {SECRET}. {{{{prompt}}}}",
+        "dataset.path": f"/home/{SECRET}/rows.jsonl",
+    }
+    (study.folder / "answer.json").write_text(json.dumps(answer))
     assert not promote(study, asked(study, name="me/units")).is_refused
     repository = hub.repositories["me/units"]
     first = repository.files("champion")
@@ -354,6 +360,10 @@ def test_the_hub_has_the_winner_on_the_branch_of_the_alias(
     assert promotion.verdict is not None
     assert lineage["gate"]["gain"] == promotion.verdict.gain
     assert "config" not in lineage
+    assert lineage["params"] == answer["params"] | {
+        "dataset.template": "(not shown)",
+        "dataset.path": "rows.jsonl",
+    }
     card = files["README.md"].decode()
     assert f"{promotion.verdict.gain:+.4f}" in card
     for text in (card, files["promotion.json"].decode()):

@@ -24,8 +24,8 @@ from support.studies import made_study
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.identity import run_identity
+from finetune.sharing.vllm import VLLM_RANKS, vllm_rank, vllm_refusal
 from sweeps.answer.commands import commands
-from sweeps.answer.serving import VLLM_RANKS, vllm_rank, vllm_refusal
 from sweeps.study.study import Study
 
 VLLM_SOURCE = os.environ.get("VLLM_SOURCE")

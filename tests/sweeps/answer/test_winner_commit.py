@@ -10,8 +10,8 @@ from support.runs import Tiny
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import RunFolder
 from finetune.run.identity import run_identity
+from finetune.sharing.vllm import template_flag
 from sweeps.answer.best import write_best
-from sweeps.answer.serving import _template_flag
 
 
 def finished_run(
@@ -60,5 +60,6 @@ def test_best_yaml_has_the_commit_of_a_base_from_the_hub(
 def test_the_serve_command_has_the_templates_variables(
     tiny: Tiny, variables: str, flag: str
 ) -> None:
-    assert _template_flag(None) == _template_flag(tiny()) == ""
-    assert _template_flag(tiny(f"+model.template_kwargs={variables}")) == flag
+    assert template_flag(tiny().model.template_kwargs) == ""
+    config = tiny(f"+model.template_kwargs={variables}")
+    assert template_flag(config.model.template_kwargs) == flag
