@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from finetune import export, merge
 from finetune.errors import ConfigError
 from finetune.model.gguf.modelfile import ollama_name
 from finetune.run import exporting
+from finetune.run.merging import MergedModel
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,29 @@ def test_a_file_that_is_not_the_model_leaves_nothing(
 )
 def test_a_name_is_one_that_ollama_takes(name: str, expected: str) -> None:
     assert ollama_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["merged", "my merged", "it's, (two)"])
+def test_merge_prints_a_command_that_starts_from_the_merged_model(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(merge, "find_run", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        merge,
+        "merge_run",
+        lambda _, folder, dtype: MergedModel(folder, 0.0, 0.0, 0.0, dtype, "fine"),
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["merge", "run", "--to", name])
+    merge.main()
+    line = capsys.readouterr().out.splitlines()[0]
+    command = line.removeprefix(f"merged model in {name}: ")
+    words = shlex.split(command.removesuffix(" starts from it"))
+    assert words[:3] == ["python", "-m", "finetune"]
+    assert compose(*words[3:]).model.name_or_path == name
 
 
 def test_merge_prints_json_too(
