@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from finetune.compat import forget_quantized_format, import_model_libraries
 from finetune.config.sections.model import ModelSettings
 from finetune.console import quiet_libraries
@@ -17,6 +19,7 @@ from finetune.errors import refusal
 from finetune.files.atomic import create_new_folder, read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
+from finetune.model.base_config import read_published_config, text_model_config
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
@@ -165,16 +168,13 @@ def _layer_without_bias(
     """
     quiet_libraries()
     import_model_libraries()
-    from safetensors import safe_open
-
-    from finetune.model.base_config import read_published_config, text_model_config
     from finetune.model.loading import skeleton_of
     from finetune.model.published_names import ADAPTED, published_names
 
     published = read_published_config(source, model)
     skeleton = skeleton_of(text_model_config(published), model)
     with safe_open(adapter / WEIGHTS, "pt") as file:
-        weights = dict.fromkeys(file.keys())
+        weights: dict[str, None] = dict.fromkeys(file.keys())
     names = published_names(published, skeleton)
     if names is not None:
         weights = names.of_text_model(weights)

@@ -206,8 +206,8 @@ def looks_special(token: str) -> bool:
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether a tokenizer puts its BOS token before every text."""
-    first: int = tokenizer("a")["input_ids"][0]
-    return first == tokenizer.bos_token_id
+    first = tokenizer("a")["input_ids"][0]
+    return bool(first == tokenizer.bos_token_id)
 
 
 def file_adds_bos(
