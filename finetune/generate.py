@@ -134,6 +134,8 @@ def _parse_arguments() -> argparse.Namespace:
     )
     for text in arguments.prompt or ():
         require_text("--prompt", text)
+    if arguments.system is not None:
+        require_text("--system", arguments.system)
     if arguments.chat and arguments.json:
         raise ConfigError("argument --json: not allowed with argument --chat")
     if arguments.chat and sys.stdin is None:

@@ -43,14 +43,20 @@ def require_positive(key: str, limit: int | None) -> None:
 
 
 def require_text(key: str, text: str) -> None:
-    """Refuse a prompt that is no text, or an empty one.
+    """Refuse a prompt or a system turn that is no text, is empty, or can't be written as UTF-8.
 
     Args:
-        key: the name of the prompt, for the error.
-        text: the prompt.
+        key: the name of the argument, for the error.
+        text: its value.
     """
     if not isinstance(text, str) or not text.strip():
         raise refusal(key, text, "must be a text that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair: what Python makes of an argument's byte that is no UTF-8.
+        shown = text.encode(errors="backslashreplace").decode()
+        raise refusal(key, shown, "must be valid UTF-8 text") from None
 
 
 def _is_whole(value: object) -> bool:

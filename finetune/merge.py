@@ -1,7 +1,9 @@
 """Merge a run's adapter into its base: `python -m finetune.merge RUN --to FOLDER`."""
 
 import argparse
+import shlex
 
+from finetune.config.override_text import override_text
 from finetune.console import json_output, log_to_stderr, run_command
 from finetune.files.find_run import find_run
 from finetune.files.output_paths import new_folder
@@ -24,7 +26,8 @@ def main() -> None:
 
 
 def _print_lines(merged: MergedModel) -> None:
-    start = f"python -m finetune model.name_or_path={merged.path}"
+    override = f"model.name_or_path={override_text(str(merged.path))}"
+    start = f"python -m finetune {shlex.quote(override)}"
     print(f"merged model in {merged.path}: {start} starts from it")
     print(
         "largest difference of a log-probability on a fixed text, against the adapter on its "

@@ -144,14 +144,14 @@ class Encoder:
         )
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Encode a question as rows have it, up to where the answer begins."""
+        """Encode a question as rows have it, up to where the answer begins.
+
+        Raises:
+            ConfigError: The template refuses the chat; or there is none, and the chat is more than
+                a question with a system turn.
+        """
         if self.template is None:
-            text = (
-                prompt.text
-                if prompt.system is None
-                else f"{prompt.system}\n\n{prompt.text}"
-            )
-            return self._beginning + self._plain_ids(text)
+            return self._beginning + self._plain_ids(_text_without_template(prompt))
         messages = prompt.messages
         if messages is None:
             messages = [{"role": "user", "content": prompt.text}]
@@ -275,6 +275,28 @@ def _refuse_without_template(messages: Messages, tools: Sequence[Any] | None) ->
     if len(messages) < 2 or messages[0]["role"] == "assistant":
         reason = "this tokenizer has none, and the chats do not begin with a question"
         raise ConfigError(f"model.chat_template=null: {reason}")
+
+
+def _text_without_template(prompt: Prompt) -> str:
+    """Return a prompt as plain text, for a base without a template.
+
+    Raises:
+        ConfigError: It has tools, or is more than a question with a system turn.
+    """
+    if prompt.tools:
+        reason = "this tokenizer has none, which tools would need"
+        raise ConfigError(f"model.chat_template=null: {reason}")
+    turns = [prompt.text] if prompt.system is None else [prompt.system, prompt.text]
+    if prompt.messages is not None:
+        *earlier, last = prompt.messages
+        has_only_system = len(earlier) <= 1 and all(map(is_instruction, earlier))
+        if not has_only_system or last["role"] == "assistant":
+            roles = ", ".join(message["role"] for message in prompt.messages)
+            allowed = "a prompt may be one user turn, with a system turn before it"
+            reason = f"this tokenizer has none, and a prompt has the turns {roles}"
+            raise ConfigError(f"model.chat_template=null: {reason}; {allowed}")
+        turns = [message["content"] for message in prompt.messages]
+    return "\n\n".join(turns)
 
 
 def _refuse_marks(messages: Messages) -> None:

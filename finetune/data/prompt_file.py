@@ -103,6 +103,10 @@ def _prompt(row: Any, system: str | None) -> Prompt:
         messages = messages[:-1]
     if not messages or is_instruction(messages[-1]):
         raise ConfigError("has no message to answer")
+    # A tool may return nothing.
+    if messages[-1]["role"] != "tool" and not messages[-1]["content"].strip():
+        reason = f"the last message, of role {messages[-1]['role']}, is empty"
+        raise ConfigError(f"{reason}; its content must be a text that is not empty")
     if system is not None and not is_instruction(messages[0]):
         messages = [{"role": "system", "content": system}, *messages]
     return Prompt(messages[-1]["content"], tools=tools, messages=messages)

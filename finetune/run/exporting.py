@@ -19,7 +19,11 @@ from finetune.model.gguf.architectures import text_settings, unsupported
 from finetune.model.gguf.errors import ExportError
 from finetune.model.gguf.llama_cpp import convert, quantize
 from finetune.model.gguf.modelfile import modelfile
-from finetune.model.gguf.vocabulary import read_vocabulary
+from finetune.model.gguf.vocabulary import (
+    file_adds_bos,
+    read_vocabulary,
+    remove_bos,
+)
 from finetune.model.source import BaseSource, find_base
 from finetune.model.tokenizer import load_tokenizer
 from finetune.run.load import read_trained_config
@@ -121,14 +125,13 @@ def export_run(
         model, file = draft / MERGED, draft / FILE
         merged = merge_run(run_folder, model, settings.dtype)
         log.info("writing %s", folder / FILE)
-        _write_file(model, file, settings, source)
+        variables = config.model.template_kwargs
+        _write_file(model, file, settings, source, variables)
         log.info("comparing the file with the merged model")
-        comparison = check_gguf(model, file, settings.file_type)
-        _write_modelfile(model, draft, config.model.template_kwargs)
+        comparison = check_gguf(model, file, settings.file_type, variables)
+        _write_modelfile(model, draft, variables)
         shutil.rmtree(model)
-    return ExportedModel(
-        folder, settings.file_type, merged, comparison, config.model.template_kwargs
-    )
+    return ExportedModel(folder, settings.file_type, merged, comparison, variables)
 
 
 @contextlib.contextmanager
@@ -154,18 +157,27 @@ def _require_writable(source: BaseSource, config: "RunConfig") -> None:
 
 
 def _write_file(
-    model: Path, file: Path, settings: ExportSettings, source: BaseSource
+    model: Path,
+    file: Path,
+    settings: ExportSettings,
+    source: BaseSource,
+    variables: Mapping[str, Any],
 ) -> None:
     """Write the GGUF file of a merged model."""
+    from transformers import AutoTokenizer
+
     name = f"{source.public_name} fine-tuned"
     written = file if settings.quantizer is None else file.with_suffix(".unquantized")
     if settings.llama_cpp is not None:
         _copy_sentencepiece(source, model)
         convert(settings.llama_cpp, model, written, settings.written_type, name)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if not file_adds_bos(tokenizer, variables):
+            remove_bos(written)
     else:
         from finetune.model.gguf.write import write_gguf
 
-        write_gguf(model, written, settings.written_type, name)
+        write_gguf(model, written, settings.written_type, name, variables)
     if settings.quantizer is not None:
         assert settings.quantization is not None
         quantize(settings.quantizer, written, file, settings.quantization)

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.compat import forget_quantized_format
+from safetensors import safe_open
+
+from finetune.compat import forget_quantized_format, import_model_libraries
+from finetune.config.sections.model import ModelSettings
+from finetune.console import quiet_libraries
 from finetune.data.encoding import Encoder
 from finetune.errors import refusal
-from finetune.files.atomic import create_new_folder
+from finetune.files.atomic import create_new_folder, read_json
+from finetune.files.run_folder import RunFolder
+from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
+from finetune.model.base_config import read_published_config, text_model_config
 from finetune.model.base_quantization import (
     BITSANDBYTES,
     DEQUANTIZED,
@@ -20,7 +27,7 @@ from finetune.model.base_quantization import (
     read_config_json,
 )
 from finetune.model.origin import generation_config_with_ends, write_generation_config
-from finetune.model.source import find_base
+from finetune.model.source import BaseSource, find_base
 from finetune.model.tokenizer import save_tokenizer
 from finetune.run.load import TrainedRun, load_run, read_trained_config
 
@@ -37,6 +44,8 @@ LOGGERS = (__name__, "finetune.run.load")
 PROBE = "The quick brown fox jumps over the lazy dog. What does it do next?"
 """The text on which the merged model is compared with the adapter on its base."""
 
+LORA_BIAS = ".lora_B.bias"
+"""The end of the name of a bias in an adapter's weights file."""
 
 ACCEPTED_SHARE = 0.1
 """Share of the adapter's effect, as a divergence, up to which a difference is called fine.
@@ -117,17 +126,66 @@ def merge_run(run_folder: Path, folder: Path, dtype: str) -> MergedModel:
 
 
 def require_mergeable(folder: Path) -> None:
-    """Refuse a run whose base is quantised by a method that can't be undone here."""
+    """Refuse a run whose adapter can't be merged into its base, before the base is loaded.
+
+    Raises:
+        ConfigError: The base is quantised by a method that can't be undone here, or the adapter
+            adds a bias to a layer that has none.
+    """
     config = read_trained_config(folder)
-    base_values = read_config_json(find_base(config.model))
-    quantization = base_quantization(base_values)
-    if quantization is None or quantization.method in BITSANDBYTES | DEQUANTIZED:
+    source = find_base(config.model)
+    quantization = base_quantization(read_config_json(source))
+    if (
+        quantization is not None
+        and quantization.method not in BITSANDBYTES | DEQUANTIZED
+    ):
+        name = config.model.name_or_path
+        reason = f"its base {name} is quantised ({quantization.method}), and can't be merged into"
+        raise refusal(
+            "RUN", folder, f"{reason}; serve base and adapter apart: vllm --enable-lora"
+        )
+    adapter = RunFolder(folder).adapter
+    if not (read_json(adapter / ADAPTER_CONFIG) or {}).get("lora_bias"):
         return
-    name = config.model.name_or_path
-    reason = f"its base {name} is quantised ({quantization.method}), and can't be merged into"
-    raise refusal(
-        "RUN", folder, f"{reason}; serve base and adapter apart: vllm --enable-lora"
-    )
+    layer = _layer_without_bias(adapter, source, config.model)
+    if layer is not None:
+        reason = f"its adapter was trained with lora_bias, and the base's layer {layer} has no bias"
+        advice = f"PeftModel.from_pretrained(BASE, {str(adapter)!r}) and finetune.generate use it"
+        raise refusal(
+            "RUN", folder, f"{reason}, so PEFT can't merge it; {advice} unmerged"
+        )
+
+
+def _layer_without_bias(
+    adapter: Path, source: BaseSource, model: ModelSettings
+) -> str | None:
+    """Return a layer of the base that has no bias where the adapter has one; None: there is none.
+
+    Args:
+        adapter: the folder of an adapter that was trained with `lora_bias`.
+        source: its base.
+        model: how its base is loaded.
+    """
+    quiet_libraries()
+    import_model_libraries()
+    from finetune.model.loading import skeleton_of
+    from finetune.model.published_names import ADAPTED, published_names
+
+    published = read_published_config(source, model)
+    skeleton = skeleton_of(text_model_config(published), model)
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        weights: dict[str, None] = dict.fromkeys(file.keys())
+    names = published_names(published, skeleton)
+    if names is not None:
+        weights = names.of_text_model(weights)
+    modules = dict(skeleton.named_modules())
+    for weight in sorted(weights):
+        layer = weight.removeprefix(ADAPTED).removesuffix(LORA_BIAS)
+        has_bias = weight.endswith(LORA_BIAS)
+        # What the base does not have is refused when the adapter is loaded.
+        if has_bias and layer in modules and modules[layer].bias is None:
+            return layer
+    return None
 
 
 def _save(merged: "PreTrainedModel", run: TrainedRun, folder: Path) -> None:

@@ -1,14 +1,12 @@
 """Config values as text that Hydra's override parser reads back as the same value."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, ListConfig
 
-NULL = "null"
-"""How Hydra's override syntax spells None."""
+from finetune.config.override_text import NULL, override_text
 
 
 def encode(value: Any) -> Any:
@@ -28,17 +26,4 @@ def encode(value: Any) -> Any:
         items = [str(encode(item)) for item in value]
         return f"[{','.join(items)}]"
     plain = value.text if isinstance(value, QuotedString) else value
-    if isinstance(plain, str) and not _is_unquoted_word(plain):
-        return QuotedString(plain, Quote.single).with_quotes()
-    return plain
-
-
-def _is_unquoted_word(text: str) -> bool:
-    """Whether Hydra reads a text without quotes as that text, not as a number, boolean or null."""
-    # What Hydra reads as a number, such as 1e3, nan or 1_000, is one for Python too.
-    try:
-        float(text)
-    except ValueError:
-        is_keyword = text.lower() in ("true", "false", NULL)
-        return bool(re.fullmatch(r"[A-Za-z0-9_./:+@-]+", text)) and not is_keyword
-    return False
+    return override_text(plain) if isinstance(plain, str) else plain

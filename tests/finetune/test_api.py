@@ -305,6 +305,15 @@ def test_flags_of_the_command_line_are_refused(word: str) -> None:
         (lambda run: run.generate([7]), "prompts[0]=7: must be a text that"),
         (lambda run: run.generate(7), "prompts=7: must be a list of texts"),
         (lambda run: run.generate(["a"], system=7), "system=7: must be a text"),
+        (lambda run: run.generate(["a"], system=""), "system=: must be a text that"),
+        (
+            lambda run: run.generate(["a", "b\udcff"]),
+            "prompts[1]=b\\udcff: must be valid UTF-8 text",
+        ),
+        (
+            lambda run: run.generate(["a"], system="\ud800"),
+            "system=\\ud800: must be valid UTF-8 text",
+        ),
         (lambda run: run.generate(["a"], temperature="hot"), "temperature=hot: must"),
         (lambda run: run.generate(["a"], top_p=0.5), "top_p=0.5: needs temperature"),
         (

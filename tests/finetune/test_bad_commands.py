@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from support.bad_input import ANY_FILE, ROWS, Case, Workplace, each, matches
 from support.configs import compose
 
@@ -59,6 +60,11 @@ COMMANDS = [
     Case("evaluate-no-data-flag", "evaluate run", "…required: --data; see --help"),
     Case("merge-no-target", "merge run", "…required: --to; see --help"),
     Case("generate-nothing", "generate", "…required: RUN; see --help"),
+    Case(
+        "generate-system-empty",
+        "generate run --prompt Hi --system=",
+        "--system=: must be a text that is not empty",
+    ),
     Case(
         "generate-length-text",
         "generate run --prompt Hi --max-length long",
@@ -132,3 +138,12 @@ def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None
     assert outcome.stdout == ""
     assert workplace.files() == before
     assert not outcome.torch_imported
+
+
+@pytest.mark.parametrize("flags", [("--prompt",), ("--chat", "--system")])
+def test_bytes_that_are_no_text_are_refused(
+    flags: tuple[str, ...], workplace: Workplace
+) -> None:
+    # The byte E9 of the command line, as Python decodes it.
+    outcome = workplace.call("run", *flags, "caf\udce9", module="finetune.generate")
+    assert outcome.error == f"{flags[-1]}=caf\\udce9: must be valid UTF-8 text"

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.configs import compose, tiny_overrides
+from support.tiny_base import give_biases
 
 from finetune import export, merge
 from finetune.errors import ConfigError
 from finetune.model.gguf.modelfile import ollama_name
-from finetune.run import exporting
+from finetune.run import exporting, merging
+from finetune.run.merging import MergedModel
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,78 @@ def test_a_file_that_is_not_the_model_leaves_nothing(
 )
 def test_a_name_is_one_that_ollama_takes(name: str, expected: str) -> None:
     assert ollama_name(name) == expected
+
+
+def with_lora_bias(trained: Path, base: Path, folder: Path, *targets: str) -> Path:
+    """A run's folder whose adapter on a base has biases."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.warning import PeftWarning
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(trained, folder)
+    identity = json.loads((folder / "run.json").read_text())
+    identity["config"]["model"]["name_or_path"] = str(base)
+    (folder / "run.json").write_text(json.dumps(identity))
+    settings = LoraConfig(r=4, target_modules=list(targets), lora_bias=True)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.no_grad():
+        # Of layers without a bias, and of weights with one dimension.
+        warnings.simplefilter("ignore", PeftWarning)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0.0, 0.1)
+        model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_a_bias_for_a_layer_without_one_is_refused_before_the_base_loads(
+    trained: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_lora_bias(trained, tiny_base, tmp_path / "run", "q_proj")
+    monkeypatch.setattr(merging, "load_run", None)
+    monkeypatch.setattr(sys, "argv", ["merge", str(run), "--to", str(tmp_path / "new")])
+    layer = "model.layers.0.self_attn.q_proj"
+    problem = f"was trained with lora_bias, and the base's layer {layer} has no bias"
+    with pytest.raises(ConfigError, match=f"^RUN={run}: its adapter {problem}, so"):
+        merge.main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_bias_for_a_layer_with_one_is_merged(
+    trained: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    give_biases(base)
+    run = with_lora_bias(trained, base, tmp_path / "run", "q_proj", "v_proj")
+    merged = merging.merge_run(run, tmp_path / "new", "float32")
+    assert merged.verdict.startswith("fine: ")
+    assert merged.effect > 0
+
+
+@pytest.mark.parametrize("name", ["merged", "my merged", "it's, (two)"])
+def test_merge_prints_a_command_that_starts_from_the_merged_model(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(merge, "find_run", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        merge,
+        "merge_run",
+        lambda _, folder, dtype: MergedModel(folder, 0.0, 0.0, 0.0, dtype, "fine"),
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["merge", "run", "--to", name])
+    merge.main()
+    line = capsys.readouterr().out.splitlines()[0]
+    command = line.removeprefix(f"merged model in {name}: ")
+    words = shlex.split(command.removesuffix(" starts from it"))
+    assert words[:3] == ["python", "-m", "finetune"]
+    assert compose(*words[3:]).model.name_or_path == name
 
 
 def test_merge_prints_json_too(

@@ -6,7 +6,7 @@ biases, windows) is taken from the model folder: see `NOT_READ`.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from finetune.compat import gguf_bar_on_terminal_only
 from finetune.model.gguf.architectures import rotary_of
 from finetune.model.gguf.errors import ExportError
+from finetune.model.gguf.vocabulary import adds_bos, file_adds_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -65,13 +66,19 @@ class Comparison:
     """Of a log-probability, in nats."""
 
 
-def check_gguf(folder: Path, file: Path, file_type: str) -> Comparison | None:
+def check_gguf(
+    folder: Path,
+    file: Path,
+    file_type: str,
+    variables: Mapping[str, Any] | None = None,
+) -> Comparison | None:
     """Compare a GGUF file with its model folder.
 
     Args:
         folder: The model folder.
         file: The file.
         file_type: A key of `LIMITS`.
+        variables: Variables of the chat template (`model.template_kwargs`).
 
     Returns:
         The differences; None: transformers does not read files of this architecture.
@@ -86,7 +93,7 @@ def check_gguf(folder: Path, file: Path, file_type: str) -> Comparison | None:
     except (NotImplementedError, ValueError):
         return None
     expected = AutoConfig.from_pretrained(folder)
-    _check_tokenizer(folder, file)
+    _check_tokenizer(folder, file, variables)
     theta, expected_theta = (
         rotary_of(each)["rope_theta"] for each in (config, expected)
     )
@@ -115,14 +122,22 @@ def _failed(reason: str) -> ExportError:
     )
 
 
-def _check_tokenizer(folder: Path, file: Path) -> None:
-    """Refuse a file whose tokenizer gives other ids."""
+def _check_tokenizer(
+    folder: Path, file: Path, variables: Mapping[str, Any] | None
+) -> None:
+    """Refuse a file whose tokenizer gives other ids, but for a BOS token that chats do not have."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    bos = tokenizer.bos_token_id
+    drops_bos = adds_bos(tokenizer) and not file_adds_bos(tokenizer, variables)
     for text in TEXTS:
-        if read(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        ids = [each(text)["input_ids"] for each in (read, tokenizer)]
+        if drops_bos:
+            # transformers may add the token whatever the file says.
+            ids = [each[1:] if each[0] == bos else each for each in ids]
+        if ids[0] != ids[1]:
             raise _failed(f"its tokenizer gives other ids to {text!r}")
     if tokenizer.chat_template and read.chat_template != tokenizer.chat_template:
         raise _failed("it has another chat template")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat_template import ChatTemplate
 from finetune.model.gguf.go_template import PLAIN, chat_frame
+from finetune.model.gguf.vocabulary import file_adds_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,11 +52,9 @@ def go_template(
     """
     if tokenizer.chat_template is None:
         return PLAIN
-    first = tokenizer("a")["input_ids"][0]
-    adds_beginning = first == tokenizer.bos_token_id
     frame = chat_frame(
         ChatTemplate(tokenizer, variables),
-        tokenizer.bos_token if adds_beginning else None,
+        str(tokenizer.bos_token) if file_adds_bos(tokenizer, variables) else None,
     )
     text = None if frame is None else frame.to_go()
     return None if text is None or QUOTES in text else text

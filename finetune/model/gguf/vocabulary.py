@@ -7,8 +7,11 @@ SentencePiece trains it (`llama`).
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.chat_template import QUESTION, ChatTemplate
+from finetune.errors import ConfigError
 from finetune.model.gguf.errors import ExportError
 from finetune.model.gguf.pre_tokenizers import pre_tokenizer_name
 
@@ -201,8 +204,54 @@ def looks_special(token: str) -> bool:
     return is_unused or is_framed or token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a tokenizer puts its BOS token before every text."""
+    first = tokenizer("a")["input_ids"][0]
+    return bool(first == tokenizer.bos_token_id)
+
+
+def file_adds_bos(
+    tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any] | None = None
+) -> bool:
+    """Return whether llama.cpp must put the BOS token before every text, chats too.
+
+    Chats are trained as the template renders them, without a BOS token that the tokenizer would
+    add. llama.cpp does not write it twice where the template writes it too.
+
+    Args:
+        tokenizer: The model's tokenizer, with its chat template.
+        variables: Variables of the chat template (`model.template_kwargs`).
+    """
+    if not adds_bos(tokenizer) or tokenizer.chat_template is None:
+        return adds_bos(tokenizer)
+    question = {"role": "user", "content": QUESTION}
+    try:
+        text = ChatTemplate(tokenizer, variables).render([question], ask=True)
+    except ConfigError:
+        # It renders no plain chat, so no text tells.
+        return True
+    return text.startswith(str(tokenizer.bos_token))
+
+
+def remove_bos(file: Path) -> None:
+    """Make llama.cpp put no BOS token before texts, in a file that its converter wrote.
+
+    The converter follows the tokenizer. Of a file that does not say it, nothing is changed.
+    """
+    from gguf import GGUFReader, Keys
+
+    reader = GGUFReader(file, "r+")
+    field = reader.get_field(Keys.Tokenizer.ADD_BOS)
+    if field is not None:
+        field.parts[field.data[0]][0] = False
+    reader.data.flush()
+
+
 def add_special_tokens(
-    writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int]
+    writer: "GGUFWriter",
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: Sequence[int],
+    variables: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the special tokens, the ends of answers and the chat template.
 
@@ -210,6 +259,7 @@ def add_special_tokens(
         writer: The file's writer.
         tokenizer: The tokenizer, with the base's own special tokens.
         ends: Ids of the tokens that end an answer (`generation_config.json`).
+        variables: Variables of the chat template.
     """
     end = tokenizer.eos_token_id
     if end is None and ends:
@@ -226,7 +276,7 @@ def add_special_tokens(
         if token_id is not None:
             add(token_id)
     text_ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(text_ids[0] == tokenizer.bos_token_id)
+    writer.add_add_bos_token(file_adds_bos(tokenizer, variables))
     writer.add_add_eos_token(len(text_ids) > 1 and text_ids[-1] == end)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)

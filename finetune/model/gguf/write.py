@@ -1,6 +1,6 @@
 """Write a model folder as a GGUF file, with the writer and the tensor names of the package gguf."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,13 @@ FILE_TYPES = {
 """Types of a file's matrices that are written here, by our names."""
 
 
-def write_gguf(folder: Path, file: Path, file_type: str, name: str) -> None:
+def write_gguf(
+    folder: Path,
+    file: Path,
+    file_type: str,
+    name: str,
+    variables: Mapping[str, Any] | None = None,
+) -> None:
     """Write a model folder as one GGUF file.
 
     Args:
@@ -40,6 +46,7 @@ def write_gguf(folder: Path, file: Path, file_type: str, name: str) -> None:
         file: The file.
         file_type: A key of `FILE_TYPES`; vectors, and norms, are written in float32.
         name: What the file calls the model.
+        variables: Variables of the chat template (`model.template_kwargs`).
 
     Raises:
         ExportError: A weight has no name in llama.cpp, or the tokenizer is refused.
@@ -57,7 +64,7 @@ def write_gguf(folder: Path, file: Path, file_type: str, name: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, config)
     read_vocabulary(tokenizer, config.vocab_size).add_to(writer)
-    add_special_tokens(writer, tokenizer, read_ends(folder))
+    add_special_tokens(writer, tokenizer, read_ends(folder), variables)
 
     weights = _Weights(folder, config, architecture)
     for tensor_name, shape in weights.shapes():

@@ -129,6 +129,16 @@ def test_standard_input_without_text_is_refused(
         ("p.jsonl", '{"messages": [{"role": "user", "content": 7}]}', "message 1"),
         ("p.jsonl", json.dumps({"messages": [ANSWER]}), "has no message to answer"),
         ("p.jsonl", json.dumps({"messages": [SYSTEM]}), "has no message to answer"),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "user", "content": " "}]}',
+            "line 1: the last message, of role user, is empty; its content must be a text",
+        ),
+        (
+            "p.jsonl",
+            json.dumps({"prompt": [USER, ANSWER, USER | {"content": None}, ANSWER]}),
+            "line 1: the last message, of role user, is empty",
+        ),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "has the key 'prompt' twice"),
         ("p.jsonl", json.dumps({"prompt": "a", "messages": [USER]}), "one of them"),
         ("p.jsonl", '{"prompt": "a", "system": 7}', "line 1: system must be a text"),

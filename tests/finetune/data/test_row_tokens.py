@@ -6,6 +6,7 @@ import pytest
 from support.rows import A, Q, Settings, chat, tokenize
 
 from finetune.data.encoding import IGNORED, Encoder
+from finetune.data.types import Prompt
 from finetune.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -129,6 +130,52 @@ def test_without_a_template_what_is_not_text_is_refused(
         row["tools"] = tools
     with pytest.raises(ConfigError, match=rf"model.chat_template=null: .*{reason}"):
         Encoder(tokenizer).encode(row)
+
+
+def turns(*roles: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": role.upper()} for role in roles]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (Prompt("Hi"), "Hi"),
+        (Prompt("Hi", "Be brief."), "Be brief.\n\nHi"),
+        (Prompt("USER", messages=turns("user")), "USER"),
+        (Prompt("USER", messages=turns("system", "user")), "SYSTEM\n\nUSER"),
+        # The prompt of a row whose question is a system turn.
+        (Prompt("SYSTEM", messages=turns("system")), "SYSTEM"),
+    ],
+)
+def test_without_a_template_a_prompt_is_its_question_after_its_system_turn(
+    tokenizer: Any, prompt: Prompt, text: str
+) -> None:
+    tokenizer.chat_template = None
+    ids = Encoder(tokenizer).encode_prompt(prompt)
+    assert ids == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (Prompt("Hi", tools=[CALL]), "tools would need"),
+        (
+            Prompt("USER", messages=turns("user", "assistant", "user")),
+            "a prompt has the turns user, assistant, user; a prompt may be one user turn",
+        ),
+        (
+            Prompt("USER", messages=turns("user", "user")),
+            "a prompt has the turns user, user; ",
+        ),
+        (Prompt("ASSISTANT", messages=turns("assistant")), "the turns assistant; "),
+    ],
+)
+def test_without_a_template_a_prompt_of_more_turns_is_refused(
+    tokenizer: Any, prompt: Prompt, reason: str
+) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=rf"^model.chat_template=null: .*{reason}"):
+        Encoder(tokenizer).encode_prompt(prompt)
 
 
 @pytest.mark.parametrize("roles", [("assistant",), ("assistant", "assistant")])

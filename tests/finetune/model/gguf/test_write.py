@@ -93,6 +93,47 @@ def test_a_vocabulary_as_sentencepiece_trains_it_cuts_texts_alike(
     assert kinds == [3, 2, 6, 1]
 
 
+BOS_FIRST = "{% if first %}{{ bos_token }}{% endif %}" + CHATML
+"""Begins with the BOS token if a variable of the run says so."""
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "adds_bos"),
+    [
+        (None, {}, True),
+        ("{{ bos_token }}" + CHATML, {}, True),
+        (CHATML, {}, False),
+        (BOS_FIRST, {"first": True}, True),
+        (BOS_FIRST, {}, False),
+        ("{{ raise_exception('no chat') }}", {}, True),
+    ],
+)
+def test_chats_get_a_bos_token_only_where_they_were_trained_with_it(
+    template: str | None, variables: dict[str, Any], adds_bos: bool, tmp_path: Path
+) -> None:
+    tokenizer = sentencepiece_like(adds_space=True)
+    tokenizer.chat_template = template
+    model = make_model(tmp_path / "model", "llama", tokenizer)
+    file = tmp_path / "model.gguf"
+    write_gguf(model, file, "float32", "tiny", variables)
+
+    assert fields(file)["tokenizer.ggml.add_bos_token"] is adds_bos
+    # The comparison does not take the missing token for a fault.
+    assert check_gguf(model, file, "float32", variables) is not None
+
+
+def test_a_file_of_the_converter_loses_the_bos_token(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", sentencepiece_like(True))
+    file = tmp_path / "model.gguf"
+    write_gguf(model, file, "float32", "tiny")
+    before = fields(file)
+    assert before["tokenizer.ggml.add_bos_token"] is True
+
+    vocabulary.remove_bos(file)
+
+    assert fields(file) == before | {"tokenizer.ggml.add_bos_token": False}
+
+
 def test_the_metadata_has_tokens_template_and_ends_of_answers(
     make: MakeModel, tmp_path: Path
 ) -> None:
