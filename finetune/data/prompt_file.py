@@ -95,7 +95,8 @@ def _prompt(row: Any, system: str | None) -> Prompt:
     turn = row.get("system")
     if turn is not None and not isinstance(turn, str):
         raise ConfigError(f"system must be a text, but is {type(turn).__name__}")
-    system = system if turn is None else turn
+    # An empty one is none, as in training rows; it takes the place of the command's too.
+    system = system if turn is None else turn or None
     if isinstance(content, str) and content.strip():
         return Prompt(content, system, tools)
     messages = _messages(content)

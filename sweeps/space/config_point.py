@@ -12,8 +12,9 @@ from optuna.distributions import (
 )
 
 from finetune.config.convert import is_number
+from finetune.config.override_text import NULL
 from finetune.errors import refusal
-from sweeps.space.encoding import NULL, encode
+from sweeps.space.encoding import encode
 from sweeps.space.parameters import Variants
 from sweeps.space.space import Point, Space
 

@@ -13,6 +13,7 @@ from optuna.distributions import (
 )
 from optuna.trial import BaseTrial
 
+from finetune.config.override_text import NULL
 from finetune.errors import ConfigError
 from sweeps.space.conditions import (
     Conditions,
@@ -21,7 +22,6 @@ from sweeps.space.conditions import (
     require_conditions,
 )
 from sweeps.space.distributions import contains, describe, has_choice, suggest
-from sweeps.space.encoding import NULL
 from sweeps.space.overrides import parse_overrides, require_searchable
 from sweeps.space.parameters import Condition, Parameter, Variants, read_parameter
 

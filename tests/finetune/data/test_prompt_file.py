@@ -70,12 +70,14 @@ def test_the_system_turn_of_the_command_is_that_of_rows_without_one(
         {"messages": [USER]},
         {"messages": [other, USER]},
         {"prompt": "Hi", "system": None},
+        {"prompt": "Hi", "system": ""},
     ]
     text = "\n".join(map(json.dumps, rows))
-    first, second, third = prompts(tmp_path / "p.JSONL", text, "Be brief.")
+    first, second, third, fourth = prompts(tmp_path / "p.JSONL", text, "Be brief.")
     assert first.messages == [SYSTEM, USER]
     assert second.messages == [other, USER]
     assert third.system == "Be brief."
+    assert fourth.system is None
 
 
 @pytest.mark.parametrize(
