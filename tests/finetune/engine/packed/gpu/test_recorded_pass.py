@@ -72,7 +72,7 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
-@bases("gemma4_text")
+@bases()
 def test_padding_changes_no_loss_and_no_gradient(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
