@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.config.sections.model import ModelSettings, QuantizationSettings
 from finetune.errors import refusal
+from finetune.files.atomic import read_json
 from finetune.model.source import BaseSource
 
 BITSANDBYTES = {"nf4", "fp4", "int8"}
@@ -159,3 +160,20 @@ def _key_of_method(settings: QuantizationSettings) -> tuple[str, object]:
     if settings.load_in_8bit:
         return "quantization.load_in_8bit", True
     return "quantization.bnb_4bit_quant_type", settings.bnb_4bit_quant_type
+
+
+def quantization_in_files(model: ModelSettings) -> str | None:
+    """Return how a base is quantised in its files, as far as they are here; None: it is not."""
+    name = model.name_or_path
+    file = Path(name).expanduser() / "config.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        if name.count("/") != 1:
+            return None
+        cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    quantization = base_quantization(read_json(file) or {})
+    return None if quantization is None else quantization.method

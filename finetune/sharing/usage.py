@@ -10,15 +10,10 @@ from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
-from finetune.model.base_quantization import BITSANDBYTES
+from finetune.model.base_quantization import BITSANDBYTES, quantization_in_files
 from finetune.sharing.base_license import CardBase
 from finetune.sharing.public_values import HIDDEN, public_value
-from finetune.sharing.vllm import (
-    quantization_in_files,
-    template_flag,
-    vllm_rank,
-    vllm_refusal,
-)
+from finetune.sharing.vllm import template_flag, vllm_rank, vllm_refusal
 
 TEXT_MODEL = "language_model"
 """Part of the names of layers in the published models that have other modalities as well."""
@@ -86,7 +81,8 @@ def _auto_class(run: RunFolder) -> str:
 
 def _vllm_refusal(run: RunFolder, config: RunConfig) -> str | None:
     """Return what vLLM does not serve of a run; None: it serves it."""
-    method = quantization_in_files(config)
+    method = quantization_in_files(config.model)
+    # vLLM has no kernels for bitsandbytes any more.
     if method in BITSANDBYTES:
         return f"a base that is quantised to {method} in its files"
     adapter = read_json(run.adapter / ADAPTER_CONFIG)

@@ -7,12 +7,7 @@ Read in its version 0.33.0 (`vllm/config/lora.py`, `vllm/lora/peft_helper.py`) a
 import json
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from finetune.config.schema import RunConfig
-from finetune.files.atomic import read_json
-from finetune.model.base_quantization import base_quantization
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's `--max-lora-rank` from which all its versions take one that is large enough."""
@@ -53,28 +48,6 @@ def vllm_refusal(config: Mapping[str, Any]) -> str | None:
         f"a rank above {VLLM_RANKS[-1]}": config["r"] > VLLM_RANKS[-1],
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def quantization_in_files(config: RunConfig) -> str | None:
-    """Return how a base is quantised in its files, as far as they are here; None: it is not.
-
-    vLLM has no kernels for bitsandbytes any more.
-    """
-    name = config.model.name_or_path
-    file = Path(name).expanduser() / "config.json"
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        if name.count("/") != 1:
-            return None
-        cached = try_to_load_from_cache(
-            name, "config.json", revision=config.model.revision
-        )
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    quantization = base_quantization(read_json(file) or {})
-    return None if quantization is None else quantization.method
 
 
 def template_flag(variables: Mapping[str, Any]) -> str:

@@ -10,16 +10,15 @@ from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter_files import ADAPTER_CONFIG
-from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED
+from finetune.model.base_quantization import (
+    BITSANDBYTES,
+    DEQUANTIZED,
+    quantization_in_files,
+)
 from finetune.model.gguf.modelfile import ollama_name
 from finetune.model.packaged import PACKAGED_MODELS
 from finetune.run.load import read_run_config
-from finetune.sharing.vllm import (
-    quantization_in_files,
-    template_flag,
-    vllm_rank,
-    vllm_refusal,
-)
+from finetune.sharing.vllm import template_flag, vllm_rank, vllm_refusal
 from sweeps.answer.winner import find_winner
 from sweeps.study.study import Study
 
@@ -39,10 +38,11 @@ def serving_commands(study: Study) -> list[tuple[str, str]]:
     best = RunFolder(study.folder / "best")
     config = read_run_config(best.path) if best.identity.exists() else None
     pairs = []
-    quantization = None if config is None else quantization_in_files(config)
+    quantization = None if config is None else quantization_in_files(config.model)
     # `finetune.merge` takes no base that is quantised by another method.
     if quantization is None or quantization in BITSANDBYTES | DEQUANTIZED:
         pairs += _merged_commands(study, config)
+    # vLLM has no kernels for bitsandbytes any more.
     if config is not None and quantization not in BITSANDBYTES:
         command = _adapters_command(study, best, config)
         if command is not None:

@@ -222,8 +222,10 @@ def file_adds_bos(
         tokenizer: The model's tokenizer, with its chat template.
         variables: Variables of the chat template (`model.template_kwargs`).
     """
-    if not adds_bos(tokenizer) or tokenizer.chat_template is None:
-        return adds_bos(tokenizer)
+    if not adds_bos(tokenizer):
+        return False
+    if tokenizer.chat_template is None:
+        return True
     question = {"role": "user", "content": QUESTION}
     try:
         text = ChatTemplate(tokenizer, variables).render([question], ask=True)

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new tensors of floats with their largest value, so that who reads them overflows."""
+    """Fill new tensors of floats with their largest value, so that a kernel overflows that reads them."""
     import torch
 
     def filled(function: Callable[..., Any]) -> Callable[..., Any]:
