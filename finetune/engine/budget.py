@@ -28,6 +28,8 @@ class Budget:
         self._seconds = None if minutes is None else 60 * minutes
         self.is_timed = minutes is not None
         """Whether the run may end before its last step."""
+        self.counts_steps = self._tokens is None and self._seconds is None
+        """Whether `position` is the number of steps taken, whatever their tokens and seconds."""
 
     def is_spent(self, progress: Progress) -> bool:
         """Return whether a run has no step or no minute left."""
@@ -36,7 +38,7 @@ class Budget:
 
     def position(self, progress: Progress) -> float:
         """Return how far a run is, in steps of the whole run: its progress times all steps."""
-        if self._tokens is None and self._seconds is None:
+        if self.counts_steps:
             return progress.step
         shares = [progress.step / self._steps]
         if self._tokens is not None:

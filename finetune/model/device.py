@@ -109,3 +109,19 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         return tensor.to(device)
     # PyTorch keeps the pinned memory until the copy is complete.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor in host memory; work that a GPU is given later does not delay it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Queue the copy behind the work that computes the tensor."""
+        # From a GPU into pinned memory, which PyTorch allocates for it.
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._event = record_event(tensor.device)
+
+    def read(self) -> torch.Tensor:
+        """Return the copy; waits until it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy

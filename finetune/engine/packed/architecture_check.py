@@ -136,6 +136,7 @@ class _CheckBank:
     device = torch.device("cpu")
     dtype = torch.float32
     shares_prefixes = False
+    is_asynchronous = False
 
     def __init__(self, base: "PreTrainedModel") -> None:
         self.base = base

@@ -26,6 +26,7 @@ from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.execution import Execution
 from finetune.engine.packed.losses import TokenLosses, token_losses
+from finetune.engine.packed.pass_figures import PassFigures
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.requests import (
     Evaluate,
@@ -73,6 +74,8 @@ class Bank:
         self.base = base.requires_grad_(False)
         self.dtype = compute_dtype(config.quantization)
         self.device = base.get_input_embeddings().weight.device
+        self.is_asynchronous = self.device.type == "cuda"
+        """Whether passes are queued, and computed while the host goes on."""
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
@@ -255,7 +258,8 @@ class Bank:
             requests: One for each slot.
 
         Returns:
-            The result of each request. The gradients replace those in the slots.
+            The result of each request, which a GPU may still be computing. The gradients replace
+            those in the slots.
         """
         timer = PassTimer(self.device)
         batch = self._packed_batch(requests)
@@ -277,14 +281,13 @@ class Bank:
             slot_losses = result.losses[start:stop]
             losses.append(slot_losses.double().sum())
         norms = [slot.gradient.norm() for slot in slots]
-        # One tensor, so that there is one copy from the GPU for all slots.
-        columns = [torch.stack(losses), torch.stack(norms).double()]
-        figures = torch.stack(columns, 1)
         timer.stop()
-        prepare = [request.prepare_next for request in requests]
-        pairs = self._fetch(figures, [call for call in prepare if call is not None])
-        seconds = timer.seconds()
-        return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
+        figures = PassFigures(torch.stack(losses), torch.stack(norms).double(), timer)
+        for request in requests:
+            if self.is_asynchronous and request.prepare_next is not None:
+                request.prepare_next()
+        self._run_host_work_meanwhile()
+        return [ForwardBackwardResult(figures, index) for index in range(len(slots))]
 
     def _token_losses(
         self,
@@ -385,20 +388,17 @@ class Bank:
             request.slot.round()
         return [request.slot for request in requests]
 
-    def _fetch(
-        self, figures: torch.Tensor, prepare: Sequence[Callable[[], None]] = ()
-    ) -> list[Any]:
-        """Copy a pass's figures to the host.
-
-        On a GPU, `host_work` runs while they are computed, and what prepares the next pass.
-        """
+    def _fetch(self, figures: torch.Tensor) -> list[Any]:
+        """Copy a pass's figures to the host."""
+        self._run_host_work_meanwhile()
         # The kernels are queued by now; `tolist` waits until the GPU has computed them.
-        if self.device.type == "cuda":
-            for prepare_next in prepare:
-                prepare_next()
-            self._run_host_work()
         values: list[Any] = figures.tolist()
         return values
+
+    def _run_host_work_meanwhile(self) -> None:
+        """Call `host_work` while a GPU computes the pass that has been queued."""
+        if self.is_asynchronous:
+            self._run_host_work()
 
     def _run_host_work(self) -> None:
         """Call `host_work`, unless it has been called already."""

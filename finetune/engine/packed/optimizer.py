@@ -80,26 +80,26 @@ class SlotOptimizer:
     def update(
         self,
         gradient: torch.Tensor,
-        norm: float,
+        norm: torch.Tensor,
         learning_rate: float,
     ) -> None:
         """Clip the gradient and take one step; skipped where float16 gradients overflowed.
 
+        On a GPU this does not wait for the gradient, except for float16.
+
         Args:
             gradient: With the loss scale [parameters]; overwritten.
-            norm: The gradient's 2-norm without the loss scale.
+            norm: The gradient's 2-norm without the loss scale, float64 [].
             learning_rate: Of this step.
         """
         if self._loss_scale is not None:
             gradient.div_(self._loss_scale.value)
         limit = self._settings.max_grad_norm
-        # As `torch.nn.utils.clip_grad_norm_` pads it.
-        padded_norm = norm + 1e-6
-        # Not `>`: the condition is to be true for NaN as well.
-        if limit and not padded_norm <= limit:
-            gradient.mul_(limit / padded_norm)
+        if limit:
+            # As `torch.nn.utils.clip_grad_norm_` pads it. NaN and infinity go through.
+            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         if self._loss_scale is not None:
-            is_finite = math.isfinite(norm)
+            is_finite = math.isfinite(norm.item())
             if not self._loss_scale.update(is_finite):
                 return
         for group, ratio in zip(

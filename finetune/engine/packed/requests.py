@@ -6,9 +6,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import BatchLayout, Row
+from finetune.engine.packed.pass_figures import PassFigures
 from finetune.engine.packed.slot import Slot
 from finetune.engine.steps import Executor
 
@@ -48,14 +51,35 @@ class ForwardBackward:
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """Loss and gradient norm of one batch. The gradient itself is left in `slot.gradient`."""
+    """Loss and gradient norm of one batch. The gradient itself is left in `slot.gradient`.
 
-    loss: float
-    """Sum of the answer tokens' negative log-likelihoods, in nats; not weighted."""
-    norm: float
-    """2-norm of the gradient, with the loss weight."""
-    seconds: float
-    """Duration of the pass, all slots together."""
+    On a GPU `loss`, `norm` and `seconds` wait until the pass has been computed.
+    """
+
+    figures: PassFigures
+    """Of the pass, all slots together."""
+    index: int
+    """Of the slot among those of the pass."""
+
+    @property
+    def loss(self) -> float:
+        """Sum of the answer tokens' negative log-likelihoods, in nats; not weighted."""
+        return self.figures.of_slot(self.index)[0]
+
+    @property
+    def norm(self) -> float:
+        """2-norm of the gradient, with the loss weight."""
+        return self.figures.of_slot(self.index)[1]
+
+    @property
+    def device_norm(self) -> torch.Tensor:
+        """`norm` on the device, float64 []."""
+        return self.figures.norms[self.index]
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the pass, all slots together."""
+        return self.figures.seconds()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class SlotBank(Executor, Protocol):
     base: "PreTrainedModel"
     shares_prefixes: bool
     """Whether a common prefix of a batch's rows is computed once."""
+    is_asynchronous: bool
+    """Whether passes are queued, and computed while the host goes on."""
 
 
 class Slot:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example, Tokens
 from finetune.data.types import Prompt
 from finetune.engine.budget import Budget
+from finetune.engine.checkpoint import Progress
 from finetune.engine.encoded_prompts import (
     Answers,
     EncodedPrompts,
@@ -48,7 +49,7 @@ from finetune.engine.schedule import (
 from finetune.engine.steps import RunSteps
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import generates_answers
-from finetune.model.device import record_event
+from finetune.model.device import HostCopy, record_event
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,6 +138,8 @@ class PackedTraining:
         lengths = self._rows.lengths
         steps = step_batches(lengths, self._config, self._total)
         progress = reporter.progress
+        rungs = evaluation_rungs(self._config.trainer.eval_steps, self._total)
+        unreported: _TakenStep | None = None
         with reporter.live():
             yield from reporter.begin()
             for number, (step, following) in enumerate(with_next(steps), 1):
@@ -145,10 +148,21 @@ class PackedTraining:
                 # Before the checkpoint that the run resumes from.
                 if number <= progress.step:
                     continue
-                yield from self._step(number, step, following, reporter)
+                taken = yield from self._take(number, step, following, progress)
+                if unreported is not None:
+                    yield from self._report(unreported, reporter)
+                    unreported = None
+                is_save_due = bool(save_every) and number % save_every == 0
+                # A step that has been taken can't be taken back: a run stops after it.
+                is_stopping = following is None or progress.stop is not None
+                is_due = is_save_due or reporter.is_checkpoint_due or number in rungs
+                if self._reports_late and not (is_stopping or is_due):
+                    unreported = taken
+                    continue
+                yield from self._report(taken, reporter)
                 is_last = number == self._total or progress.stop == "minutes"
-                is_due = save_every and (number % save_every == 0 or is_last)
-                is_due = is_due or reporter.is_checkpoint_due
+                is_save_due = is_save_due or (bool(save_every) and is_last)
+                is_due = is_save_due or reporter.is_checkpoint_due
                 # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
@@ -278,14 +292,22 @@ class PackedTraining:
             return prepared[1]
         return self._prepare(step)
 
-    def _step(
+    @property
+    def _reports_late(self) -> bool:
+        """Whether a step is reported when the next one has been queued.
+
+        A GPU then never waits for the host. Only where the next step needs no figure of this one.
+        """
+        return self._slot.bank.is_asynchronous and self._budget.counts_steps
+
+    def _take(
         self,
         number: int,
         step: Step,
         following: Step | None,
-        reporter: Reporter,
-    ) -> RunSteps[None]:
-        """Run the batches of one optimizer step, update the weights and report."""
+        progress: Progress,
+    ) -> Generator[ForwardBackward, ForwardBackwardResult, "_TakenStep"]:
+        """Run the batches of one optimizer step, and update the weights."""
         slot = self._slot
         self._step_number = number
         batches = self._take_prepared(step)
@@ -299,12 +321,10 @@ class PackedTraining:
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.
         first_batch = number * self._config.trainer.gradient_accumulation_steps
-        loss = 0.0
-        seconds = 0.0
-        norm = 0.0
+        results = []
         accumulated = None
         for index, batch in enumerate(batches):
-            result: ForwardBackwardResult = yield ForwardBackward(
+            result = yield ForwardBackward(
                 slot=slot,
                 rows=batch.rows,
                 loss_weight=token_weight * loss_scale,
@@ -314,32 +334,65 @@ class PackedTraining:
                 layout=batch.layout,
                 prepare_next=prepare_next if index == len(batches) - 1 else None,
             )
-            loss += result.loss * token_weight
-            seconds += result.seconds
-            norm = result.norm
+            results.append(result)
             # The slot's gradient is that of the last batch only.
             if len(batches) > 1:
                 accumulated = _accumulate(accumulated, slot.gradient)
-        # The norm of a sum is not known from the norms of its terms.
+        gradient, norm = slot.gradient, results[-1].device_norm
+        host_norm = None
         if accumulated is not None:
-            norm = float(accumulated.norm())
-        norm /= loss_scale
-        gradient = slot.gradient if accumulated is None else accumulated
-        position = self._budget.position(reporter.progress)
+            # The norm of a sum is not known from the norms of its terms.
+            gradient, norm = accumulated, accumulated.norm().double()
+            host_norm = HostCopy(norm)
+        # All steps before this one, also where the last of them is not reported yet.
+        position = number - 1.0
+        if not self._budget.counts_steps:
+            position = self._budget.position(progress)
         learning_rate = self._optimizer.learning_rate(position)
-        self._optimizer.update(gradient, norm, learning_rate)
+        self._optimizer.update(gradient, norm / loss_scale, learning_rate)
         self._weights_event = record_event(slot.bank.device)
         tokens = 0
         for batch in batches:
             tokens += sum(len(row["input_ids"]) for row in batch.rows)
+        return _TakenStep(
+            number, results, token_weight, host_norm, loss_scale, learning_rate, tokens
+        )
+
+    def _report(self, taken: "_TakenStep", reporter: Reporter) -> RunSteps[None]:
+        """Report a step that has been taken."""
+        loss = 0.0
+        seconds = 0.0
+        for result in taken.results:
+            loss += result.loss * taken.token_weight
+            seconds += result.seconds
+        norm = taken.results[-1].norm
+        if taken.norm is not None:
+            norm = taken.norm.read().item()
         yield from reporter.report_step(
-            step=number,
+            step=taken.number,
             loss=loss,
-            grad_norm=norm,
-            learning_rate=learning_rate,
-            tokens=tokens,
+            grad_norm=norm / taken.loss_scale,
+            learning_rate=taken.learning_rate,
+            tokens=taken.tokens,
             seconds=seconds,
         )
+
+
+@dataclass(frozen=True)
+class _TakenStep:
+    """An optimizer step whose kernels are queued; on a GPU its figures may not be computed yet."""
+
+    number: int
+    results: list[ForwardBackwardResult]
+    """Of its batches."""
+    token_weight: float
+    """1 / (answer tokens of all batches)."""
+    norm: HostCopy | None
+    """2-norm of the gradient of several batches; None: there is one batch, whose result has it."""
+    loss_scale: float
+    """The factor of the gradient."""
+    learning_rate: float
+    tokens: int
 
 
 def _accumulate(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,8 @@ def test_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", EACH)
 def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
     """Against the state of an optimizer of a whole adapter after a step."""
+    import torch
+
     from finetune.engine.packed.optimizer import SlotOptimizer
     from finetune.run.memory_plan import plan_memory
     from finetune.run.resources import SharedResources
@@ -97,7 +99,7 @@ def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
     resources = SharedResources()
     slot = resources.bank(config).create_slot(config.lora, config.seed)
     optimizer = SlotOptimizer(config, slot, total=STEPS)
-    optimizer.update(slot.gradient, norm=0.0, learning_rate=1e-3)
+    optimizer.update(slot.gradient, norm=torch.zeros(()), learning_rate=1e-3)
     states: list[dict[str, Any]] = list(optimizer._optimizer.state.values())
     size = sum(
         value.nbytes
