@@ -35,7 +35,7 @@ def mlflow_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """Return the name of an experiment or a run as it is; it has any characters. A long one is cut."""
+    """Return the name of an experiment or a run as it is, or cut if it is long."""
     return _distinct(name, name)
 
 
