@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.notifications import COMMAND, TELLS, told
 from support.studies import made_study
 from support.study_folder import folder_of
 
@@ -21,17 +22,6 @@ from finetune.config.sections.notify import NotifySettings
 from finetune.errors import Interrupted, NoAnswer
 from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from sweeps.study.notification import LAST_STEP, notified_at_end, stall_watch
-
-TELLS = (
-    'echo "$FINETUNE_EVENT|$FINETUNE_NAME|$FINETUNE_MESSAGE|$FINETUNE_ANSWER" >> told'
-)
-COMMAND = f"notify.command=[sh,-c,'{TELLS}; echo thanks']"
-
-
-def told(place: Path) -> list[list[str]]:
-    path = place / "told"
-    text = path.read_text() if path.exists() else ""
-    return [line.split("|") for line in text.splitlines()]
 
 
 @pytest.mark.fault
