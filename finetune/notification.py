@@ -57,7 +57,7 @@ def notify(
 def _run(settings: NotifySettings, variables: dict[str, str]) -> str | None:
     """Run the command; return what went wrong."""
     # A file, not a pipe: a process that the command leaves behind may hold it open for long.
-    with tempfile.TemporaryFile() as output:
+    with _output_file() as output:
         process = subprocess.Popen(
             settings.command,
             env={**os.environ, **variables},
@@ -81,6 +81,14 @@ def _run(settings: NotifySettings, variables: dict[str, str]) -> str | None:
                 _kill(process)
         _log_output(output)
     return problem
+
+
+def _output_file() -> IO[bytes]:
+    """Return a file for the command's output, which is lost where no disk has room for it."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

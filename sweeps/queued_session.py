@@ -6,7 +6,9 @@ begins there again as a session that resumes the study.
 """
 
 import os
+import re
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,7 @@ from finetune.__main__ import resume, task
 from finetune.app import run_app
 from finetune.console import error_line, exit_code, quiet_libraries
 from finetune.errors import Interrupted
-from finetune.files.atomic import write_json
-from sweeps.study.queue import OUTCOME
+from sweeps.study.queued_notification import QueuedStudy
 
 if TYPE_CHECKING:
     from hydra.plugins.sweeper import Sweeper
@@ -37,6 +38,7 @@ class QueuedSession:
     working_directory: str
     gpus: str | None
     """CUDA_VISIBLE_DEVICES of the command that queued it, for a job on the same machine."""
+    study: QueuedStudy
 
     def __call__(self) -> None:
         """Run the session to its end.
@@ -61,11 +63,15 @@ class QueuedSession:
             is_interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
             if is_interrupted and is_called_back:
                 requeue(signal.SIGUSR2, None)
-            if is_interrupted and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            # Not after a lost database: nobody would end the job.
+            is_asked = is_interrupted and getattr(error, "by_user", True)
+            if is_asked and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+                if not _begins_again():
+                    self._end(error)
                 _await_kill()
-            _record(error)
+            self._end(error)
             raise
-        _record(None)
+        self._end(None)
 
     def checkpoint(self) -> "DelayedSubmission":
         """Return what the job runs when it begins again: the same, which resumes the study."""
@@ -85,9 +91,37 @@ class QueuedSession:
         sys.argv[:] = ["finetune", *self.words]
         run_app(task, resume)
 
+    def _end(self, error: BaseException | None) -> None:
+        """Record the job's outcome next to its log, for the command that waits for it, and tell."""
+        from submitit import JobEnvironment
+
+        line = None if error is None else error_line(error)
+        code = 0 if error is None else exit_code(error)
+        if line is not None:
+            print(f"error: {line}", file=sys.stderr)
+        job = JobEnvironment()
+        self.study.end_job(Path(job.paths.folder), job.job_id, code, line)
+
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _begins_again() -> bool:
+    """Return whether Slurm, which ends this job by SIGTERM, begins it again.
+
+    It does after a preemption, and has counted that start already; after scancel it does not.
+    """
+    from submitit import JobEnvironment
+
+    command = ["scontrol", "--oneliner", "show", "job", JobEnvironment().job_id]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return True
+    starts = re.search(r"\bRestarts=(\d+)", asked.stdout)
+    earlier_starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return starts is None or int(starts[1]) > earlier_starts
 
 
 def _await_kill() -> None:
@@ -99,15 +133,3 @@ def _await_kill() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         signal.pause()
-
-
-def _record(error: BaseException | None) -> None:
-    """Write the job's outcome next to its log, for the command that waits for it."""
-    from submitit import JobEnvironment
-
-    line = None if error is None else error_line(error)
-    code = 0 if error is None else exit_code(error)
-    if line is not None:
-        print(f"error: {line}", file=sys.stderr)
-    folder = Path(JobEnvironment().paths.folder)
-    write_json(folder / OUTCOME, {"exit_code": code, "error": line})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.plugins.sweeper import Sweeper
 
 from finetune.compat import paused_collection
+from finetune.console import error_line, exit_code
 from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.atomic import read_json
 from finetune.files.lock import file_lock
@@ -22,6 +23,7 @@ from finetune.quantities import counted
 from sweeps.study.errors import StorageLost
 from sweeps.study.find_study import load_study
 from sweeps.study.queued_jobs import describe_jobs
+from sweeps.study.queued_notification import QueuedStudy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,10 +112,12 @@ class StudySweeper(Sweeper):
             "hydra.sweeper.detach=false",
         ]
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        queued_session = QueuedSession(
-            words, QueuedSweeper, command.working_directory, gpus
-        )
         session.folder.mkdir(parents=True, exist_ok=True)
+        queued_study = _queued_study(session)
+        queued_study.begin_session()
+        queued_session = QueuedSession(
+            words, QueuedSweeper, command.working_directory, gpus, queued_study
+        )
         jobs = submit(
             self._config,
             settings,
@@ -127,7 +131,12 @@ class StudySweeper(Sweeper):
         follow = f"python -m sweeps show {shlex.quote(os.path.relpath(session.folder))}"
         log.info("study %s: queued as %s; %s follows it", name, queued, follow)
         if not settings.detach:
-            await_jobs(jobs)
+            try:
+                await_jobs(jobs)
+            except (Interrupted, ConfigError) as error:
+                # Jobs that never began, or were killed, have not told of it.
+                queued_study.tell_error(exit_code(error), error_line(error))
+                raise
             _print_answer(session.folder)
         return session.folder
 
@@ -207,8 +216,8 @@ class QueuedSweeper(StudySweeper):
 
         draft = self._draft(arguments)
         study, session = _open(draft)
+        from sweeps.study.formatting import format_counts
         from sweeps.study.launching import run_workers
-        from sweeps.study.notification import notified_at_end
         from sweeps.study.stored_command import store_command
 
         store_command(study, self._config, arguments)
@@ -219,9 +228,16 @@ class QueuedSweeper(StudySweeper):
         if study.trials(TrialState.RUNNING):
             log.info("study %s: %s", study.name, _describe_rest(study))
             return study.folder
-        with notified_at_end(study, session.common.notify):
-            _conclude_alone(study, session)
+        _conclude_alone(study, session)
+        # Of errors, its job tells.
+        _queued_study(session).tell("completed", format_counts(study))
         return study.folder
+
+
+def _queued_study(session: "Session") -> QueuedStudy:
+    """Return the study of a session in a queue, which tells of its end."""
+    name, folder = session.settings.study_name, session.folder.absolute()
+    return QueuedStudy(name, folder, session.common.notify)
 
 
 def _conclude_alone(study: "Study", session: "Session") -> None:

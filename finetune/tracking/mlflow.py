@@ -1,8 +1,10 @@
 """The tracker of MLflow: one MLflow run for each run, in a local database or on a server."""
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.tracking.logged import LoggedMetrics, rows_until_checkpoint
+from finetune.tracking.mlflow_names import mlflow_name, mlflow_text, short_name
 from finetune.tracking.mlflow_store import (
     environment_address,
     local_address,
@@ -51,34 +54,32 @@ class MlflowTracker(Tracker):
         self._store = open_store(self._address)
         if record and folder.last_checkpoint():
             self._id = record["run_id"]
-            self._continue(folder)
+            with ended_on_error(self._store, self._id):
+                self._continue(folder)
             return
         if record:
             self._discard(record["run_id"])
         self._id = self._create(config, label)
-        recorded = None if self._address == given else self._address
-        write_json(self._record, {"run_id": self._id, "address": recorded})
+        with ended_on_error(self._store, self._id):
+            log_params(self._store, self._id, tracked_config(config))
+            recorded = None if self._address == given else self._address
+            write_json(self._record, {"run_id": self._id, "address": recorded})
 
     def _create(self, config: RunConfig, label: Label) -> str:
-        """Create the MLflow run, with the config as params, and return its id."""
-        from mlflow.entities import Param
-
+        """Create the MLflow run, and return its id."""
         settings = config.tracker
-        tags = {"status": "running", **dict.fromkeys(settings.tags, "true")}
+        given_tags = map(mlflow_name, settings.tags)
+        tags = {"status": "running", **dict.fromkeys(given_tags, "true")}
         if label.group is not None:
             tags |= {"group": label.group, "job_type": label.job_type or "run"}
         run = self._store.create_run(
             experiment_id(self._store, settings.project, label.group),
-            run_name=label.name or os.environ.get("MLFLOW_RUN_NAME") or config.name,
+            run_name=short_name(
+                label.name or os.environ.get("MLFLOW_RUN_NAME") or config.name
+            ),
             tags=tags,
         )
-        run_id = str(run.info.run_id)
-        values = flatten(tracked_config(config))
-        params = [Param(key, str(value)) for key, value in values.items()]
-        for start in range(0, len(params), PARAMS_OF_A_CALL):
-            some = params[start : start + PARAMS_OF_A_CALL]
-            self._store.log_batch(run_id, params=some)
-        return run_id
+        return str(run.info.run_id)
 
     def _continue(self, folder: RunFolder) -> None:
         """Open the run of an earlier session again, and log what a kill has kept from it."""
@@ -103,7 +104,8 @@ class MlflowTracker(Tracker):
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._last_step = step
-        self._log_values(step, self._logged.missing(step, metrics))
+        shown = {mlflow_name(name): value for name, value in metrics.items()}
+        self._log_values(step, self._logged.missing(step, shown))
 
     def _log_values(self, step: int, values: Metrics) -> None:
         from mlflow.entities import Metric
@@ -118,26 +120,27 @@ class MlflowTracker(Tracker):
 
     def add_tags(self, tags: list[str]) -> None:
         for tag in tags:
-            self._store.set_tag(self._id, tag, "true")
+            self._store.set_tag(self._id, mlflow_name(tag), "true")
 
     def log_adapter(self, folder: Path) -> None:
         self._store.log_artifacts(self._id, str(folder), "adapter")
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        self._store.set_tag(self._id, "status", status)
-        values: Metrics = {}
-        for name, value in summary.items():
-            if name == "error" or not isinstance(value, int | float):
-                self._set_text(name, value)
-            elif math.isfinite(value):
-                values[f"{FINAL}{name}"] = value
-        self._log_values(self._last_step, values)
-        self._store.set_terminated(self._id, STATUSES.get(status, "FAILED"))
+        with ended_on_error(self._store, self._id):
+            self._store.set_tag(self._id, "status", status)
+            values: Metrics = {}
+            for name, value in summary.items():
+                if name == "error" or not isinstance(value, int | float):
+                    self._set_text(mlflow_name(name), value)
+                elif math.isfinite(value):
+                    values[mlflow_name(f"{FINAL}{name}")] = value
+            self._log_values(self._last_step, values)
+            self._store.set_terminated(self._id, STATUSES.get(status, "FAILED"))
 
     def _set_text(self, name: str, value: Any) -> None:
         """Set a tag; one of an earlier session that has no value any more is removed."""
         if value is not None:
-            self._store.set_tag(self._id, name, str(value))
+            self._store.set_tag(self._id, name, mlflow_text(value))
         elif name in self._store.get_run(self._id).data.tags:
             self._store.delete_tag(self._id, name)
 
@@ -145,12 +148,45 @@ class MlflowTracker(Tracker):
         return [f"MLflow: {show_store(self._address)} (run {self._id})"]
 
 
+@contextlib.contextmanager
+def ended_on_error(store: "MlflowClient", run_id: str) -> Iterator[None]:
+    """End an MLflow run as failed if the block raises: nobody would end it later."""
+    try:
+        yield
+    except BaseException:
+        # The first error says more than that of a store which may be away.
+        with contextlib.suppress(Exception):
+            store.set_terminated(run_id, "FAILED")
+        raise
+
+
+def log_params(store: "MlflowClient", run_id: str, config: Mapping[str, Any]) -> None:
+    """Log a config as params of an MLflow run.
+
+    Args:
+        store: MLflow's store.
+        run_id: The MLflow run.
+        config: Nested plain values.
+
+    Raises:
+        Exception: Whatever MLflow raises.
+    """
+    from mlflow.entities import Param
+
+    params = [
+        Param(mlflow_name(key), mlflow_text(value))
+        for key, value in flatten(dict(config)).items()
+    ]
+    for start in range(0, len(params), PARAMS_OF_A_CALL):
+        store.log_batch(run_id, params=params[start : start + PARAMS_OF_A_CALL])
+
+
 def experiment_id(store: "MlflowClient", project: str | None, group: str | None) -> str:
     """Return the id of the experiment PROJECT, or of a study's, PROJECT/STUDY."""
     from mlflow.exceptions import MlflowException
 
     project = project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "finetune"
-    name = f"{project}/{group}" if group else project
+    name = short_name(f"{project}/{group}" if group else project)
     experiment = store.get_experiment_by_name(name)
     if experiment is None:
         try:
@@ -176,6 +212,7 @@ def change_tag(folder: RunFolder, tag: str, is_set: bool) -> None:
         return
     store = open_store(record["address"] or environment_address() or local_address())
     run_id = record["run_id"]
+    tag = mlflow_name(tag)
     has_tag = tag in store.get_run(run_id).data.tags
     if is_set and not has_tag:
         store.set_tag(run_id, tag, "true")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.config.flatten import flatten
-from finetune.errors import ConfigError
-from finetune.tracking.mlflow import PARAMS_OF_A_CALL, experiment_id
+from finetune.errors import ConfigError, refusal
+from finetune.tracking.mlflow import ended_on_error, experiment_id, log_params
+from finetune.tracking.mlflow_names import NAME_LENGTH, mlflow_text, short_name
 from finetune.tracking.mlflow_store import (
     environment_address,
     local_address,
@@ -21,9 +21,6 @@ from finetune.tracking.tracker import reason
 ADAPTER = "adapter"
 """Folder of the adapter among the artifacts of its MLflow run."""
 
-TAG_LENGTH = 5_000
-"""Characters of a version's tag that MLflow takes."""
-
 T = TypeVar("T")
 
 
@@ -31,13 +28,18 @@ class MlflowRegistry(Registry):
     """A registered model in MLflow's store: the local database, or MLFLOW_TRACKING_URI.
 
     Args:
+        key: The flag or the config key that names the model, for errors.
         name: The registered model.
         project: The experiment of the run that holds the adapter's files; None: the default.
+
+    Raises:
+        ConfigError: MLflow can't have a model of that name.
     """
 
     title = "MLflow"
 
-    def __init__(self, name: str, project: str | None) -> None:
+    def __init__(self, key: str, name: str, project: str | None) -> None:
+        _require_model_name(key, name)
         self._name = name
         self._project = project
         self._address = environment_address() or local_address()
@@ -87,28 +89,26 @@ class MlflowRegistry(Registry):
 
     def _registered(self, digest: str) -> Any:
         """Return the version with these weights: an earlier call may have failed after it."""
-        for version in self._store.search_model_versions(f"name = '{self._name}'"):
+        # MLflow's filters have no escapes.
+        quote = '"' if "'" in self._name else "'"
+        name = f"{quote}{self._name}{quote}"
+        for version in self._store.search_model_versions(f"name = {name}"):
             if version.tags.get(DIGEST) == digest:
                 return version
         return None
 
     def _create_run(self, adapter: Path, lineage: Lineage) -> str:
         """Create the MLflow run that holds the adapter's files, and return its id."""
-        from mlflow.entities import Param
-
         store = self._store
         study = str(lineage["study"])
         experiment = experiment_id(store, self._project, study)
-        run = store.create_run(experiment, run_name=f"promote {study}")
+        run = store.create_run(experiment, run_name=short_name(f"promote {study}"))
         run_id = str(run.info.run_id)
-        params = [
-            Param(key, str(value)) for key, value in flatten(lineage["config"]).items()
-        ]
-        for start in range(0, len(params), PARAMS_OF_A_CALL):
-            store.log_batch(run_id, params=params[start : start + PARAMS_OF_A_CALL])
-        store.log_dict(run_id, dict(lineage), "lineage.json")
-        store.log_artifacts(run_id, str(adapter), ADAPTER)
-        store.set_terminated(run_id)
+        with ended_on_error(store, run_id):
+            log_params(store, run_id, lineage["config"])
+            store.log_dict(run_id, dict(lineage), "lineage.json")
+            store.log_artifacts(run_id, str(adapter), ADAPTER)
+            store.set_terminated(run_id)
         return run_id
 
     def _version(self, version: Any) -> Version:
@@ -132,6 +132,19 @@ class MlflowRegistry(Registry):
             raise ConfigError(f"--to=mlflow: {reason(error)}") from None
 
 
+def _require_model_name(key: str, name: str) -> None:
+    """Refuse a name that MLflow does not take, or does not find again."""
+    has_both_quotes = "'" in name and '"' in name
+    is_refused = has_both_quotes or set("/:\\") & set(name) or not name.isprintable()
+    if is_refused or name.strip() in ("", ".", "..") or len(name) > NAME_LENGTH:
+        allowed = (
+            f"a model of MLflow has {NAME_LENGTH} characters at most, without / : \\ and line "
+            "breaks, is not empty, . or .., and has one kind of quotes"
+        )
+        advice = "" if key == "--name" else "; --name gives it another name"
+        raise refusal(key, name, f"{allowed}{advice}")
+
+
 def _tags(lineage: Lineage) -> dict[str, str]:
     """Return a lineage as tags: texts and numbers as they are, the rest as JSON."""
     tags = {}
@@ -140,5 +153,5 @@ def _tags(lineage: Lineage) -> dict[str, str]:
         if name == "config" or value is None:
             continue
         text = value if isinstance(value, str) else json.dumps(value)
-        tags[name] = text[:TAG_LENGTH]
+        tags[name] = mlflow_text(text)
     return tags

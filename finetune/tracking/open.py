@@ -12,15 +12,19 @@ from finetune.tracking.tensorboard import TensorboardTracker
 from finetune.tracking.tracker import Label, SeveralTrackers, Tracker
 from finetune.tracking.trackio import TrackioTracker
 from finetune.tracking.wandb import WandbTracker
+from finetune.tracking.wandb_arguments import require_project
 
 PACKAGES = {"mlflow": "mlflow-skinny", "trackio": "trackio"}
 """Packages of trackers that are extras; modules and extras have the trackers' names."""
 
 
 def check_trackers(settings: TrackerSettings) -> None:
-    """Raise ConfigError where the package of a tracker is not installed."""
+    """Raise ConfigError where a tracker's package is missing, or it can't have the project."""
     for name in settings.names:
         require_package("tracker.name", name)
+    is_wandb = "wandb" in settings.names and settings.mode != "disabled"
+    if is_wandb and settings.project:
+        require_project("tracker.project", settings.project)
 
 
 def require_package(key: str, name: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from finetune.errors import refusal
 
-ALIAS = re.compile(r"(?a)[A-Za-z][\w.-]{0,63}")
+ALIAS = re.compile(r"(?a)[A-Za-z][\w-]{0,63}")
+"""Without `.`, which MLflow refuses, and which a branch of the hub can't have everywhere."""
 
-RESERVED_ALIASES = re.compile(r"latest|main|v\d+")
-"""Names with a meaning in W&B, on the hub, and in MLflow."""
+RESERVED_ALIASES = re.compile(r"(?i)latest|main|head|v\d+")
+"""Names with a meaning in W&B, on the hub, and in MLflow, for which `V1` is a version too."""
 
 DIGEST = "adapter_sha256"
 """Entry of a lineage: the SHA-256 of the adapter's weights, by which versions are told apart."""
@@ -67,7 +68,7 @@ def require_alias(alias: str) -> None:
     if ALIAS.fullmatch(alias) and not RESERVED_ALIASES.fullmatch(alias):
         return
     allowed = (
-        "must be a letter and then letters, digits, -, _ and . (64 at most), and not latest, main "
-        "or a version as v1"
+        "must be a letter and then letters, digits, - and _ (64 at most, no .), and not latest, "
+        "main, head or a version as v1, in any case"
     )
     raise refusal("--alias", alias, allowed)

@@ -56,9 +56,11 @@ class TensorboardTracker(Tracker):
             self._writer.add_text(f"samples/{sample['prompt']}", text, step)
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        self._writer.add_text("status", status)
-        self._file.add_summary(self._end_of_session(status))
-        self._writer.close()
+        try:
+            self._writer.add_text("status", status)
+            self._file.add_summary(self._end_of_session(status))
+        finally:
+            self._writer.close()
 
     def _end_of_session(self, status: str) -> Any:
         """Return the summary that ends the HParams of a run, with TensorBoard's status of it."""

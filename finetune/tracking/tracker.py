@@ -44,7 +44,8 @@ class Tracker:
     """The base class of trackers, with hooks that do nothing. A subclass overrides those it needs.
 
     The hooks are called in the order of their definition. A run calls `log` at many steps, the
-    others at its end. A hook may raise any exception: `SeveralTrackers` logs it as a warning.
+    others at its end. A hook may raise any exception: `SeveralTrackers` logs it as a warning, and
+    calls `finish` to end the tracker's run as failed; again at the run's end if that fails.
     """
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -91,6 +92,8 @@ class SeveralTrackers(Tracker):
         self._shows_text = shows_text
         self._trackers: list[Tracker] = []
         self._failed: list[Tracker] = []
+        self._left_open: list[tuple[Tracker, str]] = []
+        """Failed trackers whose runs could not be ended, and the errors: a server was away."""
         # A wrong key of W&B, or a package that is not installed, must not cost the run.
         for opener in openers:
             try:
@@ -99,6 +102,11 @@ class SeveralTrackers(Tracker):
                 log.warning("tracker: %s; the run goes on without it", reason(error))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
+        self._end_as_failed(self._call(call))
+
+    def _call(self, call: Callable[[Tracker], None]) -> list[tuple[Tracker, str]]:
+        """Call each tracker; return those that have failed now, with their errors."""
+        failed_now: list[tuple[Tracker, str]] = []
         for tracker in self._trackers:
             if tracker in self._failed:
                 continue
@@ -106,8 +114,20 @@ class SeveralTrackers(Tracker):
                 call(tracker)
             except Exception as error:
                 name = type(tracker).__name__
-                log.warning("%s: %s; the run goes on without it", name, reason(error))
+                cause = reason(error)
+                log.warning("%s: %s; the run goes on without it", name, cause)
                 self._failed.append(tracker)
+                failed_now.append((tracker, cause))
+        return failed_now
+
+    def _end_as_failed(self, failed: list[tuple[Tracker, str]]) -> None:
+        """End the runs of failed trackers, which would be shown as running for ever."""
+        for tracker, cause in failed:
+            error = f"tracker: {cause if self._shows_text else HIDDEN}"
+            try:
+                tracker.finish("failed", {"error": error})
+            except Exception:
+                self._left_open.append((tracker, cause))
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._each(lambda tracker: tracker.log(step, metrics))
@@ -124,7 +144,10 @@ class SeveralTrackers(Tracker):
         self._each(lambda tracker: tracker.log_adapter(folder))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        self._each(lambda tracker: tracker.finish(status, summary))
+        left_open, self._left_open = self._left_open, []
+        self._end_as_failed(left_open)
+        # It is not called again where it fails: it ends a run as far as that is possible.
+        self._call(lambda tracker: tracker.finish(status, summary))
 
     def locations(self) -> list[str]:
         lines: list[str] = []

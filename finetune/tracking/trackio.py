@@ -46,7 +46,12 @@ class TrackioTracker(Tracker):
         config_shown = {**self._config, "status": "running"}
         self._run = _open(self._record, self._group, config_shown)
         if resumes:
-            self._continue(folder)
+            try:
+                self._continue(folder)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self.finish("failed", {})
+                raise
 
     def _continue(self, folder: RunFolder) -> None:
         """Log what a kill has kept from Trackio, and nothing twice."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import RunConfig
 from finetune.config.sections.tracker import TrackerSettings
+from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.tracking.text_privacy import tracked_config
@@ -36,6 +37,9 @@ FALLBACK = "-offline"
 
 For as long as its process lives, W&B holds the id of the failed attempt as in use.
 """
+
+NAME_LENGTH = 128
+"""Characters of a project's or an artifact's name that W&B takes."""
 
 INIT_TIMEOUT = 20
 """Seconds to wait for W&B's server when a run starts."""
@@ -108,6 +112,21 @@ def quiet_settings(mode: str, uploads: bool, shows_text: bool) -> "wandb.Setting
         symlink=False,
         **hiding,
     )
+
+
+def require_project(key: str, project: str) -> None:
+    """Raise ConfigError where W&B can't have a project of a name.
+
+    Args:
+        key: The config key or the environment variable that names it, for the error.
+        project: The name.
+    """
+    is_allowed = len(project) <= NAME_LENGTH and not set("/\\#?%:\r\n") & set(project)
+    if not is_allowed:
+        allowed = (
+            f"W&B takes {NAME_LENGTH} characters, without / \\ # ? % : and line breaks"
+        )
+        raise refusal(key, project, allowed)
 
 
 def directory(folder: RunFolder, label: Label) -> Path:

@@ -1,9 +1,12 @@
 """Files and folders as artifacts of a W&B run."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from finetune.tracking.wandb_arguments import NAME_LENGTH
 
 if TYPE_CHECKING:
     import wandb
@@ -46,8 +49,15 @@ def log_artifact(
 
 
 def artifact_name(name: str) -> str:
-    """Return a name as W&B allows it: letters of ASCII, digits, `-`, `_` and `.`."""
-    return re.sub(r"(?a)[^\w.-]", "-", name)
+    """Return a name as W&B allows it: letters of ASCII, digits, `-`, `_` and `.`.
+
+    A name that is too long is cut, and ends in a part of its SHA-256.
+    """
+    shown = re.sub(r"(?a)[^\w.-]", "-", name)
+    if len(shown) <= NAME_LENGTH:
+        return shown
+    end = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{shown[: NAME_LENGTH - len(end)]}{end}"
 
 
 def files_of(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The directions of metrics, as W&B is told them."""
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,4 +37,7 @@ def define_metrics(run: "wandb.Run", best: Mapping[str, str]) -> None:
         best: What `best_values` returns.
     """
     for name, value in best.items():
-        run.define_metric(name, summary=f"{value},last")
+        # To W&B `*` is a pattern, and a backslash can't be written: such names show the last value.
+        if not re.search(r"[*\\]", name):
+            # Else a dot begins a level below, where no metric is.
+            run.define_metric(name.replace(".", r"\."), summary=f"{value},last")

@@ -10,11 +10,13 @@ from finetune.errors import ConfigError, refusal
 from finetune.tracking.registry import DIGEST, Lineage, Registry, Version
 from finetune.tracking.tracker import reason
 from finetune.tracking.wandb_arguments import (
+    NAME_LENGTH,
     OFFLINE_MODES,
     UPLOAD_TIMEOUT,
     has_key,
     is_disabled,
     quiet_settings,
+    require_project,
 )
 from finetune.tracking.wandb_artifacts import artifact_name, log_artifact
 
@@ -30,20 +32,30 @@ class WandbRegistry(Registry):
     """An artifact of a W&B project.
 
     Args:
+        key: The flag or the config key that names the artifact, for errors.
         name: The artifact; characters that W&B does not allow become `-`.
         project: The project; None: WANDB_PROJECT, or `finetune`.
         entity: The user or team; None: the account's default.
         shows_text: Whether W&B may record the command line.
 
     Raises:
-        ConfigError: W&B is offline: a registration needs its server.
+        ConfigError: W&B is offline, as a registration needs its server; or it can't have an
+            artifact or a project of that name.
     """
 
     title = "W&B"
 
     def __init__(
-        self, name: str, project: str | None, entity: str | None, shows_text: bool
+        self,
+        key: str,
+        name: str,
+        project: str | None,
+        entity: str | None,
+        shows_text: bool,
     ) -> None:
+        if len(name) > NAME_LENGTH:
+            allowed = f"an artifact of W&B has {NAME_LENGTH} characters at most"
+            raise refusal(key, name, allowed)
         mode = os.environ.get("WANDB_MODE") or "online"
         if is_disabled() or mode in (*OFFLINE_MODES, "disabled"):
             allowed = "W&B is offline (WANDB_MODE), and registering needs its server"
@@ -54,7 +66,9 @@ class WandbRegistry(Registry):
         # Else its library says on the terminal where it has found the key.
         os.environ.setdefault("WANDB_SILENT", "true")
         self._name = artifact_name(name)
+        project_key = "tracker.project" if project else "WANDB_PROJECT"
         self._project = project or os.environ.get("WANDB_PROJECT") or "finetune"
+        require_project(project_key, self._project)
         self._entity = entity
         self._shows_text = shows_text
 

@@ -269,9 +269,10 @@ def _registry(study: Study, request: Request, config: RunConfig) -> Registry:
             target, lambda lineage: study_extra(study, [_section(request, lineage)])
         )
     name = request.name or settings.project or DEFAULT_NAME
+    key = "--name" if request.name else "tracker.project"
     if request.to == "mlflow":
-        return MlflowRegistry(name, settings.project)
-    return WandbRegistry(name, settings.project, settings.entity, settings.text)
+        return MlflowRegistry(key, name, settings.project)
+    return WandbRegistry(key, name, settings.project, settings.entity, settings.text)
 
 
 def _lineage(

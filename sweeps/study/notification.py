@@ -2,9 +2,13 @@
 
 The process of the sweep command tells, not its workers, so there is one notification for each
 event. Two sessions of one study that end at the same time tell of it once.
+
+Whatever the disk or the storage does meanwhile, the notification is made, and what has ended the
+session stays the error: at worst an event is told of twice.
 """
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -20,6 +24,8 @@ from sweeps.study.claims import trials_elsewhere
 from sweeps.study.errors import StorageLost
 from sweeps.study.formatting import format_counts
 from sweeps.study.study import ANSWER, Study
+
+log = logging.getLogger(__name__)
 
 LAST_STEP = ".last-step"
 """File in the study's folder, written when a trial makes a step; only where a stall is told of."""
@@ -53,6 +59,7 @@ def notified_at_end(study: Study, settings: NotifySettings) -> Iterator[None]:
 def _tell(
     study: Study, settings: NotifySettings, event: Event, line: str, began: float
 ) -> None:
+    counts = ""
     try:
         with file_lock(study.folder / ".notify.lock"):
             if _is_for_another_session(study, event, began):
@@ -60,7 +67,12 @@ def _tell(
             counts = format_counts(study)
     # As the line then says.
     except StorageLost:
-        counts = ""
+        pass
+    # The system's, as where the disk is full, and the storage's, of any kind.
+    except Exception as error:
+        log.warning(
+            "study %s: %s is not noted: %s", study.name, event, error_line(error)
+        )
     text = "; ".join(part for part in (counts, line) if part)
     message = f"study {study.name} {event}: {text}"
     notify(settings, event, study.name, study.folder / ANSWER, message)
@@ -89,7 +101,9 @@ def tells_of_stalls(settings: NotifySettings) -> bool:
 def record_step(study: Study, settings: NotifySettings) -> None:
     """Record that a trial has made a step just now."""
     if tells_of_stalls(settings):
-        _touch(study.folder / LAST_STEP)
+        # The trial goes on; at worst a stall is told of that is none.
+        with contextlib.suppress(OSError):
+            _touch(study.folder / LAST_STEP)
 
 
 @contextlib.contextmanager
@@ -119,12 +133,15 @@ def _watch(
     assert settings.stalled_minutes is not None
     limit = settings.stalled_minutes * 60
     began = time.time()
+    told_of = None
     while True:
         last_step = max(began, _written_at(folder / LAST_STEP))
         if not has_ended.wait(max(0.0, last_step + limit - time.time())):
             if _written_at(folder / LAST_STEP) > last_step:
                 continue
-            _tell_of_stall(folder, name, settings, last_step)
+            if told_of != last_step:
+                told_of = last_step
+                _tell_of_stall(folder, name, settings, last_step)
         if has_ended.wait(limit):
             return
 
@@ -132,10 +149,13 @@ def _watch(
 def _tell_of_stall(
     folder: Path, name: str, settings: NotifySettings, last_step: float
 ) -> None:
-    with file_lock(folder / ".notify.lock"):
-        if _written_at(folder / STALLED) >= last_step:
-            return
-        _touch(folder / STALLED)
+    try:
+        with file_lock(folder / ".notify.lock"):
+            if _written_at(folder / STALLED) >= last_step:
+                return
+            _touch(folder / STALLED)
+    except OSError as error:
+        log.warning("study %s: stalled is not noted: %s", name, error_line(error))
     minutes = f"{settings.stalled_minutes:g} minutes"
     message = f"study {name} stalled: no trial has made a step for {minutes}"
     notify(settings, "stalled", name, folder / ANSWER, message)
@@ -148,8 +168,8 @@ def _touch(path: Path) -> None:
 
 
 def _written_at(path: Path) -> float:
-    """Return the Unix time of a file's last change; 0 without a file."""
+    """Return the Unix time of a file's last change; 0 without a file that can be read."""
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0

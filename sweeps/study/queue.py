@@ -7,7 +7,6 @@ the jobs loads no base, and may leave.
 
 import contextlib
 import logging
-import os
 import shlex
 import shutil
 import signal
@@ -21,15 +20,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from finetune.errors import ConfigError, Interrupted, NoAnswer, refusal
-from finetune.exit_codes import NO_ANSWER
+from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from finetune.files.atomic import read_json
 from sweeps.space.settings import StudySettings
-from sweeps.study.queued_jobs import describe_jobs, write_queued
+from sweeps.study.queued_jobs import (
+    OUTCOME,
+    describe_jobs,
+    numbers_in_queue,
+    write_queued,
+)
 
 log = logging.getLogger(__name__)
-
-OUTCOME = "outcome.json"
-"""The exit code and the error of a job, in the folder of its log."""
 
 POLL_SECONDS = 2.0
 """Seconds between two looks at the queue."""
@@ -209,7 +210,7 @@ def await_jobs(jobs: Sequence[Any]) -> None:
     """Wait until Slurm jobs have ended; Ctrl-C and SIGTERM cancel them.
 
     Raises:
-        Interrupted: they were cancelled.
+        Interrupted: they were cancelled, or lost.
         NoAnswer, ConfigError: a job's error, when all have ended.
     """
     try:
@@ -221,6 +222,8 @@ def await_jobs(jobs: Sequence[Any]) -> None:
         outcome = read_json(job.paths.folder / OUTCOME) or {}
         if outcome.get("error"):
             line = f"job {job.job_id}: {outcome['error']}"
+            if outcome["exit_code"] == INTERRUPTED:
+                raise Interrupted(line)
             is_input = outcome["exit_code"] != NO_ANSWER
             raise ConfigError(line) if is_input else NoAnswer(line)
     if lost:
@@ -232,29 +235,10 @@ def _await_ends(jobs: Sequence[Any]) -> list[str]:
     absences = dict.fromkeys((job.job_id for job in jobs), 0)
     while True:
         waiting = [job for job in jobs if not job.paths.result_pickle.exists()]
-        in_queue = _numbers_in_queue(waiting)
+        in_queue = numbers_in_queue({job.job_id for job in waiting})
         for job in waiting:
             is_absent = job.job_id not in in_queue
             absences[job.job_id] = absences[job.job_id] + 1 if is_absent else 0
         if all(absences[job.job_id] >= ABSENCES for job in waiting):
             return [job.job_id for job in waiting]
         time.sleep(POLL_SECONDS)
-
-
-def _numbers_in_queue(jobs: Sequence[Any]) -> set[str]:
-    """Return the jobs that Slurm still has in its queue: all while it can't be asked."""
-    numbers = {job.job_id for job in jobs}
-    # Not sacct, which clusters without an accounting database have not.
-    command = [
-        "squeue",
-        "--noheader",
-        "--array",
-        "--format=%i",
-        f"--user={os.getuid()}",
-    ]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
-        log.debug("squeue: %s", asked.stderr.strip())
-        return numbers
-    # An array's only job has the array's number where it was submitted alone.
-    return numbers & set(asked.stdout.split())

@@ -3,14 +3,22 @@
 They may wait in the queue for long, before the study has begun.
 """
 
+import logging
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.files.atomic import read_json, write_json
 from finetune.quantities import counted
 
+log = logging.getLogger(__name__)
+
 QUEUED = "queued.json"
 """The file."""
+
+OUTCOME = "outcome.json"
+"""The exit code and the error of a job, in the folder of its log."""
 
 
 def write_queued(folder: Path, queue: str, numbers: Sequence[str]) -> None:
@@ -22,6 +30,12 @@ def write_queued(folder: Path, queue: str, numbers: Sequence[str]) -> None:
         numbers: the jobs' numbers, or those of the processes.
     """
     write_json(folder / QUEUED, {"queue": queue, "jobs": list(numbers)})
+
+
+def queued_numbers(folder: Path) -> list[str]:
+    """Return the numbers of the jobs that were queued last; none while they are being queued."""
+    entry = read_json(folder / QUEUED) or {"jobs": []}
+    return list(entry["jobs"])
 
 
 def describe_jobs(queue: str, numbers: Sequence[str]) -> str:
@@ -38,3 +52,21 @@ def describe_queued(folder: Path) -> str | None:
         return None
     jobs = describe_jobs(entry["queue"], entry["jobs"])
     return f"no job of it has begun yet ({jobs})"
+
+
+def numbers_in_queue(numbers: set[str]) -> set[str]:
+    """Return those of some jobs that Slurm has in its queue: all while it can't be asked."""
+    # Not sacct, which clusters without an accounting database have not.
+    command = [
+        "squeue",
+        "--noheader",
+        "--array",
+        "--format=%i",
+        f"--user={os.getuid()}",
+    ]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        log.debug("squeue: %s", asked.stderr.strip())
+        return numbers
+    # An array's only job has the array's number where it was submitted alone.
+    return numbers & set(asked.stdout.split())

@@ -46,8 +46,9 @@ def has_begun(session: Session) -> bool:
 def remove_free_places(session: Session) -> None:
     """Remove the lock files of this machine's workers that have ended, of killed sessions too."""
     for path in session.folder.glob(f".worker-{socket.gethostname()}-*.lock"):
-        # Under the lock, as a file that another worker has just opened is not the same later.
-        with contextlib.suppress(BlockingIOError), file_lock(path, wait=False):
+        # Under the lock, as a file that another worker has just opened is not the same later. On a
+        # full disk it stays, and what has ended the session is the error.
+        with contextlib.suppress(OSError), file_lock(path, wait=False):
             path.unlink(missing_ok=True)
 
 

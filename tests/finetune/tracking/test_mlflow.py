@@ -1,6 +1,7 @@
 """What MLflow is shown, read back from a local database."""
 
 import importlib.util
+import itertools
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from support.runs import train_in_slots
 
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
-from finetune.files.run_folder import RunFolder
+from finetune.files.run_folder import PROGRESS, RunFolder
 from finetune.run.context import RunContext
 from finetune.run.run import run
 from finetune.tracking.finished import add_tag, remove_tag
+from finetune.tracking.mlflow import MlflowTracker
+from finetune.tracking.mlflow_names import VALUE_LENGTH, mlflow_name
 from finetune.tracking.mlflow_store import open_store, show_store
-from finetune.tracking.tracker import Label
+from finetune.tracking.tracker import Label, SeveralTrackers
 
 Tiny = Callable[..., RunConfig]
 
@@ -243,3 +246,148 @@ def test_a_missing_package_is_refused_in_one_line(
 )
 def test_a_shown_address_has_no_password(address: str, shown: str) -> None:
     assert show_store(address) == shown
+
+
+LETTERS = "aB9_é -.:/@(*%+\\\n"
+
+
+def names_of_all_kinds() -> list[str]:
+    """Short names of all sorts of characters, and long ones that differ at their ends."""
+    short = [
+        "".join(letters)
+        for length in range(4)
+        for letters in itertools.product(LETTERS, repeat=length)
+    ]
+    long = [f"{'n' * length}{end}" for length in (249, 250, 300) for end in "@(/a"]
+    return [*short, *long]
+
+
+def test_mlflow_takes_every_name_and_tells_them_apart() -> None:
+    from mlflow.utils import validation
+
+    names = names_of_all_kinds()
+    shown = [mlflow_name(name) for name in names]
+    assert len(set(shown)) == len(names)
+    for name, new in zip(names, shown, strict=True):
+        validation._validate_metric(new, 1.0, 0, 0)
+        validation._validate_param(new, "")
+        assert "\n" not in new
+        try:
+            validation._validate_metric(name, 1.0, 0, 0)
+        except Exception:
+            continue
+        # A name ends in no line break, which MLflow's own check lets pass.
+        assert new == name or name.endswith("\n")
+
+
+NAMES = (
+    "eval/recall@5",
+    "eval/recall(5)",
+    "eval/faq (new)/loss",
+    "eval//loss",
+    "eval/é",
+)
+
+
+def test_a_run_with_any_names_is_shown_to_its_end(
+    tiny: Tiny, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of metrics, config keys, tags, and values that are too long."""
+    # By default MLflow cuts long values itself.
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    values = tiny(*QUICK, "tracker.tags=['50 %','a/']").to_dict()
+    values["name"] = "n" * 300
+    values["lora"]["extra"]["rank_pattern"] = {"^m.*(q|v)_proj$": 4}
+    values["sample_prompts"] = ["p" * 10_000]
+    config = RunConfig.from_dict(values)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    tracker = MlflowTracker(config, folder, Label())
+    metrics = {name: float(number) for number, name in enumerate(NAMES)}
+    tracker.log(1, metrics)
+    tracker.add_tags(["100 %"])
+    error = "e" * 10_000
+    tracker.finish("failed", {**metrics, "error": error})
+
+    (shown,) = runs(store, "finetune")
+    assert shown.info.status == "FAILED"
+    assert len(shown.info.run_name) == 250
+    for name, value in metrics.items():
+        assert shown.data.metrics[mlflow_name(name)] == value
+        assert shown.data.metrics[mlflow_name(f"final/{name}")] == value
+    patterns = {
+        key: value
+        for key, value in shown.data.params.items()
+        if key.startswith("lora.extra.rank_pattern")
+    }
+    assert list(patterns.values()) == ["4"]
+    assert {mlflow_name(tag) for tag in ("50 %", "a/", "100 %")} <= set(shown.data.tags)
+    assert shown.data.tags["error"] == f"{error[: VALUE_LENGTH - 1]}…"
+    assert len(shown.data.params["sample_prompts"]) == VALUE_LENGTH
+
+
+def test_a_changed_name_is_logged_once_where_a_run_goes_on(
+    tiny: Tiny, tmp_path: Path, store: Any
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    config = tiny(*QUICK)
+    MlflowTracker(config, folder, Label()).log(1, {"eval/recall@5": 1.0})
+    checkpoint = folder.checkpoints / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / PROGRESS).write_text("{}")
+    tracker = MlflowTracker(config, folder, Label())
+    tracker.log(1, {"eval/recall@5": 1.0})
+    tracker.log(2, {"eval/recall@5": 2.0})
+    tracker.finish("completed", {})
+
+    (shown,) = runs(store, "finetune")
+    name = mlflow_name("eval/recall@5")
+    assert history(store, shown.info.run_id) == {name: [(1, 1.0), (2, 2.0)]}
+
+
+@pytest.mark.parametrize("call", ["log_batch", "set_tag"])
+def test_a_tracker_that_fails_leaves_no_run_that_seems_to_train(
+    call: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    store: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """When it opens (params), or at its end (the status)."""
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(store, call, refuses)
+    run(tiny(*QUICK), tmp_path / "run")
+
+    assert "no room; the run goes on without it" in caplog.text
+    (shown,) = runs(store, "finetune")
+    assert shown.info.status == "FAILED"
+    assert shown.info.end_time is not None
+
+
+def test_a_run_whose_server_was_away_is_ended_when_it_is_back(
+    tiny: Tiny, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(*QUICK)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    trackers = SeveralTrackers([lambda: MlflowTracker(config, folder, Label())])
+
+    def is_away(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("away")
+
+    with monkeypatch.context() as server:
+        for call in ("log_batch", "set_tag", "set_terminated"):
+            server.setattr(store, call, is_away)
+        trackers.log(1, {"eval/loss": 1.0})
+    assert runs(store, "finetune")[0].info.status == "RUNNING"
+    trackers.log(2, {"eval/loss": 1.0})
+    trackers.finish("completed", {})
+
+    (shown,) = runs(store, "finetune")
+    assert shown.info.status == "FAILED"
+    assert shown.data.tags["error"] == "tracker: away"

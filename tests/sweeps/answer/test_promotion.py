@@ -1,5 +1,7 @@
 """A study's winner handed on: its card on the hub, the gate of a promotion, and three registries."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -181,7 +183,7 @@ def test_weeks_of_a_cron_job_with_mlflow(
     # The next week: the winner is the deployed one, and the registry has another.
     baseline = str(study.folder / "trials" / "0")
     store = open_store(f"sqlite:///{place / 'mlflow.db'}")
-    registry = MlflowRegistry("units", None)
+    registry = MlflowRegistry("--name", "units", None)
     lineage = {"study": "s0", "config": {}, DIGEST: "0"}
     registry.register(Path(baseline, "adapter"), lineage, "champion")
     lost = run_promote("--against", "none", "--to", "mlflow", "--name", "units")
@@ -260,7 +262,7 @@ def test_an_alias_that_moves_during_the_comparison_stays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     baseline = study.folder / "trials" / "0"
-    registry = MlflowRegistry("finetune", None)
+    registry = MlflowRegistry("--name", "finetune", None)
 
     def others_register(digest: str) -> None:
         lineage = {"study": "another", "config": {}, DIGEST: digest}
@@ -430,7 +432,7 @@ def test_wandb_without_its_server_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
-        WandbRegistry("units", None, None, True)
+        WandbRegistry("--name", "units", None, None, True)
 
 
 def test_mistakes_are_one_line_before_anything_is_evaluated(
@@ -485,11 +487,149 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
             promote(study, request)
 
 
-@pytest.mark.parametrize("alias", ["v1", "latest", "main", "a b", "", "a/b", "1st"])
+RESERVED = ("v1", "V1", "latest", "LATEST", "Latest", "main", "Main", "HEAD")
+IMPOSSIBLE = (
+    "a b",
+    "",
+    "a/b",
+    "1st",
+    "a.b",
+    "champion.lock",
+    "a..b",
+    "a:b",
+    "é",
+    "a\n",
+)
+
+
+@pytest.mark.parametrize("alias", [*RESERVED, *IMPOSSIBLE, "a" * 65])
 def test_aliases_that_some_registry_can_not_have_are_refused(alias: str) -> None:
-    with pytest.raises(ConfigError, match="--alias="):
+    with pytest.raises(ConfigError, match=r"--alias=(?s:.*)no .*in any case"):
         require_alias(alias)
     require_alias("champion")
+
+
+def test_aliases_that_are_taken_pass_the_checks_of_mlflow_and_wandb() -> None:
+    from mlflow.utils import validation
+    from wandb.sdk.artifacts._validators import validate_aliases
+
+    parts = ("a", "V1", "v", "1", "-", "_", ".", "latest", "Main", "/", ":", "@", "é")
+    words = {"".join(parts) for parts in itertools.product(parts, repeat=2)}
+    taken = []
+    for alias in [*words, "champion", "a" * 64]:
+        with contextlib.suppress(ConfigError):
+            require_alias(alias)
+            taken.append(alias)
+    assert len(taken) > 20
+    for alias in taken:
+        validation._validate_model_alias_name(alias)
+        validation._validate_model_alias_name_reserved(alias)
+        validate_aliases([alias])
+
+
+def any_names() -> list[str]:
+    letters = "ab 1é.'\"/:\\%;`-\n"
+    pairs = ["".join(pair) for pair in itertools.product(letters, repeat=2)]
+    return [*pairs, "it's", 'the "best"', "n" * 250, "n" * 251, "a' or name != '"]
+
+
+def test_mlflow_finds_each_model_again_whose_name_is_not_refused_at_once(
+    place: Path,
+) -> None:
+    adapter = place / "outputs/sweeps/s1/best/adapter"
+    names = any_names()
+    registered = []
+    for name in names:
+        try:
+            registry = MlflowRegistry("--name", name, None)
+        except ConfigError:
+            continue
+        registered.append(name)
+        store = registry._store
+        registry._create_model()
+        version = store.create_model_version(
+            name, source=str(adapter), tags={DIGEST: name}
+        )
+        assert registry._registered(name).name == version.name == name
+        assert registry._registered("another") is None
+    assert {"it's", 'the "best"', "a' or name != '", "n" * 250} <= set(registered)
+    assert len(registered) > len(names) / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [("a/b", "mlflow"), ("'\"", "mlflow"), ("n" * 129, "wandb"), ("a b", "hub")],
+)
+def test_names_that_can_not_be_registered_are_refused_before_the_comparison(
+    name: str,
+    to: str,
+    study: Study,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compares(*_: Any) -> Any:
+        raise AssertionError("compared")
+
+    monkeypatch.setattr("sweeps.answer.promotion.pass_gate", compares)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    baseline = str(study.folder / "trials" / "0")
+    with pytest.raises(ConfigError, match=r"^--name="):
+        promote(study, asked(study, baseline, to, name=name))
+
+
+def test_a_project_is_no_name_of_a_model_or_of_wandb(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MLflow's experiments may be named."""
+    path = best_folder(study) / "run.json"
+    content = json.loads(path.read_text())
+    content["config"]["tracker"]["project"] = "team/units"
+    path.write_text(json.dumps(content))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    baseline = str(study.folder / "trials" / "0")
+    with pytest.raises(ConfigError, match=r"^tracker.project=team/units: .*; --name"):
+        promote(study, asked(study, baseline, "mlflow"))
+    with pytest.raises(ConfigError, match=r"^tracker.project=team/units: W&B takes"):
+        promote(study, asked(study, baseline, "wandb", name="units"))
+
+
+@pytest.mark.parametrize("call", ["log_batch", "log_dict", "log_artifacts"])
+def test_a_registration_that_fails_leaves_no_run_that_seems_to_train(
+    call: str, study: Study, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"sqlite:///{place / 'mlflow.db'}")
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(store, call, refuses)
+    with pytest.raises(ConfigError, match="--to=mlflow: no room"):
+        promote(study, asked(study, to="mlflow"))
+    experiments = [found.experiment_id for found in store.search_experiments()]
+    (left,) = store.search_runs(experiments)
+    assert left.info.status == "FAILED"
+
+
+def test_mlflow_registers_a_config_with_any_keys(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By default MLflow cuts long values itself.
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    registry = MlflowRegistry("--name", "it's", "p" * 300)
+    adapter = place / "outputs/sweeps/s1/best/adapter"
+    config = {
+        "lora": {"rank_pattern": {"^m.*(q|v)$": 4, "a//b": 8, "long": "v" * 9999}}
+    }
+    lineage = {"study": "s" * 300, "config": config, DIGEST: "0"}
+    version = registry.register(adapter, lineage, "champion")
+    assert registry.register(adapter, lineage, "champion") == version
+    store = open_store(f"sqlite:///{place / 'mlflow.db'}")
+    (found,) = store.search_model_versions('name = "it\'s"')
+    shown = store.get_run(found.run_id)
+    assert shown.info.status == "FINISHED"
+    assert len(shown.data.params) == 3
 
 
 def test_an_empty_name_does_not_stand_for_the_default(place: Path) -> None:

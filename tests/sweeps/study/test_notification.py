@@ -1,16 +1,20 @@
 """`notify.command` of a study: one notification for each event, with any number of workers."""
 
+import errno
 import json
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.notifications import COMMAND, TELLS, told
 from support.studies import made_study
 from support.study_folder import folder_of
 
@@ -18,17 +22,6 @@ from finetune.config.sections.notify import NotifySettings
 from finetune.errors import Interrupted, NoAnswer
 from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from sweeps.study.notification import LAST_STEP, notified_at_end, stall_watch
-
-TELLS = (
-    'echo "$FINETUNE_EVENT|$FINETUNE_NAME|$FINETUNE_MESSAGE|$FINETUNE_ANSWER" >> told'
-)
-COMMAND = f"notify.command=[sh,-c,'{TELLS}; echo thanks']"
-
-
-def told(place: Path) -> list[list[str]]:
-    path = place / "told"
-    text = path.read_text() if path.exists() else ""
-    return [line.split("|") for line in text.splitlines()]
 
 
 @pytest.mark.fault
@@ -164,6 +157,76 @@ def test_a_session_that_leaves_others_at_work_does_not_call_the_study_completed(
     (line,) = told(tmp_path)
     assert line[0] == "completed"
     assert line[2] == "study s completed: 1 complete, 0 pruned, 0 failed"
+
+
+BLOCKED = ("lock", "attribute", "counts", "temporary files")
+
+
+def block(
+    kind: str, study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let a thing fail that a notification uses, as on a full disk."""
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if kind == "lock":
+        # A folder is no lock file, for any user.
+        (study.folder / ".notify.lock").mkdir()
+    elif kind == "attribute":
+        monkeypatch.setattr(type(study.optuna), "set_user_attr", refuses)
+    elif kind == "counts":
+        monkeypatch.setattr("sweeps.study.notification.format_counts", refuses)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (NoAnswer("none is complete"), "failed"),
+        (OSError(errno.ENOSPC, "the disk is full"), "failed"),
+        (Interrupted("resume"), "interrupted"),
+        (None, "completed"),
+    ],
+)
+def test_a_full_disk_hides_neither_the_error_nor_the_notification(
+    kind: str,
+    error: Exception | None,
+    event: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = made_study(tmp_path / "s", [create_trial(value=1.0)])
+    block(kind, study, tmp_path, monkeypatch)
+    raised: BaseException | None = None
+    try:
+        with notified_at_end(study, settings(tmp_path)):
+            if error is not None:
+                raise error
+    except Exception as real:
+        raised = real
+    assert raised is error
+    ((told_event, _, message, _),) = told(tmp_path)
+    assert told_event == event
+    assert error is None or (error.args[-1] in message)
+
+
+def test_a_stall_is_told_of_once_though_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps.study.notification import record_step
+
+    study = made_study(tmp_path / "s", [])
+    block("lock", study, tmp_path, monkeypatch)
+    (study.folder / ".stalled").symlink_to("/proc/none/stalled")
+    (study.folder / LAST_STEP).symlink_to("/proc/none/step")
+    notices = settings(tmp_path, stalled_minutes=0.3 / 60)
+    with stall_watch(study, notices):
+        record_step(study, notices)
+        time.sleep(1.5)
+    assert [line[0] for line in told(tmp_path)] == ["stalled"]
 
 
 def test_a_stall_is_told_of_again_after_a_step(tmp_path: Path) -> None:

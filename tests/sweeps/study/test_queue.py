@@ -1,5 +1,6 @@
 """Sessions as jobs of a queue: Slurm's, and processes of this machine."""
 
+import errno
 import json
 import signal
 import time
@@ -12,14 +13,20 @@ import pytest
 from optuna.trial import TrialState
 from support.commands import Station
 from support.configs import study_overrides
+from support.notifications import COMMAND, TELLS, told
 from support.slurm import Cluster, running_cluster
 from support.studies import settings_of, sweeper_config
 
-from finetune.errors import ConfigError
+from finetune.config.sections.notify import NotifySettings
+from finetune.errors import ConfigError, Interrupted
 from finetune.exit_codes import INTERRUPTED
+from sweeps.queued_session import QueuedSession
+from sweeps.study.errors import StorageLost, WorkersLost
 from sweeps.study.queue import _parameters, job_workers, queue_name
 from sweeps.study.queued_jobs import describe_queued, write_queued
+from sweeps.study.queued_notification import QueuedStudy
 from sweeps.study.study import Study
+from sweeps.sweeper import StudySweeper
 
 LOCAL = "hydra/launcher=submitit_local"
 SLURM = "hydra/launcher=slurm"
@@ -133,6 +140,131 @@ def test_without_slurm_or_submitit_one_line_says_it(
     )
 
 
+def queued_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> QueuedStudy:
+    """A study of three jobs in a queue that has none of them any more."""
+    command = NotifySettings(command=["sh", "-c", f"cd {place}; {TELLS}"])
+    folder = place / "s"
+    for number in range(3):
+        (folder / "logs" / f"12_{number}").mkdir(parents=True)
+    in_queue = "sweeps.study.queued_notification.numbers_in_queue"
+    monkeypatch.setattr(in_queue, lambda numbers: set())
+    study = QueuedStudy("s", folder, command)
+    study.begin_session()
+    write_queued(folder, "slurm", ["12_0", "12_1", "12_2"])
+    return study
+
+
+def end(study: QueuedStudy, number: int, code: int, line: str | None) -> None:
+    name = f"12_{number}"
+    study.end_job(study.folder / "logs" / name, name, code, line)
+
+
+@pytest.mark.parametrize(
+    ("code", "event"), [(1, "failed"), (4, "failed"), (3, "interrupted")]
+)
+def test_the_last_job_tells_of_an_error_once(
+    code: int, event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = queued_study(tmp_path, monkeypatch)
+    in_queue = "sweeps.study.queued_notification.numbers_in_queue"
+    with monkeypatch.context() as queue:
+        queue.setattr(in_queue, lambda numbers: numbers)
+        end(study, 0, code, "the first one")
+        end(study, 1, 0, None)
+        assert told(tmp_path) == [], "another job is left"
+        end(study, 2, 0, None)
+    assert [line[0] for line in told(tmp_path)] == [event]
+    assert told(tmp_path)[0][2] == f"study s {event}: the first one"
+    # As the command does that waits for them, and a job that Slurm had lost.
+    study.tell_error(code, "the first one")
+    end(study, 1, code, "late")
+    assert len(told(tmp_path)) == 1
+    study.begin_session()
+    end(study, 0, code, "of the next session")
+    assert [line[0] for line in told(tmp_path)] == [event] * 2
+
+
+def test_jobs_that_were_killed_are_waited_for_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = queued_study(tmp_path, monkeypatch)
+    end(study, 1, 1, "no GPU")
+    assert [line[0] for line in told(tmp_path)] == ["failed"]
+
+
+def test_a_job_that_fails_beside_an_answer_is_no_failure_of_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = queued_study(tmp_path, monkeypatch)
+    for _ in range(2):
+        study.tell("completed", "2 complete")
+    end(study, 0, 1, "no GPU")
+    study.tell_error(1, "job 12_0: no GPU")
+    assert [line[0] for line in told(tmp_path)] == ["completed"]
+
+
+def test_a_full_disk_does_not_keep_a_job_from_telling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = queued_study(tmp_path, monkeypatch)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("sweeps.study.queued_notification.write_json", refuses)
+        disk.setattr(Path, "open", refuses)
+        end(study, 0, 1, "no space")
+    assert [line[0] for line in told(tmp_path)] == ["failed"]
+
+
+def test_a_job_that_ends_while_the_session_is_queued_tells_its_own_error_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file still has the jobs of the session before."""
+    study = queued_study(tmp_path, monkeypatch)
+    for number in range(3):
+        end(study, number, 1, "of the session before")
+    study.begin_session()
+    (study.folder / "logs" / "13_0").mkdir()
+    study.end_job(study.folder / "logs" / "13_0", "13_0", 0, None)
+    assert len(told(tmp_path)) == 1
+    study.end_job(study.folder / "logs" / "13_0", "13_0", 1, "of this one")
+    assert told(tmp_path)[1][2] == "study s failed: of this one"
+
+
+@pytest.mark.parametrize("error", [StorageLost("away"), WorkersLost("25 times")])
+def test_a_slurm_job_that_lost_its_database_or_workers_does_not_wait_for_its_end(
+    error: Interrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would end it before its time is over."""
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    def waits() -> None:
+        raise AssertionError("waits for a kill")
+
+    study = queued_study(tmp_path, monkeypatch)
+    monkeypatch.setattr(QueuedSession, "_run", fails)
+    monkeypatch.setattr("sweeps.queued_session._await_kill", waits)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "12_0")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(study.folder / "logs" / "12_0"))
+    job = QueuedSession([], StudySweeper, str(tmp_path), None, study)
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        with pytest.raises(type(error)):
+            job()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [line[0] for line in told(tmp_path)] == ["interrupted"]
+
+
+HANDLED = (signal.SIGUSR2, signal.SIGTERM)
+
+
 def study_of(folder: Path) -> Study:
     return Study.load(folder / "outputs/sweeps/s")
 
@@ -168,7 +300,7 @@ def ended_jobs(tmp_path: Path) -> Iterator[None]:
 def test_a_detached_study_goes_on_alone_to_its_answer(
     station: Station, tiny_base: Path, tmp_path: Path, ended_jobs: None
 ) -> None:
-    more = (LOCAL, DETACH, "hydra.sweeper.n_trials=3", "lora.r=choice(4,8)")
+    more = (LOCAL, DETACH, COMMAND, "hydra.sweeper.n_trials=3", "lora.r=choice(4,8)")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "study s: queued as process " in ended.stderr
@@ -183,6 +315,9 @@ def test_a_detached_study_goes_on_alone_to_its_answer(
     assert (folder / "answer.json").exists()
     study = study_of(tmp_path)
     assert len(study.trials(TrialState.COMPLETE, TrialState.PRUNED)) == 3
+    ((event, name, message, _),) = told(tmp_path)
+    assert (event, name) == ("completed", "s")
+    assert message.startswith("study s completed: ")
     shown = station.run("show", "s", cwd=tmp_path, module="sweeps")
     assert shown.returncode == 0, shown.stderr
 
@@ -192,7 +327,7 @@ def test_a_job_that_fails_leaves_its_error(
     station: Station, tiny_base: Path, tmp_path: Path, ended_jobs: None
 ) -> None:
     """A mistake that only the machine of the job shows: a module is not there."""
-    more = (LOCAL, DETACH, "hydra.sweeper.n_trials=1", "lora.r=choice(4,8)")
+    more = (LOCAL, DETACH, COMMAND, "hydra.sweeper.n_trials=1", "lora.r=choice(4,8)")
     journal = tmp_path / "outputs/sweeps/s/study.json"
     journal.parent.mkdir(parents=True)
     (journal.parent / "trials").mkdir()
@@ -205,9 +340,40 @@ def test_a_job_that_fails_leaves_its_error(
     assert outcome["exit_code"] == 1
     assert "another study's trials are in" in outcome["error"]
     assert f"error: {outcome['error']}" in job_log(tmp_path)
+    wait_for(lambda: bool(told(tmp_path)))
+    ((event, name, message, _),) = told(tmp_path)
+    assert (event, name) == ("failed", "s")
+    assert message == f"study s failed: {outcome['error']}"
 
 
 LONG = ("trainer.max_steps=700", "trainer.save_steps=0", "trainer.save_minutes=60")
+
+
+def begun_job(station: Station, tiny_base: Path, place: Path) -> psutil.Process:
+    """A local job that trains the only trial of a long study."""
+    more = (LOCAL, DETACH, COMMAND, "hydra.sweeper.n_trials=1", *LONG)
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+    queued = place / "outputs/sweeps/s/queued.json"
+    (controller,) = json.loads(queued.read_text())["jobs"]
+    wait_for(lambda: len(steps_of(place, 0)) > 5)
+    (job,) = [
+        child
+        for child in psutil.Process(int(controller)).children()
+        if "submitit.core._submit" in child.cmdline()
+    ]
+    return job
+
+
+@pytest.mark.fault
+def test_a_detached_job_tells_of_its_interruption(
+    station: Station, tiny_base: Path, tmp_path: Path, ended_jobs: None
+) -> None:
+    begun_job(station, tiny_base, tmp_path).send_signal(signal.SIGTERM)
+    wait_for(lambda: bool(told(tmp_path)))
+    ((event, _, message, _),) = told(tmp_path)
+    assert event == "interrupted"
+    assert "the same command with hydra.sweeper.study_name=s goes on" in message
 
 
 @pytest.mark.fault
@@ -215,17 +381,8 @@ def test_a_job_that_is_called_back_writes_checkpoints_and_goes_on(
     station: Station, tiny_base: Path, tmp_path: Path, ended_jobs: None
 ) -> None:
     """By SIGUSR2, as at the end of its time."""
-    more = (LOCAL, DETACH, "hydra.sweeper.n_trials=1", *LONG)
-    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    job = begun_job(station, tiny_base, tmp_path)
     folder = tmp_path / "outputs/sweeps/s"
-    (controller,) = json.loads((folder / "queued.json").read_text())["jobs"]
-    wait_for(lambda: len(steps_of(tmp_path, 0)) > 5)
-    (job,) = [
-        child
-        for child in psutil.Process(int(controller)).children()
-        if "submitit.core._submit" in child.cmdline()
-    ]
     job.send_signal(signal.SIGUSR2)
     wait_for(lambda: any(folder.glob(".submitit/*/outcome.json")))
 
@@ -236,6 +393,7 @@ def test_a_job_that_is_called_back_writes_checkpoints_and_goes_on(
     assert [trial.state for trial in study.trials()] == [TrialState.COMPLETE]
     # Every step once: nothing was trained again.
     assert steps_of(tmp_path, 0) == list(range(1, 701))
+    assert [line[0] for line in told(tmp_path)] == ["completed"]
 
 
 @pytest.fixture
@@ -250,11 +408,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def test_a_study_runs_in_slurm_jobs_and_its_command_prints_the_answer(
     cluster: Cluster, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = (SLURM, NO_GPUS, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4")
+    more = (SLURM, NO_GPUS, COMMAND, "hydra.sweeper.n_jobs=2")
+    more = (*more, "hydra.sweeper.n_trials=4")
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr + job_log(tmp_path)
     assert "study s: queued as 2 Slurm jobs " in ended.stderr
     assert "study s: 4 complete" in ended.stderr
+    assert [line[0] for line in told(tmp_path)] == ["completed"]
     assert "winner " in ended.stderr
     assert len(study_of(tmp_path).trials(TrialState.COMPLETE)) == 4
     assert (
@@ -267,7 +427,7 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(
     cluster: Cluster, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
     fill = ("hydra.launcher.workers_per_job=2", "hydra.launcher.cpus_per_task=2")
-    more = (SLURM, NO_GPUS, DETACH, *fill, "hydra.sweeper.n_trials=2", *LONG)
+    more = (SLURM, NO_GPUS, DETACH, COMMAND, *fill, "hydra.sweeper.n_trials=2", *LONG)
     ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     wait_for(lambda: all(len(steps_of(tmp_path, trial)) > 5 for trial in (0, 1)))
@@ -289,13 +449,30 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(
     ] * 2
     for trial in (0, 1):
         assert steps_of(tmp_path, trial) == list(range(1, 701))
+    # A preempted job has not ended.
+    wait_for(lambda: bool(told(tmp_path)))
+    assert [line[0] for line in told(tmp_path)] == ["completed"]
+
+
+@pytest.mark.fault
+def test_cancelled_jobs_tell_of_it_once(
+    cluster: Cluster, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = (SLURM, NO_GPUS, DETACH, COMMAND, "hydra.sweeper.n_jobs=2")
+    more = (*more, "hydra.sweeper.n_trials=2", *LONG)
+    ended = station.run(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    wait_for(lambda: all(len(steps_of(tmp_path, trial)) > 5 for trial in (0, 1)))
+    cluster.ask("scancel", "--user=root")
+    wait_for(lambda: not cluster.ask("squeue", "--noheader").strip())
+    assert [line[0] for line in told(tmp_path)] == ["interrupted"]
 
 
 @pytest.mark.fault
 def test_ctrl_c_cancels_the_slurm_jobs(
     cluster: Cluster, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:
-    more = (SLURM, NO_GPUS, "hydra.sweeper.n_trials=1", *LONG)
+    more = (SLURM, NO_GPUS, COMMAND, "hydra.sweeper.n_trials=1", *LONG)
     process = station.start(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     wait_for(lambda: len(steps_of(tmp_path, 0)) > 5)
     process.send_signal(signal.SIGINT)
@@ -303,6 +480,7 @@ def test_ctrl_c_cancels_the_slurm_jobs(
     assert ended.returncode == INTERRUPTED
     assert ended.stderr.splitlines()[-1] == "error: interrupted; its jobs are cancelled"
     wait_for(lambda: not cluster.ask("squeue", "--noheader").strip())
+    assert [line[0] for line in told(tmp_path)] == ["interrupted"]
     result = json.loads(
         (tmp_path / "outputs/sweeps/s/trials/0/result.json").read_text()
     )

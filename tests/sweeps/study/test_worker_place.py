@@ -57,3 +57,10 @@ def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
         assert left.name.endswith("-1-0.lock")
     remove_free_places(session)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_can_not_be_removed_hides_no_error(tmp_path: Path) -> None:
+    session = session_of(tmp_path)
+    # A folder is no lock file, for any user.
+    (tmp_path / f"{session.file_prefix('worker')}-0.lock").mkdir()
+    remove_free_places(session)
