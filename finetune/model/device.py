@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from finetune.errors import refusal
+
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     # Each step has another number of tokens. Segments that can grow avoid the fragmentation that
     # this causes, and the repeated release and allocation of memory.
@@ -44,6 +46,24 @@ def gpu_group_count(size: int) -> int:
     return max(1, torch.cuda.device_count() // size)
 
 
+def spread_gpus(setting: int | str) -> int:
+    """Return over how many GPUs this process spreads a base; 1 on a CPU.
+
+    Args:
+        setting: `trainer.gpus`.
+
+    Raises:
+        ConfigError: So many are not visible here.
+    """
+    count = torch.cuda.device_count() if on_gpu() else 0
+    if not isinstance(setting, int):
+        return min(_selected_size, max(1, count))
+    if setting > max(1, count):
+        visible = "1 GPU is" if count == 1 else f"{count} GPUs are"
+        raise refusal("trainer.gpus", setting, f"{visible} visible here")
+    return setting
+
+
 def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -> None:
     """Make some GPUs visible to this process: the Trainer would spread a run over all visible ones.
 
@@ -56,10 +76,11 @@ def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -
         gpus: the GPUs to choose from, as CUDA_VISIBLE_DEVICES names them; None: those that the
             process sees. A scheduler may have left just `size` of them.
     """
-    global _has_selected
+    global _has_selected, _selected_size
     if _has_selected:
         return
     _has_selected = True
+    _selected_size = size
     names = visible_gpus() if gpus is None else list(gpus)
     if gpus is None and len(names) <= size:
         return
@@ -69,6 +90,9 @@ def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -
 
 _has_selected = False
 """Whether this process has its GPUs."""
+
+_selected_size = 1
+"""How many it was given."""
 
 
 def record_event(device: torch.device) -> "torch.cuda.Event | None":

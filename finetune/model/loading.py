@@ -29,8 +29,9 @@ from finetune.model.base_quantization import (
     is_quantized_again,
     settings_of_base,
 )
-from finetune.model.device import on_gpu
+from finetune.model.device import on_gpu, spread_gpus
 from finetune.model.expert_quantizer import quantize_experts
+from finetune.model.layer_devices import require_spreadable
 from finetune.model.origin import remember_origin
 from finetune.model.published_names import KEY_MAPPING, published_names
 from finetune.model.quantization import (
@@ -88,7 +89,10 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     # transformers then reports weights of other shapes, and `check_weights` refuses them in one
     # line that names them.
     arguments: dict[str, Any] = {"ignore_mismatched_sizes": True}
-    arguments |= _extra_arguments(settings)
+    gpus = spread_gpus(config.trainer.gpus)
+    if gpus > 1:
+        require_spreadable(base_config, gpus)
+    arguments |= _extra_arguments(settings, gpus)
     requantized = is_quantized_again(present, quantization)
     if base_config is not published:
         arguments |= _text_model_arguments(published, base_config)
@@ -162,13 +166,24 @@ def _copy_mapped_weights(model: "PreTrainedModel") -> None:
             weight.data = weight.data.clone()
 
 
-def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
-    """Return the further arguments of `from_pretrained`, with the device that holds the base."""
+def _extra_arguments(settings: ModelSettings, gpus: int) -> dict[str, Any]:
+    """Return the further arguments of `from_pretrained`, with the devices that hold the base.
+
+    Args:
+        settings: Of the model.
+        gpus: Over how many GPUs the base is spread.
+    """
     arguments = dict(settings.extra)
     # Without a GPU there is only the CPU, whatever the config says. Without a map transformers
     # would load onto the CPU even beside a GPU.
     if not on_gpu():
         arguments.pop("device_map", None)
+    elif "device_map" not in arguments and gpus > 1:
+        # Whole blocks, about equally many bytes on each.
+        arguments["device_map"] = "balanced"
+        arguments["max_memory"] = {
+            number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)
+        }
     elif "device_map" not in arguments:
         arguments["device_map"] = {"": torch.cuda.current_device()}
     return arguments

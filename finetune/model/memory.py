@@ -99,7 +99,8 @@ def reset_peak_memory() -> None:
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
     # On Linux, if the system allows it: 5 resets the peak of the resident memory (`VmHWM`).
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -113,12 +114,14 @@ def resident_memory_bytes() -> int:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process since `reset_peak_memory`, in bytes.
 
-    On a GPU it is the memory that PyTorch has allocated there, else the host's resident memory.
+    On a GPU it is the memory that PyTorch has allocated there, of several that of the fullest; else
+    the host's resident memory.
     """
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        numbers = range(torch.cuda.device_count())
+        return max(torch.cuda.max_memory_allocated(number) for number in numbers)
     return _peak_resident_memory()
 
 

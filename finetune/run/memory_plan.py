@@ -29,7 +29,7 @@ from finetune.model.adapter import add_adapter
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
 from finetune.model.base_quantization import base_quantization, read_config_json
-from finetune.model.device import on_gpu
+from finetune.model.device import on_gpu, spread_gpus
 from finetune.model.loading import skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
@@ -44,7 +44,7 @@ from finetune.run.memory_costs import (
     expert_buffer_bytes,
     gpu_activations,
 )
-from finetune.run.plan import Plan
+from finetune.run.plan import Plan, spread_plan
 from finetune.run.quantization import resolve_quantization
 from finetune.run.resources import SharedResources, base_key
 
@@ -109,6 +109,14 @@ def resolve_checkpointing(
     return checkpointed
 
 
+def spread_over(config: RunConfig, gpus: int) -> RunConfig:
+    """Return the config of a run of a worker with so many GPUs (`trainer.gpus=auto`)."""
+    if config.trainer.gpus != "auto":
+        return config
+    trainer = dataclasses.replace(config.trainer, gpus=gpus)
+    return dataclasses.replace(config, trainer=trainer)
+
+
 def _with_checkpointing(config: RunConfig, value: bool) -> RunConfig:
     trainer = dataclasses.replace(config.trainer, gradient_checkpointing=value)
     return dataclasses.replace(config, trainer=trainer)
@@ -168,7 +176,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         activations = cpu_activations(
             config, shapes, adapted, work.largest_rows, work.evaluated_rows, is_trl
         )
-    return Plan(
+    plan = Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=base,
         experts=experts,
@@ -186,6 +194,8 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         weights=weights,
         answers_together=answers_together(config, base_config),
     )
+    gpus = spread_gpus(config.trainer.gpus)
+    return plan if gpus == 1 else spread_plan(plan, gpus, shapes.num_hidden_layers)
 
 
 def _optimizer_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:

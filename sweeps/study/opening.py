@@ -8,6 +8,7 @@ from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
 from finetune.files.mirror import Mirror
 from finetune.model.device import select_gpus, visible_gpus
+from finetune.run.memory_plan import spread_over
 from finetune.run.resources import shared_resources
 from sweeps.space.samplers import (
     compares_several,
@@ -96,7 +97,7 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
     choices = []
     for of_base in by_base(configs).values():
         # Slots that hold the neediest trial hold any other: the study keeps their number.
-        neediest = max(of_base, key=memory_rank)
+        neediest = spread_over(max(of_base, key=memory_rank), settings.gpus_per_worker)
         slots, resolved = choose_slots(settings.slots, neediest)
         has_checkpointing = resolved.trainer.gradient_checkpointing is True
         choices.append(EngineChoice("packed", slots, has_checkpointing))

@@ -77,7 +77,7 @@ def _compare_backend(
         rows.append(_probe_row(prefix, answer))
     group_size = 1 if recurrent_layers(base) else None
     batch = pack_rows([rows], slot.bank.device, [group_size])
-    slot.round()
+    slot.refresh_weights()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):
         hidden, _ = backend.forward(batch, [slot], None)

@@ -92,7 +92,7 @@ class AdapterTables:
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
         tiles = _tile_rows(spans, self.tile_tokens)
-        layers = torch.stack([table.layers for table in slot_tables])
+        layers = torch.stack([table.layers for table in slot_tables]).to(device)
         if size:
             layers = padded_rows(layers, size.slots)
             span_rows = padded_rows(span_rows, size.slots)

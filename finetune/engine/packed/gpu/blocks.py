@@ -21,6 +21,7 @@ from finetune.engine.packed.gpu.per_layer_input import (
     ProjectionActivations,
 )
 from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
+from finetune.model.layer_devices import block_devices
 
 
 def stored_blocks(layers: int, slots: int) -> int:
@@ -91,6 +92,8 @@ class DecoderBlocks:
             self._blocks.append(
                 Block(module, name, table_rows, config, block, layer_type)
             )
+        self._devices = block_devices(model)
+        """Of each block."""
 
     def forward(
         self, x: torch.Tensor, context: PassContext, trains: bool
@@ -106,7 +109,7 @@ class DecoderBlocks:
             The last block's output [tokens, hidden_size], and the trace for `backward`.
         """
         angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
-        context = dataclasses.replace(context, angles=angles, shared_heads={})
+        context = _with_angles(context, angles)
         per_layer = None
         if self._per_layer is not None:
             inputs, per_layer = self._per_layer.forward(x, context)
@@ -117,7 +120,9 @@ class DecoderBlocks:
             recomputed = layers - stored_blocks(layers, context.slots)
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
-            output, activations = block.forward(x, context)
+            device = self._devices[number]
+            x = x.to(device)
+            output, activations = block.forward(x, context.on(device))
             assert output is not None
             x = output
             if trains and number < recomputed:
@@ -155,10 +160,14 @@ class DecoderBlocks:
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
+            device = self._devices[len(trace.blocks)]
+            grad = grad.to(device)
             weight_cache: dict[str, torch.Tensor] | None = None
             if cache_weights:
                 weight_cache = {}
-            context = dataclasses.replace(trace.context, weight_cache=weight_cache)
+            context = dataclasses.replace(
+                trace.context.on(device), weight_cache=weight_cache
+            )
             if isinstance(stored, torch.Tensor):
                 _, stored = block.forward(stored, context, recompute=True)
             is_first = not trace.blocks
@@ -174,3 +183,20 @@ class DecoderBlocks:
             gradients = trace.context.per_layer_inputs
             assert gradients is not None
             self._per_layer.backward(gradients, trace.per_layer, trace.context)
+
+
+def _with_angles(
+    context: PassContext,
+    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]],
+) -> PassContext:
+    """Add the angles of the rotary embedding to a pass, on each device."""
+    elsewhere = {}
+    for device, other in context.elsewhere.items():
+        copies = {
+            kind: (cos.to(device), sin.to(device))
+            for kind, (cos, sin) in angles.items()
+        }
+        elsewhere[device] = dataclasses.replace(other, angles=copies)
+    return dataclasses.replace(
+        context, angles=angles, shared_heads={}, elsewhere=elsewhere
+    )

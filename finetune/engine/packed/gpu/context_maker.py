@@ -1,9 +1,11 @@
 """The tables of a pass: whose tokens are where, and each slot's adapters."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.functional import pad
 
 from finetune.engine.packed.batch import PackedBatch
@@ -14,6 +16,7 @@ from finetune.engine.packed.gpu.delta_rule import RowTables
 from finetune.engine.packed.gpu.pass_size import PassSize, padding_span
 from finetune.engine.packed.gpu.query_scales import query_scales
 from finetune.model.decoder_blocks import DecoderBlock
+from finetune.model.layer_devices import block_devices
 
 if TYPE_CHECKING:
     from finetune.engine.packed.slot import Slot
@@ -39,6 +42,7 @@ class ContextMaker:
         self._has_delta_nets = any(
             hasattr(module, "linear_attn") for module in model.layers
         )
+        self._devices = block_devices(model)
 
     def make(
         self,
@@ -58,8 +62,25 @@ class ContextMaker:
         Returns:
             The context, without what the blocks compute for themselves.
         """
-        input_ids = batch.input_ids[0]
-        position_ids = batch.position_ids[0]
+        device = batch.input_ids.device
+        elsewhere = {
+            other: self._make_on(other, batch, slots, dropout_steps, size)
+            for other in self._devices
+            if other != device
+        }
+        context = self._make_on(device, batch, slots, dropout_steps, size)
+        return dataclasses.replace(context, elsewhere=elsewhere)
+
+    def _make_on(
+        self,
+        device: torch.device,
+        batch: PackedBatch,
+        slots: "Sequence[Slot]",
+        dropout_steps: Sequence[int] | None,
+        size: PassSize | None,
+    ) -> PassContext:
+        input_ids = batch.input_ids[0].to(device)
+        position_ids = batch.position_ids[0].to(device)
         spans = batch.spans
         adapter_spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]

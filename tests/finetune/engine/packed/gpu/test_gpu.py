@@ -116,6 +116,60 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
         )  # bfloat16 on both sides
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_base_on_two_gpus_is_the_base_on_one(
+    tiny: Tiny, by_hand: bool, monkeypatch: Any
+) -> None:
+    import torch
+
+    from finetune.engine.encoded_prompts import encode_prompts
+    from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if not by_hand:
+        monkeypatch.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
+    results = []
+    for gpus in (1, 2):
+        config = tiny("lora.dropout=0", "lora.r=16", f"trainer.gpus={gpus}")
+        resources = SharedResources()
+        bank = resources.bank(config)
+        assert isinstance(bank.backend, Decoder) is by_hand
+        devices = {weight.device for weight in bank.base.parameters()}
+        assert len(devices) == gpus
+        rows = list(
+            resources.tokens("train", resources.rows(config.dataset).train, config)
+        )
+        slots = [bank.create_slot(config.lora, seed) for seed in range(5)]
+        torch.manual_seed(1)
+        for slot in slots:
+            slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+        trained = bank.forward_backward(
+            [ForwardBackward(slot, rows[:3], 0.1, 1) for slot in slots]
+        )
+        evaluated = bank.evaluate([Evaluate(slot, rows[3:6]) for slot in slots])
+        prompts = encode_prompts(
+            bank.base,
+            resources.tokenizer(config.model),
+            ["a", "b c d"],
+            max_new_tokens=8,
+            max_length=None,
+            variables={},
+            sampling=None,
+        )
+        answers = bank.generate([Generate(slot, prompts) for slot in slots])
+        losses = [result.loss for result in trained]
+        losses += [loss for result in evaluated for loss in result.row_losses]
+        gradients = [slot.gradient.cpu() for slot in slots]
+        results.append((losses, gradients, answers))
+    (losses, gradients, answers), (others, expected, _) = results
+    assert by(losses, others) < 1e-3
+    for one, other in zip(gradients, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.05
+    assert all(len(tokens) <= 8 for run in answers for tokens in run)
+
+
 def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     """It begins and ends runs: an adapter is fetched without waiting for the pass that others'
     batches take."""
