@@ -17,8 +17,10 @@ that can be made of it: Liger's kernels, and no padding, with PyTorch's attentio
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
 4 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be
-used of each GPU. `--gpus` spreads the base of `ours` over so many. `--busy` profiles some more steps of `ours`: how long a step takes, how long the GPU computes
-of that, in ms, and how often the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
+used of each GPU. `--gpus` spreads the base over so many: `ours` as a pipeline, for `trl` and `best`
+by accelerate's `dispatch_model`, as transformers does it by its device map. `--busy` profiles some
+more steps of `ours`: how long a step takes, how long the GPU computes of that, in ms, and how often
+the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -183,14 +185,15 @@ class Case:
             saving,
             quantization,
         )
-        self.warm = WARM_OURS if side == "ours" else WARM
+        # What several GPUs compute is not recorded.
+        self.warm = WARM_OURS if side == "ours" and gpus == 1 else WARM
         self.steps = steps
         self.rows = make_rows(length, tiny)
         self.planned = ""
         self.profiled = ""
         """What `--busy` adds to the line."""
         self.slots = 1 if slots == "auto" else int(slots)
-        if not tiny and slots != "auto" and self.slots < 4:
+        if not tiny and slots != "auto" and self.slots < 4 and gpus == 1:
             self.warm, self.steps = (
                 4 // self.slots * count for count in (self.warm, self.steps)
             )
@@ -248,10 +251,13 @@ class Case:
             return None
         base = make_base(self.name, self.quantization == "nf4_double", self.gpus)
         if self.side != "ours":
-            return base
+            return dispatch(base, self.gpus)
         from finetune.engine.packed.bank import Bank
+        from finetune.model.layer_devices import move_inputs
         from finetune.model.quantization import dequantize_base
 
+        if self.gpus > 1:
+            move_inputs(base)
         dequantize_base(base, self.config())
         return Bank(base, self.config())
 
@@ -276,6 +282,15 @@ class Case:
             f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |{self.profiled}",
             flush=True,
         )
+
+
+def dispatch(base: Any, gpus: int) -> Any:
+    """Let accelerate's hooks take the inputs of modules to their GPU."""
+    if gpus == 1:
+        return base
+    from accelerate import dispatch_model
+
+    return dispatch_model(base, base.gpu_of)
 
 
 def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
@@ -320,9 +335,10 @@ def matmul_rate() -> tuple[float, float]:
 
 
 def synchronize() -> None:
-    """Wait for the GPU."""
+    """Wait for the GPUs."""
     if GPU:
-        torch.cuda.synchronize()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(number)
 
 
 def weights_of(model: torch.nn.Module) -> int:

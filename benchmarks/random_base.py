@@ -78,8 +78,8 @@ def shapes(name: str) -> Any:
 def make_base(name: str, double: bool, gpus: int = 1) -> Any:
     """Make a base with random weights in NF4, its scales quantised too where it is `double`.
 
-    Its weights in 16 bits are never in memory, but for one tensor's. Over several GPUs its blocks
-    are spread evenly; the embedding is on the first one, and the head on the last.
+    Its weights in 16 bits are never in memory, but for one tensor's. Over several GPUs it is spread
+    as `load_base` does it (`gpu_of`), but nothing moves its inputs yet.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -96,19 +96,20 @@ def make_base(name: str, double: bool, gpus: int = 1) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(shapes(name), dtype=DTYPE)
     head = model.get_output_embeddings()
-    layers = model.config.num_hidden_layers
+    places = _device_map(model, gpus)
     for name, parent in list(model.named_modules()):
-        device = _device(name, layers, gpus)
         for child_name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and child is not head:
+                device = _device(f"{name}.{child_name}", places)
                 setattr(parent, child_name, _random_layer(child, double, device))
     prepare_experts(model, settings)
     for name, parent in list(model.named_modules()):
-        device = _device(name, layers, gpus)
+        device = _device(name, places)
         for parameter_name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
                 setattr(parent, parameter_name, _random_weight(parameter, device))
     model.tie_weights()
+    model.gpu_of = places
     for buffer in model.buffers():
         buffer.data = buffer.data.to(DEVICE)
     model.is_loaded_in_4bit = True
@@ -118,17 +119,21 @@ def make_base(name: str, double: bool, gpus: int = 1) -> Any:
     return model
 
 
-def _device(module: str, layers: int, gpus: int) -> torch.device:
-    """Where a module's own weights are."""
+def _device_map(model: Any, gpus: int) -> dict[str, int]:
+    """The GPU of each module of a base over several; empty: all are on one."""
+    from finetune.model.layer_devices import WeightBytes, spread_blocks
+
     if gpus == 1:
-        return DEVICE
-    number = 0
-    if ".layers." in module:
-        block = int(module.partition(".layers.")[2].partition(".")[0])
-        number = block * gpus // layers
-    elif module in ("model.norm", "lm_head"):
-        number = gpus - 1
-    return torch.device("cuda", number)
+        return {}
+    return spread_blocks(model, gpus, WeightBytes(0.5, 2)).device_map(model)
+
+
+def _device(module: str, places: dict[str, int]) -> torch.device:
+    """Where a module's own weights are."""
+    for name, gpu in places.items():
+        if f"{module}.".startswith(f"{name}."):
+            return torch.device("cuda", gpu)
+    return DEVICE
 
 
 def _random_layer(child: torch.nn.Linear, double: bool, device: torch.device) -> Any:

@@ -24,6 +24,7 @@ from finetune.run.evaluation_work import Work
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
+from finetune.run.spreading import spread_over
 from finetune.run.time_plan import TimePlan, plan_time
 
 if TYPE_CHECKING:
@@ -59,11 +60,7 @@ def _plan(
     config = resolve_learning_rate(config, resources)
     import_model_libraries()
     from finetune.model.device import on_gpu
-    from finetune.run.memory_plan import (
-        plan_memory,
-        resolve_checkpointing,
-        spread_over,
-    )
+    from finetune.run.memory_plan import plan_memory, resolve_checkpointing
     from finetune.run.sizes import check_sizes
 
     config = resolve_quantization(config, resources)

@@ -55,13 +55,14 @@ def spread_gpus(setting: int | str) -> int:
     Raises:
         ConfigError: So many are not visible here.
     """
+    if setting in ("auto", 1):
+        return 1
+    gpus = int(setting)
     count = torch.cuda.device_count() if on_gpu() else 0
-    if not isinstance(setting, int):
-        return min(_selected_size, max(1, count))
-    if setting > max(1, count):
+    if gpus > count:
         visible = "1 GPU is" if count == 1 else f"{count} GPUs are"
-        raise refusal("trainer.gpus", setting, f"{visible} visible here")
-    return setting
+        raise refusal("trainer.gpus", gpus, f"{visible} visible here")
+    return gpus
 
 
 def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -> None:
@@ -76,11 +77,10 @@ def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -
         gpus: the GPUs to choose from, as CUDA_VISIBLE_DEVICES names them; None: those that the
             process sees. A scheduler may have left just `size` of them.
     """
-    global _has_selected, _selected_size
+    global _has_selected
     if _has_selected:
         return
     _has_selected = True
-    _selected_size = size
     names = visible_gpus() if gpus is None else list(gpus)
     if gpus is None and len(names) <= size:
         return
@@ -90,9 +90,6 @@ def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -
 
 _has_selected = False
 """Whether this process has its GPUs."""
-
-_selected_size = 1
-"""How many it was given."""
 
 
 def record_event(device: torch.device) -> "torch.cuda.Event | None":

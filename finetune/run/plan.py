@@ -1,6 +1,5 @@
 """The plan of a run: its memory by purpose, and how many slots fit. `memory_plan` computes it."""
 
-import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
@@ -125,27 +124,6 @@ class Plan:
         share = f"most of it for {purpose} ({purposes[purpose] / GIB:.1f})"
         limit = f"of {self.available * USABLE / GIB:.1f} GiB"
         raise ConfigError(f"{key}: {need}, {share}, {limit}; {advice}")
-
-
-def spread_plan(plan: Plan, gpus: int, layers: int) -> Plan:
-    """Return the plan of the fullest of several GPUs over which a base is spread.
-
-    An upper bound, as if one GPU had the optimizers, which the first has, the logits of the last,
-    and all activations: with checkpointing the blocks that keep theirs are the last ones.
-
-    Args:
-        plan: As on one GPU.
-        gpus: How many there are.
-        layers: Blocks of the base, which stay whole.
-    """
-    blocks = math.ceil(layers / gpus) + 1
-    return dataclasses.replace(
-        plan,
-        base=min(plan.base, plan.base * blocks // layers),
-        experts=min(plan.experts, plan.experts * blocks // layers),
-        recorded=None,
-        gpus=gpus,
-    )
 
 
 def _advice(purpose: str, config: RunConfig) -> tuple[str, str]:

@@ -6,10 +6,11 @@ import logging
 from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
+from finetune.errors import refusal
 from finetune.files.mirror import Mirror
 from finetune.model.device import select_gpus, visible_gpus
-from finetune.run.memory_plan import spread_over
 from finetune.run.resources import shared_resources
+from finetune.run.spreading import spread_over
 from sweeps.space.samplers import (
     compares_several,
     conditions_note,
@@ -88,7 +89,17 @@ def open_study(draft: Session) -> tuple[Study, Session]:
 
 
 def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineChoice:
-    """Choose one engine for all trials: TRL if one of the configs needs it."""
+    """Choose one engine for all trials: TRL if one of the configs needs it.
+
+    Raises:
+        ConfigError: A base is to be spread over GPUs that the workers do not have, or can't be.
+    """
+    gpus = settings.gpus_per_worker
+    configs = [spread_over(config, gpus) for config in configs]
+    for config in configs:
+        if config.trainer.gpus not in ("auto", 1, gpus):
+            reason = f"each worker has hydra.sweeper.gpus_per_worker={gpus}"
+            raise refusal("trainer.gpus", config.trainer.gpus, reason)
     for config in configs:
         source = shared_resources.source(config.model)
         # The first config that the packed engine does not support logs the reason.
@@ -97,7 +108,7 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
     choices = []
     for of_base in by_base(configs).values():
         # Slots that hold the neediest trial hold any other: the study keeps their number.
-        neediest = spread_over(max(of_base, key=memory_rank), settings.gpus_per_worker)
+        neediest = max(of_base, key=memory_rank)
         slots, resolved = choose_slots(settings.slots, neediest)
         has_checkpointing = resolved.trainer.gradient_checkpointing is True
         choices.append(EngineChoice("packed", slots, has_checkpointing))

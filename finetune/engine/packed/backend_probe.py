@@ -81,7 +81,7 @@ def _compare_backend(
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):
         hidden, _ = backend.forward(batch, [slot], None)
-        row_hidden = hidden[batch.target_rows == 1]
+        row_hidden = hidden[batch.target_rows.to(hidden.device) == 1]
         outputs = base.get_output_embeddings()(row_hidden)
         logits = logit_transform_of(base.config).apply(outputs)
     with autograd.adapted_rows([slot]) as adapted_base:

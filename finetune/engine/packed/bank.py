@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -46,7 +46,7 @@ from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
 from finetune.model.device import to_device
 from finetune.model.initial_adapter import load_initial_adapter
-from finetune.model.layer_devices import count_stages
+from finetune.model.layer_devices import block_devices, count_stages
 from finetune.model.memory import free_memory
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+
+_Request = TypeVar("_Request", ForwardBackward, Evaluate)
 
 GROUPS_PER_STAGE = 2
 """Groups of slots for each GPU of a base on several. With more, a GPU waits for less of a step, but
@@ -66,7 +68,6 @@ class _TrainingPass:
     """A forward pass whose backward pass follows."""
 
     batch: PackedBatch
-    slots: list[Slot]
     hidden: torch.Tensor | None
     trace: Any
     loss_weights: torch.Tensor
@@ -105,6 +106,9 @@ class Bank:
         self._head_device = self._head.weight.device
         self._stages = count_stages(base)
         """GPUs that compute one after the other: the layers of a base may be on several."""
+        self._output_device = self.device
+        if self._stages > 1:
+            self._output_device = block_devices(base.get_decoder())[-1]
         self._logit_transform = logit_transform_of(base.config)
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
@@ -164,7 +168,7 @@ class Bank:
             raise refusal(
                 "trainer.gpus",
                 self._stages,
-                "no DoRA and no trained biases; allowed: 1",
+                "a base on several GPUs has no DoRA and no trained biases; allowed: 1",
             )
         if slot.is_beyond_lora and self.backend is not self._autograd:
             # As where a run of another machine is evaluated: training goes to TRL by `selection`.
@@ -293,11 +297,15 @@ class Bank:
             The result of each request. The gradients replace those in the slots.
         """
         timer = PassTimer(self.device)
+        slots = self._refreshed_slots(requests)
+        # A copy between GPUs waits for what they compute: none in the middle of the passes.
         passes = [self._forward(group) for group in self._groups(requests)]
         losses = []
         for training_pass in passes:
             losses += self._backward(training_pass)
-        norms = [request.slot.gradient.norm() for request in requests]
+        for slot in slots:
+            slot.collect_gradient()
+        norms = [slot.gradient.norm() for slot in slots]
         # One tensor, so that there is one copy from the GPU for all slots.
         columns = [torch.stack(losses).to(self.device), torch.stack(norms).double()]
         figures = torch.stack(columns, 1)
@@ -307,9 +315,7 @@ class Bank:
         seconds = timer.seconds()
         return [ForwardBackwardResult(loss, norm, seconds) for loss, norm in pairs]
 
-    def _groups(
-        self, requests: Sequence[ForwardBackward]
-    ) -> list[Sequence[ForwardBackward]]:
+    def _groups(self, requests: Sequence[_Request]) -> list[Sequence[_Request]]:
         """Divide requests into those that are computed together.
 
         On several GPUs one group's layers are computed by a GPU while another computes the next
@@ -325,24 +331,22 @@ class Bank:
 
     def _forward(self, requests: Sequence[ForwardBackward]) -> "_TrainingPass":
         batch = self._packed_batch(requests)
-        slots = self._refreshed_slots(requests)
+        slots = [request.slot for request in requests]
         dropout_steps = [request.dropout_step for request in requests]
         with embedding_noise(self.base, requests, batch):
             hidden, trace = self.backend.forward(batch, slots, dropout_steps)
         # While a GPU computes the forward pass.
         loss_weights = self._loss_weights(requests, batch)
-        return _TrainingPass(batch, slots, hidden, trace, loss_weights)
+        return _TrainingPass(batch, hidden, trace, loss_weights)
 
     def _backward(self, training_pass: "_TrainingPass") -> list[torch.Tensor]:
-        """Compute the gradients of a pass, which go into the slots; return the slots' losses."""
+        """Compute the gradients of a pass; return the slots' losses."""
         batch = training_pass.batch
         result = self._token_losses(
             training_pass.take_hidden(), batch.targets, training_pass.loss_weights
         )
         assert result.gradient is not None
         self.backend.backward(training_pass.trace, result.gradient)
-        for slot in training_pass.slots:
-            slot.collect_gradient()
         # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
         # In float64 the sum hardly depends on the order of its terms.
         losses = []
@@ -384,36 +388,41 @@ class Bank:
         Returns:
             The evaluation of each request's rows.
         """
-        batch = self._packed_batch(requests)
-        slots = self._refreshed_slots(requests)
-        with torch.inference_mode():
-            hidden, _ = self.backend.forward(batch, slots, None)
-            result = self._token_losses(hidden, batch.targets, None)
-        row_count = sum(len(request.rows) for request in requests)
-        # In float64 the sum of a row hardly depends on the order of its terms.
-        zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
-        row_losses = zeros.index_add(
-            0, batch.target_rows, result.losses.double().to(self.device)
-        )
-        losses = self._fetch(row_losses)
-        tokens = torch.bincount(batch.target_rows, minlength=row_count).tolist()
-        zero_counts = torch.zeros(row_count, dtype=torch.long, device=self.device)
-        row_correct = zero_counts.index_add(
-            0, batch.target_rows, result.correct.long().to(self.device)
-        )
-        correct = row_correct.tolist()
+        self._refreshed_slots(requests)
+        figures = [self._evaluate(group) for group in self._groups(requests)]
+        losses, tokens, correct = self._fetch(torch.cat(figures, 1))
         evaluations = []
         first_row = 0
         for request in requests:
             rows = slice(first_row, first_row + len(request.rows))
             evaluation = Evaluation(
                 row_losses=tuple(losses[rows]),
-                row_tokens=tuple(tokens[rows]),
-                row_correct=tuple(correct[rows]),
+                row_tokens=tuple(map(int, tokens[rows])),
+                row_correct=tuple(map(int, correct[rows])),
             )
             evaluations.append(evaluation)
             first_row = rows.stop
         return evaluations
+
+    def _evaluate(self, requests: Sequence[Evaluate]) -> torch.Tensor:
+        """Compute the loss of each row, its answer tokens, and how many of these are predicted.
+
+        Returns:
+            The three figures, float64 [3, rows].
+        """
+        batch = self._packed_batch(requests)
+        slots = [request.slot for request in requests]
+        with torch.inference_mode():
+            hidden, _ = self.backend.forward(batch, slots, None)
+            result = self._token_losses(hidden, batch.targets, None)
+        row_count = sum(len(request.rows) for request in requests)
+        # In float64 the sum of a row hardly depends on the order of its terms.
+        losses = result.losses.double()
+        figures = torch.stack(
+            [losses, torch.ones_like(losses), result.correct.double()]
+        )
+        rows = batch.target_rows.to(losses.device)
+        return figures.new_zeros(3, row_count).index_add(1, rows, figures)
 
     def generate(self, requests: Sequence[Generate]) -> list[Answers]:
         """Answer the prompts of several slots together, each token for all of them at once.
@@ -440,7 +449,8 @@ class Bank:
     def _packed_batch(
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
-        return PackedBatch([self._layout(request) for request in requests], self.device)
+        layouts = [self._layout(request) for request in requests]
+        return PackedBatch(layouts, self.device, self._output_device)
 
     def _layout(self, request: ForwardBackward | Evaluate) -> BatchLayout:
         if isinstance(request, ForwardBackward) and request.layout is not None:

@@ -8,6 +8,7 @@ Only operations on the GPU, none of which the host waits for: they can be record
 (`recorded_pass`).
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,11 @@ class DecoderBlocks:
         self._gradient_checkpointing = gradient_checkpointing
         self._position_kinds = block.position_kinds
         self._rotary = model.rotary_emb
+        self._rotary_elsewhere = {
+            device: copy.deepcopy(model.rotary_emb).to(device)
+            for device in set(block_devices(model)) - {model.embed_tokens.weight.device}
+        }
+        """On other GPUs, as a copy of its results would wait for what both have to compute."""
         self._per_layer: PerLayerEmbedding | None = None
         if has_per_layer_inputs(config, block):
             self._per_layer = PerLayerEmbedding(model, prefix, table_rows, block)
@@ -108,8 +114,7 @@ class DecoderBlocks:
         Returns:
             The last block's output [tokens, hidden_size], and the trace for `backward`.
         """
-        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
-        context = _with_angles(context, angles)
+        context = self._with_angles(context, x)
         per_layer = None
         if self._per_layer is not None:
             inputs, per_layer = self._per_layer.forward(x, context)
@@ -133,6 +138,21 @@ class DecoderBlocks:
             del activations, output
         return x, BlocksTrace(context, stored, per_layer)
 
+    def _with_angles(self, context: PassContext, x: torch.Tensor) -> PassContext:
+        """Add the angles of the rotary embedding to a pass, on each device.
+
+        Args:
+            context: The pass.
+            x: The embeddings.
+        """
+        elsewhere = {}
+        for device, other in context.elsewhere.items():
+            elsewhere[device] = self._with_angles(other, x.new_empty(1, device=device))
+        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
+        return dataclasses.replace(
+            context, angles=angles, shared_heads={}, elsewhere=elsewhere
+        )
+
     def _angles(
         self, x: torch.Tensor, context: PassContext, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,11 +160,12 @@ class DecoderBlocks:
         positions = context.position_ids[None]
         if self._position_kinds > 1:
             positions = positions.expand(self._position_kinds, -1, -1)
+        rotary = self._rotary_elsewhere.get(x.device, self._rotary)
         # Transformers' module reads no more of x than its dtype and device.
         if layer_type is None:
-            cos, sin = self._rotary(x[None], positions)
+            cos, sin = rotary(x[None], positions)
         else:
-            cos, sin = self._rotary(x[None], positions, layer_type)
+            cos, sin = rotary(x[None], positions, layer_type)
         # Contiguous, because the kernels compute addresses from the sizes alone.
         return cos[0].contiguous(), sin[0].contiguous()
 
@@ -183,20 +204,3 @@ class DecoderBlocks:
             gradients = trace.context.per_layer_inputs
             assert gradients is not None
             self._per_layer.backward(gradients, trace.per_layer, trace.context)
-
-
-def _with_angles(
-    context: PassContext,
-    angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]],
-) -> PassContext:
-    """Add the angles of the rotary embedding to a pass, on each device."""
-    elsewhere = {}
-    for device, other in context.elsewhere.items():
-        copies = {
-            kind: (cos.to(device), sin.to(device))
-            for kind, (cos, sin) in angles.items()
-        }
-        elsewhere[device] = dataclasses.replace(other, angles=copies)
-    return dataclasses.replace(
-        context, angles=angles, shared_heads={}, elsewhere=elsewhere
-    )
