@@ -4,7 +4,7 @@ published models' shapes.
     python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto]
                              [--shapes llama2_7b,…] [--length short,long,turns]
                              [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4]
-                             [--memory GIB] [--busy] [--tiny]
+                             [--memory GIB] [--gpus N] [--busy] [--tiny]
 
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
@@ -17,8 +17,10 @@ that can be made of it: Liger's kernels, and no padding, with PyTorch's attentio
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
 4 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be
-used. `--busy` profiles some more steps of `ours`: how long a step takes, how long the GPU computes
-of that, in ms, and how often the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
+used of each GPU. `--gpus` spreads the base over so many: `ours` as a pipeline, for `trl` and `best`
+by accelerate's `dispatch_model`, as transformers does it by its device map. `--busy` profiles some
+more steps of `ours`: how long a step takes, how long the GPU computes of that, in ms, and how often
+the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -84,6 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
@@ -97,9 +100,9 @@ def main() -> None:
 
     if GPU and arguments.memory:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, arguments.memory * 2**30 / total)
-        )
+        fraction = min(1.0, arguments.memory * 2**30 / total)
+        for number in range(arguments.gpus):
+            torch.cuda.set_per_process_memory_fraction(fraction, number)
     peak, sustained = matmul_rate()
     device = torch.cuda.get_device_name() if GPU else "CPU"
     rates = (
@@ -137,6 +140,7 @@ def measure_side(
             arguments.quantization,
             arguments.steps,
             arguments.busy,
+            arguments.gpus,
         )
         if base is None:
             base = case.base()
@@ -150,7 +154,8 @@ def free() -> None:
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
 
 
 class Case:
@@ -167,8 +172,10 @@ class Case:
         quantization: str,
         steps: int,
         busy: bool,
+        gpus: int,
     ) -> None:
         self.name = name
+        self.gpus = gpus
         self.busy = busy and side == "ours"
         tiny = name == "tiny"
         self.side, self.lora, self.length, self.saving, self.quantization = (
@@ -178,14 +185,15 @@ class Case:
             saving,
             quantization,
         )
-        self.warm = WARM_OURS if side == "ours" else WARM
+        # What several GPUs compute is not recorded.
+        self.warm = WARM_OURS if side == "ours" and gpus == 1 else WARM
         self.steps = steps
         self.rows = make_rows(length, tiny)
         self.planned = ""
         self.profiled = ""
         """What `--busy` adds to the line."""
         self.slots = 1 if slots == "auto" else int(slots)
-        if not tiny and slots != "auto" and self.slots < 4:
+        if not tiny and slots != "auto" and self.slots < 4 and gpus == 1:
             self.warm, self.steps = (
                 4 // self.slots * count for count in (self.warm, self.steps)
             )
@@ -202,6 +210,7 @@ class Case:
         base = (
             f"quantization={self.quantization}",
             f"trainer.gradient_checkpointing={str(self.saving).lower()}",
+            f"trainer.gpus={self.gpus}",
         )
         steps = (
             f"trainer.max_steps={self.warm + self.steps + PROFILED}",
@@ -240,18 +249,22 @@ class Case:
         """A fresh base as the side has it."""
         if self.side == "unsloth":
             return None
-        base = make_base(self.name, self.quantization == "nf4_double")
+        base = make_base(self.name, self.quantization == "nf4_double", self.gpus)
         if self.side != "ours":
-            return base
+            return dispatch(base, self.gpus)
         from finetune.engine.packed.bank import Bank
+        from finetune.model.layer_devices import move_inputs
         from finetune.model.quantization import dequantize_base
 
+        if self.gpus > 1:
+            move_inputs(base)
         dequantize_base(base, self.config())
         return Bank(base, self.config())
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
         from finetune.errors import is_out_of_memory_error
+        from finetune.model.memory import peak_memory_bytes
 
         free()
         line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
@@ -263,12 +276,21 @@ class Case:
                 raise
             print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
-        memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+        memory = peak_memory_bytes() / 2**30 if GPU else 0.0
         share = rate * (6 if self.saving else 4) * weights / peak
         print(
             f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |{self.profiled}",
             flush=True,
         )
+
+
+def dispatch(base: Any, gpus: int) -> Any:
+    """Let accelerate's hooks take the inputs of modules to their GPU."""
+    if gpus == 1:
+        return base
+    from accelerate import dispatch_model
+
+    return dispatch_model(base, base.gpu_of)
 
 
 def make_rows(length: str, tiny: bool) -> list[dict[str, list[int]]]:
@@ -313,9 +335,10 @@ def matmul_rate() -> tuple[float, float]:
 
 
 def synchronize() -> None:
-    """Wait for the GPU."""
+    """Wait for the GPUs."""
     if GPU:
-        torch.cuda.synchronize()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(number)
 
 
 def weights_of(model: torch.nn.Module) -> int:

@@ -37,6 +37,7 @@ SIZES = {
     }),
     "llama2_7b": Sizes("Llama", 4096, 11008, 32, 32, 32, 128, 32000),
     "smollm2_135m": Sizes("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
+    "llama3_3_70b": Sizes("Llama", 8192, 28672, 80, 64, 8, 128, 128256),
     "llama3_2_1b": Sizes("Llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
     "llama3_2_3b": Sizes("Llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
     "qwen3_0_6b": Sizes("Qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
@@ -74,10 +75,11 @@ def shapes(name: str) -> Any:
     )  # fmt: skip
 
 
-def make_base(name: str, double: bool) -> Any:
+def make_base(name: str, double: bool, gpus: int = 1) -> Any:
     """Make a base with random weights in NF4, its scales quantised too where it is `double`.
 
-    Its weights in 16 bits are never in memory, but for one tensor's.
+    Its weights in 16 bits are never in memory, but for one tensor's. Over several GPUs it is spread
+    as `load_base` does it (`gpu_of`), but nothing moves its inputs yet.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -94,17 +96,22 @@ def make_base(name: str, double: bool) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(shapes(name), dtype=DTYPE)
     head = model.get_output_embeddings()
-    for parent in list(model.modules()):
+    places = _device_map(model, gpus)
+    for name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and child is not head:
-                setattr(parent, child_name, _random_layer(child, double))
+                device = _device(f"{name}.{child_name}", places)
+                setattr(parent, child_name, _random_layer(child, double, device))
     prepare_experts(model, settings)
-    for parent in list(model.modules()):
+    for name, parent in list(model.named_modules()):
+        device = _device(name, places)
         for parameter_name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(parent, parameter_name, _random_weight(parameter))
+                setattr(parent, parameter_name, _random_weight(parameter, device))
     model.tie_weights()
-    model.to(DEVICE)
+    model.gpu_of = places
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(DEVICE)
     model.is_loaded_in_4bit = True
     model.quantization_method = "bitsandbytes"
     model.config.quantization_config = settings
@@ -112,7 +119,24 @@ def make_base(name: str, double: bool) -> Any:
     return model
 
 
-def _random_layer(child: torch.nn.Linear, double: bool) -> Any:
+def _device_map(model: Any, gpus: int) -> dict[str, int]:
+    """The GPU of each module of a base over several; empty: all are on one."""
+    from finetune.model.layer_devices import WeightBytes, spread_blocks
+
+    if gpus == 1:
+        return {}
+    return spread_blocks(model, gpus, WeightBytes(0.5, 2)).device_map(model)
+
+
+def _device(module: str, places: dict[str, int]) -> torch.device:
+    """Where a module's own weights are."""
+    for name, gpu in places.items():
+        if f"{module}.".startswith(f"{name}."):
+            return torch.device("cuda", gpu)
+    return DEVICE
+
+
+def _random_layer(child: torch.nn.Linear, double: bool, device: torch.device) -> Any:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -120,7 +144,7 @@ def _random_layer(child: torch.nn.Linear, double: bool) -> Any:
         child.in_features, child.out_features, bias=child.bias is not None,
         compute_dtype=DTYPE, quant_type="nf4", device="meta",
     )  # fmt: skip
-    weight = torch.randn(child.weight.shape, device=DEVICE, dtype=DTYPE) * 0.02
+    weight = torch.randn(child.weight.shape, device=device, dtype=DTYPE) * 0.02
     data, state = quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=double
     )
@@ -134,15 +158,17 @@ def _random_layer(child: torch.nn.Linear, double: bool) -> Any:
     return layer
 
 
-def _random_weight(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+def _random_weight(
+    parameter: torch.nn.Parameter, device: torch.device
+) -> torch.nn.Parameter:
     from bitsandbytes.nn import Params4bit
 
-    weight = torch.ones(parameter.shape, device=DEVICE, dtype=DTYPE)
+    weight = torch.ones(parameter.shape, device=device, dtype=DTYPE)
     if parameter.ndim > 1:
         weight.normal_(0, 0.02)
     # Of experts; it quantises what it is moved with.
     if isinstance(parameter, Params4bit):
-        quantized: torch.nn.Parameter = Params4bit(weight, **vars(parameter)).to(DEVICE)
+        quantized: torch.nn.Parameter = Params4bit(weight, **vars(parameter)).to(device)
         return quantized
     return torch.nn.Parameter(weight, requires_grad=False)
 

@@ -293,6 +293,35 @@ def keep_4bit_layers_trainable(model: "torch.nn.Module") -> None:
             setattr(module, attribute, False)
 
 
+def compute_on_one_gpu(arguments: Any) -> None:
+    """Keep transformers' Trainer from spreading a run over all visible GPUs.
+
+    Reason: a process with several GPUs may have other runs whose base is spread over them; the
+    Trainer would copy the model to each, and has no setting against it (transformers 5.23,
+    `training_args.py`, `n_gpu`). Upstream: none.
+
+    Args:
+        arguments: The Trainer's.
+    """
+    # Counted when it is first asked for, and not again.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def remove_device_hooks(model: "torch.nn.Module") -> None:
+    """Remove what accelerate adds to a model whose modules are on several GPUs.
+
+    Reason: its hooks copy all inputs of each block, of each pass anew, and transformers 5.23 has no
+    setting against them (`modeling_utils.py`, `accelerate_dispatch`). `hf_device_map` says that
+    they are there. accelerate 1.15. Upstream: none.
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    for name in ("hf_device_map", "to", "cuda"):
+        model.__dict__.pop(name, None)
+
+
 @contextlib.contextmanager
 def replaced_4bit_quantizer(quantizer: Callable[..., Any]) -> Iterator[None]:
     """Let transformers quantise by another class than its own in 4 bits within the block.

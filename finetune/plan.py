@@ -24,6 +24,7 @@ from finetune.run.evaluation_work import Work
 from finetune.run.learning_rate import resolve_learning_rate
 from finetune.run.quantization import quantization_method, resolve_quantization
 from finetune.run.resources import SharedResources
+from finetune.run.spreading import spread_over
 from finetune.run.time_plan import TimePlan, plan_time
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _plan(
     from finetune.run.sizes import check_sizes
 
     config = resolve_quantization(config, resources)
+    config = spread_over(config, sweeper.get("gpus_per_worker", 1))
     config = resolve_checkpointing(config, "packed", resources)
     splits = {
         "train": resources.tokens("train", rows.train, config),
@@ -192,6 +194,7 @@ def _to_dict(
         },
         "peak": plan.peak(),
         "available": plan.available,
+        "gpus": plan.gpus,
         "further_slot": _further_slot(plan),
         "largest_slots": plan.largest,
         "slots": plan.slots,
@@ -223,7 +226,8 @@ def _print_memory(plan: "Plan", method: str) -> None:
             print(f"{name:32}{size / GIB:8.2f} GiB")
     peak = plan.peak() / GIB
     available = plan.available / GIB
-    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}")
+    where = f" on the fullest of {plan.gpus} GPUs" if plan.gpus > 1 else ""
+    print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}{where}")
 
 
 def _print_work(

@@ -27,6 +27,7 @@ from finetune.model.architectures import (
     scaled_positions,
     text_config_of,
 )
+from finetune.model.layer_devices import count_stages
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +246,7 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
         attention_implementation_of(base.config),
         torch.cuda.get_device_name(device) if on_gpu else "cpu",
         sorted({str(weight.dtype) for weight in base.parameters()}),
+        count_stages(base),
         weights_sum,
     ]
     return record_file("shortcuts", identity)

@@ -15,7 +15,9 @@ from finetune.model.architectures import (
     text_config_of,
 )
 from finetune.model.base_config import read_base_config
-from finetune.model.device import on_gpu
+from finetune.model.device import on_gpu, spread_gpus
+from finetune.model.layer_devices import reason_not_spread
+from finetune.model.loading import skeleton_of
 from finetune.model.quantization import compute_dtype
 from finetune.model.source import BaseSource
 
@@ -35,22 +37,56 @@ def choose_engine(config: RunConfig, source: BaseSource) -> str:
 
     Raises:
         ConfigError: The config asks for `packed`, which does not support something else in it; or
-            neither engine does.
+            neither engine does; or the base can't be spread over `trainer.gpus`.
     """
     setting = config.trainer.engine
     if setting == "trl":
         _require_trl_support(config)
+        _require_one_gpu(config, "the trl engine computes on one GPU")
         return "trl"
-    reason = reason_unsupported(config, read_base_config(source, config.model))
+    base = read_base_config(source, config.model)
+    reason = reason_unsupported(config, base)
     if reason is None:
+        _require_spreading(config, base)
         return "packed"
     if setting == "packed":
         raise refusal(
             "trainer.engine", setting, f"does not do {reason}; allowed: auto, trl"
         )
     _require_trl_support(config)
+    _require_one_gpu(
+        config, f"the trl engine computes on one GPU, and packed does not do {reason}"
+    )
     log.info("engine: trl, as packed does not do %s", reason)
     return "trl"
+
+
+def _require_spreading(config: RunConfig, base: "PreTrainedConfig") -> None:
+    """Refuse what the packed engine does on one GPU only, where the base is to be on several.
+
+    Raises:
+        ConfigError: So many GPUs are not visible, the base's blocks share something, or the
+            config trains more than A and B or says itself where the base is.
+    """
+    gpus = spread_gpus(config.trainer.gpus)
+    if gpus == 1:
+        return
+    if config.lora.use_dora:
+        _require_one_gpu(config, "lora.use_dora=true needs one GPU")
+    if config.lora.bias != "none":
+        _require_one_gpu(config, f"lora.bias={config.lora.bias} needs one GPU")
+    if "device_map" in config.model.extra:
+        _require_one_gpu(config, "model.extra.device_map says where the base is")
+    reason = reason_not_spread(skeleton_of(base, config.model), gpus)
+    if reason is not None:
+        _require_one_gpu(config, reason)
+
+
+def _require_one_gpu(config: RunConfig, reason: str) -> None:
+    """Raise ConfigError with the reason where the base is to be spread over several GPUs."""
+    gpus = config.trainer.gpus
+    if gpus not in ("auto", 1):
+        raise refusal("trainer.gpus", gpus, f"{reason}; allowed: 1")
 
 
 def _require_trl_support(config: RunConfig) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from finetune.errors import refusal
+
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     # Each step has another number of tokens. Segments that can grow avoid the fragmentation that
     # this causes, and the repeated release and allocation of memory.
@@ -42,6 +44,25 @@ def visible_gpus() -> list[str]:
 def gpu_group_count(size: int) -> int:
     """Return how many processes with `size` GPUs each have GPUs of their own; 1 on a CPU."""
     return max(1, torch.cuda.device_count() // size)
+
+
+def spread_gpus(setting: int | str) -> int:
+    """Return over how many GPUs this process spreads a base; 1 on a CPU.
+
+    Args:
+        setting: `trainer.gpus`.
+
+    Raises:
+        ConfigError: So many are not visible here.
+    """
+    if setting in ("auto", 1):
+        return 1
+    gpus = int(setting)
+    count = torch.cuda.device_count() if on_gpu() else 0
+    if gpus > count:
+        visible = "1 GPU is" if count == 1 else f"{count} GPUs are"
+        raise refusal("trainer.gpus", gpus, f"{visible} visible here")
+    return gpus
 
 
 def select_gpus(number: int, size: int = 1, gpus: Sequence[str] | None = None) -> None:

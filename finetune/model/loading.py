@@ -12,11 +12,12 @@ from finetune.compat import (
     forget_renamed_weights,
     keep_4bit_layers_trainable,
     record_loading_keys,
+    remove_device_hooks,
     set_base_model_prefix,
 )
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, refusal
 from finetune.model.base_config import (
     explain_loading_errors,
     other_parts,
@@ -25,12 +26,20 @@ from finetune.model.base_config import (
     without_quantization,
 )
 from finetune.model.base_quantization import (
+    BaseQuantization,
     base_quantization,
     is_quantized_again,
     settings_of_base,
 )
-from finetune.model.device import on_gpu
+from finetune.model.device import on_gpu, spread_gpus
 from finetune.model.expert_quantizer import quantize_experts
+from finetune.model.layer_devices import (
+    Placement,
+    WeightBytes,
+    move_inputs,
+    reason_not_spread,
+    spread_blocks,
+)
 from finetune.model.origin import remember_origin
 from finetune.model.published_names import KEY_MAPPING, published_names
 from finetune.model.quantization import (
@@ -100,6 +109,11 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
         arguments |= arguments_for_quantized_base(present, settings)
     if not on_gpu():
         _log_cpu_training(config)
+    gpus = spread_gpus(config.trainer.gpus)
+    if gpus > 1:
+        skeleton = skeleton_of(base_config, settings)
+        placement = place(skeleton, config, None if requantized else present, gpus)
+        arguments["device_map"] = placement.device_map(skeleton)
     weights_dtype = product_dtype
     if settings.dtype != "auto":
         weights_dtype = getattr(torch, settings.dtype)
@@ -121,6 +135,9 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
             **arguments,
         )
     check_weights(info, names, settings)
+    if gpus > 1:
+        remove_device_hooks(model)
+        move_inputs(model)
     # Or the first evaluation on a CPU would switch them to a path that has no gradients.
     keep_4bit_layers_trainable(model)
     set_4bit_compute_dtype(model, product_dtype)
@@ -172,6 +189,36 @@ def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
     elif "device_map" not in arguments:
         arguments["device_map"] = {"": torch.cuda.current_device()}
     return arguments
+
+
+def place(
+    skeleton: "PreTrainedModel",
+    config: RunConfig,
+    files: BaseQuantization | None,
+    gpus: int,
+) -> Placement:
+    """Return over which GPUs the modules of a base are spread.
+
+    Args:
+        skeleton: The base without weights.
+        config: The run's config.
+        files: The quantization that the base keeps of its files, if any.
+        gpus: How many there are.
+
+    Raises:
+        ConfigError: The base can't be spread.
+    """
+    reason = reason_not_spread(skeleton, gpus)
+    if reason is not None:
+        raise refusal("trainer.gpus", gpus, f"{reason}; allowed: 1")
+    other = matrix = float(compute_dtype(config.quantization).itemsize)
+    if files is not None:
+        matrix = files.bits / 8
+    elif config.quantization.load_in_4bit:
+        matrix = 0.5
+    elif config.quantization.load_in_8bit:
+        matrix = 1.0
+    return spread_blocks(skeleton, gpus, WeightBytes(matrix, other))
 
 
 def _log_cpu_training(config: RunConfig) -> None:

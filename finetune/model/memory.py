@@ -55,43 +55,61 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def total_memory() -> int:
-    """Return the bytes of the GPU that this process may have, or of the host without a GPU.
+def total_memory(gpu: int = 0) -> int:
+    """Return the bytes of a GPU that this process may have, or of the host without a GPU.
 
     The share of a GPU is what `set_per_process_memory_fraction` has set.
+
+    Args:
+        gpu: Its number.
     """
     import torch
 
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        return int(total * torch.cuda.get_per_process_memory_fraction())
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(gpu))
     return int(psutil.virtual_memory().total)
 
 
-def available_memory() -> int:
+def available_memory(gpus: int = 1) -> int:
     """Return the bytes that a run may compute in: of the GPU if there is one, else of the host.
 
     What this process has already counts, what other processes have does not.
+
+    Args:
+        gpus: How many GPUs the base is spread over; the one that has least counts.
     """
     import torch
 
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return int(min(total_memory(), free + torch.cuda.memory_reserved()))
+        return min(_available_on(gpu) for gpu in range(gpus))
     return free_host_memory()
+
+
+def _available_on(gpu: int) -> int:
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return int(min(total_memory(gpu), free + torch.cuda.memory_reserved(gpu)))
 
 
 def allocatable_memory() -> int:
     """Return the bytes that this process can allocate now, of the GPU if there is one.
 
-    What PyTorch has reserved and not allocated counts.
+    What PyTorch has reserved and not allocated counts. Of several GPUs that have something of this
+    process the fullest counts.
     """
     import torch
 
-    memory = available_memory()
     if torch.cuda.is_available():
-        return memory - torch.cuda.memory_allocated()
-    return memory - resident_memory_bytes()
+        # Asking for the memory of another GPU would begin to use it.
+        used = [
+            n for n in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(n)
+        ]
+        return min(
+            _available_on(gpu) - torch.cuda.memory_allocated(gpu) for gpu in used or [0]
+        )
+    return free_host_memory() - resident_memory_bytes()
 
 
 def reset_peak_memory() -> None:
@@ -99,7 +117,10 @@ def reset_peak_memory() -> None:
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        # Its allocator knows the GPUs only then.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
     # On Linux, if the system allows it: 5 resets the peak of the resident memory (`VmHWM`).
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -113,12 +134,14 @@ def resident_memory_bytes() -> int:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process since `reset_peak_memory`, in bytes.
 
-    On a GPU it is the memory that PyTorch has allocated there, else the host's resident memory.
+    On a GPU it is the memory that PyTorch has allocated there, of several that of the fullest; else
+    the host's resident memory.
     """
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        numbers = range(torch.cuda.device_count())
+        return max(torch.cuda.max_memory_allocated(number) for number in numbers)
     return _peak_resident_memory()
 
 

@@ -71,7 +71,11 @@ class RecordedMemory:
 
 
 def decoder_elements(
-    shapes: Any, config: RunConfig, targets: set[str], slots: int
+    shapes: Any,
+    config: RunConfig,
+    targets: set[str],
+    slots: int,
+    blocks: int | None = None,
 ) -> tuple[int, int]:
     """Count the elements of each token: in training, and in evaluation.
 
@@ -80,6 +84,7 @@ def decoder_elements(
         config: The run's config.
         targets: Names of the adapted layers.
         slots: How many slots train together.
+        blocks: On the GPU; None: all.
     """
     from finetune.engine.packed.gpu.blocks import stored_blocks
 
@@ -105,6 +110,9 @@ def decoder_elements(
     stored = len(layers)
     if config.trainer.gradient_checkpointing is True:
         stored = stored_blocks(len(layers), slots)
+    here = blocks or len(layers)
+    # Those that keep theirs are the last ones, on the last GPU.
+    stored = min(stored, here)
     # Any layer may be the one that is computed again.
     stored_elements = max(sum(layers[-stored:]), largest)
     # Within most layers, the forward and backward pass of the gate are the widest; of layers that
@@ -117,7 +125,7 @@ def decoder_elements(
         below = layers[: len(layers) - delta_nets.layers_above]
         passing = 2 * hidden + delta_nets.passing()
         training = max(training, sum(below[-remaining:]) + passing)
-    layer_inputs = (len(layers) - stored) * hidden
+    layer_inputs = (here - stored) * hidden
     return layer_inputs + training + throughout, evaluating
 
 

@@ -21,6 +21,7 @@ KEYS_WITHOUT_EFFECT = (
     "model.learning_rate",
     "evaluation.concurrency",
     "evaluation.retries",
+    "trainer.gpus",
     "trainer.save_minutes",
 )
 """Beginnings of the keys that may change when a run or a study is resumed: they change no number.

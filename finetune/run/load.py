@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from finetune.compat import import_model_libraries
 from finetune.config.schema import RunConfig
 from finetune.console import quiet_libraries
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, is_out_of_memory_error, refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.labels import Labels
 from finetune.model.adapter_files import ADAPTER_CONFIG
-from finetune.model.source import find_base
+from finetune.model.source import BaseSource, find_base
+from finetune.quantities import counted
+from finetune.run.spreading import with_visible_gpus
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,7 +85,8 @@ def load_run(folder: str | Path, check: Check | None = None) -> TrainedRun:
         check: Raises ConfigError for input that the tokenizer refuses, before the base is loaded.
 
     Raises:
-        ConfigError: The folder holds no run, or one without an adapter yet.
+        ConfigError: The folder holds no run, or one without an adapter yet; or the base was spread
+            over more GPUs than there are here, and does not fit.
     """
     # A folder without a run is refused before torch is imported below.
     config = read_trained_config(folder)
@@ -92,7 +95,6 @@ def load_run(folder: str | Path, check: Check | None = None) -> TrainedRun:
     name = config.model.name_or_path
     log.info("loading %s, the base of %s", name, os.path.relpath(folder))
     import_model_libraries()
-    from finetune.model.loading import load_base
     from finetune.model.tokenizer import load_tokenizer
 
     source = find_base(config.model)
@@ -103,5 +105,20 @@ def load_run(folder: str | Path, check: Check | None = None) -> TrainedRun:
         config,
         run,
         tokenizer,
-        load_base(source, config),
+        _load_base(source, config),
     )
+
+
+def _load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
+    """Load a run's base, on as many GPUs as the run had or on those that there are."""
+    from finetune.model.loading import load_base
+
+    here = with_visible_gpus(config)
+    try:
+        return load_base(source, here)
+    except Exception as error:
+        if here == config or not is_out_of_memory_error(error):
+            raise
+    room = counted(int(here.trainer.gpus), "GPU")
+    reason = f"the run's base does not fit here, on {room}"
+    raise refusal("trainer.gpus", config.trainer.gpus, reason)

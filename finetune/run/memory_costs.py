@@ -39,7 +39,7 @@ def base_bytes(
     rest = total - quantized
     rest_bytes = rest * compute_dtype(config.quantization).itemsize
     return int(
-        quantized * _bytes_per_weight(quantized, config, quantization) + rest_bytes
+        quantized * bytes_per_weight(quantized, config, quantization) + rest_bytes
     )
 
 
@@ -81,9 +81,16 @@ def quantized_weights(
     return weights
 
 
-def _bytes_per_weight(
+def bytes_per_weight(
     weights: int, config: RunConfig, base: BaseQuantization | None
 ) -> float:
+    """Return the bytes of a weight that quantization applies to, with its share of the scales.
+
+    Args:
+        weights: How many of these weights the base has.
+        config: The run's config.
+        base: The quantization of the base's files.
+    """
     quantization = config.quantization
     if base is not None and base.method not in BITSANDBYTES | DEQUANTIZED:
         return base.bits / 8
@@ -163,6 +170,7 @@ def gpu_activations(
     tokens: int,
     evaluated: int,
     base: Any,
+    blocks: int | None = None,
 ) -> Activations:
     """Count a GPU's activations in bytes.
 
@@ -174,9 +182,10 @@ def gpu_activations(
         tokens: Tokens of the largest training batch.
         evaluated: Tokens of the largest batch that is evaluated.
         base: The base without weights.
+        blocks: On the GPU that has most; None: all.
     """
-    alone = activation_elements(shapes, config, targets, slots=1, base=base)
-    packed = activation_elements(shapes, config, targets, slots=2, base=base)
+    alone = activation_elements(shapes, config, targets, 1, base, blocks)
+    packed = activation_elements(shapes, config, targets, 2, base, blocks)
     return Activations(
         training=tokens * alone.training * element_bytes,
         beside=tokens * packed.training * element_bytes,
@@ -191,6 +200,7 @@ def activation_elements(
     targets: set[str] | None,
     slots: int,
     base: Any = None,
+    blocks: int | None = None,
 ) -> Elements:
     """Count the elements of activations that one token needs.
 
@@ -206,14 +216,15 @@ def activation_elements(
         targets: Names of the adapted layers where the GPU's decoder computes; None: autograd does.
         slots: How many slots train together.
         base: The base without weights, for its experts; None: it has none.
+        blocks: On the GPU; None: all.
     """
     if targets is not None:
-        return Elements(*decoder_elements(shapes, config, targets, slots))
+        return Elements(*decoder_elements(shapes, config, targets, slots, blocks))
     checkpointing = config.trainer.gradient_checkpointing is True
     widths = read_widths(shapes, base)
     recurrent = recurrent_elements(shapes)
     return _autograd_elements(
-        shapes.num_hidden_layers, widths, recurrent, checkpointing
+        blocks or shapes.num_hidden_layers, widths, recurrent, checkpointing
     )
 
 

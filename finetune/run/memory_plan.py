@@ -28,9 +28,15 @@ from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
-from finetune.model.base_quantization import base_quantization, read_config_json
-from finetune.model.device import on_gpu
-from finetune.model.loading import skeleton_of
+from finetune.model.base_quantization import (
+    BaseQuantization,
+    base_quantization,
+    is_quantized_again,
+    read_config_json,
+)
+from finetune.model.device import on_gpu, spread_gpus
+from finetune.model.layer_devices import WeightBytes
+from finetune.model.loading import place, skeleton_of
 from finetune.model.memory import available_memory, resident_memory_bytes
 from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.model.quantized_layers import expert_weights
@@ -41,8 +47,10 @@ from finetune.run.expert_costs import expert_bytes, expert_shape
 from finetune.run.memory_costs import (
     adapted_layers,
     base_bytes,
+    bytes_per_weight,
     expert_buffer_bytes,
     gpu_activations,
+    quantized_weights,
 )
 from finetune.run.plan import Plan
 from finetune.run.quantization import resolve_quantization
@@ -139,6 +147,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     # Before the adapter's weights stand in the skeleton.
     base = base_bytes(skeleton, config, files)
     base += expert_buffer_bytes(skeleton, config, files)
+    spread = _spread(skeleton, config, files)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     shapes_trained = [
@@ -161,6 +170,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
             max(work.batches),
             packed_length(work.evaluated_rows),
             skeleton,
+            spread.most_blocks,
         )
     else:
         is_trl = reason_unsupported(config, base_config) is not None
@@ -168,7 +178,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         activations = cpu_activations(
             config, shapes, adapted, work.largest_rows, work.evaluated_rows, is_trl
         )
-    return Plan(
+    plan = Plan(
         process=0 if on_gpu() else _resident() + LIBRARIES,
         base=base,
         experts=experts,
@@ -185,6 +195,50 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         train_tokens=work.train_tokens,
         weights=weights,
         answers_together=answers_together(config, base_config),
+    )
+    return plan if spread.gpus == 1 else _fullest_gpu(plan, spread)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What the fullest GPU has of a base that is spread over several."""
+
+    gpus: int = 1
+    share: float = 1.0
+    """Of the base's bytes."""
+    most_blocks: int | None = None
+    """None: all of them, on one GPU."""
+
+
+def _spread(
+    skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
+) -> _Spread:
+    gpus = spread_gpus(config.trainer.gpus)
+    if gpus == 1:
+        return _Spread()
+    is_requantized = is_quantized_again(files, config.quantization)
+    other = compute_dtype(config.quantization).itemsize
+    placement = place(skeleton, config, None if is_requantized else files, gpus)
+    # As `base_bytes` counts them.
+    quantized = quantized_weights(skeleton, config, files)
+    matrix = bytes_per_weight(quantized, config, files)
+    share = placement.share(skeleton, WeightBytes(matrix, other))
+    return _Spread(gpus, share, placement.most_blocks)
+
+
+def _fullest_gpu(plan: Plan, spread: _Spread) -> Plan:
+    """Return the plan of the fullest of several GPUs over which a base is spread.
+
+    An upper bound, as if one GPU had all that only one of them has: the first the optimizers, the
+    last the logits and the blocks that keep their activations.
+    """
+    return dataclasses.replace(
+        plan,
+        base=math.ceil(plan.base * spread.share),
+        experts=math.ceil(plan.experts * spread.share),
+        recorded=None,
+        gpus=spread.gpus,
+        available=available_memory(spread.gpus),
     )
 
 

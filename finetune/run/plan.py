@@ -57,6 +57,8 @@ class Plan:
     """Whether prompts are answered together, as each alone; else one after another."""
     recorded: RecordedMemory | None = None
     """Of recorded passes; None: there are none."""
+    gpus: int = 1
+    """Over which the base is spread; the bytes are those of the fullest one."""
     experts: int = 0
     """Of the base: fused experts, which stay in 16 bits in a quantised base."""
 

@@ -332,4 +332,10 @@ def base_key(config: RunConfig) -> object:
         for name, value in config.trainer.extra.items()
         if name not in KEEPS_BASE
     }
-    return (config.model, config.quantization, checkpointing, extra)
+    return (
+        config.model,
+        config.quantization,
+        config.trainer.gpus,
+        checkpointing,
+        extra,
+    )

@@ -221,8 +221,9 @@ def _prepare(result: Result) -> "Prepared":
         quiet_libraries(bars=context.interactive)
         from finetune.model.device import select_gpus
 
+    gpus = result.config.trainer.gpus
     # Before bitsandbytes is imported, which looks for GPUs.
-    select_gpus(_job_number())
+    select_gpus(_job_number(), gpus if isinstance(gpus, int) else 1)
     import_model_libraries()
     from finetune.run.prepare import prepare
 

@@ -36,7 +36,7 @@ class StudySettings(Section):
     """Number of workers; null: as many as have GPUs of their own, or one on a CPU. With
     `hydra/launcher=slurm`: of all jobs together; null: one job."""
     gpus_per_worker: int
-    """Number of GPUs that each worker sees."""
+    """GPUs of each worker; over several of them it spreads one base (`trainer.gpus=auto`)."""
     detach: bool
     """With `hydra/launcher=slurm` or `submitit_local`: whether the command returns once its jobs
     are queued. The last job writes the answer."""

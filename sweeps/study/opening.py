@@ -6,9 +6,11 @@ import logging
 from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
+from finetune.errors import refusal
 from finetune.files.mirror import Mirror
 from finetune.model.device import select_gpus, visible_gpus
 from finetune.run.resources import shared_resources
+from finetune.run.spreading import spread_over
 from sweeps.space.samplers import (
     compares_several,
     conditions_note,
@@ -87,7 +89,17 @@ def open_study(draft: Session) -> tuple[Study, Session]:
 
 
 def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineChoice:
-    """Choose one engine for all trials: TRL if one of the configs needs it."""
+    """Choose one engine for all trials: TRL if one of the configs needs it.
+
+    Raises:
+        ConfigError: A base is to be spread over GPUs that the workers do not have, or can't be.
+    """
+    gpus = settings.gpus_per_worker
+    configs = [spread_over(config, gpus) for config in configs]
+    for config in configs:
+        if config.trainer.gpus not in ("auto", 1, gpus):
+            reason = f"each worker has hydra.sweeper.gpus_per_worker={gpus}"
+            raise refusal("trainer.gpus", config.trainer.gpus, reason)
     for config in configs:
         source = shared_resources.source(config.model)
         # The first config that the packed engine does not support logs the reason.

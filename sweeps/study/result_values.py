@@ -40,6 +40,7 @@ DECIDED = (
     "trainer.engine",
     "trainer.gradient_checkpointing",
     "trainer.eval_steps",
+    "trainer.gpus",
 )
 """Keys that a study may decide for its trials: a study's terms have them as its user gave them."""
 

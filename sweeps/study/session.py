@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from finetune.config.plain_values import resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError, refusal
+from finetune.run.spreading import spread_over
 from sweeps.space.encoding import encode
 from sweeps.space.overrides import SEED_REASON
 from sweeps.space.samplers import make_pruner, make_sampler
@@ -94,6 +95,9 @@ class Session:
         # `auto` could mean something else for each trial: the study has decided it for all.
         if self.common.trainer.gradient_checkpointing == "auto" and not is_searched:
             overrides.append(f"{key}={str(self.engine.checkpointing).lower()}")
+        gpus = spread_over(self.common, self.settings.gpus_per_worker).trainer.gpus
+        if gpus != self.common.trainer.gpus:
+            overrides.append(f"trainer.gpus={gpus}")
         return overrides
 
     def check(self, config: RunConfig) -> RunConfig:

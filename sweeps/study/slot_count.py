@@ -59,8 +59,9 @@ def choose_job_slots(
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
         return fixed_count, []
+    gpus = [config.trainer.gpus for config in packed]
     # Before a plan asks for the GPU's memory.
-    select_gpus(0)
+    select_gpus(0, max((size for size in gpus if isinstance(size, int)), default=1))
     # Kinds of jobs whose neediest one has been planned.
     planned: set[str] = set()
     counts = []

@@ -197,6 +197,11 @@ CONFIG = [
         "trainer.eval_steps=aut: must be a number, a list or auto",
     ),
     Case(
+        "gpus",
+        "trainer.gpus=two",
+        "trainer.gpus=two: did you mean auto? must be a whole number or auto",
+    ),
+    Case(
         "checkpointing",
         "trainer.gradient_checkpointing=maybe",
         "trainer.gradient_checkpointing=maybe: must be true or false or auto",

@@ -76,7 +76,13 @@ class TrainerSettings(Section):
     """Write a checkpoint, too, whenever this many minutes have passed since the last one, so that
     killed work goes on from there; null: by `save_steps` alone."""
 
+    gpus: int | Literal["auto"] = "auto"
+    """GPUs that the base is spread over, layer by layer, where it is larger than one; auto: one,
+    and in a study `hydra.sweeper.gpus_per_worker`."""
+
     def __post_init__(self) -> None:
+        has_gpus = self.gpus == "auto" or self.gpus >= 1
+        self.require("gpus", has_gpus, "must be at least 1, or auto")
         self.require("num_train_epochs", self.num_train_epochs > 0, "must be above 0")
         has_limit = self.max_steps >= 1
         allowed = "must be at least 1, or -1: by epochs"

@@ -5,7 +5,6 @@ attention of padded spans (`padded_attention`).
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +49,8 @@ class PackedAttention:
     def __init__(self, batch: PackedBatch) -> None:
         self._spans = batch.spans
         self._tokens = batch.input_ids.shape[1]
-        self._device = batch.input_ids.device
+        self._bounds: dict[torch.device, VarlenBounds] = {}
+        self._buckets: dict[torch.device, Buckets] = {}
 
     def attend(
         self,
@@ -72,19 +72,26 @@ class PackedAttention:
         """
         if _fits_varlen(query, value, scores):
             return attend_varlen(
-                query, key, value, self._varlen_bounds, scores.scale, scores.window
+                query,
+                key,
+                value,
+                self._bounds_on(query.device),
+                scores.scale,
+                scores.window,
             )
-        return attend_padded(query, key, value, self._buckets, scores)
+        return attend_padded(query, key, value, self._buckets_on(query.device), scores)
 
-    # Each of the two when a layer needs it first, then for all layers of the pass.
+    # Each of the two when a layer needs it first, then for all layers of the pass on its device.
 
-    @functools.cached_property
-    def _varlen_bounds(self) -> VarlenBounds:
-        return varlen_bounds(self._spans, self._device)
+    def _bounds_on(self, device: torch.device) -> VarlenBounds:
+        if device not in self._bounds:
+            self._bounds[device] = varlen_bounds(self._spans, device)
+        return self._bounds[device]
 
-    @functools.cached_property
-    def _buckets(self) -> Buckets:
-        return make_buckets(self._spans, self._tokens, self._device)
+    def _buckets_on(self, device: torch.device) -> Buckets:
+        if device not in self._buckets:
+            self._buckets[device] = make_buckets(self._spans, self._tokens, device)
+        return self._buckets[device]
 
 
 def _fits_varlen(query: torch.Tensor, value: torch.Tensor, scores: Scores) -> bool:

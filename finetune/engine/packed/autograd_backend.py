@@ -113,7 +113,8 @@ class AutogradBackend:
                 use_cache=False,
             )
         # No other positions have a loss, so the head computes no logits for them.
-        hidden = states.last_hidden_state[0, batch.prediction_positions]
+        last_states = states.last_hidden_state[0]
+        hidden = last_states[batch.prediction_positions.to(last_states.device)]
         # Detached: head and loss are computed without autograd, `backward` gets their gradient.
         return hidden.detach(), _Trace(current_pass, hidden)
 
@@ -121,11 +122,12 @@ class AutogradBackend:
         """See `Backend.backward`."""
         for span in trace.current_pass.spans:
             # `lora_linear` adds to it.
-            span.slot.gradient.zero_()
+            span.slot.zero_gradient()
         # Gradient checkpointing computes the blocks again within this call, with the same hooks.
         decoder = self._base.get_decoder()
         with self._during(trace.current_pass), trimmed_heap(decoder):
-            torch.autograd.backward(trace.hidden, gradient)
+            hidden = trace.hidden
+            torch.autograd.backward(hidden, gradient.to(hidden.device))
 
     def release_memory(self) -> bool:
         """See `Backend.release_memory`: there is none."""

@@ -77,11 +77,11 @@ def _compare_backend(
         rows.append(_probe_row(prefix, answer))
     group_size = 1 if recurrent_layers(base) else None
     batch = pack_rows([rows], slot.bank.device, [group_size])
-    slot.round()
+    slot.refresh_weights()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):
         hidden, _ = backend.forward(batch, [slot], None)
-        row_hidden = hidden[batch.target_rows == 1]
+        row_hidden = hidden[batch.target_rows.to(hidden.device) == 1]
         outputs = base.get_output_embeddings()(row_hidden)
         logits = logit_transform_of(base.config).apply(outputs)
     with autograd.adapted_rows([slot]) as adapted_base:

@@ -6,9 +6,11 @@ it would have alone, up to the rounding of matrix products.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -45,6 +47,7 @@ from finetune.model.adapter import add_adapter
 from finetune.model.architectures import logit_transform_of
 from finetune.model.device import to_device
 from finetune.model.initial_adapter import load_initial_adapter
+from finetune.model.layer_devices import block_devices, count_stages
 from finetune.model.memory import free_memory
 from finetune.model.origin import share_origin
 from finetune.model.quantization import compute_dtype
@@ -52,6 +55,30 @@ from finetune.model.quantization import compute_dtype
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+_Request = TypeVar("_Request", ForwardBackward, Evaluate)
+
+GROUPS_PER_STAGE = 2
+"""Groups of slots for each GPU of a base on several. With more, a GPU waits for less of a step, but
+dequantises the weights more often."""
+
+
+@dataclass
+class _TrainingPass:
+    """A forward pass whose backward pass follows."""
+
+    batch: PackedBatch
+    hidden: torch.Tensor | None
+    trace: Any
+    loss_weights: torch.Tensor
+
+    def take_hidden(self) -> torch.Tensor:
+        """Return `hidden` and let go of it, which makes room for the backward pass."""
+        hidden = self.hidden
+        assert hidden is not None
+        self.hidden = None
+        return hidden
 
 
 class Bank:
@@ -79,6 +106,12 @@ class Bank:
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
         self._head = base.get_output_embeddings()
+        self._head_device = self._head.weight.device
+        self._stages = count_stages(base)
+        """GPUs that compute one after the other: the layers of a base may be on several."""
+        self._output_device = self.device
+        if self._stages > 1:
+            self._output_device = block_devices(base.get_decoder())[-1]
         self._logit_transform = logit_transform_of(base.config)
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
@@ -134,6 +167,12 @@ class Bank:
         if model is None:
             model = self.initialise_adapter(lora, seed)
         slot = Slot(self, lora, seed, model)
+        if slot.is_beyond_lora and self._stages > 1:
+            raise refusal(
+                "trainer.gpus",
+                self._stages,
+                "a base on several GPUs has no DoRA and no trained biases; allowed: 1",
+            )
         if slot.is_beyond_lora and self.backend is not self._autograd:
             # As where a run of another machine is evaluated: training goes to TRL by `selection`.
             reason = (
@@ -262,32 +301,63 @@ class Bank:
             those in the slots.
         """
         timer = PassTimer(self.device)
+        slots = self._refreshed_slots(requests)
+        # A copy between GPUs waits for what they compute: none in the middle of the passes.
+        passes = [self._forward(group) for group in self._groups(requests)]
+        losses = []
+        for training_pass in passes:
+            losses += self._backward(training_pass)
+        for slot in slots:
+            slot.collect_gradient()
+        norms = [slot.gradient.norm() for slot in slots]
+        timer.stop()
+        slot_losses = torch.stack(losses).to(self.device)
+        figures = PassFigures(slot_losses, torch.stack(norms).double(), timer)
+        for request in requests:
+            if self.is_asynchronous and request.prepare_next is not None:
+                request.prepare_next()
+        self._run_host_work_meanwhile()
+        return [ForwardBackwardResult(figures, index) for index in range(len(slots))]
+
+    def _groups(self, requests: Sequence[_Request]) -> list[Sequence[_Request]]:
+        """Divide requests into those that are computed together.
+
+        On several GPUs one group's layers are computed by a GPU while another computes the next
+        layers of the group before (Huang et al., 2019, GPipe): launches do not wait for each other.
+        """
+        if self._stages == 1:
+            return [requests]
+        count = min(len(requests), GROUPS_PER_STAGE * self._stages)
+        size = math.ceil(len(requests) / count)
+        return [
+            requests[start : start + size] for start in range(0, len(requests), size)
+        ]
+
+    def _forward(self, requests: Sequence[ForwardBackward]) -> "_TrainingPass":
         batch = self._packed_batch(requests)
-        slots = self._rounded_slots(requests)
+        slots = [request.slot for request in requests]
         dropout_steps = [request.dropout_step for request in requests]
         with embedding_noise(self.base, requests, batch):
             hidden, trace = self.backend.forward(batch, slots, dropout_steps)
         # While a GPU computes the forward pass.
         loss_weights = self._loss_weights(requests, batch)
-        result = self._token_losses(hidden, batch.targets, loss_weights)
-        # Makes room for the backward pass.
-        del hidden
+        return _TrainingPass(batch, hidden, trace, loss_weights)
+
+    def _backward(self, training_pass: "_TrainingPass") -> list[torch.Tensor]:
+        """Compute the gradients of a pass; return the slots' losses."""
+        batch = training_pass.batch
+        result = self._token_losses(
+            training_pass.take_hidden(), batch.targets, training_pass.loss_weights
+        )
         assert result.gradient is not None
-        self.backend.backward(trace, result.gradient)
+        self.backend.backward(training_pass.trace, result.gradient)
         # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
         # In float64 the sum hardly depends on the order of its terms.
         losses = []
         for start, stop in batch.target_spans:
             slot_losses = result.losses[start:stop]
             losses.append(slot_losses.double().sum())
-        norms = [slot.gradient.norm() for slot in slots]
-        timer.stop()
-        figures = PassFigures(torch.stack(losses), torch.stack(norms).double(), timer)
-        for request in requests:
-            if self.is_asynchronous and request.prepare_next is not None:
-                request.prepare_next()
-        self._run_host_work_meanwhile()
-        return [ForwardBackwardResult(figures, index) for index in range(len(slots))]
+        return losses
 
     def _token_losses(
         self,
@@ -299,8 +369,8 @@ class Bank:
             self.backend,
             self._head,
             self._logit_transform,
-            hidden,
-            targets,
+            hidden.to(self._head_device),
+            targets.to(self._head_device),
             loss_weights,
         )
 
@@ -311,7 +381,7 @@ class Bank:
         counts = [stop - start for start, stop in batch.target_spans]
         weights = numpy.array([request.loss_weight for request in requests], "float32")
         repeated = torch.from_numpy(weights.repeat(counts))
-        return to_device(repeated, self.device)
+        return to_device(repeated, self._head_device)
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[Evaluation]:
         """Compute the losses of several slots' rows in one pass, without dropout.
@@ -322,32 +392,41 @@ class Bank:
         Returns:
             The evaluation of each request's rows.
         """
-        batch = self._packed_batch(requests)
-        slots = self._rounded_slots(requests)
-        with torch.inference_mode():
-            hidden, _ = self.backend.forward(batch, slots, None)
-            result = self._token_losses(hidden, batch.targets, None)
-        row_count = sum(len(request.rows) for request in requests)
-        # In float64 the sum of a row hardly depends on the order of its terms.
-        zeros = torch.zeros(row_count, dtype=torch.float64, device=self.device)
-        row_losses = zeros.index_add(0, batch.target_rows, result.losses.double())
-        losses = self._fetch(row_losses)
-        tokens = torch.bincount(batch.target_rows, minlength=row_count).tolist()
-        zero_counts = torch.zeros(row_count, dtype=torch.long, device=self.device)
-        row_correct = zero_counts.index_add(0, batch.target_rows, result.correct.long())
-        correct = row_correct.tolist()
+        self._refreshed_slots(requests)
+        figures = [self._evaluate(group) for group in self._groups(requests)]
+        losses, tokens, correct = self._fetch(torch.cat(figures, 1))
         evaluations = []
         first_row = 0
         for request in requests:
             rows = slice(first_row, first_row + len(request.rows))
             evaluation = Evaluation(
                 row_losses=tuple(losses[rows]),
-                row_tokens=tuple(tokens[rows]),
-                row_correct=tuple(correct[rows]),
+                row_tokens=tuple(map(int, tokens[rows])),
+                row_correct=tuple(map(int, correct[rows])),
             )
             evaluations.append(evaluation)
             first_row = rows.stop
         return evaluations
+
+    def _evaluate(self, requests: Sequence[Evaluate]) -> torch.Tensor:
+        """Compute the loss of each row, its answer tokens, and how many of these are predicted.
+
+        Returns:
+            The three figures, float64 [3, rows].
+        """
+        batch = self._packed_batch(requests)
+        slots = [request.slot for request in requests]
+        with torch.inference_mode():
+            hidden, _ = self.backend.forward(batch, slots, None)
+            result = self._token_losses(hidden, batch.targets, None)
+        row_count = sum(len(request.rows) for request in requests)
+        # In float64 the sum of a row hardly depends on the order of its terms.
+        losses = result.losses.double()
+        figures = torch.stack(
+            [losses, torch.ones_like(losses), result.correct.double()]
+        )
+        rows = batch.target_rows.to(losses.device)
+        return figures.new_zeros(3, row_count).index_add(1, rows, figures)
 
     def generate(self, requests: Sequence[Generate]) -> list[Answers]:
         """Answer the prompts of several slots together, each token for all of them at once.
@@ -358,7 +437,7 @@ class Bank:
         Returns:
             The answers to each request's prompts.
         """
-        slots = self._rounded_slots(requests)
+        slots = self._refreshed_slots(requests)
 
         def adapt(runs: Sequence[int]) -> AbstractContextManager["PreTrainedModel"]:
             return self._autograd.adapted_rows([slots[run] for run in runs])
@@ -374,7 +453,8 @@ class Bank:
     def _packed_batch(
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
-        return PackedBatch([self._layout(request) for request in requests], self.device)
+        layouts = [self._layout(request) for request in requests]
+        return PackedBatch(layouts, self.device, self._output_device)
 
     def _layout(self, request: ForwardBackward | Evaluate) -> BatchLayout:
         if isinstance(request, ForwardBackward) and request.layout is not None:
@@ -382,10 +462,10 @@ class Bank:
         group_size = request.group_size if self.shares_prefixes else 1
         return lay_out(request.rows, group_size)
 
-    def _rounded_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
-        """Refresh the rounded weights of the requests' slots; return the slots."""
+    def _refreshed_slots(self, requests: Sequence[PackedRequest]) -> list[Slot]:
+        """Refresh the weights that products read; return the slots."""
         for request in requests:
-            request.slot.round()
+            request.slot.refresh_weights()
         return [request.slot for request in requests]
 
     def _fetch(self, figures: torch.Tensor) -> list[Any]:

@@ -156,12 +156,18 @@ def packed_spans(rows: Sequence[Row], shares_prefixes: bool = True) -> list[Span
 class PackedBatch:
     """The tokens of several runs' batches, one batch after another, and where everything is."""
 
-    def __init__(self, layouts: Sequence[BatchLayout], device: torch.device) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[BatchLayout],
+        device: torch.device,
+        output_device: torch.device | None = None,
+    ) -> None:
         """Join the batches.
 
         Args:
             layouts: The batch of each run.
             device: Where the tensors go.
+            output_device: Where those of answer tokens go; None: there too.
         """
         self.batch_spans: list[tuple[int, int]] = []
         """The tokens of each run's batch: first, one past the last."""
@@ -187,7 +193,13 @@ class PackedBatch:
         # One copy to the device for all of them: each copy is a launch.
         joined = torch.from_numpy(numpy.concatenate(arrays))
         sizes = [len(array) for array in arrays]
-        tensors = torch.split(to_device(joined, device), sizes)
+        tensors = [*torch.split(to_device(joined, device), sizes)]
+        if output_device not in (None, device):
+            # From the host: a copy from the other GPU would wait for what both have to compute.
+            for number, array in enumerate(arrays[:3]):
+                tensors[number] = to_device(torch.from_numpy(array), output_device)
+        self.host_position_ids = torch.from_numpy(arrays[3])
+        """`position_ids` in the host's memory [tokens]."""
         self.targets = tensors[0]
         """The answer tokens [answer tokens]."""
         self.target_rows = tensors[1]

@@ -13,6 +13,7 @@ import torch
 from finetune.data.lengths import computed_length
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.requests import ForwardBackward
+from finetune.model.device import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,5 +69,5 @@ def _noise(request: ForwardBackward, embeddings: torch.Tensor) -> torch.Tensor:
     for row in request.rows:
         scale = request.noise_alpha / (len(row["input_ids"]) * hidden_size) ** 0.5
         scales += [scale] * computed_length(row)
-    column = torch.tensor(scales, device=device)[:, None]
+    column = to_device(torch.tensor(scales), device)[:, None]
     return (noise * column).to(embeddings.dtype)

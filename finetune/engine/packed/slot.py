@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.engine.packed.lora_linear import Adapter
+from finetune.engine.packed.slot_sections import Section, make_sections
 from finetune.engine.steps import Executor
 from finetune.model.device import copy_stream_after, to_device
+from finetune.model.layer_devices import layer_device
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,8 +39,8 @@ class Slot:
     """One run's adapter on the bank, as flat float32 vectors.
 
     The optimizer updates `vector`; each pass writes `gradient`. `adapters` are views of the same
-    memory, one for each adapted layer. Where matrix products have another dtype, they read a copy
-    of the weights that `round` refreshes.
+    memory, one for each adapted layer. Where matrix products have another dtype, or a layer is on
+    another GPU, they read a copy of the weights that `refresh_weights` makes.
     """
 
     def __init__(
@@ -62,7 +64,11 @@ class Slot:
         self.seed = seed
         self.model = model
         layers = _lora_layers(model)
-        self.parameters = _trained_parameters(layers)
+        self.parameters = [
+            parameter
+            for layer in layers.values()
+            for parameter in _trained_parameters(layer)
+        ]
         """The model's trained weights, layer by layer; views of `vector`."""
         self._slices = _consecutive_slices(self.parameters)
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
@@ -73,9 +79,14 @@ class Slot:
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
         """Gradient of the last batch [parameters], float32."""
-        self._product_weights = self.vector
-        if bank.dtype != torch.float32:
-            self._product_weights = torch.empty_like(self.vector, dtype=bank.dtype)
+        self._sections = make_sections(
+            self.vector,
+            self.gradient,
+            bank.dtype,
+            devices=[layer_device(bank.base, name) for name in layers],
+            sizes=[_size(layer) for layer in layers.values()],
+            bank_device=bank.device,
+        )
         self.adapters = self._adapter_views(layers)
         """The adapters by the name of their layer."""
         self.kernel_table: SlotTable | None = None
@@ -83,10 +94,10 @@ class Slot:
         self._bind_model(self.vector)
 
     def _adapter_views(self, layers: dict[str, "LoraLayer"]) -> dict[str, Adapter]:
-        # In the order of `_trained_parameters`.
-        weights = iter(self._views(self._product_weights))
+        # In the order of `parameters`.
+        weights = self._section_views(lambda section: section.weights)
         exact_weights = iter(self._views(self.vector))
-        gradients = iter(self._views(self.gradient))
+        gradients = self._section_views(lambda section: section.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
             adapter = Adapter(
@@ -121,6 +132,19 @@ class Slot:
             views.append(vector[section].view(parameter.shape))
         return views
 
+    def _section_views(
+        self, tensor: Callable[[Section], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """As `_views`, of a tensor of the section that each parameter is in."""
+        sections = iter(self._sections)
+        section = next(sections)
+        for parameter, place in zip(self.parameters, self._slices, strict=True):
+            if place.start >= section.span.stop:
+                section = next(sections)
+            first = place.start - section.span.start
+            values = tensor(section)[first : first + parameter.numel()]
+            yield values.view(parameter.shape)
+
     def _bind_model(self, vector: torch.Tensor) -> None:
         """Make the model's weights views of a vector."""
         for parameter, view in zip(self.parameters, self._views(vector), strict=True):
@@ -153,11 +177,23 @@ class Slot:
         finally:
             self._bind_model(self.vector)
 
-    def round(self) -> None:
-        """Refresh the weights that matrix products read, where they have another dtype."""
+    def refresh_weights(self) -> None:
+        """Copy the weights to where products read them, in the dtype of products."""
         # In place, because the adapters' views and the kernels' addresses are of this memory.
-        if self._product_weights is not self.vector:
-            self._product_weights.copy_(self.vector)
+        for section in self._sections:
+            if section.copies_weights:
+                section.weights.copy_(self.vector[section.span])
+
+    def collect_gradient(self) -> None:
+        """Complete `gradient` with those of layers on other GPUs."""
+        for section in self._sections:
+            if section.copies_gradient:
+                self.gradient[section.span].copy_(section.gradient)
+
+    def zero_gradient(self) -> None:
+        """Set the gradients to zero, where a pass adds to them."""
+        for section in self._sections:
+            section.gradient.zero_()
 
 
 def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
@@ -169,18 +205,20 @@ def _lora_layers(model: "PeftModel") -> dict[str, "LoraLayer"]:
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
-def _trained_parameters(layers: dict[str, "LoraLayer"]) -> list[torch.nn.Parameter]:
-    """The weights of A and B of each layer, in turn, then its magnitudes and its trained bias."""
-    parameters = []
-    for layer in layers.values():
-        parameters.append(layer.lora_A["default"].weight)
-        parameters.append(layer.lora_B["default"].weight)
-        if layer.lora_magnitude_vector:
-            parameters.append(layer.lora_magnitude_vector["default"].weight)
-        bias = _trained_bias(layer)
-        if bias is not None:
-            parameters.append(bias)
+def _trained_parameters(layer: "LoraLayer") -> list[torch.nn.Parameter]:
+    """The weights of A and B of a layer, then its magnitudes and its trained bias."""
+    parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if layer.lora_magnitude_vector:
+        parameters.append(layer.lora_magnitude_vector["default"].weight)
+    bias = _trained_bias(layer)
+    if bias is not None:
+        parameters.append(bias)
     return parameters
+
+
+def _size(layer: "LoraLayer") -> int:
+    """Trained weights of a layer."""
+    return sum(parameter.numel() for parameter in _trained_parameters(layer))
 
 
 def _trained_bias(layer: "LoraLayer") -> torch.nn.Parameter | None:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from finetune.engine.packed.batch import Span
+from finetune.model.device import to_device
 
 MAX_HEAD_DIM = 256
 """Widest heads that variable-length attention computes."""
@@ -47,11 +48,11 @@ def varlen_bounds(spans: list[Span], device: torch.device) -> VarlenBounds:
     # A span's keys have to be consecutive, so those of a shared prefix are repeated.
     if any(prefix_lengths):
         indices = torch.cat([span.key_indices() for span in spans])
-        key_indices = indices.to(device)
+        key_indices = to_device(indices, device)
     # The largest counts are read on the host: reading them from a GPU would wait for its work.
     return VarlenBounds(
-        query_offsets=query_counts.cumsum(0).to(device, torch.int32),
-        key_offsets=key_counts.cumsum(0).to(device, torch.int32),
+        query_offsets=to_device(query_counts.cumsum(0).int(), device),
+        key_offsets=to_device(key_counts.cumsum(0).int(), device),
         max_queries=int(query_counts.max()),
         max_keys=int(key_counts.max()),
         key_indices=key_indices,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from finetune.compat import set_train_sampler
+from finetune.compat import compute_on_one_gpu, set_train_sampler
 from finetune.config.schema import RunConfig
 from finetune.data.token_file import Tokens
 from finetune.engine.budget import Budget
@@ -112,6 +112,7 @@ class TrlTraining(LoadedModel):
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 weights[name] = weight.detach().clone()
+        compute_on_one_gpu(self._arguments)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
         trainer = SFTTrainer(
             model=self.model,

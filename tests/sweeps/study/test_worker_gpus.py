@@ -3,6 +3,8 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,31 @@ def test_the_launcher_of_a_cluster_asks_for_each_workers_gpus() -> None:
     assert (
         _with_worker_launcher(config, 2, True).hydra.launcher == config.hydra.launcher
     )
+
+
+@pytest.mark.parametrize(("visible", "overrides"), [(4, ["trainer.gpus=2"]), (0, [])])
+def test_trials_spread_their_base_over_the_gpus_of_their_worker(
+    tiny: Any, visible: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.model import device
+    from sweeps.study.engine_choice import EngineChoice
+    from sweeps.study.session import Session
+
+    monkeypatch.setattr(device, "on_gpu", lambda: visible > 0)
+    session = SimpleNamespace(
+        engine=EngineChoice("packed", 2, False),
+        space=SimpleNamespace(config_keys=["trainer.gradient_checkpointing"]),
+        settings=settings_of("hydra.sweeper.gpus_per_worker=2"),
+        common=tiny(),
+    )
+    composed = Session.common_overrides.fget(session)  # type: ignore[attr-defined]
+    assert composed == ["trainer.engine=packed", *overrides]
+
+
+def test_other_gpus_than_those_of_a_worker_are_refused(tiny: Any) -> None:
+    from sweeps.study.opening import _choose_engine
+
+    settings = settings_of("hydra.sweeper.gpus_per_worker=2")
+    line = "trainer.gpus=3: each worker has hydra.sweeper.gpus_per_worker=2"
+    with pytest.raises(ConfigError, match=line):
+        _choose_engine(settings, [tiny("trainer.gpus=3")])

@@ -1,7 +1,7 @@
 """The tables by which the Triton kernels of `lowrank` find each slot's tokens and adapters."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -46,6 +46,18 @@ class SlotTable:
     """The largest one."""
     aligned: bool
     """Whether all ranks are multiples of 8 and all addresses of 16 bytes: vector loads."""
+    copies: dict[torch.device | str, torch.Tensor] = field(
+        default_factory=dict, compare=False
+    )
+    """`layers` on other devices, where a base is spread over several."""
+
+    def on(self, device: torch.device | str) -> torch.Tensor:
+        """Return `layers` on a device, to which they are copied once."""
+        if self.layers.device == device:
+            return self.layers
+        if device not in self.copies:
+            self.copies[device] = self.layers.to(device)
+        return self.copies[device]
 
     @classmethod
     def of(cls, layers: torch.Tensor, device: torch.device | str) -> "SlotTable":
@@ -92,7 +104,7 @@ class AdapterTables:
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
         tiles = _tile_rows(spans, self.tile_tokens)
-        layers = torch.stack([table.layers for table in slot_tables])
+        layers = torch.stack([table.on(device) for table in slot_tables])
         if size:
             layers = padded_rows(layers, size.slots)
             span_rows = padded_rows(span_rows, size.slots)

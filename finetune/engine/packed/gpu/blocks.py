@@ -8,6 +8,7 @@ Only operations on the GPU, none of which the host waits for: they can be record
 (`recorded_pass`).
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from finetune.engine.packed.gpu.per_layer_input import (
     ProjectionActivations,
 )
 from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
+from finetune.model.layer_devices import block_devices
 
 
 def stored_blocks(layers: int, slots: int) -> int:
@@ -77,6 +79,11 @@ class DecoderBlocks:
         self._gradient_checkpointing = gradient_checkpointing
         self._position_kinds = block.position_kinds
         self._rotary = model.rotary_emb
+        self._rotary_elsewhere = {
+            device: copy.deepcopy(model.rotary_emb).to(device)
+            for device in set(block_devices(model)) - {model.embed_tokens.weight.device}
+        }
+        """On other GPUs, as a copy of its results would wait for what both have to compute."""
         self._per_layer: PerLayerEmbedding | None = None
         if has_per_layer_inputs(config, block):
             self._per_layer = PerLayerEmbedding(model, prefix, table_rows, block)
@@ -91,6 +98,8 @@ class DecoderBlocks:
             self._blocks.append(
                 Block(module, name, table_rows, config, block, layer_type)
             )
+        self._devices = block_devices(model)
+        """Of each block."""
 
     def forward(
         self, x: torch.Tensor, context: PassContext, trains: bool
@@ -105,8 +114,7 @@ class DecoderBlocks:
         Returns:
             The last block's output [tokens, hidden_size], and the trace for `backward`.
         """
-        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
-        context = dataclasses.replace(context, angles=angles, shared_heads={})
+        context = self._with_angles(context, x)
         per_layer = None
         if self._per_layer is not None:
             inputs, per_layer = self._per_layer.forward(x, context)
@@ -117,7 +125,9 @@ class DecoderBlocks:
             recomputed = layers - stored_blocks(layers, context.slots)
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
-            output, activations = block.forward(x, context)
+            device = self._devices[number]
+            x = x.to(device)
+            output, activations = block.forward(x, context.on(device))
             assert output is not None
             x = output
             if trains and number < recomputed:
@@ -128,6 +138,21 @@ class DecoderBlocks:
             del activations, output
         return x, BlocksTrace(context, stored, per_layer)
 
+    def _with_angles(self, context: PassContext, x: torch.Tensor) -> PassContext:
+        """Add the angles of the rotary embedding to a pass, on each device.
+
+        Args:
+            context: The pass.
+            x: The embeddings.
+        """
+        elsewhere = {}
+        for device, other in context.elsewhere.items():
+            elsewhere[device] = self._with_angles(other, x.new_empty(1, device=device))
+        angles = {kind: self._angles(x, context, kind) for kind in self._layer_types}
+        return dataclasses.replace(
+            context, angles=angles, shared_heads={}, elsewhere=elsewhere
+        )
+
     def _angles(
         self, x: torch.Tensor, context: PassContext, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +160,12 @@ class DecoderBlocks:
         positions = context.position_ids[None]
         if self._position_kinds > 1:
             positions = positions.expand(self._position_kinds, -1, -1)
+        rotary = self._rotary_elsewhere.get(x.device, self._rotary)
         # Transformers' module reads no more of x than its dtype and device.
         if layer_type is None:
-            cos, sin = self._rotary(x[None], positions)
+            cos, sin = rotary(x[None], positions)
         else:
-            cos, sin = self._rotary(x[None], positions, layer_type)
+            cos, sin = rotary(x[None], positions, layer_type)
         # Contiguous, because the kernels compute addresses from the sizes alone.
         return cos[0].contiguous(), sin[0].contiguous()
 
@@ -155,10 +181,14 @@ class DecoderBlocks:
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
+            device = self._devices[len(trace.blocks)]
+            grad = grad.to(device)
             weight_cache: dict[str, torch.Tensor] | None = None
             if cache_weights:
                 weight_cache = {}
-            context = dataclasses.replace(trace.context, weight_cache=weight_cache)
+            context = dataclasses.replace(
+                trace.context.on(device), weight_cache=weight_cache
+            )
             if isinstance(stored, torch.Tensor):
                 _, stored = block.forward(stored, context, recompute=True)
             is_first = not trace.blocks

@@ -42,6 +42,13 @@ class PassContext:
     """Dequantised weights of a block, by layer, from its recomputation to its backward pass; None:
     each of the two dequantises them."""
 
+    elsewhere: dict[torch.device, "PassContext"] = field(default_factory=dict)
+    """The same on the other GPUs that hold blocks of the base."""
+
+    def on(self, device: torch.device) -> "PassContext":
+        """Return the pass as the blocks on a device need it."""
+        return self.elsewhere.get(device, self)
+
     def tensors(self) -> list[torch.Tensor]:
         """What differs between two passes of the same size."""
         tensors = [self.input_ids, self.position_ids]

@@ -1,9 +1,11 @@
 """The tables of a pass: whose tokens are where, and each slot's adapters."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.functional import pad
 
 from finetune.engine.packed.batch import PackedBatch
@@ -14,6 +16,8 @@ from finetune.engine.packed.gpu.delta_rule import RowTables
 from finetune.engine.packed.gpu.pass_size import PassSize, padding_span
 from finetune.engine.packed.gpu.query_scales import query_scales
 from finetune.model.decoder_blocks import DecoderBlock
+from finetune.model.device import to_device
+from finetune.model.layer_devices import block_devices
 
 if TYPE_CHECKING:
     from finetune.engine.packed.slot import Slot
@@ -39,6 +43,7 @@ class ContextMaker:
         self._has_delta_nets = any(
             hasattr(module, "linear_attn") for module in model.layers
         )
+        self._devices = block_devices(model)
 
     def make(
         self,
@@ -58,8 +63,28 @@ class ContextMaker:
         Returns:
             The context, without what the blocks compute for themselves.
         """
+        device = batch.input_ids.device
+        elsewhere = {
+            other: self._make_on(other, batch, slots, dropout_steps, size)
+            for other in self._devices
+            if other != device
+        }
+        context = self._make_on(device, batch, slots, dropout_steps, size)
+        return dataclasses.replace(context, elsewhere=elsewhere)
+
+    def _make_on(
+        self,
+        device: torch.device,
+        batch: PackedBatch,
+        slots: "Sequence[Slot]",
+        dropout_steps: Sequence[int] | None,
+        size: PassSize | None,
+    ) -> PassContext:
         input_ids = batch.input_ids[0]
         position_ids = batch.position_ids[0]
+        if device != position_ids.device:
+            # From the host: a copy from the first GPU would wait for what both have to compute.
+            position_ids = to_device(batch.host_position_ids, device)
         spans = batch.spans
         adapter_spans = _adapter_spans(batch, slots, dropout_steps)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
@@ -76,13 +101,13 @@ class ContextMaker:
         adapted_layers: frozenset[str] = frozenset().union(*layers_by_slot)
         rows = None
         if self._has_delta_nets:
-            rows = RowTables(spans, input_ids.device, size)
+            rows = RowTables(spans, device, size)
         return PassContext(
             input_ids=input_ids,
             position_ids=position_ids,
             slots=len(slots),
             spans=SpanTables(spans, position_ids, self._head_dims, size),
-            adapters=AdapterTables(adapter_spans, tables, input_ids.device, size),
+            adapters=AdapterTables(adapter_spans, tables, device, size),
             adapted_layers=adapted_layers,
             rows=rows,
             query_scales=query_scales(self._scaled_config, spans, position_ids),

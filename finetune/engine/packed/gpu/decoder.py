@@ -29,6 +29,7 @@ from finetune.engine.packed.gpu.rms_norm import (
 )
 from finetune.model.architectures import text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
+from finetune.model.layer_devices import count_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +84,7 @@ class Decoder:
         self._blocks = DecoderBlocks(
             model, prefix, self._table_rows, config, block, gradient_checkpointing
         )
+        self._is_spread = count_stages(base) > 1
         block_weights = sum(
             module.in_features * module.out_features
             for module in model.layers[0].modules()
@@ -116,15 +118,18 @@ class Decoder:
         # Steps are given in training only.
         trains = bool(dropout_steps)
         size = None
-        if trains and self._recorder.is_worthwhile(batch):
+        # What several GPUs compute is not recorded.
+        records = trains and not self._is_spread
+        if records and self._recorder.is_worthwhile(batch):
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
         x, trace = self._compute_blocks(context, size, trains)
         # The last norm and the head see no other positions: only these have a loss.
-        hidden = x[batch.prediction_positions]
+        positions = batch.prediction_positions.to(x.device)
+        hidden = x[positions].to(self._norm.weight.device)
         normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
         return normalized, Trace(
-            prediction_positions=batch.prediction_positions,
+            prediction_positions=positions,
             blocks=trace,
             hidden=hidden,
             inverse_rms=inverse_rms,
@@ -166,14 +171,16 @@ class Decoder:
         """The gradient of the blocks' output [tokens, hidden_size]."""
         # Positions that predict no answer token have no gradient of their own, but the blocks
         # below give them one: answers attend to them.
-        grad = gradient.new_zeros(trace.tokens, gradient.shape[1])
-        # An answer token is predicted at one position only, so nothing has to be summed.
-        grad[trace.prediction_positions] = rms_norm_backward(
-            gradient.contiguous(),
+        device = trace.prediction_positions.device
+        grad = gradient.new_zeros(trace.tokens, gradient.shape[1], device=device)
+        grad_hidden = rms_norm_backward(
+            gradient.contiguous().to(trace.hidden.device),
             trace.hidden,
             self._norm,
             trace.inverse_rms,
         )
+        # An answer token is predicted at one position only, so nothing has to be summed.
+        grad[trace.prediction_positions] = grad_hidden.to(device)
         # Makes room.
         del trace.hidden
         return grad

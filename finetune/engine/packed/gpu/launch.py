@@ -17,7 +17,7 @@ def launch(
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """Launch a kernel on the current device.
+    """Launch a kernel on the device of its first argument, a tensor.
 
     Triton's own inspection of the arguments takes longer than a small kernel runs. Here it is done
     once for each combination of what Triton compiles for: dtypes, alignment to 16, ones, and
@@ -31,6 +31,24 @@ def launch(
         warps: Warps of one program.
         stages: Stages of software pipelining.
     """
+    device = arguments[0].device
+    # Not on the first GPU, which is the current one: the layers of a base may be on several.
+    if device.index:
+        with torch.cuda.device(device):
+            _launch(kernel, grid, arguments, constants, warps, stages)
+    else:
+        _launch(kernel, grid, arguments, constants, warps, stages)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch a kernel on the current device, which is that of the arguments."""
     # One expression without function calls of its own, because every launch waits for it.
     kinds = tuple(
         (argument.dtype, argument.data_ptr() % 16 == 0)
@@ -39,7 +57,8 @@ def launch(
         for argument in arguments
         if not isinstance(argument, float)
     )
-    key = (kernel, kinds, constants, warps, stages)
+    # A compiled kernel belongs to its device.
+    key = (kernel, arguments[0].device, kinds, constants, warps, stages)
     compiled = _compiled.get(key)
     # The first launch of a combination compiles; later ones skip Triton's Python code.
     if compiled is None:

@@ -21,7 +21,7 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
     for slot in slots[1:]:
         slot.vector.copy_(slots[0].vector)
-        slot.round()
+        slot.refresh_weights()
 
     def loss(seed: int, draw: int) -> float:
         torch.rand(1)

@@ -15,7 +15,7 @@ def _unwritten_memory_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
         def make(*args: Any, **kwargs: Any) -> Any:
             tensor = function(*args, **kwargs)
             if tensor.dtype.is_floating_point and tensor.device.type == "cpu":
-                tensor.fill_(torch.finfo(tensor.dtype).max)
+                tensor.detach().fill_(torch.finfo(tensor.dtype).max)
             return tensor
 
         return make

@@ -116,6 +116,127 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
         )  # bfloat16 on both sides
 
 
+@pytest.fixture(scope="module")
+def deep_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of eight blocks, whose head is no copy of its embedding."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("deep") / "base"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("saves", ["true", "false"])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_base_on_two_gpus_is_the_base_on_one(
+    tiny: Tiny, deep_base: Path, by_hand: bool, saves: str, monkeypatch: Any
+) -> None:
+    """Slots of one pass on a GPU, in groups on two, and each of them alone on two."""
+    import torch
+
+    from finetune.engine.packed.gpu.decoder import Decoder
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if not by_hand:
+        monkeypatch.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
+    results = []
+    for gpus, together in ((1, True), (2, True), (2, False)):
+        config = tiny(
+            f"model.name_or_path={deep_base}",
+            "lora.r=16",
+            "lora.dropout=0.1",
+            f"trainer.gradient_checkpointing={saves}",
+            f"trainer.gpus={gpus}",
+        )
+        resources = SharedResources()
+        bank = resources.bank(config)
+        assert len({weight.device for weight in bank.base.parameters()}) == gpus
+        results.append(_train_slots(config, resources, bank, together))
+        assert isinstance(bank.backend, Decoder) is by_hand
+    (expected, gradients), *others = results
+    for figures, computed in others:
+        assert by(figures, expected) < 5e-3
+        for one, other in zip(computed, gradients, strict=True):
+            assert float((one - other).norm() / other.norm()) < 0.08
+
+
+def _train_slots(
+    config: RunConfig, resources: SharedResources, bank: Any, together: bool
+) -> tuple[list[float], list[Any]]:
+    """Train five slots for two steps, evaluate them and let them answer."""
+    import torch
+
+    from finetune.engine.encoded_prompts import EncodedPrompts
+    from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
+
+    rows = list(resources.tokens("train", resources.rows(config.dataset).train, config))
+    slots = [bank.create_slot(config.lora, seed) for seed in range(5)]
+    torch.manual_seed(1)
+    for slot in slots:
+        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+    losses = []
+    gradients = []
+    for step in (1, 2):
+        passes = [ForwardBackward(slot, rows[:3], 0.1, step) for slot in slots]
+        groups = [passes] if together else [[request] for request in passes]
+        for group in groups:
+            losses += [result.loss for result in bank.forward_backward(group)]
+        gradients += [slot.gradient.cpu() for slot in slots]
+        for slot in slots:
+            slot.vector.sub_(slot.gradient, alpha=0.1)
+    evaluations = [Evaluate(slot, rows[3:6]) for slot in slots]
+    groups = [evaluations] if together else [[request] for request in evaluations]
+    for group in groups:
+        for result in bank.evaluate(group):
+            losses += result.row_losses
+    prompts = EncodedPrompts([[5, 9, 30], [7, 70]], [6, 4], [], 1)
+    answers = bank.generate([Generate(slot, prompts) for slot in slots])
+    assert [[len(tokens) for tokens in run] for run in answers] == [[6, 4]] * 5
+    return losses, gradients
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_a_run_on_two_gpus_and_its_adapter_on_one(
+    tiny: Tiny, deep_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import torch
+
+    import finetune
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = tiny(f"model.name_or_path={deep_base}", "trainer.gpus=2", *STEPS)
+    folder = tmp_path / "run"
+    # Or the process would see as many GPUs as its first run has.
+    monkeypatch.setattr("finetune.model.device._has_selected", True)
+    run(config, folder)
+    trained = losses(folder)
+    assert trained[-1] < trained[0]
+    answers = []
+    for count in (2, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "device_count", lambda count=count: count)
+            loaded = finetune.load(folder)
+            answers.append(loaded.generate(["a"], max_new_tokens=4))
+            del loaded
+    assert answers[0] == answers[1]
+
+
 def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     """It begins and ends runs: an adapter is fetched without waiting for the pass that others'
     batches take."""

@@ -1,0 +1,65 @@
+"""A slot's weights by the device of their layers: the layers of a base may be on several GPUs.
+
+The optimizer has one flat vector on one device. Products read the weights, and write the gradients,
+on the device of the layer.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Section:
+    """The weights of consecutive layers on one device."""
+
+    span: slice
+    """Where they are in the slot's vector."""
+    weights: torch.Tensor
+    """As products read them [parameters]; a view of the vector where it can be."""
+    gradient: torch.Tensor
+    """Float32 [parameters]; a view of the slot's gradient where it can be."""
+    copies_weights: bool
+    """Whether `weights` is a copy of the vector's."""
+    copies_gradient: bool
+    """Whether `gradient` has to be copied into the slot's."""
+
+
+def make_sections(
+    vector: torch.Tensor,
+    gradient: torch.Tensor,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    sizes: Sequence[int],
+    bank_device: torch.device,
+) -> list[Section]:
+    """Divide a slot's vector into sections.
+
+    Args:
+        vector: All weights, float32 [parameters].
+        gradient: Their gradient, float32 [parameters].
+        dtype: Of products.
+        devices: Of each layer, in the order of the vector.
+        sizes: Weights of each layer.
+        bank_device: Of the vector.
+    """
+    sections = []
+    start = 0
+    layers = zip(devices, sizes, strict=True)
+    for device, group in itertools.groupby(layers, key=lambda layer: layer[0]):
+        stop = start + sum(size for _, size in group)
+        span = slice(start, stop)
+        is_elsewhere = device != bank_device
+        weights = vector[span]
+        section_gradient = gradient[span]
+        copies_weights = is_elsewhere or dtype != vector.dtype
+        if copies_weights:
+            weights = torch.empty_like(weights, dtype=dtype, device=device)
+        if is_elsewhere:
+            section_gradient = torch.zeros_like(section_gradient, device=device)
+        section = Section(span, weights, section_gradient, copies_weights, is_elsewhere)
+        sections.append(section)
+        start = stop
+    return sections

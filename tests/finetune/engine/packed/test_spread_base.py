@@ -1,0 +1,333 @@
+"""A base whose blocks are on two GPUs trains, evaluates and answers as on one.
+
+The GPUs are pretended (`support.pretend_gpus`): an operation on tensors of two of them is refused.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.banks import load_bank
+from support.decoder_bases import random_base
+from support.pretend_gpus import GPUS, LABELS, pretend_gpus, spread
+from support.runs import final, losses
+
+from finetune.config.schema import RunConfig
+from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
+from finetune.errors import ConfigError
+
+Tiny = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def deep_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of eight small blocks, whose head is no copy of its embedding."""
+    return llama(tiny_base, tmp_path_factory.mktemp("deep") / "base", tied=False)
+
+
+def llama(tiny_base: Path, folder: Path, tied: bool, layers: int = 8) -> Path:
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_base)
+    config.num_hidden_layers = layers
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+def train(configs: list[RunConfig], saves: bool | None) -> dict[str, Any]:
+    """Train slots for some steps, evaluate them and let them answer.
+
+    Args:
+        configs: Of each slot.
+        saves: See `load_bank`.
+    """
+    bank = load_bank(configs[0], saves)
+    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+    # No probe has found it wrong.
+    assert isinstance(bank.backend, AutogradBackend) is (saves is None)
+    generator = torch.Generator().manual_seed(1)
+    figures = []
+    gradients = []
+    for slot in slots:
+        # Other weights in each slot, none of them zero.
+        noise = 0.02 * torch.randn(slot.vector.shape, generator=generator)
+        slot.vector.add_(noise.to(slot.vector.device))
+    # Triton's interpreter is slow.
+    steps = 2 if saves is None else 1
+    for step in range(1, steps + 1):
+        requests = []
+        for number, slot in enumerate(slots):
+            ids = torch.randint(0, 500, (2, 9 + number), generator=generator).tolist()
+            rows = [{"input_ids": row, "labels": [-100] * 5 + row[5:]} for row in ids]
+            noise_alpha = 5.0 if number == 1 else None
+            requests.append(
+                ForwardBackward(slot, rows, 0.1, step, noise_alpha=noise_alpha)
+            )
+        results = bank.forward_backward(requests)
+        evaluations = bank.evaluate(
+            [
+                Evaluate(slot, request.rows)
+                for slot, request in zip(slots, requests, strict=True)
+            ]
+        )
+        for result, evaluation in zip(results, evaluations, strict=True):
+            figures += [result.loss, result.norm, *evaluation.row_losses]
+            figures += [*evaluation.row_tokens, *evaluation.row_correct]
+        for slot in slots:
+            gradients.append(slot.gradient.cpu().clone())
+            slot.vector.sub_(slot.gradient)
+    return {
+        "devices": {weight.device for weight in bank.base.parameters()},
+        "figures": figures,
+        "gradients": gradients,
+        "answers": answers(bank, slots),
+    }
+
+
+def answers(bank: Any, slots: list[Any]) -> Any:
+    from finetune.engine.encoded_prompts import EncodedPrompts
+
+    prompts = EncodedPrompts([[5, 9, 30], [7, 70]], [6, 4], [], 1)
+    return bank.generate([Generate(slot, prompts) for slot in slots])
+
+
+def compare(
+    configs: list[RunConfig], saves: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = train(configs, saves)
+    assert alone["devices"] == {torch.device("cpu")}
+    load_on_pretend_gpus(monkeypatch)
+    with pretend_gpus(monkeypatch):
+        spread_out = train(configs, saves)
+    assert spread_out["devices"] == set(GPUS)
+    # Passes of fewer slots: products of other sizes may round otherwise.
+    exact = pytest.approx(alone["figures"], rel=1e-4)
+    assert spread_out["figures"] == exact
+    for mine, theirs in zip(spread_out["gradients"], alone["gradients"], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert spread_out["answers"] == alone["answers"]
+
+
+def load_on_pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.model.loading import load_base
+
+    def load(*arguments: Any) -> Any:
+        return spread(load_base(*arguments))
+
+    monkeypatch.setattr("finetune.model.loading.load_base", load)
+
+
+def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConfig]:
+    targets = ("q_proj", "down_proj"), ("v_proj",), ("q_proj", "k_proj", "up_proj")
+    return [
+        tiny(
+            f"model.name_or_path={folder}",
+            "quantization=none",
+            f"lora.target_modules=[{','.join(targets[number % 3])}]",
+            f"lora.r={2 + number}",
+            f"seed={number}",
+            *more,
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(
+    ("count", "dropout", "saves"),
+    [(1, 0, False), (2, 0.3, True), (5, 0.3, False), (5, 0, True)],
+)
+def test_with_autograd(
+    tiny: Tiny,
+    deep_base: Path,
+    count: int,
+    dropout: float,
+    saves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    more = f"lora.dropout={dropout}", f"trainer.gradient_checkpointing={saves}"
+    compare(configs_of(tiny, deep_base, count, *more), None, monkeypatch)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+def test_of_a_quantised_base(
+    tiny: Tiny, deep_base: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.model.quantization.DEQUANTIZED_SHARE", 0)
+    more = f"quantization={quantization}", "trainer.gradient_checkpointing=true"
+    compare(configs_of(tiny, deep_base, 3, *more), None, monkeypatch)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_of_a_base_whose_head_is_its_embedding(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = llama(tiny_base, tmp_path / "tied", tied=True)
+    compare(configs_of(tiny, folder, 3), None, monkeypatch)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_5_text", "ministral3"])
+def test_of_other_architectures(
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masks and angles by the type of layer, recurrent layers, scaled queries."""
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    compare(configs_of(tiny, folder, 3), None, monkeypatch)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("saves", [True, False])
+def test_with_the_decoder_by_hand(
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    saves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = llama(tiny_base, tmp_path / "base", tied=False, layers=2)
+    configs = configs_of(tiny, folder, 2, "lora.dropout=0.2")
+    compare(configs, saves, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_5_text", "ministral3"])
+def test_with_the_decoder_by_hand_of_other_architectures(
+    tiny: Tiny,
+    tiny_base: Path,
+    tmp_path: Path,
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    compare(configs_of(tiny, folder, 2), True, monkeypatch)
+
+
+def test_a_run_goes_on_from_its_checkpoint(
+    tiny: Tiny, deep_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run: optimizer, evaluations, samples, checkpoints, adapter."""
+    from finetune.run.context import RunContext
+    from finetune.run.resources import SharedResources
+    from finetune.run.run import run
+
+    config = tiny(
+        f"model.name_or_path={deep_base}", "trainer.save_steps=2", "trainer.max_steps=6"
+    )
+
+    def complete(folder: Path) -> None:
+        run(config, folder, RunContext(interactive=False, resources=SharedResources()))
+
+    complete(tmp_path / "alone")
+    load_on_pretend_gpus(monkeypatch)
+    with pretend_gpus(monkeypatch):
+        interrupt_after(3, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            complete(tmp_path / "spread")
+        complete(tmp_path / "spread")
+    alone, resumed = losses(tmp_path / "alone"), losses(tmp_path / "spread")
+    assert resumed == pytest.approx(alone, rel=1e-4)
+    name = "eval/loss"
+    metrics = [final(tmp_path / run)["metrics"][name] for run in ("alone", "spread")]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a run once, after some passes."""
+    from finetune.engine.packed.bank import Bank
+
+    original = Bank.forward_backward
+    passes = iter(range(1000))
+
+    def forward_backward(self: Any, requests: Any) -> Any:
+        if next(passes) == steps:
+            raise KeyboardInterrupt
+        return original(self, requests)
+
+    monkeypatch.setattr(Bank, "forward_backward", forward_backward)
+
+
+def test_the_pretended_gpus_find_a_base_that_does_not_move_its_inputs(
+    tiny: Tiny, deep_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.model.layer_devices.move_inputs", lambda base: None)
+    # The probe of the bank meets it first.
+    with pytest.raises(ConfigError, match=r"MixedDevices: .* on xpu:1"):
+        compare(configs_of(tiny, deep_base, 1), None, monkeypatch)
+
+
+def test_between_gpus_go_hidden_states_alone(
+    tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other copy would wait for what both GPUs have to compute, before the blocks can begin."""
+    from support import pretend_gpus as pretended
+
+    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.batch import lay_out
+
+    folder = llama(tiny_base, tmp_path / "base", tied=False, layers=2)
+    (config,) = configs_of(tiny, folder, 1)
+    load_on_pretend_gpus(monkeypatch)
+    monkeypatch.setattr(Bank, "_check_backend", lambda *_: None)
+    copies = []
+    copied = pretended._copied
+
+    def counting(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append((LABELS.of(x), device, tuple(x.shape)))
+        return copied(x, device)
+
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
+    with pretend_gpus(monkeypatch):
+        bank = load_bank(config, True)
+        slot = bank.create_slot(config.lora, 1)
+        request = ForwardBackward(slot, rows, 0.1, 1, layout=lay_out(rows))
+        bank.forward_backward([request])
+        monkeypatch.setattr(pretended, "_copied", counting)
+        bank.forward_backward([request])
+    between = [copy for copy in copies if set(copy[:2]) == set(GPUS)]
+    # The last token predicts nothing, and is not computed.
+    hidden = (3, 64)
+    assert between == [
+        (*GPUS, hidden),
+        (*reversed(GPUS), hidden),
+        (*reversed(GPUS), (1,)),
+    ]
+
+
+def test_what_all_blocks_get_is_copied_once_to_each_gpu(
+    tiny: Tiny, deep_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support import pretend_gpus as pretended
+
+    from finetune.engine.probes import plain_logits
+    from finetune.model.loading import load_base
+    from finetune.model.source import find_base
+
+    config = tiny(f"model.name_or_path={deep_base}")
+    copies = []
+    copied = pretended._copied
+
+    def counting(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append((LABELS.of(x), device, tuple(x.shape)))
+        return copied(x, device)
+
+    with pretend_gpus(monkeypatch), torch.no_grad():
+        base = spread(load_base(find_base(config.model), config))
+        monkeypatch.setattr(pretended, "_copied", counting)
+        plain_logits(base, [5, 6, 7])
+    between = [shape for source, target, shape in copies if (source, target) == GPUS]
+    # The hidden states, cosines and sines, and at most the positions.
+    assert len(between) <= 4
+    assert len([shape for shape in between if shape == (1, 3, 64)]) == 1
