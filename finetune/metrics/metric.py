@@ -64,6 +64,11 @@ class Score:
     row_sums: tuple[float, ...] = ()
     row_counts: tuple[int, ...] = ()
 
+    @property
+    def row_count(self) -> int:
+        """Number of rows that have a value; 0 where the metric is one number for all rows."""
+        return sum(count > 0 for count in self.row_counts)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Score":
         """Read a score as `dataclasses.asdict` has written it."""

@@ -52,6 +52,7 @@ def evaluate_rows(
     metrics: Sequence[Metric],
     labelled: LabelledRows | None = None,
     documents: Documents = "eval",
+    limits_answers: bool = True,
 ) -> RunSteps[EvaluatedRows]:
     """Evaluate rows.
 
@@ -64,6 +65,7 @@ def evaluate_rows(
         metrics: The metrics of answers; without any, nothing is generated.
         labelled: The same rows with their labels, for the metric `classification`.
         documents: Which documents of a task of lm-evaluation-harness are evaluated.
+        limits_answers: Whether only the first `evaluation.limit` rows get answers.
 
     Returns:
         The evaluation; its scores are those of `metrics`, and of each source where there are
@@ -84,6 +86,8 @@ def evaluate_rows(
     if len(task_metrics) == len(metrics):
         return EvaluatedRows(replace(evaluation, scores=scores))
     settings = config.evaluation
+    if not limits_answers:
+        settings = replace(settings, limit=None)
     answers = answers_of(rows, settings)
     evaluated = EvaluatedRows(evaluation, answers)
     label_metrics = [metric for metric in metrics if metric.reads_labels]

@@ -29,6 +29,8 @@ def evaluator(
 ) -> "Evaluate":
     """Tokenise rows as a run does, and return the function that evaluates a model on them.
 
+    All rows get answers: `evaluation.limit` is of the run's own rows.
+
     Args:
         run: The run.
         rows: The rows, in the common form.
@@ -44,7 +46,7 @@ def evaluator(
         labelled = LabelledRows.create(
             rows,
             labels,
-            config.evaluation,
+            dataclasses.replace(config.evaluation, limit=None),
             run.tokenizer,
             variables,
             settings.max_length,
@@ -61,6 +63,7 @@ def evaluator(
             metrics,
             labelled,
             documents="all",
+            limits_answers=False,
         )
         return drive(steps)
 

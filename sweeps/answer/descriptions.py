@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.config.sections.evaluation import is_task
 from finetune.metrics.names import describe_metric
 
 
@@ -24,7 +25,10 @@ def final_comparison_lines(answer: Mapping[str, Any]) -> list[str]:
     # An answer of an earlier version names no metric: it is the loss.
     name = compared.get("metric", "test/loss").removeprefix("test/")
     winner = f"{describe_metric(name)} {compared['winner']:.4f}"
-    rows = f"on {test['rows']} test rows that no decision has used"
+    # An answer of an earlier version counts the rows of the loss only.
+    count = compared.get("rows", test["rows"])
+    kind = "documents of the benchmark" if is_task(name) else "test rows"
+    rows = f"on {count} {kind} that no decision has used"
     if "difference" not in compared:
         is_baseline = answer["baseline"] == answer["trial"]
         note = ": the winner is the baseline itself" if is_baseline else ""

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.engine.evaluation import Evaluation
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.metrics.metric import Score
 from finetune.run.final_evaluation import evaluate_finished_run
 from finetune.run.recorded_evaluation import read_test_evaluation
 from finetune.run.resources import SharedResources
@@ -63,14 +64,15 @@ def compare_on_test_rows(
         log.warning("test/%s has no value; the losses are compared", metric)
         metric = "loss"
     if metric != "loss":
-        value = _value(of_winner, metric)
-        test["objective"] = {"metric": f"test/{metric}", "winner": value}
+        values = {"metric": f"test/{metric}", "winner": _score(of_winner, metric).value}
+        test["objective"] = values | _rows(of_winner, metric)
     of_baseline = _evaluate_baseline(study, baseline, resources)
     if of_baseline is None or of_baseline.score(metric) is None:
         return test
     test |= _adapters(of_winner, of_baseline, "loss")
     if metric != "loss":
-        test["objective"] = _adapters(of_winner, of_baseline, metric)
+        entry = _adapters(of_winner, of_baseline, metric)
+        test["objective"] = entry | _rows(of_winner, metric)
     test["config"] = _configs(study, of_winner, of_baseline, metric)
     return test
 
@@ -110,16 +112,22 @@ def _adapters(
     comparison = compare_adapters(of_winner, of_baseline, metric)
     values = {
         "metric": f"test/{metric}",
-        "winner": _value(of_winner, metric),
-        "baseline": _value(of_baseline, metric),
+        "winner": _score(of_winner, metric).value,
+        "baseline": _score(of_baseline, metric).value,
     }
     return values | _entries(asdict(comparison))
 
 
-def _value(evaluation: Evaluation, metric: str) -> float:
+def _rows(evaluation: Evaluation, metric: str) -> dict[str, int]:
+    """The entry of how many rows have a value; none where the metric is one number for all."""
+    count = _score(evaluation, metric).row_count
+    return {"rows": count} if count else {}
+
+
+def _score(evaluation: Evaluation, metric: str) -> Score:
     score = evaluation.score(metric)
     assert score is not None, metric
-    return score.value
+    return score
 
 
 def _configs(

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import RunConfig
-from finetune.config.sections.evaluation import BUILT_IN, LOSS_METRICS
+from finetune.config.sections.evaluation import (
+    BUILT_IN,
+    LOSS_METRICS,
+    is_task,
+)
 from finetune.data.row_file import StoredRows
 from finetune.data.rows import load_all_rows
 from finetune.data.types import ListDigest, canonical_text
@@ -23,7 +27,7 @@ from finetune.files.atomic import read_json
 from finetune.files.find_run import find_run
 from finetune.files.run_folder import RunFolder
 from finetune.metrics.load import load_metrics
-from finetune.metrics.metric import Metric
+from finetune.metrics.metric import Metric, Score
 from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS, weights_digest
 from finetune.model.memory import free_memory
@@ -60,6 +64,7 @@ class Verdict:
     """A winner compared with the deployed adapter."""
 
     rows: int
+    """Those that have a value of the metric on both sides."""
     data_fingerprint: str
     """Hash of the rows."""
     winner: float
@@ -142,12 +147,16 @@ def find_metric(gate: Gate, config: RunConfig, folder: Path) -> list[Metric]:
         folder: The winner's run folder.
 
     Raises:
-        ConfigError: There is no such metric.
+        ConfigError: There is no such metric, or it is of a benchmark, which has rows of its own.
     """
+    own = [path for path in config.evaluation.metrics if not is_task(path)]
     if gate.metric.startswith(TEST):
         if gate.name in LOSS_METRICS:
             return []
-        for path in dict.fromkeys([*config.evaluation.metrics, *BUILT_IN]):
+        if is_task(gate.name):
+            reason = "is of the benchmark's documents, not of the rows of --data"
+            raise refusal("--metric", gate.metric, reason)
+        for path in dict.fromkeys([*own, *BUILT_IN]):
             # Before it is loaded: one of a package that is missing may be another one.
             if path in BUILT_IN and gate.name not in BUILT_IN[path]:
                 continue
@@ -156,7 +165,8 @@ def find_metric(gate: Gate, config: RunConfig, folder: Path) -> list[Metric]:
             if any(gate.name in metric.names for metric in metrics):
                 _require_labels(gate, metrics, folder)
                 return metrics
-    names = [*LOSS_METRICS, *config.evaluation.names]
+    own_settings = dataclasses.replace(config.evaluation, metrics=own)
+    names = [*LOSS_METRICS, *own_settings.names]
     for built_in in BUILT_IN.values():
         names += built_in
     allowed = did_you_mean(gate.metric, {f"{TEST}{name}" for name in names})
@@ -242,7 +252,7 @@ def pass_gate(
     comparison = compare_adapters(ours, theirs, gate.name)
     gain, interval = _gain(gate, comparison, score.higher_is_better)
     return Verdict(
-        rows=len(ours.row_tokens),
+        rows=_common_rows(score, other_score),
         data_fingerprint=digest.fingerprint,
         winner=score.value,
         deployed=other_score.value,
@@ -250,6 +260,12 @@ def pass_gate(
         interval=interval,
         is_met=interval[0] > gate.min_gain,
     )
+
+
+def _common_rows(ours: Score, theirs: Score) -> int:
+    """Count the rows that have a value on both sides."""
+    counts = zip(ours.row_counts, theirs.row_counts, strict=True)
+    return sum(min(pair) > 0 for pair in counts)
 
 
 def _gain(

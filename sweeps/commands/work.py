@@ -29,11 +29,13 @@ def work(arguments: argparse.Namespace) -> None:
     words = _words(study, command, address, arguments.override)
     # Where the command ran on this machine, its relative paths are found from there.
     is_here = arguments.storage is None and Path(command.working_directory).is_dir()
+    # As the user of this command sees it.
+    shown_folder = os.path.relpath(study.folder)
     if is_here:
         os.chdir(command.working_directory)
     _run(words)
     if arguments.json:
-        counts = {"study": study.name, "folder": os.path.relpath(study.folder)}
+        counts = {"study": study.name, "folder": shown_folder}
         arguments.print_json({**counts, "finished": len(study.finished())})
 
 

@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune.config.schema import RunConfig
-from finetune.errors import ConfigError
+from finetune.errors import NoAnswer
 from finetune.files.atomic import read_json, write_text
 from finetune.files.run_folder import RunFolder, refused_jobs
 from finetune.metrics.load import higher_is_better, load_metrics
@@ -66,7 +66,7 @@ def write_table(folder: Path) -> str:
     """Write the table of a multirun's jobs, the best first, into its folder, and return it.
 
     Raises:
-        ConfigError: no job has ended with a value of the objective.
+        NoAnswer: no job has begun.
     """
     table = trials_table(read_multirun(folder), is_ranked=True)
     write_text(folder / TABLE, f"{table}\n")
@@ -77,7 +77,7 @@ def read_multirun(folder: Path) -> Study:
     """Read the jobs of a plain multirun as the trials of a study in memory.
 
     Raises:
-        ConfigError: no job has ended with a value of the objective, by which jobs are compared.
+        NoAnswer: no job has begun.
     """
     refused = refused_jobs(folder)
     runs = {}
@@ -87,7 +87,7 @@ def read_multirun(folder: Path) -> Study:
         has_begun = path.name not in map(str, refused) or run.identity.exists()
         if path.name.isdigit() and has_begun:
             runs[int(path.name)] = run
-    config = _common_config(folder, runs.values())
+    config = _common_config(folder, list(runs.values()))
     numbers = range(max([*runs, *refused]) + 1)
     varied = dict(
         zip(
@@ -119,15 +119,20 @@ def is_multirun(study: Study) -> bool:
     return isinstance(study.storage, InMemoryStorage)
 
 
-def _common_config(folder: Path, runs: Iterable[RunFolder]) -> RunConfig:
-    """Return the config of the first completed job. It has the objective of all."""
-    for run in runs:
+def _common_config(folder: Path, runs: Sequence[RunFolder]) -> RunConfig:
+    """Return the config of a completed job, else of any that has begun. It has all jobs' objective.
+
+    Raises:
+        NoAnswer: no job has begun.
+    """
+    begun = [run for run in runs if run.identity.exists()]
+    for run in begun:
         recorded = read_json(run.result) or {}
         if recorded.get("status") == "completed" and recorded["objective"]:
             return read_run_config(run.path)
-    raise ConfigError(
-        f"{folder}: no job of this multirun is complete with an objective yet"
-    )
+    if not begun:
+        raise NoAnswer(f"{folder}: no job of this multirun has begun to train yet")
+    return read_run_config(begun[0].path)
 
 
 def _overrides(run: RunFolder) -> list[str]:

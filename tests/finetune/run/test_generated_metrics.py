@@ -235,7 +235,9 @@ def test_what_no_run_can_score_is_refused_before_the_base_loads(
 def test_evaluate_writes_each_answer_with_its_scores(
     learnable: Tiny, tmp_path: Path, station: Station
 ) -> None:
-    run(learnable("evaluation=exact_match"), tmp_path / "run", QUIET)
+    # The limit is of the run's own rows.
+    limited = learnable("evaluation=exact_match", "evaluation.limit=2")
+    run(limited, tmp_path / "run", QUIET)
     write_jsonl(tmp_path / "test.jsonl", [*rows(3), *rows(1, "No")])
 
     ended = station.run(

@@ -39,6 +39,22 @@ ANSWER = {
     "trial": 1, "baseline": 1, "run": "trials/1",
     "test": {"rows": 9, "objective": {"metric": "test/accuracy", "winner": 0.5}, "winner": 1.0},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "rows"),
+    [
+        ("test/exact_match", "on 4 test rows that"),
+        ("test/harness/arc_easy", "on 4 documents of the benchmark that"),
+    ],
+)
+def test_the_rows_of_the_metric_are_counted(metric: str, rows: str) -> None:
+    """`evaluation.limit` and a benchmark's documents are other rows than those of the loss."""
+    objective = {"metric": metric, "winner": 0.5, "rows": 4}
+    answer = ANSWER | {"test": {"rows": 9, "winner": 1.0, "objective": objective}}
+    assert rows in final_comparison_lines(answer)[0]
+
+
 CONFIRMATION = {
     "objective": "eval/accuracy", "winner": 1, "before": 1, "comparisons": [],
     "candidates": [

@@ -331,6 +331,20 @@ def test_the_gate_compares_the_lower_end_of_the_interval(study: Study) -> None:
     assert promote(study, strict).is_refused
 
 
+def test_all_rows_are_compared_whatever_the_studys_limit(study: Study) -> None:
+    """A limit of the study's own evaluations says nothing of the gate's rows."""
+    path = best_folder(study) / "run.json"
+    identity = json.loads(path.read_text())
+    identity["config"]["evaluation"]["limit"] = 3
+    identity["config"]["evaluation"]["max_new_tokens"] = 2
+    path.write_text(json.dumps(identity))
+    baseline = str(study.folder / "trials" / "0")
+    request = asked(study, baseline, "mlflow", metric="test/exact_match", min_gain=-1.0)
+    verdict = promote(study, request).verdict
+    assert verdict is not None
+    assert verdict.rows == 60
+
+
 def test_the_hub_has_the_winner_on_the_branch_of_the_alias(
     study: Study, hub: HubServer
 ) -> None:
@@ -470,6 +484,10 @@ def test_mistakes_are_one_line_before_anything_is_evaluated(
         (
             {"metric": "exact_match"},
             "--metric=exact_match: did you mean test/exact_match",
+        ),
+        (
+            {"metric": "test/harness/hellaswag"},
+            "--metric=test/harness/hellaswag: is of the benchmark's documents, not of",
         ),
         ({"metric": "test/macro_f1"}, "needs a study with evaluation=classification"),
         ({"to": "hub"}, "--name=null: give the repository"),

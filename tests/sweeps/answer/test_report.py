@@ -28,7 +28,7 @@ from sweeps.answer import report
 from sweeps.answer.commands import commands
 from sweeps.answer.importance import Importance, importances
 from sweeps.answer.report import write_report
-from sweeps.study.study import OUT_OF_TIME
+from sweeps.study.study import OUT_OF_TIME, Study
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -48,24 +48,28 @@ def test_every_kind_of_study_has_a_report(kind: str, tmp_path: Path) -> None:
         assert "<b>out of memory" not in page
 
 
-def test_500_trials_are_a_page_of_less_than_10_megabytes_in_5_seconds(
+def test_the_page_of_500_trials_is_small_and_takes_little_longer_than_of_100(
     tmp_path: Path,
 ) -> None:
     draw = random.Random(0)
-    study = made_study(
-        tmp_path / "large",
-        [trial(draw, COMPLETE if number % 3 else PRUNED) for number in range(500)],
-    )
 
-    def seconds() -> float:
+    def study_of(count: int) -> Study:
+        states = [COMPLETE if number % 3 else PRUNED for number in range(count)]
+        return made_study(
+            tmp_path / str(count), [trial(draw, state) for state in states]
+        )
+
+    few, many = study_of(100), study_of(500)
+
+    def seconds(study: Study) -> float:
         began = time.process_time()
         write_report(study)
         return time.process_time() - began
 
-    # The first time libraries are imported too; what else runs on the machine takes its toll on
-    # some.
-    assert any(seconds() < 5 for _ in range(3))
-    path = study.folder / "report.html"
+    # The libraries are imported with the first page; about 1.7 times as long is usual.
+    write_report(few)
+    assert any(seconds(many) < 2.5 * seconds(few) for _ in range(3))
+    path = many.folder / "report.html"
     assert path.stat().st_size < 10e6
     assert text_of(path).count("<tr") > 500
 

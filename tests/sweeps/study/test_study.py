@@ -697,6 +697,8 @@ def test_commands_that_act_print_json_alone(
     assert ended.returncode == 0, ended.stderr
     content = json.loads(ended.stdout)
     assert content.keys() == keys
+    if "folder" in keys:
+        assert (tmp_path / content["folder"]).samefile(copied)
     if "answer" in keys:
         assert content["answer"] == json.loads((copied / "answer.json").read_text())
 

@@ -64,8 +64,9 @@ def test_a_run_is_the_same(
         assert final(tmp_path / "late").get(key) == final(tmp_path / "at_once").get(key)
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("step", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("name", "step"), [*((name, 3) for name in RUNS), ("evaluations", 2), ("plain", 8)]
+)
 def test_a_run_goes_on_bit_for_bit(
     tiny: Tiny, tmp_path: Path, reports_late: Callable[[], None], name: str, step: int
 ) -> None:
