@@ -41,7 +41,7 @@ class _Adapters:
 
 
 WORKSPACES = 2 * 32 * 2**20
-"""Bytes that matrix products have for themselves on the stream of recorded passes."""
+"""Bytes that matrix products have for themselves on all streams, with that of recorded passes."""
 
 
 @dataclass(frozen=True)

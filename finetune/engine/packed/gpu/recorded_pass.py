@@ -6,6 +6,7 @@ each batch that fits into it: its tables are copied to where the recorded kernel
 """
 
 import contextlib
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -32,12 +33,22 @@ SPARE_MEMORY = 512 * 2**20
 """Bytes that are left free beside what a recorded pass takes."""
 
 
+@functools.cache
+def _recording_stream(gpu: int) -> torch.cuda.Stream:
+    """The stream that passes are recorded on, one of a process for each GPU.
+
+    Matrix products keep their workspaces (`WORKSPACES` in `run.decoder_memory`) for each stream
+    that they were ever launched on, until the process ends: streams of each bank would add up.
+    """
+    return torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+
+
 class GraphPool:
     """The stream and the memory that recorded passes share: one is under way at a time."""
 
     def __init__(self) -> None:
-        """Take a stream."""
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        """Nothing is in it yet."""
+        self._stream = _recording_stream(torch.cuda.current_device())
         self._pool = torch.cuda.graph_pool_handle()
         self._buffers: list[torch.Tensor] = []
 

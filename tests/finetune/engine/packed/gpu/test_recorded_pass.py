@@ -267,3 +267,28 @@ def test_memory_of_recorded_passes_is_given_back_where_it_is_short(
     free_memory()
     assert torch.cuda.memory_reserved() < before
     assert train(slots, LENGTHS)[0] == expected[0]
+
+
+@pytest.mark.gpu
+def test_no_memory_stays_of_each_base_whose_passes_were_recorded(
+    tiny: Any,
+    tiny_base: Path,
+    tmp_path: Path,
+    count_recorded: Callable[[], int],
+) -> None:
+    import torch
+
+    from finetune.model.memory import free_memory
+
+    folder = random_base("llama", tiny_base, tmp_path / "base")
+    allocated = []
+    for number in range(3):
+        slots = make_slots(tiny, folder, dropout=0.0, saves=False)
+        train(slots, LENGTHS)
+        train(slots, LENGTHS)
+        assert count_recorded() == number + 1
+        del slots
+        free_memory()
+        allocated.append(torch.cuda.memory_allocated())
+    # The first one leaves what matrix products keep for themselves.
+    assert allocated[2] == allocated[1]
